@@ -1,0 +1,99 @@
+"""The only file that knows DeepSpeed's mixture-of-experts bookkeeping (private API of 0.19.8).
+
+DeepSpeed's engine sees expert parallelism only in instances of its own layers. `attach` turns the layers of a
+finished model into a thin subclass of `AutoEPMoELayer` whose own forward, router and experts are not used: the class
+carries the attributes that engine, ZeRO and checkpoint code read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.checkpoint import constants as ds
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import nn
+
+from megatron.moe.layer import MoELayer
+from megatron.moe.metrics import moe_layers
+from megatron.parallel.groups import Groups
+
+
+class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
+    """A `MoELayer` that DeepSpeed's engine recognises. Made by `attach`, never constructed."""
+
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """Called by the engine after it cast the model and before it builds the optimizer.
+
+        Which is the moment to give the gate its fp32 parameters back: ZeRO then flattens them, in their own
+        parameter group, as fp32.
+        """
+        AutoEPMoELayer.set_deepspeed_parallelism(self, *args, **kwargs)
+        for parameter, original in self.fp32_gate_parameters:
+            parameter.data = original.to(parameter.device)
+        self.fp32_gate_parameters = []
+
+
+def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> None:
+    """Turn every `MoELayer` of `model` into a `DeepSpeedMoELayer` in place and mark its expert parameters.
+
+    Args:
+        keep_gate_fp32: False for ZeRO 3, which partitions parameters of one dtype only: gate parameters are then
+            stored in the engine's dtype (their master copy stays fp32) and still scored in fp32.
+    """
+    for layer in moe_layers(model):
+        layer.__class__ = DeepSpeedMoELayer
+        local = layer.num_experts // groups.ep_size
+        layer.ep_size, layer.ep_rank, layer.num_local_experts = groups.ep_size, groups.ep_rank, local
+        layer.ep_group_name, layer.ep_group = f"ep_size_{groups.ep_size}", None
+        layer.folding_group_handles = layer.tp_group = None
+        layer.combine_impl, layer.comm_backend = "weighted_sum", "comm"
+        layer.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+            layer.num_experts, local, groups.ep_size)
+        if not hasattr(layer.experts, "w3"):
+            # Checkpoint code insists on three stacks; a frozen one of size 1 stays out of the optimizer.
+            layer.experts.w3 = nn.Parameter(torch.zeros(local, 1, 1, device=layer.experts.w1.device),
+                                            requires_grad=False)
+        for parameter in layer.experts.parameters():
+            _mark_expert(parameter, layer)
+        layer.fp32_gate_parameters = [
+            (p, p.detach().clone()) for p in layer.gate.parameters()] if keep_gate_fp32 else []
+
+
+def _mark_expert(p: nn.Parameter, layer: DeepSpeedMoELayer) -> None:
+    logical = [layer.num_experts, *p.shape[1:]]
+    placement = layer.expert_placement_descriptor
+    p.allreduce, p.group_name, p.is_expert_group = False, layer.ep_group_name, True
+    p.ds_zero_placement_family, p.ds_zero_partition_group_name = "autoep_expert", layer.ep_group_name
+    setattr(p, ds.DS_AUTOEP_UC_META, {
+        ds.AUTOEP_EXPERT_PLACEMENT: placement,
+        ds.AFFINE_MAP: autoep_placement_to_affine_map(placement, logical).to_dict(),
+        ds.AUTOEP_PARAM_LOGICAL_SHAPE: logical,
+        ds.AUTOEP_PARAM_EP_RANK: layer.ep_rank,
+        ds.AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, layer.ep_rank)),
+    })
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Named optimizer groups: matrices with weight decay, the rest without, gates apart, experts per expert group.
+
+    Norms, biases, embeddings and everything in a gate have no weight decay. Gates are a group of their own because
+    their parameters are fp32 while the others are bf16: ZeRO flattens a group into one buffer of one dtype.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    gates = {id(p) for layer in moe_layers(model) for p in layer.gate.parameters()}
+    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        plain = p.dim() < 2 or id(p) in embeddings
+        members["gates" if id(p) in gates else "vectors" if plain else "matrices"].append(p)
+    groups = [{"name": name, "params": params, "weight_decay": weight_decay if name == "matrices" else 0.0}
+              for name, params in members.items() if params]
+    return [g for g in split_params_into_different_moe_groups_for_optimizer(groups) if g["params"]]

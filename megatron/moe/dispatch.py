@@ -1,0 +1,202 @@
+"""Capacity, plan, exchange, combine: how token rows reach experts and come back. The only MoE communication.
+
+Letters: T tokens on this rank, D hidden, E routed experts, C choices (E + local paths), A assignments of the gate,
+S assignments that survive capacity, sorted by choice; R rows this rank's experts receive.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.moe.routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which rows go where; made by `make_plan`, read by the rest of this file and by the layer's counters."""
+
+    assignment_S: Tensor
+    """index into the gate's list, sorted by choice"""
+    token_S: Tensor
+    """token of each surviving assignment"""
+    by_token_S: Tensor
+    """positions in [0, S) sorted by token"""
+    bags_T1: Tensor
+    """where each token's positions start in by_token_S; the last entry is S"""
+    wanted_C: Tensor
+    """assignments per choice before capacity"""
+    kept_C: Tensor
+    """assignments per choice after capacity"""
+
+
+def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> int | None:
+    """Rows one expert takes: min(T, max(minimum, ceil(T / E * factor))); None (no limit) for factor 0."""
+    if factor == 0:
+        return None
+    return min(num_tokens, max(minimum, math.ceil(num_tokens / num_experts * factor)))
+
+
+def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_paths: int = 0,
+              limit: int | None = None) -> Plan:
+    """Sort assignments by choice and drop what is over capacity.
+
+    Survivors are the `limit` highest priorities of each routed expert, ties by position in the gate's list; the rest
+    is dropped, never rerouted. Local paths have no limit.
+    """
+    num_choices = num_experts + num_local_paths
+    wanted_C = _count(routing.expert_A, num_choices)
+    if limit is None:
+        order_A = routing.expert_A.argsort(stable=True)
+        kept_C = wanted_C
+    else:
+        priority_A = routing.weight_A.detach().abs() if routing.priority_A is None else routing.priority_A
+        by_priority = priority_A.argsort(descending=True, stable=True)
+        order_A = by_priority[routing.expert_A[by_priority].argsort(stable=True)]
+        sorted_choice_A = routing.expert_A[order_A]
+        place_A = torch.arange(len(order_A), device=order_A.device) - _starts(wanted_C)[sorted_choice_A]
+        order_A = order_A[(place_A < limit) | (sorted_choice_A >= num_experts)]
+        kept_C = wanted_C.clone()
+        kept_C[:num_experts].clamp_(max=limit)
+    token_S = routing.token_A[order_A]
+    by_token_S = token_S.argsort(stable=True)
+    bags_T1 = F.pad(_count(token_S, num_tokens).cumsum(0), (1, 0))
+    return Plan(order_A, token_S, by_token_S, bags_T1, wanted_C, kept_C)
+
+
+def _count(index: Tensor, size: int) -> Tensor:
+    counts = torch.zeros(size, dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, index, torch.ones_like(index))
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+def _bag_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum rows[order] (times weights) within consecutive bags: a parallel, ragged, deterministic segment sum."""
+    if len(order) == 0:
+        return rows.new_zeros(len(bags) - 1, rows.shape[1])
+    return F.embedding_bag(order, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+class Gather(torch.autograd.Function):
+    """rows_S = x_T[token_S]. Backward is a segment sum in token order: no atomics, so it is deterministic."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return x_TD.index_select(0, plan.token_S)
+
+    @staticmethod
+    def backward(ctx, grad_SD: Tensor) -> tuple:
+        return _bag_sum(grad_SD.contiguous(), ctx.plan.by_token_S, ctx.plan.bags_T1), None
+
+
+class Combine(torch.autograd.Function):
+    """y_t = sum of weight_s * rows_s over the token's rows, accumulated in fp32 inside the op."""
+
+    @staticmethod
+    def forward(ctx, rows_SD: Tensor, weight_S: Tensor, plan: Plan) -> Tensor:
+        ctx.save_for_backward(rows_SD, weight_S)
+        ctx.plan = plan
+        return _bag_sum(rows_SD, plan.by_token_S, plan.bags_T1, weight_S[plan.by_token_S].to(rows_SD.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor) -> tuple:
+        rows_SD, weight_S = ctx.saved_tensors
+        grad_SD = grad_TD.index_select(0, ctx.plan.token_S)
+        grad_weight_S = (grad_SD * rows_SD).sum(-1, dtype=weight_S.dtype) if ctx.needs_input_grad[1] else None
+        return grad_SD.mul_(weight_S.to(grad_SD.dtype).unsqueeze(1)), grad_weight_S, None
+
+
+class Permute(torch.autograd.Function):
+    """rows[order], whose gradient is grad[inverse]: both directions are gathers."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return grad.index_select(0, ctx.inverse), None, None
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows to their experts' ranks with uneven splits; the gradient travels back the same way."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _all_to_all(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return _all_to_all(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What `send_rows` did, for `return_rows` to undo."""
+
+    counts: list[int]
+    """rows of each local expert, in the order the experts receive them"""
+    send: list[int] | None = None
+    receive: list[int] | None = None
+    order_R: Tensor | None = None
+    inverse_R: Tensor | None = None
+
+
+def send_rows(rows_SD: Tensor, kept_E: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Exchange]:
+    """Bring rows, sorted by global expert, to the ranks that hold the experts.
+
+    Args:
+        rows_SD: this rank's rows for routed experts, sorted by expert.
+        kept_E: rows per global expert.
+        group: expert-parallel group, or None when this rank holds all experts (no communication then).
+    Returns:
+        rows sorted by local expert [R, D], and the record that `return_rows` needs.
+    """
+    if group is None:
+        return rows_SD, Exchange(counts=kept_E.tolist())
+    ep_size = dist.get_world_size(group)
+    sent_PE = kept_E.view(ep_size, -1)
+    received_PE = torch.empty_like(sent_PE)
+    dist.all_to_all_single(received_PE, sent_PE.contiguous(), group=group)
+    # One copy to the host for everything the exchange must know.
+    sent, received = torch.stack([sent_PE, received_PE]).tolist()
+    send, receive = [sum(row) for row in sent], [sum(row) for row in received]
+    rows_RD = AllToAll.apply(rows_SD, send, receive, group)
+    order_R = _expert_major(received_PE)
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    counts = [sum(column) for column in zip(*received)]
+    return Permute.apply(rows_RD, order_R, inverse_R), Exchange(counts, send, receive, order_R, inverse_R)
+
+
+def return_rows(rows_RD: Tensor, exchange: Exchange, group: dist.ProcessGroup | None) -> Tensor:
+    """Undo `send_rows`: expert outputs back on the ranks of their tokens, in the order they were sent."""
+    if group is None:
+        return rows_RD
+    by_source = Permute.apply(rows_RD, exchange.inverse_R, exchange.order_R)
+    return AllToAll.apply(by_source, exchange.receive, exchange.send, group)
+
+
+def _expert_major(counts_PE: Tensor) -> Tensor:
+    """Positions of rows that lie as (source rank, expert), in the order (expert, source rank)."""
+    starts_EP = _starts(counts_PE.flatten()).view_as(counts_PE).t().flatten()
+    lengths_EP = counts_PE.t().flatten()
+    shift = torch.repeat_interleave(starts_EP - _starts(lengths_EP), lengths_EP)
+    return shift + torch.arange(len(shift), device=counts_PE.device)

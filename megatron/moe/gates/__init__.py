@@ -1,0 +1,161 @@
+"""Gates: one paper, one file. Writing a subclass of `Gate` with `name=` in a file of this folder is all it takes.
+
+    class MyGate(Gate, name="mine"):
+        @dataclass(frozen=True)
+        class Config: ...           # fields are flags (--topk); the line under a field is its help
+        def forward(self, inp: GateInput) -> Routing: ...
+
+A gate may not communicate, apply capacity, multiply expert outputs, log, or read flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.moe.routing import GateInput, Routing
+
+_registry: dict[str, type[Gate]] = {}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a gate stands: sizes, and which mixture layer of how many. The same for every gate."""
+
+    hidden_size: int
+    num_experts: int
+    layer: int = 0
+    """number of this mixture layer, from 0"""
+    num_moe_layers: int = 1
+    vocab_size: int | None = None
+    seed: int = 0
+    init_std: float = 0.02
+
+    def generator(self) -> torch.Generator:
+        """Random numbers that depend on (seed, layer) only, so that every rank draws the same."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.layer) % 2**63)
+
+
+class Gate(nn.Module):
+    """Base of all gates. Parameters and buffers stay fp32 whatever the engine casts the rest of the model to."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    local_paths: nn.ModuleList
+    """experts [n, D] -> [n, D] that run on the token's own rank (MoE++), never dispatched"""
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if name is None:
+            return
+        known = _registry.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"gate name {name!r} is taken by {known.__module__}.{known.__qualname__}; "
+                             f"rename the one in {cls.__module__}")
+        cls.name = name
+        _registry[name] = cls
+
+    def __init__(self, config: Any, place: Place):
+        super().__init__()
+        self.config, self.place = config, place
+        self.num_experts = place.num_experts
+        self.local_paths = nn.ModuleList()
+
+    def forward(self, inp: GateInput) -> Routing:
+        """Choose experts for every token; see `megatron.moe.routing.Routing`."""
+        raise NotImplementedError(f"gate {type(self).__name__} has no forward")
+
+    def post_step(self, load_E: Tensor, num_tokens: Tensor) -> None:
+        """Called once per optimizer step in training.
+
+        Args:
+            load_E: fp32 [E], wanted assignments per expert of this layer, summed over data ranks and micro-batches.
+            num_tokens: 0-d fp32, tokens behind them.
+        """
+
+    @classmethod
+    def experts_per_token(cls, config: Any, num_experts: int) -> tuple[int, int]:
+        """(fewest, most) routed experts a token may use: what the model's active size is computed from."""
+        topk = getattr(config, "topk", 0) or num_experts
+        return min(topk, num_experts), min(topk, num_experts)
+
+    def make_router(self) -> nn.Linear:
+        """A bias-free [E, D] router drawn from N(0, init_std^2)."""
+        router = nn.Linear(self.place.hidden_size, self.num_experts, bias=False)
+        nn.init.normal_(router.weight, std=self.place.init_std, generator=self.place.generator())
+        return router
+
+
+def linear_fp32(x_TD: Tensor, linear: nn.Linear) -> Tensor:
+    """x W^T in fp32 even under autocast: bf16 logits would tie experts that differ."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.float(), linear.weight.float())
+
+
+def available() -> list[str]:
+    """Names of all gates, sorted."""
+    _discover()
+    return sorted(_registry)
+
+
+def gate_class(name: str) -> type[Gate]:
+    """The class registered as `name`.
+
+    Raises:
+        ValueError: no such gate; the message lists the known ones.
+    """
+    _discover()
+    if name not in _registry:
+        raise ValueError(f"--gate is {name!r}; allowed: {' '.join(sorted(_registry))}")
+    return _registry[name]
+
+
+def config_of(name: str) -> type:
+    """The Config class of gate `name`: its fields are the gate's options and flags."""
+    return gate_class(name).Config
+
+
+def flags_by_gate() -> dict[str, list[str]]:
+    """For each option of any gate, the gates that have it: so that another gate's flag is an error that says so."""
+    owners: dict[str, list[str]] = {}
+    for name in available():
+        for f in dataclasses.fields(config_of(name)):
+            owners.setdefault(f.name, []).append(name)
+    return owners
+
+
+def create(name: str, *, hidden_size: int, num_experts: int, layer: int = 0, num_moe_layers: int = 1,
+           vocab_size: int | None = None, seed: int = 0, init_std: float = 0.02, **options: Any) -> Gate:
+    """Build a gate: the one constructor of the model, the tests and a researcher at a prompt.
+
+    Args:
+        options: fields of that gate's Config.
+    Raises:
+        ValueError: unknown gate or option (the known ones are listed), or a value the gate's Config refuses.
+    """
+    cls = gate_class(name)
+    known = [f.name for f in dataclasses.fields(cls.Config)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"gate {name!r} has no option {unknown[0]!r}; allowed: {' '.join(known)}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}; a gate needs at least 1 expert")
+    place = Place(hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std)
+    config = cls.Config(**options)
+    check = getattr(config, "check", None)  # what can only be checked against the number of experts
+    if check is not None:
+        check(num_experts)
+    return cls(config, place)
+
+
+def _discover() -> None:
+    """Import every file of this folder once; each registers its gates."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

@@ -1,0 +1,83 @@
+"""Top-k routing: each token goes to the k experts with the highest scores.
+
+Papers: GShard (Lepikhin et al. 2020), Switch Transformer (Fedus et al. 2021), Mixtral, OLMoE.
+
+    s = softmax(W x)  or  sigmoid(W x),  I = top-k(s),  w_i = scale * s_i  (/ sum_{j in I} s_j with norm_topk_prob)
+    aux = loss_coeff * E * sum_e f_e P_e + z_loss_coeff * mean_t logsumexp(z_t)^2
+
+Departures: jitter (Switch's multiplicative noise on the gate's input) acts in training only, so evaluation is
+deterministic. With softmax and k = 1 the raw probability is the weight, and norm_topk_prob is refused: it would make
+every weight 1 and cut the router off from the gradient. P_e uses scores divided by their sum over experts, which for
+softmax changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron.moe.gates import Gate, linear_fp32
+from megatron.moe.routing import GateInput, Routing, balance_loss, mean_load, z_loss
+
+
+class TopKGate(Gate, name="topk"):
+    """The k highest-scoring experts of each token."""
+
+    @dataclass(frozen=True)
+    class Config:
+        topk: int = 2
+        """experts per token"""
+        score_function: str = field(default="softmax", metadata={"choices": ("softmax", "sigmoid")})
+        """score of an expert from its logit"""
+        norm_topk_prob: bool = False
+        """divide the chosen scores by their sum"""
+        routed_scaling_factor: float = 1.0
+        """multiplies every weight"""
+        jitter: float = 0.0
+        """multiply the gate's input by uniform 1 +- jitter, in training only"""
+        loss_coeff: float = 0.01
+        """coefficient of the balance loss"""
+        z_loss_coeff: float = 0.0
+        """coefficient of the z-loss"""
+
+        def __post_init__(self):
+            if self.topk < 1:
+                raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts")
+            if self.score_function not in ("softmax", "sigmoid"):
+                raise ValueError(f"--score-function is {self.score_function!r}; allowed: softmax sigmoid")
+            if self.topk == 1 and self.norm_topk_prob:
+                raise ValueError("--norm-topk-prob is set with --topk 1: every weight would be 1 and the router would "
+                                 "get no gradient; leave it out or choose a larger --topk")
+            if not 0 <= self.jitter < 1:
+                raise ValueError(f"--jitter is {self.jitter}; allowed: 0 <= jitter < 1")
+
+        def check(self, num_experts: int) -> None:
+            if self.topk > num_experts:
+                raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts, which is {num_experts}")
+
+    def __init__(self, config, place):
+        super().__init__(config, place)
+        self.router = self.make_router()
+
+    def forward(self, inp: GateInput) -> Routing:
+        c, x_TD = self.config, inp.x_TD.float()
+        if self.training and c.jitter:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - c.jitter, 1 + c.jitter)
+        logits_TE = linear_fp32(x_TD, self.router)
+        softmax = c.score_function == "softmax"
+        scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
+        score_Tk, expert_Tk = scores_TE.topk(c.topk, dim=-1)
+        weight_Tk = score_Tk / score_Tk.sum(-1, keepdim=True).clamp_min(1e-20) if c.norm_topk_prob else score_Tk
+        probs_TE = scores_TE if softmax else scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+        expert_A = expert_Tk.flatten()
+        aux = c.loss_coeff * balance_loss(mean_load(expert_A, self.num_experts), probs_TE)
+        if c.z_loss_coeff:
+            aux = aux + c.z_loss_coeff * z_loss(logits_TE)
+        return Routing(
+            token_A=torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(c.topk),
+            expert_A=expert_A,
+            weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
+            aux_loss=aux,
+            stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, len(x_TD))},
+        )

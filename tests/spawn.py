@@ -1,0 +1,90 @@
+"""Gloo ranks for tests: started once per session, then handed functions to run together."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.parallel.groups import Groups
+
+_groups: dict[int, Groups] = {}
+
+
+def groups_for(ep_size: int) -> Groups:
+    """In a worker: the Groups record for this expert-parallel size (made on first use, by all ranks together)."""
+    if ep_size not in _groups:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        mine = None
+        for first in range(0, world, ep_size):
+            group = dist.new_group(list(range(first, first + ep_size)))
+            if first <= rank < first + ep_size:
+                mine = group
+        _groups[ep_size] = Groups(rank=rank, world_size=world, backend="gloo", reason="test", ep_size=ep_size,
+                                  ep_group=mine if ep_size > 1 else None)
+    return _groups[ep_size]
+
+
+def _worker(rank: int, world_size: int, store: str, path: list[str], pipe: Any) -> None:
+    sys.path[:] = path
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+                            timeout=datetime.timedelta(seconds=60))
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """`world_size` processes joined by gloo. `run(f, *args)` runs f on all and returns their answers by rank."""
+
+    def __init__(self, world_size: int):
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes, self._processes = [], []
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_worker, daemon=True,
+                args=(rank, world_size, str(Path(self._folder.name) / "store"), sys.path, theirs))
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
+        """The ranks' answers; RuntimeError with the first rank's traceback, or when one does not answer in time."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout):
+                self.stop()
+                raise RuntimeError(f"rank {rank} gave no answer within {timeout} s")
+            answers.append(pipe.recv())
+        for rank, (ok, answer) in enumerate(answers):
+            if not ok:
+                raise RuntimeError(f"rank {rank}:\n{answer}")
+        return [answer for _, answer in answers]
+
+    def stop(self) -> None:
+        for process, pipe in zip(self._processes, self._pipes):
+            if process.is_alive():
+                pipe.send(None)
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()

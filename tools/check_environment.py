@@ -1,0 +1,67 @@
+"""Says whether this Python can run the project, and what to install if not; `--build` compiles what DeepSpeed needs.
+
+Compiling here, once and in one process, keeps it out of the first training run, where every rank would wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+
+def missing_packages() -> list[str]:
+    """Requirements of pyproject.toml (with the test extra) that are absent, or are pinned to another version."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    missing = []
+    for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
+        name, operator, version = re.match(r"([\w-]+)\s*(==|>=)?\s*([\w.]*)", requirement).groups()
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            missing.append(requirement)
+            continue
+        if operator == "==" and installed != version:
+            missing.append(f"{requirement} (found {installed})")
+    return missing
+
+
+def build_operators() -> None:
+    """Compile DeepSpeed's CPU communication operator into the environment's cache; nothing to do with CUDA."""
+    from megatron.parallel.groups import choose_backend, prepare_deepspeed
+
+    backend, device, reason = choose_backend()
+    prepare_deepspeed(device)
+    if backend == "gloo":
+        from deepspeed.comm.torch import build_shm_op
+
+        build_shm_op()
+    print(f"backend {backend}: {reason}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build", action="store_true", help="also compile DeepSpeed's CPU operator")
+    args = parser.parse_args()
+    missing = missing_packages()
+    if missing:
+        print(f"{sys.prefix} lacks {', '.join(missing)}; install with: {sys.executable} -m pip install "
+              "-c constraints.txt '.[test]', or leave VENV out to get a fresh .venv", file=sys.stderr)
+        return 2
+    if args.build:
+        build_operators()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
