@@ -23,6 +23,13 @@ def two_threads():
 
 
 @pytest.fixture(scope="session")
+def ranks1():
+    pool = Ranks(1)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
 def ranks2():
     pool = Ranks(2)
     yield pool

@@ -32,6 +32,13 @@ def require(ok: bool, what: str, value: Any, allowed: str, advice: str = "") -> 
         raise ValueError(f"{what} is {value!r}; allowed: {allowed}" + (f". {advice}" if advice else ""))
 
 
+def require_choices(config: Any) -> None:
+    """Raise ValueError for a field whose value is not among its choices."""
+    for f in dataclasses.fields(config):
+        choices, value = f.metadata.get("choices"), getattr(config, f.name)
+        require(not choices or value in choices, f"--{f.name.replace('_', '-')}", value, " ".join(map(str, choices or ())))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the decoder-only transformer."""
@@ -80,7 +87,9 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by"):
             require(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "a positive integer")
-        require(self.activation in ACTIVATIONS, "--activation", self.activation, " ".join(ACTIVATIONS))
+        require_choices(self)
+        require(not self.swiglu or self.activation in ("gelu", "swiglu"), "--activation", self.activation,
+                "only swiglu with --swiglu", "Leave one of the two out.")
         heads, groups = self.num_attention_heads, self.query_groups
         require(groups > 0 and heads % groups == 0, "--num-query-groups", groups, f"a divisor of the {heads} heads")
         require(self.kv_channels > 0 or self.hidden_size % heads == 0, "--num-attention-heads", heads,
@@ -154,7 +163,8 @@ class MoEConfig:
         require(self.num_experts > 0 or ep == 1, "--moe-expert-parallel-size", ep, "1 without experts",
                 "Set --num-experts.")
         require(self.num_experts % ep == 0, "--num-experts", self.num_experts,
-                f"a multiple of --moe-expert-parallel-size, which is {ep}", "Each rank holds the same number of experts.")
+                f"a multiple of --moe-expert-parallel-size, which is {ep}",
+                "Each rank holds the same number of experts.")
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block `layer` (from 0) is a mixture."""
@@ -172,10 +182,11 @@ class TokenizerConfig:
     merge_file: str = ""
     """merges.txt of GPT2BPETokenizer"""
     tokenizer_model: str = ""
-    """tokenizer.json or its folder (HuggingFaceTokenizer), .model (SentencePiece, Llama2), .tiktoken (Tiktoken), or the vocabulary size (NullTokenizer)"""
+    """tokenizer.json or its folder (HuggingFaceTokenizer), .model (SentencePiece, Llama2), .tiktoken (Tiktoken), or
+    the vocabulary size (NullTokenizer)"""
 
     def __post_init__(self):
-        require(self.tokenizer_type in TOKENIZERS, "--tokenizer-type", self.tokenizer_type, " ".join(TOKENIZERS))
+        require_choices(self)
 
 
 @dataclass(frozen=True)
@@ -251,7 +262,7 @@ class OptimizerConfig:
     """JSON file merged into the DeepSpeed configuration; what flags decide may not contradict it"""
 
     def __post_init__(self):
-        require(self.lr_decay_style in DECAY_STYLES, "--lr-decay-style", self.lr_decay_style, " ".join(DECAY_STYLES))
+        require_choices(self)
         require(self.lr > 0, "--lr", self.lr, "a positive number")
         require(0 <= self.min_lr <= self.lr, "--min-lr", self.min_lr, f"0 to --lr, which is {self.lr}")
         for name in ("lr_warmup_iters", "lr_warmup_tokens", "lr_decay_iters", "lr_decay_tokens", "weight_decay",
@@ -263,6 +274,8 @@ class OptimizerConfig:
             require(0 <= getattr(self, name) < 1, f"--{name.replace('_', '-')}", getattr(self, name), "0 <= beta < 1")
         warmups = [n for n in ("lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_tokens") if getattr(self, n)]
         require(len(warmups) <= 1, "--lr-warmup-*", warmups, "one of iters, fraction, tokens")
+        require(not (self.lr_decay_iters and self.lr_decay_tokens), "--lr-decay-tokens", self.lr_decay_tokens,
+                "only without --lr-decay-iters", "Use one of the two.")
         require(not (self.bf16 and self.fp16), "--fp16", True, "only without --bf16", "Use one of the two.")
 
     @property

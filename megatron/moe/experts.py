@@ -45,6 +45,8 @@ class GroupedExperts(nn.Module):
         output_std: of w2.
     """
 
+    initialises_itself = True
+
     def __init__(self, num_local: int, hidden_size: int, ffn_size: int, activation: str, *, first: int = 0,
                  seed: int = 0, layer: int = 0, init_std: float = 0.02, output_std: float | None = None):
         super().__init__()

@@ -28,8 +28,6 @@ class MoELayer(nn.Module):
         ep_group: the ranks that share the experts; None when this rank holds all of them.
     """
 
-    initialises_itself = True
-
     def __init__(self, gate: Gate, experts: GroupedExperts, num_experts: int, *, shared: nn.Module | None = None,
                  train_capacity_factor: float = 0.0, eval_capacity_factor: float = 0.0, min_capacity: int = 4,
                  ep_group: dist.ProcessGroup | None = None):

@@ -142,7 +142,7 @@ def test_every_option_is_a_flag(name):
         if isinstance(f.default, bool):
             continue
         argv = ["--gate", name, "--num-experts", str(E), "--" + f.name.replace("_", "-"), str(f.default)]
-        assert parse(argv, gates.config_of).gate_options[f.name] == f.default
+        assert parse(argv, gates.config_of, gates.available).gate_options[f.name] == f.default
 
 
 def test_create_refuses_what_it_does_not_know():

@@ -46,6 +46,7 @@ class Place:
 class Gate(nn.Module):
     """Base of all gates. Parameters and buffers stay fp32 whatever the engine casts the rest of the model to."""
 
+    initialises_itself: ClassVar[bool] = True
     name: ClassVar[str]
     Config: ClassVar[type]
     local_paths: nn.ModuleList
@@ -120,15 +121,6 @@ def gate_class(name: str) -> type[Gate]:
 def config_of(name: str) -> type:
     """The Config class of gate `name`: its fields are the gate's options and flags."""
     return gate_class(name).Config
-
-
-def flags_by_gate() -> dict[str, list[str]]:
-    """For each option of any gate, the gates that have it: so that another gate's flag is an error that says so."""
-    owners: dict[str, list[str]] = {}
-    for name in available():
-        for f in dataclasses.fields(config_of(name)):
-            owners.setdefault(f.name, []).append(name)
-    return owners
 
 
 def create(name: str, *, hidden_size: int, num_experts: int, layer: int = 0, num_moe_layers: int = 1,

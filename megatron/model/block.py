@@ -1,0 +1,49 @@
+"""One pre-norm transformer block around any feed-forward layer.
+
+Letters: B batch, S sequence, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config.schema import ModelConfig
+from megatron.model.attention import Attention
+from megatron.model.norm import build_norm
+from megatron.model.rotary import Rotation
+from megatron.moe.routing import FFNContext, FFNOutput
+
+
+class Block(nn.Module):
+    """h += dropout(attention(norm(h))); h += dropout(ffn(norm(h))).
+
+    Args:
+        ffn: `(x_BSD, FFNContext) -> FFNOutput`, dense or mixture.
+    """
+
+    def __init__(self, config: ModelConfig, ffn: nn.Module):
+        super().__init__()
+        self.dropout = config.hidden_dropout
+        self.input_layernorm = build_norm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = build_norm(config)
+        self.mlp = ffn
+
+    def forward(self, h_BSD: Tensor, rotation: Rotation | None = None, mask_B1SS: Tensor | None = None,
+                context: FFNContext | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the block.
+
+        Args:
+            h_BSD: residual stream.
+            rotation, mask_B1SS: see `Attention.forward`.
+            context: handed to the feed-forward layer.
+        Returns:
+            The new residual stream [B, S, D], and the feed-forward layer's aux loss and carry. Plain tensors in a
+            tuple, so that a pipeline stage can send them on.
+        """
+        attended_BSD = self.self_attn(self.input_layernorm(h_BSD), rotation, mask_B1SS)
+        h_BSD = h_BSD + F.dropout(attended_BSD, self.dropout, self.training)
+        out: FFNOutput = self.mlp(self.post_attention_layernorm(h_BSD), context or FFNContext())
+        h_BSD = h_BSD + F.dropout(out.y, self.dropout, self.training)
+        return h_BSD, out.aux_loss, out.carry

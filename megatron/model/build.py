@@ -1,0 +1,56 @@
+"""Builds the transformer of a run: dense layers, mixture layers with their gates, initial weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from megatron.config.schema import ModelConfig, MoEConfig
+from megatron.model.gpt import GPT
+from megatron.model.mlp import MLP
+from megatron.moe import gates
+from megatron.moe.experts import GroupedExperts, expert_output_std
+from megatron.moe.layer import MoELayer
+from megatron.parallel.groups import Groups
+
+
+def build_model(model: ModelConfig, moe: MoEConfig, gate_options: dict[str, Any], *, vocab_size: int, seed: int,
+                groups: Groups, recompute: bool = False) -> GPT:
+    """The whole model in fp32 on the CPU (or on `meta` under `torch.device("meta")`), with its initial weights.
+
+    Weights depend on the seed only, not on the number of ranks or how experts are sharded.
+
+    Args:
+        vocab_size: of the tokenizer; padded here to a multiple of `model.make_vocab_size_divisible_by`.
+    Raises:
+        ValueError: the gate is unknown or refuses its options.
+    """
+    moe_layers = [i for i in range(model.num_layers) if moe.is_moe_layer(i)]
+
+    def make_ffn(layer: int) -> nn.Module:
+        if layer not in moe_layers:
+            return MLP(model.hidden_size, model.ffn_size, model.act)
+        gate = gates.create(moe.gate, hidden_size=model.hidden_size, num_experts=moe.num_experts,
+                            layer=moe_layers.index(layer), num_moe_layers=len(moe_layers), vocab_size=vocab_size,
+                            seed=seed, init_std=model.init_method_std, **gate_options)
+        return make_moe_layer(gate, model, moe, layer=layer, seed=seed, groups=groups)
+
+    gpt = GPT(model, model.padded_vocab(vocab_size), make_ffn=make_ffn, recompute=recompute)
+    if not next(gpt.parameters()).is_meta:
+        gpt.init_weights(seed)
+    return gpt
+
+
+def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int,
+                   groups: Groups) -> MoELayer:
+    """This rank's part of one mixture layer."""
+    local, width = moe.num_experts // groups.ep_size, moe.moe_ffn_hidden_size or model.ffn_size
+    experts = GroupedExperts(
+        local, model.hidden_size, width, model.act, first=groups.ep_rank * local, seed=seed, layer=layer,
+        init_std=model.init_method_std, output_std=expert_output_std(model.init_method_std, model.num_layers))
+    shared = MLP(model.hidden_size, moe.moe_shared_experts * width, model.act) if moe.moe_shared_experts else None
+    return MoELayer(
+        gate, experts, moe.num_experts, shared=shared, train_capacity_factor=moe.moe_train_capacity_factor,
+        eval_capacity_factor=moe.moe_eval_capacity_factor, min_capacity=moe.moe_min_capacity,
+        ep_group=groups.ep_group)

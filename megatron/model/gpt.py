@@ -1,0 +1,203 @@
+"""The decoder-only transformer: embeddings, blocks, final norm, output layer and loss.
+
+Letters: B batch, S sequence, D hidden, V vocabulary (padded), N tokens of a batch (B x S).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config.schema import ModelConfig, require
+from megatron.model.attention import document_mask
+from megatron.model.block import Block
+from megatron.model.norm import build_norm
+from megatron.model.rotary import Rotary
+from megatron.moe.routing import FFNContext
+
+
+
+class GPTOutput(NamedTuple):
+    """What a forward pass returns. Losses are 0-d fp32; without labels there are logits instead.
+
+    A tuple, because ZeRO 3's hooks find the tensors of a module's output in tuples, lists and dicts only.
+    """
+
+    loss: Tensor | None
+    """lm_loss + aux_loss"""
+    lm_loss: Tensor | None
+    """mean cross-entropy over the tokens of the loss mask; 0 if it holds none"""
+    aux_loss: Tensor
+    """mean over the mixture layers; 0 without any"""
+    logits: Tensor | None
+    """[B, S, V] in the compute dtype"""
+
+
+class TokenEmbedding(nn.Embedding):
+    """The vocabulary's table, which also serves as the output layer when the two are tied."""
+
+    def forward(self, x: Tensor, as_output: bool = False) -> Tensor:
+        """Ids [...] -> rows [..., D]; as the output layer, hidden states [..., D] -> logits [..., V].
+
+        Both go through this module's call, not through its bare weight: ZeRO 3 gathers a sharded weight when the
+        module that owns it is called, forward and backward.
+        """
+        return F.linear(x, self.weight) if as_output else super().forward(x)
+
+
+class GPT(nn.Module):
+    """A transformer whose feed-forward layers come from outside, so that it knows no gates.
+
+    Args:
+        vocab_size: V, padded already.
+        make_ffn: the feed-forward layer of block `i` (from 0), `(x_BSD, FFNContext) -> FFNOutput`.
+        recompute: in training, keep only block inputs and run blocks again in the backward pass.
+    """
+
+    def __init__(self, model: ModelConfig, vocab_size: int, *, make_ffn: Callable[[int], nn.Module],
+                 recompute: bool = False):
+        super().__init__()
+        self.config, self.vocab_size, self.recompute = model, vocab_size, recompute
+        self.embed_tokens = TokenEmbedding(vocab_size, model.hidden_size)
+        self.embed_positions = self.rotary = None
+        if model.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(model.max_positions, model.hidden_size)
+        else:
+            self.rotary = Rotary(model.head_size, model.max_positions, model.rotary_base)
+        self.layers = nn.ModuleList(Block(model, make_ffn(i)) for i in range(model.num_layers))
+        self.norm = build_norm(model)
+        if model.untie_embeddings_and_output_weights:
+            self.lm_head = nn.Linear(model.hidden_size, vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, loss_mask_BS: Tensor | None = None,
+                position_ids_BS: Tensor | None = None, segments_BS: Tensor | None = None,
+                progress: float = 0.0) -> GPTOutput:
+        """Predict the token after each position.
+
+        Args:
+            tokens_BS: int64 ids.
+            labels_BS: the tokens to predict; None: return logits and no loss.
+            loss_mask_BS: weight of each token in the mean; None: all 1.
+            position_ids_BS: int64; None: 0 .. S - 1.
+            segments_BS: number of each token's document, which attention does not leave; None: one document.
+            progress: share of the training that is done, for gates that change over time.
+        Raises:
+            ValueError: the sequence is longer than the model's largest position.
+        """
+        length, limit = tokens_BS.shape[1], self.config.max_positions
+        require(length <= limit, "sequence length", length, f"1 to {limit} positions",
+                "Cut the sequence or train with a larger --max-position-embeddings.")
+        h_BSD = self._embed(tokens_BS, position_ids_BS)
+        rotation = self.rotary(length, position_ids_BS) if self.rotary is not None else None
+        mask_B1SS = None if segments_BS is None else document_mask(segments_BS)
+        carry, aux_losses = None, []
+        for block in self.layers:
+            h_BSD, aux_loss, new_carry = self._run(block, h_BSD, rotation, mask_B1SS,
+                                                   FFNContext(tokens_BS, carry, progress))
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+                carry = new_carry
+        aux_loss = torch.stack(aux_losses).mean() if aux_losses else h_BSD.new_zeros((), dtype=torch.float32)
+        logits_BSV = self._output(self.norm(h_BSD))
+        if labels_BS is None:
+            return GPTOutput(None, None, aux_loss, logits_BSV)
+        lm_loss = _masked_mean(CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_BS.flatten()), loss_mask_BS)
+        return GPTOutput(lm_loss + aux_loss, lm_loss, aux_loss, None)
+
+    def _output(self, h_BSD: Tensor) -> Tensor:
+        if self.config.untie_embeddings_and_output_weights:
+            return self.lm_head(h_BSD)
+        return self.embed_tokens(h_BSD, as_output=True)
+
+    def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
+        h_BSD = self.embed_tokens(tokens_BS)
+        if self.embed_positions is not None:
+            if position_ids_BS is None:
+                position_ids_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+            h_BSD = h_BSD + self.embed_positions(position_ids_BS)
+        return F.dropout(h_BSD, self.config.hidden_dropout, self.training)
+
+    def _run(self, block: Block, *args) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw the initial weights: N(0, init_method_std), output projections divided by sqrt(2 x layers).
+
+        Each parameter has its own generator, seeded by (seed, its name), so that a weight depends neither on the
+        other modules nor on how experts are sharded. What lies under a module with `initialises_itself` is left alone.
+        """
+        std, output_std = self.config.init_method_std, self.config.init_method_std / math.sqrt(2 * len(self.layers))
+        for name, module in _uninitialised(self):
+            if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.reset_parameters()
+                continue
+            for key, parameter in module.named_parameters(recurse=False):
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}.{name}.{key}".encode()))
+                scaled = name.endswith(("o_proj", "down_proj"))
+                values = torch.empty(parameter.shape).normal_(0, output_std if scaled else std, generator=generator)
+                parameter.copy_(values)
+
+
+def _uninitialised(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if getattr(module, "initialises_itself", False):
+        return
+    yield prefix, module
+    for name, child in module.named_children():
+        yield from _uninitialised(child, f"{prefix}.{name}" if prefix else name)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each row in fp32, from logits in the compute dtype, a few rows at a time.
+
+    What stays alive between forward and backward is the logits in the compute dtype, once; the softmax is computed
+    again from them. Against F.cross_entropy(logits.float()), output layer included (V 50304, bf16, one CPU core), this
+    took 0.64 of the time and 0.53 of the extra memory at N 2048, D 256, and 0.82 and 0.36 at N 1024, D 1024.
+    """
+
+    @staticmethod
+    def rows(logits_NV: Tensor) -> int:
+        """Rows at a time: what stays in a CPU's cache (16 and 64 are equally fast, 256 no faster than all at once);
+        elsewhere enough to launch few kernels."""
+        return 64 if logits_NV.device.type == "cpu" else 1024
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+        """Args: labels_N: int64 in [0, V). Returns: [N], fp32 (fp64 for fp64 logits)."""
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        log_total_N = torch.cat([rows.to(wide).logsumexp(-1) for rows in logits_NV.split(CrossEntropy.rows(logits_NV))])
+        ctx.save_for_backward(logits_NV, labels_N, log_total_N)
+        return log_total_N - logits_NV.gather(1, labels_N[:, None]).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        """d loss / d logits = (softmax - one-hot) * grad."""
+        logits_NV, labels_N, log_total_N = ctx.saved_tensors
+        grad_NV, size = torch.empty_like(logits_NV), CrossEntropy.rows(logits_NV)
+        for out_nV, in_nV, label_n, log_total_n, grad_n in zip(
+                *(t.split(size) for t in (grad_NV, logits_NV, labels_N, log_total_N, grad_N))):
+            probability_nV = (in_nV.to(log_total_n.dtype) - log_total_n[:, None]).exp_()
+            probability_nV.scatter_add_(1, label_n[:, None], -torch.ones_like(log_total_n)[:, None])
+            out_nV.copy_(probability_nV.mul_(grad_n[:, None]))
+        return grad_NV, None
+
+
+def _masked_mean(loss_N: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
+    """Mean over the mask's tokens; 0 when there are none."""
+    if loss_mask_BS is None:
+        return loss_N.mean()
+    mask_N = loss_mask_BS.flatten().to(loss_N.dtype)
+    total = mask_N.sum()
+    return (loss_N * mask_N).sum() / torch.where(total > 0, total, torch.ones_like(total))

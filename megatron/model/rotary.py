@@ -1,0 +1,61 @@
+"""Rotary position embeddings (Su et al. 2021), in the rotate-half layout of Hugging Face's Llama.
+
+Letters: B batch, S sequence, H heads, K head width, P largest position + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's angles, fp32 [B or 1, 1, S, K]; the 1 stands for all heads."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def apply(self, x_BHSK: Tensor) -> Tensor:
+        """Rotate queries or keys [B, H, S, K] in fp32 (fp64 stays fp64); the result has the input's dtype."""
+        first, second = x_BHSK.chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+        return (x_BHSK * self.cos + turned * self.sin).to(x_BHSK.dtype)
+
+
+class Rotary(nn.Module):
+    """Table of rotations. The angle of pair i at position p is p * base^(-2i / K).
+
+    Args:
+        head_size: K, even.
+        max_positions: P.
+    """
+
+    cos_PK: Tensor
+    sin_PK: Tensor
+
+    def __init__(self, head_size: int, max_positions: int, base: float = 10000.0):
+        super().__init__()
+        self.head_size, self.max_positions, self.base = head_size, max_positions, base
+        self._build(torch.get_default_device())
+
+    def _build(self, device: torch.device) -> None:
+        exponent_k = torch.arange(0, self.head_size, 2, device=device).float() / self.head_size
+        position_P = torch.arange(self.max_positions, device=device).float()
+        angle_PK = torch.outer(position_P, self.base ** -exponent_k).repeat(1, 2)
+        self.register_buffer("cos_PK", angle_PK.cos(), persistent=False)
+        self.register_buffer("sin_PK", angle_PK.sin(), persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Rotary:
+        # .bfloat16() would round the table and .to_empty() leave it uninitialised: move it, then compute it again.
+        super()._apply(fn, recurse)
+        self._build(self.cos_PK.device)
+        return self
+
+    def forward(self, length: int, position_ids_BS: Tensor | None = None) -> Rotation:
+        """Rotations of positions 0 .. length - 1, or of the given ones (int64, below P)."""
+        if position_ids_BS is None:
+            return Rotation(self.cos_PK[None, None, :length], self.sin_PK[None, None, :length])
+        return Rotation(self.cos_PK[position_ids_BS].unsqueeze(1), self.sin_PK[position_ids_BS].unsqueeze(1))

@@ -1,0 +1,113 @@
+"""Wiring of a training run: parse -> groups -> tokenizer -> data -> model -> engine -> loop. No logic of its own."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron import log
+from megatron.config import cli
+from megatron.config.schema import RunConfig
+from megatron.moe import gates
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the flags say. Returns the exit code: 0, or 2 after one clear line for a mistake in what was set."""
+    log.setup()
+    try:
+        train(cli.parse(sys.argv[1:] if argv is None else argv, gates.config_of, gates.available))
+    except (ValueError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        log.report_error(error)
+        return 2
+    return 0
+
+
+def train(config: RunConfig) -> None:
+    """Run the whole training that `config` describes, on the ranks the launcher started."""
+    log.quiet_deepspeed()
+    from megatron.data.tokenizer import build_tokenizer
+    from megatron.model.build import build_model
+    from megatron.model.size import count, table
+    from megatron.parallel import groups as parallel
+    from megatron.parallel import rng
+    from megatron.training import checkpoint
+    from megatron.training.loop import Plan, Trainer, announce
+    from megatron.training.schedule import Schedule
+    from megatron.training.sinks import build_sinks
+
+    tokenizer = build_tokenizer(config.tokenizer)
+    groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    t, seq_length = config.train, config.model.seq_length
+    global_batch = t.global_batch(groups.world_size)
+    plan = Plan(t.iterations(seq_length, groups.world_size), global_batch,
+                global_batch // (t.micro_batch_size * groups.world_size), seq_length)
+    schedule = Schedule(config.optimizer, iterations=plan.iterations, tokens_per_iteration=global_batch * seq_length)
+    vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+    record = checkpoint.Record.of(config, groups, tokenizer)
+    if t.load:
+        checkpoint.check_same_run(checkpoint.read_record(t.load), record, t.load)
+    splits = _build_splits(config, plan, tokenizer, groups)
+
+    model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size, seed=t.seed,
+                        groups=groups, recompute=t.recompute_activations)
+    gate = gates.gate_class(config.moe.gate)
+    per_token = gate.experts_per_token(gate.Config(**config.gate_options), max(1, config.moe.num_experts))
+    log.get_logger().info("%s", table(count(model, per_token)))
+    from megatron.training.engine import Engine  # imports DeepSpeed: only after `groups` prepared its environment
+
+    engine = Engine(model, config.optimizer, t, groups)
+    rng.seed_rank(t.seed, groups.rank)
+    progress = checkpoint.load(t.load, engine, record, groups) if t.load else checkpoint.Progress()
+    announce(plan, groups, config.optimizer.precision, progress)
+
+    loader = partial(_loader, config, plan, groups, tokenizer, vocab_size)
+    sinks = build_sinks(t, groups.rank, plan.iterations)
+    try:
+        Trainer(
+            engine, t, plan, schedule, groups,
+            loader(splits["train"], consumed_samples=progress.consumed_samples),
+            {name: partial(loader, splits[name], consumed_samples=0, evaluation=True)
+             for name in ("valid", "test") if splits[name] is not None},
+            sinks, record, progress,
+        ).run()
+    finally:
+        sinks.close()
+    parallel.shutdown()
+
+
+def _build_splits(config: RunConfig, plan, tokenizer, groups):
+    """Open the data; the first rank of each node builds the sample indices, the others find them cached."""
+    from megatron.data.blend import build_splits
+
+    eval_samples = config.train.eval_iters * plan.global_batch
+    build = partial(
+        build_splits, config.data, seq_length=plan.seq_length, train_samples=plan.iterations * plan.global_batch,
+        valid_samples=eval_samples, test_samples=eval_samples, seed=config.train.seed, tokenizer=tokenizer)
+    if groups.world_size == 1:
+        return build()
+    splits = build() if groups.local_rank == 0 else None
+    dist.barrier()
+    return splits or build()
+
+
+def _loader(config: RunConfig, plan, groups, tokenizer, vocab_size: int, dataset, *, consumed_samples: int,
+            evaluation: bool = False):
+    """Micro-batches of this rank from one split."""
+    from megatron.data.loader import BatchLoader
+
+    return BatchLoader(
+        dataset, micro_batch_size=config.train.micro_batch_size, global_batch_size=plan.global_batch,
+        rank=groups.rank, world_size=groups.world_size, consumed_samples=consumed_samples, data=config.data,
+        eod=tokenizer.eod, vocab_size=vocab_size)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised the error itself: then the message is written for the user, without a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(__file__).parent in Path(frames[-1].filename).parents

@@ -1,0 +1,103 @@
+"""The training engine: DeepSpeed behind the few verbs the loop needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
+
+from megatron.config.deepspeed import deepspeed_config
+from megatron.config.schema import OptimizerConfig, TrainConfig
+from megatron.data.loader import Batch
+from megatron.log import get_logger
+from megatron.model.block import Block
+from megatron.moe.deepspeed import attach, parameter_groups
+from megatron.parallel.groups import Groups
+
+
+class Engine:
+    """One model under DeepSpeed: forward and backward over micro-batches, one optimizer step, state in and out.
+
+    Args:
+        model: a finished fp32 model on the CPU; it is moved and cast.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, train: TrainConfig, groups: Groups):
+        self.groups = groups
+        keep_gate_fp32 = optimizer.zero_stage < 3
+        if optimizer.precision != "fp32":
+            get_logger().info("router weights are stored in %s", "fp32" if keep_gate_fp32 else
+                              f"{optimizer.precision} with an fp32 master copy: ZeRO 3 partitions one dtype only")
+        if optimizer.zero_stage == 3:
+            # ZeRO 3's hooks see tensors in tuples only, and a gate uses its router's weight without calling the
+            # router: gather a block at once instead of module by module.
+            set_z3_leaf_modules(model, [Block])
+        attach(model, groups, keep_gate_fp32=keep_gate_fp32)
+        adamw = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr,
+                                  betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps,
+                                  fused=True)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=adamw, config=deepspeed_config(optimizer, train, groups.world_size),
+            dist_init_required=False)
+        self._adamw = adamw
+
+    @property
+    def model(self) -> nn.Module:
+        return self.deepspeed.module
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were skipped because a gradient overflowed."""
+        return self.deepspeed.skipped_steps
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping, experts included."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def step(self, batches: Iterable[Batch], lr: float, progress: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step over its micro-batches.
+
+        Returns:
+            (language-model loss, auxiliary loss): 0-d fp32 means over this rank's micro-batches.
+        """
+        self.deepspeed.train()
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        lm_losses, aux_losses = [], []
+        for batch in batches:
+            out = self.deepspeed(**model_inputs(batch, self.groups), progress=progress)
+            self.deepspeed.backward(out.loss)
+            self.deepspeed.step()
+            lm_losses.append(out.lm_loss.detach())
+            aux_losses.append(out.aux_loss.detach())
+        return torch.stack(lm_losses).mean(), torch.stack(aux_losses).mean()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], progress: float) -> Tensor:
+        """Mean language-model loss over this rank's micro-batches, without dropout; 0-d fp32."""
+        self.deepspeed.eval()
+        losses = [self.deepspeed(**model_inputs(b, self.groups), progress=progress).lm_loss for b in batches]
+        self.deepspeed.train()
+        return torch.stack(losses).mean()
+
+    def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
+        """Write DeepSpeed's files of checkpoint `tag`; `latest` is the caller's to move."""
+        self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, save_latest=False)
+
+    def load(self, folder: str, tag: str, *, weights_only: bool = False) -> dict[str, Any]:
+        """Read checkpoint `tag` and return the state that `save` was given."""
+        path, state = self.deepspeed.load_checkpoint(folder, tag=tag, load_module_only=weights_only)
+        if path is None:
+            raise ValueError(f"DeepSpeed could not read checkpoint {tag} in {folder}; see its messages above")
+        return state
+
+
+def model_inputs(batch: Batch, groups: Groups) -> dict[str, Tensor | None]:
+    """A micro-batch on this rank's device, as the model's keyword arguments."""
+    batch = batch.to(groups.device)
+    return {"tokens_BS": batch.tokens_BS, "labels_BS": batch.labels_BS, "loss_mask_BS": batch.loss_mask_BS,
+            "position_ids_BS": batch.position_ids_BS, "segments_BS": batch.segments_BS}

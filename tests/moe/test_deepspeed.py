@@ -1,0 +1,143 @@
+"""The DeepSpeed adapter: the same training as plain torch on one rank, whatever the stage and the sharding."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from megatron.moe import gates
+from megatron.parallel.groups import Groups
+
+MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, activation="swiglu",
+                    ffn_hidden_size=24, init_method_std=0.3)
+# A large epsilon keeps Adam smooth: with a tiny one a gradient of rounding size moves a weight by the full rate.
+OPTIMIZER = dict(lr=0.02, adam_eps=1e-2, clip_grad=0.5, weight_decay=0.1)
+STEPS, VOCAB = 3, 64
+
+
+def build(gate, groups, activation="swiglu", shared=1):
+    from dataclasses import replace
+
+    from megatron.model.build import build_model
+
+    moe = MoEConfig(num_experts=4, gate=gate, moe_ffn_hidden_size=8, moe_shared_experts=shared,
+                    moe_expert_parallel_size=groups.ep_size)
+    return build_model(replace(MODEL, activation=activation), moe, {}, vocab_size=VOCAB, seed=7, groups=groups)
+
+
+def micro_batches(step):
+    """The two micro-batches of a step: one each for two ranks, both for one rank."""
+    from megatron.data.loader import Batch
+
+    g = torch.Generator().manual_seed(step)
+    for _ in range(2):
+        ids = torch.randint(0, VOCAB, (2, 9), generator=g)
+        yield Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 8), None, None)
+
+
+def plain(gate, activation="swiglu"):
+    """One process, torch alone: losses, gradient norms before clipping, final weights."""
+    from megatron.moe.deepspeed import parameter_groups
+
+    model = build(gate, Groups(), activation)
+    adamw = torch.optim.AdamW(parameter_groups(model, OPTIMIZER["weight_decay"]), lr=OPTIMIZER["lr"],
+                              betas=(0.9, 0.95), eps=OPTIMIZER["adam_eps"])
+    losses, norms = [], []
+    for step in range(STEPS):
+        total = 0.0
+        for b in micro_batches(step):
+            out = model(b.tokens_BS, b.labels_BS, b.loss_mask_BS)
+            (out.loss / 2).backward()
+            total += out.lm_loss.item() / 2
+        losses.append(total)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"])))
+        adamw.step()
+        adamw.zero_grad()
+    return losses, norms, {n: p.detach() for n, p in model.named_parameters()}
+
+
+def _train(gate, stage, precision="fp32", activation="swiglu"):
+    """In a rank: the same training under DeepSpeed with the experts sharded over all ranks."""
+    from megatron.parallel import groups as parallel
+    from megatron.training.engine import Engine
+
+    import os
+
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    groups = parallel.init(dist.get_world_size())
+    model = build(gate, groups, activation)
+    optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", **OPTIMIZER)
+    engine = Engine(model, optimizer, TrainConfig(micro_batch_size=2, global_batch_size=4), groups)
+    losses, norms = [], []
+    for step in range(STEPS):
+        mine = list(micro_batches(step))
+        if groups.world_size == 2:
+            mine = mine[groups.rank:groups.rank + 1]
+        loss, _ = engine.step(mine, OPTIMIZER["lr"], 0.0)
+        losses.append(parallel.all_reduce_mean(float(loss), groups))
+        norms.append(engine.grad_norm())
+    weights = {}
+    for name, p in engine.model.named_parameters():
+        full = p.detach()
+        if stage == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([p]):
+                full = p.detach().clone()
+        weights[name] = full.clone()
+    return losses, norms, weights
+
+
+@pytest.mark.parametrize("gate", gates.available())
+@pytest.mark.parametrize("world, stage", [(1, 1), (2, 1), (2, 2), (2, 3)])
+def test_clipped_update_equals_plain_torch(gate, world, stage, request):
+    """Losses, gradient norms and every weight after three clipped steps, by name."""
+    losses, norms, weights = plain(gate)
+    answers = request.getfixturevalue(f"ranks{world}").run(_train, gate, stage)
+    assert norms[0] > OPTIMIZER["clip_grad"], "clipping must be at work"
+    for got_losses, got_norms, _ in answers:
+        assert got_losses == pytest.approx(losses, abs=1e-5)
+        assert got_norms == pytest.approx(norms, rel=1e-4)
+    for name, expected in weights.items():
+        parts = [a[2][name] for a in answers]
+        got = torch.cat(parts) if ".experts." in name else parts[0]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        if ".experts." not in name:
+            assert all(torch.equal(p, parts[0]) for p in parts), f"{name} differs between ranks"
+
+
+def test_two_matrix_experts_train_too(ranks2):
+    """gelu experts have no w3; DeepSpeed's bookkeeping wants one, which must change nothing."""
+    losses, norms, weights = plain("topk", "gelu")
+    answers = ranks2.run(_train, "topk", 1, "fp32", "gelu")
+    assert answers[0][0] == pytest.approx(losses, abs=1e-5) and answers[0][1] == pytest.approx(norms, rel=1e-4)
+    for name, expected in weights.items():
+        if name.endswith("w1"):
+            torch.testing.assert_close(torch.cat([a[2][name] for a in answers]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_the_router_in_fp32_where_zero_allows(stage, ranks2):
+    losses, _, _ = plain("threshold")
+    for got, _, weights in ranks2.run(_train, "threshold", stage, "bf16"):
+        assert got == pytest.approx(losses, abs=0.1)
+        gate = weights["layers.0.mlp.gate.router.weight"]
+        assert gate.dtype == (torch.bfloat16 if stage == 3 else torch.float32)
+        assert weights["layers.0.mlp.experts.w1"].dtype == torch.bfloat16
+        if stage < 3:
+            assert not torch.equal(gate, gate.bfloat16().float()), "fp32 in name only"
+
+
+def test_parameter_groups_by_name():
+    from megatron.moe.deepspeed import attach, parameter_groups
+
+    model = build("topk", Groups())
+    attach(model, Groups())
+    names = {id(p): n for n, p in model.named_parameters()}
+    got = {g["name"]: ({names[id(p)] for p in g["params"]}, g["weight_decay"]) for g in parameter_groups(model, 0.1)}
+    assert set(got) == {"matrices", "vectors", "gates", "ep_size_1"}
+    assert got["gates"] == ({f"layers.{i}.mlp.gate.router.weight" for i in range(2)}, 0.0)
+    assert got["ep_size_1"][1] == 0.1 and all(".experts." in n for n in got["ep_size_1"][0])
+    assert got["vectors"][1] == 0.0 and "embed_tokens.weight" in got["vectors"][0]
+    assert {n for n in got["vectors"][0] if "norm" in n} and not {n for n in got["matrices"][0] if "norm" in n}
+    assert set().union(*(g[0] for g in got.values())) == set(names.values())

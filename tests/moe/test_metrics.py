@@ -1,0 +1,101 @@
+"""Counters and their reduction against sums done by hand; post_step's loads."""
+
+import pytest
+import torch
+from spawn import groups_for
+from torch import nn
+
+from megatron.moe import gates
+from megatron.moe.experts import GroupedExperts
+from megatron.moe.layer import MoELayer
+from megatron.moe.metrics import MoEMetrics
+from megatron.moe.routing import Routing
+from megatron.parallel.groups import Groups
+
+
+class Scripted(gates.Gate):
+    """Answers what it is told: a list of experts per token."""
+
+    def __init__(self, choices):
+        super().__init__(None, gates.Place(4, 3))
+        self.choices, self.steps = choices, []
+
+    def forward(self, inp):
+        pairs = [(t, e) for t, experts in enumerate(self.choices) for e in experts]
+        token, expert = (torch.tensor(v, dtype=torch.int64) for v in zip(*pairs, strict=True))
+        weight = torch.linspace(1, 0.1, len(pairs))
+        return Routing(token, expert, weight, torch.tensor(0.25), stats={"marker": torch.tensor(2.0)})
+
+    def post_step(self, load_E, num_tokens):
+        self.steps.append((load_E.tolist(), float(num_tokens)))
+
+
+def make(choices, factor=0.0):
+    return MoELayer(Scripted(choices), GroupedExperts(3, 4, 4, "gelu"), 3, train_capacity_factor=factor,
+                    min_capacity=1)
+
+
+def test_values_by_hand():
+    """Tokens want 2, 1, 1, 2 experts; capacity 2 (4 tokens / 3 experts * 1.5) drops one row of expert 0."""
+    layer = make([[0, 1], [0], [0], [1, 2]], factor=1.5)
+    metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    x = torch.randn(1, 4, 4)
+    for _ in range(3):  # more forwards change no mean
+        layer(x)
+    got = metrics.read()
+    assert got["experts_per_token_wanted"] == pytest.approx(6 / 4)
+    assert got["experts_per_token_kept"] == pytest.approx(5 / 4)
+    assert got["drop_fraction"] == pytest.approx(1 / 6)
+    assert got["lost_token_fraction"] == pytest.approx(1 / 4)
+    assert got["load_imbalance_max_over_mean"] == pytest.approx(2 / (5 / 3))
+    assert got["moe_aux_loss"] == pytest.approx(0.25)
+    assert got["marker"] == pytest.approx(2.0)
+    assert got["experts_per_token_kept_by_layer"] == pytest.approx([5 / 4])
+    assert got["kept_experts_histogram"] == pytest.approx([1 / 4, 1 / 4, 2 / 4, 0])
+    assert metrics.read() == {}, "a reading forgets"
+
+
+def test_training_and_evaluation_are_counted_apart():
+    layer = make([[0], [1]])
+    metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    layer(torch.randn(1, 2, 4))
+    layer.eval()
+    layer.gate.choices = [[0, 1, 2], [1]]
+    layer(torch.randn(1, 2, 4))
+    assert metrics.read(training=True)["experts_per_token_kept"] == 1
+    assert metrics.read(training=False)["experts_per_token_kept"] == 2
+
+
+def test_layers_without_forwards_or_no_layers_give_nothing():
+    assert MoEMetrics(nn.Linear(1, 1), Groups()).read() == {}
+    assert MoEMetrics(nn.ModuleList([make([[0]])]), Groups()).read() == {}
+
+
+def test_post_step_gets_each_steps_load_once_whatever_is_logged_between():
+    layer = make([[0, 1], [0]])
+    metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    x = torch.randn(1, 2, 4)
+    layer(x)
+    metrics.after_step()
+    layer(x), layer(x)  # two micro-batches
+    metrics.after_step()
+    metrics.read()
+    layer(x)
+    metrics.after_step()
+    assert layer.gate.steps == [([2, 1, 0], 2), ([4, 2, 0], 4), ([2, 1, 0], 2)]
+
+
+def _reduced():
+    groups = groups_for(1)
+    layer = make([[0], [1]] if groups.rank == 0 else [[0, 1, 2], [0]])
+    metrics = MoEMetrics(nn.ModuleList([layer]), groups)
+    layer(torch.randn(1, 2, 4))
+    metrics.after_step()
+    return metrics.read(), layer.gate.steps
+
+
+def test_sums_over_ranks(ranks2):
+    for got, steps in ranks2.run(_reduced):
+        assert got["experts_per_token_kept"] == pytest.approx(6 / 4)
+        assert got["load_imbalance_max_over_mean"] == pytest.approx(3 / 2)
+        assert steps == [([3, 2, 1], 4)]

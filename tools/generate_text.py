@@ -1,0 +1,71 @@
+"""Continues prompts with a trained checkpoint: `deepspeed --num_gpus 2 tools/generate_text.py --load runs/x/checkpoints`.
+
+Experts are sharded over the ranks of the run that wrote the checkpoint, so as many ranks must be started here. Each
+continuation is printed as one line, `> prompt|continuation`, with newlines shown as \\n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, help="folder given to --save of the training run")
+    parser.add_argument("--prompt", nargs="+", default=["def "], help="one or more beginnings")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="tokens to add to each (default 32)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default 0.7)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="sample from this much probability mass (default 0.9)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from this many tokens; 0: all (default)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron import log
+    from megatron.data.tokenizer import build_tokenizer
+    from megatron.model.build import build_model
+    from megatron.model.generate import generate
+    from megatron.parallel import groups as parallel
+    from megatron.training import checkpoint
+
+    log.quiet_deepspeed()
+    config = checkpoint.read_record(args.load).config
+    groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    tokenizer = build_tokenizer(config.tokenizer)
+    vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+    model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size, seed=config.train.seed,
+                        groups=groups)
+    from megatron.training.engine import Engine
+
+    engine = Engine(model, config.optimizer, config.train, groups)
+    checkpoint.load(args.load, engine, checkpoint.Record.of(config, groups, tokenizer), groups)
+    prompts = [tokenizer.encode(p).tolist() for p in args.prompt]
+    outputs = generate(engine.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                       top_p=args.top_p, top_k=args.top_k, eod=tokenizer.eod, seed=args.seed,
+                       vocab_size=tokenizer.vocab_size)
+    if groups.is_first:
+        for prompt, start, ids in zip(args.prompt, prompts, outputs, strict=True):
+            print(f"> {prompt}|{tokenizer.decode(ids[len(start):])}".replace("\n", "\\n"), flush=True)
+    parallel.shutdown()
+
+
+def main() -> int:
+    from megatron import log
+
+    log.setup()
+    try:
+        run(parse())
+    except (ValueError, OSError) as error:
+        log.report_error(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
