@@ -9,14 +9,20 @@ import logging
 import os
 import sys
 import time
+from typing import TextIO
 
 
 class RankHandler(logging.StreamHandler):
     """Writes to stdout, flushed line by line, in the form of this process's rank."""
 
     def __init__(self, rank: int):
-        super().__init__(sys.stdout)
+        logging.Handler.__init__(self)  # not StreamHandler's, which would keep the stream
         self.setFormatter(RankFormatter(rank))
+
+    @property
+    def stream(self) -> TextIO:
+        """The stdout of this moment: programs and tests redirect it."""
+        return sys.stdout
 
 
 class RankFormatter(logging.Formatter):

@@ -25,12 +25,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         log.report_error(error)
         return 2
+    from megatron.parallel.groups import shutdown
+
+    shutdown()
     return 0
 
 
 def train(config: RunConfig) -> None:
     """Run the whole training that `config` describes, on the ranks the launcher started."""
-    log.quiet_deepspeed()
     from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model
     from megatron.model.size import count, table
@@ -78,7 +80,6 @@ def train(config: RunConfig) -> None:
         ).run()
     finally:
         sinks.close()
-    parallel.shutdown()
 
 
 def _build_splits(config: RunConfig, plan, tokenizer, groups):

@@ -1,4 +1,4 @@
-"""Continues prompts with a trained checkpoint: `deepspeed --num_gpus 2 tools/generate_text.py --load runs/x/checkpoints`.
+"""Continues prompts with a checkpoint: `deepspeed --num_gpus 2 tools/generate_text.py --load runs/x/checkpoints`.
 
 Experts are sharded over the ranks of the run that wrote the checkpoint, so as many ranks must be started here. Each
 continuation is printed as one line, `> prompt|continuation`, with newlines shown as \\n.
@@ -27,14 +27,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron import log
     from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model
     from megatron.model.generate import generate
     from megatron.parallel import groups as parallel
     from megatron.training import checkpoint
 
-    log.quiet_deepspeed()
     config = checkpoint.read_record(args.load).config
     groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
     tokenizer = build_tokenizer(config.tokenizer)

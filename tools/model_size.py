@@ -1,4 +1,4 @@
-"""Prints the size of a model (total, active per token, per part) from the flags of pretrain_gpt.py, building nothing."""
+"""Prints the size of a model (total, active per token, per part) from pretrain_gpt.py's flags, building nothing."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def require(ok: bool, what: str, value: Any, allowed: str, advice: str = "") -> 
 def require_choices(config: Any) -> None:
     """Raise ValueError for a field whose value is not among its choices."""
     for f in dataclasses.fields(config):
-        choices, value = f.metadata.get("choices"), getattr(config, f.name)
-        require(not choices or value in choices, f"--{f.name.replace('_', '-')}", value, " ".join(map(str, choices or ())))
+        choices, value = f.metadata.get("choices") or (), getattr(config, f.name)
+        require(not choices or value in choices, f"--{f.name.replace('_', '-')}", value, " ".join(map(str, choices)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Letters: B batch, S sequence, D hidden, H query heads, G key/value heads, K head
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,6 @@ from megatron.model.block import Block
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary
 from megatron.moe.routing import FFNContext
-
 
 
 class GPTOutput(NamedTuple):
@@ -126,7 +124,7 @@ class GPT(nn.Module):
             h_BSD = h_BSD + self.embed_positions(position_ids_BS)
         return F.dropout(h_BSD, self.config.hidden_dropout, self.training)
 
-    def _run(self, block: Block, *args) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _run(self, block: Block, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

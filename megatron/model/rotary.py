@@ -39,9 +39,9 @@ class Rotary(nn.Module):
     def __init__(self, head_size: int, max_positions: int, base: float = 10000.0):
         super().__init__()
         self.head_size, self.max_positions, self.base = head_size, max_positions, base
-        self._build(torch.get_default_device())
+        self._build()
 
-    def _build(self, device: torch.device) -> None:
+    def _build(self, device: torch.device | None = None) -> None:
         exponent_k = torch.arange(0, self.head_size, 2, device=device).float() / self.head_size
         position_P = torch.arange(self.max_positions, device=device).float()
         angle_PK = torch.outer(position_P, self.base ** -exponent_k).repeat(1, 2)

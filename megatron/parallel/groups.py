@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron import log
 from megatron.config.schema import require
 
 
@@ -70,6 +71,7 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     import deepspeed
     from deepspeed.utils import groups as ds_groups
 
+    log.quiet_deepspeed()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes),

@@ -11,7 +11,7 @@ from megatron.parallel.groups import Groups
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, activation="swiglu",
                     ffn_hidden_size=24, init_method_std=0.3)
 # A large epsilon keeps Adam smooth: with a tiny one a gradient of rounding size moves a weight by the full rate.
-OPTIMIZER = dict(lr=0.02, adam_eps=1e-2, clip_grad=0.5, weight_decay=0.1)
+OPTIMIZER = {"lr": 0.02, "adam_eps": 1e-2, "clip_grad": 0.5, "weight_decay": 0.1}
 STEPS, VOCAB = 3, 64
 
 
@@ -58,10 +58,10 @@ def plain(gate, activation="swiglu"):
 
 def _train(gate, stage, precision="fp32", activation="swiglu"):
     """In a rank: the same training under DeepSpeed with the experts sharded over all ranks."""
+    import os
+
     from megatron.parallel import groups as parallel
     from megatron.training.engine import Engine
-
-    import os
 
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
     groups = parallel.init(dist.get_world_size())

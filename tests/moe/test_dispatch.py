@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spawn import groups_for
 
 from megatron.moe.dispatch import Combine, Gather, Permute, capacity, make_plan, return_rows, send_rows
 from megatron.moe.routing import Routing
+from spawn import groups_for
 
 
 def make_routing(tokens, experts, weights=None, priority=None):

@@ -10,7 +10,8 @@ def dumb_activation(name, g, u):
     sigmoid = 1 / (1 + torch.exp(-g))
     gelu = g * 0.5 * (1 + torch.erf(g / 2**0.5))
     one = torch.ones_like(g) if u is None else u
-    return {"relu": g * (g > 0), "gelu": gelu, "silu": g * sigmoid, "swiglu": g * sigmoid * one, "geglu": gelu * one}[name]
+    return {"relu": g * (g > 0), "gelu": gelu, "silu": g * sigmoid, "swiglu": g * sigmoid * one,
+            "geglu": gelu * one}[name]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "swiglu", "geglu"])

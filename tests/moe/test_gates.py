@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from spawn import groups_for
 from torch import nn
 
 from megatron.config.schema import ModelConfig, MoEConfig
@@ -13,6 +12,7 @@ from megatron.moe import gates
 from megatron.moe.experts import activate
 from megatron.moe.routing import FFNContext, GateInput
 from megatron.parallel.groups import Groups
+from spawn import groups_for
 
 ALL = gates.available()
 D, E = 8, 4
@@ -46,7 +46,8 @@ def dumb_layer(layer, x_TD, routing):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("tokens, num_experts, scale", [(5, E, 1.0), (1, E, 1.0), (0, E, 1.0), (5, 1, 1.0), (13, E, 1e4)])
+@pytest.mark.parametrize("tokens, num_experts, scale",
+                         [(5, E, 1.0), (1, E, 1.0), (0, E, 1.0), (5, 1, 1.0), (13, E, 1e4)])
 def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale):
     """One token, none, one expert, k = E, logits of +-1e4: the answer keeps the contract and everything is finite."""
     cls = gates.gate_class(name)

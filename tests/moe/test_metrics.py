@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from spawn import groups_for
 from torch import nn
 
 from megatron.moe import gates
@@ -11,6 +10,7 @@ from megatron.moe.layer import MoELayer
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import Routing
 from megatron.parallel.groups import Groups
+from spawn import groups_for
 
 
 class Scripted(gates.Gate):

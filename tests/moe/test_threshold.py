@@ -37,7 +37,8 @@ def dumb(gate, x):
 
 
 def run(threshold, seed=0, experts=6, tokens=9, std=1.0, **options):
-    gate = create("threshold", hidden_size=8, num_experts=experts, seed=seed, init_std=std, threshold=threshold, **options)
+    gate = create("threshold", hidden_size=8, num_experts=experts, seed=seed, init_std=std, threshold=threshold,
+                  **options)
     x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
     return gate, x, gate(GateInput(x))
 
@@ -93,7 +94,8 @@ def test_capacity_keeps_better_ranks_first_then_higher_probability():
     gate, x, out = run(0.95, seed=4, tokens=30)
     kept, _, _ = dumb(gate, x)
     plan = make_plan(out, 30, 6, 0, limit=4)
-    survivors = {(t, e) for t, e in zip(out.token_A[plan.assignment_S].tolist(), out.expert_A[plan.assignment_S].tolist())}
+    kept_A = plan.assignment_S
+    survivors = set(zip(out.token_A[kept_A].tolist(), out.expert_A[kept_A].tolist()))
     for expert in range(6):
         mine = sorted((r, -p, t) for t, e, r, p in kept if e == expert)
         assert {t for t, e in survivors if e == expert} == {t for _, _, t in mine[:4]}

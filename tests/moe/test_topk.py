@@ -21,7 +21,8 @@ def dumb(gate, x):
         top = max(z)
         total = sum(math.exp(v - top) for v in z)
         lse += (top + math.log(total)) ** 2 / T
-        s = [math.exp(v - top) / total for v in z] if c.score_function == "softmax" else [1 / (1 + math.exp(-v)) for v in z]
+        softmax = c.score_function == "softmax"
+        s = [math.exp(v - top) / total if softmax else 1 / (1 + math.exp(-v)) for v in z]
         chosen = sorted(range(E), key=lambda e: -s[e])[: c.topk]
         norm = sum(s[e] for e in chosen) if c.norm_topk_prob else 1.0
         weights.append({e: c.routed_scaling_factor * s[e] / norm for e in chosen})

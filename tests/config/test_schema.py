@@ -1,0 +1,146 @@
+"""Every check of the schema, and the sizes it derives."""
+
+import dataclasses
+
+import pytest
+
+from megatron.config.schema import (
+    SECTIONS,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+    require,
+)
+
+REFUSED = [
+    (ModelConfig, {"num_layers": 0}, "--num-layers is 0; allowed: a positive integer"),
+    (ModelConfig, {"hidden_size": -1}, "--hidden-size is -1; allowed: a positive integer"),
+    (ModelConfig, {"num_attention_heads": 0}, "--num-attention-heads is 0; allowed: a positive integer"),
+    (ModelConfig, {"seq_length": 0}, "--seq-length is 0; allowed: a positive integer"),
+    (ModelConfig, {"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by is 0; allowed: a positive"),
+    (ModelConfig, {"activation": "tanh"}, "--activation is 'tanh'; allowed: gelu relu silu swiglu geglu"),
+    (ModelConfig, {"activation": "relu", "swiglu": True}, "--activation is 'relu'; allowed: only swiglu with --swiglu"),
+    (ModelConfig, {"position_embedding_type": "alibi"}, "--position-embedding-type is 'alibi'; allowed: rope learned"),
+    (ModelConfig, {"normalization": "rms"}, "--normalization is 'rms'; allowed: RMSNorm LayerNorm"),
+    (ModelConfig, {"num_query_groups": 3}, "--num-query-groups is 3; allowed: a divisor of the 4 heads"),
+    (ModelConfig, {"num_query_groups": -4}, "--num-query-groups is -4; allowed: a divisor of the 4 heads"),
+    (ModelConfig, {"hidden_size": 30}, "--num-attention-heads is 4; allowed: a divisor of the hidden size 30. Or set"),
+    (ModelConfig, {"kv_channels": 5}, "--kv-channels is 5; allowed: an even number with rotary positions"),
+    (ModelConfig, {"max_position_embeddings": 8}, "--max-position-embeddings is 8; allowed: at least the sequence"),
+    (ModelConfig, {"attention_dropout": 1.0}, "--attention-dropout is 1.0; allowed: 0 <= p < 1"),
+    (ModelConfig, {"hidden_dropout": -0.1}, "--hidden-dropout is -0.1; allowed: 0 <= p < 1"),
+    *[(MoEConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+      for name in ("num_experts", "moe_shared_experts", "moe_first_k_dense", "moe_train_capacity_factor",
+                   "moe_eval_capacity_factor", "moe_min_capacity", "moe_ffn_hidden_size")],
+    (MoEConfig, {"expert_interval": 0}, "--expert-interval is 0; allowed: a positive integer"),
+    (MoEConfig, {"moe_expert_parallel_size": 0}, "--moe-expert-parallel-size is 0; allowed: a positive integer"),
+    (MoEConfig, {"moe_expert_parallel_size": 2}, "--moe-expert-parallel-size is 2; allowed: 1 without experts. Set"),
+    (MoEConfig, {"num_experts": 6, "moe_expert_parallel_size": 4},
+     "--num-experts is 6; allowed: a multiple of --moe-expert-parallel-size, which is 4"),
+    (TokenizerConfig, {"tokenizer_type": "BPE"}, "--tokenizer-type is 'BPE'; allowed: GPT2BPETokenizer HuggingFace"),
+    (DataConfig, {"data_path": ("a",), "train_data_path": ("b",)},
+     r"--train-data-path is \['b'\]; allowed: only without --data-path"),
+    (DataConfig, {"num_workers": -1}, "--num-workers is -1; allowed: 0 or more"),
+    (OptimizerConfig, {"lr_decay_style": "step"}, "--lr-decay-style is 'step'; allowed: cosine linear constant wsd"),
+    (OptimizerConfig, {"zero_stage": 4}, "--zero-stage is 4; allowed: 0 1 2 3"),
+    (OptimizerConfig, {"lr": 0.0}, "--lr is 0.0; allowed: a positive number"),
+    (OptimizerConfig, {"lr": 1e-3, "min_lr": 1e-2}, "--min-lr is 0.01; allowed: 0 to --lr, which is 0.001"),
+    (OptimizerConfig, {"min_lr": -1.0}, "--min-lr is -1.0; allowed: 0 to --lr"),
+    *[(OptimizerConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+      for name in ("lr_warmup_iters", "lr_warmup_tokens", "lr_decay_iters", "lr_decay_tokens", "weight_decay",
+                   "clip_grad")],
+    (OptimizerConfig, {"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction is 1.5; allowed: 0 to 1"),
+    (OptimizerConfig, {"lr_wsd_decay_fraction": -0.5}, "--lr-wsd-decay-fraction is -0.5; allowed: 0 to 1"),
+    (OptimizerConfig, {"adam_beta1": 1.0}, "--adam-beta1 is 1.0; allowed: 0 <= beta < 1"),
+    (OptimizerConfig, {"adam_beta2": -0.1}, "--adam-beta2 is -0.1; allowed: 0 <= beta < 1"),
+    (OptimizerConfig, {"lr_warmup_iters": 1, "lr_warmup_fraction": 0.1},
+     r"--lr-warmup-\* is \['lr_warmup_iters', 'lr_warmup_fraction'\]; allowed: one of iters, fraction, tokens"),
+    (OptimizerConfig, {"lr_decay_iters": 1, "lr_decay_tokens": 2},
+     "--lr-decay-tokens is 2; allowed: only without --lr-decay-iters"),
+    (OptimizerConfig, {"bf16": True, "fp16": True}, "--fp16 is True; allowed: only without --bf16"),
+    (TrainConfig, {"micro_batch_size": 0}, "--micro-batch-size is 0; allowed: a positive integer"),
+    (TrainConfig, {"log_interval": 0}, "--log-interval is 0; allowed: a positive integer"),
+    *[(TrainConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+      for name in ("global_batch_size", "train_iters", "train_tokens", "eval_interval", "eval_iters", "save_interval",
+                   "exit_interval")],
+    (TrainConfig, {"train_iters": 1, "train_tokens": 2}, "--train-tokens is 2; allowed: only without --train-iters"),
+    (TrainConfig, {"timeout_minutes": 0.0}, "--timeout-minutes is 0.0; allowed: a positive number"),
+]
+
+
+@pytest.mark.parametrize("cls, values, message", REFUSED, ids=[f"{c.__name__}-{v}" for c, v, _ in REFUSED])
+def test_a_class_checks_its_fields(cls, values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        cls(**values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cls", SECTIONS.values())
+def test_defaults_are_valid_and_frozen(cls):
+    config = cls()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(cls)[0].name, None)
+
+
+def test_require_states_advice_only_when_there_is_some():
+    require(True, "--x", 1, "2")
+    with pytest.raises(ValueError, match=r"^--x is 1; allowed: 2$"):
+        require(False, "--x", 1, "2")
+    with pytest.raises(ValueError, match=r"^--x is '1'; allowed: 2\. Set 2\.$"):
+        require(False, "--x", "1", "2", "Set 2.")
+
+
+def test_derived_model_sizes():
+    model = ModelConfig(hidden_size=768, num_attention_heads=12, seq_length=1024)
+    assert (model.query_groups, model.head_size, model.max_positions, model.act) == (12, 64, 1024, "gelu")
+    assert model.ffn_size == 3072
+    assert dataclasses.replace(model, activation="geglu").ffn_size == 2048
+    assert dataclasses.replace(model, hidden_size=100, num_attention_heads=2, swiglu=True).ffn_size == 320
+    assert dataclasses.replace(model, ffn_hidden_size=5).ffn_size == 5
+    assert dataclasses.replace(model, swiglu=True).act == "swiglu"
+    assert dataclasses.replace(model, num_query_groups=4, kv_channels=32).head_size == 32
+    assert dataclasses.replace(model, max_position_embeddings=2048).max_positions == 2048
+    assert [model.padded_vocab(n) for n in (1, 128, 129)] == [128, 128, 256]
+
+
+def test_which_layers_are_mixtures():
+    def mixtures(**values):
+        return [i for i in range(6) if MoEConfig(**values).is_moe_layer(i)]
+
+    assert mixtures() == []
+    assert mixtures(num_experts=4) == [0, 1, 2, 3, 4, 5]
+    assert mixtures(num_experts=4, expert_interval=2) == [1, 3, 5]
+    assert mixtures(num_experts=4, expert_interval=2, moe_first_k_dense=2) == [3, 5]
+
+
+def test_precision():
+    assert [OptimizerConfig(**v).precision for v in ({}, {"bf16": True}, {"fp16": True})] == ["fp32", "bf16", "fp16"]
+
+
+def test_batch_and_length_of_the_run():
+    train = TrainConfig(micro_batch_size=2, train_tokens=1001)
+    assert train.global_batch(4) == 8
+    assert dataclasses.replace(train, global_batch_size=16).global_batch(4) == 16
+    with pytest.raises(ValueError, match="--global-batch-size is 12; allowed: a multiple of --micro-batch-size 2 x 4"):
+        dataclasses.replace(train, global_batch_size=12).global_batch(4)
+    assert train.iterations(10, 1) == 51  # 20 tokens an iteration
+    assert dataclasses.replace(train, train_tokens=0, train_iters=7).iterations(10, 1) == 7
+    with pytest.raises(ValueError, match="--train-iters is 0; allowed: a positive integer. Or set --train-tokens."):
+        TrainConfig().iterations(10, 1)
+
+
+def test_sharded_experts_need_zero():
+    moe = MoEConfig(num_experts=4, moe_expert_parallel_size=2)
+    with pytest.raises(ValueError, match="--zero-stage is 0; allowed: 1, 2 or 3 when experts are sharded"):
+        RunConfig(moe=moe, optimizer=OptimizerConfig(zero_stage=0))
+    assert RunConfig(optimizer=OptimizerConfig(zero_stage=0)).optimizer.zero_stage == 0
+
+
+def test_to_dict_is_plain_and_complete():
+    content = RunConfig(gate_options={"topk": 2}).to_dict()
+    assert list(content) == [*SECTIONS, "gate_options"] and content["gate_options"] == {"topk": 2}
+    assert content["model"]["num_layers"] == 4

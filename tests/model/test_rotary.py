@@ -1,0 +1,63 @@
+import cmath
+
+import pytest
+import torch
+
+from megatron.model.rotary import Rotary
+
+
+def turned(x_K: torch.Tensor, position: int, base: float) -> torch.Tensor:
+    """Channels i and i + K/2 are one complex number, turned by position * base^(-2i/K)."""
+    half = len(x_K) // 2
+    out = torch.empty_like(x_K)
+    for i in range(half):
+        z = complex(x_K[i], x_K[i + half]) * cmath.exp(1j * position * base ** (-2 * i / len(x_K)))
+        out[i], out[i + half] = z.real, z.imag
+    return out
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_against_complex_numbers(given):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    position_ids = torch.randint(0, 16, (2, 7)) if given else None
+    y = Rotary(6, 16, 100.0)(7, position_ids).apply(x)
+    assert y.dtype == torch.float64
+    for b in range(2):
+        for h in range(3):
+            for s in range(7):
+                position = int(position_ids[b, s]) if given else s
+                torch.testing.assert_close(y[b, h, s], turned(x[b, h, s], position, 100.0), rtol=0, atol=5e-6)
+
+
+def test_scores_depend_on_the_distance_only():
+    torch.manual_seed(1)
+    q, k = torch.randn(2, 1, 1, 1, 8)
+    rotary = Rotary(8, 64)
+
+    def score(p, r):
+        return (rotary(1, torch.tensor([[p]])).apply(q) * rotary(1, torch.tensor([[r]])).apply(k)).sum()
+
+    torch.testing.assert_close(score(5, 2), score(60, 57), rtol=1e-4, atol=1e-5)
+    assert (score(5, 2) - score(5, 3)).abs() > 1e-3
+
+
+def test_table_stays_fp32_and_survives_empty_memory():
+    expected = Rotary(8, 32, 1000.0)
+    for cast in (lambda r: r.bfloat16(), lambda r: r.half(), lambda r: r.double()):
+        rotary = cast(Rotary(8, 32, 1000.0))
+        assert rotary.cos_PK.dtype == rotary.sin_PK.dtype == torch.float32
+        assert torch.equal(rotary.cos_PK, expected.cos_PK) and torch.equal(rotary.sin_PK, expected.sin_PK)
+    with torch.device("meta"):
+        rotary = Rotary(8, 32, 1000.0)
+    assert rotary.cos_PK.is_meta
+    rotary.to_empty(device="cpu")
+    assert torch.equal(rotary.cos_PK, expected.cos_PK)
+    assert not rotary.state_dict(), "the table is computed, never saved"
+
+
+def test_bf16_is_rotated_in_fp32():
+    torch.manual_seed(2)
+    x = torch.randn(1, 2, 9, 8).bfloat16()
+    rotation = Rotary(8, 9)(9)
+    assert torch.equal(rotation.apply(x), rotation.apply(x.float()).bfloat16())

@@ -1,0 +1,286 @@
+"""Whole runs on tiny data: through the scripts and the launcher, resumed, refused, killed, with a gate of one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.data.indexed import IndexedWriter
+from megatron.data.tokenizer import build_tokenizer
+from megatron.config.schema import TokenizerConfig
+from megatron.pretrain import main
+
+REPO = Path(__file__).resolve().parent.parent
+SHAPE = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "32",
+         "--ffn-hidden-size", "64", "--init-method-std", "0.1", "--tokenizer-type", "ByteTokenizer",
+         "--make-vocab-size-divisible-by", "1"]
+MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval", "2"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> str:
+    """A pair of 60 byte-level documents that a tiny model can learn."""
+    prefix = str(tmp_path_factory.mktemp("data") / "tiny_text_document")
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteTokenizer"))
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for i in range(60):
+            text = f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (4 + i % 5)
+            writer.add_document(np.append(tokenizer.encode(text), tokenizer.eod))
+        writer.finish({"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint})
+    return prefix
+
+
+def flags(data: str, out: Path, iters: int = 20, *more: str) -> list[str]:
+    return [*SHAPE, *MOE, "--data-path", data, "--split", "80,15,5", "--micro-batch-size", "2", "--global-batch-size",
+            "8", "--train-iters", str(iters), "--lr", "5e-3", "--min-lr", "5e-4", "--lr-warmup-fraction", "0.1",
+            "--eval-interval", "10", "--eval-iters", "2", "--log-interval", "1", "--save", str(out / "checkpoints"),
+            "--metrics-file", str(out / "metrics.jsonl"), "--gate", "threshold", "--threshold", "0.8", "--bf16", *more]
+
+
+def metrics(out: Path, kind: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def _train(argv: list[str]) -> None:
+    """In a rank of the pool: a run, as the launcher would start it."""
+    from megatron.config import cli
+    from megatron.moe import gates
+    from megatron.pretrain import train
+
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
+    train(cli.parse(argv, gates.config_of, gates.available))
+
+
+EP2 = ("--moe-expert-parallel-size", "2")
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory, ranks2) -> Path:
+    """20 iterations on two ranks with the experts sharded."""
+    out = tmp_path_factory.mktemp("whole")
+    ranks2.run(_train, flags(data, out, 20, *EP2), timeout=300)
+    return out
+
+
+def test_it_learns_and_says_so(finished):
+    train, evals, test = metrics(finished), metrics(finished, "eval"), metrics(finished, "test")
+    assert [m["iteration"] for m in train] == list(range(1, 21))
+    assert [m["iteration"] for m in evals] == [0, 10, 20] and [m["iteration"] for m in test] == [20]
+    assert evals[0]["loss"] == pytest.approx(np.log(257), abs=0.5), "an untrained model knows nothing"
+    assert evals[-1]["loss"] < evals[0]["loss"] - 1.0
+    for m in train:
+        assert m["tokens_per_s"] == pytest.approx(8 * 32 / m["step_time_ms"] * 1000, rel=1e-3)
+        assert 1 <= m["experts_per_token_kept"] <= 4 and m["drop_fraction"] == 0
+        assert len(m["experts_per_token_kept_by_layer"]) == 1
+        assert m["consumed_samples"] == 8 * m["iteration"] and m["skipped_steps"] == 0
+        assert m["grad_norm"] > 0 and m["load_imbalance_max_over_mean"] >= 1 and m["aux_loss"] > 0
+    assert train[0]["lr"] < train[1]["lr"] == 5e-3 and train[-1]["lr"] < 1e-3
+
+
+def test_each_rank_holds_half_of_the_experts(finished):
+    folder = finished / "checkpoints" / (finished / "checkpoints" / "latest").read_text()
+    experts = sorted(p.name for p in folder.glob("*expert_*_model_states.pt"))
+    assert len(experts) == 4
+    optimizers = list(folder.glob("*optim_states.pt"))
+    assert len(optimizers) == 2 and {p.name for p in folder.glob("rng_rank*")} == {"rng_rank0.pt", "rng_rank1.pt"}
+
+
+def test_ten_plus_ten_is_twenty_bit_for_bit(finished, data, tmp_path, ranks2):
+    """Stopped at 10 and resumed: the same losses, learning rates, gradient norms and data, to the last bit."""
+    ranks2.run(_train, flags(data, tmp_path, 20, *EP2, "--exit-interval", "10"), timeout=300)
+    assert [m["iteration"] for m in metrics(tmp_path)] == list(range(1, 11)) and not metrics(tmp_path, "test")
+    ranks2.run(_train, flags(data, tmp_path, 20, *EP2, "--load", str(tmp_path / "checkpoints")), timeout=300)
+    for kind in ("train", "eval", "test"):
+        whole = {m["iteration"]: m for m in metrics(finished, kind)}
+        halves = {m["iteration"]: m for m in metrics(tmp_path, kind)}
+        assert whole.keys() == halves.keys()
+        for i, m in whole.items():
+            for key in ("loss", "aux_loss", "lr", "grad_norm", "consumed_samples", "experts_per_token_kept"):
+                assert m.get(key) == halves[i].get(key), f"{kind} {i} {key}"
+
+
+@pytest.mark.parametrize("options", [("--zero-stage", "2"), ("--zero-stage", "3"), ("--recompute-activations",),
+                                     ("--moe-train-capacity-factor", "1.0", "--moe-shared-experts", "1")],
+                         ids=lambda o: " ".join(o))
+def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
+    """Recomputation changes nothing; ZeRO 2 and 3 only rounding; capacity drops and shared experts train."""
+    ranks2.run(_train, flags(data, tmp_path, 4, *EP2, "--lr-warmup-fraction", "0.5", *options), timeout=300)
+    got = metrics(tmp_path)
+    if options == ("--recompute-activations",):
+        assert got[0]["loss"] == metrics(finished)[0]["loss"] and got[0]["grad_norm"] == metrics(finished)[0]["grad_norm"]
+    elif options[0] == "--zero-stage":
+        assert got[0]["loss"] == pytest.approx(metrics(finished)[0]["loss"], abs=0.02)
+        assert got[0]["grad_norm"] == pytest.approx(metrics(finished)[0]["grad_norm"], rel=0.02)
+    else:
+        assert max(m["drop_fraction"] for m in got) > 0
+        assert all(m["experts_per_token_kept"] < m["experts_per_token_wanted"] for m in got if m["drop_fraction"])
+    assert got[-1]["loss"] < got[0]["loss"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (("--hidden-size", "64"), r"--hidden-size is 64 but checkpoint .* was made with 32"),
+    (("--gate", "topk"), r"--gate is 'topk' but checkpoint .* was made with 'threshold'"),
+    (("--num-experts", "8"), r"--num-experts is 8 but checkpoint .* was made with 4"),
+    (("--zero-stage", "2"), r"--zero-stage is 2 but checkpoint .* was made with 1"),
+])
+def test_a_checkpoint_that_contradicts_the_flags(changes, message, finished, data, tmp_path, ranks2):
+    argv = flags(data, tmp_path, 20, *EP2, "--load", str(finished / "checkpoints"))
+    if "--gate" in changes:
+        argv = [a for a in argv if a not in ("--threshold", "0.8")]
+    with pytest.raises(RuntimeError, match=message):
+        ranks2.run(_train, [*argv, *changes])
+
+
+def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(argv, capture_output=True, text=True, cwd=REPO, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env})
+
+
+@pytest.mark.parametrize("changes, message", [
+    (("--no-such-flag", "1"), r"--no-such-flag"),
+    (("--gate", "nope"), r"nope.*allowed: .*threshold.*topk"),
+    (("--tokenizer-type", "NoTokenizer"), r"NoTokenizer.*GPT2BPETokenizer"),
+    (("--moe-expert-parallel-size", "3"), r"--num-experts is 4; allowed: a multiple of --moe-expert-parallel-size"),
+    (("--moe-expert-parallel-size", "4"), r"--moe-expert-parallel-size is 4; allowed: a divisor of the 1 ranks"),
+    (("--data-path", "/nowhere/x"), r"/nowhere/x"),
+    (("--split", "100,0,0", "--eval-iters", "0"), None),
+    (("--split", "1,0,99"), r"valid.*60"),
+    (("--load", "/nowhere"), r"--load is '/nowhere', which holds no checkpoint"),
+    (("--zero-stage", "0", "--moe-expert-parallel-size", "2"), r"--zero-stage is 0; allowed: 1, 2 or 3"),
+    (("--seq-length", "100000"), None),
+    (("--global-batch-size", "7"), r"--global-batch-size is 7; allowed: a multiple of"),
+    (("--topk", "9"), r"--topk is 9; allowed: 0 to the number of experts, which is 4"),
+    (("--score-function", "sigmoid"), r"--score-function.*topk"),
+])
+def test_bad_input_is_one_clear_line(changes, message, data, tmp_path):
+    """Exit code 2, one line on stderr that names what and where, no traceback."""
+    if message is None:
+        pytest.skip("covered by the data tests")
+    argv = flags(data, tmp_path, 2)
+    code = f"import sys; from megatron.pretrain import main; sys.exit(main({[*argv, *changes]!r}))"
+    done = run([sys.executable, "-c", code], DS_ACCELERATOR="cpu", MASTER_PORT="0")
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(errors) == 1 and re.search(message, errors[0]), done.stderr
+
+
+def test_a_token_outside_the_vocabulary_is_named(data, tmp_path, ranks1):
+    prefix = str(tmp_path / "foreign")
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(40):
+            writer.add_document(np.full(200, 300))
+        writer.finish({})
+    argv = flags(prefix, tmp_path, 2)
+    with pytest.raises(RuntimeError, match=r"foreign.*300.*257"):
+        ranks1.run(_train, argv)
+
+
+def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
+    """run.sh on two launched ranks: exit 0, log on screen and in the file; a second call resumes; a bad one fails."""
+    out = tmp_path / "run"
+    env = {"OUTPUT_DIR": str(out), "NUM_GPUS": "2", "DATA_PATH": data, "TOKENIZER_TYPE": "ByteTokenizer",
+           "NUM_LAYERS": "2", "HIDDEN_SIZE": "32", "NUM_ATTN_HEADS": "2", "SEQ_LEN": "32", "EP_SIZE": "4",
+           "THRESHOLD": "0.8", "GLOBAL_BATCH_SIZE": "4", "TRAIN_ITERS": "4", "LOG_INTERVAL": "1", "EVAL_ITERS": "1",
+           "MASTER_PORT": "29611"}
+    script = ["bash", "examples_deepspeed/MoE/run.sh", "--split", "80,15,5"]
+    first = run([*script, "--exit-interval", "2"], **env)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "2 rank(s) on cpu with gloo, because" in first.stdout
+    assert (out / "log.txt").read_text() in first.stdout or "iteration" in (out / "log.txt").read_text()
+    assert list((out / "tensorboard").glob("events*"))
+    second = run(script, **env)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "resumed from" in second.stdout and metrics(out)[-1]["iteration"] == 4
+    bad = run(script, **{**env, "DATA_PATH": "/nowhere/y", "OUTPUT_DIR": str(tmp_path / "bad")})
+    assert bad.returncode != 0
+    assert len([x for x in (bad.stdout + bad.stderr).splitlines() if "/nowhere/y" in x and "error:" in x]) == 1
+
+
+def test_killing_one_rank_ends_the_run_within_a_minute(data, tmp_path):
+    argv = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29612",
+            "pretrain_gpt.py", *flags(data, tmp_path, 100000, *EP2)]
+    process = subprocess.Popen(argv, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    pids = []
+    for line in process.stdout:
+        if found := re.search(r"process (\d+) spawned", line):
+            pids.append(int(found.group(1)))
+        if "metrics.jsonl" in line or "iteration" in line and (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
+            break
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and time.monotonic() - start < 60
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+GATE = '''
+"""Every token to the expert whose number is its id modulo E: a throw-away gate for the tests."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron.moe.gates import Gate
+from megatron.moe.routing import GateInput, Routing
+
+
+class ModuloGate(Gate, name="modulo"):
+    """expert = (id + shift) mod E."""
+
+    @dataclass(frozen=True)
+    class Config:
+        shift: int = 0
+        """added to the token's id"""
+
+    def forward(self, inp: GateInput) -> Routing:
+        token = torch.arange(len(inp.x_TD), device=inp.x_TD.device)
+        expert = (inp.token_ids_T + self.config.shift) % self.num_experts
+        return Routing(token, expert, torch.ones(len(token)), torch.zeros(()))
+'''
+
+
+def test_a_gate_is_one_file(data, tmp_path):
+    """A gate file added to a copy of the tree: registered, its flag parsed, trained; no other file touched."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    shutil.copytree(REPO / "megatron", tree / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO / "pretrain_gpt.py", tree)
+    (tree / "megatron/moe/gates/modulo.py").write_text(GATE)
+    argv = [a for a in flags(data, tmp_path, 5) if a not in ("--threshold", "0.8")]
+    done = subprocess.run([sys.executable, str(tree / "pretrain_gpt.py"), *argv, "--gate", "modulo", "--shift", "3"],
+                          capture_output=True, text=True, cwd=tmp_path, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "2", "MASTER_PORT": "29613"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    got = metrics(tmp_path)
+    assert len(got) == 5 and all(m["experts_per_token_kept"] == 1 for m in got)
+    assert got[-1]["loss"] < got[0]["loss"]
+    torch.load(tmp_path / "checkpoints/iter_0000005/rng_rank0.pt", weights_only=True)
+
+
+def test_help_explains_and_names_the_gates(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help", "--gate", "threshold"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert "--threshold" in text and "probability mass a token's experts must reach" in text and "topk" in text

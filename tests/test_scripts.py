@@ -1,0 +1,137 @@
+"""Every shipped script parses, every example's flags parse, and what run.sh prints under DRY_RUN is what it would run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.config import cli
+from megatron.moe import gates
+
+REPO = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted([*REPO.glob("examples_deepspeed/**/*.sh"), *REPO.glob("dataset/*.sh"), REPO / ".ci/run"])
+PROGRAMS = sorted([*REPO.glob("tools/*.py"), REPO / "dataset/make_corpus.py", REPO / "pretrain_gpt.py",
+                   REPO / "benchmarks/train_step.py"])
+RUN = REPO / "examples_deepspeed/MoE/run.sh"
+
+
+def sh(argv, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHON": sys.executable, **env})
+
+
+def dry(cwd, *more, **env) -> tuple[list[str], str]:
+    """(the printed command as words, the rest of the output)"""
+    done = subprocess.run(["bash", str(RUN), *more], capture_output=True, text=True, timeout=120, cwd=cwd,
+                          env={**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", **env})
+    assert done.returncode == 0, done.stderr
+    command, rest = done.stdout.split("\n", 1)
+    return shlex.split(command), rest
+
+
+def config_of(words: list[str]):
+    start = next(i for i, w in enumerate(words) if w.endswith("pretrain_gpt.py"))
+    return cli.parse(words[start + 1:], gates.config_of, gates.available)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.relative_to(REPO).as_posix())
+def test_scripts_parse_and_stop_on_errors(path):
+    assert sh(["bash", "-n", str(path)]).returncode == 0
+    assert "set -euo pipefail" in path.read_text()
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.relative_to(REPO).as_posix())
+def test_help_works_from_anywhere(path, tmp_path):
+    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=tmp_path,
+                          timeout=120)
+    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_defaults_are_the_reference_recipe(tmp_path):
+    words, size = dry(tmp_path, NUM_GPUS="8")
+    config = config_of(words)
+    m, e, o, t = config.model, config.moe, config.optimizer, config.train
+    assert (m.num_layers, m.hidden_size, m.num_attention_heads, m.seq_length, m.init_method_std) == (12, 768, 12, 1024,
+                                                                                                     0.014)
+    assert (e.num_experts, e.moe_ffn_hidden_size, e.expert_interval, e.gate) == (64, 384, 2, "threshold")
+    assert config.gate_options["threshold"] == 0.9 and config.gate_options["loss_coeff"] == 0.01
+    assert (t.global_batch_size, t.train_iters, o.lr, o.min_lr, o.lr_warmup_fraction) == (256, 60000, 4.5e-4, 4.5e-6, 0.1)
+    assert (o.adam_beta1, o.adam_beta2, o.weight_decay, o.clip_grad, o.bf16) == (0.9, 0.95, 0.1, 1.0, True)
+    assert e.moe_expert_parallel_size == 8 and e.moe_train_capacity_factor == 0
+    assert "total" in size.lower() and "active" in size.lower()
+
+
+def test_every_variable_arrives(tmp_path):
+    words, _ = dry(
+        tmp_path, NUM_LAYERS="2", HIDDEN_SIZE="64", FFN_HIDDEN_SIZE="96", MOE_FFN_HIDDEN_SIZE="48", NUM_ATTN_HEADS="4",
+        SEQ_LEN="128", GLOBAL_BATCH_SIZE="32", BATCH_SIZE="2", TRAIN_TOKENS="1000000", LR="1e-3", MIN_LR="1e-5",
+        WARMUP_FRACTION="0.2", EP_SIZE="8", EP_PARALLEL_SIZE="2", EP_INTERVAL="1", TOPK="3", THRESHOLD="0.7",
+        GATE="threshold", MLC="0.05", MOE_TRAIN_CAP_FACTOR="2.0", MOE_EVAL_CAP_FACTOR="3.0", MOE_MIN_CAP="8",
+        LOG_INTERVAL="5", EVAL_INTERVAL="7", EVAL_ITERS="3", SAVE_INTERVAL="11", INIT_STD="0.03",
+        ACTIVATION_CHECKPOINT="true", VOCAB_PATH="v.json", MERGE_PATH="m.txt", DATA_PATH="0.3 a 0.7 b",
+        OUTPUT_DIR="o", NUM_GPUS="4", NUM_NODES="2", HOSTFILE="hosts", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234",
+        ZERO_STAGE="2", SEED="9")
+    c = config_of(words)
+    assert (c.model.num_layers, c.model.hidden_size, c.model.ffn_hidden_size, c.model.num_attention_heads,
+            c.model.seq_length, c.model.init_method_std) == (2, 64, 96, 4, 128, 0.03)
+    assert (c.moe.num_experts, c.moe.moe_ffn_hidden_size, c.moe.moe_expert_parallel_size, c.moe.expert_interval,
+            c.moe.moe_train_capacity_factor, c.moe.moe_eval_capacity_factor, c.moe.moe_min_capacity) == (8, 48, 2, 1,
+                                                                                                        2.0, 3.0, 8)
+    assert (c.gate_options["topk"], c.gate_options["threshold"], c.gate_options["loss_coeff"]) == (3, 0.7, 0.05)
+    t, o = c.train, c.optimizer
+    assert (t.global_batch_size, t.micro_batch_size, t.train_tokens, t.train_iters, t.seed) == (32, 2, 1000000, 0, 9)
+    assert (o.lr, o.min_lr, o.lr_warmup_fraction, o.zero_stage) == (1e-3, 1e-5, 0.2, 2)
+    assert (t.log_interval, t.eval_interval, t.eval_iters, t.save_interval) == (5, 7, 3, 11)
+    assert t.recompute_activations and c.data.data_path == ("0.3", "a", "0.7", "b")
+    assert (c.tokenizer.vocab_file, c.tokenizer.merge_file) == ("v.json", "m.txt")
+    assert (t.save, t.metrics_file, t.tensorboard_dir) == ("o/checkpoints", "o/metrics.jsonl", "o/tensorboard")
+    launcher = dict(zip(words[1:-1:2], words[2::2]))
+    assert launcher["--num_gpus"] == "4" and launcher["--num_nodes"] == "2" and launcher["--hostfile"] == "hosts"
+    assert launcher["--master_addr"] == "10.0.0.1" and launcher["--master_port"] == "1234"
+
+
+def test_gates_variables_follow_the_gate(tmp_path):
+    assert config_of(dry(tmp_path, GATE="topk", TOPK="4")[0]).gate_options["topk"] == 4
+    dense = config_of(dry(tmp_path, EP_SIZE="0")[0])
+    assert dense.moe.num_experts == 0 and dense.moe.moe_expert_parallel_size == 1
+    assert config_of(dry(tmp_path, MOE_DROP_TOKEN="true")[0]).moe.moe_train_capacity_factor == 8.0
+    assert config_of(dry(tmp_path, "--seed", "77")[0]).train.seed == 77
+
+
+def test_a_variable_that_makes_no_sense_is_an_error(tmp_path):
+    done = subprocess.run(["bash", str(RUN)], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+                          env={**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", "GATE": "topk",
+                               "THRESHOLD": "0.5"})
+    assert done.returncode == 2 and "--threshold" in done.stderr
+    done = subprocess.run(["bash", str(RUN)], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+                          env={**os.environ, "PYTHON": sys.executable, "NUM_NODES": "2"})
+    assert done.returncode == 2 and "HOSTFILE is empty" in done.stderr
+
+
+def test_same_name_resumes(tmp_path):
+    folder = tmp_path / "out/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "latest").write_text("iter_0000001")
+    assert config_of(dry(tmp_path, OUTPUT_DIR="out")[0]).train.load == "out/checkpoints"
+    assert config_of(dry(tmp_path, OUTPUT_DIR="other")[0]).train.load == ""
+
+
+def test_demo_trains_what_the_benchmark_measures():
+    """benchmarks/train_step.py repeats the demo's shapes; they may not drift apart."""
+    sys.path.insert(0, str(REPO))
+    from benchmarks import train_step
+
+    script = (REPO / "examples_deepspeed/MoE/demo.sh").read_text()
+    model, moe, _, train = train_step.configs()
+    for name, value in (("NUM_LAYERS", model.num_layers), ("HIDDEN_SIZE", model.hidden_size),
+                        ("NUM_ATTN_HEADS", model.num_attention_heads), ("SEQ_LEN", model.seq_length),
+                        ("INIT_STD", model.init_method_std), ("EP_SIZE", moe.num_experts),
+                        ("EP_INTERVAL", moe.expert_interval), ("MOE_FFN_HIDDEN_SIZE", moe.moe_ffn_hidden_size),
+                        ("GLOBAL_BATCH_SIZE", train.global_batch_size), ("BATCH_SIZE", train.micro_batch_size)):
+        assert f"{name}=${{{name}:-{value}}}" in script, name

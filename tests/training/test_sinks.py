@@ -1,0 +1,208 @@
+"""Metric sinks: what each writes."""
+
+import json
+import math
+import re
+import struct
+import sys
+import types
+
+import pytest
+
+from megatron import log
+from megatron.config.schema import TrainConfig
+from megatron.training.sinks import (
+    ConsoleSink,
+    JsonlSink,
+    ProgressBar,
+    Sinks,
+    TensorboardSink,
+    WandbSink,
+    build_sinks,
+)
+
+TRAIN = {
+    "kind": "train", "iteration": 10, "loss": 5.125, "aux_loss": 0.01, "lr": 3e-4, "grad_norm": 1.5,
+    "tokens_per_s": 12345.6, "consumed_samples": 80, "consumed_tokens": 81920, "experts_per_token_wanted": 3.25,
+    "experts_per_token_kept": 3.0, "load_imbalance_max_over_mean": 1.75, "drop_fraction": 0.0125, "skipped_steps": 1,
+    "elapsed_s": 65.4, "step_time_ms": 500.0, "experts_per_token_kept_by_layer": [2.0, 4.0],
+}
+EVAL = {"kind": "eval", "iteration": 10, "loss": 4.0, "perplexity": math.exp(4), "elapsed_s": 3700.0}
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """Set up the logger; a function that returns what was printed since, without the times of day."""
+    monkeypatch.setenv("RANK", "0")
+    logger = log.get_logger()
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    log.setup()
+    yield lambda: re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", capsys.readouterr().out)
+    logger.setLevel(before[0])
+    logger.propagate, logger.handlers = before[1:]
+
+
+def test_console_lines(printed):
+    sink = ConsoleSink(1000)
+    sink.write(TRAIN)
+    sink.write(EVAL)
+    sink.write({"kind": "test", "iteration": 1000, "loss": 4.0})
+    sink.close()
+    assert printed().splitlines() == [
+        "iteration   10/1000 | loss  5.12500 | aux 1.000e-02 | lr 3.000e-04 | grad norm   1.500 |    12,346 tokens/s | "
+        "experts/token  3.250 | kept  3.000 | load max/mean   1.75 | dropped  1.25% | skipped   1 | elapsed 0:01:05 | "
+        "left 0:08:15",
+        "eval at   10/1000 | loss  4.00000 | perplexity     54.598 | elapsed 1:01:40",
+        "test at 1000/1000 | loss  4.00000",
+    ]
+
+
+def test_console_shows_what_is_not_a_number(printed):
+    sink = ConsoleSink(1000)
+    broken = {**TRAIN, "loss": math.nan, "grad_norm": math.inf, "aux_loss": -math.inf, "drop_fraction": math.nan}
+    sink.write(TRAIN)
+    sink.write(broken)
+    good, bad = printed().splitlines()
+    assert "| loss      NaN |" in bad and "| grad norm Infinity |" in bad and "| aux -Infinity |" in bad
+    assert "| dropped    NaN |" in bad and [m.start() for m in re.finditer(r"\|", good)][:2] == [
+        m.start() for m in re.finditer(r"\|", bad)][:2]
+
+
+def test_jsonl_appends_a_flushed_line_a_record(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.write(TRAIN)
+    assert json.loads(path.read_text()) == TRAIN, "readable before the file is closed"
+    sink.close()
+    sink = JsonlSink(path)
+    sink.write(EVAL)
+    sink.close()
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["train", "eval"]
+
+
+def test_jsonl_numbers(tmp_path):
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    loss = struct.unpack("f", struct.pack("f", 5.1234567))[0]  # an fp32 value
+    sink.write({"kind": "train", "iteration": 1, "loss": loss, "lr": 3e-4, "grad_norm": math.nan, "aux_loss": math.inf,
+                "x_by_layer": [0.1 + 0.2, -math.inf], "consumed_tokens": 12345678901234})
+    sink.close()
+    line = (tmp_path / "m.jsonl").read_text()
+    assert line == ('{"kind": "train", "iteration": 1, "loss": 5.1234565, "lr": 0.0003, "grad_norm": NaN, '
+                    '"aux_loss": Infinity, "x_by_layer": [0.3, -Infinity], "consumed_tokens": 12345678901234}\n')
+    assert struct.unpack("f", struct.pack("f", json.loads(line)["loss"]))[0] == loss
+
+
+def test_jsonl_does_not_continue_a_broken_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"kind": "tra')
+    sink = JsonlSink(path)
+    sink.write(EVAL)
+    sink.close()
+    assert [line[:8] for line in path.read_text().splitlines()] == ['{"kind":', '{"kind":']
+    assert json.loads(path.read_text().splitlines()[1])["kind"] == "eval"
+
+
+def test_tensorboard_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorboardSink(tmp_path)
+    sink.write(TRAIN)
+    sink.write(EVAL)
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "eval/perplexity", "train/experts_per_token_kept_by_layer/1"} <= tags
+    assert not {t for t in tags if "kind" in t or t.endswith("/iteration")}
+    (event,) = events.Scalars("train/experts_per_token_kept_by_layer/1")
+    assert (event.step, event.value) == (10, 4.0)
+
+
+def test_wandb_gets_the_same_scalars(monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, scalars, step):
+            calls.append((scalars, step))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**options):
+        calls.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    sink = WandbSink("project", "name")
+    sink.write({"kind": "train", "iteration": 3, "loss": 1.0, "x_by_layer": [1.0, 2.0]})
+    sink.close()
+    assert calls == [{"project": "project", "name": "name"},
+                     ({"train/loss": 1.0, "train/x_by_layer/0": 1.0, "train/x_by_layer/1": 2.0}, 3), "finish"]
+
+
+def test_wandb_is_needed_at_use_only(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--wandb-project is 'p', but the package wandb is not installed; pip install"):
+        build_sinks(TrainConfig(wandb_project="p"), 0, 10)
+
+
+def test_build_sinks(tmp_path, monkeypatch):
+    def kinds(rank=0, **options):
+        sinks = build_sinks(TrainConfig(**options), rank, 10)
+        sinks.close()
+        return [type(sink) for sink in sinks.sinks]
+
+    everything = {"save": str(tmp_path / "run"), "tensorboard_dir": str(tmp_path / "tb"), "wandb_project": "p"}
+    run = types.SimpleNamespace(finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    assert kinds() == [ConsoleSink]
+    assert kinds(rank=1, **everything) == []
+    assert not (tmp_path / "run").exists()
+    assert kinds(**everything) == [ConsoleSink, JsonlSink, TensorboardSink, WandbSink]
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert kinds(metrics_file=str(tmp_path / "m.jsonl"), save=str(tmp_path / "other")) == [ConsoleSink, JsonlSink]
+    assert (tmp_path / "m.jsonl").exists() and not (tmp_path / "other").exists()
+
+
+def test_sinks_hand_on_every_record():
+    class Fake:
+        def __init__(self):
+            self.seen = []
+
+        def write(self, record):
+            self.seen.append(record)
+
+        def close(self):
+            self.seen.append("closed")
+
+    fakes = [Fake(), Fake()]
+    sinks = Sinks(fakes)
+    sinks.write(TRAIN)
+    sinks.close()
+    assert [f.seen for f in fakes] == [[TRAIN, "closed"]] * 2
+
+
+def test_no_progress_bar_without_a_terminal(printed, capsys):
+    handlers = list(log.get_logger().handlers)
+    with ProgressBar(total=5) as bar:
+        bar.update()
+        log.get_logger().info("line")
+        assert log.get_logger().handlers == handlers
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_log_lines_stand_above_the_bar(printed, monkeypatch, capsys, rank):
+    handlers = list(log.get_logger().handlers)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with ProgressBar(total=5, initial=2) as bar:
+        bar.update()
+        log.get_logger().info("line")
+        out, err = capsys.readouterr()
+        assert out.endswith(" line\n")
+        # tqdm clears its line (on stderr) before the log line is written and draws it again afterwards.
+        assert ("2/5" in err and err.count("\r") > 2) if rank == 0 else err == ""
+        bar.update(2)
+    assert "5/5" in capsys.readouterr().err or rank
+    assert log.get_logger().handlers == handlers
