@@ -12,7 +12,7 @@ export PYTHONPATH := $(CURDIR)
 
 venv: $(STAMP)
 
-ifeq ($(origin VENV),command line)
+ifneq ($(filter command environment,$(firstword $(origin VENV))),)
 # An environment of the user's: check it, leave it as it is.
 $(STAMP): FORCE
 	@$(BIN)/python tools/check_environment.py

@@ -17,9 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed import IndexedWriter
 from megatron.data.tokenizer import build_tokenizer
-from megatron.config.schema import TokenizerConfig
 from megatron.pretrain import main
 
 REPO = Path(__file__).resolve().parent.parent
@@ -120,7 +120,8 @@ def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
     ranks2.run(_train, flags(data, tmp_path, 4, *EP2, "--lr-warmup-fraction", "0.5", *options), timeout=300)
     got = metrics(tmp_path)
     if options == ("--recompute-activations",):
-        assert got[0]["loss"] == metrics(finished)[0]["loss"] and got[0]["grad_norm"] == metrics(finished)[0]["grad_norm"]
+        assert got[0]["loss"] == metrics(finished)[0]["loss"]
+        assert got[0]["grad_norm"] == metrics(finished)[0]["grad_norm"]
     elif options[0] == "--zero-stage":
         assert got[0]["loss"] == pytest.approx(metrics(finished)[0]["loss"], abs=0.02)
         assert got[0]["grad_norm"] == pytest.approx(metrics(finished)[0]["grad_norm"], rel=0.02)
@@ -219,7 +220,7 @@ def test_killing_one_rank_ends_the_run_within_a_minute(data, tmp_path):
     for line in process.stdout:
         if found := re.search(r"process (\d+) spawned", line):
             pids.append(int(found.group(1)))
-        if "metrics.jsonl" in line or "iteration" in line and (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
+        if "iteration" in line and (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
             break
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)

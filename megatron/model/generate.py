@@ -70,7 +70,7 @@ def _last_logits(model: GPT, rows: list[list[int]], progress: float) -> Tensor:
 def _choose(logits_BV: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> list[int]:
     if temperature == 0:
         return logits_BV.argmax(-1).tolist()
-    sorted_BV, ids_BV = logits_BV.sort(-1, descending=True, stable=True)
+    sorted_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     if top_k:
         sorted_BV, ids_BV = sorted_BV[:, :top_k], ids_BV[:, :top_k]
     probability_BV = (sorted_BV / temperature).softmax(-1)

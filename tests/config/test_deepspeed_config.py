@@ -52,8 +52,9 @@ def test_a_batch_that_does_not_divide():
 
 def test_a_file_is_merged_deeply(tmp_path):
     config = merged(tmp_path, {
-        "zero_optimization": {"stage": "auto", "reduce_bucket_size": 7}, "steps_per_print": 5, "wall_clock_breakdown": 1,
-        "bfloat16": {"enabled": True, "check_grad_overflow": False}, "data_types": {"grad_accum_dtype": "bf16"},
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": 7}, "steps_per_print": 5,
+        "wall_clock_breakdown": 1, "bfloat16": {"enabled": True, "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": "bf16"},
         "train_batch_size": 16, "gradient_clipping": 1, "fp16": {"enabled": "auto", "loss_scale_window": 3},
     }, bf16=True)
     assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
@@ -72,8 +73,8 @@ def test_a_contradiction_names_key_file_values_and_flag(tmp_path, key):
     with pytest.raises(ValueError) as caught:
         merged(tmp_path, {outer: value})
     assert str(caught.value) == (f"{tmp_path / 'ds.json'}: {key} is 3, but the flags make it "
-                                 f"{ours[inner] if inner else ours!r}; change {DECIDED[key]} or remove the key from the "
-                                 "file")
+                                 f"{ours[inner] if inner else ours!r}; change {DECIDED[key]} or remove the key from "
+                                 "the file")
 
 
 @pytest.mark.parametrize("section", REFUSED)
@@ -98,10 +99,10 @@ def test_a_missing_file(tmp_path):
         deepspeed_config(OptimizerConfig(deepspeed_config=path), TRAIN, 1)
 
 
-def test_it_does_not_import_deepspeed():
+def test_it_does_not_import_deepspeed(repo):
     import subprocess
     import sys
 
     code = "import megatron.config.deepspeed, sys; print('deepspeed' in sys.modules or 'torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repo)
     assert out.stdout.strip() == "False"

@@ -70,8 +70,8 @@ def test_dropout_in_training_only():
     attention = Attention(ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=8, attention_dropout=0.5))
     plain = Attention(ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=8))
     plain.load_state_dict(attention.state_dict())
-    x = torch.randn(2, 8, 16)
+    x = torch.randn(1, 8, 16)
     assert not torch.equal(attention(x), attention(x))
     assert torch.equal(attention.eval()(x), plain(x))
-    mean = torch.stack([attention.train()(x) for _ in range(2000)]).mean(0)
-    assert (mean - plain(x)).abs().max() < 0.1 * plain(x).abs().max(), "dropout keeps the expectation"
+    mean = attention.train()(x.expand(4000, 8, 16)).mean(0)
+    assert (mean - plain(x)).abs().max() < 0.05 * plain(x).abs().max(), "dropout keeps the expectation"

@@ -73,5 +73,5 @@ def test_a_warm_up_longer_than_the_decay():
 
 
 def test_wsd_needs_room_for_warm_up_and_decay():
-    with pytest.raises(ValueError, match="--lr-wsd-decay-fraction is 0.5; allowed: what the 6 warm-up iterations leave"):
+    with pytest.raises(ValueError, match="--lr-wsd-decay-fraction is 0.5; allowed: what the 6 warm-up iterations"):
         lrs(10, lr_decay_style="wsd", lr_warmup_iters=6, lr_wsd_decay_fraction=0.5)

@@ -87,7 +87,7 @@ def test_jsonl_numbers(tmp_path):
                 "x_by_layer": [0.1 + 0.2, -math.inf], "consumed_tokens": 12345678901234})
     sink.close()
     line = (tmp_path / "m.jsonl").read_text()
-    assert line == ('{"kind": "train", "iteration": 1, "loss": 5.1234565, "lr": 0.0003, "grad_norm": NaN, '
+    assert line == ('{"kind": "train", "iteration": 1, "loss": 5.12345648, "lr": 0.0003, "grad_norm": NaN, '
                     '"aux_loss": Infinity, "x_by_layer": [0.3, -Infinity], "consumed_tokens": 12345678901234}\n')
     assert struct.unpack("f", struct.pack("f", json.loads(line)["loss"]))[0] == loss
 

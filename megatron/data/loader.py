@@ -1,0 +1,169 @@
+"""Micro-batches of one rank, in an order that does not depend on how many ranks there are.
+
+Letters: B micro-batch size, S sequence length, W ranks, G global batch size.
+
+Micro-step m of the run takes samples m*B*W to (m+1)*B*W, and rank r its r-th slice of B: an optimizer step of G
+samples sees the same samples for any B and W that divide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megatron.config.schema import DataConfig, require
+from megatron.data.blend import Samples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    tokens_BS: Tensor
+    """int64 input ids"""
+    labels_BS: Tensor
+    """int64 ids to predict: the tokens, one position on"""
+    loss_mask_BS: Tensor
+    """float32, 0 where there is no loss"""
+    position_ids_BS: Tensor | None = None
+    """int64 positions that start again after each end of document; None: 0 to S-1"""
+    segments_BS: Tensor | None = None
+    """int64 number of the document within the sample, between which there is no attention; None: attention everywhere"""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+
+
+def make_batch(samples_BS1: np.ndarray, data: DataConfig, eod: int | None) -> Batch:
+    """Cut samples int64 [B, S+1] into inputs and labels, with what the options of `data` ask for.
+
+    The end-of-document token belongs to the document it ends: it is the last of its segment, and the loss that
+    `--eod-mask-loss` removes is that of predicting, from it, the first token of the next document.
+    """
+    tokens_BS, labels_BS = samples_BS1[:, :-1], samples_BS1[:, 1:]
+    mask_BS = np.ones(tokens_BS.shape, np.float32)
+    positions_BS = segments_BS = None
+    if data.eod_mask_loss:
+        mask_BS[tokens_BS == eod] = 0.0
+    if data.reset_position_ids or data.reset_attention_mask:
+        first_BS = np.zeros(tokens_BS.shape, np.int64)  # 1 where a document starts within the sample
+        first_BS[:, 1:] = tokens_BS[:, :-1] == eod
+        if data.reset_position_ids:
+            index_S = np.arange(tokens_BS.shape[1])
+            positions_BS = index_S - np.maximum.accumulate(first_BS * index_S, axis=1)
+        if data.reset_attention_mask:
+            segments_BS = np.cumsum(first_BS, axis=1)
+    return Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a))
+                   for a in (tokens_BS, labels_BS, mask_BS, positions_BS, segments_BS)))
+
+
+class BatchLoader:
+    """Iterator over this rank's micro-batches. Making one again with `consumed_samples` continues exactly there.
+
+    Args:
+        dataset: the samples: int64 [S+1] each.
+        micro_batch_size: B.
+        global_batch_size: G, a multiple of B * W.
+        rank: this rank, among `world_size` = W.
+        consumed_samples: samples that all ranks together have taken before.
+        data: its options reset_position_ids, reset_attention_mask, eod_mask_loss and num_workers are used.
+        eod: the end-of-document id; None: there is none, and the options that need it are refused.
+        vocab_size: ids from here on are an error.
+        cyclic: start again at the end; otherwise it is an error when less than a global batch is left.
+
+    Attributes:
+        consumed_samples: samples that all ranks together have taken, counting the batch handed out last.
+
+    Raises:
+        ValueError: sizes do not divide; and, while iterating, the end is reached or a token is outside the vocabulary.
+    """
+
+    def __init__(self, dataset: Samples, *, micro_batch_size: int, global_batch_size: int, rank: int, world_size: int,
+                 consumed_samples: int, data: DataConfig, eod: int | None, vocab_size: int, cyclic: bool = False):
+        require(micro_batch_size > 0, "micro_batch_size", micro_batch_size, "a positive integer")
+        self._step = micro_batch_size * world_size
+        require(global_batch_size > 0 and global_batch_size % self._step == 0, "global_batch_size", global_batch_size,
+                f"a multiple of micro-batch size {micro_batch_size} x {world_size} ranks")
+        require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}")
+        require(consumed_samples >= 0, "consumed_samples", consumed_samples, "0 or more")
+        require(len(dataset) > 0, "length of the dataset", len(dataset), "1 or more")
+        for option in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+            require(eod is not None or not getattr(data, option), f"--{option.replace('_', '-')}", True,
+                    "only with a tokenizer that has an end-of-document token")
+        self._size, self._micro, self._global = len(dataset), micro_batch_size, global_batch_size
+        self._rank, self._start, self._cyclic = rank, consumed_samples, cyclic
+        self.consumed_samples = consumed_samples
+        self._batches = iter(DataLoader(
+            _Reader(dataset, data, eod, vocab_size), batch_size=None, sampler=_Numbers(self),
+            num_workers=data.num_workers, generator=torch.Generator()))  # a generator: the global one is the model's
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError(f"the data ends: {self._size - self.consumed_samples} of {self._size} samples are left, "
+                             f"an optimizer step takes {self._global}. Train for fewer steps, or build more samples")
+        if isinstance(batch, Exception):
+            raise batch
+        self.consumed_samples += self._step
+        return batch
+
+    def numbers(self) -> Iterator[list[int]]:
+        """Sample numbers of each micro-batch of this rank, up to the last whole global batch (or without end)."""
+        start = self._start
+        while self._cyclic or (left := self._size - start) >= self._global or left > 0 and self._mid_step(start):
+            first = start + self._rank * self._micro
+            yield [i % self._size for i in range(first, first + self._micro)]
+            start += self._step
+
+    def _mid_step(self, start: int) -> bool:
+        """Whether the optimizer step that `start` lies in began with enough samples."""
+        begun = start - (start - self._start) % self._global
+        return begun < start and begun + self._global <= self._size
+
+
+class _Numbers:
+    """The sampler that DataLoader asks for: lists of sample numbers."""
+
+    def __init__(self, loader: BatchLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._loader.numbers()
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Sample numbers -> Batch; runs in the worker processes when there are any."""
+
+    dataset: Samples
+    data: DataConfig
+    eod: int | None
+    vocab_size: int
+
+    def __getitem__(self, numbers: list[int]) -> Batch | Exception:
+        """An error comes back as a value, so that the training process raises it as it is, from a worker too."""
+        try:
+            samples_BS1 = np.stack([self.dataset[i] for i in numbers])
+            self._check(samples_BS1, numbers)
+            return make_batch(samples_BS1, self.data, self.eod)
+        except Exception as error:
+            return error
+
+    def _check(self, samples_BS1: np.ndarray, numbers: list[int]) -> None:
+        if samples_BS1.max() < self.vocab_size and samples_BS1.min() >= 0:
+            return
+        row, column = np.argwhere((samples_BS1 >= self.vocab_size) | (samples_BS1 < 0))[0]
+        source = self.dataset.source(numbers[row])
+        raise ValueError(f"{source} holds the token id {samples_BS1[row, column]}; allowed with this run's vocabulary: "
+                         f"0 to {self.vocab_size - 1}. Use the tokenizer that the data was made with, or preprocess "
+                         f"the text again with this one")

@@ -1,0 +1,84 @@
+"""Backend choice with its reason, expert-parallel groups, reductions, random state."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.parallel import groups as parallel
+from megatron.parallel import rng
+from megatron.parallel.groups import Groups
+from spawn import groups_for
+
+
+def test_cpu_is_chosen_and_says_why(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert parallel.choose_backend() == ("gloo", torch.device("cpu"), "DS_ACCELERATOR=cpu is set")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parallel.choose_backend()[2] == "torch finds no CUDA device"
+
+
+def test_cuda_is_chosen_when_there_and_ranks_must_fit(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.choose_backend() == ("nccl", torch.device("cuda", 1), "torch finds 2 CUDA device(s)")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="LOCAL_RANK is 2; allowed: below the 2 CUDA devices"):
+        parallel.choose_backend()
+
+
+def test_expert_parallel_size_must_divide_the_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    with pytest.raises(ValueError, match="--moe-expert-parallel-size is 3; allowed: a divisor of the 4 ranks"):
+        parallel.init(3)
+
+
+def test_deepspeeds_operator_cache_goes_into_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    parallel.prepare_deepspeed(torch.device("cpu"))
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "mine")
+    parallel.prepare_deepspeed(torch.device("cpu"))
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "mine"
+
+
+def _init(ep_size):
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    g = parallel.init(ep_size)
+    return g.rank, g.ep_rank, dist.get_process_group_ranks(g.ep_group), g.backend, g.is_first
+
+
+def test_consecutive_ranks_share_experts(ranks4):
+    assert ranks4.run(_init, 2) == [(0, 0, [0, 1], "gloo", True), (1, 1, [0, 1], "gloo", False),
+                                    (2, 0, [2, 3], "gloo", False), (3, 1, [2, 3], "gloo", False)]
+
+
+def _reduce():
+    g = groups_for(1)
+    return parallel.all_reduce_mean(g.rank + 1.0, g), parallel.all_reduce_sum(torch.tensor([g.rank, 1]), g).tolist()
+
+
+def test_reductions(ranks4):
+    assert ranks4.run(_reduce) == [(2.5, [6, 4])] * 4
+    assert parallel.all_reduce_mean(3.0, Groups()) == 3.0
+
+
+def test_ranks_draw_different_numbers_and_state_comes_back():
+    rng.seed_rank(1, 0)
+    first = torch.rand(3)
+    rng.seed_rank(1, 1)
+    assert not torch.equal(first, torch.rand(3))
+    state = rng.get_state()
+    a = torch.rand(3)
+    rng.set_state(state)
+    assert torch.equal(a, torch.rand(3))

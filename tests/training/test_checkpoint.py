@@ -1,0 +1,52 @@
+"""Finding a checkpoint and refusing one of another run; whole save and resume runs are in tests/test_pretrain.py."""
+
+import json
+
+import pytest
+
+from megatron.config import cli
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.training import checkpoint
+from megatron.training.checkpoint import FIXED, Record, check_same_run
+
+IDENTITY = {"tokenizer_name": "a", "tokenizer_vocab_size": 10, "tokenizer_fingerprint": "f", "world_size": 2}
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="which holds no checkpoint"):
+        checkpoint.latest(str(tmp_path))
+
+
+def test_an_incomplete_checkpoint_is_named(tmp_path):
+    (tmp_path / "latest").write_text("iter_0000005\n")
+    (tmp_path / "iter_0000005").mkdir()
+    with pytest.raises(FileNotFoundError, match="iter_0000005 has no run.json"):
+        checkpoint.read_record(str(tmp_path))
+    cli.write_run_json(RunConfig(), tmp_path / "iter_0000005/run.json")
+    with pytest.raises(FileNotFoundError, match="iter_0000005 has no identity.json"):
+        checkpoint.read_record(str(tmp_path))
+    (tmp_path / "iter_0000005/identity.json").write_text(json.dumps(IDENTITY))
+    assert checkpoint.read_record(str(tmp_path)).identity == IDENTITY
+
+
+def test_what_must_be_equal_are_fields_of_the_configuration():
+    for section, names in FIXED.items():
+        for name in names:
+            assert hasattr(getattr(RunConfig(), section), name)
+
+
+def test_contradictions_are_named():
+    saved = Record(RunConfig(), IDENTITY)
+    assert check_same_run(saved, Record(RunConfig(), dict(IDENTITY)), "x") is None
+    with pytest.raises(ValueError, match=r"--num-layers is 8 but checkpoint x was made with 4; use the checkpoint's"):
+        check_same_run(saved, Record(RunConfig(model=ModelConfig(num_layers=8)), IDENTITY), "x")
+    for key, what in checkpoint.IDENTITY.items():
+        with pytest.raises(ValueError, match=f"{what} is 'other'"):
+            check_same_run(saved, Record(RunConfig(), {**IDENTITY, key: "other"}), "x")
+
+
+def test_changing_the_length_or_rate_of_the_run_is_allowed():
+    from megatron.config.schema import OptimizerConfig, TrainConfig
+
+    other = RunConfig(optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9))
+    assert check_same_run(Record(RunConfig(), IDENTITY), Record(other, IDENTITY), "x") is None
