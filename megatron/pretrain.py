@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
@@ -74,7 +75,7 @@ def train(config: RunConfig) -> None:
         Trainer(
             engine, t, plan, schedule, groups,
             loader(splits["train"], consumed_samples=progress.consumed_samples),
-            {name: partial(loader, splits[name], consumed_samples=0, evaluation=True)
+            {name: partial(loader, splits[name], evaluation=True)
              for name in ("valid", "test") if splits[name] is not None},
             sinks, record, progress,
         ).run()
@@ -97,15 +98,16 @@ def _build_splits(config: RunConfig, plan, tokenizer, groups):
     return splits or build()
 
 
-def _loader(config: RunConfig, plan, groups, tokenizer, vocab_size: int, dataset, *, consumed_samples: int,
+def _loader(config: RunConfig, plan, groups, tokenizer, vocab_size: int, dataset, *, consumed_samples: int = 0,
             evaluation: bool = False):
-    """Micro-batches of this rank from one split."""
+    """Micro-batches of this rank from one split: from `consumed_samples` on, or those of one evaluation."""
     from megatron.data.loader import BatchLoader
 
-    return BatchLoader(
+    batches = BatchLoader(
         dataset, micro_batch_size=config.train.micro_batch_size, global_batch_size=plan.global_batch,
         rank=groups.rank, world_size=groups.world_size, consumed_samples=consumed_samples, data=config.data,
         eod=tokenizer.eod, vocab_size=vocab_size)
+    return islice(batches, config.train.eval_iters * plan.micro_steps) if evaluation else batches
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
                        top_p=args.top_p, top_k=args.top_k, eod=tokenizer.eod, seed=args.seed,
                        vocab_size=tokenizer.vocab_size)
     if groups.is_first:
-        for prompt, start, ids in zip(args.prompt, prompts, outputs, strict=True):
-            print(f"> {prompt}|{tokenizer.decode(ids[len(start):])}".replace("\n", "\\n"), flush=True)
+        for prompt, ids in zip(args.prompt, outputs, strict=True):
+            print(f"> {prompt}|{tokenizer.decode(ids)}".replace("\n", "\\n"), flush=True)
     parallel.shutdown()
 
 

@@ -3,7 +3,7 @@
 Two passes: `--gate` is read first, and then that gate's own options are flags like all others. The gates live above
 this layer, so the caller passes in how to find them, be it pretrain_gpt.py or a tool with the same flags:
 
-    parse(argv, gates.config_of, gates.flags_by_gate)
+    parse(argv, gates.config_of, gates.available)
 
 Every error is a ValueError with one line, for the caller to print before it exits with status 2.
 """
@@ -44,7 +44,6 @@ MEGATRON_NAMES = {
 KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 Options = TypeVar("Options")
-Owners = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Flag:
 
 
 def parse(argv: Sequence[str] | None, gate_config: Callable[[str], type],
-          options_by_gate: Callable[[], Owners] | None = None, *, prog: str | None = None,
+          gate_names: Callable[[], Iterable[str]] = tuple, *, prog: str | None = None,
           description: str | None = None) -> RunConfig:
     """The run's configuration from flags, `--config run.json` and defaults, in this order of precedence.
 
@@ -80,16 +79,16 @@ def parse(argv: Sequence[str] | None, gate_config: Callable[[str], type],
     Args:
         argv: without the program's name; None: sys.argv[1:].
         gate_config: name -> that gate's Config class; raises ValueError for an unknown name.
-        options_by_gate: for each option of any gate, the gates that have it: to say whose a foreign flag is.
+        gate_names: all gates, for --help and to say whose a foreign flag is.
     Raises:
         ValueError: a line that says what was set, where, what is allowed.
         SystemExit: with status 0, after --help or --version.
     """
-    return parse_with(None, argv, gate_config, options_by_gate, prog=prog, description=description)[0]
+    return parse_with(None, argv, gate_config, gate_names, prog=prog, description=description)[0]
 
 
 def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_config: Callable[[str], type],
-               options_by_gate: Callable[[], Owners] | None = None, *, prog: str | None = None,
+               gate_names: Callable[[], Iterable[str]] = tuple, *, prog: str | None = None,
                description: str | None = None) -> tuple[RunConfig, Options | None]:
     """`parse` for a tool with flags of its own: the fields of the dataclass `options`. See `parse`."""
     tokens = list(_normalise(sys.argv[1:] if argv is None else argv))
@@ -106,7 +105,7 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
         logging.getLogger(__name__).warning("--gate %s replaces %s of %s: the gate options stored there are dropped, "
                                             "and %s starts from its own defaults", gate, stored_gate, path, gate)
 
-    gates = {name: gate_config(name) for owners in (options_by_gate or dict)().values() for name in owners}
+    gates = {name: gate_config(name) for name in gate_names()}
     known = _index(classes)
     namespace, extra = _parser(classes, stored, gate, gates, prog, description).parse_known_args(tokens)
     if extra:

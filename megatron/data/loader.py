@@ -33,7 +33,7 @@ class Batch:
     position_ids_BS: Tensor | None = None
     """int64 positions that start again after each end of document; None: 0 to S-1"""
     segments_BS: Tensor | None = None
-    """int64 number of the document within the sample, between which there is no attention; None: attention everywhere"""
+    """int64 number of the token's document within the sample; no attention between documents. None: everywhere"""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
@@ -88,21 +88,23 @@ class BatchLoader:
     def __init__(self, dataset: Samples, *, micro_batch_size: int, global_batch_size: int, rank: int, world_size: int,
                  consumed_samples: int, data: DataConfig, eod: int | None, vocab_size: int, cyclic: bool = False):
         require(micro_batch_size > 0, "micro_batch_size", micro_batch_size, "a positive integer")
+        require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}")
         self._step = micro_batch_size * world_size
         require(global_batch_size > 0 and global_batch_size % self._step == 0, "global_batch_size", global_batch_size,
                 f"a multiple of micro-batch size {micro_batch_size} x {world_size} ranks")
-        require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}")
         require(consumed_samples >= 0, "consumed_samples", consumed_samples, "0 or more")
         require(len(dataset) > 0, "length of the dataset", len(dataset), "1 or more")
         for option in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
             require(eod is not None or not getattr(data, option), f"--{option.replace('_', '-')}", True,
                     "only with a tokenizer that has an end-of-document token")
-        self._size, self._micro, self._global = len(dataset), micro_batch_size, global_batch_size
-        self._rank, self._start, self._cyclic = rank, consumed_samples, cyclic
+        self._size, self._global = len(dataset), global_batch_size
         self.consumed_samples = consumed_samples
+        whole = max(0, self._size - consumed_samples) // global_batch_size * global_batch_size
+        numbers = _Numbers(self._size, consumed_samples, None if cyclic else consumed_samples + whole, self._step,
+                           rank * micro_batch_size, micro_batch_size)
         self._batches = iter(DataLoader(
-            _Reader(dataset, data, eod, vocab_size), batch_size=None, sampler=_Numbers(self),
-            num_workers=data.num_workers, generator=torch.Generator()))  # a generator: the global one is the model's
+            _Reader(dataset, data, eod, vocab_size), batch_size=None, sampler=numbers, num_workers=data.num_workers,
+            generator=torch.Generator()))  # its own generator: drawing from the global one would change the model's run
 
     def __iter__(self) -> BatchLoader:
         return self
@@ -110,35 +112,31 @@ class BatchLoader:
     def __next__(self) -> Batch:
         batch = next(self._batches, None)
         if batch is None:
-            raise ValueError(f"the data ends: {self._size - self.consumed_samples} of {self._size} samples are left, "
-                             f"an optimizer step takes {self._global}. Train for fewer steps, or build more samples")
+            raise ValueError(f"the data ends: {max(0, self._size - self.consumed_samples)} of {self._size} samples "
+                             f"are left, an optimizer step takes {self._global}. Train for fewer steps, or build more "
+                             f"samples")
         if isinstance(batch, Exception):
             raise batch
         self.consumed_samples += self._step
         return batch
 
-    def numbers(self) -> Iterator[list[int]]:
-        """Sample numbers of each micro-batch of this rank, up to the last whole global batch (or without end)."""
-        start = self._start
-        while self._cyclic or (left := self._size - start) >= self._global or left > 0 and self._mid_step(start):
-            first = start + self._rank * self._micro
-            yield [i % self._size for i in range(first, first + self._micro)]
-            start += self._step
 
-    def _mid_step(self, start: int) -> bool:
-        """Whether the optimizer step that `start` lies in began with enough samples."""
-        begun = start - (start - self._start) % self._global
-        return begun < start and begun + self._global <= self._size
-
-
+@dataclass(frozen=True)
 class _Numbers:
-    """The sampler that DataLoader asks for: lists of sample numbers."""
+    """The sampler that DataLoader asks for: lists of sample numbers, one per micro-batch of this rank."""
 
-    def __init__(self, loader: BatchLoader):
-        self._loader = loader
+    size: int
+    start: int
+    stop: int | None
+    step: int
+    offset: int
+    micro: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._loader.numbers()
+        first = self.start
+        while self.stop is None or first < self.stop:
+            yield [(first + self.offset + i) % self.size for i in range(self.micro)]
+            first += self.step
 
 
 @dataclass(frozen=True)

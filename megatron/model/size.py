@@ -58,7 +58,7 @@ def count(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> Size
 def table(size: Size) -> str:
     """The counts as text: one line for each part that has parameters, then the total."""
     outside = size.total - size.parts["routed experts"]
-    lines = [f"{'parameters':<16}{'all':>12}   used by one token"]
+    lines = [f"{'parameters':<16}{'all':>12}   active per token"]
     for part, number in size.parts.items():
         used = (number, number)
         if part == "routed experts":

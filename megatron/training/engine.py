@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +31,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, optimizer: OptimizerConfig, train: TrainConfig, groups: Groups):
         self.groups = groups
+        # DeepSpeed calls collectives by the names that torch 2.13 announces to rename.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
         keep_gate_fp32 = optimizer.zero_stage < 3
         if optimizer.precision != "fp32":
             get_logger().info("router weights are stored in %s", "fp32" if keep_gate_fp32 else
@@ -40,9 +45,10 @@ class Engine:
         adamw = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr,
                                   betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps,
                                   fused=True)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw, config=deepspeed_config(optimizer, train, groups.world_size),
-            dist_init_required=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures, three lines a group
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=adamw, config=deepspeed_config(optimizer, train, groups.world_size),
+                dist_init_required=False)
         self._adamw = adamw
 
     @property

@@ -56,3 +56,6 @@ def test_hidden_dropout_in_training_only():
     dropped(h)
     assert not torch.equal(attended, dropped.mlp.x)
     assert torch.equal(dropped.eval()(h)[0], plain(h)[0])
+    dropped.train().self_attn.o_proj.weight.data.zero_()
+    y, *_ = dropped(h)
+    assert 0.2 < (y == h).float().mean() < 0.8, "and so is the second"

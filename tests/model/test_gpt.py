@@ -80,6 +80,10 @@ def test_against_transformers_llama(untied):
 
     tokens, labels, mask = batch()
     torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, rtol=1e-4, atol=1e-4)
+    gaps = torch.tensor([[0, 2, 3, 5], [1, 5, 10, 15]])
+    torch.testing.assert_close(
+        model(tokens[:, :4], position_ids_BS=gaps).logits, rtol=1e-4, atol=1e-4,
+        expected=reference(tokens[:, :4], position_ids=gaps, attention_mask=torch.ones_like(gaps)).logits)
     out = model(tokens, labels, mask)
     loss = reference(tokens, shift_labels=labels.masked_fill(mask == 0, -100), labels=labels).loss
     torch.testing.assert_close(out.loss, loss)
@@ -269,8 +273,8 @@ def test_recompute_changes_no_bit(dropout):
         out.loss.backward()
         runs = len(model.layers[1].mlp.seen)
         assert runs == (2 if recompute else 1), "the block ran again in the backward pass"
-        results.append((out.loss, {n: p.grad for n, p in model.named_parameters()}))
-        model.eval()(tokens, labels)
+        results.append((out.loss, {n: p.grad.clone() for n, p in model.named_parameters()}))
+        model.eval()(tokens, labels).loss.backward()
         assert len(model.layers[1].mlp.seen) == runs + 1
     assert torch.equal(results[0][0], results[1][0])
     for name, grad in results[0][1].items():

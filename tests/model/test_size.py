@@ -61,7 +61,7 @@ def test_table():
     size = Size(3_512_000_000, {"embedding": 12_000_000, "routed experts": 3_500_000_000, "router": 0},
                 112_000_000, 1_512_000_000)
     assert table(size).splitlines() == [
-        "parameters               all   used by one token",
+        "parameters               all   active per token",
         "embedding            12.00 M   12.00 M",
         "routed experts        3.50 B   100.00 M to 1.50 B",
         "total                 3.51 B   112.00 M to 1.51 B",

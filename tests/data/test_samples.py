@@ -1,0 +1,231 @@
+"""Samples against a loop over an explicit stream of tokens; splits; the index cache."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.data import cache, samples
+from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.samples import SampleIndex, parse_split, split_documents
+
+
+def dataset(prefix: Path, lengths: list[int]) -> IndexedDataset:
+    """Documents whose tokens are all different: 0, 1, 2, ... through the whole dataset."""
+    with IndexedWriter(prefix, np.int32) as writer:
+        writer.add_documents(np.arange(sum(lengths)), lengths)
+    return IndexedDataset(prefix)
+
+
+def stream_samples(d: IndexedDataset, order: list[int], seq_length: int) -> list[list[int]]:
+    """The dumb way: one list of all tokens, cut by slices."""
+    stream = [int(t) for doc in order for t in d.read(doc)]
+    return [stream[i:i + seq_length + 1] for i in range(0, len(stream) - seq_length, seq_length)]
+
+
+def rows(index: SampleIndex) -> list[list[int]]:
+    return [index[i].tolist() for i in range(len(index))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10), seq_length=st.integers(1, 7), data=st.data())
+def test_without_shuffling_samples_are_slices_of_the_stream(tmp_path_factory, lengths, seq_length, data):
+    d = dataset(tmp_path_factory.mktemp("d") / "d", lengths)
+    start = data.draw(st.integers(0, len(lengths)))
+    stop = data.draw(st.integers(start, len(lengths)))
+    count = data.draw(st.none() | st.integers(1, 40))
+    if sum(lengths[start:stop]) < seq_length + 1:
+        with pytest.raises(ValueError, match="one sample takes"):
+            SampleIndex(d, (start, stop), seq_length, count, 0, shuffle=False)
+        return
+    index = SampleIndex(d, (start, stop), seq_length, count, 0, shuffle=False)
+    epochs = 1 if count is None else 60
+    expected = stream_samples(d, [*range(start, stop)] * epochs, seq_length)
+    assert rows(index) == expected[:len(expected) if count is None else count]
+    assert index[0].dtype == np.int64 and index.source(0) == d.prefix
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10), seq_length=st.integers(1, 7),
+       count=st.none() | st.integers(1, 60), seed=st.integers(-5, 2**40))
+def test_shuffled_samples_are_those_of_shuffled_epochs(tmp_path_factory, lengths, seq_length, count, seed):
+    d = dataset(tmp_path_factory.mktemp("d") / "d", [*lengths, 8])
+    tokens, documents = sum(lengths) + 8, len(lengths) + 1
+    index = SampleIndex(d, None, seq_length, count, seed)
+    epochs = len(index._order) // documents
+    order = index._order.reshape(epochs, documents)
+    assert all(sorted(epoch) == [*range(documents)] for epoch in order.tolist())
+    stream = stream_samples(d, index._order.tolist(), seq_length)
+    assert rows(index) == [stream[i] for i in index._samples]
+    assert len(set(index._samples.tolist())) == len(index) == (count or (tokens - 1) // seq_length)
+    assert epochs == 1 or (epochs - 1) * tokens < len(index) * seq_length + 1 <= epochs * tokens
+
+
+@pytest.mark.parametrize(("needed", "apart"), [(1, True), (79, True), (80, False), (100, False)])
+def test_the_last_epoch_is_apart_when_less_than_80_percent_of_it_is_needed(tmp_path, needed, apart):
+    d = dataset(tmp_path / "d", [101] * 10)  # 1010 tokens: 100 samples of 10 in an epoch, and 9 tokens over
+    before = (3 * 1010 - 1) // 10
+    taken = SampleIndex(d, None, 10, before + needed, 1)._samples
+    assert (set(taken[:before].tolist()) == set(range(before))) == apart
+    assert apart == (min(taken[before:]) >= before)
+    assert taken.tolist() != sorted(taken)
+
+
+def test_a_part_of_the_first_epoch_is_drawn_from_all_of_it(tmp_path):
+    d = dataset(tmp_path / "d", [10] * 100)
+    assert max(SampleIndex(d, None, 10, 10, 1)._samples) > 50
+
+
+def test_each_epoch_shows_every_token_about_once(tmp_path):
+    d = dataset(tmp_path / "d", [7, 0, 30, 1, 12])
+    index = SampleIndex(d, None, 5, 50, 3)  # 5 epochs of 50 tokens, and one more token
+    counts = Counter(t for i in range(len(index)) for t in index[i][:-1].tolist())
+    assert sum(counts.values()) == 250 and min(counts.values()) >= 4 and max(counts.values()) <= 6
+
+
+def test_the_order_is_pinned_and_depends_on_the_seed(tmp_path):
+    """A resumed run continues in this order: a change of it needs another ALGORITHM."""
+    d = dataset(tmp_path / "d", [3, 5, 4])
+    assert rows(SampleIndex(d, None, 3, 4, 1234)) == PINNED
+    assert rows(SampleIndex(d, None, 3, 4, 1234)) == rows(SampleIndex(d, None, 3, 4, 1234 + 2**32))
+    assert len({str(rows(SampleIndex(d, None, 3, 4, seed))) for seed in range(8)}) > 4
+
+
+PINNED = []
+
+
+def test_requests_that_make_no_sense(tmp_path):
+    d = dataset(tmp_path / "d", [3, 5])
+    for arguments, match in (((None, 0, None, 0), "seq_length is 0"), ((None, 3, 0, 0), "num_samples is 0"),
+                             (((0, 3), 3, None, 0), "ranges within 0 to 2"), (((2, 1), 3, None, 0), "ranges within"),
+                             ((None, 8, None, 0), r"documents 0 to 2 of .*d \(2 documents, 8 tokens\) hold 8 tokens; "
+                                                  r"one sample takes 9"),
+                             (((1, 1), 3, None, 0), "hold 0 tokens; one sample takes 4")):
+        with pytest.raises(ValueError, match=match):
+            SampleIndex(d, *arguments)
+    index = SampleIndex(d, None, 7, None, 0)
+    for i in (-1, 1):
+        with pytest.raises(IndexError, match="allowed 0 to 0"):
+            index[i]
+
+
+@pytest.mark.parametrize(("split", "documents", "expected"), [
+    ("969,30,1", 1000, [(0, 969), (969, 999), (999, 1000)]),
+    ("969,30,1", 10, [(0, 10), (10, 10), (10, 10)]),
+    ("1", 7, [(0, 7), (7, 7), (7, 7)]),
+    ("0.5, 0.5", 4, [(0, 2), (2, 4), (4, 4)]),
+    ("0,0,3", 4, [(0, 0), (0, 0), (0, 4)]),
+    ("1,1,1", 0, [(0, 0)] * 3),
+])
+def test_split_documents(split, documents, expected):
+    assert split_documents(documents, split) == expected
+
+
+@given(st.integers(0, 10**12), st.lists(st.integers(0, 1000), min_size=1, max_size=3).filter(any))
+def test_splits_cover_all_documents_in_proportion(documents, shares):
+    ranges = split_documents(documents, ",".join(map(str, shares)))
+    assert ranges[0][0] == 0 and ranges[2][1] == documents
+    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:]))
+    for (start, stop), share in zip(ranges, shares):
+        assert abs((stop - start) - documents * share / sum(shares)) <= 1.001
+
+
+@pytest.mark.parametrize("split", ["", "a", "1,2,3,4", "0,0", "-1,2", "1,,2", "nan", "1/0", "inf"])
+def test_malformed_splits(split):
+    with pytest.raises(ValueError, match="--split is .*The usual one is 969,30,1"):
+        parse_split(split)
+
+
+def test_the_cache_gives_the_same_and_is_used(tmp_path, monkeypatch):
+    d = dataset(tmp_path / "d", [7, 30, 1, 12])
+    plain = SampleIndex(d, None, 5, 33, 3)
+    assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "a" / "b"))) == rows(plain)
+    (file,) = (tmp_path / "a" / "b").glob("*.cache")
+    monkeypatch.setattr(samples, "build_order", None)
+    again = SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "a" / "b"))
+    assert rows(again) == rows(plain) and not again._bounds.flags.writeable
+    data = pickle.dumps(again)
+    assert len(data) < 1000 and rows(pickle.loads(data)) == rows(plain)
+    assert sorted(os.listdir(file.parent)) == [".lock", file.name]
+
+
+def test_the_cache_is_keyed_by_content_and_parameters(tmp_path):
+    folder = str(tmp_path / "cache")
+    d = dataset(tmp_path / "d", [7, 30, 1, 12])
+    variants = [(None, 5, 33, 3), ((0, 2), 5, 33, 3), (None, 6, 33, 3), (None, 5, 34, 3), (None, 5, 33, 4),
+                (None, 5, None, 3), (None, 5, 33, 3, False)]
+    for n, arguments in enumerate(variants, 1):
+        assert rows(SampleIndex(d, *arguments, cache_dir=folder)) == rows(SampleIndex(d, *arguments))
+        assert len(list(Path(folder).glob("*.cache"))) == n
+    os.utime(tmp_path / "d.bin", ns=(1, 1))
+    SampleIndex(d, *variants[0], cache_dir=folder)
+    assert len(list(Path(folder).glob("*.cache"))) == len(variants) + 1
+    changed = dataset(tmp_path / "d", [30, 7, 1, 12])
+    assert rows(SampleIndex(changed, *variants[0], cache_dir=folder)) == rows(SampleIndex(changed, *variants[0]))
+
+
+def test_a_damaged_cache_is_built_again(tmp_path, caplog):
+    d = dataset(tmp_path / "d", [7, 30, 1, 12])
+    right = rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path)))
+    (file,) = tmp_path.glob("*.cache")
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:5], whole[:-1], whole[:200], b"X" + whole[1:], whole[:100] + b"\xff" + whole[101:],
+                    whole[:12] + b"\xff\xff\xff\xff" + whole[16:], whole + b"\0"):
+        caplog.clear()
+        file.write_bytes(damaged)
+        with caplog.at_level(logging.WARNING, "megatron"):
+            assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path))) == right
+        assert "is damaged" in caplog.text and file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_costs_memory_only(tmp_path, caplog, monkeypatch):
+    d = dataset(tmp_path / "d", [7, 30, 1, 12])
+    right = rows(SampleIndex(d, None, 5, 33, 3))
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING, "megatron"):
+        assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "file"))) == right
+    assert "cannot write the index cache" in caplog.text and "--data-cache-path" in caplog.text
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "replace", full)
+    assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path))) == right
+    assert "No space left on device" in caplog.text and not list(tmp_path.glob(".*.tmp"))
+
+
+def build_at_once(prefix: str, folder: str, barrier, results) -> None:
+    barrier.wait(20)
+    builds = []
+    real = samples.build_order
+    samples.build_order = lambda *args: builds.append(1) or real(*args)
+    results.put((rows(SampleIndex(IndexedDataset(prefix), None, 5, 500, 3, cache_dir=folder)), len(builds)))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_concurrent_builders(tmp_path, locks, monkeypatch):
+    if not locks:
+        def refuse(*args):
+            raise OSError("no locks here")
+        monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    d = dataset(tmp_path / "d", [7, 30, 1, 12])
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=build_at_once, args=(d.prefix, str(tmp_path / "cache"), barrier, results))
+                 for _ in range(4)]
+    for p in processes:
+        p.start()
+    answers = [results.get(timeout=30) for _ in processes]
+    for p in processes:
+        p.join(30)
+    assert all(answer[0] == rows(SampleIndex(d, None, 5, 500, 3)) for answer in answers)
+    assert not locks or sum(answer[1] for answer in answers) == 1
+    assert len([f for f in os.listdir(tmp_path / "cache") if f != ".lock"]) == 1

@@ -1,0 +1,305 @@
+"""Every kind of tokenizer against an independent encoder, literals of special tokens, missing and wrong files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from megatron.config.schema import TOKENIZERS, TokenizerConfig
+from megatron.data import tokenizer as module
+from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, build_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
+TEXTS = ["", "the cat sat on the mat", "Don't <|endoftext|> </s> <eos> <s>", " \n\n\t  x", "naïve 日本 \U0001f600\0",
+         "12345"]
+CORPUS = ["the cat sat on the mat, don't you see the cat? 12345 hello world\n"] * 20
+needs_gpt2 = pytest.mark.skipif(not (SHARED / "gpt2-vocab.json").exists(), reason="no GPT-2 files in ../shared/data")
+
+
+def trained(tmp_path: Path, *, pre=None, eod: str = "<|endoftext|>", normalizer=None) -> tokenizers.Tokenizer:
+    t = tokenizers.Tokenizer(models.BPE())
+    t.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
+    if normalizer:
+        t.normalizer = normalizer
+    t.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=290, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    t.add_special_tokens([eod])
+    t.save(str(tmp_path / "tokenizer.json"))
+    return t
+
+
+def build(kind: str, model: Path | str = "", **files) -> module.Tokenizer:
+    return build_tokenizer(TokenizerConfig(kind, tokenizer_model=str(model), **files))
+
+
+def gpt2(**changes) -> module.Tokenizer:
+    files = {"vocab_file": str(SHARED / "gpt2-vocab.json"), "merge_file": str(SHARED / "gpt2-merges.txt"), **changes}
+    return build_tokenizer(TokenizerConfig("GPT2BPETokenizer", **files))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory) -> Path:
+    import sentencepiece
+
+    path = tmp_path_factory.mktemp("sp") / "tiny.model"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=320, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1)
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(params=[t for t in TOKENIZERS if t != "NullTokenizer"])
+def any_tokenizer(request, tmp_path, sentencepiece_model) -> module.Tokenizer:
+    """Each kind that encodes text (NullTokenizer has tests of its own)."""
+    kind = request.param
+    if kind == "GPT2BPETokenizer":
+        if not (SHARED / "gpt2-vocab.json").exists():
+            pytest.skip("no GPT-2 files in ../shared/data")
+        return gpt2()
+    if kind == "HuggingFaceTokenizer":
+        trained(tmp_path)
+        return build(kind, tmp_path)
+    if kind == "TiktokenTokenizer":
+        pytest.importorskip("tiktoken", reason="tiktoken is optional and not installed")
+        return build(kind, ranks_file(tmp_path))
+    return build(kind, "" if kind == "ByteTokenizer" else sentencepiece_model)
+
+
+def ranks_file(folder: Path, name: str = "r50k_base") -> Path:
+    lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)] + [base64.b64encode(b"th") + b" 256"]
+    path = folder / f"{name}.tiktoken"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def rows(flat: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    assert flat.dtype == np.uint32 and lengths.dtype == np.int64 and lengths.sum() == len(flat)
+    return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(lengths) else []
+
+
+def test_what_every_kind_keeps(any_tokenizer):
+    t = any_tokenizer
+    batch = rows(*t.encode_batch(TEXTS))
+    assert batch == [t.encode(text).tolist() for text in TEXTS]
+    assert all(0 <= i < t.vocab_size for row in batch for i in row)
+    assert [t.decode(row[t.bos is not None:]) for row in batch] == TEXTS
+    assert not any(t.eod in row for row in batch), "a literal became the end-of-document id"
+    assert 0 <= t.eod < t.vocab_size and len(t.fingerprint) == 64
+    assert t.decode([t.vocab_size, t.vocab_size + 9]) == ""
+    assert rows(*t.encode_batch([])) == []
+
+
+def test_fingerprints_differ_by_vocabulary_and_not_by_instance(tmp_path, sentencepiece_model):
+    (tmp_path / "b").mkdir()
+    trained(tmp_path)
+    trained(tmp_path / "b", eod="<eos>")
+    made = [build("HuggingFaceTokenizer", tmp_path), build("HuggingFaceTokenizer", tmp_path / "b"), ByteTokenizer(),
+            NullTokenizer(9), NullTokenizer(10), build("SentencePieceTokenizer", sentencepiece_model)]
+    assert len({t.fingerprint for t in made}) == len(made)
+    assert build("HuggingFaceTokenizer", tmp_path / "tokenizer.json").fingerprint == made[0].fingerprint
+
+
+@needs_gpt2
+def test_gpt2_equals_tokenizers_and_is_fast(caplog):
+    t = gpt2()
+    reference = tokenizers.ByteLevelBPETokenizer(str(SHARED / "gpt2-vocab.json"), str(SHARED / "gpt2-merges.txt"))
+    with open(SHARED / "wikitext2-valid.jsonl", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file][:30] + TEXTS
+    assert rows(*t.encode_batch(texts)) == [reference.encode(text).ids for text in texts]
+    assert t.vocab_size == 50257 and t.eod == 50256 and t.decode([t.eod]) == "<|endoftext|>"
+    assert t.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
+    assert t._fast is not None and not caplog.records
+
+
+@needs_gpt2
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(TEXTS), max_size=4))
+def test_gpt2_equals_tokenizers_on_any_text(texts):
+    t = gpt2_once()
+    assert rows(*t.encode_batch(texts)) == [list(ids) for ids in t._reference(texts)]
+    assert [t.decode(t.encode(text)) for text in texts] == texts
+
+
+def gpt2_once(made: list = []) -> module.Tokenizer:  # noqa: B006 - a cache on purpose
+    made or made.append(gpt2())
+    return made[0]
+
+
+def test_a_huggingface_file_is_read_as_text_only(tmp_path):
+    """No template, truncation or padding of its own; ids of added tokens stay; ordinary added tokens are found."""
+    t = trained(tmp_path)
+    t.add_tokens(["<tool>"])
+    t.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 290)])
+    t.enable_truncation(2)
+    t.enable_padding(length=9)
+    t.save(str(tmp_path / "tokenizer.json"))
+    ours = build("HuggingFaceTokenizer", tmp_path)
+    assert ours._fast is not None and ours.eod == 290 and ours.vocab_size == 292
+    text = "the cat<tool> sat on the <|endoftext|>"
+    ids = ours.encode(text).tolist()
+    assert 291 in ids and 290 not in ids and ids == ours._reference([text])[0]
+    assert ours.decode([290, 291]) == "<|endoftext|><tool>"
+
+
+def test_end_of_document_of_a_huggingface_folder(tmp_path):
+    trained(tmp_path, eod="</s>").get_vocab()
+    t = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    t.add_special_tokens(["<stop>"])
+    t.save(str(tmp_path / "tokenizer.json"))
+    assert build("HuggingFaceTokenizer", tmp_path).eod == t.token_to_id("</s>")
+    for named in ("<stop>", {"content": "<stop>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+        assert build("HuggingFaceTokenizer", tmp_path).eod == t.token_to_id("<stop>")
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ValueError, match="is not a HuggingFace tokenizer"):
+        build("HuggingFaceTokenizer", tmp_path)
+
+
+def test_a_vocabulary_without_end_of_document(tmp_path):
+    trained(tmp_path, eod="<stop>")
+    with pytest.raises(ValueError, match=r"no end-of-document token; tried <\|endoftext\|> .*</s> <eos>"):
+        build("HuggingFaceTokenizer", tmp_path)
+
+
+def test_gigatoken_is_left_loudly_on_a_difference(tmp_path, caplog):
+    """gigatoken 0.10 splits by GPT-2's regex even where the file says not to split: seen by the comparison."""
+    t = trained(tmp_path, pre=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    ours = build("HuggingFaceTokenizer", tmp_path)
+    assert ours._fast is not None
+    texts = ["x", "the cat sat on the mat, don't you see the cat? 12345 hello world\n"]
+    with caplog.at_level(logging.WARNING, "megatron"):
+        assert rows(*ours.encode_batch(texts)) == [t.encode(text).ids for text in texts]
+    assert ours._fast is None and "encodes a document differently" in caplog.text
+
+
+def test_gigatoken_is_compared_on_the_first_documents_only(tmp_path, monkeypatch):
+    trained(tmp_path)
+    ours = build("HuggingFaceTokenizer", tmp_path)
+    seen = []
+    reference = ours._reference
+    monkeypatch.setattr(ours, "_reference", lambda texts: seen.extend(texts) or reference(texts))
+    for _ in range(3):
+        ours.encode_batch(["the cat " * 4000] * 10)
+    assert len(seen) == module.COMPARED_DOCUMENTS and max(map(len, seen)) == module.COMPARED_CHARACTERS
+
+
+@pytest.mark.parametrize("kind", ["lowercase", "word level"])
+def test_gigatoken_is_left_loudly_when_it_cannot_load(tmp_path, caplog, kind):
+    if kind == "lowercase":
+        t = trained(tmp_path, normalizer=normalizers.Lowercase())
+    else:
+        t = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "cat": 2, "</s>": 3}, unk_token="<unk>"))
+        t.pre_tokenizer = pre_tokenizers.Whitespace()
+        t.save(str(tmp_path / "tokenizer.json"))
+    with caplog.at_level(logging.WARNING, "megatron"):
+        ours = build("HuggingFaceTokenizer", tmp_path)
+    assert "gigatoken cannot load this HuggingFaceTokenizer" in caplog.text and "\n" not in caplog.messages[0]
+    assert rows(*ours.encode_batch(["THE cat", "the"])) == [t.encode("THE cat").ids, t.encode("the").ids]
+
+
+def test_sentencepiece_and_llama2(sentencepiece_model, tmp_path):
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    plain, llama = build("SentencePieceTokenizer", sentencepiece_model), build("Llama2Tokenizer", sentencepiece_model)
+    assert rows(*plain.encode_batch(TEXTS)) == [reference.encode(text) for text in TEXTS]
+    assert rows(*llama.encode_batch(TEXTS)) == [[1, *reference.encode(text)] for text in TEXTS]
+    assert plain.bos is None and llama.bos == reference.bos_id() == 1 and plain.eod == llama.eod == reference.eos_id()
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        build("Llama2Tokenizer", tmp_path / "bad.model")
+
+
+@pytest.mark.parametrize(("kind", "gone", "match"), [
+    ("Llama2Tokenizer", {"bos_id": -1}, "no begin-of-sequence token.*Use SentencePieceTokenizer"),
+    ("SentencePieceTokenizer", {"eos_id": -1}, "no end-of-document token; tried"),
+])
+def test_sentencepiece_models_without_special_tokens(tmp_path, kind, gone, match):
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=60,
+                                             model_type="bpe", minloglevel=2, num_threads=1, **gone)
+    (tmp_path / "t.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match=match):
+        build(kind, tmp_path / "t.model")
+
+
+def test_tiktoken(tmp_path, monkeypatch):
+    pytest.importorskip("tiktoken", reason="tiktoken is optional and not installed")
+    t = build("TiktokenTokenizer", ranks_file(tmp_path))
+    assert t.encode("the <|endoftext|>").tolist() == [256, 101, *b" <|endoftext|>"]
+    assert t.vocab_size == 50257 and t.eod == 50256 and t._fast is not None
+    with pytest.raises(ValueError, match="no known encoding in its name; allowed: r50k_base.tiktoken, cl100k_base"):
+        build("TiktokenTokenizer", ranks_file(tmp_path, "mine"))
+    (tmp_path / "o200k_base.tiktoken").write_bytes(b"YQ== 0\nbad\n")
+    with pytest.raises(ValueError, match="is not a .tiktoken file"):
+        build("TiktokenTokenizer", tmp_path / "o200k_base.tiktoken")
+
+
+def test_tiktoken_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(ValueError, match="needs the package tiktoken.*pip install tiktoken"):
+        build("TiktokenTokenizer", ranks_file(tmp_path))
+
+
+def test_null_tokenizer():
+    t = build("NullTokenizer", "50")
+    assert (t.vocab_size, t.eod) == (51, 50)
+    assert rows(*t.encode_batch(["1 2  50", "", "49"])) == [[1, 2, 50], [], [49]]
+    assert t.decode([1, 2, 60]) == "1 2"
+    for text in ("51", "-1", "a", "1.5", "²"):
+        with pytest.raises(ValueError, match="is no token id for NullTokenizer; allowed: 0 to 50"):
+            t.encode(text)
+    for size in ("", "x", "0", "-5", "²"):
+        with pytest.raises(ValueError, match="allowed for NullTokenizer: the vocabulary size"):
+            build("NullTokenizer", size)
+
+
+def test_byte_tokenizer():
+    t = build("ByteTokenizer")
+    assert (t.vocab_size, t.eod) == (257, 256)
+    assert t.encode("aé").tolist() == [97, 195, 169] and t.decode([97, 256, 195]) == "a\ufffd"
+
+
+@pytest.mark.parametrize(("kind", "flag"), [
+    ("GPT2BPETokenizer", "--vocab-file"), ("HuggingFaceTokenizer", "--tokenizer-model"),
+    ("SentencePieceTokenizer", "--tokenizer-model"), ("Llama2Tokenizer", "--tokenizer-model"),
+])
+def test_files_that_are_not_given_or_not_there(tmp_path, kind, flag):
+    with pytest.raises(FileNotFoundError, match=f"{flag} is not set; {kind} needs"):
+        build(kind)
+    with pytest.raises(FileNotFoundError, match=f"{flag} /no/file does not exist; {kind} needs"):
+        build(kind, "/no/file", vocab_file="/no/file")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="--merge-file is not set.*download_vocab.sh"):
+        build("GPT2BPETokenizer", vocab_file=str(tmp_path / "vocab.json"))
+
+
+def test_malformed_files(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a HuggingFace tokenizer"):
+        build("HuggingFaceTokenizer", tmp_path)
+    (tmp_path / "merges.txt").write_text("#version\na b c\n")
+    with pytest.raises(ValueError, match="are not the two files of a byte-level BPE"):
+        build("GPT2BPETokenizer", vocab_file=str(tmp_path / "tokenizer.json"), merge_file=str(tmp_path / "merges.txt"))
+
+
+def test_threads_are_handed_to_the_libraries(monkeypatch, sentencepiece_model):
+    monkeypatch.setenv("RAYON_NUM_THREADS", "7")
+    t = build_tokenizer(TokenizerConfig("SentencePieceTokenizer", tokenizer_model=str(sentencepiece_model)), threads=1)
+    assert module.os.environ["RAYON_NUM_THREADS"] == "1" and t._threads == 1
