@@ -157,37 +157,33 @@ def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
     (("--moe-expert-parallel-size", "3"), r"--num-experts is 4; allowed: a multiple of --moe-expert-parallel-size"),
     (("--moe-expert-parallel-size", "4"), r"--moe-expert-parallel-size is 4; allowed: a divisor of the 1 ranks"),
     (("--data-path", "/nowhere/x"), r"/nowhere/x"),
-    (("--split", "100,0,0", "--eval-iters", "0"), None),
     (("--split", "1,0,99"), r"valid.*60"),
     (("--load", "/nowhere"), r"--load is '/nowhere', which holds no checkpoint"),
     (("--zero-stage", "0", "--moe-expert-parallel-size", "2"), r"--zero-stage is 0; allowed: 1, 2 or 3"),
-    (("--seq-length", "100000"), None),
     (("--global-batch-size", "7"), r"--global-batch-size is 7; allowed: a multiple of"),
     (("--topk", "9"), r"--topk is 9; allowed: 0 to the number of experts, which is 4"),
     (("--score-function", "sigmoid"), r"--score-function.*topk"),
 ])
 def test_bad_input_is_one_clear_line(changes, message, data, tmp_path):
     """Exit code 2, one line on stderr that names what and where, no traceback."""
-    if message is None:
-        pytest.skip("covered by the data tests")
-    argv = flags(data, tmp_path, 2)
-    code = f"import sys; from megatron.pretrain import main; sys.exit(main({[*argv, *changes]!r}))"
-    done = run([sys.executable, "-c", code], DS_ACCELERATOR="cpu", MASTER_PORT="0")
+    check_refused([*flags(data, tmp_path, 2), *changes], message)
+
+
+def check_refused(argv: list[str], message: str) -> None:
+    done = run([sys.executable, "pretrain_gpt.py", *argv], MASTER_PORT="29614")
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(errors) == 1 and re.search(message, errors[0]), done.stderr
 
 
-def test_a_token_outside_the_vocabulary_is_named(data, tmp_path, ranks1):
+def test_a_token_outside_the_vocabulary_is_named(tmp_path):
     prefix = str(tmp_path / "foreign")
     with IndexedWriter(prefix, np.uint16) as writer:
         for _ in range(40):
             writer.add_document(np.full(200, 300))
         writer.finish({})
-    argv = flags(prefix, tmp_path, 2)
-    with pytest.raises(RuntimeError, match=r"foreign.*300.*257"):
-        ranks1.run(_train, argv)
+    check_refused(flags(prefix, tmp_path, 2), r"foreign.*300.*257")
 
 
 def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
@@ -282,6 +278,6 @@ def test_a_gate_is_one_file(data, tmp_path):
 def test_help_explains_and_names_the_gates(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help", "--gate", "threshold"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert exit_.value.code == 0
     assert "--threshold" in text and "probability mass a token's experts must reach" in text and "topk" in text

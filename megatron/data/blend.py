@@ -159,10 +159,11 @@ def quotas(weights: Sequence[float], num_samples: int) -> list[int]:
 
 
 def _whole(weights: Sequence[float]) -> list[int]:
-    """Whole numbers exactly proportional to the weights."""
+    """The smallest whole numbers exactly proportional to the weights."""
     exact = [Fraction(weight) for weight in weights]
     scale = math.lcm(*(f.denominator for f in exact))
-    return [int(f * scale) for f in exact]
+    whole = [int(f * scale) for f in exact]
+    return [n // math.gcd(*whole) for n in whole]
 
 
 def build_splits(data: DataConfig, *, seq_length: int, train_samples: int, valid_samples: int, test_samples: int,

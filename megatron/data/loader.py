@@ -116,7 +116,10 @@ class BatchLoader:
                              f"are left, an optimizer step takes {self._global}. Train for fewer steps, or build more "
                              f"samples")
         if isinstance(batch, Exception):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # else error -> this frame -> error would keep the worker processes alive
         self.consumed_samples += self._step
         return batch
 

@@ -57,9 +57,9 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
         layer.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
             layer.num_experts, local, groups.ep_size)
         if not hasattr(layer.experts, "w3"):
-            # Checkpoint code insists on three stacks; a frozen one of size 1 stays out of the optimizer.
-            layer.experts.w3 = nn.Parameter(torch.zeros(local, 1, 1, device=layer.experts.w1.device),
-                                            requires_grad=False)
+            # Checkpoint code insists on three stacks, none of them frozen under ZeRO 3. This one stays 0: it gets no
+            # gradient, and weight decay of 0 is 0.
+            layer.experts.w3 = nn.Parameter(torch.zeros(local, 1, 1, device=layer.experts.w1.device))
         for parameter in layer.experts.parameters():
             _mark_expert(parameter, layer)
         layer.fp32_gate_parameters = [

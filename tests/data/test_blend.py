@@ -1,0 +1,195 @@
+"""Blends against their definition, and the three splits of a run."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.config.schema import DataConfig
+from megatron.data import blend as module
+from megatron.data.blend import Blend, build_splits, check_sidecar, interleave, parse_blend, quotas
+from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.samples import SampleIndex
+from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
+
+SIDECAR = {"tokenizer": "ByteTokenizer", "vocab_hash": ByteTokenizer().fingerprint, "vocab_size": 257, "eod": 256}
+
+
+class Numbers:
+    """A dataset whose sample i says which dataset it is from and which sample it is."""
+
+    def __init__(self, name: int, size: int):
+        self.name, self.size = name, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        assert i < self.size
+        return np.array([self.name, i])
+
+    def source(self, i: int) -> str:
+        return f"numbers{self.name}"
+
+
+def write(prefix: Path, documents: int, length: int = 10, first: int = 0, sidecar: dict | None = None) -> str:
+    """Documents of `length` tokens, each with its own number (from `first`) as every token."""
+    with IndexedWriter(prefix, np.int32) as writer:
+        numbers = np.repeat(np.arange(first, first + documents), length)
+        writer.add_documents(numbers, [length] * documents)
+        writer.finish(sidecar)
+    return str(prefix)
+
+
+def splits(data: DataConfig, train: int = 5, valid: int = 0, test: int = 0, **options):
+    return build_splits(data, seq_length=8, train_samples=train, valid_samples=valid, test_samples=test, seed=1,
+                        **options)
+
+
+def documents_in(samples) -> set[int]:
+    return {int(t) for i in range(len(samples)) for t in samples[i]}
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ((), []),
+    (("a",), [(None, "a")]),
+    (("a", "b", "c"), [(None, "a"), (None, "b"), (None, "c")]),
+    (("0.7", "a", "3", "b"), [(0.7, "a"), (3.0, "b")]),
+    (("1", "./7"), [(1.0, "./7")]),
+])
+def test_parse_blend(words, expected):
+    assert parse_blend(words) == expected
+
+
+@pytest.mark.parametrize(("words", "match"), [
+    (("1",), "weight prefix weight prefix"), (("1", "a", "b"), "weight prefix"), (("a", "1"), "weight prefix"),
+    (("1", "a", "b", "2"), "weight prefix"), (("1", "2"), "written as ./7"), (("1", "a", "b", "c"), "weight prefix"),
+    (("0", "a"), "a weight of --data-path is 0.0"), (("-1", "a"), "is -1.0"), (("nan", "a"), "a positive number"),
+    (("inf", "a"), "a positive number"),
+])
+def test_malformed_blends(words, match):
+    with pytest.raises(ValueError, match=match):
+        parse_blend(words)
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights=st.lists(st.floats(1e-3, 1e3) | st.integers(1, 10**12), min_size=1, max_size=9),
+       count=st.integers(1, 400), seed=st.integers(0, 2**33))
+def test_no_dataset_is_ever_ahead_or_behind_by_a_sample(weights, count, seed):
+    needed = quotas(weights, count)
+    blend = Blend([Numbers(k, n) for k, n in enumerate(needed)], weights, count, seed)
+    counts = np.zeros(len(weights), int)
+    shares = np.array(weights) / sum(weights)
+    for t in range(count):
+        k, position = blend[t].tolist()
+        assert position == counts[k] and blend.source(t) == f"numbers{k}"
+        counts[k] += 1
+        assert np.abs(counts - shares * (t + 1)).max() < 1 + 1e-9
+    assert len(blend) == count
+
+
+def test_the_interleaving_of_small_cases_is_right():
+    assert interleave([1, 1], 6, [0, 1]).tolist() == [0, 1, 0, 1, 0, 1]
+    assert interleave([1, 1], 6, [1, 0]).tolist() == [1, 0, 1, 0, 1, 0]
+    assert interleave([3, 1], 8, [0, 1]).tolist().count(1) == 2
+    assert interleave([1], 3, [0]).tolist() == [0, 0, 0]
+    once = Blend([Numbers(0, 5), Numbers(1, 5)], [1, 1], 8, 3)
+    again = Blend([Numbers(0, 5), Numbers(1, 5)], [0.5, 0.5], 8, 3)
+    assert [once[i].tolist() for i in range(8)] == [again[i].tolist() for i in range(8)]
+
+
+def test_a_blend_is_cached_and_travels_by_name(tmp_path, monkeypatch):
+    d = IndexedDataset(write(tmp_path / "d", 20))
+    parts = [SampleIndex(d, (0, 10), 4, 40, 1, cache_dir=str(tmp_path)), SampleIndex(d, (10, 20), 4, 20, 1)]
+    blend = Blend(parts, [2, 1], 60, 1, cache_dir=str(tmp_path))
+    monkeypatch.setattr(module, "build_blend", None)
+    for other in (Blend(parts, [4, 2], 60, 1, cache_dir=str(tmp_path)), pickle.loads(pickle.dumps(blend))):
+        assert [other[i].tolist() for i in range(60)] == [blend[i].tolist() for i in range(60)]
+
+
+def test_blends_that_make_no_sense():
+    one = Numbers(0, 3)
+    with pytest.raises(ValueError, match="dataset 1 of the blend has 3 samples; its weight 3 takes 6 of 8"):
+        Blend([Numbers(0, 3), one], [1, 3], 8, 0)
+    for weights in ([], [1, 2], [0], [-1], [float("inf")]):
+        with pytest.raises(ValueError, match="weights of a blend is .*one positive number per dataset"):
+            Blend([one], weights, 1, 0)
+    blend = Blend([one], [1], 3, 0)
+    for i in (-1, 3):
+        with pytest.raises(IndexError, match="allowed 0 to 2"):
+            blend[i]
+
+
+def test_splits_of_one_dataset_take_their_own_documents(tmp_path):
+    data = DataConfig(data_path=(write(tmp_path / "d", 100),), split="80,15,5")
+    made = splits(data, 200, 40, 10)
+    assert {name: len(s) for name, s in made.items()} == {"train": 200, "valid": 40, "test": 10}
+    assert documents_in(made["train"]) == set(range(80))
+    assert documents_in(made["valid"]) == set(range(80, 95))
+    assert documents_in(made["test"]) == set(range(95, 100))
+    assert list((tmp_path / "index_cache").glob("samples-*.cache"))
+    assert splits(data, 5, 0, 0) | {"train": None} == {"train": None, "valid": None, "test": None}
+
+
+def test_splits_of_a_blend(tmp_path):
+    a, b = write(tmp_path / "a", 50), write(tmp_path / "b", 50, first=1000)
+    data = DataConfig(data_path=("3", a, "1", b), split="8,2", data_cache_path=str(tmp_path / "cache"))
+    made = splits(data, 80, 40)
+    from_b = sum(made["train"].source(i) == b for i in range(80))
+    assert from_b == 20 and not (tmp_path / "index_cache").exists()
+    assert documents_in(made["train"]) <= {*range(40), *range(1000, 1040)}
+    assert documents_in(made["valid"]) <= {*range(40, 50), *range(1040, 1050)}
+
+
+def test_without_weights_a_blend_goes_by_size(tmp_path):
+    a, b = write(tmp_path / "a", 30), write(tmp_path / "b", 30, length=20)
+    made = splits(DataConfig(data_path=(a, b), split="1"), 90)
+    assert sum(made["train"].source(i) == a for i in range(90)) == 30
+
+
+def test_splits_from_paths_of_their_own(tmp_path):
+    a, b, c = (write(tmp_path / name, 30, first=100 * n) for n, name in enumerate("abc"))
+    made = splits(DataConfig(train_data_path=(a,), valid_data_path=(b,), test_data_path=(c,)), 50, 50, 50)
+    assert [documents_in(made[name]) for name in ("train", "valid", "test")] == [
+        set(range(30)), set(range(100, 130)), set(range(200, 230))]
+    made = splits(DataConfig(data_path=(a,), valid_data_path=(b,), split="1"), 50, 50)
+    assert documents_in(made["train"]) == set(range(30)) and documents_in(made["valid"]) == set(range(100, 130))
+
+
+def test_splits_that_cannot_be_made(tmp_path):
+    d, empty = write(tmp_path / "d", 10), write(tmp_path / "empty", 0)
+    with pytest.raises(ValueError, match=r"the valid split of .*d is empty: --split 969,30,1 of 10 documents \(100 "
+                                         r"tokens\) gives 10 train, 0 valid, 0 test documents.*--valid-data-path, or "
+                                         r"--eval-iters 0"):
+        splits(DataConfig(data_path=(d,)), 5, 5)
+    with pytest.raises(ValueError, match="documents 0 to 0 of .*empty .* hold 0 tokens"):
+        splits(DataConfig(train_data_path=(empty, empty)))
+    with pytest.raises(ValueError, match="--train-data-path and --data-path are both empty, and 5 train samples"):
+        splits(DataConfig())
+    with pytest.raises(ValueError, match="--test-data-path and .*or --eval-iters 0"):
+        splits(DataConfig(train_data_path=(d,)), 5, 0, 3)
+    with pytest.raises(ValueError, match="--split is 'x'"):
+        splits(DataConfig(train_data_path=(d,), split="x"))
+    with pytest.raises(FileNotFoundError, match="nowhere.idx does not exist"):
+        splits(DataConfig(data_path=(str(tmp_path / "nowhere"),)))
+
+
+def test_the_sidecar_must_agree_with_the_tokenizer(tmp_path):
+    prefix = write(tmp_path / "d", 10, sidecar=SIDECAR)
+    data = DataConfig(data_path=(prefix,), split="1")
+    assert len(splits(data, tokenizer=ByteTokenizer(), vocab_size=257)["train"]) == 5
+    with pytest.raises(ValueError, match="d.json records vocab_hash .* of ByteTokenizer, this run's NullTokenizer has"):
+        splits(data, tokenizer=NullTokenizer(300))
+    with pytest.raises(ValueError, match="records a vocabulary of 257 tokens; allowed in this run: 256"):
+        splits(data, vocab_size=256)
+    write(tmp_path / "d", 10, sidecar={**SIDECAR, "eod": 0})
+    with pytest.raises(ValueError, match="records eod 0 of ByteTokenizer, this run's ByteTokenizer has 256"):
+        splits(data, tokenizer=ByteTokenizer())
+    (tmp_path / "d.json").unlink()
+    check_sidecar(IndexedDataset(prefix), NullTokenizer(5), 5)
+    assert splits(data, tokenizer=NullTokenizer(300))["train"] is not None
