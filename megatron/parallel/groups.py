@@ -61,7 +61,7 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         ValueError: `ep_size` does not divide the number of ranks, or there are more ranks than CUDA devices.
     """
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
-                        ("MASTER_PORT", "29500")):
+                        ("MASTER_PORT", "0")):  # 0: a free port, enough for one process
         os.environ.setdefault(name, value)
     world_size = int(os.environ["WORLD_SIZE"])
     require(world_size % ep_size == 0, "--moe-expert-parallel-size", ep_size, f"a divisor of the {world_size} ranks",

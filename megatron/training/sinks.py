@@ -148,6 +148,8 @@ class ConsoleSink:
         kind, iteration = record["kind"], record["iteration"]
         words = [f"{'iteration' if kind == 'train' else kind + ' at'} {iteration:{width}d}/{self.iterations}"]
         words += [_form(form, record[name]) for name, form in self.FIELDS if name in record]
+        if kind != "train" and "experts_per_token_kept_by_layer" in record:
+            words.append("by layer " + " ".join(_form("{:.2f}", k) for k in record["experts_per_token_kept_by_layer"]))
         if "elapsed_s" in record:
             words.append(f"elapsed {_clock(record['elapsed_s'])}")
         if kind == "train" and "step_time_ms" in record:
