@@ -32,7 +32,7 @@ def configs():
     """The demo's shapes (examples_deepspeed/MoE/demo.sh)."""
     from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 
-    model = ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, seq_length=256, init_method_std=0.05,
+    model = ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, seq_length=256, init_method_std=0.06,
                         ffn_hidden_size=1024)
     moe = MoEConfig(num_experts=EXPERTS, expert_interval=2, gate="threshold", moe_ffn_hidden_size=WIDTH,
                     moe_expert_parallel_size=RANKS)

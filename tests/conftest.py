@@ -6,12 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import runs  # noqa: E402
 from spawn import Ranks  # noqa: E402
 
 REPO = Path(__file__).resolve().parent.parent
@@ -46,3 +48,28 @@ def ranks4():
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return REPO
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> str:
+    """Prefix of a pair of 60 byte-level documents that a tiny model can learn."""
+    from megatron.config.schema import TokenizerConfig
+    from megatron.data.indexed import IndexedWriter
+    from megatron.data.tokenizer import build_tokenizer
+
+    prefix = str(tmp_path_factory.mktemp("data") / "tiny_text_document")
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteTokenizer"))
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for i in range(60):
+            text = f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (4 + i % 5)
+            writer.add_document(np.append(tokenizer.encode(text), tokenizer.eod))
+        writer.finish({"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint})
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory, ranks2) -> Path:
+    """Folder of a run of 20 iterations on two ranks with the experts sharded."""
+    out = tmp_path_factory.mktemp("whole")
+    ranks2.run(runs.train, runs.flags(data, out, 20, *runs.EP2), timeout=300)
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,68 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from megatron.config.schema import TokenizerConfig
+import runs
 from megatron.data.indexed import IndexedWriter
-from megatron.data.tokenizer import build_tokenizer
 from megatron.pretrain import main
 
 REPO = Path(__file__).resolve().parent.parent
-SHAPE = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "32",
-         "--ffn-hidden-size", "64", "--init-method-std", "0.1", "--tokenizer-type", "ByteTokenizer",
-         "--make-vocab-size-divisible-by", "1"]
-MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval", "2"]
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> str:
-    """A pair of 60 byte-level documents that a tiny model can learn."""
-    prefix = str(tmp_path_factory.mktemp("data") / "tiny_text_document")
-    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteTokenizer"))
-    with IndexedWriter(prefix, np.uint16) as writer:
-        for i in range(60):
-            text = f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (4 + i % 5)
-            writer.add_document(np.append(tokenizer.encode(text), tokenizer.eod))
-        writer.finish({"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint})
-    return prefix
-
-
-def flags(data: str, out: Path, iters: int = 20, *more: str) -> list[str]:
-    return [*SHAPE, *MOE, "--data-path", data, "--split", "80,15,5", "--micro-batch-size", "2", "--global-batch-size",
-            "8", "--train-iters", str(iters), "--lr", "5e-3", "--min-lr", "5e-4", "--lr-warmup-fraction", "0.1",
-            "--eval-interval", "10", "--eval-iters", "2", "--log-interval", "1", "--save", str(out / "checkpoints"),
-            "--metrics-file", str(out / "metrics.jsonl"), "--gate", "threshold", "--threshold", "0.8", "--bf16", *more]
-
-
-def metrics(out: Path, kind: str = "train") -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def _train(argv: list[str]) -> None:
-    """In a rank of the pool: a run, as the launcher would start it."""
-    from megatron.config import cli
-    from megatron.moe import gates
-    from megatron.pretrain import train
-
-    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
-    train(cli.parse(argv, gates.config_of, gates.available))
-
-
-EP2 = ("--moe-expert-parallel-size", "2")
-
-
-@pytest.fixture(scope="session")
-def finished(data, tmp_path_factory, ranks2) -> Path:
-    """20 iterations on two ranks with the experts sharded."""
-    out = tmp_path_factory.mktemp("whole")
-    ranks2.run(_train, flags(data, out, 20, *EP2), timeout=300)
-    return out
-
-
 def test_it_learns_and_says_so(finished):
-    train, evals, test = metrics(finished), metrics(finished, "eval"), metrics(finished, "test")
+    train, evals, test = runs.metrics(finished), runs.metrics(finished, "eval"), runs.metrics(finished, "test")
     assert [m["iteration"] for m in train] == list(range(1, 21))
     assert [m["iteration"] for m in evals] == [0, 10, 20] and [m["iteration"] for m in test] == [20]
     assert evals[0]["loss"] == pytest.approx(np.log(257), abs=0.5), "an untrained model knows nothing"
@@ -100,12 +45,13 @@ def test_each_rank_holds_half_of_the_experts(finished):
 
 def test_ten_plus_ten_is_twenty_bit_for_bit(finished, data, tmp_path, ranks2):
     """Stopped at 10 and resumed: the same losses, learning rates, gradient norms and data, to the last bit."""
-    ranks2.run(_train, flags(data, tmp_path, 20, *EP2, "--exit-interval", "10"), timeout=300)
-    assert [m["iteration"] for m in metrics(tmp_path)] == list(range(1, 11)) and not metrics(tmp_path, "test")
-    ranks2.run(_train, flags(data, tmp_path, 20, *EP2, "--load", str(tmp_path / "checkpoints")), timeout=300)
+    argv = runs.flags(data, tmp_path, 20, *runs.EP2)
+    ranks2.run(runs.train, [*argv, "--exit-interval", "10"], timeout=300)
+    assert [m["iteration"] for m in runs.metrics(tmp_path)] == list(range(1, 11)) and not runs.metrics(tmp_path, "test")
+    ranks2.run(runs.train, [*argv, "--load", str(tmp_path / "checkpoints")], timeout=300)
     for kind in ("train", "eval", "test"):
-        whole = {m["iteration"]: m for m in metrics(finished, kind)}
-        halves = {m["iteration"]: m for m in metrics(tmp_path, kind)}
+        whole = {m["iteration"]: m for m in runs.metrics(finished, kind)}
+        halves = {m["iteration"]: m for m in runs.metrics(tmp_path, kind)}
         assert whole.keys() == halves.keys()
         for i, m in whole.items():
             for key in ("loss", "aux_loss", "lr", "grad_norm", "consumed_samples", "experts_per_token_kept"):
@@ -117,14 +63,15 @@ def test_ten_plus_ten_is_twenty_bit_for_bit(finished, data, tmp_path, ranks2):
                          ids=lambda o: " ".join(o))
 def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
     """Recomputation changes nothing; ZeRO 2 and 3 only rounding; capacity drops and shared experts train."""
-    ranks2.run(_train, flags(data, tmp_path, 4, *EP2, "--lr-warmup-fraction", "0.5", *options), timeout=300)
-    got = metrics(tmp_path)
+    argv = runs.flags(data, tmp_path, 4, *runs.EP2, "--lr-warmup-fraction", "0.5", *options)
+    ranks2.run(runs.train, argv, timeout=300)
+    got = runs.metrics(tmp_path)
     if options == ("--recompute-activations",):
-        assert got[0]["loss"] == metrics(finished)[0]["loss"]
-        assert got[0]["grad_norm"] == metrics(finished)[0]["grad_norm"]
+        assert got[0]["loss"] == runs.metrics(finished)[0]["loss"]
+        assert got[0]["grad_norm"] == runs.metrics(finished)[0]["grad_norm"]
     elif options[0] == "--zero-stage":
-        assert got[0]["loss"] == pytest.approx(metrics(finished)[0]["loss"], abs=0.02)
-        assert got[0]["grad_norm"] == pytest.approx(metrics(finished)[0]["grad_norm"], rel=0.02)
+        assert got[0]["loss"] == pytest.approx(runs.metrics(finished)[0]["loss"], abs=0.02)
+        assert got[0]["grad_norm"] == pytest.approx(runs.metrics(finished)[0]["grad_norm"], rel=0.02)
     else:
         assert max(m["drop_fraction"] for m in got) > 0
         assert all(m["experts_per_token_kept"] < m["experts_per_token_wanted"] for m in got if m["drop_fraction"])
@@ -138,11 +85,11 @@ def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
     (("--zero-stage", "2"), r"--zero-stage is 2 but checkpoint .* was made with 1"),
 ])
 def test_a_checkpoint_that_contradicts_the_flags(changes, message, finished, data, tmp_path, ranks2):
-    argv = flags(data, tmp_path, 20, *EP2, "--load", str(finished / "checkpoints"))
+    argv = runs.flags(data, tmp_path, 20, *runs.EP2, "--load", str(finished / "checkpoints"))
     if "--gate" in changes:
         argv = [a for a in argv if a not in ("--threshold", "0.8")]
     with pytest.raises(RuntimeError, match=message):
-        ranks2.run(_train, [*argv, *changes])
+        ranks2.run(runs.train, [*argv, *changes])
 
 
 def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
@@ -166,7 +113,7 @@ def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
 ])
 def test_bad_input_is_one_clear_line(changes, message, data, tmp_path):
     """Exit code 2, one line on stderr that names what and where, no traceback."""
-    check_refused([*flags(data, tmp_path, 2), *changes], message)
+    check_refused([*runs.flags(data, tmp_path, 2), *changes], message)
 
 
 def check_refused(argv: list[str], message: str) -> None:
@@ -183,7 +130,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
         for _ in range(40):
             writer.add_document(np.full(200, 300))
         writer.finish({})
-    check_refused(flags(prefix, tmp_path, 2), r"foreign.*300.*0 to 256")
+    check_refused(runs.flags(prefix, tmp_path, 2), r"foreign.*300.*0 to 256")
 
 
 def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
@@ -201,7 +148,7 @@ def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
     assert list((out / "tensorboard").glob("events*"))
     second = run(script, **env)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "resumed from" in second.stdout and metrics(out)[-1]["iteration"] == 4
+    assert "resumed from" in second.stdout and runs.metrics(out)[-1]["iteration"] == 4
     bad = run(script, **{**env, "DATA_PATH": "/nowhere/y", "OUTPUT_DIR": str(tmp_path / "bad")})
     assert bad.returncode != 0
     assert len([x for x in (bad.stdout + bad.stderr).splitlines() if "/nowhere/y" in x and "error:" in x]) == 1
@@ -209,14 +156,14 @@ def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
 
 def test_killing_one_rank_ends_the_run_within_a_minute(data, tmp_path):
     argv = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29612",
-            "pretrain_gpt.py", *flags(data, tmp_path, 100000, *EP2)]
+            "pretrain_gpt.py", *runs.flags(data, tmp_path, 100000, *runs.EP2)]
     process = subprocess.Popen(argv, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     pids = []
     for line in process.stdout:
         if found := re.search(r"process (\d+) spawned", line):
             pids.append(int(found.group(1)))
-        if "iteration" in line and (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path):
+        if "iteration" in line and (tmp_path / "metrics.jsonl").exists() and runs.metrics(tmp_path):
             break
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
@@ -264,12 +211,12 @@ def test_a_gate_is_one_file(data, tmp_path):
     shutil.copytree(REPO / "megatron", tree / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO / "pretrain_gpt.py", tree)
     (tree / "megatron/moe/gates/modulo.py").write_text(GATE)
-    argv = [a for a in flags(data, tmp_path, 5) if a not in ("--threshold", "0.8")]
+    argv = [a for a in runs.flags(data, tmp_path, 5) if a not in ("--threshold", "0.8")]
     done = subprocess.run([sys.executable, str(tree / "pretrain_gpt.py"), *argv, "--gate", "modulo", "--shift", "3"],
                           capture_output=True, text=True, cwd=tmp_path, timeout=300,
                           env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stdout + done.stderr
-    got = metrics(tmp_path)
+    got = runs.metrics(tmp_path)
     assert len(got) == 5 and all(m["experts_per_token_kept"] == 1 for m in got)
     assert got[-1]["loss"] < got[0]["loss"]
     torch.load(tmp_path / "checkpoints/iter_0000005/rng_rank0.pt", weights_only=True)

@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> None:
     if groups.is_first:
         for prompt, ids in zip(args.prompt, outputs, strict=True):
             print(f"> {prompt}|{tokenizer.decode(ids)}".replace("\n", "\\n"), flush=True)
-    parallel.shutdown()
 
 
 def main() -> int:
@@ -62,6 +61,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         log.report_error(error)
         return 2
+    from megatron.parallel.groups import shutdown
+
+    shutdown()
     return 0
 
 

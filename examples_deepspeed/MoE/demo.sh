@@ -23,7 +23,7 @@ echo "== 4/5 training: 16 experts, threshold gate, experts sharded over two rank
 export NUM_GPUS=${NUM_GPUS:-2} TOKENIZER_TYPE=HuggingFaceTokenizer TOKENIZER_MODEL=$DATA/tokenizer.json
 export DATA_PATH=$DATA/corpus_text_document
 export NUM_LAYERS=${NUM_LAYERS:-6} HIDDEN_SIZE=${HIDDEN_SIZE:-256} NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-4}
-export SEQ_LEN=${SEQ_LEN:-256} INIT_STD=${INIT_STD:-0.05}
+export SEQ_LEN=${SEQ_LEN:-256} INIT_STD=${INIT_STD:-0.06}
 export EP_SIZE=${EP_SIZE:-16} EP_INTERVAL=${EP_INTERVAL:-2} MOE_FFN_HIDDEN_SIZE=${MOE_FFN_HIDDEN_SIZE:-256}
 export GATE=${GATE:-threshold} THRESHOLD=${THRESHOLD:-0.9}
 export GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16} BATCH_SIZE=${BATCH_SIZE:-8} TRAIN_ITERS=${TRAIN_ITERS:-200}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from megatron.config.schema import DataConfig, require
 from megatron.data.blend import Samples
@@ -152,12 +152,14 @@ class _Reader:
     vocab_size: int
 
     def __getitem__(self, numbers: list[int]) -> Batch | Exception:
-        """An error comes back as a value, so that the training process raises it as it is, from a worker too."""
+        """A worker hands back a user's error as a value: torch would bury its message under the worker's traceback."""
         try:
             samples_BS1 = np.stack([self.dataset[i] for i in numbers])
             self._check(samples_BS1, numbers)
             return make_batch(samples_BS1, self.data, self.eod)
-        except Exception as error:
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
             return error
 
     def _check(self, samples_BS1: np.ndarray, numbers: list[int]) -> None:

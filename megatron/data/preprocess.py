@@ -96,6 +96,7 @@ def preprocess(inputs: Sequence[str], output_prefix: str, keys: Sequence[str], t
         FileNotFoundError: an input is not there.
         ValueError: a line cannot be used (see `read_jsonl`), or there are no documents at all.
     """
+    keys = list(dict.fromkeys(keys))
     totals = {key: Totals(f"{output_prefix}_{key}_document") for key in keys}
     dtype = dtype_for_vocab(tokenizer.vocab_size)
     with ExitStack() as stack:

@@ -64,7 +64,7 @@ class Tokenizer(ABC):
         """(uint32 ids of all texts one after the other, int64 length of each)."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens spelt out; ids beyond the vocabulary (its padding) have no text."""
+        """Text of ids; ids beyond the vocabulary (its padding) have none. BPE kinds spell special tokens out."""
         return self._decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     @abstractmethod

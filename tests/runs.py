@@ -1,0 +1,37 @@
+"""Tiny whole runs for tests: their flags, their metrics, and running one in a rank of the pool."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+SHAPE = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "32",
+         "--ffn-hidden-size", "64", "--init-method-std", "0.1", "--tokenizer-type", "ByteTokenizer",
+         "--make-vocab-size-divisible-by", "1"]
+MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval", "2"]
+EP2 = ("--moe-expert-parallel-size", "2")
+
+
+def flags(data: str, out: Path, iters: int = 20, *more: str) -> list[str]:
+    return [*SHAPE, *MOE, "--data-path", data, "--split", "80,15,5", "--micro-batch-size", "2", "--global-batch-size",
+            "8", "--train-iters", str(iters), "--lr", "5e-3", "--min-lr", "5e-4", "--lr-warmup-fraction", "0.1",
+            "--eval-interval", "10", "--eval-iters", "2", "--log-interval", "1", "--save", str(out / "checkpoints"),
+            "--metrics-file", str(out / "metrics.jsonl"), "--gate", "threshold", "--threshold", "0.8", "--bf16", *more]
+
+
+def metrics(out: Path, kind: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def train(argv: list[str]) -> None:
+    """In a rank of the pool: a run, as the launcher would start it."""
+    from megatron import pretrain
+    from megatron.config import cli
+    from megatron.moe import gates
+
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
+    pretrain.train(cli.parse(argv, gates.config_of, gates.available))
