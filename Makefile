@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.moe-megatron
 BIN := $(abspath $(VENV))/bin
-export OMP_NUM_THREADS ?= 1
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
@@ -28,7 +27,10 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 endif
 
 demo: venv
-	bash examples_deepspeed/MoE/demo.sh
+	PYTHON=$(BIN)/python bash examples_deepspeed/MoE/demo.sh
+
+# Tests start up to four ranks: one thread each.
+test test-slow: export OMP_NUM_THREADS := 1
 
 test: venv
 	$(BIN)/python -m pytest

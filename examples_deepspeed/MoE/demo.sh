@@ -20,7 +20,9 @@ echo "== 3/5 shards"
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$DATA/tokenizer.json"
 
 echo "== 4/5 training: 16 experts, threshold gate, experts sharded over two ranks"
-export NUM_GPUS=${NUM_GPUS:-2} TOKENIZER_TYPE=HuggingFaceTokenizer TOKENIZER_MODEL=$DATA/tokenizer.json
+# Two ranks, unless there is exactly one GPU: a GPU holds one rank.
+GPUS_HERE=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+export NUM_GPUS=${NUM_GPUS:-$([ "$GPUS_HERE" = 1 ] && echo 1 || echo 2)} TOKENIZER_TYPE=HuggingFaceTokenizer TOKENIZER_MODEL=$DATA/tokenizer.json
 export DATA_PATH=$DATA/corpus_text_document
 export NUM_LAYERS=${NUM_LAYERS:-6} HIDDEN_SIZE=${HIDDEN_SIZE:-256} NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-4}
 export SEQ_LEN=${SEQ_LEN:-256} INIT_STD=${INIT_STD:-0.06}
