@@ -21,8 +21,14 @@ def main(argv: list[str] | None = None) -> int:
     log.setup()
     try:
         train(cli.parse(sys.argv[1:] if argv is None else argv, gates.config_of, gates.available))
-    except (ValueError, OSError) as error:
-        if not _is_ours(error):
+    except OSError as error:
+        log.report_error(error)
+        return 2
+    except (ValueError, RuntimeError) as error:
+        if lost := lost_rank(error):
+            log.report_error(lost)
+            return 1
+        if not isinstance(error, ValueError) or not _is_ours(error):
             raise
         log.report_error(error)
         return 2
@@ -34,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: RunConfig) -> None:
     """Run the whole training that `config` describes, on the ranks the launcher started."""
+    from megatron.config.schema import require
     from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model
     from megatron.model.size import count, table
@@ -51,11 +58,13 @@ def train(config: RunConfig) -> None:
     plan = Plan(t.iterations(seq_length, groups.world_size), global_batch,
                 global_batch // (t.micro_batch_size * groups.world_size), seq_length)
     schedule = Schedule(config.optimizer, iterations=plan.iterations, tokens_per_iteration=global_batch * seq_length)
-    vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    require(vocab_size >= tokenizer.vocab_size, "--vocab-size", vocab_size,
+            f"at least the tokenizer's {tokenizer.vocab_size}", "Or leave it out.")
     record = checkpoint.Record.of(config, groups, tokenizer)
     if t.load:
         checkpoint.check_same_run(checkpoint.read_record(t.load), record, t.load)
-    splits = _build_splits(config, plan, tokenizer, groups)
+    splits = _build_splits(config, plan, tokenizer, vocab_size, groups)
 
     model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size, seed=t.seed,
                         groups=groups, recompute=t.recompute_activations)
@@ -83,14 +92,15 @@ def train(config: RunConfig) -> None:
         sinks.close()
 
 
-def _build_splits(config: RunConfig, plan, tokenizer, groups):
+def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):
     """Open the data; the first rank of each node builds the sample indices, the others find them cached."""
     from megatron.data.blend import build_splits
 
     eval_samples = config.train.eval_iters * plan.global_batch
     build = partial(
         build_splits, config.data, seq_length=plan.seq_length, train_samples=plan.iterations * plan.global_batch,
-        valid_samples=eval_samples, test_samples=eval_samples, seed=config.train.seed, tokenizer=tokenizer)
+        valid_samples=eval_samples, test_samples=eval_samples, seed=config.train.seed, tokenizer=tokenizer,
+        vocab_size=vocab_size)
     if groups.world_size == 1:
         return build()
     splits = build() if groups.local_rank == 0 else None
@@ -108,6 +118,14 @@ def _loader(config: RunConfig, plan, groups, tokenizer, vocab_size: int, dataset
         rank=groups.rank, world_size=groups.world_size, consumed_samples=consumed_samples, data=config.data,
         eod=tokenizer.eod, vocab_size=vocab_size)
     return islice(batches, config.train.eval_iters * plan.micro_steps) if evaluation else batches
+
+
+def lost_rank(error: BaseException) -> RuntimeError | None:
+    """One line for the long error of a collective whose other side is gone; None for any other error."""
+    ended = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    if any(word in str(error) for word in ended):
+        return RuntimeError("another rank ended, and its message says why; this one stops with it")
+    return None
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -63,7 +63,7 @@ def data(tmp_path_factory) -> str:
         for i in range(60):
             text = f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (4 + i % 5)
             writer.add_document(np.append(tokenizer.encode(text), tokenizer.eod))
-        writer.finish({"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint})
+        writer.finish({"tokenizer": tokenizer.name, "vocab_hash": tokenizer.fingerprint, "eod": tokenizer.eod})
     return prefix
 
 

@@ -19,7 +19,8 @@ def flags(data: str, out: Path, iters: int = 20, *more: str) -> list[str]:
     return [*SHAPE, *MOE, "--data-path", data, "--split", "80,15,5", "--micro-batch-size", "2", "--global-batch-size",
             "8", "--train-iters", str(iters), "--lr", "5e-3", "--min-lr", "5e-4", "--lr-warmup-fraction", "0.1",
             "--eval-interval", "10", "--eval-iters", "2", "--log-interval", "1", "--save", str(out / "checkpoints"),
-            "--metrics-file", str(out / "metrics.jsonl"), "--gate", "threshold", "--threshold", "0.8", "--bf16", *more]
+            "--metrics-file", str(out / "metrics.jsonl"), "--gate", "threshold", "--threshold", "0.8",
+            "--bf16", "--hidden-dropout", "0.05", *more]
 
 
 def metrics(out: Path, kind: str = "train") -> list[dict]:

@@ -101,8 +101,22 @@ def test_gates_variables_follow_the_gate(tmp_path):
     assert config_of(dry(tmp_path, GATE="topk", TOPK="4")[0]).gate_options["topk"] == 4
     dense = config_of(dry(tmp_path, EP_SIZE="0")[0])
     assert dense.moe.num_experts == 0 and dense.moe.moe_expert_parallel_size == 1
-    assert config_of(dry(tmp_path, MOE_DROP_TOKEN="true")[0]).moe.moe_train_capacity_factor == 8.0
     assert config_of(dry(tmp_path, "--seed", "77")[0]).train.seed == 77
+
+
+@pytest.mark.parametrize("env, train, evaluation", [
+    ({}, 0, 0), ({"MOE_DROP_TOKEN": "true"}, 8, 8), ({"MOE_TRAIN_CAP_FACTOR": "2"}, 2, 2),
+    ({"MOE_EVAL_CAP_FACTOR": "2"}, 0, 2), ({"MOE_DROP_TOKEN": "false", "MOE_TRAIN_CAP_FACTOR": "2"}, 0, 0),
+])
+def test_capacity_variables(env, train, evaluation, tmp_path):
+    moe = config_of(dry(tmp_path, **env)[0]).moe
+    assert (moe.moe_train_capacity_factor, moe.moe_eval_capacity_factor) == (train, evaluation)
+
+
+@pytest.mark.parametrize("batch, ranks, micro", [("20", "1", 10), ("256", "8", 16), ("6", "2", 3), ("7", "7", 1)])
+def test_the_default_micro_batch_divides(batch, ranks, micro, tmp_path):
+    train = config_of(dry(tmp_path, GLOBAL_BATCH_SIZE=batch, NUM_GPUS=ranks, EP_PARALLEL_SIZE="1")[0]).train
+    assert train.micro_batch_size == micro and train.global_batch(int(ranks)) == int(batch)
 
 
 def test_a_variable_that_makes_no_sense_is_an_error(tmp_path):

@@ -6,7 +6,6 @@ Compiling here, once and in one process, keeps it out of the first training run,
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -16,23 +15,25 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
+from pip._vendor.packaging.requirements import Requirement
+
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 
 def missing_packages() -> list[str]:
-    """Requirements of pyproject.toml (with the test extra) that are absent, or are pinned to another version."""
+    """Requirements of pyproject.toml (with the test extra) that are absent, or of another version."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     missing = []
-    for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
-        name, operator, version = re.match(r"([\w-]+)\s*(==|>=)?\s*([\w.]*)", requirement).groups()
+    for text in project["dependencies"] + project["optional-dependencies"]["test"]:
+        requirement = Requirement(text)
         try:
-            installed = metadata.version(name)
+            installed = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            missing.append(requirement)
+            missing.append(text)
             continue
-        if operator == "==" and installed != version:
-            missing.append(f"{requirement} (found {installed})")
+        if not requirement.specifier.contains(installed, prereleases=True):
+            missing.append(f"{text} (found {installed})")
     return missing
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,8 +37,10 @@ def run(args: argparse.Namespace) -> None:
     config = checkpoint.read_record(args.load).config
     groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
     tokenizer = build_tokenizer(config.tokenizer)
-    vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
-    model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size, seed=config.train.seed,
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    # Dropless: under a capacity, the prompts beside it would decide which experts a token gets.
+    moe = replace(config.moe, moe_eval_capacity_factor=0.0)
+    model = build_model(config.model, moe, config.gate_options, vocab_size=vocab_size, seed=config.train.seed,
                         groups=groups)
     from megatron.training.engine import Engine
 

@@ -35,8 +35,12 @@ export SAVE_INTERVAL=${SAVE_INTERVAL:-0}
 bash examples_deepspeed/MoE/run.sh --split 95,4,1 --normalization RMSNorm --activation gelu "$@"
 
 echo "== 5/5 five lines from the model"
-deepspeed() { "$(dirname "$PYTHON")/deepspeed" "$@"; }
-deepspeed --num_gpus "$NUM_GPUS" tools/generate_text.py --load "$OUTPUT_DIR/checkpoints" --max-new-tokens 24 \
-    --prompt "def __init__(self" "import " "class " "    return " "    for i in " 2>&1 | tee "$OUTPUT_DIR/generated.txt" | grep '^>'
+PATH="$(dirname "$PYTHON"):$PATH" deepspeed --num_gpus "$NUM_GPUS" tools/generate_text.py \
+    --load "$OUTPUT_DIR/checkpoints" --max-new-tokens 24 \
+    --prompt "def __init__(self" "import " "class " "    return " "    for i in " >"$OUTPUT_DIR/generated.txt" 2>&1 || {
+    cat "$OUTPUT_DIR/generated.txt" >&2
+    exit 1
+}
+grep '^>' "$OUTPUT_DIR/generated.txt"
 echo "log: $OUTPUT_DIR/log.txt   metrics: $OUTPUT_DIR/metrics.jsonl   TensorBoard: $OUTPUT_DIR/tensorboard"
 echo "checkpoint: $OUTPUT_DIR/checkpoints   shards: $DATA"

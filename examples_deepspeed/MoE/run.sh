@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a mixture-of-experts GPT. Every value is a variable, so nothing here needs editing:
 #   EP_SIZE=64 TOPK=8 THRESHOLD=0.9 DATA_PATH=data/owt_text_document bash examples_deepspeed/MoE/run.sh
-# The defaults are XMoE's reference recipe. The same NAME (or OUTPUT_DIR) resumes. DRY_RUN=1 prints the command and the
+# The defaults are XMoE's reference recipe, but dropless (MOE_DROP_TOKEN=true gives its capacity 8). The same NAME (or OUTPUT_DIR) resumes. DRY_RUN=1 prints the command and the
 # model's size. More flags of pretrain_gpt.py may follow the script's name. Exit status: the run's.
 set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -40,15 +40,22 @@ GATE=${GATE:-threshold}
 TOPK=${TOPK:-}
 THRESHOLD=${THRESHOLD:-$([ "$GATE" = threshold ] && echo 0.9 || true)}
 MLC=${MLC:-}
-# Capacity: dropless unless a factor is set or MOE_DROP_TOKEN=true asks for the recipe's 8.0.
-MOE_DROP_TOKEN=${MOE_DROP_TOKEN:-$([ -n "${MOE_TRAIN_CAP_FACTOR:-}${MOE_EVAL_CAP_FACTOR:-}" ] && echo true || echo false)}
-MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-8.0}
+# Capacity: 0 is dropless. MOE_DROP_TOKEN=true makes the recipe's 8.0 the default, false overrules the factors.
+MOE_DROP_TOKEN=${MOE_DROP_TOKEN:-}
+MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-$([ "$MOE_DROP_TOKEN" = true ] && echo 8.0 || echo 0)}
 MOE_EVAL_CAP_FACTOR=${MOE_EVAL_CAP_FACTOR:-$MOE_TRAIN_CAP_FACTOR}
+[ "$MOE_DROP_TOKEN" = false ] && MOE_TRAIN_CAP_FACTOR=0 MOE_EVAL_CAP_FACTOR=0
 MOE_MIN_CAP=${MOE_MIN_CAP:-4}
 
 # Training
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-256}
-BATCH_SIZE=${BATCH_SIZE:-$((GLOBAL_BATCH_SIZE / RANKS < 16 ? GLOBAL_BATCH_SIZE / RANKS : 16))}
+# The micro-batch: the largest up to 16 that divides a rank's share.
+largest_micro_batch() {
+    local size=16
+    while [ "$size" -gt 1 ] && [ $((GLOBAL_BATCH_SIZE % (size * RANKS))) -ne 0 ]; do size=$((size - 1)); done
+    echo "$size"
+}
+BATCH_SIZE=${BATCH_SIZE:-$(largest_micro_batch)}
 TRAIN_TOKENS=${TRAIN_TOKENS:-}
 TRAIN_ITERS=${TRAIN_ITERS:-60000}
 LR=${LR:-4.5e-4}
@@ -97,10 +104,9 @@ if [ "$EP_SIZE" -gt 0 ]; then
         --num-experts "$EP_SIZE" --expert-interval "$EP_INTERVAL" --moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE"
         --moe-expert-parallel-size "$EP_PARALLEL_SIZE" --gate "$GATE"
         ${TOPK:+--topk "$TOPK"} ${THRESHOLD:+--threshold "$THRESHOLD"} ${MLC:+--moe-loss-coeff "$MLC"}
-    )
-    [ "$MOE_DROP_TOKEN" = true ] && flags+=(
         --moe-train-capacity-factor "$MOE_TRAIN_CAP_FACTOR" --moe-eval-capacity-factor "$MOE_EVAL_CAP_FACTOR"
-        --moe-min-capacity "$MOE_MIN_CAP")
+        --moe-min-capacity "$MOE_MIN_CAP"
+    )
 fi
 if [ -n "$TRAIN_TOKENS" ]; then flags+=(--train-tokens "$TRAIN_TOKENS"); else flags+=(--train-iters "$TRAIN_ITERS"); fi
 [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")

@@ -82,11 +82,15 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """the vocabulary is padded to a multiple of this"""
     vocab_size: int = 0
-    """vocabulary size when no tokenizer is given; 0: the tokenizer's"""
+    """vocabulary size, the tokenizer's or larger; 0: the tokenizer's"""
 
     def __post_init__(self):
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by"):
             require(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "a positive integer")
+        for name in ("rotary_base", "norm_epsilon", "init_method_std"):
+            require(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "a positive number")
+        for name in ("ffn_hidden_size", "num_query_groups", "kv_channels", "max_position_embeddings", "vocab_size"):
+            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
         require_choices(self)
         require(not self.swiglu or self.activation in ("gelu", "swiglu"), "--activation", self.activation,
                 "only swiglu with --swiglu", "Leave one of the two out.")
@@ -162,6 +166,8 @@ class MoEConfig:
         require(ep > 0, "--moe-expert-parallel-size", ep, "a positive integer")
         require(self.num_experts > 0 or ep == 1, "--moe-expert-parallel-size", ep, "1 without experts",
                 "Set --num-experts.")
+        require(self.num_experts > 0 or self.moe_shared_experts == 0, "--moe-shared-experts", self.moe_shared_experts,
+                "0 without experts", "Set --num-experts.")
         require(self.num_experts % ep == 0, "--num-experts", self.num_experts,
                 f"a multiple of --moe-expert-parallel-size, which is {ep}",
                 "Each rank holds the same number of experts.")
@@ -263,7 +269,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require_choices(self)
-        require(self.lr > 0, "--lr", self.lr, "a positive number")
+        for name in ("lr", "adam_eps"):
+            require(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "a positive number")
         require(0 <= self.min_lr <= self.lr, "--min-lr", self.min_lr, f"0 to --lr, which is {self.lr}")
         for name in ("lr_warmup_iters", "lr_warmup_tokens", "lr_decay_iters", "lr_decay_tokens", "weight_decay",
                      "clip_grad"):
@@ -321,6 +328,8 @@ class TrainConfig:
     """Weights & Biases project; needs the wandb extra"""
     wandb_exp_name: str = ""
     """name of the run there"""
+    max_bad_steps: int = 20
+    """steps skipped in a row because of NaN or infinite gradients that end the run; 0: never"""
     timeout_minutes: float = 10.0
     """a collective that takes longer ends the run"""
 
@@ -328,7 +337,7 @@ class TrainConfig:
         require(self.micro_batch_size > 0, "--micro-batch-size", self.micro_batch_size, "a positive integer")
         require(self.log_interval > 0, "--log-interval", self.log_interval, "a positive integer")
         for name in ("global_batch_size", "train_iters", "train_tokens", "eval_interval", "eval_iters",
-                     "save_interval", "exit_interval"):
+                     "save_interval", "exit_interval", "max_bad_steps"):
             require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
         require(not (self.train_iters and self.train_tokens), "--train-tokens", self.train_tokens,
                 "only without --train-iters", "Use one of the two.")
@@ -365,9 +374,12 @@ class RunConfig:
     gate_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        stage, ep = self.optimizer.zero_stage, self.moe.moe_expert_parallel_size
-        require(stage > 0 or ep == 1, "--zero-stage", stage, "1, 2 or 3 when experts are sharded",
-                "ZeRO 0 gets the gradient norm of sharded experts wrong, so clipping would be wrong.")
+        stage, moe, layers = self.optimizer.zero_stage, self.moe, self.model.num_layers
+        require(stage > 0 or moe.num_experts == 0, "--zero-stage", stage, "1, 2 or 3 with experts",
+                "DeepSpeed's ZeRO 0 gets the gradient norm of experts wrong, so clipping would be wrong.")
+        require(moe.num_experts == 0 or any(moe.is_moe_layer(i) for i in range(layers)), "--expert-interval",
+                moe.expert_interval, f"what leaves a mixture layer among {layers} layers, the first "
+                f"{moe.moe_first_k_dense} dense", "Lower it or --moe-first-k-dense.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, as written to run.json."""

@@ -50,7 +50,7 @@ def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_pat
     is dropped, never rerouted. Local paths have no limit.
     """
     num_choices = num_experts + num_local_paths
-    wanted_C = _count(routing.expert_A, num_choices)
+    wanted_C = count(routing.expert_A, num_choices)
     if limit is None:
         order_A = routing.expert_A.argsort(stable=True)
         kept_C = wanted_C
@@ -65,11 +65,12 @@ def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_pat
         kept_C[:num_experts].clamp_(max=limit)
     token_S = routing.token_A[order_A]
     by_token_S = token_S.argsort(stable=True)
-    bags_T1 = F.pad(_count(token_S, num_tokens).cumsum(0), (1, 0))
+    bags_T1 = F.pad(count(token_S, num_tokens).cumsum(0), (1, 0))
     return Plan(order_A, token_S, by_token_S, bags_T1, wanted_C, kept_C)
 
 
-def _count(index: Tensor, size: int) -> Tensor:
+def count(index: Tensor, size: int) -> Tensor:
+    """How often each of 0 .. size - 1 occurs: int64 [size]. Unlike bincount it never waits for the device."""
     counts = torch.zeros(size, dtype=torch.int64, device=index.device)
     return counts.scatter_add_(0, index, torch.ones_like(index))
 
@@ -179,7 +180,7 @@ def send_rows(rows_SD: Tensor, kept_E: Tensor, group: dist.ProcessGroup | None) 
     sent, received = torch.stack([sent_PE, received_PE]).tolist()
     send, receive = [sum(row) for row in sent], [sum(row) for row in received]
     rows_RD = AllToAll.apply(rows_SD, send, receive, group)
-    order_R = _expert_major(received_PE)
+    order_R = _expert_major(received_PE, len(rows_RD))
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     counts = [sum(column) for column in zip(*received)]
@@ -194,9 +195,9 @@ def return_rows(rows_RD: Tensor, exchange: Exchange, group: dist.ProcessGroup | 
     return AllToAll.apply(by_source, exchange.receive, exchange.send, group)
 
 
-def _expert_major(counts_PE: Tensor) -> Tensor:
+def _expert_major(counts_PE: Tensor, num_rows: int) -> Tensor:
     """Positions of rows that lie as (source rank, expert), in the order (expert, source rank)."""
     starts_EP = _starts(counts_PE.flatten()).view_as(counts_PE).t().flatten()
     lengths_EP = counts_PE.t().flatten()
-    shift = torch.repeat_interleave(starts_EP - _starts(lengths_EP), lengths_EP)
-    return shift + torch.arange(len(shift), device=counts_PE.device)
+    shift_R = torch.repeat_interleave(starts_EP - _starts(lengths_EP), lengths_EP, output_size=num_rows)
+    return shift_R + torch.arange(num_rows, device=counts_PE.device)

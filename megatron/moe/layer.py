@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.moe.dispatch import Combine, Gather, Plan, capacity, make_plan, return_rows, send_rows
+from megatron.moe.dispatch import Combine, Gather, Plan, capacity, count, make_plan, return_rows, send_rows
 from megatron.moe.experts import GroupedExperts
 from megatron.moe.gates import Gate
 from megatron.moe.routing import FFNContext, FFNOutput, GateInput, Routing
@@ -86,14 +86,14 @@ class MoELayer(nn.Module):
     def _count(self, routing: Routing, plan: Plan, num_tokens: int) -> None:
         """Add this forward to the counters. Sums carry their own counts, because recompute runs forward twice."""
         kept_T = plan.bags_T1.diff()
-        wanted_T = torch.zeros_like(kept_T).scatter_add_(0, routing.token_A, torch.ones_like(routing.token_A))
+        wanted_T = count(routing.token_A, num_tokens)
         one, choices = torch.ones((), device=kept_T.device), len(plan.kept_C)
         seen = {
             "tokens": one * num_tokens,
             "wanted_C": plan.wanted_C.float(),
             "kept_C": plan.kept_C.float(),
             "lost_tokens": (kept_T < wanted_T).sum().float(),
-            "kept_histogram": torch.bincount(kept_T.clamp_max(choices), minlength=choices + 1).float(),
+            "kept_histogram": count(kept_T.clamp_max(choices), choices + 1).float(),
             "forwards": one,
             "aux_loss": routing.aux_loss.float(),
             **{f"stat/{name}": value.float() for name, value in routing.stats.items()},

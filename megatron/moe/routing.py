@@ -59,6 +59,9 @@ class Routing:
                                ("weight_A", self.weight_A, torch.float32)):
             assert t.shape == shape, f"{name} has shape {tuple(t.shape)}, token_A {tuple(shape)}"
             assert t.dtype == dtype, f"{name} is {t.dtype}, the contract says {dtype}"
+        for name in ("expert_A", "weight_A", "priority_A", "aux_loss"):
+            t = getattr(self, name)
+            assert t is None or t.device == self.token_A.device, f"{name} is on {t.device}, not on the token's device"
         assert self.priority_A is None or self.priority_A.shape == shape, "priority_A must have one entry each"
         assert self.aux_loss.dim() == 0 and self.aux_loss.dtype == torch.float32, "aux_loss must be a 0-d fp32 tensor"
         for name, t, bound in (("token_A", self.token_A, num_tokens), ("expert_A", self.expert_A, num_choices)):

@@ -79,6 +79,9 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     name = f"ep_size_{ep_size}"
     if name not in ds_groups._get_expert_parallel_group_dict():
         ds_groups._create_expert_and_data_parallel(ep_size)
+    for group in (ds_groups._get_expert_parallel_group(name), ds_groups._get_expert_data_parallel_group(name)):
+        # DeepSpeed makes them with torch's default of half an hour.
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
     return Groups(
         rank=dist.get_rank(), world_size=world_size, local_rank=int(os.environ["LOCAL_RANK"]), device=device,
         backend=backend, reason=reason, ep_size=ep_size,

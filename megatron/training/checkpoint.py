@@ -40,7 +40,7 @@ IDENTITY = {"tokenizer_name": "the tokenizer", "tokenizer_vocab_size": "the voca
 FIXED = {
     "model": ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
               "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "activation", "swiglu",
-              "untie_embeddings_and_output_weights"),
+              "untie_embeddings_and_output_weights", "vocab_size", "make_vocab_size_divisible_by"),
     "moe": ("num_experts", "expert_interval", "gate", "moe_ffn_hidden_size", "moe_shared_experts",
             "moe_first_k_dense", "moe_expert_parallel_size"),
     "optimizer": ("zero_stage", "bf16", "fp16"),
@@ -112,12 +112,30 @@ def load(folder: str, engine: Engine, record: Record, groups: Groups) -> Progres
         ValueError: it contradicts this run's model, experts, tokenizer or topology.
     """
     tag = latest(folder)
-    check_same_run(read_record(folder), record, f"{folder}/{tag}")
+    saved = read_record(folder)
+    check_same_run(saved, record, f"{folder}/{tag}")
+    warn_of_new_order(saved, record)
     state = engine.load(folder, tag)
     rng.set_state(torch.load(Path(folder) / tag / f"rng_rank{groups.rank}.pt", weights_only=True))
     progress = Progress(**{k: state[k] for k in asdict(Progress())})
     get_logger().info("resumed from %s/%s at iteration %d", folder, tag, progress.iteration)
     return progress
+
+
+# What decides the order of the samples: a change is allowed, and said.
+ORDER = {
+    "model": ("seq_length",), "data": ("data_path", "train_data_path", "split"),
+    "train": ("seed", "train_iters", "train_tokens", "global_batch_size"),
+}
+
+
+def warn_of_new_order(saved: Record, current: Record) -> None:
+    """Warn when a resumed run will not see the samples that the saved run would have gone on with."""
+    changed = [f"--{name.replace('_', '-')}" for section, names in ORDER.items() for name in names
+               if getattr(getattr(saved.config, section), name) != getattr(getattr(current.config, section), name)]
+    if changed:
+        get_logger().warning("%s differ(s) from the checkpoint's: the samples come in another order from here on, and "
+                             "some of those already seen may come again", " ".join(changed))
 
 
 def check_same_run(saved: Record, current: Record, where: str) -> None:
@@ -128,6 +146,8 @@ def check_same_run(saved: Record, current: Record, where: str) -> None:
                   "--" + name.replace("_", "-"), where)
     for key, what in IDENTITY.items():
         _same(saved.identity.get(key), current.identity[key], what, where)
+    if current.config.model.position_embedding_type == "learned":
+        _same(saved.config.model.max_positions, current.config.model.max_positions, "--max-position-embeddings", where)
 
 
 def _same(saved: Any, current: Any, what: str, where: str) -> None:

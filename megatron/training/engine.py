@@ -14,7 +14,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from megatron.config.deepspeed import deepspeed_config
-from megatron.config.schema import OptimizerConfig, TrainConfig
+from megatron.config.schema import OptimizerConfig, TrainConfig, require
 from megatron.data.loader import Batch
 from megatron.log import get_logger
 from megatron.model.block import Block
@@ -27,10 +27,18 @@ class Engine:
 
     Args:
         model: a finished fp32 model on the CPU; it is moved and cast.
+
+    Raises:
+        ValueError: fp16 on the CPU, or a --deepspeed_config that contradicts the flags or that DeepSpeed refuses.
     """
 
     def __init__(self, model: nn.Module, optimizer: OptimizerConfig, train: TrainConfig, groups: Groups):
+        require(not (optimizer.fp16 and groups.device.type == "cpu"), "--fp16", True, "only with a GPU",
+                "Use --bf16, or leave it out for fp32.")
         self.groups = groups
+        config = deepspeed_config(optimizer, train, groups.world_size)
+        if optimizer.deepspeed_config:
+            check_deepspeed_config(config, optimizer.deepspeed_config)
         # DeepSpeed calls collectives by the names that torch 2.13 announces to rename.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
         keep_gate_fp32 = optimizer.zero_stage < 3
@@ -46,9 +54,8 @@ class Engine:
                                   betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps,
                                   fused=True)
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures, three lines a group
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=adamw, config=deepspeed_config(optimizer, train, groups.world_size),
-                dist_init_required=False)
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config,
+                                                      dist_init_required=False)
         self._adamw = adamw
 
     @property
@@ -94,12 +101,21 @@ class Engine:
         """Write DeepSpeed's files of checkpoint `tag`; `latest` is the caller's to move."""
         self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, save_latest=False)
 
-    def load(self, folder: str, tag: str, *, weights_only: bool = False) -> dict[str, Any]:
+    def load(self, folder: str, tag: str) -> dict[str, Any]:
         """Read checkpoint `tag` and return the state that `save` was given."""
-        path, state = self.deepspeed.load_checkpoint(folder, tag=tag, load_module_only=weights_only)
+        path, state = self.deepspeed.load_checkpoint(folder, tag=tag)
         if path is None:
             raise ValueError(f"DeepSpeed could not read checkpoint {tag} in {folder}; see its messages above")
         return state
+
+
+def check_deepspeed_config(config: dict[str, Any], path: str) -> None:
+    """Raise ValueError, in one line, for what DeepSpeed's own schema refuses."""
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--deepspeed_config: DeepSpeed refuses {path}: {reason}") from None
 
 
 def model_inputs(batch: Batch, groups: Groups) -> dict[str, Tensor | None]:

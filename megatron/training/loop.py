@@ -50,6 +50,7 @@ class Trainer:
         self.metrics = MoEMetrics(engine.model, groups)
         self.started = time.monotonic()
         self._interval = Interval()
+        self.bad_steps = 0
 
     def run(self) -> None:
         """Train from `progress` to the end of the schedule (or the exit interval), then test."""
@@ -78,12 +79,19 @@ class Trainer:
         p, start = self.progress, time.monotonic()
         lr = self.schedule.lr(p.iteration)
         batches = (next(self.train_batches) for _ in range(self.plan.micro_steps))
+        skipped = self.engine.skipped_steps
         lm_loss, aux_loss = self.engine.step(batches, lr, p.consumed_samples / self._total_samples)
+        self.bad_steps = self.bad_steps + 1 if self.engine.skipped_steps > skipped else 0
         p.iteration += 1
         p.consumed_samples += self.plan.global_batch
         p.consumed_tokens += self.plan.global_batch * self.plan.seq_length
         self.metrics.after_step()
         self._interval.add(lm_loss, aux_loss, lr, time.monotonic() - start)
+        if 0 < self.config.max_bad_steps <= self.bad_steps:
+            self.log()
+            raise ValueError(f"the gradients of {self.bad_steps} steps in a row, up to iteration {p.iteration}, were "
+                             "NaN or infinite and the steps were skipped; allowed: fewer than --max-bad-steps. Lower "
+                             "--lr, or resume from an earlier checkpoint")
 
     @property
     def _total_samples(self) -> int:

@@ -27,7 +27,7 @@ REFUSED = [
     (ModelConfig, {"position_embedding_type": "alibi"}, "--position-embedding-type is 'alibi'; allowed: rope learned"),
     (ModelConfig, {"normalization": "rms"}, "--normalization is 'rms'; allowed: RMSNorm LayerNorm"),
     (ModelConfig, {"num_query_groups": 3}, "--num-query-groups is 3; allowed: a divisor of the 4 heads"),
-    (ModelConfig, {"num_query_groups": -4}, "--num-query-groups is -4; allowed: a divisor of the 4 heads"),
+    (ModelConfig, {"num_query_groups": -4}, "--num-query-groups is -4; allowed: 0 or more"),
     (ModelConfig, {"hidden_size": 30}, "--num-attention-heads is 4; allowed: a divisor of the hidden size 30. Or set"),
     (ModelConfig, {"kv_channels": 5}, "--kv-channels is 5; allowed: an even number with rotary positions"),
     (ModelConfig, {"max_position_embeddings": 8}, "--max-position-embeddings is 8; allowed: at least the sequence"),
@@ -47,6 +47,12 @@ REFUSED = [
     (DataConfig, {"num_workers": -1}, "--num-workers is -1; allowed: 0 or more"),
     (OptimizerConfig, {"lr_decay_style": "step"}, "--lr-decay-style is 'step'; allowed: cosine linear constant wsd"),
     (OptimizerConfig, {"zero_stage": 4}, "--zero-stage is 4; allowed: 0 1 2 3"),
+    (MoEConfig, {"moe_shared_experts": 1}, "--moe-shared-experts is 1; allowed: 0 without experts"),
+    *[(ModelConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+      for name in ("ffn_hidden_size", "num_query_groups", "kv_channels", "max_position_embeddings", "vocab_size")],
+    *[(ModelConfig, {name: 0.0}, f"--{name.replace('_', '-')} is 0.0; allowed: a positive number")
+      for name in ("rotary_base", "norm_epsilon", "init_method_std")],
+    (OptimizerConfig, {"adam_eps": 0.0}, "--adam-eps is 0.0; allowed: a positive number"),
     (OptimizerConfig, {"lr": 0.0}, "--lr is 0.0; allowed: a positive number"),
     (OptimizerConfig, {"lr": 1e-3, "min_lr": 1e-2}, "--min-lr is 0.01; allowed: 0 to --lr, which is 0.001"),
     (OptimizerConfig, {"min_lr": -1.0}, "--min-lr is -1.0; allowed: 0 to --lr"),
@@ -66,7 +72,7 @@ REFUSED = [
     (TrainConfig, {"log_interval": 0}, "--log-interval is 0; allowed: a positive integer"),
     *[(TrainConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
       for name in ("global_batch_size", "train_iters", "train_tokens", "eval_interval", "eval_iters", "save_interval",
-                   "exit_interval")],
+                   "exit_interval", "max_bad_steps")],
     (TrainConfig, {"train_iters": 1, "train_tokens": 2}, "--train-tokens is 2; allowed: only without --train-iters"),
     (TrainConfig, {"timeout_minutes": 0.0}, "--timeout-minutes is 0.0; allowed: a positive number"),
 ]
@@ -133,10 +139,11 @@ def test_batch_and_length_of_the_run():
         TrainConfig().iterations(10, 1)
 
 
-def test_sharded_experts_need_zero():
-    moe = MoEConfig(num_experts=4, moe_expert_parallel_size=2)
-    with pytest.raises(ValueError, match="--zero-stage is 0; allowed: 1, 2 or 3 when experts are sharded"):
-        RunConfig(moe=moe, optimizer=OptimizerConfig(zero_stage=0))
+def test_experts_need_zero():
+    for ep in (1, 2):
+        moe = MoEConfig(num_experts=4, moe_expert_parallel_size=ep)
+        with pytest.raises(ValueError, match="--zero-stage is 0; allowed: 1, 2 or 3 with experts. DeepSpeed's ZeRO 0"):
+            RunConfig(moe=moe, optimizer=OptimizerConfig(zero_stage=0))
     assert RunConfig(optimizer=OptimizerConfig(zero_stage=0)).optimizer.zero_stage == 0
 
 
@@ -144,3 +151,9 @@ def test_to_dict_is_plain_and_complete():
     content = RunConfig(gate_options={"topk": 2}).to_dict()
     assert list(content) == [*SECTIONS, "gate_options"] and content["gate_options"] == {"topk": 2}
     assert content["model"]["num_layers"] == 4
+
+
+def test_experts_that_no_layer_would_have():
+    message = "--expert-interval is 5; allowed: what leaves a mixture layer among 2 layers, the first 0 dense"
+    with pytest.raises(ValueError, match=message):
+        RunConfig(model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, expert_interval=5))

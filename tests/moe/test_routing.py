@@ -24,6 +24,7 @@ def test_a_good_answer_passes():
     ({"expert_A": torch.tensor([1])}, "expert_A has shape"),
     ({"weight_A": torch.tensor([0.5, 0.5]).double()}, "weight_A is torch.float64"),
     ({"token_A": torch.tensor([0, 1]).int()}, "token_A is torch.int32"),
+    ({"weight_A": torch.empty(2, device="meta")}, "weight_A is on meta"),
     ({"priority_A": torch.tensor([1.0])}, "priority_A"),
     ({"aux_loss": torch.zeros(1)}, "aux_loss"),
     ({"aux_loss": torch.tensor(0.0).bfloat16()}, "aux_loss"),

@@ -54,7 +54,9 @@ def test_deepspeeds_operator_cache_goes_into_the_environment(monkeypatch, tmp_pa
 
 def _init(ep_size):
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
-    g = parallel.init(ep_size)
+    g = parallel.init(ep_size, timeout_minutes=0.5)
+    seconds = g.ep_group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    assert seconds == 30, "the expert group has the run's timeout"
     return g.rank, g.ep_rank, dist.get_process_group_ranks(g.ep_group), g.backend, g.is_first
 
 

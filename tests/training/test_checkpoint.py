@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from megatron import log
 from megatron.config import cli
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from megatron.training import checkpoint
 from megatron.training.checkpoint import FIXED, Record, check_same_run
 
@@ -46,7 +47,23 @@ def test_contradictions_are_named():
 
 
 def test_changing_the_length_or_rate_of_the_run_is_allowed():
-    from megatron.config.schema import OptimizerConfig, TrainConfig
-
     other = RunConfig(optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9))
     assert check_same_run(Record(RunConfig(), IDENTITY), Record(other, IDENTITY), "x") is None
+
+
+def test_a_new_order_of_samples_is_said(capsys):
+    log.setup()
+    saved = Record(RunConfig(), IDENTITY)
+    checkpoint.warn_of_new_order(saved, Record(RunConfig(optimizer=OptimizerConfig(lr=1.0)), IDENTITY))
+    assert capsys.readouterr().out == ""
+    checkpoint.warn_of_new_order(saved, Record(RunConfig(train=TrainConfig(train_iters=7, seed=2)), IDENTITY))
+    assert "--seed --train-iters differ(s) from the checkpoint's" in capsys.readouterr().out
+
+
+def test_learned_positions_must_be_as_many():
+    def learned(n):
+        return Record(RunConfig(model=ModelConfig(position_embedding_type="learned", max_position_embeddings=n)),
+                      IDENTITY)
+
+    with pytest.raises(ValueError, match="--max-position-embeddings is 512 but checkpoint x was made with 256"):
+        check_same_run(learned(256), learned(512), "x")

@@ -77,10 +77,10 @@ class ThresholdGate(Gate, name="threshold"):
             aux = aux + c.z_loss_coeff * z_loss(logits_TE)
         return Routing(
             token_A=token_A,
-            expert_A=expert_TR[keep_TR],
-            weight_A=weight_TR[keep_TR] * c.routed_scaling_factor,
+            expert_A=expert_TR[token_A, rank_A],
+            weight_A=weight_TR[token_A, rank_A] * c.routed_scaling_factor,
             aux_loss=aux,
             # float64: rank and probability share one number and neither may round the other away.
-            priority_A=sorted_TR.detach()[keep_TR].double() - rank_A,
+            priority_A=sorted_TR.detach()[token_A, rank_A].double() - rank_A,
             stats={"top1_probability": sorted_TR[:, 0].detach().sum() / max(1, num_tokens)},
         )
