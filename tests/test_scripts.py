@@ -150,3 +150,22 @@ def test_demo_trains_what_the_benchmark_measures():
                         ("EP_INTERVAL", moe.expert_interval), ("MOE_FFN_HIDDEN_SIZE", moe.moe_ffn_hidden_size),
                         ("GLOBAL_BATCH_SIZE", train.global_batch_size), ("BATCH_SIZE", train.micro_batch_size)):
         assert f"{name}=${{{name}:-{value}}}" in script, name
+
+
+def test_the_environment_check_names_what_is_missing(monkeypatch):
+    from importlib import metadata
+
+    sys.path.insert(0, str(REPO))
+    from tools import check_environment
+
+    assert check_environment.missing_packages() == []
+    real = metadata.version
+
+    def version(name):
+        if name == "gigatoken":
+            raise metadata.PackageNotFoundError(name)
+        return {"torch": "2.4.0", "deepspeed": "0.19.7"}.get(name) or real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert check_environment.missing_packages() == ["torch>=2.9 (found 2.4.0)", "deepspeed==0.19.8 (found 0.19.7)",
+                                                    "gigatoken"]

@@ -10,19 +10,21 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
-
-from pip._vendor.packaging.requirements import Requirement
-
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 
 def missing_packages() -> list[str]:
     """Requirements of pyproject.toml (with the test extra) that are absent, or of another version."""
+    # Not pip's copies of these: importing pip switches off the distutils that setuptools needs to compile operators.
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        from setuptools.compat.py310 import tomllib
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:
+        return ["everything: not even packaging is there"]
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     missing = []
     for text in project["dependencies"] + project["optional-dependencies"]["test"]:
