@@ -17,7 +17,8 @@ from megatron.moe import gates
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the flags say. Returns the exit code: 0, or 2 after one clear line for a mistake in what was set."""
+    """Train as the flags say. Returns the exit code: 0; 2 after one clear line for a mistake in what was set; 1 when
+    another rank ended first."""
     log.setup()
     try:
         train(cli.parse(sys.argv[1:] if argv is None else argv, gates.config_of, gates.available))
@@ -76,7 +77,7 @@ def train(config: RunConfig) -> None:
     engine = Engine(model, config.optimizer, t, groups)
     rng.seed_rank(t.seed, groups.rank)
     progress = checkpoint.load(t.load, engine, record, groups) if t.load else checkpoint.Progress()
-    announce(plan, groups, config.optimizer.precision, progress)
+    announce(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
     loader = partial(_loader, config, plan, groups, tokenizer, vocab_size)
     sinks = build_sinks(t, groups.rank, plan.iterations)

@@ -146,10 +146,11 @@ class Interval:
         self.lm_loss, self.aux_loss = self.lm_loss + lm_loss, self.aux_loss + aux_loss
 
 
-def announce(plan: Plan, groups: Groups, precision: str, progress: Progress) -> None:
+def announce(plan: Plan, groups: Groups, precision: str, num_experts: int, progress: Progress) -> None:
     """Say on what this run runs, and why."""
+    experts = f"{num_experts // groups.ep_size} of {num_experts} experts" if num_experts else "no experts"
     get_logger().info("%d rank(s) on %s with %s, because %s; %s", groups.world_size, groups.device.type,
                       groups.backend, groups.reason, precision)
-    get_logger().info("experts over groups of %d rank(s); %d iterations of %d samples x %d tokens, %d micro-batch(es) "
-                      "per step; starting at iteration %d", groups.ep_size, plan.iterations, plan.global_batch,
-                      plan.seq_length, plan.micro_steps, progress.iteration)
+    get_logger().info("%s on each rank; %d iterations of %d samples x %d tokens, %d micro-batch(es) per step; "
+                      "starting at iteration %d", experts, plan.iterations, plan.global_batch, plan.seq_length,
+                      plan.micro_steps, progress.iteration)
