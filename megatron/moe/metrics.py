@@ -27,7 +27,7 @@ class MoEMetrics:
     def __init__(self, model: nn.Module, groups: Groups):
         self.layers, self.groups = moe_layers(model), groups
         self._steppers = [m for m in self.layers if type(m.gate).post_step is not Gate.post_step]
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -66,7 +66,8 @@ class MoEMetrics:
         rows = all_reduce_sum(rows.double(), self.groups).cpu()
         for m in self.layers:
             m.counters[training].clear()
-        self._seen.clear()
+        if training:  # an evaluation between two log lines leaves the step's starting point alone
+            self._seen.clear()
         return _summarise([dict(zip(names, row.split(sizes), strict=True)) for row in rows],
                           self.layers[0].num_experts)
 

@@ -85,6 +85,20 @@ def test_post_step_gets_each_steps_load_once_whatever_is_logged_between():
     assert layer.gate.steps == [([2, 1, 0], 2), ([4, 2, 0], 4), ([2, 1, 0], 2)]
 
 
+def test_an_evaluation_between_log_lines_does_not_repeat_loads():
+    layer = make([[0, 1], [0]])
+    metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    x = torch.randn(1, 2, 4)
+    for _ in range(2):
+        layer.train()
+        layer(x)
+        metrics.after_step()
+        layer.eval()
+        layer(x)
+        metrics.read(training=False)
+    assert layer.gate.steps == [([2, 1, 0], 2), ([2, 1, 0], 2)]
+
+
 def _reduced():
     groups = groups_for(1)
     layer = make([[0], [1]] if groups.rank == 0 else [[0, 1, 2], [0]])
