@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,9 +20,15 @@ from megatron.moe import gates
 def main(argv: list[str] | None = None) -> int:
     """Train as the flags say. Returns the exit code: 0; 2 after one clear line for a mistake in what was set; 1 when
     another rank ended first."""
+    return exit_code(lambda: train(cli.parse(sys.argv[1:] if argv is None else argv, gates.config_of,
+                                             gates.available)))
+
+
+def exit_code(program: Callable[[], None]) -> int:
+    """Run a program to its exit code, as `main` describes it; errors that are not the user's keep their traceback."""
     log.setup()
     try:
-        train(cli.parse(sys.argv[1:] if argv is None else argv, gates.config_of, gates.available))
+        program()
     except OSError as error:
         log.report_error(error)
         return 2
@@ -43,8 +50,7 @@ def train(config: RunConfig) -> None:
     """Run the whole training that `config` describes, on the ranks the launcher started."""
     from megatron.config.schema import require
     from megatron.data.tokenizer import build_tokenizer
-    from megatron.model.build import build_model
-    from megatron.model.size import count, table
+    from megatron.model.build import build_model, size_table
     from megatron.parallel import groups as parallel
     from megatron.parallel import rng
     from megatron.training import checkpoint
@@ -64,19 +70,17 @@ def train(config: RunConfig) -> None:
             f"at least the tokenizer's {tokenizer.vocab_size}", "Or leave it out.")
     record = checkpoint.Record.of(config, groups, tokenizer)
     if t.load:
-        checkpoint.check_same_run(checkpoint.read_record(t.load), record, t.load)
+        checkpoint.check(t.load, record)
     splits = _build_splits(config, plan, tokenizer, vocab_size, groups)
 
     model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size, seed=t.seed,
                         groups=groups, recompute=t.recompute_activations)
-    gate = gates.gate_class(config.moe.gate)
-    per_token = gate.experts_per_token(gate.Config(**config.gate_options), max(1, config.moe.num_experts))
-    log.get_logger().info("%s", table(count(model, per_token)))
+    log.get_logger().info("%s", size_table(model, config.moe, config.gate_options))
     from megatron.training.engine import Engine  # imports DeepSpeed: only after `groups` prepared its environment
 
     engine = Engine(model, config.optimizer, t, groups)
     rng.seed_rank(t.seed, groups.rank)
-    progress = checkpoint.load(t.load, engine, record, groups) if t.load else checkpoint.Progress()
+    progress = checkpoint.load(t.load, engine, groups) if t.load else checkpoint.Progress()
     announce(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
     loader = partial(_loader, config, plan, groups, tokenizer, vocab_size)

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     config = checkpoint.read_record(args.load).config
     groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
     tokenizer = build_tokenizer(config.tokenizer)
+    checkpoint.check(args.load, checkpoint.Record.of(config, groups, tokenizer))
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     # Dropless: under a capacity, the prompts beside it would decide which experts a token gets.
     moe = replace(config.moe, moe_eval_capacity_factor=0.0)
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron.training.engine import Engine
 
     engine = Engine(model, config.optimizer, config.train, groups)
-    checkpoint.load(args.load, engine, checkpoint.Record.of(config, groups, tokenizer), groups)
+    checkpoint.load(args.load, engine, groups)
     prompts = [tokenizer.encode(p).tolist() for p in args.prompt]
     outputs = generate(engine.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                        top_p=args.top_p, top_k=args.top_k, eod=tokenizer.eod, seed=args.seed,
@@ -56,18 +57,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    from megatron import log
+    from megatron.pretrain import exit_code
 
-    log.setup()
-    try:
-        run(parse())
-    except (ValueError, OSError) as error:
-        log.report_error(error)
-        return 2
-    from megatron.parallel.groups import shutdown
-
-    shutdown()
-    return 0
+    return exit_code(lambda: run(parse()))
 
 
 if __name__ == "__main__":

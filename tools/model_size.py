@@ -10,38 +10,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 GPT2_VOCABULARY = 50257
 
 
-def main() -> int:
+def run() -> None:
     import torch
 
-    from megatron import log
     from megatron.config import cli
     from megatron.data.tokenizer import build_tokenizer
-    from megatron.model.build import build_model
-    from megatron.model.size import count, table
+    from megatron.model.build import build_model, size_table
     from megatron.moe import gates
     from megatron.parallel.groups import Groups
 
-    try:
-        config = cli.parse(sys.argv[1:], gates.config_of, gates.available)
-        vocab_size = config.model.vocab_size
-        if not vocab_size:
-            try:
-                vocab_size = build_tokenizer(config.tokenizer).vocab_size
-            except FileNotFoundError as error:
-                if config.tokenizer.tokenizer_type != "GPT2BPETokenizer":
-                    raise
-                vocab_size = GPT2_VOCABULARY
-                print(f"(vocabulary taken as {vocab_size}: {error})")
-        with torch.device("meta"):
-            model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size,
-                                seed=config.train.seed, groups=Groups())
-        gate = gates.gate_class(config.moe.gate)
-        per_token = gate.experts_per_token(gate.Config(**config.gate_options), max(1, config.moe.num_experts))
-        print(table(count(model, per_token)))
-    except (ValueError, OSError) as error:
-        log.report_error(error)
-        return 2
-    return 0
+    config = cli.parse(sys.argv[1:], gates.config_of, gates.available)
+    vocab_size = config.model.vocab_size
+    if not vocab_size:
+        try:
+            vocab_size = build_tokenizer(config.tokenizer).vocab_size
+        except FileNotFoundError as error:
+            if config.tokenizer.tokenizer_type != "GPT2BPETokenizer":
+                raise
+            vocab_size = GPT2_VOCABULARY
+            print(f"(vocabulary taken as {vocab_size}: {error})")
+    with torch.device("meta"):
+        model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size,
+                            seed=config.train.seed, groups=Groups())
+    print(size_table(model, config.moe, config.gate_options))
+
+
+def main() -> int:
+    from megatron.pretrain import exit_code
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

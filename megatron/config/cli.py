@@ -140,12 +140,16 @@ def to_flags(config: RunConfig) -> list[str]:
 
 
 def write_run_json(config: RunConfig, path: str | Path) -> None:
-    """Write `config` as JSON, nested by section; under a temporary name first, so that no half file is ever seen."""
+    """Write `config` as JSON, nested by section, as `write_text` does."""
+    write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small file under a temporary name, synced and then renamed, so that no half file is ever seen."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(config.to_dict(), file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

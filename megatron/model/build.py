@@ -9,6 +9,7 @@ from torch import nn
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
+from megatron.model.size import count, table
 from megatron.moe import gates
 from megatron.moe.experts import GroupedExperts, expert_output_std
 from megatron.moe.layer import MoELayer
@@ -40,6 +41,12 @@ def build_model(model: ModelConfig, moe: MoEConfig, gate_options: dict[str, Any]
     if not next(gpt.parameters()).is_meta:
         gpt.init_weights(seed)
     return gpt
+
+
+def size_table(model: GPT, moe: MoEConfig, gate_options: dict[str, Any]) -> str:
+    """The model's parameters by part, in all and active per token, as text."""
+    gate = gates.gate_class(moe.gate)
+    return table(count(model, gate.experts_per_token(gate.Config(**gate_options), max(1, moe.num_experts))))
 
 
 def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int,

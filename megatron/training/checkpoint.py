@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +69,10 @@ def save(folder: str, engine: Engine, progress: Progress, record: Record, groups
     torch.save(rng.get_state(), target / f"rng_rank{groups.rank}.pt")
     if groups.is_first:
         cli.write_run_json(record.config, target / "run.json")
-        _write(target / "identity.json", json.dumps(record.identity, indent=1))
+        cli.write_text(target / "identity.json", json.dumps(record.identity, indent=1))
     _barrier(groups)
     if groups.is_first:
-        _write(Path(folder) / "latest", tag)
+        cli.write_text(Path(folder) / "latest", tag)
         get_logger().info("saved %s", target)
     _barrier(groups)
 
@@ -104,17 +103,26 @@ def read_record(folder: str) -> Record:
     return Record(cli.read_run_json(target / "run.json"), json.loads((target / "identity.json").read_text()))
 
 
-def load(folder: str, engine: Engine, record: Record, groups: Groups) -> Progress:
-    """Restore the newest checkpoint of `folder`: weights, optimizer, random state; returns how far the run was.
+def check(folder: str, record: Record) -> None:
+    """Whether the newest checkpoint of `folder` can be loaded by this run: to be asked before building anything.
 
     Raises:
         FileNotFoundError: no checkpoint there.
         ValueError: it contradicts this run's model, experts, tokenizer or topology.
     """
-    tag = latest(folder)
     saved = read_record(folder)
-    check_same_run(saved, record, f"{folder}/{tag}")
+    check_same_run(saved, record, f"{folder}/{latest(folder)}")
     warn_of_new_order(saved, record)
+
+
+def load(folder: str, engine: Engine, groups: Groups) -> Progress:
+    """Restore the newest checkpoint of `folder`: weights, optimizer, random state; returns how far the run was.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: DeepSpeed cannot read it. Whether it fits this run is what `check` says.
+    """
+    tag = latest(folder)
     state = engine.load(folder, tag)
     rng.set_state(torch.load(Path(folder) / tag / f"rng_rank{groups.rank}.pt", weights_only=True))
     progress = Progress(**{k: state[k] for k in asdict(Progress())})
@@ -154,16 +162,6 @@ def _same(saved: Any, current: Any, what: str, where: str) -> None:
     if saved != current:
         raise ValueError(f"{what} is {current!r} but checkpoint {where} was made with {saved!r}; "
                          "use the checkpoint's value, or start a new run without --load")
-
-
-def _write(path: Path, text: str) -> None:
-    """Temp name, fsync, rename."""
-    temp = path.with_name(path.name + ".tmp")
-    with open(temp, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temp, path)
 
 
 def _barrier(groups: Groups) -> None:
