@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import runs
-from megatron.data.indexed import IndexedWriter
+from megatron.data.indexed_writer import IndexedWriter
 from megatron.pretrain import main
 
 REPO = Path(__file__).resolve().parent.parent

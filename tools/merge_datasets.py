@@ -71,7 +71,8 @@ def main() -> int:
                    help="a folder with shards, or prefixes (without .bin and .idx)")
     p.add_argument("--output-prefix", required=True, metavar="PREFIX", help="prefix of the result")
     a = p.parse_args()
-    from megatron.data.indexed import IndexedDataset, IndexedWriter
+    from megatron.data.indexed import IndexedDataset
+    from megatron.data.indexed_writer import IndexedWriter
 
     try:
         datasets = [IndexedDataset(prefix) for prefix in find_prefixes(a.input, a.output_prefix)]

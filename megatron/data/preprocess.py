@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import orjson
 
-from megatron.data.indexed import IndexedWriter, dtype_for_vocab
+from megatron.data.indexed import dtype_for_vocab
+from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.tokenizer import Tokenizer
 
 BATCH_BYTES = 16 << 20  # of input parsed and encoded at once

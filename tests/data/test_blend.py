@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from megatron.config.schema import DataConfig
 from megatron.data import blend as module
 from megatron.data.blend import Blend, build_splits, check_sidecar, interleave, parse_blend, quotas
-from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.samples import SampleIndex
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import indexed
-from megatron.data.indexed import IndexedDataset, IndexedWriter, dtype_for_vocab
+from megatron.data import indexed_writer
+from megatron.data.indexed import IndexedDataset, dtype_for_vocab
+from megatron.data.indexed_writer import IndexedWriter
 
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 
@@ -175,7 +176,7 @@ def test_a_failure_leaves_the_old_files_and_nothing_else(tmp_path):
 def test_a_failure_while_publishing_leaves_nothing_temporary(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(indexed, "_write", full)
+    monkeypatch.setattr(indexed_writer, "_write", full)
     with pytest.raises(OSError), IndexedWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_document([2])
     assert leftovers(tmp_path) == []

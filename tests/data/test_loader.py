@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config.schema import DataConfig
-from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.loader import Batch, BatchLoader, make_batch
 from megatron.data.samples import SampleIndex
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data import cache, samples
-from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.samples import SampleIndex, parse_split, split_documents
 
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.preprocess import preprocess, read_jsonl, with_eod
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer
 
