@@ -1,6 +1,6 @@
 """Train a mixture-of-experts GPT: `deepspeed pretrain_gpt.py --help`."""
 
-from megatron.pretrain import main
+from megatron.pretrain import leave, main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

@@ -177,6 +177,23 @@ def test_a_token_that_only_one_rank_meets_is_one_line_too(tmp_path):
     assert len(named) == 1 and "error:" in named[0]
 
 
+def test_leaving_runs_exit_handlers_and_skips_the_teardown(tmp_path):
+    """A thread that asks for the GIL in the interpreter's teardown would abort the process: there is no teardown."""
+    program = """
+import atexit, sys, threading, time
+from megatron.pretrain import leave
+class Late:
+    def __del__(self): print("torn down")
+late = Late()
+atexit.register(print, "handler", end=" ")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread", end=" "))).start()
+leave(int(sys.argv[1]))
+"""
+    for code in (0, 3):
+        done = run([sys.executable, "-c", program, str(code)])
+        assert (done.returncode, done.stdout) == (code, "thread handler ")
+
+
 def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
     """run.sh on two launched ranks: exit 0, log on screen and in the file; a second call resumes; a bad one fails."""
     out = tmp_path / "run"
