@@ -1,0 +1,123 @@
+"""The folder `<prefix>.partial/`: what a program writes before it publishes, and the lock that keeps others out."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LOGGER = logging.getLogger("megatron")
+
+
+class WorkFolder:
+    """Holds `<prefix>.partial/` for one process, until it is released. A context manager.
+
+    The lock is the kernel's: it ends with its process, however that ends, and what the process left is found again.
+
+    Args:
+        prefix: of the output; folders are created.
+
+    Raises:
+        ValueError: another process holds it; the message names that process.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, prefix: str | os.PathLike):
+        self.prefix = os.fspath(prefix)
+        self.path = Path(f"{self.prefix}.partial")
+        self._lock = self._acquire()
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def file(self, name: str) -> str:
+        """Path of a file in the folder."""
+        return str(self.path / name)
+
+    def clear(self) -> None:
+        """Remove everything that was written here. Does nothing after `release`."""
+        if self._lock.closed:
+            return
+        for path in self.path.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+    def release(self) -> None:
+        """Let others in; an empty folder disappears. Does nothing the second time."""
+        if self._lock.closed:
+            return
+        if all(path.name == "lock" for path in self.path.iterdir()):
+            os.remove(self.file("lock"))
+            with suppress(OSError):  # somebody has already come in again
+                self.path.rmdir()
+        self._lock.close()
+
+    def _acquire(self):
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # removed by its last owner at this moment
+                lock = open(self.file("lock"), "a+", encoding="utf-8")  # noqa: SIM115 - closed by release
+                if self._locked(lock):
+                    return lock
+                lock.close()
+
+    def _locked(self, lock) -> bool:
+        """Whether the lock is ours now; False when the file was replaced before we had it."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise ValueError(f"{self.prefix} is being written by {owner}. Wait for it, or choose another output "
+                             f"prefix") from None
+        except OSError as error:
+            LOGGER.warning("%s has no file locks (%s): see that no two programs write %s at once", self.path.parent,
+                           error.strerror, self.prefix)
+        if not _same_file(lock.fileno(), self.file("lock")):
+            return False
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, which started "
+                   f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        return True
+
+
+def _same_file(descriptor: int, path: str) -> bool:
+    ours = os.fstat(descriptor)
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
+@contextmanager
+def named_errors(path: str) -> Iterator[None]:
+    """Errors of writing name the file (the system's own do so only at opening) and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        advice = {errno.ENOSPC: "Free some space, or write elsewhere", errno.EDQUOT: "Free some of your quota",
+                  errno.EFBIG: "Raise the limit of file sizes (ulimit -f)"}.get(error.errno, "Write elsewhere")
+        raise OSError(f"{path} cannot be written: {error.strerror}. {advice}, and run the program again") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
