@@ -1,21 +1,33 @@
-"""Turns JSON lines into the token shards that training reads (Megatron's .bin/.idx)."""
+"""Turns text into the token shards that training reads (Megatron's .bin/.idx)."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-EPILOG = """Writes PREFIX_KEY_document.bin, .idx and .json (a record of the tokenizer) for each key; give
-PREFIX_KEY_document to training as --data-path. A line that is not a JSON object with a string under each key stops the
-program with the line's number and leaves no output; blank lines are passed over. A text that encodes to no tokens stays
-a document, without tokens. The special token's literal inside a text is ordinary text. Example:
+EPILOG = """Inputs are JSON lines (.jsonl, .json, or any other name), the same compressed (.gz, .zst), and Parquet
+(.parquet): files, quoted globs, folders, - for standard input (JSON lines), hf:NAME for a Hugging Face dataset. They
+are taken in the order given, those of a folder or glob by name.
+
+Writes PREFIX_KEY_document.bin, .idx and .json (a record of the tokenizer) for each key; give PREFIX_KEY_document to
+training as --data-path. With --split-sentences the names end in _sentence. A record without a string under each key
+stops the program with its file and line; with --on-error skip it goes to PREFIX.rejected.jsonl instead. Blank lines are
+passed over. A text that encodes to no tokens stays a document, without tokens. The special token's literal inside a
+text is ordinary text.
+
+The work is done in PREFIX.partial/ and renamed at the end: a pair whose .idx exists is complete. When the program is
+ended half-way, the same command continues; the result is the same, also with another number of workers. A worker takes
+about 200 MB of memory.
+
+Examples:
   python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod
-    --tokenizer-type GPT2BPETokenizer --vocab-file dataset/gpt2-vocab.json --merge-file dataset/gpt2-merges.txt"""
+    --tokenizer-type GPT2BPETokenizer --vocab-file dataset/gpt2-vocab.json --merge-file dataset/gpt2-merges.txt
+  zcat more/*.gz | python tools/preprocess_data.py --input - --output-prefix data/more --append-eod
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json --on-error skip"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,14 +35,22 @@ def parser() -> argparse.ArgumentParser:
 
     p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON-lines files, taken in this order")
-    p.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path and first part of the output's names")
+    p.add_argument("--input", nargs="+", required=True, metavar="PATH",
+                   help="files, quoted globs, folders, - or hf:NAME")
+    p.add_argument("--output-prefix", required=True, metavar="PREFIX",
+                   help="path and first part of the output's names; folders are created")
     p.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY",
-                   help="keys of the texts; each becomes a dataset of its own (default: text)")
+                   help="keys (columns) of the texts; each becomes a dataset of its own (default: text)")
     p.add_argument("--append-eod", action="store_true",
                    help="end each document with the end-of-document token; training wants it")
+    p.add_argument("--split-sentences", action="store_true",
+                   help="sentences become the sequences of a document (needs the package nltk)")
+    p.add_argument("--lang", default="english", help="language of --split-sentences (default: english)")
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                   help="what a record that cannot be used does (default: stop)")
+    p.add_argument("--max-documents", type=int, default=0, metavar="N", help="take only the first N (default: all)")
     p.add_argument("--workers", type=int, default=0, metavar="N",
-                   help="threads of the tokenizer library (default: all cores)")
+                   help="processes that encode (default: as many as cores may be used)")
     p.add_argument("--tokenizer-type", default="GPT2BPETokenizer", choices=TOKENIZERS, help="kind of tokenizer")
     p.add_argument("--vocab-file", default="", metavar="FILE", help="vocab.json of GPT2BPETokenizer")
     p.add_argument("--merge-file", default="", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
@@ -43,27 +63,31 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     from tqdm import tqdm
 
-    from megatron.config.schema import TokenizerConfig, require
-    from megatron.data.preprocess import preprocess
-    from megatron.data.tokenizer import build_tokenizer
+    from megatron import log
+    from megatron.config.schema import TokenizerConfig
+    from megatron.data.encode import Recipe, usable_cores
+    from megatron.data.preprocess import Job, Preprocessing
 
+    log.setup()
     p = parser()
     a = p.parse_args()
-    start = time.perf_counter()
+    start = time.monotonic()
     try:
-        require(a.workers >= 0, "--workers", a.workers, "0 (all cores) or more")
-        tokenizer = build_tokenizer(
-            TokenizerConfig(a.tokenizer_type, a.vocab_file, a.merge_file, a.tokenizer_model), a.workers)
-        size = sum(os.path.getsize(path) for path in a.input if os.path.isfile(path))
-        with tqdm(total=size, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-            totals = preprocess(a.input, a.output_prefix, a.json_keys, tokenizer, append_eod=a.append_eod,
-                                progress=bar.update)
+        tokenizer = TokenizerConfig(a.tokenizer_type, a.vocab_file, a.merge_file, a.tokenizer_model)
+        recipe = Recipe(tokenizer, tuple(dict.fromkeys(a.json_keys)), a.append_eod,
+                        a.lang if a.split_sentences else "")
+        job = Job(a.input, a.output_prefix, recipe, a.on_error == "skip", a.max_documents, a.workers or usable_cores())
+        with Preprocessing(job) as work, tqdm(total=work.size or None, initial=work.read, unit="B", unit_scale=True,
+                                              disable=not sys.stderr.isatty()) as bar:
+            for encoded in work:
+                bar.update(encoded.chunk.read)
+            totals = work.finish()
     except (ValueError, OSError) as error:
         p.exit(2, f"{p.prog}: error: {error}\n")
-    seconds = time.perf_counter() - start
+    seconds = time.monotonic() - start
     for t in totals:
         print(f"{t.prefix}: {t.documents} documents, {t.tokens} tokens, {t.bytes} bytes, "
-              f"{t.tokens / max(1, t.bytes):.4f} tokens/byte, {seconds:.1f} s")
+              f"{t.tokens / max(1, t.bytes):.4f} tokens/byte, {work.skipped} skipped, {seconds:.1f} s")
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -137,14 +137,20 @@ class IndexedWriter:
         return {**sizes, "documents": self.num_documents, "tokens": self.num_tokens}
 
     def finish(self, sidecar: dict[str, Any] | None = None) -> None:
-        """Publish. The sidecar has the given entries and the counts."""
-        self.prepare(sidecar)
+        """Publish, after `prepare` if that was not called. The sidecar has the given entries and the counts."""
+        if self._files:
+            self.prepare(sidecar)
         publish(self.prefix, self._folder)
         if self._owned:
+            self._folder.clear()
             self._folder.release()
 
-    def prepare(self, sidecar: dict[str, Any] | None = None) -> None:
-        """Write all that `publish` will rename; nothing can be added any more."""
+    def prepare(self, sidecar: dict[str, Any] | None = None) -> str:
+        """Write all that `publish` will rename; nothing can be added any more.
+
+        Returns:
+            The prefix by which it can be read, to check it before it is published.
+        """
         sizes = self.commit()
         self._close()
         sequences = sizes[".lengths"] // 4
@@ -156,8 +162,7 @@ class IndexedWriter:
         _write(self._temp(".idx"), chain(
             [header], (block.data for block in _blocks(lengths)), _running_sums(lengths, self.dtype.itemsize),
             _running_sums(counts), [np.array(sequences, "<i8").data]))
-        for path in (lengths, counts):
-            os.remove(path)
+        return self._temp("")
 
     def discard(self) -> None:
         """Stop writing. Files in the writer's own folder are removed, those in somebody else's are left to them."""
@@ -184,6 +189,17 @@ class IndexedWriter:
 
     def _temp(self, suffix: str) -> str:
         return self._folder.file(os.path.basename(self.prefix) + suffix)
+
+
+def require_space(prefix: str, datasets: Sequence[IndexedDataset]) -> None:
+    """Raise ValueError unless the datasets fit, joined to one, on the disk of a prefix."""
+    # Beside .bin and .idx lie, at the end, 4 bytes per sequence and per document that the writer makes the index from.
+    needed = sum(d.tokens.nbytes + HEADER.size + (12 + 4) * len(d) + (8 + 4) * len(d.document_index) for d in datasets)
+    folder = next(parent for parent in Path(os.path.abspath(prefix)).parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(f"{prefix} needs {needed / 1e9:.3f} GB, the disk of {folder} has {free / 1e9:.3f} GB left. "
+                         f"Make room there, or choose another disk")
 
 
 def is_resumable(prefix: str, folder: WorkFolder, state: dict[str, int]) -> bool:

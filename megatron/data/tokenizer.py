@@ -47,6 +47,7 @@ class Tokenizer(ABC):
         eod: id that ends a document.
         bos: id put before every text by `encode`, or None.
         fingerprint: sha256 hex of the vocabulary and merges: equal fingerprints give ids the same meaning.
+        difference: how the fast encoder, where there is one, once differed from the reference; else empty.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Tokenizer(ABC):
     eod: int
     fingerprint: str
     bos: int | None = None
+    difference: str = ""
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 ids of one text, without an end-of-document id."""
@@ -67,6 +69,12 @@ class Tokenizer(ABC):
         """Text of ids; ids beyond the vocabulary (its padding) have none. BPE kinds spell special tokens out."""
         return self._decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
+    def compare(self, documents: int) -> None:  # noqa: B027 - most have no fast encoder
+        """Compare the fast encoder on that many documents from the next batch on; 0: trust it."""
+
+    def use_reference(self) -> None:  # noqa: B027
+        """Use the reference implementation from now on."""
+
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
 
@@ -79,10 +87,10 @@ class FastBPE(Tokenizer):
     """
 
     _fast: gigatoken.Tokenizer | None = None
-    _compared = 0
+    _to_compare = COMPARED_DOCUMENTS
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if self._fast is not None and texts and self._compared < COMPARED_DOCUMENTS:
+        if self._fast is not None and texts and self._to_compare:
             self._compare(texts)
         if self._fast is None or not texts:
             return flatten(self._reference(texts))
@@ -90,15 +98,23 @@ class FastBPE(Tokenizer):
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0]:offsets[-1]], np.diff(offsets)
 
+    def compare(self, documents: int) -> None:
+        self._to_compare = documents
+
+    def use_reference(self) -> None:
+        self._fast = None
+
     def _compare(self, texts: list[str]) -> None:
-        sample = [t[:COMPARED_CHARACTERS] for t in texts[:COMPARED_DOCUMENTS - self._compared]]
+        sample = [t[:COMPARED_CHARACTERS] for t in texts[:self._to_compare]]
         for text, right, fast in zip(sample, self._reference(sample), self._fast.encode_batch_list(sample)):
             if list(right) != list(fast):
-                LOGGER.warning("gigatoken encodes a document differently from the reference implementation of %s "
-                               "(it starts with %r): using the reference, which is much slower", self.name, text[:40])
-                self._fast = None
+                self.difference = (
+                    f"gigatoken encodes a document differently from the reference implementation of {self.name} (it "
+                    f"starts with {text[:40]!r}): using the reference, which is much slower")
+                LOGGER.warning("%s", self.difference)
+                self.use_reference()
                 return
-        self._compared += len(sample)
+        self._to_compare -= len(sample)
 
     def _load_fast(self, load: Callable[[], gigatoken.Tokenizer]) -> gigatoken.Tokenizer | None:
         """Call `load`; a vocabulary that gigatoken does not support leaves the reference alone, with a warning."""

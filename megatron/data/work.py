@@ -63,7 +63,9 @@ class WorkFolder:
 
     def _acquire(self):
         while True:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.path.mkdir()
             with suppress(FileNotFoundError):  # removed by its last owner at this moment
                 lock = open(self.file("lock"), "a+", encoding="utf-8")  # noqa: SIM115 - closed by release
                 if self._locked(lock):

@@ -5,38 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import CODES, by_hand
 
-from megatron.data import indexed_writer
-from megatron.data.indexed import IndexedDataset, dtype_for_vocab
+from megatron.data import indexed, indexed_writer
+from megatron.data.indexed import Index, IndexedDataset, dtype_for_vocab
 from megatron.data.indexed_writer import IndexedWriter
-
-CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
-
-
-def by_hand(prefix: Path, sequences: list[list[int]], bounds: list[int], *, dtype: str = "uint16", **changes) -> str:
-    """Write a pair with struct alone; `changes` replaces parts of it."""
-    size = np.dtype(dtype).itemsize
-    lengths = changes.get("lengths", [len(s) for s in sequences])
-    pointers, at = [], 0
-    for length in lengths:
-        pointers.append(at)
-        at += length * size
-    pointers = changes.get("pointers", pointers)
-    idx = changes.get("magic", b"MMIDIDX\x00\x00")
-    idx += struct.pack("<QBQQ", changes.get("version", 1), changes.get("code", CODES[dtype]), len(lengths), len(bounds))
-    idx += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(pointers)}q", *pointers)
-    idx += struct.pack(f"<{len(bounds)}q", *bounds) + changes.get("tail", b"")
-    Path(f"{prefix}.idx").write_bytes(idx)
-    tokens = b"".join(np.array(s, dtype).tobytes() for s in sequences)
-    Path(f"{prefix}.bin").write_bytes(tokens + changes.get("bin", b""))
-    return str(prefix)
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> IndexedDataset:
@@ -225,8 +204,10 @@ def test_damaged_files_are_refused_at_opening(tmp_path, changes, match):
         IndexedDataset(prefix)
 
 
-@pytest.mark.parametrize("bounds", [[], [0], [1, 2], [0, 1], [0, 2, 1, 2]])
-def test_document_indices_that_do_not_rise_from_zero_to_the_end(tmp_path, bounds):
+@pytest.mark.parametrize("block", [1, 2, 1 << 16])
+@pytest.mark.parametrize("bounds", [[], [0], [1, 2], [0, 1], [0, 2, 1, 2], [0, 1, 2, 1, 2], [0, 2**63 - 1, -2, 2]])
+def test_document_indices_that_do_not_rise_from_zero_to_the_end(tmp_path, monkeypatch, bounds, block):
+    monkeypatch.setattr(indexed, "BLOCK", block)
     with pytest.raises(ValueError, match="document index does not rise from 0 to the number of sequences, 2"):
         IndexedDataset(by_hand(tmp_path / "d", [[1, 2], [3]], bounds))
 
@@ -241,10 +222,59 @@ def test_truncation_at_any_byte_is_an_error(tmp_path, suffix):
             IndexedDataset(prefix)
 
 
+def content(prefix: str) -> tuple | None:
+    """All that a pair says, or None when it is refused."""
+    try:
+        d = IndexedDataset(prefix)
+    except (ValueError, FileNotFoundError):
+        return None
+    return [d.read(i).tolist() for i in range(d.num_documents)], [s.tolist() for s in d]
+
+
+@settings(max_examples=20, deadline=None)
+@given(documents=st.lists(st.lists(st.lists(st.integers(0, 127), max_size=4), max_size=3), max_size=4),
+       dtype=st.sampled_from(list(CODES)))
+def test_a_flipped_bit_of_the_header_and_a_truncation_never_change_the_data(tmp_path_factory, documents, dtype):
+    prefix = by_hand(tmp_path_factory.mktemp("d") / "d", [s for d in documents for s in d],
+                     np.cumsum([0, *map(len, documents)]).tolist(), dtype=dtype)
+    right = content(prefix)
+    assert right[0] == [[t for s in d for t in s] for d in documents]
+    whole = {suffix: Path(prefix + suffix).read_bytes() for suffix in (".idx", ".bin")}
+    header = int.from_bytes(whole[".idx"][:34], "little")
+    damages = [(".idx", (header ^ 1 << bit).to_bytes(34, "little") + whole[".idx"][34:]) for bit in range(34 * 8)]
+    damages += [(suffix, data[:size]) for suffix, data in whole.items() for size in range(len(data))]
+    for suffix, damaged in damages:
+        Path(prefix + suffix).write_bytes(damaged)
+        assert content(prefix) in (None, right)
+        Path(prefix + suffix).write_bytes(whole[suffix])
+
+
+@pytest.mark.parametrize("part", ["lengths", "pointers"])
+def test_damage_is_seen_in_every_block_of_the_index(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(indexed, "BLOCK", 2)
+    sequences = [[1], [2, 3], [], [4], [5, 6]]
+    right = {"lengths": [1, 2, 0, 1, 2], "pointers": [0, 2, 6, 6, 8]}
+    by_hand(tmp_path / "d", sequences, [0, 5], **right)
+    assert len(IndexedDataset(tmp_path / "d")) == 5
+    for i in range(5):
+        for change in (1, 2, -4):
+            damaged = {**right, part: [n + change * (k == i) for k, n in enumerate(right[part])]}
+            with pytest.raises(ValueError, match="negative|running sum|counts"):
+                IndexedDataset(by_hand(tmp_path / "d", sequences, [0, 5], **damaged))
+
+
+def test_a_given_index_is_read_by_and_travels_too(tmp_path):
+    prefix = by_hand(tmp_path / "d", [[1, 2], [3]], [0, 1, 2])
+    other = Index(np.dtype(np.uint16), np.array([1, 2], np.int32), np.array([0, 2]), np.array([0, 0, 2]))
+    d = pickle.loads(pickle.dumps(IndexedDataset(prefix, other)))
+    assert [d.read(i).tolist() for i in range(2)] == [[], [1, 2, 3]] and d.num_tokens == 3
+
+
 def test_shards_that_do_not_count_the_end_of_document(tmp_path):
     """The fork's bug as it is: lengths and pointers without the end-of-document token, which .bin has."""
     prefix = by_hand(tmp_path / "d", [[1, 2, 0], [3, 0], []], [0, 1, 2, 3], lengths=[2, 1, 0])
-    with pytest.raises(ValueError, match=r"document i would start i tokens early\. Preprocess the text again"):
+    with pytest.raises(ValueError, match=r"document i would start i tokens early\. Repair it with "
+                                         r"tools/inspect_dataset.py \S+/d --repair OUT, or preprocess the text again"):
         IndexedDataset(prefix)
 
 

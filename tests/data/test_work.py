@@ -1,0 +1,86 @@
+"""The work folder: one holder at a time, whatever happens to the others, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.data.work import WorkFolder, named_errors
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
+    prefix = tmp_path / "new/folder/x"
+    with WorkFolder(prefix) as first:
+        assert first.path == tmp_path / "new/folder/x.partial"
+        with pytest.raises(ValueError, match=rf"new/folder/x is being written by process {os.getpid()} on .*Wait"):
+            WorkFolder(prefix)
+    assert os.listdir(tmp_path / "new/folder") == []
+    with WorkFolder(prefix):
+        pass
+
+
+def test_what_a_killed_holder_left_is_found_and_can_be_cleared(tmp_path):
+    program = ("import os, sys, time; from megatron.data.work import WorkFolder; f = WorkFolder(sys.argv[1]); "
+               "open(f.file('half'), 'w').close(); print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "x")], stdout=subprocess.PIPE, cwd=REPO)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match=f"process {holder.pid} on"):
+        WorkFolder(tmp_path / "x")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with WorkFolder(tmp_path / "x") as folder:
+        assert os.path.exists(folder.file("half"))
+    with WorkFolder(tmp_path / "x") as folder:  # a folder with something in it stays
+        folder.clear()
+        assert os.listdir(folder.path) == ["lock"]
+    folder.release()
+    folder.clear()
+    assert os.listdir(tmp_path) == []
+
+
+def test_holders_never_overlap(tmp_path):
+    """Four processes come and go 150 times each, while the folder appears and disappears."""
+    program = """
+import os, sys
+from megatron.data.work import WorkFolder
+done = 0
+while done < 150:
+    try:
+        with WorkFolder(sys.argv[1] + "/x") as folder:
+            os.close(os.open(sys.argv[1] + "/inside", os.O_CREAT | os.O_EXCL))
+            os.remove(sys.argv[1] + "/inside")
+            done += 1
+    except ValueError:
+        pass
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPO) for _ in range(4)]
+    assert [p.wait(60) for p in processes] == [0] * 4
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_file_locks_a_warning_is_all_there_is(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with WorkFolder(tmp_path / "x"):
+        pass
+    assert "has no file locks (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize(("code", "advice"), [
+    (errno.ENOSPC, "Free some space"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit"), (errno.EIO, "elsewhere")])
+def test_errors_of_writing_name_the_file(code, advice):
+    match = rf"^a/b cannot be written: .*{advice}.*run the program again"
+    with pytest.raises(OSError, match=match), named_errors("a/b"):
+        raise OSError(code, os.strerror(code))
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere/x'"), named_errors("a/b"):
+        os.open("/nowhere/x", os.O_RDONLY)
