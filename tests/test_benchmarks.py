@@ -1,6 +1,8 @@
 """The benchmarks' own arithmetic: interleaving, ratios, bars, JSON."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
+
+REPO = Path(__file__).resolve().parent.parent
 
 
 def test_interleave_calls_in_turn_and_returns_one_time_per_round():
@@ -33,3 +37,20 @@ def test_finish(ratio, check, code, tmp_path, capsys):
     assert ("holds" if ratio < 2 else "MISSED") in capsys.readouterr().out
     row = json.loads((tmp_path / "rows.json").read_text())[0]
     assert row["name"] == "n" and row["baseline"] == "b" and row["bar"] == 2.0 and row["holds"] == (ratio < 2)
+
+
+def test_data_index_quickly(tmp_path):
+    """Every row is there, and nothing stays behind. Whether bars hold is not for a test on a busy machine."""
+    temp, rows = tmp_path / "temp", tmp_path / "rows.json"
+    temp.mkdir()
+    done = subprocess.run([sys.executable, str(REPO / "benchmarks/data_index.py"), "--quick", "--json", str(rows)],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(temp)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "200,000 documents, 200,000,000 tokens: 195,312 samples" in done.stdout
+    assert all(words in done.stdout for words in ("peak memory", "the dataset and", "first visit: median", "tokens/s"))
+    table = json.loads(rows.read_text())
+    assert [row["name"] for row in table] == [
+        "open what is built", "a random sample, first visit", "a random sample, again"] + [
+        f"100 micro-batches, {kind}" for kind in ("0 workers", "2 workers", "0 workers, resets")]
+    assert all(row["bar"] == 1.0 and 0 < row["low"] <= row["ratio"] <= row["high"] for row in table)
+    assert not [p for p in temp.iterdir() if (p / "big.idx").exists()]

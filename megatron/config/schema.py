@@ -211,6 +211,9 @@ class DataConfig:
     """shares of the documents of --data-path for training, validation, test"""
     data_cache_path: str = ""
     """folder of the sample indices; empty: beside the first data prefix"""
+    dataloader_type: str = option("single", choices=("single", "cyclic"))
+    """training samples: single cuts and shuffles as many epochs as the run needs and takes each sample once; cyclic
+    cuts one epoch and visits its samples again and again, in a new order each time"""
     num_workers: int = 0
     """processes that read data ahead on each rank; 0: read in the training process"""
     reset_position_ids: bool = False
@@ -221,9 +224,16 @@ class DataConfig:
     """no loss on predicting what follows an end-of-document token"""
 
     def __post_init__(self):
+        require_choices(self)
         require(not (self.data_path and self.train_data_path), "--train-data-path", list(self.train_data_path),
                 "only without --data-path", "Use one of the two.")
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
+
+    @property
+    def eod_flags(self) -> list[str]:
+        """The flags set that need end-of-document tokens in the data."""
+        names = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ import numpy as np
 from megatron.config.schema import DataConfig, require
 from megatron.data.cache import Arrays, cached_arrays
 from megatron.data.indexed import IndexedDataset
-from megatron.data.samples import SampleIndex, parse_split, smallest_int, split_documents
+from megatron.data.samples import Cycle, SampleIndex, parse_split, smallest_int, split_documents
 from megatron.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
+EOD_DOCUMENTS = 16  # how many documents, spread over a dataset, stand for all
 
 
 class Samples(Protocol):
-    """What a loader reads: `SampleIndex` and `Blend`."""
+    """What a loader reads: `SampleIndex`, `Cycle` and `Blend`."""
 
     def __len__(self) -> int: ...
 
@@ -172,7 +173,8 @@ def build_splits(data: DataConfig, *, seq_length: int, train_samples: int, valid
     """The samples of a run: {"train", "valid", "test"} -> that many samples, or None where 0 are asked for.
 
     A split comes from its own `--<split>-data-path`, or else from its share (`--split`) of the documents of each
-    prefix of `--data-path`.
+    prefix of `--data-path`. With `--dataloader-type cyclic`, each training dataset is a `Cycle` of its own one epoch,
+    also in a blend: the weights hold at any point of the run, and a small dataset comes round more often.
 
     Args:
         tokenizer: compared with what the datasets' sidecars record; None: not compared.
@@ -180,7 +182,8 @@ def build_splits(data: DataConfig, *, seq_length: int, train_samples: int, valid
 
     Raises:
         FileNotFoundError: a dataset is missing.
-        ValueError: a dataset is damaged, made by another tokenizer, or too small; a split has no documents.
+        ValueError: a dataset is damaged, made by another tokenizer, or too small; a split has no documents; an option
+            needs end-of-document tokens that the data lacks.
     """
     parse_split(data.split)  # a malformed one is an error also when it is not needed
     opened: dict[str, IndexedDataset] = {}
@@ -198,17 +201,20 @@ def build_splits(data: DataConfig, *, seq_length: int, train_samples: int, valid
             if prefix not in opened:
                 opened[prefix] = IndexedDataset(prefix)
                 check_sidecar(opened[prefix], tokenizer, vocab_size)
+                check_eod(opened[prefix], data, tokenizer)
         parts = [(opened[prefix], _documents(opened[prefix], which, "" if own else data.split)) for _, prefix in blend]
         weights = [weight for weight, _ in blend]
         if weights[0] is None:
             weights = [max(1, int(d.document_lengths()[start:stop].sum())) for d, (start, stop) in parts]
         cache = data.data_cache_path or str(Path(blend[0][1]).parent / "index_cache")
-        if len(parts) == 1:
-            splits[which] = SampleIndex(*parts[0], seq_length, samples, seed, cache_dir=cache)
-            continue
-        needed = [max(1, n) for n in quotas(weights, samples)]
-        indices = [SampleIndex(*part, seq_length, n, seed, cache_dir=cache) for part, n in zip(parts, needed)]
-        splits[which] = Blend(indices, weights, samples, seed, cache_dir=cache)
+        drawn = []
+        for part, needed in zip(parts, quotas(weights, samples)):
+            needed = max(1, needed)
+            if which == "train" and data.dataloader_type == "cyclic":
+                drawn.append(Cycle(SampleIndex(*part, seq_length, None, seed, cache_dir=cache), needed, seed))
+            else:
+                drawn.append(SampleIndex(*part, seq_length, needed, seed, cache_dir=cache))
+        splits[which] = drawn[0] if len(drawn) == 1 else Blend(drawn, weights, samples, seed, cache_dir=cache)
     return splits
 
 
@@ -242,3 +248,19 @@ def check_sidecar(dataset: IndexedDataset, tokenizer: Tokenizer | None, vocab_si
     if vocab_size is not None and record.get("vocab_size", 0) > vocab_size:
         raise ValueError(f"{path} records a vocabulary of {record['vocab_size']} tokens; allowed in this run: "
                          f"{vocab_size}. Use the tokenizer of the data")
+
+
+def check_eod(dataset: IndexedDataset, data: DataConfig, tokenizer: Tokenizer | None) -> None:
+    """Look at the ends of a few documents when an option of `data` needs end-of-document tokens.
+
+    Raises:
+        ValueError: a document ends without one, so that the option would silently do nothing there.
+    """
+    if not data.eod_flags or tokenizer is None:
+        return
+    filled = np.flatnonzero(dataset.document_lengths())
+    for document in filled[:: max(1, len(filled) // EOD_DOCUMENTS)].tolist():
+        if (last := int(dataset.read(document)[-1])) != tokenizer.eod:
+            raise ValueError(f"{data.eod_flags[0]} is set, but document {document} of {dataset.prefix} ends with token "
+                             f"{last}, not with the end-of-document token {tokenizer.eod}; it would have no effect "
+                             f"there. Preprocess the text again with --append-eod, or leave the flag out")

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import struct
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,7 +49,7 @@ def cached_arrays(folder: str, kind: str, key: dict[str, Any], build: Callable[[
     arrays = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_builder(path.parent):
+        with _one_builder(path):
             if (found := _load(path)) is not None:  # built by another process while this one waited
                 return found
             arrays = build()
@@ -95,7 +96,7 @@ def _store(path: Path, arrays: Arrays) -> None:
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process numbers repeat on other nodes
     try:
         with open(temp, "wb") as file:
             file.write(MAGIC + struct.pack("<I", checksum))
@@ -113,9 +114,14 @@ def _padded(size: int) -> int:
 
 
 @contextmanager
-def _one_builder(folder: Path) -> Iterator[None]:
-    """One process of the node at a time. Where the filesystem has no locks, all build the same, and none is harmed."""
-    with open(folder / ".lock", "a") as file:
+def _one_builder(path: Path) -> Iterator[None]:
+    """One process of the node at a time, which first removes what a killed one left.
+
+    Where the filesystem has no locks, all build the same, and none is harmed.
+    """
+    with open(path.parent / ".lock", "a") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                left.unlink()
         yield

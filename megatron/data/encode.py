@@ -28,7 +28,7 @@ from megatron.data.sources import Chunk, Rejected
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
 IN_FLIGHT = 2  # chunks per process that are being encoded or wait for their turn: bounds the memory
-ALONE_SECONDS = 1.0  # before other processes are started
+ALONE_BYTES, ALONE_SECONDS = 64 << 20, 2.0  # input that is encoded, or time that passes, before others are started
 COMPARED_DOCUMENTS = 4  # of each file
 COMPARED_OF_FIRST = 16  # of the first file
 
@@ -92,9 +92,9 @@ class Encoded:
 
 
 class Encoders:
-    """Encodes chunks in `workers` processes; in this one for the first second, and while the others start.
+    """Encodes chunks in `workers` processes; in this one while those start, and when there is little to do.
 
-    Starting a process takes about half a second of its core, in which 100 MB of text could be encoded.
+    Starting a process takes about half a second of its core, in which 80 MB of text could be encoded.
 
     A context manager: leaving it ends the processes. They also end when this process is killed.
 
@@ -118,8 +118,11 @@ class Encoders:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def map(self, chunks: Iterable[Chunk]) -> Iterator[Encoded]:
+    def map(self, chunks: Iterable[Chunk], size: int = 0) -> Iterator[Encoded]:
         """Each chunk's result, in order. With `use_reference` set the fast encoder is not used.
+
+        Args:
+            size: bytes of all chunks, to judge whether other processes are worth starting; 0: unknown.
 
         Raises:
             ValueError: a chunk cannot be read, or a token id is outside the vocabulary.
@@ -129,7 +132,8 @@ class Encoders:
         begin = time.monotonic()
         try:
             for chunk in chunks:
-                if self._started is None and self.workers > 1 and time.monotonic() - begin >= ALONE_SECONDS:
+                long = size >= ALONE_BYTES or time.monotonic() - begin >= ALONE_SECONDS
+                if long and self._started is None and self.workers > 1:
                     self._started = self._submit(None)
                 if self._started is None or not self._started.done():
                     yield encode(chunk, self.recipe, self.tokenizer, self.split, self.use_reference)

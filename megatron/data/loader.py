@@ -76,17 +76,17 @@ class BatchLoader:
         data: its options reset_position_ids, reset_attention_mask, eod_mask_loss and num_workers are used.
         eod: the end-of-document id; None: there is none, and the options that need it are refused.
         vocab_size: ids from here on are an error.
-        cyclic: start again at the end; otherwise it is an error when less than a global batch is left.
 
     Attributes:
         consumed_samples: samples that all ranks together have taken, counting the batch handed out last.
 
     Raises:
-        ValueError: sizes do not divide; and, while iterating, the end is reached or a token is outside the vocabulary.
+        ValueError: sizes do not divide; and, while iterating, less than a global batch is left or a token is outside
+            the vocabulary.
     """
 
     def __init__(self, dataset: Samples, *, micro_batch_size: int, global_batch_size: int, rank: int, world_size: int,
-                 consumed_samples: int, data: DataConfig, eod: int | None, vocab_size: int, cyclic: bool = False):
+                 consumed_samples: int, data: DataConfig, eod: int | None, vocab_size: int):
         require(micro_batch_size > 0, "micro_batch_size", micro_batch_size, "a positive integer")
         require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}")
         self._step = micro_batch_size * world_size
@@ -94,14 +94,13 @@ class BatchLoader:
                 f"a multiple of micro-batch size {micro_batch_size} x {world_size} ranks")
         require(consumed_samples >= 0, "consumed_samples", consumed_samples, "0 or more")
         require(len(dataset) > 0, "length of the dataset", len(dataset), "1 or more")
-        for option in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
-            require(eod is not None or not getattr(data, option), f"--{option.replace('_', '-')}", True,
-                    "only with a tokenizer that has an end-of-document token")
+        for flag in data.eod_flags:
+            require(eod is not None, flag, True, "only with a tokenizer that has an end-of-document token")
         self._size, self._global = len(dataset), global_batch_size
         self.consumed_samples = consumed_samples
         whole = max(0, self._size - consumed_samples) // global_batch_size * global_batch_size
-        numbers = _Numbers(self._size, consumed_samples, None if cyclic else consumed_samples + whole, self._step,
-                           rank * micro_batch_size, micro_batch_size)
+        numbers = _Numbers(consumed_samples + rank * micro_batch_size, consumed_samples + whole, self._step,
+                           micro_batch_size)
         self._batches = iter(DataLoader(
             _Reader(dataset, data, eod, vocab_size), batch_size=None, sampler=numbers, num_workers=data.num_workers,
             generator=torch.Generator()))  # its own generator: drawing from the global one would change the model's run
@@ -128,18 +127,14 @@ class BatchLoader:
 class _Numbers:
     """The sampler that DataLoader asks for: lists of sample numbers, one per micro-batch of this rank."""
 
-    size: int
     start: int
-    stop: int | None
+    stop: int
     step: int
-    offset: int
     micro: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.start
-        while self.stop is None or first < self.stop:
-            yield [(first + self.offset + i) % self.size for i in range(self.micro)]
-            first += self.step
+        for first in range(self.start, self.stop, self.step):
+            yield [*range(first, first + self.micro)]
 
 
 @dataclass(frozen=True)

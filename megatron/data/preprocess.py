@@ -115,7 +115,7 @@ class Preprocessing:
 
     def __iter__(self) -> Iterator[Encoded]:
         while not self._at_end():
-            for encoded in self._encoders.map(self._chunks()):
+            for encoded in self._encoders.map(self._chunks(), self.size - self.read):
                 if self._falls_back(encoded):
                     break  # and take this file's chunks again
                 self._take(encoded)
@@ -263,7 +263,7 @@ class Preprocessing:
 
     def _reject(self, chunk: Chunk, rejected) -> None:
         number = self._line + rejected.line
-        where = f"{chunk.path}:{number}" if chunk.unit == "line" else f"{chunk.path}, {chunk.unit} {number}"
+        where = chunk.place(number)
         if not self.job.skip_errors:
             raise ValueError(f"{where}: {rejected.reason}. Correct or remove it, or leave such records out: "
                              f"--on-error skip")

@@ -10,6 +10,7 @@ over all epochs, or, when less than 80 % of the last epoch is needed, first thos
 
 from __future__ import annotations
 
+import mmap
 from fractions import Fraction
 
 import numpy as np
@@ -69,18 +70,22 @@ class SampleIndex:
                 f"ranges within 0 to {dataset.num_documents}")
         self.dataset, self.seq_length = dataset, seq_length
         self._arguments = (dataset, documents, seq_length, num_samples, seed, shuffle, cache_dir)
+        key = {"algorithm": ALGORITHM, "files": files_key(dataset.prefix + ".idx", dataset.prefix + ".bin"),
+               "documents": [start, stop], "seq_length": seq_length, "num_samples": num_samples, "seed": seed,
+               "shuffle": shuffle}
+        arrays = cached_arrays(cache_dir, "samples", key, self._build)
+        self._order, self._bounds, self._samples = arrays["order"], arrays["bounds"], arrays["samples"]
+        _expect_random_reads(dataset.tokens)
+
+    def _build(self) -> Arrays:
+        dataset, (start, stop), seq_length, num_samples, seed, shuffle, _ = self._arguments
         lengths = dataset.document_lengths()[start:stop]
         tokens = int(lengths.sum())
         if tokens < seq_length + 1:
             raise ValueError(f"documents {start} to {stop} of {dataset.prefix} ({dataset.num_documents} documents, "
                              f"{dataset.num_tokens} tokens) hold {tokens} tokens; one sample takes {seq_length + 1}. "
                              f"Give more data, another --split or a smaller --seq-length")
-        key = {"algorithm": ALGORITHM, "files": files_key(dataset.prefix + ".idx", dataset.prefix + ".bin"),
-               "documents": [start, stop], "seq_length": seq_length, "num_samples": num_samples, "seed": seed,
-               "shuffle": shuffle}
-        arrays = cached_arrays(cache_dir, "samples", key, lambda: build_order(
-            start, lengths, seq_length, num_samples, seed, shuffle))
-        self._order, self._bounds, self._samples = arrays["order"], arrays["bounds"], arrays["samples"]
+        return build_order(start, lengths, seq_length, num_samples, seed, shuffle)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -108,9 +113,65 @@ class SampleIndex:
         return self.dataset.prefix
 
 
+def _expect_random_reads(tokens: np.ndarray) -> None:
+    """Tell the kernel that a mapped .bin is not read in order. It would read ahead at every page that is not in memory,
+    up to 8 MB on some disks: 3 ms instead of 22 us for a first sample of a 20 GB file of holes, 1.8 times the time of
+    10,000 cold ones of a 4 GB file."""
+    base = tokens
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_RANDOM)
+
+
+class Cycle:
+    """The samples of one epoch again and again, each pass over them in a new order.
+
+    `cycle[i]` is a sample of pass i // n, n being what one epoch gives. The order of a pass depends on the seed and the
+    number of the pass alone, so it stays when the run gets longer. It is drawn when the pass is first asked for and
+    replaces the one before: 4 bytes per sample in each process that reads, and 6 s for 10^8 samples.
+
+    Args:
+        samples: those of one epoch, `SampleIndex(..., num_samples=None)`.
+        num_samples: how many the cycle gives.
+        seed: of the passes' orders.
+    """
+
+    def __init__(self, samples: SampleIndex, num_samples: int, seed: int):
+        require(num_samples > 0, "num_samples", num_samples, "a positive integer")
+        self._arguments = samples, num_samples, seed
+        self._samples, self._size, self._seed = self._arguments
+        self._pass, self._order = -1, np.empty(0, np.int32)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """int64 [S + 1]: sample i. IndexError beyond the end."""
+        return self._samples[self._locate(i)]
+
+    def __reduce__(self) -> tuple:
+        return Cycle, self._arguments  # without the order: a worker process draws it itself
+
+    def source(self, i: int) -> str:
+        """Prefix of the dataset that sample i comes from, for messages."""
+        return self._samples.source(self._locate(i))
+
+    def _locate(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of a cycle: allowed 0 to {len(self) - 1}")
+        number, place = divmod(i, len(self._samples))
+        if number != self._pass:
+            self._order = np.empty(0, np.int32)  # frees the last pass's before the next is made
+            self._order = np.arange(len(self._samples), dtype=smallest_int(len(self._samples)))
+            np.random.RandomState([self._seed % 2**32, number]).shuffle(self._order)
+            self._pass = number
+        return int(self._order[place])
+
+
 def build_order(first: int, lengths: np.ndarray, seq_length: int, num_samples: int | None, seed: int,
                 shuffle: bool) -> Arrays:
-    """The arrays behind a SampleIndex.
+    """The arrays behind a SampleIndex, made in place: 12 E D + 4 E T / S bytes, and 16 D for lengths while building.
 
     numpy's RandomState is used because its streams are frozen: the order must not change with numpy's version, or a
     resumed run would see samples twice.
@@ -124,9 +185,15 @@ def build_order(first: int, lengths: np.ndarray, seq_length: int, num_samples: i
     """
     tokens, random = int(lengths.sum()), np.random.RandomState(seed % 2**32)
     epochs = 1 if num_samples is None else -(-(num_samples * seq_length + 1) // tokens)
-    documents = np.arange(len(lengths), dtype=smallest_int(first + len(lengths)))
-    order = np.concatenate([random.permutation(documents) if shuffle else documents for _ in range(epochs)])
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[order])])
+    order_ED = np.empty((epochs, len(lengths)), smallest_int(first + len(lengths)))
+    bounds = np.zeros(order_ED.size + 1, np.int64)
+    for epoch, (order_D, ends_D) in enumerate(zip(order_ED, bounds[1:].reshape(order_ED.shape))):
+        order_D[:] = np.arange(len(lengths))
+        if shuffle:
+            random.shuffle(order_D)
+        np.cumsum(lengths[order_D], out=ends_D)
+        ends_D += epoch * tokens
+    order_ED += first
     total = (epochs * tokens - 1) // seq_length
     wanted = total if num_samples is None else num_samples
     samples = np.arange(total, dtype=smallest_int(total))
@@ -134,8 +201,9 @@ def build_order(first: int, lengths: np.ndarray, seq_length: int, num_samples: i
         before_last = ((epochs - 1) * tokens - 1) // seq_length if epochs > 1 else 0
         needed, whole = wanted - before_last, (tokens - 1) // seq_length
         cut = before_last if needed < int(LAST_EPOCH_APART_BELOW * whole) else 0
-        samples = np.concatenate([random.permutation(samples[:cut]), random.permutation(samples[cut:])])
-    return {"order": order + first, "bounds": bounds, "samples": samples[:wanted]}
+        random.shuffle(samples[:cut])
+        random.shuffle(samples[cut:])
+    return {"order": order_ED.reshape(-1), "bounds": bounds, "samples": samples[:wanted]}
 
 
 def smallest_int(limit: int) -> type:

@@ -52,8 +52,12 @@ def splits(data: DataConfig, train: int = 5, valid: int = 0, test: int = 0, **op
                         **options)
 
 
+def rows(samples) -> list[list[int]]:
+    return [samples[i].tolist() for i in range(len(samples))]
+
+
 def documents_in(samples) -> set[int]:
-    return {int(t) for i in range(len(samples)) for t in samples[i]}
+    return {t for row in rows(samples) for t in row}
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -160,6 +164,56 @@ def test_splits_from_paths_of_their_own(tmp_path):
         set(range(30)), set(range(100, 130)), set(range(200, 230))]
     made = splits(DataConfig(data_path=(a,), valid_data_path=(b,), split="1"), 50, 50)
     assert documents_in(made["train"]) == set(range(30)) and documents_in(made["valid"]) == set(range(100, 130))
+
+
+def test_single_and_cyclic_training_splits(tmp_path):
+    """single: epochs cut and shuffled anew. cyclic: the same samples of one epoch in every pass, for training only."""
+    d = write(tmp_path / "d", 40)  # 32 documents to train on: 320 tokens, 39 samples of 8
+    options = {"data_path": (d,), "split": "8,1,1"}
+    single = splits(DataConfig(**options), 3 * 39, 12, 12)
+    cyclic = splits(DataConfig(**options, dataloader_type="cyclic"), 3 * 39, 12, 12)
+    for which in ("valid", "test"):
+        assert rows(cyclic[which]) == rows(single[which])
+    passes = [sorted(rows(cyclic["train"])[39 * p:39 * p + 39]) for p in range(3)]
+    assert passes[0] == passes[1] == passes[2] and len(cyclic["train"]) == 3 * 39
+    several = [sorted(rows(single["train"])[39 * p:39 * p + 39]) for p in range(3)]
+    assert several[0] != several[1] and documents_in(cyclic["train"]) == documents_in(single["train"])
+    longer = splits(DataConfig(**options, dataloader_type="cyclic"), 200)["train"]
+    assert rows(longer)[:117] == rows(cyclic["train"])
+    with pytest.raises(ValueError, match="--dataloader-type is 'random'; allowed: single cyclic"):
+        DataConfig(dataloader_type="random")
+
+
+def test_a_cyclic_blend_cycles_each_dataset_under_its_weight(tmp_path):
+    a, b = write(tmp_path / "a", 10), write(tmp_path / "b", 50, first=1000)  # 12 and 62 samples of 8
+    data = DataConfig(data_path=("1", a, "1", b), split="1", dataloader_type="cyclic", data_cache_path=str(tmp_path))
+    blend = splits(data, 100)["train"]
+    taken = {prefix: [row for i, row in enumerate(rows(blend)) if blend.source(i) == prefix] for prefix in (a, b)}
+    assert {prefix: len(part) for prefix, part in taken.items()} == {a: 50, b: 50}
+    passes = [taken[a][n:n + 12] for n in range(0, 48, 12)]
+    assert len({str(sorted(part)) for part in passes}) == 1 and len({str(part) for part in passes}) == 4
+    assert len({str(row) for row in passes[0]}) == 12 and len({str(row) for row in taken[b]}) == 50
+    counts = np.cumsum([blend.source(i) == a for i in range(100)])
+    assert np.abs(counts - np.arange(1, 101) / 2).max() < 1
+    longer = splits(data, 300)["train"]
+    assert rows(longer)[:100] == rows(blend)
+    assert rows(pickle.loads(pickle.dumps(blend))) == rows(blend)
+
+
+@pytest.mark.parametrize("flag", ["reset_position_ids", "reset_attention_mask", "eod_mask_loss"])
+def test_an_option_that_needs_eod_in_data_without_it(flag, tmp_path):
+    eod, name = ByteTokenizer().eod, f"--{flag.replace('_', '-')}"
+    with IndexedWriter(tmp_path / "d", np.uint16) as writer:
+        writer.add_documents(np.repeat(np.array([1, eod, 2]), [9, 1, 90]), [10, 0, 90])
+    data = {"train_data_path": (str(tmp_path / "d"),)}
+    with pytest.raises(ValueError, match=rf"^{name} is set, but document 2 of .*d ends with token 2, not with the "
+                                         rf"end-of-document token 256; .*--append-eod, or leave the flag out$"):
+        splits(DataConfig(**data, **{flag: True}), tokenizer=ByteTokenizer())
+    assert splits(DataConfig(**data), tokenizer=ByteTokenizer())["train"] is not None
+    with IndexedWriter(tmp_path / "d", np.uint16) as writer:
+        for n in range(100):
+            writer.add_document([*range(n % 7), eod])
+    assert splits(DataConfig(**data, **{flag: True}), tokenizer=ByteTokenizer())["train"] is not None
 
 
 def test_splits_that_cannot_be_made(tmp_path):

@@ -139,8 +139,6 @@ def test_the_end_of_the_data(workers):
             next(batches)
     with pytest.raises(ValueError, match="the data ends: 0 of 21"):
         next(loader(Numbers(21), consumed=32))
-    again = loader(Numbers(5), cyclic=True, consumed=3, data=DataConfig(num_workers=workers))
-    assert taken(again, 5) == [i % 5 for i in range(3, 13)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import cache, samples
+from megatron.data import samples
 from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.samples import SampleIndex, parse_split, split_documents
+from megatron.data.samples import Cycle, SampleIndex, parse_split, split_documents
 
 
 def dataset(prefix: Path, lengths: list[int]) -> IndexedDataset:
@@ -33,7 +33,7 @@ def stream_samples(d: IndexedDataset, order: list[int], seq_length: int) -> list
     return [stream[i:i + seq_length + 1] for i in range(0, len(stream) - seq_length, seq_length)]
 
 
-def rows(index: SampleIndex) -> list[list[int]]:
+def rows(index: SampleIndex | Cycle) -> list[list[int]]:
     return [index[i].tolist() for i in range(len(index))]
 
 
@@ -101,6 +101,55 @@ def test_the_order_is_pinned_and_depends_on_the_seed(tmp_path):
     assert len({str(rows(SampleIndex(d, None, 3, 4, seed))) for seed in range(8)}) > 4
 
 
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10), seq_length=st.integers(1, 5),
+       count=st.integers(1, 60), seed=st.integers(-5, 2**40))
+def test_a_cycle_shows_one_epochs_samples_once_per_pass(tmp_path_factory, lengths, seq_length, count, seed):
+    d = dataset(tmp_path_factory.mktemp("d") / "d", [*lengths, 6])
+    epoch = SampleIndex(d, None, seq_length, None, seed)
+    cycle, n = Cycle(epoch, count, seed), len(epoch)
+    taken = rows(cycle)
+    assert len(taken) == len(cycle) == count
+    for start in range(0, count, n):
+        part = taken[start:start + n]
+        assert len(part) < n or sorted(part) == sorted(rows(epoch))
+        assert len({str(row) for row in part}) == len(part)
+    assert taken == [epoch[int(np.random.RandomState([seed % 2**32, i // n]).permutation(n)[i % n])].tolist()
+                     for i in range(count)]
+
+
+def test_the_passes_of_a_cycle_differ_and_stay_when_it_grows(tmp_path):
+    d = dataset(tmp_path / "d", [10] * 30)
+    epoch = SampleIndex(d, None, 4, None, 1)
+    n = len(epoch)
+    taken = rows(Cycle(epoch, 4 * n, 1))
+    passes = [taken[n * p:n * p + n] for p in range(4)]
+    assert len({str(p) for p in passes}) == 4 and rows(epoch) not in passes
+    assert rows(Cycle(epoch, 4 * n, 2)) != taken
+    assert rows(Cycle(epoch, 2 * n + 5, 1)) == taken[:2 * n + 5]
+    middle = Cycle(epoch, 4 * n, 1)  # another process, which starts in the second pass and goes on to the third
+    assert [middle[i].tolist() for i in range(n + n // 2, 2 * n + 7)] == taken[n + n // 2:2 * n + 7]
+    assert middle[0].tolist() == taken[0] and middle.source(0) == d.prefix
+    assert [len(middle._order), middle._order.dtype] == [n, np.int32], "the order of one pass at a time"
+    data = pickle.dumps(middle)
+    assert len(data) < 1000 and rows(pickle.loads(data)) == taken
+
+
+def test_the_order_of_a_cycle_is_pinned(tmp_path):
+    """A resumed run continues in this order."""
+    cycle = Cycle(SampleIndex(dataset(tmp_path / "d", [9] * 2), None, 3, None, 0, shuffle=False), 12, 1234)
+    assert [row[0] // 3 for row in rows(cycle)] == [4, 3, 1, 2, 0, 3, 1, 4, 2, 0, 3, 2]
+
+
+def test_cycles_that_make_no_sense(tmp_path):
+    epoch = SampleIndex(dataset(tmp_path / "d", [9]), None, 3, None, 0)
+    with pytest.raises(ValueError, match="num_samples is 0; allowed: a positive integer"):
+        Cycle(epoch, 0, 1)
+    for i in (-1, 5):
+        with pytest.raises(IndexError, match=f"sample {i} of a cycle: allowed 0 to 4"):
+            Cycle(epoch, 5, 1)[i]
+
+
 def test_requests_that_make_no_sense(tmp_path):
     d = dataset(tmp_path / "d", [3, 5])
     for arguments, match in (((None, 0, None, 0), "seq_length is 0"), ((None, 3, 0, 0), "num_samples is 0"),
@@ -114,6 +163,19 @@ def test_requests_that_make_no_sense(tmp_path):
     for i in (-1, 1):
         with pytest.raises(IndexError, match="allowed 0 to 0"):
             index[i]
+
+
+def test_the_kernel_is_told_not_to_read_ahead(tmp_path):
+    d = dataset(tmp_path / "d", [100] * 10)
+
+    def advice() -> str:
+        """Flags of the mapping of .bin; `rr` is random reading."""
+        mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        (mine,) = [m for m in mappings if str(tmp_path / "d.bin") in m]
+        return re.search("VmFlags: (.*)", mine)[1]
+
+    assert " rr " not in advice()
+    assert len(SampleIndex(d, None, 3, None, 0)) and " rr " in advice()
 
 
 @pytest.mark.parametrize(("split", "documents", "expected"), [
@@ -177,7 +239,8 @@ def test_a_damaged_cache_is_built_again(tmp_path, caplog):
     (file,) = tmp_path.glob("*.cache")
     whole = file.read_bytes()
     for damaged in (b"", whole[:5], whole[:-1], whole[:200], b"X" + whole[1:], whole[:100] + b"\xff" + whole[101:],
-                    whole[:12] + b"\xff\xff\xff\xff" + whole[16:], whole + b"\0"):
+                    whole[:12] + b"\xff\xff\xff\xff" + whole[16:], whole + b"\0",
+                    whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:]):
         caplog.clear()
         file.write_bytes(damaged)
         with caplog.at_level(logging.WARNING, "megatron"):
@@ -198,32 +261,3 @@ def test_a_folder_that_cannot_be_written_costs_memory_only(tmp_path, caplog, mon
     monkeypatch.setattr(os, "replace", full)
     assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path))) == right
     assert "No space left on device" in caplog.text and not list(tmp_path.glob(".*.tmp"))
-
-
-def build_at_once(prefix: str, folder: str, barrier, results) -> None:
-    barrier.wait(20)
-    builds = []
-    real = samples.build_order
-    samples.build_order = lambda *args: builds.append(1) or real(*args)
-    results.put((rows(SampleIndex(IndexedDataset(prefix), None, 5, 500, 3, cache_dir=folder)), len(builds)))
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_concurrent_builders(tmp_path, locks, monkeypatch):
-    if not locks:
-        def refuse(*args):
-            raise OSError("no locks here")
-        monkeypatch.setattr(cache.fcntl, "flock", refuse)
-    d = dataset(tmp_path / "d", [7, 30, 1, 12])
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(4), context.Queue()
-    processes = [context.Process(target=build_at_once, args=(d.prefix, str(tmp_path / "cache"), barrier, results))
-                 for _ in range(4)]
-    for p in processes:
-        p.start()
-    answers = [results.get(timeout=30) for _ in processes]
-    for p in processes:
-        p.join(30)
-    assert all(answer[0] == rows(SampleIndex(d, None, 5, 500, 3)) for answer in answers)
-    assert not locks or sum(answer[1] for answer in answers) == 1
-    assert len([f for f in os.listdir(tmp_path / "cache") if f != ".lock"]) == 1

@@ -1,4 +1,4 @@
-"""The data tools as programs: round trips, exact joins, one-line errors that leave nothing behind."""
+"""The data tools as programs: round trips, one-line errors that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -6,49 +6,17 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from programs import BYTES, REPO, SHARED, TEXTS, documents, jsonl, one_line_error, run
 
 from megatron.config.schema import TokenizerConfig
+from megatron.data.encode import Recipe
 from megatron.data.indexed import IndexedDataset
-from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.preprocess import preprocess, read_jsonl, with_eod
+from megatron.data.preprocess import Job, preprocess
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer
-
-REPO = Path(__file__).resolve().parents[2]
-SHARED = REPO / "../shared/data"
-BYTES = ("--tokenizer-type", "ByteTokenizer")
-TEXTS = ["hello", "", "naïve 日本\n<|endoftext|>", "a" * 300]
-
-
-def run(script: str, *arguments, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, str(REPO / script), *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True, timeout=100)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def jsonl(path: Path, texts: list[str], **more) -> Path:
-    path.write_text("".join(json.dumps({"text": t, **more}) + "\n" for t in texts), encoding="utf-8")
-    return path
-
-
-def documents(prefix: Path) -> list[list[int]]:
-    d = IndexedDataset(prefix)
-    return [d.read(i).tolist() for i in range(d.num_documents)]
-
-
-def one_line_error(done: subprocess.CompletedProcess) -> str:
-    assert done.stdout == "" and done.stderr.endswith("\n")
-    (line,) = done.stderr.splitlines()
-    assert ": error: " in line
-    return line
 
 
 def test_text_survives_preprocessing(tmp_path):
@@ -106,7 +74,7 @@ def test_wikitext_with_gpt2(tmp_path):
 def test_a_line_that_cannot_be_used(tmp_path, line, match):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
     with pytest.raises(ValueError) as info:
-        preprocess([str(tmp_path / "bad.jsonl")], str(tmp_path / "out/x"), ["text"], ByteTokenizer(), append_eod=True)
+        preprocess(Job([str(tmp_path / "bad.jsonl")], str(tmp_path / "out/x"), Recipe(TokenizerConfig(BYTES[1]))))
     assert match in str(info.value) and "\n" not in str(info.value)
     assert os.listdir(tmp_path / "out") == []
 
@@ -132,83 +100,6 @@ def test_help_of_the_tools(tmp_path):
                    "dataset/make_corpus.py"):
         text = run(script, "--help", cwd=tmp_path).stdout
         assert text.startswith(f"usage: {Path(script).name} ") and "--output" in text and len(text.splitlines()) > 8
-
-
-def test_batches_of_bounded_size_give_the_same(tmp_path):
-    path = str(jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(50)]))
-    for size in (1, 40, 10**6):
-        batches = list(read_jsonl(path, ["text"], size))
-        assert [t for _, texts in batches for t in texts["text"]] == [f"text {i}" for i in range(50)]
-        assert sum(read for read, _ in batches) == os.path.getsize(path)
-        assert len(batches) == {1: 50, 40: 17, 10**6: 1}[size]
-    seen = []
-    preprocess([path], str(tmp_path / "x"), ["text"], ByteTokenizer(), append_eod=False, progress=seen.append)
-    assert sum(seen) == os.path.getsize(path)
-
-
-@given(st.lists(st.lists(st.integers(1, 9), max_size=5), max_size=6))
-def test_with_eod_against_a_loop(rows):
-    flat, lengths = with_eod(np.array([t for row in rows for t in row], np.uint32), np.array([*map(len, rows)], int), 0)
-    expected = [[*row, 0] if row else [] for row in rows]
-    assert flat.tolist() == [t for row in expected for t in row] and lengths.tolist() == [*map(len, expected)]
-
-
-def shard(prefix: Path, texts: list[str], sidecar: bool = True, **changes) -> list[list[int]]:
-    source = jsonl(prefix.with_suffix(".jsonl"), texts)
-    preprocess([str(source)], str(prefix), ["text"], ByteTokenizer(), append_eod=True)
-    path = Path(f"{prefix}_text_document.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    if not sidecar:
-        path.unlink()
-    return documents(Path(f"{prefix}_text_document"))
-
-
-def test_merging_is_concatenation(tmp_path):
-    (tmp_path / "s").mkdir()
-    last, first = shard(tmp_path / "s/b", TEXTS), shard(tmp_path / "s/a", ["x", "", "yz"])
-    done = run("tools/merge_datasets.py", "--input", "s", "--output-prefix", "out/all", cwd=tmp_path)
-    assert documents(tmp_path / "out/all") == first + last
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
-        "s/a_text_document", "s/b_text_document", "-> out/all"]
-    once = tmp_path / "once"
-    preprocess([str(jsonl(tmp_path / "all.jsonl", ["x", "", "yz", *TEXTS]))], str(once), ["text"], ByteTokenizer(),
-               append_eod=True)
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"out/all{suffix}").read_bytes() == Path(f"{once}_text_document{suffix}").read_bytes()
-    side = IndexedDataset(tmp_path / "out/all").sidecar
-    assert side["vocab_hash"] == ByteTokenizer().fingerprint and side["documents"] == 7 and side["append_eod"] is True
-    assert [Path(p).name for p in side["merged"]] == ["a_text_document", "b_text_document"]
-    assert [Path(p).name for p in side["sources"]] == ["a.jsonl", "b.jsonl"]
-
-
-def test_merging_shards_without_a_sidecar_claims_no_tokenizer(tmp_path):
-    shard(tmp_path / "a", ["x"]), shard(tmp_path / "b", ["y"], sidecar=False)
-    done = run("tools/merge_datasets.py", "--input", "b_text_document", "a_text_document", "--output-prefix", "all",
-               cwd=tmp_path)
-    assert "b_text_document: 1 documents, 2 tokens (no .json: its tokenizer is not checked)" in done.stdout
-    assert documents(tmp_path / "all") == [[120, 256], [121, 256]] and "vocab_hash" not in IndexedDataset(
-        tmp_path / "all").sidecar
-
-
-def test_shards_that_do_not_go_together(tmp_path):
-    for name, changes in (("a", {}), ("b", {"vocab_hash": "other"}), ("c", {"append_eod": False})):
-        shard(tmp_path / name, ["x"], **changes)
-    with IndexedWriter(tmp_path / "wide_text_document", np.int32) as writer:
-        writer.add_document([1])
-    (tmp_path / "nothing").mkdir()
-    a = "a_text_document"
-    for inputs, match in (
-            ((a, "b_text_document"), "b_text_document.json records vocab_hash other, a_text_document.json "),
-            ((a, "c_text_document"), "records append_eod False"),
-            ((a, "wide_text_document"), "wide_text_document holds int32, a_text_document uint16"),
-            ((a, "./" + a), f"--input names {tmp_path}/{a} twice"),
-            (("nothing",), "--input nothing is a folder without .idx files"),
-            ((a, "all"), "--output-prefix all is also an input"),
-            ((a, "zzz"), "zzz.idx does not exist")):
-        line = one_line_error(run("tools/merge_datasets.py", "--input", *inputs, "--output-prefix", "all", cwd=tmp_path,
-                                  code=2))
-        assert match in line
-    assert not list(tmp_path.glob("*all*"))
 
 
 def test_from_corpus_to_tokens(tmp_path):
@@ -256,31 +147,6 @@ def test_files_of_the_corpus(tmp_path, monkeypatch):
     assert make_corpus.write_corpus(library, tmp_path / "c.jsonl", 0) == (2, 13, 1)
     lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted((line["source"], line["text"]) for line in lines) == [("a.py", "x = 1\r\n"), ("p/b.py", "é = 2")]
-
-
-def test_tokenizers_that_cannot_be_trained(tmp_path):
-    good = jsonl(tmp_path / "a.jsonl", ["some text", "more"])
-    (tmp_path / "empty.jsonl").write_bytes(b"")
-    for arguments, match in (
-            (("--input", good, "--vocab-size", 256), "--vocab-size is 256; allowed: 257 or more"),
-            (("--input", good, "--vocab-size", 300, "--max-bytes", -1), "--max-bytes is -1"),
-            (("--input", "none", "--vocab-size", 300), "--input none does not exist"),
-            (("--input", "empty.jsonl", "--vocab-size", 300), "--input empty.jsonl has no documents"),
-            (("--input", good, "--vocab-size", 300, "--json-key", "body"), "a.jsonl:1: no key 'body'")):
-        assert match in one_line_error(
-            run("tools/train_tokenizer.py", *arguments, "--output", "t.json", cwd=tmp_path, code=2))
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "empty.jsonl"]
-
-
-def test_a_tokenizer_of_the_first_documents(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", ["aé" * 4, "b" * 10, "qqqq" * 10])
-    run("tools/train_tokenizer.py", "--input", path, "--vocab-size", 300, "--max-bytes", 24, "--output", "t.json",
-        cwd=tmp_path)
-    vocabulary = json.loads((tmp_path / "t.json").read_text())["model"]["vocab"]
-    assert "bb" in vocabulary and "qq" not in vocabulary
-    run("tools/train_tokenizer.py", "--input", path, "--vocab-size", 300, "--max-bytes", 1, "--output", "t.json",
-        cwd=tmp_path)
-    assert "bb" not in json.loads((tmp_path / "t.json").read_text())["model"]["vocab"]
 
 
 @pytest.mark.skipif(not SHARED.exists() or not shutil.which("curl"), reason="no ../shared/data, or no curl")
