@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import BYTES, REPO, documents, jsonl, one_line_error, run
 
 from megatron.data.work import WorkFolder
+from programs import BYTES, REPO, documents, jsonl, one_line_error, run
 
 TEXTS = [f"document {i} " * 40 for i in range(1500)]  # 750 KB, 1.5 MB of uint16
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import CODES, by_hand
 
 from megatron.data import indexed, indexed_writer
 from megatron.data.indexed import Index, IndexedDataset, dtype_for_vocab
 from megatron.data.indexed_writer import IndexedWriter
+from programs import CODES, by_hand
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> IndexedDataset:

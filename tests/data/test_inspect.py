@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import BYTES, CODES, by_hand, documents, one_line_error, run
 
 from megatron.data import inspect
 from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_writer import IndexedWriter, require_space
 from megatron.data.inspect import describe, facts, open_pair, repair, scan
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
+from programs import BYTES, CODES, by_hand, documents, one_line_error, run
 
 TOOL = "tools/inspect_dataset.py"
 EOD = 9

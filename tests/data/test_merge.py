@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import TEXTS, documents, one_line_error, run
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.tokenizer import ByteTokenizer
+from programs import TEXTS, documents, one_line_error, run
 from tools import merge_datasets
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import REPO, documents, jsonl
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data import encode as encode_module
@@ -29,6 +28,7 @@ from megatron.data.preprocess import Job, Preprocessing, preprocess
 from megatron.data.sources import open_sources
 from megatron.data.tokenizer import ByteTokenizer, FastBPE, flatten
 from megatron.data.work import WorkFolder
+from programs import REPO, documents, jsonl
 
 BYTES = TokenizerConfig(tokenizer_type="ByteTokenizer")
 PAIR = (".bin", ".idx", ".json")

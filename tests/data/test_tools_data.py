@@ -10,13 +10,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from programs import BYTES, REPO, SHARED, TEXTS, documents, jsonl, one_line_error, run
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data.encode import Recipe
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import Job, preprocess
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer
+from programs import BYTES, REPO, SHARED, TEXTS, documents, jsonl, one_line_error, run
 
 
 def test_text_survives_preprocessing(tmp_path):

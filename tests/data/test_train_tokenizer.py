@@ -14,10 +14,10 @@ from unittest import mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import REPO, jsonl, one_line_error, run
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from programs import REPO, jsonl, one_line_error, run
 from tools import train_tokenizer
 
 TOOL = "tools/train_tokenizer.py"
