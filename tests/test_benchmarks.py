@@ -54,3 +54,16 @@ def test_data_index_quickly(tmp_path):
         f"100 micro-batches, {kind}" for kind in ("0 workers", "2 workers", "0 workers, resets")]
     assert all(row["bar"] == 1.0 and 0 < row["low"] <= row["ratio"] <= row["high"] for row in table)
     assert not [p for p in temp.iterdir() if (p / "big.idx").exists()]
+
+
+def test_preprocess_quickly(tmp_path):
+    """Every row is there, both programs write the same, and nothing stays behind."""
+    temp, rows = tmp_path / "temp", tmp_path / "rows.json"
+    temp.mkdir()
+    done = subprocess.run([sys.executable, str(REPO / "benchmarks/preprocess.py"), "--quick", "--json", str(rows)],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(temp)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokens equal byte for byte" in done.stdout and not list(temp.iterdir())
+    assert [(row["name"], row["bar"]) for row in json.loads(rows.read_text())] == [
+        ("tools/preprocess_data.py", None), ("time per byte, 8 MB", None), ("peak memory, 8 MB", None),
+        ("tools/merge_datasets.py", None)]

@@ -132,7 +132,7 @@ def load(folder: str, engine: Engine, groups: Groups) -> Progress:
 
 # What decides the order of the samples: a change is allowed, and said.
 ORDER = {
-    "model": ("seq_length",), "data": ("data_path", "train_data_path", "split"),
+    "model": ("seq_length",), "data": ("data_path", "train_data_path", "split", "dataloader_type"),
     "train": ("seed", "train_iters", "train_tokens", "global_batch_size"),
 }
 

@@ -134,6 +134,62 @@ def test_gpt2_equals_tokenizers_on_any_text(texts):
     assert [t.decode(t.encode(text)) for text in texts] == texts
 
 
+@pytest.fixture(scope="module")
+def punctuated(tmp_path_factory) -> module.Tokenizer:
+    """A tokenizer with merges across marks, letters, digits and blanks, which show where a text was split."""
+    t = tokenizers.Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
+    t.train_from_iterator([Path(__file__).read_text()] * 2, trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False))
+    folder = tmp_path_factory.mktemp("punctuated")
+    t.save(str(folder / "tokenizer.json"))
+    return build("HuggingFaceTokenizer", folder)
+
+
+@pytest.mark.parametrize("context", ['{}",', "the{}the"])
+def test_every_character_is_encoded_as_the_reference_does(punctuated, context):
+    """Without the care for new characters thousands differ: gigatoken's Unicode tables are newer."""
+    texts = [context.replace("{}", chr(c)) for c in range(0x40000) if not 0xD800 <= c < 0xE000]
+    texts += [context.replace("{}", chr(c)) for c in range(0x40000, 0x110000, 997)]
+    flat, lengths = punctuated.encode_batch(texts)
+    reference = punctuated._reference(texts)
+    right, right_lengths = module.flatten(reference)
+    assert np.array_equal(lengths, right_lengths) and np.array_equal(flat, right)
+    assert punctuated._fast is not None and not punctuated.difference
+
+
+def test_new_characters_go_to_the_reference_and_nothing_else_does(punctuated, monkeypatch):
+    """In any place of a batch; they are no reason to leave the fast encoder either."""
+    seen, reference = [], punctuated._reference
+    monkeypatch.setattr(punctuated, "_reference", lambda texts: seen.extend(texts) or reference(texts))
+    punctuated.compare(0)
+    new = ['"\ua7cf",', '\U00033479",', "\U00050000"]
+    for texts in (new[:1], ["a", new[0], "", "é", new[1]], [new[2], "日本", "x"], [*new, *("b" * i for i in range(40))],
+                  [*("b" * i for i in range(40)), *new], []):
+        seen.clear()
+        flat, lengths = punctuated.encode_batch(texts)
+        assert rows(flat, lengths) == [list(ids) for ids in reference(texts)] and flat.dtype == np.uint32
+        assert seen == [text for text in texts if text in new]
+    punctuated.compare(3)
+    punctuated.encode_batch(new)
+    assert punctuated._fast is not None
+
+
+HOSTILE = [
+    "", " ", "   \t\n \r\n", "\x00\x01\x1f\x7f\x80\x9f", "e\u0301\u0301\u20dd", "\u202e\u200b\ufeff\u2028", "'s 't've 'LL'",
+    "\U0001f469\u200d\U0001f467\U0001f3fd\U0001f1e9\U0001f1ea", "\ufffe\uffff", "a" * (1 << 20), "\u65e5\u672c" * 100000,
+    " " * 100000, "\n" * 100000, "\xe9" * 99999 + "\n"]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=[f"{len(t)}-{ascii(t[:6])}" for t in HOSTILE])
+def test_hostile_texts(punctuated, text):
+    flat, lengths = punctuated.encode_batch(["x", text, "y"])
+    assert rows(flat, lengths) == [list(ids) for ids in punctuated._reference(["x", text, "y"])]
+    assert punctuated.decode(punctuated.encode(text)) == text
+
+
 def gpt2_once(made: list = []) -> module.Tokenizer:  # noqa: B006 - a cache on purpose
     made or made.append(gpt2())
     return made[0]
