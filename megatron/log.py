@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 
@@ -83,3 +84,21 @@ def _rank() -> int:
 
 def _prefix(rank: int) -> str:
     return f"[rank {rank}] " if rank else ""
+
+
+def run_tool(prog: str, body: Callable[[], object]) -> int:
+    """Run a command-line tool to its exit code: what `body` returns (None: 0), 2 after one line on stderr for a
+    ValueError or OSError, 130 after Ctrl-C, 141 when nobody reads its output any more (as the shell has them)."""
+    try:
+        code = body()
+        sys.stdout.flush()
+        return code or 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush at its end
+        return 141
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130

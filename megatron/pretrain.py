@@ -119,12 +119,15 @@ def train(config: RunConfig) -> None:
 def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):
     """Open the data; the first rank of each node builds the sample indices, the others find them cached."""
     from megatron.data.blend import build_splits
+    from megatron.data.streaming import Production
 
+    run = "-".join([os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]] if groups.world_size > 1 else
+                   [str(os.getpid())])
     eval_samples = config.train.eval_iters * plan.global_batch
     build = partial(
         build_splits, config.data, seq_length=plan.seq_length, train_samples=plan.iterations * plan.global_batch,
         valid_samples=eval_samples, test_samples=eval_samples, seed=config.train.seed, tokenizer=tokenizer,
-        vocab_size=vocab_size)
+        vocab_size=vocab_size, production=Production(config.tokenizer, run, starts=groups.local_rank == 0))
     if groups.world_size == 1:
         return build()
     splits = build() if groups.local_rank == 0 else None

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
                    help="end each document with the end-of-document token; training wants it")
     p.add_argument("--split-sentences", action="store_true",
                    help="sentences become the sequences of a document (needs the package nltk)")
-    p.add_argument("--lang", default="english", help="language of --split-sentences (default: english)")
+    p.add_argument("--lang", help="language of --split-sentences (default: english)")
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
                    help="what a record that cannot be used does (default: stop)")
     p.add_argument("--max-documents", type=int, default=0, metavar="N", help="take only the first N (default: all)")
@@ -60,35 +60,37 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> int:
+def run(a: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from megatron import log
-    from megatron.config.schema import TokenizerConfig
+    from megatron.config.schema import TokenizerConfig, require
     from megatron.data.encode import Recipe, usable_cores
     from megatron.data.preprocess import Job, Preprocessing
 
-    log.setup()
-    p = parser()
-    a = p.parse_args()
     start = time.monotonic()
-    try:
-        tokenizer = TokenizerConfig(a.tokenizer_type, a.vocab_file, a.merge_file, a.tokenizer_model)
-        recipe = Recipe(tokenizer, tuple(dict.fromkeys(a.json_keys)), a.append_eod,
-                        a.lang if a.split_sentences else "")
-        job = Job(a.input, a.output_prefix, recipe, a.on_error == "skip", a.max_documents, a.workers or usable_cores())
-        with Preprocessing(job) as work, tqdm(total=work.size or None, initial=work.read, unit="B", unit_scale=True,
-                                              disable=not sys.stderr.isatty()) as bar:
-            for encoded in work:
-                bar.update(encoded.chunk.read)
-            totals = work.finish()
-    except (ValueError, OSError) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
+    require(a.lang is None or a.split_sentences, "--lang", a.lang, "only with --split-sentences")
+    tokenizer = TokenizerConfig(a.tokenizer_type, a.vocab_file, a.merge_file, a.tokenizer_model)
+    recipe = Recipe(tokenizer, tuple(dict.fromkeys(a.json_keys)), a.append_eod,
+                    (a.lang or "english") if a.split_sentences else "")
+    job = Job(a.input, a.output_prefix, recipe, a.on_error == "skip", a.max_documents, a.workers or usable_cores())
+    with Preprocessing(job) as work, tqdm(total=work.size or None, initial=work.read, unit="B", unit_scale=True,
+                                          disable=not sys.stderr.isatty()) as bar:
+        for encoded in work:
+            bar.update(encoded.chunk.read)
+        totals = work.finish()
     seconds = time.monotonic() - start
     for t in totals:
         print(f"{t.prefix}: {t.documents} documents, {t.tokens} tokens, {t.bytes} bytes, "
               f"{t.tokens / max(1, t.bytes):.4f} tokens/byte, {work.skipped} skipped, {seconds:.1f} s")
-    return 0
+
+
+def main() -> int:
+    from megatron import log
+
+    log.setup()
+    p = parser()
+    a = p.parse_args()
+    return log.run_tool(p.prog, lambda: run(a))
 
 
 if __name__ == "__main__":

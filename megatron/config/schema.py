@@ -207,10 +207,21 @@ class DataConfig:
     """as --data-path, for validation only"""
     test_data_path: tuple[str, ...] = option(())
     """as --data-path, for the test set only"""
+    streaming_data_path: tuple[str, ...] = option(())
+    """text to train on, tokenised by processes of their own while the run goes on: .jsonl, .gz, .zst and .parquet
+    files, quoted patterns, folders, or hf:NAME for a Hugging Face dataset. Each is one source; they are mixed by their
+    size on disk (equally if one is not known), or with weights: 0.7 a.jsonl 0.3 b. The tokens are kept in
+    --data-cache-path, for later epochs and runs. Not with --data-path or --train-data-path"""
+    streaming_json_key: str = "text"
+    """key (column) of the text in --streaming-data-path"""
+    streaming_shuffle_samples: int = 1024
+    """consecutive samples of a source of --streaming-data-path that are shuffled together, and so tokenised before the
+    first step; 1: in the order of the files"""
     split: str = "969,30,1"
     """shares of the documents of --data-path for training, validation, test"""
     data_cache_path: str = ""
-    """folder of the sample indices; empty: beside the first data prefix"""
+    """folder of the sample indices, and of the tokens of --streaming-data-path; empty: index_cache beside the first
+    data prefix, stream_cache beside the first source"""
     dataloader_type: str = option("single", choices=("single", "cyclic"))
     """training samples: single cuts and shuffles as many epochs as the run needs and takes each sample once; cyclic
     cuts one epoch and visits its samples again and again, in a new order each time"""
@@ -227,6 +238,13 @@ class DataConfig:
         require_choices(self)
         require(not (self.data_path and self.train_data_path), "--train-data-path", list(self.train_data_path),
                 "only without --data-path", "Use one of the two.")
+        streaming = self.streaming_data_path
+        require(not (streaming and (self.data_path or self.train_data_path)), "--streaming-data-path", list(streaming),
+                "only without --data-path and --train-data-path", "Validation has --valid-data-path.")
+        require(not streaming or self.dataloader_type == "single", "--dataloader-type", self.dataloader_type,
+                "single with --streaming-data-path", "Its order is set by --streaming-shuffle-samples.")
+        require(self.streaming_shuffle_samples > 0, "--streaming-shuffle-samples", self.streaming_shuffle_samples,
+                "a positive integer")
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
 
     @property

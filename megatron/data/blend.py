@@ -16,6 +16,7 @@ from megatron.config.schema import DataConfig, require
 from megatron.data.cache import Arrays, cached_arrays
 from megatron.data.indexed import IndexedDataset
 from megatron.data.samples import Cycle, SampleIndex, parse_split, smallest_int, split_documents
+from megatron.data.streaming import Production, StreamSamples, open_streams
 from megatron.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
@@ -23,7 +24,7 @@ EOD_DOCUMENTS = 16  # how many documents, spread over a dataset, stand for all
 
 
 class Samples(Protocol):
-    """What a loader reads: `SampleIndex`, `Cycle` and `Blend`."""
+    """What a loader reads: `SampleIndex`, `Cycle`, `StreamSamples` and `Blend`."""
 
     def __len__(self) -> int: ...
 
@@ -34,7 +35,7 @@ class Samples(Protocol):
         """Prefix of the dataset that sample i comes from."""
 
 
-def parse_blend(words: Sequence[str]) -> list[tuple[float | None, str]]:
+def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[tuple[float | None, str]]:
     """`w1 p1 w2 p2 ...` or `p1 p2 ...` -> [(weight, prefix)]; the weight is None (by size) when none is given.
 
     Raises:
@@ -45,10 +46,10 @@ def parse_blend(words: Sequence[str]) -> list[tuple[float | None, str]]:
     if all(n is None for n in numbers):
         return [(None, word) for word in words]
     paired = len(words) % 2 == 0 and None not in numbers[::2] and not any(n is not None for n in numbers[1::2])
-    require(paired, "--data-path", " ".join(words), "weight prefix weight prefix ..., or prefixes alone",
+    require(paired, flag, " ".join(words), "weight prefix weight prefix ..., or prefixes alone",
             "A prefix that is itself a number is written as ./7")
     for weight in numbers[::2]:
-        require(0 < weight < math.inf, "a weight of --data-path", weight, "a positive number")
+        require(0 < weight < math.inf, f"a weight of {flag}", weight, "a positive number")
     return list(zip(numbers[::2], words[1::2]))
 
 
@@ -169,16 +170,18 @@ def _whole(weights: Sequence[float]) -> list[int]:
 
 def build_splits(data: DataConfig, *, seq_length: int, train_samples: int, valid_samples: int, test_samples: int,
                  seed: int, tokenizer: Tokenizer | None = None, vocab_size: int | None = None,
-                 ) -> dict[str, Samples | None]:
+                 production: Production | None = None) -> dict[str, Samples | None]:
     """The samples of a run: {"train", "valid", "test"} -> that many samples, or None where 0 are asked for.
 
     A split comes from its own `--<split>-data-path`, or else from its share (`--split`) of the documents of each
-    prefix of `--data-path`. With `--dataloader-type cyclic`, each training dataset is a `Cycle` of its own one epoch,
-    also in a blend: the weights hold at any point of the run, and a small dataset comes round more often.
+    prefix of `--data-path`; that of training may also come from `--streaming-data-path`. With `--dataloader-type
+    cyclic`, each training dataset is a `Cycle` of its own one epoch, also in a blend: the weights hold at any point of
+    the run, and a small dataset comes round more often.
 
     Args:
         tokenizer: compared with what the datasets' sidecars record; None: not compared.
         vocab_size: largest vocabulary a sidecar may record; None: not compared.
+        production: for `--streaming-data-path`, which also needs the tokenizer.
 
     Raises:
         FileNotFoundError: a dataset is missing.
@@ -192,11 +195,15 @@ def build_splits(data: DataConfig, *, seq_length: int, train_samples: int, valid
         splits[which] = None
         if samples == 0:
             continue
+        if which == "train" and data.streaming_data_path:
+            splits[which] = _stream(data, seq_length, samples, seed, tokenizer, production)
+            continue
         own = getattr(data, f"{which}_data_path")
         blend = parse_blend(own or data.data_path)
         if not blend:
+            advice = f"--{which}-data-path" if data.streaming_data_path else "one of the two"
             raise ValueError(f"--{which}-data-path and --data-path are both empty, and {samples} {which} samples are "
-                             f"asked for. Give one of the two" + ("" if which == "train" else ", or --eval-iters 0"))
+                             f"asked for. Give {advice}" + ("" if which == "train" else ", or --eval-iters 0"))
         for _, prefix in blend:
             if prefix not in opened:
                 opened[prefix] = IndexedDataset(prefix)
@@ -216,6 +223,23 @@ def build_splits(data: DataConfig, *, seq_length: int, train_samples: int, valid
                 drawn.append(SampleIndex(*part, seq_length, needed, seed, cache_dir=cache))
         splits[which] = drawn[0] if len(drawn) == 1 else Blend(drawn, weights, samples, seed, cache_dir=cache)
     return splits
+
+
+def _stream(data: DataConfig, seq_length: int, num_samples: int, seed: int, tokenizer: Tokenizer,
+            production: Production) -> Samples:
+    """The samples of `--streaming-data-path`, whose producers are started if this process is the one to do so."""
+    weights, entries = zip(*parse_blend(data.streaming_data_path, "--streaming-data-path"))
+    cache, streams = open_streams(data, entries, tokenizer, production)
+    if weights[0] is None:
+        sizes = [stream.size for stream in streams]
+        weights = sizes if all(sizes) else [1] * len(sizes)
+    drawn = [StreamSamples(stream, tokenizer.vocab_size, seq_length, max(1, needed), seed,
+                           data.streaming_shuffle_samples)
+             for stream, needed in zip(streams, quotas(weights, num_samples))]
+    if production.starts:
+        for samples in drawn:
+            samples.start()
+    return drawn[0] if len(drawn) == 1 else Blend(drawn, weights, num_samples, seed, cache_dir=cache)
 
 
 def _documents(dataset: IndexedDataset, which: str, split: str) -> tuple[int, int]:

@@ -27,10 +27,10 @@ from megatron.data.indexed import dtype_for_vocab
 from megatron.data.sources import Chunk, Rejected
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
+LOGGER = logging.getLogger("megatron")
 IN_FLIGHT = 2  # chunks per process that are being encoded or wait for their turn: bounds the memory
 ALONE_BYTES, ALONE_SECONDS = 64 << 20, 2.0  # input that is encoded, or time that passes, before others are started
-COMPARED_DOCUMENTS = 4  # of each file
-COMPARED_OF_FIRST = 16  # of the first file
+COMPARED_DOCUMENTS, COMPARED_OF_FIRST = 4, 16  # of each file and key, of the first file; and one of each later chunk
 
 
 def usable_cores() -> int:
@@ -128,7 +128,7 @@ class Encoders:
             ValueError: a chunk cannot be read, or a token id is outside the vocabulary.
             OSError: a worker process ended.
         """
-        running: deque = deque()
+        running: deque[tuple[Chunk, Future]] = deque()
         begin = time.monotonic()
         try:
             for chunk in chunks:
@@ -136,28 +136,49 @@ class Encoders:
                 if long and self._started is None and self.workers > 1:
                     self._started = self._submit(None)
                 if self._started is None or not self._started.done():
-                    yield encode(chunk, self.recipe, self.tokenizer, self.split, self.use_reference)
+                    yield self._checked(chunk, encode(chunk, self.recipe, self.tokenizer, self.split,
+                                                      self.use_reference))
                     continue
-                running.append(self._submit(chunk))
+                running.append((chunk, self._submit(chunk)))
                 if len(running) >= IN_FLIGHT * self.workers:
                     yield self._result(running)
             while running:
                 yield self._result(running)
         finally:
-            for future in running:
+            for _, future in running:
                 future.cancel()
 
-    def _submit(self, chunk: Chunk | None):
+    def _submit(self, chunk: Chunk | None) -> Future:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self.workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(self.recipe,))
-        with _unbroken():
-            return self._pool.submit(_work, chunk, self.use_reference)
+        # Ctrl-C is this process's, which ends the workers; they inherit what is blocked while they are started.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with _unbroken():
+                return self._pool.submit(_work, chunk, self.use_reference)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-    @staticmethod
-    def _result(running: deque) -> Encoded:
+    def _result(self, running: deque[tuple[Chunk, Future]]) -> Encoded:
+        chunk, future = running.popleft()
         with _unbroken():
-            return running.popleft().result()
+            encoded = future.result()
+        trusted = not self.use_reference
+        encoded = self._checked(chunk, encoded)
+        if trusted and self.use_reference:  # what is under way was not to be trusted either
+            for i, (later, future) in enumerate(running):
+                future.cancel()
+                running[i] = later, self._submit(later)
+        return encoded
+
+    def _checked(self, chunk: Chunk, encoded: Encoded) -> Encoded:
+        """The same, or, when the fast encoder failed, what the reference makes of the chunk, which stays in use."""
+        if not encoded.difference or self.use_reference:
+            return encoded
+        LOGGER.warning("%s: %s", chunk.path, encoded.difference)
+        self.use_reference = True
+        return encode(chunk, self.recipe, self.tokenizer, self.split, use_reference=True)
 
 
 @contextmanager
@@ -174,7 +195,6 @@ _OWN: dict[str, object] = {}
 
 
 def _start_worker(recipe: Recipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("megatron").setLevel(logging.ERROR)  # the parent says it, once
     _OWN.update(recipe=recipe, tokenizer=build_tokenizer(recipe.tokenizer, threads=1),
@@ -199,18 +219,18 @@ def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, split: Splitter |
     """
     if use_reference:
         tokenizer.use_reference()
-    first = COMPARED_OF_FIRST if chunk.source == 0 else COMPARED_DOCUMENTS
-    tokenizer.compare(first if chunk.start == 0 else 0)
+    compared = 1 if chunk.start else COMPARED_OF_FIRST if chunk.source == 0 else COMPARED_DOCUMENTS
     parsed = chunk.parse(recipe.keys)
     try:
-        keys = {key: _tokens(parsed.texts[key], recipe, tokenizer, split) for key in recipe.keys}
+        keys = {key: _tokens(parsed.texts[key], recipe, tokenizer, split, compared) for key in recipe.keys}
     except ValueError as error:
         raise ValueError(f"{chunk.path}, between {chunk.unit if chunk.unit == 'row' else 'byte'} {chunk.start} and "
                          f"{chunk.end}: {error}") from None
     return Encoded(replace(chunk, data=None), parsed.lines, parsed.rejected, keys, tokenizer.difference)
 
 
-def _tokens(texts: list[str], recipe: Recipe, tokenizer: Tokenizer, split: Splitter | None) -> Tokens:
+def _tokens(texts: list[str], recipe: Recipe, tokenizer: Tokenizer, split: Splitter | None, compared: int) -> Tokens:
+    tokenizer.compare(compared)
     sizes = np.fromiter((len(t) if t.isascii() else len(t.encode()) for t in texts), np.int64, count=len(texts))
     counts = np.ones(len(texts), np.int64)
     if split:

@@ -153,6 +153,10 @@ class IndexedWriter:
         """
         sizes = self.commit()
         self._close()
+        if sizes[".bin"] != self.num_tokens * self.dtype.itemsize:
+            raise ValueError(f"{self._temp('.bin')} has {sizes['.bin']} bytes, {self.num_tokens} tokens take "
+                             f"{self.num_tokens * self.dtype.itemsize}: something else wrote to it, or to a file that "
+                             f"was copied. Start again when nothing does")
         sequences = sizes[".lengths"] // 4
         record = {**(sidecar or {}), "dtype": self.dtype.name, "documents": self.num_documents,
                   "sequences": sequences, "tokens": self.num_tokens, "version": __version__}

@@ -7,6 +7,7 @@ same job cuts the files back to that and goes on: an interrupted run ends with t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.cli import write_text
-from megatron.config.schema import require
+from megatron.config.schema import TokenizerConfig, require
 from megatron.data.encode import Encoded, Encoders, Recipe
 from megatron.data.indexed import dtype_for_vocab
-from megatron.data.indexed_writer import IndexedWriter, is_resumable, publish
+from megatron.data.indexed_writer import PUBLISHED, IndexedWriter, is_resumable, publish
 from megatron.data.sources import CHUNK_BYTES, Chunk, open_sources
 from megatron.data.work import WorkFolder, named_errors
 
@@ -50,6 +51,11 @@ class Job:
     def __post_init__(self):
         require(self.workers >= 1, "--workers", self.workers, "1 or more")
         require(self.max_documents >= 0, "--max-documents", self.max_documents, "0 (all) or more")
+        require(os.path.basename(self.output_prefix) not in ("", ".", ".."), "--output-prefix",
+                self.output_prefix, "a path whose last part begins the names of the files, such as data/corpus")
+        for key in self.recipe.keys:
+            require(key and not {"/", "\0"} & {*key}, "--json-keys", key,
+                    "keys without a slash, since they become part of file names")
 
 
 @dataclass
@@ -70,8 +76,9 @@ class Preprocessing:
     what was committed.
 
     Args:
-        commit_seconds: time from one commit to the next.
-        chunk_bytes: text taken at once. Neither changes what is written.
+        commit_seconds: time from one commit to the next; does not change what is written.
+        chunk_bytes: text taken at once; changes it only if the fast encoder errs in a way that the comparisons, one of
+            them in each chunk, find sooner or later.
 
     Attributes:
         skipped: records that could not be used.
@@ -94,7 +101,10 @@ class Preprocessing:
         with ExitStack() as stack:
             self._encoders = stack.enter_context(Encoders(job.recipe, job.workers))
             self._tokenizer = self._encoders.tokenizer
+            self._refuse_own_outputs()
             self._folder = stack.enter_context(WorkFolder(job.output_prefix))
+            for prefix in self._prefixes().values():  # others may get there from another output prefix, or by merging
+                stack.enter_context(WorkFolder(prefix))
             self._identity = self._describe()
             state = self._earlier_state()
             self.resumed = state is not None
@@ -114,18 +124,17 @@ class Preprocessing:
         self._stack.close()
 
     def __iter__(self) -> Iterator[Encoded]:
-        while not self._at_end():
-            for encoded in self._encoders.map(self._chunks(), self.size - self.read):
-                if self._falls_back(encoded):
-                    break  # and take this file's chunks again
-                self._take(encoded)
-                if time.monotonic() - self._committed >= self._commit_seconds:
-                    self.commit()
-                yield encoded
-                if self._at_end():
-                    break
-            else:
-                self._source = len(self._sources)
+        if self._at_end():
+            return
+        for encoded in self._encoders.map(self._chunks(), self.size - self.read):
+            self._take(encoded)
+            if time.monotonic() - self._committed >= self._commit_seconds:
+                self.commit()
+            yield encoded
+            if self._at_end():
+                return
+        self._require_unchanged()
+        self._source = len(self._sources)
 
     @property
     def documents(self) -> int:
@@ -139,10 +148,9 @@ class Preprocessing:
 
     def commit(self) -> None:
         """Let a later run continue from here."""
+        self._require_unchanged()
         writers = {key: writer.commit() for key, writer in self._writers.items()}
-        with named_errors(self._rejected.name):
-            self._rejected.flush()
-            os.fsync(self._rejected.fileno())
+        self._sync_rejected()
         self._save({"source": self._source, "position": self._position, "line": self._line, "skipped": self.skipped,
                     "rejected": self._rejected.tell(), "read": self.read, "published": False,
                     "use_reference": self._encoders.use_reference, "writers": writers, "bytes": self._bytes})
@@ -156,11 +164,13 @@ class Preprocessing:
         totals = [Totals(writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key])
                   for key, writer in self._writers.items()]
         if not self._published:
-            for key, writer in self._writers.items():
-                writer.prepare(self._sidecar(key))
-            self._save({**self._state, "published": True, "skipped": self.skipped, "read": self.read, "writers": {
-                key: {"num_documents": w.num_documents, "num_tokens": w.num_tokens} for key, w in self._writers.items()},
-                "bytes": self._bytes})
+            self._require_unchanged()
+            self._sync_rejected()
+            writers = {key: {"num_documents": w.num_documents, "num_tokens": w.num_tokens,
+                             "file": _file(w.prepare(self._sidecar(key)) + ".bin")}
+                       for key, w in self._writers.items()}
+            self._save({**self._state, "published": True, "skipped": self.skipped, "read": self.read,
+                        "rejected": self._rejected.tell(), "writers": writers, "bytes": self._bytes})
         for writer in self._writers.values():
             publish(writer.prefix, self._folder)
         self._publish_rejected()
@@ -171,30 +181,64 @@ class Preprocessing:
         """What makes two runs the same job."""
         recipe = self.job.recipe
         return {"layout": LAYOUT, "inputs": [source.identity() for source in self._sources],
-                "tokenizer": [self._tokenizer.name, self._tokenizer.fingerprint], "keys": list(recipe.keys),
-                "append_eod": recipe.append_eod, "split_sentences": recipe.split_sentences,
+                "tokenizer": [self._tokenizer.name, self._tokenizer.fingerprint, _digest(recipe.tokenizer)],
+                "keys": list(recipe.keys), "append_eod": recipe.append_eod, "split_sentences": recipe.split_sentences,
                 "max_documents": self.job.max_documents}
+
+    def _refuse_own_outputs(self) -> None:
+        outputs = {os.path.realpath(f"{prefix}{suffix}") for prefix in self._prefixes().values()
+                   for suffix in PUBLISHED} | {os.path.realpath(self._rejected_name())}
+        for source in self._sources:
+            if os.path.realpath(source.path) in outputs:
+                raise ValueError(f"--input names {source.path}, which this run would write. Choose another "
+                                 f"--output-prefix, or name the inputs one by one")
+
+    def _require_unchanged(self) -> None:
+        """The input being read must be what it was at the start."""
+        for source in self._sources[self._source:self._source + 1]:
+            path, *known = source.identity()
+            if any(known) and _file(path)[2:] != known:
+                raise ValueError(f"{path} changed while it was read. Start again when nothing writes to it")
 
     def _earlier_state(self) -> dict[str, Any] | None:
         """The committed state of an earlier run of this job, if its files are there."""
         path = self._folder.file(STATE)
         if not os.path.exists(path):
             return None
-        state = json.loads(Path(path).read_text(encoding="utf-8"))
-        reasons = [name.replace("_", " ") for name, value in self._identity.items() if state["job"].get(name) != value]
-        if not all(source.resumable for source in self._sources):
-            reasons.append("standard input, which cannot be read again")
-        if state["skipped"] and not self.job.skip_errors:
-            reasons.append("--on-error, and records were skipped")
-        if not state["published"] and not all(is_resumable(prefix, self._folder, state["writers"][key])
-                                              for key, prefix in self._prefixes().items()):
-            reasons.append("files that were cut off")
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            reasons = self._differences(state)
+        except (ValueError, TypeError, KeyError):
+            reasons = ["its state, which cannot be read"]
         if reasons:
             LOGGER.warning("%s holds an unfinished run that differs in: %s. Starting again", self._folder.path,
                            ", ".join(reasons))
             return None
         LOGGER.info("continuing the unfinished run in %s", self._folder.path)
         return state
+
+    def _differences(self, state: dict[str, Any]) -> list[str]:
+        """Why a state cannot be continued; nothing when it can."""
+        if state["job"]["layout"] != LAYOUT:
+            return ["layout"]
+        reasons = [name.replace("_", " ") for name, value in self._identity.items() if state["job"][name] != value]
+        if not all(source.resumable for source in self._sources):
+            reasons.append("standard input, which cannot be read again")
+        if state["skipped"] and not self.job.skip_errors:
+            reasons.append("--on-error, and records were skipped")
+        if not reasons and not self._are_there(state):
+            reasons.append("files that were cut off or replaced")
+        return reasons
+
+    def _are_there(self, state: dict[str, Any]) -> bool:
+        """Whether the files are still what the state says they are."""
+        if state["published"]:
+            return all(writer["file"] in (_file(prefix + ".bin"), _file(self._folder.file(f"{Path(prefix).name}.bin")))
+                       for prefix, writer in zip(self._prefixes().values(), state["writers"].values()))
+        rejected = self._folder.file(REJECTED)
+        return (os.path.exists(rejected) and os.path.getsize(rejected) >= state["rejected"]
+                and all(is_resumable(prefix, self._folder, state["writers"][key])
+                        for key, prefix in self._prefixes().items()))
 
     def _restore(self, state: dict[str, Any], stack: ExitStack) -> None:
         self._state = state
@@ -232,17 +276,9 @@ class Preprocessing:
         enough = self.job.max_documents and self.documents >= self.job.max_documents
         return bool(enough) or self._source >= len(self._sources)
 
-    def _falls_back(self, encoded: Encoded) -> bool:
-        """Whether the fast encoder failed on this chunk: then it is not used from this chunk on."""
-        if not encoded.difference or self._encoders.use_reference:
-            return False
-        LOGGER.warning("%s: %s", encoded.chunk.path, encoded.difference)
-        self._encoders.use_reference = True
-        self._move_to(encoded.chunk, encoded.chunk.start)
-        return True
-
     def _move_to(self, chunk: Chunk, position: int) -> None:
         if chunk.source != self._source:
+            self._require_unchanged()
             self._source, self._line = chunk.source, 0
         self._position = position
 
@@ -284,13 +320,21 @@ class Preprocessing:
 
     def _publish_rejected(self) -> None:
         self._rejected.close()
-        final, here = f"{self.job.output_prefix}.rejected.jsonl", self._folder.file(REJECTED)
+        final, here = self._rejected_name(), self._folder.file(REJECTED)
         if self.skipped:
             with suppress(FileNotFoundError):  # an interrupted run has published it already
                 os.replace(here, final)
         else:
             with suppress(FileNotFoundError):  # of an earlier run on this prefix
                 os.remove(final)
+
+    def _rejected_name(self) -> str:
+        return f"{self.job.output_prefix}.rejected.jsonl"
+
+    def _sync_rejected(self) -> None:
+        with named_errors(self._rejected.name):
+            self._rejected.flush()
+            os.fsync(self._rejected.fileno())
 
     def _save(self, state: dict[str, Any]) -> None:
         self._state = state
@@ -303,8 +347,29 @@ class _Published:
     """In place of a writer whose files have been written by an earlier run."""
 
     prefix: str
-    num_documents: int = 0
-    num_tokens: int = 0
+    num_documents: int
+    num_tokens: int
+    file: list
+    """its .bin, as `_file` names it"""
+
+
+def _file(path: str) -> list[int]:
+    """What tells a file from others and from its earlier self: device, inode, bytes, time of change in ns; empty when
+    it is not there."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return []
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
+
+
+def _digest(tokenizer: TokenizerConfig) -> str:
+    """Of the tokenizer's files: its fingerprint is that of the vocabulary, and leaves out how text is split."""
+    folder = Path(tokenizer.tokenizer_model)
+    files = [tokenizer.vocab_file, tokenizer.merge_file, folder, folder / "tokenizer.json",
+             folder / "tokenizer_config.json"]
+    return hashlib.sha256(b"".join(hashlib.sha256(Path(file).read_bytes()).digest()
+                                   for file in files if os.path.isfile(file))).hexdigest()
 
 
 def preprocess(job: Job, **options) -> list[Totals]:

@@ -36,6 +36,8 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<eod>",
                    "[EOS]", "<EOS>")
 """literals that mark the end of a document, in the order they are looked for when the files do not say"""
 
+LARGEST_NULL = 2**31 - 2
+"""vocabulary size of a NullTokenizer: the id after it, the end of documents, is an int32"""
 COMPARED_DOCUMENTS, COMPARED_CHARACTERS = 16, 1 << 12
 """documents, and characters of each, on which the fast encoder must agree with the reference one"""
 
@@ -360,8 +362,9 @@ def build_tokenizer(config: TokenizerConfig, threads: int = 0) -> Tokenizer:
     if kind == "TiktokenTokenizer":
         return TiktokenTokenizer(_file(model, "--tokenizer-model", kind, "the .tiktoken file"))
     if kind == "NullTokenizer":
-        if not (model.isascii() and model.isdecimal() and int(model) > 0):
-            raise ValueError(f"--tokenizer-model is {model!r}; allowed for NullTokenizer: the vocabulary size")
+        if not (model.isascii() and model.isdecimal() and len(model) < 20 and 0 < int(model) <= LARGEST_NULL):
+            raise ValueError(f"--tokenizer-model is {model!r}; allowed for NullTokenizer: the vocabulary size, 1 to "
+                             f"{LARGEST_NULL} (ids are stored as int32)")
         return NullTokenizer(int(model))
     return ByteTokenizer()
 

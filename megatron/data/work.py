@@ -15,6 +15,10 @@ from pathlib import Path
 LOGGER = logging.getLogger("megatron")
 
 
+class Busy(ValueError):
+    """Another process holds the work folder."""
+
+
 class WorkFolder:
     """Holds `<prefix>.partial/` for one process, until it is released. A context manager.
 
@@ -24,7 +28,7 @@ class WorkFolder:
         prefix: of the output; folders are created.
 
     Raises:
-        ValueError: another process holds it; the message names that process.
+        Busy: another process holds it; the message names that process.
         OSError: the folder cannot be written.
     """
 
@@ -59,18 +63,29 @@ class WorkFolder:
             os.remove(self.file("lock"))
             with suppress(OSError):  # somebody has already come in again
                 self.path.rmdir()
-        self._lock.close()
+        with suppress(OSError):  # of writing the owner, on a full disk
+            self._lock.close()
 
     def _acquire(self):
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 self.path.mkdir()
+            self._require_ours()
             with suppress(FileNotFoundError):  # removed by its last owner at this moment
                 lock = open(self.file("lock"), "a+", encoding="utf-8")  # noqa: SIM115 - closed by release
                 if self._locked(lock):
                     return lock
                 lock.close()
+
+    def _require_ours(self) -> None:
+        if self.path.is_symlink() and not self.path.exists():
+            raise ValueError(f"{self.path} is a link to nothing; allowed: a folder for work in progress. Remove it")
+        with suppress(FileNotFoundError):
+            names = os.listdir(self.path)
+            if names and "lock" not in names:
+                raise ValueError(f"{self.path} has files of somebody else ({names[0]}, ...); allowed: a folder for "
+                                 f"work in progress. Move it away, or choose another output prefix")
 
     def _locked(self, lock) -> bool:
         """Whether the lock is ours now; False when the file was replaced before we had it."""
@@ -80,21 +95,28 @@ class WorkFolder:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
             lock.close()
-            raise ValueError(f"{self.prefix} is being written by {owner}. Wait for it, or choose another output "
-                             f"prefix") from None
+            raise Busy(f"{self.prefix} is being written by {owner}. Wait for it, or choose another output "
+                       f"prefix") from None
         except OSError as error:
             LOGGER.warning("%s has no file locks (%s): see that no two programs write %s at once", self.path.parent,
                            error.strerror, self.prefix)
-        if not _same_file(lock.fileno(), self.file("lock")):
+        if not same_file(lock.fileno(), self.file("lock")):
             return False
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, which started "
-                   f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
-        lock.flush()
+        try:
+            with named_errors(self.file("lock")):
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}, which started "
+                           f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
+                lock.flush()
+        except OSError:
+            self._lock = lock
+            self.release()
+            raise
         return True
 
 
-def _same_file(descriptor: int, path: str) -> bool:
+def same_file(descriptor: int, path: str) -> bool:
+    """Whether an open file is (still) what the path names."""
     ours = os.fstat(descriptor)
     try:
         there = os.stat(path)

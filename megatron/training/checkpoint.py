@@ -132,7 +132,9 @@ def load(folder: str, engine: Engine, groups: Groups) -> Progress:
 
 # What decides the order of the samples: a change is allowed, and said.
 ORDER = {
-    "model": ("seq_length",), "data": ("data_path", "train_data_path", "split", "dataloader_type"),
+    "model": ("seq_length",),
+    "data": ("data_path", "train_data_path", "split", "dataloader_type", "streaming_data_path", "streaming_json_key",
+             "streaming_shuffle_samples"),
     "train": ("seed", "train_iters", "train_tokens", "global_batch_size"),
 }
 

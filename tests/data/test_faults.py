@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def in_namespace(folder: Path, script: str, *arguments) -> subprocess.CompletedP
 
 
 @needs_namespace
-@pytest.mark.parametrize("size", ["100k", "1m", "1560k"])  # full early, half-way, and while the index is written
+@pytest.mark.parametrize("size", ["8k", "100k", "1m", "1560k"])  # at the lock, early, half-way, at the index
 def test_a_full_disk_ends_preprocessing_and_more_room_continues_it(tmp_path, size):
     text = jsonl(tmp_path / "a.jsonl", TEXTS)
     done = in_namespace(tmp_path, f"""
@@ -111,6 +113,45 @@ def test_a_second_run_on_a_prefix_is_refused(tmp_path, tool):
         line = run(f"tools/{tool}.py", *arguments, "--output-prefix", "x", cwd=tmp_path, code=2).stderr
         assert f"error: x is being written by process {os.getpid()} on " in line and line.count("\n") == 1
     run(f"tools/{tool}.py", *arguments, "--output-prefix", "x", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_is_one_line_and_the_same_command_continues(tmp_path, workers):
+    """The signal goes to the whole group, as a terminal sends it, when the workers have started."""
+    text = jsonl(tmp_path / "a.jsonl", TEXTS)
+    program = f"""
+import runpy, sys
+from megatron.data import encode, preprocess
+encode.ALONE_BYTES, preprocess.COMMIT_SECONDS = 0, 0
+real = preprocess.Preprocessing.__init__
+def small(self, job): real(self, job, commit_seconds=0, chunk_bytes=3000)
+preprocess.Preprocessing.__init__ = small
+if __name__ == "__main__":
+    print("started", flush=True)
+    sys.argv = [{str(REPO / "tools/preprocess_data.py")!r}, *sys.argv[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    (tmp_path / "slow.py").write_text(program)
+    arguments = ["--input", str(text), "--output-prefix", str(tmp_path / "x"), "--workers", str(workers), *BYTES]
+    process = subprocess.Popen([sys.executable, str(tmp_path / "slow.py"), *arguments], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={**os.environ, "PYTHONPATH": str(REPO)})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "x.partial/state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "preprocess_data.py: interrupted\n"), errors
+    assert not (tmp_path / "x_text_document.idx").exists()
+    done = run("tools/preprocess_data.py", *arguments, cwd=tmp_path)
+    assert "continuing the unfinished run" in done.stdout
+    assert documents(tmp_path / "x_text_document") == [[*t.encode()] for t in TEXTS]
+
+
+def test_a_language_without_sentences_is_refused(tmp_path):
+    line = one_line_error(run("tools/preprocess_data.py", "--input", jsonl(tmp_path / "a.jsonl", ["x"]),
+                              "--output-prefix", "x", "--lang", "german", *BYTES, cwd=tmp_path, code=2))
+    assert "--lang is german; allowed: only with --split-sentences" in line or "'german'" in line
 
 
 def test_standard_input_to_skipped_records(tmp_path):

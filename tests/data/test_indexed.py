@@ -175,6 +175,22 @@ def test_documents_that_cannot_be_written(tmp_path, ids, lengths, match):
         writer.add_documents(np.array(ids), lengths)
 
 
+@pytest.mark.parametrize(("lengths", "counts"), [([1, 1], [1]), ([1], [2]), ([1, 1], [3, -1])])
+def test_sequences_that_do_not_fit_their_documents(tmp_path, lengths, counts):
+    with IndexedWriter(tmp_path / "d", np.uint16) as writer, pytest.raises(ValueError, match="one length per sequence"):
+        writer.add_documents(np.ones(len(lengths), int), np.array(lengths), np.array(counts))
+
+
+def test_a_dataset_that_grows_while_it_is_copied(tmp_path):
+    d = write(tmp_path / "d", [[1, 2]])
+    with open(tmp_path / "d.bin", "ab") as file:
+        file.write(b"xx")
+    with pytest.raises(ValueError, match="all.bin has 6 bytes, 2 tokens take 4"), IndexedWriter(
+            tmp_path / "all", np.uint16) as writer:
+        writer.add_dataset(d)
+    assert not list(tmp_path.glob("all*"))
+
+
 def test_writers_of_wrong_dtypes(tmp_path):
     for dtype in (np.float32, np.uint32):
         with pytest.raises(ValueError, match="allowed: uint8, int8, int16, int32, int64, uint16"):

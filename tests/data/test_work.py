@@ -84,3 +84,18 @@ def test_errors_of_writing_name_the_file(code, advice):
         raise OSError(code, os.strerror(code))
     with pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere/x'"), named_errors("a/b"):
         os.open("/nowhere/x", os.O_RDONLY)
+
+
+def test_folders_that_are_not_ours_are_left_alone(tmp_path):
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial/thesis.txt").touch()
+    with pytest.raises(ValueError, match=r"x.partial has files of somebody else \(thesis.txt, ...\)"):
+        WorkFolder(tmp_path / "x")
+    (tmp_path / "y.partial").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="y.partial is a link to nothing"):
+        WorkFolder(tmp_path / "y")
+    (tmp_path / "z.partial").mkdir()
+    with WorkFolder(tmp_path / "z"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["x.partial", "y.partial"]
+    assert os.listdir(tmp_path / "x.partial") == ["thesis.txt"]

@@ -1,0 +1,34 @@
+"""Fixtures of the tests of preprocessing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from corpora import corpus, job
+from megatron.data import encode as encode_module
+from megatron.data.encode import Encoders
+from megatron.data.preprocess import preprocess
+
+
+@pytest.fixture
+def at_once(monkeypatch) -> None:
+    """Start the workers without waiting, and leave the first chunks to them."""
+    monkeypatch.setattr(encode_module, "ALONE_SECONDS", 0)
+    real = Encoders._submit
+
+    def wait(self, chunk):
+        future = real(self, chunk)
+        return future if chunk else future.result() or future
+
+    monkeypatch.setattr(Encoders, "_submit", wait)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> tuple[list[str], Path]:
+    """(names of the files, prefix of what they become in one piece): with unusable records, which are skipped."""
+    folder = tmp_path_factory.mktemp("bad")
+    names = corpus(folder / "in", bad=True)
+    preprocess(job(names, folder / "whole", skip_errors=True))
+    return names, folder / "whole"
