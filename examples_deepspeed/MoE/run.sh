@@ -72,6 +72,8 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 
 # Data and output
 DATA_PATH=${DATA_PATH:-dataset/corpus_text_document}
+STREAMING_DATA_PATH=${STREAMING_DATA_PATH:-} # text instead of DATA_PATH, encoded while training
+VALID_DATA_PATH=${VALID_DATA_PATH:-}         # with it: shards to evaluate on, unless EVAL_ITERS=0
 VOCAB_PATH=${VOCAB_PATH:-dataset/gpt2-vocab.json}
 MERGE_PATH=${MERGE_PATH:-dataset/gpt2-merges.txt}
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-GPT2BPETokenizer}
@@ -91,9 +93,16 @@ flags=(
     --tensorboard-dir "$OUTPUT_DIR/tensorboard" --metrics-file "$OUTPUT_DIR/metrics.jsonl"
     --tokenizer-type "$TOKENIZER_TYPE"
 )
-# DATA_PATH may hold several words: weights and prefixes in turn.
-# shellcheck disable=SC2206
-flags+=(--data-path $DATA_PATH)
+# These may hold several words: weights and prefixes (or files, patterns, folders) in turn. `read` expands no patterns.
+if [ -n "$STREAMING_DATA_PATH" ]; then
+    read -ra words <<<"$STREAMING_DATA_PATH"
+    flags+=(--streaming-data-path "${words[@]}")
+    read -ra words <<<"$VALID_DATA_PATH"
+    [ -n "$VALID_DATA_PATH" ] && flags+=(--valid-data-path "${words[@]}" --test-data-path "${words[@]}")
+else
+    read -ra words <<<"$DATA_PATH"
+    flags+=(--data-path "${words[@]}")
+fi
 if [ "$TOKENIZER_TYPE" = GPT2BPETokenizer ]; then
     flags+=(--vocab-file "$VOCAB_PATH" --merge-file "$MERGE_PATH")
 else
