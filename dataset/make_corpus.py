@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 
 EPILOG = """One file is one document: {"text": ..., "source": path in the library}. The order is that of the hashes of
@@ -66,20 +68,29 @@ def write_corpus(library: Path, output: Path, max_bytes: int) -> tuple[int, int,
     return documents, size, len(skipped)
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--output", required=True, metavar="FILE", help="JSON-lines file to write")
     p.add_argument("--max-bytes", type=int, default=0, metavar="N", help="stop before the text exceeds this (0: all)")
-    a = p.parse_args()
-    try:
-        if a.max_bytes < 0:
-            raise ValueError(f"--max-bytes is {a.max_bytes}; allowed: 0 (all) or more")
-        documents, size, skipped = write_corpus(Path(sysconfig.get_path("stdlib")), Path(a.output), a.max_bytes)
-    except (ValueError, OSError) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
+    return p
+
+
+def make(a: argparse.Namespace) -> None:
+    if a.max_bytes < 0:
+        raise ValueError(f"--max-bytes is {a.max_bytes}; allowed: 0 (all) or more")
+    if not os.path.basename(a.output) or os.path.isdir(a.output):
+        raise ValueError(f"--output is {a.output!r}; allowed: a file")
+    documents, size, skipped = write_corpus(Path(sysconfig.get_path("stdlib")), Path(a.output), a.max_bytes)
     print(f"{a.output}: {documents} documents, {size} bytes of text, {skipped} files skipped (not UTF-8)")
-    return 0
+
+
+def main() -> int:
+    from megatron.log import run_tool
+
+    p = parser()
+    a = p.parse_args()
+    return run_tool(p.prog, lambda: make(a))
 
 
 if __name__ == "__main__":

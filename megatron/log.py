@@ -91,7 +91,8 @@ def run_tool(prog: str, body: Callable[[], object]) -> int:
     ValueError or OSError, 130 after Ctrl-C, 141 when nobody reads its output any more (as the shell has them)."""
     try:
         code = body()
-        sys.stdout.flush()
+        if sys.stdout:  # closed by the shell: >&-
+            sys.stdout.flush()
         return code or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush at its end

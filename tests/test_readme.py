@@ -1,7 +1,9 @@
-"""The README's commands exist and parse; what takes minutes is run elsewhere (the demo) or shrunk here."""
+"""The commands of the READMEs exist and parse; what takes minutes is run elsewhere (the demo) or shrunk here."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import re
 import shlex
@@ -11,15 +13,26 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config import cli
+from megatron.config.schema import SECTIONS
+
 REPO = Path(__file__).resolve().parent.parent
-README = (REPO / "README.md").read_text()
+READMES = {name: (REPO / name).read_text() for name in ("README.md", "dataset/README.md")}
+README = READMES["README.md"]
+HEREDOC = r"python - <<'EOF'\n(.*?)\nEOF\n"
+TOOLS = ("tools/preprocess_data.py", "tools/merge_datasets.py", "tools/inspect_dataset.py", "tools/train_tokenizer.py",
+         "dataset/make_corpus.py")
 
 
-def commands() -> list[str]:
-    """Lines of all bash blocks, continuations joined, comments dropped."""
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Lines of all bash blocks, continuations joined, comments and programs in Python dropped."""
     lines = []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+    for block in blocks(text):
+        for line in re.sub(HEREDOC, "", block, flags=re.DOTALL).replace("\\\n", " ").splitlines():
             line = re.sub(r"(^|\s)#.*", "", line).strip()
             if line:
                 lines.append(line)
@@ -32,16 +45,29 @@ def run(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
                                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env})
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command(command, tmp_path):
-    """make targets expand; training commands are dry-run; programs get their real input or answer --help."""
+def flags_of(tool: str) -> argparse.ArgumentParser:
+    return importlib.import_module(tool.removesuffix(".py").replace("/", ".")).parser()
+
+
+@pytest.mark.parametrize(("readme", "command"), [(name, line) for name, text in READMES.items()
+                                                 for line in commands(text)])
+def test_command(readme, command, tmp_path):
+    """make targets expand; training commands are dry-run; data tools parse their flags, and the README's preprocessing
+    is done; other programs answer --help."""
     words = shlex.split(command)
     if words[0] == "make":
         done = run(f"make -n {' '.join(words[1:])}", REPO)
         assert done.returncode == 0, done.stderr
         return
+    if words[:2] == ["python", "-c"]:
+        assert compile(words[2], readme, "exec")
+        return
     script = next(w for w in words if w.endswith((".sh", ".py")))
     assert (REPO / script).exists()
+    if script in TOOLS:
+        assert words[0] == "python" and flags_of(script).parse_args(words[words.index(script) + 1:])
+        if readme != "README.md" or not script.endswith("preprocess_data.py"):
+            return
     if script.endswith("download_vocab.sh"):  # needs a network
         assert run(f"bash -n {script}", REPO).returncode == 0
         return
@@ -69,9 +95,27 @@ def preprocess(command: str, tmp_path: Path) -> subprocess.CompletedProcess:
     return done
 
 
-def test_inline_commands_name_real_files():
-    for name in re.findall(r"`((?:megatron|tools|dataset|benchmarks|examples_deepspeed)/[\w./-]+)`", README):
+@pytest.mark.parametrize("readme", READMES)
+def test_what_is_inline_is_real(readme):
+    """Files, commands of the tools, and flags: of some tool, of training, or of pip."""
+    text = READMES[readme]
+    for name in re.findall(r"`((?:megatron|tools|dataset|benchmarks|examples_deepspeed)/[\w./-]+)`", text):
         assert (REPO / name).exists(), name
+    for tool, arguments in re.findall(rf"`({'|'.join(map(re.escape, TOOLS))}) ([^`]+)`", text):
+        assert flags_of(tool).parse_args(shlex.split(arguments))
+    known = {flag for tool in TOOLS for flag in flags_of(tool)._option_string_actions}
+    known |= {flag for name, cls in SECTIONS.items() for entry in cli.flags_of(cls, name) for flag in entry.spellings}
+    for inline in re.findall(r"`(--[^`]+)`", text):
+        for flag in re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", inline):
+            field = flag.removeprefix("--").replace("-", "_")  # of the gate that is shown
+            assert flag in known or f"    {field}: " in text, f"{readme}: {flag}"
+
+
+def test_programs_in_the_readmes_compile():
+    programs = [p for text in READMES.values() for block in blocks(text) for p in re.findall(HEREDOC, block, re.DOTALL)]
+    assert len(programs) == sum(text.count("<<") for text in READMES.values()) > 0
+    for program in programs:
+        compile(program, "README", "exec")
 
 
 def test_figures_are_filled_in():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,34 +79,41 @@ def inspect(prefix: str, a: argparse.Namespace, tokenizer: Tokenizer | None) -> 
     return found
 
 
-def main() -> int:
+def inspect_all(a: argparse.Namespace, prog: str) -> int:
+    """The exit code."""
     import orjson
 
-    from megatron.config.cli import write_text
+    from megatron.config.cli import write_bytes
     from megatron.config.schema import require
     from megatron.data.indexed import prefix_of
+
+    for flag in ("documents", "tokens"):
+        require(getattr(a, flag) >= 0, f"--{flag}", getattr(a, flag), "0 or more")
+    require(not a.repair or len(a.prefix) == 1, "PREFIX with --repair", a.prefix, "one")
+    require(not (a.json and os.path.isdir(a.json)), "--json", a.json, "a file; this is a folder")
+    tokenizer = tokenizer_of(a)
+    found, damaged = [], False
+    for prefix in map(prefix_of, a.prefix):
+        try:
+            found.append(inspect(prefix, a, tokenizer))
+        except BrokenPipeError:  # of our own output
+            raise
+        except (ValueError, OSError) as error:  # the other pairs are still worth seeing
+            damaged = True
+            found.append({"prefix": prefix, "error": str(error)})
+            print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+    if a.json:
+        write_bytes(a.json, orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
+    return 2 if damaged else int(any(f["faults"] for f in found))
+
+
+def main() -> int:
+    from megatron.log import run_tool
 
     p = parser()
     a = p.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # documents have characters that a terminal may not have
-    found, damaged = [], False
-    try:
-        for flag in ("documents", "tokens"):
-            require(getattr(a, flag) >= 0, f"--{flag}", getattr(a, flag), "0 or more")
-        require(not a.repair or len(a.prefix) == 1, "PREFIX with --repair", a.prefix, "one")
-        tokenizer = tokenizer_of(a)
-        for prefix in map(prefix_of, a.prefix):
-            try:
-                found.append(inspect(prefix, a, tokenizer))
-            except (ValueError, OSError) as error:  # the other pairs are still worth seeing
-                damaged = True
-                found.append({"prefix": prefix, "error": str(error)})
-                print(f"{p.prog}: error: {error}", file=sys.stderr, flush=True)
-        if a.json:
-            write_text(a.json, orjson.dumps(found, option=orjson.OPT_INDENT_2).decode() + "\n")
-    except (ValueError, OSError) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
-    return 2 if damaged else int(any(f["faults"] for f in found))
+    return run_tool(p.prog, lambda: inspect_all(a, p.prog))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -138,8 +138,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tuple[bytes, int]:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator(texts, trainer)
+    interruptible(lambda: tokenizer.train_from_iterator(texts, trainer))
     return tokenizer.to_str(pretty=True).encode(), tokenizer.get_vocab_size()
+
+
+def interruptible(work: Callable[[], object]) -> None:
+    """Do work that is long outside Python, where Ctrl-C is not heard, in another thread, and hear it in this one."""
+    errors = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised below, in the thread that waits
+            errors.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str) -> tuple[bytes, int]:
@@ -205,23 +222,11 @@ def check(a: argparse.Namespace) -> None:
             f"{SMALLEST[a.kind]} or more with --kind {a.kind}")
     require(a.max_bytes >= 0, "--max-bytes", a.max_bytes, "0 (all) or more")
     require(not a.model_type or a.kind == "sentencepiece", "--model-type", a.model_type, "only --kind sentencepiece")
-    require(not os.path.isdir(a.output), "--output", a.output, "a file; this is a folder")
+    require(os.path.basename(a.output) and not os.path.isdir(a.output), "--output", a.output,
+            "a file; this is a folder" if a.output else "a file")
     folder = next(parent for parent in Path(a.output).absolute().parents if parent.exists())
     require(folder.is_dir() and os.access(folder, os.W_OK), "--output", a.output, f"a place that can be written to; "
             f"{folder} cannot")
-
-
-def write(output: str, content: bytes) -> None:
-    """Under a temporary name, then renamed; folders are created."""
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temp = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temp.write_bytes(content)
-        os.replace(temp, target)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(temp)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -239,30 +244,39 @@ def parser() -> argparse.ArgumentParser:
                    help="keys (columns) of the texts (default: text)")
     p.add_argument("--max-bytes", type=int, default=0, metavar="N",
                    help="train on a sample of this many bytes (default: all)")
-    p.add_argument("--seed", type=int, default=1234, metavar="N", help="of the sample (default: 1234)")
+    p.add_argument("--seed", type=int, default=1234, metavar="N",
+                   help="of the sample; of no effect without --max-bytes (default: 1234)")
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
                    help="what a record that cannot be used does (default: stop)")
     return p
 
 
-def main() -> int:
-    p = parser()
-    a = p.parse_args()
+def train(a: argparse.Namespace) -> None:
+    from megatron.config.cli import write_bytes
+
     start = time.monotonic()
-    try:
-        check(a)
-        corpus = Corpus(a.input, list(dict.fromkeys(a.json_keys)), a.on_error == "skip")
-        documents = sample(corpus, a.max_bytes, a.seed) if a.max_bytes else corpus
-        texts = chain.from_iterable(documents)
-        content, size = (train_bpe(texts, a.vocab_size) if a.kind == "bpe" else
-                         train_sentencepiece(texts, a.vocab_size, a.model_type or "unigram"))
-        write(a.output, content)
-    except (ValueError, OSError) as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
+    check(a)
+    corpus = Corpus(a.input, list(dict.fromkeys(a.json_keys)), a.on_error == "skip")
+    documents = sample(corpus, a.max_bytes, a.seed) if a.max_bytes else corpus
+    texts = chain.from_iterable(documents)
+    content, size = (train_bpe(texts, a.vocab_size) if a.kind == "bpe" else
+                     train_sentencepiece(texts, a.vocab_size, a.model_type or "unigram"))
+    Path(a.output).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(a.output, content)
     used = len(documents) if a.max_bytes else corpus.documents
     print(f"{a.output}: {size} tokens, trained on {used} of {corpus.documents} documents, {corpus.skipped} skipped, "
           f"{time.monotonic() - start:.1f} s")
-    return 0
+
+
+def main() -> int:
+    from megatron.log import run_tool
+
+    p = parser()
+    a = p.parse_args()
+    code = run_tool(p.prog, lambda: train(a))
+    if code == 130:  # a thread of `interruptible` may still run, and would abort an orderly end of Python
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

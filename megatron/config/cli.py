@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -145,14 +146,31 @@ def write_run_json(config: RunConfig, path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small file under a temporary name, synced and then renamed, so that no half file is ever seen."""
+    """Write a small file in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a small file under a temporary name, synced and then renamed, so that no half file is ever seen.
+
+    Raises:
+        OSError: it cannot be written; the message names it, and nothing is left behind.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names none, a rename two
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def read_run_json(path: str | Path) -> RunConfig:

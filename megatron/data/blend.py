@@ -269,7 +269,8 @@ def check_sidecar(dataset: IndexedDataset, tokenizer: Tokenizer | None, vocab_si
             raise ValueError(f"{path} records {entry} {record[entry]} of {record.get('tokenizer')}, this run's "
                              f"{tokenizer.name} has {ours}: the ids mean other tokens. Use the tokenizer of the "
                              f"data, or preprocess the text again with this one")
-    if vocab_size is not None and record.get("vocab_size", 0) > vocab_size:
+    recorded = record.get("vocab_size", 0)
+    if vocab_size is not None and (not isinstance(recorded, int) or recorded > vocab_size):
         raise ValueError(f"{path} records a vocabulary of {record['vocab_size']} tokens; allowed in this run: "
                          f"{vocab_size}. Use the tokenizer of the data")
 

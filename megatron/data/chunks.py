@@ -5,6 +5,7 @@ Nothing is passed over in silence: a record that cannot be used is a `Rejected` 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,10 @@ from dataclasses import dataclass
 import orjson
 
 CHUNK_BYTES = 8 << 20
+LARGEST_RECORD = 128 << 20
+"""bytes of a line beyond its chunk: parsing takes several times as much memory"""
+NO_MEMORY = "Not enough memory"
+"""how orjson, which has no other error, words it"""
 SHOWN_NAMES = 300
 """characters of a list of keys in a message: a record can have thousands"""
 BOM = b"\xef\xbb\xbf"
@@ -81,7 +86,7 @@ class Chunk:
         """The strings under `keys`; blank lines are no documents.
 
         Raises:
-            OSError: the file cannot be read any more.
+            OSError: the file cannot be read any more, or the memory is used up.
             ValueError: the file was cut short meanwhile.
         """
         if isinstance(self.data, dict):
@@ -118,8 +123,8 @@ def _parse_lines(data: bytes, keys: Sequence[str]) -> Parsed:
             else:
                 add(record)
                 continue
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            pass
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            _require_memory(error, line)
         if not line.isspace():
             rejected.append(Rejected(number, len(usable), _why_not_line(line.rstrip(), keys), line.removesuffix(b"\n")))
     return Parsed({key: [record[key] for record in usable] for key in keys}, number, rejected)
@@ -129,6 +134,7 @@ def _why_not_line(line: bytes, keys: Sequence[str]) -> str:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        _require_memory(error, line)
         return f"not a JSON object in UTF-8 ({error})"
     if not isinstance(record, dict):
         return f"the line is a JSON {type(record).__name__}; allowed: an object"
@@ -138,6 +144,13 @@ def _why_not_line(line: bytes, keys: Sequence[str]) -> str:
         if not isinstance(record[key], str):
             break
     return f"{key!r} is a JSON {type(record[key]).__name__}; allowed: a string"
+
+
+def _require_memory(error: Exception, line: bytes) -> None:
+    """Raise OSError when `error` says nothing about the line."""
+    if isinstance(error, orjson.JSONDecodeError) and str(error).startswith(NO_MEMORY):
+        raise OSError(errno.ENOMEM, f"not enough memory to parse a line of {len(line)} bytes. Use fewer --workers, or "
+                                    f"a machine with more memory") from None
 
 
 def _parse_rows(columns: dict[str, list], keys: Sequence[str]) -> Parsed:

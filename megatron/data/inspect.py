@@ -157,6 +157,9 @@ def _faults(pair: Pair) -> list[str]:
         if record.get(entry, here) != here:
             found.append(f"{dataset.prefix}.json records {entry} {record[entry]}, the index {here}: it belongs to "
                          f"other files")
+    for entry in ("vocab_size", "eod"):
+        if record.get(entry) is not None and _recorded(dataset, entry) is None:
+            found.append(f"{dataset.prefix}.json records {entry} {record[entry]!r}; allowed: a number, 0 or more")
     return found
 
 
@@ -170,7 +173,7 @@ def _eod(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> tuple[int | No
 def _recorded(dataset: IndexedDataset, entry: str) -> int | None:
     """A number of the sidecar, if it is there and is one."""
     value = (dataset.sidecar or {}).get(entry)
-    return value if type(value) is int else None
+    return value if type(value) is int and value >= 0 else None
 
 
 def scan(pair: Pair, tokenizer: Tokenizer | None = None, progress: Progress = lambda read: None,

@@ -22,7 +22,7 @@ from itertools import chain
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from megatron.data.chunks import CHUNK_BYTES, Chunk, Parsed, Rejected, listed
+from megatron.data.chunks import CHUNK_BYTES, LARGEST_RECORD, Chunk, Parsed, Rejected, listed
 from megatron.data.tokenizer import one_line
 
 __all__ = ["CHUNK_BYTES", "Chunk", "Parsed", "Rejected", "Source", "open_sources"]
@@ -63,7 +63,7 @@ class Source(ABC):
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is damaged, or has no column of a key's name.
+            ValueError: it is damaged, has no column of a key's name, or a line that is longer than LARGEST_RECORD.
         """
 
     def identity(self) -> list:
@@ -89,18 +89,22 @@ class JsonLines(FileSource):
     def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
         with open(self.path, "rb", buffering=0) as file:
             while start < self.size:
-                end = self._line_end(file, start + chunk_bytes - 1)
+                end = self._line_end(file, start, start + chunk_bytes - 1)
                 yield Chunk(self.number, self.path, self.unit, start, end, end - start, None)
                 start = end
 
-    def _line_end(self, file: io.FileIO, at: int) -> int:
+    def _line_end(self, file: io.FileIO, start: int, at: int) -> int:
         """Just behind the first line feed at or after byte `at`; the file's size as of its opening when there is none
-        (it may have grown or shrunk since)."""
+        (it may have grown or shrunk since). A line begins at `start`."""
         file.seek(at)
+        limit = at + LARGEST_RECORD
         while at < self.size and (block := file.read(SEEK_BYTES)):
             if (found := block.find(b"\n")) >= 0:
                 return min(at + found + 1, self.size)
             at += len(block)
+            if at > limit:
+                file.seek(start)
+                raise _too_long(self.path, start + file.read(limit - LARGEST_RECORD - start).rfind(b"\n") + 1)
         return self.size
 
 
@@ -117,7 +121,7 @@ class CompressedLines(FileSource):
         with open(self.path, "rb", buffering=0) as file:
             pieces = _skip(self._decompress(file), start)
             told, last = file.tell(), None
-            for data in _cut(pieces, chunk_bytes):
+            for data in _cut(pieces, chunk_bytes, self.path, start):
                 if last:
                     yield last
                 read, told, end = file.tell() - told, file.tell(), start + len(data)
@@ -167,7 +171,7 @@ class Stream(Source):
     def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
         with nullcontext(sys.stdin.buffer) if self._is_stdin else open(self.path, "rb") as file:
             pieces = iter(lambda: file.read1(PIPE_BYTES), b"")
-            for data in _cut(_skip(pieces, start), chunk_bytes):
+            for data in _cut(_skip(pieces, start), chunk_bytes, self.path, start):
                 yield Chunk(self.number, self.path, self.unit, start, start + len(data), 0, data)
                 start += len(data)
 
@@ -253,13 +257,27 @@ def open_sources(inputs: Sequence[str]) -> list[Source]:
         OSError: a folder or file cannot be looked at.
     """
     paths = [path for entry in inputs for path in _expand(entry)]
-    seen = set()
+    seen: dict[tuple[int, int] | str, str] = {}
     for path in paths:
-        place = path if path == "-" or path.startswith("hf:") else os.path.abspath(path)
+        name = path if path == "-" or path.startswith("hf:") else os.path.abspath(path)
+        place = _place(path)
         if place in seen:
-            raise ValueError(f"--input names {place} twice; allowed: each once (a folder or pattern names its files)")
-        seen.add(place)
+            also = "" if seen[place] == name else f" (also as {seen[place]})"
+            raise ValueError(f"--input names {name} twice{also}; allowed: each once (a folder or pattern names its "
+                             f"files)")
+        seen[place] = name
     return [_open(number, path) for number, path in enumerate(paths)]
+
+
+def _place(path: str) -> tuple[int, int] | str:
+    """The same for all names of a file: what it is on the disk, if it is there."""
+    if path.startswith("hf:"):
+        return path
+    try:
+        stat = os.stat(0 if path == "-" else path)  # a number is a file descriptor
+    except OSError:  # said at its opening
+        return os.path.abspath(path)
+    return stat.st_dev, stat.st_ino
 
 
 def _expand(entry: str) -> list[str]:
@@ -268,7 +286,8 @@ def _expand(entry: str) -> list[str]:
         return _files_in(entry)
     if not glob.has_magic(entry) or os.path.exists(entry):
         return [entry]
-    found = sorted(path for path in glob.glob(entry, recursive=True) if not os.path.isdir(path))
+    found = sorted(path for path in glob.glob(entry, recursive=True)
+                   if not os.path.isdir(path) and not _is_work_folder(os.path.dirname(path)))
     if not found:
         raise FileNotFoundError(f"--input {entry} matches no file")
     return found
@@ -282,11 +301,18 @@ def _files_in(folder: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(parent, name) for name in files if not name.startswith(".") and _suffix(name) in KINDS]
+        folders[:] = sorted(name for name in folders
+                            if not name.startswith(".") and not _is_work_folder(os.path.join(parent, name)))
+        paths = [os.path.join(parent, name) for name in files if not name.startswith(".") and _suffix(name) in KINDS]
+        found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]  # no pipes and devices
     if not found:
         raise ValueError(f"--input {folder} is a folder without files of a known suffix; known: {' '.join(KINDS)}")
     return sorted(found)
+
+
+def _is_work_folder(folder: str) -> bool:
+    """Whether it holds what a run of ours has not published (see `WorkFolder`)."""
+    return folder.endswith(".partial") and os.path.isfile(os.path.join(folder, "lock"))
 
 
 def _reraise(error: OSError) -> None:
@@ -297,6 +323,8 @@ def _open(number: int, path: str) -> Source:
     if path.startswith("hf:"):
         return HuggingFace(number, path)
     if path == "-":
+        if sys.stdin is None:
+            raise ValueError("--input - is standard input, which is closed. Send it a file or the output of a program")
         return Stream(number, path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"--input {path} does not exist")
@@ -314,8 +342,12 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _cut(pieces: Iterable[bytes], chunk_bytes: int) -> Iterator[bytes]:
-    """The same text, cut behind every line that makes the part `chunk_bytes` long or longer."""
+def _cut(pieces: Iterable[bytes], chunk_bytes: int, path: str, start: int) -> Iterator[bytes]:
+    """The same text, cut behind every line that makes the part `chunk_bytes` long or longer.
+
+    Args:
+        path, start: where it begins, for messages.
+    """
     pending, searched = bytearray(), chunk_bytes - 1
     for piece in pieces:
         pending += piece
@@ -324,10 +356,18 @@ def _cut(pieces: Iterable[bytes], chunk_bytes: int) -> Iterator[bytes]:
                 part = bytes(view[:end])
             del pending[:end]
             searched = chunk_bytes - 1
+            start += end
             yield part
         searched = max(searched, len(pending))
+        if len(pending) >= chunk_bytes + LARGEST_RECORD:
+            raise _too_long(path, start + pending.rfind(b"\n") + 1)
     if pending:
         yield bytes(pending)
+
+
+def _too_long(path: str, at: int) -> ValueError:
+    return ValueError(f"{path}: the line that begins at byte {at} of the text is longer than {LARGEST_RECORD} bytes; "
+                      f"allowed: one JSON object per line, none longer. Rewrite the file (a JSON array: jq -c '.[]')")
 
 
 def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
@@ -375,6 +415,9 @@ def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None
     for key in keys:
         if key not in names:
             raise ValueError(f"{path}: no column {key!r}; there are: {listed(names)}. Set --json-keys")
+        if list(names).count(key) > 1:
+            raise ValueError(f"{path}: {list(names).count(key)} columns are named {key!r}; allowed: one. Rename the "
+                             f"others, or set --json-keys to another column")
 
 
 def _package(name: str, path: str) -> ModuleType:

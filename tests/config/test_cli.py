@@ -345,7 +345,23 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         cli.write_run_json(parse("--num-layers", "9"), tmp_path / "run.json")
-    assert cli.read_run_json(tmp_path / "run.json") == RunConfig()
+    assert cli.read_run_json(tmp_path / "run.json") == RunConfig() and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}/folder'$"):
+        cli.write_text(tmp_path / "folder", "x")
+    monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/x'$"):
+        cli.write_bytes(tmp_path / "x", b"x")
+    monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        cli.write_text(tmp_path / "x", "x")
+    assert os.listdir(tmp_path) == ["folder"]
+    monkeypatch.undo()
+    cli.write_bytes(tmp_path / "x", b"\xff\n")
+    assert (tmp_path / "x").read_bytes() == b"\xff\n"
 
 
 def test_a_checkpoints_run_json(tmp_path):

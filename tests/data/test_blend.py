@@ -242,6 +242,9 @@ def test_the_sidecar_must_agree_with_the_tokenizer(tmp_path):
         splits(data, tokenizer=NullTokenizer(300))
     with pytest.raises(ValueError, match="records a vocabulary of 257 tokens; allowed in this run: 256"):
         splits(data, vocab_size=256)
+    write(tmp_path / "d", 10, sidecar={**SIDECAR, "vocab_size": "big"})
+    with pytest.raises(ValueError, match="records a vocabulary of big tokens"):
+        splits(data, vocab_size=256)
     write(tmp_path / "d", 10, sidecar={**SIDECAR, "eod": 0})
     with pytest.raises(ValueError, match="records eod 0 of ByteTokenizer, this run's ByteTokenizer has 256"):
         splits(data, tokenizer=ByteTokenizer())

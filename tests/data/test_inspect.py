@@ -173,6 +173,17 @@ def test_a_sidecar_that_does_not_fit(tmp_path):
         "  FAULT         d.json records documents 5, the index 4: it belongs to other files\n")
 
 
+@pytest.mark.parametrize("value", ["big", 2.5, -1, True, [1]])
+def test_entries_that_are_no_numbers(tmp_path, value):
+    prefix = pair(tmp_path / "d", [[[1, 9]]])
+    for entry in ("vocab_size", "eod"):
+        record(prefix, **{entry: value})
+        found = inspect_all(prefix)
+        assert found["faults"] == [f"{prefix}.json records {entry} {value!r}; allowed: a number, 0 or more"]
+        assert (found["full"]["vocab_size"], found["full"]["eod"]) == (None, 9)
+    assert "FAULT" in run(TOOL, "d", "--full", cwd=tmp_path, code=1).stdout
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(inspect, "BLOCK", 2)
     prefix = pair(tmp_path / "d", [[[1, 2, 3, 4]]])
@@ -277,9 +288,11 @@ def test_a_damaged_pair_does_not_hide_the_others(tmp_path):
 def test_mistakes_in_the_flags(tmp_path):
     prefix = pair(tmp_path / "d", [[[1, 2]]])
     record(prefix, tokenizer="GPT2BPETokenizer", eod=50256)
+    (tmp_path / "folder").mkdir()
     for arguments, match in (
             (("d", "--documents", -1), "--documents is -1; allowed: 0 or more"),
             (("d", "--tokens", -1), "--tokens is -1; allowed: 0 or more"),
+            (("d", "--json", "folder"), "--json is 'folder'; allowed: a file; this is a folder"),
             (("d", "d", "--repair", "out"), "PREFIX with --repair is ['d', 'd']; allowed: one"),
             (("d", "--repair", "out"), "--repair out: nothing to repair"),
             (("d", "--vocab-file", "none"), "--vocab-file none does not exist; GPT2BPETokenizer needs vocab.json"),
@@ -287,7 +300,7 @@ def test_mistakes_in_the_flags(tmp_path):
         assert match in one_line_error(run(TOOL, *arguments, cwd=tmp_path, code=2))
     done = run(TOOL, "d", "--json", "nowhere/out", cwd=tmp_path, code=2)
     assert "nowhere/out" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob("*.tmp"))
 
 
 def test_help(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.tokenizer import ByteTokenizer
-from programs import TEXTS, documents, one_line_error, run
+from programs import REPO, TEXTS, documents, one_line_error, run
 from tools import merge_datasets
+
+TOOL = "tools/merge_datasets.py"
 
 
 def shard(prefix: Path, texts: list[str], sidecar: bool = True, **changes) -> list[list[int]]:
@@ -29,16 +32,14 @@ def shard(prefix: Path, texts: list[str], sidecar: bool = True, **changes) -> li
     return documents(Path(name))
 
 
-def merge_here(monkeypatch, *arguments) -> None:
+def merge_here(monkeypatch, *arguments, code: int = 0) -> None:
     """The program in this process, where functions can be replaced."""
     monkeypatch.setattr(sys, "argv", ["merge_datasets.py", *map(str, arguments)])
-    assert merge_datasets.main() == 0
+    assert merge_datasets.main() == code
 
 
 def refusal(monkeypatch, capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        merge_here(monkeypatch, *arguments)
-    assert stopped.value.code == 2
+    merge_here(monkeypatch, *arguments, code=2)
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -175,3 +176,63 @@ def test_verification_in_small_blocks_says_where(tmp_path, monkeypatch):
     (tmp_path / "all.bin").write_bytes(data)
     with pytest.raises(ValueError, match="b_text_document.bin in the 4 bytes from byte 12 on"):
         merge_datasets.verify(str(tmp_path / "all"), datasets, seen.append)
+
+
+def test_a_pair_under_two_names_is_merged_once(tmp_path):
+    (tmp_path / "s").mkdir()
+    shard(tmp_path / "s/a", ["x"]), shard(tmp_path / "b", ["y"])
+    os.symlink("s", tmp_path / "link")
+    for suffix in ("bin", "idx"):
+        os.symlink(f"a_text_document.{suffix}", tmp_path / f"s/z.{suffix}")
+        os.link(tmp_path / f"b_text_document.{suffix}", tmp_path / f"hard.{suffix}")
+    b = (tmp_path / "b_text_document.idx").read_bytes()
+    for inputs, output, match in (
+            (("s",), "all", f"--input names {tmp_path}/s/"),
+            (("s/z", "link/a_text_document"), "all", f"--input names {tmp_path}/s/z twice. Name each shard once"),
+            (("hard", "b_text_document"), "all", f"--input names {tmp_path}/hard twice"),
+            (("s/a_text_document", "b_text_document"), "link/a_text_document",
+             "--output-prefix link/a_text_document is also an input"),
+            (("b_text_document",), "hard", "--output-prefix hard is also an input")):
+        line = one_line_error(run(TOOL, "--input", *inputs, "--output-prefix", output, cwd=tmp_path, code=2))
+        assert match in line
+    assert not list(tmp_path.glob("all*")) and (tmp_path / "b_text_document.idx").read_bytes() == b
+
+
+def test_outputs_without_a_name(tmp_path):
+    shard(tmp_path / "a", ["x"])
+    (tmp_path / "folder").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    for output in ("", "new/", "folder", "folder/", "."):
+        line = one_line_error(run(TOOL, "--input", "a_text_document", "--output-prefix", output, cwd=tmp_path, code=2))
+        assert f"--output-prefix is {output!r}; allowed: a path that ends in the pair's name, such as " in line
+    assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "folder") == []
+
+
+def test_a_sidecar_of_another_kind(tmp_path):
+    shard(tmp_path / "a", ["x"]), shard(tmp_path / "b", ["y"], sources=3)
+    line = one_line_error(run(TOOL, "--input", "a_text_document", "b_text_document", "--output-prefix", "all",
+                              cwd=tmp_path, code=2))
+    assert line.endswith("b_text_document.json records sources 3; allowed: a list. Correct it, or remove the file")
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    for i in range(60):
+        shard(tmp_path / f"s/{i:02}", [f"{i}", "", "x" * i])
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+            "from tools import merge_datasets; sys.exit(merge_datasets.main())")
+    done = subprocess.run([sys.executable, "-c", code, "--input", "s", "--output-prefix", "all", "--verify"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env={**os.environ, "PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("-> all: 180 documents, 1999 tokens, read back and equal to the inputs\n")
+    assert documents(tmp_path / "all") == [
+        [*text.encode(), 256] if text else [] for i in range(60) for text in (f"{i}", "", "x" * i)]
+
+
+def test_verification_sees_what_is_left_out(tmp_path):
+    shard(tmp_path / "a", ["xyz"]), shard(tmp_path / "b", ["", "abcde"])
+    a, b = (IndexedDataset(tmp_path / f"{name}_text_document") for name in "ab")
+    with pytest.raises(ValueError, match="b_text_document.idx differs from the indices of the inputs: it has more of "):
+        merge_datasets.verify(b.prefix, [], int)
+    with pytest.raises(ValueError, match="a_text_document.idx differs from the indices of the inputs, from .*b_text"):
+        merge_datasets.verify(a.prefix, [a, b], int)

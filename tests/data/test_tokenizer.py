@@ -321,9 +321,10 @@ def test_null_tokenizer():
     for text in ("51", "-1", "a", "1.5", "²"):
         with pytest.raises(ValueError, match="is no token id for NullTokenizer; allowed: 0 to 50"):
             t.encode(text)
-    for size in ("", "x", "0", "-5", "²"):
-        with pytest.raises(ValueError, match="allowed for NullTokenizer: the vocabulary size"):
+    for size in ("", "x", "0", "-5", "²", str(2**31 - 1), "3000000000", "9" * 5000):
+        with pytest.raises(ValueError, match="allowed for NullTokenizer: the vocabulary size, 1 to 2147483646 "):
             build("NullTokenizer", size)
+    assert build("NullTokenizer", str(2**31 - 2)).eod == np.iinfo(np.int32).max - 1
 
 
 def test_byte_tokenizer():

@@ -186,6 +186,8 @@ def test_tokenizers_that_cannot_be_trained(tmp_path):
             (("--input", good, "--vocab-size", 300, "--max-bytes", -1), "--max-bytes is -1"),
             (("--input", good, "--vocab-size", 300, "--model-type", "bpe"), "--model-type is 'bpe'; allowed: only"),
             (("--input", good, "--vocab-size", 300, "--output", "."), "--output is '.'; allowed: a file; this is"),
+            (("--input", good, "--vocab-size", 300, "--output", ""), "--output is ''; allowed: a file"),
+            (("--input", good, "--vocab-size", 300, "--output", "t/"), "--output is 't/'; allowed: a file; this is"),
             (("--input", good, "--vocab-size", 300, "--output", "a.jsonl/x/y"), f"{tmp_path}/a.jsonl cannot"),
             (("--input", "none", "--vocab-size", 300), "--input none does not exist"),
             (("--input", "empty.jsonl", "--vocab-size", 300), "--input empty.jsonl has no documents"),
@@ -200,10 +202,15 @@ def test_tokenizers_that_cannot_be_trained(tmp_path):
         train_tokenizer.train_sentencepiece(["a"], 300, "bpe")
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-    with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")), pytest.raises(OSError):
-        train_tokenizer.write(str(tmp_path / "t.json"), b"x")
-    assert os.listdir(tmp_path) == []
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):
+    path = jsonl(tmp_path / "a.jsonl", ["text"])
+    monkeypatch.setattr(sys, "argv", [TOOL, "--input", str(path), "--vocab-size", "300", "--output",
+                                      str(tmp_path / "t.json")])
+    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+        assert train_tokenizer.main() == 2
+    assert capsys.readouterr().err == (
+        f"train_tokenizer.py: error: [Errno 28] No space left on device: '{tmp_path}/t.json'\n")
+    assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 def test_a_terminal_sees_the_bytes_read(tmp_path, monkeypatch):
