@@ -210,8 +210,8 @@ class DataConfig:
     streaming_data_path: tuple[str, ...] = option(())
     """text to train on, tokenised by processes of their own while the run goes on: .jsonl, .gz, .zst and .parquet
     files, quoted patterns, folders, or hf:NAME for a Hugging Face dataset. Each is one source; they are mixed by their
-    size on disk (equally if one is not known), or with weights: 0.7 a.jsonl 0.3 b. The tokens are kept in
-    --data-cache-path, for later epochs and runs. Not with --data-path or --train-data-path"""
+    size on disk, compressed or not (equally if one is not known), or with weights: 0.7 a.jsonl 0.3 b. The tokens are
+    kept in --data-cache-path, for later epochs and runs. Not with --data-path or --train-data-path"""
     streaming_json_key: str = "text"
     """key (column) of the text in --streaming-data-path"""
     streaming_shuffle_samples: int = 1024

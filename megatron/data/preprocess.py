@@ -85,6 +85,7 @@ class Preprocessing:
         read: bytes of the inputs that are done.
         size: bytes of the inputs; 0 where that is not known.
         resumed: whether an earlier run is continued.
+        published: whether that run was publishing already: then only `finish` is left to do.
 
     Raises:
         FileNotFoundError: an input is not there.
@@ -163,7 +164,7 @@ class Preprocessing:
                              (f": all {self.skipped} records were skipped" if self.skipped else ""))
         totals = [Totals(writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key])
                   for key, writer in self._writers.items()]
-        if not self._published:
+        if not self.published:
             self._require_unchanged()
             self._sync_rejected()
             writers = {key: {"num_documents": w.num_documents, "num_tokens": w.num_tokens,
@@ -181,7 +182,7 @@ class Preprocessing:
         """What makes two runs the same job."""
         recipe = self.job.recipe
         return {"layout": LAYOUT, "inputs": [source.identity() for source in self._sources],
-                "tokenizer": [self._tokenizer.name, self._tokenizer.fingerprint, _digest(recipe.tokenizer)],
+                "tokenizer": [self._tokenizer.name, self._tokenizer.fingerprint, digest_of_files(recipe.tokenizer)],
                 "keys": list(recipe.keys), "append_eod": recipe.append_eod, "split_sentences": recipe.split_sentences,
                 "max_documents": self.job.max_documents}
 
@@ -196,7 +197,7 @@ class Preprocessing:
     def _require_unchanged(self) -> None:
         """The input being read must be what it was at the start."""
         for source in self._sources[self._source:self._source + 1]:
-            path, *known = source.identity()
+            path, *known = source.identity()[:3]
             if any(known) and _file(path)[2:] != known:
                 raise ValueError(f"{path} changed while it was read. Start again when nothing writes to it")
 
@@ -243,11 +244,11 @@ class Preprocessing:
     def _restore(self, state: dict[str, Any], stack: ExitStack) -> None:
         self._state = state
         self._source, self._position, self._line = state["source"], state["position"], state["line"]
-        self.skipped, self.read, self._published = state["skipped"], state["read"], state["published"]
+        self.skipped, self.read, self.published = state["skipped"], state["read"], state["published"]
         self._encoders.use_reference = state["use_reference"]
         self._bytes = dict(state["bytes"]) or dict.fromkeys(self.job.recipe.keys, 0)
         rejected = self._folder.file(REJECTED)
-        if self._published:
+        if self.published:
             self._source = len(self._sources)
             self._rejected = stack.enter_context(open(os.devnull, "rb"))  # noqa: SIM115
             self._writers = {key: _Published(prefix, **state["writers"][key])
@@ -363,7 +364,7 @@ def _file(path: str) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
-def _digest(tokenizer: TokenizerConfig) -> str:
+def digest_of_files(tokenizer: TokenizerConfig) -> str:
     """Of the tokenizer's files: its fingerprint is that of the vocabulary, and leaves out how text is split."""
     folder = Path(tokenizer.tokenizer_model)
     files = [tokenizer.vocab_file, tokenizer.merge_file, folder, folder / "tokenizer.json",

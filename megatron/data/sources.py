@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
@@ -214,7 +215,8 @@ class Parquet(FileSource):
 class HuggingFace(Source):
     """A dataset of the Hugging Face Hub, or in a local folder, streamed: `hf:NAME[@CONFIG][:SPLIT]`.
 
-    Its identity is its name: a new revision of the dataset is not noticed.
+    Its identity is its name, and the state of the files if that is a local folder: a new revision of a dataset of the
+    Hub is not noticed.
     """
 
     unit = "row"
@@ -226,6 +228,12 @@ class HuggingFace(Source):
             raise ValueError(f"--input is {path!r}; allowed for a Hugging Face dataset: hf:NAME[@CONFIG][:SPLIT]")
         self._name, self._config, self._split = form[1], form[2], form[3] or "train"
         _package("datasets", path)
+        self._files = [[file, stat.st_size, stat.st_mtime_ns] for file in sorted(
+            str(file.resolve()) for file in Path(self._name).rglob("*") if file.is_file())
+            for stat in [os.stat(file)]] if os.path.isdir(self._name) else []
+
+    def identity(self) -> list:
+        return [self.path, 0, 0, self._files]
 
     def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
         for first, last, columns in _cut_rows(self._rows(keys, start), keys, start, chunk_bytes):
@@ -304,7 +312,8 @@ def _files_in(folder: str) -> list[str]:
         folders[:] = sorted(name for name in folders
                             if not name.startswith(".") and not _is_work_folder(os.path.join(parent, name)))
         paths = [os.path.join(parent, name) for name in files if not name.startswith(".") and _suffix(name) in KINDS]
-        found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]  # no pipes and devices
+        found += [path for path in paths if not _is_sidecar(path) and (  # a link to nothing is not passed over
+            os.path.isfile(path) or not os.path.exists(path))]  # pipes and devices are
     if not found:
         raise ValueError(f"--input {folder} is a folder without files of a known suffix; known: {' '.join(KINDS)}")
     return sorted(found)
@@ -313,6 +322,12 @@ def _files_in(folder: str) -> list[str]:
 def _is_work_folder(folder: str) -> bool:
     """Whether it holds what a run of ours has not published (see `WorkFolder`)."""
     return folder.endswith(".partial") and os.path.isfile(os.path.join(folder, "lock"))
+
+
+def _is_sidecar(path: str) -> bool:
+    """Whether it belongs to a pair of token shards, such as streaming keeps beside the text."""
+    stem, suffix = os.path.splitext(path)
+    return suffix == ".json" and os.path.isfile(stem + ".idx")
 
 
 def _reraise(error: OSError) -> None:

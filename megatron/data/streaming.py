@@ -21,8 +21,10 @@ import dataclasses
 import glob
 import json
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -40,10 +42,10 @@ from megatron import log
 from megatron.config.schema import DataConfig, TokenizerConfig, require
 from megatron.data.encode import Recipe
 from megatron.data.indexed import IndexedDataset, dtype_for_vocab
-from megatron.data.preprocess import LAYOUT, STATE, Job, Preprocessing
+from megatron.data.preprocess import LAYOUT, STATE, Job, Preprocessing, digest_of_files
 from megatron.data.sources import open_sources
 from megatron.data.tokenizer import Tokenizer, digest
-from megatron.data.work import Busy, WorkFolder, named_errors, same_file
+from megatron.data.work import Busy, WorkFolder, named_errors, owner, same_file
 
 LOGGER = logging.getLogger("megatron")
 CHUNK_BYTES = 1 << 20  # small: the first samples come soon
@@ -53,6 +55,7 @@ POLL_SECONDS, PAUSE_SECONDS, RETRY_SECONDS, GRACE_SECONDS = 0.02, 0.1, 1.0, 10.0
 SAY_AFTER_SECONDS, SAY_EVERY_SECONDS = 5.0, 60.0
 ERROR_BYTES, ERROR_KEPT_SECONDS = 4096, 86400.0
 FLAGS = (("--input", "--streaming-data-path"), ("--json-keys", "--streaming-json-key"),
+         ("choose another output prefix", "set another --data-cache-path"), ("--output-prefix", "--data-cache-path"),
          ("leave such records out: --on-error skip", "leave such records out with tools/preprocess_data.py"))
 """what messages of preprocessing name, and what there is instead"""
 
@@ -168,7 +171,8 @@ def find_stream(entry: str, cache: str, key: str, tokenizer: Tokenizer, producti
                 "files, patterns, folders and hf:NAME; a pipe can only be read once")
     inputs = _identify(sources)
     place = entry if entry.startswith("hf:") else os.path.abspath(entry)
-    told = digest(LAYOUT, place, inputs, tokenizer.name, tokenizer.fingerprint, key)
+    told = digest(LAYOUT, place, inputs, tokenizer.name, tokenizer.fingerprint, digest_of_files(production.tokenizer),
+                  key)
     name = re.sub(r"[^\w.-]+", "_", os.path.basename(place))[-40:]
     sizes = [source.size for source in sources]
     return Stream(entry, inputs, sum(sizes) if all(sizes) else 0, os.path.join(cache, f"{name}-{told[:16]}"), key,
@@ -286,16 +290,18 @@ class GrowingTokens:
         self._state: tuple[int, int] | None = None
         """which `state.json` was read last: inode, time of change"""
         self._asked = 0
+        self._produced = os.path.exists(stream.error_file)
+        """whether a producer of this run has been seen"""
         self.total: int | None = None
 
     def read(self, start: int, stop: int, ahead: int) -> np.ndarray:
         """int64 tokens [start, stop) of the endless repetition, when they are there; asks for the first `ahead`."""
-        if self.total is None:
-            if ahead > self._asked:
+        if self.total is None and ahead > self._asked:
+            self._asked = ahead
+            if self.refresh() < ahead and self.total is None:
                 self._stream.want(ahead)
-                self._asked = ahead
-            if len(self._tokens) < stop:
-                self._wait(stop, ahead)
+        if self.total is None and len(self._tokens) < stop:
+            self._wait(stop, ahead)
         if not len(self._tokens):
             return np.empty(0, np.int64)
         return self._tokens.take(np.arange(start, stop), mode="wrap").astype(np.int64)
@@ -320,16 +326,24 @@ class GrowingTokens:
         return len(self._tokens)
 
     def _wait(self, stop: int, ahead: int) -> None:
-        begin = time.monotonic()
-        say_at = begin + SAY_AFTER_SECONDS
-        while self.refresh() < stop and self.total is None:
+        """Until there are `stop` tokens, or all. Raises ValueError when nobody makes them any more."""
+        say_at = time.monotonic() + SAY_AFTER_SECONDS
+        trainer = multiprocessing.parent_process()  # of a worker that reads ahead: the training process
+        while True:
+            produced = os.path.exists(self._stream.error_file)  # looked at first: it goes when all is there
+            if self.refresh() >= stop or self.total is not None:
+                return
             if error := self._stream.error():
                 raise ValueError(error)
+            if (self._produced and not produced) or (trainer and not trainer.is_alive()):
+                raise ValueError(f"the process that had {self._stream.entry} tokenised ended")
+            self._produced = produced
             self._stream.want(ahead)
             if time.monotonic() >= say_at:
                 say_at += SAY_EVERY_SECONDS
-                LOGGER.info("waiting for %s: %d tokens are made, the next sample ends with the %dth",
-                            self._stream.entry, len(self._tokens), stop)
+                LOGGER.info("waiting for %s: %d tokens are made, the next sample ends with the %dth; the others are "
+                            "made by %s", self._stream.entry, len(self._tokens), stop,
+                            owner(self._stream.prefix) or "nobody yet")
             time.sleep(POLL_SECONDS)
 
 
@@ -345,7 +359,8 @@ def start_producer(stream: Stream, needed: int, lookahead: int) -> subprocess.Po
     Raises:
         OSError: the cache cannot be written.
     """
-    os.makedirs(os.path.dirname(stream.prefix), exist_ok=True)
+    with named_errors(os.path.dirname(stream.prefix)):
+        os.makedirs(os.path.dirname(stream.prefix), exist_ok=True)
     stream.want(0)
     errors = _create_error_file(stream)
     order = json.dumps({"stream": dataclasses.asdict(stream), "needed": needed, "lookahead": lookahead,
@@ -354,6 +369,7 @@ def start_producer(stream: Stream, needed: int, lookahead: int) -> subprocess.Po
               f"from megatron.data.streaming import main; main()"
     process = subprocess.Popen([sys.executable, "-c", program, order], stdin=subprocess.PIPE, pass_fds=[errors],
                                start_new_session=True)
+    os.register_at_fork(after_in_child=process.stdin.close)  # a worker that holds it would keep the producer alive
     threading.Thread(target=_watch, args=(process, stream, errors), daemon=True).start()
     return process
 
@@ -402,18 +418,24 @@ def main() -> None:
     """The producer process: makes what its argument says, and ends with the process that started it."""
     log.setup()
     order = json.loads(sys.argv[1])
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     stream = Stream(**{**order["stream"], "tokenizer": TokenizerConfig(**order["stream"]["tokenizer"])})
     stop, errors, code = threading.Event(), order["errors"], 0
     threading.Thread(target=_listen, args=(stream, errors, stop), daemon=True).start()
     try:
         produce(stream, order["needed"], order["lookahead"], stop)
-        if same_file(errors, stream.error_file) and os.pread(errors, 1, 0) == b"\0":
-            os.remove(stream.error_file)
+        _leave(stream, errors)
     except (ValueError, OSError) as error:
         _report(errors, _translate(error))
         code = 2
     sys.stdout.flush()
     os._exit(code)  # threads of libraries that read hf: sources abort the process in the interpreter's teardown
+
+
+def _leave(stream: Stream, errors: int) -> None:
+    """Tell those who still wait that no more will come, if nothing worse has been told."""
+    if same_file(errors, stream.error_file) and os.pread(errors, 1, 0) == b"\0":
+        os.remove(stream.error_file)
 
 
 def _listen(stream: Stream, errors: int, stop: threading.Event) -> None:
@@ -422,6 +444,7 @@ def _listen(stream: Stream, errors: int, stop: threading.Event) -> None:
         _report(errors, f"the process that had {stream.entry} tokenised ended")
     stop.set()
     time.sleep(GRACE_SECONDS)  # for the chunk at hand and the commit; then it hangs in a read from a network
+    _leave(stream, errors)
     os._exit(0 if told else 1)
 
 
@@ -439,7 +462,9 @@ def produce(stream: Stream, needed: int, lookahead: int, stop: threading.Event) 
             if _identify(open_sources([stream.entry])) != stream.inputs:
                 raise ValueError(f"{stream.entry} has changed since this run started. Start the run again")
             with Preprocessing(stream.job, chunk_bytes=CHUNK_BYTES) as work:
-                _tokenise(work, stream, needed, lookahead, stop)
+                # Another process may have been at it while this one prepared.
+                if not stream.is_complete and (work.tokens < needed or work.published):
+                    _tokenise(work, stream, needed, lookahead, stop)
             return
         except Busy:
             stop.wait(RETRY_SECONDS)

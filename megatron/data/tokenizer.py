@@ -83,6 +83,9 @@ class Tokenizer(ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
 
+CACHE_BYTES = 192 << 20
+"""by which the process may grow before the fast encoder is loaded anew: several times what most text makes of it"""
+
 NEW_FROM = 0x378  # the first code point that is not assigned
 ALL_NEW_FROM = 0x40000  # nothing is assigned here but tags and private use
 
@@ -110,6 +113,15 @@ def _has_new(text: str) -> bool:
     return bool(len(codes)) and bool((codes >= ALL_NEW_FROM).any() or new_characters()[codes].any())
 
 
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 class FastBPE(Tokenizer):
     """A tokenizer with a reference implementation and, where it can load the vocabulary, gigatoken in front of it.
 
@@ -119,6 +131,9 @@ class FastBPE(Tokenizer):
     """
 
     _fast: gigatoken.Tokenizer | None = None
+    _load: Callable[[], gigatoken.Tokenizer]
+    _resident = 0
+    """bytes of memory of the process when `_fast` was loaded"""
     _to_compare = COMPARED_DOCUMENTS
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -127,6 +142,7 @@ class FastBPE(Tokenizer):
             self._compare([text for i, text in enumerate(texts) if i not in doubtful] if doubtful else texts)
         if self._fast is None or not texts:
             return flatten(self._reference(texts))
+        self._bound_memory()
         if not doubtful:
             return self._encode_fast(texts)
         ids, lengths = self._encode_fast([text for i, text in enumerate(texts) if i not in doubtful])
@@ -140,6 +156,15 @@ class FastBPE(Tokenizer):
         layout = self._fast.encode_batch(texts).layout  # an awkward ListOffsetArray: flat content and offsets
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0]:offsets[-1]], np.diff(offsets)
+
+    def _bound_memory(self) -> None:
+        """gigatoken remembers every word that it has seen; load it anew when that has become too much."""
+        resident = resident_bytes()
+        self._resident = self._resident or resident
+        if resident - self._resident > CACHE_BYTES:
+            self._fast = None  # frees the old one before there is a new one
+            self._fast = self._load()
+            self._resident = resident_bytes()
 
     def compare(self, documents: int) -> None:
         self._to_compare = documents
@@ -161,6 +186,7 @@ class FastBPE(Tokenizer):
 
     def _load_fast(self, load: Callable[[], gigatoken.Tokenizer]) -> gigatoken.Tokenizer | None:
         """Call `load`; a vocabulary that gigatoken does not support leaves the reference alone, with a warning."""
+        self._load = load
         try:
             return load()
         except Exception as error:  # gigatoken raises plain RuntimeError, ValueError or OSError

@@ -92,11 +92,9 @@ class WorkFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
             lock.close()
-            raise Busy(f"{self.prefix} is being written by {owner}. Wait for it, or choose another output "
-                       f"prefix") from None
+            raise Busy(f"{self.prefix} is being written by {owner(self.prefix) or 'another process'}. Wait for it, or "
+                       f"choose another output prefix") from None
         except OSError as error:
             LOGGER.warning("%s has no file locks (%s): see that no two programs write %s at once", self.path.parent,
                            error.strerror, self.prefix)
@@ -113,6 +111,13 @@ class WorkFolder:
             self.release()
             raise
         return True
+
+
+def owner(prefix: str) -> str:
+    """The process that holds the work folder of a prefix, or held it last; empty: nobody."""
+    with suppress(OSError):
+        return Path(f"{prefix}.partial", "lock").read_text(encoding="utf-8").strip()
+    return ""
 
 
 def same_file(descriptor: int, path: str) -> bool:

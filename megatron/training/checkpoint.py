@@ -141,8 +141,10 @@ ORDER = {
 
 def warn_of_new_order(saved: Record, current: Record) -> None:
     """Warn when a resumed run will not see the samples that the saved run would have gone on with."""
-    changed = [f"--{name.replace('_', '-')}" for section, names in ORDER.items() for name in names
-               if getattr(getattr(saved.config, section), name) != getattr(getattr(current.config, section), name)]
+    # The order of streamed text does not depend on the run's length.
+    fixed = ("train_iters", "train_tokens") if current.config.data.streaming_data_path else ()
+    changed = [f"--{name.replace('_', '-')}" for section, names in ORDER.items() for name in names if name not in fixed
+               and getattr(getattr(saved.config, section), name) != getattr(getattr(current.config, section), name)]
     if changed:
         get_logger().warning("%s differ(s) from the checkpoint's: the samples come in another order from here on, and "
                              "some of those already seen may come again", " ".join(changed))

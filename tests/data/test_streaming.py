@@ -16,6 +16,7 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import zstandard
 
 import runs
@@ -229,6 +230,36 @@ def test_what_another_cache_takes(tmp_path):
     assert first.startswith("/c/a.jsonl-") and prefix("hf:name/set:train").startswith("/c/set_train-")
 
 
+def test_a_tokenizer_that_splits_otherwise_takes_another_cache(tmp_path):
+    """Its vocabulary, and with it its fingerprint, is the same."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0, "a": 1}, []))
+    config = TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json"))
+    corpus(tmp_path / "a.jsonl")
+    prefixes = []
+    for normalizer in (None, tokenizers.normalizers.Lowercase()):
+        if normalizer:
+            t.normalizer = normalizer
+        t.save(str(tmp_path / "t.json"))
+        prefixes.append(stream_of(tmp_path / "a.jsonl", tmp_path, config=config).prefix)
+    assert len(set(prefixes)) == 2
+
+
+def test_a_cache_that_has_enough_is_left_as_it_is(tmp_path):
+    """Nothing is asked for, so a folder that cannot be written will do; and a producer that comes late adds nothing."""
+    tokens = large(tmp_path / "a.jsonl")
+    cache = tmp_path / "c"
+    want = loop(tokens, 50, 4)
+    assert read(open_samples(tmp_path / "a.jsonl", samples=50, cache=cache)) == want
+    until(lambda: is_free(cache) and not list(cache.glob("*.error")))
+    for path in cache.glob("*.wanted"):
+        path.unlink()
+    made, files = cached_tokens(cache), sorted(os.listdir(cache))
+    assert read(open_samples(tmp_path / "a.jsonl", samples=50, cache=cache)) == want
+    stream = stream_of(tmp_path / "a.jsonl", cache)
+    module.produce(stream, 50 * S + 1, 1 << 20, threading.Event())
+    assert cached_tokens(cache) == made and sorted(os.listdir(cache)) == files
+
+
 def test_the_place_of_the_cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("in/deep", "d[1]"):
@@ -325,7 +356,7 @@ def test_waiting_says_what_for(tmp_path, monkeypatch, caplog):
     thread.start()
     until(lambda: "waiting" in caplog.text)
     assert caplog.messages[-1] == f"waiting for {tmp_path}/a.jsonl: 0 tokens are made, the next sample ends with the " \
-                                  f"{4 * S + 1}th"
+                                  f"{4 * S + 1}th; the others are made by nobody yet"
     Path(samples._stream.error_file).write_text("enough")
     thread.join(10)
     assert not thread.is_alive()

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,37 @@ def test_the_producer_ends_with_the_training_process(tmp_path, how):
     assert err.count("Traceback") == (how == signal.SIGINT) and out == ""
     errors = [path.read_text().rstrip("\0") for path in (tmp_path / "c").glob("*.error")]
     assert errors == [f"the process that had {tmp_path}/a.jsonl tokenised ended"] * (how == signal.SIGKILL)
+
+
+def test_a_reader_does_not_wait_when_the_process_that_started_the_producer_has_ended(tmp_path):
+    """Rank 0 ends by an error of its own: its producer is told to stop, and the other ranks see that it has."""
+    large(tmp_path / "a.jsonl")
+    first, other = (StreamSamples(stream_of(tmp_path / "a.jsonl", tmp_path / "c"), 257, S, 10**6, 5, 4)
+                    for _ in range(2))
+    first.start(lookahead=1000)
+    other = pickle.loads(pickle.dumps(other))  # another rank opens it when the producer has been started
+    assert first[0].tolist() == other[0].tolist()
+    del first
+    with pytest.raises(ValueError, match="a.jsonl tokenised ended$"):
+        for i in range(len(other)):
+            other[i]
+    assert is_free(tmp_path / "c")
+
+
+def test_a_forked_worker_does_not_keep_the_producer_alive(tmp_path):
+    large(tmp_path / "a.jsonl")
+    samples = StreamSamples(stream_of(tmp_path / "a.jsonl", tmp_path / "c"), 257, S, 10**6, 5, 4)
+    samples.start(lookahead=1000)
+    assert len(samples[0]) == S + 1 and not is_free(tmp_path / "c")
+    if not (worker := os.fork()):
+        time.sleep(30)
+        os._exit(0)
+    try:
+        del samples
+        until(lambda: is_free(tmp_path / "c"))
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 @pytest.mark.parametrize(("told", "code"), [(b"q", 0), (b"", 1)])

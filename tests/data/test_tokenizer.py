@@ -160,6 +160,23 @@ def test_every_character_is_encoded_as_the_reference_does(punctuated, context):
     assert punctuated._fast is not None and not punctuated.difference
 
 
+def test_the_fast_encoder_is_loaded_anew_when_it_has_grown(punctuated, monkeypatch):
+    right, loaded, load = punctuated.encode("the cat").tolist(), [], punctuated._load
+    monkeypatch.setattr(punctuated, "_load", lambda: loaded.append(1) or load())
+    punctuated.encode("the cat")
+    assert not loaded
+    monkeypatch.setattr(module, "CACHE_BYTES", -(1 << 40))
+    assert [punctuated.encode("the cat").tolist() for _ in range(3)] == [right] * 3 and len(loaded) == 3
+    assert (1 << 20) < module.resident_bytes() < (1 << 40)
+
+
+def test_where_the_system_does_not_say_how_large_a_process_is(monkeypatch):
+    def nothing(*_):
+        raise FileNotFoundError
+    monkeypatch.setattr("builtins.open", nothing)
+    assert module.resident_bytes() == 0
+
+
 def test_new_characters_go_to_the_reference_and_nothing_else_does(punctuated, monkeypatch):
     """In any place of a batch; they are no reason to leave the fast encoder either."""
     seen, reference = [], punctuated._reference
