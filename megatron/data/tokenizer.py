@@ -86,6 +86,7 @@ class Tokenizer(ABC):
 CACHE_BYTES = 192 << 20
 """by which the process may grow before the fast encoder is loaded anew: several times what most text makes of it"""
 
+LOOKED_AT = 1 << 18  # characters, which take 4 bytes each meanwhile
 NEW_FROM = 0x378  # the first code point that is not assigned
 ALL_NEW_FROM = 0x40000  # nothing is assigned here but tags and private use
 
@@ -103,8 +104,17 @@ def new_characters() -> np.ndarray:
 
 def texts_with_new_characters(texts: list[str]) -> set[int]:
     """Numbers of the texts on which the fast encoder is not to be trusted."""
-    wide = [i for i, text in enumerate(texts) if not text.isascii()]
-    return {i for i in wide if _has_new(texts[i])} if _has_new("".join(texts[i] for i in wide)) else set()
+    found: set[int] = set()
+    group, characters = [], 0  # looked at together: texts can be short, and each look costs some microseconds
+    for i, text in enumerate(texts):
+        if not text.isascii():
+            group.append(i)
+            characters += len(text)
+        if characters >= LOOKED_AT or (group and i == len(texts) - 1):
+            if _has_new("".join([texts[k] for k in group])):
+                found.update(k for k in group if _has_new(texts[k]))
+            group, characters = [], 0
+    return found
 
 
 def _has_new(text: str) -> bool:
