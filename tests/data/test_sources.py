@@ -340,7 +340,11 @@ def test_a_hugging_face_dataset(hub):
         for i, chunk in enumerate(chunks):
             assert list(source.chunks(KEYS, start=chunk.end, chunk_bytes=chunk_bytes)) == chunks[i + 1:]
     assert texts(only("hf:name@default:test")) == ["b"] and chunks[0].place(4) == "hf:name, row 4"
-    assert source.resumable and source.identity() == ["hf:name", 0, 0] and (source.size, source.unit) == (0, "row")
+    assert source.resumable and source.identity()[:3] == ["hf:name", 0, 0] and (source.size, source.unit) == (0, "row")
+    files = sorted(str(path.resolve()) for path in Path("name").iterdir())
+    assert [file for file, *_ in source.identity()[3]] == files and open_sources(["hf:other"])[0].identity()[3] == []
+    os.utime(files[0], (1, 1))
+    assert only("hf:name").identity() != source.identity()
 
 
 def test_hugging_face_datasets_that_cannot_be_read(hub):
