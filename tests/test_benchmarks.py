@@ -39,16 +39,21 @@ def test_finish(ratio, check, code, tmp_path, capsys):
     assert row["name"] == "n" and row["baseline"] == "b" and row["bar"] == 2.0 and row["holds"] == (ratio < 2)
 
 
-def test_data_index_quickly(tmp_path):
-    """Every row is there, and nothing stays behind. Whether bars hold is not for a test on a busy machine."""
-    temp, rows = tmp_path / "temp", tmp_path / "rows.json"
+def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
+    """(what a benchmark prints, its rows, the folder of its temporary files)"""
+    temp, rows = folder / "temp", folder / "rows.json"
     temp.mkdir()
-    done = subprocess.run([sys.executable, str(REPO / "benchmarks/data_index.py"), "--quick", "--json", str(rows)],
+    done = subprocess.run([sys.executable, str(REPO / "benchmarks" / name), "--quick", "--json", str(rows)],
                           capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(temp)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "200,000 documents, 200,000,000 tokens: 195,312 samples" in done.stdout
-    assert all(words in done.stdout for words in ("peak memory", "the dataset and", "first visit: median", "tokens/s"))
-    table = json.loads(rows.read_text())
+    return done.stdout, json.loads(rows.read_text()), temp
+
+
+def test_data_index_quickly(tmp_path):
+    """Every row is there, and nothing stays behind. Whether bars hold is not for a test on a busy machine."""
+    printed, table, temp = run_quickly("data_index.py", tmp_path)
+    assert "200,000 documents, 200,000,000 tokens: 195,312 samples" in printed
+    assert all(words in printed for words in ("peak memory", "the dataset and", "first visit: median", "tokens/s"))
     assert [row["name"] for row in table] == [
         "open what is built", "a random sample, first visit", "a random sample, again"] + [
         f"100 micro-batches, {kind}" for kind in ("0 workers", "2 workers", "0 workers, resets")]
@@ -58,12 +63,8 @@ def test_data_index_quickly(tmp_path):
 
 def test_preprocess_quickly(tmp_path):
     """Every row is there, both programs write the same, and nothing stays behind."""
-    temp, rows = tmp_path / "temp", tmp_path / "rows.json"
-    temp.mkdir()
-    done = subprocess.run([sys.executable, str(REPO / "benchmarks/preprocess.py"), "--quick", "--json", str(rows)],
-                          capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(temp)})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "tokens equal byte for byte" in done.stdout and not list(temp.iterdir())
-    assert [(row["name"], row["bar"]) for row in json.loads(rows.read_text())] == [
+    printed, table, temp = run_quickly("preprocess.py", tmp_path)
+    assert "tokens equal byte for byte" in printed and not list(temp.iterdir())
+    assert [(row["name"], row["bar"]) for row in table] == [
         ("tools/preprocess_data.py", None), ("time per byte, 8 MB", None), ("peak memory, 8 MB", None),
         ("tools/merge_datasets.py", None)]

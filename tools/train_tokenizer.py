@@ -71,6 +71,7 @@ class Corpus:
     def __iter__(self) -> Iterator[tuple[str, ...]]:
         from tqdm import tqdm
 
+        from megatron.data.chunks import no_documents
         from megatron.data.sources import open_sources
 
         sources = open_sources(self.inputs)
@@ -87,14 +88,12 @@ class Corpus:
                     lines += parsed.lines
                     bar.update(chunk.read)
         if not self.documents:
-            raise ValueError(f"--input {' '.join(self.inputs)} has no documents" +
-                             (f": all {self.skipped} records were skipped" if self.skipped else ""))
+            raise no_documents(self.inputs, self.skipped)
 
     def _reject(self, chunk: Chunk, parsed: Parsed, lines: int) -> None:
         for rejected in parsed.rejected:
             if not self.skip_errors:
-                raise ValueError(f"{chunk.place(lines + rejected.line)}: {rejected.reason}. Correct or remove it, or "
-                                 f"leave such records out: --on-error skip")
+                raise chunk.refusal(rejected, lines + rejected.line)
             self.skipped += 1
 
 

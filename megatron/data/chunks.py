@@ -82,6 +82,11 @@ class Chunk:
         """Of a record in messages: `PATH:LINE`, or `PATH, row N`; `number` counts from the source's begin, from 1."""
         return f"{self.path}:{number}" if self.unit == "line" else f"{self.path}, {self.unit} {number}"
 
+    def refusal(self, rejected: Rejected, number: int) -> ValueError:
+        """The error of a record that is not to be skipped; `number` as for `place`."""
+        return ValueError(f"{self.place(number)}: {rejected.reason}. Correct or remove it, or leave such records out: "
+                          f"--on-error skip")
+
     def parse(self, keys: Sequence[str]) -> Parsed:
         """The strings under `keys`; blank lines are no documents.
 
@@ -175,6 +180,12 @@ def _why_not_value(key: str, value: object) -> str:
     except UnicodeEncodeError:
         return f"{key!r} has a lone surrogate; allowed: a string in UTF-8"
     return ""
+
+
+def no_documents(inputs: Sequence[str], skipped: int) -> ValueError:
+    """The error of inputs that turned out to be empty, or of which every record was skipped."""
+    return ValueError(f"--input {' '.join(inputs)} has no documents" +
+                      (f": all {skipped} records were skipped" if skipped else ""))
 
 
 def listed(names: Iterable[str]) -> str:

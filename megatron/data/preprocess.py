@@ -20,10 +20,11 @@ from typing import Any
 
 from megatron.config.cli import write_text
 from megatron.config.schema import TokenizerConfig, require
+from megatron.data.chunks import CHUNK_BYTES, Chunk, Rejected, no_documents
 from megatron.data.encode import Encoded, Encoders, Recipe
 from megatron.data.indexed import dtype_for_vocab
 from megatron.data.indexed_writer import PUBLISHED, IndexedWriter, is_resumable, publish
-from megatron.data.sources import CHUNK_BYTES, Chunk, open_sources
+from megatron.data.sources import open_sources
 from megatron.data.work import WorkFolder, named_errors
 
 LOGGER = logging.getLogger("megatron")
@@ -160,8 +161,7 @@ class Preprocessing:
     def finish(self) -> list[Totals]:
         """Publish every key's pair, and the rejected records if there are any."""
         if not self.documents:
-            raise ValueError(f"--input {' '.join(self.job.inputs)} has no documents" +
-                             (f": all {self.skipped} records were skipped" if self.skipped else ""))
+            raise no_documents(self.job.inputs, self.skipped)
         totals = [Totals(writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key])
                   for key, writer in self._writers.items()]
         if not self.published:
@@ -298,15 +298,13 @@ class Preprocessing:
         self._line += encoded.lines
         self._move_to(encoded.chunk, encoded.chunk.end)
 
-    def _reject(self, chunk: Chunk, rejected) -> None:
+    def _reject(self, chunk: Chunk, rejected: Rejected) -> None:
         number = self._line + rejected.line
-        where = chunk.place(number)
         if not self.job.skip_errors:
-            raise ValueError(f"{where}: {rejected.reason}. Correct or remove it, or leave such records out: "
-                             f"--on-error skip")
+            raise chunk.refusal(rejected, number)
         self.skipped += 1
         if self.skipped <= SHOWN_REJECTIONS:
-            LOGGER.warning("skipped %s: %s", where, rejected.reason)
+            LOGGER.warning("skipped %s: %s", chunk.place(number), rejected.reason)
         record = {"file": chunk.path, chunk.unit: number, "reason": rejected.reason,
                   "record": rejected.raw.decode(errors="backslashreplace")}
         with named_errors(self._rejected.name):
@@ -339,8 +337,7 @@ class Preprocessing:
 
     def _save(self, state: dict[str, Any]) -> None:
         self._state = state
-        with named_errors(self._folder.file(STATE)):
-            write_text(self._folder.file(STATE), json.dumps({"job": self._identity, **state}))
+        write_text(self._folder.file(STATE), json.dumps({"job": self._identity, **state}))
 
 
 @dataclass(frozen=True)
