@@ -117,8 +117,11 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
         if raw is not None:
             values[flag.section][flag.name] = _value(flag, _unescape(raw), flag.spellings[0])
     values["moe"]["gate"] = gate
-    built = {section: cls(**values[section]) for section, cls in classes.items()}
+    built = {section: cls(**values[section]) for section, cls in classes.items() if section != "moe"}
     extras = built.pop("options", None)
+    if hasattr(built["gate_options"], "mixture"):  # a gate whose own flags say how many experts there are, and where
+        values["moe"].update(built["gate_options"].mixture(values["moe"], built["model"].num_layers))
+    built["moe"] = MoEConfig(**values["moe"])
     built["gate_options"] = dataclasses.asdict(built["gate_options"])
     return RunConfig(**built), extras
 

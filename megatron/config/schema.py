@@ -140,6 +140,8 @@ class MoEConfig:
     """routed experts in a mixture-of-experts layer; 0: every layer is dense"""
     expert_interval: int = 1
     """every n-th layer is a mixture: 2 makes layers 2, 4, 6, ... mixtures"""
+    moe_layers: tuple[int, ...] = option(())
+    """the blocks, from 0, that are mixtures, instead of what --expert-interval and --moe-first-k-dense say"""
     gate: str = "topk"
     """the gate; --help after it also lists that gate's own flags"""
     moe_ffn_hidden_size: int = 0
@@ -164,6 +166,8 @@ class MoEConfig:
         require(self.expert_interval > 0, "--expert-interval", self.expert_interval, "a positive integer")
         ep = self.moe_expert_parallel_size
         require(ep > 0, "--moe-expert-parallel-size", ep, "a positive integer")
+        require(not self.moe_layers or (self.expert_interval == 1 and self.moe_first_k_dense == 0), "--moe-layers",
+                list(self.moe_layers), "only without --expert-interval and --moe-first-k-dense", "Use one of the two.")
         require(self.num_experts > 0 or ep == 1, "--moe-expert-parallel-size", ep, "1 without experts",
                 "Set --num-experts.")
         require(self.num_experts > 0 or self.moe_shared_experts == 0, "--moe-shared-experts", self.moe_shared_experts,
@@ -174,6 +178,8 @@ class MoEConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block `layer` (from 0) is a mixture."""
+        if self.moe_layers:
+            return self.num_experts > 0 and layer in self.moe_layers
         return self.num_experts > 0 and layer >= self.moe_first_k_dense and (layer + 1) % self.expert_interval == 0
 
 
@@ -405,6 +411,8 @@ class RunConfig:
         stage, moe, layers = self.optimizer.zero_stage, self.moe, self.model.num_layers
         require(stage > 0 or moe.num_experts == 0, "--zero-stage", stage, "1, 2 or 3 with experts",
                 "DeepSpeed's ZeRO 0 gets the gradient norm of experts wrong, so clipping would be wrong.")
+        require(all(0 <= i < layers for i in moe.moe_layers), "--moe-layers", list(moe.moe_layers),
+                f"blocks from 0 to {layers - 1}")
         require(moe.num_experts == 0 or any(moe.is_moe_layer(i) for i in range(layers)), "--expert-interval",
                 moe.expert_interval, f"what leaves a mixture layer among {layers} layers, the first "
                 f"{moe.moe_first_k_dense} dense", "Lower it or --moe-first-k-dense.")

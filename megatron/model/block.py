@@ -5,6 +5,8 @@ Letters: B batch, S sequence, D hidden.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,3 +49,9 @@ class Block(nn.Module):
         out: FFNOutput = self.mlp(self.post_attention_layernorm(h_BSD), context or FFNContext())
         h_BSD = h_BSD + F.dropout(out.y, self.dropout, self.training)
         return h_BSD, out.aux_loss, out.carry
+
+    def recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """What `torch.utils.checkpoint` puts around the forward pass and around its repetition."""
+        if hasattr(self.mlp, "recompute_contexts"):
+            return self.mlp.recompute_contexts()
+        return nullcontext(), nullcontext()

@@ -60,4 +60,4 @@ def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, laye
     return MoELayer(
         gate, experts, moe.num_experts, shared=shared, train_capacity_factor=moe.moe_train_capacity_factor,
         eval_capacity_factor=moe.moe_eval_capacity_factor, min_capacity=moe.moe_min_capacity,
-        ep_group=groups.ep_group)
+        groups=groups)

@@ -126,7 +126,7 @@ class GPT(nn.Module):
 
     def _run(self, block: Block, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            return checkpoint(block, *args, use_reentrant=False, context_fn=block.recompute_contexts)
         return block(*args)
 
     @torch.no_grad()

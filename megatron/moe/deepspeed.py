@@ -31,13 +31,13 @@ class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
         """Called by the engine after it cast the model and before it builds the optimizer.
 
-        Which is the moment to give the gate its fp32 parameters back: ZeRO then flattens them, in their own
-        parameter group, as fp32.
+        Which is the moment to give the gate its fp32 parameters and buffers back: ZeRO then flattens the parameters, in
+        their own parameter group, as fp32.
         """
         AutoEPMoELayer.set_deepspeed_parallelism(self, *args, **kwargs)
-        for parameter, original in self.fp32_gate_parameters:
-            parameter.data = original.to(parameter.device)
-        self.fp32_gate_parameters = []
+        for tensor, original in self.fp32_gate_state:
+            tensor.data = original.to(tensor.device)
+        self.fp32_gate_state = []
 
 
 def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> None:
@@ -45,7 +45,7 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
 
     Args:
         keep_gate_fp32: False for ZeRO 3, which partitions parameters of one dtype only: gate parameters are then
-            stored in the engine's dtype (their master copy stays fp32) and still scored in fp32.
+            stored in the engine's dtype (their master copy stays fp32) and still scored in fp32. Buffers stay fp32.
     """
     for layer in moe_layers(model):
         layer.__class__ = DeepSpeedMoELayer
@@ -62,8 +62,8 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
             layer.experts.w3 = nn.Parameter(torch.zeros(local, 1, 1, device=layer.experts.w1.device))
         for parameter in layer.experts.parameters():
             _mark_expert(parameter, layer)
-        layer.fp32_gate_parameters = [
-            (p, p.detach().clone()) for p in layer.gate.parameters()] if keep_gate_fp32 else []
+        kept = [*layer.gate.buffers(), *(layer.gate.parameters() if keep_gate_fp32 else ())]
+        layer.fp32_gate_state = [(t, t.detach().clone()) for t in kept]
 
 
 def _mark_expert(p: nn.Parameter, layer: DeepSpeedMoELayer) -> None:

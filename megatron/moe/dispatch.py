@@ -1,7 +1,7 @@
 """Capacity, plan, exchange, combine: how token rows reach experts and come back. The only MoE communication.
 
 Letters: T tokens on this rank, D hidden, E routed experts, C choices (E + local paths), A assignments of the gate,
-S assignments that survive capacity, sorted by choice; R rows this rank's experts receive.
+S assignments that survive capacity, sorted by choice; R rows this rank's experts receive, P ranks that share experts.
 """
 
 from __future__ import annotations
@@ -18,21 +18,40 @@ from megatron.moe.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Which rows go where; made by `make_plan`, read by the rest of this file and by the layer's counters."""
+class Rows:
+    """Some of the surviving assignments, sorted by choice, as rows to gather and to combine."""
 
     assignment_S: Tensor
-    """index into the gate's list, sorted by choice"""
+    """index into the gate's list"""
     token_S: Tensor
-    """token of each surviving assignment"""
+    """token of each row"""
     by_token_S: Tensor
     """positions in [0, S) sorted by token"""
     bags_T1: Tensor
     """where each token's positions start in by_token_S; the last entry is S"""
+
+    @staticmethod
+    def of(assignment_S: Tensor, token_S: Tensor, num_tokens: int) -> Rows:
+        bags_T1 = F.pad(count(token_S, num_tokens).cumsum(0), (1, 0))
+        return Rows(assignment_S, token_S, token_S.argsort(stable=True), bags_T1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which rows go where; made by `make_plan`, read by the layer and its counters."""
+
+    routed: Rows
+    """rows for routed experts, sorted by expert"""
+    local: Rows | None
+    """rows for local paths, sorted by path; None without any. Paths that return zeros have no rows"""
+    local_counts: list[int]
+    """rows of each local path, 0 for those that return zeros"""
     wanted_C: Tensor
     """assignments per choice before capacity"""
     kept_C: Tensor
     """assignments per choice after capacity"""
+    kept_T: Tensor
+    """assignments per token after capacity"""
 
 
 def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> int | None:
@@ -43,11 +62,15 @@ def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> 
 
 
 def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_paths: int = 0,
-              limit: int | None = None) -> Plan:
+              limit: int | Tensor | None = None, num_zero_paths: int = 0) -> Plan:
     """Sort assignments by choice and drop what is over capacity.
 
-    Survivors are the `limit` highest priorities of each routed expert, ties by position in the gate's list; the rest
-    is dropped, never rerouted. Local paths have no limit.
+    Survivors are the `limit` highest priorities of each choice, ties by position in the gate's list; the rest is
+    dropped, never rerouted.
+
+    Args:
+        limit: rows one routed expert takes (local paths then have no limit), or int64 [C], or None for no limit.
+        num_zero_paths: how many of the last local paths return zeros: counted, but no rows are made for them.
     """
     num_choices = num_experts + num_local_paths
     wanted_C = count(routing.expert_A, num_choices)
@@ -55,18 +78,32 @@ def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_pat
         order_A = routing.expert_A.argsort(stable=True)
         kept_C = wanted_C
     else:
-        priority_A = routing.weight_A.detach().abs() if routing.priority_A is None else routing.priority_A
-        by_priority = priority_A.argsort(descending=True, stable=True)
-        order_A = by_priority[routing.expert_A[by_priority].argsort(stable=True)]
-        sorted_choice_A = routing.expert_A[order_A]
-        place_A = torch.arange(len(order_A), device=order_A.device) - _starts(wanted_C)[sorted_choice_A]
-        order_A = order_A[(place_A < limit) | (sorted_choice_A >= num_experts)]
-        kept_C = wanted_C.clone()
-        kept_C[:num_experts].clamp_(max=limit)
-    token_S = routing.token_A[order_A]
-    by_token_S = token_S.argsort(stable=True)
-    bags_T1 = F.pad(count(token_S, num_tokens).cumsum(0), (1, 0))
-    return Plan(order_A, token_S, by_token_S, bags_T1, wanted_C, kept_C)
+        order_A, kept_C = _survivors(routing, wanted_C, limit, num_experts)
+    token_A = routing.token_A[order_A]
+    kept_T = count(token_A, num_tokens)
+    if not num_local_paths:
+        return Plan(Rows.of(order_A, token_A, num_tokens), None, [], wanted_C, kept_C, kept_T)
+    counts = kept_C[num_experts:].tolist()
+    if num_zero_paths:
+        counts[-num_zero_paths:] = [0] * num_zero_paths
+    first = len(order_A) - int(kept_C[num_experts:].sum())
+    local = slice(first, first + sum(counts))
+    return Plan(Rows.of(order_A[:first], token_A[:first], num_tokens),
+                Rows.of(order_A[local], token_A[local], num_tokens), counts, wanted_C, kept_C, kept_T)
+
+
+def _survivors(routing: Routing, wanted_C: Tensor, limit: int | Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(assignments under the limit, sorted by choice; how many per choice)."""
+    limit_C = limit
+    if isinstance(limit, int):
+        limit_C = torch.full_like(wanted_C, len(routing.expert_A))
+        limit_C[:num_experts] = limit
+    priority_A = routing.weight_A.detach().abs() if routing.priority_A is None else routing.priority_A
+    by_priority = priority_A.argsort(descending=True, stable=True)
+    order_A = by_priority[routing.expert_A[by_priority].argsort(stable=True)]
+    choice_A = routing.expert_A[order_A]
+    place_A = torch.arange(len(order_A), device=order_A.device) - _starts(wanted_C)[choice_A]
+    return order_A[place_A < limit_C[choice_A]], torch.minimum(wanted_C, limit_C)
 
 
 def count(index: Tensor, size: int) -> Tensor:
@@ -90,28 +127,28 @@ class Gather(torch.autograd.Function):
     """rows_S = x_T[token_S]. Backward is a segment sum in token order: no atomics, so it is deterministic."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        return x_TD.index_select(0, plan.token_S)
+    def forward(ctx, x_TD: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x_TD.index_select(0, rows.token_S)
 
     @staticmethod
     def backward(ctx, grad_SD: Tensor) -> tuple:
-        return _bag_sum(grad_SD.contiguous(), ctx.plan.by_token_S, ctx.plan.bags_T1), None
+        return _bag_sum(grad_SD.contiguous(), ctx.rows.by_token_S, ctx.rows.bags_T1), None
 
 
 class Combine(torch.autograd.Function):
     """y_t = sum of weight_s * rows_s over the token's rows, accumulated in fp32 inside the op."""
 
     @staticmethod
-    def forward(ctx, rows_SD: Tensor, weight_S: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx, rows_SD: Tensor, weight_S: Tensor, rows: Rows) -> Tensor:
         ctx.save_for_backward(rows_SD, weight_S)
-        ctx.plan = plan
-        return _bag_sum(rows_SD, plan.by_token_S, plan.bags_T1, weight_S[plan.by_token_S].to(rows_SD.dtype))
+        ctx.rows = rows
+        return _bag_sum(rows_SD, rows.by_token_S, rows.bags_T1, weight_S[rows.by_token_S].to(rows_SD.dtype))
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor) -> tuple:
         rows_SD, weight_S = ctx.saved_tensors
-        grad_SD = grad_TD.index_select(0, ctx.plan.token_S)
+        grad_SD = grad_TD.index_select(0, ctx.rows.token_S)
         grad_weight_S = (grad_SD * rows_SD).sum(-1, dtype=weight_S.dtype) if ctx.needs_input_grad[1] else None
         return grad_SD.mul_(weight_S.to(grad_SD.dtype).unsqueeze(1)), grad_weight_S, None
 

@@ -6,14 +6,18 @@ adds the bookkeeping that DeepSpeed's engine looks for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.moe.dispatch import Combine, Gather, Plan, capacity, count, make_plan, return_rows, send_rows
 from megatron.moe.experts import GroupedExperts
 from megatron.moe.gates import Gate
 from megatron.moe.routing import FFNContext, FFNOutput, GateInput, Routing
+from megatron.parallel.groups import Groups, all_reduce_sum
 
 
 class MoELayer(nn.Module):
@@ -25,20 +29,25 @@ class MoELayer(nn.Module):
         num_experts: routed experts over all ranks of the expert-parallel group.
         shared: an always-on MLP `(x, context) -> FFNOutput`, or None.
         train_capacity_factor, eval_capacity_factor, min_capacity: see `dispatch.capacity`; factor 0 is dropless.
-        ep_group: the ranks that share the experts; None when this rank holds all of them.
+        groups: who shares the experts, and whose loads a global balance loss adds up.
     """
 
     def __init__(self, gate: Gate, experts: GroupedExperts, num_experts: int, *, shared: nn.Module | None = None,
                  train_capacity_factor: float = 0.0, eval_capacity_factor: float = 0.0, min_capacity: int = 4,
-                 ep_group: dist.ProcessGroup | None = None):
+                 groups: Groups | None = None):
         super().__init__()
         self.gate, self.experts, self.shared = gate, experts, shared
         self.num_experts = num_experts
         self.capacity_factors = {True: train_capacity_factor, False: eval_capacity_factor}
         self.min_capacity = min_capacity
-        self.dispatch_group = ep_group
+        self.groups = groups or Groups()
         self.counters: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
         """sums since the last reading, by training mode; `megatron.moe.metrics` reads and clears them"""
+        self.step_sums: dict[str, Tensor] = {}
+        """sums since the last optimizer step, on this rank"""
+        self._step_loads: list[tuple[Tensor, Tensor]] = []
+        self._memory: dict[str, Any] | None = None
+        self._again = False
         self._checked = False
 
     def forward(self, x_BSD: Tensor, context: FFNContext | None = None) -> FFNOutput:
@@ -49,55 +58,122 @@ class MoELayer(nn.Module):
         if not self._checked:
             routing.check(len(x_TD), self.num_experts + len(self.gate.local_paths))
             self._checked = True
-        limit = capacity(len(x_TD), self.num_experts, self.capacity_factors[self.training], self.min_capacity)
-        plan = make_plan(routing, len(x_TD), self.num_experts, len(self.gate.local_paths), limit)
-        rows_SD = Gather.apply(x_TD, plan)
-        rows_SD = self._run(rows_SD, plan)
-        y_TD = Combine.apply(rows_SD, routing.weight_A[plan.assignment_S], plan)
-        y_BSD = y_TD.view_as(x_BSD)
+        paths = self.gate.local_paths
+        zero_paths = sum(getattr(path, "returns_zero", False) for path in paths)
+        plan = make_plan(routing, len(x_TD), self.num_experts, len(paths), self._limit(x_TD), zero_paths)
+        y_BSD = self._mix(x_TD, routing, plan).view_as(x_BSD)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD, context).y
-        self._count(routing, plan, len(x_TD))
-        return FFNOutput(y_BSD, routing.aux_loss, routing.carry)
+        aux_loss = self._aux_loss(routing)
+        if not self._again:
+            self._count(routing, plan, aux_loss)
+        return FFNOutput(y_BSD, aux_loss, routing.carry)
 
-    def _run(self, rows_SD: Tensor, plan: Plan) -> Tensor:
-        """Outputs of the chosen experts, row for row; rows of local paths come last and never leave the rank."""
-        paths = self.gate.local_paths
-        routed_SD, local = rows_SD, []
-        if len(paths):
-            local_counts = plan.kept_C[self.num_experts:].tolist()
-            routed_SD, *local = rows_SD.split([len(rows_SD) - sum(local_counts), *local_counts])
-        rows_RD, exchange = send_rows(routed_SD, plan.kept_C[: self.num_experts], self.dispatch_group)
-        rows_RD = self.experts(rows_RD, exchange.counts)
-        routed_SD = return_rows(rows_RD, exchange, self.dispatch_group)
-        if not len(paths):
-            return routed_SD
-        return torch.cat([routed_SD, *(path(x) for path, x in zip(paths, local, strict=True))])
+    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
+        """Weighted sum of the chosen experts' outputs: [T, D]. Local paths never leave the rank."""
+        group = self.groups.ep_group
+        rows_RD, exchange = send_rows(Gather.apply(x_TD, plan.routed), plan.kept_C[: self.num_experts], group)
+        rows_SD = return_rows(self.experts(rows_RD, exchange.counts), exchange, group)
+        y_TD = Combine.apply(rows_SD, routing.weight_A[plan.routed.assignment_S], plan.routed)
+        if plan.local is None or not len(plan.local.token_S):
+            return y_TD
+        inputs = Gather.apply(x_TD, plan.local).split(plan.local_counts)
+        outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True) if len(x)]
+        return y_TD + Combine.apply(torch.cat(outputs), routing.weight_A[plan.local.assignment_S], plan.local)
+
+    def _limit(self, x_TD: Tensor) -> int | Tensor | None:
+        num_tokens, factor = len(x_TD), self.capacity_factors[self.training]
+        own = self.gate.capacities(num_tokens, factor, self.min_capacity) if factor else None
+        if own is not None:
+            return torch.tensor(own, device=x_TD.device)
+        return capacity(num_tokens, self.num_experts, factor, self.min_capacity)
 
     def _gate_input(self, x_BSD: Tensor, context: FFNContext) -> GateInput:
         ids = context.token_ids_BS
-        sequence_T = None
+        sequence_T, num_sequences = None, 1
         if x_BSD.dim() == 3:
-            sequence_T = torch.arange(len(x_BSD), device=x_BSD.device).repeat_interleave(x_BSD.shape[1])
+            num_sequences = len(x_BSD)
+            sequence_T = torch.arange(num_sequences, device=x_BSD.device).repeat_interleave(x_BSD.shape[1])
         return GateInput(x_BSD.flatten(0, -2), None if ids is None else ids.flatten(), sequence_T, context.carry,
-                         context.progress)
+                         context.progress, num_sequences)
+
+    def _aux_loss(self, routing: Routing) -> Tensor:
+        """The gate's loss, and its global-batch terms with the loads of all ranks and of the step so far."""
+        if not routing.balance:
+            return routing.aux_loss
+        if not self.training:  # nothing to train, nobody to ask
+            return routing.aux_loss + sum(term.loss() for term in routing.balance)
+        if self._again:
+            loads = self._memory["loads"]
+        else:
+            loads = self._global_loads(routing)
+            if self._memory is not None:
+                self._memory["loads"] = loads
+        return routing.aux_loss + sum(term.loss(*load) for term, load in zip(routing.balance, loads, strict=True))
 
     @torch.no_grad()
-    def _count(self, routing: Routing, plan: Plan, num_tokens: int) -> None:
-        """Add this forward to the counters. Sums carry their own counts, because recompute runs forward twice."""
-        kept_T = plan.bags_T1.diff()
+    def _global_loads(self, routing: Routing) -> list[tuple[Tensor, Tensor]]:
+        """(count, total) of each term, summed over all ranks and over the micro-batches of this step up to this one."""
+        flat = torch.cat([t.flatten() for term in routing.balance for t in (term.count_NG, term.total_N)]).double()
+        parts = iter(all_reduce_sum(flat, self.groups).float().split(
+            [t.numel() for term in routing.balance for t in (term.count_NG, term.total_N)]))
+        loads = [(next(parts).view_as(term.count_NG), next(parts)) for term in routing.balance]
+        if self._step_loads:
+            loads = [(a + c, b + d) for (a, b), (c, d) in zip(loads, self._step_loads, strict=True)]
+        self._step_loads = loads
+        return loads
+
+    def end_step(self) -> None:
+        """Forget what belongs to the optimizer step that is over."""
+        self.step_sums, self._step_loads = {}, []
+
+    def recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """For `torch.utils.checkpoint`: what goes around a forward pass, and around its repetition in the backward one.
+
+        The repetition counts nothing, exchanges no loads, and has the aux loss of the first time.
+        """
+        memory: dict[str, Any] = {}
+        return self._pass(memory, again=False), self._pass(memory, again=True)
+
+    @contextmanager
+    def _pass(self, memory: dict[str, Any], again: bool) -> Iterator[None]:
+        self._memory, self._again = memory, again
+        try:
+            yield
+        finally:
+            self._memory, self._again = None, False
+
+    @torch.no_grad()
+    def _count(self, routing: Routing, plan: Plan, aux_loss: Tensor) -> None:
+        """Add this forward to the counters."""
+        num_tokens = len(plan.kept_T)
         wanted_T = count(routing.token_A, num_tokens)
-        one, choices = torch.ones((), device=kept_T.device), len(plan.kept_C)
+        one, bins = torch.ones((), device=wanted_T.device), self._most_choices() + 1
+        step = {"tokens": one * num_tokens, "load_E": plan.wanted_C[: self.num_experts],
+                **{f"sum/{name}": value for name, value in routing.sums.items()}}
         seen = {
             "tokens": one * num_tokens,
-            "wanted_C": plan.wanted_C.float(),
-            "kept_C": plan.kept_C.float(),
-            "lost_tokens": (kept_T < wanted_T).sum().float(),
-            "kept_histogram": count(kept_T.clamp_max(choices), choices + 1).float(),
+            "wanted_C": plan.wanted_C,
+            "kept_C": plan.kept_C,
+            "lost_tokens": (plan.kept_T < wanted_T).sum(),
+            "kept_histogram": count(plan.kept_T.clamp_max(bins - 1), bins),
             "forwards": one,
-            "aux_loss": routing.aux_loss.float(),
-            **{f"stat/{name}": value.float() for name, value in routing.stats.items()},
+            "aux_loss": aux_loss,
+            **{f"stat/{name}": value for name, value in routing.stats.items()},
+            **{f"sum/{name}": value for name, value in routing.sums.items()},
         }
-        sums = self.counters[self.training]
-        for name, value in seen.items():
-            sums[name] = sums[name] + value if name in sums else value.detach().clone()
+        _add(self.counters[self.training], seen)
+        if self.training:
+            _add(self.step_sums, step)
+
+    def _most_choices(self) -> int:
+        """Choices a token can have kept, for the histogram."""
+        most = type(self.gate).experts_per_token(self.gate.config, self.num_experts)[1]
+        return min(max(most, 1) + len(self.gate.local_paths), self.num_experts + len(self.gate.local_paths))
+
+
+def _add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
+    """Sum up in fp64: counts of a long interval stay exact."""
+    for name, value in seen.items():
+        value = value.detach().double()
+        sums[name] = sums[name] + value if name in sums else value.clone()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from megatron.moe.gates import Gate
 from megatron.moe.layer import MoELayer
+from megatron.moe.routing import StepTotals
 from megatron.parallel.groups import Groups, all_reduce_sum
 
 
@@ -21,31 +20,34 @@ class MoEMetrics:
     """Collects what the mixture layers of a model counted.
 
     `after_step` once per optimizer step, `read` once per log line: one all-reduce each, and `after_step` has none
-    when no gate asks for loads.
+    when no gate asks for totals.
     """
 
     def __init__(self, model: nn.Module, groups: Groups):
         self.layers, self.groups = moe_layers(model), groups
-        self._steppers = [m for m in self.layers if type(m.gate).post_step is not Gate.post_step]
-        self._seen: dict[int, Tensor] = {}
+        self._asked = any(getattr(type(m.gate), name) is not getattr(Gate, name)
+                          for m in self.layers for name in ("post_step", "after_step"))
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Call `post_step` of each gate that has one with this step's loads, summed over ranks and micro-batches."""
-        if not self._steppers:
-            return
-        totals = torch.stack([self._step_load(m) for m in self._steppers])
-        all_reduce_sum(totals, self.groups)
-        for layer, row in zip(self._steppers, totals, strict=True):
-            layer.gate.post_step(row[1:], row[0])
+        """End an optimizer step: give each gate what was counted since the last one, over ranks and micro-batches."""
+        if self._asked and all(m.step_sums for m in self.layers):
+            names, totals = self._reduce([m.step_sums for m in self.layers])
+            load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
+            for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
+                own = {n.removeprefix("sum/"): sums[n].float() for n in names if n.startswith("sum/")}
+                layer.gate.after_step(StepTotals(load_E, sums["tokens"].float(), own, load_LE))
+        for layer in self.layers:
+            layer.end_step()
 
-    def _step_load(self, layer: MoELayer) -> Tensor:
-        """[1 + E]: tokens and wanted load since the last step; the log interval's sums go on underneath."""
-        sums = layer.counters[True]
-        now = torch.cat([sums["tokens"].view(1), sums["wanted_C"][: layer.num_experts]])
-        before = self._seen.get(id(layer), torch.zeros_like(now))
-        self._seen[id(layer)] = now
-        return now - before
+    def _reduce(self, sums: list[dict[str, Tensor]]) -> tuple[list[str], list[dict[str, Tensor]]]:
+        """(names, the sums of each layer over all ranks): one all-reduce, of fp64 sums."""
+        names = list(sums[0])
+        shapes = [sums[0][n].shape for n in names]
+        rows = torch.stack([torch.cat([layer[n].flatten() for n in names]) for layer in sums])
+        rows = all_reduce_sum(rows, self.groups).split([shape.numel() for shape in shapes], dim=1)
+        return names, [{n: part[i].view(shape) for n, part, shape in zip(names, rows, shapes, strict=True)}
+                       for i in range(len(sums))]
 
     @torch.no_grad()
     def read(self, training: bool = True) -> dict[str, float | list[float]]:
@@ -54,43 +56,46 @@ class MoEMetrics:
         Returns:
             experts_per_token_wanted / _kept (routed and local choices a token asked for / got), drop_fraction (of
             assignments), lost_token_fraction (tokens that lost a choice), load_imbalance_max_over_mean (of routed
-            experts, kept, mean over layers), moe_aux_loss (mean over layers), the gate's stats, each also as a list
-            `..._by_layer`, and kept_experts_histogram (share of tokens that got 0, 1, 2, ... experts). Empty
+            experts, kept, mean over layers), local_fraction (of the kept choices, those on local paths; with such
+            paths), moe_aux_loss (mean over layers), the gate's stats and what it makes of its sums, each also as a
+            list `..._by_layer`, and kept_experts_histogram (share of tokens that got 0, 1, 2, ... experts). Empty
             without mixture layers or forwards.
         """
         if not self.layers or not self.layers[0].counters[training]:
             return {}
-        names = list(self.layers[0].counters[training])
-        sizes = [self.layers[0].counters[training][n].numel() for n in names]
-        rows = torch.stack([torch.cat([m.counters[training][n].flatten() for n in names]) for m in self.layers])
-        rows = all_reduce_sum(rows.double(), self.groups).cpu()
+        _, totals = self._reduce([m.counters[training] for m in self.layers])
         for m in self.layers:
             m.counters[training].clear()
-        if training:  # an evaluation between two log lines leaves the step's starting point alone
-            self._seen.clear()
-        return _summarise([dict(zip(names, row.split(sizes), strict=True)) for row in rows],
-                          self.layers[0].num_experts)
+        return _summarise(self.layers, [{n: t.cpu() for n, t in sums.items()} for sums in totals])
 
 
-def _summarise(layers: Iterable[dict[str, Tensor]], num_experts: int) -> dict[str, float | list[float]]:
-    """Per-layer ratios of sums, and their means over layers."""
+def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
+    """Ratios of one layer's sums."""
+    tokens, wanted, kept = sums["tokens"], sums["wanted_C"].sum(), sums["kept_C"].sum()
+    load = sums["kept_C"][: layer.num_experts]
+    values = {
+        "experts_per_token_wanted": wanted / tokens,
+        "experts_per_token_kept": kept / tokens,
+        "drop_fraction": (wanted - kept) / wanted,
+        "lost_token_fraction": sums["lost_tokens"] / tokens,
+        "load_imbalance_max_over_mean": load.max() / load.mean(),
+        "moe_aux_loss": sums["aux_loss"] / sums["forwards"],
+    }
+    if len(layer.gate.local_paths):
+        values["local_fraction"] = 1 - load.sum() / kept
+    for name, value in sums.items():
+        if name.startswith("stat/"):
+            values[name.removeprefix("stat/")] = value / sums["forwards"]
+    own = {name.removeprefix("sum/"): value for name, value in sums.items() if name.startswith("sum/")}
+    return {**values, **layer.gate.summarise(own)}
+
+
+def _summarise(layers: list[MoELayer], totals: list[dict[str, Tensor]]) -> dict[str, float | list[float]]:
+    """Per-layer values, and their means over layers."""
     by_layer: dict[str, list[float]] = {}
     histogram = torch.zeros(())
-    for sums in layers:
-        tokens, wanted, kept = sums["tokens"].sum(), sums["wanted_C"].sum(), sums["kept_C"].sum()
-        load = sums["kept_C"][:num_experts]
-        values = {
-            "experts_per_token_wanted": wanted / tokens,
-            "experts_per_token_kept": kept / tokens,
-            "drop_fraction": (wanted - kept) / wanted,
-            "lost_token_fraction": sums["lost_tokens"].sum() / tokens,
-            "load_imbalance_max_over_mean": load.max() / load.mean(),
-            "moe_aux_loss": sums["aux_loss"].sum() / sums["forwards"].sum(),
-        }
-        for name, value in sums.items():
-            if name.startswith("stat/"):
-                values[name.removeprefix("stat/")] = value.sum() / sums["forwards"].sum()
-        for name, value in values.items():
+    for layer, sums in zip(layers, totals, strict=True):
+        for name, value in _layer_values(layer, sums).items():
             by_layer.setdefault(name, []).append(float(value))
         histogram = histogram + sums["kept_histogram"]
     means = {name: sum(v) / len(v) for name, v in by_layer.items()}

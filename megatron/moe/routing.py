@@ -1,7 +1,7 @@
 """The gate contract: what a gate is given, what it answers, and the losses most gates share.
 
 Letters: T tokens on this rank, D hidden size, E routed experts, A assignments of a token to an expert, k experts
-per token.
+per token, G what a balance loss balances (experts, or groups of them), N sequences.
 
 A gate's answer is a ragged list of assignments, not a dense mask and not a fixed k. That one choice covers a variable
 number of experts per token (threshold, ReMoE), signed weights (TC-MoE), a million experts (PEER), routing by token id
@@ -11,9 +11,14 @@ number of experts per token (threshold, ReMoE), signed weights (TC-MoE), a milli
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+SCOPES = ("micro-batch", "sequence", "global-batch")
+"""what a balance loss takes its loads over: this rank's micro-batch, each sequence, or all ranks' tokens of this
+optimizer step so far"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,77 @@ class GateInput:
     """what the previous mixture layer's gate returned (MoE++'s residual logits)"""
     progress: float = 0.0
     """consumed / total samples, in [0, 1]"""
+    num_sequences: int | None = None
+    """N, so that nobody waits for the device to count them; None: the largest of sequence_T + 1"""
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """A balance loss, coeff * G * mean_n sum_g f_ng P_ng, as its two factors. Made by `Balance.of`.
+
+    f = count / total has no gradient, so it may count tokens that are not here: the layer adds what other ranks and
+    earlier micro-batches of the step counted (scope global-batch) before it takes the `loss`. A gate communicates
+    nothing.
+    """
+
+    count_NG: Tensor
+    """fp32, choices of g in sequence n; one row for all tokens unless the scope is sequence"""
+    total_N: Tensor
+    """fp32, what the counts are divided by"""
+    score_NG: Tensor
+    """fp32, differentiable: mean score over the tokens behind the row"""
+    coeff: float | Tensor
+    scope: str
+
+    @staticmethod
+    def of(inp: GateInput, score_TG: Tensor, token_A: Tensor, choice_A: Tensor, *, coeff: float | Tensor,
+           scope: str = "micro-batch", per_token: bool = False) -> Balance:
+        """The loss of scores [T, G] and choices.
+
+        Args:
+            score_TG: fp32; they sum to 1 over G in most papers.
+            token_A, choice_A: int64, who chose which g.
+            per_token: f is choices / tokens instead of choices / all choices.
+        """
+        (num_tokens, size), device = score_TG.shape, score_TG.device
+        rows = _num_sequences(inp) if scope == "sequence" else 1
+        row_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        if scope == "sequence" and inp.sequence_T is not None:
+            row_T = inp.sequence_T
+        count_NG = torch.zeros(rows * size, device=device)
+        count_NG.scatter_add_(0, row_T[token_A] * size + choice_A, torch.ones_like(choice_A, dtype=torch.float32))
+        count_NG = count_NG.view(rows, size)
+        member_NT = (row_T == torch.arange(rows, device=device)[:, None]).to(score_TG.dtype)
+        tokens_N = member_NT.sum(-1)
+        score_NG = (member_NT @ score_TG) / tokens_N.clamp_min(1)[:, None]
+        return Balance(count_NG, tokens_N if per_token else count_NG.sum(-1), score_NG, coeff, scope)
+
+    def loss(self, count_NG: Tensor | None = None, total_N: Tensor | None = None) -> Tensor:
+        """0-d fp32, from this rank's own counts or from those given; 0 when there are no tokens."""
+        count_NG = self.count_NG if count_NG is None else count_NG
+        total_N = self.total_N if total_N is None else total_N
+        load_NG = (count_NG / total_N.clamp_min(1)[:, None]).detach()
+        rows, size = load_NG.shape
+        return self.coeff * size / max(1, rows) * (load_NG * self.score_NG).sum()
+
+
+def _num_sequences(inp: GateInput) -> int:
+    if inp.num_sequences is not None:
+        return inp.num_sequences
+    return 1 if inp.sequence_T is None or not len(inp.sequence_T) else int(inp.sequence_T.max()) + 1
+
+
+def losses(*terms: Balance, extra: Tensor | float = 0.0) -> dict[str, Any]:
+    """The fields `aux_loss` and `balance` of a `Routing`: what is known on this rank is added up, the rest handed on.
+
+    Args:
+        terms: balance losses; at least one, or `extra` a 0-d tensor.
+        extra: other losses, coefficients applied.
+    """
+    aux = extra
+    for term in terms:
+        aux = aux + (term.loss() if term.scope != "global-batch" else term.count_NG.new_zeros(()))
+    return {"aux_loss": aux, "balance": tuple(term for term in terms if term.scope == "global-batch")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +119,18 @@ class Routing:
     weight_A: Tensor
     """fp32, differentiable, may be negative; repeated (token, expert) rows add up"""
     aux_loss: Tensor
-    """0-d fp32, coefficient applied; 0 if there is none"""
+    """0-d fp32, coefficient applied; 0 if there is none. All that this rank knows; `balance` comes on top"""
     priority_A: Tensor | None = None
     """who survives capacity, largest first; None: |weight|"""
     carry: Tensor | None = None
     """handed to the next mixture layer's gate"""
     stats: dict[str, Tensor] = field(default_factory=dict)
     """detached 0-d extras, means over this rank's tokens; loads, drops and experts per token come for free"""
+    balance: tuple[Balance, ...] = ()
+    """losses of scope global-batch: the layer adds the other ranks' loads, then the loss"""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """detached fp32 sums over this rank's tokens, in training added up over micro-batches and ranks for
+    `Gate.after_step`, and over a log interval for `Gate.summarise`"""
 
     def check(self, num_tokens: int, num_choices: int) -> None:
         """Raise AssertionError where the answer breaks the contract; `num_choices` is E + len(local_paths)."""
@@ -71,6 +152,20 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTotals:
+    """What one optimizer step counted for one mixture layer, summed over ranks and micro-batches."""
+
+    load_E: Tensor
+    """fp32, wanted assignments per routed expert"""
+    num_tokens: Tensor
+    """0-d fp32"""
+    sums: dict[str, Tensor]
+    """the gate's own, fp32"""
+    load_LE: Tensor
+    """fp32, the loads of all mixture layers that have such a gate, in order"""
+
+
+@dataclass(frozen=True, slots=True)
 class FFNContext:
     """What a block hands to its feed-forward layer, dense or mixture, beside the hidden states."""
 
@@ -88,32 +183,6 @@ class FFNOutput:
     aux_loss: Tensor | None = None
     """0-d fp32, None from a dense layer"""
     carry: Tensor | None = None
-
-
-def mean_load(expert_A: Tensor, num_experts: int) -> Tensor:
-    """f_e: share of all assignments that go to each expert.
-
-    Args:
-        expert_A: int64 [A].
-    Returns:
-        fp32 [E], sums to 1 (all zeros when there are no assignments).
-    """
-    counts = torch.zeros(num_experts, device=expert_A.device, dtype=torch.float32)
-    counts.scatter_add_(0, expert_A, torch.ones_like(expert_A, dtype=torch.float32))
-    return counts / max(1, expert_A.numel())
-
-
-def balance_loss(load_E: Tensor, scores_TE: Tensor) -> Tensor:
-    """E * sum_e f_e P_e (GShard; Switch Transformer, eq. 4); 1 when uniform.
-
-    Args:
-        load_E: fp32 [E], f_e: share of assignments per expert, no gradient flows through it.
-        scores_TE: fp32 [T, E] scores that sum to 1 over experts; P_e is their mean over tokens.
-    Returns:
-        0-d fp32; 0 when there are no tokens.
-    """
-    num_tokens, num_experts = scores_TE.shape
-    return num_experts * (load_E.detach() * scores_TE.sum(0) / max(1, num_tokens)).sum()
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from megatron.data.loader import Batch
 from megatron.log import get_logger
 from megatron.model.block import Block
 from megatron.moe.deepspeed import attach, parameter_groups
+from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
 
 
@@ -57,6 +58,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config,
                                                       dist_init_required=False)
         self._adamw = adamw
+        self.metrics = MoEMetrics(self.model, groups)
 
     @property
     def model(self) -> nn.Module:
@@ -72,7 +74,7 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
     def step(self, batches: Iterable[Batch], lr: float, progress: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step over its micro-batches.
+        """One optimizer step over its micro-batches, after which the gates learn what it counted.
 
         Returns:
             (language-model loss, auxiliary loss): 0-d fp32 means over this rank's micro-batches.
@@ -87,6 +89,7 @@ class Engine:
             self.deepspeed.step()
             lm_losses.append(out.lm_loss.detach())
             aux_losses.append(out.aux_loss.detach())
+        self.metrics.after_step()
         return torch.stack(lm_losses).mean(), torch.stack(aux_losses).mean()
 
     @torch.no_grad()

@@ -12,7 +12,6 @@ import torch
 from megatron.config.schema import TrainConfig
 from megatron.data.loader import Batch
 from megatron.log import get_logger
-from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups, all_reduce_mean
 from megatron.training import checkpoint
 from megatron.training.checkpoint import Progress
@@ -47,7 +46,6 @@ class Trainer:
         self.engine, self.config, self.plan, self.schedule, self.groups = engine, train, plan, schedule, groups
         self.train_batches, self.eval_batches = iter(train_batches), eval_batches
         self.sinks, self.record, self.progress = sinks, record, progress
-        self.metrics = MoEMetrics(engine.model, groups)
         self.started = time.monotonic()
         self._interval = Interval()
         self.bad_steps = 0
@@ -85,7 +83,6 @@ class Trainer:
         p.iteration += 1
         p.consumed_samples += self.plan.global_batch
         p.consumed_tokens += self.plan.global_batch * self.plan.seq_length
-        self.metrics.after_step()
         self._interval.add(lm_loss, aux_loss, lr, time.monotonic() - start)
         if 0 < self.config.max_bad_steps <= self.bad_steps:
             self.log()
@@ -109,7 +106,7 @@ class Trainer:
             "lr": interval.lr, "grad_norm": self.engine.grad_norm(), "tokens_per_s": tokens / seconds,
             "step_time_ms": 1000 * seconds / interval.steps, "skipped_steps": self.engine.skipped_steps,
             "consumed_samples": p.consumed_samples, "consumed_tokens": p.consumed_tokens,
-            "elapsed_s": time.monotonic() - self.started, **self.metrics.read(training=True),
+            "elapsed_s": time.monotonic() - self.started, **self.engine.metrics.read(training=True),
         }
         self._interval = Interval()
         self.sinks.write(record)
@@ -125,7 +122,7 @@ class Trainer:
             "kind": {"valid": "eval"}.get(split, split), "iteration": p.iteration, "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)), "consumed_samples": p.consumed_samples,
             "consumed_tokens": p.consumed_tokens, "elapsed_s": time.monotonic() - self.started,
-            **self.metrics.read(training=False),
+            **self.engine.metrics.read(training=False),
         })
 
     def save(self) -> None:

@@ -42,29 +42,43 @@ def test_plan_against_a_loop(triples, limit):
         kept.append(mine)
     assert plan.wanted_C.tolist() == [experts.count(e) for e in range(6)]
     assert plan.kept_C.tolist() == [len(k) for k in kept]
-    pieces = plan.assignment_S.split(plan.kept_C.tolist())
-    assert [sorted(p.tolist()) for p in pieces] == [sorted(k) for k in kept]
-    assert plan.token_S.tolist() == [tokens[a] for a in plan.assignment_S.tolist()]
-    for t in range(7):
-        positions = plan.by_token_S[plan.bags_T1[t]:plan.bags_T1[t + 1]].tolist()
-        assert positions == [s for s in range(len(plan.token_S)) if plan.token_S[s] == t]
+    assert plan.kept_T.tolist() == [sum(tokens[a] == t for k in kept for a in k) for t in range(7)]
+    assert plan.local_counts == [len(k) for k in kept[4:]]
+    for rows, first, last in ((plan.routed, 0, 4), (plan.local, 4, 6)):
+        pieces = rows.assignment_S.split([len(k) for k in kept[first:last]])
+        assert [sorted(p.tolist()) for p in pieces] == [sorted(k) for k in kept[first:last]]
+        assert rows.token_S.tolist() == [tokens[a] for a in rows.assignment_S.tolist()]
+        for t in range(7):
+            positions = rows.by_token_S[rows.bags_T1[t]:rows.bags_T1[t + 1]].tolist()
+            assert positions == [s for s in range(len(rows.token_S)) if rows.token_S[s] == t]
+
+
+def test_paths_that_return_zeros_have_no_rows_and_each_choice_may_have_its_own_limit():
+    """2 routed experts and 3 local paths, the last of which returns zeros."""
+    routing = make_routing([0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 0, 0, 3, 3, 1, 4, 4, 2], torch.arange(9.0))
+    plan = make_plan(routing, 3, 2, 3, num_zero_paths=1)
+    assert plan.kept_C.tolist() == [3, 1, 1, 2, 2] and plan.kept_T.tolist() == [3, 3, 3]
+    assert plan.local_counts == [1, 2, 0] and plan.local.assignment_S.tolist() == [8, 3, 4]
+    plan = make_plan(routing, 3, 2, 3, torch.tensor([2, 9, 0, 1, 1]), num_zero_paths=1)
+    assert plan.wanted_C.tolist() == [3, 1, 1, 2, 2] and plan.kept_C.tolist() == [2, 1, 0, 1, 1]
+    assert plan.routed.assignment_S.tolist() == [2, 1, 5] and plan.local.assignment_S.tolist() == [4]
 
 
 def test_priority_decides_who_survives():
     plan = make_plan(make_routing([0, 1, 2], [0, 0, 0], torch.tensor([9.0, 1.0, 5.0]), [1.0, 3.0, 2.0]), 3, 1, 0, 2)
-    assert sorted(plan.token_S.tolist()) == [1, 2]
+    assert sorted(plan.routed.token_S.tolist()) == [1, 2]
 
 
 def test_gather_and_combine_against_a_loop_with_gradients():
     torch.manual_seed(1)
     tokens, experts = [0, 0, 1, 3, 3, 3, 0], [2, 0, 1, 1, 1, 2, 2]  # token 2 has none, (3, 1) and (0, 2) repeat
-    plan = make_plan(make_routing(tokens, experts), 4, 3)
+    rows = make_plan(make_routing(tokens, experts), 4, 3).routed
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(7, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(4, 5, dtype=torch.float64)
 
     def ours(x, w):
-        return Combine.apply(Gather.apply(x, plan) * 2, w[plan.assignment_S], plan)
+        return Combine.apply(Gather.apply(x, rows) * 2, w[rows.assignment_S], rows)
 
     expected = [torch.zeros(5, dtype=torch.float64) for _ in range(4)]
     for a, t in enumerate(tokens):
@@ -78,16 +92,16 @@ def test_gather_and_combine_against_a_loop_with_gradients():
 
 def test_bf16_combine_accumulates_in_fp32():
     """512 equal terms: a bf16 running sum would stop growing at 256."""
-    plan = make_plan(make_routing([0] * 512, [0] * 512), 1, 1)
-    y = Combine.apply(torch.ones(512, 8, dtype=torch.bfloat16), torch.ones(512), plan)
+    rows = make_plan(make_routing([0] * 512, [0] * 512), 1, 1).routed
+    y = Combine.apply(torch.ones(512, 8, dtype=torch.bfloat16), torch.ones(512), rows)
     assert y.tolist() == [[512.0] * 8]
 
 
 def test_no_rows():
-    plan = make_plan(make_routing([], []), 3, 4)
+    rows = make_plan(make_routing([], []), 3, 4).routed
     x = torch.randn(3, 5, requires_grad=True)
     w = torch.empty(0, requires_grad=True)
-    y = Combine.apply(Gather.apply(x, plan), w, plan)
+    y = Combine.apply(Gather.apply(x, rows), w, rows)
     assert y.tolist() == torch.zeros(3, 5).tolist()
     y.sum().backward()
     assert x.grad.abs().sum() == 0 and w.grad.shape == (0,)

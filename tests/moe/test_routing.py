@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron.moe.routing import Routing, balance_loss, mean_load, z_loss
+from megatron.moe.routing import SCOPES, Balance, GateInput, Routing, losses, z_loss
 
 
 def routing(**changes):
@@ -37,29 +39,72 @@ def test_a_bad_answer_is_named(changes, message):
         routing(**changes).check(num_tokens=2, num_choices=3)
 
 
-def test_balance_loss_is_one_when_uniform_and_grows_when_skewed():
-    uniform = torch.full((6, 4), 0.25)
-    assert balance_loss(torch.full((4,), 0.25), uniform).item() == pytest.approx(1.0)
-    scores = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(6, 4)
-    load = mean_load(torch.zeros(6, dtype=torch.int64), 4)
-    assert load.tolist() == [1, 0, 0, 0]
-    assert balance_loss(load, scores).item() == pytest.approx(4 * 0.7)
+def arange(n):
+    return torch.arange(n)
 
 
-def test_losses_against_loops():
-    torch.manual_seed(0)
-    logits = torch.randn(7, 5, requires_grad=True)
-    expert_A = torch.randint(0, 5, (9,))
-    probs = logits.softmax(-1)
-    expected = 0.0
-    for e in range(5):
-        f = sum(1 for x in expert_A.tolist() if x == e) / 9
-        expected += 5 * f * sum(probs[t, e].item() for t in range(7)) / 7
-    assert balance_loss(mean_load(expert_A, 5), probs).item() == pytest.approx(expected, rel=1e-5)
+def test_balance_loss_is_the_coefficient_when_uniform_and_grows_when_skewed():
+    inp = GateInput(torch.zeros(8, 1))
+    uniform = Balance.of(inp, torch.full((8, 4), 0.25), arange(8), arange(8) % 4, coeff=0.3)
+    assert uniform.loss().item() == pytest.approx(0.3)
+    scores = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(8, 4)
+    assert Balance.of(inp, scores, arange(8), arange(8) * 0, coeff=1.0).loss().item() == pytest.approx(4 * 0.7)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 12), st.integers(1, 3), st.booleans(), st.sampled_from(SCOPES))
+def test_balance_against_loops(seed, tokens, sequences, per_token, scope):
+    """Ragged choices; values and the gradient of the scores, for every scope as one rank alone sees it."""
+    g = torch.Generator().manual_seed(seed)
+    size, choices = 4, tokens * 2
+    logits = torch.randn(tokens, size, generator=g, dtype=torch.float64).requires_grad_()
+    sequence = torch.sort(torch.randint(0, sequences, (tokens,), generator=g)).values
+    token = torch.randint(0, max(1, tokens), (choices,), generator=g)
+    choice = torch.randint(0, size, (choices,), generator=g)
+    scores = logits.softmax(-1)
+    inp = GateInput(torch.zeros(tokens, 1), None, sequence, num_sequences=sequences)
+    ours = Balance.of(inp, scores, token, choice, coeff=0.7, scope=scope, per_token=per_token).loss()
+    parts = [[t for t in range(tokens) if sequence[t] == n] for n in range(sequences)]
+    expected = 0 * scores.sum()
+    for part in parts if scope == "sequence" else [list(range(tokens))]:
+        mine = [a for a in range(choices) if int(token[a]) in part]
+        for e in range(size):
+            f = sum(int(choice[a]) == e for a in mine) / max(1, len(part) if per_token else len(mine))
+            expected = expected + 0.7 * size * f * sum(scores[t, e] for t in part) / max(1, len(part))
+    if scope == "sequence":
+        expected = expected / sequences
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-9)
+    if tokens:
+        torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], torch.autograd.grad(expected, logits)[0],
+                                   rtol=1e-5, atol=1e-7)
+
+
+def test_sequences_are_counted_when_their_number_is_not_given():
+    inp = GateInput(torch.zeros(4, 1), None, torch.tensor([0, 0, 1, 2]))
+    term = Balance.of(inp, torch.full((4, 2), 0.5), arange(4), arange(4) % 2, coeff=1.0, scope="sequence")
+    assert term.count_NG.tolist() == [[1, 1], [1, 0], [0, 1]] and term.total_N.tolist() == [2, 1, 1]
+    alone = Balance.of(GateInput(torch.zeros(4, 1)), torch.full((4, 2), 0.5), arange(4), arange(4) % 2, coeff=1.0,
+                       scope="sequence")
+    assert alone.count_NG.tolist() == [[2, 2]]
+
+
+def test_what_others_must_add_to_is_handed_on_and_the_rest_added_up():
+    def term(scope):
+        return Balance.of(GateInput(torch.zeros(2, 1)), torch.tensor([[0.9, 0.1], [0.6, 0.4]]), arange(2),
+                          torch.tensor([0, 0]), coeff=0.5, scope=scope)
+
+    local, shared = term("micro-batch"), term("global-batch")
+    got = losses(local, shared, extra=torch.tensor(2.0))
+    assert got["balance"] == (shared,)
+    assert got["aux_loss"].item() == pytest.approx(2 + 0.5 * 2 * 0.75)
+    assert losses(shared)["aux_loss"].item() == 0
+    # another rank chose expert 1 six times: f = 2/8 and 6/8
+    total = shared.loss(shared.count_NG + torch.tensor([[0.0, 6.0]]), shared.total_N + 6)
+    assert total.item() == pytest.approx(0.5 * 2 * (2 / 8 * 0.75 + 6 / 8 * 0.25))
+
+
+def test_z_loss_against_a_loop():
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     expected = sum(torch.log(sum(torch.exp(logits[t, e]) for e in range(5))).item() ** 2 for t in range(7)) / 7
     assert z_loss(logits).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_no_tokens_give_zero():
-    assert balance_loss(mean_load(torch.empty(0, dtype=torch.int64), 3), torch.empty(0, 3)).item() == 0
     assert z_loss(torch.empty(0, 3)).item() == 0

@@ -94,7 +94,7 @@ def test_capacity_keeps_better_ranks_first_then_higher_probability():
     gate, x, out = run(0.95, seed=4, tokens=30)
     kept, _, _ = dumb(gate, x)
     plan = make_plan(out, 30, 6, 0, limit=4)
-    kept_A = plan.assignment_S
+    kept_A = plan.routed.assignment_S
     survivors = set(zip(out.token_A[kept_A].tolist(), out.expert_A[kept_A].tolist()))
     for expert in range(6):
         mine = sorted((r, -p, t) for t, e, r, p in kept if e == expert)

@@ -5,7 +5,8 @@
         class Config: ...           # fields are flags (--topk); the line under a field is its help
         def forward(self, inp: GateInput) -> Routing: ...
 
-A gate may not communicate, apply capacity, multiply expert outputs, log, or read flags.
+A gate may not communicate, apply capacity, multiply expert outputs, log, or read flags, and its forward changes no
+state: activation recompute runs it twice. State that outlives a step is an fp32 buffer that `after_step` updates.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.moe.routing import GateInput, Routing
+from megatron.moe.routing import SCOPES, GateInput, Routing, StepTotals
 
 _registry: dict[str, type[Gate]] = {}
 
@@ -43,14 +44,45 @@ class Place:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.layer) % 2**63)
 
 
+@dataclass(frozen=True)
+class LossConfig:
+    """Options of gates with a balance loss and a z-loss: a base of their Config."""
+
+    loss_coeff: float = 0.01
+    """coefficient of the balance loss"""
+    z_loss_coeff: float = 0.0
+    """coefficient of the z-loss"""
+    balance_scope: str = field(default="micro-batch", metadata={"choices": SCOPES})
+    """whose tokens the balance loss counts: each rank's micro-batch, each sequence, or those of all ranks and of the
+    step's micro-batches so far"""
+
+    def __post_init__(self):
+        for name in ("loss_coeff", "z_loss_coeff"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--moe-{name.replace('_', '-')} is {getattr(self, name)}; allowed: 0 or more")
+        if self.balance_scope not in SCOPES:
+            raise ValueError(f"--moe-balance-scope is {self.balance_scope!r}; allowed: {' '.join(SCOPES)}")
+
+
+def check_topk(topk: int, limit: int, *, what: str = "the number of experts", least: int = 1) -> None:
+    """Raise ValueError unless `topk` is in [least, limit]."""
+    if not least <= topk <= limit:
+        raise ValueError(f"--topk is {topk}; allowed: {least} to {what}, which is {limit}")
+
+
 class Gate(nn.Module):
     """Base of all gates. Parameters and buffers stay fp32 whatever the engine casts the rest of the model to."""
 
     initialises_itself: ClassVar[bool] = True
+    sees_other_tokens: ClassVar[bool] = False
+    """whether a token's experts depend on the other tokens of its rank's micro-batch"""
+    neurons: ClassVar[bool] = False
+    """whether its experts are PEER's single neurons in tables instead of grouped MLPs"""
     name: ClassVar[str]
     Config: ClassVar[type]
     local_paths: nn.ModuleList
-    """experts [n, D] -> [n, D] that run on the token's own rank (MoE++), never dispatched"""
+    """experts [n, D] -> [n, D] that run on the token's own rank (MoE++), never dispatched. Those that return zeros come
+    last and have an attribute `returns_zero = True`: they are counted and do nothing"""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -80,6 +112,18 @@ class Gate(nn.Module):
             load_E: fp32 [E], wanted assignments per expert of this layer, summed over data ranks and micro-batches.
             num_tokens: 0-d fp32, tokens behind them.
         """
+
+    def after_step(self, step: StepTotals) -> None:
+        """As `post_step`, with all that was counted: the gate's own sums, and the loads of the other mixture layers."""
+        self.post_step(step.load_E, step.num_tokens)
+
+    def summarise(self, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
+        """Metrics, with units in their names, from the sums of a log interval over ranks (`Routing.sums`)."""
+        return {}
+
+    def capacities(self, num_tokens: int, factor: float, minimum: int) -> list[int] | None:
+        """Rows each choice takes, local paths included, when there is a limit; None: the rule of all gates."""
+        return None
 
     @classmethod
     def experts_per_token(cls, config: Any, num_experts: int) -> tuple[int, int]:
@@ -133,7 +177,8 @@ def create(name: str, *, hidden_size: int, num_experts: int, layer: int = 0, num
         ValueError: unknown gate or option (the known ones are listed), or a value the gate's Config refuses.
     """
     cls = gate_class(name)
-    known = [f.name for f in dataclasses.fields(cls.Config)]
+    own = cls.Config.__dict__.get("__annotations__", {})
+    known = sorted((f.name for f in dataclasses.fields(cls.Config)), key=lambda name: name not in own)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"gate {name!r} has no option {unknown[0]!r}; allowed: {' '.join(known)}")

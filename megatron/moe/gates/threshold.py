@@ -17,15 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.moe.gates import Gate, linear_fp32
-from megatron.moe.routing import GateInput, Routing, balance_loss, mean_load, z_loss
+from megatron.moe.gates import Gate, LossConfig, check_topk, linear_fp32
+from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
 
 
 class ThresholdGate(Gate, name="threshold"):
     """The smallest set of experts whose probability mass reaches the threshold."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(LossConfig):
         threshold: float = 0.9
         """probability mass a token's experts must reach"""
         topk: int = 0
@@ -34,20 +34,16 @@ class ThresholdGate(Gate, name="threshold"):
         """divide the chosen probabilities by their sum"""
         routed_scaling_factor: float = 1.0
         """multiplies every weight"""
-        loss_coeff: float = 0.01
-        """coefficient of the balance loss"""
-        z_loss_coeff: float = 0.0
-        """coefficient of the z-loss"""
 
         def __post_init__(self):
+            super().__post_init__()
             if not 0 <= self.threshold <= 1:
                 raise ValueError(f"--threshold is {self.threshold}; allowed: 0 (one expert) to 1 (all of them)")
             if self.topk < 0:
                 raise ValueError(f"--topk is {self.topk}; allowed: 0 (no cap) to the number of experts")
 
         def check(self, num_experts: int) -> None:
-            if self.topk > num_experts:
-                raise ValueError(f"--topk is {self.topk}; allowed: 0 to the number of experts, which is {num_experts}")
+            check_topk(self.topk, num_experts, least=0)
 
     def __init__(self, config, place):
         super().__init__(config, place)
@@ -72,14 +68,13 @@ class ThresholdGate(Gate, name="threshold"):
         if c.norm_topk_prob:
             weight_TR = sorted_TR / (sorted_TR * keep_TR).sum(-1, keepdim=True).clamp_min(1e-20)
         token_A, rank_A = keep_TR.nonzero(as_tuple=True)
-        aux = c.loss_coeff * balance_loss(mean_load(expert_TR[:, 0], self.num_experts), probs_TE)
-        if c.z_loss_coeff:
-            aux = aux + c.z_loss_coeff * z_loss(logits_TE)
+        all_T = torch.arange(num_tokens, device=token_A.device)
+        balance = Balance.of(inp, probs_TE, all_T, expert_TR[:, 0], coeff=c.loss_coeff, scope=c.balance_scope)
         return Routing(
             token_A=token_A,
             expert_A=expert_TR[token_A, rank_A],
             weight_A=weight_TR[token_A, rank_A] * c.routed_scaling_factor,
-            aux_loss=aux,
+            **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
             # float64: rank and probability share one number and neither may round the other away.
             priority_A=sorted_TR.detach()[token_A, rank_A].double() - rank_A,
             stats={"top1_probability": sorted_TR[:, 0].detach().sum() / max(1, num_tokens)},

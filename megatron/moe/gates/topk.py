@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.moe.gates import Gate, linear_fp32
-from megatron.moe.routing import GateInput, Routing, balance_loss, mean_load, z_loss
+from megatron.moe.gates import Gate, LossConfig, check_topk, linear_fp32
+from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
 
 
 class TopKGate(Gate, name="topk"):
     """The k highest-scoring experts of each token."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(LossConfig):
         topk: int = 2
         """experts per token"""
         score_function: str = field(default="softmax", metadata={"choices": ("softmax", "sigmoid")})
@@ -36,12 +36,9 @@ class TopKGate(Gate, name="topk"):
         """multiplies every weight"""
         jitter: float = 0.0
         """multiply the gate's input by uniform 1 +- jitter, in training only"""
-        loss_coeff: float = 0.01
-        """coefficient of the balance loss"""
-        z_loss_coeff: float = 0.0
-        """coefficient of the z-loss"""
 
         def __post_init__(self):
+            super().__post_init__()
             if self.topk < 1:
                 raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts")
             if self.score_function not in ("softmax", "sigmoid"):
@@ -53,8 +50,7 @@ class TopKGate(Gate, name="topk"):
                 raise ValueError(f"--jitter is {self.jitter}; allowed: 0 <= jitter < 1")
 
         def check(self, num_experts: int) -> None:
-            if self.topk > num_experts:
-                raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts, which is {num_experts}")
+            check_topk(self.topk, num_experts)
 
     def __init__(self, config, place):
         super().__init__(config, place)
@@ -70,14 +66,12 @@ class TopKGate(Gate, name="topk"):
         score_Tk, expert_Tk = scores_TE.topk(c.topk, dim=-1)
         weight_Tk = score_Tk / score_Tk.sum(-1, keepdim=True).clamp_min(1e-20) if c.norm_topk_prob else score_Tk
         probs_TE = scores_TE if softmax else scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-        expert_A = expert_Tk.flatten()
-        aux = c.loss_coeff * balance_loss(mean_load(expert_A, self.num_experts), probs_TE)
-        if c.z_loss_coeff:
-            aux = aux + c.z_loss_coeff * z_loss(logits_TE)
+        token_A, expert_A = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(c.topk), expert_Tk.flatten()
+        balance = Balance.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope)
         return Routing(
-            token_A=torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(c.topk),
+            token_A=token_A,
             expert_A=expert_A,
             weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
-            aux_loss=aux,
+            **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
             stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, len(x_TD))},
         )
