@@ -5,44 +5,15 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import make_moe_layer
 from megatron.moe import gates
-from megatron.moe.experts import activate
 from megatron.moe.routing import FFNContext, GateInput
-from megatron.parallel.groups import Groups
+from mixtures import D, E, dumb_layer, has_topk, make_input, make_layer
 from spawn import groups_for
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*future:UserWarning")  # expert_choice says so once
 ALL = gates.available()
-D, E = 8, 4
-
-
-def make_layer(name, groups=None, num_experts=E, seed=0, shared=0, **moe):
-    gate = gates.create(name, hidden_size=D, num_experts=num_experts, vocab_size=50, seed=seed, init_std=0.5)
-    model = ModelConfig(num_layers=1, hidden_size=D, num_attention_heads=1, ffn_hidden_size=12, activation="swiglu",
-                        init_method_std=0.4)
-    return make_moe_layer(gate, model, MoEConfig(num_experts=num_experts, moe_shared_experts=shared, gate=name, **moe),
-                          layer=0, seed=seed, groups=groups or Groups())
-
-
-def make_input(tokens, seed=0, scale=1.0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(1, tokens, D, generator=g) * scale, torch.randint(0, 50, (1, tokens), generator=g)
-
-
-def dumb_layer(layer, x_TD, routing):
-    """y_t = sum over the gate's own list; one expert call per assignment."""
-    y = [torch.zeros(D) for _ in x_TD]
-    for t, e, w in zip(routing.token_A.tolist(), routing.expert_A.tolist(), routing.weight_A):
-        if e < layer.num_experts:
-            x = layer.experts
-            hidden = activate("swiglu", x.w1[e] @ x_TD[t], x.w3[e] @ x_TD[t])
-            out = x.w2[e] @ hidden
-        else:
-            out = layer.gate.local_paths[e - layer.num_experts](x_TD[t:t + 1])[0]
-        y[t] = y[t] + w * out
-    return torch.stack(y)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -50,10 +21,9 @@ def dumb_layer(layer, x_TD, routing):
                          [(5, E, 1.0), (1, E, 1.0), (0, E, 1.0), (5, 1, 1.0), (13, E, 1e4)])
 def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale):
     """One token, none, one expert, k = E, logits of +-1e4: the answer keeps the contract and everything is finite."""
-    cls = gates.gate_class(name)
-    options = {"topk": 1} if num_experts == 1 and "topk" in {f.name for f in dataclasses.fields(cls.Config)} else {}
+    options = {"topk": 1} if num_experts == 1 and has_topk(name) else {}
     for k_all in (False, True):
-        if k_all and "topk" in {f.name for f in dataclasses.fields(cls.Config)}:
+        if k_all and has_topk(name):
             options = {"topk": num_experts}
         gate = gates.create(name, hidden_size=D, num_experts=num_experts, vocab_size=50, **options, init_std=0.5)
         x, ids = make_input(tokens, scale=scale)
@@ -61,6 +31,10 @@ def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale
             out = gate(GateInput(x[0].to(dtype), ids[0], torch.zeros(tokens, dtype=torch.int64)))
             out.check(tokens, num_experts + len(gate.local_paths))
             assert torch.isfinite(out.weight_A).all() and torch.isfinite(out.aux_loss)
+            total = out.weight_A.sum() + out.aux_loss
+            if total.requires_grad:
+                total.backward()
+                assert all(p.grad is None or torch.isfinite(p.grad).all() for p in gate.parameters())
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -103,36 +77,97 @@ def test_state_round_trip(name):
     assert all(v.dtype == torch.float32 for v in a.gate.state_dict().values() if v.is_floating_point())
 
 
-def _sharded(name, ep_size, tokens_by_rank):
-    """Outputs and gradients of this rank; loss = sum over all ranks' tokens, so gradients add up over ranks."""
-    groups = groups_for(ep_size)
-    layer = make_layer(name, groups)
-    start = sum(tokens_by_rank[: groups.rank])
-    x, ids = make_input(sum(tokens_by_rank))
+@pytest.mark.parametrize("name", ALL)
+def test_capacity_keeps_the_highest_priorities_of_each_choice(name):
+    """The layer with a limit equals the dumb loop over the survivors, sorted out by hand."""
+    layer = make_layer(name, moe_train_capacity_factor=0.8, moe_min_capacity=1)
+    x, ids = make_input(11)
+    routing = layer.gate(GateInput(x[0], ids[0], torch.zeros(11, dtype=torch.int64)))
+    limits = layer.gate.capacities(11, 0.8, 1) or [3] * E + [11] * len(layer.gate.local_paths)  # ceil(11 / 4 * 0.8)
+    priority = (routing.weight_A.abs() if routing.priority_A is None else routing.priority_A).tolist()
+    kept = []
+    for choice, limit in enumerate(limits):
+        mine = [a for a, e in enumerate(routing.expert_A.tolist()) if e == choice]
+        kept += sorted(mine, key=lambda a: (-priority[a], a))[:limit]
+    if not layer.gate.sees_other_tokens:  # these balance by themselves
+        assert len(kept) < len(priority), "the limit must be at work"
+    torch.testing.assert_close(layer(x, FFNContext(ids)).y[0], dumb_layer(layer, x[0], routing, kept))
+
+
+def chunked(name, chunks, **moe):
+    """One rank that runs each rank's tokens as a micro-batch of its own: outputs, x.grad, parameters' grads."""
+    layer = make_layer(name, **moe)
+    x, ids = make_input(sum(chunks))
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    mine = slice(start, start + tokens_by_rank[groups.rank])
+    x.requires_grad_()
+    outputs = []
+    for a, b, w in zip(x.split(chunks, 1), ids.split(chunks, 1), weight.split(chunks, 1)):
+        out = layer(a, FFNContext(b))
+        ((out.y * w).sum() + out.aux_loss).backward(retain_graph=True)
+        outputs.append(out.y[0].detach())
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layer.named_parameters()}
+    return torch.cat(outputs), x.grad[0], grads
+
+
+def _sharded(name, ep_size, chunks, moe):
+    """Outputs and gradients of this rank; gradients add up over ranks."""
+    groups = groups_for(ep_size)
+    layer = make_layer(name, groups, **moe)
+    start = sum(chunks[: groups.rank])
+    x, ids = make_input(sum(chunks))
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    mine = slice(start, start + chunks[groups.rank])
     x = x[:, mine].clone().requires_grad_()
     out = layer(x, FFNContext(ids[:, mine]))
-    (out.y * weight[:, mine]).sum().backward()
-    return {"y": out.y[0].detach(), "x": x.grad[0], "grads": {n: p.grad for n, p in layer.named_parameters()}}
+    ((out.y * weight[:, mine]).sum() + out.aux_loss).backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layer.named_parameters()}
+    return {"y": out.y[0].detach(), "x": x.grad[0], "grads": grads}
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("world, tokens", [(2, [6, 5]), (2, [11, 0]), (4, [3, 0, 7, 1])])
-def test_sharded_equals_one_rank(name, world, tokens, request):
-    """Outputs, input gradients and parameter gradients on 2 and 4 ranks, one of them without tokens."""
-    layer = make_layer(name)
-    x, ids = make_input(11)
-    x.requires_grad_()
-    out = layer(x, FFNContext(ids))
-    (out.y * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
-    answers = request.getfixturevalue(f"ranks{world}").run(_sharded, name, world, tokens)
-    torch.testing.assert_close(torch.cat([a["y"] for a in answers]), out.y[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.cat([a["x"] for a in answers]), x.grad[0], atol=1e-5, rtol=1e-5)
-    for n, p in layer.named_parameters():
+@pytest.mark.parametrize("world, chunks, moe", [
+    (2, [6, 5], {}), (2, [11, 0], {}), (4, [3, 0, 7, 1], {}),
+    (2, [6, 5], {"moe_train_capacity_factor": 1.0, "moe_min_capacity": 1}),
+], ids=["2", "2, one without tokens", "4, one without tokens", "2, capacity 1"])
+def test_sharded_equals_one_rank(name, world, chunks, moe, request):
+    """Outputs, input gradients and parameter gradients on 2 and 4 ranks, dropless and with capacity."""
+    y, x_grad, grads = chunked(name, chunks, **moe)
+    if not moe and not gates.gate_class(name).sees_other_tokens:
+        layer = make_layer(name)
+        x, ids = make_input(11)
+        torch.testing.assert_close(layer(x, FFNContext(ids)).y[0], y, atol=1e-5, rtol=1e-5)
+    answers = request.getfixturevalue(f"ranks{world}").run(_sharded, name, world, chunks, moe)
+    torch.testing.assert_close(torch.cat([a["y"] for a in answers]), y, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([a["x"] for a in answers]), x_grad, atol=1e-5, rtol=1e-5)
+    for n, expected in grads.items():
         parts = [a["grads"][n] for a in answers]
-        whole = torch.cat(parts) if n.startswith("experts.") else sum(parts)
-        torch.testing.assert_close(whole, p.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+        whole = torch.cat(parts) if n.startswith(("experts.", "neurons.")) else sum(parts)
+        torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forwards_change_no_state_and_recompute_counts_nothing_twice(name):
+    """Buffers move in after_step only; with recompute, outputs, gradients and counters are those without."""
+    results = []
+    for recompute in (False, True):
+        layer = make_layer(name)
+        x, ids = make_input(11)
+        x.requires_grad_()
+        before = {n: b.clone() for n, b in layer.named_buffers()}
+        layer.eval()(x, FFNContext(ids))
+        layer.train()
+        if recompute:
+            out = checkpoint(layer, x, FFNContext(ids), use_reentrant=False, context_fn=layer.recompute_contexts)
+        else:
+            out = layer(x, FFNContext(ids))
+        (out.y.sum() + out.aux_loss).backward()
+        assert all(torch.equal(b, before[n]) for n, b in layer.named_buffers())
+        results.append({"y": out.y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()},
+                        **{f"counted {n}": t for n, t in layer.counters[True].items()},
+                        **{f"step {n}": t for n, t in layer.step_sums.items()}})
+    assert results[0].keys() == results[1].keys() and results[0]["counted tokens"] == 11
+    for n, value in results[0].items():
+        assert value is None and results[1][n] is None or torch.equal(value, results[1][n]), n
 
 
 @pytest.mark.parametrize("name", ALL)

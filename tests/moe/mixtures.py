@@ -1,0 +1,51 @@
+"""Small mixture layers of any gate for tests, and a dumb per-assignment mixture to compare them with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megatron.config.schema import ModelConfig, MoEConfig
+from megatron.model.build import make_moe_layer
+from megatron.moe import gates
+from megatron.moe.experts import activate
+from megatron.parallel.groups import Groups
+
+D, E = 8, 4
+
+
+def make_layer(name, groups=None, num_experts=E, seed=0, shared=0, options=None, **moe):
+    gate = gates.create(name, hidden_size=D, num_experts=num_experts, vocab_size=50, seed=seed, init_std=0.5,
+                        **(options or {}))
+    model = ModelConfig(num_layers=1, hidden_size=D, num_attention_heads=1, ffn_hidden_size=12, activation="swiglu",
+                        init_method_std=0.4)
+    return make_moe_layer(gate, model, MoEConfig(num_experts=num_experts, moe_shared_experts=shared, gate=name, **moe),
+                          layer=0, seed=seed, groups=groups or Groups())
+
+
+def make_input(tokens, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(1, tokens, D, generator=g) * scale, torch.randint(0, 50, (1, tokens), generator=g)
+
+
+def dumb_layer(layer, x_TD, routing, kept=None):
+    """y_t = sum over the gate's own list (or some of it); one expert call per assignment."""
+    y = [torch.zeros(D) for _ in x_TD]
+    for a in range(len(routing.token_A)) if kept is None else kept:
+        t, e, w = int(routing.token_A[a]), int(routing.expert_A[a]), routing.weight_A[a]
+        if e >= layer.num_experts:
+            out = layer.gate.local_paths[e - layer.num_experts](x_TD[t:t + 1])[0]
+        elif layer.gate.neurons:
+            n = layer.neurons
+            out = sum(activate("swiglu", n.w_in[e, j] @ x_TD[t], n.w_up[e, j] @ x_TD[t]) * n.w_out[e, j]
+                      for j in range(n.width))
+        else:
+            x = layer.experts
+            out = x.w2[e] @ activate("swiglu", x.w1[e] @ x_TD[t], x.w3[e] @ x_TD[t])
+        y[t] = y[t] + w * out
+    return torch.stack(y)
+
+
+def has_topk(name):
+    return "topk" in {f.name for f in dataclasses.fields(gates.gate_class(name).Config)}

@@ -1,0 +1,134 @@
+"""Balance losses at their three scopes, for every gate that has the option: values and gradients."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megatron.moe import gates
+from megatron.moe.metrics import MoEMetrics
+from megatron.moe.routing import FFNContext, GateInput
+from megatron.parallel.groups import Groups
+from mixtures import D, make_layer
+from spawn import groups_for
+
+NAMES = [n for n in gates.available()
+         if "balance_scope" in {f.name for f in dataclasses.fields(gates.gate_class(n).Config)}]
+TOKENS = 6
+
+
+def options(name, scope):
+    """A large coefficient, so that the loss is well above rounding."""
+    fields = {f.name for f in dataclasses.fields(gates.gate_class(name).Config)}
+    known = {"balance_scope": scope, "loss_coeff": 0.5, "lambda_init": 0.5}
+    return {key: value for key, value in known.items() if key in fields}
+
+
+def micro_batch(number, sequences=2):
+    """[sequences, TOKENS, D], skewed so that loads differ between micro-batches."""
+    g = torch.Generator().manual_seed(number)
+    x = torch.randn(sequences, TOKENS, D, generator=g) + torch.randn(D, generator=g)
+    return x, torch.randint(0, 50, (sequences, TOKENS), generator=g)
+
+
+def gate_grads(layer):
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in layer.gate.named_parameters()}
+
+
+def _one_step(name, ep_size, numbers, recompute=False):
+    """The losses of this rank's micro-batches of one step, and the gate's gradients of their sum."""
+    groups = groups_for(ep_size)
+    layer = make_layer(name, groups, options=options(name, "global-batch"))
+    losses = []
+    for number in numbers[groups.rank]:
+        x, ids = micro_batch(number)
+        if recompute:
+            out = checkpoint(layer, x, FFNContext(ids), use_reentrant=False, context_fn=layer.recompute_contexts)
+        else:
+            out = layer(x, FFNContext(ids))
+        out.aux_loss.backward()
+        losses.append(out.aux_loss.item())
+    return losses, gate_grads(layer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_global_batch_on_two_ranks_is_one_rank_with_all_tokens(name, ranks2):
+    answers = ranks2.run(_one_step, name, 2, [[1], [2]])
+    layer = make_layer(name, options=options(name, "global-batch"))
+    (x1, ids1), (x2, ids2) = micro_batch(1), micro_batch(2)
+    whole = layer(torch.cat([x1, x2]), FFNContext(torch.cat([ids1, ids2]))).aux_loss
+    whole.backward()
+    assert sum(losses[0] for losses, _ in answers) / 2 == pytest.approx(whole.item(), rel=1e-5)
+    for n, expected in gate_grads(layer).items():
+        mean = sum(grads[n] for _, grads in answers) / 2
+        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
+    separate = [make_layer(name, options=options(name, "micro-batch"))(*_args(n)).aux_loss.item() for n in (1, 2)]
+    assert abs(sum(separate) / 2 - whole.item()) > 1e-4, "the scopes must differ here"
+
+
+def _args(number):
+    x, ids = micro_batch(number)
+    return x, FFNContext(ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_global_batch_adds_up_the_micro_batches_of_the_step(name, recompute, ranks2):
+    """Loads of micro-batch m are those of micro-batches up to m of both ranks, and each has its own scores."""
+    numbers = [[1, 2], [3, 4]]
+    answers = ranks2.run(_one_step, name, 2, numbers, recompute)
+    layer = make_layer(name, options=options(name, "global-batch"))
+    routings = {}
+    for number in (1, 2, 3, 4):
+        x, ids = micro_batch(number)
+        sequence = torch.arange(2).repeat_interleave(TOKENS)
+        routings[number] = layer.gate(GateInput(x.flatten(0, 1), ids.flatten(), sequence, num_sequences=2))
+    total = 0
+    for rank in (0, 1):
+        for m in (0, 1):
+            mine, before = routings[numbers[rank][m]], [routings[numbers[r][i]] for r in (0, 1) for i in range(m + 1)]
+            expected = mine.aux_loss + sum(
+                term.loss(sum(b.balance[i].count_NG for b in before), sum(b.balance[i].total_N for b in before))
+                for i, term in enumerate(mine.balance))
+            assert answers[rank][0][m] == pytest.approx(expected.item(), rel=1e-5)
+            total = total + expected
+    total.backward()
+    for n, expected in gate_grads(layer).items():
+        got = answers[0][1][n] + answers[1][1][n]
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_next_step_starts_counting_anew(name):
+    layer = make_layer(name, options=options(name, "global-batch"))
+    metrics = MoEMetrics(torch.nn.ModuleList([layer]), Groups())
+    first = layer(*_args(1)).aux_loss.item()
+    second = layer(*_args(1)).aux_loss.item()
+    assert second == pytest.approx(first, rel=1e-5), "the same loads twice are the same shares"
+    third = layer(*_args(2)).aux_loss.item()
+    metrics.after_step()
+    fresh = make_layer(name, options=options(name, "global-batch"))
+    fresh.load_state_dict(layer.state_dict())
+    alone = fresh(*_args(2)).aux_loss.item()
+    assert layer(*_args(2)).aux_loss.item() == pytest.approx(alone, rel=1e-5)
+    assert third != pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sequence_scope_is_the_mean_over_sequences(name):
+    layer = make_layer(name, options=options(name, "sequence"))
+    x, ids = micro_batch(5, sequences=3)
+    whole = layer(x, FFNContext(ids)).aux_loss.item()
+    parts = [layer(x[i:i + 1], FFNContext(ids[i:i + 1])).aux_loss.item() for i in range(3)]
+    assert whole == pytest.approx(sum(parts) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_asks_nobody(name):
+    """In evaluation the global-batch loss is the rank's own, and nothing is remembered."""
+    layer = make_layer(name, options=options(name, "global-batch")).eval()
+    alone = make_layer(name, options=options(name, "micro-batch")).eval()
+    layer(*_args(1))
+    assert layer(*_args(2)).aux_loss.item() == pytest.approx(alone(*_args(2)).aux_loss.item(), rel=1e-5)
+    assert layer.step_sums == {} and layer._step_loads == []
