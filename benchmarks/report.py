@@ -59,10 +59,15 @@ def compare(seconds: dict[str, list[float]], baseline: str, bars: dict[str, floa
     for name, values in seconds.items():
         if name == baseline:
             continue
-        ratios = sorted(a / b for a, b in zip(values, seconds[baseline], strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4)
-        rows.append(Row(name, baseline, statistics.median(ratios), low, high, (bars or {}).get(name)))
+        ratios = [a / b for a, b in zip(values, seconds[baseline], strict=True)]
+        rows.append(row(name, baseline, ratios, (bars or {}).get(name)))
     return rows
+
+
+def row(name: str, baseline: str, ratios: list[float], bar: float | None = None) -> Row:
+    """Median and quartiles of ratios that were taken round by round."""
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return Row(name, baseline, statistics.median(ratios), low, high, bar)
 
 
 def finish(rows: list[Row], args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from megatron.moe import gates
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*REPO.glob("examples_deepspeed/**/*.sh"), *REPO.glob("dataset/*.sh"), REPO / ".ci/run"])
 PROGRAMS = sorted([*REPO.glob("tools/*.py"), REPO / "dataset/make_corpus.py", REPO / "pretrain_gpt.py",
-                   REPO / "benchmarks/train_step.py"])
+                   REPO / "benchmarks/train_step.py", REPO / "benchmarks/gate_cost.py"])
 RUN = REPO / "examples_deepspeed/MoE/run.sh"
 
 

@@ -31,9 +31,11 @@ NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-12}
 SEQ_LEN=${SEQ_LEN:-1024}
 INIT_STD=${INIT_STD:-0.014}
 
-# Mixture. EP_SIZE is the number of experts, as in Megatron-DeepSpeed's scripts; EP_PARALLEL_SIZE how many ranks share them.
+# Mixture. EP_SIZE is the number of experts, as in Megatron-DeepSpeed's scripts; EP_PARALLEL_SIZE how many ranks share
+# them: as many as divide both experts and ranks.
 EP_SIZE=${EP_SIZE:-64}
-EP_PARALLEL_SIZE=${EP_PARALLEL_SIZE:-$((EP_SIZE < RANKS ? (EP_SIZE > 0 ? EP_SIZE : 1) : RANKS))}
+largest_common_divisor() { if [ "$2" -eq 0 ]; then echo "$1"; else largest_common_divisor "$2" $(($1 % $2)); fi; }
+EP_PARALLEL_SIZE=${EP_PARALLEL_SIZE:-$([ "$EP_SIZE" -gt 0 ] && largest_common_divisor "$EP_SIZE" "$RANKS" || echo 1)}
 EP_INTERVAL=${EP_INTERVAL:-2}
 MOE_FFN_HIDDEN_SIZE=${MOE_FFN_HIDDEN_SIZE:-$((HIDDEN_SIZE / 2))}
 GATE=${GATE:-threshold}
@@ -110,12 +112,16 @@ else
 fi
 if [ "$EP_SIZE" -gt 0 ]; then
     flags+=(
-        --num-experts "$EP_SIZE" --expert-interval "$EP_INTERVAL" --moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE"
-        --moe-expert-parallel-size "$EP_PARALLEL_SIZE" --gate "$GATE"
-        ${TOPK:+--topk "$TOPK"} ${THRESHOLD:+--threshold "$THRESHOLD"} ${MLC:+--moe-loss-coeff "$MLC"}
+        --num-experts "$EP_SIZE" --moe-expert-parallel-size "$EP_PARALLEL_SIZE" --gate "$GATE"
+        ${THRESHOLD:+--threshold "$THRESHOLD"} ${MLC:+--moe-loss-coeff "$MLC"}
         --moe-train-capacity-factor "$MOE_TRAIN_CAP_FACTOR" --moe-eval-capacity-factor "$MOE_EVAL_CAP_FACTOR"
         --moe-min-capacity "$MOE_MIN_CAP"
     )
+    if [ "$GATE" = peer ]; then # its own flags say which layers are mixtures and how wide an expert is
+        flags+=(${TOPK:+--peer-topk "$TOPK"})
+    else
+        flags+=(--expert-interval "$EP_INTERVAL" --moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE" ${TOPK:+--topk "$TOPK"})
+    fi
 fi
 if [ -n "$TRAIN_TOKENS" ]; then flags+=(--train-tokens "$TRAIN_TOKENS"); else flags+=(--train-iters "$TRAIN_ITERS"); fi
 [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")

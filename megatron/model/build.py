@@ -12,7 +12,8 @@ from megatron.model.mlp import MLP
 from megatron.model.size import count, table
 from megatron.moe import gates
 from megatron.moe.experts import GroupedExperts, expert_output_std
-from megatron.moe.layer import MoELayer
+from megatron.moe.layer import MoELayer, NeuronLayer
+from megatron.moe.neurons import NeuronExperts
 from megatron.parallel.groups import Groups
 
 
@@ -53,11 +54,14 @@ def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, laye
                    groups: Groups) -> MoELayer:
     """This rank's part of one mixture layer."""
     local, width = moe.num_experts // groups.ep_size, moe.moe_ffn_hidden_size or model.ffn_size
-    experts = GroupedExperts(
-        local, model.hidden_size, width, model.act, first=groups.ep_rank * local, seed=seed, layer=layer,
-        init_std=model.init_method_std, output_std=expert_output_std(model.init_method_std, model.num_layers))
+    output_std = expert_output_std(model.init_method_std, model.num_layers)
+    places = {"first": groups.ep_rank * local, "seed": seed, "layer": layer, "init_std": model.init_method_std}
     shared = MLP(model.hidden_size, moe.moe_shared_experts * width, model.act) if moe.moe_shared_experts else None
-    return MoELayer(
-        gate, experts, moe.num_experts, shared=shared, train_capacity_factor=moe.moe_train_capacity_factor,
-        eval_capacity_factor=moe.moe_eval_capacity_factor, min_capacity=moe.moe_min_capacity,
-        groups=groups)
+    options = {"shared": shared, "train_capacity_factor": moe.moe_train_capacity_factor, "groups": groups,
+               "eval_capacity_factor": moe.moe_eval_capacity_factor, "min_capacity": moe.moe_min_capacity}
+    if gate.neurons:
+        neurons = NeuronExperts(moe.num_experts, local, model.hidden_size, width, model.act, **places,
+                                output_std=output_std * gate.output_gain())
+        return NeuronLayer(gate, neurons, neurons.num_blocks, **options)
+    experts = GroupedExperts(local, model.hidden_size, width, model.act, **places, output_std=output_std)
+    return MoELayer(gate, experts, moe.num_experts, **options)

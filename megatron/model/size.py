@@ -36,20 +36,20 @@ class Size:
 def count(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> Size:
     """Count the parameters of a model, on any device (`meta` too) and before ZeRO shards them.
 
-    Routed experts are stacks [experts here, ...] in the module `experts` of a layer with the attribute `num_experts`.
-    They count as that many experts, also where this rank holds a slice, and one token uses its share of them.
+    Routed experts are stacks [experts here, ...] in the module `experts` of a layer with the attributes `num_experts`,
+    how many stacks there are over all ranks, and `gate`. They count as that many experts, also where this rank holds a slice, and one token uses its share of them.
 
     Args:
         experts_per_token: fewest and most routed experts that one token visits.
     """
     parts, active = dict.fromkeys(PARTS, 0), [0, 0]
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "experts")}
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "num_experts")}
     for name, parameter in model.named_parameters():
         part, number, shares = _part(name), parameter.numel(), (1.0, 1.0)
         if part == "routed experts":
-            num_experts = layers[name.partition(".experts.")[0]].num_experts
-            number = number // parameter.shape[0] * num_experts
-            shares = tuple(k / num_experts for k in experts_per_token)
+            layer = layers[name.partition(".experts.")[0]]
+            number = number // parameter.shape[0] * layer.num_experts
+            shares = tuple(k / layer.gate.num_experts for k in experts_per_token)
         parts[part] += number
         active = [a + round(number * share) for a, share in zip(active, shares)]
     return Size(sum(parts.values()), parts, *active)

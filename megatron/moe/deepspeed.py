@@ -20,13 +20,13 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
-from megatron.moe.layer import MoELayer
+from megatron.moe.layer import MoELayer, NeuronLayer
 from megatron.moe.metrics import moe_layers
 from megatron.parallel.groups import Groups
 
 
-class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
-    """A `MoELayer` that DeepSpeed's engine recognises. Made by `attach`, never constructed."""
+class _Recognised(AutoEPMoELayer):
+    """What makes a mixture layer one that DeepSpeed's engine recognises. Made by `attach`, never constructed."""
 
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
         """Called by the engine after it cast the model and before it builds the optimizer.
@@ -40,15 +40,24 @@ class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
         self.fp32_gate_state = []
 
 
+class DeepSpeedMoELayer(MoELayer, _Recognised):
+    """A `MoELayer` for the engine."""
+
+
+class DeepSpeedNeuronLayer(NeuronLayer, _Recognised):
+    """A `NeuronLayer` for the engine. What DeepSpeed takes for an expert, and gives a file of its own in a checkpoint, is
+    a block of many neurons; their number does not depend on the sharding, so that a checkpoint can be shared out anew."""
+
+
 def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> None:
-    """Turn every `MoELayer` of `model` into a `DeepSpeedMoELayer` in place and mark its expert parameters.
+    """Turn every mixture layer of `model` into one that the engine recognises, in place, and mark its expert parameters.
 
     Args:
         keep_gate_fp32: False for ZeRO 3, which partitions parameters of one dtype only: gate parameters are then
             stored in the engine's dtype (their master copy stays fp32) and still scored in fp32. Buffers stay fp32.
     """
     for layer in moe_layers(model):
-        layer.__class__ = DeepSpeedMoELayer
+        layer.__class__ = DeepSpeedNeuronLayer if isinstance(layer, NeuronLayer) else DeepSpeedMoELayer
         local = layer.num_experts // groups.ep_size
         layer.ep_size, layer.ep_rank, layer.num_local_experts = groups.ep_size, groups.ep_rank, local
         layer.ep_group_name, layer.ep_group = f"ep_size_{groups.ep_size}", None
@@ -66,7 +75,7 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
         layer.fp32_gate_state = [(t, t.detach().clone()) for t in kept]
 
 
-def _mark_expert(p: nn.Parameter, layer: DeepSpeedMoELayer) -> None:
+def _mark_expert(p: nn.Parameter, layer: MoELayer) -> None:
     logical = [layer.num_experts, *p.shape[1:]]
     placement = layer.expert_placement_descriptor
     p.allreduce, p.group_name, p.is_expert_group = False, layer.ep_group_name, True

@@ -13,9 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.dispatch import Combine, Gather, Plan, capacity, count, make_plan, return_rows, send_rows
+from megatron.moe.dispatch import (
+    Combine,
+    Gather,
+    Plan,
+    capacity,
+    count,
+    make_plan,
+    return_rows,
+    send_rows,
+    share_tokens,
+    sum_shared,
+)
 from megatron.moe.experts import GroupedExperts
 from megatron.moe.gates import Gate
+from megatron.moe.neurons import NeuronExperts
 from megatron.moe.routing import FFNContext, FFNOutput, GateInput, Routing
 from megatron.parallel.groups import Groups, all_reduce_sum
 
@@ -26,7 +38,8 @@ class MoELayer(nn.Module):
     Args:
         gate: answers which experts each token visits; owns the router.
         experts: this rank's slice of the routed experts.
-        num_experts: routed experts over all ranks of the expert-parallel group.
+        num_experts: stacked weights of `experts` over all ranks of the expert-parallel group, which is how checkpoints
+            count them; PEER's are blocks of many neurons.
         shared: an always-on MLP `(x, context) -> FFNOutput`, or None.
         train_capacity_factor, eval_capacity_factor, min_capacity: see `dispatch.capacity`; factor 0 is dropless.
         groups: who shares the experts, and whose loads a global balance loss adds up.
@@ -56,11 +69,11 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, -2)
         routing = self.gate(self._gate_input(x_BSD, context))
         if not self._checked:
-            routing.check(len(x_TD), self.num_experts + len(self.gate.local_paths))
+            routing.check(len(x_TD), self.gate.num_experts + len(self.gate.local_paths))
             self._checked = True
         paths = self.gate.local_paths
         zero_paths = sum(getattr(path, "returns_zero", False) for path in paths)
-        plan = make_plan(routing, len(x_TD), self.num_experts, len(paths), self._limit(x_TD), zero_paths)
+        plan = make_plan(routing, len(x_TD), self.gate.num_experts, len(paths), self._limit(x_TD), zero_paths)
         y_BSD = self._mix(x_TD, routing, plan).view_as(x_BSD)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD, context).y
@@ -72,13 +85,14 @@ class MoELayer(nn.Module):
     def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
         """Weighted sum of the chosen experts' outputs: [T, D]. Local paths never leave the rank."""
         group = self.groups.ep_group
-        rows_RD, exchange = send_rows(Gather.apply(x_TD, plan.routed), plan.kept_C[: self.num_experts], group)
+        rows_RD, exchange = send_rows(Gather.apply(x_TD, plan.routed), plan.kept_C[: self.gate.num_experts], group)
         rows_SD = return_rows(self.experts(rows_RD, exchange.counts), exchange, group)
         y_TD = Combine.apply(rows_SD, routing.weight_A[plan.routed.assignment_S], plan.routed)
-        if plan.local is None or not len(plan.local.token_S):
+        if plan.local is None:
             return y_TD
         inputs = Gather.apply(x_TD, plan.local).split(plan.local_counts)
-        outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True) if len(x)]
+        # Without rows too: ZeRO 2 needs a gradient of every parameter on every rank, if only zeros.
+        outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True)]
         return y_TD + Combine.apply(torch.cat(outputs), routing.weight_A[plan.local.assignment_S], plan.local)
 
     def _limit(self, x_TD: Tensor) -> int | Tensor | None:
@@ -86,7 +100,7 @@ class MoELayer(nn.Module):
         own = self.gate.capacities(num_tokens, factor, self.min_capacity) if factor else None
         if own is not None:
             return torch.tensor(own, device=x_TD.device)
-        return capacity(num_tokens, self.num_experts, factor, self.min_capacity)
+        return capacity(num_tokens, self.gate.num_experts, factor, self.min_capacity)
 
     def _gate_input(self, x_BSD: Tensor, context: FFNContext) -> GateInput:
         ids = context.token_ids_BS
@@ -149,7 +163,7 @@ class MoELayer(nn.Module):
         num_tokens = len(plan.kept_T)
         wanted_T = count(routing.token_A, num_tokens)
         one, bins = torch.ones((), device=wanted_T.device), self._most_choices() + 1
-        step = {"tokens": one * num_tokens, "load_E": plan.wanted_C[: self.num_experts],
+        step = {"tokens": one * num_tokens, "load_E": plan.wanted_C[: self.gate.num_experts],
                 **{f"sum/{name}": value for name, value in routing.sums.items()}}
         seen = {
             "tokens": one * num_tokens,
@@ -168,8 +182,30 @@ class MoELayer(nn.Module):
 
     def _most_choices(self) -> int:
         """Choices a token can have kept, for the histogram."""
-        most = type(self.gate).experts_per_token(self.gate.config, self.num_experts)[1]
-        return min(max(most, 1) + len(self.gate.local_paths), self.num_experts + len(self.gate.local_paths))
+        most = type(self.gate).experts_per_token(self.gate.config, self.gate.num_experts)[1]
+        return min(max(most, 1) + len(self.gate.local_paths), self.gate.num_experts + len(self.gate.local_paths))
+
+
+class NeuronLayer(MoELayer):
+    """A mixture layer whose experts are single neurons or tiny MLPs in tables (PEER).
+
+    Rows of tokens are not sent to experts: the experts' rows are looked up. With sharded experts every rank gets all
+    tokens, adds up its own experts' part of every output, and the parts are summed.
+
+    Args:
+        experts: this rank's slice of the tables.
+    """
+
+    experts: NeuronExperts
+
+    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
+        group, rows = self.groups.ep_group, plan.routed
+        if group is None:
+            assignment_S = rows.assignment_S
+            return self.experts(x_TD, rows.token_S, routing.expert_A[assignment_S], routing.weight_A[assignment_S])
+        shared = share_tokens(x_TD, rows, routing.weight_A, plan.kept_C, group)
+        y_TD = self.experts(shared.x_TD, shared.token_S, shared.expert_S, shared.weight_S)
+        return sum_shared(y_TD, shared, group)
 
 
 def _add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:

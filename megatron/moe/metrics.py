@@ -72,17 +72,17 @@ class MoEMetrics:
 def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
     """Ratios of one layer's sums."""
     tokens, wanted, kept = sums["tokens"], sums["wanted_C"].sum(), sums["kept_C"].sum()
-    load = sums["kept_C"][: layer.num_experts]
+    load = sums["kept_C"][: layer.gate.num_experts]
     values = {
         "experts_per_token_wanted": wanted / tokens,
         "experts_per_token_kept": kept / tokens,
-        "drop_fraction": (wanted - kept) / wanted,
+        "drop_fraction": (wanted - kept) / wanted.clamp_min(1),
         "lost_token_fraction": sums["lost_tokens"] / tokens,
-        "load_imbalance_max_over_mean": load.max() / load.mean(),
+        "load_imbalance_max_over_mean": load.max() / load.mean().clamp_min(1 / len(load)),
         "moe_aux_loss": sums["aux_loss"] / sums["forwards"],
     }
     if len(layer.gate.local_paths):
-        values["local_fraction"] = 1 - load.sum() / kept
+        values["local_fraction"] = 1 - load.sum() / kept.clamp_min(1)
     for name, value in sums.items():
         if name.startswith("stat/"):
             values[name.removeprefix("stat/")] = value / sums["forwards"]

@@ -40,7 +40,7 @@ FIXED = {
     "model": ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
               "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "activation", "swiglu",
               "untie_embeddings_and_output_weights", "vocab_size", "make_vocab_size_divisible_by"),
-    "moe": ("num_experts", "expert_interval", "gate", "moe_ffn_hidden_size", "moe_shared_experts",
+    "moe": ("num_experts", "expert_interval", "moe_layers", "gate", "moe_ffn_hidden_size", "moe_shared_experts",
             "moe_first_k_dense", "moe_expert_parallel_size"),
     "optimizer": ("zero_stage", "bf16", "fp16"),
 }

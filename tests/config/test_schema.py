@@ -37,6 +37,8 @@ REFUSED = [
       for name in ("num_experts", "moe_shared_experts", "moe_first_k_dense", "moe_train_capacity_factor",
                    "moe_eval_capacity_factor", "moe_min_capacity", "moe_ffn_hidden_size")],
     (MoEConfig, {"expert_interval": 0}, "--expert-interval is 0; allowed: a positive integer"),
+    (MoEConfig, {"moe_layers": (1,), "expert_interval": 2},
+     r"--moe-layers is \[1\]; allowed: only without --expert-interval and --moe-first-k-dense"),
     (MoEConfig, {"moe_expert_parallel_size": 0}, "--moe-expert-parallel-size is 0; allowed: a positive integer"),
     (MoEConfig, {"moe_expert_parallel_size": 2}, "--moe-expert-parallel-size is 2; allowed: 1 without experts. Set"),
     (MoEConfig, {"num_experts": 6, "moe_expert_parallel_size": 4},
@@ -121,6 +123,8 @@ def test_which_layers_are_mixtures():
     assert mixtures(num_experts=4) == [0, 1, 2, 3, 4, 5]
     assert mixtures(num_experts=4, expert_interval=2) == [1, 3, 5]
     assert mixtures(num_experts=4, expert_interval=2, moe_first_k_dense=2) == [3, 5]
+    assert mixtures(num_experts=4, moe_layers=(0, 4)) == [0, 4]
+    assert mixtures(moe_layers=(0, 4)) == []
 
 
 def test_precision():
@@ -157,3 +161,5 @@ def test_experts_that_no_layer_would_have():
     message = "--expert-interval is 5; allowed: what leaves a mixture layer among 2 layers, the first 0 dense"
     with pytest.raises(ValueError, match=message):
         RunConfig(model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, expert_interval=5))
+    with pytest.raises(ValueError, match=r"--moe-layers is \[0, 2\]; allowed: blocks from 0 to 1"):
+        RunConfig(model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, moe_layers=(0, 2)))

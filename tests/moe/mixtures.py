@@ -37,7 +37,7 @@ def dumb_layer(layer, x_TD, routing, kept=None):
         if e >= layer.num_experts:
             out = layer.gate.local_paths[e - layer.num_experts](x_TD[t:t + 1])[0]
         elif layer.gate.neurons:
-            n = layer.neurons
+            n = layer.experts
             out = sum(activate("swiglu", n.w_in[e, j] @ x_TD[t], n.w_up[e, j] @ x_TD[t]) * n.w_out[e, j]
                       for j in range(n.width))
         else:

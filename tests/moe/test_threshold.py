@@ -7,9 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.config.schema import ModelConfig, MoEConfig
+from megatron.model.build import make_moe_layer
 from megatron.moe.dispatch import make_plan
 from megatron.moe.gates import create
 from megatron.moe.routing import GateInput
+from megatron.parallel.groups import Groups
 
 EPS = 1e-5
 
@@ -58,6 +61,67 @@ def test_against_the_formula(seed, threshold, cap, std):
     assert out.aux_loss.item() == pytest.approx(aux, rel=1e-4)
 
 
+def dumb_loss(gate, x, W, kept):
+    """The weights of the kept (token, expert) and the aux loss, in float64 scalars that autograd follows."""
+    c, E, T = gate.config, len(W), len(x)
+    p, lse = [], 0.0
+    for row in x:
+        exp = [torch.exp(sum(W[e][d] * row[d] for d in range(len(row)))) for e in range(E)]
+        p.append([v / sum(exp) for v in exp])
+        lse = lse + torch.log(sum(exp)) ** 2 / T
+    norm = [sum(p[u][e] for u, e in kept if u == t) if c.norm_topk_prob else 1.0 for t in range(T)]
+    weights = {(t, e): c.routed_scaling_factor * p[t][e] / norm[t] for t, e in kept}
+    first = [max(range(E), key=lambda e: float(row[e].detach())) for row in p]
+    balance = E * sum(first.count(e) / T * sum(row[e] for row in p) / T for e in range(E))
+    return weights, c.loss_coeff * balance + c.z_loss_coeff * lse
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.integers(0, 3), st.booleans())
+def test_gradients_against_the_formula(seed, threshold, cap, norm):
+    """Of x and of the router, through weights and aux loss; which experts are kept has no gradient."""
+    if threshold == 0 and norm:
+        return  # every weight is 1: their gradient is rounding
+    gate, x, _ = run(threshold, seed, experts=4, tokens=3, std=0.5, topk=cap, norm_topk_prob=norm, loss_coeff=0.3,
+                     routed_scaling_factor=1.5, z_loss_coeff=0.1)
+    kept, _, margin = dumb(gate, x)
+    if margin < EPS and threshold not in (0.0, 1.0):
+        return
+    x.requires_grad_()
+    out = gate(GateInput(x))
+    x64, W64 = x.detach().double().requires_grad_(), gate.router.weight.detach().double().requires_grad_()
+    weights, aux = dumb_loss(gate, x64, W64, [(t, e) for t, e, _, _ in kept])
+    assert out.aux_loss.item() == pytest.approx(float(aux.detach()), rel=1e-4)
+    pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist()))
+    assert out.weight_A.tolist() == pytest.approx([float(weights[pair].detach()) for pair in pairs], rel=1e-4)
+    mix = [math.sin(1 + 3 * t + 7 * e) for t, e in pairs]
+    ours = 2 * out.aux_loss + sum(m * w for m, w in zip(mix, out.weight_A))
+    theirs = 2 * aux + sum(m * weights[pair] for m, pair in zip(mix, pairs))
+    got, want = torch.autograd.grad(ours, (x, gate.router.weight)), torch.autograd.grad(theirs, (x64, W64))
+    for name, a, b in zip(("x", "router"), got, want):
+        torch.testing.assert_close(a, b.float(), atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 20), st.sampled_from([0.05, 0.5, 2.0]), st.integers(0, 3))
+def test_the_rows_that_experts_compute_follow_demand(seed, tokens, std, cap):
+    """Compute is what tokens ask for, at every threshold. The mistake to catch: released code runs a full capacity of
+    rows for every expert, whatever the tokens want, and starts all experts identical."""
+    rows, x = [], torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(seed))
+    for threshold in (0.0, 0.5, 0.9, 1.0):
+        gate = create("threshold", hidden_size=8, num_experts=6, seed=seed, init_std=std, threshold=threshold, topk=cap)
+        layer = make_moe_layer(gate, ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, ffn_hidden_size=4),
+                               MoEConfig(num_experts=6, gate="threshold"), layer=0, seed=seed, groups=Groups())
+        seen = []
+        layer.experts.register_forward_hook(lambda module, args, out, seen=seen: seen.append((len(args[0]), args[1])))
+        layer(x)
+        wanted = torch.bincount(gate(GateInput(x[0])).expert_A, minlength=6).tolist()
+        assert seen == [(sum(wanted), wanted)]
+        rows.append(seen[0][0])
+        assert not torch.equal(layer.experts.w1[0], layer.experts.w1[1])
+    assert rows == sorted(rows) and rows[0] == tokens and rows[-1] == tokens * (cap or 6)
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.7, 0.95])
 def test_chosen_mass_reaches_the_threshold_and_would_not_without_the_last(threshold):
     _, _, out = run(threshold, tokens=200)
@@ -99,6 +163,18 @@ def test_capacity_keeps_better_ranks_first_then_higher_probability():
     for expert in range(6):
         mine = sorted((r, -p, t) for t, e, r, p in kept if e == expert)
         assert {t for t, e in survivors if e == expert} == {t for _, _, t in mine[:4]}
+
+
+def test_the_balance_scopes_are_handed_on():
+    gate, x, whole = run(0.5, tokens=12, loss_coeff=1.0, z_loss_coeff=0.1)
+    later = run(0.5, tokens=12, loss_coeff=1.0, z_loss_coeff=0.1, balance_scope="global-batch")[2]
+    term, = later.balance
+    assert (later.aux_loss + term.loss()).item() == pytest.approx(whole.aux_loss.item(), rel=1e-5)
+    assert term.count_NG.sum() == 12 and 0 < later.aux_loss < whole.aux_loss  # first choices only
+    sequence = torch.arange(3).repeat_interleave(4)
+    by_sequence = run(0.5, loss_coeff=1.0, balance_scope="sequence")[0](GateInput(x, None, sequence, num_sequences=3))
+    parts = [run(0.5, loss_coeff=1.0)[0](GateInput(x[sequence == n])).aux_loss.item() for n in range(3)]
+    assert by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5) and not by_sequence.balance
 
 
 @pytest.mark.parametrize("options, message", [

@@ -1,0 +1,204 @@
+"""What gates cost: each gate's share of its layer, and whether compute follows the choices.
+
+One layer in one process, bf16 with the gate in fp32, forward and backward, two threads. Three tables:
+
+1. every gate alone (forward and backward of its own outputs) against its whole layer;
+2. threshold and remoe at several mean numbers of experts per token: time against the straight line through all of
+   them (least squares, round by round), and that line's value at no expert at all, the fixed cost, against its value at
+   the most experts;
+3. moepp with half of its choices on paths without computation, and with none, against topk of the same k.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import report
+
+TOKENS, HIDDEN, WIDTH, EXPERTS, TOPK, VOCAB = 4096, 512, 1024, 16, 4, 8192
+OPTIONS = {"peer": {"peer_num_heads": 8, "peer_topk": 16}}
+NEURONS = 128**2
+SINGLE = ("hash", "base")
+"""gates with one expert per token: EXPERTS / TOPK experts, TOPK times as wide"""
+
+
+def make_layer(name: str, **options):
+    """A layer of gate `name` with the same active and total width as the others (PEER's: 128 neurons per token)."""
+    import torch
+
+    from megatron.config.schema import ModelConfig, MoEConfig
+    from megatron.model.build import make_moe_layer
+    from megatron.moe import gates
+    from megatron.parallel.groups import Groups
+
+    experts, width = (EXPERTS // TOPK, WIDTH * TOPK) if name in SINGLE else (EXPERTS, WIDTH)
+    if name == "peer":
+        experts, width = NEURONS, 1
+    if name != "threshold" and hasattr(gates.config_of(name), "topk"):
+        options = {"topk": TOPK, **options}
+    gate = gates.create(name, hidden_size=HIDDEN, num_experts=experts, vocab_size=VOCAB, init_std=1.5 / HIDDEN**0.5,
+                        **OPTIONS.get(name, {}), **options)
+    model = ModelConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=8, activation="gelu")
+    layer = make_moe_layer(gate, model, MoEConfig(num_experts=experts, moe_ffn_hidden_size=width, gate=name), layer=0,
+                           seed=0, groups=Groups())
+    layer.to(torch.bfloat16)
+    layer.gate.float()
+    return layer
+
+
+def make_inputs():
+    """(hidden states whose first feature is 1, so that a router's first column is a bias; token ids)."""
+    import torch
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(8, TOKENS // 8, HIDDEN, generator=g)
+    x[..., 0] = 1.0
+    return x.bfloat16(), torch.randint(0, VOCAB, (8, TOKENS // 8), generator=g)
+
+
+def run_layer(layer, x, ids) -> Callable[[], None]:
+    from megatron.moe.routing import FFNContext
+
+    x = x.clone().requires_grad_()
+
+    def step() -> None:
+        out = layer(x, FFNContext(ids))
+        layer.zero_grad(set_to_none=True)
+        (out.y.float().sum() + out.aux_loss).backward()
+        layer.counters[True].clear()
+        layer.end_step()
+
+    return step
+
+
+def run_gate(layer, x, ids) -> Callable[[], None]:
+    from megatron.moe.routing import FFNContext
+
+    x = x.clone().requires_grad_()
+    inp = layer._gate_input(x, FFNContext(ids))
+
+    def step() -> None:
+        out = layer.gate(inp)
+        total = out.weight_A.sum() + out.aux_loss
+        layer.zero_grad(set_to_none=True)
+        if total.requires_grad:
+            total.backward()
+
+    return step
+
+
+def experts_per_token(layer, x, ids) -> tuple[float, float]:
+    """(routed experts, choices on local paths) per token; without a limit all that a gate asks for is kept."""
+    import torch
+
+    from megatron.moe.routing import FFNContext
+
+    with torch.no_grad():
+        expert_A = layer.gate(layer._gate_input(x, FFNContext(ids))).expert_A
+    routed = int((expert_A < layer.gate.num_experts).sum())
+    return routed / TOKENS, (len(expert_A) - routed) / TOKENS
+
+
+def set_bias(layer, rows: slice, value: float) -> None:
+    """Shift the logits of some choices by `value` (the first feature of every token is 1)."""
+    layer.gate.router.weight.data[rows, 0] = value
+
+
+def search(measure: Callable[[float], float], target: float, low: float, high: float) -> None:
+    """Bisect for the argument at which `measure`, which rises, reaches the target; it is left set there."""
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(middle) < target else (low, middle)
+
+
+def gate_shares(x, ids, rounds: int) -> list[report.Row]:
+    from megatron.moe import gates
+
+    rows = []
+    for name in gates.available():
+        layer = make_layer(name)
+        functions = {f"{name}: gate": run_gate(layer, x, ids), f"{name}: layer": run_layer(layer, x, ids)}
+        rows += report.compare(report.interleave(functions, rounds, warmup=2), f"{name}: layer")
+    return rows
+
+
+def variable_compute(name: str, x, ids, rounds: int) -> list[report.Row]:
+    """Seconds at k experts per token, divided by k, against the same at the largest k."""
+    layers = {}
+    for target in (2, 4, 8, 12):
+        layer = make_layer(name)
+        if name == "threshold":
+            def measure(threshold, layer=layer):
+                object.__setattr__(layer.gate.config, "threshold", threshold)
+                return experts_per_token(layer, x, ids)[0]
+
+            search(measure, target, 0.0, 1.0)
+        else:
+            def measure(bias, layer=layer):
+                set_bias(layer, slice(None), bias)
+                return experts_per_token(layer, x, ids)[0]
+
+            search(measure, target, -8.0, 8.0)
+        layers[experts_per_token(layer, x, ids)[0]] = layer
+    functions = {f"{name}, {k:.1f} experts per token": run_layer(layer, x, ids) for k, layer in layers.items()}
+    return against_line(name, list(layers), report.interleave(functions, rounds, warmup=2))
+
+
+def against_line(name: str, experts: list[float], seconds: dict[str, list[float]]) -> list[report.Row]:
+    """Ratios of each time to the straight line through the times of its round, and of the line's ends."""
+    import numpy as np
+
+    measured = np.array(list(seconds.values()))
+    lines = [np.polyfit(experts, times, 1) for times in measured.T]
+    fitted = np.array([np.polyval(line, experts) for line in lines]).T
+    rows = [report.row(label, "a straight line", list(ratios), 1.25)
+            for label, ratios in zip(seconds, measured / fitted, strict=True)]
+    fixed = [line[1] / np.polyval(line, max(experts)) for line in lines]
+    return [*rows, report.row(f"{name}, the line at no expert", f"the line at {max(experts):.1f}", fixed)]
+
+
+def zero_computation(x, ids, rounds: int) -> list[report.Row]:
+    functions = {f"topk, k {TOPK}": run_layer(make_layer("topk"), x, ids)}
+    for share in (0.0, 0.5):
+        layer = make_layer("moepp")
+
+        def measure(bias, layer=layer):
+            set_bias(layer, slice(EXPERTS, None), bias)
+            return experts_per_token(layer, x, ids)[1] / TOPK
+
+        if share:
+            search(measure, share, -8.0, 8.0)
+        else:
+            set_bias(layer, slice(EXPERTS, None), -100.0)
+        functions[f"moepp, {measure_share(layer, x, ids):.0%} without computation"] = run_layer(layer, x, ids)
+    base, _, half = functions
+    return report.compare(report.interleave(functions, rounds, warmup=2), base, {half: 0.65})
+
+
+def measure_share(layer, x, ids) -> float:
+    return experts_per_token(layer, x, ids)[1] / TOPK
+
+
+def main() -> int:
+    args = report.parser(__doc__).parse_args()
+    import torch
+
+    torch.set_num_threads(2)
+    warnings.filterwarnings("ignore", message=".*future")
+    x, ids = make_inputs()
+    print(f"{TOKENS} tokens, hidden {HIDDEN}, {EXPERTS} experts of width {WIDTH}, k {TOPK}, gelu; "
+          f"peer: {NEURONS} neurons")
+    rounds = 3 if args.quick else 21
+    rows = gate_shares(x, ids, rounds)
+    for name in ("threshold", "remoe"):
+        rows += variable_compute(name, x, ids, rounds)
+    return report.finish(rows + zero_computation(x, ids, rounds), args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# ReMoE: every expert with a positive score, ReLU(W x); an adaptive L1 loss drives towards TOPK of them.
+# SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
+set -euo pipefail
+GATE=remoe
+. "$(dirname "${BASH_SOURCE[0]}")/scale.sh"
+launch "$@"

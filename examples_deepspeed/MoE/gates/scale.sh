@@ -1,0 +1,39 @@
+# Sourced by the scripts beside it, after they have set GATE: run.sh's variables for SCALE, and `launch`, which starts the
+# training and takes more flags. Every variable of run.sh may be set from outside as well.
+#   demo   6 layers of hidden size 256, 16 experts, 4 per token, on text of this machine: minutes on two CPU cores
+#   158m   LibMoE's small shape: 16 layers, hidden 512, 66 experts of width 128, 8 per token
+#   679m   LibMoE's large shape: 18 layers, hidden 1024, 66 experts of width 256, 8 per token
+#   xmoe   XMoE's recipe, run.sh's defaults: 12 layers, hidden 768, 64 experts of width 384 in every 2nd layer, 8 per token
+# SHARED: how many of those per token, and of LibMoE's 66, are always on. COARSE=1: for gates with one expert per token,
+# as many times fewer and wider experts as the others have per token, so that active and total size are the same.
+set -euo pipefail
+MOE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+SHARED=${SHARED:-0}
+COARSE=${COARSE:-0}
+
+shape() { # layers hidden heads experts width per-token
+    export NUM_LAYERS=${NUM_LAYERS:-$1} HIDDEN_SIZE=${HIDDEN_SIZE:-$2} NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-$3}
+    local experts=$4 width=$5 per_token=$(($6 - SHARED))
+    [ "$COARSE" = 0 ] || experts=$(($4 / $6)) width=$(($5 * $6)) per_token=
+    export EP_SIZE=${EP_SIZE:-$experts} MOE_FFN_HIDDEN_SIZE=${MOE_FFN_HIDDEN_SIZE:-$width}
+    [ "${TOPK-$per_token}" = "" ] || export TOPK=${TOPK:-$per_token}
+}
+
+PROGRAM=$MOE/run.sh
+SCALE=${SCALE:-demo}
+case $SCALE in
+demo)
+    PROGRAM=$MOE/demo.sh
+    export DATA_DIR=${DATA_DIR:-runs/demo/data} OUTPUT_DIR=${OUTPUT_DIR:-runs/demo-$GATE}
+    shape 6 256 4 16 256 4
+    ;;
+158m) export EP_INTERVAL=${EP_INTERVAL:-1} && shape 16 512 8 $((66 - SHARED)) 128 8 ;;
+679m) export EP_INTERVAL=${EP_INTERVAL:-1} && shape 18 1024 16 $((66 - SHARED)) 256 8 ;;
+xmoe) shape 12 768 12 64 384 8 ;;
+*)
+    echo "SCALE is '$SCALE'; allowed: demo 158m 679m xmoe" >&2
+    exit 2
+    ;;
+esac
+export GATE
+launch() { exec bash "$PROGRAM" "$@"; }

@@ -1,0 +1,97 @@
+"""ReMoE: the weight of an expert is the ReLU of its logit, and those above 0 are the token's experts.
+
+Paper: ReMoE (Wang et al. 2024), fully differentiable routing. How many experts there are per token is learned; an L1
+penalty whose strength follows the measured sparsity keeps their mean at k.
+
+    R = relu(W x),  I = {e: R_e > 0},  w = R (no top-k, not renormalised)
+    aux = lambda * E / (k T^2) * sum_e (sum_t R_te) * #{t: R_te > 0}  =  lambda / k * E * sum_e f_e P_e
+    after each optimizer step: lambda *= factor^sign((1 - k/E) - S),  S = share of R that are 0, over all mixture
+    layers, ranks and micro-batches
+
+Training starts nearly dense, with every R of a token possibly above 0, and sparsifies once lambda has grown. One lambda
+serves all layers: each has a copy in a buffer, and all copies make the same steps.
+
+Departures: lambda stays within [1e-30, 1e30], so that a long time at one side does not make it 0 or infinite, from
+where it could not come back; balance_scope says whose tokens f counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron.moe.gates import Gate, check_topk, linear_fp32
+from megatron.moe.routing import SCOPES, Balance, GateInput, Routing, StepTotals, losses
+
+
+class ReMoEGate(Gate, name="remoe"):
+    """All experts with a positive logit, weighted by it; their number is steered towards topk."""
+
+    @dataclass(frozen=True)
+    class Config:
+        topk: int = 2
+        """mean number of experts per token that lambda steers to"""
+        lambda_init: float = 1e-8
+        """strength of the L1 penalty in the first step"""
+        lambda_factor: float = 1.2
+        """what the strength is multiplied with after a step with too many experts, divided by after one with too few"""
+        balance_scope: str = field(default="micro-batch", metadata={"choices": SCOPES})
+        """whose tokens the penalty counts: each rank's micro-batch, each sequence, or those of all ranks and of the
+        step's micro-batches so far"""
+
+        def __post_init__(self):
+            if self.topk < 1:
+                raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts")
+            if self.lambda_init <= 0:
+                raise ValueError(f"--lambda-init is {self.lambda_init}; allowed: above 0")
+            if self.lambda_factor < 1:
+                raise ValueError(f"--lambda-factor is {self.lambda_factor}; allowed: 1 (constant) or more")
+            if self.balance_scope not in SCOPES:
+                raise ValueError(f"--moe-balance-scope is {self.balance_scope!r}; allowed: {' '.join(SCOPES)}")
+
+        def check(self, num_experts: int) -> None:
+            check_topk(self.topk, num_experts)
+
+    reg_lambda: Tensor
+    """0-d fp32"""
+
+    def __init__(self, config, place):
+        super().__init__(config, place)
+        self.router = self.make_router()
+        self.register_buffer("reg_lambda", torch.tensor(config.lambda_init, dtype=torch.float32))
+
+    @classmethod
+    def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
+        """A token may have none; the first number is the mean that training settles at, the second its dense start."""
+        return min(config.topk, num_experts), num_experts
+
+    def forward(self, inp: GateInput) -> Routing:
+        c = self.config
+        relu_TE = linear_fp32(inp.x_TD, self.router).relu()
+        token_A, expert_A = relu_TE.nonzero(as_tuple=True)
+        penalty = Balance.of(inp, relu_TE, token_A, expert_A, coeff=self.reg_lambda / c.topk, scope=c.balance_scope,
+                             per_token=True)
+        return Routing(
+            token_A=token_A,
+            expert_A=expert_A,
+            weight_A=relu_TE[token_A, expert_A],
+            **losses(penalty),
+            stats={"sparsity": 1 - (relu_TE.detach() > 0).sum() / max(1, relu_TE.numel()),
+                   "lambda": self.reg_lambda.clone()},
+        )
+
+    def post_step(self, load_E: Tensor, num_tokens: Tensor) -> None:
+        """Step lambda by the sparsity of this layer alone."""
+        self._step(load_E[None], num_tokens)
+
+    def after_step(self, step: StepTotals) -> None:
+        """Step lambda by the sparsity of all mixture layers, so that their copies stay equal."""
+        self._step(step.load_LE, step.num_tokens)
+
+    @torch.no_grad()
+    def _step(self, load_LE: Tensor, num_tokens: Tensor) -> None:
+        # (1 - k/E) - S has the sign of what was chosen less what k per token and layer would be; no tokens: no step.
+        surplus = load_LE.double().sum() - self.config.topk * len(load_LE) * num_tokens.double()
+        self.reg_lambda.mul_((self.config.lambda_factor ** surplus.sign()).float()).clamp_(1e-30, 1e30)

@@ -1,0 +1,80 @@
+"""examples_deepspeed/MoE/gates: one script per gate; at every scale its flags parse and make the model they promise."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.config import cli
+from megatron.model.build import build_model
+from megatron.model.size import count
+from megatron.moe import gates
+from megatron.parallel.groups import Groups
+
+REPO = Path(__file__).resolve().parent.parent
+FOLDER = REPO / "examples_deepspeed/MoE/gates"
+SCALES = ("demo", "158m", "679m", "xmoe")
+
+
+def dry_run(gate: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
+    """What the script would start; `echo` stands in for Python, which here would only print the model's size."""
+    return subprocess.run(["bash", str(FOLDER / f"{gate}.sh")], capture_output=True, text=True, cwd=folder, timeout=60,
+                          env={**os.environ, "PYTHON": "/bin/echo", "DRY_RUN": "1", "NUM_GPUS": "2", **env})
+
+
+def config(gate: str, folder: Path, **env: str):
+    done = dry_run(gate, folder, **env)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("deepspeed")))
+    start = next(i for i, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
+    return cli.parse(words[start + 1:], gates.config_of, gates.available)
+
+
+def size(config):
+    with torch.device("meta"):
+        model = build_model(config.model, config.moe, config.gate_options, vocab_size=8000, seed=0, groups=Groups())
+    gate = gates.gate_class(config.moe.gate)
+    return count(model, gate.experts_per_token(gate.Config(**config.gate_options), config.moe.num_experts))
+
+
+def test_there_is_a_script_for_every_gate_and_no_other():
+    assert sorted(p.stem for p in FOLDER.glob("*.sh") if p.stem != "scale") == gates.available()
+
+
+@pytest.mark.parametrize("gate", gates.available())
+@pytest.mark.parametrize("scale", SCALES)
+def test_each_scale_parses_and_a_model_can_be_built(gate, scale, tmp_path):
+    run = config(gate, tmp_path, SCALE=scale)
+    assert run.moe.gate == gate and run.moe.num_experts % run.moe.moe_expert_parallel_size == 0
+    assert run.moe.moe_expert_parallel_size == 2, "two ranks share the experts"
+    layers, hidden = {"demo": (6, 256), "158m": (16, 512), "679m": (18, 1024), "xmoe": (12, 768)}[scale]
+    assert (run.model.num_layers, run.model.hidden_size) == (layers, hidden)
+    got = size(run)
+    if gate == "peer":
+        assert run.moe.moe_layers == (layers // 2,) and run.moe.num_experts == (128**2 if scale == "demo" else 1024**2)
+    elif scale == "158m":
+        assert got.total - got.parts["embedding"] == pytest.approx(158e6 - 8000 * 512, rel=0.03)
+    elif scale == "679m":
+        assert got.total - got.parts["embedding"] == pytest.approx(679e6 - 8000 * 1024, rel=0.05)
+
+
+@pytest.mark.parametrize("gate", [g for g in gates.available() if g not in ("threshold", "peer", "remoe")])
+def test_all_gates_are_compared_at_the_same_active_size(gate, tmp_path):
+    """Eight of LibMoE's experts per token; zero-computation and null choices can only make it less."""
+    top8 = size(config("topk", tmp_path, SCALE="158m"))
+    assert size(config(gate, tmp_path, SCALE="158m")).active_max == pytest.approx(top8.active_max, rel=0.05) or (
+        gate == "expert_choice"), "expert_choice bounds the mean, not the most"
+
+
+def test_variables_from_outside_win(tmp_path):
+    run = config("topk", tmp_path, SCALE="158m", TOPK="3", EP_SIZE="32", NUM_LAYERS="4")
+    assert (run.gate_options["topk"], run.moe.num_experts, run.model.num_layers) == (3, 32, 4)
+    shared = config("deepseek_v3", tmp_path, SCALE="679m")
+    assert (shared.moe.num_experts, shared.moe.moe_shared_experts, shared.gate_options["topk"]) == (64, 2, 6)
+    done = dry_run("topk", tmp_path, SCALE="huge")
+    assert done.returncode == 2 and "SCALE is 'huge'; allowed: demo 158m 679m xmoe" in done.stderr
