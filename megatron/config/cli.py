@@ -120,7 +120,12 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
     built = {section: cls(**values[section]) for section, cls in classes.items() if section != "moe"}
     extras = built.pop("options", None)
     if hasattr(built["gate_options"], "mixture"):  # a gate whose own flags say how many experts there are, and where
-        values["moe"].update(built["gate_options"].mixture(values["moe"], built["model"].num_layers))
+        said = built["gate_options"].mixture(values["moe"], built["model"].num_layers)
+        for name, value in said.items():
+            told = values["moe"].get(name) or value
+            require(told == value, f"--{name.replace('_', '-')}", told,
+                    f"{value!r}, as --gate {gate} and its flags say", "Leave it out.")
+        values["moe"].update(said)
     built["moe"] = MoEConfig(**values["moe"])
     built["gate_options"] = dataclasses.asdict(built["gate_options"])
     return RunConfig(**built), extras

@@ -36,8 +36,9 @@ class Size:
 def count(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> Size:
     """Count the parameters of a model, on any device (`meta` too) and before ZeRO shards them.
 
-    Routed experts are stacks [experts here, ...] in the module `experts` of a layer with the attributes `num_experts`,
-    how many stacks there are over all ranks, and `gate`. They count as that many experts, also where this rank holds a slice, and one token uses its share of them.
+    Routed experts are stacks [stacks here, ...] in the module `experts` of a layer with the attributes `num_experts`,
+    how many stacks there are over all ranks, and `gate`. All are counted, also where this rank holds a slice, and one
+    token uses its share of them.
 
     Args:
         experts_per_token: fewest and most routed experts that one token visits.

@@ -45,12 +45,15 @@ class DeepSpeedMoELayer(MoELayer, _Recognised):
 
 
 class DeepSpeedNeuronLayer(NeuronLayer, _Recognised):
-    """A `NeuronLayer` for the engine. What DeepSpeed takes for an expert, and gives a file of its own in a checkpoint, is
-    a block of many neurons; their number does not depend on the sharding, so that a checkpoint can be shared out anew."""
+    """A `NeuronLayer` for the engine.
+
+    What DeepSpeed takes for an expert, and gives a file of its own in a checkpoint, is a block of many neurons. How
+    many blocks there are does not depend on the sharding, so that a checkpoint can be shared out anew.
+    """
 
 
 def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> None:
-    """Turn every mixture layer of `model` into one that the engine recognises, in place, and mark its expert parameters.
+    """Turn every mixture layer of `model`, in place, into one that the engine recognises, and mark its experts.
 
     Args:
         keep_gate_fp32: False for ZeRO 3, which partitions parameters of one dtype only: gate parameters are then

@@ -116,8 +116,15 @@ def _starts(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-def _bag_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum rows[order] (times weights) within consecutive bags: a parallel, ragged, deterministic segment sum."""
+def bag_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum rows[order] (times weights) within consecutive bags: a parallel, ragged, deterministic segment sum.
+
+    Args:
+        rows: [any, D].
+        order: int64, which rows.
+        bags: where each bag starts in `order`; the last entry is its length.
+        weights: as `order`, in the dtype of the rows.
+    """
     if len(order) == 0:
         return rows.new_zeros(len(bags) - 1, rows.shape[1])
     return F.embedding_bag(order, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)
@@ -133,7 +140,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_SD: Tensor) -> tuple:
-        return _bag_sum(grad_SD.contiguous(), ctx.rows.by_token_S, ctx.rows.bags_T1), None
+        return bag_sum(grad_SD.contiguous(), ctx.rows.by_token_S, ctx.rows.bags_T1), None
 
 
 class Combine(torch.autograd.Function):
@@ -143,7 +150,7 @@ class Combine(torch.autograd.Function):
     def forward(ctx, rows_SD: Tensor, weight_S: Tensor, rows: Rows) -> Tensor:
         ctx.save_for_backward(rows_SD, weight_S)
         ctx.rows = rows
-        return _bag_sum(rows_SD, rows.by_token_S, rows.bags_T1, weight_S[rows.by_token_S].to(rows_SD.dtype))
+        return bag_sum(rows_SD, rows.by_token_S, rows.bags_T1, weight_S[rows.by_token_S].to(rows_SD.dtype))
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor) -> tuple:
@@ -284,4 +291,5 @@ def sum_shared(y_TD: Tensor, shared: Shared, group: dist.ProcessGroup) -> Tensor
     pieces, added in the order of ranks and in fp32, so that it is repeatable."""
     ep_size, mine = dist.get_world_size(group), shared.tokens[dist.get_rank(group)]
     parts = AllToAll.apply(y_TD, shared.tokens, [mine] * ep_size, group)
-    return parts.view(ep_size, mine, -1).sum(0, dtype=torch.promote_types(y_TD.dtype, torch.float32)).to(y_TD.dtype)
+    wide = torch.promote_types(y_TD.dtype, torch.float32)
+    return parts.view(ep_size, mine, y_TD.shape[1]).sum(0, dtype=wide).to(y_TD.dtype)

@@ -40,8 +40,10 @@ def micro_batches(step):
 def plain(gate, activation="swiglu"):
     """One process, torch alone: losses, gradient norms before clipping, final weights."""
     from megatron.moe.deepspeed import parameter_groups
+    from megatron.moe.metrics import MoEMetrics
 
     model = build(gate, Groups(), activation)
+    metrics = MoEMetrics(model, Groups())
     adamw = torch.optim.AdamW(parameter_groups(model, OPTIMIZER["weight_decay"]), lr=OPTIMIZER["lr"],
                               betas=(0.9, 0.95), eps=OPTIMIZER["adam_eps"])
     losses, norms = [], []
@@ -55,6 +57,7 @@ def plain(gate, activation="swiglu"):
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"])))
         adamw.step()
         adamw.zero_grad()
+        metrics.after_step()
     return losses, norms, {n: p.detach() for n, p in model.named_parameters()}
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -44,6 +45,12 @@ class Place:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.layer) % 2**63)
 
 
+def require_field(config: Any, name: str, ok: bool, allowed: str) -> None:
+    """Raise ValueError for an option of a gate's Config: its flag, its value, what is allowed."""
+    if not ok:
+        raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)!r}; allowed: {allowed}")
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Options of gates with a balance loss and a z-loss: a base of their Config."""
@@ -68,6 +75,44 @@ def check_topk(topk: int, limit: int, *, what: str = "the number of experts", le
     """Raise ValueError unless `topk` is in [least, limit]."""
     if not least <= topk <= limit:
         raise ValueError(f"--topk is {topk}; allowed: {least} to {what}, which is {limit}")
+
+
+@dataclass(frozen=True)
+class GroupConfig(LossConfig):
+    """Options of top-k gates whose experts stand in groups (DeepSeek): a base of their Config."""
+
+    topk: int = 2
+    """experts per token"""
+    n_group: int = 1
+    """equal groups of neighbouring experts, on a device or node each"""
+    topk_group: int = 1
+    """groups that a token's experts may lie in"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, limit, allowed in (("topk", math.inf, "1 to the number of experts"),
+                                     ("n_group", math.inf, "a positive divisor of the number of experts"),
+                                     ("topk_group", self.n_group, f"1 to --n-group, which is {self.n_group}")):
+            require_field(self, name, 1 <= getattr(self, name) <= limit, allowed)
+
+    def check(self, num_experts: int) -> None:
+        if num_experts % self.n_group:
+            raise ValueError(f"--n-group is {self.n_group}; allowed: a divisor of the number of experts, which is "
+                             f"{num_experts}")
+        check_topk(self.topk, self.topk_group * (num_experts // self.n_group),
+                   what="the number of experts in --topk-group groups")
+
+
+def in_best_groups(score_TE: Tensor, n_group: int, topk_group: int, best: int) -> Tensor:
+    """The scores in the `topk_group` groups whose `best` highest scores have the largest sum, -inf elsewhere.
+
+    Not 0: a score may be negative, or have underflowed to 0.
+    """
+    score_TGm = score_TE.unflatten(-1, (n_group, score_TE.shape[-1] // n_group))
+    highest_TGb = score_TGm.topk(min(best, score_TGm.shape[-1]), dim=-1).values
+    group_Tg = highest_TGb.sum(-1).topk(topk_group, dim=-1).indices
+    closed_TG = torch.ones_like(score_TGm[..., 0], dtype=torch.bool).scatter(-1, group_Tg, False)
+    return score_TGm.masked_fill(closed_TG[..., None], float("-inf")).flatten(-2)
 
 
 class Gate(nn.Module):
@@ -131,11 +176,17 @@ class Gate(nn.Module):
         topk = getattr(config, "topk", 0) or num_experts
         return min(topk, num_experts), min(topk, num_experts)
 
-    def make_router(self) -> nn.Linear:
-        """A bias-free [E, D] router drawn from N(0, init_std^2)."""
-        router = nn.Linear(self.place.hidden_size, self.num_experts, bias=False)
-        nn.init.normal_(router.weight, std=self.place.init_std, generator=self.place.generator())
-        return router
+    def make_router(self, rows: int | None = None, generator: torch.Generator | None = None) -> nn.Linear:
+        """A bias-free [rows, D] router, one row per expert unless said otherwise, drawn from N(0, init_std^2)."""
+        return make_linear(self.place.hidden_size, self.num_experts if rows is None else rows, self.place.init_std,
+                           self.place.generator() if generator is None else generator)
+
+
+def make_linear(columns: int, rows: int, std: float, generator: torch.Generator) -> nn.Linear:
+    """A bias-free [rows, columns] linear layer drawn from N(0, std^2)."""
+    linear = nn.Linear(columns, rows, bias=False)
+    nn.init.normal_(linear.weight, std=std, generator=generator)
+    return linear
 
 
 def linear_fp32(x_TD: Tensor, linear: nn.Linear) -> Tensor:

@@ -26,14 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.gates import Gate, LossConfig, Place, check_topk, linear_fp32
+from megatron.moe.gates import Gate, LossConfig, Place, check_topk, linear_fp32, make_linear, require_field
 from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
-
-
-def _linear(columns: int, rows: int, std: float, generator: torch.Generator) -> nn.Linear:
-    linear = nn.Linear(columns, rows, bias=False)
-    nn.init.normal_(linear.weight, std=std, generator=generator)
-    return linear
 
 
 class Constant(nn.Module):
@@ -41,7 +35,7 @@ class Constant(nn.Module):
 
     def __init__(self, place: Place, generator: torch.Generator):
         super().__init__()
-        self.mix = _linear(place.hidden_size, 2, place.init_std, generator)
+        self.mix = make_linear(place.hidden_size, 2, place.init_std, generator)
         self.vector = nn.Parameter(torch.empty(place.hidden_size))
         nn.init.normal_(self.vector, generator=generator)
 
@@ -81,8 +75,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
             super().__post_init__()
             for name, least in (("topk", 1), ("num_zero_experts", 0), ("num_copy_experts", 0),
                                 ("num_constant_experts", 0)):
-                if getattr(self, name) < least:
-                    raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; allowed: {least} or more")
+                require_field(self, name, getattr(self, name) >= least, f"{least} or more")
             if self.tau <= 0:
                 raise ValueError(f"--tau is {self.tau}; allowed: above 0")
 
@@ -100,8 +93,8 @@ class MoEPlusPlusGate(Gate, name="moepp"):
     def __init__(self, config, place):
         super().__init__(config, place)
         generator, choices = place.generator(), place.num_experts + config.zero_computation(place.num_experts)
-        self.router = _linear(place.hidden_size, choices, place.init_std, generator)
-        self.residual = _linear(choices, choices, place.init_std, generator) if place.layer else None
+        self.router = self.make_router(choices, generator)
+        self.residual = make_linear(choices, choices, place.init_std, generator) if place.layer else None
         self.local_paths.extend(Constant(place, generator) for _ in range(config.constants(place.num_experts)))
         self.local_paths.extend(nn.Identity() for _ in range(config.num_copy_experts))
         self.local_paths.extend(Zero() for _ in range(config.num_zero_experts))

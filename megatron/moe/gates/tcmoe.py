@@ -20,9 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from megatron.moe.gates import Gate, LossConfig, check_topk, linear_fp32
+from megatron.moe.gates import Gate, LossConfig, check_topk, linear_fp32, require_field
 from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
 
 NEGATIVE_BIAS, NULL_BIAS = -1.0, -10.0
@@ -44,8 +43,7 @@ class TCMoEGate(Gate, name="tcmoe"):
         def __post_init__(self):
             super().__post_init__()
             for name, least in (("topk", 1), ("num_null_experts", 0), ("reward_coeff", 0)):
-                if getattr(self, name) < least:
-                    raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; allowed: {least} or more")
+                require_field(self, name, getattr(self, name) >= least, f"{least} or more")
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
@@ -53,8 +51,7 @@ class TCMoEGate(Gate, name="tcmoe"):
     def __init__(self, config, place):
         super().__init__(config, place)
         self.num_nulls = config.num_null_experts or config.topk
-        self.router = nn.Linear(place.hidden_size, 2 * place.num_experts + self.num_nulls, bias=False)
-        nn.init.normal_(self.router.weight, std=place.init_std, generator=place.generator())
+        self.router = self.make_router(2 * place.num_experts + self.num_nulls)
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:

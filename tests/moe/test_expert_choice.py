@@ -1,0 +1,151 @@
+"""What is specific to expert choice: each expert's best tokens, equal loads, and a warning that it sees the future."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.moe.gates import create, gate_class
+from megatron.moe.routing import GateInput
+
+pytestmark = pytest.mark.filterwarnings("ignore:gate expert_choice")
+
+
+def make(num_experts=4, hidden=6, seed=0, std=1.0, **options):
+    return create("expert_choice", hidden_size=hidden, num_experts=num_experts, seed=seed, init_std=std, **options)
+
+
+def draw(tokens, seed=0, hidden=6):
+    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed))
+
+
+def dumb(gate, x, W):
+    """{(token, expert): weight} in float64, one expert at a time, and how near the nearest tie was."""
+    E, T, k = len(W), len(x), gate.config.topk
+    capacity = min(T, max(1, math.ceil(T * k / E)))
+    p = []
+    for row in x:
+        z = [sum(W[e][d] * row[d] for d in range(len(row))) for e in range(E)]
+        top = max(float(v.detach()) for v in z)
+        exp = [torch.exp(v - top) for v in z]
+        total = sum(exp)
+        p.append([v / total for v in exp])
+    chosen, margin = {}, 1.0
+    for e in range(E):
+        order = sorted(range(T), key=lambda t: -float(p[t][e].detach()))
+        if capacity < T:
+            margin = min(margin, float((p[order[capacity - 1]][e] - p[order[capacity]][e]).detach()))
+        for t in order[:capacity]:
+            chosen[t, e] = p[t][e]
+    return chosen, margin
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 7), st.sampled_from([0.1, 1.0]))
+def test_against_the_formula(seed, experts, k, tokens, std):
+    """Choices, weights, and their gradients with respect to x and the router."""
+    gate = make(experts, hidden=3, seed=seed, std=std, topk=min(k, experts))
+    x = draw(tokens, seed, hidden=3).requires_grad_()
+    out = gate(GateInput(x))
+    out.check(tokens, experts)
+    x64, W64 = x.detach().double().requires_grad_(), gate.router.weight.detach().double().requires_grad_()
+    chosen, margin = dumb(gate, x64, W64)
+    if margin < 1e-6:
+        return  # a tie in float32
+    ours = dict(zip(zip(out.token_A.tolist(), out.expert_A.tolist()), out.weight_A))
+    assert len(ours) == len(out.token_A) and set(ours) == set(chosen) and out.aux_loss.item() == 0
+    for key, weight in ours.items():
+        assert weight.item() == pytest.approx(float(chosen[key].detach()), rel=1e-4)
+    if tokens:
+        mix = {key: math.sin(1 + 3 * key[0] + 7 * key[1]) for key in ours}
+        got = torch.autograd.grad(sum(mix[key] * ours[key] for key in mix), (x, gate.router.weight))
+        want = torch.autograd.grad(sum(mix[key] * chosen[key] for key in mix), (x64, W64))
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens, k, experts, expected", [
+    (8, 2, 4, 4), (9, 2, 4, 5), (1, 1, 4, 1), (2, 1, 4, 1), (5, 4, 4, 5), (0, 2, 4, 0), (7, 1, 1, 7)])
+def test_every_expert_takes_the_same_number_of_tokens(tokens, k, experts, expected):
+    out = make(experts, topk=k)(GateInput(draw(tokens)))
+    assert torch.bincount(out.expert_A, minlength=experts).tolist() == [expected] * experts
+
+
+def test_loads_stay_equal_when_all_tokens_want_the_same_expert():
+    """The mistake to catch: tokens choosing, with a capacity on top, would leave three experts idle."""
+    gate = make(topk=1)
+    x = gate.router.weight.detach()[2] * 5 + 0.01 * draw(16)
+    assert (x @ gate.router.weight.T).argmax(-1).tolist() == [2] * 16
+    assert torch.bincount(gate(GateInput(x)).expert_A).tolist() == [4] * 4
+
+
+def test_softmax_is_over_experts_and_weights_are_not_renormalised():
+    """The mistakes to catch: softmax over tokens, and weights divided by their sum over a token's experts."""
+    gate, x = make(topk=4, std=0.3), draw(9)
+    out = gate(GateInput(x))
+    dense = torch.zeros(9, 4).index_put((out.token_A, out.expert_A), out.weight_A)
+    torch.testing.assert_close(dense, (x @ gate.router.weight.T).softmax(-1))
+    out = make(topk=1, std=0.3)(GateInput(x))
+    assert (torch.zeros(9).index_add(0, out.token_A, out.weight_A) < 0.99).all()
+
+
+def test_some_tokens_are_taken_by_none_and_some_by_several():
+    out = make(topk=1)(GateInput(draw(64)))
+    taken = torch.bincount(out.token_A, minlength=64)
+    assert taken.min() == 0 and taken.max() > 1
+    assert out.stats["untaken_token_fraction"].item() == pytest.approx((taken == 0).float().mean().item())
+    cls = gate_class("expert_choice")
+    assert cls.experts_per_token(cls.Config(topk=1), 4) == (0, 4)
+
+
+def test_a_later_token_changes_the_experts_of_an_earlier_one():
+    """What the docstring and the warning say: it sees the future."""
+    gate = make(2, topk=1)
+    W = gate.router.weight.detach()
+    x = draw(4) * 0.1
+    x[3] = 10 * (W[0] - W[1])  # now expert 0's favourite
+    first = gate(GateInput(x))
+    x[3] = 10 * (W[1] - W[0])  # now expert 1's
+    second = gate(GateInput(x))
+    early = [{(t, e) for t, e in zip(o.token_A.tolist(), o.expert_A.tolist()) if t < 3} for o in (first, second)]
+    assert early[0] != early[1] and len(early[0]) == len(early[1]) == 3
+    assert gate_class("expert_choice").sees_other_tokens
+
+
+def test_warns_once_per_gate_at_its_first_forward():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        a, b = make(), make(layer=1)
+        assert not seen
+        for gate in (a, a, b, a, b):
+            gate(GateInput(draw(4)))
+    assert len(seen) == 2 and all("in a causal model at the future" in str(w.message) for w in seen)
+
+
+def test_logits_of_1e4_have_finite_gradients_and_bf16_is_scored_in_fp32():
+    gate = make()
+    x = (1e4 * draw(9)).requires_grad_()
+    gate(GateInput(x)).weight_A.sum().backward()
+    assert torch.isfinite(x.grad).all() and torch.isfinite(gate.router.weight.grad).all()
+    x = draw(9).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = gate(GateInput(x))
+    assert torch.equal(out.weight_A, gate(GateInput(x.float())).weight_A)
+
+
+def test_training_equals_evaluation_and_nothing_is_changed():
+    gate = make()
+    before = {n: t.clone() for n, t in gate.state_dict().items()}
+    x = draw(9)
+    a, b = gate(GateInput(x)), gate.eval()(GateInput(x))
+    assert torch.equal(a.token_A, b.token_A) and torch.equal(a.weight_A, b.weight_A)
+    assert all(torch.equal(before[n], t) for n, t in gate.state_dict().items())
+
+
+@pytest.mark.parametrize("topk, message", [(0, "--topk is 0"), (5, "--topk is 5; allowed: 1 to .*, which is 4")])
+def test_refusals(topk, message):
+    with pytest.raises(ValueError, match=message):
+        make(topk=topk)

@@ -1,0 +1,101 @@
+"""What is specific to the hash gate: a balanced, repeatable table, and nothing to learn."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.config.schema import ModelConfig, MoEConfig
+from megatron.model.build import make_moe_layer
+from megatron.moe.gates import create, gate_class
+from megatron.moe.routing import FFNContext, GateInput
+from megatron.parallel.groups import Groups
+
+
+def make(vocab_size=50, num_experts=4, **where):
+    return create("hash", hidden_size=6, num_experts=num_experts, vocab_size=vocab_size, **where)
+
+
+def make_layer(seed=0):
+    model = ModelConfig(num_layers=1, hidden_size=6, num_attention_heads=1, ffn_hidden_size=8)
+    return make_moe_layer(make(), model, MoEConfig(num_experts=4, gate="hash"), layer=0, seed=seed, groups=Groups())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 40), st.integers(1, 300), st.integers(1, 17), st.integers(0, 30))
+def test_against_the_formula(seed, layer, vocab, experts, tokens):
+    """expert = table[id], weight 1, one per token; ids are dealt out so that counts differ by at most 1."""
+    gate = make(vocab, experts, seed=seed, layer=layer)
+    table = gate.table_V.tolist()
+    sizes = [table.count(e) for e in range(experts)]
+    assert len(table) == vocab and max(sizes) - min(sizes) <= 1
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (tokens,), generator=g)
+    out = gate(GateInput(torch.randn(tokens, 6, generator=g), ids))
+    out.check(tokens, experts)
+    assert out.token_A.tolist() == list(range(tokens))
+    assert out.expert_A.tolist() == [table[i] for i in ids.tolist()]
+    assert out.weight_A.tolist() == [1.0] * tokens and out.aux_loss.item() == 0
+
+
+def test_the_table_depends_on_seed_and_layer_only():
+    torch.manual_seed(1)
+    a = make(seed=3, layer=2)
+    torch.manual_seed(2)
+    assert torch.equal(a.table_V, make(seed=3, layer=2).table_V)
+    assert not torch.equal(a.table_V, make(seed=3, layer=1).table_V)
+    assert not torch.equal(a.table_V, make(seed=4, layer=2).table_V)
+
+
+def test_the_hidden_state_does_not_matter_and_evaluation_equals_training():
+    gate, ids = make(), torch.arange(20)
+    a, b = gate(GateInput(torch.randn(20, 6), ids)), gate.eval()(GateInput(1e4 * torch.randn(20, 6).bfloat16(), ids))
+    assert torch.equal(a.expert_A, b.expert_A) and b.weight_A.dtype == torch.float32
+
+
+def test_no_parameters_and_the_table_is_part_of_the_state():
+    a, b = make(seed=1), make(seed=2)
+    assert not list(a.parameters()) and a.table_V.dtype == torch.int64
+    assert not torch.equal(a.table_V, b.table_V)
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.table_V, b.table_V)
+    assert a.post_step(torch.ones(4), torch.tensor(4.0)) is None and torch.equal(a.table_V, b.table_V)
+
+
+def test_experts_and_their_inputs_learn_without_a_router():
+    layer = make_layer()
+    x = torch.randn(1, 40, 6, requires_grad=True)
+    out = layer(x, FFNContext(torch.arange(40)[None]))
+    (out.y.square().sum() + out.aux_loss).backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+    assert (layer.experts.w1.grad.flatten(1).abs().sum(-1) > 0).all()
+
+
+def test_the_layer_hands_the_ids_on():
+    layer = make_layer()
+    x, ids = torch.randn(2, 8, 6), torch.randint(0, 50, (2, 8))
+    layer(x, FFNContext(ids))
+    expected = torch.bincount(layer.gate.table_V[ids.flatten()], minlength=4)
+    assert layer.counters[True]["wanted_C"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("bad", [50, 10**6, -1])
+def test_an_id_outside_the_table_is_an_error(bad):
+    """-1 too, which as an index would quietly be the last id."""
+    with pytest.raises(IndexError, match="out of range"):
+        make()(GateInput(torch.zeros(2, 6), torch.tensor([0, bad])))
+
+
+def test_on_meta_and_the_size_of_a_token():
+    with torch.device("meta"):
+        assert make().table_V.is_meta
+    assert gate_class("hash").experts_per_token(gate_class("hash").Config(), 8) == (1, 1)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="--gate is hash and vocab_size is None; allowed: .* pass vocab_size="):
+        create("hash", hidden_size=6, num_experts=4)
+    with pytest.raises(ValueError, match="--gate is hash and the layer was given no token ids; .*token_ids_BS"):
+        make()(GateInput(torch.zeros(3, 6)))
+    with pytest.raises(ValueError, match="no token ids"):
+        make_layer()(torch.zeros(1, 3, 6))
