@@ -32,8 +32,9 @@ demo: venv
 # Tests start up to four ranks: one thread each.
 test test-slow: export OMP_NUM_THREADS := 1
 
+# Two processes share the files: most tests use one core. Pools of ranks are per process.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow

@@ -49,6 +49,7 @@ def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
     return done.stdout, json.loads(rows.read_text()), temp
 
 
+@pytest.mark.slow
 def test_data_index_quickly(tmp_path):
     """Every row is there, and nothing stays behind. Whether bars hold is not for a test on a busy machine."""
     printed, table, temp = run_quickly("data_index.py", tmp_path)
@@ -61,6 +62,7 @@ def test_data_index_quickly(tmp_path):
     assert not [p for p in temp.iterdir() if (p / "big.idx").exists()]
 
 
+@pytest.mark.slow
 def test_preprocess_quickly(tmp_path):
     """Every row is there, both programs write the same, and nothing stays behind."""
     printed, table, temp = run_quickly("preprocess.py", tmp_path)
@@ -68,3 +70,25 @@ def test_preprocess_quickly(tmp_path):
     assert [(row["name"], row["bar"]) for row in table] == [
         ("tools/preprocess_data.py", None), ("time per byte, 8 MB", None), ("peak memory, 8 MB", None),
         ("tools/merge_datasets.py", None)]
+
+
+def test_compute_that_ignores_demand_is_not_called_proportional():
+    """What published code does: the same rows whatever tokens want. Nor is time that grows faster than demand."""
+    from benchmarks.gate_cost import against_line
+
+    experts = [2.0, 4.0, 8.0, 12.0]
+    for times, holds in (([10.0] * 4, [False, False, True, False]), ([2.0, 4.0, 8.0, 12.0], [True] * 4),
+                         ([2.3, 4.2, 8.0, 11.9], [True] * 4), ([k * k for k in experts], [False, False, False, True])):
+        rows = against_line(experts, {f"{k}": [t, 2 * t, t] for k, t in zip(experts, times, strict=True)})
+        assert [row.holds for row in rows] == holds, times
+        assert all(row.ratio >= 1 and row.low == row.high for row in rows)
+
+
+@pytest.mark.slow
+def test_gate_cost_quickly(tmp_path):
+    from megatron.moe.gates import available
+
+    _, table, _ = run_quickly("gate_cost.py", tmp_path)
+    names = [row["name"] for row in table]
+    assert names[:12] == [f"{gate}: gate" for gate in available()] and all(row["ratio"] < 1 for row in table[:12])
+    assert [row["bar"] for row in table[12:]] == [1.25] * 8 + [None, 0.65]

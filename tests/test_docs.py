@@ -31,7 +31,7 @@ def example(tmp_path):
 
 def test_the_table_has_every_gate():
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
-    assert sorted(rows) == gates.available() and len(rows) == 12
+    assert sorted(rows) == gates.available()
     assert all(line.count("|") == 8 for line in TEXT.splitlines() if re.match(r"\| `\w+` \|", line))
 
 

@@ -42,9 +42,10 @@ GATE=${GATE:-threshold}
 TOPK=${TOPK:-}
 THRESHOLD=${THRESHOLD:-$([ "$GATE" = threshold ] && echo 0.9 || true)}
 MLC=${MLC:-}
-# Capacity: 0 is dropless. MOE_DROP_TOKEN=true makes the recipe's 8.0 the default, false overrules the factors.
+# Capacity: 0 is dropless. MOE_DROP_TOKEN=true makes the recipe's 8.0 the default (1.1 for MoE++, whose factor is times
+# the choices per token), false overrules the factors.
 MOE_DROP_TOKEN=${MOE_DROP_TOKEN:-}
-MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-$([ "$MOE_DROP_TOKEN" = true ] && echo 8.0 || echo 0)}
+MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-$([ "$MOE_DROP_TOKEN" != true ] && echo 0 || { [ "$GATE" = moepp ] && echo 1.1 || echo 8.0; })}
 MOE_EVAL_CAP_FACTOR=${MOE_EVAL_CAP_FACTOR:-$MOE_TRAIN_CAP_FACTOR}
 [ "$MOE_DROP_TOKEN" = false ] && MOE_TRAIN_CAP_FACTOR=0 MOE_EVAL_CAP_FACTOR=0
 MOE_MIN_CAP=${MOE_MIN_CAP:-4}

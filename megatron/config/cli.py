@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron import __version__
+from megatron.config import mixture
 from megatron.config.schema import SECTIONS, MoEConfig, RunConfig, require
 
 # XMoE's spellings of --gate.
@@ -97,14 +98,16 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
     stored = _sections(_load_json(path), path) if path else {}
     stored_gate = stored.get("moe", {}).get("gate", MoEConfig.gate)
     gate = gate or stored_gate
+    derived = mixture.drop_derived(stored, gate_config(stored_gate)) if path else ""
     classes = {**SECTIONS, "gate_options": gate_config(gate)}
     if options is not None:
         classes["options"] = options
     if gate == stored_gate:
         stored["gate_options"] = _typed(stored.get("gate_options", {}), "gate_options", classes["gate_options"], path)
     elif stored.pop("gate_options", {}):
-        logging.getLogger(__name__).warning("--gate %s replaces %s of %s: the gate options stored there are dropped, "
-                                            "and %s starts from its own defaults", gate, stored_gate, path, gate)
+        logging.getLogger(__name__).warning(
+            "--gate %s replaces %s of %s: the gate options stored there are dropped%s, and %s starts from its own "
+            "defaults", gate, stored_gate, path, derived, gate)
 
     gates = {name: gate_config(name) for name in gate_names()}
     known = _index(classes)
@@ -119,13 +122,7 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
     values["moe"]["gate"] = gate
     built = {section: cls(**values[section]) for section, cls in classes.items() if section != "moe"}
     extras = built.pop("options", None)
-    if hasattr(built["gate_options"], "mixture"):  # a gate whose own flags say how many experts there are, and where
-        said = built["gate_options"].mixture(values["moe"], built["model"].num_layers)
-        for name, value in said.items():
-            told = values["moe"].get(name) or value
-            require(told == value, f"--{name.replace('_', '-')}", told,
-                    f"{value!r}, as --gate {gate} and its flags say", "Leave it out.")
-        values["moe"].update(said)
+    mixture.apply(built["gate_options"], values["moe"], built["model"].num_layers, gate)
     built["moe"] = MoEConfig(**values["moe"])
     built["gate_options"] = dataclasses.asdict(built["gate_options"])
     return RunConfig(**built), extras

@@ -170,6 +170,8 @@ class MoEConfig:
                 list(self.moe_layers), "only without --expert-interval and --moe-first-k-dense", "Use one of the two.")
         require(self.num_experts > 0 or ep == 1, "--moe-expert-parallel-size", ep, "1 without experts",
                 "Set --num-experts.")
+        require(self.num_experts > 0 or not self.moe_layers, "--moe-layers", list(self.moe_layers),
+                "only with experts", "Set --num-experts.")
         require(self.num_experts > 0 or self.moe_shared_experts == 0, "--moe-shared-experts", self.moe_shared_experts,
                 "0 without experts", "Set --num-experts.")
         require(self.num_experts % ep == 0, "--num-experts", self.num_experts,

@@ -84,9 +84,9 @@ def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_pat
     if not num_local_paths:
         return Plan(Rows.of(order_A, token_A, num_tokens), None, [], wanted_C, kept_C, kept_T)
     counts = kept_C[num_experts:].tolist()
+    first = len(order_A) - sum(counts)
     if num_zero_paths:
         counts[-num_zero_paths:] = [0] * num_zero_paths
-    first = len(order_A) - int(kept_C[num_experts:].sum())
     local = slice(first, first + sum(counts))
     return Plan(Rows.of(order_A[:first], token_A[:first], num_tokens),
                 Rows.of(order_A[local], token_A[local], num_tokens), counts, wanted_C, kept_C, kept_T)

@@ -6,8 +6,7 @@ adds the bookkeeping that DeepSpeed's engine looks for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -147,15 +146,7 @@ class MoELayer(nn.Module):
         The repetition counts nothing, exchanges no loads, and has the aux loss of the first time.
         """
         memory: dict[str, Any] = {}
-        return self._pass(memory, again=False), self._pass(memory, again=True)
-
-    @contextmanager
-    def _pass(self, memory: dict[str, Any], again: bool) -> Iterator[None]:
-        self._memory, self._again = memory, again
-        try:
-            yield
-        finally:
-            self._memory, self._again = None, False
+        return _Pass(self, memory, again=False), _Pass(self, memory, again=True)
 
     @torch.no_grad()
     def _count(self, routing: Routing, plan: Plan, aux_loss: Tensor) -> None:
@@ -206,6 +197,19 @@ class NeuronLayer(MoELayer):
         shared = share_tokens(x_TD, rows, routing.weight_A, plan.kept_C, group)
         y_TD = self.experts(shared.x_TD, shared.token_S, shared.expert_S, shared.weight_S)
         return sum_shared(y_TD, shared, group)
+
+
+class _Pass(AbstractContextManager):
+    """A forward pass of a layer: the first, which fills the memory, or one of its repetitions. May be entered again."""
+
+    def __init__(self, layer: MoELayer, memory: dict[str, Any], again: bool):
+        self.layer, self.memory, self.again = layer, memory, again
+
+    def __enter__(self) -> None:
+        self.layer._memory, self.layer._again = self.memory, self.again
+
+    def __exit__(self, *error: object) -> None:
+        self.layer._memory, self.layer._again = None, False
 
 
 def _add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:

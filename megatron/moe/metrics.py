@@ -29,13 +29,17 @@ class MoEMetrics:
                           for m in self.layers for name in ("post_step", "after_step"))
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """End an optimizer step: give each gate what was counted since the last one, over ranks and micro-batches."""
-        if self._asked and all(m.step_sums for m in self.layers):
+    def after_step(self, skipped: bool = False) -> None:
+        """End an optimizer step: give each gate what was counted since the last one, over ranks and micro-batches.
+
+        Args:
+            skipped: the step changed no weights, because a gradient overflowed; then it changes no gate's state either.
+        """
+        if self._asked and not skipped and all(m.step_sums for m in self.layers):
             names, totals = self._reduce([m.step_sums for m in self.layers])
             load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
             for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
-                own = {n.removeprefix("sum/"): sums[n].float() for n in names if n.startswith("sum/")}
+                own = {n.removeprefix("sum/"): sums[n] for n in names if n.startswith("sum/")}
                 layer.gate.after_step(StepTotals(load_E, sums["tokens"].float(), own, load_LE))
         for layer in self.layers:
             layer.end_step()

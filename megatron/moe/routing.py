@@ -129,7 +129,7 @@ class Routing:
     balance: tuple[Balance, ...] = ()
     """losses of scope global-batch: the layer adds the other ranks' loads, then the loss"""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """detached fp32 sums over this rank's tokens, in training added up over micro-batches and ranks for
+    """detached fp32 or fp64 sums over this rank's tokens, in training added up over micro-batches and ranks for
     `Gate.after_step`, and over a log interval for `Gate.summarise`"""
 
     def check(self, num_tokens: int, num_choices: int) -> None:
@@ -160,7 +160,7 @@ class StepTotals:
     num_tokens: Tensor
     """0-d fp32"""
     sums: dict[str, Tensor]
-    """the gate's own, fp32"""
+    """the gate's own, fp64"""
     load_LE: Tensor
     """fp32, the loads of all mixture layers that have such a gate, in order"""
 

@@ -19,6 +19,7 @@ from megatron.config import cli
 from megatron.config.schema import RunConfig
 from megatron.data.tokenizer import Tokenizer
 from megatron.log import get_logger
+from megatron.moe import gates
 from megatron.parallel import rng
 from megatron.parallel.groups import Groups
 from megatron.training.engine import Engine
@@ -156,10 +157,24 @@ def check_same_run(saved: Record, current: Record, where: str) -> None:
         for name in names:
             _same(getattr(getattr(saved.config, section), name), getattr(getattr(current.config, section), name),
                   "--" + name.replace("_", "-"), where)
+    shapes = [_gate_shapes(record.config) for record in (saved, current)]
+    for name, value in current.config.gate_options.items():
+        if shapes[0] != shapes[1]:
+            _same(saved.config.gate_options.get(name), value, "--" + name.replace("_", "-"), where)
     for key, what in IDENTITY.items():
         _same(saved.identity.get(key), current.identity[key], what, where)
     if current.config.model.position_embedding_type == "learned":
         _same(saved.config.model.max_positions, current.config.model.max_positions, "--max-position-embeddings", where)
+
+
+def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
+    """Names and shapes of what a gate of the run keeps: options that change them cannot change in a resume."""
+    if not config.moe.num_experts:
+        return {}
+    with torch.device("meta"):
+        gate = gates.create(config.moe.gate, hidden_size=config.model.hidden_size, num_experts=config.moe.num_experts,
+                            layer=1, num_moe_layers=2, vocab_size=1, **config.gate_options)
+    return {name: tensor.shape for name, tensor in gate.state_dict().items()}
 
 
 def _same(saved: Any, current: Any, what: str, where: str) -> None:

@@ -74,7 +74,7 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
     def step(self, batches: Iterable[Batch], lr: float, progress: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step over its micro-batches, after which the gates learn what it counted.
+        """One optimizer step over its micro-batches. Unless it is skipped, the gates then learn what it counted.
 
         Returns:
             (language-model loss, auxiliary loss): 0-d fp32 means over this rank's micro-batches.
@@ -82,14 +82,14 @@ class Engine:
         self.deepspeed.train()
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        lm_losses, aux_losses = [], []
+        skipped, lm_losses, aux_losses = self.skipped_steps, [], []
         for batch in batches:
             out = self.deepspeed(**model_inputs(batch, self.groups), progress=progress)
             self.deepspeed.backward(out.loss)
             self.deepspeed.step()
             lm_losses.append(out.lm_loss.detach())
             aux_losses.append(out.aux_loss.detach())
-        self.metrics.after_step()
+        self.metrics.after_step(skipped=self.skipped_steps > skipped)
         return torch.stack(lm_losses).mean(), torch.stack(aux_losses).mean()
 
     @torch.no_grad()

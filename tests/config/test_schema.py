@@ -37,7 +37,8 @@ REFUSED = [
       for name in ("num_experts", "moe_shared_experts", "moe_first_k_dense", "moe_train_capacity_factor",
                    "moe_eval_capacity_factor", "moe_min_capacity", "moe_ffn_hidden_size")],
     (MoEConfig, {"expert_interval": 0}, "--expert-interval is 0; allowed: a positive integer"),
-    (MoEConfig, {"moe_layers": (1,), "expert_interval": 2},
+    (MoEConfig, {"moe_layers": (1,)}, r"--moe-layers is \[1\]; allowed: only with experts. Set --num-experts"),
+    (MoEConfig, {"moe_layers": (1,), "expert_interval": 2, "num_experts": 4},
      r"--moe-layers is \[1\]; allowed: only without --expert-interval and --moe-first-k-dense"),
     (MoEConfig, {"moe_expert_parallel_size": 0}, "--moe-expert-parallel-size is 0; allowed: a positive integer"),
     (MoEConfig, {"moe_expert_parallel_size": 2}, "--moe-expert-parallel-size is 2; allowed: 1 without experts. Set"),
@@ -124,7 +125,6 @@ def test_which_layers_are_mixtures():
     assert mixtures(num_experts=4, expert_interval=2) == [1, 3, 5]
     assert mixtures(num_experts=4, expert_interval=2, moe_first_k_dense=2) == [3, 5]
     assert mixtures(num_experts=4, moe_layers=(0, 4)) == [0, 4]
-    assert mixtures(moe_layers=(0, 4)) == []
 
 
 def test_precision():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from decimal import Decimal
 
 import torch
 
@@ -15,18 +16,24 @@ from megatron.parallel.groups import Groups
 D, E = 8, 4
 
 
-def make_layer(name, groups=None, num_experts=E, seed=0, shared=0, options=None, **moe):
-    gate = gates.create(name, hidden_size=D, num_experts=num_experts, vocab_size=50, seed=seed, init_std=0.5,
-                        **(options or {}))
+def make_layer(name, groups=None, num_experts=E, seed=0, shared=0, options=None, layer=0, **moe):
+    gate = gates.create(name, hidden_size=D, num_experts=num_experts, layer=layer, num_moe_layers=layer + 1,
+                        vocab_size=50, seed=seed, init_std=0.5, **(options or {}))
     model = ModelConfig(num_layers=1, hidden_size=D, num_attention_heads=1, ffn_hidden_size=12, activation="swiglu",
                         init_method_std=0.4)
     return make_moe_layer(gate, model, MoEConfig(num_experts=num_experts, moe_shared_experts=shared, gate=name, **moe),
-                          layer=0, seed=seed, groups=groups or Groups())
+                          layer=layer, seed=seed, groups=groups or Groups())
 
 
 def make_input(tokens, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(1, tokens, D, generator=g) * scale, torch.randint(0, 50, (1, tokens), generator=g)
+
+
+def make_carry(gate, tokens, seed=0, scale=1.0):
+    """What the previous mixture layer's gate may hand on: a number for each choice."""
+    g = torch.Generator().manual_seed(seed + 1000)
+    return torch.randn(tokens, gate.num_experts + len(gate.local_paths), generator=g) * scale
 
 
 def dumb_layer(layer, x_TD, routing, kept=None):
@@ -45,6 +52,15 @@ def dumb_layer(layer, x_TD, routing, kept=None):
             out = x.w2[e] @ activate("swiglu", x.w1[e] @ x_TD[t], x.w3[e] @ x_TD[t])
         y[t] = y[t] + w * out
     return torch.stack(y)
+
+
+def exact_shares(logits):
+    """Sigmoids divided by their sum, and the derivative [i][j] of share i with respect to logit j. In decimals, whose
+    exponents have no end: nothing underflows."""
+    s = [1 / (1 + (-Decimal(z)).exp()) for z in logits]
+    w = [v / sum(s) for v in s]
+    slopes = [[w[i] * ((i == j) - w[j]) * (1 - s[j]) for j in range(len(s))] for i in range(len(s))]
+    return [float(v) for v in w], [[float(v) for v in row] for row in slopes]
 
 
 def has_topk(name):

@@ -224,7 +224,7 @@ def test_state_round_trip_and_parameters_from_seed_and_layer():
     ({"min_temperature": 0.0}, "--min-temperature is 0.0; allowed: a positive number"),
     ({"init_temperature": -0.3}, "--init-temperature is -0.3"),
     ({"init_temperature": 0.005}, "--init-temperature is 0.005; .* --min-temperature, which is 0.01"),
-    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is set with --topk 1"),
+    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1"),
     ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
 ])
 def test_refusals(options, message):

@@ -15,6 +15,9 @@ MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_len
 # A large epsilon keeps Adam smooth: with a tiny one a gradient of rounding size moves a weight by the full rate.
 OPTIMIZER = {"lr": 0.02, "adam_eps": 1e-2, "clip_grad": 0.5, "weight_decay": 0.1}
 STEPS, VOCAB = 3, 64
+# Where the default makes the loss of the first steps too small to be seen in the weights.
+LOUD = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"loss_coeff": 0.1}}
+WITHOUT_LOSS = {"base", "expert_choice", "hash", "peer"}
 
 
 def build(gate, groups, activation="swiglu", shared=1):
@@ -24,7 +27,8 @@ def build(gate, groups, activation="swiglu", shared=1):
 
     moe = MoEConfig(num_experts=4, gate=gate, moe_ffn_hidden_size=8, moe_shared_experts=shared,
                     moe_expert_parallel_size=groups.ep_size)
-    return build_model(replace(MODEL, activation=activation), moe, {}, vocab_size=VOCAB, seed=7, groups=groups)
+    return build_model(replace(MODEL, activation=activation), moe, LOUD.get(gate, {}), vocab_size=VOCAB, seed=7,
+                       groups=groups)
 
 
 def micro_batches(step):
@@ -51,6 +55,7 @@ def plain(gate, activation="swiglu"):
         total = 0.0
         for b in micro_batches(step):
             out = model(b.tokens_BS, b.labels_BS, b.loss_mask_BS)
+            assert step or (out.aux_loss == 0 if gate in WITHOUT_LOSS else out.aux_loss > 1e-3), "an invisible loss"
             (out.loss / 4).backward()
             total += out.lm_loss.item() / 4
         losses.append(total)

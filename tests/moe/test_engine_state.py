@@ -140,3 +140,28 @@ def test_ranks_and_micro_batches_disagree_in_this_test():
     whole = sign(sum(loads))
     assert not torch.equal(sign(loads[0] + loads[1]), whole) or not torch.equal(sign(loads[2] + loads[3]), whole)
     assert not torch.equal(sum(sign(load) for load in loads), whole)
+
+
+def _skip(stage, precision):
+    """In a rank: a step in which one gradient is infinite, then an ordinary one; steps skipped and state after each."""
+    from megatron.parallel import groups as parallel
+
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    groups = parallel.init(min(2, dist.get_world_size()))
+    engine = make_engine(groups, stage, precision, "")
+    infinite = next(p for n, p in engine.model.named_parameters() if "o_proj" in n)
+    hook = infinite.register_hook(lambda grad: grad * float("inf"))
+    states = []
+    for step in range(2):
+        engine.step(micro_batches(step, groups.rank), 0.02, 0.0)
+        hook.remove()
+        states.append((engine.skipped_steps, biases(engine), [dict(m.step_sums) for m in engine.metrics.layers]))
+    return states
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_skipped_step_moves_no_state(stage, ranks2):
+    for (skipped, bias, sums), (still, moved, _) in ranks2.run(_skip, stage, "bf16"):
+        assert skipped == still == 1
+        assert all(not b.any() for b in bias) and all(s == {} for s in sums), "and leaves no counts behind"
+        assert all(b.any() for b in moved)

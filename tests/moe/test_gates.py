@@ -5,15 +5,41 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from megatron.moe import gates
+from megatron.moe.dispatch import capacity
 from megatron.moe.routing import FFNContext, GateInput
-from mixtures import D, E, dumb_layer, has_topk, make_input, make_layer
+from mixtures import D, E, dumb_layer, exact_shares, has_topk, make_carry, make_input, make_layer
 from spawn import groups_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*future:UserWarning")  # expert_choice says so once
 ALL = gates.available()
+CAPACITY_1 = {"moe_train_capacity_factor": 1.0, "moe_min_capacity": 1}
+
+
+def second_layer(name, groups=None, **moe):
+    """A model's second mixture layer, whose gate hears from the first one's (MoE++)."""
+    return make_layer(name, groups, layer=1, **moe)
+
+
+def case(layer, tokens, spread=1.0):
+    """Hidden states and context of tokens; with a small spread all are nearly the same one, with 0 exactly."""
+    (x, ids), carry = make_input(tokens), make_carry(layer.gate, tokens)
+    if spread != 1:
+        x, ids, carry = x[:, :1].lerp(x, spread), ids[:, :1].repeat(1, tokens), carry[:1].lerp(carry, spread)
+    return x.requires_grad_(), FFNContext(ids, carry)
+
+
+def part(context, rows):
+    """The context of some of the tokens."""
+    return FFNContext(context.token_ids_BS[:, rows], context.carry[rows])
+
+
+def route(layer, x, context):
+    """The gate's answer alone."""
+    sequence = torch.zeros(x.shape[1], dtype=torch.int64)
+    return layer.gate(GateInput(x[0], context.token_ids_BS[0], sequence, context.carry))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -25,34 +51,101 @@ def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale
     for k_all in (False, True):
         if k_all and has_topk(name):
             options = {"topk": num_experts}
-        gate = gates.create(name, hidden_size=D, num_experts=num_experts, vocab_size=50, **options, init_std=0.5)
+        gate = gates.create(name, hidden_size=D, num_experts=num_experts, layer=1, num_moe_layers=2, vocab_size=50,
+                            **options, init_std=0.5)
         x, ids = make_input(tokens, scale=scale)
         for dtype in (torch.float32, torch.bfloat16):
-            out = gate(GateInput(x[0].to(dtype), ids[0], torch.zeros(tokens, dtype=torch.int64)))
+            x_TD, carry = x[0].to(dtype).requires_grad_(), make_carry(gate, tokens, scale=scale).requires_grad_()
+            out = gate(GateInput(x_TD, ids[0], torch.zeros(tokens, dtype=torch.int64), carry))
             out.check(tokens, num_experts + len(gate.local_paths))
             assert torch.isfinite(out.weight_A).all() and torch.isfinite(out.aux_loss)
             total = out.weight_A.sum() + out.aux_loss
             if total.requires_grad:
                 total.backward()
-                assert all(p.grad is None or torch.isfinite(p.grad).all() for p in gate.parameters())
+                assert x_TD.grad is not None, "no gradient for the tokens"
+                assert all(t.grad is None or torch.isfinite(t.grad).all() for t in (x_TD, carry, *gate.parameters()))
+
+
+@pytest.mark.parametrize("offset", [0.0, -48.0, -104.0, -1e4])
+@pytest.mark.parametrize("name, options", [
+    ("topk", {"score_function": "sigmoid"}), ("cosine", {"score_function": "sigmoid", "min_temperature": 1e-5}),
+    ("deepseek_v3", {"routed_scaling_factor": 1.0})])
+def test_normalised_sigmoids_are_exact_where_they_underflow(name, options, offset):
+    """Weights, balance loss and gradients when all of a token's logits are low. The mistake to catch: a sum of scores
+    that is clamped, so that at -48 weights are too small and at -104 the token is lost, with the router's gradient."""
+    gate = gates.create(name, hidden_size=4, num_experts=4, topk=2, norm_topk_prob=True, loss_coeff=1.0, init_std=1.0,
+                        **options)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    if name == "cosine":
+        with torch.no_grad():
+            gate.embeddings_EP.mul_(0.01).add_(torch.tensor([1.0, 0.0]))
+            gate.projection.weight.copy_(torch.eye(2, 4))
+            gate.temperature.fill_(1 / max(1.0, -offset))
+            x.mul_(0.01).add_(torch.tensor([1.0 if offset == 0 else -1.0, 0.0, 0.0, 0.0]))
+        logits, leaves = gate.cosines(x) / gate.temperature, [x, gate.projection.weight, gate.embeddings_EP]
+    else:
+        with torch.no_grad():
+            gate.router.weight.copy_(torch.eye(4))
+            x.add_(offset)
+        logits, leaves = gate.router(x), [x, gate.router.weight]
+    out, slope, loss = gate(GateInput(x)), torch.zeros(3, 4), 0.0
+    best = logits.topk(2).indices
+    for t, chosen in enumerate(out.expert_A.view(3, 2).tolist()):
+        assert name == "deepseek_v3" and offset < -100 or sorted(chosen) == sorted(best[t].tolist())
+        weights, slopes = exact_shares(logits[t, chosen].tolist())
+        assert out.weight_A.view(3, 2)[t].tolist() == pytest.approx(weights, rel=1e-5)
+        slope[t, chosen] += torch.tensor(slopes[0]) * 3 - torch.tensor(slopes[1])
+        weights, slopes = exact_shares(logits[t].tolist())
+        for e in range(4):
+            factor = 4 * (best == e).sum().item() / 6 / 3
+            loss += factor * weights[e]
+            slope[t] += factor * torch.tensor(slopes[e])
+    assert out.aux_loss.item() == pytest.approx(loss, rel=1e-5)
+    mix = out.weight_A.view(3, 2) * torch.tensor([3.0, -1.0])
+    got, want = torch.autograd.grad(mix.sum() + out.aux_loss, leaves), torch.autograd.grad(logits, leaves, slope)
+    for a, b in zip(got, want, strict=True):
+        assert b.abs().sum() > 0 and torch.isfinite(b).all()
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+def against_dumb(layer, x, context, routing, kept=None):
+    """The layer's output and gradients are those of the dumb loop over (some of) the gate's list. Returns the gradients
+    of x and of every parameter, by name."""
+    out, expected = layer(x, context), dumb_layer(layer, x[0], routing, kept)
+    torch.testing.assert_close(out.y[0], expected)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    names, params = zip(("x", x), *layer.named_parameters())
+    ours = torch.autograd.grad((out.y[0] * grad).sum() + out.aux_loss, params, allow_unused=True)
+    dumb = torch.autograd.grad((expected * grad).sum() + routing.aux_loss, params, allow_unused=True)
+    for n, p, a, b in zip(names, params, ours, dumb, strict=True):
+        assert torch.isfinite(a).all(), n
+        b = torch.zeros_like(p) if b is None else b
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
+    return dict(zip(names, ours, strict=True))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_layer_equals_a_dumb_loop_and_gradients_reach_every_parameter(name):
-    layer = make_layer(name)
-    x, ids = make_input(11)
-    x.requires_grad_()
-    out = layer(x, FFNContext(ids))
-    routing = layer.gate(GateInput(x[0], ids[0], torch.zeros(11, dtype=torch.int64)))
-    expected = dumb_layer(layer, x[0], routing)
-    torch.testing.assert_close(out.y[0], expected)
-    grad = torch.randn(11, D, generator=torch.Generator().manual_seed(1))
-    names, params = zip(("x", x), *layer.named_parameters())
-    ours = torch.autograd.grad((out.y[0] * grad).sum() + out.aux_loss, params)
-    dumb = torch.autograd.grad((expected * grad).sum() + routing.aux_loss, params)
-    for n, a, b in zip(names, ours, dumb):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
-        assert a.abs().sum() > 0, f"{n} got no gradient"
+    layer = second_layer(name)
+    x, context = case(layer, 11)
+    for n, grad in against_dumb(layer, x, context, route(layer, x, context)).items():
+        assert grad.abs().sum() > 0, f"{n} got no gradient"
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("factor", [0.0, 1.0], ids=["dropless", "capacity 1"])
+def test_all_tokens_to_the_same_experts(name, factor):
+    """Equal tokens: some experts get all of them and others none, or the limit strikes the same experts every time."""
+    layer = second_layer(name, moe_train_capacity_factor=factor, moe_min_capacity=1)
+    x, context = case(layer, 11, spread=0.0)
+    routing = route(layer, x, context)
+    assert len(routing.token_A) >= 11
+    if not layer.gate.sees_other_tokens:
+        choices = [sorted(routing.expert_A[routing.token_A == t].tolist()) for t in range(11)]
+        assert choices == choices[:1] * 11
+    kept = survivors(layer, routing, 11, factor) if factor else None
+    assert not factor or layer.gate.sees_other_tokens or len(kept) < len(routing.token_A)
+    against_dumb(layer, x, context, routing, kept)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -77,66 +170,87 @@ def test_state_round_trip(name):
     assert all(v.dtype == torch.float32 for v in a.gate.state_dict().values() if v.is_floating_point())
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_capacity_keeps_the_highest_priorities_of_each_choice(name):
-    """The layer with a limit equals the dumb loop over the survivors, sorted out by hand."""
-    layer = make_layer(name, moe_train_capacity_factor=0.8, moe_min_capacity=1)
-    x, ids = make_input(11)
-    routing = layer.gate(GateInput(x[0], ids[0], torch.zeros(11, dtype=torch.int64)))
-    limits = layer.gate.capacities(11, 0.8, 1) or [3] * E + [11] * len(layer.gate.local_paths)  # ceil(11 / 4 * 0.8)
+def survivors(layer, routing, tokens, factor):
+    """Positions in the gate's list that stay under the limit: the highest priorities of each choice, by hand."""
+    limits = layer.gate.capacities(tokens, factor, 1)
+    limits = limits or [capacity(tokens, E, factor, 1)] * E + [tokens] * len(layer.gate.local_paths)
     priority = (routing.weight_A.abs() if routing.priority_A is None else routing.priority_A).tolist()
     kept = []
     for choice, limit in enumerate(limits):
         mine = [a for a, e in enumerate(routing.expert_A.tolist()) if e == choice]
         kept += sorted(mine, key=lambda a: (-priority[a], a))[:limit]
+    return kept
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_capacity_keeps_the_highest_priorities_of_each_choice(name):
+    """The layer with a limit equals the dumb loop over the survivors."""
+    layer = second_layer(name, moe_train_capacity_factor=0.8, moe_min_capacity=1)
+    x, context = case(layer, 11)
+    routing = route(layer, x, context)
+    kept = survivors(layer, routing, 11, 0.8)
     if not layer.gate.sees_other_tokens:  # these balance by themselves
-        assert len(kept) < len(priority), "the limit must be at work"
-    torch.testing.assert_close(layer(x, FFNContext(ids)).y[0], dumb_layer(layer, x[0], routing, kept))
+        assert len(kept) < len(routing.token_A), "the limit must be at work"
+    against_dumb(layer, x, context, routing, kept)
 
 
-def chunked(name, chunks, **moe):
+@pytest.mark.parametrize("name", ALL)
+def test_what_gates_follow_is_the_wanted_load(name):
+    """Biases and lambdas are given what tokens asked for. The mistake to catch: loads after dropping, which look
+    balanced exactly when they are not."""
+    layer = second_layer(name, moe_train_capacity_factor=0.1, moe_min_capacity=1)
+    x, context = case(layer, 11)
+    wanted = torch.bincount(route(layer, x, context).expert_A, minlength=E)[:E].tolist()
+    layer(x, context)
+    assert layer.step_sums["load_E"].tolist() == wanted and layer.step_sums["tokens"] == 11
+    assert layer.counters[True]["kept_C"][:E].sum() <= E < sum(wanted)
+
+
+def chunked(name, chunks, spread=1.0, **moe):
     """One rank that runs each rank's tokens as a micro-batch of its own: outputs, x.grad, parameters' grads."""
-    layer = make_layer(name, **moe)
-    x, ids = make_input(sum(chunks))
+    layer = second_layer(name, **moe)
+    x, context = case(layer, sum(chunks), spread)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    x.requires_grad_()
-    outputs = []
-    for a, b, w in zip(x.split(chunks, 1), ids.split(chunks, 1), weight.split(chunks, 1)):
-        out = layer(a, FFNContext(b))
-        ((out.y * w).sum() + out.aux_loss).backward(retain_graph=True)
+    outputs, start = [], 0
+    for size in chunks:
+        mine = slice(start, start + size)
+        out = layer(x[:, mine], part(context, mine))
+        ((out.y * weight[:, mine]).sum() + out.aux_loss).backward(retain_graph=True)
         outputs.append(out.y[0].detach())
+        start += size
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layer.named_parameters()}
     return torch.cat(outputs), x.grad[0], grads
 
 
-def _sharded(name, ep_size, chunks, moe):
+def _sharded(name, ep_size, chunks, spread, moe):
     """Outputs and gradients of this rank; gradients add up over ranks."""
     groups = groups_for(ep_size)
-    layer = make_layer(name, groups, **moe)
+    layer = second_layer(name, groups, **moe)
     start = sum(chunks[: groups.rank])
-    x, ids = make_input(sum(chunks))
+    x, context = case(layer, sum(chunks), spread)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     mine = slice(start, start + chunks[groups.rank])
-    x = x[:, mine].clone().requires_grad_()
-    out = layer(x, FFNContext(ids[:, mine]))
+    x = x[:, mine].detach().requires_grad_()
+    out = layer(x, part(context, mine))
     ((out.y * weight[:, mine]).sum() + out.aux_loss).backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layer.named_parameters()}
     return {"y": out.y[0].detach(), "x": x.grad[0], "grads": grads}
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("world, chunks, moe", [
-    (2, [6, 5], {}), (2, [11, 0], {}), (4, [3, 0, 7, 1], {}),
-    (2, [6, 5], {"moe_train_capacity_factor": 1.0, "moe_min_capacity": 1}),
-], ids=["2", "2, one without tokens", "4, one without tokens", "2, capacity 1"])
-def test_sharded_equals_one_rank(name, world, chunks, moe, request):
-    """Outputs, input gradients and parameter gradients on 2 and 4 ranks, dropless and with capacity."""
-    y, x_grad, grads = chunked(name, chunks, **moe)
+@pytest.mark.parametrize("world, chunks, spread, moe", [
+    (2, [6, 5], 1.0, {}), (2, [11, 0], 1.0, {}), (4, [3, 0, 7, 1], 1.0, {}), (2, [6, 5], 1.0, CAPACITY_1),
+    (2, [6, 5], 0.01, {}), (2, [6, 5], 0.01, CAPACITY_1),
+], ids=["2", "2, one without tokens", "4, one without tokens", "2, capacity 1", "2, crowd", "2, crowd, capacity 1"])
+def test_sharded_equals_one_rank(name, world, chunks, spread, moe, request):
+    """Outputs, input gradients and parameter gradients on 2 and 4 ranks, dropless and with capacity, and when all
+    tokens go to the same experts. (They are not equal: rounding would decide who stays under the limit.)"""
+    y, x_grad, grads = chunked(name, chunks, spread, **moe)
+    assert all(torch.isfinite(t).all() for t in (y, x_grad, *grads.values()))
     if not moe and not gates.gate_class(name).sees_other_tokens:
-        layer = make_layer(name)
-        x, ids = make_input(11)
-        torch.testing.assert_close(layer(x, FFNContext(ids)).y[0], y, atol=1e-5, rtol=1e-5)
-    answers = request.getfixturevalue(f"ranks{world}").run(_sharded, name, world, chunks, moe)
+        layer = second_layer(name)
+        torch.testing.assert_close(layer(*case(layer, 11, spread)).y[0], y, atol=1e-5, rtol=1e-5)
+    answers = request.getfixturevalue(f"ranks{world}").run(_sharded, name, world, chunks, spread, moe)
     torch.testing.assert_close(torch.cat([a["y"] for a in answers]), y, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat([a["x"] for a in answers]), x_grad, atol=1e-5, rtol=1e-5)
     for n, expected in grads.items():
@@ -150,16 +264,16 @@ def test_forwards_change_no_state_and_recompute_counts_nothing_twice(name):
     """Buffers move in after_step only; with recompute, outputs, gradients and counters are those without."""
     results = []
     for recompute in (False, True):
-        layer = make_layer(name)
-        x, ids = make_input(11)
-        x.requires_grad_()
+        layer = second_layer(name)
+        x, context = case(layer, 11)
         before = {n: b.clone() for n, b in layer.named_buffers()}
-        layer.eval()(x, FFNContext(ids))
+        layer.eval()(x, context)
         layer.train()
         if recompute:
-            out = checkpoint(layer, x, FFNContext(ids), use_reentrant=False, context_fn=layer.recompute_contexts)
+            with set_checkpoint_early_stop(False):  # else the repetition ends before it counts
+                out = checkpoint(layer, x, context, use_reentrant=False, context_fn=layer.recompute_contexts)
         else:
-            out = layer(x, FFNContext(ids))
+            out = layer(x, context)
         (out.y.sum() + out.aux_loss).backward()
         assert all(torch.equal(b, before[n]) for n, b in layer.named_buffers())
         results.append({"y": out.y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()},
@@ -170,17 +284,48 @@ def test_forwards_change_no_state_and_recompute_counts_nothing_twice(name):
         assert value is None and results[1][n] is None or torch.equal(value, results[1][n]), n
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_every_option_is_a_flag(name):
+def other_values(field):
+    """Values of an option's type that are not the default, likely ones first."""
+    default = field.default
+    if isinstance(default, bool):
+        return [not default]
+    if "choices" in field.metadata:
+        return [choice for choice in field.metadata["choices"] if choice != default]
+    if isinstance(default, tuple):
+        return [(2, 2)]
+    return [default + 1, 2 * default or E] if isinstance(default, int) else [0.5 * default or 0.25, default + 1]
+
+
+def words(name, value):
+    """One option on the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+
+
+@pytest.mark.parametrize("name, option", [(n, f.name) for n in ALL for f in dataclasses.fields(gates.config_of(n))])
+def test_every_option_is_a_flag(name, option):
+    """A value that is not the default arrives, and nothing else changes."""
     from megatron.config.cli import parse
 
-    for f in dataclasses.fields(gates.gate_class(name).Config):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        if isinstance(default, bool):
+    def gate_options(*flags):
+        argv = ["--gate", name, "--num-experts", str(E), *flags]
+        return parse(argv, gates.config_of, gates.available).gate_options
+
+    base = {"n_group": 4} if option == "topk_group" else {}  # of one group one is open
+    flags = [word for n, v in base.items() for word in words(n, v)]
+    before, refusals = gate_options(*flags), []
+    for value in other_values({f.name: f for f in dataclasses.fields(gates.config_of(name))}[option]):
+        try:
+            after = gate_options(*flags, *words(option, value))
+        except ValueError as error:
+            refusals.append(error)
             continue
-        argv = ["--gate", name, "--num-experts", str(E), "--" + f.name.replace("_", "-"),
-                "" if default == () else str(default)]
-        assert parse(argv, gates.config_of, gates.available).gate_options[f.name] == default
+        assert value != before[option] and after == {**before, option: value}
+        assert type(after[option]) is type(before[option])
+        return
+    pytest.fail(f"no value of --{option} is allowed: {refusals}")
 
 
 def test_create_refuses_what_it_does_not_know():

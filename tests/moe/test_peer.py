@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config.cli import parse
+from megatron.config.cli import parse, write_run_json
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
 from megatron.moe.experts import activate
@@ -35,7 +35,7 @@ def tokens(number, seed=0, hidden_size=D):
 def totals(gate, *batches):
     """What the layer hands back after a step of these micro-batches."""
     parts = [gate(GateInput(x)).sums for x in batches]
-    sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+    sums = {name: sum(part[name].double() for part in parts) for name in parts[0]}
     load = torch.zeros(gate.num_experts)
     return StepTotals(load, torch.tensor(float(sum(len(x) for x in batches))), sums, load[None])
 
@@ -96,20 +96,21 @@ def test_two_dimensions_as_square_as_can_be(experts, dims):
 # The gate
 
 
-def dumb(gate, x):
-    """[(expert -> weight) of each head] of each token, from the formula, over all experts, in float64."""
+def dumb(gate, x, p):
+    """[(expert -> weight) of each head] of each token, from the formula, over all experts: float64 scalars that
+    autograd follows to the tokens x and the parameters p."""
     c = gate.config
     dims = c.dims(gate.num_experts)
     part = c.peer_query_size // len(dims)
     answer = []
-    for row in x.double():
-        query = gate.query.weight.detach().double() @ row
+    for row in x:
+        query = p["query.weight"] @ row
         heads = []
         for h in range(c.peer_num_heads):
             q = query[h * c.peer_query_size:(h + 1) * c.peer_query_size]
             if c.peer_query_norm == "batch":
-                mean, square = gate.query_mean[h].double(), gate.query_square[h].double()
-                q = (q - mean) / (square - mean**2).clamp_min(1e-5).sqrt()
+                mean, variance = gate.query_mean[h].double(), gate.query_variance[h].double()
+                q = (q - mean) / variance.clamp_min(1e-5).sqrt()
             elif c.peer_query_norm == "layer":
                 q = (q - q.mean()) / (((q - q.mean()) ** 2).mean() + 1e-5).sqrt()
             score = {}
@@ -118,13 +119,12 @@ def dumb(gate, x):
                 for size in reversed(dims):
                     rest, j = divmod(rest, size)
                     place.insert(0, j)
-                score[e] = sum(float(gate.keys[i].weight[j].detach().double() @ q[i * part:(i + 1) * part])
-                               for i, j in enumerate(place))
-            best = sorted(score, key=lambda e: -score[e])
+                score[e] = sum(p[f"keys.{i}.weight"][j] @ q[i * part:(i + 1) * part] for i, j in enumerate(place))
+            best = sorted(score, key=lambda e: -score[e].item())
             chosen, others = best[:c.peer_topk], best[c.peer_topk:]
             clear = not others or score[chosen[-1]] - score[others[0]] > 1e-4
-            raw = [math.exp(score[e] - score[best[0]]) if c.score_function == "softmax"
-                   else 1 / (1 + math.exp(-score[e])) for e in chosen]
+            raw = [torch.exp(score[e] - score[best[0]].detach()) if c.score_function == "softmax"
+                   else 1 / (1 + torch.exp(-score[e])) for e in chosen]
             total = sum(raw) if c.score_function == "softmax" else 1.0
             heads.append(({e: r / total for e, r in zip(chosen, raw)}, clear))
         answer.append(heads)
@@ -135,22 +135,34 @@ def dumb(gate, x):
 @given(st.integers(0, 10**6), st.sampled_from([(4, 3), (2, 3, 2), (12,), (1, 12)]), st.integers(1, 14),
        st.sampled_from(["softmax", "sigmoid"]), st.sampled_from(NORMS), st.integers(1, 3), st.integers(0, 2))
 def test_against_the_formula(seed, dims, k, score, norm, heads, steps):
+    """Experts, weights, and the gradients of x, of the query projection and of every table of keys. The mistake to
+    catch: keys that are read without gradient and never learn."""
     gate = make(seed=seed, peer_product_key_dim=dims, peer_topk=k, score_function=score, peer_query_norm=norm,
                 peer_num_heads=heads)
     for step in range(steps):
         gate.after_step(totals(gate, tokens(5, seed + step) + 1))
-    x = tokens(4, seed)
+    x = tokens(4, seed).requires_grad_()
     out = gate(GateInput(x))
     out.check(4, 12)
-    k = min(k, 12)
+    k, params = min(k, 12), dict(gate.named_parameters())
+    x64, *rest = (t.detach().double().requires_grad_() for t in (x, *params.values()))
+    answer = dumb(gate, x64, dict(zip(params, rest)))
     assert out.token_A.tolist() == [t for t in range(4) for _ in range(heads * k)]
     assert out.aux_loss == 0
     experts, weights = out.expert_A.view(4, heads, k).tolist(), out.weight_A.view(4, heads, k).tolist()
-    for t, per_head in enumerate(dumb(gate, x)):
+    ours, theirs = 0.0, 0.0
+    for t, per_head in enumerate(answer):
         for h, (expected, clear) in enumerate(per_head):
-            ours = dict(zip(experts[t][h], weights[t][h]))
             if clear:  # rounding to fp32 may exchange experts whose scores are equal but for rounding
-                assert ours == pytest.approx(expected, rel=1e-3)
+                got = dict(zip(experts[t][h], weights[t][h]))
+                assert got == pytest.approx({e: w.item() for e, w in expected.items()}, rel=1e-3)
+                mix = {e: math.sin(1 + 3 * t + 5 * h + 7 * e) for e in expected}
+                ours = ours + sum(mix[e] * out.weight_A.view(4, heads, k)[t, h, i] for i, e in enumerate(experts[t][h]))
+                theirs = theirs + sum(mix[e] * w for e, w in expected.items())
+    if any(clear for per_head in answer for _, clear in per_head):
+        got, want = torch.autograd.grad(ours, (x, *params.values())), torch.autograd.grad(theirs, (x64, *rest))
+        for name, a, b in zip(("x", *params), got, want, strict=True):
+            torch.testing.assert_close(a, b.float(), atol=1e-4, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -251,7 +263,7 @@ def test_statistics_are_those_of_all_tokens_of_the_step():
     gate.after_step(totals(gate, *batches))
     raw = (torch.cat(batches) @ gate.query.weight.detach().t()).view(10, 2, 12)
     torch.testing.assert_close(gate.query_mean, raw.mean(0))
-    torch.testing.assert_close(gate.query_square - gate.query_mean**2, raw.var(0, unbiased=False))
+    torch.testing.assert_close(gate.query_variance, raw.var(0, unbiased=False))
     normal = gate.normalise(raw)
     torch.testing.assert_close(normal.mean(0), torch.zeros(2, 12), atol=1e-5, rtol=0)
     torch.testing.assert_close(normal.var(0, unbiased=False), torch.ones(2, 12), atol=1e-4, rtol=0)
@@ -266,8 +278,9 @@ def test_later_steps_are_weighted_by_their_age():
         squares.append(raw.square().mean(0))
         gate.after_step(totals(gate, x))
         ages = [0.9**age for age in range(step, -1, -1)]
-        for ours, values in ((gate.query_mean, means), (gate.query_square, squares)):
-            torch.testing.assert_close(ours, sum(a * v for a, v in zip(ages, values)) / sum(ages))
+        mean, square = (sum(a * v for a, v in zip(ages, values)) / sum(ages) for values in (means, squares))
+        torch.testing.assert_close(gate.query_mean, mean)
+        torch.testing.assert_close(gate.query_variance, square - mean**2)  # within steps and between them
     assert gate.stat_weight.item() == pytest.approx(1 - 0.9**4, rel=1e-5)
 
 
@@ -288,7 +301,7 @@ def test_only_after_step_changes_the_statistics():
     gate.after_step(broken)
     gate.eval()
     assert set(gate(GateInput(tokens(5, 1))).sums) == {"expert_weight"}
-    assert sorted(before) == ["query_mean", "query_square", "stat_weight"]
+    assert sorted(before) == ["query_mean", "query_variance", "stat_weight"]
     for name, buffer in gate.named_buffers():
         assert torch.equal(buffer, before[name]), name
         assert buffer.dtype == torch.float32
@@ -352,7 +365,7 @@ def test_weights_of_experts_are_added_up_for_usage(training):
     for e, w in zip(out.expert_A.tolist(), out.weight_A.tolist()):
         by_hand[e] += abs(w)
     assert out.sums["expert_weight"].tolist() == pytest.approx(by_hand, rel=1e-5)
-    assert not any(t.requires_grad or t.dtype != torch.float32 for t in out.sums.values())
+    assert not any(t.requires_grad for t in out.sums.values()) and out.sums["expert_weight"].dtype == torch.float32
     share, unevenness = usage(torch.tensor(by_hand))
     assert gate.summarise({name: t.double() for name, t in out.sums.items()}) == {
         "expert_usage": share, "expert_unevenness_nats": pytest.approx(unevenness, abs=1e-6)}
@@ -408,6 +421,28 @@ def test_the_mixtures_own_flags_count_where_peers_are_silent():
     for flag, own in (("--moe-ffn-hidden-size", "--peer-expert-hidden-size"), ("--moe-layers", "--peer-layers")):
         with pytest.raises(ValueError, match=rf"{flag} is .*3.*; allowed: .*2.*, as --gate peer and its flags say"):
             parse([*argv, flag, "3", own, "2"], config_of, available)
+
+
+def test_flags_overrule_what_a_stored_run_derived(tmp_path, caplog):
+    """run.json holds the derived fields too; flags of PEER, layers and another gate start from what was told."""
+    stored = str(tmp_path / "run.json")
+
+    def again(*flags):
+        return parse(["--config", stored, *flags], config_of, available).moe
+
+    argv = ["--gate", "peer", "--peer-product-key-dim", "8", "8", "--num-layers", "4"]
+    write_run_json(parse(argv, config_of, available), stored)
+    assert (again().num_experts, again().moe_layers, again().moe_ffn_hidden_size) == (64, (2,), 1)
+    assert again("--peer-layers", "1").moe_layers == (1,) and again("--num-layers", "6").moe_layers == (3,)
+    assert again("--peer-expert-hidden-size", "2").moe_ffn_hidden_size == 2
+    assert again("--peer-product-key-dim", "4", "4").num_experts == 16
+    changed = again("--gate", "topk", "--num-experts", "4")
+    assert (changed.num_experts, changed.moe_layers, changed.moe_ffn_hidden_size) == (4, (), 0)
+    assert "with the --num-experts --moe-ffn-hidden-size --moe-layers that came from them" in caplog.text
+    told = ["--gate", "peer", "--num-experts", "16", "--moe-ffn-hidden-size", "3", "--moe-layers", "0", "3",
+            "--num-layers", "4"]
+    write_run_json(parse(told, config_of, available), stored)
+    assert again() == parse(told, config_of, available).moe and again("--seed", "1").moe_ffn_hidden_size == 3
 
 
 @pytest.mark.parametrize("options, moe, message", [

@@ -80,8 +80,8 @@ def dumb_loss(gate, x, W, kept):
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.integers(0, 3), st.booleans())
 def test_gradients_against_the_formula(seed, threshold, cap, norm):
     """Of x and of the router, through weights and aux loss; which experts are kept has no gradient."""
-    if threshold == 0 and norm:
-        return  # every weight is 1: their gradient is rounding
+    if norm and (threshold == 0 or cap == 1):
+        return  # refused, see below
     gate, x, _ = run(threshold, seed, experts=4, tokens=3, std=0.5, topk=cap, norm_topk_prob=norm, loss_coeff=0.3,
                      routed_scaling_factor=1.5, z_loss_coeff=0.1)
     kept, _, margin = dumb(gate, x)
@@ -182,7 +182,16 @@ def test_the_balance_scopes_are_handed_on():
     ({"threshold": -0.1}, "--threshold is -0.1"),
     ({"topk": -1}, "--topk is -1"),
     ({"topk": 7}, "--topk is 7; allowed: 0 to the number of experts, which is 6"),
+    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1: .*choose a larger --topk"),
+    ({"threshold": 0, "norm_topk_prob": True}, "--norm-topk-prob is on with --threshold 0: .*choose a larger --thresh"),
+    ({"threshold": 0.0, "topk": 3, "norm_topk_prob": True}, "--norm-topk-prob is on with --threshold 0: "),
 ])
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         create("threshold", hidden_size=8, num_experts=6, **options)
+
+
+@pytest.mark.parametrize("options", [{"topk": 1}, {"threshold": 0.0}])
+def test_normalising_the_weight_of_the_only_expert_is_no_mistake(options):
+    gate = create("threshold", hidden_size=8, num_experts=1, norm_topk_prob=True, **options)
+    assert gate(GateInput(torch.randn(3, 8))).weight_A.tolist() == [1.0] * 3

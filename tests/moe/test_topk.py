@@ -170,7 +170,7 @@ def test_same_choice_as_deepspeed_top2():
     ({"topk": 0}, "--topk is 0"),
     ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
     ({"score_function": "tanh"}, "--score-function is 'tanh'; allowed: softmax sigmoid"),
-    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob"),
+    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1: .*--no-norm-topk-prob"),
     ({"jitter": 1.0}, "--jitter is 1.0"),
     ({"jitter": -0.1}, "--jitter is -0.1"),
 ])

@@ -1,12 +1,13 @@
 """Finding a checkpoint and refusing one of another run; whole save and resume runs are in tests/test_pretrain.py."""
 
 import json
+import re
 
 import pytest
 
 from megatron import log
 from megatron.config import cli
-from megatron.config.schema import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
 from megatron.training import checkpoint
 from megatron.training.checkpoint import FIXED, Record, check_same_run
 
@@ -67,3 +68,26 @@ def test_learned_positions_must_be_as_many():
 
     with pytest.raises(ValueError, match="--max-position-embeddings is 512 but checkpoint x was made with 256"):
         check_same_run(learned(256), learned(512), "x")
+
+
+@pytest.mark.parametrize("gate, option, old, new", [
+    ("peer", "peer_num_heads", 4, 2), ("peer", "peer_query_norm", "batch", "layer"),
+    ("peer", "peer_product_key_dim", (8, 2), (4, 4)), ("moepp", "num_zero_experts", 1, 2), ("cosine", "proj_dim", 4, 5),
+    ("tcmoe", "topk", 2, 3),
+])
+def test_options_that_shape_the_gate_cannot_change(gate, option, old, new):
+    def record(value):
+        moe = MoEConfig(num_experts=16, gate=gate)
+        return Record(RunConfig(moe=moe, gate_options={option: value}), IDENTITY)
+
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{flag} is {re.escape(repr(new))} but checkpoint x was made with "
+                                         f"{re.escape(repr(old))}"):
+        check_same_run(record(old), record(new), "x")
+
+
+def test_options_that_leave_the_gates_shape_alone_may_change():
+    def record(**options):
+        return Record(RunConfig(moe=MoEConfig(num_experts=4, gate="topk"), gate_options=options), IDENTITY)
+
+    assert check_same_run(record(topk=2, loss_coeff=0.01), record(topk=3, loss_coeff=0.1), "x") is None

@@ -7,4 +7,4 @@ TOPK=${TOPK:-16}
 SCALE=${SCALE:-demo}
 export EP_SIZE=${EP_SIZE:-$([ "$SCALE" = demo ] && echo 16384 || echo 1048576)}
 . "$(dirname "${BASH_SOURCE[0]}")/scale.sh"
-launch --peer-num-heads "${NUM_HEADS:-8}" "$@"
+launch --peer-num-heads "${PEER_NUM_HEADS:-8}" "$@"

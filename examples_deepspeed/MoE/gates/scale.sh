@@ -4,8 +4,8 @@
 #   158m   LibMoE's small shape: 16 layers, hidden 512, 66 experts of width 128, 8 per token
 #   679m   LibMoE's large shape: 18 layers, hidden 1024, 66 experts of width 256, 8 per token
 #   xmoe   XMoE's recipe, run.sh's defaults: 12 layers, hidden 768, 64 experts of width 384 in every 2nd layer, 8 per token
-# SHARED: how many of those per token, and of LibMoE's 66, are always on. COARSE=1: for gates with one expert per token,
-# as many times fewer and wider experts as the others have per token, so that active and total size are the same.
+# SHARED: how many of the experts, and of those per token, are always on. COARSE=1: for gates with one expert per token, as
+# many times fewer and wider experts as the others have per token. Both leave the active and the total size as they are.
 set -euo pipefail
 MOE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SHARED=${SHARED:-0}
@@ -13,7 +13,7 @@ COARSE=${COARSE:-0}
 
 shape() { # layers hidden heads experts width per-token
     export NUM_LAYERS=${NUM_LAYERS:-$1} HIDDEN_SIZE=${HIDDEN_SIZE:-$2} NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-$3}
-    local experts=$4 width=$5 per_token=$(($6 - SHARED))
+    local experts=$(($4 - SHARED)) width=$5 per_token=$(($6 - SHARED))
     [ "$COARSE" = 0 ] || experts=$(($4 / $6)) width=$(($5 * $6)) per_token=
     export EP_SIZE=${EP_SIZE:-$experts} MOE_FFN_HIDDEN_SIZE=${MOE_FFN_HIDDEN_SIZE:-$width}
     [ "${TOPK-$per_token}" = "" ] || export TOPK=${TOPK:-$per_token}
@@ -27,8 +27,8 @@ demo)
     export DATA_DIR=${DATA_DIR:-runs/demo/data} OUTPUT_DIR=${OUTPUT_DIR:-runs/demo-$GATE}
     shape 6 256 4 16 256 4
     ;;
-158m) export EP_INTERVAL=${EP_INTERVAL:-1} && shape 16 512 8 $((66 - SHARED)) 128 8 ;;
-679m) export EP_INTERVAL=${EP_INTERVAL:-1} && shape 18 1024 16 $((66 - SHARED)) 256 8 ;;
+158m) export EP_INTERVAL=${EP_INTERVAL:-1} && shape 16 512 8 66 128 8 ;;
+679m) export EP_INTERVAL=${EP_INTERVAL:-1} && shape 18 1024 16 66 256 8 ;;
 xmoe) shape 12 768 12 64 384 8 ;;
 *)
     echo "SCALE is '$SCALE'; allowed: demo 158m 679m xmoe" >&2
@@ -36,4 +36,7 @@ xmoe) shape 12 768 12 64 384 8 ;;
     ;;
 esac
 export GATE
-launch() { exec bash "$PROGRAM" "$@"; }
+launch() {
+    [ "$SHARED" = 0 ] || set -- --moe-shared-experts "$SHARED" "$@"
+    exec bash "$PROGRAM" "$@"
+}

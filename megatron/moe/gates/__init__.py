@@ -52,29 +52,52 @@ def require_field(config: Any, name: str, ok: bool, allowed: str) -> None:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Options of gates with a balance loss and a z-loss: a base of their Config."""
+class ScopeConfig:
+    """The option of gates with a balance loss: a base of their Config."""
 
-    loss_coeff: float = 0.01
-    """coefficient of the balance loss"""
-    z_loss_coeff: float = 0.0
-    """coefficient of the z-loss"""
     balance_scope: str = field(default="micro-batch", metadata={"choices": SCOPES})
     """whose tokens the balance loss counts: each rank's micro-batch, each sequence, or those of all ranks and of the
     step's micro-batches so far"""
 
     def __post_init__(self):
+        if self.balance_scope not in SCOPES:
+            raise ValueError(f"--moe-balance-scope is {self.balance_scope!r}; allowed: {' '.join(SCOPES)}")
+
+
+@dataclass(frozen=True)
+class LossConfig(ScopeConfig):
+    """Options of gates with a balance loss and a z-loss with coefficients: a base of their Config."""
+
+    loss_coeff: float = 0.01
+    """coefficient of the balance loss"""
+    z_loss_coeff: float = 0.0
+    """coefficient of the z-loss"""
+
+    def __post_init__(self):
+        super().__post_init__()
         for name in ("loss_coeff", "z_loss_coeff"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--moe-{name.replace('_', '-')} is {getattr(self, name)}; allowed: 0 or more")
-        if self.balance_scope not in SCOPES:
-            raise ValueError(f"--moe-balance-scope is {self.balance_scope!r}; allowed: {' '.join(SCOPES)}")
 
 
 def check_topk(topk: int, limit: int, *, what: str = "the number of experts", least: int = 1) -> None:
     """Raise ValueError unless `topk` is in [least, limit]."""
     if not least <= topk <= limit:
         raise ValueError(f"--topk is {topk}; allowed: {least} to {what}, which is {limit}")
+
+
+def check_norm(config: Any, num_experts: int, **one_each: float) -> None:
+    """Raise ValueError where norm_topk_prob would make all weights the same and leave the router without gradient.
+
+    A single expert in all is no mistake: nothing is chosen, nothing is to be learnt.
+
+    Args:
+        one_each: options with the values at which every token has one expert; topk=1 if not said.
+    """
+    for name, value in (one_each or {"topk": 1}).items():
+        if config.norm_topk_prob and getattr(config, name) == value and num_experts > 1:
+            raise ValueError(f"--norm-topk-prob is on with --{name} {value}: every weight would be the same and the "
+                             f"router would get no gradient; add --no-norm-topk-prob or choose a larger --{name}")
 
 
 @dataclass(frozen=True)
@@ -193,6 +216,39 @@ def linear_fp32(x_TD: Tensor, linear: nn.Linear) -> Tensor:
     """x W^T in fp32 even under autocast: bf16 logits would tie experts that differ."""
     with torch.autocast(x_TD.device.type, enabled=False):
         return F.linear(x_TD.float(), linear.weight.float())
+
+
+def moments(rows_TN: Tensor) -> tuple[Tensor, Tensor]:
+    """fp64 sums over tokens of fp32 values and of their squares, so exact that the variance can be had from them.
+
+    Without an fp64 copy of the rows: squared in fp32 is what is left of them without their mean.
+    """
+    number, total_N = len(rows_TN), rows_TN.sum(0, dtype=torch.float64)
+    mean_N = (total_N / max(1, number)).float()
+    square_N = (rows_TN - mean_N).square().sum(0, dtype=torch.float64)
+    return total_N, square_N + mean_N.double() * (2 * total_N - number * mean_N.double())
+
+
+def shares(logits_TE: Tensor, score_function: str) -> Tensor:
+    """Scores, softmax or sigmoid of the logits, divided by their sum.
+
+    For sigmoid as softmax(log sigmoid(z)), which is the same, also where the scores themselves underflow to 0.
+    """
+    return (logits_TE if score_function == "softmax" else F.logsigmoid(logits_TE)).softmax(-1)
+
+
+def top_scores(logits_TE: Tensor, k: int, score_function: str, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [T, k] of the k best experts, with `norm` divided by their sum; the experts; the shares of all [T, E]).
+
+    The best by logit, which orders experts as scores do and does not saturate.
+    """
+    logit_Tk, expert_Tk = logits_TE.topk(k, dim=-1)
+    shares_TE = shares(logits_TE, score_function)
+    if norm:
+        score_Tk = shares(logit_Tk, score_function)
+    else:
+        score_Tk = shares_TE.gather(-1, expert_Tk) if score_function == "softmax" else logit_Tk.sigmoid()
+    return score_Tk, expert_Tk, shares_TE
 
 
 def available() -> list[str]:

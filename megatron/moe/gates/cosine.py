@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.moe.gates import Gate, LossConfig, check_topk, linear_fp32, require_field
+from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32, require_field, top_scores
 from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
 
 SHORTEST = 1e-8  # a length that counts as 0; its square is far above what fp32 rounds to 0
@@ -60,12 +60,10 @@ class CosineGate(Gate, name="cosine"):
                  f"0 (by the score function), or --min-temperature, which is {self.min_temperature}, and more"),
             ):
                 require_field(self, name, ok, allowed)
-            if self.topk == 1 and self.norm_topk_prob:
-                raise ValueError("--norm-topk-prob is set with --topk 1: every weight would be 1 and the router would "
-                                 "get no gradient; leave it out or choose a larger --topk")
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
+            check_norm(self, num_experts)
 
     def __init__(self, config, place):
         super().__init__(config, place)
@@ -81,17 +79,13 @@ class CosineGate(Gate, name="cosine"):
         tau = self.temperature.float()
         tau = tau + (tau.clamp_min(c.min_temperature) - tau).detach()
         logits_TE = self.cosines(inp.x_TD) / tau
-        softmax = c.score_function == "softmax"
-        scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
-        score_Tk, expert_Tk = scores_TE.topk(c.topk, dim=-1)
-        weight_Tk = score_Tk / score_Tk.sum(-1, keepdim=True).clamp_min(1e-20) if c.norm_topk_prob else score_Tk
-        probs_TE = scores_TE if softmax else scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+        score_Tk, expert_Tk, probs_TE = top_scores(logits_TE, c.topk, c.score_function, c.norm_topk_prob)
         token_A, expert_A = torch.arange(num_tokens, device=tau.device).repeat_interleave(c.topk), expert_Tk.flatten()
         balance = Balance.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope)
         return Routing(
             token_A=token_A,
             expert_A=expert_A,
-            weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
+            weight_A=(score_Tk * c.routed_scaling_factor).flatten(),
             **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
             stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                    "temperature": tau.detach()[0]},

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.moe.gates import Gate, GroupConfig, in_best_groups, linear_fp32, require_field
+from megatron.moe.gates import Gate, GroupConfig, check_norm, in_best_groups, linear_fp32, require_field
 from megatron.moe.routing import SCOPES, Balance, GateInput, Routing, losses, z_loss
 
 
@@ -55,11 +55,12 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
 
         def __post_init__(self):
             super().__post_init__()
-            if self.topk == 1 and self.norm_topk_prob:
-                raise ValueError("--norm-topk-prob is set with --topk 1: every weight would be the same and the router "
-                                 "would get no gradient; leave it out or choose a larger --topk")
             for name in ("device_loss_coeff", "communication_loss_coeff"):
                 require_field(self, name, getattr(self, name) >= 0, "0 or more")
+
+        def check(self, num_experts: int) -> None:
+            super().check(num_experts)
+            check_norm(self, num_experts)
 
     def __init__(self, config, place):
         super().__init__(config, place)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.moe.gates import Gate, GroupConfig, in_best_groups, linear_fp32, require_field
+from megatron.moe.gates import Gate, GroupConfig, check_norm, in_best_groups, linear_fp32, require_field, shares
 from megatron.moe.routing import SCOPES, Balance, GateInput, Routing, losses, z_loss
 
 
@@ -60,9 +60,7 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
 
         def check(self, num_experts: int) -> None:
             super().check(num_experts)
-            if self.topk == 1 and self.norm_topk_prob and num_experts > 1:
-                raise ValueError("--norm-topk-prob is on with --topk 1: every weight would be the same and the router "
-                                 "would get no gradient; add --no-norm-topk-prob or choose a larger --topk")
+            check_norm(self, num_experts)
 
     def __init__(self, config, place):
         super().__init__(config, place)
@@ -72,15 +70,13 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
     def forward(self, inp: GateInput) -> Routing:
         c, num_tokens = self.config, len(inp.x_TD)
         logits_TE = linear_fp32(inp.x_TD, self.router)
-        scores_TE = logits_TE.sigmoid()
-        biased_TE = scores_TE.detach() + self.expert_bias
+        biased_TE = logits_TE.detach().sigmoid() + self.expert_bias
         expert_Tk = in_best_groups(biased_TE, c.n_group, c.topk_group, best=2).topk(c.topk, dim=-1).indices
-        weight_Tk = scores_TE.gather(-1, expert_Tk)
-        if c.norm_topk_prob:
-            weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True).clamp_min(1e-20)
+        logit_Tk = logits_TE.gather(-1, expert_Tk)
+        weight_Tk = shares(logit_Tk, "sigmoid") if c.norm_topk_prob else logit_Tk.sigmoid()
         token_A = torch.arange(num_tokens, device=expert_Tk.device).repeat_interleave(c.topk)
-        probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-        highest_Tk = scores_TE.detach().topk(c.topk, dim=-1).indices
+        probs_TE = shares(logits_TE, "sigmoid")
+        highest_Tk = logits_TE.detach().topk(c.topk, dim=-1).indices
         balance = Balance.of(inp, probs_TE, token_A, highest_Tk.flatten(), coeff=c.loss_coeff, scope=c.balance_scope)
         moved_Tk = (expert_Tk[:, :, None] != highest_Tk[:, None]).all(-1)
         return Routing(

@@ -48,15 +48,15 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
     def __init__(self, config, place):
         super().__init__(config, place)
         self.router = self.make_router()
-        self._warned = False
+        self._silent = place.layer > 0  # one layer speaks for all
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
         return 0, num_experts
 
     def forward(self, inp: GateInput) -> Routing:
-        if not self._warned:
-            self._warned = True
+        if not self._silent:
+            self._silent = True
             warnings.warn("gate expert_choice looks at all tokens of the micro-batch, in a causal model at the future: "
                           "its loss is lower than generation can reach; use it for encoders and analysis, or choose "
                           "another --gate", stacklevel=2)

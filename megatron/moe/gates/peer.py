@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.gates import Gate, linear_fp32, make_linear, require_field
+from megatron.moe.gates import Gate, linear_fp32, make_linear, moments, require_field
 from megatron.moe.routing import GateInput, Routing, StepTotals
 
 
@@ -51,10 +51,9 @@ class PEERGate(Gate, name="peer"):
         def __post_init__(self):
             for name, least in (("num_heads", 1), ("topk", 1), ("query_size", 1), ("expert_hidden_size", 0)):
                 require_field(self, f"peer_{name}", getattr(self, f"peer_{name}") >= least, f"{least} or more")
-            dims, parts = self.peer_product_key_dim, len(self.peer_product_key_dim) or 2
+            dims, size, parts = self.peer_product_key_dim, self.peer_query_size, len(self.peer_product_key_dim) or 2
             require_field(self, "peer_product_key_dim", all(s > 0 for s in dims), "positive integers")
-            even = self.peer_query_size % parts == 0
-            require_field(self, "peer_query_size", even, f"a multiple of the {parts} dimensions")
+            require_field(self, "peer_query_size", size % parts == 0, f"a multiple of the {parts} dimensions")
             for name, allowed in (("peer_query_norm", "batch layer none"), ("score_function", "softmax sigmoid")):
                 require_field(self, name, getattr(self, name) in allowed.split(), allowed)
 
@@ -63,10 +62,9 @@ class PEERGate(Gate, name="peer"):
             return self.peer_product_key_dim or (small, num_experts // small)
 
         def check(self, num_experts: int) -> None:
-            total = f"{num_experts}, the number of experts"
+            product, total = math.prod(self.dims(num_experts)), f"{num_experts}, the number of experts"
             require_field(self, "peer_num_experts", self.peer_num_experts in (0, num_experts), f"0 or {total}")
-            match = math.prod(self.dims(num_experts)) == num_experts
-            require_field(self, "peer_product_key_dim", match, f"product {total}")
+            require_field(self, "peer_product_key_dim", product == num_experts, f"product {total}")
 
         def mixture(self, moe: dict, num_layers: int) -> dict:
             """What these flags say of the mixture: fields of MoEConfig, given those that were set."""
@@ -86,9 +84,9 @@ class PEERGate(Gate, name="peer"):
         part, generator = config.peer_query_size // len(dims), place.generator()
         self.query = self.make_router(math.prod(shape), generator)
         self.keys = nn.ModuleList(make_linear(part, size, part**-0.5, generator) for size in dims)
-        if config.peer_query_norm == "batch":  # means over past steps, weighted by 0.9^age, and the sum of the weights
+        if config.peer_query_norm == "batch":  # of past steps' queries, weighted by 0.9^age, and the sum of the weights
             self.register_buffer("query_mean", torch.zeros(shape))
-            self.register_buffer("query_square", torch.ones(shape))
+            self.register_buffer("query_variance", torch.ones(shape))
             self.register_buffer("stat_weight", torch.zeros(()))
 
     @classmethod
@@ -105,7 +103,7 @@ class PEERGate(Gate, name="peer"):
         token_A = torch.arange(len(raw_THQ), device=weight_A.device).repeat_interleave(expert_THk.shape[1:].numel())
         sums = {"expert_weight": weight_A.new_zeros(self.num_experts).scatter_add_(0, expert_A, weight_A.detach())}
         if self.training and c.peer_query_norm == "batch":
-            sums |= {"query_sum": raw_THQ.detach().sum(0), "query_square": raw_THQ.detach().square().sum(0)}
+            sums["query_sum"], sums["query_square"] = moments(raw_THQ.detach())
         return Routing(token_A, expert_A, weight_A, aux_loss=weight_A.new_zeros(()), sums=sums)
 
     def output_gain(self, width: int) -> float:
@@ -116,16 +114,18 @@ class PEERGate(Gate, name="peer"):
 
     def normalise(self, raw_THQ: Tensor) -> Tensor:
         if self.config.peer_query_norm == "batch":
-            return (raw_THQ - self.query_mean) * (self.query_square - self.query_mean**2).clamp_min(1e-5).rsqrt()
+            return (raw_THQ - self.query_mean) * self.query_variance.clamp_min(1e-5).rsqrt()
         return torch.layer_norm(raw_THQ, raw_THQ.shape[-1:]) if self.config.peer_query_norm == "layer" else raw_THQ
 
     def after_step(self, step: StepTotals) -> None:
         if self.config.peer_query_norm == "batch":
-            mean, square = (step.sums[n] / step.num_tokens.clamp_min(1) for n in ("query_sum", "query_square"))
-            rate = 0.1 * ((step.num_tokens > 0) & square.isfinite().all())  # a step that overflowed counts for nothing
+            mean, square = (step.sums[n].double() / step.num_tokens.clamp_min(1) for n in ("query_sum", "query_square"))
+            rate = 0.1 * ((step.num_tokens > 0) & (square < 1e36).all())  # a step that overflowed counts for nothing
             self.stat_weight += rate * (1 - self.stat_weight)
-            for buffer, value in (self.query_mean, mean), (self.query_square, square):
-                buffer.lerp_(value.nan_to_num(0, 0, 0), rate / self.stat_weight.clamp_min(0.1))
+            share = rate / self.stat_weight.clamp_min(0.1)
+            variance = (square - mean**2).clamp_min(0) + (1 - share) * (mean - self.query_mean)**2  # in, between steps
+            self.query_variance.lerp_(variance.nan_to_num(0, 0, 0).float(), share)
+            self.query_mean.lerp_(mean.nan_to_num(0, 0, 0).float(), share)
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
         return dict(zip(("expert_usage", "expert_unevenness_nats"), usage(sums["expert_weight"]), strict=True))

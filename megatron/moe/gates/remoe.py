@@ -17,39 +17,35 @@ where it could not come back; balance_scope says whose tokens f counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron.moe.gates import Gate, check_topk, linear_fp32
-from megatron.moe.routing import SCOPES, Balance, GateInput, Routing, StepTotals, losses
+from megatron.moe.gates import Gate, ScopeConfig, check_topk, linear_fp32
+from megatron.moe.routing import Balance, GateInput, Routing, StepTotals, losses
 
 
 class ReMoEGate(Gate, name="remoe"):
     """All experts with a positive logit, weighted by it; their number is steered towards topk."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(ScopeConfig):
         topk: int = 2
         """mean number of experts per token that lambda steers to"""
         lambda_init: float = 1e-8
         """strength of the L1 penalty in the first step"""
         lambda_factor: float = 1.2
         """what the strength is multiplied with after a step with too many experts, divided by after one with too few"""
-        balance_scope: str = field(default="micro-batch", metadata={"choices": SCOPES})
-        """whose tokens the penalty counts: each rank's micro-batch, each sequence, or those of all ranks and of the
-        step's micro-batches so far"""
 
         def __post_init__(self):
+            super().__post_init__()
             if self.topk < 1:
                 raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts")
             if self.lambda_init <= 0:
                 raise ValueError(f"--lambda-init is {self.lambda_init}; allowed: above 0")
             if self.lambda_factor < 1:
                 raise ValueError(f"--lambda-factor is {self.lambda_factor}; allowed: 1 (constant) or more")
-            if self.balance_scope not in SCOPES:
-                raise ValueError(f"--moe-balance-scope is {self.balance_scope!r}; allowed: {' '.join(SCOPES)}")
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)

@@ -8,7 +8,8 @@ Paper: XMoE (Yang et al. 2024), adaptive number of fine-grained experts.
 
 Departures: the released code runs a full capacity of rows for every expert whatever the tokens ask for, replicates
 all experts on every GPU and starts them identical; here only the chosen rows are dispatched, so compute follows
-demand. topk > 0 caps the number of experts per token. Renormalising is an option.
+demand. topk > 0 caps the number of experts per token. Renormalising is an option, refused with one expert per token:
+it would make every weight 1 and cut the router off from the gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.moe.gates import Gate, LossConfig, check_topk, linear_fp32
+from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32
 from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
 
 
@@ -44,6 +45,7 @@ class ThresholdGate(Gate, name="threshold"):
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts, least=0)
+            check_norm(self, num_experts, topk=1, threshold=0)
 
     def __init__(self, config, place):
         super().__init__(config, place)

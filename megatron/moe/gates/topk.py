@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.moe.gates import Gate, LossConfig, check_topk, linear_fp32
+from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32, top_scores
 from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
 
 
@@ -43,14 +43,12 @@ class TopKGate(Gate, name="topk"):
                 raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts")
             if self.score_function not in ("softmax", "sigmoid"):
                 raise ValueError(f"--score-function is {self.score_function!r}; allowed: softmax sigmoid")
-            if self.topk == 1 and self.norm_topk_prob:
-                raise ValueError("--norm-topk-prob is set with --topk 1: every weight would be 1 and the router would "
-                                 "get no gradient; leave it out or choose a larger --topk")
             if not 0 <= self.jitter < 1:
                 raise ValueError(f"--jitter is {self.jitter}; allowed: 0 <= jitter < 1")
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
+            check_norm(self, num_experts)
 
     def __init__(self, config, place):
         super().__init__(config, place)
@@ -61,17 +59,13 @@ class TopKGate(Gate, name="topk"):
         if self.training and c.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - c.jitter, 1 + c.jitter)
         logits_TE = linear_fp32(x_TD, self.router)
-        softmax = c.score_function == "softmax"
-        scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
-        score_Tk, expert_Tk = scores_TE.topk(c.topk, dim=-1)
-        weight_Tk = score_Tk / score_Tk.sum(-1, keepdim=True).clamp_min(1e-20) if c.norm_topk_prob else score_Tk
-        probs_TE = scores_TE if softmax else scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+        score_Tk, expert_Tk, probs_TE = top_scores(logits_TE, c.topk, c.score_function, c.norm_topk_prob)
         token_A, expert_A = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(c.topk), expert_Tk.flatten()
         balance = Balance.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope)
         return Routing(
             token_A=token_A,
             expert_A=expert_A,
-            weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
+            weight_A=(score_Tk * c.routed_scaling_factor).flatten(),
             **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
             stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, len(x_TD))},
         )
