@@ -145,7 +145,7 @@ class Gate(nn.Module):
     sees_other_tokens: ClassVar[bool] = False
     """whether a token's experts depend on the other tokens of its rank's micro-batch"""
     neurons: ClassVar[bool] = False
-    """whether its experts are PEER's single neurons in tables instead of grouped MLPs"""
+    """whether its experts are PEER's neurons in tables instead of grouped MLPs; then it has `output_gain(width)`"""
     name: ClassVar[str]
     Config: ClassVar[type]
     local_paths: nn.ModuleList
