@@ -20,13 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import report
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOPK, VOCAB = 4096, 512, 1024, 16, 4, 8192
-OPTIONS = {"peer": {"peer_num_heads": 8, "peer_topk": 16}}
 NEURONS = 128**2
 SINGLE = ("hash", "base")
 """gates with one expert per token: EXPERTS / TOPK experts, TOPK times as wide"""
 
 
-def make_layer(name: str, **options):
+def make_layer(name: str):
     """A layer of gate `name` with the same active and total width as the others (PEER's: 128 neurons per token)."""
     import torch
 
@@ -36,12 +35,13 @@ def make_layer(name: str, **options):
     from megatron.parallel.groups import Groups
 
     experts, width = (EXPERTS // TOPK, WIDTH * TOPK) if name in SINGLE else (EXPERTS, WIDTH)
+    options = {}
     if name == "peer":
-        experts, width = NEURONS, 1
+        experts, width, options = NEURONS, 1, {"peer_num_heads": 8, "peer_topk": 16}
     if name != "threshold" and hasattr(gates.config_of(name), "topk"):
-        options = {"topk": TOPK, **options}
+        options = {"topk": TOPK}
     gate = gates.create(name, hidden_size=HIDDEN, num_experts=experts, vocab_size=VOCAB, init_std=1.5 / HIDDEN**0.5,
-                        **OPTIONS.get(name, {}), **options)
+                        **options)
     model = ModelConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=8, activation="gelu")
     layer = make_moe_layer(gate, model, MoEConfig(num_experts=experts, moe_ffn_hidden_size=width, gate=name), layer=0,
                            seed=0, groups=Groups())
@@ -171,14 +171,11 @@ def zero_computation(x, ids, rounds: int) -> list[report.Row]:
         if share:
             search(measure, share, -8.0, 8.0)
         else:
-            set_bias(layer, slice(EXPERTS, None), -100.0)
-        functions[f"moepp, {measure_share(layer, x, ids):.0%} without computation"] = run_layer(layer, x, ids)
+            measure(-100.0)
+        reached = experts_per_token(layer, x, ids)[1] / TOPK
+        functions[f"moepp, {reached:.0%} without computation"] = run_layer(layer, x, ids)
     base, _, half = functions
     return report.compare(report.interleave(functions, rounds, warmup=2), base, {half: 0.65})
-
-
-def measure_share(layer, x, ids) -> float:
-    return experts_per_token(layer, x, ids)[1] / TOPK
 
 
 def main() -> int:

@@ -80,16 +80,17 @@ def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_pat
     else:
         order_A, kept_C = _survivors(routing, wanted_C, limit, num_experts)
     token_A = routing.token_A[order_A]
-    kept_T = count(token_A, num_tokens)
     if not num_local_paths:
-        return Plan(Rows.of(order_A, token_A, num_tokens), None, [], wanted_C, kept_C, kept_T)
+        routed = Rows.of(order_A, token_A, num_tokens)
+        return Plan(routed, None, [], wanted_C, kept_C, routed.bags_T1.diff())
     counts = kept_C[num_experts:].tolist()
     first = len(order_A) - sum(counts)
     if num_zero_paths:
         counts[-num_zero_paths:] = [0] * num_zero_paths
     local = slice(first, first + sum(counts))
     return Plan(Rows.of(order_A[:first], token_A[:first], num_tokens),
-                Rows.of(order_A[local], token_A[local], num_tokens), counts, wanted_C, kept_C, kept_T)
+                Rows.of(order_A[local], token_A[local], num_tokens), counts, wanted_C, kept_C,
+                count(token_A, num_tokens))
 
 
 def _survivors(routing: Routing, wanted_C: Tensor, limit: int | Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

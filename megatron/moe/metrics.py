@@ -36,22 +36,21 @@ class MoEMetrics:
             skipped: the step changed no weights, because a gradient overflowed; then it changes no gate's state either.
         """
         if self._asked and not skipped and all(m.step_sums for m in self.layers):
-            names, totals = self._reduce([m.step_sums for m in self.layers])
+            totals = self._reduce([m.step_sums for m in self.layers])
             load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
             for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
-                own = {n.removeprefix("sum/"): sums[n] for n in names if n.startswith("sum/")}
-                layer.gate.after_step(StepTotals(load_E, sums["tokens"].float(), own, load_LE))
+                layer.gate.after_step(StepTotals(load_E, sums["tokens"].float(), _named(sums, "sum/"), load_LE))
         for layer in self.layers:
             layer.end_step()
 
-    def _reduce(self, sums: list[dict[str, Tensor]]) -> tuple[list[str], list[dict[str, Tensor]]]:
-        """(names, the sums of each layer over all ranks): one all-reduce, of fp64 sums."""
+    def _reduce(self, sums: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The sums of each layer over all ranks: one all-reduce, in fp64."""
         names = list(sums[0])
         shapes = [sums[0][n].shape for n in names]
         rows = torch.stack([torch.cat([layer[n].flatten() for n in names]) for layer in sums])
         rows = all_reduce_sum(rows, self.groups).split([shape.numel() for shape in shapes], dim=1)
-        return names, [{n: part[i].view(shape) for n, part, shape in zip(names, rows, shapes, strict=True)}
-                       for i in range(len(sums))]
+        return [{n: part[i].view(shape) for n, part, shape in zip(names, rows, shapes, strict=True)}
+                for i in range(len(sums))]
 
     @torch.no_grad()
     def read(self, training: bool = True) -> dict[str, float | list[float]]:
@@ -67,7 +66,7 @@ class MoEMetrics:
         """
         if not self.layers or not self.layers[0].counters[training]:
             return {}
-        _, totals = self._reduce([m.counters[training] for m in self.layers])
+        totals = self._reduce([m.counters[training] for m in self.layers])
         for m in self.layers:
             m.counters[training].clear()
         return _summarise(self.layers, [{n: t.cpu() for n, t in sums.items()} for sums in totals])
@@ -87,11 +86,13 @@ def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor 
     }
     if len(layer.gate.local_paths):
         values["local_fraction"] = 1 - load.sum() / kept.clamp_min(1)
-    for name, value in sums.items():
-        if name.startswith("stat/"):
-            values[name.removeprefix("stat/")] = value / sums["forwards"]
-    own = {name.removeprefix("sum/"): value for name, value in sums.items() if name.startswith("sum/")}
-    return {**values, **layer.gate.summarise(own)}
+    stats = {name: value / sums["forwards"] for name, value in _named(sums, "stat/").items()}
+    return {**values, **stats, **layer.gate.summarise(_named(sums, "sum/"))}
+
+
+def _named(sums: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What a gate put in: its `stats` or its `sums`, under its own names."""
+    return {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
 
 
 def _summarise(layers: list[MoELayer], totals: list[dict[str, Tensor]]) -> dict[str, float | list[float]]:

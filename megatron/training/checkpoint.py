@@ -157,9 +157,8 @@ def check_same_run(saved: Record, current: Record, where: str) -> None:
         for name in names:
             _same(getattr(getattr(saved.config, section), name), getattr(getattr(current.config, section), name),
                   "--" + name.replace("_", "-"), where)
-    shapes = [_gate_shapes(record.config) for record in (saved, current)]
-    for name, value in current.config.gate_options.items():
-        if shapes[0] != shapes[1]:
+    if _gate_shapes(saved.config) != _gate_shapes(current.config):
+        for name, value in current.config.gate_options.items():
             _same(saved.config.gate_options.get(name), value, "--" + name.replace("_", "-"), where)
     for key, what in IDENTITY.items():
         _same(saved.identity.get(key), current.identity[key], what, where)

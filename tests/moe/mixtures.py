@@ -65,3 +65,30 @@ def exact_shares(logits):
 
 def has_topk(name):
     return "topk" in {f.name for f in dataclasses.fields(gates.gate_class(name).Config)}
+
+
+def dumb_top_k(c, logits):
+    """[{expert: weight}] per token, the aux loss, and how near the nearest tie was: one token at a time, in float64
+    scalars that autograd follows, from the formula of top-k gates.
+
+    Args:
+        c: with topk, score_function, norm_topk_prob, routed_scaling_factor and the coefficients of the losses.
+        logits: a list of 0-d tensors per token.
+    """
+    E, T = len(logits[0]), len(logits)
+    weights, load, mean, lse, margin = [], [0] * E, [0.0] * E, 0.0, 1.0
+    for z in logits:
+        top = max(float(v.detach()) for v in z)
+        exp = [torch.exp(v - top) for v in z]
+        lse = lse + (top + torch.log(sum(exp))) ** 2 / T
+        s = [v / sum(exp) if c.score_function == "softmax" else 1 / (1 + torch.exp(-u)) for u, v in zip(z, exp)]
+        order = sorted(range(E), key=lambda e: -float(s[e].detach()))
+        if c.topk < E:
+            margin = min(margin, float((s[order[c.topk - 1]] - s[order[c.topk]]).detach()))
+        norm = sum(s[e] for e in order[: c.topk]) if c.norm_topk_prob else 1.0
+        weights.append({e: c.routed_scaling_factor * s[e] / norm for e in order[: c.topk]})
+        for e in range(E):
+            load[e] += e in weights[-1]
+            mean[e] = mean[e] + s[e] / sum(s) / T
+    balance = E * sum(load[e] / (T * c.topk) * mean[e] for e in range(E))
+    return weights, c.loss_coeff * balance + c.z_loss_coeff * lse, margin

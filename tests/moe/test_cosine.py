@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron.moe.gates import create
 from megatron.moe.routing import GateInput
+from mixtures import dumb_top_k
 
 
 def make(num_experts=5, hidden=4, seed=0, std=0.5, **options):
@@ -24,28 +25,15 @@ def dot(a, b):
 
 
 def dumb(c, x, p):
-    """[{expert: weight}] per token, the aux loss, and how near the nearest tie was: float64 scalars, from the paper."""
+    """`dumb_top_k` of cosines over the temperature, in float64 scalars, from the paper."""
     P, V, tau = p["projection.weight"], p["embeddings_EP"], p["temperature"][0]
-    E, T = len(V), len(x)
     if float(tau.detach()) < c.min_temperature:
         tau = torch.tensor(c.min_temperature, dtype=torch.float64)
-    weights, load, mean, lse, margin = [], [0] * E, [0.0] * E, 0.0, 1.0
+    logits = []
     for row in x:
         h = [dot(line, row) for line in P]
-        z = [dot(h, v) / torch.sqrt(dot(h, h)) / torch.sqrt(dot(v, v)) / tau for v in V]
-        exp = [torch.exp(v) for v in z]  # at most exp(1 / min_temperature)
-        lse = lse + torch.log(sum(exp)) ** 2 / T
-        s = [v / sum(exp) if c.score_function == "softmax" else 1 / (1 + torch.exp(-u)) for u, v in zip(z, exp)]
-        order = sorted(range(E), key=lambda e: -float(s[e].detach()))
-        if c.topk < E:
-            margin = min(margin, float((s[order[c.topk - 1]] - s[order[c.topk]]).detach()))
-        norm = sum(s[e] for e in order[: c.topk]) if c.norm_topk_prob else 1.0
-        weights.append({e: c.routed_scaling_factor * s[e] / norm for e in order[: c.topk]})
-        for e in range(E):
-            load[e] += e in weights[-1]
-            mean[e] = mean[e] + s[e] / sum(s) / T
-    balance = E * sum(load[e] / (T * c.topk) * mean[e] for e in range(E))
-    return weights, c.loss_coeff * balance + c.z_loss_coeff * lse, margin
+        logits.append([dot(h, v) / torch.sqrt(dot(h, h)) / torch.sqrt(dot(v, v)) / tau for v in V])
+    return dumb_top_k(c, logits)
 
 
 @settings(max_examples=200, deadline=None)

@@ -13,6 +13,7 @@ from megatron.model.build import make_moe_layer
 from megatron.moe.gates import create
 from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
+from mixtures import dumb_top_k
 
 
 def draw(tokens, seed=0, hidden=6):
@@ -20,26 +21,8 @@ def draw(tokens, seed=0, hidden=6):
 
 
 def dumb(c, x, W):
-    """[{expert: weight}] per token, the aux loss, and how near the nearest tie was: one token at a time, in float64
-    scalars that autograd follows, from the formula in the paper."""
-    E, T = len(W), len(x)
-    weights, load, mean, lse, margin = [], [0] * E, [0.0] * E, 0.0, 1.0
-    for row in x:
-        z = [sum(W[e][d] * row[d] for d in range(len(row))) for e in range(E)]
-        top = max(float(v.detach()) for v in z)
-        exp = [torch.exp(v - top) for v in z]
-        lse = lse + (top + torch.log(sum(exp))) ** 2 / T
-        s = [v / sum(exp) if c.score_function == "softmax" else 1 / (1 + torch.exp(-u)) for u, v in zip(z, exp)]
-        order = sorted(range(E), key=lambda e: -float(s[e].detach()))
-        if c.topk < E:
-            margin = min(margin, float((s[order[c.topk - 1]] - s[order[c.topk]]).detach()))
-        norm = sum(s[e] for e in order[: c.topk]) if c.norm_topk_prob else 1.0
-        weights.append({e: c.routed_scaling_factor * s[e] / norm for e in order[: c.topk]})
-        for e in range(E):
-            load[e] += e in weights[-1]
-            mean[e] = mean[e] + s[e] / sum(s) / T
-    balance = E * sum(load[e] / (T * c.topk) * mean[e] for e in range(E))
-    return weights, c.loss_coeff * balance + c.z_loss_coeff * lse, margin
+    """`dumb_top_k` of x W^T, one product at a time."""
+    return dumb_top_k(c, [[sum(w[d] * row[d] for d in range(len(row))) for w in W] for row in x])
 
 
 @settings(max_examples=200, deadline=None)

@@ -36,6 +36,8 @@ xmoe) shape 12 768 12 64 384 8 ;;
     ;;
 esac
 export GATE
+# DeepSeek's groups of experts: 8, of which a token may use $1, where the experts that are not shared divide by 8.
+grouped() { if [ $((EP_SIZE % 8)) = 0 ]; then echo --n-group 8 --topk-group "$1"; else echo --n-group 2 --topk-group 1; fi; }
 launch() {
     [ "$SHARED" = 0 ] || set -- --moe-shared-experts "$SHARED" "$@"
     exec bash "$PROGRAM" "$@"

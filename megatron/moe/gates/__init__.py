@@ -110,6 +110,8 @@ class GroupConfig(LossConfig):
     """equal groups of neighbouring experts, on a device or node each"""
     topk_group: int = 1
     """groups that a token's experts may lie in"""
+    norm_topk_prob: bool = False
+    """divide the chosen scores by their sum"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,6 +126,7 @@ class GroupConfig(LossConfig):
                              f"{num_experts}")
         check_topk(self.topk, self.topk_group * (num_experts // self.n_group),
                    what="the number of experts in --topk-group groups")
+        check_norm(self, num_experts)
 
 
 def in_best_groups(score_TE: Tensor, n_group: int, topk_group: int, best: int) -> Tensor:

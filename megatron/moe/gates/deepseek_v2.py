@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.moe.gates import Gate, GroupConfig, check_norm, in_best_groups, linear_fp32, require_field
+from megatron.moe.gates import Gate, GroupConfig, in_best_groups, linear_fp32, require_field
 from megatron.moe.routing import SCOPES, Balance, GateInput, Routing, losses, z_loss
 
 
@@ -39,8 +39,6 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
 
     @dataclass(frozen=True)
     class Config(GroupConfig):
-        norm_topk_prob: bool = False
-        """divide the chosen probabilities by their sum"""
         routed_scaling_factor: float = 1.0
         """multiplies every weight"""
         loss_coeff: float = 0.003
@@ -57,10 +55,6 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
             super().__post_init__()
             for name in ("device_loss_coeff", "communication_loss_coeff"):
                 require_field(self, name, getattr(self, name) >= 0, "0 or more")
-
-        def check(self, num_experts: int) -> None:
-            super().check(num_experts)
-            check_norm(self, num_experts)
 
     def __init__(self, config, place):
         super().__init__(config, place)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.moe.gates import Gate, GroupConfig, check_norm, in_best_groups, linear_fp32, require_field, shares
+from megatron.moe.gates import Gate, GroupConfig, in_best_groups, linear_fp32, require_field, shares
 from megatron.moe.routing import SCOPES, Balance, GateInput, Routing, losses, z_loss
 
 
@@ -57,10 +57,6 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
         def __post_init__(self):
             super().__post_init__()
             require_field(self, "bias_update_speed", self.bias_update_speed >= 0, "0 or more")
-
-        def check(self, num_experts: int) -> None:
-            super().check(num_experts)
-            check_norm(self, num_experts)
 
     def __init__(self, config, place):
         super().__init__(config, place)

@@ -24,7 +24,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron.moe.gates import Gate, check_topk, linear_fp32
+from megatron.moe.gates import Gate, check_topk, linear_fp32, require_field
 from megatron.moe.routing import GateInput, Routing
 
 
@@ -39,8 +39,7 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
         """average number of experts per token; each expert takes ceil(tokens * topk / experts) tokens"""
 
         def __post_init__(self):
-            if self.topk < 1:
-                raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts")
+            require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)

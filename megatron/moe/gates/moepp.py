@@ -76,8 +76,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
             for name, least in (("topk", 1), ("num_zero_experts", 0), ("num_copy_experts", 0),
                                 ("num_constant_experts", 0)):
                 require_field(self, name, getattr(self, name) >= least, f"{least} or more")
-            if self.tau <= 0:
-                raise ValueError(f"--tau is {self.tau}; allowed: above 0")
+            require_field(self, "tau", self.tau > 0, "above 0")
 
         def constants(self, num_experts: int) -> int:
             return self.num_constant_experts or max(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.moe.gates import Gate, ScopeConfig, check_topk, linear_fp32
+from megatron.moe.gates import Gate, ScopeConfig, check_topk, linear_fp32, require_field
 from megatron.moe.routing import Balance, GateInput, Routing, StepTotals, losses
 
 
@@ -40,12 +40,9 @@ class ReMoEGate(Gate, name="remoe"):
 
         def __post_init__(self):
             super().__post_init__()
-            if self.topk < 1:
-                raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts")
-            if self.lambda_init <= 0:
-                raise ValueError(f"--lambda-init is {self.lambda_init}; allowed: above 0")
-            if self.lambda_factor < 1:
-                raise ValueError(f"--lambda-factor is {self.lambda_factor}; allowed: 1 (constant) or more")
+            require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
+            require_field(self, "lambda_init", self.lambda_init > 0, "above 0")
+            require_field(self, "lambda_factor", self.lambda_factor >= 1, "1 (constant) or more")
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32
+from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32, require_field
 from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
 
 
@@ -38,10 +38,8 @@ class ThresholdGate(Gate, name="threshold"):
 
         def __post_init__(self):
             super().__post_init__()
-            if not 0 <= self.threshold <= 1:
-                raise ValueError(f"--threshold is {self.threshold}; allowed: 0 (one expert) to 1 (all of them)")
-            if self.topk < 0:
-                raise ValueError(f"--topk is {self.topk}; allowed: 0 (no cap) to the number of experts")
+            require_field(self, "threshold", 0 <= self.threshold <= 1, "0 (one expert) to 1 (all of them)")
+            require_field(self, "topk", self.topk >= 0, "0 (no cap) to the number of experts")
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts, least=0)

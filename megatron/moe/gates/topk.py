@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32, top_scores
+from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32, require_field, top_scores
 from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
 
 
@@ -39,12 +39,9 @@ class TopKGate(Gate, name="topk"):
 
         def __post_init__(self):
             super().__post_init__()
-            if self.topk < 1:
-                raise ValueError(f"--topk is {self.topk}; allowed: 1 to the number of experts")
-            if self.score_function not in ("softmax", "sigmoid"):
-                raise ValueError(f"--score-function is {self.score_function!r}; allowed: softmax sigmoid")
-            if not 0 <= self.jitter < 1:
-                raise ValueError(f"--jitter is {self.jitter}; allowed: 0 <= jitter < 1")
+            require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
+            require_field(self, "score_function", self.score_function in ("softmax", "sigmoid"), "softmax sigmoid")
+            require_field(self, "jitter", 0 <= self.jitter < 1, "0 <= jitter < 1")
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
