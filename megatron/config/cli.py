@@ -98,7 +98,8 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
     stored = _sections(_load_json(path), path) if path else {}
     stored_gate = stored.get("moe", {}).get("gate", MoEConfig.gate)
     gate = gate or stored_gate
-    derived = mixture.drop_derived(stored, gate_config(stored_gate)) if path else ""
+    # A gate that is gone may be replaced.
+    derived = mixture.drop_derived(stored, gate_config(stored_gate)) if stored_gate in {gate, *gate_names()} else ""
     classes = {**SECTIONS, "gate_options": gate_config(gate)}
     if options is not None:
         classes["options"] = options

@@ -49,6 +49,7 @@ def drop_derived(stored: dict[str, dict[str, Any]], gate_class: type) -> str:
     for name in names:
         del moe[name]
     if "moe_layers" in names:  # then these are defaults that nobody set
-        moe.pop("expert_interval", None), moe.pop("moe_first_k_dense", None)
+        for name in ("expert_interval", "moe_first_k_dense"):
+            moe.pop(name, None)
     flags = " ".join(f"--{name.replace('_', '-')}" for name in names)
     return f" with the {flags} that came from them" if names else ""

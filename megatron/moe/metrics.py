@@ -43,12 +43,13 @@ class MoEMetrics:
         for layer in self.layers:
             layer.end_step()
 
-    def _reduce(self, sums: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """The sums of each layer over all ranks: one all-reduce, in fp64."""
+    def _reduce(self, sums: list[dict[str, Tensor]], *, to_host: bool = False) -> list[dict[str, Tensor]]:
+        """The sums of each layer over all ranks: one all-reduce, in fp64, and one copy to the host if asked."""
         names = list(sums[0])
         shapes = [sums[0][n].shape for n in names]
         rows = torch.stack([torch.cat([layer[n].flatten() for n in names]) for layer in sums])
-        rows = all_reduce_sum(rows, self.groups).split([shape.numel() for shape in shapes], dim=1)
+        rows = all_reduce_sum(rows, self.groups)
+        rows = (rows.cpu() if to_host else rows).split([shape.numel() for shape in shapes], dim=1)
         return [{n: part[i].view(shape) for n, part, shape in zip(names, rows, shapes, strict=True)}
                 for i in range(len(sums))]
 
@@ -66,10 +67,10 @@ class MoEMetrics:
         """
         if not self.layers or not self.layers[0].counters[training]:
             return {}
-        totals = self._reduce([m.counters[training] for m in self.layers])
+        totals = self._reduce([m.counters[training] for m in self.layers], to_host=True)
         for m in self.layers:
             m.counters[training].clear()
-        return _summarise(self.layers, [{n: t.cpu() for n, t in sums.items()} for sums in totals])
+        return _summarise(self.layers, totals)
 
 
 def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:

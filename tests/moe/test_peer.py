@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -439,6 +440,8 @@ def test_flags_overrule_what_a_stored_run_derived(tmp_path, caplog):
     changed = again("--gate", "topk", "--num-experts", "4")
     assert (changed.num_experts, changed.moe_layers, changed.moe_ffn_hidden_size) == (4, (), 0)
     assert "with the --num-experts --moe-ffn-hidden-size --moe-layers that came from them" in caplog.text
+    Path(stored).write_text(Path(stored).read_text().replace('"gate": "peer"', '"gate": "gone"'))
+    assert again("--gate", "topk", "--num-experts", "4").num_experts == 4, "a gate that is gone may be replaced"
     told = ["--gate", "peer", "--num-experts", "16", "--moe-ffn-hidden-size", "3", "--moe-layers", "0", "3",
             "--num-layers", "4"]
     write_run_json(parse(told, config_of, available), stored)
