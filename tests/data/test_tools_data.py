@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset.make_corpus import read_documents
 from megatron.config.schema import TokenizerConfig
 from megatron.data.encode import Recipe
 from megatron.data.indexed import IndexedDataset
@@ -124,7 +125,10 @@ def test_from_corpus_to_tokens(tmp_path):
     assert all((library / line["source"]).read_bytes() == line["text"].encode() for line in lines)
     names = [line["source"] for line in lines]
     assert len(set(names)) == len(names) > 10 and not any("site-packages" in name for name in names)
-    assert 300000 < sum(len(line["text"].encode()) for line in lines) <= 400000 and names != sorted(names)
+    everything = list(read_documents(library, []))
+    assert names == [name for name, _ in everything[:len(names)]] and names != sorted(names)
+    size = sum(len(line["text"].encode()) for line in lines)
+    assert size <= 400000 < size + len(everything[len(names)][1]), "it ends where the next file does not fit"
 
 
 def test_corpora_that_cannot_be_made(tmp_path, monkeypatch):
