@@ -15,6 +15,7 @@ TOKENIZERS = (
     "NullTokenizer", "ByteTokenizer",
 )
 ACTIVATIONS = ("gelu", "relu", "silu", "swiglu", "geglu")
+MOE_BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
 DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
 
 
@@ -158,6 +159,9 @@ class MoEConfig:
     """the first k layers stay dense"""
     moe_expert_parallel_size: int = 1
     """ranks that share one set of experts"""
+    moe_backend: str = option("auto", choices=MOE_BACKENDS)
+    """what multiplies the experts' rows; auto: cpu on the CPU; triton, grouped_mm or reference on a GPU, whichever of
+    them comes first and can be used"""
 
     def __post_init__(self):
         for name in ("num_experts", "moe_shared_experts", "moe_first_k_dense", "moe_train_capacity_factor",
@@ -368,6 +372,17 @@ class TrainConfig:
     """steps skipped in a row because of NaN or infinite gradients that end the run; 0: never"""
     timeout_minutes: float = 10.0
     """a collective that takes longer ends the run"""
+    profile: bool = False
+    """profile some iterations: a Chrome trace, and a table of where a step's time goes"""
+    profile_step_start: int = 10
+    """iterations that are done when profiling starts"""
+    profile_step_end: int = 12
+    """iterations that are done when profiling ends"""
+    profile_ranks: tuple[int, ...] = option((0,))
+    """ranks that are profiled"""
+    profile_dir: str = ""
+    """folder of traces and tables; empty: profile in the folder of --save, else in that of --tensorboard-dir, else
+    here"""
 
     def __post_init__(self):
         require(self.micro_batch_size > 0, "--micro-batch-size", self.micro_batch_size, "a positive integer")
@@ -378,6 +393,11 @@ class TrainConfig:
         require(not (self.train_iters and self.train_tokens), "--train-tokens", self.train_tokens,
                 "only without --train-iters", "Use one of the two.")
         require(self.timeout_minutes > 0, "--timeout-minutes", self.timeout_minutes, "a positive number")
+        require(self.profile_step_start >= 0, "--profile-step-start", self.profile_step_start, "0 or more")
+        require(self.profile_step_end > self.profile_step_start, "--profile-step-end", self.profile_step_end,
+                f"more than --profile-step-start, which is {self.profile_step_start}")
+        require(len(self.profile_ranks) > 0 and min(self.profile_ranks) >= 0, "--profile-ranks",
+                list(self.profile_ranks), "one rank or more, each 0 or more")
 
     def global_batch(self, world_size: int) -> int:
         """Samples per optimizer step.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.moe.experts import activate, is_gated
+from megatron.moe.activations import activate, is_gated
 from megatron.moe.routing import FFNContext, FFNOutput
 
 

@@ -1,120 +1,21 @@
-"""Capacity, plan, exchange, combine: how token rows reach experts and come back. The only MoE communication.
+"""Moving token rows: to their experts, between ranks, and back. The only MoE communication, but that of the sizes.
 
-Letters: T tokens on this rank, D hidden, E routed experts, C choices (E + local paths), A assignments of the gate,
-S assignments that survive capacity, sorted by choice; R rows this rank's experts receive, P ranks that share experts.
+Letters: T tokens on this rank, D hidden, E routed experts, A assignments of the gate, S rows (assignments that survive
+capacity, sorted by expert), R rows this rank's experts receive, P ranks that share experts.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron.moe.routing import Routing
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Some of the surviving assignments, sorted by choice, as rows to gather and to combine."""
-
-    assignment_S: Tensor
-    """index into the gate's list"""
-    token_S: Tensor
-    """token of each row"""
-    by_token_S: Tensor
-    """positions in [0, S) sorted by token"""
-    bags_T1: Tensor
-    """where each token's positions start in by_token_S; the last entry is S"""
-
-    @staticmethod
-    def of(assignment_S: Tensor, token_S: Tensor, num_tokens: int) -> Rows:
-        bags_T1 = F.pad(count(token_S, num_tokens).cumsum(0), (1, 0))
-        return Rows(assignment_S, token_S, token_S.argsort(stable=True), bags_T1)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Which rows go where; made by `make_plan`, read by the layer and its counters."""
-
-    routed: Rows
-    """rows for routed experts, sorted by expert"""
-    local: Rows | None
-    """rows for local paths, sorted by path; None without any. Paths that return zeros have no rows"""
-    local_counts: list[int]
-    """rows of each local path, 0 for those that return zeros"""
-    wanted_C: Tensor
-    """assignments per choice before capacity"""
-    kept_C: Tensor
-    """assignments per choice after capacity"""
-    kept_T: Tensor
-    """assignments per token after capacity"""
-
-
-def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> int | None:
-    """Rows one expert takes: min(T, max(minimum, ceil(T / E * factor))); None (no limit) for factor 0."""
-    if factor == 0:
-        return None
-    return min(num_tokens, max(minimum, math.ceil(num_tokens / num_experts * factor)))
-
-
-def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_paths: int = 0,
-              limit: int | Tensor | None = None, num_zero_paths: int = 0) -> Plan:
-    """Sort assignments by choice and drop what is over capacity.
-
-    Survivors are the `limit` highest priorities of each choice, ties by position in the gate's list; the rest is
-    dropped, never rerouted.
-
-    Args:
-        limit: rows one routed expert takes (local paths then have no limit), or int64 [C], or None for no limit.
-        num_zero_paths: how many of the last local paths return zeros: counted, but no rows are made for them.
-    """
-    num_choices = num_experts + num_local_paths
-    wanted_C = count(routing.expert_A, num_choices)
-    if limit is None:
-        order_A = routing.expert_A.argsort(stable=True)
-        kept_C = wanted_C
-    else:
-        order_A, kept_C = _survivors(routing, wanted_C, limit, num_experts)
-    token_A = routing.token_A[order_A]
-    if not num_local_paths:
-        routed = Rows.of(order_A, token_A, num_tokens)
-        return Plan(routed, None, [], wanted_C, kept_C, routed.bags_T1.diff())
-    counts = kept_C[num_experts:].tolist()
-    first = len(order_A) - sum(counts)
-    if num_zero_paths:
-        counts[-num_zero_paths:] = [0] * num_zero_paths
-    local = slice(first, first + sum(counts))
-    return Plan(Rows.of(order_A[:first], token_A[:first], num_tokens),
-                Rows.of(order_A[local], token_A[local], num_tokens), counts, wanted_C, kept_C,
-                count(token_A, num_tokens))
-
-
-def _survivors(routing: Routing, wanted_C: Tensor, limit: int | Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(assignments under the limit, sorted by choice; how many per choice)."""
-    limit_C = limit
-    if isinstance(limit, int):
-        limit_C = torch.full_like(wanted_C, len(routing.expert_A))
-        limit_C[:num_experts] = limit
-    priority_A = routing.weight_A.detach().abs() if routing.priority_A is None else routing.priority_A
-    by_priority = priority_A.argsort(descending=True, stable=True)
-    order_A = by_priority[routing.expert_A[by_priority].argsort(stable=True)]
-    choice_A = routing.expert_A[order_A]
-    place_A = torch.arange(len(order_A), device=order_A.device) - _starts(wanted_C)[choice_A]
-    return order_A[place_A < limit_C[choice_A]], torch.minimum(wanted_C, limit_C)
-
-
-def count(index: Tensor, size: int) -> Tensor:
-    """How often each of 0 .. size - 1 occurs: int64 [size]. Unlike bincount it never waits for the device."""
-    counts = torch.zeros(size, dtype=torch.int64, device=index.device)
-    return counts.scatter_add_(0, index, torch.ones_like(index))
-
-
-def _starts(counts: Tensor) -> Tensor:
-    return counts.cumsum(0) - counts
+from megatron.moe import buffers
+from megatron.moe.plan import Rows, Sizes, count, starts  # noqa: F401 TEMPORARY
 
 
 def bag_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -122,12 +23,16 @@ def bag_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = 
 
     Args:
         rows: [any, D].
-        order: int64, which rows.
-        bags: where each bag starts in `order`; the last entry is its length.
+        order: int64, which rows; may be longer than the bags on CUDA.
+        bags: where each bag starts in `order`; the last entry is where the last one ends.
         weights: as `order`, in the dtype of the rows.
     """
-    if len(order) == 0:
+    if len(order) == 0 or len(rows) == 0:
         return rows.new_zeros(len(bags) - 1, rows.shape[1])
+    if order.device.type == "cpu" and len(order) > (length := int(bags[-1])):
+        order, weights = order[:length], None if weights is None else weights[:length]
+        if not length:
+            return rows.new_zeros(len(bags) - 1, rows.shape[1])
     return F.embedding_bag(order, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
@@ -137,115 +42,150 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
-        return x_TD.index_select(0, rows.token_S)
+        return _select(x_TD, rows.token_S)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_SD: Tensor) -> tuple:
         return bag_sum(grad_SD.contiguous(), ctx.rows.by_token_S, ctx.rows.bags_T1), None
 
 
 class Combine(torch.autograd.Function):
-    """y_t = sum of weight_s * rows_s over the token's rows, accumulated in fp32 inside the op."""
+    """y_t = sum of the token's rows, times their weights if there are any, accumulated in fp32 inside the op."""
 
     @staticmethod
-    def forward(ctx, rows_SD: Tensor, weight_S: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx, rows_SD: Tensor, weight_S: Tensor | None, rows: Rows) -> Tensor:
+        ctx.rows, ctx.length = rows, len(rows_SD)
+        if weight_S is None:
+            return bag_sum(rows_SD, rows.by_token_S, rows.bags_T1)
         ctx.save_for_backward(rows_SD, weight_S)
-        ctx.rows = rows
         return bag_sum(rows_SD, rows.by_token_S, rows.bags_T1, weight_S[rows.by_token_S].to(rows_SD.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TD: Tensor) -> tuple:
-        rows_SD, weight_S = ctx.saved_tensors
-        grad_SD = grad_TD.index_select(0, ctx.rows.token_S)
+        grad_SD, saved = _select(grad_TD, ctx.rows.token_S[: ctx.length]), ctx.saved_tensors
+        if not saved:
+            return grad_SD, None, None
+        rows_SD, weight_S = saved
         grad_weight_S = (grad_SD * rows_SD).sum(-1, dtype=weight_S.dtype) if ctx.needs_input_grad[1] else None
         return grad_SD.mul_(weight_S.to(grad_SD.dtype).unsqueeze(1)), grad_weight_S, None
 
 
-class Permute(torch.autograd.Function):
-    """rows[order], whose gradient is grad[inverse]: both directions are gathers."""
+class Weights(torch.autograd.Function):
+    """weight_S = weight_A[assignment_S]. Each assignment is one row at most: the gradient is a copy, without sums."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse
-        return rows.index_select(0, order)
+    def forward(ctx, weight_A: Tensor, rows: Rows) -> Tensor:
+        ctx.rows, ctx.size = rows, len(weight_A)
+        return weight_A.index_select(0, rows.assignment_S)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        return grad.index_select(0, ctx.inverse), None, None
+    @once_differentiable
+    def backward(ctx, grad_S: Tensor) -> tuple:
+        rows = ctx.rows
+        place_S = torch.arange(len(grad_S), device=grad_S.device)
+        grad_S = torch.where(place_S < rows.ends_E[-1:], grad_S, 0)  # what lies beyond the last end is no row
+        return grad_S.new_zeros(ctx.size).scatter_(0, rows.assignment_S, grad_S), None
 
 
-class AllToAll(torch.autograd.Function):
-    """Rows to their experts' ranks with uneven splits; the gradient travels back the same way."""
+def _select(x_TD: Tensor, token_S: Tensor) -> Tensor:
+    out = buffers.empty((len(token_S), x_TD.shape[1]), x_TD.dtype, x_TD.device)
+    return torch.index_select(x_TD, 0, token_S, out=out)
+
+
+@dataclass
+class Transfer:
+    """Tensors on their way to other ranks and, in the backward pass, their gradients on the way back."""
+
+    send: list[int]
+    """rows to each rank"""
+    receive: list[int]
+    """rows from each rank"""
+    group: dist.ProcessGroup
+    pending: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    """each with what it reads, which must live as long"""
+    grads: tuple[Tensor, ...] = ()
+    """gradients on their way back"""
+
+    def start(self, tensors: tuple[Tensor, ...], send: list[int], receive: list[int]) -> tuple[Tensor, ...]:
+        received = []
+        for t in tensors:
+            out, t = buffers.empty((sum(receive), *t.shape[1:]), t.dtype, t.device), t.contiguous()
+            self.pending.append((dist.all_to_all_single(out, t, receive, send, group=self.group, async_op=True), t))
+            received.append(out)
+        return tuple(received)
+
+    def wait(self) -> None:
+        for work, _ in self.pending:
+            work.wait()
+        self.pending.clear()
+
+
+class _Start(torch.autograd.Function):
+    """Send rows off. What it returns is not there before `_Finish` has waited for it."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(rows, send, receive, group)
+    def forward(ctx, transfer: Transfer, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.transfer = transfer
+        return transfer.start(tensors, transfer.send, transfer.receive)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        return _all_to_all(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple:
+        transfer = ctx.transfer
+        transfer.wait()
+        back, transfer.grads = transfer.grads, ()
+        return None, *back
 
 
-def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
+class _Finish(torch.autograd.Function):
+    """Wait for what `_Start` sent off. Backward sends the gradients off, for `_Start`'s to wait for."""
+
+    @staticmethod
+    def forward(ctx, transfer: Transfer, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.transfer = transfer
+        transfer.wait()
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple:
+        # What autograd hands on must have the shapes of the rows here; those on their way go by the record.
+        transfer = ctx.transfer
+        transfer.grads = transfer.start(grads, transfer.receive, transfer.send)
+        return None, *grads
 
 
-@dataclass(frozen=True, slots=True)
 class Exchange:
-    """What `send_rows` did, for `return_rows` to undo."""
+    """An all-to-all of tensors' rows with uneven splits: starts when made, ends with `finish`.
 
-    counts: list[int]
-    """rows of each local expert, in the order the experts receive them"""
-    send: list[int] | None = None
-    receive: list[int] | None = None
-    order_R: Tensor | None = None
-    inverse_R: Tensor | None = None
-
-
-def send_rows(rows_SD: Tensor, kept_E: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Exchange]:
-    """Bring rows, sorted by global expert, to the ranks that hold the experts.
+    What is computed in between overlaps with it, and so does its backward pass with the gradients' way back.
 
     Args:
-        rows_SD: this rank's rows for routed experts, sorted by expert.
-        kept_E: rows per global expert.
-        group: expert-parallel group, or None when this rank holds all experts (no communication then).
-    Returns:
-        rows sorted by local expert [R, D], and the record that `return_rows` needs.
+        tensors: each with sum(send) rows, sorted by rank.
+        send, receive: rows to and from each rank.
     """
-    if group is None:
-        return rows_SD, Exchange(counts=kept_E.tolist())
-    ep_size = dist.get_world_size(group)
-    sent_PE = kept_E.view(ep_size, -1)
-    received_PE = torch.empty_like(sent_PE)
-    dist.all_to_all_single(received_PE, sent_PE.contiguous(), group=group)
-    # One copy to the host for everything the exchange must know.
-    sent, received = torch.stack([sent_PE, received_PE]).tolist()
-    send, receive = [sum(row) for row in sent], [sum(row) for row in received]
-    rows_RD = AllToAll.apply(rows_SD, send, receive, group)
-    order_R = _expert_major(received_PE, len(rows_RD))
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    counts = [sum(column) for column in zip(*received)]
-    return Permute.apply(rows_RD, order_R, inverse_R), Exchange(counts, send, receive, order_R, inverse_R)
+
+    def __init__(self, tensors: tuple[Tensor, ...], send: list[int], receive: list[int], group: dist.ProcessGroup):
+        self.transfer = Transfer(send, receive, group)
+        self.unfinished = _Start.apply(self.transfer, *tensors)
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """What the other ranks sent, rank by rank."""
+        return _Finish.apply(self.transfer, *self.unfinished)
 
 
-def return_rows(rows_RD: Tensor, exchange: Exchange, group: dist.ProcessGroup | None) -> Tensor:
-    """Undo `send_rows`: expert outputs back on the ranks of their tokens, in the order they were sent."""
-    if group is None:
-        return rows_RD
-    by_source = Permute.apply(rows_RD, exchange.inverse_R, exchange.order_R)
-    return AllToAll.apply(by_source, exchange.receive, exchange.send, group)
-
-
-def _expert_major(counts_PE: Tensor, num_rows: int) -> Tensor:
-    """Positions of rows that lie as (source rank, expert), in the order (expert, source rank)."""
-    starts_EP = _starts(counts_PE.flatten()).view_as(counts_PE).t().flatten()
-    lengths_EP = counts_PE.t().flatten()
-    shift_R = torch.repeat_interleave(starts_EP - _starts(lengths_EP), lengths_EP, output_size=num_rows)
-    return shift_R + torch.arange(num_rows, device=counts_PE.device)
+def arrived_rows(sizes: Sizes) -> Rows:
+    """Rows as they came from the other ranks, as (source rank, expert), to be run through experts."""
+    received_PE, num_rows = sizes.received_PE, sum(sizes.receive)
+    places_R = torch.arange(num_rows + 1, device=received_PE.device)
+    starts_EP = starts(received_PE.flatten()).view_as(received_PE).t().flatten()
+    lengths_EP = received_PE.t().flatten()
+    shift_R = torch.repeat_interleave(starts_EP - starts(lengths_EP), lengths_EP, output_size=num_rows)
+    order_R = shift_R + places_R[:-1]
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, places_R[:-1])
+    return Rows(order_R, order_R, inverse_R, places_R, received_PE.sum(0).cumsum(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,19 +218,22 @@ def share_tokens(x_TD: Tensor, rows: Rows, weight_A: Tensor, kept_E: Tensor, gro
     received_P2 = torch.empty_like(sent_P2)
     dist.all_to_all_single(received_P2, sent_P2, group=group)
     (send, _), (receive, tokens) = torch.stack([sent_P2, received_P2]).transpose(1, 2).tolist()
+    # The same for all assignments at once: an int64 per assignment is little beside a row per token.
+    token_S, weight_S = rows.token_S[: sum(send)], Weights.apply(weight_A, rows)[: sum(send)]
     expert_S = torch.repeat_interleave(torch.arange(kept_PE.shape[1], device=kept_E.device).repeat(ep_size), kept_E,
-                                       output_size=len(rows.token_S))
-    ids_S2 = _all_to_all(torch.stack([rows.token_S, expert_S], 1), send, receive, group)
-    first_S = torch.repeat_interleave(_starts(received_P2[:, 1]), received_P2[:, 0], output_size=len(ids_S2))
-    weight_S1 = AllToAll.apply(weight_A[rows.assignment_S].unsqueeze(1), send, receive, group)
-    x_all_TD = AllToAll.apply(x_TD.repeat(ep_size, 1), [len(x_TD)] * ep_size, tokens, group)
-    return Shared(x_all_TD, ids_S2[:, 0] + first_S, ids_S2[:, 1], weight_S1.squeeze(1), tokens)
+                                       output_size=sum(send))
+    tokens_sent = Exchange((x_TD.repeat(ep_size, 1),), [len(x_TD)] * ep_size, tokens, group)
+    (weight_R,) = Exchange((weight_S,), send, receive, group).finish()
+    (ids_R2,) = Exchange((torch.stack([token_S, expert_S], 1),), send, receive, group).finish()
+    first_R = torch.repeat_interleave(starts(received_P2[:, 1]), received_P2[:, 0], output_size=len(ids_R2))
+    (x_all_TD,) = tokens_sent.finish()
+    return Shared(x_all_TD, ids_R2[:, 0] + first_R, ids_R2[:, 1], weight_R, tokens)
 
 
 def sum_shared(y_TD: Tensor, shared: Shared, group: dist.ProcessGroup) -> Tensor:
     """Sum up the ranks' parts of every token's output and hand each rank its own tokens: a reduce-scatter of uneven
     pieces, added in the order of ranks and in fp32, so that it is repeatable."""
     ep_size, mine = dist.get_world_size(group), shared.tokens[dist.get_rank(group)]
-    parts = AllToAll.apply(y_TD, shared.tokens, [mine] * ep_size, group)
+    (parts,) = Exchange((y_TD,), shared.tokens, [mine] * ep_size, group).finish()
     wide = torch.promote_types(y_TD.dtype, torch.float32)
     return parts.view(ep_size, mine, y_TD.shape[1]).sum(0, dtype=wide).to(y_TD.dtype)

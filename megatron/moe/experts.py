@@ -1,6 +1,6 @@
-"""Grouped experts: the MLPs of all local experts as stacked weights, run on rows sorted by expert.
+"""Grouped experts: the MLPs of all local experts as stacked weights.
 
-Letters: E_local experts on this rank, N rows (tokens, repeated once per expert they visit), D hidden, H expert width.
+Letters: E_local experts on this rank, T tokens, S rows (tokens, once per expert they visit), D hidden, H expert width.
 """
 
 from __future__ import annotations
@@ -8,28 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.schema import ACTIVATIONS, require
-
-
-def is_gated(activation: str) -> bool:
-    """Whether the activation multiplies a gate projection with an up projection (three matrices)."""
-    return activation in ("swiglu", "geglu")
-
-
-def activate(activation: str, gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """act(gate), or act(gate) * up for the gated kinds.
-
-    Raises:
-        ValueError: unknown activation.
-    """
-    require(activation in ACTIVATIONS, "activation", activation, " ".join(ACTIVATIONS))
-    if is_gated(activation):
-        assert up is not None, f"{activation} needs an up projection"
-        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
-    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[activation](gate)
+from megatron.moe.activations import activate, is_gated  # noqa: F401 TEMPORARY
+from megatron.moe.expert_mlp import expert_mlp
+from megatron.moe.plan import Rows
 
 
 class GroupedExperts(nn.Module):
@@ -43,14 +26,16 @@ class GroupedExperts(nn.Module):
         first: global number of this rank's first expert.
         init_std: of w1 and w3.
         output_std: of w2.
+        backend: what multiplies, see `megatron.moe.grouped`.
     """
 
     initialises_itself = True
 
     def __init__(self, num_local: int, hidden_size: int, ffn_size: int, activation: str, *, first: int = 0,
-                 seed: int = 0, layer: int = 0, init_std: float = 0.02, output_std: float | None = None):
+                 seed: int = 0, layer: int = 0, init_std: float = 0.02, output_std: float | None = None,
+                 backend: str = "auto"):
         super().__init__()
-        self.num_local, self.activation = num_local, activation
+        self.num_local, self.activation, self.backend = num_local, activation, backend
         self.w1 = nn.Parameter(torch.empty(num_local, ffn_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(num_local, hidden_size, ffn_size))
         if is_gated(activation):
@@ -65,22 +50,10 @@ class GroupedExperts(nn.Module):
                     if is_gated(activation) or name != "w3":
                         getattr(self, name).data[local].normal_(0, std, generator=generator)
 
-    def forward(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
-        """Run expert e on its `counts[e]` consecutive rows.
-
-        Args:
-            rows_ND: rows sorted by local expert; sum(counts) of them.
-        Returns:
-            [N, D], row for row.
-        """
-        # unbind once: indexing a stacked weight in the loop would zero-fill the whole stack in every backward.
-        w1, w2 = self.w1.unbind(), self.w2.unbind()
-        w3 = self.w3.unbind() if is_gated(self.activation) else [None] * self.num_local
-        outputs = []
-        for x_nD, a, b, c in zip(rows_ND.split(counts), w1, w2, w3, strict=True):
-            up_nH = None if c is None else F.linear(x_nD, c)
-            outputs.append(F.linear(activate(self.activation, F.linear(x_nD, a), up_nH), b))
-        return torch.cat(outputs)
+    def forward(self, x_TD: Tensor, weight_S: Tensor, rows: Rows) -> Tensor:
+        """Weighted sum of each token's experts: [T, D]; see `expert_mlp`."""
+        w3 = self.w3 if is_gated(self.activation) else None
+        return expert_mlp(x_TD, weight_S, self.w1, w3, self.w2, rows, self.activation, self.backend)
 
 
 def _expert_seed(seed: int, layer: int, expert: int) -> int:

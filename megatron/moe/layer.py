@@ -6,29 +6,22 @@ adds the bookkeeping that DeepSpeed's engine looks for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.dispatch import (
-    Combine,
-    Gather,
-    Plan,
-    capacity,
-    count,
-    make_plan,
-    return_rows,
-    send_rows,
-    share_tokens,
-    sum_shared,
-)
+from megatron.moe.dispatch import Combine, Exchange, Gather, Weights, arrived_rows, share_tokens, sum_shared
 from megatron.moe.experts import GroupedExperts
 from megatron.moe.gates import Gate
 from megatron.moe.neurons import NeuronExperts
+from megatron.moe.plan import Plan, capacity, count, make_plan
 from megatron.moe.routing import FFNContext, FFNOutput, GateInput, Routing
 from megatron.parallel.groups import Groups, all_reduce_sum
+
+T = TypeVar("T")
 
 
 class MoELayer(nn.Module):
@@ -70,29 +63,49 @@ class MoELayer(nn.Module):
         if not self._checked:
             routing.check(len(x_TD), self.gate.num_experts + len(self.gate.local_paths))
             self._checked = True
-        paths = self.gate.local_paths
-        zero_paths = sum(getattr(path, "returns_zero", False) for path in paths)
-        plan = make_plan(routing, len(x_TD), self.gate.num_experts, len(paths), self._limit(x_TD), zero_paths)
-        y_BSD = self._mix(x_TD, routing, plan).view_as(x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD, context).y
+        plan = self._plan(routing, x_TD)
+        y_TD, beside = self._mix(x_TD, routing, plan, lambda: self._beside(x_BSD, routing, plan, context))
+        for part in beside:
+            y_TD = y_TD + part
         aux_loss = self._aux_loss(routing)
         if not self._again:
             self._count(routing, plan, aux_loss)
-        return FFNOutput(y_BSD, aux_loss, routing.carry)
+        return FFNOutput(y_TD.view_as(x_BSD), aux_loss, routing.carry)
 
-    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
-        """Weighted sum of the chosen experts' outputs: [T, D]. Local paths never leave the rank."""
-        group = self.groups.ep_group
-        rows_RD, exchange = send_rows(Gather.apply(x_TD, plan.routed), plan.kept_C[: self.gate.num_experts], group)
-        rows_SD = return_rows(self.experts(rows_RD, exchange.counts), exchange, group)
-        y_TD = Combine.apply(rows_SD, routing.weight_A[plan.routed.assignment_S], plan.routed)
-        if plan.local is None:
-            return y_TD
-        inputs = Gather.apply(x_TD, plan.local).split(plan.local_counts)
-        # Without rows too: ZeRO 2 needs a gradient of every parameter on every rank, if only zeros.
-        outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True)]
-        return y_TD + Combine.apply(torch.cat(outputs), routing.weight_A[plan.local.assignment_S], plan.local)
+    def _plan(self, routing: Routing, x_TD: Tensor) -> Plan:
+        paths = self.gate.local_paths
+        zero_paths = sum(getattr(path, "returns_zero", False) for path in paths)
+        return make_plan(routing, len(x_TD), self.gate.num_experts, len(paths), self._limit(x_TD), zero_paths,
+                         self.groups.ep_group)
+
+    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]) -> tuple[Tensor, T]:
+        """(weighted sum of the routed experts' outputs [T, D], what `beside` returns).
+
+        `beside` is called while rows are on their way to other ranks.
+        """
+        weight_S = Weights.apply(routing.weight_A, plan.routed)
+        if plan.sizes is None:
+            return self.experts(x_TD, weight_S, plan.routed), beside()
+        send, receive, group = plan.sizes.send, plan.sizes.receive, self.groups.ep_group
+        exchange = Exchange((Gather.apply(x_TD, plan.routed), weight_S), send, receive, group)
+        there = beside()
+        x_RD, weight_R = exchange.finish()
+        rows = arrived_rows(plan.sizes)
+        y_RD = self.experts(x_RD, Weights.apply(weight_R, rows), rows)
+        (y_SD,) = Exchange((y_RD,), receive, send, group).finish()
+        return Combine.apply(y_SD, None, plan.routed), there
+
+    def _beside(self, x_BSD: Tensor, routing: Routing, plan: Plan, context: FFNContext) -> list[Tensor]:
+        """What needs no other rank, as [T, D] each: local paths, whose rows never leave it, and the shared experts."""
+        x_TD, parts = x_BSD.flatten(0, -2), []
+        if plan.local is not None:
+            inputs = Gather.apply(x_TD, plan.local).split(plan.local_counts)
+            # Without rows too: ZeRO 2 needs a gradient of every parameter on every rank, if only zeros.
+            outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True)]
+            parts.append(Combine.apply(torch.cat(outputs), Weights.apply(routing.weight_A, plan.local), plan.local))
+        if self.shared is not None:
+            parts.append(self.shared(x_BSD, context).y.flatten(0, -2))
+        return parts
 
     def _limit(self, x_TD: Tensor) -> int | Tensor | None:
         num_tokens, factor = len(x_TD), self.capacity_factors[self.training]
@@ -189,14 +202,23 @@ class NeuronLayer(MoELayer):
 
     experts: NeuronExperts
 
-    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan) -> Tensor:
+    def _plan(self, routing: Routing, x_TD: Tensor) -> Plan:
+        limit, sharded = self._limit(x_TD), self.groups.ep_group is not None
+        if limit is None and not sharded:
+            return Plan.as_listed(routing, len(x_TD), self.gate.num_experts)
+        return make_plan(routing, len(x_TD), self.gate.num_experts, limit=limit)
+
+    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]) -> tuple[Tensor, T]:
         group, rows = self.groups.ep_group, plan.routed
+        if rows is None:
+            return self.experts(x_TD, routing.token_A, routing.expert_A, routing.weight_A), beside()
         if group is None:
-            assignment_S = rows.assignment_S
-            return self.experts(x_TD, rows.token_S, routing.expert_A[assignment_S], routing.weight_A[assignment_S])
+            kept_S = rows.assignment_S[: sum(rows.counts())]
+            return self.experts(x_TD, routing.token_A[kept_S], routing.expert_A[kept_S],
+                                Weights.apply(routing.weight_A, rows)[: len(kept_S)]), beside()
         shared = share_tokens(x_TD, rows, routing.weight_A, plan.kept_C, group)
         y_TD = self.experts(shared.x_TD, shared.token_S, shared.expert_S, shared.weight_S)
-        return sum_shared(y_TD, shared, group)
+        return sum_shared(y_TD, shared, group), beside()
 
 
 class _Pass(AbstractContextManager):

@@ -124,6 +124,8 @@ class Routing:
     """who survives capacity, largest first; None: |weight|"""
     carry: Tensor | None = None
     """handed to the next mixture layer's gate"""
+    token_major: bool = False
+    """token_A is in ascending order, as the layer likes it: that saves it a sort"""
     stats: dict[str, Tensor] = field(default_factory=dict)
     """detached 0-d extras, means over this rank's tokens; loads, drops and experts per token come for free"""
     balance: tuple[Balance, ...] = ()
@@ -149,6 +151,8 @@ class Routing:
             if t.numel():
                 low, high = int(t.min()), int(t.max())
                 assert low >= 0 and high < bound, f"{name} spans [{low}, {high}], allowed [0, {bound})"
+        if self.token_major:
+            assert bool((self.token_A.diff() >= 0).all()), "token_major is set, but token_A is not in ascending order"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
 from megatron.moe import gates
-from megatron.moe.experts import activate
+from megatron.moe.activations import activate
 from megatron.parallel.groups import Groups
 
 D, E = 8, 4
@@ -48,10 +48,15 @@ def dumb_layer(layer, x_TD, routing, kept=None):
             out = sum(activate("swiglu", n.w_in[e, j] @ x_TD[t], n.w_up[e, j] @ x_TD[t]) * n.w_out[e, j]
                       for j in range(n.width))
         else:
-            x = layer.experts
-            out = x.w2[e] @ activate("swiglu", x.w1[e] @ x_TD[t], x.w3[e] @ x_TD[t])
+            out = dumb_expert(layer, e, x_TD[t])
         y[t] = y[t] + w * out
     return torch.stack(y)
+
+
+def dumb_expert(layer, e, x):
+    """One SwiGLU expert on [..., D]."""
+    w1, w3, w2 = (getattr(layer.experts, name)[e].T for name in ("w1", "w3", "w2"))
+    return activate("swiglu", x @ w1, x @ w3) @ w2
 
 
 def exact_shares(logits):

@@ -1,116 +1,76 @@
-"""The dispatcher against dumb loops: plans, capacity, gathers and their gradients, the exchange."""
+"""Moving rows, against dumb loops: gathers and their gradients, the exchange between ranks."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch.distributed as dist
 
-from megatron.moe.dispatch import Combine, Gather, Permute, capacity, make_plan, return_rows, send_rows
-from megatron.moe.routing import Routing
+from megatron.moe.dispatch import Combine, Exchange, Gather, Weights, arrived_rows, bag_sum
+from megatron.moe.plan import make_plan
 from spawn import groups_for
+from test_plan import make_routing
 
 
-def make_routing(tokens, experts, weights=None, priority=None):
-    weights = torch.rand(len(tokens)) if weights is None else weights
-    return Routing(torch.tensor(tokens, dtype=torch.int64), torch.tensor(experts, dtype=torch.int64), weights,
-                   torch.tensor(0.0), None if priority is None else torch.tensor(priority))
-
-
-def test_capacity_formula():
-    assert capacity(100, 8, 0.0, 4) is None
-    assert capacity(100, 8, 1.25, 4) == 16  # ceil(100 / 8 * 1.25) = ceil(15.625)
-    assert capacity(100, 64, 1.0, 4) == 4  # the minimum
-    assert capacity(100, 8, 100.0, 4) == 100  # never above the tokens
-    assert capacity(3, 8, 1.0, 4) == 3
-    assert capacity(0, 8, 1.0, 4) == 0
-
-
-assignments = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(-3, 3)), max_size=40)
-
-
-@settings(max_examples=150, deadline=None)
-@given(assignments, st.sampled_from([None, 0, 1, 2, 5]))
-def test_plan_against_a_loop(triples, limit):
-    """4 routed experts, 2 local paths, 7 tokens; weights of few values make ties common."""
-    tokens, experts, weights = [t for t, _, _ in triples], [e for _, e, _ in triples], [w for _, _, w in triples]
-    plan = make_plan(make_routing(tokens, experts, torch.tensor(weights, dtype=torch.float32)), 7, 4, 2, limit)
-    kept = []
-    for expert in range(6):
-        mine = [a for a in range(len(triples)) if experts[a] == expert]
-        if limit is not None and expert < 4:
-            mine = sorted(mine, key=lambda a: (-abs(weights[a]), a))[:limit]
-        kept.append(mine)
-    assert plan.wanted_C.tolist() == [experts.count(e) for e in range(6)]
-    assert plan.kept_C.tolist() == [len(k) for k in kept]
-    assert plan.kept_T.tolist() == [sum(tokens[a] == t for k in kept for a in k) for t in range(7)]
-    assert plan.local_counts == [len(k) for k in kept[4:]]
-    for rows, first, last in ((plan.routed, 0, 4), (plan.local, 4, 6)):
-        pieces = rows.assignment_S.split([len(k) for k in kept[first:last]])
-        assert [sorted(p.tolist()) for p in pieces] == [sorted(k) for k in kept[first:last]]
-        assert rows.token_S.tolist() == [tokens[a] for a in rows.assignment_S.tolist()]
-        for t in range(7):
-            positions = rows.by_token_S[rows.bags_T1[t]:rows.bags_T1[t + 1]].tolist()
-            assert positions == [s for s in range(len(rows.token_S)) if rows.token_S[s] == t]
-
-
-def test_paths_that_return_zeros_have_no_rows_and_each_choice_may_have_its_own_limit():
-    """2 routed experts and 3 local paths, the last of which returns zeros."""
-    routing = make_routing([0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 0, 0, 3, 3, 1, 4, 4, 2], torch.arange(9.0))
-    plan = make_plan(routing, 3, 2, 3, num_zero_paths=1)
-    assert plan.kept_C.tolist() == [3, 1, 1, 2, 2] and plan.kept_T.tolist() == [3, 3, 3]
-    assert plan.local_counts == [1, 2, 0] and plan.local.assignment_S.tolist() == [8, 3, 4]
-    plan = make_plan(routing, 3, 2, 3, torch.tensor([2, 9, 0, 1, 1]), num_zero_paths=1)
-    assert plan.wanted_C.tolist() == [3, 1, 1, 2, 2] and plan.kept_C.tolist() == [2, 1, 0, 1, 1]
-    assert plan.routed.assignment_S.tolist() == [2, 1, 5] and plan.local.assignment_S.tolist() == [4]
-
-
-def test_priority_decides_who_survives():
-    plan = make_plan(make_routing([0, 1, 2], [0, 0, 0], torch.tensor([9.0, 1.0, 5.0]), [1.0, 3.0, 2.0]), 3, 1, 0, 2)
-    assert sorted(plan.routed.token_S.tolist()) == [1, 2]
-
-
-def test_gather_and_combine_against_a_loop_with_gradients():
+@pytest.mark.parametrize("limit", [None, 2])
+def test_gather_and_combine_against_a_loop_with_gradients(limit):
     torch.manual_seed(1)
     tokens, experts = [0, 0, 1, 3, 3, 3, 0], [2, 0, 1, 1, 1, 2, 2]  # token 2 has none, (3, 1) and (0, 2) repeat
-    rows = make_plan(make_routing(tokens, experts), 4, 3).routed
+    weights = torch.tensor([3.0, 2, 5, 4, 1, 6, 7])
+    rows = make_plan(make_routing(tokens, experts, weights), 4, 3, limit=limit).routed
+    kept = [a for a in range(7) if limit is None or a not in (0, 4)]  # the smallest of those at experts 1 and 2
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    w = weights.double().requires_grad_()
     grad = torch.randn(4, 5, dtype=torch.float64)
 
     def ours(x, w):
-        return Combine.apply(Gather.apply(x, rows) * 2, w[rows.assignment_S], rows)
+        return Combine.apply(Gather.apply(x, rows) * 2, Weights.apply(w, rows), rows)
 
     expected = [torch.zeros(5, dtype=torch.float64) for _ in range(4)]
-    for a, t in enumerate(tokens):
-        expected[t] = expected[t] + w[a] * (x[t] * 2)
+    for a in kept:
+        expected[tokens[a]] = expected[tokens[a]] + w[a] * (x[tokens[a]] * 2)
     expected = torch.stack(expected)
     torch.testing.assert_close(ours(x, w), expected)
-    torch.testing.assert_close(torch.autograd.grad(ours(x, w), (x, w), grad),
-                               torch.autograd.grad(expected, (x, w), grad))
+    for name, a, b in zip("xw", torch.autograd.grad(ours(x, w), (x, w), grad),
+                          torch.autograd.grad(expected, (x, w), grad)):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
     assert torch.autograd.gradcheck(ours, (x, w))
+    plain = Combine.apply(Gather.apply(x, rows), None, rows)
+    torch.testing.assert_close(plain, torch.stack([x[t] * sum(tokens[a] == t for a in kept) for t in range(4)]))
+    assert torch.autograd.gradcheck(lambda x: Combine.apply(Gather.apply(x, rows), None, rows), (x,))
+
+
+def test_weights_of_dropped_assignments_have_no_gradient():
+    """Whatever an expert function leaves in the places that are no rows."""
+    weights = torch.tensor([1.0, 2, 3], requires_grad=True)
+    rows = make_plan(make_routing([0, 1, 2], [0, 0, 1], weights), 3, 2, limit=1).routed
+    weight_S = Weights.apply(weights, rows)
+    assert weight_S[:2].tolist() == [2, 3]
+    weight_S.backward(torch.tensor([5.0, 7.0, float("nan")]))
+    assert weights.grad.tolist() == [0, 5, 7]
 
 
 def test_bf16_combine_accumulates_in_fp32():
     """512 equal terms: a bf16 running sum would stop growing at 256."""
     rows = make_plan(make_routing([0] * 512, [0] * 512), 1, 1).routed
-    y = Combine.apply(torch.ones(512, 8, dtype=torch.bfloat16), torch.ones(512), rows)
-    assert y.tolist() == [[512.0] * 8]
+    for weights in (None, torch.ones(512)):
+        y = Combine.apply(torch.ones(512, 8, dtype=torch.bfloat16), weights, rows)
+        assert y.tolist() == [[512.0] * 8]
 
 
 def test_no_rows():
     rows = make_plan(make_routing([], []), 3, 4).routed
     x = torch.randn(3, 5, requires_grad=True)
     w = torch.empty(0, requires_grad=True)
-    y = Combine.apply(Gather.apply(x, rows), w, rows)
+    y = Combine.apply(Gather.apply(x, rows), Weights.apply(w, rows), rows)
     assert y.tolist() == torch.zeros(3, 5).tolist()
     y.sum().backward()
     assert x.grad.abs().sum() == 0 and w.grad.shape == (0,)
 
 
-def test_permute_gradient():
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    order = torch.tensor([3, 1, 4, 0, 2])
-    assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order, order.argsort()), (x,))
+def test_bags_may_end_before_the_order_does():
+    x, order = torch.arange(6.0).view(3, 2), torch.tensor([2, 0, 1, 1])
+    assert bag_sum(x, order, torch.tensor([0, 2, 2])).tolist() == [[4, 6], [0, 0]]
+    assert bag_sum(x, order, torch.tensor([0, 2, 3]), torch.tensor([1.0, 2, 3, 4])).tolist() == [[4, 7], [6, 9]]
+    assert bag_sum(x, order, torch.tensor([0, 0])).tolist() == [[0, 0]]
 
 
 def _exchange(ep_size, case):
@@ -126,11 +86,20 @@ def _exchange(ep_size, case):
         kept[-1] = 3  # everyone to the last expert
     rows = torch.tensor([[groups.rank, e, n] for e in range(num_experts) for n in range(int(kept[e]))],
                         dtype=torch.float64).reshape(-1, 3).requires_grad_()
-    received, exchange = send_rows(rows, kept, groups.ep_group)
-    back = return_rows(received * (1 + groups.rank), exchange, groups.ep_group)
-    back.square().sum().backward()
-    return {"kept": kept.tolist(), "sent": rows.detach(), "received": received.detach(), "counts": exchange.counts,
-            "back": back.detach(), "grad": rows.grad}
+    weights = (rows.detach()[:, 2] + 10).requires_grad_()
+    experts = [e for e in range(num_experts) for _ in range(int(kept[e]))]
+    sizes = make_plan(make_routing(list(range(len(experts))), experts), len(experts), num_experts,
+                      group=groups.ep_group).sizes
+    exchange = Exchange((rows, weights), sizes.send, sizes.receive, groups.ep_group)
+    beside = (rows * 0.5).sum()  # its backward runs while gradients travel
+    received, received_weights = exchange.finish()
+    arrived = arrived_rows(sizes)
+    there = Gather.apply(received, arrived)
+    out = Combine.apply(there * (1 + groups.rank), Weights.apply(received_weights, arrived), arrived)
+    (back,) = Exchange((out,), sizes.receive, sizes.send, groups.ep_group).finish()
+    (back.square().sum() + beside).backward()
+    return {"kept": kept.tolist(), "sent": rows.detach(), "received": there.detach(), "counts": arrived.counts(),
+            "back": back.detach(), "grad": rows.grad, "weights": weights.detach(), "weights_grad": weights.grad}
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])
@@ -144,12 +113,80 @@ def test_exchange_against_a_loop(world, case, request):
             expected += rows
             counts.append(len(rows))
         assert a["received"].tolist() == expected and a["counts"] == counts
-        owner = 1 + a["sent"][:, 1] // 2
-        torch.testing.assert_close(a["back"], a["sent"] * owner.unsqueeze(1))
-        torch.testing.assert_close(a["grad"], 2 * a["sent"] * owner.unsqueeze(1) ** 2)
+        factor = ((1 + a["sent"][:, 1] // 2) * a["weights"]).unsqueeze(1)
+        torch.testing.assert_close(a["back"], a["sent"] * factor)
+        torch.testing.assert_close(a["grad"], 2 * a["sent"] * factor**2 + 0.5)
+        torch.testing.assert_close(a["weights_grad"], (2 * a["sent"] ** 2 * factor**2).sum(1) / a["weights"])
 
 
-def test_no_communication_when_experts_are_not_sharded():
-    rows = torch.randn(5, 3)
-    sent, exchange = send_rows(rows, torch.tensor([2, 3]), None)
-    assert sent is rows and exchange.counts == [2, 3] and return_rows(rows, exchange, None) is rows
+def _overlap(ep_size):
+    """What happens when, between two ranks: the order of transfers, waits and the work beside them."""
+    groups, log = groups_for(ep_size), []
+
+    class Beside(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            log.append("work")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            log.append("work back")
+            return grad
+
+    original = dist.all_to_all_single
+
+    def all_to_all_single(*args, **kwargs):
+        assert kwargs["async_op"]
+        work = original(*args, **kwargs)
+        log.append("start")
+
+        class Work:
+            def wait(self):
+                log.append("wait")
+                work.wait()
+        return Work()
+
+    dist.all_to_all_single = all_to_all_single
+    try:
+        x = torch.ones(2, 3, requires_grad=True)
+        exchange = Exchange((x,), [1, 1], [1, 1], groups.ep_group)
+        beside = Beside.apply(x)
+        (received,) = exchange.finish()
+        (received * 2 + beside).sum().backward()
+    finally:
+        dist.all_to_all_single = original
+    return log, x.grad.tolist()
+
+
+def test_work_beside_an_exchange_overlaps_with_it_forward_and_backward(ranks2):
+    for log, grad in ranks2.run(_overlap, 2):
+        assert log == ["start", "work", "wait", "start", "work back", "wait"]
+        assert grad == [[3.0] * 3] * 2
+
+
+def _host_copies(ep_size):
+    """tolist, item, ... of one forward pass of a sharded layer with shared experts and local paths, after the first."""
+    from mixtures import make_input, make_layer
+
+    layer = make_layer("moepp", groups_for(ep_size), shared=1)
+    x, _ = make_input(7)
+    layer(x)
+    waits, originals = [], {}
+    for name in ("tolist", "item", "__bool__", "__int__"):
+        originals[name] = getattr(torch.Tensor, name)
+        setattr(torch.Tensor, name, lambda self, *a, name=name: waits.append((name, self.numel())) or
+                originals[name](self, *a))
+    try:
+        layer(x)
+    finally:
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+    return waits
+
+
+def test_one_copy_to_the_host_for_everything(ranks2):
+    """3 local paths (zero, copy, constant), rows to and from 2 ranks; then the CPU's own loop over 2 experts."""
+    for waits in ranks2.run(_host_copies, 2):
+        # bag_sum asks for a length, on the CPU only.
+        assert [w for w in waits if w != ("__int__", 1)] == [("tolist", 3 + 2 + 2), ("tolist", 2)]

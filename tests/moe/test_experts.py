@@ -1,40 +1,27 @@
-"""Grouped experts against one dumb MLP per expert, value by value and gradient by name."""
+"""The stacked experts as a module: their weights, initial values and shards. (The mathematics: test_grouped.py.)"""
 
 import pytest
 import torch
 
-from megatron.moe.experts import GroupedExperts, activate, expert_output_std, is_gated
+from megatron.moe.activations import activate, is_gated
+from megatron.moe.experts import GroupedExperts, expert_output_std
+from megatron.moe.plan import make_plan
+from test_grouped import dumb_mlp
+from test_plan import make_routing
 
 
-def dumb_activation(name, g, u):
-    sigmoid = 1 / (1 + torch.exp(-g))
-    gelu = g * 0.5 * (1 + torch.erf(g / 2**0.5))
-    one = torch.ones_like(g) if u is None else u
-    return {"relu": g * (g > 0), "gelu": gelu, "silu": g * sigmoid, "swiglu": g * sigmoid * one,
-            "geglu": gelu * one}[name]
-
-
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "swiglu", "geglu"])
-def test_against_a_loop(activation):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_the_module_gives_its_weights_to_the_mlp(activation, backend):
     torch.manual_seed(0)
-    experts = GroupedExperts(3, 4, 6, activation, init_std=0.5, output_std=0.5).double()
-    rows = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    counts = [4, 0, 3]
-    y = experts(rows, counts)
-    expected, start = [], 0
-    for e, n in enumerate(counts):
-        for x in rows[start:start + n]:
-            up = experts.w3[e] @ x if is_gated(activation) else None
-            expected.append(experts.w2[e] @ dumb_activation(activation, experts.w1[e] @ x, up))
-        start += n
-    expected = torch.stack(expected)
-    torch.testing.assert_close(y, expected)
-    grad = torch.randn_like(y)
-    names, params = zip(*experts.named_parameters())
-    for name, a, b in zip(("rows", *names), torch.autograd.grad(y, (rows, *params), grad),
-                          torch.autograd.grad(expected, (rows, *params), grad)):
-        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
-    assert names == (("w1", "w2", "w3") if is_gated(activation) else ("w1", "w2"))
+    experts = GroupedExperts(3, 4, 6, activation, init_std=0.5, output_std=0.5, backend=backend).double()
+    x, weights = torch.randn(5, 4, dtype=torch.float64), torch.rand(4).double()
+    assignments = [(0, 2), (1, 0), (1, 2), (4, 0)]
+    rows = make_plan(make_routing([t for t, _ in assignments], [e for _, e in assignments]), 5, 3).routed
+    y = experts(x, weights[rows.assignment_S], rows)
+    stacks = dict(experts.named_parameters())
+    assert list(stacks) == (["w1", "w2", "w3"] if is_gated(activation) else ["w1", "w2"])
+    torch.testing.assert_close(y, dumb_mlp(x, weights, stacks, assignments, activation))
 
 
 def test_weights_do_not_depend_on_sharding():

@@ -140,7 +140,8 @@ def test_order_of_the_paths_and_their_number():
 def count_rows(layer):
     """Rows that reach the MLP experts and each local path, and a layer that tells."""
     seen = {"experts": 0, "paths": [0] * len(layer.gate.local_paths)}
-    layer.experts.register_forward_pre_hook(lambda m, args: seen.update(experts=seen["experts"] + len(args[0])))
+    layer.experts.register_forward_pre_hook(
+        lambda m, args: seen.update(experts=seen["experts"] + sum(args[2].counts())))
     for i, path in enumerate(layer.gate.local_paths):
         path.register_forward_pre_hook(
             lambda m, args, i=i: seen["paths"].__setitem__(i, seen["paths"][i] + len(args[0])))

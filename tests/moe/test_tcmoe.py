@@ -10,7 +10,7 @@ from megatron.moe.gates import create
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import FFNContext, GateInput
 from megatron.parallel.groups import Groups
-from mixtures import E, dumb_layer, make_input, make_layer
+from mixtures import E, dumb_expert, dumb_layer, make_input, make_layer
 
 
 def dumb(gate, x, W, sequences):
@@ -105,19 +105,14 @@ def one(tokens=4):
     return x
 
 
-def expert(layer, e, x):
-    counts = [len(x) if i == e else 0 for i in range(E)]
-    return layer.experts(x, counts)
-
-
 def test_a_negative_choice_subtracts():
     """Catches the dropped sign of the released code: -e gives the negative of what +e gives."""
     x = one()
     plus, minus = steered({2: 5.0, 0: 4.0})(x).y[0], steered({E + 2: 5.0, 0: 4.0})(x).y[0]
     layer = steered({2: 5.0})
     p = torch.tensor([5.0, 4.0]).softmax(0)
-    torch.testing.assert_close(plus, p[0] * expert(layer, 2, x[0]) + p[1] * expert(layer, 0, x[0]))
-    torch.testing.assert_close(minus, -p[0] * expert(layer, 2, x[0]) + p[1] * expert(layer, 0, x[0]))
+    torch.testing.assert_close(plus, p[0] * dumb_expert(layer, 2, x[0]) + p[1] * dumb_expert(layer, 0, x[0]))
+    torch.testing.assert_close(minus, -p[0] * dumb_expert(layer, 2, x[0]) + p[1] * dumb_expert(layer, 0, x[0]))
 
 
 def test_an_expert_and_its_negative_are_two_rows_that_add_up():
@@ -126,13 +121,13 @@ def test_an_expert_and_its_negative_are_two_rows_that_add_up():
     out = layer.gate(GateInput(x[0]))
     assert out.expert_A.tolist() == [2] * 8 and out.token_A.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     p = torch.tensor([5.0, 4.0]).softmax(0)
-    torch.testing.assert_close(layer(x).y[0], (p[0] - p[1]) * expert(layer, 2, x[0]))
+    torch.testing.assert_close(layer(x).y[0], (p[0] - p[1]) * dumb_expert(layer, 2, x[0]))
     torch.testing.assert_close(layer(x).y[0], dumb_layer(layer, x[0], out))
 
 
 def rows_of(layer, x):
     rows = []
-    handle = layer.experts.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    handle = layer.experts.register_forward_pre_hook(lambda m, args: rows.append(sum(args[2].counts())))
     y = layer(x).y[0]
     handle.remove()
     return sum(rows), y
@@ -144,7 +139,7 @@ def test_a_null_choice_is_no_row():
     rows, y = rows_of(steered({2: 5.0, 2 * E: 4.0}), x)
     p = torch.tensor([5.0, 4.0]).softmax(0)
     assert rows == 6
-    torch.testing.assert_close(y, p[0] * expert(steered({}), 2, x[0]))
+    torch.testing.assert_close(y, p[0] * dumb_expert(steered({}), 2, x[0]))
     layer = steered({2 * E: 5.0, 2 * E + 1: 4.0, 2: 0.0})
     rows, y = rows_of(layer, x)
     assert rows == 0 and not y.any()

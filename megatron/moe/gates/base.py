@@ -62,6 +62,7 @@ class BaseGate(Gate, name="base"):
             expert_T, rounds = balanced_assignment(logits_TE)
         return Routing(
             token_A=torch.arange(num_tokens, device=expert_T.device),
+            token_major=True,
             expert_A=expert_T,
             weight_A=logits_TE.gather(1, expert_T[:, None])[:, 0].sigmoid(),
             aux_loss=logits_TE.new_zeros(()),

@@ -84,6 +84,7 @@ class CosineGate(Gate, name="cosine"):
         balance = Balance.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope)
         return Routing(
             token_A=token_A,
+            token_major=True,
             expert_A=expert_A,
             weight_A=(score_Tk * c.routed_scaling_factor).flatten(),
             **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),

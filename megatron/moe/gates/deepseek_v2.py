@@ -75,6 +75,7 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
             stats["groups_per_token"] = terms[-1].count_NG.sum() / max(1, num_tokens)
         return Routing(
             token_A=token_A,
+            token_major=True,
             expert_A=expert_Tk.flatten(),
             weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
             **losses(*terms, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),

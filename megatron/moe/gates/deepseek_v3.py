@@ -77,6 +77,7 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
         moved_Tk = (expert_Tk[:, :, None] != highest_Tk[:, None]).all(-1)
         return Routing(
             token_A=token_A,
+            token_major=True,
             expert_A=expert_Tk.flatten(),
             weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
             **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),

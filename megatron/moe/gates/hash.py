@@ -50,6 +50,7 @@ class HashGate(Gate, name="hash"):
         num_tokens, device = inp.x_TD.shape[0], inp.x_TD.device
         return Routing(
             token_A=torch.arange(num_tokens, device=device),
+            token_major=True,
             expert_A=self.table_V.index_select(0, inp.token_ids_T),  # unlike table_V[ids], refuses negative ids
             weight_A=torch.ones(num_tokens, device=device),
             aux_loss=torch.zeros((), device=device),

@@ -125,6 +125,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         copies_end = constants_end + c.num_copy_experts
         return Routing(
             token_A=token_A,
+            token_major=True,
             expert_A=choice_A,
             weight_A=prob_Tk.flatten(),
             **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TC) if c.z_loss_coeff else 0.0),

@@ -104,7 +104,7 @@ class PEERGate(Gate, name="peer"):
         sums = {"expert_weight": weight_A.new_zeros(self.num_experts).scatter_add_(0, expert_A, weight_A.detach())}
         if self.training and c.peer_query_norm == "batch":
             sums["query_sum"], sums["query_square"] = moments(raw_THQ.detach())
-        return Routing(token_A, expert_A, weight_A, aux_loss=weight_A.new_zeros(()), sums=sums)
+        return Routing(token_A, expert_A, weight_A, aux_loss=weight_A.new_zeros(()), token_major=True, sums=sums)
 
     def output_gain(self, width: int) -> float:
         """What multiplies the std of outputs of `width` hidden units to start with a dense 4 D layer's variance."""

@@ -68,6 +68,7 @@ class ReMoEGate(Gate, name="remoe"):
                              per_token=True)
         return Routing(
             token_A=token_A,
+            token_major=True,
             expert_A=expert_A,
             weight_A=relu_TE[token_A, expert_A],
             **losses(penalty),

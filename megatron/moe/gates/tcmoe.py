@@ -81,6 +81,7 @@ class TCMoEGate(Gate, name="tcmoe"):
         choices = max(1, choice_Tk.numel())
         return Routing(
             token_A=token_A,
+            token_major=True,
             expert_A=expert_A,
             weight_A=weight_Tk[token_A, slot_A],
             **losses(balance, extra=extra),

@@ -72,6 +72,7 @@ class ThresholdGate(Gate, name="threshold"):
         balance = Balance.of(inp, probs_TE, all_T, expert_TR[:, 0], coeff=c.loss_coeff, scope=c.balance_scope)
         return Routing(
             token_A=token_A,
+            token_major=True,
             expert_A=expert_TR[token_A, rank_A],
             weight_A=weight_TR[token_A, rank_A] * c.routed_scaling_factor,
             **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
