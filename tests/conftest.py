@@ -11,6 +11,8 @@ import pytest
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, as transformers does
 sys.path.insert(0, str(Path(__file__).parent))
 
 import runs  # noqa: E402

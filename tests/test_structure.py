@@ -13,9 +13,10 @@ SOURCES = sorted(p for d in ("megatron", "tools", "dataset", "benchmarks", "test
 PACKAGE = [p for p in SOURCES if p.is_relative_to(REPO / "megatron")]
 # A module imports lower layers or its own folder only.
 LAYERS = {
-    "megatron": 0, "megatron.config": 0, "megatron.log": 0, "megatron.parallel": 1, "megatron.data": 1,
+    "megatron": 0, "megatron.config": 0, "megatron.log": 0, "megatron.buffers": 0, "megatron.parallel": 1,
+    "megatron.data": 1,
     "megatron.moe.routing": 2, "megatron.moe.gates": 2, "megatron.moe.dispatch": 2, "megatron.moe.experts": 2,
-    "megatron.moe.neurons": 2, "megatron.moe.plan": 2, "megatron.moe.buffers": 2, "megatron.moe.activations": 2,
+    "megatron.moe.neurons": 2, "megatron.moe.plan": 2, "megatron.moe.activations": 2,
     "megatron.moe.grouped": 2, "megatron.moe.expert_mlp": 2, "megatron.moe.kernels": 2,
     "megatron.moe.layer": 3, "megatron.moe.metrics": 3, "megatron.moe.deepspeed": 3, "megatron.moe": 3,
     "megatron.model": 4, "megatron.training": 5, "megatron.pretrain": 6,

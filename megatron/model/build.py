@@ -63,5 +63,6 @@ def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, laye
         neurons = NeuronExperts(moe.num_experts, local, model.hidden_size, width, model.act, **places,
                                 output_std=output_std * gate.output_gain(width))
         return NeuronLayer(gate, neurons, neurons.num_blocks, **options)
-    experts = GroupedExperts(local, model.hidden_size, width, model.act, **places, output_std=output_std)
+    experts = GroupedExperts(local, model.hidden_size, width, model.act, **places, output_std=output_std,
+                             backend=moe.moe_backend)
     return MoELayer(gate, experts, moe.num_experts, **options)

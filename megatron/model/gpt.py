@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config.schema import ModelConfig, require
 from megatron.model.attention import document_mask
 from megatron.model.block import Block
+from megatron.model.loss import linear_cross_entropy
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary
 from megatron.moe.routing import FFNContext
@@ -40,16 +41,29 @@ class GPTOutput(NamedTuple):
     """[B, S, V] in the compute dtype"""
 
 
+def project(x: Tensor, weight_VD: Tensor, labels_N: Tensor | None, mask_N: Tensor | None) -> Tensor:
+    """[..., D] -> logits [..., V]; with labels, [N, D] -> the sum of `linear_cross_entropy`, 0-d."""
+    return F.linear(x, weight_VD) if labels_N is None else linear_cross_entropy(x, weight_VD, labels_N, mask_N)
+
+
+class OutputLayer(nn.Linear):
+    """From hidden states to the vocabulary, or all the way to the loss, as `project`."""
+
+    def forward(self, x: Tensor, labels_N: Tensor | None = None, mask_N: Tensor | None = None) -> Tensor:
+        return project(x, self.weight, labels_N, mask_N)
+
+
 class TokenEmbedding(nn.Embedding):
     """The vocabulary's table, which also serves as the output layer when the two are tied."""
 
-    def forward(self, x: Tensor, as_output: bool = False) -> Tensor:
-        """Ids [...] -> rows [..., D]; as the output layer, hidden states [..., D] -> logits [..., V].
+    def forward(self, x: Tensor, as_output: bool = False, labels_N: Tensor | None = None,
+                mask_N: Tensor | None = None) -> Tensor:
+        """Ids [...] -> rows [..., D]; as the output layer, the same as `OutputLayer`.
 
         Both go through this module's call, not through its bare weight: ZeRO 3 gathers a sharded weight when the
         module that owns it is called, forward and backward.
         """
-        return F.linear(x, self.weight) if as_output else super().forward(x)
+        return project(x, self.weight, labels_N, mask_N) if as_output else super().forward(x)
 
 
 class GPT(nn.Module):
@@ -74,7 +88,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(model, make_ffn(i)) for i in range(model.num_layers))
         self.norm = build_norm(model)
         if model.untie_embeddings_and_output_weights:
-            self.lm_head = nn.Linear(model.hidden_size, vocab_size, bias=False)
+            self.lm_head = OutputLayer(model.hidden_size, vocab_size, bias=False)
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, loss_mask_BS: Tensor | None = None,
                 position_ids_BS: Tensor | None = None, segments_BS: Tensor | None = None,
@@ -105,16 +119,17 @@ class GPT(nn.Module):
                 aux_losses.append(aux_loss)
                 carry = new_carry
         aux_loss = torch.stack(aux_losses).mean() if aux_losses else h_BSD.new_zeros((), dtype=torch.float32)
-        logits_BSV = self._output(self.norm(h_BSD))
+        output = self.lm_head if self.config.untie_embeddings_and_output_weights else \
+            partial(self.embed_tokens, as_output=True)
+        h_BSD = self.norm(h_BSD)
         if labels_BS is None:
-            return GPTOutput(None, None, aux_loss, logits_BSV)
-        lm_loss = _masked_mean(CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_BS.flatten()), loss_mask_BS)
+            return GPTOutput(None, None, aux_loss, output(h_BSD))
+        mask_N = torch.ones(labels_BS.numel(), device=h_BSD.device) if loss_mask_BS is None else \
+            loss_mask_BS.flatten().float()
+        total = mask_N.sum()
+        loss = output(h_BSD.flatten(0, 1), labels_N=labels_BS.flatten(), mask_N=mask_N)
+        lm_loss = loss / torch.where(total > 0, total, 1)
         return GPTOutput(lm_loss + aux_loss, lm_loss, aux_loss, None)
-
-    def _output(self, h_BSD: Tensor) -> Tensor:
-        if self.config.untie_embeddings_and_output_weights:
-            return self.lm_head(h_BSD)
-        return self.embed_tokens(h_BSD, as_output=True)
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
         h_BSD = self.embed_tokens(tokens_BS)
@@ -154,48 +169,3 @@ def _uninitialised(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
     yield prefix, module
     for name, child in module.named_children():
         yield from _uninitialised(child, f"{prefix}.{name}" if prefix else name)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each row in fp32, from logits in the compute dtype, a few rows at a time.
-
-    What stays alive between forward and backward is the logits in the compute dtype, once; the softmax is computed
-    again from them. Against F.cross_entropy(logits.float()), output layer included (V 50304, bf16, one CPU core), this
-    took 0.64 of the time and 0.53 of the extra memory at N 2048, D 256, and 0.82 and 0.36 at N 1024, D 1024.
-    """
-
-    @staticmethod
-    def rows(logits_NV: Tensor) -> int:
-        """Rows at a time: what stays in a CPU's cache (16 and 64 are equally fast, 256 no faster than all at once);
-        elsewhere enough to launch few kernels."""
-        return 64 if logits_NV.device.type == "cpu" else 1024
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-        """Args: labels_N: int64 in [0, V). Returns: [N], fp32 (fp64 for fp64 logits)."""
-        wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        log_total_N = torch.cat([rows.to(wide).logsumexp(-1) for rows in logits_NV.split(CrossEntropy.rows(logits_NV))])
-        ctx.save_for_backward(logits_NV, labels_N, log_total_N)
-        return log_total_N - logits_NV.gather(1, labels_N[:, None]).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
-        """d loss / d logits = (softmax - one-hot) * grad."""
-        logits_NV, labels_N, log_total_N = ctx.saved_tensors
-        grad_NV, size = torch.empty_like(logits_NV), CrossEntropy.rows(logits_NV)
-        for out_nV, in_nV, label_n, log_total_n, grad_n in zip(
-                *(t.split(size) for t in (grad_NV, logits_NV, labels_N, log_total_N, grad_N))):
-            probability_nV = (in_nV.to(log_total_n.dtype) - log_total_n[:, None]).exp_()
-            probability_nV.scatter_add_(1, label_n[:, None], -torch.ones_like(log_total_n)[:, None])
-            out_nV.copy_(probability_nV.mul_(grad_n[:, None]))
-        return grad_NV, None
-
-
-def _masked_mean(loss_N: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
-    """Mean over the mask's tokens; 0 when there are none."""
-    if loss_mask_BS is None:
-        return loss_N.mean()
-    mask_N = loss_mask_BS.flatten().to(loss_N.dtype)
-    total = mask_N.sum()
-    return (loss_N * mask_N).sum() / torch.where(total > 0, total, torch.ones_like(total))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.moe import buffers
+from megatron import buffers
 from megatron.moe.plan import Rows, Sizes, count, starts  # noqa: F401 TEMPORARY
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.moe import buffers
+from megatron import buffers
 from megatron.moe.activations import activate, nonlinearity, nonlinearity_backward
 from megatron.moe.dispatch import Combine, Gather, bag_sum
 from megatron.moe.grouped import choose_backend, grouped_linear
@@ -43,7 +43,7 @@ def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2
     if name == "triton":
         from megatron.moe.kernels import mlp
 
-        return mlp.expert_mlp(x_TD, weight_S, w1, w3, w2, rows, rows.ends_E, activation)
+        return mlp.expert_mlp(x_TD, weight_S, w1, w3, w2, rows, activation)
     ends_E, x_SD = rows.ends_E, Gather.apply(x_TD, rows)
     if name == "reference":
         num_rows = int(ends_E[-1])

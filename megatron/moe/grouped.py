@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron import buffers
 from megatron.config.schema import MOE_BACKENDS, require
-from megatron.moe import buffers
 
 HALF = (torch.bfloat16, torch.float16)
 

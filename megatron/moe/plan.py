@@ -1,7 +1,7 @@
 """The plan: which assignments survive capacity, sorted by expert. No communication but that of the sizes.
 
-Letters: T tokens on this rank, E routed experts, C choices (E + local paths), A assignments of the gate, S rows: some of
-the surviving assignments sorted by choice, P ranks that share experts.
+Letters: T tokens on this rank, E routed experts, C choices (E + local paths), A assignments of the gate, S rows (some
+of the assignments, sorted by choice), P ranks that share experts.
 """
 
 from __future__ import annotations

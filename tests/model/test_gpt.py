@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import build_model
-from megatron.model.gpt import GPT, CrossEntropy
+from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 from megatron.moe.routing import FFNOutput
 from megatron.parallel.groups import Groups
@@ -184,33 +184,6 @@ def test_a_sequence_may_be_at_most_max_positions_long():
 
 
 # ---- the loss
-
-
-@pytest.mark.parametrize("rows", [3, 64, 130])
-def test_cross_entropy_gradient(rows):
-    torch.manual_seed(0)
-    logits = torch.randn(rows, 5, dtype=torch.float64, requires_grad=True)
-    labels, weight = torch.randint(0, 5, (rows,)), torch.randn(rows, dtype=torch.float64)
-    (CrossEntropy.apply(logits, labels) * weight).sum().backward()
-    again = logits.detach().clone().requires_grad_()
-    expected = F.cross_entropy(again, labels, reduction="none")
-    (expected * weight).sum().backward()
-    torch.testing.assert_close(CrossEntropy.apply(logits, labels), expected)
-    torch.testing.assert_close(logits.grad, again.grad)
-
-
-def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
-    torch.manual_seed(0)
-    logits = (10 * torch.randn(70, 300)).bfloat16().requires_grad_()
-    labels = torch.randint(0, 300, (70,))
-    loss = CrossEntropy.apply(logits, labels)
-    assert loss.dtype == torch.float32
-    again = logits.detach().clone().requires_grad_()
-    expected = F.cross_entropy(again.float(), labels, reduction="none")
-    torch.testing.assert_close(loss, expected)
-    loss.mean().backward()
-    expected.mean().backward()
-    torch.testing.assert_close(logits.grad, again.grad)
 
 
 def test_loss_mask():

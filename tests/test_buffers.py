@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from megatron.moe import buffers
+from megatron import buffers
 
 CPU, MB = torch.device("cpu"), 2**20
 
