@@ -1,6 +1,10 @@
 """Train a mixture-of-experts GPT: `deepspeed pretrain_gpt.py --help`."""
 
-from megatron.pretrain import leave, main
+import time
+
+STARTED = time.time()  # before torch is imported
 
 if __name__ == "__main__":
-    leave(main())
+    from megatron.pretrain import leave, main
+
+    leave(main(started=STARTED))

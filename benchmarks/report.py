@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,59 @@ def compare(seconds: dict[str, list[float]], baseline: str, bars: dict[str, floa
 
 def row(name: str, baseline: str, ratios: list[float], bar: float | None = None) -> Row:
     """Median and quartiles of ratios that were taken round by round."""
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Row(name, baseline, statistics.median(ratios), low, high, bar)
 
 
 def finish(rows: list[Row], args: argparse.Namespace) -> int:
     """Print the table, write the JSON file if asked; the exit code."""
-    print(f"{'what':40s} {'against':30s} {'ratio':>6s}  {'quartiles':>13s}  bar")
+    what, against = max([40, *(len(r.name) for r in rows)]), max([30, *(len(r.baseline) for r in rows)])
+    print(f"{'what':{what}s} {'against':{against}s} {'ratio':>6s}  {'quartiles':>13s}  bar")
     for r in rows:
         bar = "" if r.bar is None else f"<= {r.bar:g} {'holds' if r.holds else 'MISSED'}"
-        print(f"{r.name:40s} {r.baseline:30s} {r.ratio:6.2f}  {r.low:5.2f} - {r.high:5.2f}  {bar}")
+        print(f"{r.name:{what}s} {r.baseline:{against}s} {r.ratio:6.2f}  {r.low:5.2f} - {r.high:5.2f}  {bar}")
     if args.json:
         with open(args.json, "w") as f:
             json.dump([{**asdict(r), "holds": r.holds} for r in rows], f, indent=1)
     return 1 if args.check and any(r.holds is False for r in rows) else 0
+
+
+def on_ranks(number: int, job: Callable[..., Any], *args: Any) -> Any:
+    """What `job(groups, *args)` returns on rank 0 of that many gloo ranks, fresh processes of one thread each.
+
+    Raises:
+        RuntimeError: a rank failed.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=_rank, args=(rank, number, port, job, args, answers)) for rank in range(number)]
+    for p in processes:
+        p.start()
+    while answers.empty():
+        time.sleep(0.2)
+        if any(p.exitcode for p in processes):
+            for p in processes:
+                p.terminate()
+            raise RuntimeError("a rank failed; its message is above")
+    answer = answers.get()
+    for p in processes:
+        p.join()
+    return answer
+
+
+def _rank(rank: int, number: int, port: int, job: Callable[..., Any], args: tuple, answers: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+                      KINETO_LOG_LEVEL="99")  # or torch's profiler writes to stderr when it starts and stops
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron.parallel import groups as parallel
+
+    answer = job(parallel.init(number), *args)
+    if rank == 0:
+        answers.put(answer)
+    parallel.shutdown()

@@ -21,11 +21,15 @@ from megatron.config.schema import RunConfig
 from megatron.moe import gates
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """Train as the flags say. Returns the exit code: 0; 2 after one clear line for a mistake in what was set; 1 when
-    another rank ended first."""
-    return exit_code(lambda: train(cli.parse(sys.argv[1:] if argv is None else argv, gates.config_of,
-                                             gates.available)))
+    another rank ended first.
+
+    Args:
+        started: when the process did, as `time.time`, for the log's line on what start-up took; None: now.
+    """
+    return exit_code(lambda: train(cli.parse(sys.argv[1:] if argv is None else argv, gates.config_of, gates.available),
+                                   started))
 
 
 def exit_code(program: Callable[[], None]) -> int:
@@ -65,20 +69,28 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def train(config: RunConfig) -> None:
-    """Run the whole training that `config` describes, on the ranks the launcher started."""
+def train(config: RunConfig, started: float | None = None) -> None:
+    """Run the whole training that `config` describes, on the ranks the launcher started; `started` as in `main`."""
     from megatron.config.schema import require
     from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model, size_table
     from megatron.parallel import groups as parallel
     from megatron.parallel import rng
-    from megatron.training import checkpoint
+    from megatron.training.profile import StartUp, StepProfiler
+
+    start_up = StartUp(started)
+    start_up.mark("torch")
+    tokenizer = build_tokenizer(config.tokenizer)
+    start_up.mark("tokenizer")
+    groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    from megatron.training import checkpoint  # imports DeepSpeed: only after `groups` prepared its environment
+    from megatron.training.engine import Engine
     from megatron.training.loop import Plan, Trainer, announce
     from megatron.training.schedule import Schedule
     from megatron.training.sinks import build_sinks
 
-    tokenizer = build_tokenizer(config.tokenizer)
-    groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    start_up.mark("DeepSpeed and process groups")
+    _say_backend(config, groups)
     t, seq_length = config.train, config.model.seq_length
     global_batch = t.global_batch(groups.world_size)
     plan = Plan(t.iterations(seq_length, groups.world_size), global_batch,
@@ -91,29 +103,40 @@ def train(config: RunConfig) -> None:
     if t.load:
         checkpoint.check(t.load, record)
     splits = _build_splits(config, plan, tokenizer, vocab_size, groups)
+    start_up.mark("data")
 
     model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size, seed=t.seed,
                         groups=groups, recompute=t.recompute_activations)
     log.get_logger().info("%s", size_table(model, config.moe, config.gate_options))
-    from megatron.training.engine import Engine  # imports DeepSpeed: only after `groups` prepared its environment
-
+    start_up.mark("model")
     engine = Engine(model, config.optimizer, t, groups)
     rng.seed_rank(t.seed, groups.rank)
     progress = checkpoint.load(t.load, engine, groups) if t.load else checkpoint.Progress()
+    profiler = StepProfiler(t, groups, progress.iteration, plan.iterations) if t.profile else None
     announce(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
     loader = partial(_loader, config, plan, groups, tokenizer, vocab_size)
     sinks = build_sinks(t, groups.rank, plan.iterations)
+    start_up.mark("engine")
     try:
         Trainer(
             engine, t, plan, schedule, groups,
             loader(splits["train"], consumed_samples=progress.consumed_samples),
             {name: partial(loader, splits[name], evaluation=True)
              for name in ("valid", "test") if splits[name] is not None},
-            sinks, record, progress,
+            sinks, record, progress, start_up, profiler,
         ).run()
     finally:
         sinks.close()
+
+
+def _say_backend(config: RunConfig, groups) -> None:
+    """What multiplies the experts' rows, and why, before anything is built for a choice that is not possible here."""
+    from megatron.moe.grouped import DTYPES, choose_backend
+
+    if config.moe.num_experts:
+        backend, why = choose_backend(config.moe.moe_backend, groups.device.type, DTYPES[config.optimizer.precision])
+        log.get_logger().info("experts run on the %s backend: %s", backend, why)
 
 
 def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):

@@ -4,13 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import report
+from benchmarks import dispatch, moe_layer, report, train_step
+from benchmarks import moe_peers as peers
+from spawn import groups_for
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -47,6 +52,18 @@ def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
                           capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(temp)})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(rows.read_text()), temp
+
+
+def answer_of(groups, rank_that_fails: int):
+    if groups.rank == rank_that_fails:
+        raise SystemExit(3)
+    return groups.rank, groups.world_size, groups.ep_size, torch.get_num_threads()
+
+
+def test_a_job_on_ranks():
+    assert report.on_ranks(2, answer_of, 2) == (0, 2, 2, 1)
+    with pytest.raises(RuntimeError, match="a rank failed"):
+        report.on_ranks(1, answer_of, 0)
 
 
 @pytest.mark.slow
@@ -92,3 +109,289 @@ def test_gate_cost_quickly(tmp_path):
     names = [row["name"] for row in table]
     assert names[:12] == [f"{gate}: gate" for gate in available()] and all(row["ratio"] < 1 for row in table[:12])
     assert [row["bar"] for row in table[12:]] == [1.25] * 8 + [None, 0.65]
+
+
+def test_start_up_is_split_into_the_stages_that_the_run_names():
+    from benchmarks.startup import stages
+
+    lines = [(1.0, "[launch.py] process 7 spawned with command: x"), (1.5, "[launch.py] process 8 spawned"),
+             (9.0, "12:00:00 start-up: 7.00 s: torch 2.50, DeepSpeed and process groups 3.25, first step 1.25"),
+             (9.5, "12:00:00 iteration   1/200 | loss 1")]
+    assert stages(lines) == {"launcher": 1.5, "torch": 2.5, "DeepSpeed and process groups": 3.25, "first step": 1.25,
+                             "the rest": 1.0}
+
+
+def test_a_launch_is_ended_at_its_line_with_all_its_processes(tmp_path):
+    from benchmarks.startup import launch
+
+    program = f"sleep 300 & echo $! >{tmp_path}/pid; echo one; echo iteration; sleep 300"
+    lines = launch(["bash", "-c", program], "iteration")
+    assert [line for _, line in lines] == ["one", "iteration"] and lines[0][0] <= lines[1][0] < 60
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "the background process lives on"
+        time.sleep(0.1)
+    assert [line for _, line in launch(["bash", "-c", "echo one"], None)] == ["one", ""]
+    with pytest.raises(RuntimeError, match="did not do what it should:\none"):
+        launch(["bash", "-c", "echo one"], "iteration")
+    with pytest.raises(RuntimeError, match="did not do what it should:\ntwo"):
+        launch(["bash", "-c", "echo two; exit 3"], None)
+
+
+@pytest.mark.slow
+def test_startup_quickly(tmp_path):
+    printed, table, temp = run_quickly("startup.py", tmp_path)
+    assert [(row["name"], row["bar"]) for row in table] == [
+        ("launch to first logged step", 1.5), ("launch to first logged step, no evaluation", None),
+        ("launch to first logged step", None)]
+    assert all(f"\n{stage} " in printed for stage in ("launcher", "torch", "data", "model", "engine", "first step"))
+    assert not list(temp.iterdir())
+
+
+CPU = torch.device("cpu")
+SMALL = peers.Size(tokens=40, hidden=32, experts=4, width=16, topk=2)
+
+
+def test_ranks_draw_the_same_weights_and_their_own_tokens_whose_choice_is_clear():
+    a, b = (peers.Problem.draw(SMALL, "swiglu", CPU, rank) for rank in (0, 1))
+    assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("router_ED", "w1_EHD", "w2_EDH", "w3_EHD"))
+    assert not torch.equal(a.x_TD, b.x_TD) and a.x_TD.shape == a.grad_TD.shape == (40, 32)
+    assert torch.equal(a.router_ED, a.router_ED.bfloat16().float())
+    exact = (a.x_TD.double() @ a.router_ED.double().T).sort(-1, descending=True)
+    assert (exact.values[:, 1] - exact.values[:, 2]).min() > peers.MARGIN
+    rounded_Tk = (a.x_TD @ a.router_ED.bfloat16().T).topk(2, dim=-1).indices
+    assert torch.equal(rounded_Tk.sort(-1).values, exact.indices[:, :2].sort(-1).values)
+
+
+def test_a_skewed_router_has_popular_experts_in_both_halves():
+    size = peers.Size(tokens=2000, hidden=32, experts=8, width=16, topk=2)
+    even, skewed = (peers.loads(peers.Problem.draw(size, "gelu", CPU, skew=skew)) for skew in (0.0, 0.5))
+    assert sum(even) == sum(skewed) == 4000 and max(even) < 1.5 * min(even)
+    for half in (skewed[:4], skewed[4:]):
+        assert sum(half) > 1600 and max(half) > 2 * min(half)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_the_loop_is_the_formula(activation):
+    """Against a sum over tokens and their experts, one at a time, in fp64."""
+    from megatron.moe.activations import activate
+
+    problem = peers.Problem.draw(SMALL, activation, CPU).float()
+    y_TD, x_grad_TD, _ = peers.expert_loop(problem).results(problem)
+    x_TD = problem.x_TD.double().requires_grad_()
+    rows = []
+    for x_D in x_TD:
+        logit_k, expert_k = (problem.router_ED.double() @ x_D).topk(2)
+        y_D = 0
+        for weight, e in zip(logit_k.softmax(0), expert_k.tolist(), strict=True):
+            up = None if problem.w3_EHD is None else problem.w3_EHD[e].double() @ x_D
+            y_D += weight * (problem.w2_EDH[e].double() @ activate(activation, problem.w1_EHD[e].double() @ x_D, up))
+        rows.append(y_D)
+    expected_TD = torch.stack(rows)
+    expected_TD.backward(problem.grad_TD.double())
+    torch.testing.assert_close(y_TD.double(), expected_TD.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x_grad_TD.double(), x_TD.grad, atol=1e-5, rtol=1e-5)
+
+
+def layers_of(problem: peers.Problem, names: str) -> dict[str, peers.Layer]:
+    return {c.name: c.make(problem) for c in peers.candidates(problem.size, problem.activation, CPU)
+            if not c.reason and c.name.startswith(names)}
+
+
+def test_all_layers_compute_the_same(capsys):
+    """All but DeepSpeed's, which needs a process group; the benchmark compares that one too."""
+    problem = peers.Problem.draw(SMALL, "swiglu", CPU)
+    layers = {name: layer for part in ("ours", "per-expert", "Mixtral", "OLMoE")
+              for name, layer in layers_of(problem, part).items()}
+    assert list(layers) == ["ours, auto", "ours, reference", "ours, grouped_mm", "ours, cpu", "per-expert loop",
+                            "Mixtral, eager", "Mixtral, batched_mm", "Mixtral, grouped_mm", "OLMoE, grouped_mm"]
+    moe_layer.compare_values(problem, layers)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(layers)
+
+
+@pytest.mark.parametrize("wrong", ["output", "nothing but NaN", "input gradient", "weight gradient"])
+def test_a_layer_that_computes_something_else_is_found(wrong):
+    problem = peers.Problem.draw(SMALL, "gelu", CPU)
+    layer = peers.expert_loop(problem)
+    if wrong == "output":
+        forward = lambda x_TD: layer.forward(x_TD) * 1.1  # noqa: E731
+    elif wrong == "nothing but NaN":
+        forward = lambda x_TD: layer.forward(x_TD) * float("nan")  # noqa: E731
+    elif wrong == "input gradient":
+        forward = lambda x_TD: layer.forward(x_TD) + (x_TD - x_TD.detach())  # noqa: E731
+    else:
+        layer.module.experts[0].up_proj.weight.register_hook(torch.zeros_like)
+        forward = layer.forward
+    with pytest.raises(RuntimeError, match="per-expert loop computes something else"):
+        moe_layer.compare_values(problem, {"per-expert loop": peers.Layer(layer.module, forward, layer.experts)})
+
+
+def test_a_step_leaves_no_gradients():
+    problem = peers.Problem.draw(SMALL, "gelu", CPU)
+    layer = peers.expert_loop(problem)
+    layer.step(problem)()
+    assert all(p.grad is None for p in layer.module.parameters()) and problem.x_TD.grad is None
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_the_baselines_do_the_same_multiply_adds(activation):
+    problem = peers.Problem.draw(SMALL, activation, CPU)
+    gated, x_TD = activation == "swiglu", problem.x_TD
+    steps = [peers.dense(problem).step(problem), peers.bare_gemms([40], 32, 2 * 16, gated, x_TD),
+             peers.bare_gemms(peers.loads(problem), 32, 16, gated, x_TD)]
+    totals = []
+    for step in steps:
+        with FlopCounterMode(display=False) as counter:
+            step()
+        totals.append(counter.get_total_flops())
+    assert totals == [40 * 2 * 3 * (3 if gated else 2) * 2 * 32 * 16] * 3
+
+
+def test_what_cannot_be_measured_is_named_with_its_reason():
+    large = peers.Size(tokens=8192, hidden=1024, experts=64, width=512, topk=8)
+    reasons = {c.name: c.reason for c in peers.candidates(large, "swiglu", CPU) if c.reason}
+    assert list(reasons) == ["Mixtral, deepgemm", "Mixtral, batched_mm", "Mixtral, sonicmoe"]
+    assert "it needs 344 GB" in reasons["Mixtral, batched_mm"] and "CUDA" in reasons["Mixtral, deepgemm"]
+    ungated = {c.name for c in peers.candidates(SMALL, "relu", CPU) if "gated" in c.reason}
+    assert ungated == {c.name for c in peers.candidates(SMALL, "relu", CPU) if c.name[:5] in ("Mixtr", "OLMoE")}
+
+
+def test_ours_is_held_against_the_fastest_of_the_others():
+    seconds = {"dense": [1.0, 1.0, 1.0], "ours, auto": [1.3, 1.2, 1.3], "DeepSpeed MoE": [4.0, 4.0, 4.0],
+               "Mixtral, eager": [9.0, 9.0, 9.0], "OLMoE, grouped_mm": [2.0, 2.0, 2.0]}
+    rows = {(r.name, r.baseline): r for r in moe_layer.ratio_rows(seconds, (1.4, 0.4, 0.5))}
+    assert len(rows) == 6 and rows["ours, auto", "dense"].holds and rows["ours, auto", "DeepSpeed MoE"].holds
+    assert rows["ours, auto", "OLMoE, grouped_mm"].holds is False and rows["DeepSpeed MoE", "dense"].holds is None
+    few = {name: seconds[name] for name in ("dense", "ours, auto")}
+    assert [(r.name, r.baseline) for r in moe_layer.ratio_rows(few, None)] == [("ours, auto", "dense")]
+
+
+def test_the_peak_of_memory_is_what_was_there_at_most():
+    moe_layer.reset_peak(CPU)
+    before = moe_layer.resident(CPU)[0]
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    del block
+    now, peak = moe_layer.resident(CPU)
+    assert 63 * 2**20 < peak - before < 90 * 2**20 and now < peak
+    moe_layer.reset_peak(CPU)
+    assert moe_layer.resident(CPU)[1] < peak - 32 * 2**20
+
+
+def test_peak_memory_counts_the_gradients():
+    """A loop in fp32 would need 9 MiB for its weights' gradients; bf16 needs half, and little more at so few tokens."""
+    size = (64, 256, 16, 192, 2)
+    taken = moe_layer.fresh(moe_layer.peak_memory, "per-expert loop", size, "swiglu", "cpu")
+    assert 16 * 3 * 192 * 256 * 2 * 0.8 < taken < 40 * 2**20
+
+
+def _bytes_of_an_exchange():
+    """What the counter says of an uneven exchange, an even one, and something else."""
+    import torch.distributed as dist
+
+    groups = groups_for(2)
+    x_SD, receive = torch.zeros(6, 8, dtype=torch.bfloat16), [[2, 2], [4, 4]][groups.rank]
+    received = torch.empty(sum(receive), 8, dtype=torch.bfloat16)
+
+    def step():
+        dist.all_to_all_single(received, x_SD, receive, [2, 4], group=groups.ep_group)
+        dist.all_to_all_single(torch.empty_like(x_SD), x_SD, group=groups.ep_group)
+        dist.barrier(groups.ep_group)
+
+    return dispatch.bytes_to_others(step, groups.ep_group)
+
+
+def test_bytes_that_leave_a_rank(ranks2):
+    row = 8 * 2
+    assert ranks2.run(_bytes_of_an_exchange) == [((4 + 3) * row, 2), ((2 + 3) * row, 2)]
+
+
+def test_a_sharded_layer_that_computes_something_else_is_found():
+    problem = peers.Problem.draw(SMALL, "gelu", CPU)
+    loop = peers.expert_loop(problem)
+    wrong = peers.Layer(loop.module, lambda x_TD: loop.forward(x_TD.flip(0)), loop.experts)
+    dispatch.check({dispatch.WHOLE: loop, dispatch.SHARDED: peers.ours(problem)}, problem)
+    with pytest.raises(RuntimeError, match="sharded computes something else"):
+        dispatch.check({dispatch.WHOLE: loop, dispatch.SHARDED: wrong}, problem)
+
+
+def test_transformers_mixtral_has_our_weights_and_our_loss():
+    from megatron.parallel.groups import Groups
+
+    shape = train_step.Shape(layers=1, hidden=32, heads=2, experts=4, width=16, vocab=128, length=8, sequences=2)
+    batch = train_step.make_batch(2, 8, 128, seed=0)
+    gpt, *_ = train_step.our_model(shape, Groups())
+    theirs = train_step.their_model(shape, gpt)
+    ours = gpt(batch.tokens_BS, batch.labels_BS).loss
+    loss = theirs(input_ids=batch.tokens_BS, labels=batch.labels_BS, shift_labels=batch.labels_BS).loss
+    torch.testing.assert_close(loss, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_losses_that_differ_are_an_error():
+    train_step.check_losses({"a": 2.0, "b": 2.005})
+    for losses in ((2.0, 2.02), (2.0, float("nan")), (float("nan"), 2.0)):
+        with pytest.raises(RuntimeError, match="different losses"):
+            train_step.check_losses(dict(zip("ab", losses)))
+
+
+def test_parts_of_a_step_are_all_of_its_time():
+    """A model of two modules and a final norm: each has its own time, and nothing is counted twice."""
+    from torch import nn
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(256, 256), nn.LayerNorm(256), nn.Linear(256, 4096)
+
+        def forward(self, x):
+            return self.last(self.norm(self.first(x))).sum()
+
+    model, x = Model(), torch.randn(512, 256)
+    train_step.name_parts(model, model.norm, {model.first: "experts"})
+    parts = train_step.profile_step(lambda: model(x).backward())
+    assert list(parts) == list(train_step.PARTS) and parts["attention"] == parts["gate"] == 0
+    assert parts["output and loss"] > parts["experts"] > 0 and parts["the rest"] > 0
+
+
+@pytest.mark.slow
+def test_moe_layer_quickly(tmp_path):
+    """Every row is there, and no layer is missing. Whether bars hold is not for a test on a busy machine."""
+    printed, table, _ = run_quickly("moe_layer.py", tmp_path)
+    assert "not measured: Mixtral, sonicmoe" in printed and "MiB" in printed
+    layers = ["ours, auto", "ours, reference", "ours, grouped_mm", "ours, cpu", "per-expert loop", "DeepSpeed MoE",
+              "Mixtral, eager", "Mixtral, batched_mm", "Mixtral, grouped_mm", "OLMoE, grouped_mm"]
+    for label in ("E16 H128 k4", "E8 H128 k2"):
+        rows = [(r["name"], r["baseline"]) for r in table if r["name"].startswith(f"{label}: ")]
+        assert rows[:12] == [(f"{label}: {name}", f"{label}: dense") for name in
+                             ("dense GEMMs alone", "experts' GEMMs alone", *layers)]
+        assert rows[12] == (f"{label}: ours, auto", f"{label}: DeepSpeed MoE") and len(rows) == 14
+    assert ("ours, E 32", "ours, E 8") in [(r["name"], r["baseline"]) for r in table]
+    assert sum(" memory: " in r["name"] for r in table) == 4
+    assert all(0 < r["low"] <= r["ratio"] <= r["high"] and r["bar"] is None for r in table)
+
+
+@pytest.mark.slow
+def test_dispatch_quickly(tmp_path):
+    printed, table, _ = run_quickly("dispatch.py", tmp_path)
+    assert printed.count("KB to the other rank per token") == 2 and printed.count("exchanges, profiled") == 2
+    assert [r["name"].partition(": ")[2] for r in table] == [
+        "sharded", "DeepSpeed, sharded", "sharded", "sorted rows alone"] * 2
+
+
+@pytest.mark.slow
+def test_train_step_quickly(tmp_path):
+    printed, table, _ = run_quickly("train_step.py", tmp_path)
+    assert [(r["name"], r["bar"]) for r in table] == [("mixture step", 1.25), ("our step", None), ("our step", None)]
+    assert printed.count("tokens/s") == 3 and "master weights" in printed and "output and loss" in printed
+
+
+@pytest.mark.slow
+def test_peer_quickly(tmp_path):
+    printed, table, _ = run_quickly("peer.py", tmp_path)
+    size = "N 512^2, D 512, T 1024"
+    assert [(row["name"], row["baseline"], row["bar"]) for row in table] == [
+        (f"{size}: ours", "reference", 0.5), (f"{size}: reference, dense", "reference", None),
+        (f"{size}: ours, dense", "reference", None), ("peak memory, gradients taken", "reference", 0.3),
+        ("peak memory, gradients kept", "reference", None)]
+    assert f"{size}: 131072 rows chosen" in printed and printed.count("peak memory, gradients taken") == 3
+    assert table[3]["holds"] and table[3]["ratio"] < table[4]["ratio"] < 0.6, "bytes do not depend on a busy machine"

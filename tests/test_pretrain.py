@@ -205,6 +205,7 @@ def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
     first = run([*script, "--exit-interval", "2"], **env)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "2 rank(s) on cpu with gloo, because" in first.stdout and "2 of 4 experts on each rank" in first.stdout
+    assert "experts run on the cpu backend: rows stay in the cache" in first.stdout
     logged = (out / "log.txt").read_text()
     assert all(f"iteration {i}/4 | loss" in text for i in (1, 2) for text in (logged, first.stdout))
     assert list((out / "tensorboard").glob("events*"))

@@ -61,7 +61,7 @@ def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, laye
                "eval_capacity_factor": moe.moe_eval_capacity_factor, "min_capacity": moe.moe_min_capacity}
     if gate.neurons:
         neurons = NeuronExperts(moe.num_experts, local, model.hidden_size, width, model.act, **places,
-                                output_std=output_std * gate.output_gain(width))
+                                output_std=output_std * gate.output_gain(width), backend=moe.moe_backend)
         return NeuronLayer(gate, neurons, neurons.num_blocks, **options)
     experts = GroupedExperts(local, model.hidden_size, width, model.act, **places, output_std=output_std,
                              backend=moe.moe_backend)

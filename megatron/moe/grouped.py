@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from megatron import buffers
 from megatron.config.schema import MOE_BACKENDS, require
 
-HALF = (torch.bfloat16, torch.float16)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""by the name of a run's precision"""
 
 
 @cache
@@ -54,14 +55,14 @@ def _obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
     if backend == "grouped_mm":
         if not hasattr(F, "grouped_mm"):
             return f"torch {torch.__version__} has no F.grouped_mm"
-        if dtype not in (*HALF, torch.float32) or (device != "cpu" and dtype != torch.bfloat16):
+        if dtype not in DTYPES.values() or (device != "cpu" and dtype != torch.bfloat16):
             return f"it has no {dtype} on {device}"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install triton"
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"the tensors are on {device}; its interpreter would run there with TRITON_INTERPRET=1"
-        if dtype not in (*HALF, torch.float32):
+        if dtype not in DTYPES.values():
             return f"it has no {dtype}"
     return None
 

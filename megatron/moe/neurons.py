@@ -1,30 +1,46 @@
 """Tiny experts as tables that are looked up: PEER's single neurons, and small MLPs of a few hidden units.
 
 Letters: T tokens, D hidden, A assignments of a token to an expert, N_local experts on this rank, W hidden units of one
-expert, R = N_local x W rows of a table, P = A x W pairs of an assignment and a hidden unit.
+expert, R = N_local x W rows of a table, P = A x W pairs of a token and a row, U rows that are in any pair, G bags.
 
     y_t = sum over the assignments a of token t:  weight_a * sum_j act(w_in[e_a, j] . x_t) * w_out[e_a, j]
 
-Grouped matrix products are no use when an expert sees a token or two, and A rows of width D are the memory to avoid: A
-is over a hundred times T. So dot products are computed a slice at a time, and sums of rows are segment sums straight
-from the table or from the tokens' rows, which never lay the rows side by side.
+Grouped matrix products are no use when an expert sees a token or two, and P rows of width D are the memory to avoid: P
+is over a hundred times T. Two operations that read rows where they lie do all the work, and are each other's gradient:
+
+    dot products    d_p = x[token_p] . table[row_p]               grad_x = sums by token of grad_d_p * table[row_p]
+    weighted rows   y = sums by token of s_p * table[row_p]       grad_s_p = grad_y[token_p] . table[row_p]
+
+and in both the table's gradient is the sums by row of a number times the token's row. So a pass over the pairs reads
+rows of one table or writes those of its gradient; the other side is the tokens' few rows, which stay in the cache.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron import buffers
 from megatron.config.schema import ACTIVATIONS, require
-from megatron.moe.dispatch import bag_sum, count
-from megatron.moe.experts import activate, is_gated
+from megatron.moe import dispatch
+from megatron.moe.activations import activate, is_gated
+from megatron.moe.plan import count
 
 MOST_BLOCKS = 192
 """blocks of a larger number of experts; as 64 x 3 it can be shared out to 2, 3, 4, 6, 8, ... ranks"""
+BACKENDS = ("auto", "torch", "triton")
+SLICE_BYTES = 8 * 2**20
+"""of larger sums of rows, that many bytes are made at a time: they are in the cache when they go to their place"""
 
 
 def number_of_blocks(num_experts: int) -> int:
@@ -47,23 +63,28 @@ class NeuronExperts(nn.Module):
         first: global number of this rank's first expert.
         init_std: of w_in and w_up.
         output_std: of w_out.
-        budget_bytes: the most that gathered rows and their products may take at a time (at least one assignment's).
+        sparse_gradients: gradients of the tables are sparse tensors of the rows that were used, sorted and each once,
+            as torch.optim.SparseAdam takes them. DeepSpeed's ZeRO wants dense ones.
+        backend: "torch", "triton", or "auto": triton for CUDA tensors, but not in fp64, where it is installed.
     Raises:
-        ValueError: unknown activation, or blocks that cannot be shared out to so many ranks.
+        ValueError: unknown activation or backend, triton chosen but not installed, or blocks that cannot be shared out
+            to so many ranks.
     """
 
     initialises_itself = True
 
     def __init__(self, num_experts: int, num_local: int, hidden_size: int, width: int, activation: str, *,
                  first: int = 0, seed: int = 0, layer: int = 0, init_std: float = 0.02, output_std: float = 0.02,
-                 budget_bytes: int = 16 * 2**20):
+                 sparse_gradients: bool = False, backend: str = "auto"):
         super().__init__()
         require(activation in ACTIVATIONS, "activation", activation, " ".join(ACTIVATIONS))
         self.num_local, self.width, self.activation = num_local, width, activation
         self.num_blocks, ranks = number_of_blocks(num_experts), num_experts // num_local
         require(self.num_blocks % ranks == 0, "--moe-expert-parallel-size", ranks,
                 f"a divisor of {self.num_blocks}, the blocks that {num_experts} experts are kept in")
-        self.budget_bytes = budget_bytes
+        require(backend in BACKENDS, "backend", backend, " ".join(BACKENDS))
+        require(backend != "triton" or _has_triton(), "backend", backend, "auto torch", "Triton is not installed")
+        self.sparse_gradients, self.backend = sparse_gradients, backend
         per_block = num_experts // self.num_blocks
         stds = {"w1": init_std, "w2": output_std, **({"w3": init_std} if is_gated(activation) else {})}
         for table, (name, std) in enumerate(stds.items()):
@@ -88,99 +109,218 @@ class NeuronExperts(nn.Module):
         """Weighted sum of each token's experts; the list may be empty, in any order, and repeats add up.
 
         Args:
-            x_TD: token rows.
+            x_TD: token rows; the sums are taken over products in the tables' dtype, accumulated in fp32.
             token_A: int64 in [0, T).
             expert_A: int64 in [0, num_local).
             weight_A: fp32.
         Returns:
             [T, D] in x's dtype, repeatable bit for bit.
         """
-        return _Neurons.apply(x_TD, weight_A, self.w_in, self.w_out, self.w_up, token_A, expert_A, self.activation,
-                              self.budget_bytes)
+        how = _How(*(_triton_kernels() if self._on_triton() else (_dots, _bag_sum)), self.sparse_gradients)
+        rows_TD = x_TD.to(self.w1.dtype).contiguous()
+        pairs = Pairs.of(token_A, expert_A, len(x_TD), self.num_local, self.width)
+        inner = [_Dots.apply(rows_TD, stack, how, *pairs).view(-1, self.width)
+                 for stack in ([self.w1, self.w3] if is_gated(self.activation) else [self.w1])]
+        scale_AW = activate(self.activation, *inner) * weight_A.unsqueeze(1)
+        return _WeightedRows.apply(self.w2, scale_AW.flatten(), how, *pairs).to(x_TD.dtype)
+
+    def _on_triton(self) -> bool:
+        if self.backend == "auto":
+            return self.w1.is_cuda and self.w1.dtype != torch.float64 and _has_triton()
+        return self.backend == "triton"
 
 
-class _Neurons(torch.autograd.Function):
-    """The formula above. Between forward and backward it keeps two numbers per pair at most, and no rows."""
+class Pairs(NamedTuple):
+    """Which token's row meets which row of a table, sorted by row and sorted by token."""
+
+    by_row_P: Tensor
+    """positions in the list, sorted by row"""
+    row_P: Tensor
+    """row of each, rising"""
+    token_P: Tensor
+    """token of each"""
+    by_token_P: Tensor | None
+    """positions in the list, sorted by token; None: the list is, as from most gates"""
+    row_by_token_P: Tensor
+    """row of each"""
+    bags_T1: Tensor
+    """where each token's pairs start in by_token_P; the last entry is P"""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_A: Tensor, w_in: Tensor, w_out: Tensor, w_up: Tensor | None, token_A: Tensor,
-                expert_A: Tensor, activation: str, budget: int) -> Tensor:
-        x_TD = x_TD.contiguous()
-        gate_AW = _dots(x_TD, token_A, w_in, expert_A, budget)
-        up_AW = None if w_up is None else _dots(x_TD, token_A, w_up, expert_A, budget)
-        ctx.save_for_backward(x_TD, weight_A, w_in, w_out, w_up, token_A, expert_A, gate_AW, up_AW)
-        ctx.activation, ctx.budget = activation, budget
-        scale_AW = activate(activation, gate_AW, up_AW) * weight_A.unsqueeze(1)
-        return _sum_by_token(w_out, scale_AW, token_A, expert_A, len(x_TD)).to(x_TD.dtype)
+    def of(token_A: Tensor, expert_A: Tensor, num_tokens: int, num_local: int, width: int) -> Pairs:
+        token_P, row_P = token_A, expert_A
+        if width > 1:
+            token_P = token_A.repeat_interleave(width, output_size=len(token_A) * width)
+            row_P = (expert_A.unsqueeze(1) * width + torch.arange(width, device=expert_A.device)).flatten()
+        sorted_row_P, by_row_P = _sort(row_P)
+        sorted_token_P, by_token_P = (token_P, None) if _is_sorted(token_P) else _sort(token_P)
+        if len(token_P) and not token_P.is_cuda:  # here it costs nothing, and the dot products do not look
+            for numbers, size in ((sorted_token_P, num_tokens), (sorted_row_P, num_local * width)):
+                low, high = numbers[[0, -1]].tolist()
+                assert low >= 0 and high < size, f"token or row numbers span [{low}, {high}], allowed [0, {size})"
+        bags_T1 = torch.searchsorted(sorted_token_P, torch.arange(num_tokens + 1, device=token_P.device))
+        return Pairs(by_row_P, sorted_row_P, token_P[by_row_P], by_token_P, _take(row_P, by_token_P), bags_T1)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """With what the two operations are computed, and how gradients of tables are stored."""
+
+    dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(rows [T, D], table [R, D], token_P, row_P) -> [P]"""
+    bag_sum: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(rows, order_P, bags_G1, weight_P) -> [G, D] in the dtype of the rows: as dispatch.bag_sum"""
+    sparse: bool
+
+    def pair_dots(self, rows_TD: Tensor, stack: Tensor, pairs: Pairs) -> Tensor:
+        """rows[token_p] . table[row_p]: [P] in the order of the list, fp32 or wider.
+
+        Computed row by row of the table: the second pair of a row finds it in the cache, and rows that lie near each
+        other are read one after the other.
+        """
+        sorted_P = self.dots(rows_TD, stack.flatten(0, -2), pairs.token_P, pairs.row_P)
+        sorted_P = sorted_P.to(torch.promote_types(sorted_P.dtype, torch.float32))
+        return torch.empty_like(sorted_P).index_copy_(0, pairs.by_row_P, sorted_P)
+
+    def token_sums(self, stack: Tensor, scale_P: Tensor, pairs: Pairs) -> Tensor:
+        """sum over the token's pairs of scale * table[row]: [T, D]."""
+        return self.bag_sum(stack.flatten(0, -2), pairs.row_by_token_P, pairs.bags_T1,
+                            _take(scale_P, pairs.by_token_P))
+
+    def row_sums(self, rows_TD: Tensor, scale_P: Tensor, pairs: Pairs, shape: torch.Size) -> Tensor:
+        """sum over the row's pairs of scale * rows[token]: the gradient of a table of this shape."""
+        blocks, per_block, _ = shape
+        scale_P = scale_P[pairs.by_row_P]
+        if not self.sparse:
+            bags_R1 = _bags(count(pairs.row_P, blocks * per_block))
+            return self.bag_sum(rows_TD, pairs.token_P, bags_R1, scale_P).view(shape)
+        row_U, count_U = pairs.row_P.unique_consecutive(return_counts=True)
+        values_UD = self.bag_sum(rows_TD, pairs.token_P, _bags(count_U), scale_P)
+        index_2U = row_U.new_empty(2, len(row_U))
+        torch.div(row_U, per_block, rounding_mode="floor", out=index_2U[0])
+        torch.remainder(row_U, per_block, out=index_2U[1])
+        return torch.sparse_coo_tensor(index_2U, values_UD, shape, is_coalesced=True, check_invariants=False)
+
+
+class _Dots(torch.autograd.Function):
+    """rows[token_p] . table[row_p] of all pairs: [P]. It keeps no rows but the tokens'.
+
+    One function for each table and not one for all: a gradient that a hook takes away is gone before the next is made.
+    """
+
+    @staticmethod
+    def forward(ctx, rows_TD: Tensor, stack: Tensor, how: _How, *pairs: Tensor) -> Tensor:
+        ctx.how = how
+        ctx.save_for_backward(rows_TD, stack, *pairs)
+        return how.pair_dots(rows_TD, stack, Pairs(*pairs))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_P: Tensor) -> tuple:
+        rows_TD, stack, *pairs = ctx.saved_tensors
+        pairs, (need_rows, need_stack, *_) = Pairs(*pairs), ctx.needs_input_grad
+        grad_rows = ctx.how.token_sums(stack, grad_P, pairs) if need_rows else None
+        grad_stack = ctx.how.row_sums(rows_TD, grad_P, pairs, stack.shape) if need_stack else None
+        return grad_rows, grad_stack, *(None,) * (1 + len(pairs))
+
+
+class _WeightedRows(torch.autograd.Function):
+    """sum over the token's pairs of scale_p * table[row_p]: [T, D] in the table's dtype."""
+
+    @staticmethod
+    def forward(ctx, stack: Tensor, scale_P: Tensor, how: _How, *pairs: Tensor) -> Tensor:
+        ctx.how = how
+        ctx.save_for_backward(stack, scale_P, *pairs)
+        return how.token_sums(stack, scale_P, Pairs(*pairs))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD: Tensor) -> tuple:
-        x_TD, weight_A, w_in, w_out, w_up, token_A, expert_A, gate_AW, up_AW = ctx.saved_tensors
-        need_x, need_weight, need_in, need_out, need_up = ctx.needs_input_grad[:5]
+        stack, scale_P, *pairs = ctx.saved_tensors
+        pairs, (need_stack, need_scale, *_) = Pairs(*pairs), ctx.needs_input_grad
         grad_TD = grad_TD.contiguous()
-        inner = [t.detach().requires_grad_() for t in (gate_AW, up_AW) if t is not None]
-        with torch.enable_grad():
-            hidden_AW = activate(ctx.activation, *inner)
-        grad_x = grad_weight = grad_in = grad_out = grad_up = None
-        pairs = _pairs_by_row(token_A, expert_A, w_in) if need_in or need_out or need_up else None
-        if need_out:
-            grad_out = _sum_by_row(grad_TD, hidden_AW.detach() * weight_A.unsqueeze(1), pairs, w_out)
-        if need_x or need_weight or need_in or need_up:
-            dots_AW = _dots(grad_TD, token_A, w_out, expert_A, ctx.budget)
-            if need_weight:
-                grad_weight = (dots_AW * hidden_AW.detach()).sum(1)
-            grad_gate_AW, *rest = torch.autograd.grad(hidden_AW, inner, dots_AW * weight_A.unsqueeze(1))
-            if need_in:
-                grad_in = _sum_by_row(x_TD, grad_gate_AW, pairs, w_in)
-            if need_up:
-                grad_up = _sum_by_row(x_TD, rest[0], pairs, w_up)
-            if need_x:
-                grad_x = _sum_by_token(w_in, grad_gate_AW, token_A, expert_A, len(x_TD))
-                if rest:
-                    grad_x += _sum_by_token(w_up, rest[0], token_A, expert_A, len(x_TD))
-        return grad_x, grad_weight, grad_in, grad_out, grad_up, None, None, None, None
+        grad_scale = ctx.how.pair_dots(grad_TD, stack, pairs).to(scale_P.dtype) if need_scale else None
+        grad_stack = ctx.how.row_sums(grad_TD, scale_P, pairs, stack.shape) if need_stack else None
+        return grad_stack, grad_scale, *(None,) * (1 + len(pairs))
 
 
-def _dots(rows_TD: Tensor, token_A: Tensor, table: Tensor, expert_A: Tensor, budget: int) -> Tensor:
-    """table[expert_a, j] . rows[token_a] as [A, W], accumulated in fp32 (fp64 for fp64), `budget` bytes at a time."""
-    dtype = torch.promote_types(torch.promote_types(rows_TD.dtype, table.dtype), torch.float32)
-    _, width, hidden_size = table.shape
-    # The table's rows with their product, and the tokens' rows, take at most twice the product.
-    step = max(1, budget // (2 * width * hidden_size * dtype.itemsize))
-    dots_AW = torch.empty(len(token_A), width, dtype=dtype, device=table.device)
-    for out, token, expert in zip(dots_AW.split(step), token_A.split(step), expert_A.split(step), strict=True):
-        product = table.index_select(0, expert).to(dtype).mul_(rows_TD.index_select(0, token).unsqueeze(1))
-        torch.sum(product, -1, out=out)
-    return dots_AW
+def _dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tensor) -> Tensor:
+    """[P] in the dtype of both, accumulated in fp32. This is what torch has for the gradient of a bag's weights, and it
+    reads both rows where they lie. The public sampled_addmm takes nearly twice its time, and no bf16."""
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows_TD, table_RD, row_P, row_P, token_P, mode=0)
 
 
-def _sum_by_token(table: Tensor, scale_AW: Tensor, token_A: Tensor, expert_A: Tensor, num_tokens: int) -> Tensor:
-    """sum over the token's assignments and units j of scale[a, j] * table[expert_a, j]: [T, D]."""
-    width = table.shape[1]
-    by_token_A = token_A.argsort(stable=True)
-    row_AW = expert_A[by_token_A].unsqueeze(1) * width + torch.arange(width, device=table.device)
-    bags_T1 = _bags(token_A, num_tokens) * width
-    return bag_sum(table.flatten(0, 1), row_AW.flatten(), bags_T1, scale_AW[by_token_A].flatten().to(table.dtype))
+def _bag_sum(rows: Tensor, order_P: Tensor, bags_G1: Tensor, weight_P: Tensor) -> Tensor:
+    """dispatch.bag_sum, but that large results go to memory that may have been used before: [G, D]."""
+    weight_P, num_bags, size = weight_P.to(rows.dtype), len(bags_G1) - 1, rows.shape[1]
+    step = max(1, SLICE_BYTES // (size * rows.itemsize))
+    if num_bags <= step or rows.is_cuda:
+        return dispatch.bag_sum(rows, order_P, bags_G1, weight_P)
+    out_GD = buffers.empty((num_bags, size), rows.dtype, rows.device)
+    if rows.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available():
+        return torch.addmm(out_GD, _csr(bags_G1, order_P, weight_P, len(rows)), rows, beta=0, out=out_GD)
+    firsts = range(0, num_bags, step)
+    starts = [*bags_G1[:-1:step].tolist(), len(order_P)]
+    for first, start, end in zip(firsts, starts, starts[1:]):
+        bags_g1 = bags_G1[first : first + step + 1] - start
+        out_GD[first : first + step] = dispatch.bag_sum(rows, order_P[start:end], bags_g1, weight_P[start:end])
+    return out_GD
 
 
-def _pairs_by_row(token_A: Tensor, expert_A: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(pairs sorted by row of the table, the token of each, where each row's pairs start)."""
-    num_local, width, _ = table.shape
-    row_P = (expert_A.unsqueeze(1) * width + torch.arange(width, device=table.device)).flatten()
-    by_row_P = row_P.argsort(stable=True)
-    return by_row_P, token_A[by_row_P // width], _bags(row_P, num_local * width)
+def _csr(bags_G1: Tensor, order_P: Tensor, weight_P: Tensor, num_rows: int) -> Tensor:
+    """The bags as a sparse matrix [G, rows]."""
+    _announce_csr()
+    return torch.sparse_csr_tensor(bags_G1, order_P, weight_P, (len(bags_G1) - 1, num_rows), check_invariants=False)
 
 
-def _sum_by_row(rows_TD: Tensor, scale_AW: Tensor, pairs: tuple[Tensor, Tensor, Tensor], table: Tensor) -> Tensor:
-    """sum over the pairs of each row of the table of scale * rows[token]: the table's gradient, in its shape."""
-    by_row_P, token_P, bags_R1 = pairs
-    return bag_sum(rows_TD, token_P, bags_R1, scale_AW.flatten()[by_row_P].to(rows_TD.dtype)).view_as(table)
+@cache
+def _announce_csr() -> None:
+    """Torch says once in a process that such tensors are new. All that is done with them here is one product, which the
+    tests compare."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
 
-def _bags(index: Tensor, size: int) -> Tensor:
-    """Where each of 0 .. size - 1 starts in the sorted index; the last entry is the index's length."""
-    return F.pad(count(index, size).cumsum(0), (1, 0))
+def _sort(index: Tensor) -> tuple[Tensor, Tensor]:
+    """(sorted, positions), equal ones in their order.
+
+    On a CPU by NumPy, on one thread. That takes as long as torch.sort on two, whose threads wait for each other dozens
+    of times: when another program had the cores, it took longer than all the rest of a layer.
+    """
+    if index.is_cuda:
+        return index.sort(stable=True)
+    bits = len(index).bit_length()
+    keys = index.numpy() << bits | np.arange(len(index))
+    keys.sort()
+    return torch.from_numpy(keys >> bits), torch.from_numpy(keys & (1 << bits) - 1)
+
+
+def _is_sorted(index: Tensor) -> bool:
+    """On CUDA False, unasked: a sort is cheaper than waiting for the device."""
+    return not index.is_cuda and bool(np.all(index.numpy()[1:] >= index.numpy()[:-1]))
+
+
+def _take(values: Tensor, order: Tensor | None) -> Tensor:
+    return values if order is None else values[order]
+
+
+def _bags(counts: Tensor) -> Tensor:
+    """[G + 1]: where bags of these sizes start; the last entry is where the last one ends."""
+    bags_G1 = counts.new_zeros(len(counts) + 1)
+    torch.cumsum(counts, 0, out=bags_G1[1:])
+    return bags_G1
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_kernels() -> tuple[Callable, Callable]:
+    from megatron.moe.kernels.grouped import weighted_combine
+    from megatron.moe.kernels.neurons import dots
+
+    return dots, weighted_combine
 
 
 def _block_seed(seed: int, layer: int, table: int, block: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     import deepspeed
     from deepspeed.utils import groups as ds_groups
 
+    if device.type == "cpu":
+        settle_triton()
+
     log.quiet_deepspeed()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -99,6 +103,20 @@ def prepare_deepspeed(device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+
+def settle_triton() -> None:
+    """Have DeepSpeed find that its own Triton kernels are of no use here, as it would, but without importing Triton.
+
+    Its expert-parallel layer asks at import, and the answer without a GPU is always no.
+    """
+    if "triton" in sys.modules:
+        return
+    sys.modules["triton"] = None  # an import of it now fails
+    try:
+        importlib.import_module("deepspeed.ops.triton_ops._triton")
+    finally:
+        del sys.modules["triton"]
 
 
 def all_reduce_sum(t: torch.Tensor, groups: Groups) -> torch.Tensor:

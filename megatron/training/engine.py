@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
+import inspect
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -51,10 +56,11 @@ class Engine:
             # router: gather a block at once instead of module by module.
             set_z3_leaf_modules(model, [Block])
         attach(model, groups, keep_gate_fp32=keep_gate_fp32)
-        adamw = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr,
-                                  betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps,
-                                  fused=True)
-        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures, three lines a group
+        adamw = AdamW(parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr,
+                      betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps, fused=True)
+        prepare_zero()
+        # BF16_Optimizer prints memory figures, three lines a group.
+        with few_objects_to_collect(), contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config,
                                                       dist_init_required=False)
         self._adamw = adamw
@@ -110,6 +116,42 @@ class Engine:
         if path is None:
             raise ValueError(f"DeepSpeed could not read checkpoint {tag} in {folder}; see its messages above")
         return state
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW for programs that compile nothing.
+
+    torch keeps these methods out of compiled code, for which the first call imports the compiler: 1 to 2 s of the start
+    of a run. Here they are what is inside, with the same results.
+    """
+
+    add_param_group, zero_grad, state_dict, load_state_dict = (
+        inspect.unwrap(method) for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad,
+                                              torch.optim.Optimizer.state_dict, torch.optim.Optimizer.load_state_dict))
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
+def prepare_zero() -> None:
+    """Let DeepSpeed's ZeRO take our optimizer, and import its Muon, which it does whatever the optimizer is, without
+    torch.compile on its functions: the compiler takes another second to import, and no run uses Muon."""
+    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+    compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_
+
+
+@contextlib.contextmanager
+def few_objects_to_collect() -> Iterator[None]:
+    """Garbage collections look at new objects only: DeepSpeed collects before it prints a memory figure, and each of
+    those ten times all objects of torch would be looked at, for 0.2 s."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def check_deepspeed_config(config: dict[str, Any], path: str) -> None:

@@ -16,6 +16,7 @@ from megatron.parallel.groups import Groups, all_reduce_mean
 from megatron.training import checkpoint
 from megatron.training.checkpoint import Progress
 from megatron.training.engine import Engine
+from megatron.training.profile import StartUp, StepProfiler
 from megatron.training.schedule import Schedule
 from megatron.training.sinks import ProgressBar, Sinks
 
@@ -38,14 +39,18 @@ class Trainer:
         train_batches: endless micro-batches of this rank, already positioned at `progress`.
         eval_batches: by split name ("valid", "test"), a function that starts that split's micro-batches anew.
         record: what every checkpoint says of the run.
+        start_up: told when the first step is done.
+        profiler: does the steps; None: nothing is profiled.
     """
 
     def __init__(self, engine: Engine, train: TrainConfig, plan: Plan, schedule: Schedule, groups: Groups,
                  train_batches: Iterable[Batch], eval_batches: dict[str, Callable[[], Iterable[Batch]]],
-                 sinks: Sinks, record: checkpoint.Record, progress: Progress):
+                 sinks: Sinks, record: checkpoint.Record, progress: Progress, start_up: StartUp,
+                 profiler: StepProfiler | None = None):
         self.engine, self.config, self.plan, self.schedule, self.groups = engine, train, plan, schedule, groups
         self.train_batches, self.eval_batches = iter(train_batches), eval_batches
         self.sinks, self.record, self.progress = sinks, record, progress
+        self.start_up, self.profiler = start_up, profiler
         self.started = time.monotonic()
         self._interval = Interval()
         self.bad_steps = 0
@@ -55,9 +60,14 @@ class Trainer:
         every, last = self.config, self.plan.iterations
         if self.progress.iteration == 0:
             self.evaluate("valid")
+        self.start_up.mark("evaluation")
         with ProgressBar(total=last, initial=self.progress.iteration) as bar:
             while self.progress.iteration < last:
-                self.step()
+                if self.profiler is None:
+                    self.step()
+                else:
+                    self.profiler.step(self)
+                self.start_up.end("first step")
                 i = self.progress.iteration
                 bar.update()
                 ends = i == last or bool(every.exit_interval and i % every.exit_interval == 0)

@@ -1,6 +1,8 @@
-"""Tiny experts in tables against one dumb loop per assignment; their memory; their initial values."""
+"""Tiny experts in tables against one dumb loop per assignment; sparse gradients; memory; initial values."""
 
 import contextlib
+import importlib.util
+from unittest import mock
 
 import pytest
 import torch
@@ -9,16 +11,24 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import peer
 from megatron.config.schema import ACTIVATIONS
-from megatron.moe.experts import is_gated
+from megatron.moe import neurons
+from megatron.moe.activations import is_gated
 from megatron.moe.neurons import MOST_BLOCKS, NeuronExperts, number_of_blocks
 
 D = 5
+neurons_have_mkl = torch.backends.mkl.is_available()
 
 
 def make(num_local=4, width=1, activation="gelu", hidden_size=D, num_experts=None, **options):
     return NeuronExperts(num_experts or num_local, num_local, hidden_size, width, activation,
                          **{"init_std": 0.7, "output_std": 0.5, **options})
+
+
+def slices(size):
+    """Sums of rows larger than so many bytes take the way of large ones."""
+    return mock.patch.object(neurons, "SLICE_BYTES", size)
 
 
 def make_inputs(tokens, assignments, experts, seed=0, dtype=torch.float64, hidden_size=D):
@@ -64,8 +74,10 @@ def compare(experts, inputs, **tolerance):
     got = torch.autograd.grad(ours, (x, weight, *tables), grad.to(x.dtype))
     want = torch.autograd.grad(expected, (x64, weight64, *exact.parameters()), grad, allow_unused=True)
     for name, a, b in zip(("x", "weight", *names), got, want, strict=True):
+        assert a.layout is (torch.sparse_coo if experts.sparse_gradients and name in names else torch.strided), name
+        a = a.to_dense().double()
         b = torch.zeros_like(a) if b is None else b
-        torch.testing.assert_close(a.double(), b.double(), **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a, b.double(), **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -78,10 +90,11 @@ def test_against_a_loop(activation, width):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 6), st.integers(0, 25), st.integers(1, 7), st.integers(1, 3),
-       st.sampled_from(ACTIVATIONS), st.integers(1, 2000))
-def test_random_lists_and_budgets(seed, tokens, assignments, num_local, width, activation, budget):
-    experts = make(num_local, width, activation, budget_bytes=budget).double()
-    compare(experts, make_inputs(tokens, assignments, num_local, seed))
+       st.sampled_from(ACTIVATIONS), st.integers(1, 1000), st.booleans(), st.booleans())
+def test_random_lists_and_slices(seed, tokens, assignments, num_local, width, activation, size, sparse, mkl):
+    experts = make(num_local, width, activation, sparse_gradients=sparse).double()
+    with slices(size), mock.patch("torch.backends.mkl.is_available", lambda: mkl and neurons_have_mkl):
+        compare(experts, make_inputs(tokens, assignments, num_local, seed))
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -114,7 +127,7 @@ def test_an_empty_list(tokens, activation):
 
 @pytest.mark.parametrize("activation", ["gelu", "silu", "swiglu", "geglu"])
 def test_gradcheck(activation):
-    experts = make(3, 2, activation, budget_bytes=300).double()
+    experts = make(3, 2, activation).double()
     x, token, expert, weight = make_inputs(3, 7, 3)
 
     def run(x, weight, *tables):
@@ -124,10 +137,10 @@ def test_gradcheck(activation):
     assert torch.autograd.gradcheck(run, (x, weight, *tables))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_bf16(activation):
-    experts = make(4, 3, activation).bfloat16()
-    compare(experts, make_inputs(6, 20, 4, dtype=torch.bfloat16), atol=0.05, rtol=0.02)
+def test_half_precision(activation, dtype, tolerance):
+    compare(make(4, 3, activation).to(dtype), make_inputs(6, 20, 4, dtype=dtype), atol=tolerance, rtol=0.02)
 
 
 def test_bf16_dot_products_are_added_up_in_fp32():
@@ -152,6 +165,15 @@ def test_products_of_bf16_numbers_are_not_rounded():
     assert (y == 2**-14).all()
 
 
+def test_between_bf16_sums_everything_is_fp32():
+    """silu(1) * 1.3738 is 1.0043, which rounds to 1 + 2^-7; with silu(1) rounded to bf16 it is 1.0035 and rounds to 1."""
+    experts = make(1, 1, "silu", hidden_size=1).bfloat16()
+    for table in experts.parameters():
+        torch.nn.init.ones_(table)
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert experts(torch.ones(1, 1, dtype=torch.bfloat16), zero, zero, torch.tensor([1.3738])) == 1 + 2**-7
+
+
 @pytest.mark.parametrize("rows, tables", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_rows_and_tables_of_different_precision(rows, tables):
     """The answer has the rows' dtype; each gradient has that of its own tensor."""
@@ -174,6 +196,27 @@ def test_gradients_that_nobody_asks_for():
             t.requires_grad_(t is tables[i])
         alone, = torch.autograd.grad(experts(x, token, expert, weight).square().sum(), tables[i])
         assert torch.equal(alone, whole[i]), name
+
+
+@pytest.mark.parametrize("wanted, made", [(("x", "weight"), {"token_sums": 3, "row_sums": 0, "pair_dots": 3}),
+                                          (("w1",), {"token_sums": 1, "row_sums": 1, "pair_dots": 3}),
+                                          (("w2",), {"token_sums": 1, "row_sums": 1, "pair_dots": 2})])
+def test_what_nobody_asks_for_is_not_computed(wanted, made):
+    """Two passes of dots and one of sums are the forward pass."""
+    experts, calls = make(4, 1, "swiglu"), dict.fromkeys(made, 0)
+    x, token, expert, weight = make_inputs(5, 12, 4, dtype=torch.float32)
+    for name, t in {"x": x, "weight": weight, **dict(experts.named_parameters())}.items():
+        t.requires_grad_(name in wanted)
+
+    def counted(name, original):
+        def call(*args):
+            calls[name] += 1
+            return original(*args)
+        return call
+
+    with mock.patch.multiple(neurons._How, **{name: counted(name, getattr(neurons._How, name)) for name in made}):
+        experts(x, token, expert, weight).sum().backward()
+    assert calls == made
 
 
 def test_without_gradients_and_with_recompute():
@@ -204,52 +247,148 @@ def test_rows_that_do_not_lie_side_by_side():
     compare(experts, (turned, token, expert, weight))
 
 
-def test_repeatable_bit_for_bit():
+@pytest.mark.parametrize("size", [2**30, 1000])
+def test_repeatable_bit_for_bit(size):
     experts = make(50, 2, "swiglu", hidden_size=32)
     inputs = make_inputs(40, 3000, 50, dtype=torch.float32, hidden_size=32)
     wanted = (inputs[0], inputs[3], *experts.parameters())
     runs = []
     for _ in range(2):
-        y = experts(*inputs)
-        runs.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+        with slices(size):
+            y = experts(*inputs)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that operations make, but for `allowed` numbers of elements."""
+    """Bytes of the largest dense tensor that operations make, but for `allowed` numbers of elements."""
 
-    def __init__(self, allowed):
+    def __init__(self, allowed=()):
         super().__init__()
         self.allowed, self.bytes = allowed, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.numel() not in self.allowed:
+            if isinstance(t, torch.Tensor) and t.layout is torch.strided and t.numel() not in self.allowed:
                 self.bytes = max(self.bytes, t.numel() * t.element_size())
         return out
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width, activation", [(1, "gelu"), (3, "swiglu")])
-def test_memory_stays_within_the_budget(dtype, width, activation):
-    """2,000 assignments of width 64 are 512 KB a table; nothing larger than the budget appears, and nothing changes."""
-    tokens, assignments, num_local, hidden, budget = 10, 2000, 20, 64, 32_000
-    whole = make(num_local, width, activation, hidden_size=hidden, budget_bytes=2**30).to(dtype)
-    inputs = make_inputs(tokens, assignments, num_local, dtype=dtype, hidden_size=hidden)
-    tight = make(num_local, width, activation, hidden_size=hidden, budget_bytes=budget).to(dtype)
-    lists = {assignments, assignments * width, num_local * width * hidden, tokens * hidden}
-    results, largest = [], []
-    for experts in (whole, tight):
-        with Largest(lists) as seen:
-            y = experts(*inputs)
-            y.float().square().sum().backward()
-        largest.append(seen.bytes)
-        results.append([y, *(p.grad for p in experts.parameters())])
-    assert largest[0] >= assignments * width * hidden * dtype.itemsize, "the probe sees the rows of all assignments"
-    assert 0 < largest[1] <= budget / 2, "gathered rows and their product share the budget"
+def test_rows_are_never_laid_side_by_side(dtype, width, activation, sparse):
+    """The rows of 2,000 assignments of width 64 are 256 KB or more a table; what appears is lists of two or three
+    numbers for each pair."""
+    tokens, assignments, num_local, hidden = 10, 2000, 20, 64
+    experts = make(num_local, width, activation, hidden_size=hidden, sparse_gradients=sparse).to(dtype)
+    x, token, expert, weight = make_inputs(tokens, assignments, num_local, dtype=dtype, hidden_size=hidden)
+    with Largest() as seen:
+        torch.einsum("ad,awd->aw", x[token], experts.w_in[expert])
+    assert seen.bytes >= assignments * width * hidden * dtype.itemsize, "the probe sees the rows of all assignments"
+    with Largest() as seen:
+        y = experts(x, token, expert, weight)
+        torch.autograd.grad(y.float().square().sum(), (x, weight, *experts.parameters()))
+    assert 8 * assignments * width <= seen.bytes <= 3 * 8 * assignments * width
+
+
+@pytest.mark.parametrize("mkl", [False, neurons_have_mkl])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_gradient_is_made_in_place_or_in_slices(dtype, mkl):
+    """In memory that holds anything at all, here NaN."""
+    def old_memory(shape, dtype, device):
+        return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+    num_local, hidden = 2000, 64
+    experts = make(num_local, 1, "gelu", hidden_size=hidden).to(dtype)
+    inputs, results = make_inputs(10, 50, num_local, dtype=dtype, hidden_size=hidden), []
+    for size in (2**30, 1000):
+        with slices(size), mock.patch("torch.backends.mkl.is_available", lambda: mkl), \
+                mock.patch.object(neurons.buffers, "empty", old_memory), Largest({num_local * hidden}) as seen:
+            grads = torch.autograd.grad(experts(*inputs).float().square().sum(), tuple(experts.parameters()))
+        results.append(grads)
+    assert seen.bytes <= 8 * (num_local + 1), "slices, and a number for each row"
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("width, activation", [(1, "gelu"), (2, "geglu")])
+def test_sparse_gradients(width, activation):
+    """The dense ones value by value, each used row once and in order, the unused ones not at all."""
+    experts = make(384, width, activation)  # 192 blocks of 2 experts
+    x, token, _, weight = make_inputs(6, 40, 384, dtype=torch.float32)
+    expert = torch.randint(0, 100, (40,)) * 3
+    dense = torch.autograd.grad(experts(x, token, expert, weight).square().sum(), tuple(experts.parameters()))
+    experts.sparse_gradients = True
+    sparse = torch.autograd.grad(experts(x, token, expert, weight).square().sum(), tuple(experts.parameters()))
+    used = (expert.unique()[:, None] * width + torch.arange(width)).flatten()
+    for (name, p), a, b in zip(experts.named_parameters(), sparse, dense, strict=True):
+        assert a.is_coalesced() and a.shape == p.shape and a.dtype == p.dtype, name
+        assert a.sparse_dim() == 2 and a.dense_dim() == 1, name
+        block, row = a.indices()
+        assert torch.equal(block * p.shape[1] + row, used), name
+        assert torch.equal(a.to_dense(), b) and (a.values() != 0).any(1).all(), name
+
+
+def test_sparse_gradients_add_up_and_an_optimizer_takes_them():
+    """Two micro-batches, then a step: Adam's first step leaves rows without gradient alone, as SparseAdam's does."""
+    results = []
+    for sparse, optimizer in ((False, torch.optim.Adam), (True, torch.optim.SparseAdam)):
+        experts = make(20, 2, "swiglu", sparse_gradients=sparse).double()
+        before = [p.detach().clone() for p in experts.parameters()]
+        for seed in (0, 1):
+            experts(*make_inputs(6, 12, 20, seed)).square().sum().backward()
+        grads = [p.grad.to_dense().clone() for p in experts.parameters()]
+        optimizer(list(experts.parameters()), lr=0.1, eps=1e-30).step()
+        results.append([*grads, *(a.detach() - b for a, b in zip(experts.parameters(), before))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+        assert (a == 0).any() and (a != 0).any()
+
+
+def test_a_gradient_that_is_taken_is_gone_before_the_next_is_made():
+    """So only one table's gradient is in memory when an optimizer takes each as it comes."""
+    experts, events = make(6, 1, "swiglu", sparse_gradients=True), []
+    make_gradient = neurons._How.row_sums
+
+    def note(how, rows, scale, pairs, shape):
+        events.append("made")
+        return make_gradient(how, rows, scale, pairs, shape)
+
+    for p in experts.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: events.append("taken"))
+    with mock.patch.object(neurons._How, "row_sums", note):
+        experts(*make_inputs(4, 9, 6, dtype=torch.float32)).sum().backward()
+    assert events == ["made", "taken"] * 3
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("size", [2**30, 1])
+def test_one_expert_with_everything(size, sparse):
+    x, token, expert, weight = make_inputs(4, 60, 9)
+    with slices(size):
+        compare(make(9, 2, "silu", sparse_gradients=sparse).double(), (x, token, expert * 0 + 7, weight))
+
+
+def test_rows_beyond_two_to_the_31_numbers():
+    """Of a table of 4 GB of which two pages are ever touched."""
+    rows, hidden = 2**20 + 1, 2**11
+    table = torch.empty(rows, hidden, dtype=torch.bfloat16)
+    table[-1], table[0] = 0.5, -0.25
+    x = torch.ones(1, hidden, dtype=torch.bfloat16)
+    row, token = torch.tensor([rows - 1, 0]), torch.tensor([0, 0])
+    assert neurons._dots(x, table, token, row).tolist() == [1024, -512]
+    y = neurons._bag_sum(table, row, torch.tensor([0, 2]), torch.tensor([2.0, 4.0]))
+    assert y.shape == (1, hidden) and (y == 0).all()
+
+
+@pytest.mark.parametrize("name, value", [("token", -1), ("token", 3), ("expert", -1), ("expert", 4)])
+def test_numbers_out_of_range_are_not_looked_up(name, value):
+    x, token, expert, weight = make_inputs(3, 5, 4, dtype=torch.float32)
+    {"token": token, "expert": expert}[name][2] = value
+    with pytest.raises(AssertionError, match="token or row numbers span"):
+        make(4)(x, token, expert, weight)
 
 
 @pytest.mark.parametrize("num_experts, ranks", [(4, 4), (191, 191), (12, 3), (192 * 20, 64), (2**10, 16), (3**6, 3)])
@@ -288,6 +427,22 @@ def test_no_two_rows_start_equal():
     assert (torch.pdist(torch.cat(tables)) > 1e-3).all()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_against_the_published_formula(sparse):
+    """The benchmark's reference, embeddings of all chosen rows and einsum, for as many choices of every token."""
+    experts = make(30, 1, "gelu", sparse_gradients=sparse)
+    x, _, expert, weight = make_inputs(6, 24, 30, dtype=torch.float32)
+    token = torch.arange(6).repeat_interleave(4)
+    tables = [t.detach().squeeze(1).requires_grad_() for t in (experts.w_in, experts.w_out)]
+    ours, theirs = experts(x, token, expert, weight), peer.reference(x, expert, weight, *tables, sparse)
+    torch.testing.assert_close(ours, theirs)
+    got = torch.autograd.grad(ours.square().sum(), (x, weight, experts.w1, experts.w2))
+    want = torch.autograd.grad(theirs.square().sum(), (x, weight, *tables))
+    for name, a, b in zip(("x", "weight", "w1", "w2"), got, want, strict=True):
+        assert a.is_sparse == b.is_sparse, name
+        torch.testing.assert_close(a.to_dense().view(b.shape), b.to_dense(), msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_initial_scales_and_independence_of_global_random_state():
     torch.manual_seed(0)
     experts = make(5000, 2, "geglu", hidden_size=16, init_std=0.5, output_std=0.1)
@@ -304,6 +459,15 @@ def test_initial_scales_and_independence_of_global_random_state():
 def test_meta_device_allocates_and_draws_nothing():
     with torch.device("meta"):
         assert make(2**30, 1, "swiglu", hidden_size=2**12).w_up.is_meta
+
+
+def test_unknown_backend_and_one_that_is_not_installed(monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'cpu'; allowed: auto torch triton"):
+        make(backend="cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="backend is 'triton'; allowed: auto torch. Triton is not installed"):
+        make(backend="triton")
+    assert make(backend="auto")._on_triton() is False
 
 
 def test_unknown_activation():

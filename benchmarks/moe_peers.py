@@ -1,0 +1,343 @@
+"""Mixture layers of other systems, and what they are measured against, behind one interface: tokens in, tokens out.
+
+Letters: T tokens, D hidden, E experts, H expert width, k experts per token, S rows (T x k).
+
+Every layer gets the same weights, all of them numbers that bf16 can hold, and the same tokens. Tokens are drawn so that
+every system chooses the same experts for them: their k-th and (k+1)-th logits differ by more than what a router in bf16
+rounds away. So outputs and gradients can be compared value by value before anything is timed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.model.mlp import MLP
+from megatron.moe.activations import is_gated
+from megatron.moe.experts import GroupedExperts
+from megatron.parallel import groups as parallel
+from megatron.parallel.groups import Groups
+
+MARGIN = 1 / 32
+"""bf16 rounds logits below 8 by half of this at most"""
+HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu"}
+"""transformers' name of the function inside the gated activations"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A layer and how many tokens go through it."""
+
+    tokens: int
+    hidden: int
+    experts: int
+    width: int
+    topk: int
+
+    def __str__(self) -> str:
+        return f"T {self.tokens}, D {self.hidden}, E {self.experts}, H {self.width}, k {self.topk}"
+
+    @property
+    def label(self) -> str:
+        return f"E{self.experts} H{self.width} k{self.topk}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer's weights, its input, and the gradient of its output."""
+
+    size: Size
+    activation: str
+    x_TD: Tensor
+    grad_TD: Tensor
+    router_ED: Tensor
+    """fp32; each system casts it to the dtype it scores in"""
+    w1_EHD: Tensor
+    w2_EDH: Tensor
+    w3_EHD: Tensor | None
+    """None unless the activation is gated"""
+
+    @staticmethod
+    def draw(size: Size, activation: str, device: torch.device, rank: int = 0, skew: float = 0.0) -> Problem:
+        """Random weights, the same on every rank, and the rank's own random tokens.
+
+        Args:
+            skew: the experts' router rows are scaled from 1 - skew to 1 + skew (twice over, so that each half of the
+                experts has its share of popular ones). At 0 all experts get about as many rows.
+        """
+        make = [torch.Generator(device).manual_seed(seed) for seed in (0, 1 + rank)]
+
+        def normal(*shape: int, std: float = 1.0, of_rank: bool = False) -> Tensor:
+            return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, std, generator=make[of_rank])
+
+        scale_E = torch.linspace(1 - skew, 1 + skew, size.experts // 2, device=device).repeat(2)
+        router_ED = (normal(size.experts, size.hidden, std=size.hidden**-0.5) * scale_E[:, None]).bfloat16().float()
+        found: list[Tensor] = []
+        while sum(map(len, found)) < size.tokens:
+            x_TD = normal(size.tokens, size.hidden, of_rank=True)
+            found.append(x_TD[_clear_choice(x_TD.float() @ router_ED.T, size.topk)])
+        up = (size.experts, size.width, size.hidden)
+        return Problem(size, activation, torch.cat(found)[: size.tokens].clone(),
+                       normal(size.tokens, size.hidden, of_rank=True), router_ED, normal(*up, std=size.hidden**-0.5),
+                       normal(size.experts, size.hidden, size.width, std=size.width**-0.5),
+                       normal(*up, std=size.hidden**-0.5) if is_gated(activation) else None)
+
+    def float(self) -> Problem:
+        """The same in fp32."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: t.float() for n, t in tensors.items() if isinstance(t, Tensor)})
+
+    def expert_weights(self, expert: int) -> dict[str, nn.Parameter]:
+        """One expert's weights by the names of `MLP`; parameters that share the memory of the stacks."""
+        first, down = nn.Parameter(self.w1_EHD[expert]), nn.Parameter(self.w2_EDH[expert])
+        if self.w3_EHD is None:
+            return {"up_proj": first, "down_proj": down}
+        return {"gate_proj": first, "up_proj": nn.Parameter(self.w3_EHD[expert]), "down_proj": down}
+
+    def make_expert(self, expert: int) -> MLP:
+        return load_mlp(MLP(1, 1, self.activation), self.expert_weights(expert))
+
+
+def _clear_choice(logits_TE: Tensor, topk: int) -> Tensor:
+    """Which tokens' choice is not changed by rounding the logits to bf16."""
+    if topk == logits_TE.shape[1]:
+        return torch.ones(len(logits_TE), dtype=torch.bool, device=logits_TE.device)
+    best_Tk1 = logits_TE.topk(topk + 1, dim=-1).values
+    return (best_Tk1[:, -2] - best_Tk1[:, -1] > MARGIN) & (logits_TE.abs().amax(-1) < 8)
+
+
+def load_mlp(mlp: MLP, weights: dict[str, nn.Parameter]) -> MLP:
+    for name, weight in weights.items():
+        getattr(mlp, name).weight = weight
+    return mlp
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Something that maps tokens to tokens, and whose gradients can be asked for."""
+
+    module: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    experts: nn.Module
+    """what holds the experts' weights"""
+
+    def step(self, problem: Problem) -> Callable[[], None]:
+        """Forward and backward, to be timed. Gradients are dropped at the end, so that the next step allocates its own
+        and nothing stays alive while others are measured."""
+        x_TD, grad_TD = problem.x_TD.detach().requires_grad_(), problem.grad_TD
+
+        def step() -> None:
+            self.forward(x_TD).backward(grad_TD)
+            self.module.zero_grad(set_to_none=True)
+            x_TD.grad = None
+
+        return step
+
+    def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """(output [T, D], gradient of the input [T, D], norm of the gradient of all experts' weights), in fp32."""
+        x_TD = problem.x_TD.detach().requires_grad_()
+        y_TD = self.forward(x_TD)
+        y_TD.backward(problem.grad_TD)
+        norm = torch.stack([p.grad.float().norm() for p in self.experts.parameters()]).norm()
+        self.module.zero_grad(set_to_none=True)
+        return y_TD.detach().float(), x_TD.grad.float(), norm
+
+
+def differences(layer: Layer, problem: Problem, expected: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float, float]:
+    """Largest relative difference of a token's output, of its gradient, and that of the weight gradients' norm."""
+    y, x_grad, norm = (
+        (a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(layer.results(problem), expected, strict=True))
+    return float(y.max()), float(x_grad.max()), float(norm)
+
+
+def dense(problem: Problem) -> Layer:
+    """A dense layer of k times an expert's width: the same multiply-adds on the same tokens."""
+    size = problem.size
+    mlp = MLP(size.hidden, size.topk * size.width, problem.activation).to(problem.x_TD.device, problem.x_TD.dtype)
+    return Layer(mlp, lambda x_TD: mlp(x_TD).y, mlp)
+
+
+def ours(problem: Problem, backend: str = "auto", groups: Groups | None = None) -> Layer:
+    """Our layer, or this rank's part of it."""
+    from megatron.moe import gates
+    from megatron.moe.layer import MoELayer
+
+    size = problem.size
+    gate = gates.create("topk", hidden_size=size.hidden, num_experts=size.experts, topk=size.topk,
+                        norm_topk_prob=size.topk > 1).to(problem.x_TD.device)
+    gate.router.weight.data.copy_(problem.router_ED)
+    own = own_experts(size, groups)
+    with torch.device("meta"):
+        experts = GroupedExperts(len(own), size.hidden, size.width, problem.activation, backend=backend)
+    for name, stack in (("w1", problem.w1_EHD), ("w2", problem.w2_EDH), ("w3", problem.w3_EHD)):
+        if stack is not None:
+            setattr(experts, name, nn.Parameter(stack[own.start : own.stop]))
+    layer = MoELayer(gate, experts, size.experts, groups=groups)
+
+    def forward(x_TD: Tensor) -> Tensor:
+        layer.end_step()
+        return layer(x_TD).y
+
+    return Layer(layer, forward, experts)
+
+
+def own_experts(size: Size, groups: Groups | None) -> range:
+    """Numbers of the experts that this rank holds."""
+    if groups is None:
+        return range(size.experts)
+    local = size.experts // groups.ep_size
+    return range(groups.ep_rank * local, (groups.ep_rank + 1) * local)
+
+
+class ExpertLoop(nn.Module):
+    """What one writes first: for each expert, gather its tokens, run it, add its weighted output to theirs."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        self.topk = problem.size.topk
+        self.router = nn.Parameter(problem.router_ED.clone())
+        self.experts = nn.ModuleList(problem.make_expert(e) for e in range(problem.size.experts))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        logit_Tk, expert_Tk = F.linear(x_TD.float(), self.router).topk(self.topk, dim=-1)
+        weight_Tk = logit_Tk.softmax(-1)
+        y_TD = torch.zeros_like(x_TD)
+        for number, expert in enumerate(self.experts):
+            token_n, choice_n = torch.where(expert_Tk == number)
+            rows_nD = expert(x_TD[token_n]).y * weight_Tk[token_n, choice_n].unsqueeze(1).to(x_TD.dtype)
+            y_TD.index_add_(0, token_n, rows_nD)
+        return y_TD
+
+
+def expert_loop(problem: Problem) -> Layer:
+    loop = ExpertLoop(problem)
+    return Layer(loop, loop, loop.experts)
+
+
+def deepspeed_moe(problem: Problem, groups: Groups | None = None) -> Layer:
+    """DeepSpeed's native layer, or this rank's part of it. Nothing is dropped: every expert's buffer is as long as the
+    fullest expert's."""
+    from deepspeed.moe.layer import MoE
+
+    class Expert(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).y
+
+    groups = groups or parallel.init(1)
+    size = problem.size
+    moe = MoE(size.hidden, Expert(1, 1, problem.activation), size.experts, ep_size=groups.ep_size, k=size.topk,
+              drop_tokens=False, min_capacity=0, use_rts=False, top2_2nd_expert_sampling=False)
+    moe.set_deepspeed_parallelism()
+    inner = moe.deepspeed_moe
+    inner.gate.wg.weight = nn.Parameter(problem.router_ED.clone())
+    for number, expert in zip(own_experts(size, groups), inner.experts.deepspeed_experts, strict=True):
+        load_mlp(expert, problem.expert_weights(number))
+    return Layer(moe, lambda x_TD: moe(x_TD)[0], inner.experts)
+
+
+def transformers_block(problem: Problem, family: str, implementation: str) -> Layer:
+    """The block of Mixtral or OLMoE in the dtype of the tokens, its router included."""
+    from transformers import MixtralConfig, OlmoeConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+    size = problem.size
+    shape = {"hidden_size": size.hidden, "intermediate_size": size.width, "num_experts_per_tok": size.topk,
+             "hidden_act": HIDDEN_ACT[problem.activation], "experts_implementation": implementation}
+    with torch.device("meta"):
+        if family == "Mixtral":
+            block = MixtralSparseMoeBlock(MixtralConfig(num_local_experts=size.experts, **shape))
+        else:
+            block = OlmoeSparseMoeBlock(OlmoeConfig(num_experts=size.experts, norm_topk_prob=True, **shape))
+    block.gate.weight = nn.Parameter(problem.router_ED.to(problem.x_TD.dtype))
+    block.experts.gate_up_proj = nn.Parameter(torch.cat([problem.w1_EHD, problem.w3_EHD], 1))
+    block.experts.down_proj = nn.Parameter(problem.w2_EDH)
+    return Layer(block, lambda x_TD: block(x_TD.unsqueeze(0)).squeeze(0), block.experts)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that may be measured."""
+
+    name: str
+    make: Callable[[Problem], Layer]
+    reason: str = ""
+    """why it is not measured here; empty if it is"""
+
+
+def candidates(size: Size, activation: str, device: torch.device) -> Iterator[Candidate]:
+    """Our layer by backend, then everyone else's."""
+    for backend in ("auto", "reference", "grouped_mm", "cpu" if device.type == "cpu" else "triton"):
+        yield Candidate(f"ours, {backend}", lambda problem, backend=backend: ours(problem, backend))
+    yield Candidate("per-expert loop", expert_loop)
+    yield Candidate("DeepSpeed MoE", deepspeed_moe)
+    for family, implementation in transformers_names():
+        yield Candidate(f"{family}, {implementation}",
+                        lambda problem, a=family, b=implementation: transformers_block(problem, a, b),
+                        why_not(implementation, size, activation, device))
+
+
+def transformers_names() -> list[tuple[str, str]]:
+    """(family, implementation of its experts), all that transformers registers. The two families' experts are the same;
+    their routers are not, so the implementations that have a chance are measured with both."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return [("Mixtral", "eager"), *(("Mixtral", name) for name in ALL_EXPERTS_FUNCTIONS.valid_keys()),
+            ("OLMoE", "grouped_mm")]
+
+
+def why_not(implementation: str, size: Size, activation: str, device: torch.device) -> str:
+    """Why an implementation of transformers' experts cannot be measured; empty if it can."""
+    if activation not in HIDDEN_ACT:
+        return f"its experts are gated, {activation} is not"
+    if implementation in ("deepgemm", "sonicmoe"):
+        return "its kernels are for CUDA and come from the network"
+    if implementation == "batched_mm":
+        # All rows' own copies of the weights, kept for the backward pass, and the gradient of one of them.
+        needed = 2 * size.tokens * size.topk * (3 + 2) * size.hidden * size.width
+        if needed > memory(device):
+            return f"it needs {needed / 1e9:.0f} GB for copies of weights; there are {memory(device) / 1e9:.0f}"
+    return ""
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of the machine, or of its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def bare_gemms(rows: list[int], hidden: int, width: int, gated: bool, like: Tensor) -> Callable[[], None]:
+    """The matrix products of feed-forward layers, forward and backward, and nothing else: no rows are moved, nothing is
+    allocated, no activation is computed. `rows` says how many rows each layer has; one of T rows is the dense layer."""
+    total, groups = sum(rows), len(rows)
+    x_SD, x_grad_SD, y_SD = (like.new_ones(total, hidden).split(rows) for _ in range(3))
+    h_SH, a_SH = (like.new_ones(total, width).split(rows) for _ in range(2))
+    up_GHD, up_grad_GHD = (like.new_ones(groups, width, hidden).unbind() for _ in range(2))
+    down_GDH, down_grad_GDH = (like.new_ones(groups, hidden, width).unbind() for _ in range(2))
+    layers = list(zip(x_SD, x_grad_SD, y_SD, h_SH, a_SH, up_GHD, up_grad_GHD, down_GDH, down_grad_GDH, strict=True))
+
+    def step() -> None:
+        for x, _, y, h, a, up, _, down, _ in layers:
+            for _ in range(2 if gated else 1):
+                torch.mm(x, up.T, out=h)
+            torch.mm(a, down.T, out=y)
+        for x, x_grad, y, h, a, up, up_grad, down, down_grad in layers:
+            torch.mm(y.T, a, out=down_grad)
+            torch.mm(y, down, out=h)
+            for _ in range(2 if gated else 1):
+                torch.mm(h.T, x, out=up_grad)
+                torch.mm(h, up, out=x_grad)
+
+    return step
+
+
+def loads(problem: Problem) -> list[int]:
+    """Rows of each expert."""
+    chosen_Tk = (problem.x_TD.float() @ problem.router_ED.T).topk(problem.size.topk, dim=-1).indices
+    return torch.bincount(chosen_Tk.flatten(), minlength=problem.size.experts).tolist()

@@ -1,0 +1,60 @@
+"""Triton kernel for PEER's tables: dot products of listed pairs of rows.
+
+Letters: T tokens, D hidden, R rows of a table, P pairs of a token and a row.
+
+The other operation of tiny experts, weighted sums of listed rows, is `grouped.weighted_combine`: by token for outputs
+and the tokens' gradients, and by touched row, after a sort and without atomics, for the tables' gradients. Forward and
+backward are put together from the two in `megatron.moe.neurons`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron.config.schema import require
+from megatron.moe.kernels.grouped import DTYPES
+
+PAIRS, COLUMNS = 16, 128
+"""what a program has of a product at a time: 2,048 numbers in fp32, 16 registers of each of its 128 threads"""
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _dots_kernel(rows_ptr, table_ptr, token_ptr, row_ptr, out_ptr, num_pairs, columns, BLOCK_P: tl.constexpr,
+                 BLOCK_D: tl.constexpr):
+    """out[p] = sum over d of rows[token[p], d] * table[row[p], d]: BLOCK_P pairs by one program."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    listed = pair < num_pairs
+    token = tl.load(token_ptr + pair, mask=listed, other=0)
+    row = tl.load(row_ptr + pair, mask=listed, other=0)
+    acc = tl.full((BLOCK_P, BLOCK_D), 0.0, tl.float32)
+    for first in range(0, columns, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        here = listed[:, None] & (column < columns)[None, :]
+        x = tl.load(rows_ptr + token[:, None] * columns + column[None, :], mask=here, other=0.0)
+        y = tl.load(table_ptr + row[:, None] * columns + column[None, :], mask=here, other=0.0)
+        acc += x.to(tl.float32) * y.to(tl.float32)
+    tl.store(out_ptr + pair, tl.sum(acc, 1), mask=listed)
+
+
+def dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tensor) -> Tensor:
+    """rows[token_p] . table[row_p], in any order of the list, repeatable bit for bit. Nothing waits for the device.
+
+    Args:
+        rows_TD, table_RD: bf16, fp16 or fp32, of one dtype, contiguous.
+        token_P, row_P: int64, in range: nobody checks.
+    Returns:
+        [P] fp32, accumulated in fp32.
+    Raises:
+        ValueError: fp64.
+    """
+    require(rows_TD.dtype in DTYPES, "the dtype of Triton's kernels", rows_TD.dtype, " ".join(map(str, DTYPES)))
+    assert rows_TD.dtype == table_RD.dtype, f"rows are {rows_TD.dtype}, the table {table_RD.dtype}"
+    assert rows_TD.is_contiguous() and table_RD.is_contiguous(), "rows and table must be contiguous"
+    out_P = torch.empty(len(token_P), dtype=torch.float32, device=rows_TD.device)
+    _dots_kernel[(triton.cdiv(len(token_P), PAIRS),)](
+        rows_TD, table_RD, token_P.contiguous(), row_P.contiguous(), out_P, len(token_P), rows_TD.shape[1],
+        BLOCK_P=PAIRS, BLOCK_D=COLUMNS)
+    return out_P
