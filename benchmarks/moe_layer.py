@@ -22,7 +22,7 @@ import ctypes
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,16 +37,17 @@ in a chain of products is a third of it, a token sent to a wrong expert many tim
 SIZES = {  # (tokens, hidden, experts, width, experts per token)
     "cpu": ((8192, 1024, 64, 512, 8), (4096, 512, 8, 1024, 2), (4096, 768, 128, 256, 8)),
     "cuda": ((16384, 2048, 64, 1408, 6), (16384, 2048, 128, 1024, 8)),
-    "quick": ((1024, 256, 16, 128, 4), (512, 256, 8, 128, 2)),
+    "quick": ((512, 256, 16, 128, 4),),
 }
 SWEEP = {"cpu": ((8192, 1024, 512, 8), (8, 16, 32, 64, 128, 256)), "cuda": ((16384, 2048, 1024, 8), (8, 32, 128, 256)),
-         "quick": ((1024, 256, 128, 8), (8, 32))}
+         "quick": ((512, 256, 128, 8), (8, 32))}
 BARS = (  # by size: against dense, against DeepSpeed, against the best of transformers; 0.769 is 1 / 1.3
     (1.40, 0.4, 0.5), (1.35, 0.5, 0.769))
 SWEEP_BAR, MEMORY_BAR = 1.3, 0.7
 PARTS = ("sizes", "experts", "memory")
 OURS, DENSE, DEEPSPEED = "ours, auto", "dense", "DeepSpeed MoE"
-MEMORY = (OURS, "ours, grouped_mm", "Mixtral, grouped_mm", "OLMoE, grouped_mm", DEEPSPEED)
+MEMORY = {False: (OURS, "ours, grouped_mm", "Mixtral, grouped_mm", "OLMoE, grouped_mm", DEEPSPEED),
+          True: (OURS, "OLMoE, grouped_mm")}  # --quick
 
 
 def synchronised(step: Callable[[], None], device) -> Callable[[], None]:
@@ -78,11 +79,11 @@ def compare_values(problem, layers: dict) -> None:
 
 
 def size_rows(size, activation: str, device, rounds: int, bars: tuple[float, ...] | None,
-              only: str = "") -> list[report.Row]:
+              only: Sequence[str]) -> list[report.Row]:
     """One size: every layer that can be measured here against dense, and ours against the best of the others.
 
     Args:
-        only: a regular expression that the names of the other layers must match.
+        only: one of these must be in the names of the other layers.
     """
     from benchmarks import moe_peers as peers
     from megatron.moe.activations import is_gated
@@ -92,7 +93,7 @@ def size_rows(size, activation: str, device, rounds: int, bars: tuple[float, ...
     print(f"\n{size}, {activation}, bf16; rows of an expert: {min(loads)} to {max(loads)}")
     layers = {}
     for candidate in peers.candidates(size, activation, device):
-        if candidate.name != OURS and not re.search(only, candidate.name):
+        if candidate.name != OURS and not any(word in candidate.name for word in only):
             continue
         if candidate.reason:
             print(f"not measured: {candidate.name}: {candidate.reason}")
@@ -191,12 +192,13 @@ def resident(device) -> tuple[int, int]:
     return now, peak
 
 
-def memory_rows(shape: tuple[int, ...], activation: str, device, rounds: int, bar: float | None) -> list[report.Row]:
+def memory_rows(shape: tuple[int, ...], names: tuple[str, ...], activation: str, device, rounds: int,
+                bar: float | None) -> list[report.Row]:
     """Our layer against the smaller of transformers' grouped_mm blocks."""
     from benchmarks import moe_peers as peers
 
     size = peers.Size(*shape)
-    names = [c.name for c in peers.candidates(size, activation, device) if c.name in MEMORY and not c.reason]
+    names = [c.name for c in peers.candidates(size, activation, device) if c.name in names and not c.reason]
     taken: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -212,12 +214,14 @@ def memory_rows(shape: tuple[int, ...], activation: str, device, rounds: int, ba
 
 
 def main() -> int:
+    from megatron.config.schema import ACTIVATIONS
+
     parser = report.parser(__doc__)
-    parser.add_argument("--activation", default="swiglu", help="swiglu (default), geglu, gelu, relu or silu")
+    parser.add_argument("--activation", default="swiglu", choices=ACTIVATIONS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="which tables (default: all)")
-    parser.add_argument("--layers", default="", metavar="REGEX",
-                        help=f"in the table of sizes, only layers whose name matches, beside {DENSE} and '{OURS}'")
+    parser.add_argument("--layers", nargs="+", default=("",), metavar="WORD",
+                        help=f"in the table of sizes, only layers with such a word in their name, and '{OURS}'")
     args = parser.parse_args()
     import torch
 
@@ -237,7 +241,8 @@ def main() -> int:
     if "experts" in args.part:
         rows += sweep_rows(*SWEEP[kind], args.activation, device, rounds, SWEEP_BAR if barred else None)
     if "memory" in args.part:
-        rows += memory_rows(SIZES[kind][0], args.activation, device, processes, MEMORY_BAR if barred else None)
+        rows += memory_rows(SIZES[kind][0], MEMORY[args.quick], args.activation, device, processes,
+                            MEMORY_BAR if barred else None)
     parallel.shutdown()
     print()
     return report.finish(rows, args)

@@ -122,7 +122,7 @@ def main() -> int:
     whole, baseline = "launch to first logged step", f"{RANKS} ranks that import torch and DeepSpeed"
     rows = [report.row(whole, baseline, [a / b for a, (_, b) in zip(total, theirs, strict=True)], BAR),
             report.row(f"{whole}, no evaluation", baseline,
-                       [(a - one["evaluation"]) / b for a, one, (_, b) in zip(total, ours, theirs, strict=True)]),
+                       [(a - one["evaluation"]) / b for a, one, (_, b) in zip(total, ours, theirs, strict=True)], BAR),
             report.row(whole, "the same, until they have", [a / b for a, (b, _) in zip(total, theirs, strict=True)])]
     code = report.finish(rows, args)
     print(f"\n{'seconds, median (lowest - highest)':48s}")

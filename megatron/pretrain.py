@@ -132,10 +132,11 @@ def train(config: RunConfig, started: float | None = None) -> None:
 
 def _say_backend(config: RunConfig, groups) -> None:
     """What multiplies the experts' rows, and why, before anything is built for a choice that is not possible here."""
-    from megatron.moe.grouped import DTYPES, choose_backend
+    from megatron.model.build import choose_backend
+    from megatron.moe.grouped import DTYPES
 
     if config.moe.num_experts:
-        backend, why = choose_backend(config.moe.moe_backend, groups.device.type, DTYPES[config.optimizer.precision])
+        backend, why = choose_backend(config.model, config.moe, groups.device, DTYPES[config.optimizer.precision])
         log.get_logger().info("experts run on the %s backend: %s", backend, why)
 
 

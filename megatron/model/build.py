@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 from megatron.model.size import count, table
-from megatron.moe import gates
+from megatron.moe import gates, grouped, neurons
 from megatron.moe.experts import GroupedExperts, expert_output_std
 from megatron.moe.layer import MoELayer, NeuronLayer
 from megatron.moe.neurons import NeuronExperts
@@ -50,6 +51,18 @@ def size_table(model: GPT, moe: MoEConfig, gate_options: dict[str, Any]) -> str:
     return table(count(model, gate.experts_per_token(gate.Config(**gate_options), max(1, moe.num_experts))))
 
 
+def choose_backend(model: ModelConfig, moe: MoEConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(what multiplies the rows of a run's experts, why).
+
+    Raises:
+        ValueError: --moe-backend asks for one that is not possible here.
+    """
+    if gates.gate_class(moe.gate).neurons:
+        return neurons.choose_backend(moe.moe_backend, device.type, dtype)
+    features = (model.hidden_size, moe.moe_ffn_hidden_size or model.ffn_size)
+    return grouped.choose_backend(moe.moe_backend, device.type, dtype, features)
+
+
 def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int,
                    groups: Groups) -> MoELayer:
     """This rank's part of one mixture layer."""
@@ -60,9 +73,9 @@ def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, laye
     options = {"shared": shared, "train_capacity_factor": moe.moe_train_capacity_factor, "groups": groups,
                "eval_capacity_factor": moe.moe_eval_capacity_factor, "min_capacity": moe.moe_min_capacity}
     if gate.neurons:
-        neurons = NeuronExperts(moe.num_experts, local, model.hidden_size, width, model.act, **places,
-                                output_std=output_std * gate.output_gain(width), backend=moe.moe_backend)
-        return NeuronLayer(gate, neurons, neurons.num_blocks, **options)
+        tables = NeuronExperts(moe.num_experts, local, model.hidden_size, width, model.act, **places,
+                               output_std=output_std * gate.output_gain(width), backend=moe.moe_backend)
+        return NeuronLayer(gate, tables, tables.num_blocks, **options)
     experts = GroupedExperts(local, model.hidden_size, width, model.act, **places, output_std=output_std,
                              backend=moe.moe_backend)
     return MoELayer(gate, experts, moe.num_experts, **options)

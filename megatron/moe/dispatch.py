@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron import buffers
-from megatron.moe.plan import Rows, Sizes, count, starts  # noqa: F401 TEMPORARY
+from megatron.moe.plan import Rows, Sizes, starts
 
 
 def bag_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -23,13 +23,17 @@ def bag_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = 
 
     Args:
         rows: [any, D].
-        order: int64, which rows; may be longer than the bags on CUDA.
+        order: int64, which rows; may be longer than the bags.
         bags: where each bag starts in `order`; the last entry is where the last one ends.
         weights: as `order`, in the dtype of the rows.
     """
     if len(order) == 0 or len(rows) == 0:
         return rows.new_zeros(len(bags) - 1, rows.shape[1])
-    if order.device.type == "cpu" and len(order) > (length := int(bags[-1])):
+    if order.device.type != "cpu":
+        # There the last bag goes to the end of `order`, whatever its offset says: what lies beyond gets its own.
+        bags = F.pad(bags, (0, 1), value=len(order))
+        return F.embedding_bag(order, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)[:-1]
+    if len(order) > (length := int(bags[-1])):
         order, weights = order[:length], None if weights is None else weights[:length]
         if not length:
             return rows.new_zeros(len(bags) - 1, rows.shape[1])
@@ -56,10 +60,11 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_SD: Tensor, weight_S: Tensor | None, rows: Rows) -> Tensor:
         ctx.rows, ctx.length = rows, len(rows_SD)
+        by_token_S = rows.by_token_S[: ctx.length]
         if weight_S is None:
-            return bag_sum(rows_SD, rows.by_token_S, rows.bags_T1)
+            return bag_sum(rows_SD, by_token_S, rows.bags_T1)
         ctx.save_for_backward(rows_SD, weight_S)
-        return bag_sum(rows_SD, rows.by_token_S, rows.bags_T1, weight_S[rows.by_token_S].to(rows_SD.dtype))
+        return bag_sum(rows_SD, by_token_S, rows.bags_T1, weight_S[by_token_S].to(rows_SD.dtype))
 
     @staticmethod
     @once_differentiable

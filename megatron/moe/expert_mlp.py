@@ -37,7 +37,7 @@ def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2
     Raises:
         ValueError: a backend that is not possible here.
     """
-    name, _ = choose_backend(backend, x_TD.device.type, x_TD.dtype)
+    name, _ = choose_backend(backend, x_TD.device.type, x_TD.dtype, tuple(w1.shape[1:]))
     if name == "cpu":
         return _CpuMLP.apply(x_TD, weight_S, w1, w3, w2, rows, activation)
     if name == "triton":

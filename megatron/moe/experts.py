@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.activations import activate, is_gated  # noqa: F401 TEMPORARY
+from megatron.moe.activations import is_gated
 from megatron.moe.expert_mlp import expert_mlp
 from megatron.moe.plan import Rows
 

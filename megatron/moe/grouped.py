@@ -27,9 +27,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @cache
-def choose_backend(requested: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+def choose_backend(requested: str, device: str, dtype: torch.dtype,
+                   features: tuple[int, ...] = ()) -> tuple[str, str]:
     """(backend, why) for tensors of this device type and dtype.
 
+    Args:
+        features: inputs and outputs of the products.
     Raises:
         ValueError: unknown, or not possible here.
     """
@@ -37,18 +40,19 @@ def choose_backend(requested: str, device: str, dtype: torch.dtype) -> tuple[str
     if requested == "auto":
         if device == "cpu":
             return "cpu", "rows stay in the cache between the products of one expert"
-        reasons = [f"{name}: {why}" for name in ("triton", "grouped_mm") if (why := _obstacle(name, device, dtype))]
+        obstacles = [(name, _obstacle(name, device, dtype, features)) for name in ("triton", "grouped_mm")]
+        reasons = [f"{name}: {why}" for name, why in obstacles if why]
         if not reasons:
             return "triton", "a CUDA device, and triton is installed"
         if len(reasons) == 1:
             return "grouped_mm", f"torch has it, and not {reasons[0]}"
         return "reference", "; ".join(f"not {reason}" for reason in reasons)
-    obstacle = _obstacle(requested, device, dtype)
+    obstacle = _obstacle(requested, device, dtype, features)
     require(obstacle is None, "--moe-backend", requested, f"not here ({obstacle})", "Use auto.")
     return requested, "--moe-backend says so"
 
 
-def _obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
+def _obstacle(backend: str, device: str, dtype: torch.dtype, features: tuple[int, ...]) -> str | None:
     """Why the backend cannot be used, or None."""
     if backend == "cpu" and device != "cpu":
         return f"the tensors are on {device}"
@@ -57,6 +61,8 @@ def _obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
             return f"torch {torch.__version__} has no F.grouped_mm"
         if dtype not in DTYPES.values() or (device != "cpu" and dtype != torch.bfloat16):
             return f"it has no {dtype} on {device}"
+        if odd := [size for size in features if size * dtype.itemsize % 16]:
+            return f"a row of {odd[0]} numbers of {dtype} is no multiple of 16 bytes"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install triton"
@@ -78,7 +84,7 @@ def grouped_linear(x_ND: Tensor, weight_EHD: Tensor, ends_E: Tensor, backend: st
     Raises:
         ValueError: a backend that is not possible here.
     """
-    name, _ = choose_backend(backend, x_ND.device.type, x_ND.dtype)
+    name, _ = choose_backend(backend, x_ND.device.type, x_ND.dtype, tuple(weight_EHD.shape[1:]))
     if name == "reference":
         # unbind once: indexing a stacked weight in the loop would zero-fill the whole stack in every backward.
         pieces = zip(x_ND.split(counts_of(ends_E)), weight_EHD.unbind(), strict=True)

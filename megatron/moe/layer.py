@@ -33,7 +33,7 @@ class MoELayer(nn.Module):
         num_experts: stacked weights of `experts` over all ranks of the expert-parallel group, which is how checkpoints
             count them; PEER's are blocks of many neurons.
         shared: an always-on MLP `(x, context) -> FFNOutput`, or None.
-        train_capacity_factor, eval_capacity_factor, min_capacity: see `dispatch.capacity`; factor 0 is dropless.
+        train_capacity_factor, eval_capacity_factor, min_capacity: see `plan.capacity`; factor 0 is dropless.
         groups: who shares the experts, and whose loads a global balance loss adds up.
     """
 

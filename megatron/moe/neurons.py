@@ -17,7 +17,6 @@ rows of one table or writes those of its gradient; the other side is the tokens'
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable
@@ -32,13 +31,14 @@ from torch.autograd.function import once_differentiable
 
 from megatron import buffers
 from megatron.config.schema import ACTIVATIONS, require
-from megatron.moe import dispatch
+from megatron.moe import dispatch, grouped
 from megatron.moe.activations import activate, is_gated
 from megatron.moe.plan import count
 
 MOST_BLOCKS = 192
 """blocks of a larger number of experts; as 64 x 3 it can be shared out to 2, 3, 4, 6, 8, ... ranks"""
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "reference", "triton")
+"""of `--moe-backend`: there are no grouped products here"""
 SLICE_BYTES = 8 * 2**20
 """of larger sums of rows, that many bytes are made at a time: they are in the cache when they go to their place"""
 
@@ -65,10 +65,9 @@ class NeuronExperts(nn.Module):
         output_std: of w_out.
         sparse_gradients: gradients of the tables are sparse tensors of the rows that were used, sorted and each once,
             as torch.optim.SparseAdam takes them. DeepSpeed's ZeRO wants dense ones.
-        backend: "torch", "triton", or "auto": triton for CUDA tensors, but not in fp64, where it is installed.
+        backend: reference (torch's operations), triton, or auto: see `choose_backend`.
     Raises:
-        ValueError: unknown activation or backend, triton chosen but not installed, or blocks that cannot be shared out
-            to so many ranks.
+        ValueError: unknown activation or backend, or blocks that cannot be shared out to so many ranks.
     """
 
     initialises_itself = True
@@ -82,8 +81,7 @@ class NeuronExperts(nn.Module):
         self.num_blocks, ranks = number_of_blocks(num_experts), num_experts // num_local
         require(self.num_blocks % ranks == 0, "--moe-expert-parallel-size", ranks,
                 f"a divisor of {self.num_blocks}, the blocks that {num_experts} experts are kept in")
-        require(backend in BACKENDS, "backend", backend, " ".join(BACKENDS))
-        require(backend != "triton" or _has_triton(), "backend", backend, "auto torch", "Triton is not installed")
+        require(backend in BACKENDS, "--moe-backend", backend, f"{' '.join(BACKENDS)} for tables of neurons")
         self.sparse_gradients, self.backend = sparse_gradients, backend
         per_block = num_experts // self.num_blocks
         stds = {"w1": init_std, "w2": output_std, **({"w3": init_std} if is_gated(activation) else {})}
@@ -125,9 +123,18 @@ class NeuronExperts(nn.Module):
         return _WeightedRows.apply(self.w2, scale_AW.flatten(), how, *pairs).to(x_TD.dtype)
 
     def _on_triton(self) -> bool:
-        if self.backend == "auto":
-            return self.w1.is_cuda and self.w1.dtype != torch.float64 and _has_triton()
-        return self.backend == "triton"
+        return choose_backend(self.backend, self.w1.device.type, self.w1.dtype)[0] == "triton"
+
+
+def choose_backend(requested: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(reference or triton, why) for tables on this device type and of this dtype.
+
+    Raises:
+        ValueError: unknown, or not possible here.
+    """
+    require(requested in BACKENDS, "--moe-backend", requested, f"{' '.join(BACKENDS)} for tables of neurons")
+    name, why = grouped.choose_backend(requested, device, dtype)
+    return (name, why) if name == "triton" else ("reference", "torch's own operations on tables")
 
 
 class Pairs(NamedTuple):
@@ -310,10 +317,6 @@ def _bags(counts: Tensor) -> Tensor:
     bags_G1 = counts.new_zeros(len(counts) + 1)
     torch.cumsum(counts, 0, out=bags_G1[1:])
     return bags_G1
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _triton_kernels() -> tuple[Callable, Callable]:

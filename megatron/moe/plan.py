@@ -155,7 +155,8 @@ class _Order:
 
     def rows(self, first: int, ends_G: Tensor, length: int | None = None) -> Rows:
         """The rows from place `first` on, whose groups end at `first` + `ends_G`; `length` is the last end if known."""
-        inside_A = (self.position_A >= first) & (self.position_A < first + ends_G[-1:])
+        last = ends_G[-1:] if len(ends_G) else 0
+        inside_A = (self.position_A >= first) & (self.position_A < first + last)
         by_token_S = _first(self.position_A, inside_A)[:length] - first
         assignment_S = self.order_A[first:][:length]
         return Rows(assignment_S, self.token_A[assignment_S], by_token_S, self.bags(inside_A), ends_G)

@@ -147,6 +147,9 @@ def prepare_zero() -> None:
 def few_objects_to_collect() -> Iterator[None]:
     """Garbage collections look at new objects only: DeepSpeed collects before it prints a memory figure, and each of
     those ten times all objects of torch would be looked at, for 0.2 s."""
+    if gc.get_freeze_count():  # somebody else's, and not ours to undo
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -79,7 +79,7 @@ class StepProfiler:
         done: iterations that are done when this run starts.
         iterations: of the whole schedule.
     Raises:
-        ValueError: a rank that there is not, or iterations that this run does not do.
+        ValueError: a rank that there is not, or iterations that this run does not reach.
     """
 
     def __init__(self, config: TrainConfig, groups: Groups, done: int, iterations: int):
@@ -87,10 +87,11 @@ class StepProfiler:
         self.ranks, self.device = config.profile_ranks, groups.device
         require(max(self.ranks) < groups.world_size, "--profile-ranks", list(self.ranks),
                 f"0 to {groups.world_size - 1}")
-        require(done <= self.start, "--profile-step-start", self.start, f"{done} or more, where this run starts",
-                "Profile later iterations, or leave --profile out.")
+        if done > self.start:  # as of a run that was started again with the same flags
+            get_logger().warning("--profile: iteration %d is done already; nothing is profiled", self.start + 1)
+            self.ranks = ()
         exit_at = (done // config.exit_interval + 1) * config.exit_interval if config.exit_interval else iterations
-        require(self.end <= min(iterations, exit_at), "--profile-step-end", self.end,
+        require(not self.ranks or self.end <= min(iterations, exit_at), "--profile-step-end", self.end,
                 f"at most {min(iterations, exit_at)}, where this run ends",
                 "Set it and --profile-step-start to iterations that it does.")
         self.folder = profile_folder(config)
@@ -114,7 +115,7 @@ class StepProfiler:
             except BaseException:
                 self._attached.close()
                 raise
-        if done + 1 == self.end:
+        if self.ranks and done + 1 == self.end:
             self._finish()
 
     def _begin(self, trainer: Trainer) -> None:

@@ -73,6 +73,23 @@ def test_bags_may_end_before_the_order_does():
     assert bag_sum(x, order, torch.tensor([0, 0])).tolist() == [[0, 0]]
 
 
+def test_elsewhere_the_last_bag_would_go_to_the_end(monkeypatch):
+    """CUDA's embedding_bag ignores the last offset: what lies beyond must not be added to the last token."""
+    def embedding_bag(order, rows, bags, mode, per_sample_weights, include_last_offset):
+        ends = [*bags[1:-1].tolist(), len(order)]
+        weights = torch.ones(len(order)) if per_sample_weights is None else per_sample_weights
+        return torch.stack([(rows[order[a:b]] * weights[a:b, None]).sum(0) for a, b in zip(bags.tolist(), ends)])
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", embedding_bag)
+    x = torch.tensor([[1.0], [2], [float("nan")]])
+    order = torch.tensor([1, 0, 2, 2])
+    for weights, expected in ((None, [[2], [1]]), (torch.tensor([3.0, 5, 1, 1]), [[6], [5]])):
+        assert bag_sum(x, order.as_subclass(Elsewhere), torch.tensor([0, 1, 2]), weights).tolist() == expected
+
+
 def _exchange(ep_size, case):
     """Tag every row with (rank, expert, n); check what arrives, send it back multiplied, check the gradient."""
     groups = groups_for(ep_size)

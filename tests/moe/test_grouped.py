@@ -203,11 +203,25 @@ def test_which_backend_and_why(monkeypatch):
     ("cpu", "cuda", torch.float32, "the tensors are on cuda"),
     ("grouped_mm", "cpu", torch.float64, "no torch.float64 on cpu"),
     ("grouped_mm", "cuda", torch.float32, "no torch.float32 on cuda"),
+    ("grouped_mm", "cpu", torch.float32, "a row of 18 numbers of torch.float32 is no multiple of 16 bytes"),
     ("triton", "cuda", torch.float64, "no torch.float64"),
 ])
 def test_backends_that_are_not_possible(requested, device, dtype, what):
     with pytest.raises(ValueError, match=f"--moe-backend is '{requested}'.*{what}"):
-        choose_backend(requested, device, dtype)
+        choose_backend(requested, device, dtype, (16, 18))
+
+
+def test_sizes_that_grouped_mm_cannot_do(monkeypatch):
+    """auto takes another one, and the one that was asked for says so before torch does."""
+    with monkeypatch.context() as m:
+        m.setattr(grouped.importlib.util, "find_spec", lambda name: None)
+        choose_backend.cache_clear()
+        assert choose_backend("auto", "cuda", torch.bfloat16, (64, 8))[0] == "grouped_mm"
+        name, why = choose_backend("auto", "cuda", torch.bfloat16, (64, 20))
+        assert name == "reference" and "a row of 20 numbers" in why
+    choose_backend.cache_clear()
+    with pytest.raises(ValueError, match="a row of 3 numbers"):
+        grouped_linear(torch.randn(2, 3), torch.randn(1, 4, 3), torch.tensor([2]), "grouped_mm")
 
 
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):

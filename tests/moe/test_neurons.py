@@ -15,7 +15,8 @@ from benchmarks import peer
 from megatron.config.schema import ACTIVATIONS
 from megatron.moe import neurons
 from megatron.moe.activations import is_gated
-from megatron.moe.neurons import MOST_BLOCKS, NeuronExperts, number_of_blocks
+from megatron.moe.grouped import choose_backend as choose
+from megatron.moe.neurons import MOST_BLOCKS, NeuronExperts, choose_backend, number_of_blocks
 
 D = 5
 neurons_have_mkl = torch.backends.mkl.is_available()
@@ -166,7 +167,7 @@ def test_products_of_bf16_numbers_are_not_rounded():
 
 
 def test_between_bf16_sums_everything_is_fp32():
-    """silu(1) * 1.3738 is 1.0043, which rounds to 1 + 2^-7; with silu(1) rounded to bf16 it is 1.0035 and rounds to 1."""
+    """silu(1) * 1.3738 is 1.0043, which rounds to 1 + 2^-7; of a silu(1) in bf16 it is 1.0035, which rounds to 1."""
     experts = make(1, 1, "silu", hidden_size=1).bfloat16()
     for table in experts.parameters():
         torch.nn.init.ones_(table)
@@ -461,13 +462,26 @@ def test_meta_device_allocates_and_draws_nothing():
         assert make(2**30, 1, "swiglu", hidden_size=2**12).w_up.is_meta
 
 
-def test_unknown_backend_and_one_that_is_not_installed(monkeypatch):
-    with pytest.raises(ValueError, match="backend is 'cpu'; allowed: auto torch triton"):
-        make(backend="cpu")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="backend is 'triton'; allowed: auto torch. Triton is not installed"):
-        make(backend="triton")
-    assert make(backend="auto")._on_triton() is False
+def test_which_backend_and_why(monkeypatch):
+    for name in ("cpu", "grouped_mm"):
+        with pytest.raises(ValueError, match=f"--moe-backend is '{name}'; allowed: auto reference triton for tables"):
+            make(backend=name)
+        with pytest.raises(ValueError, match=f"--moe-backend is '{name}'; allowed: auto reference triton for tables"):
+            choose_backend(name, "cpu", torch.float32)
+    for name in ("auto", "reference"):
+        assert choose_backend(name, "cpu", torch.float32) == ("reference", "torch's own operations on tables")
+        assert make(backend=name)._on_triton() is False
+    choose.cache_clear()
+    with monkeypatch.context() as m:
+        m.setattr(importlib.util, "find_spec", lambda name: name)
+        assert choose_backend("auto", "cuda", torch.bfloat16) == ("triton", "a CUDA device, and triton is installed")
+        assert choose_backend("auto", "cuda", torch.float64)[0] == "reference"
+        choose.cache_clear()
+        m.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="--moe-backend is 'triton'.*pip install triton"):
+            choose_backend("triton", "cuda", torch.bfloat16)
+        assert choose_backend("auto", "cuda", torch.bfloat16)[0] == "reference"
+    choose.cache_clear()
 
 
 def test_unknown_activation():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron.config.cli import parse, write_run_json
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
-from megatron.moe.experts import activate
+from megatron.moe.activations import activate
 from megatron.moe.gates import available, config_of, create, gate_class
 from megatron.moe.gates.peer import retrieve, usage
 from megatron.moe.metrics import MoEMetrics

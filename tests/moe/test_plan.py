@@ -79,6 +79,13 @@ def test_paths_that_return_zeros_have_no_rows_and_each_choice_may_have_its_own_l
     assert plan.local.counts() == [0, 1] and plan.local.assignment_S.tolist() == [4]
 
 
+def test_local_paths_that_all_return_zeros():
+    for limit in (None, 1):
+        plan = make_plan(make_routing([0, 0, 1, 1], [0, 2, 1, 3]), 2, 2, 2, limit, num_zero_paths=2)
+        assert plan.local_counts == [0, 0] and plan.local.counts() == [] and plan.local.bags_T1.tolist() == [0, 0, 0]
+        assert plan.kept_C.tolist() == [1, 1, 1, 1] and plan.routed.token_S.tolist() == [0, 1]
+
+
 def test_priority_decides_who_survives():
     plan = make_plan(make_routing([0, 1, 2], [0, 0, 0], torch.tensor([9.0, 1.0, 5.0]), [1.0, 3.0, 2.0]), 3, 1, 0, 2)
     assert plan.routed.token_S[: plan.routed.counts()[0]].tolist() == [1, 2]

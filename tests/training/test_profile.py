@@ -8,6 +8,7 @@ import random
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,12 +327,27 @@ def test_what_no_run_can_do(options, message):
     ({}, 0, 11, "--profile-step-end is 12; allowed: at most 11, where this run ends. Set it and --profile-step-start"),
     ({"exit_interval": 8}, 0, 100, "--profile-step-end is 12; allowed: at most 8, where this run ends"),
     ({"exit_interval": 4, "profile_step_end": 13}, 8, 100, "--profile-step-end is 13; allowed: at most 12"),
-    ({}, 11, 100, "--profile-step-start is 10; allowed: 11 or more, where this run starts. Profile later iterations"),
 ])
 def test_what_this_run_cannot_do(options, done, iterations, message):
     with pytest.raises(ValueError, match=message) as caught:
         StepProfiler(TrainConfig(**options), Groups(world_size=2), done, iterations)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_starts_again_behind_the_profiled_iterations_goes_on_without(caplog, tmp_path):
+    """The same flags as the first time: a restart by machine must not fail."""
+    class Trainer:
+        progress, steps = SimpleNamespace(iteration=11), 0
+
+        def step(self):
+            self.steps += 1
+
+    trainer, config = Trainer(), TrainConfig(profile_dir=str(tmp_path / "profile"))
+    with caplog.at_level("WARNING", logger="megatron"):
+        profiler = StepProfiler(config, Groups(), 11, 11)
+    profiler.step(trainer)
+    assert trainer.steps == 1 and not (tmp_path / "profile").exists()
+    assert "iteration 11 is done already; nothing is profiled" in caplog.text
 
 
 def test_the_last_iterations_of_a_run_can_be_profiled():
