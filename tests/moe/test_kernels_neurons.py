@@ -144,7 +144,8 @@ def test_float64_is_refused_by_triton_and_not_sent_there():
     experts = make(4, 1, "gelu", 5, torch.float64)
     with pytest.raises(ValueError, match="--moe-backend is 'triton'; allowed: not here .it has no torch.float64"):
         experts(*make_inputs(3, 5, 4, 5, torch.float64))
-    table, index = torch.zeros(1, 5, dtype=torch.float64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    table = torch.zeros(1, 5, dtype=torch.float64, device=DEVICE)
+    index = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="the dtype of Triton's kernels is torch.float64; allowed: torch.bfloat16"):
         dots(table, table, index, index)
     experts.backend = "auto"
