@@ -34,7 +34,9 @@ DEMO_BAR, PEER_BAR = 1.25, 0.333
 TOLERANCE = 0.01
 """largest difference of the first step's losses, in nats: bf16 moves them by less than 0.001"""
 KINDS = {  # the first kind one of whose words is in an operation's name
-    "communication": ("comm", "alltoall", "allreduce", "allgather", "c10d", "gloo", "reduce_scatter", "broadcast"),
+    # _start and _finish are the two halves of an exchange, which wait for the other rank.
+    "communication": ("comm", "alltoall", "allreduce", "allgather", "c10d", "gloo", "reduce_scatter", "broadcast",
+                      "_start", "_finish"),
     "moving rows": ("index", "embedding_bag", "sort", "scatter", "gather", "cat", "nonzero", "bincount", "bag"),
     "matrix products": ("mm", "linear", "matmul"),
     "attention": ("attention",),
