@@ -10,6 +10,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.faults import FaultConfig
+from megatron.config.fields import option, require, require_choices
+
 TOKENIZERS = (
     "GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TiktokenTokenizer",
     "NullTokenizer", "ByteTokenizer",
@@ -17,27 +21,6 @@ TOKENIZERS = (
 ACTIVATIONS = ("gelu", "relu", "silu", "swiglu", "geglu")
 MOE_BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
 DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
-
-
-def option(default: Any, *flags: str, choices: tuple | None = None) -> Any:
-    """A dataclass field with extra flag spellings or a closed set of values."""
-    metadata = {"flags": flags, "choices": choices}
-    if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: tuple(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def require(ok: bool, what: str, value: Any, allowed: str, advice: str = "") -> None:
-    """Raise ValueError in the project's one form: what was set, to what, what is allowed, what to do next."""
-    if not ok:
-        raise ValueError(f"{what} is {value!r}; allowed: {allowed}" + (f". {advice}" if advice else ""))
-
-
-def require_choices(config: Any) -> None:
-    """Raise ValueError for a field whose value is not among its choices."""
-    for f in dataclasses.fields(config):
-        choices, value = f.metadata.get("choices") or (), getattr(config, f.name)
-        require(not choices or value in choices, f"--{f.name.replace('_', '-')}", value, " ".join(map(str, choices)))
 
 
 @dataclass(frozen=True)
@@ -331,7 +314,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(CheckpointConfig, FaultConfig):
     """The loop: how long, how much at once, and what is written when."""
 
     micro_batch_size: int = 4
@@ -350,14 +333,6 @@ class TrainConfig:
     """batches of the global batch size in one evaluation; 0: no evaluation"""
     log_interval: int = 10
     """steps between log lines"""
-    save: str = ""
-    """folder for checkpoints; empty: none are written"""
-    load: str = ""
-    """folder to resume from"""
-    save_interval: int = 0
-    """steps between checkpoints; 0: only at the end"""
-    exit_interval: int = 0
-    """stop (and save) at iterations divisible by this although the schedule goes on; 0: never"""
     recompute_activations: bool = False
     """keep only block inputs and run blocks again in the backward pass"""
     tensorboard_dir: str = ""
@@ -368,10 +343,6 @@ class TrainConfig:
     """Weights & Biases project; needs the wandb extra"""
     wandb_exp_name: str = ""
     """name of the run there"""
-    max_bad_steps: int = 20
-    """steps skipped in a row because of NaN or infinite gradients that end the run; 0: never"""
-    timeout_minutes: float = 10.0
-    """a collective that takes longer ends the run"""
     profile: bool = False
     """profile some iterations: a Chrome trace, and a table of where a step's time goes"""
     profile_step_start: int = 10
@@ -387,12 +358,12 @@ class TrainConfig:
     def __post_init__(self):
         require(self.micro_batch_size > 0, "--micro-batch-size", self.micro_batch_size, "a positive integer")
         require(self.log_interval > 0, "--log-interval", self.log_interval, "a positive integer")
-        for name in ("global_batch_size", "train_iters", "train_tokens", "eval_interval", "eval_iters",
-                     "save_interval", "exit_interval", "max_bad_steps"):
+        for name in ("global_batch_size", "train_iters", "train_tokens", "eval_interval", "eval_iters"):
             require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
         require(not (self.train_iters and self.train_tokens), "--train-tokens", self.train_tokens,
                 "only without --train-iters", "Use one of the two.")
-        require(self.timeout_minutes > 0, "--timeout-minutes", self.timeout_minutes, "a positive number")
+        self.check_checkpoints()
+        self.check_faults()
         require(self.profile_step_start >= 0, "--profile-step-start", self.profile_step_start, "0 or more")
         require(self.profile_step_end > self.profile_step_start, "--profile-step-end", self.profile_step_end,
                 f"more than --profile-step-start, which is {self.profile_step_start}")
