@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -83,14 +84,19 @@ def train(config: RunConfig, started: float | None = None) -> None:
     tokenizer = build_tokenizer(config.tokenizer)
     start_up.mark("tokenizer")
     groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
-    from megatron.training import checkpoint  # imports DeepSpeed: only after `groups` prepared its environment
+    from megatron.training import resume  # imports DeepSpeed: only after `groups` prepared its environment
+    from megatron.training.checkpoint import Checkpoints
     from megatron.training.engine import Engine
     from megatron.training.loop import Plan, Trainer, announce
+    from megatron.training.record import Progress, Record
     from megatron.training.schedule import Schedule
     from megatron.training.sinks import build_sinks
+    from megatron.training.stop import Stop
 
     start_up.mark("DeepSpeed and process groups")
     _say_backend(config, groups)
+    source = resume.find(config.train, groups)
+    config = source.adopt(config, groups) if source else config
     t, seq_length = config.train, config.model.seq_length
     global_batch = t.global_batch(groups.world_size)
     plan = Plan(t.iterations(seq_length, groups.world_size), global_batch,
@@ -99,9 +105,9 @@ def train(config: RunConfig, started: float | None = None) -> None:
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     require(vocab_size >= tokenizer.vocab_size, "--vocab-size", vocab_size,
             f"at least the tokenizer's {tokenizer.vocab_size}", "Or leave it out.")
-    record = checkpoint.Record.of(config, groups, tokenizer)
-    if t.load:
-        checkpoint.check(t.load, record)
+    record = Record.of(config, groups, tokenizer, global_batch, plan.iterations)
+    if source:
+        source.check(record)
     splits = _build_splits(config, plan, tokenizer, vocab_size, groups)
     start_up.mark("data")
 
@@ -109,25 +115,25 @@ def train(config: RunConfig, started: float | None = None) -> None:
                         groups=groups, recompute=t.recompute_activations)
     log.get_logger().info("%s", size_table(model, config.moe, config.gate_options))
     start_up.mark("model")
+    if source:
+        source.load_weights(model, groups)
     engine = Engine(model, config.optimizer, t, groups)
     rng.seed_rank(t.seed, groups.rank)
-    progress = checkpoint.load(t.load, engine, groups) if t.load else checkpoint.Progress()
+    progress = source.restore(engine, groups) if source else Progress()
     profiler = StepProfiler(t, groups, progress.iteration, plan.iterations) if t.profile else None
     announce(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
     loader = partial(_loader, config, plan, groups, tokenizer, vocab_size)
     sinks = build_sinks(t, groups.rank, plan.iterations)
     start_up.mark("engine")
-    try:
+    with contextlib.closing(sinks), Checkpoints(t, engine, record, groups, source and source.path) as checkpoints:
         Trainer(
             engine, t, plan, schedule, groups,
             loader(splits["train"], consumed_samples=progress.consumed_samples),
             {name: partial(loader, splits[name], evaluation=True)
              for name in ("valid", "test") if splits[name] is not None},
-            sinks, record, progress, start_up, profiler,
+            sinks, checkpoints, progress, start_up, Stop(t, groups, started), profiler,
         ).run()
-    finally:
-        sinks.close()
 
 
 def _say_backend(config: RunConfig, groups) -> None:

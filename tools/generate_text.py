@@ -1,12 +1,14 @@
 """Continues prompts with a checkpoint: `deepspeed --num_gpus 2 tools/generate_text.py --load runs/x/checkpoints`.
 
-Experts are sharded over the ranks of the run that wrote the checkpoint, so as many ranks must be started here. Each
-continuation is printed as one line, `> prompt|continuation`, with newlines shown as \\n.
+Any number of ranks may be started: as many as shared the experts in the training share them here if that divides the
+number of ranks, else each has all. Each continuation is printed as one line, `> prompt|continuation`, with newlines
+shown as \\n.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, help="folder given to --save of the training run")
+    parser.add_argument("--load-step", type=int, default=0, help="iteration of the checkpoint; 0: the newest (default)")
     parser.add_argument("--prompt", nargs="+", default=["def "], help="one or more beginnings")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="tokens to add to each (default 32)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default 0.7)")
@@ -28,25 +31,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron.config import cli
+    from megatron.config.checkpoints import CheckpointConfig
     from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model
     from megatron.model.generate import generate
     from megatron.parallel import groups as parallel
-    from megatron.training import checkpoint
+    from megatron.training import store
 
-    config = checkpoint.read_record(args.load).config
-    groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    options = CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True)
+    config = cli.read_run_json(store.choose(options)[0][0] / "run.json")
+    ranks, ep_size = int(os.environ.get("WORLD_SIZE", 1)), config.moe.moe_expert_parallel_size
+    groups = parallel.init(ep_size if ranks % ep_size == 0 else 1, config.train.timeout_minutes)
+    from megatron.training import resume
+    from megatron.training.engine import Engine
+    from megatron.training.record import Record
+
+    source = resume.find(options, groups)
     tokenizer = build_tokenizer(config.tokenizer)
-    checkpoint.check(args.load, checkpoint.Record.of(config, groups, tokenizer))
+    source.check(Record.of(config, groups, tokenizer))
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     # Dropless: under a capacity, the prompts beside it would decide which experts a token gets.
     moe = replace(config.moe, moe_eval_capacity_factor=0.0)
     model = build_model(config.model, moe, config.gate_options, vocab_size=vocab_size, seed=config.train.seed,
                         groups=groups)
-    from megatron.training.engine import Engine
 
-    engine = Engine(model, config.optimizer, config.train, groups)
-    checkpoint.load(args.load, engine, groups)
+    source.load_weights(model, groups)
+    engine = Engine(model, config.optimizer, replace(config.train, global_batch_size=0), groups)
     prompts = [tokenizer.encode(p).tolist() for p in args.prompt]
     outputs = generate(engine.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                        top_p=args.top_p, top_k=args.top_k, eod=tokenizer.eod, seed=args.seed,

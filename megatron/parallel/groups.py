@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -130,6 +132,30 @@ def all_reduce_mean(value: float, groups: Groups) -> float:
     """Mean of a number over all ranks, in fp64 so that the order of ranks cannot change printed digits."""
     t = torch.tensor(value, dtype=torch.float64, device=groups.device)
     return all_reduce_sum(t, groups).item() / groups.world_size
+
+
+def gather(value: Any, groups: Groups) -> list[Any]:
+    """Every rank's value, on all ranks. It is pickled: for small things, between our own processes."""
+    if groups.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(ask: Callable[[], Any], groups: Groups) -> Any:
+    """Rank 0's answer, on all ranks. Its ValueError or OSError is raised on all of them."""
+    answer: list[Any] = [None]
+    if groups.is_first:
+        try:
+            answer = [ask()]
+        except (ValueError, OSError) as error:
+            answer = [error]
+    if groups.world_size > 1:
+        dist.broadcast_object_list(answer, device=groups.device)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
 def shutdown() -> None:

@@ -1,187 +1,262 @@
-"""Checkpoints: what a run needs to go on exactly where it stopped, and the check that it is the same run.
+"""Saving: each rank writes its pieces of the run's state, beside the training if asked to, and rank 0 publishes them.
 
-    <save>/iter_0000300/   DeepSpeed's files, run.json (the configuration, fit for --config), identity.json (tokenizer,
-                           number of ranks), rng_rank0.pt, ...
-    <save>/latest          name of the newest complete checkpoint, written last
+A checkpoint is complete or not there: megatron.training.store. What a rank writes is safetensors, the rest is JSON:
+megatron.training.shards. Loading is megatron.training.resume.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import shutil
+import threading
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from megatron.config import cli
-from megatron.config.schema import RunConfig
-from megatron.data.tokenizer import Tokenizer
+from megatron.config.checkpoints import CheckpointConfig
+from megatron.data.work import WorkFolder, sync_folder
 from megatron.log import get_logger
-from megatron.moe import gates
 from megatron.parallel import rng
-from megatron.parallel.groups import Groups
+from megatron.parallel.groups import Groups, all_reduce_sum, from_first, gather
+from megatron.training import store
 from megatron.training.engine import Engine
+from megatron.training.partitions import Partitions
+from megatron.training.record import Progress, Record
+from megatron.training.shards import Entry, in_file_order, make_index, shard_name, write_tensors
+
+ALIGNMENT = 64
+
+
+class Checkpoints:
+    """The checkpoints of a run. A context manager: nobody else may write to the folder until it is left.
+
+    Args:
+        options: --save and what belongs to it; without --save nothing is ever written.
+        record: what every checkpoint says of the run.
+        source: the checkpoint that was loaded, if any, for messages.
+
+    Raises:
+        ValueError: another run writes its checkpoints to the folder.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, options: CheckpointConfig, engine: Engine, record: Record, groups: Groups,
+                 source: Path | None = None):
+        self.options, self.engine, self.record, self.groups = options, engine, record, groups
+        self.folder = Path(options.save)
+        self.newest = str(source) if source else ""
+        self.failures = 0
+        """checkpoints that could not be written"""
+        self._pending: _Write | None = None
+        self._memory = _HostMemory(groups.device)
+        self._work: WorkFolder | None = None
+        if options.save:
+            from_first(self._open, groups)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._work is not None:
+            self._work.release()
+
+    def _open(self) -> None:
+        """On rank 0: take the folder, and remove what a killed run left half done."""
+        self._work = WorkFolder(self.folder / "checkpoint")
+        for half in self._work.path.glob("iter_*"):
+            shutil.rmtree(half)
+        store.sweep(self.folder)
+
+    def last_good(self) -> str:
+        """For messages: the newest checkpoint that this run wrote or started from."""
+        return f"the last good checkpoint is {self.newest}" if self.newest else "no checkpoint was saved"
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; with --async-save return as soon as the state is copied.
+
+        Raises:
+            OSError: it cannot be written, on every rank; with --on-save-error continue that is logged instead.
+        """
+        self.finish()
+        started = time.monotonic()
+        try:
+            self._pending = self._begin(progress)
+        except OSError as error:
+            self._failed(error)
+            return
+        if self.options.async_save:
+            self._pending.start()
+            get_logger().info("copied the state of iteration %d in %.2f s; writing goes on beside the training",
+                              progress.iteration, time.monotonic() - started)
+        else:
+            self._pending.write()
+            self._complete()
+
+    def poll(self) -> None:
+        """Once per step, on all ranks: publish a checkpoint that has been written meanwhile. Raises as `save` does."""
+        if self._pending is not None:
+            busy = torch.tensor(float(self._pending.busy), device=self.groups.device)
+            if all_reduce_sum(busy, self.groups).item() == 0:
+                self._complete()
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written. Raises as `save` does."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._complete()
+
+    def _begin(self, progress: Progress) -> _Write:
+        parts = self.engine.partitions()
+        tensors = self._tensors(parts)
+        entries = in_file_order([Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
+        size = sum(e.nbytes for e in entries)
+        owned = [(p.name, p.start, p.length) for p in parts.pieces] if self._owns(parts) else []
+        told = gather((owned, size), self.groups)
+        partial = Path(from_first(lambda: str(self._prepare(progress, sum(size for _, size in told))), self.groups))
+        layout = self.engine.layout
+        texts = {}
+        if self.groups.is_first:
+            index = make_index([pieces for pieces, _ in told], layout.shapes, parts.kinds(), layout.buffers)
+            state = {**self.record.state(), "progress": asdict(progress), "optimizer": {
+                "steps": parts.steps, "counters": self.engine.counters(), "scaler": parts.scaler()}}
+            texts = {"run.json": json.dumps(self.record.config.to_dict(), indent=2),
+                     "state.json": json.dumps(state, indent=1), "index.json": json.dumps(index)}
+        if self.options.async_save:
+            tensors = self._memory.copy(tensors, entries)
+        return _Write(partial, progress.iteration, shard_name(self.groups.rank), entries, tensors, texts)
+
+    def _owns(self, parts: Partitions) -> bool:
+        """Whether this rank's pieces are to be written: of what all ranks have, only rank 0's."""
+        return self.groups.is_first or not parts.replicated
+
+    def _tensors(self, parts: Partitions) -> dict[str, Tensor]:
+        """What this rank writes, by name in its file."""
+        tensors = {f"rng/{device}": state for device, state in rng.get_state().items()}
+        if self._owns(parts):
+            tensors |= {f"{kind}/{p.name}": parts.get(p, kind) for kind in parts.kinds() for p in parts.pieces}
+        if self.groups.is_first:
+            buffers = dict(self.engine.model.named_buffers())
+            tensors |= {f"buffer/{name}": buffers[name] for name in self.engine.layout.buffers}
+        return tensors
+
+    def _prepare(self, progress: Progress, size: int) -> Path:
+        """On rank 0: room on the disk, and an empty folder."""
+        partial = self._work.path / store.tag(progress.iteration)
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise OSError(f"the checkpoint of iteration {progress.iteration} takes {size / 1e6:,.1f} MB, but "
+                          f"{self.folder} has {free / 1e6:,.1f} MB free. Free some space, lower --keep-last, or save "
+                          "elsewhere")
+        partial.mkdir()
+        return partial
+
+    def _complete(self) -> None:
+        """On all ranks, when each has written: publish, or tell every rank what went wrong on one of them."""
+        write, self._pending = self._pending, None
+        results = gather((write.name, write.result, write.error), self.groups)
+        errors = [error for _, _, error in results if error]
+        try:
+            if errors:
+                raise OSError(errors[0])
+            files = {name: result for name, result, _ in results}
+            self.newest = from_first(lambda: str(self._publish(write, files)), self.groups)
+        except OSError as error:
+            if self.groups.is_first:
+                shutil.rmtree(write.partial, ignore_errors=True)
+            self._failed(error)
+
+    def _publish(self, write: _Write, files: dict[str, tuple[int, str]]) -> Path:
+        """On rank 0."""
+        for name, text in write.texts.items():
+            cli.write_text(write.partial / name, text + "\n")
+            files[name] = ((write.partial / name).stat().st_size, store.file_sha256(write.partial / name))
+        target = store.publish(write.partial, self.folder, write.iteration, files)
+        get_logger().info("saved %s: %.1f MB in %.1f s", target, sum(size for size, _ in files.values()) / 1e6,
+                          time.monotonic() - write.started)
+        gone = store.prune(self.folder, self.options.keep_last, self.options.keep_every)
+        if gone:
+            get_logger().info("deleted %s, as --keep-last says", ", ".join(gone))
+        return target
+
+    def _failed(self, error: OSError) -> None:
+        """What --on-save-error says; every rank has the same error here."""
+        self.failures += 1
+        if self.options.on_save_error == "stop":
+            raise OSError(f"{error}; {self.last_good()}") from None
+        get_logger().error("%s. The training goes on, as --on-save-error says; %s", error, self.last_good())
 
 
 @dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint."""
+class _Write:
+    """One rank's part of a checkpoint, being written."""
 
-    iteration: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
+    partial: Path
+    iteration: int
+    name: str
+    """of this rank's file"""
+    entries: list[Entry]
+    tensors: dict[str, Tensor]
+    texts: dict[str, str]
+    """rank 0's small files"""
+    started: float = field(default_factory=time.monotonic)
+    result: tuple[int, str] | None = None
+    """bytes and SHA-256 of the file"""
+    error: str = ""
+    thread: threading.Thread | None = None
 
+    def write(self) -> None:
+        """Write the file. What goes wrong with the disk is kept for all ranks to hear."""
+        try:
+            self.result = write_tensors(self.partial / self.name, self.entries, self.tensors.__getitem__,
+                                        {"format": "pt"})
+            sync_folder(self.partial)
+        except OSError as error:
+            self.error = str(error)
 
-IDENTITY = {"tokenizer_name": "the tokenizer", "tokenizer_vocab_size": "the vocabulary size",
-            "tokenizer_fingerprint": "the hash of the vocabulary", "world_size": "the number of ranks"}
-# What must be equal between a checkpoint and the run that loads it, by section of the configuration.
-FIXED = {
-    "model": ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-              "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "activation", "swiglu",
-              "untie_embeddings_and_output_weights", "vocab_size", "make_vocab_size_divisible_by"),
-    "moe": ("num_experts", "expert_interval", "moe_layers", "gate", "moe_ffn_hidden_size", "moe_shared_experts",
-            "moe_first_k_dense", "moe_expert_parallel_size"),
-    "optimizer": ("zero_stage", "bf16", "fp16"),
-}
+    def start(self) -> None:
+        """`write`, beside the training. The thread does not keep a failing process alive."""
+        self.thread = threading.Thread(target=self._write_or_tell, name="checkpoint", daemon=True)
+        self.thread.start()
 
+    def _write_or_tell(self) -> None:
+        try:
+            self.write()
+        except BaseException as error:
+            self.error = f"writing {self.partial / self.name} failed: {error!r}"
+            raise
 
-@dataclass(frozen=True)
-class Record:
-    """What a run is: saved with every checkpoint, compared when one is loaded."""
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
 
-    config: RunConfig
-    identity: dict[str, Any]
-    """the tokenizer's name, vocab_size and fingerprint, and world_size"""
-
-    @staticmethod
-    def of(config: RunConfig, groups: Groups, tokenizer: Tokenizer) -> Record:
-        names = ("name", "vocab_size", "fingerprint")
-        return Record(config, {**{f"tokenizer_{n}": getattr(tokenizer, n) for n in names},
-                               "world_size": groups.world_size})
-
-
-def save(folder: str, engine: Engine, progress: Progress, record: Record, groups: Groups) -> None:
-    """Write a checkpoint; `latest` names it only once every rank has finished."""
-    tag = f"iter_{progress.iteration:07d}"
-    target = Path(folder) / tag
-    engine.save(folder, tag, asdict(progress))
-    torch.save(rng.get_state(), target / f"rng_rank{groups.rank}.pt")
-    if groups.is_first:
-        cli.write_run_json(record.config, target / "run.json")
-        cli.write_text(target / "identity.json", json.dumps(record.identity, indent=1))
-    _barrier(groups)
-    if groups.is_first:
-        cli.write_text(Path(folder) / "latest", tag)
-        get_logger().info("saved %s", target)
-    _barrier(groups)
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
 
 
-def latest(folder: str) -> str:
-    """Name of the newest complete checkpoint in `folder`.
+class _HostMemory:
+    """Where the state is copied to before it is written beside the training: kept from one checkpoint to the next."""
 
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    marker = Path(folder) / "latest"
-    if not marker.is_file():
-        raise FileNotFoundError(f"--load is {folder!r}, which holds no checkpoint (no file {marker}); "
-                                "point --load at the folder given to --save of an earlier run, or leave it out")
-    return marker.read_text().strip()
+    def __init__(self, device: torch.device):
+        self.device, self._bytes = device, torch.empty(0, dtype=torch.uint8)
 
-
-def read_record(folder: str) -> Record:
-    """What the newest checkpoint in `folder` says of its run.
-
-    Raises:
-        FileNotFoundError: no checkpoint, or one without its two JSON files.
-    """
-    target = Path(folder) / latest(folder)
-    for name in ("run.json", "identity.json"):
-        if not (target / name).is_file():
-            raise FileNotFoundError(f"checkpoint {target} has no {name}; it is incomplete or not one of ours")
-    return Record(cli.read_run_json(target / "run.json"), json.loads((target / "identity.json").read_text()))
-
-
-def check(folder: str, record: Record) -> None:
-    """Whether the newest checkpoint of `folder` can be loaded by this run: to be asked before building anything.
-
-    Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: it contradicts this run's model, experts, tokenizer or topology.
-    """
-    saved = read_record(folder)
-    check_same_run(saved, record, f"{folder}/{latest(folder)}")
-    warn_of_new_order(saved, record)
-
-
-def load(folder: str, engine: Engine, groups: Groups) -> Progress:
-    """Restore the newest checkpoint of `folder`: weights, optimizer, random state; returns how far the run was.
-
-    Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: DeepSpeed cannot read it. Whether it fits this run is what `check` says.
-    """
-    tag = latest(folder)
-    state = engine.load(folder, tag)
-    rng.set_state(torch.load(Path(folder) / tag / f"rng_rank{groups.rank}.pt", weights_only=True))
-    progress = Progress(**{k: state[k] for k in asdict(Progress())})
-    get_logger().info("resumed from %s/%s at iteration %d", folder, tag, progress.iteration)
-    return progress
-
-
-# What decides the order of the samples: a change is allowed, and said.
-ORDER = {
-    "model": ("seq_length",),
-    "data": ("data_path", "train_data_path", "split", "dataloader_type", "streaming_data_path", "streaming_json_key",
-             "streaming_shuffle_samples"),
-    "train": ("seed", "train_iters", "train_tokens", "global_batch_size"),
-}
-
-
-def warn_of_new_order(saved: Record, current: Record) -> None:
-    """Warn when a resumed run will not see the samples that the saved run would have gone on with."""
-    # The order of streamed text does not depend on the run's length.
-    fixed = ("train_iters", "train_tokens") if current.config.data.streaming_data_path else ()
-    changed = [f"--{name.replace('_', '-')}" for section, names in ORDER.items() for name in names if name not in fixed
-               and getattr(getattr(saved.config, section), name) != getattr(getattr(current.config, section), name)]
-    if changed:
-        get_logger().warning("%s differ(s) from the checkpoint's: the samples come in another order from here on, and "
-                             "some of those already seen may come again", " ".join(changed))
-
-
-def check_same_run(saved: Record, current: Record, where: str) -> None:
-    """Raise ValueError naming the first thing in which a checkpoint contradicts the run that wants to load it."""
-    for section, names in FIXED.items():
-        for name in names:
-            _same(getattr(getattr(saved.config, section), name), getattr(getattr(current.config, section), name),
-                  "--" + name.replace("_", "-"), where)
-    if _gate_shapes(saved.config) != _gate_shapes(current.config):
-        for name, value in current.config.gate_options.items():
-            _same(saved.config.gate_options.get(name), value, "--" + name.replace("_", "-"), where)
-    for key, what in IDENTITY.items():
-        _same(saved.identity.get(key), current.identity[key], what, where)
-    if current.config.model.position_embedding_type == "learned":
-        _same(saved.config.model.max_positions, current.config.model.max_positions, "--max-position-embeddings", where)
-
-
-def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
-    """Names and shapes of what a gate of the run keeps: options that change them cannot change in a resume."""
-    if not config.moe.num_experts:
-        return {}
-    with torch.device("meta"):
-        gate = gates.create(config.moe.gate, hidden_size=config.model.hidden_size, num_experts=config.moe.num_experts,
-                            layer=1, num_moe_layers=2, vocab_size=1, **config.gate_options)
-    return {name: tensor.shape for name, tensor in gate.state_dict().items()}
-
-
-def _same(saved: Any, current: Any, what: str, where: str) -> None:
-    if saved != current:
-        raise ValueError(f"{what} is {current!r} but checkpoint {where} was made with {saved!r}; "
-                         "use the checkpoint's value, or start a new run without --load")
-
-
-def _barrier(groups: Groups) -> None:
-    if groups.world_size > 1:
-        dist.barrier()
+    def copy(self, tensors: dict[str, Tensor], entries: list[Entry]) -> dict[str, Tensor]:
+        """The same tensors on the host, as they are now."""
+        places, end = {}, 0
+        for e in entries:
+            places[e.name], end = end, end + -(-e.nbytes // ALIGNMENT) * ALIGNMENT
+        if len(self._bytes) < end:
+            self._bytes = torch.empty(end, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        copies = {}
+        for e in entries:
+            place = self._bytes[places[e.name]:places[e.name] + e.nbytes]
+            copies[e.name] = place.view(e.dtype).view(e.shape)
+            copies[e.name].copy_(tensors[e.name], non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return copies

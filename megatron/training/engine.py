@@ -26,6 +26,7 @@ from megatron.model.block import Block
 from megatron.moe.deepspeed import attach, parameter_groups
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
+from megatron.training.partitions import Layout, Partitions
 
 
 class Engine:
@@ -55,6 +56,7 @@ class Engine:
             # ZeRO 3's hooks see tensors in tuples only, and a gate uses its router's weight without calling the
             # router: gather a block at once instead of module by module.
             set_z3_leaf_modules(model, [Block])
+        self.layout = Layout.of(model, groups)
         attach(model, groups, keep_gate_fp32=keep_gate_fp32)
         adamw = AdamW(parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr,
                       betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps, fused=True)
@@ -82,6 +84,8 @@ class Engine:
     def step(self, batches: Iterable[Batch], lr: float, progress: float) -> tuple[Tensor, Tensor]:
         """One optimizer step over its micro-batches. Unless it is skipped, the gates then learn what it counted.
 
+        It is skipped when a gradient or the loss of any micro-batch on any rank is NaN or infinite.
+
         Returns:
             (language-model loss, auxiliary loss): 0-d fp32 means over this rank's micro-batches.
         """
@@ -91,7 +95,9 @@ class Engine:
         skipped, lm_losses, aux_losses = self.skipped_steps, [], []
         for batch in batches:
             out = self.deepspeed(**model_inputs(batch, self.groups), progress=progress)
-            self.deepspeed.backward(out.loss)
+            # A loss that is not finite can have finite gradients. These are then made NaN, for which DeepSpeed skips
+            # the step on all ranks. A factor of 1 changes nothing.
+            self.deepspeed.backward(out.loss * torch.where(out.loss.isfinite(), 1.0, float("nan")))
             self.deepspeed.step()
             lm_losses.append(out.lm_loss.detach())
             aux_losses.append(out.aux_loss.detach())
@@ -106,16 +112,18 @@ class Engine:
         self.deepspeed.train()
         return torch.stack(losses).mean()
 
-    def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
-        """Write DeepSpeed's files of checkpoint `tag`; `latest` is the caller's to move."""
-        self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, save_latest=False)
+    def partitions(self) -> Partitions:
+        """What this rank's optimizer holds, for checkpoints."""
+        return Partitions(self.deepspeed, self.layout)
 
-    def load(self, folder: str, tag: str) -> dict[str, Any]:
-        """Read checkpoint `tag` and return the state that `save` was given."""
-        path, state = self.deepspeed.load_checkpoint(folder, tag=tag)
-        if path is None:
-            raise ValueError(f"DeepSpeed could not read checkpoint {tag} in {folder}; see its messages above")
-        return state
+    def counters(self) -> dict[str, int]:
+        """DeepSpeed's counts of steps, for checkpoints."""
+        return {name: getattr(self.deepspeed, name) for name in ("global_steps", "skipped_steps", "global_samples")}
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """Restore what `counters` returned."""
+        for name, value in counters.items():
+            setattr(self.deepspeed, name, value)
 
 
 class AdamW(torch.optim.AdamW):

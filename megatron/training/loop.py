@@ -6,19 +6,21 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-import torch
+from itertools import islice
 
 from megatron.config.schema import TrainConfig
 from megatron.data.loader import Batch
 from megatron.log import get_logger
 from megatron.parallel.groups import Groups, all_reduce_mean
-from megatron.training import checkpoint
-from megatron.training.checkpoint import Progress
+from megatron.training.checkpoint import Checkpoints
 from megatron.training.engine import Engine
 from megatron.training.profile import StartUp, StepProfiler
+from megatron.training.record import Progress
 from megatron.training.schedule import Schedule
 from megatron.training.sinks import ProgressBar, Sinks
+from megatron.training.spikes import Spike, SpikeDetector
+from megatron.training.stop import Agreement, Stop
+from megatron.training.watchdog import Watchdog
 
 
 @dataclass
@@ -38,29 +40,45 @@ class Trainer:
     Args:
         train_batches: endless micro-batches of this rank, already positioned at `progress`.
         eval_batches: by split name ("valid", "test"), a function that starts that split's micro-batches anew.
-        record: what every checkpoint says of the run.
+        checkpoints: where `progress` and the engine's state are saved.
         start_up: told when the first step is done.
+        stop: says after each step whether the run ends there.
         profiler: does the steps; None: nothing is profiled.
     """
 
     def __init__(self, engine: Engine, train: TrainConfig, plan: Plan, schedule: Schedule, groups: Groups,
                  train_batches: Iterable[Batch], eval_batches: dict[str, Callable[[], Iterable[Batch]]],
-                 sinks: Sinks, record: checkpoint.Record, progress: Progress, start_up: StartUp,
+                 sinks: Sinks, checkpoints: Checkpoints, progress: Progress, start_up: StartUp, stop: Stop,
                  profiler: StepProfiler | None = None):
         self.engine, self.config, self.plan, self.schedule, self.groups = engine, train, plan, schedule, groups
         self.train_batches, self.eval_batches = iter(train_batches), eval_batches
-        self.sinks, self.record, self.progress = sinks, record, progress
-        self.start_up, self.profiler = start_up, profiler
+        self.sinks, self.checkpoints, self.progress = sinks, checkpoints, progress
+        self.start_up, self.stop, self.profiler = start_up, stop, profiler
+        self.watchdog = Watchdog(train.timeout_minutes)
+        self.spikes = SpikeDetector(train.loss_spike_threshold, train.loss_spike_window)
         self.started = time.monotonic()
         self._interval = Interval()
         self.bad_steps = 0
+        """in a row, up to now"""
+        self._good_steps = 0
+        self._reason = ""
+        """why the run ends before its schedule: what was agreed on after the last step"""
 
     def run(self) -> None:
-        """Train from `progress` to the end of the schedule (or the exit interval), then test."""
+        """Train from `progress` to the end of the schedule, then test; or up to what ends the run before.
+
+        An exit interval ends it as its schedule does, but without a test. A signal or the end of the run's time do so
+        in a hurry: a checkpoint, no evaluation.
+        """
+        with self.stop, self.watchdog:
+            self._run()
+
+    def _run(self) -> None:
         every, last = self.config, self.plan.iterations
         if self.progress.iteration == 0:
             self.evaluate("valid")
         self.start_up.mark("evaluation")
+        due = False
         with ProgressBar(total=last, initial=self.progress.iteration) as bar:
             while self.progress.iteration < last:
                 if self.profiler is None:
@@ -70,35 +88,93 @@ class Trainer:
                 self.start_up.end("first step")
                 i = self.progress.iteration
                 bar.update()
-                ends = i == last or bool(every.exit_interval and i % every.exit_interval == 0)
+                self.checkpoints.poll()
+                hurry, due = bool(self._reason), due or bool(every.save_interval and i % every.save_interval == 0)
+                if not hurry and i < last and every.exit_interval and i % every.exit_interval == 0:
+                    self._reason = f"--exit-interval {every.exit_interval}"
+                ends = i == last or bool(self._reason)
                 if i % every.log_interval == 0 or ends:
                     self.log()
-                if ends or (every.eval_interval and i % every.eval_interval == 0):
+                if self._reason:
+                    get_logger().info("this run ends at iteration %d of %d: %s", i, last, self._reason)
+                if not hurry and (ends or (every.eval_interval and i % every.eval_interval == 0)):
                     self.evaluate("valid")
-                if every.save and (ends or (every.save_interval and i % every.save_interval == 0)):
+                if every.save and (ends or due) and self._is_worth_saving(ends):
                     self.save()
+                    due = False
                 if ends:
                     break
-        if self.progress.iteration >= last:
+        if self.progress.iteration >= last and not self._reason:
             self.evaluate("test")
+        self.checkpoints.finish()
 
     def step(self) -> None:
-        """One optimizer step."""
+        """One optimizer step, and what all ranks make of it.
+
+        Raises:
+            ValueError: too many steps in a row were skipped, or the loss is a spike and is to end the run.
+        """
         p, start = self.progress, time.monotonic()
         lr = self.schedule.lr(p.iteration)
-        batches = (next(self.train_batches) for _ in range(self.plan.micro_steps))
+        batches = self.watchdog.reading(islice(self.train_batches, self.plan.micro_steps),
+                                        f"a batch of iteration {p.iteration + 1}")
         skipped = self.engine.skipped_steps
-        lm_loss, aux_loss = self.engine.step(batches, lr, p.consumed_samples / self._total_samples)
-        self.bad_steps = self.bad_steps + 1 if self.engine.skipped_steps > skipped else 0
+        losses = self.engine.step(batches, lr, p.consumed_samples / self._total_samples)
+        agreed = self.stop.agree(*losses)
+        self._reason = agreed.reason
         p.iteration += 1
         p.consumed_samples += self.plan.global_batch
         p.consumed_tokens += self.plan.global_batch * self.plan.seq_length
-        self._interval.add(lm_loss, aux_loss, lr, time.monotonic() - start)
-        if 0 < self.config.max_bad_steps <= self.bad_steps:
+        bad = self.engine.skipped_steps > skipped
+        self._interval.add(agreed, lr, time.monotonic() - start, bad)
+        if bad:
+            self._take_bad(agreed)
+        else:
+            self.bad_steps, self._good_steps = 0, self._good_steps + 1
+            if spike := self.spikes.see(agreed.lm_loss):
+                self._take_spike(agreed.lm_loss, spike)
+
+    def _take_bad(self, agreed: Agreement) -> None:
+        """A step was skipped: weights, moments and gates are as before it; iteration and schedule went on."""
+        p, most, bad_ranks = self.progress, self.config.max_bad_steps, agreed.bad_ranks
+        self.bad_steps += 1
+        what = f"the loss on {bad_ranks} of {self.groups.world_size} rank(s)" if bad_ranks else "a gradient"
+        self._warn(f"iteration {p.iteration}: {what} was NaN or infinite, so the step is skipped: {self.bad_steps} in a row "
+                   f"(samples {p.consumed_samples - self.plan.global_batch} to {p.consumed_samples - 1})")
+        if 0 < most <= self.bad_steps:
             self.log()
             raise ValueError(f"the gradients of {self.bad_steps} steps in a row, up to iteration {p.iteration}, were "
-                             "NaN or infinite and the steps were skipped; allowed: fewer than --max-bad-steps. Lower "
-                             "--lr, or resume from an earlier checkpoint")
+                             f"NaN or infinite and the steps were skipped; allowed: fewer than --max-bad-steps {most}. "
+                             f"Lower --lr, or look at the data; {self.checkpoints.last_good()}")
+
+    def _take_spike(self, loss: float, spike: Spike) -> None:
+        """Count and log a spike; raise if it ends the run. Of several in a row the first and the last are logged."""
+        self._interval.loss_spikes += 1
+        what = (f"the loss of iteration {self.progress.iteration} is {loss:.5f}, {spike.z:.1f} deviations of "
+                f"{spike.deviation:.3g} above {spike.mean:.5f}, the mean of the steps before")
+        if self.config.loss_spike_action == "stop":
+            self.log()
+            raise ValueError(f"{what}; allowed: --loss-spike-threshold {self.config.loss_spike_threshold:g}. Its batch "
+                             "may be bad, or --lr too high; --loss-spike-action log goes on; "
+                             f"{self.checkpoints.last_good()}")
+        if spike.new_level:
+            self._warn(f"{what}, like {spike.row - 1} before it: that is a new level, and no spike from now on")
+        elif spike.row == 1:
+            self._warn(what)
+
+    def _is_worth_saving(self, ends: bool) -> bool:
+        """Not while steps are being skipped, for the weights may be why; but at the end, if any step was good."""
+        if not self.bad_steps:
+            return True
+        if ends and not self._good_steps:
+            self._warn("no checkpoint is saved, because every step of this run was skipped; "
+                       f"{self.checkpoints.last_good()}")
+        return ends and self._good_steps > 0
+
+    def _warn(self, message: str) -> None:
+        """Of what all ranks know: said once."""
+        if self.groups.is_first:
+            get_logger().warning("%s", message)
 
     @property
     def _total_samples(self) -> int:
@@ -111,10 +187,10 @@ class Trainer:
         seconds = all_reduce_mean(interval.seconds, self.groups)
         record = {
             "kind": "train", "iteration": p.iteration,
-            "loss": all_reduce_mean(float(interval.lm_loss) / interval.steps, self.groups),
-            "aux_loss": all_reduce_mean(float(interval.aux_loss) / interval.steps, self.groups),
+            "loss": interval.mean(0), "aux_loss": interval.mean(1),
             "lr": interval.lr, "grad_norm": self.engine.grad_norm(), "tokens_per_s": tokens / seconds,
             "step_time_ms": 1000 * seconds / interval.steps, "skipped_steps": self.engine.skipped_steps,
+            "bad_steps": interval.bad_steps, "loss_spikes": interval.loss_spikes,
             "consumed_samples": p.consumed_samples, "consumed_tokens": p.consumed_tokens,
             "elapsed_s": time.monotonic() - self.started, **self.engine.metrics.read(training=True),
         }
@@ -126,7 +202,8 @@ class Trainer:
         if split not in self.eval_batches:
             return
         p = self.progress
-        loss = self.engine.evaluate(self.eval_batches[split](), p.consumed_samples / self._total_samples)
+        batches = self.watchdog.reading(self.eval_batches[split](), f"a batch of split {split!r}")
+        loss = self.engine.evaluate(batches, p.consumed_samples / self._total_samples)
         loss = all_reduce_mean(float(loss), self.groups)
         self.sinks.write({
             "kind": {"valid": "eval"}.get(split, split), "iteration": p.iteration, "loss": loss,
@@ -137,20 +214,28 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint at the current iteration."""
-        checkpoint.save(self.config.save, self.engine, self.progress, self.record, self.groups)
+        self.checkpoints.save(self.progress)
 
 
 class Interval:
-    """Sums over the steps since the last log line; losses stay on the device until they are read."""
+    """What happened since the last log line. Losses are means over the steps that were not skipped; if all were, over
+    those, so that a NaN is seen."""
 
     def __init__(self):
-        self.steps, self.seconds, self.lr = 0, 0.0, 0.0
-        self.lm_loss: torch.Tensor | float = 0.0
-        self.aux_loss: torch.Tensor | float = 0.0
+        self.steps, self.bad_steps, self.loss_spikes = 0, 0, 0
+        self.seconds, self.lr = 0.0, 0.0
+        self._sums = {bad: [0.0, 0.0] for bad in (False, True)}
 
-    def add(self, lm_loss: torch.Tensor, aux_loss: torch.Tensor, lr: float, seconds: float) -> None:
-        self.steps, self.seconds, self.lr = self.steps + 1, self.seconds + seconds, lr
-        self.lm_loss, self.aux_loss = self.lm_loss + lm_loss, self.aux_loss + aux_loss
+    def add(self, agreed: Agreement, lr: float, seconds: float, bad: bool) -> None:
+        self.steps, self.bad_steps = self.steps + 1, self.bad_steps + bad
+        self.seconds, self.lr = self.seconds + seconds, lr
+        for i, loss in enumerate((agreed.lm_loss, agreed.aux_loss)):
+            self._sums[bad][i] += loss
+
+    def mean(self, i: int) -> float:
+        """Mean language-model (0) or auxiliary (1) loss."""
+        good = self.steps - self.bad_steps
+        return self._sums[not good][i] / (good or self.bad_steps)
 
 
 def announce(plan: Plan, groups: Groups, precision: str, num_experts: int, progress: Progress) -> None:

@@ -1,0 +1,173 @@
+"""What a run is: saved with every checkpoint and compared when one is loaded."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron import __version__
+from megatron.config.schema import RunConfig
+from megatron.data.blend import parse_blend
+from megatron.data.tokenizer import Tokenizer
+from megatron.log import get_logger
+from megatron.moe import gates
+from megatron.parallel.groups import Groups
+from megatron.training.store import file_sha256
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+
+PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
+IDENTITY = {"tokenizer_name": "the tokenizer", "tokenizer_vocab_size": "the vocabulary size",
+            "tokenizer_fingerprint": "the hash of the vocabulary"}
+# What must be equal between a checkpoint and the run that loads it, by section of the configuration.
+FIXED = {
+    "model": ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+              "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "activation", "swiglu",
+              "untie_embeddings_and_output_weights", "vocab_size", "make_vocab_size_divisible_by"),
+    "moe": ("num_experts", "expert_interval", "moe_layers", "gate", "moe_ffn_hidden_size", "moe_shared_experts",
+            "moe_first_k_dense"),
+}
+# What the learning rate of an iteration follows from; the length of the run as well.
+SCHEDULE = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_tokens",
+            "lr_decay_iters", "lr_decay_tokens", "lr_wsd_decay_fraction")
+# What decides the order of the samples: a change is allowed, and said.
+ORDER = {
+    "model": ("seq_length",),
+    "data": ("data_path", "train_data_path", "split", "dataloader_type", "streaming_data_path", "streaming_json_key",
+             "streaming_shuffle_samples"),
+    "train": ("seed", "train_iters", "train_tokens"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run is."""
+
+    config: RunConfig
+    identity: dict[str, Any]
+    """the tokenizer's name, vocab_size and fingerprint"""
+    topology: dict[str, Any] = field(default_factory=dict)
+    """ranks, expert_parallel_size, zero_stage, precision"""
+    global_batch_size: int = 0
+    iterations: int = 0
+    """of the whole run"""
+    data: dict[str, Any] = field(default_factory=dict)
+    """by prefix: sizes of .bin and .idx, SHA-256 of the sidecar"""
+
+    @staticmethod
+    def of(config: RunConfig, groups: Groups, tokenizer: Tokenizer, global_batch_size: int = 0,
+           iterations: int = 0) -> Record:
+        identity = {f"tokenizer_{n}": getattr(tokenizer, n) for n in ("name", "vocab_size", "fingerprint")}
+        topology = {"ranks": groups.world_size, "expert_parallel_size": groups.ep_size,
+                    "zero_stage": config.optimizer.zero_stage, "precision": config.optimizer.precision}
+        return Record(config, identity, topology, global_batch_size, iterations, describe_data(config))
+
+    def state(self) -> dict[str, Any]:
+        """What state.json says of the run; the configuration is in run.json."""
+        content = {f: getattr(self, f) for f in ("identity", "topology", "global_batch_size", "iterations", "data")}
+        return {**content, "versions": versions(), "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+    @staticmethod
+    def from_state(config: RunConfig, state: dict[str, Any]) -> Record:
+        """The inverse of `state`."""
+        return Record(config, *(state[f] for f in ("identity", "topology", "global_batch_size", "iterations", "data")))
+
+
+def versions() -> dict[str, str]:
+    """Of this program, Python and the packages that results depend on."""
+    return {"moe-megatron": __version__, "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def describe_data(config: RunConfig) -> dict[str, Any]:
+    """By prefix of the run's shards: the sizes of .bin and .idx, and the SHA-256 of the sidecar, if there is one."""
+    described = {}
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        for _, prefix in parse_blend(getattr(config.data, name), f"--{name.replace('_', '-')}"):
+            files = {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
+            entry = {f"{kind}_bytes": files[kind].stat().st_size for kind in ("bin", "idx") if files[kind].is_file()}
+            if files["json"].is_file():
+                entry["sidecar_sha256"] = file_sha256(files["json"])
+            described[prefix] = entry
+    return described
+
+
+def check_same_run(saved: Record, current: Record, where: str) -> None:
+    """Raise ValueError naming the first thing in which a checkpoint contradicts the run that wants its weights."""
+    for section, names in FIXED.items():
+        for name in names:
+            _same(getattr(getattr(saved.config, section), name), getattr(getattr(current.config, section), name),
+                  "--" + name.replace("_", "-"), where)
+    if _gate_shapes(saved.config) != _gate_shapes(current.config):
+        for name, value in current.config.gate_options.items():
+            _same(saved.config.gate_options.get(name), value, "--" + name.replace("_", "-"), where)
+    for key, what in IDENTITY.items():
+        _same(saved.identity.get(key), current.identity[key], what, where)
+    if current.config.model.position_embedding_type == "learned":
+        _same(saved.config.model.max_positions, current.config.model.max_positions, "--max-position-embeddings", where)
+
+
+def check_same_schedule(saved: Record, current: Record, where: str) -> None:
+    """Raise ValueError when a run that goes on would have other learning rates than it would have had."""
+    old, new = saved.config.optimizer, current.config.optimizer
+    advice = "use the checkpoint's value, or add --override-lr-schedule to go on with this one"
+    for name in SCHEDULE:
+        _same(getattr(old, name), getattr(new, name), "--" + name.replace("_", "-"), where, advice)
+    ends = new.lr_decay_iters or new.lr_decay_tokens
+    if new.lr_warmup_fraction or not (ends or new.lr_decay_style == "constant"):
+        _same(saved.iterations, current.iterations, "the run's number of iterations, which its learning rates follow,",
+              where, advice)
+
+
+def warn_of_changes(saved: Record, current: Record) -> None:
+    """Log in what a run that goes on differs from the one that was saved without contradicting it."""
+    # The order of streamed text does not depend on the run's length.
+    fixed = ("train_iters", "train_tokens") if current.config.data.streaming_data_path else ()
+    changed = [f"--{name.replace('_', '-')}" for section, names in ORDER.items() for name in names if name not in fixed
+               and getattr(getattr(saved.config, section), name) != getattr(getattr(current.config, section), name)]
+    if saved.global_batch_size != current.global_batch_size:
+        changed.append(f"the global batch ({current.global_batch_size} samples after {saved.global_batch_size})")
+    changed += [f"the files of {prefix}" for prefix, files in current.data.items()
+                if saved.data.get(prefix, files) != files]
+    if changed:
+        get_logger().warning("%s differ(s) from the checkpoint's: the samples come in another order from here on, and "
+                             "some of those already seen may come again", ", ".join(changed))
+    if saved.topology != current.topology:
+        words = [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.topology.items())
+                 for run in (saved, current)]
+        get_logger().info("the checkpoint was made with %s; the run goes on with %s", *words)
+
+
+def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
+    """Names and shapes of what a gate of the run keeps: options that change them cannot change in a resume."""
+    if not config.moe.num_experts:
+        return {}
+    with torch.device("meta"):
+        gate = gates.create(config.moe.gate, hidden_size=config.model.hidden_size, num_experts=config.moe.num_experts,
+                            layer=1, num_moe_layers=2, vocab_size=1, **config.gate_options)
+    return {name: tensor.shape for name, tensor in gate.state_dict().items()}
+
+
+def _same(saved: Any, current: Any, what: str, where: str,
+          advice: str = "use the checkpoint's value, or start a new run without --load") -> None:
+    if saved != current:
+        raise ValueError(f"{what} is {current!r} but checkpoint {where} was made with {saved!r}; {advice}")
+
+
+def progress_of(state: dict[str, Any]) -> Progress:
+    """The progress that state.json tells."""
+    return Progress(**{name: state["progress"][name] for name in asdict(Progress())})

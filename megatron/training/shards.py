@@ -1,0 +1,215 @@
+"""Tensors on disk: safetensors files written piece by piece, and ranges of whole tensors read from pieces.
+
+A *piece* is a contiguous range of a flattened tensor. Whatever ZeRO stage and expert-parallel size wrote a checkpoint,
+each rank's part of a tensor is one piece of it, so a run of any other topology can read the ranges it needs.
+
+    index.json   {"tensors": {name: {"shape": [...], "pieces": [[rank, start, length], ...]}},
+                  "kinds": ["weight", "exp_avg", "exp_avg_sq"], "buffers": [name, ...]}
+    rank_00003.safetensors   "<kind>/<name>" 1-D pieces; in rank 0's also "buffer/<name>", whole; "rng/<device>"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.data.work import named_errors
+
+CHUNK = 16 << 20
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file that is to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shard_name(rank: int) -> str:
+    """File of a rank's pieces."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file tensor by tensor, so that no more than one need be in memory. A context manager.
+
+    The safetensors package itself wants all tensors of a file at once.
+
+    Args:
+        entries: what will be written, in this order but for the alignment: wide elements come first (see `entries`).
+        metadata: strings for the header.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
+
+    def __init__(self, path: str | Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None):
+        self.path, self.entries = str(path), in_file_order(entries)
+        self._next, self._sha256, self.nbytes = 0, hashlib.sha256(), 0
+        header, offset = {"__metadata__": metadata} if metadata else {}, 0
+        for e in self.entries:
+            header[e.name] = {"dtype": DTYPES[e.dtype], "shape": list(e.shape),
+                              "data_offsets": [offset, offset + e.nbytes]}
+            offset += e.nbytes
+        assert len(header) == len(self.entries) + bool(metadata), "two tensors of one name"
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with named_errors(self.path):
+            self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by close)
+        self._put(memoryview(struct.pack("<Q", len(text)) + text))
+
+    def write(self, tensor: Tensor) -> None:
+        """The next tensor, from any device."""
+        entry = self.entries[self._next]
+        assert tensor.dtype == entry.dtype and tensor.shape == entry.shape, f"not what {entry} announced"
+        self._next += 1
+        if tensor.numel():
+            flat = tensor.detach().reshape(-1).cpu().contiguous()
+            self._put(memoryview(flat.view(torch.uint8).numpy()))
+
+    def _put(self, data: memoryview) -> None:
+        with named_errors(self.path):
+            for start in range(0, len(data), CHUNK):
+                chunk = data[start:start + CHUNK]
+                self._sha256.update(chunk)
+                while len(chunk):
+                    chunk = chunk[self._file.write(chunk):]
+        self.nbytes += len(data)
+
+    def finish(self) -> tuple[int, str]:
+        """Sync the file to the disk; returns its (bytes, SHA-256)."""
+        assert self._next == len(self.entries), f"{len(self.entries) - self._next} announced tensors are missing"
+        with named_errors(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+        return self.nbytes, self._sha256.hexdigest()
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def in_file_order(entries: Sequence[Entry]) -> list[Entry]:
+    """Wide elements first, so that every tensor of a file is aligned."""
+    return sorted(entries, key=lambda e: -e.dtype.itemsize)
+
+
+def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
+    """({tensor: {"dtype", "shape", "data_offsets"}}, position of the first data byte) of a safetensors file."""
+    with open(path, "rb") as file:
+        length, = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+class Shards:
+    """The tensors of a checkpoint's folder, whole or in ranges. What is read is ordinary memory, never a mapped file.
+
+    Args:
+        path: the folder; its files were checked against the manifest.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
+        self.kinds: list[str] = index["kinds"]
+        self.shapes: dict[str, tuple[int, ...]] = {n: tuple(t["shape"]) for n, t in index["tensors"].items()}
+        self.buffers: list[str] = index["buffers"]
+        self._pieces = {n: t["pieces"] for n, t in index["tensors"].items()}
+        self._headers: dict[int, tuple[dict[str, dict], int]] = {}
+
+    def read(self, kind: str, name: str, start: int = 0, length: int | None = None) -> Tensor:
+        """Elements `start` to `start + length` of a flattened tensor, 1-D; by default all.
+
+        Args:
+            kind: weight, exp_avg, exp_avg_sq.
+        """
+        total = math.prod(self.shapes[name])
+        length = total - start if length is None else length
+        assert start >= 0 and start + length <= total, f"{name} has {total} elements"
+        out = None
+        for rank, first, size in self._pieces[name]:
+            low, high = max(start, first), min(start + length, first + size)
+            if low < high:
+                part = self._range(rank, f"{kind}/{name}", low - first, high - low)
+                if out is None:
+                    out = part if len(part) == length else part.new_empty(length)
+                if out is not part:
+                    out[low - start:high - start] = part
+        return torch.empty(0) if out is None else out
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer of the model, whole."""
+        header, _ = self._header(0)
+        shape = header[f"buffer/{name}"]["shape"]
+        return self._range(0, f"buffer/{name}", 0, math.prod(shape)).reshape(shape)
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        """Random states of a rank, by device."""
+        header, _ = self._header(rank)
+        names = [name for name in header if name.startswith("rng/")]
+        return {n.removeprefix("rng/"): self._range(rank, n, 0, header[n]["shape"][0]) for n in names}
+
+    def _header(self, rank: int) -> tuple[dict[str, dict], int]:
+        if rank not in self._headers:
+            self._headers[rank] = read_header(self.path / shard_name(rank))
+        return self._headers[rank]
+
+    def _range(self, rank: int, name: str, first: int, length: int) -> Tensor:
+        header, data = self._header(rank)
+        dtype = BY_NAME[header[name]["dtype"]]
+        where = data + header[name]["data_offsets"][0] + first * dtype.itemsize
+        raw = np.fromfile(self.path / shard_name(rank), np.uint8, length * dtype.itemsize, offset=where)
+        return torch.from_numpy(raw).view(dtype)
+
+
+def make_index(pieces: Sequence[Sequence[tuple[str, int, int]]], shapes: dict[str, tuple[int, ...]],
+               kinds: Sequence[str], buffers: Sequence[str]) -> dict:
+    """Content of index.json.
+
+    Args:
+        pieces: by rank, (tensor, start, length) of each of its pieces.
+    """
+    tensors = {name: {"shape": list(shape), "pieces": []} for name, shape in shapes.items()}
+    for rank, owned in enumerate(pieces):
+        for name, start, length in owned:
+            tensors[name]["pieces"].append([rank, start, length])
+    for name, tensor in tensors.items():
+        tensor["pieces"].sort(key=lambda piece: piece[1])
+        end = 0
+        for _, start, length in tensor["pieces"]:
+            assert start == end, f"the ranks' pieces of {name} overlap or leave a gap at element {end}"
+            end += length
+        assert end == math.prod(tensor["shape"]), f"the ranks have {end} elements of {name}, {tensor['shape']}"
+    return {"tensors": tensors, "kinds": list(kinds), "buffers": list(buffers)}
+
+
+def write_tensors(path: str | Path, entries: Sequence[Entry], get: Callable[[str], Tensor],
+                  metadata: dict[str, str] | None = None) -> tuple[int, str]:
+    """Write a safetensors file whose tensors are asked for one after the other; returns its (bytes, SHA-256)."""
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for entry in writer.entries:
+            writer.write(get(entry.name))
+        return writer.finish()

@@ -1,0 +1,219 @@
+"""A folder of checkpoints: which are there and whole, how one is published, and which are deleted.
+
+    <save>/iter_0000300/     a complete checkpoint
+        manifest.json        size and SHA-256 of every other file, written last
+        run.json             the configuration, fit for --config
+        state.json           how far the run is and what it is: megatron.training.checkpoint
+        index.json           every tensor and where its pieces are: megatron.training.shards
+        rank_00000.safetensors, rank_00001.safetensors, ...
+    <save>/latest            name of the checkpoint that was completed last
+    <save>/checkpoint.partial/   one that is being written
+
+A checkpoint appears under its name by a rename, when all of it is on the disk. Checkpoints are numbered in the order in
+which they were completed (`serial`): after a return to an earlier iteration the newest is not the one with the highest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron.config import cli
+from megatron.config.checkpoints import CheckpointConfig
+from megatron.data.work import sync_folder
+
+LOGGER = logging.getLogger("megatron")
+FORMAT = "moe-megatron checkpoint 1"
+MANIFEST, LATEST, REPLACED = "manifest.json", "latest", ".replaced"
+CHUNK = 16 << 20
+
+
+class Broken(ValueError):
+    """A checkpoint that is incomplete or damaged; the message names the file and what is wrong with it."""
+
+
+def tag(iteration: int) -> str:
+    """Folder name of the checkpoint of an iteration."""
+    return f"iter_{iteration:07d}"
+
+
+def iteration_of(path: Path) -> int | None:
+    """Iteration of a checkpoint's folder, by its name; None: it is not one."""
+    found = re.fullmatch(rf"iter_(\d{{7,}})({re.escape(REPLACED)})?", path.name)
+    return int(found.group(1)) if found else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    sha = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file of a checkpoint. Raises Broken, naming it, if there is none or it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Broken(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise Broken(f"{path} cannot be read: {error}") from None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Manifest of the checkpoint in folder `path`: iteration, serial, files {name: [bytes, sha256]}.
+
+    Raises:
+        Broken: there is none, or it was changed after it was written.
+    """
+    if not (path / MANIFEST).exists() and any(path.glob("*_model_states.pt")):
+        raise Broken(f"{path} has DeepSpeed's own files and no {MANIFEST}: it is not a checkpoint of this program")
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise Broken(f"{path / MANIFEST} is not the manifest of a {FORMAT!r}")
+    if manifest.get("checksum") != _checksum(manifest):
+        raise Broken(f"{path / MANIFEST} is damaged: its checksum does not fit")
+    if manifest["iteration"] != iteration_of(path):
+        raise Broken(f"{path} is the checkpoint of iteration {manifest['iteration']} under another name")
+    return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(path: Path, names: Iterable[str], manifest: dict[str, Any]) -> None:
+    """Whether these files of a checkpoint are what they were when it was written.
+
+    Raises:
+        Broken: one is missing, has another size, or another SHA-256.
+    """
+    for name in names:
+        size, sha256 = manifest["files"][name]
+        try:
+            there = (path / name).stat().st_size
+            if there != size:
+                raise Broken(f"{path / name} has {there} bytes, {size} were written")
+            if file_sha256(path / name) != sha256:
+                raise Broken(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+        except FileNotFoundError:
+            raise Broken(f"{path / name} is missing") from None
+        except OSError as error:
+            raise Broken(f"{path / name} cannot be read: {error.strerror}") from None
+
+
+def candidates(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+    """(checkpoints of a folder with their manifests, completed last first; what is wrong with the others)."""
+    good, bad = [], []
+    paths = sorted(p for p in Path(folder).iterdir() if iteration_of(p) is not None) if Path(folder).is_dir() else []
+    for path in paths:
+        try:
+            good.append((path, read_manifest(path)))
+        except Broken as error:
+            bad.append(str(error))
+    good.sort(key=lambda found: found[1]["serial"], reverse=True)
+    return good, bad
+
+
+def next_serial(folder: str | Path) -> int:
+    """The serial of the next checkpoint of a folder."""
+    return max((manifest["serial"] for _, manifest in candidates(folder)[0]), default=0) + 1
+
+
+def publish(partial: Path, folder: Path, iteration: int, files: dict[str, tuple[int, str]]) -> Path:
+    """Turn a finished work folder into the checkpoint of an iteration, and name it in `latest`.
+
+    One that is there already under this name is replaced; at no moment are both gone.
+    """
+    manifest = {"format": FORMAT, "iteration": iteration, "serial": next_serial(folder),
+                "files": {name: list(files[name]) for name in sorted(files)}}
+    manifest["checksum"] = _checksum(manifest)
+    cli.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    sync_folder(partial)
+    target = folder / tag(iteration)
+    old = target.with_name(target.name + REPLACED)
+    if target.exists():
+        _remove(old)
+        os.rename(target, old)
+    os.rename(partial, target)
+    sync_folder(folder)
+    cli.write_text(folder / LATEST, target.name)
+    sync_folder(folder)
+    _remove(old)
+    return target
+
+
+def prune(folder: Path, keep_last: int, keep_every: int) -> list[str]:
+    """Delete complete checkpoints: all but the `keep_last` newest (0: keep all) and those of iterations divisible by
+    `keep_every` (0: none). What is broken stays, for somebody to look at. Returns the names of the deleted."""
+    if not keep_last:
+        return []
+    gone = []
+    for path, manifest in candidates(folder)[0][keep_last:]:
+        if not (keep_every and manifest["iteration"] % keep_every == 0):
+            _remove(path)
+            gone.append(path.name)
+    return gone
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed run left half deleted."""
+    for doomed in folder.glob(".iter_*.deleted"):
+        shutil.rmtree(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder. It first loses its name, so that no half of it is taken for a damaged checkpoint."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
+    """The checkpoints (with their manifests) that --load and --load-step may mean, the wanted one first. None with
+    --load-or-init when there is nothing at all. Files are not looked at yet.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the one of --load-step is not there, or has no manifest.
+    """
+    good, bad = candidates(options.load)
+    if options.load_step:
+        chosen = [found for found in good if found[1]["iteration"] == options.load_step]
+        if not chosen:
+            broken = [text for text in bad if tag(options.load_step) in text]
+            there = ", ".join(str(m["iteration"]) for _, m in sorted(good)) or "none"
+            raise ValueError(f"--load-step is {options.load_step}; "
+                             + (broken[0] if broken else f"whole checkpoints in {options.load}: {there}"))
+        return chosen[:1]
+    for text in bad:
+        LOGGER.warning("%s; not used", text)
+    if not good and (bad or not options.load_or_init):
+        latest(options.load)  # raises
+    return good
+
+
+def latest(folder: str | Path) -> str:
+    """Name of the checkpoint of `folder` that was completed last.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    good, bad = candidates(folder)
+    if not good:
+        there = f"; what is there cannot be used: {'; '.join(bad)}" if bad else ""
+        raise FileNotFoundError(f"--load is {str(folder)!r}, which holds no checkpoint{there}. Point --load at the "
+                                "folder given to --save of an earlier run, leave it out, or add --load-or-init")
+    return good[0][0].name

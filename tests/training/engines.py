@@ -1,0 +1,120 @@
+"""Engines of a tiny mixture in a rank of the pool, with what saving and resuming them needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+
+MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, activation="swiglu",
+                    ffn_hidden_size=24, init_method_std=0.3, make_vocab_size_divisible_by=1, vocab_size=61)
+GLOBAL_BATCH = 4
+OPTIONS = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"bias_update_speed": 0.07},
+           "peer": {"peer_num_heads": 2, "peer_topk": 2, "peer_query_size": 8}}
+IDENTITY = {"tokenizer_name": "t", "tokenizer_vocab_size": 61, "tokenizer_fingerprint": "f"}
+
+
+def config_of(gate: str, ep_size: int, stage: int, precision: str = "fp32", **train) -> RunConfig:
+    """A dense model when `gate` is empty."""
+    num_experts = 16 if gate == "peer" else 4
+    moe = MoEConfig(num_experts=num_experts, gate=gate, moe_ffn_hidden_size=8, moe_expert_parallel_size=ep_size,
+                    moe_shared_experts=0 if gate == "peer" else 1) if gate else MoEConfig()
+    optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", lr=0.02, adam_eps=1e-3, clip_grad=0.5)
+    return RunConfig(MODEL, moe, optimizer=optimizer, gate_options=OPTIONS.get(gate, {}),
+                     train=TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH, **train))
+
+
+def micro_batches(step: int, groups):
+    """This rank's micro-batches of a step; all ranks together always see the same four."""
+    from megatron.data.loader import Batch
+
+    g = torch.Generator().manual_seed(step)
+    batches = []
+    for _ in range(GLOBAL_BATCH):
+        ids = torch.randint(0, MODEL.vocab_size, (1, 9), generator=g)
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], torch.ones(1, 8), None, None))
+    return batches[groups.rank::groups.world_size]
+
+
+class Run:
+    """An engine, where it is, and its checkpoints; loaded from `config.train.load` if that is set."""
+
+    def __init__(self, config: RunConfig, seed: int = 7):
+        from megatron.model.build import build_model
+        from megatron.parallel import groups as parallel
+        from megatron.training import resume
+        from megatron.training.checkpoint import Checkpoints
+        from megatron.training.engine import Engine
+        from megatron.training.record import Progress, Record
+
+        os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+        self.config = config
+        self.groups = groups = parallel.init(config.moe.moe_expert_parallel_size)
+        self.source = resume.find(config.train, groups)
+        model = build_model(config.model, config.moe, config.gate_options, vocab_size=MODEL.vocab_size, seed=seed,
+                            groups=groups)
+        topology = {"ranks": groups.world_size, "expert_parallel_size": groups.ep_size,
+                    "zero_stage": config.optimizer.zero_stage, "precision": config.optimizer.precision}
+        record = Record(config, IDENTITY, topology, GLOBAL_BATCH, 100)
+        if self.source:
+            self.source.check(record)
+            self.source.load_weights(model, groups)
+        self.engine = Engine(model, config.optimizer, config.train, groups)
+        self.progress = self.source.restore(self.engine, groups) if self.source else Progress()
+        self.checkpoints = Checkpoints(config.train, self.engine, record, groups)
+
+    def steps(self, number: int) -> list[float]:
+        """Mean losses over ranks of so many more steps."""
+        from megatron.parallel.groups import all_reduce_mean
+
+        losses = []
+        for _ in range(number):
+            loss, _ = self.engine.step(micro_batches(self.progress.iteration, self.groups), 0.02, 0.0)
+            losses.append(all_reduce_mean(float(loss), self.groups))
+            self.progress.iteration += 1
+            self.checkpoints.poll()
+        return losses
+
+    def save(self) -> None:
+        self.checkpoints.save(self.progress)
+        self.checkpoints.finish()
+
+    def close(self) -> None:
+        self.checkpoints.__exit__()
+
+    def local_weights(self) -> dict[str, torch.Tensor]:
+        """What the forward pass uses, of this rank (a share under ZeRO 3)."""
+        tensors = {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in self.engine.model.named_parameters()}
+        return {**tensors, **{n: b.clone() for n, b in self.engine.model.named_buffers()}}
+
+
+def train(config: RunConfig, steps: int = 0, more: int = 0, seed: int = 7):
+    """In a rank: (losses of `steps`, losses of `more` after a save, local weights at the end, gradient norm)."""
+    run = Run(config, seed)
+    try:
+        before = run.steps(steps)
+        if config.train.save:
+            run.save()
+        return before, run.steps(more), run.local_weights(), run.engine.grad_norm()
+    finally:
+        run.close()
+
+
+def whole(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint of a folder: "<kind>/<name>" and "buffer/<name>"."""
+    from megatron.training import store
+    from megatron.training.shards import Shards
+
+    shards = Shards(Path(folder) / store.latest(folder))
+    tensors = {f"{kind}/{name}": shards.read(kind, name).view(shards.shapes[name])
+               for kind in shards.kinds for name in shards.shapes}
+    return {**tensors, **{f"buffer/{name}": shards.buffer(name) for name in shards.buffers}}
+
+
+def loading(config: RunConfig, folder: str | Path, save: str | Path = "") -> RunConfig:
+    return replace(config, train=replace(config.train, load=str(folder), save=str(save)))
