@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import runs
 from megatron.data.indexed_writer import IndexedWriter
@@ -36,11 +37,17 @@ def test_it_learns_and_says_so(finished):
 
 
 def test_each_rank_holds_half_of_the_experts(finished):
+    """And half of the optimizer: one file a rank, of tensors that together are the model once."""
     folder = finished / "checkpoints" / (finished / "checkpoints" / "latest").read_text()
-    experts = sorted(p.name for p in folder.glob("*expert_*_model_states.pt"))
-    assert len(experts) == 4
-    optimizers = list(folder.glob("*optim_states.pt"))
-    assert len(optimizers) == 2 and {p.name for p in folder.glob("rng_rank*")} == {"rng_rank0.pt", "rng_rank1.pt"}
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"manifest.json", "run.json", "state.json", "index.json", "rank_00000.safetensors",
+                     "rank_00001.safetensors"}
+    tensors = json.loads((folder / "index.json").read_text())["tensors"]
+    stacks = [t for name, t in tensors.items() if ".experts." in name]
+    assert stacks and all(t["shape"][0] == 4 for t in stacks)
+    for stack in stacks:
+        half = math.prod(stack["shape"]) // 2
+        assert stack["pieces"] == [[0, 0, half], [1, half, half]]
 
 
 def test_ten_plus_ten_is_twenty_bit_for_bit(finished, data, tmp_path, ranks2):
@@ -102,14 +109,16 @@ def test_nan_is_shown_counted_and_stops_the_run(data, tmp_path, ranks2):
     last = runs.metrics(tmp_path)[-1]
     assert last["iteration"] == 3 and last["skipped_steps"] == 3 and np.isnan(last["loss"])
     assert '"loss": NaN' in (tmp_path / "metrics.jsonl").read_text()
-    assert not (tmp_path / "checkpoints").exists()
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("changes, message", [
     (("--hidden-size", "64"), r"--hidden-size is 64 but checkpoint .* was made with 32"),
     (("--gate", "topk"), r"--gate is 'topk' but checkpoint .* was made with 'threshold'"),
     (("--num-experts", "8"), r"--num-experts is 8 but checkpoint .* was made with 4"),
-    (("--zero-stage", "2"), r"--zero-stage is 2 but checkpoint .* was made with 1"),
+    (("--lr", "4e-3"), r"--lr is 0.004 but checkpoint .* was made with 0.005; use the checkpoint's value, or add "
+                       r"--override-lr-schedule"),
+    (("--train-iters", "30"), r"number of iterations, which its learning rates follow, is 30 .* made with 20"),
 ])
 def test_a_checkpoint_that_contradicts_the_flags(changes, message, finished, data, tmp_path, ranks2):
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, "--load", str(finished / "checkpoints"))
@@ -283,7 +292,7 @@ def test_a_gate_is_one_file(data, tmp_path):
     got = runs.metrics(tmp_path)
     assert len(got) == 5 and all(m["experts_per_token_kept"] == 1 for m in got)
     assert got[-1]["loss"] < got[0]["loss"]
-    torch.load(tmp_path / "checkpoints/iter_0000005/rng_rank0.pt", weights_only=True)
+    assert (tmp_path / "checkpoints/iter_0000005/rank_00000.safetensors").is_file()
 
 
 def test_help_explains_and_names_the_gates(capsys):

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
 from megatron.parallel.groups import Groups
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, activation="swiglu",
@@ -25,13 +26,17 @@ def build(groups, seed=7):
     return build_model(MODEL, moe, {"bias_update_speed": SPEED}, vocab_size=VOCAB, seed=seed, groups=groups)
 
 
-def make_engine(groups, stage, precision, deepspeed_config, seed=7):
+def make_engine(groups, stage, precision, deepspeed_config, seed=7, source=None):
     from megatron.training.engine import Engine
 
     optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", lr=0.02, adam_eps=1e-2,
                                 deepspeed_config=deepspeed_config)
     train = TrainConfig(micro_batch_size=1, global_batch_size=2 * groups.world_size)
-    return Engine(build(groups, seed), optimizer, train, groups)
+    model = build(groups, seed)
+    if source:
+        assert not any(gate.expert_bias.any() for gate in (block.mlp.gate for block in model.layers))
+        source.load_weights(model, groups)
+    return Engine(model, optimizer, train, groups)
 
 
 def micro_batches(step, rank):
@@ -67,6 +72,9 @@ def count_loads(engine):
 def _run(stage, precision, deepspeed_config, folder):
     """In a rank: steps, an evaluation, a checkpoint, one step more; and a second engine that resumes."""
     from megatron.parallel import groups as parallel
+    from megatron.training import resume
+    from megatron.training.checkpoint import Checkpoints
+    from megatron.training.record import Progress, Record
 
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
     groups = parallel.init(min(2, dist.get_world_size()))
@@ -79,12 +87,14 @@ def _run(stage, precision, deepspeed_config, folder):
     answer["loads"] = loads
     engine.evaluate(micro_batches(50, groups.rank), 0.0)
     answer["evaluated"] = biases(engine)
-    engine.save(folder, "here", {"iteration": STEPS})
+    record = Record(RunConfig(), {}, {"ranks": groups.world_size})
+    with Checkpoints(CheckpointConfig(save=folder), engine, record, groups) as checkpoints:
+        checkpoints.save(Progress(iteration=STEPS))
     engine.step(micro_batches(STEPS, groups.rank), 0.02, 0.0)
     answer["went_on"] = biases(engine)
-    resumed = make_engine(groups, stage, precision, deepspeed_config, seed=8)
-    assert not any(b.any() for b in biases(resumed))
-    assert resumed.load(folder, "here")["iteration"] == STEPS
+    source = resume.find(CheckpointConfig(load=folder), groups)
+    resumed = make_engine(groups, stage, precision, deepspeed_config, seed=8, source=source)
+    assert source.restore(resumed, groups).iteration == STEPS
     answer["loaded"] = biases(resumed)
     resumed.step(micro_batches(STEPS, groups.rank), 0.02, 0.0)
     answer["resumed"] = biases(resumed)

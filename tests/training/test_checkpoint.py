@@ -1,93 +1,292 @@
-"""Finding a checkpoint and refusing one of another run; whole save and resume runs are in tests/test_pretrain.py."""
+"""Saving from an engine: beside the training, on a full disk, in a folder that another run has, damaged afterwards."""
 
-import json
+from __future__ import annotations
+
+import errno
+import os
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import engines
 import pytest
+import torch
 
 from megatron import log
-from megatron.config import cli
-from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
-from megatron.training import checkpoint
-from megatron.training.checkpoint import FIXED, Record, check_same_run
-
-IDENTITY = {"tokenizer_name": "a", "tokenizer_vocab_size": 10, "tokenizer_fingerprint": "f", "world_size": 2}
+from megatron.data.work import Busy
+from megatron.parallel.groups import Groups
+from megatron.training import resume, store
+from megatron.training.shards import Shards
 
 
-def test_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="which holds no checkpoint"):
-        checkpoint.latest(str(tmp_path))
+def config_of(folder: Path, **options):
+    return engines.config_of("topk", options.pop("ep_size", 1), options.pop("stage", 1), save=str(folder), **options)
 
 
-def test_an_incomplete_checkpoint_is_named(tmp_path):
-    (tmp_path / "latest").write_text("iter_0000005\n")
-    (tmp_path / "iter_0000005").mkdir()
-    with pytest.raises(FileNotFoundError, match="iter_0000005 has no run.json"):
-        checkpoint.read_record(str(tmp_path))
-    cli.write_run_json(RunConfig(), tmp_path / "iter_0000005/run.json")
-    with pytest.raises(FileNotFoundError, match="iter_0000005 has no identity.json"):
-        checkpoint.read_record(str(tmp_path))
-    (tmp_path / "iter_0000005/identity.json").write_text(json.dumps(IDENTITY))
-    assert checkpoint.read_record(str(tmp_path)).identity == IDENTITY
+def iterations(folder: Path) -> list[int]:
+    return sorted(m["iteration"] for _, m in store.candidates(folder)[0])
 
 
-def test_what_must_be_equal_are_fields_of_the_configuration():
-    for section, names in FIXED.items():
-        for name in names:
-            assert hasattr(getattr(RunConfig(), section), name)
+def _saves(config, number: int) -> list[str]:
+    """In a rank: a save after each step; what the run says of its last good checkpoint then."""
+    run = engines.Run(config)
+    said = [run.checkpoints.last_good()]
+    try:
+        for _ in range(number):
+            run.steps(1)
+            run.checkpoints.save(run.progress)
+            said.append(run.checkpoints.last_good())
+        run.checkpoints.finish()
+        return [*said, run.checkpoints.last_good()]
+    finally:
+        run.close()
 
 
-def test_contradictions_are_named():
-    saved = Record(RunConfig(), IDENTITY)
-    assert check_same_run(saved, Record(RunConfig(), dict(IDENTITY)), "x") is None
-    with pytest.raises(ValueError, match=r"--num-layers is 8 but checkpoint x was made with 4; use the checkpoint's"):
-        check_same_run(saved, Record(RunConfig(model=ModelConfig(num_layers=8)), IDENTITY), "x")
-    for key, what in checkpoint.IDENTITY.items():
-        with pytest.raises(ValueError, match=f"{what} is 'other'"):
-            check_same_run(saved, Record(RunConfig(), {**IDENTITY, key: "other"}), "x")
+@pytest.mark.parametrize("async_save", [False, True])
+def test_saves_and_retention(async_save, ranks2, tmp_path):
+    config = config_of(tmp_path, keep_last=2, keep_every=2, async_save=async_save, ep_size=2)
+    said = ranks2.run(_saves, config, 5)[1]
+    assert iterations(tmp_path) == [2, 4, 5]
+    assert said[0] == "no checkpoint was saved"
+    assert said[-1] == f"the last good checkpoint is {tmp_path}/iter_0000005"
+    assert not list(tmp_path.glob("*.partial")), "the work folder is gone"
 
 
-def test_changing_the_length_or_rate_of_the_run_is_allowed():
-    other = RunConfig(optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9))
-    assert check_same_run(Record(RunConfig(), IDENTITY), Record(other, IDENTITY), "x") is None
+def _slow_save(config):
+    """In a rank: weights when the save began, weights now, and whether anything was published meanwhile; the writing
+    waits until three more steps are done."""
+    import threading
+
+    from megatron.training import checkpoint
+
+    gate, original = threading.Event(), checkpoint.write_tensors
+    checkpoint.write_tensors = lambda *args: gate.wait(60) and original(*args)
+    run = engines.Run(config)
+    try:
+        run.steps(2)
+        parts = run.engine.partitions()
+        before = {p.name: p.weight.clone() for p in parts.pieces}
+        moments = {p.name: parts.moment(p, "exp_avg").clone() for p in parts.pieces}
+        run.checkpoints.save(run.progress)
+        run.steps(3)
+        there = os.listdir(config.train.save)
+        gate.set()
+        run.checkpoints.finish()
+        return before, moments, {p.name: p.weight.clone() for p in parts.pieces}, there
+    finally:
+        checkpoint.write_tensors = original
+        gate.set()
+        run.close()
 
 
-def test_a_new_order_of_samples_is_said(capsys):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_is_written_beside_the_training_is_the_state_at_the_save(stage, ranks1, tmp_path):
+    """Under ZeRO 3 in fp32 the optimizer's weights are the model's own, which the next steps change."""
+    (before, moments, after, there), = ranks1.run(_slow_save, config_of(tmp_path, async_save=True, stage=stage))
+    assert there == ["checkpoint.partial"], "nothing may be published before all is written"
+    shards = Shards(tmp_path / "iter_0000002")
+    for name, weight in before.items():
+        assert not torch.equal(weight, after[name])
+        assert torch.equal(shards.read("weight", name), weight), name
+        assert torch.equal(shards.read("exp_avg", name), moments[name]), name
+
+
+def _polls(config):
+    """In a rank: steps until the checkpoint that was begun after the first is published."""
+    run = engines.Run(config)
+    try:
+        run.steps(1)
+        run.checkpoints.save(run.progress)
+        while run.checkpoints._pending is not None:
+            run.steps(1)
+        return store.latest(config.train.save)
+    finally:
+        run.close()
+
+
+def test_a_finished_write_is_published_between_steps(ranks2, tmp_path):
+    assert ranks2.run(_polls, config_of(tmp_path, async_save=True)) == ["iter_0000001"] * 2
+
+
+def _fails_once(config, rank, when):
+    """In a rank: three saves, of which the second fails on one rank."""
+    from megatron.training import checkpoint
+
+    original, run = checkpoint.write_tensors, engines.Run(config)
+
+    def full(path, *args):
+        if "iter_0000002" in str(path) and run.groups.rank == rank:
+            original(path, *args)
+            raise (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if when == "disk" else KeyError("x"))
+        return original(path, *args)
+
+    checkpoint.write_tensors = full
+    try:
+        for _ in range(3):
+            run.steps(1)
+            run.save()
+        return run.checkpoints.failures, run.checkpoints.last_good()
+    finally:
+        checkpoint.write_tensors = original
+        run.close()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_fails_on_one_rank(rank, async_save, ranks2, tmp_path):
+    """Every rank hears of it; the old checkpoint stays; with `continue` the next save works."""
+    config = config_of(tmp_path, async_save=async_save, on_save_error="continue", ep_size=2)
+    answers = ranks2.run(_fails_once, config, rank, "disk")
+    assert answers == [(1, f"the last good checkpoint is {tmp_path}/iter_0000003")] * 2
+    assert iterations(tmp_path) == [1, 3]
+    stop = config_of(tmp_path / "stop", async_save=async_save, ep_size=2)
+    with pytest.raises(RuntimeError, match="No space left on device.*; the last good checkpoint is .*iter_0000001"):
+        ranks2.run(_fails_once, stop, rank, "disk")
+    assert iterations(tmp_path / "stop") == [1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_writing_thread_is_not_swallowed(ranks1, tmp_path):
+    with pytest.raises(RuntimeError, match=r"writing .*rank_00000.safetensors failed: KeyError\('x'\)"):
+        ranks1.run(_fails_once, config_of(tmp_path, async_save=True), 0, "bug")
+
+
+def _with_little_room(config, free):
+    usage, shutil.disk_usage = shutil.disk_usage, lambda path: shutil._ntuple_diskusage(10**9, 0, free)
+    try:
+        return _saves(config, 1)
+    finally:
+        shutil.disk_usage = usage
+
+
+def test_room_is_looked_for_before_anything_is_written(ranks2, tmp_path):
+    with pytest.raises(RuntimeError, match=r"checkpoint of iteration 1 takes 0\.1 MB, but .* has 0\.0 MB free. Free "
+                                           "some space, lower --keep-last, or save elsewhere; no checkpoint was saved"):
+        ranks2.run(_with_little_room, config_of(tmp_path), 10_000)
+    assert not list(tmp_path.glob("iter_*"))
+    ranks2.run(_with_little_room, config_of(tmp_path), 10_000_000)
+    assert iterations(tmp_path) == [1]
+
+
+def _second_run(config):
+    run = engines.Run(config)
+    try:
+        engines.Run(config)
+    finally:
+        run.close()
+
+
+def test_two_runs_in_one_folder(ranks1, tmp_path):
+    with pytest.raises(RuntimeError, match=f"{Busy.__name__}: .* is being written by process .*choose another"):
+        ranks1.run(_second_run, config_of(tmp_path))
+    assert ranks1.run(_saves, config_of(tmp_path), 1), "it was released"
+
+
+def test_what_a_killed_run_left_is_removed(ranks1, tmp_path):
+    half, doomed = tmp_path / "checkpoint.partial/iter_0000003", tmp_path / ".iter_0000001.deleted"
+    for folder in (half, doomed):
+        folder.mkdir(parents=True)
+        (folder / "rank_00000.safetensors").write_bytes(b"half")
+    (half.parent / "lock").write_text("process 1 on nowhere")
+    ranks1.run(_saves, config_of(tmp_path), 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", "latest"]
+
+
+@pytest.fixture(scope="module")
+def three(ranks2, tmp_path_factory):
+    """Folder of checkpoints after 1, 2 and 3 steps."""
+    folder = tmp_path_factory.mktemp("three")
+    ranks2.run(_saves, config_of(folder, ep_size=2), 3)
+    return folder
+
+
+def _load(config):
+    run = engines.Run(config)
+    run.close()
+    return run.source.path.name, run.progress.iteration
+
+
+def damage(path: Path, kind: str) -> None:
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        os.truncate(path, path.stat().st_size - 100)
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.safetensors", "state.json", "manifest.json"])
+def test_damage_is_named_and_the_one_before_is_used(kind, name, three, ranks2, tmp_path, capsys):
+    folder = shutil.copytree(three, tmp_path / "c")
+    damage(folder / "iter_0000003" / name, kind)
+    config = engines.loading(config_of("", ep_size=2), folder)
+    assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2
     log.setup()
-    saved = Record(RunConfig(), IDENTITY)
-    checkpoint.warn_of_new_order(saved, Record(RunConfig(optimizer=OptimizerConfig(lr=1.0)), IDENTITY))
-    assert capsys.readouterr().out == ""
-    checkpoint.warn_of_new_order(saved, Record(RunConfig(train=TrainConfig(train_iters=7, seed=2)), IDENTITY))
-    assert "--seed --train-iters differ(s) from the checkpoint's" in capsys.readouterr().out
+    assert resume.find(config.train, Groups()).path.name == "iter_0000002"
+    assert re.search(f"WARNING .*iter_0000003/{name} .*(falling back|not used)", capsys.readouterr().out)
+    with pytest.raises(RuntimeError, match=f"--load-step is 3.*iter_0000003/{name}"):
+        ranks2.run(_load, replace(config, train=replace(config.train, load_step=3)))
+    for iteration in (1, 2):
+        damage(folder / store.tag(iteration) / "rank_00001.safetensors", "flipped")
+    with pytest.raises(RuntimeError, match="no checkpoint is whole: .*rank_00001.safetensors is damaged.*Restore"):
+        ranks2.run(_load, config)
 
 
-def test_learned_positions_must_be_as_many():
-    def learned(n):
-        return Record(RunConfig(model=ModelConfig(position_embedding_type="learned", max_position_embeddings=n)),
-                      IDENTITY)
-
-    with pytest.raises(ValueError, match="--max-position-embeddings is 512 but checkpoint x was made with 256"):
-        check_same_run(learned(256), learned(512), "x")
-
-
-@pytest.mark.parametrize("gate, option, old, new", [
-    ("peer", "peer_num_heads", 4, 2), ("peer", "peer_query_norm", "batch", "layer"),
-    ("peer", "peer_product_key_dim", (8, 2), (4, 4)), ("moepp", "num_zero_experts", 1, 2), ("cosine", "proj_dim", 4, 5),
-    ("tcmoe", "topk", 2, 3),
-])
-def test_options_that_shape_the_gate_cannot_change(gate, option, old, new):
-    def record(value):
-        moe = MoEConfig(num_experts=16, gate=gate)
-        return Record(RunConfig(moe=moe, gate_options={option: value}), IDENTITY)
-
-    flag = "--" + option.replace("_", "-")
-    with pytest.raises(ValueError, match=f"{flag} is {re.escape(repr(new))} but checkpoint x was made with "
-                                         f"{re.escape(repr(old))}"):
-        check_same_run(record(old), record(new), "x")
+def test_an_earlier_step_can_be_chosen_and_the_branch_after_it_is_the_newest(three, ranks2, tmp_path):
+    folder = shutil.copytree(three, tmp_path / "c")
+    config = engines.loading(config_of("", ep_size=2), folder, folder)
+    earlier = replace(config, train=replace(config.train, load_step=1))
+    assert ranks2.run(_load, earlier) == [("iter_0000001", 1)] * 2
+    ranks2.run(_saves, earlier, 1)
+    assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2, "not 3, which the new branch has not reached"
 
 
-def test_options_that_leave_the_gates_shape_alone_may_change():
-    def record(**options):
-        return Record(RunConfig(moe=MoEConfig(num_experts=4, gate="topk"), gate_options=options), IDENTITY)
+def _start(config):
+    run = engines.Run(config)
+    run.close()
+    weights = {p.name: p.weight.clone() for p in run.engine.partitions().pieces}
+    return run.source is None, run.progress.iteration, run.engine.partitions().steps, weights
 
-    assert check_same_run(record(topk=2, loss_coeff=0.01), record(topk=3, loss_coeff=0.1), "x") is None
+
+def test_finetuning_takes_the_weights_only(three, ranks1):
+    config = engines.loading(config_of(""), three)
+    finetune = replace(config, train=replace(config.train, finetune=True),
+                       optimizer=replace(config.optimizer, lr=0.5, lr_decay_style="linear"))
+    (none, iteration, steps, weights), = ranks1.run(_start, finetune)
+    assert (none, iteration, steps) == (False, 0, 0)
+    saved = Shards(three / store.latest(three))
+    assert all(torch.equal(w, saved.read("weight", name)) for name, w in weights.items())
+
+
+def test_nothing_there_with_load_or_init(ranks2, tmp_path):
+    config = engines.loading(config_of(""), tmp_path)
+    with pytest.raises(RuntimeError, match="holds no checkpoint"):
+        ranks2.run(_start, config)
+    answers = ranks2.run(_start, replace(config, train=replace(config.train, load_or_init=True)))
+    assert [a[:3] for a in answers] == [(True, 0, 0)] * 2
+
+
+def test_another_schedule_needs_a_word(three, ranks1):
+    config = engines.loading(config_of(""), three)
+    other = replace(config, optimizer=replace(config.optimizer, lr=0.01))
+    with pytest.raises(RuntimeError, match="--lr is 0.01 .* made with 0.02; .*--override-lr-schedule"):
+        ranks1.run(_load, other)
+    assert ranks1.run(_load, replace(other, train=replace(other.train, override_lr_schedule=True)))[0][1] == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stage_0_is_written_once_and_goes_on_exactly(precision, ranks2, tmp_path):
+    """Dense models only. Every rank has everything; rank 0 writes it."""
+    config = engines.config_of("", 1, 0, precision, save=str(tmp_path))
+    went_on = ranks2.run(engines.train, config, 3, 3)
+    index = Shards(tmp_path / "iter_0000003")._pieces
+    assert {piece[0] for pieces in index.values() for piece in pieces} == {0}
+    resumed = ranks2.run(engines.train, engines.loading(config, tmp_path), 0, 3, 8)
+    for a, b in zip(went_on, resumed, strict=True):
+        assert a[1] == b[1] and all(torch.equal(a[2][name], b[2][name]) for name in a[2])
+    elsewhere = ranks2.run(engines.train, engines.loading(engines.config_of("", 1, 3, precision), tmp_path), 0, 3, 8)
+    assert elsewhere[0][1] == pytest.approx(went_on[0][1], abs=1e-5 if precision == "fp32" else 0.05)

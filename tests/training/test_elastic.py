@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import engines
 import pytest
 import torch
 
-import engines
 from megatron.moe import gates
 
 

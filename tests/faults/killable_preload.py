@@ -1,0 +1,5 @@
+"""Imported by the server that tests/faults/killable.py forks runs from."""
+
+import killable
+
+killable.preload()
