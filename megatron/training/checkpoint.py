@@ -10,8 +10,10 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +53,7 @@ class Checkpoints:
         self.newest = str(source) if source else ""
         self.failures = 0
         """checkpoints that could not be written"""
-        self._pending: _Write | None = None
+        self._pending: _Pending | None = None
         self._memory = _HostMemory(groups.device)
         self._work: WorkFolder | None = None
         if options.save:
@@ -71,6 +73,11 @@ class Checkpoints:
             shutil.rmtree(half)
         store.sweep(self.folder)
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint has been begun and not yet been published."""
+        return self._pending is not None
+
     def last_good(self) -> str:
         """For messages: the newest checkpoint that this run wrote or started from."""
         return f"the last good checkpoint is {self.newest}" if self.newest else "no checkpoint was saved"
@@ -88,28 +95,27 @@ class Checkpoints:
         except OSError as error:
             self._failed(error)
             return
+        self._pending.job.start(beside=self.options.async_save)
         if self.options.async_save:
-            self._pending.start()
             get_logger().info("copied the state of iteration %d in %.2f s; writing goes on beside the training",
                               progress.iteration, time.monotonic() - started)
         else:
-            self._pending.write()
-            self._complete()
+            self.finish()
 
     def poll(self) -> None:
-        """Once per step, on all ranks: publish a checkpoint that has been written meanwhile. Raises as `save` does."""
+        """Once per step, on all ranks: see to a checkpoint that is being written. Raises as `save` does."""
         if self._pending is not None:
-            busy = torch.tensor(float(self._pending.busy), device=self.groups.device)
+            busy = torch.tensor(float(self._pending.job.busy), device=self.groups.device)
             if all_reduce_sum(busy, self.groups).item() == 0:
-                self._complete()
+                self._advance()
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written. Raises as `save` does."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._complete()
+        while self._pending is not None:
+            self._pending.job.wait()
+            self._advance()
 
-    def _begin(self, progress: Progress) -> _Write:
+    def _begin(self, progress: Progress) -> _Pending:
         parts = self.engine.partitions()
         tensors = self._tensors(parts)
         entries = in_file_order([Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
@@ -127,7 +133,9 @@ class Checkpoints:
                      "state.json": json.dumps(state, indent=1), "index.json": json.dumps(index)}
         if self.options.async_save:
             tensors = self._memory.copy(tensors, entries)
-        return _Write(partial, progress.iteration, shard_name(self.groups.rank), entries, tensors, texts)
+        name = shard_name(self.groups.rank)
+        job = _Job(f"writing {partial / name}", lambda: _write(partial, name, entries, tensors))
+        return _Pending(partial, progress.iteration, name, texts, job)
 
     def _owns(self, parts: Partitions) -> bool:
         """Whether this rank's pieces are to be written: of what all ranks have, only rank 0's."""
@@ -155,33 +163,36 @@ class Checkpoints:
         partial.mkdir()
         return partial
 
-    def _complete(self) -> None:
-        """On all ranks, when each has written: publish, or tell every rank what went wrong on one of them."""
-        write, self._pending = self._pending, None
-        results = gather((write.name, write.result, write.error), self.groups)
+    def _advance(self) -> None:
+        """On all ranks, when none is busy any more: when each has written rank 0 publishes, and then all are told."""
+        now = self._pending
+        results = gather((now.name, now.job.result, now.job.error), self.groups)
         errors = [error for _, _, error in results if error]
-        try:
-            if errors:
-                raise OSError(errors[0])
-            files = {name: result for name, result, _ in results}
-            self.newest = from_first(lambda: str(self._publish(write, files)), self.groups)
-        except OSError as error:
+        if errors:
+            self._pending = None
             if self.groups.is_first:
-                shutil.rmtree(write.partial, ignore_errors=True)
-            self._failed(error)
+                shutil.rmtree(now.partial, ignore_errors=True)
+            self._failed(OSError(errors[0]))
+        elif not now.publishing:
+            files = {name: result for name, result, _ in results}
+            now.publishing, now.job = True, _Job(f"publishing {now.partial}", lambda: self._publish(now, files))
+            if self.groups.is_first:
+                now.job.start(beside=self.options.async_save)
+        else:
+            self._pending, self.newest = None, results[0][1]
 
-    def _publish(self, write: _Write, files: dict[str, tuple[int, str]]) -> Path:
-        """On rank 0."""
-        for name, text in write.texts.items():
-            cli.write_text(write.partial / name, text + "\n")
-            files[name] = ((write.partial / name).stat().st_size, store.file_sha256(write.partial / name))
-        target = store.publish(write.partial, self.folder, write.iteration, files)
+    def _publish(self, pending: _Pending, files: dict[str, tuple[int, str]]) -> str:
+        """On rank 0; returns where the checkpoint is."""
+        for name, text in pending.texts.items():
+            cli.write_text(pending.partial / name, text + "\n")
+            files[name] = ((pending.partial / name).stat().st_size, store.file_sha256(pending.partial / name))
+        target = store.publish(pending.partial, self.folder, pending.iteration, files)
         get_logger().info("saved %s: %.1f MB in %.1f s", target, sum(size for size, _ in files.values()) / 1e6,
-                          time.monotonic() - write.started)
+                          time.monotonic() - pending.started)
         gone = store.prune(self.folder, self.options.keep_last, self.options.keep_every)
         if gone:
             get_logger().info("deleted %s, as --keep-last says", ", ".join(gone))
-        return target
+        return str(target)
 
     def _failed(self, error: OSError) -> None:
         """What --on-save-error says; every rank has the same error here."""
@@ -191,52 +202,63 @@ class Checkpoints:
         get_logger().error("%s. The training goes on, as --on-save-error says; %s", error, self.last_good())
 
 
+class _Job:
+    """Work of one rank, beside the training or not. What goes wrong is kept for all ranks to hear."""
+
+    def __init__(self, what: str, work: Callable[[], Any]):
+        self._what, self._work, self._thread = what, work, None
+        self.result: Any = None
+        self.error = ""
+
+    def start(self, beside: bool) -> None:
+        if beside:  # a daemon, which does not keep a failing process alive
+            self._thread = threading.Thread(target=self._run_or_tell, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work()
+        except OSError as error:
+            self.error = str(error)
+
+    def _run_or_tell(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self.error = f"{self._what} failed: {error!r}"
+            raise
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
 @dataclass
-class _Write:
-    """One rank's part of a checkpoint, being written."""
+class _Pending:
+    """A checkpoint that has been begun: first every rank has a job, to write its file, then rank 0, to publish."""
 
     partial: Path
     iteration: int
     name: str
     """of this rank's file"""
-    entries: list[Entry]
-    tensors: dict[str, Tensor]
     texts: dict[str, str]
     """rank 0's small files"""
+    job: _Job
+    publishing: bool = False
     started: float = field(default_factory=time.monotonic)
-    result: tuple[int, str] | None = None
-    """bytes and SHA-256 of the file"""
-    error: str = ""
-    thread: threading.Thread | None = None
 
-    def write(self) -> None:
-        """Write the file. What goes wrong with the disk is kept for all ranks to hear."""
-        try:
-            self.result = write_tensors(self.partial / self.name, self.entries, self.tensors.__getitem__,
-                                        {"format": "pt"})
-            sync_folder(self.partial)
-        except OSError as error:
-            self.error = str(error)
 
-    def start(self) -> None:
-        """`write`, beside the training. The thread does not keep a failing process alive."""
-        self.thread = threading.Thread(target=self._write_or_tell, name="checkpoint", daemon=True)
-        self.thread.start()
-
-    def _write_or_tell(self) -> None:
-        try:
-            self.write()
-        except BaseException as error:
-            self.error = f"writing {self.partial / self.name} failed: {error!r}"
-            raise
-
-    @property
-    def busy(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
-
-    def wait(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
+def _write(partial: Path, name: str, entries: list[Entry], tensors: dict[str, Tensor]) -> tuple[int, str]:
+    """Write a rank's file and sync it to the disk; its bytes and SHA-256."""
+    result = write_tensors(partial / name, entries, tensors.__getitem__, {"format": "pt"})
+    sync_folder(partial)
+    return result
 
 
 class _HostMemory:

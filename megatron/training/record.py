@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from dataclasses import asdict, dataclass, field
@@ -87,6 +88,7 @@ class Record:
         return Record(config, *(state[f] for f in ("identity", "topology", "global_batch_size", "iterations", "data")))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of this program, Python and the packages that results depend on."""
     return {"moe-megatron": __version__, "python": platform.python_version(),

@@ -38,13 +38,19 @@ def run(argv: list[str], rank: int, ranks: int, port: int, output: str) -> None:
     pretrain.leave(pretrain.main(argv))
 
 
-def start(argv: list[str], ranks: int, port: int, output: str) -> list[BaseProcess]:
-    """The ranks of a run, as processes that can be killed and joined."""
+def server() -> multiprocessing.context.BaseContext:
+    """The server to start processes from, running."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killable_preload"])
     path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", ""), os.pathsep.join(filter(None, sys.path))
     forkserver.ensure_running()  # it does not hand sys.path on, and forgives that it cannot import what it should
     os.environ["PYTHONPATH"] = path
+    return context
+
+
+def start(argv: list[str], ranks: int, port: int, output: str) -> list[BaseProcess]:
+    """The ranks of a run, as processes that can be killed and joined."""
+    context = server()
     processes = [context.Process(target=run, args=(argv, rank, ranks, port, output), daemon=True)
                  for rank in range(ranks)]
     for process in processes:

@@ -98,7 +98,7 @@ def _polls(config):
     try:
         run.steps(1)
         run.checkpoints.save(run.progress)
-        while run.checkpoints._pending is not None:
+        while run.checkpoints.writing:
             run.steps(1)
         return store.latest(config.train.save)
     finally:
