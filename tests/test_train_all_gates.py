@@ -23,7 +23,7 @@ def _train(argv: list[str]) -> dict[str, int]:
 
     def watched(self: Trainer) -> None:
         tables = {f"{i}.{name}": p for i, layer in enumerate(moe_layers(self.engine.model))
-                  for name, p in layer.named_parameters() if name.startswith("experts.w") and p.shape[1:] != (1, 1)}
+                  for name, p in layer.named_parameters() if name.startswith("experts.w")}
         before = {name: p.detach().clone() for name, p in tables.items()}
         original(self)
         idle.update({name: int((p.detach() == before[name]).flatten(1).all(1).sum()) for name, p in tables.items()})

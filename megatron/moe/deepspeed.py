@@ -2,20 +2,14 @@
 
 DeepSpeed's engine sees expert parallelism only in instances of its own layers. `attach` turns the layers of a
 finished model into a thin subclass of `AutoEPMoELayer` whose own forward, router and experts are not used: the class
-carries the attributes that engine, ZeRO and checkpoint code read.
+carries the attributes that engine and ZeRO read. What its checkpoint code would read as well is not there: checkpoints
+are megatron.training.checkpoint's.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from deepspeed.checkpoint import constants as ds
-from deepspeed.checkpoint.autoep_affine import (
-    autoep_experts_for_rank,
-    autoep_placement_to_affine_map,
-    legacy_uniform_autoep_placement_descriptor,
-)
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
@@ -45,11 +39,7 @@ class DeepSpeedMoELayer(MoELayer, _Recognised):
 
 
 class DeepSpeedNeuronLayer(NeuronLayer, _Recognised):
-    """A `NeuronLayer` for the engine.
-
-    What DeepSpeed takes for an expert, and gives a file of its own in a checkpoint, is a block of many neurons. How
-    many blocks there are does not depend on the sharding, so that a checkpoint can be shared out anew.
-    """
+    """A `NeuronLayer` for the engine."""
 
 
 def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> None:
@@ -66,30 +56,12 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
         layer.ep_group_name, layer.ep_group = f"ep_size_{groups.ep_size}", None
         layer.folding_group_handles = layer.tp_group = None
         layer.combine_impl, layer.comm_backend = "weighted_sum", "comm"
-        layer.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
-            layer.num_experts, local, groups.ep_size)
-        if not hasattr(layer.experts, "w3"):
-            # Checkpoint code insists on three stacks, none of them frozen under ZeRO 3. This one stays 0: it gets no
-            # gradient, and weight decay of 0 is 0.
-            layer.experts.w3 = nn.Parameter(torch.zeros(local, 1, 1, device=layer.experts.w1.device))
         for parameter in layer.experts.parameters():
-            _mark_expert(parameter, layer)
+            parameter.allreduce, parameter.group_name, parameter.is_expert_group = False, layer.ep_group_name, True
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = layer.ep_group_name
         kept = [*layer.gate.buffers(), *(layer.gate.parameters() if keep_gate_fp32 else ())]
         layer.fp32_gate_state = [(t, t.detach().clone()) for t in kept]
-
-
-def _mark_expert(p: nn.Parameter, layer: MoELayer) -> None:
-    logical = [layer.num_experts, *p.shape[1:]]
-    placement = layer.expert_placement_descriptor
-    p.allreduce, p.group_name, p.is_expert_group = False, layer.ep_group_name, True
-    p.ds_zero_placement_family, p.ds_zero_partition_group_name = "autoep_expert", layer.ep_group_name
-    setattr(p, ds.DS_AUTOEP_UC_META, {
-        ds.AUTOEP_EXPERT_PLACEMENT: placement,
-        ds.AFFINE_MAP: autoep_placement_to_affine_map(placement, logical).to_dict(),
-        ds.AUTOEP_PARAM_LOGICAL_SHAPE: logical,
-        ds.AUTOEP_PARAM_EP_RANK: layer.ep_rank,
-        ds.AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, layer.ep_rank)),
-    })
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

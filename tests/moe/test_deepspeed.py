@@ -113,10 +113,11 @@ def test_clipped_update_equals_plain_torch(gate, world, stage, request):
 
 
 def test_two_matrix_experts_train_too(ranks2):
-    """gelu experts have no w3; DeepSpeed's bookkeeping wants one, which must change nothing."""
+    """gelu experts have no w3, which DeepSpeed's own experts have."""
     losses, norms, weights = plain("topk", "gelu")
     answers = ranks2.run(_train, "topk", 1, "fp32", "gelu")
     assert answers[0][0] == pytest.approx(losses, abs=1e-5) and answers[0][1] == pytest.approx(norms, rel=1e-4)
+    assert answers[0][2].keys() == weights.keys()
     for name, expected in weights.items():
         if name.endswith("w1"):
             torch.testing.assert_close(torch.cat([a[2][name] for a in answers]), expected, atol=1e-5, rtol=1e-5)
