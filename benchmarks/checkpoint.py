@@ -3,8 +3,8 @@
 Two ranks that share the experts save after a step, in turn: while the training waits; with --async-save, for which the
 waiting counts that of `save` and of all later `poll`s up to the one that publishes, and the steps that are done
 meanwhile are compared with undisturbed ones; and with `torch.save` of the same tensors, as DeepSpeed does it, which
-neither syncs its files to the disk nor hashes them. The baseline of bytes per second is `cp -r` of the checkpoint, each file synced as ours
-are; then without. What finding, verifying and reading it again takes stands against the same.
+neither syncs its files to the disk nor hashes them. The baseline of bytes per second is `cp -r` of the checkpoint, each
+file synced as ours are; then without. What finding, verifying and reading it again takes stands against the same.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class CheckpointConfig:
     on_save_error: str = option("stop", choices=("stop", "continue"))
     """whether a checkpoint that cannot be written (a full disk) ends the run"""
     load: str = ""
-    """folder to resume from: its newest complete checkpoint. The number of ranks, --moe-expert-parallel-size and
-    --zero-stage may be others than when it was saved"""
+    """folder to resume from: its newest complete checkpoint; or one checkpoint in it. The number of ranks,
+    --moe-expert-parallel-size and --zero-stage may be others than when it was saved"""
     load_step: int = 0
     """resume from the checkpoint of this iteration; 0: from the newest"""
     load_or_init: bool = False

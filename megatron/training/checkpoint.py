@@ -57,6 +57,7 @@ class Checkpoints:
         self._memory = _HostMemory(groups.device)
         self._work: WorkFolder | None = None
         if options.save:
+            engine.partitions()  # what it refuses is to be known now, not at the first save
             from_first(self._open, groups)
 
     def __enter__(self) -> Checkpoints:

@@ -27,12 +27,13 @@ from typing import Any
 
 from megatron.config import cli
 from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.fields import require
 from megatron.data.work import sync_folder
 
 LOGGER = logging.getLogger("megatron")
 FORMAT = "moe-megatron checkpoint 1"
 MANIFEST, LATEST, REPLACED = "manifest.json", "latest", ".replaced"
-CHUNK = 16 << 20
+CHUNK = 1 << 20
 
 
 class Broken(ValueError):
@@ -48,6 +49,11 @@ def iteration_of(path: Path) -> int | None:
     """Iteration of a checkpoint's folder, by its name; None: it is not one."""
     found = re.fullmatch(rf"iter_(\d{{7,}})({re.escape(REPLACED)})?", path.name)
     return int(found.group(1)) if found else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint itself (whole or not), and not the folder of several."""
+    return iteration_of(path) is not None or (path / MANIFEST).is_file()
 
 
 def file_sha256(path: Path) -> str:
@@ -92,8 +98,11 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(path: Path, names: Iterable[str], manifest: dict[str, Any]) -> None:
+def check_files(path: Path, names: Iterable[str], manifest: dict[str, Any], hashes: bool = True) -> None:
     """Whether these files of a checkpoint are what they were when it was written.
+
+    Args:
+        hashes: read them; without, only their sizes are compared.
 
     Raises:
         Broken: one is missing, has another size, or another SHA-256.
@@ -104,7 +113,7 @@ def check_files(path: Path, names: Iterable[str], manifest: dict[str, Any]) -> N
             there = (path / name).stat().st_size
             if there != size:
                 raise Broken(f"{path / name} has {there} bytes, {size} were written")
-            if file_sha256(path / name) != sha256:
+            if hashes and file_sha256(path / name) != sha256:
                 raise Broken(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
         except FileNotFoundError:
             raise Broken(f"{path / name} is missing") from None
@@ -183,13 +192,18 @@ def _remove(path: Path) -> None:
 
 def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
     """The checkpoints (with their manifests) that --load and --load-step may mean, the wanted one first. None with
-    --load-or-init when there is nothing at all. Files are not looked at yet.
+    --load-or-init when there is nothing at all. Other files than manifests are not looked at yet.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: the one of --load-step is not there, or has no manifest.
     """
-    good, bad = candidates(options.load)
+    path = Path(options.load)
+    if path.is_dir() and is_checkpoint(path):
+        require(not options.load_step, "--load-step", options.load_step, "only with the folder of the checkpoints",
+                f"{path} is one checkpoint.")
+        return [(path, read_manifest(path.resolve()))]
+    good, bad = candidates(path)
     if options.load_step:
         chosen = [found for found in good if found[1]["iteration"] == options.load_step]
         if not chosen:

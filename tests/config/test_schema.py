@@ -75,7 +75,17 @@ REFUSED = [
     (TrainConfig, {"log_interval": 0}, "--log-interval is 0; allowed: a positive integer"),
     *[(TrainConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
       for name in ("global_batch_size", "train_iters", "train_tokens", "eval_interval", "eval_iters", "save_interval",
-                   "exit_interval", "max_bad_steps")],
+                   "exit_interval", "exit_duration_in_mins", "max_bad_steps", "loss_spike_threshold")],
+    (TrainConfig, {"loss_spike_window": 7}, "--loss-spike-window is 7; allowed: 8 or more"),
+    (TrainConfig, {"loss_spike_action": "pray"}, "--loss-spike-action is 'pray'; allowed: log stop"),
+    (TrainConfig, {"loss_spike_action": "stop", "loss_spike_threshold": 0.0},
+     "--loss-spike-action is 'stop'; allowed: log without --loss-spike-threshold. Set the threshold."),
+    *[(TrainConfig, {"load": "x", name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+      for name in ("keep_last", "keep_every", "load_step")],
+    *[(TrainConfig, {name: 1}, f"--{name.replace('_', '-')} is 1; allowed: only with --load. Name the folder")
+      for name in ("load_step", "load_or_init", "finetune", "override_lr_schedule")],
+    (TrainConfig, {"keep_every": 100}, "--keep-every is 100; allowed: only with --keep-last"),
+    (TrainConfig, {"on_save_error": "weep"}, "--on-save-error is 'weep'; allowed: stop continue"),
     (TrainConfig, {"train_iters": 1, "train_tokens": 2}, "--train-tokens is 2; allowed: only without --train-iters"),
     (TrainConfig, {"timeout_minutes": 0.0}, "--timeout-minutes is 0.0; allowed: a positive number"),
 ]

@@ -75,6 +75,28 @@ def test_reductions(ranks4):
     assert parallel.all_reduce_mean(3.0, Groups()) == 3.0
 
 
+def _exchange(fails):
+    g = groups_for(1)
+
+    def ask():
+        assert g.is_first, "only rank 0 is asked"
+        if fails:
+            raise OSError(28, "No space left on device", "x")
+        return {"a": g.rank}
+
+    try:
+        return parallel.gather(g.rank * 2, g), parallel.from_first(ask, g)
+    except OSError as error:
+        return error.errno, error.filename
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_objects_travel_and_so_do_errors_of_the_first(number, request):
+    pool = request.getfixturevalue(f"ranks{number}")
+    assert pool.run(_exchange, False) == [([2 * rank for rank in range(number)], {"a": 0})] * number
+    assert pool.run(_exchange, True) == [(28, "x")] * number
+
+
 def test_ranks_draw_different_numbers_and_state_comes_back():
     rng.seed_rank(1, 0)
     first = torch.rand(3)

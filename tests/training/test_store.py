@@ -207,3 +207,14 @@ def test_choosing(tmp_path, capsys):
         store.choose(CheckpointConfig(load=options.load, load_step=15))
     with pytest.raises(ValueError, match="--load-step is 9; .*iter_0000009/manifest.json is missing"):
         store.choose(CheckpointConfig(load=options.load, load_step=9))
+
+
+def test_one_checkpoint_can_be_chosen_by_its_own_folder(tmp_path):
+    make(tmp_path, 10)
+    path = make(tmp_path, 20).with_name("iter_0000010")
+    assert [found for found, _ in store.choose(CheckpointConfig(load=str(path)))] == [path]
+    with pytest.raises(ValueError, match="--load-step is 10; allowed: only with the folder of the checkpoints"):
+        store.choose(CheckpointConfig(load=str(path), load_step=10))
+    (path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="iter_0000010/manifest.json is missing"):
+        store.choose(CheckpointConfig(load=str(path)))
