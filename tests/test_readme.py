@@ -21,7 +21,7 @@ READMES = {name: (REPO / name).read_text() for name in ("README.md", "dataset/RE
 README = READMES["README.md"]
 HEREDOC = r"python - <<'EOF'\n(.*?)\nEOF\n"
 TOOLS = ("tools/preprocess_data.py", "tools/merge_datasets.py", "tools/inspect_dataset.py", "tools/train_tokenizer.py",
-         "dataset/make_corpus.py")
+         "tools/inspect_checkpoint.py", "tools/consolidate_checkpoint.py", "dataset/make_corpus.py")
 
 
 def blocks(text: str) -> list[str]:

@@ -46,7 +46,7 @@ def count(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> Size
     parts, active = dict.fromkeys(PARTS, 0), [0, 0]
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "num_experts")}
     for name, parameter in model.named_parameters():
-        part, number, shares = _part(name), parameter.numel(), (1.0, 1.0)
+        part, number, shares = part_of(name), parameter.numel(), (1.0, 1.0)
         if part == "routed experts":
             layer = layers[name.partition(".experts.")[0]]
             number = number // parameter.shape[0] * layer.num_experts
@@ -70,7 +70,8 @@ def table(size: Size) -> str:
     return "\n".join(lines)
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
+    """The key of PARTS that a parameter of this name belongs to."""
     words = name.split(".")
     return next((part for part, marks in PARTS.items() if any(mark in words for mark in marks)), "other")
 

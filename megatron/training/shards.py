@@ -15,7 +15,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +80,21 @@ class SafetensorsWriter:
     def write(self, tensor: Tensor) -> None:
         """The next tensor, from any device."""
         entry = self.entries[self._next]
-        assert tensor.dtype == entry.dtype and tensor.shape == entry.shape, f"not what {entry} announced"
+        assert tensor.shape == entry.shape, f"{tuple(tensor.shape)} is not what {entry} announced"
+        self.write_parts([tensor])
+
+    def write_parts(self, parts: Iterable[Tensor]) -> None:
+        """The next tensor, as consecutive ranges of it, each of any shape."""
+        entry = self.entries[self._next]
         self._next += 1
-        if tensor.numel():
-            flat = tensor.detach().reshape(-1).cpu().contiguous()
-            self._put(memoryview(flat.view(torch.uint8).numpy()))
+        left = math.prod(entry.shape)
+        for part in parts:
+            left -= part.numel()
+            assert part.dtype == entry.dtype and left >= 0, f"{part.dtype} or its size is not what {entry} announced"
+            if part.numel():
+                flat = part.detach().reshape(-1).cpu().contiguous()
+                self._put(memoryview(flat.view(torch.uint8).numpy()))
+        assert left == 0, f"{left} elements of {entry} are missing"
 
     def _put(self, data: memoryview) -> None:
         with named_errors(self.path):
@@ -129,6 +139,9 @@ class Shards:
 
     Args:
         path: the folder; its files were checked against the manifest.
+
+    Raises:
+        OSError: a file ends too early, or is not there any more.
     """
 
     def __init__(self, path: str | Path):
@@ -160,10 +173,23 @@ class Shards:
                     out[low - start:high - start] = part
         return torch.empty(0) if out is None else out
 
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """As which a tensor is stored; float32 if it has no elements."""
+        pieces = self._pieces[name]
+        return BY_NAME[self._header(pieces[0][0])[0][f"{kind}/{name}"]["dtype"]] if pieces else torch.float32
+
+    def num_pieces(self, name: str) -> int:
+        """Of a tensor."""
+        return len(self._pieces[name])
+
+    def buffer_entry(self, name: str) -> Entry:
+        """What a buffer is."""
+        stored = self._header(0)[0][f"buffer/{name}"]
+        return Entry(name, BY_NAME[stored["dtype"]], tuple(stored["shape"]))
+
     def buffer(self, name: str) -> Tensor:
         """A buffer of the model, whole."""
-        header, _ = self._header(0)
-        shape = header[f"buffer/{name}"]["shape"]
+        shape = self.buffer_entry(name).shape
         return self._range(0, f"buffer/{name}", 0, math.prod(shape)).reshape(shape)
 
     def rng(self, rank: int) -> dict[str, Tensor]:
@@ -181,8 +207,11 @@ class Shards:
         header, data = self._header(rank)
         dtype = BY_NAME[header[name]["dtype"]]
         where = data + header[name]["data_offsets"][0] + first * dtype.itemsize
-        raw = np.fromfile(self.path / shard_name(rank), np.uint8, length * dtype.itemsize, offset=where)
-        return torch.from_numpy(raw).view(dtype)
+        path = self.path / shard_name(rank)
+        raw = np.fromfile(path, np.uint8, length * dtype.itemsize, offset=where)
+        if len(raw) < length * dtype.itemsize:
+            raise OSError(f"{path} ends inside {name}: it is damaged, or was changed meanwhile")
+        return torch.from_numpy(raw).view(dtype) if length else torch.empty(0, dtype=dtype)
 
 
 def make_index(pieces: Sequence[Sequence[tuple[str, int, int]]], shapes: dict[str, tuple[int, ...]],

@@ -1,0 +1,257 @@
+"""The format on the disk: our writer against the safetensors package, our reader against whole tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megatron.training.shards import (
+    DTYPES,
+    Entry,
+    SafetensorsWriter,
+    Shards,
+    in_file_order,
+    make_index,
+    read_header,
+    shard_name,
+    write_tensors,
+)
+
+REPO = Path(__file__).resolve().parents[2]
+SHAPES = [(), (1,), (5,), (0,), (3, 0, 2), (3, 5), (2, 3, 4)]
+
+
+def values(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Random bits of a type, but for bool, which has two."""
+    g = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=g).bool()
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=g).to(torch.uint8)
+    return raw.view(dtype).view(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[int, str]:
+    entries = [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    return write_tensors(path, entries, tensors.__getitem__, metadata)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Also NaN is equal to itself here."""
+    return a.dtype == b.dtype and a.shape == b.shape and (
+        a.numel() == 0 or torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_package_reads_what_we_write(dtype, tmp_path):
+    tensors = {f"a/{i} é": values(dtype, shape, i) for i, shape in enumerate(SHAPES)}
+    write(tmp_path / "x", tensors)
+    found = load_file(tmp_path / "x")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert same_bits(found[name], tensor), name
+
+
+@pytest.mark.parametrize("more", range(8))
+def test_a_file_of_all_types_is_aligned_and_has_metadata(more, tmp_path):
+    """However long the names are."""
+    tensors = {f"{dtype}{'x' * more if i else ''}": values(dtype, (3,), i) for i, dtype in enumerate(reversed(DTYPES))}
+    nbytes, sha256 = write(tmp_path / "x", tensors, {"format": "pt", "what": "ü"})
+    assert all(same_bits(t, tensors[name]) for name, t in load_file(tmp_path / "x").items())
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert file.metadata() == {"format": "pt", "what": "ü"}
+    content = (tmp_path / "x").read_bytes()
+    assert (nbytes, sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    header, data = read_header(tmp_path / "x")
+    assert header.keys() == tensors.keys() and data % 8 == 0
+    for name, entry in header.items():
+        assert (data + entry["data_offsets"][0]) % tensors[name].element_size() == 0, name
+
+
+def test_a_file_without_tensors(tmp_path):
+    write(tmp_path / "x", {})
+    assert load_file(tmp_path / "x") == {}
+
+
+def test_we_read_the_header_of_the_package(tmp_path):
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.int64)}
+    save_file(tensors, tmp_path / "x", {"format": "pt"})
+    header, data = read_header(tmp_path / "x")
+    assert {name: (e["dtype"], e["shape"]) for name, e in header.items()} == {"a": ("F32", [2, 3]), "b": ("I64", [3])}
+    start, end = header["a"]["data_offsets"]
+    assert (tmp_path / "x").read_bytes()[data + start:data + end] == tensors["a"].numpy().tobytes()
+
+
+def test_tensors_may_be_views_with_any_strides(tmp_path):
+    base = torch.arange(60.0).view(3, 4, 5)
+    tensors = {"t": base.permute(2, 0, 1), "s": base[:, ::2, 1:], "g": torch.ones(3, requires_grad=True),
+               "e": torch.ones(1).expand(7)}
+    write(tmp_path / "x", tensors)
+    assert all(torch.equal(t, tensors[name]) for name, t in load_file(tmp_path / "x").items())
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), shape=st.lists(st.integers(0, 5), max_size=3), dtype=st.sampled_from(list(DTYPES)))
+def test_a_tensor_may_come_in_parts(data, shape, dtype, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    tensor = values(dtype, tuple(shape))
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, tensor.numel()), max_size=5))), tensor.numel()]
+    entry = Entry("a", dtype, tuple(shape))
+    with SafetensorsWriter(folder / "parts", [entry]) as writer:
+        writer.write_parts(tensor.flatten()[low:high] for low, high in zip(cuts, cuts[1:]))
+        told = writer.finish()
+    assert told == write(folder / "whole", {"a": tensor})
+    assert (folder / "parts").read_bytes() == (folder / "whole").read_bytes()
+
+
+def test_what_was_not_announced_is_not_written(tmp_path):
+    entry = Entry("a", torch.float32, (2, 3))
+    for tensors, message in (([torch.zeros(3, 2)], "is not what"), ([torch.zeros(2, 3).double()], "is not what"),
+                             ([torch.zeros(4), torch.zeros(3)], "its size is not what"),
+                             ([torch.zeros(4)], "2 elements of .* are missing")):
+        with SafetensorsWriter(tmp_path / "x", [entry]) as writer, pytest.raises(AssertionError, match=message):
+            writer.write(*tensors) if message == "is not what" else writer.write_parts(tensors)
+    with SafetensorsWriter(tmp_path / "x", [entry, Entry("b", torch.int8, ())]) as writer:
+        writer.write(torch.zeros(2, 3))
+        with pytest.raises(AssertionError, match="1 announced tensors are missing"):
+            writer.finish()
+    with pytest.raises(AssertionError, match="two tensors of one name"):
+        SafetensorsWriter(tmp_path / "x", [entry, entry], {"format": "pt"})
+
+
+def test_wide_elements_come_first_and_else_the_order_stays():
+    entries = [Entry(str(i), dtype, ()) for i, dtype in enumerate([torch.int8, torch.float32, torch.int8, torch.float64,
+                                                                   torch.bfloat16, torch.int32])]
+    assert [e.name for e in in_file_order(entries)] == ["3", "1", "5", "4", "0", "2"]
+
+
+# The reader
+
+
+def store_pieces(folder: Path, tensors: dict[str, torch.Tensor], pieces: list[list[tuple[str, int, int]]]) -> Shards:
+    for rank, owned in enumerate(pieces):
+        write(folder / shard_name(rank), {f"weight/{name}": tensors[name].flatten()[start:start + length]
+                                          for name, start, length in owned})
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    (folder / "index.json").write_text(json.dumps(make_index(pieces, shapes, ["weight"], [])))
+    return Shards(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_range_of_any_partition_is_what_was_written(data, tmp_path_factory):
+    """Ranks may hold a tensor's pieces in any order, and several of them; a rank may have nothing."""
+    ranks = data.draw(st.integers(1, 5))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    tensors, pieces = {}, [[] for _ in range(ranks)]
+    for i in range(data.draw(st.integers(1, 3))):
+        shape = tuple(data.draw(st.lists(st.integers(0, 6), max_size=3)))
+        name, tensor = f"t{i}.weight", values(dtype, shape, i)
+        tensors[name] = tensor
+        cuts = sorted({0, tensor.numel(), *data.draw(st.lists(st.integers(0, tensor.numel()), max_size=ranks - 1))})
+        owners = data.draw(st.permutations(range(ranks)))
+        for rank, low, high in zip(owners, cuts, cuts[1:]):
+            pieces[rank].append((name, low, high - low))
+    shards = store_pieces(tmp_path_factory.mktemp("pieces"), tensors, pieces)
+    for name, tensor in tensors.items():
+        assert shards.shapes[name] == tensor.shape
+        assert shards.num_pieces(name) == sum(p[0] == name for owned in pieces for p in owned)
+        if not tensor.numel():
+            assert shards.dtype("weight", name) == torch.float32 and shards.read("weight", name).shape == (0,)
+            continue
+        assert shards.dtype("weight", name) == dtype
+        assert same_bits(shards.read("weight", name), tensor.flatten())
+        start = data.draw(st.integers(0, tensor.numel()))
+        length = data.draw(st.integers(0, tensor.numel() - start))
+        found = shards.read("weight", name, start, length)
+        assert found.shape == (length,)
+        assert same_bits(found, tensor.flatten()[start:start + length]) or not length
+
+
+def test_a_range_outside_is_refused(tmp_path):
+    shards = store_pieces(tmp_path, {"a": torch.arange(6.0)}, [[("a", 0, 4)], [("a", 4, 2)]])
+    assert shards.read("weight", "a", 3).tolist() == [3, 4, 5]
+    for start, length in ((-1, 2), (5, 2), (7, 0)):
+        with pytest.raises(AssertionError, match="a has 6 elements"):
+            shards.read("weight", "a", start, length)
+
+
+def test_buffers_and_random_states(tmp_path):
+    buffers = {"b": values(torch.int64, (2, 2)), "flag": torch.tensor(True), "none": torch.empty(0, 3)}
+    write(tmp_path / shard_name(0), {**{f"buffer/{n}": t for n, t in buffers.items()},
+                                     "rng/cpu": torch.arange(9, dtype=torch.uint8)})
+    write(tmp_path / shard_name(1), {"rng/cpu": torch.ones(3, dtype=torch.uint8),
+                                     "rng/cuda": torch.zeros(2, dtype=torch.uint8)})
+    (tmp_path / "index.json").write_text(json.dumps(make_index([[], []], {}, ["weight"], list(buffers))))
+    shards = Shards(tmp_path)
+    for name, tensor in buffers.items():
+        assert same_bits(shards.buffer(name), tensor)
+        assert shards.buffer_entry(name) == Entry(name, tensor.dtype, tuple(tensor.shape))
+    assert {d: t.tolist() for d, t in shards.rng(1).items()} == {"cpu": [1, 1, 1], "cuda": [0, 0]}
+    assert shards.rng(0)["cpu"].tolist() == list(range(9))
+
+
+def test_what_is_read_is_memory_of_its_own(tmp_path):
+    """A mapped file would change under us, or end the process with SIGBUS when it shrinks."""
+    shards = store_pieces(tmp_path, {"a": torch.arange(6.0)}, [[("a", 0, 6)]])
+    found = shards.read("weight", "a")
+    found += 1
+    assert shards.read("weight", "a").tolist() == list(range(6))
+    with open(tmp_path / shard_name(0), "r+b") as file:
+        file.truncate(100)
+    assert found.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_file_that_ends_too_early_is_named(tmp_path):
+    shards = store_pieces(tmp_path, {"a": torch.arange(6.0)}, [[("a", 0, 6)]])
+    path = tmp_path / shard_name(0)
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    assert shards.read("weight", "a", 0, 5).tolist() == list(range(5))
+    with pytest.raises(OSError, match=r"rank_00000\.safetensors ends inside weight/a: it is damaged"):
+        shards.read("weight", "a", 1)
+
+
+@pytest.mark.parametrize("pieces, message", [
+    ([[("a", 0, 4)], [("a", 3, 3)]], "of a overlap or leave a gap at element 4"),
+    ([[("a", 0, 2)], [("a", 3, 3)]], "of a overlap or leave a gap at element 2"),
+    ([[("a", 1, 5)]], "of a overlap or leave a gap at element 0"),
+    ([[("a", 0, 3)], []], r"the ranks have 3 elements of a, \[2, 3\]"),
+    ([[("a", 0, 3)], [("a", 3, 4)]], r"the ranks have 7 elements of a, \[2, 3\]"),
+    ([[], []], r"the ranks have 0 elements of a, \[2, 3\]"),
+])
+def test_pieces_that_are_not_a_tensor_are_no_index(pieces, message):
+    with pytest.raises(AssertionError, match=message):
+        make_index(pieces, {"a": (2, 3)}, ["weight"], [])
+
+
+# Full disks
+
+
+def test_a_full_disk_is_named():
+    entry = Entry("a", torch.float32, (1000,))
+    with pytest.raises(OSError, match=r"^/dev/full cannot be written: No space left on device\. Free some space"):
+        write_tensors("/dev/full", [entry], lambda name: torch.zeros(1000))
+
+
+def test_a_limit_of_file_sizes_is_named_and_a_folder_that_is_not_there(tmp_path):
+    code = ("import resource, sys, torch; from megatron.training.shards import Entry, write_tensors\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "for path in ('x', 'none/x'):\n"
+            "    try: write_tensors(path, [Entry('a', torch.float32, (50_000,))], lambda name: torch.zeros(50_000))\n"
+            "    except OSError as error: print(error)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=100,
+                          env={"PYTHONPATH": str(REPO)})
+    first, second = done.stdout.splitlines()
+    assert first.startswith("x cannot be written: File too large. Raise the limit of file sizes (ulimit -f)")
+    assert "No such file or directory: 'none/x'" in second
