@@ -1,7 +1,8 @@
-"""docs/gates.md: it names every gate, and its example is a gate that works."""
+"""docs/: gates.md names every gate and its example works; what the pages name exists."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -10,11 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.config.schema import TrainConfig
 from megatron.moe import gates
 from megatron.moe.routing import GateInput
 
 REPO = Path(__file__).resolve().parent.parent
 TEXT = (REPO / "docs/gates.md").read_text()
+
+
+CHECKPOINTS = (REPO / "docs/checkpoints.md").read_text()
+
+
+def test_the_page_on_checkpoints_names_what_exists(finished):
+    """Files of this repository, flags, and the files of a checkpoint."""
+    for name in re.findall(r"`((?:megatron|tests)/[\w./]+)`", CHECKPOINTS):
+        assert (REPO / name).exists(), name
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9-]+)", CHECKPOINTS)}
+    assert flags <= {f.name for f in dataclasses.fields(TrainConfig)} | {"config"}
+    folder = finished / "checkpoints/iter_0000020"
+    named = set(re.findall(r"^    (\w+\.\w+)", CHECKPOINTS, re.MULTILINE))
+    assert named | {"rank_00001.safetensors"} == {p.name for p in folder.iterdir()}
 
 
 @pytest.fixture
