@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,16 @@ def config_of(words: list[str]):
     return cli.parse(words[start + 1:], gates.config_of, gates.available)
 
 
+NO_SSH = {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "NUM_NODES": "2", "NUM_GPUS": "4"}
+
+
+def launcher_of(words: list[str]):
+    """What DeepSpeed's launcher understands of the command."""
+    from deepspeed.launcher.runner import parse_args
+
+    return parse_args(words[1:])
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.relative_to(REPO).as_posix())
 def test_scripts_parse_and_stop_on_errors(path):
     assert sh(["bash", "-n", str(path)]).returncode == 0
@@ -69,6 +80,7 @@ def test_the_defaults_are_the_reference_recipe(tmp_path):
 
 
 def test_every_variable_arrives(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
     words, _ = dry(
         tmp_path, NUM_LAYERS="2", HIDDEN_SIZE="64", FFN_HIDDEN_SIZE="96", MOE_FFN_HIDDEN_SIZE="48", NUM_ATTN_HEADS="4",
         SEQ_LEN="128", GLOBAL_BATCH_SIZE="32", BATCH_SIZE="2", TRAIN_TOKENS="1000000", LR="1e-3", MIN_LR="1e-5",
@@ -92,9 +104,124 @@ def test_every_variable_arrives(tmp_path):
     assert t.recompute_activations and c.data.data_path == ("0.3", "a", "0.7", "b")
     assert (c.tokenizer.vocab_file, c.tokenizer.merge_file) == ("v.json", "m.txt")
     assert (t.save, t.metrics_file, t.tensorboard_dir) == ("o/checkpoints", "o/metrics.jsonl", "o/tensorboard")
-    launcher = dict(zip(words[1:-1:2], words[2::2]))
-    assert launcher["--num_gpus"] == "4" and launcher["--num_nodes"] == "2" and launcher["--hostfile"] == "hosts"
-    assert launcher["--master_addr"] == "10.0.0.1" and launcher["--master_port"] == "1234"
+    launcher = launcher_of(words)
+    assert (launcher.num_gpus, launcher.num_nodes, launcher.hostfile, launcher.no_ssh) == (4, 2, "hosts", False)
+    assert (launcher.master_addr, launcher.master_port) == ("10.0.0.1", 1234)
+
+
+@pytest.mark.parametrize("env, nodes, ranks", [
+    ({}, 3, 4), ({"NUM_NODES": "2"}, 2, 4), ({"NUM_GPUS": "2"}, 3, 2), ({"NODE_RANK": "2", "MASTER_ADDR": "a"}, 3, 4),
+])
+def test_a_hostfile_says_how_many_nodes_and_ranks(env, nodes, ranks, tmp_path):
+    (tmp_path / "hosts").write_text("# ours\na slots=4\n\n  b  slots=4 # the old one\nc slots=4")
+    words, _ = dry(tmp_path, PYTHON="/bin/echo", HOSTFILE="hosts", EP_SIZE="24", GLOBAL_BATCH_SIZE="48", **env)
+    launcher, config = launcher_of(words), config_of(words)
+    assert (launcher.num_nodes, launcher.num_gpus, launcher.hostfile) == (nodes, ranks, "hosts")
+    assert config.moe.moe_expert_parallel_size == nodes * ranks
+    assert config.train.micro_batch_size == 48 // (nodes * ranks)
+    assert (launcher.no_ssh, launcher.node_rank) == (("NODE_RANK" in env), int(env.get("NODE_RANK", -1)))
+    assert launcher.force_multi != launcher.no_ssh, "one host of a file is not this machine"
+
+
+def test_uneven_nodes_run_as_many_ranks_each(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
+    for env, number in (({"NUM_GPUS": "4"}, 4), ({"NUM_NODES": "1"}, 8)):
+        assert launcher_of(dry(tmp_path, PYTHON="/bin/echo", HOSTFILE="hosts", **env)[0]).num_gpus == number
+
+
+def test_without_ssh(tmp_path):
+    words, _ = dry(tmp_path, **{**NO_SSH, "NODE_RANK": "1", "OUTPUT_DIR": "o", "PYTHON": "/bin/echo"})
+    launcher = launcher_of(words)
+    assert (launcher.no_ssh, launcher.node_rank, launcher.master_addr) == (True, 1, "10.0.0.1")
+    assert (launcher.num_nodes, launcher.num_gpus, launcher.hostfile) == (2, 4, "o/hostfile.node-1")
+    assert config_of(words).moe.moe_expert_parallel_size == 8 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("env, hosts, message", [
+    ({"NUM_NODES": "2"}, None, "NUM_NODES is 2 but HOSTFILE is empty; set HOSTFILE to a file of lines 'name slots=1'"),
+    ({"NUM_NODES": "two"}, None, "NUM_NODES is 'two'; allowed: a number from 1 on"),
+    ({"NUM_GPUS": "0"}, None, "NUM_GPUS is '0'; allowed: a number from 1 on"),
+    ({**NO_SSH, "MASTER_ADDR": ""}, None, "NODE_RANK is set, so set MASTER_ADDR to the address of node 0"),
+    ({**NO_SSH, "NUM_GPUS": ""}, None, "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE"),
+    ({**NO_SSH, "NUM_NODES": ""}, None, "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE"),
+    ({**NO_SSH, "NODE_RANK": "2"}, None, "NODE_RANK is '2'; allowed with 2 node(s): 0 to 1"),
+    ({**NO_SSH, "NODE_RANK": "-1"}, None, "NODE_RANK is '-1'; allowed with 2 node(s): 0 to 1"),
+    ({**NO_SSH, "NODE_RANK": "a"}, None, "NODE_RANK is 'a'; allowed with 2 node(s): 0 to 1"),
+    ({"HOSTFILE": "hosts"}, None, "HOSTFILE is 'hosts', which is not a file; write one with a line 'name slots=8' per"),
+    ({"HOSTFILE": "hosts"}, "\n# none\n", "HOSTFILE is 'hosts': it has no line 'name slots=8'"),
+    ({"HOSTFILE": "hosts"}, "a slots=4\nb 4\n", "HOSTFILE is 'hosts': line 2 is 'b 4', not 'name slots=8'"),
+    ({"HOSTFILE": "hosts"}, "a slots=0\n", "HOSTFILE is 'hosts': line 1 is 'a slots=0', not 'name slots=8'"),
+    ({"HOSTFILE": "hosts"}, "a slots=4\na slots=4\n", "HOSTFILE is 'hosts': line 2 names a a second time"),
+    ({"HOSTFILE": "hosts"}, "a slots=4\nb slots=2\nc slots=8\n",
+     "HOSTFILE is 'hosts': its nodes have 2 to 8 slots; all run as many ranks: set NUM_GPUS, at most 2"),
+    ({"HOSTFILE": "hosts", "NUM_GPUS": "3"}, "a slots=4\nb slots=2\n",
+     "NUM_GPUS is 3; a node of HOSTFILE 'hosts' has 2 slots"),
+    ({"HOSTFILE": "hosts", "NUM_NODES": "2"}, "a slots=4\n", "NUM_NODES is 2; HOSTFILE 'hosts' has 1"),
+    ({"HOSTFILE": "hosts", "NODE_RANK": "1", "MASTER_ADDR": "a"}, "a slots=4\n",
+     "NODE_RANK is '1'; allowed with 1 node(s): 0 to 0"),
+])
+def test_nodes_that_contradict_are_one_line(env, hosts, message, tmp_path):
+    if hosts is not None:
+        (tmp_path / "hosts").write_text(hosts)
+    done = launch(tmp_path, "echo started", **env)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"run.sh: {message}"), done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def launch(folder: Path, launcher: str, **env: str) -> subprocess.CompletedProcess:
+    """run.sh with a program of the shell in the place of DeepSpeed's launcher."""
+    process = start(folder, launcher, **env)
+    stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess([], process.returncode, stdout, stderr)
+
+
+def start(folder: Path, launcher: str, **env: str) -> subprocess.Popen:
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    (programs / "deepspeed").write_text(f"#!/bin/bash\n{launcher}\n")
+    (programs / "deepspeed").chmod(0o755)
+    env = {"OUTPUT_DIR": str(folder / "out"), "PYTHON": str(programs / "python"), "HOME": str(folder), **env}
+    return subprocess.Popen(["bash", str(RUN)], text=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True, env={**os.environ, **env})
+
+
+def test_nodes_without_ssh_share_a_folder_but_no_file(tmp_path):
+    """Each has its log and its hostfile, which DeepSpeed reads; the exit status is the run's."""
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    for rank, name in (("0", "log.txt"), ("1", "log.node-1.txt")):
+        done = launch(tmp_path, f"echo node {rank} >&2; exit 7", **{**NO_SSH, "NODE_RANK": rank})
+        assert done.returncode == 7 and done.stdout == f"node {rank}\n"
+        assert (tmp_path / "out" / name).read_text() == f"node {rank}\n"
+        hosts = fetch_hostfile(str(tmp_path / f"out/hostfile.node-{rank}"))
+        assert hosts == {"node-0": 4, "node-1": 4}
+
+
+def test_ssh_hands_on_what_the_ranks_need(tmp_path):
+    """The launcher gives the nodes the variables of one file: ours, then those of the file it would have read."""
+    (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
+    (tmp_path / ".deepspeed_env").write_text("\nMINE=1")
+    env = {"HOSTFILE": "hosts", "GLOO_SOCKET_IFNAME": "eth7", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
+    done = launch(tmp_path, 'cat "$DS_ENV_FILE"', **env)
+    assert done.returncode == 0, done.stderr
+    got = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert got.pop("PATH").startswith(f"{tmp_path}/bin:") and got.pop("MINE") == "1"
+    assert got == {name: env[name] for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
+    done = launch(tmp_path, 'cat "$DS_ENV_FILE"', **{**env, "DS_ACCELERATOR": ""})
+    assert "DS_ACCELERATOR" not in done.stdout, "the nodes may have GPUs"
+    done = launch(tmp_path, 'echo "$DS_ENV_FILE"', **env, DS_ENV_FILE="/my/own")
+    assert done.stdout == "/my/own\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_said_after_a_signal_is_logged(number, tmp_path):
+    """A signal to all processes of the run, as from Ctrl-C or a scheduler, does not end the one that writes the log."""
+    process = start(tmp_path, """trap 'kill $! 2>&-; echo saved; exit 0' INT TERM
+                                 echo started; sleep 60 >/dev/null & wait""")
+    assert process.stdout.readline() == "started\n"
+    os.killpg(process.pid, number)
+    assert process.communicate(timeout=30)[0] == "saved\n"
+    assert (tmp_path / "out/log.txt").read_text() == "started\nsaved\n"
 
 
 def test_text_instead_of_shards(tmp_path):
@@ -134,17 +261,15 @@ def test_a_variable_that_makes_no_sense_is_an_error(tmp_path):
                           env={**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", "GATE": "topk",
                                "THRESHOLD": "0.5"})
     assert done.returncode == 2 and "--threshold" in done.stderr
-    done = subprocess.run(["bash", str(RUN)], capture_output=True, text=True, cwd=tmp_path, timeout=120,
-                          env={**os.environ, "PYTHON": sys.executable, "NUM_NODES": "2"})
-    assert done.returncode == 2 and "HOSTFILE is empty" in done.stderr
 
 
 def test_same_name_resumes(tmp_path):
-    folder = tmp_path / "out/checkpoints"
-    folder.mkdir(parents=True)
-    (folder / "latest").write_text("iter_0000001")
-    assert config_of(dry(tmp_path, OUTPUT_DIR="out")[0]).train.load == "out/checkpoints"
-    assert config_of(dry(tmp_path, OUTPUT_DIR="other")[0]).train.load == ""
+    """With whatever is whole there; a folder that the caller names must hold a checkpoint."""
+    train = config_of(dry(tmp_path, OUTPUT_DIR="out")[0]).train
+    assert (train.load, train.save, train.load_or_init) == ("out/checkpoints", "out/checkpoints", True)
+    for words in (("--load", "elsewhere"), ("--load=elsewhere",)):
+        train = config_of(dry(tmp_path, *words, OUTPUT_DIR="out")[0]).train
+        assert (train.load, train.load_or_init) == ("elsewhere", False)
 
 
 def test_demo_trains_what_the_benchmark_measures():

@@ -1,24 +1,79 @@
 #!/usr/bin/env bash
 # Trains a mixture-of-experts GPT. Every value is a variable, so nothing here needs editing:
 #   EP_SIZE=64 TOPK=8 THRESHOLD=0.9 DATA_PATH=data/owt_text_document bash examples_deepspeed/MoE/run.sh
-# The defaults are XMoE's reference recipe, but dropless (MOE_DROP_TOKEN=true gives its capacity 8). The same NAME (or OUTPUT_DIR) resumes. DRY_RUN=1 prints the command and the
-# model's size. More flags of pretrain_gpt.py may follow the script's name. Exit status: the run's.
+# The defaults are XMoE's reference recipe, but dropless (MOE_DROP_TOKEN=true gives its capacity 8). The same NAME (or
+# OUTPUT_DIR) resumes. DRY_RUN=1 prints the command and the model's size. More flags of pretrain_gpt.py may follow the
+# script's name. Exit status: the run's.
+#
+# Several nodes, in one of two ways. Both want one folder tree that all nodes see under the same paths: this repository,
+# the Python environment, the data and OUTPUT_DIR, where every rank writes its part of a checkpoint.
+#   HOSTFILE=hosts bash run.sh     once: the launcher reaches the nodes with pdsh over ssh. The file has a line
+#                                  'name slots=8' per node; NUM_NODES and NUM_GPUS, if set, use the first nodes and slots.
+#   NODE_RANK=0 MASTER_ADDR=10.0.0.1 NUM_NODES=2 NUM_GPUS=8 bash run.sh     on every node, each with its own NODE_RANK
+#                                  from 0 on; no ssh. MASTER_ADDR is node 0's. A HOSTFILE may stand for the two numbers.
+# On CPU nodes of several networks, GLOO_SOCKET_IFNAME names the interface that the nodes share.
 set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON=${PYTHON:-$([ -x "$REPO/.venv/bin/python" ] && echo "$REPO/.venv/bin/python" || command -v python3)}
 export PATH="$(dirname "$PYTHON"):$PATH"
 
+fail() {
+    echo "run.sh: $1" >&2
+    exit 2
+}
+
 # Machines. NUM_GPUS is ranks per node; without CUDA they are CPU processes.
+HOSTFILE=${HOSTFILE:-}
+NODE_RANK=${NODE_RANK:-}
+NUM_NODES=${NUM_NODES:-}
+NUM_GPUS=${NUM_GPUS:-}
+MASTER_ADDR=${MASTER_ADDR:-}
+MASTER_PORT=${MASTER_PORT:-29500}
+for name in NUM_NODES NUM_GPUS; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || fail "$name is '${!name}'; allowed: a number from 1 on"
+done
+# Number of hosts in a hostfile, and the fewest and most slots of its first NUM_NODES hosts. The launcher's own format.
+hosts_and_slots() {
+    awk -v first="${NUM_NODES:-0}" '
+        /^[ \t]*(#|$)/ { next }
+        !/^[ \t]*[^ \t]+[ \t]+slots=[1-9]/ { error = "is \047" $0 "\047, not \047name slots=8\047"; exit }
+        $1 in seen { error = "names " $1 " a second time"; exit }
+        { seen[$1]; hosts++; slots = substr($2, 7) + 0 }
+        first == 0 || hosts <= first {
+            if (hosts == 1 || slots < fewest) fewest = slots
+            if (slots > most) most = slots
+        }
+        END {
+            if (error) print "line " NR " " error; else if (!hosts) print "it has no line \047name slots=8\047"
+            else print hosts, fewest, most
+            exit error || !hosts
+        }' "$1"
+}
+if [ -n "$HOSTFILE" ]; then
+    [ -f "$HOSTFILE" ] || fail "HOSTFILE is '$HOSTFILE', which is not a file; write one with a line 'name slots=8' per node"
+    found=$(hosts_and_slots "$HOSTFILE") || fail "HOSTFILE is '$HOSTFILE': $found"
+    read -r hosts fewest most <<<"$found"
+    NUM_NODES=${NUM_NODES:-$hosts}
+    [ "$NUM_NODES" -le "$hosts" ] || fail "NUM_NODES is $NUM_NODES; HOSTFILE '$HOSTFILE' has $hosts"
+    [ -n "$NUM_GPUS" ] || [ "$fewest" -eq "$most" ] ||
+        fail "HOSTFILE is '$HOSTFILE': its nodes have $fewest to $most slots; all run as many ranks: set NUM_GPUS, at most $fewest"
+    NUM_GPUS=${NUM_GPUS:-$fewest}
+    [ "$NUM_GPUS" -le "$fewest" ] || fail "NUM_GPUS is $NUM_GPUS; a node of HOSTFILE '$HOSTFILE' has $fewest slots"
+fi
+if [ -n "$NODE_RANK" ]; then
+    [ -n "$NUM_NODES" ] && [ -n "$NUM_GPUS" ] || fail "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE"
+    [ -n "$MASTER_ADDR" ] || fail "NODE_RANK is set, so set MASTER_ADDR to the address of node 0"
+    [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ ]] && [ "$NODE_RANK" -lt "$NUM_NODES" ] ||
+        fail "NODE_RANK is '$NODE_RANK'; allowed with $NUM_NODES node(s): 0 to $((NUM_NODES - 1))"
+fi
 GPUS_HERE=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 NUM_GPUS=${NUM_GPUS:-$((GPUS_HERE > 0 ? GPUS_HERE : 1))}
 NUM_NODES=${NUM_NODES:-1}
-HOSTFILE=${HOSTFILE:-}
-MASTER_ADDR=${MASTER_ADDR:-}
-MASTER_PORT=${MASTER_PORT:-29500}
 RANKS=$((NUM_GPUS * NUM_NODES))
+BY_SSH=$([ -n "$HOSTFILE" ] && [ -z "$NODE_RANK" ] && echo yes || true)
 if [ "$GPUS_HERE" -eq 0 ]; then
-    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    [ -n "$BY_SSH" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # the nodes may have what this machine has not
     CORES=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES / NUM_GPUS > 0 ? CORES / NUM_GPUS : 1))}
 fi
@@ -109,7 +164,7 @@ fi
 if [ "$TOKENIZER_TYPE" = GPT2BPETokenizer ]; then
     flags+=(--vocab-file "$VOCAB_PATH" --merge-file "$MERGE_PATH")
 else
-    flags+=(--tokenizer-model "$TOKENIZER_MODEL")
+    flags+=(${TOKENIZER_MODEL:+--tokenizer-model "$TOKENIZER_MODEL"}) # pdsh would lose an empty word
 fi
 if [ "$EP_SIZE" -gt 0 ]; then
     flags+=(
@@ -127,11 +182,21 @@ fi
 if [ -n "$TRAIN_TOKENS" ]; then flags+=(--train-tokens "$TRAIN_TOKENS"); else flags+=(--train-iters "$TRAIN_ITERS"); fi
 [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
 [ "$ACTIVATION_CHECKPOINT" = true ] && flags+=(--recompute-activations)
-[ -f "$OUTPUT_DIR/checkpoints/latest" ] && flags+=(--load "$OUTPUT_DIR/checkpoints")
+# Goes on from the newest whole checkpoint, if there is any; a --load of the caller's has to find one.
+[[ " $* " == *" --load"[\ =]* ]] || flags+=(--load "$OUTPUT_DIR/checkpoints" --load-or-init)
 flags+=("$@")
 
 launcher=(deepspeed --num_gpus "$NUM_GPUS" --num_nodes "$NUM_NODES" --master_port "$MASTER_PORT")
-[ -n "$HOSTFILE" ] && launcher+=(--hostfile "$HOSTFILE")
+# What a node writes alone carries its number: the folder is shared.
+LOG=$OUTPUT_DIR/log.txt
+NODES=$HOSTFILE
+if [ -n "$NODE_RANK" ]; then
+    [ "$NODE_RANK" -eq 0 ] || LOG=$OUTPUT_DIR/log.node-$NODE_RANK.txt
+    NODES=${HOSTFILE:-$OUTPUT_DIR/hostfile.node-$NODE_RANK}
+    launcher+=(--no_ssh --node_rank "$NODE_RANK")
+fi
+[ -n "$BY_SSH" ] && launcher+=(--force_multi) # or a file of one host would start here, whatever its name
+[ -n "$NODES" ] && launcher+=(--hostfile "$NODES")
 [ -n "$MASTER_ADDR" ] && launcher+=(--master_addr "$MASTER_ADDR")
 command=("${launcher[@]}" "$REPO/pretrain_gpt.py" "${flags[@]}")
 
@@ -140,9 +205,19 @@ if [ "${DRY_RUN:-0}" = 1 ]; then
     echo
     exec "$PYTHON" "$REPO/tools/model_size.py" "${flags[@]}"
 fi
-if [ "$NUM_NODES" -gt 1 ] && [ -z "$HOSTFILE" ]; then
-    echo "run.sh: NUM_NODES is $NUM_NODES but HOSTFILE is empty; set HOSTFILE to a file of lines 'host slots=$NUM_GPUS'" >&2
-    exit 2
-fi
+[ "$NUM_NODES" -eq 1 ] || [ -n "$NODES" ] ||
+    fail "NUM_NODES is $NUM_NODES but HOSTFILE is empty; set HOSTFILE to a file of lines 'name slots=$NUM_GPUS', or NODE_RANK"
 mkdir -p "$OUTPUT_DIR"
-"${command[@]}" 2>&1 | tee -a "$OUTPUT_DIR/log.txt"
+if [ "$NODES" != "$HOSTFILE" ]; then # without ssh, the launcher only counts the hosts; their names say nothing
+    for ((node = 0; node < NUM_NODES; node++)); do echo "node-$node slots=$NUM_GPUS"; done >"$NODES"
+elif [ -n "$BY_SSH" ] && [ -z "${DS_ENV_FILE:-}" ]; then
+    # ssh hands on no environment. The launcher does for variables it knows and for those in this file.
+    DS_ENV_FILE=$(cd "$OUTPUT_DIR" && pwd)/environment
+    for name in PATH DS_ACCELERATOR OMP_NUM_THREADS GLOO_SOCKET_IFNAME; do
+        [ -z "${!name:-}" ] || echo "$name=${!name}"
+    done >"$DS_ENV_FILE"
+    grep -hs = ~/.deepspeed_env .deepspeed_env >>"$DS_ENV_FILE" || true # the files it replaces
+    export DS_ENV_FILE
+fi
+# What is said after Ctrl-C or a SIGTERM to all still reaches the screen and the log.
+"${command[@]}" 2>&1 | (trap '' INT TERM && exec tee -a "$LOG")
