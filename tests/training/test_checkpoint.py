@@ -270,6 +270,22 @@ def test_nothing_there_with_load_or_init(ranks2, tmp_path):
     assert [a[:3] for a in answers] == [(True, 0, 0)] * 2
 
 
+def _adopted(config):
+    from megatron.parallel import groups as parallel
+
+    groups = parallel.init(1)
+    return resume.find(config.train, groups).adopt(config, groups).train.global_batch_size
+
+
+@pytest.mark.parametrize("options, size", [({}, engines.GLOBAL_BATCH), ({"global_batch_size": 8}, 8),
+                                           ({"finetune": True}, 0), ({"micro_batch_size": 4}, 0)])
+def test_the_global_batch_is_kept_unless_it_is_set(options, size, three, ranks1):
+    """0 is a micro-batch of each rank: of one rank 1 or 4, where four samples were trained on at once."""
+    config = engines.loading(config_of(""), three)
+    config = replace(config, train=replace(config.train, **{"global_batch_size": 0, **options}))
+    assert ranks1.run(_adopted, config) == [size]
+
+
 def test_another_schedule_needs_a_word(three, ranks1):
     config = engines.loading(config_of(""), three)
     other = replace(config, optimizer=replace(config.optimizer, lr=0.01))

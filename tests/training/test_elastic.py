@@ -6,6 +6,7 @@ import engines
 import pytest
 import torch
 
+import runs
 from megatron.moe import gates
 
 
@@ -89,3 +90,34 @@ def test_every_gate_goes_on_elsewhere(gate, saved, ranks4, tmp_path):
     answers = ranks4.run(engines.train, engines.loading(engines.config_of(gate, 4, 1), folder, tmp_path), 0, 5, 8)
     check_same(engines.whole(tmp_path), engines.whole(folder))
     assert answers[0][1] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("ranks, changes", [
+    (1, ("--moe-expert-parallel-size", "1", "--zero-stage", "2")),
+    (4, ("--moe-expert-parallel-size", "4", "--micro-batch-size", "1")),
+])
+def test_a_whole_run_sees_the_same_samples_elsewhere(ranks, changes, whole_run, data, request, tmp_path):
+    """From two ranks that share the experts to one and to four, through the program's own flags."""
+    flags, folder, expected = whole_run
+    pool = request.getfixturevalue(f"ranks{ranks}")
+    argv = flags(tmp_path, "--load", str(folder / "checkpoints"), "--load-step", "3", *changes)
+    pool.run(runs.train, argv, timeout=300)
+    got = runs.metrics(tmp_path)
+    assert [m["iteration"] for m in got] == [4, 5, 6]
+    for m, e in zip(got, expected[3:], strict=True):
+        assert m["consumed_samples"] == e["consumed_samples"] and m["lr"] == e["lr"]
+        assert m["loss"] == pytest.approx(e["loss"], abs=1e-3)
+    losses = [e["loss"] for e in expected[3:]]
+    assert max(losses) - min(losses) > 0.01, "other samples would not be seen in the losses"
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, ranks2, tmp_path_factory):
+    """(flags for a folder, the folder of six iterations on two ranks with a checkpoint after three, their metrics)"""
+    folder = tmp_path_factory.mktemp("whole_run")
+
+    def flags(out, *more):
+        return [*runs.flags(data, out, 6, *runs.EP2), "--hidden-dropout", "0", "--eval-iters", "0", *more]
+
+    ranks2.run(runs.train, flags(folder, "--save-interval", "3"), timeout=300)
+    return flags, folder, runs.metrics(folder)
