@@ -66,16 +66,17 @@ def quiet_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def report_error(error: BaseException) -> None:
+def report_error(error: BaseException, *, at_once: bool = False) -> None:
     """Print a user's mistake as one line on stderr.
 
-    Ranks other than 0 wait first: most mistakes are made by all ranks, rank 0 says so, and the launcher ends the
-    others before they repeat it. What only one rank sees is still said.
+    Ranks other than 0 wait first, unless told not to: most mistakes are made by all ranks, rank 0 says so, and the
+    launcher ends the others before they repeat it. What only one rank sees is still said.
     """
     rank = _rank()
-    if rank:
+    if rank and not at_once:
         time.sleep(3)  # DeepSpeed's launcher looks at its processes once a second
-    print(f"{_prefix(rank)}error: {error}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{_prefix(rank)}error: {error}\n")  # in one piece: other ranks write to the same terminal
+    sys.stderr.flush()
 
 
 def _rank() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import sys
 import threading
 import traceback
@@ -18,13 +19,17 @@ import torch.distributed as dist
 
 from megatron import log
 from megatron.config import cli
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, require
 from megatron.moe import gates
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
-    """Train as the flags say. Returns the exit code: 0; 2 after one clear line for a mistake in what was set; 1 when
-    another rank ended first.
+    """Train as the flags say.
+
+    Returns:
+        the exit code: 0, also when a signal asked the run to stop; after one clear line 2 for a mistake in what was set
+        or a fault of the machine, 1 when another rank ended first, 3 when a rank waited for longer than
+        --timeout-minutes, 130 when interrupted before the training began.
 
     Args:
         started: when the process did, as `time.time`, for the log's line on what start-up took; None: now.
@@ -38,21 +43,30 @@ def exit_code(program: Callable[[], None]) -> int:
     log.setup()
     try:
         program()
-    except OSError as error:
-        log.report_error(error)
-        return 2
-    except (ValueError, RuntimeError) as error:
-        if lost := lost_rank(error):
-            log.report_error(lost)
-            return 1
-        if not isinstance(error, ValueError) or not _is_ours(error):
+    except KeyboardInterrupt:
+        log.report_error(InterruptedError("interrupted before the training began; nothing is saved"))
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        line, code = explain(error)
+        if line is None:
             raise
-        log.report_error(error)
-        return 2
+        log.report_error(line)
+        return code
     from megatron.parallel.groups import shutdown
 
     shutdown()
     return 0
+
+
+def explain(error: ValueError | OSError | RuntimeError) -> tuple[Exception | None, int]:
+    """(what to tell the user in one line, exit code); None: it is not the user's, and its traceback is needed."""
+    from megatron.data.loader import lost_worker
+
+    for line, code in ((lost_rank(error), 1), (hung_rank(error), 3), (lost_worker(error), 2)):
+        if line:
+            return line, code
+    ours = isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error))
+    return (error, 2) if ours else (None, 1)
 
 
 def leave(code: int) -> NoReturn:
@@ -72,7 +86,6 @@ def leave(code: int) -> NoReturn:
 
 def train(config: RunConfig, started: float | None = None) -> None:
     """Run the whole training that `config` describes, on the ranks the launcher started; `started` as in `main`."""
-    from megatron.config.schema import require
     from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model, size_table
     from megatron.parallel import groups as parallel
@@ -97,15 +110,11 @@ def train(config: RunConfig, started: float | None = None) -> None:
     _say_backend(config, groups)
     source = resume.find(config.train, groups)
     config = source.adopt(config, groups) if source else config
-    t, seq_length = config.train, config.model.seq_length
-    global_batch = t.global_batch(groups.world_size)
-    plan = Plan(t.iterations(seq_length, groups.world_size), global_batch,
-                global_batch // (t.micro_batch_size * groups.world_size), seq_length)
-    schedule = Schedule(config.optimizer, iterations=plan.iterations, tokens_per_iteration=global_batch * seq_length)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    require(vocab_size >= tokenizer.vocab_size, "--vocab-size", vocab_size,
-            f"at least the tokenizer's {tokenizer.vocab_size}", "Or leave it out.")
-    record = Record.of(config, groups, tokenizer, global_batch, plan.iterations)
+    t = config.train
+    plan = Plan.of(t, config.model.seq_length, groups.world_size)
+    schedule = Schedule(config.optimizer, iterations=plan.iterations, tokens_per_iteration=plan.tokens)
+    vocab_size = _vocab_size(config, tokenizer)
+    record = Record.of(config, groups, tokenizer, plan.global_batch, plan.iterations)
     if source:
         source.check(record)
     splits = _build_splits(config, plan, tokenizer, vocab_size, groups)
@@ -134,6 +143,13 @@ def train(config: RunConfig, started: float | None = None) -> None:
              for name in ("valid", "test") if splits[name] is not None},
             sinks, checkpoints, progress, start_up, Stop(t, groups, started), profiler,
         ).run()
+
+
+def _vocab_size(config: RunConfig, tokenizer) -> int:
+    size = config.model.vocab_size or tokenizer.vocab_size
+    require(size >= tokenizer.vocab_size, "--vocab-size", size, f"at least the tokenizer's {tokenizer.vocab_size}",
+            "Or leave it out.")
+    return size
 
 
 def _say_backend(config: RunConfig, groups) -> None:
@@ -180,9 +196,21 @@ def _loader(config: RunConfig, plan, groups, tokenizer, vocab_size: int, dataset
 def lost_rank(error: BaseException) -> RuntimeError | None:
     """One line for the long error of a collective whose other side is gone; None for any other error."""
     ended = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    if any(word in str(error) for word in ended):
-        return RuntimeError("another rank ended, and its message says why; this one stops with it")
+    if not isinstance(error, OSError) and any(word in str(error) for word in ended):
+        return RuntimeError("another rank ended, and its message says why, or it was killed (out of memory?); this one "
+                            "stops with it")
     return None
+
+
+def hung_rank(error: BaseException) -> TimeoutError | None:
+    """One line for a collective that gloo gave up; None for any other error."""
+    if isinstance(error, OSError) or not (found := re.search(r"Timed out waiting (\d+)ms", str(error))):
+        return None
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(__file__).parent in Path(f.filename).parents]
+    where = f" ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return TimeoutError(f"a collective{where} took longer than --timeout-minutes {int(found[1]) / 60000:g}: another "
+                        "rank hangs or is far behind, and may say why, or its host is down. If it only is slow, raise "
+                        "--timeout-minutes")
 
 
 def _is_ours(error: BaseException) -> bool:

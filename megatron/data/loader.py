@@ -8,6 +8,10 @@ samples sees the same samples for any B and W that divide it.
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -83,6 +87,7 @@ class BatchLoader:
     Raises:
         ValueError: sizes do not divide; and, while iterating, less than a global batch is left or a token is outside
             the vocabulary.
+        OSError: while iterating, a worker process ended.
     """
 
     def __init__(self, dataset: Samples, *, micro_batch_size: int, global_batch_size: int, rank: int, world_size: int,
@@ -101,15 +106,25 @@ class BatchLoader:
         whole = max(0, self._size - consumed_samples) // global_batch_size * global_batch_size
         numbers = _Numbers(consumed_samples + rank * micro_batch_size, consumed_samples + whole, self._step,
                            micro_batch_size)
-        self._batches = iter(DataLoader(
-            _Reader(dataset, data, eod, vocab_size), batch_size=None, sampler=numbers, num_workers=data.num_workers,
-            generator=torch.Generator()))  # its own generator: drawing from the global one would change the model's run
+        # Workers inherit the mask, in all threads that they start: `_start_worker` says what for.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self._batches = iter(DataLoader(
+                _Reader(dataset, data, eod, vocab_size), batch_size=None, sampler=numbers,
+                num_workers=data.num_workers, worker_init_fn=_start_worker,
+                generator=torch.Generator()))  # its own: drawing from the global one would change the model's run
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def __iter__(self) -> BatchLoader:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._batches, None)
+        try:
+            batch = next(self._batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            self._check_workers(error)
+            raise
         if batch is None:
             raise ValueError(f"the data ends: {max(0, self._size - self.consumed_samples)} of {self._size} samples "
                              f"are left, an optimizer step takes {self._global}. Train for fewer steps, or build more "
@@ -121,6 +136,22 @@ class BatchLoader:
                 del batch  # else error -> this frame -> error would keep the worker processes alive
         self.consumed_samples += self._step
         return batch
+
+    def _check_workers(self, error: Exception) -> None:
+        """Raise OSError if torch's error while it waited for a worker is that one has ended."""
+        workers = getattr(self._batches, "_workers", ())
+        try:
+            if isinstance(error, (OSError, EOFError)):  # a worker's end of a connection is closed before it is gone
+                for worker in workers:
+                    worker.join(1.0)
+        except RuntimeError as later:  # torch's own, which comes at any time
+            error = later
+        if lost := lost_worker(error):
+            raise lost from None
+        for worker in workers:
+            if code := worker.exitcode:
+                how = f"was ended by signal {signal.strsignal(-code)}" if code < 0 else f"ended with exit code {code}"
+                raise lost_process(worker.pid, how) from None
 
 
 @dataclass(frozen=True)
@@ -165,3 +196,43 @@ class _Reader:
         raise ValueError(f"{source} holds the token id {samples_BS1[row, column]}; allowed with this run's vocabulary: "
                          f"0 to {self.vocab_size - 1}. Use the tokenizer that the data was made with, or preprocess "
                          f"the text again with this one")
+
+
+def _start_worker(number: int) -> None:
+    """In a worker: live through the signals that ask the training to stop, for it needs batches to end its step.
+
+    They reach workers too: Ctrl-C is for all processes of a terminal, and DeepSpeed's launcher sends SIGTERM to all
+    that a rank has started, and waits for all of them. So a worker ends when its rank says so, and after a SIGTERM of
+    somebody else's as soon as its rank has ended.
+    """
+    signal.set_wakeup_fd(-1)  # the training's, if it had one when it forked this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_wait_for_sigterm, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_sigterm(rank: int) -> None:
+    told = signal.sigwaitinfo({signal.SIGTERM})
+    while os.getppid() == rank and (told is None or told.si_pid != rank):
+        told = signal.sigtimedwait({signal.SIGTERM}, 0.05)
+    os._exit(0)
+
+
+def lost_worker(error: BaseException) -> OSError | None:
+    """One line for torch's error when a worker process ended; None for any other error.
+
+    torch raises it wherever the main thread is, in the middle of a step, too; while that waits for a batch, it makes
+    the error the cause of another, which knows less.
+    """
+    text = f"{error.__cause__} {error}"
+    if found := re.search(r"DataLoader worker \(pid (\d+)\) is killed by signal: (\w+)", text):
+        return lost_process(found[1], f"was ended by signal {found[2]}")
+    if found := re.search(r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)", text):
+        return lost_process(found[1], f"ended with exit code {found[2]}")
+    if found := re.search(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited", text):
+        return lost_process(found[1], "ended")
+    return None
+
+
+def lost_process(process: int | str, how: str) -> OSError:
+    return OSError(f"process {process}, which reads data for rank {os.environ.get('RANK', 0)}, {how}. If memory ran "
+                   "out, lower --num-workers; then resume from the last checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
 
     Raises:
         ValueError: `ep_size` does not divide the number of ranks, or there are more ranks than CUDA devices.
+        ConnectionError: the ranks did not find each other.
     """
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
                         ("MASTER_PORT", "0")):  # 0: a free port, enough for one process
@@ -80,11 +82,16 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     log.quiet_deepspeed()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes),
-                               verbose=False)
     name = f"ep_size_{ep_size}"
-    if name not in ds_groups._get_expert_parallel_group_dict():
-        ds_groups._create_expert_and_data_parallel(ep_size)
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes),
+                                   verbose=False)
+        if name not in ds_groups._get_expert_parallel_group_dict():
+            ds_groups._create_expert_and_data_parallel(ep_size)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "connectFullMesh" not in str(error):
+            raise
+        raise ConnectionError(_not_joined(error, timeout_minutes)) from None
     for group in (ds_groups._get_expert_parallel_group(name), ds_groups._get_expert_data_parallel_group(name)):
         # DeepSpeed makes them with torch's default of half an hour.
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
@@ -93,6 +100,16 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         backend=backend, reason=reason, ep_size=ep_size,
         ep_group=ds_groups._get_expert_parallel_group(name) if ep_size > 1 else None,
     )
+
+
+def _not_joined(error: RuntimeError, timeout_minutes: float) -> str:
+    """One line for the many that torch has when ranks do not find each other."""
+    joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
+    why = f"{joined[1]} of {joined[2]} are there" if joined else str(error).splitlines()[0][:200]
+    network = os.environ.get("GLOO_SOCKET_IFNAME") or "not set"
+    return (f"the ranks did not find each other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+            f"--timeout-minutes {timeout_minutes:g}: {why}. Start all of them; check MASTER_ADDR, MASTER_PORT, the "
+            f"firewall, and on CPU nodes GLOO_SOCKET_IFNAME, which is {network}")
 
 
 def prepare_deepspeed(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -257,6 +258,9 @@ class _Pending:
 
 def _write(partial: Path, name: str, entries: list[Entry], tensors: dict[str, Tensor]) -> tuple[int, str]:
     """Write a rank's file and sync it to the disk; its bytes and SHA-256."""
+    if not partial.is_dir():
+        raise OSError(f"{partial}, which rank 0 made, is not there on {socket.gethostname()}; allowed for --save: a "
+                      "folder that all nodes see")
     result = write_tensors(partial / name, entries, tensors.__getitem__, {"format": "pt"})
     sync_folder(partial)
     return result

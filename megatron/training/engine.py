@@ -58,8 +58,10 @@ class Engine:
             set_z3_leaf_modules(model, [Block])
         self.layout = Layout.of(model, groups)
         attach(model, groups, keep_gate_fp32=keep_gate_fp32)
-        adamw = AdamW(parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr,
-                      betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps, fused=True)
+        unwatched = optimizer.zero_stage == 0 and optimizer.precision == "fp32"
+        adamw = (CheckedAdamW if unwatched else AdamW)(
+            parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr,
+            betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps, fused=True)
         prepare_zero()
         # BF16_Optimizer prints memory figures, three lines a group.
         with few_objects_to_collect(), contextlib.redirect_stdout(io.StringIO()):
@@ -137,6 +139,21 @@ class AdamW(torch.optim.AdamW):
         inspect.unwrap(method) for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad,
                                               torch.optim.Optimizer.state_dict, torch.optim.Optimizer.load_state_dict))
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
+class CheckedAdamW(AdamW):
+    """Skips a step whose gradients are not finite, and says so in `overflow`, as DeepSpeed's own optimizers do.
+
+    In fp32 without ZeRO, DeepSpeed uses the optimizer as it is, and looks at no gradient.
+    """
+
+    overflow = False
+
+    def step(self) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not nn.utils.get_total_norm(gradients, float("inf")).isfinite()
+        if not self.overflow:
+            super().step()
 
 
 def prepare_zero() -> None:

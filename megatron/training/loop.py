@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import NoReturn
 
 from megatron.config.schema import TrainConfig
 from megatron.data.loader import Batch
@@ -32,6 +33,19 @@ class Plan:
     micro_steps: int
     """micro-batches of one optimizer step on one rank"""
     seq_length: int
+
+    @staticmethod
+    def of(train: TrainConfig, seq_length: int, world_size: int) -> Plan:
+        """Raises ValueError when the global batch is not a multiple of micro-batch x ranks, or nothing says how long to
+        train."""
+        batch = train.global_batch(world_size)
+        return Plan(train.iterations(seq_length, world_size), batch, batch // (train.micro_batch_size * world_size),
+                    seq_length)
+
+    @property
+    def tokens(self) -> int:
+        """Of one optimizer step."""
+        return self.global_batch * self.seq_length
 
 
 class Trainer:
@@ -124,7 +138,7 @@ class Trainer:
         self._reason = agreed.reason
         p.iteration += 1
         p.consumed_samples += self.plan.global_batch
-        p.consumed_tokens += self.plan.global_batch * self.plan.seq_length
+        p.consumed_tokens += self.plan.tokens
         bad = self.engine.skipped_steps > skipped
         self._interval.add(agreed, lr, time.monotonic() - start, bad)
         if bad:
@@ -139,13 +153,12 @@ class Trainer:
         p, most, bad_ranks = self.progress, self.config.max_bad_steps, agreed.bad_ranks
         self.bad_steps += 1
         what = f"the loss on {bad_ranks} of {self.groups.world_size} rank(s)" if bad_ranks else "a gradient"
-        self._warn(f"iteration {p.iteration}: {what} was NaN or infinite, so the step is skipped: {self.bad_steps} in a row "
-                   f"(samples {p.consumed_samples - self.plan.global_batch} to {p.consumed_samples - 1})")
+        self._warn(f"iteration {p.iteration}: {what} was NaN or infinite, so the step is skipped: {self.bad_steps} "
+                   f"in a row (samples {p.consumed_samples - self.plan.global_batch} to {p.consumed_samples - 1})")
         if 0 < most <= self.bad_steps:
-            self.log()
-            raise ValueError(f"the gradients of {self.bad_steps} steps in a row, up to iteration {p.iteration}, were "
-                             f"NaN or infinite and the steps were skipped; allowed: fewer than --max-bad-steps {most}. "
-                             f"Lower --lr, or look at the data; {self.checkpoints.last_good()}")
+            self._give_up(f"the gradients of {self.bad_steps} steps in a row, up to iteration {p.iteration}, were NaN "
+                          f"or infinite and the steps were skipped; allowed: fewer than --max-bad-steps {most}. Lower "
+                          "--lr, or look at the data")
 
     def _take_spike(self, loss: float, spike: Spike) -> None:
         """Count and log a spike; raise if it ends the run. Of several in a row the first and the last are logged."""
@@ -153,14 +166,22 @@ class Trainer:
         what = (f"the loss of iteration {self.progress.iteration} is {loss:.5f}, {spike.z:.1f} deviations of "
                 f"{spike.deviation:.3g} above {spike.mean:.5f}, the mean of the steps before")
         if self.config.loss_spike_action == "stop":
-            self.log()
-            raise ValueError(f"{what}; allowed: --loss-spike-threshold {self.config.loss_spike_threshold:g}. Its batch "
-                             "may be bad, or --lr too high; --loss-spike-action log goes on; "
-                             f"{self.checkpoints.last_good()}")
+            self._give_up(f"{what}; allowed: --loss-spike-threshold {self.config.loss_spike_threshold:g}. Its batch "
+                          "may be bad, or --lr too high; --loss-spike-action log goes on")
         if spike.new_level:
             self._warn(f"{what}, like {spike.row - 1} before it: that is a new level, and no spike from now on")
         elif spike.row == 1:
             self._warn(what)
+
+    def _give_up(self, why: str) -> NoReturn:
+        """End the run, as all ranks have decided alike. A checkpoint that is still being written is completed first."""
+        self.log()
+        failed = ""
+        try:
+            self.checkpoints.finish()
+        except OSError as error:
+            failed = f"; {error}"
+        raise ValueError(f"{why}; {self.checkpoints.last_good()}{failed}")
 
     def _is_worth_saving(self, ends: bool) -> bool:
         """Not while steps are being skipped, for the weights may be why; but at the end, if any step was good."""
@@ -183,7 +204,7 @@ class Trainer:
     def log(self) -> None:
         """Reduce and write what happened since the last log line."""
         p, interval = self.progress, self._interval
-        tokens = interval.steps * self.plan.global_batch * self.plan.seq_length
+        tokens = interval.steps * self.plan.tokens
         seconds = all_reduce_mean(interval.seconds, self.groups)
         record = {
             "kind": "train", "iteration": p.iteration,

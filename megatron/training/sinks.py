@@ -5,7 +5,7 @@ scalars or, per layer, as lists. The same names everywhere:
 
     loss perplexity aux_loss lr grad_norm tokens_per_s consumed_samples consumed_tokens experts_per_token_wanted
     experts_per_token_kept load_imbalance_max_over_mean drop_fraction lost_token_fraction top1_probability
-    skipped_steps elapsed_s step_time_ms, and <name>_by_layer
+    skipped_steps bad_steps loss_spikes elapsed_s step_time_ms, and <name>_by_layer
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Ends a rank that waits for its data forever, as for a file on a network file system that does not answer.
 
 Only waiting for data is watched. Everything else that ranks wait for is a collective, and those have a time limit of
-their own, --timeout-minutes. Gloo's raises in the rank that waits, and megatron/pretrain.py makes one line of it. NCCL's
-is kept by a thread of torch, which aborts the process (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default). Evaluations,
-checkpoints and the first step's compilation take as long as they take.
+their own, --timeout-minutes. Gloo's raises in the rank that waits, and megatron/pretrain.py makes one line of it.
+NCCL's is kept by a thread of torch, which aborts the process (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default).
+Evaluations, checkpoints and the first step's compilation take as long as they take.
 """
 
 from __future__ import annotations

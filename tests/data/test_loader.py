@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -169,8 +172,72 @@ def test_any_error_surfaces(kind, workers):
 
 def test_a_worker_that_dies_surfaces():
     batches = loader(Numbers(48), consumed=BOMB, data=DataConfig(num_workers=1))
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+    with pytest.raises(OSError, match=r"process \d+, which reads data for rank 0, ended with exit code 3\. If memory "
+                                      "ran out, lower --num-workers"):
         next(batches)
+
+
+def test_the_traceback_of_a_worker_is_kept():
+    class Broken(Numbers):
+        def __getitem__(self, i: int) -> np.ndarray:
+            raise KeyError("d.bin")
+    with pytest.raises(KeyError, match="(?s)Original Traceback.*in __getitem__.*d.bin") as info:
+        next(loader(Broken(8), data=DataConfig(num_workers=1)))
+    info.value.__traceback__ = None
+
+
+def from_outside(number: int, process: int) -> None:
+    """Send a signal as somebody other than this process, as the launcher would."""
+    subprocess.run(["kill", f"-{number}", str(process)], check=True)
+
+
+def ends(handle: int) -> bool:
+    """Whether a process has ended, or does within 3 seconds."""
+    return bool(select.select([handle], [], [], 3)[0])
+
+
+def test_a_worker_lives_through_the_signals_that_stop_the_training():
+    batches = loader(Numbers(10000), consumed=48, data=DataConfig(num_workers=1))
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "that is for the worker only"
+    worker = batches._batches._workers[0].pid
+    taken(batches, 1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        from_outside(number, worker)
+    assert taken(batches, 10) == list(range(50, 70))
+    os.kill(worker, signal.SIGTERM)  # by the process that it works for
+    assert ends(os.pidfd_open(worker))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_is_killed_is_named(number):
+    batches = loader(Numbers(10000), consumed=48, data=DataConfig(num_workers=1))
+    worker = batches._batches._workers[0].pid
+    taken(batches, 1)
+    os.kill(worker, number)
+    with pytest.raises(OSError, match=rf"process {worker}, which reads data for rank 0, was ended by signal "
+                                      r"(Killed|Segmentation)"):
+        taken(batches, 1000)
+
+
+def _leave_a_worker(pipe) -> None:
+    batches = loader(Numbers(10000), consumed=48, data=DataConfig(num_workers=1))
+    taken(batches, 1)
+    pipe.send(batches._batches._workers[0].pid)
+    pipe.recv()
+    os._exit(0)
+
+
+def test_a_worker_that_got_a_signal_ends_with_its_rank():
+    """Soon: torch's own workers look for their rank every five seconds, and the launcher waits for them."""
+    ours, theirs = multiprocessing.Pipe()
+    rank = multiprocessing.get_context("fork").Process(target=_leave_a_worker, args=(theirs,))
+    rank.start()
+    worker = ours.recv()
+    handle = os.pidfd_open(worker)
+    from_outside(signal.SIGTERM, worker)
+    ours.send(None)
+    assert ends(handle)
+    rank.join()
 
 
 @pytest.mark.parametrize(("options", "match"), [

@@ -1,6 +1,9 @@
 """Backend choice with its reason, expert-parallel groups, reductions, random state."""
 
 import os
+import re
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -106,3 +109,29 @@ def test_ranks_draw_different_numbers_and_state_comes_back():
     a = torch.rand(3)
     rng.set_state(state)
     assert torch.equal(a, torch.rand(3))
+
+
+@pytest.mark.parametrize("rank, message", [("0", "1 of 2 are there"), ("1", "client socket|connect")])
+def test_a_rank_that_waits_in_vain_says_for_whom(rank, message):
+    """Rank 0 alone counts who is there, rank 1 alone finds no one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = ("from megatron.pretrain import exit_code; from megatron.parallel import groups; "
+            "raise SystemExit(exit_code(lambda: groups.init(1, 0.03)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={
+        **os.environ, "RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    line = next(line for line in done.stderr.splitlines() if "error: " in line)
+    assert re.search(f"did not find each other at 127.0.0.1:{port} within --timeout-minutes 0.03: .*({message}).* "
+                     "GLOO_SOCKET_IFNAME, which is lo", line), line
+
+
+def test_gloos_error_of_connecting_is_one_line(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "a")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    error = RuntimeError("Gloo connectFullMesh failed with [x] Connection refused\nException raised from ...")
+    line = parallel._not_joined(error, 5.0)
+    assert "connectFullMesh failed" in line and "which is not set" in line and "\n" not in line

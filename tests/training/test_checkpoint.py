@@ -152,6 +152,24 @@ def test_a_bug_in_the_writing_thread_is_not_swallowed(ranks1, tmp_path):
         ranks1.run(_fails_once, config_of(tmp_path, async_save=True), 0, "bug")
 
 
+def _unshared(config):
+    """In a rank: a save into a folder that rank 1 has elsewhere."""
+    from megatron.training import checkpoint
+
+    original = checkpoint.from_first
+    checkpoint.from_first = lambda ask, groups: str(original(ask, groups)) + groups.rank * "x"
+    try:
+        _saves(config, 1)
+    finally:
+        checkpoint.from_first = original
+
+
+def test_a_folder_that_only_one_node_sees(ranks2, tmp_path):
+    with pytest.raises(RuntimeError, match="which rank 0 made, is not there on .*; allowed for --save: a folder"):
+        ranks2.run(_unshared, config_of(tmp_path))
+    assert not list(tmp_path.glob("iter_*"))
+
+
 def _with_little_room(config, free):
     usage, shutil.disk_usage = shutil.disk_usage, lambda path: shutil._ntuple_diskusage(10**9, 0, free)
     try:

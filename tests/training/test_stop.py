@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.faults import FaultConfig
+from megatron.log import report_error
 from megatron.parallel.groups import Groups
 from megatron.pretrain import exit_code, explain
 from megatron.training.stop import SIGNALS, Stop
@@ -116,6 +117,13 @@ def test_interrupted_before_the_training_begins(capsys):
 
     assert exit_code(program) == 130
     assert capsys.readouterr().err == "error: interrupted before the training began; nothing is saved\n"
+
+
+def test_what_a_thread_of_any_rank_has_to_say_is_said_at_once(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("megatron.log.time.sleep", lambda seconds: pytest.fail("it waits"))
+    report_error(RuntimeError("what it is"), at_once=True)
+    assert capsys.readouterr().err == "[rank 1] error: what it is\n"
 
 
 @pytest.mark.parametrize("error, said, code", [
