@@ -111,7 +111,8 @@ def train(config: RunConfig, started: float | None = None) -> None:
     source = resume.find(config.train, groups)
     config = source.adopt(config, groups) if source else config
     t = config.train
-    plan = Plan.of(t, config.model.seq_length, groups.world_size)
+    progress = source.progress if source else Progress()
+    plan = Plan.of(t, config.model.seq_length, groups.world_size, progress)
     schedule = Schedule(config.optimizer, iterations=plan.iterations, tokens_per_iteration=plan.tokens)
     vocab_size = _vocab_size(config, tokenizer)
     record = Record.of(config, groups, tokenizer, plan.global_batch, plan.iterations)
@@ -128,14 +129,16 @@ def train(config: RunConfig, started: float | None = None) -> None:
         source.load_weights(model, groups)
     engine = Engine(model, config.optimizer, t, groups)
     rng.seed_rank(t.seed, groups.rank)
-    progress = source.restore(engine, groups) if source else Progress()
+    if source:
+        source.restore(engine, groups)
     profiler = StepProfiler(t, groups, progress.iteration, plan.iterations) if t.profile else None
     announce(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
     loader = partial(_loader, config, plan, groups, tokenizer, vocab_size)
     sinks = build_sinks(t, groups.rank, plan.iterations)
     start_up.mark("engine")
-    with contextlib.closing(sinks), Checkpoints(t, engine, record, groups, source and source.path) as checkpoints:
+    with contextlib.closing(sinks), Checkpoints(
+            t, engine, record, groups, source and source.goes_on, source.damaged if source else ()) as checkpoints:
         Trainer(
             engine, t, plan, schedule, groups,
             loader(splits["train"], consumed_samples=progress.consumed_samples),

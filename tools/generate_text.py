@@ -8,7 +8,6 @@ shown as \\n.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,23 +30,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron.config import cli
     from megatron.config.checkpoints import CheckpointConfig
     from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model
     from megatron.model.generate import generate
     from megatron.parallel import groups as parallel
-    from megatron.training import store
 
-    options = CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True)
-    config = cli.read_run_json(store.choose(options)[0][0] / "run.json")
-    ranks, ep_size = int(os.environ.get("WORLD_SIZE", 1)), config.moe.moe_expert_parallel_size
-    groups = parallel.init(ep_size if ranks % ep_size == 0 else 1, config.train.timeout_minutes)
-    from megatron.training import resume
+    groups = parallel.init()
+    from megatron.training import resume  # imports DeepSpeed: only after `groups` prepared its environment
     from megatron.training.engine import Engine
     from megatron.training.record import Record
 
-    source = resume.find(options, groups)
+    source = resume.find(CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True), groups)
+    config = source.record.config
+    ep_size = config.moe.moe_expert_parallel_size
+    groups = parallel.init(ep_size if groups.world_size % ep_size == 0 else 1, config.train.timeout_minutes)
     tokenizer = build_tokenizer(config.tokenizer)
     source.check(Record.of(config, groups, tokenizer))
     vocab_size = config.model.vocab_size or tokenizer.vocab_size

@@ -22,7 +22,7 @@ class CheckpointConfig:
     keep_every: int = 0
     """checkpoints of iterations divisible by this are kept whatever --keep-last says; 0: none of them"""
     on_save_error: str = option("stop", choices=("stop", "continue"))
-    """whether a checkpoint that cannot be written (a full disk) ends the run"""
+    """whether a checkpoint that cannot be written (a full disk) ends the run; the one at its end is never given up"""
     load: str = ""
     """folder to resume from: its newest complete checkpoint; or one checkpoint in it. The number of ranks,
     --moe-expert-parallel-size and --zero-stage may be others than when it was saved"""

@@ -36,6 +36,8 @@ class WorkFolder:
         self.prefix = os.fspath(prefix)
         self.path = Path(f"{self.prefix}.partial")
         self._lock = self._acquire()
+        # Forked processes (which read data ahead, say) would keep the lock after the death of this one.
+        os.register_at_fork(after_in_child=self._lock.close)
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -59,10 +61,11 @@ class WorkFolder:
         """Let others in; an empty folder disappears. Does nothing the second time."""
         if self._lock.closed:
             return
-        if all(path.name == "lock" for path in self.path.iterdir()):
-            os.remove(self.file("lock"))
-            with suppress(OSError):  # somebody has already come in again
-                self.path.rmdir()
+        with suppress(FileNotFoundError):  # somebody has deleted the folder
+            if all(path.name == "lock" for path in self.path.iterdir()):
+                os.remove(self.file("lock"))
+                with suppress(OSError):  # somebody has already come in again
+                    self.path.rmdir()
         with suppress(OSError):  # of writing the owner, on a full disk
             self._lock.close()
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron.config import cli
 from megatron.config.checkpoints import CheckpointConfig
-from megatron.data.work import WorkFolder, sync_folder
+from megatron.data.work import Busy, WorkFolder, owner, sync_folder
 from megatron.log import get_logger
 from megatron.parallel import rng
-from megatron.parallel.groups import Groups, all_reduce_sum, from_first, gather
+from megatron.parallel.beside import Job
+from megatron.parallel.groups import Groups, from_first, gather
 from megatron.training import store
 from megatron.training.engine import Engine
 from megatron.training.partitions import Partitions
@@ -40,37 +39,53 @@ class Checkpoints:
     Args:
         options: --save and what belongs to it; without --save nothing is ever written.
         record: what every checkpoint says of the run.
-        source: the checkpoint that was loaded, if any, for messages.
+        source: the checkpoint that the run goes on from, if any.
+        damaged: checkpoints that were found to be so on the way to it: they do not count for --keep-last.
 
     Raises:
-        ValueError: another run writes its checkpoints to the folder.
+        ValueError: another run writes its checkpoints to the folder, or the folder has those of a run that this one
+            does not go on from, or the optimizer's state cannot be saved.
         OSError: the folder cannot be written.
     """
 
     def __init__(self, options: CheckpointConfig, engine: Engine, record: Record, groups: Groups,
-                 source: Path | None = None):
+                 source: Path | None = None, damaged: Iterable[Path] = ()):
         self.options, self.engine, self.record, self.groups = options, engine, record, groups
         self.folder = Path(options.save)
         self.newest = str(source) if source else ""
         self.failures = 0
         """checkpoints that could not be written"""
+        self._damaged = {path.name for path in damaged}
         self._pending: _Pending | None = None
+        self._must = True
         self._memory = _HostMemory(groups.device)
         self._work: WorkFolder | None = None
         if options.save:
-            engine.partitions()  # what it refuses is to be known now, not at the first save
-            from_first(self._open, groups)
+            engine.partitions().check()  # what cannot be saved is to be known now, not at the first save
+            from_first(lambda: self._open(source), groups)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._work is not None:
+        # A rank that fails does not wait for its writing, which ends with the process, as the lock does.
+        if self._work is not None and not (self._pending and self._pending.job.is_busy):
             self._work.release()
 
-    def _open(self) -> None:
+    def _open(self, source: Path | None) -> None:
         """On rank 0: take the folder, and remove what a killed run left half done."""
-        self._work = WorkFolder(self.folder / "checkpoint")
+        there = store.candidates(self.folder)[0]
+        goes_on = source is not None and source.resolve().parent == self.folder.resolve()
+        if there and not goes_on:
+            raise ValueError(f"--save is {self.options.save!r}, which has {there[0][0].name}; allowed: a folder "
+                             "without checkpoints, or the one that the run goes on from. Add --load, or choose another")
+        try:
+            self._work = WorkFolder(self.folder / "checkpoint")
+        except Busy:
+            other = owner(str(self.folder / "checkpoint"))
+            raise ValueError(f"--save is {self.options.save!r}, to which another run writes, {other}; wait for it, or "
+                             "choose another folder") from None
+        sync_folder(self.folder.resolve().parent)
         for half in self._work.path.glob("iter_*"):
             shutil.rmtree(half)
         store.sweep(self.folder)
@@ -84,20 +99,25 @@ class Checkpoints:
         """For messages: the newest checkpoint that this run wrote or started from."""
         return f"the last good checkpoint is {self.newest}" if self.newest else "no checkpoint was saved"
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, last: bool = False) -> None:
         """Write a checkpoint; with --async-save return as soon as the state is copied.
 
+        Args:
+            last: of the run, which cannot go on without it.
+
         Raises:
-            OSError: it cannot be written, on every rank; with --on-save-error continue that is logged instead.
+            OSError: it cannot be written, on every rank; with --on-save-error continue that is logged instead, unless
+                it is the last.
         """
         self.finish()
+        self._must = last or self.options.on_save_error == "stop"
         started = time.monotonic()
         try:
             self._pending = self._begin(progress)
         except OSError as error:
             self._failed(error)
             return
-        self._pending.job.start(beside=self.options.async_save)
+        self._pending.job.start()
         if self.options.async_save:
             get_logger().info("copied the state of iteration %d in %.2f s; writing goes on beside the training",
                               progress.iteration, time.monotonic() - started)
@@ -106,15 +126,13 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Once per step, on all ranks: see to a checkpoint that is being written. Raises as `save` does."""
-        if self._pending is not None:
-            busy = torch.tensor(float(self._pending.job.busy), device=self.groups.device)
-            if all_reduce_sum(busy, self.groups).item() == 0:
-                self._advance()
+        if self._pending is not None and not self._pending.job.is_busy_anywhere(self.groups):
+            self._advance()
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written. Raises as `save` does."""
         while self._pending is not None:
-            self._pending.job.wait()
+            self._pending.job.wait_for_all(self.groups)
             self._advance()
 
     def _begin(self, progress: Progress) -> _Pending:
@@ -136,7 +154,7 @@ class Checkpoints:
         if self.options.async_save:
             tensors = self._memory.copy(tensors, entries)
         name = shard_name(self.groups.rank)
-        job = _Job(f"writing {partial / name}", lambda: _write(partial, name, entries, tensors))
+        job = Job(f"writing {partial / name}", lambda: _write(partial, name, entries, tensors))
         return _Pending(partial, progress.iteration, name, texts, job)
 
     def _owns(self, parts: Partitions) -> bool:
@@ -177,9 +195,9 @@ class Checkpoints:
             self._failed(OSError(errors[0]))
         elif not now.publishing:
             files = {name: result for name, result, _ in results}
-            now.publishing, now.job = True, _Job(f"publishing {now.partial}", lambda: self._publish(now, files))
+            now.publishing, now.job = True, Job(f"publishing {now.partial}", lambda: self._publish(now, files))
             if self.groups.is_first:
-                now.job.start(beside=self.options.async_save)
+                now.job.start()
         else:
             self._pending, self.newest = None, results[0][1]
 
@@ -189,9 +207,10 @@ class Checkpoints:
             cli.write_text(pending.partial / name, text + "\n")
             files[name] = ((pending.partial / name).stat().st_size, store.file_sha256(pending.partial / name))
         target = store.publish(pending.partial, self.folder, pending.iteration, files)
+        self._damaged -= {target.name}
         get_logger().info("saved %s: %.1f MB in %.1f s", target, sum(size for size, _ in files.values()) / 1e6,
                           time.monotonic() - pending.started)
-        gone = store.prune(self.folder, self.options.keep_last, self.options.keep_every)
+        gone = store.prune(self.folder, self.options.keep_last, self.options.keep_every, self._damaged)
         if gone:
             get_logger().info("deleted %s, as --keep-last says", ", ".join(gone))
         return str(target)
@@ -199,46 +218,9 @@ class Checkpoints:
     def _failed(self, error: OSError) -> None:
         """What --on-save-error says; every rank has the same error here."""
         self.failures += 1
-        if self.options.on_save_error == "stop":
+        if self._must:
             raise OSError(f"{error}; {self.last_good()}") from None
         get_logger().error("%s. The training goes on, as --on-save-error says; %s", error, self.last_good())
-
-
-class _Job:
-    """Work of one rank, beside the training or not. What goes wrong is kept for all ranks to hear."""
-
-    def __init__(self, what: str, work: Callable[[], Any]):
-        self._what, self._work, self._thread = what, work, None
-        self.result: Any = None
-        self.error = ""
-
-    def start(self, beside: bool) -> None:
-        if beside:  # a daemon, which does not keep a failing process alive
-            self._thread = threading.Thread(target=self._run_or_tell, name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._run()
-
-    def _run(self) -> None:
-        try:
-            self.result = self._work()
-        except OSError as error:
-            self.error = str(error)
-
-    def _run_or_tell(self) -> None:
-        try:
-            self._run()
-        except BaseException as error:
-            self.error = f"{self._what} failed: {error!r}"
-            raise
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
 
 
 @dataclass
@@ -251,7 +233,7 @@ class _Pending:
     """of this rank's file"""
     texts: dict[str, str]
     """rank 0's small files"""
-    job: _Job
+    job: Job
     publishing: bool = False
     started: float = field(default_factory=time.monotonic)
 

@@ -28,6 +28,8 @@ from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
 from megatron.training.partitions import Layout, Partitions
 
+COUNTERS = ("global_steps", "skipped_steps", "global_samples")
+
 
 class Engine:
     """One model under DeepSpeed: forward and backward over micro-batches, one optimizer step, state in and out.
@@ -120,12 +122,12 @@ class Engine:
 
     def counters(self) -> dict[str, int]:
         """DeepSpeed's counts of steps, for checkpoints."""
-        return {name: getattr(self.deepspeed, name) for name in ("global_steps", "skipped_steps", "global_samples")}
+        return {name: getattr(self.deepspeed, name) for name in COUNTERS}
 
     def set_counters(self, counters: dict[str, int]) -> None:
         """Restore what `counters` returned."""
-        for name, value in counters.items():
-            setattr(self.deepspeed, name, value)
+        for name in COUNTERS:
+            setattr(self.deepspeed, name, counters[name])
 
 
 class AdamW(torch.optim.AdamW):

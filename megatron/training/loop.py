@@ -35,12 +35,17 @@ class Plan:
     seq_length: int
 
     @staticmethod
-    def of(train: TrainConfig, seq_length: int, world_size: int) -> Plan:
-        """Raises ValueError when the global batch is not a multiple of micro-batch x ranks, or nothing says how long to
-        train."""
+    def of(train: TrainConfig, seq_length: int, world_size: int, done: Progress) -> Plan:
+        """The plan of a run that has done so much already, perhaps with another global batch.
+
+        Raises:
+            ValueError: the global batch is not a multiple of micro-batch x ranks, or nothing says how long to train.
+        """
         batch = train.global_batch(world_size)
-        return Plan(train.iterations(seq_length, world_size), batch, batch // (train.micro_batch_size * world_size),
-                    seq_length)
+        left = train.train_tokens - done.consumed_tokens
+        iterations = (done.iteration + max(0, -(-left // (batch * seq_length))) if train.train_tokens else
+                      train.iterations(seq_length, world_size))
+        return Plan(iterations, batch, batch // (train.micro_batch_size * world_size), seq_length)
 
     @property
     def tokens(self) -> int:
@@ -114,7 +119,7 @@ class Trainer:
                 if not hurry and (ends or (every.eval_interval and i % every.eval_interval == 0)):
                     self.evaluate("valid")
                 if every.save and (ends or due) and self._is_worth_saving(ends):
-                    self.save()
+                    self.checkpoints.save(self.progress, last=ends)
                     due = False
                 if ends:
                     break
@@ -233,9 +238,6 @@ class Trainer:
             **self.engine.metrics.read(training=False),
         })
 
-    def save(self) -> None:
-        """Write a checkpoint at the current iteration."""
-        self.checkpoints.save(self.progress)
 
 
 class Interval:

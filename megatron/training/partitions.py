@@ -64,6 +64,8 @@ class Piece:
     """the tensor that torch's optimizer knows: `weight` is a part of it"""
     offset: int
     """where in the flattened `owner`"""
+    model: Tensor
+    """1-D view of the same range of what the forward pass uses, in its dtype"""
 
     @property
     def length(self) -> int:
@@ -87,20 +89,23 @@ class Partitions:
         self.torch = self.zero if isinstance(self.zero, torch.optim.Optimizer) else self.zero.optimizer
         require(not getattr(self.zero, "swap_optimizer", False), "offload_optimizer.device", "nvme",
                 "none or cpu, with --save and --load", "Change it in the file of --deepspeed_config.")
+        # DeepSpeed 0.19.8 then says wrongly where in its buffer a parameter is.
+        require(not getattr(self.zero, "round_robin_gradients", False), "zero_optimization.round_robin_gradients",
+                True, "false, with --save and --load", "Change it in the file of --deepspeed_config.")
         self.replicated = self.stage == 0
         named = [(n, p) for n, p in engine.module.named_parameters() if n in layout.shapes]
         find = self._stage_3 if self.stage == 3 else self._flattened if self.stage else self._whole
-        self.pieces = [Piece(name, layout.first[name] + start, weight, owner, offset)
-                       for name, start, weight, owner, offset in find(named) if weight.numel()]
+        self.pieces = [Piece(name, layout.first[name] + start, weight, owner, offset, model)
+                       for name, start, weight, owner, offset, model in find(named) if weight.numel()]
 
     def _flattened(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
         for name, p in named:
             fragment = p._hp_mapping
             if fragment is not None:
                 owner = self.torch.param_groups[fragment.param_group_index]["params"][0]
-                offset = fragment.hp_fragment_address.start
-                yield (name, fragment.lp_fragment_address.start,
-                       owner.detach().view(-1)[offset:offset + fragment.hp_fragment_address.numel], owner, offset)
+                offset, start = fragment.hp_fragment_address.start, fragment.lp_fragment_address.start
+                weight = owner.detach().view(-1)[offset:offset + fragment.hp_fragment_address.numel]
+                yield name, start, weight, owner, offset, p.detach().view(-1)[start:start + weight.numel()]
 
     def _stage_3(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
         for name, p in named:
@@ -108,7 +113,7 @@ class Partitions:
             owner = self.zero.fp32_partitioned_groups_flat[group]
             start = p.ds_zero_partition_rank * size
             size = max(0, min(size, p.ds_numel - start))  # the last rank's share is padded
-            yield name, start, owner.detach().view(-1)[offset:offset + size], owner, offset
+            yield name, start, owner.detach().view(-1)[offset:offset + size], owner, offset, p.ds_tensor[:size]
 
     def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
         owners = {id(p): p for _, p in named}
@@ -116,7 +121,20 @@ class Partitions:
             owners = {id(low): high for lows, highs in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True)
                       for low, high in zip(lows, highs, strict=True)}
         for name, p in named:
-            yield name, 0, owners[id(p)].detach().view(-1), owners[id(p)], 0
+            yield name, 0, owners[id(p)].detach().view(-1), owners[id(p)], 0, p.detach().view(-1)
+
+    def check(self) -> None:
+        """Whether the pieces are what they are said to be, by their values: to be asked when a run begins.
+
+        Raises:
+            ValueError: an option of DeepSpeed's lays out its memory in another way than is known here.
+        """
+        for piece in () if self.replicated else self.pieces:
+            low = piece.weight.to(piece.model.device, piece.model.dtype)
+            if not torch.equal(low, piece.model.detach()) and not low.isnan().any():
+                raise ValueError(f"the optimizer's copy of {piece.name} is not that parameter's; allowed with --save "
+                                 "and --load: options that do not move parameters around. Remove those of "
+                                 "zero_optimization in --deepspeed_config one by one")
 
     def moment(self, piece: Piece, kind: str) -> Tensor:
         """1-D view of a moment of a piece.
@@ -161,9 +179,9 @@ class Partitions:
     def set_scaler(self, state: dict[str, float]) -> None:
         """Restore what `scaler` returned, if this run has a dynamic loss scale, too."""
         scaler = self._dynamic_scaler()
-        for name, value in state.items():
-            if scaler is not None:
-                setattr(scaler, name, value)
+        for name in SCALER:
+            if scaler is not None and name in state:
+                setattr(scaler, name, state[name])
 
     def _dynamic_scaler(self) -> Any:
         """ZeRO has an object for it, stage 0 keeps the numbers in its configuration."""

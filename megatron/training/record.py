@@ -34,14 +34,6 @@ class Progress:
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 IDENTITY = {"tokenizer_name": "the tokenizer", "tokenizer_vocab_size": "the vocabulary size",
             "tokenizer_fingerprint": "the hash of the vocabulary"}
-# What must be equal between a checkpoint and the run that loads it, by section of the configuration.
-FIXED = {
-    "model": ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-              "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "activation", "swiglu",
-              "untie_embeddings_and_output_weights", "vocab_size", "make_vocab_size_divisible_by"),
-    "moe": ("num_experts", "expert_interval", "moe_layers", "gate", "moe_ffn_hidden_size", "moe_shared_experts",
-            "moe_first_k_dense"),
-}
 # What the learning rate of an iteration follows from; the length of the run as well.
 SCHEDULE = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_tokens",
             "lr_decay_iters", "lr_decay_tokens", "lr_wsd_decay_fraction")
@@ -110,17 +102,33 @@ def describe_data(config: RunConfig) -> dict[str, Any]:
 
 def check_same_run(saved: Record, current: Record, where: str) -> None:
     """Raise ValueError naming the first thing in which a checkpoint contradicts the run that wants its weights."""
-    for section, names in FIXED.items():
-        for name in names:
-            _same(getattr(getattr(saved.config, section), name), getattr(getattr(current.config, section), name),
-                  "--" + name.replace("_", "-"), where)
+    for key, what in IDENTITY.items():
+        _same(saved.identity.get(key), current.identity[key], what, where)
+    theirs, ours = _shape(saved), _shape(current)
+    for what in ours:
+        _same(theirs.get(what), ours[what], what, where)
     if _gate_shapes(saved.config) != _gate_shapes(current.config):
         for name, value in current.config.gate_options.items():
             _same(saved.config.gate_options.get(name), value, "--" + name.replace("_", "-"), where)
-    for key, what in IDENTITY.items():
-        _same(saved.identity.get(key), current.identity[key], what, where)
     if current.config.model.position_embedding_type == "learned":
         _same(saved.config.model.max_positions, current.config.model.max_positions, "--max-position-embeddings", where)
+
+
+def _shape(run: Record) -> dict[str, Any]:
+    """What must be equal between a checkpoint and the run that loads it, however it was said: by flag."""
+    model, moe = run.config.model, run.config.moe
+    plain = ("num_layers", "hidden_size", "num_attention_heads", "position_embedding_type", "rotary_base",
+             "normalization", "norm_epsilon", "untie_embeddings_and_output_weights")
+    shape = {"--" + name.replace("_", "-"): getattr(model, name) for name in plain}
+    vocab_size = model.vocab_size or run.identity["tokenizer_vocab_size"]
+    shape |= {"--ffn-hidden-size": model.ffn_size, "--num-query-groups": model.query_groups,
+              "--kv-channels": model.head_size, "--activation": model.act,
+              "the padded vocabulary size": model.padded_vocab(vocab_size), "--num-experts": moe.num_experts}
+    if moe.num_experts:
+        shape |= {"the list of mixture layers": [i for i in range(model.num_layers) if moe.is_moe_layer(i)],
+                  "--gate": moe.gate, "--moe-shared-experts": moe.moe_shared_experts,
+                  "--moe-ffn-hidden-size": moe.moe_ffn_hidden_size or model.ffn_size}
+    return shape
 
 
 def check_same_schedule(saved: Record, current: Record, where: str) -> None:
@@ -129,6 +137,10 @@ def check_same_schedule(saved: Record, current: Record, where: str) -> None:
     advice = "use the checkpoint's value, or add --override-lr-schedule to go on with this one"
     for name in SCHEDULE:
         _same(getattr(old, name), getattr(new, name), "--" + name.replace("_", "-"), where, advice)
+    tokens = [f"--{name.replace('_', '-')}" for name in ("lr_warmup_tokens", "lr_decay_tokens") if getattr(new, name)]
+    if tokens:
+        _same(saved.global_batch_size, current.global_batch_size,
+              f"the global batch, in which {' and '.join(tokens)} is counted,", where, advice)
     ends = new.lr_decay_iters or new.lr_decay_tokens
     if new.lr_warmup_fraction or not (ends or new.lr_decay_style == "constant"):
         _same(saved.iterations, current.iterations, "the run's number of iterations, which its learning rates follow,",
@@ -148,6 +160,11 @@ def warn_of_changes(saved: Record, current: Record) -> None:
     if changed:
         get_logger().warning("%s differ(s) from the checkpoint's: the samples come in another order from here on, and "
                              "some of those already seen may come again", ", ".join(changed))
+    old, new = saved.config.gate_options, current.config.gate_options
+    options = [f"--{name.replace('_', '-')} {value} after {old[name]}" for name, value in new.items()
+               if old.get(name, value) != value]
+    if options:
+        get_logger().warning("the gate goes on with other options than the checkpoint's: %s", ", ".join(options))
     if saved.topology != current.topology:
         words = [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.topology.items())
                  for run in (saved, current)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 
 from megatron.config import cli
 from megatron.config.checkpoints import CheckpointConfig
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, require
 from megatron.log import get_logger
 from megatron.parallel import rng
+from megatron.parallel.beside import Job
 from megatron.parallel.groups import Groups, from_first, gather
 from megatron.training import store
 from megatron.training.engine import Engine
@@ -31,19 +33,45 @@ from megatron.training.shards import Shards
 
 
 class Source:
-    """A checkpoint whose files were found whole. Made by `find`."""
+    """A checkpoint whose files were found whole. Made by `find`.
 
-    def __init__(self, path: Path, options: CheckpointConfig):
-        self.path, self.options = path, options
-        self.state: dict[str, Any] = store.read_json(path / "state.json")
-        self.record = Record.from_state(cli.read_run_json(path / "run.json"), self.state)
-        self.shards = Shards(path)
+    Args:
+        damaged: those that were found not to be, before it.
+
+    Raises:
+        Broken: its files are whole and do not say what those of a checkpoint say.
+    """
+
+    def __init__(self, path: Path, options: CheckpointConfig, damaged: list[Path]):
+        self.path, self.options, self.damaged = path, options, damaged
+        try:
+            self.state: dict[str, Any] = store.read_json(path / "state.json")
+            self.record = Record.from_state(cli.read_run_json(path / "run.json"), self.state)
+            self.progress = Progress() if options.finetune else progress_of(self.state)
+            optimizer = self.state["optimizer"]
+            self.steps, self.scaler, self.counters = (optimizer[n] for n in ("steps", "scaler", "counters"))
+            self.shards = Shards(path)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise store.Broken(f"{path} is not a checkpoint that this version can read: {error!r}") from None
+
+    @property
+    def goes_on(self) -> Path | None:
+        """The checkpoint that the run is a continuation of; --finetune begins another one."""
+        return None if self.options.finetune else self.path
 
     def adopt(self, config: RunConfig, groups: Groups) -> RunConfig:
-        """The configuration of the run that goes on: without --global-batch-size, the checkpoint's global batch."""
+        """The configuration of the run that goes on: without --global-batch-size, the checkpoint's global batch.
+
+        Raises:
+            ValueError: it is not a multiple of micro-batch x ranks.
+        """
         train, batch = config.train, self.record.global_batch_size
-        if self.options.finetune or train.global_batch_size or train.global_batch(groups.world_size) == batch:
+        step = train.micro_batch_size * groups.world_size
+        if self.options.finetune or train.global_batch_size or step == batch:
             return config
+        require(batch % step == 0, "the global batch of the checkpoint", batch,
+                f"a multiple of --micro-batch-size {train.micro_batch_size} x {groups.world_size} ranks",
+                "Start another number of ranks, or set --global-batch-size.")
         get_logger().info("the global batch stays at the checkpoint's %d samples; --global-batch-size changes it",
                           batch)
         return replace(config, train=replace(train, global_batch_size=batch))
@@ -62,36 +90,43 @@ class Source:
             warn_of_changes(self.record, record)
 
     def load_weights(self, model: nn.Module, groups: Groups) -> None:
-        """Fill a finished fp32 model, before the engine gets it: the engine then makes its own copies from it."""
-        load_weights(model, Layout.of(model, groups), self._weight, self.shards.buffer)
+        """Fill a finished fp32 model, before the engine gets it: the engine then makes its own copies from it.
+
+        Raises:
+            Broken: the checkpoint's tensors have other names or shapes than the model's.
+        """
+        layout = Layout.of(model, groups)
+        if self.shards.shapes != layout.shapes or set(self.shards.buffers) != set(layout.buffers):
+            differ = {*layout.shapes.items(), *layout.buffers} ^ {*self.shards.shapes.items(), *self.shards.buffers}
+            raise store.Broken(f"{self.path / 'index.json'} does not fit the model: {sorted(map(str, differ))[0]}")
+        load_weights(model, layout, self._weight, self.shards.buffer)
 
     def _weight(self, name: str, start: int, length: int) -> torch.Tensor:
         return self.shards.read("weight", name, start, length)
 
     def restore(self, engine: Engine, groups: Groups) -> Progress:
-        """Everything but the weights: fp32 copies, moments, counters, random state; returns how far the run was.
-
-        With --finetune nothing of it: the run begins.
+        """Everything but the model's own weights: fp32 copies, moments, counters, random state; returns how far the run
+        is. With --finetune the fp32 copies alone: the run begins.
         """
+        parts = engine.partitions()
+        moments = MOMENTS if self.steps and not self.options.finetune else ()
+        if moments:
+            parts.start_moments(self.steps)
+        for piece in parts.pieces:
+            for kind in ("weight", *moments):
+                parts.get(piece, kind).copy_(self.shards.read(kind, piece.name, piece.start, piece.length))
         if self.options.finetune:
             get_logger().info("took the weights of %s; the optimizer and the data start anew", self.path)
-            return Progress()
-        parts, steps = engine.partitions(), self.state["optimizer"]["steps"]
-        if steps:
-            parts.start_moments(steps)
-        for piece in parts.pieces:
-            for kind in ("weight", *(MOMENTS if steps else ())):
-                parts.get(piece, kind).copy_(self.shards.read(kind, piece.name, piece.start, piece.length))
-        parts.set_scaler(self.state["optimizer"]["scaler"])
-        engine.set_counters(self.state["optimizer"]["counters"])
-        progress = progress_of(self.state)
+            return self.progress
+        parts.set_scaler(self.scaler)
+        engine.set_counters(self.counters)
         if self.record.topology["ranks"] == groups.world_size:
             rng.set_state(self.shards.rng(groups.rank))
         else:
             # Streams that no rank has drawn from yet.
-            rng.seed_rank(self.record.config.train.seed + progress.iteration, groups.rank)
-        get_logger().info("resumed from %s at iteration %d", self.path, progress.iteration)
-        return progress
+            rng.seed_rank(self.record.config.train.seed + self.progress.iteration, groups.rank)
+        get_logger().info("resumed from %s at iteration %d", self.path, self.progress.iteration)
+        return self.progress
 
 
 def find(options: CheckpointConfig, groups: Groups) -> Source | None:
@@ -107,11 +142,16 @@ def find(options: CheckpointConfig, groups: Groups) -> Source | None:
     if not options.load:
         return None
     listed = from_first(lambda: store.choose(options), groups)
+    damaged: list[Path] = []
     for path, manifest in listed:
         names = sorted(manifest["files"])[groups.rank::groups.world_size]
-        problems = [p for p in gather(_problem(path, names, manifest), groups) if p]
+        job = Job(f"verifying {path}", partial(_problem, path, names, manifest))
+        job.start()
+        job.wait_for_all(groups)
+        problems = [p for p in gather(job.error or job.result, groups) if p]
         if not problems:
-            return Source(path, options)
+            return Source(path, options, damaged)
+        damaged.append(path)
         if options.load_step:
             raise ValueError(f"--load-step is {options.load_step}: {problems[0]}. Use another checkpoint of "
                              f"{options.load}")

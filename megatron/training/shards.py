@@ -129,6 +129,8 @@ def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
     """({tensor: {"dtype", "shape", "data_offsets"}}, position of the first data byte) of a safetensors file."""
     with open(path, "rb") as file:
         length, = struct.unpack("<Q", file.read(8))
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} is no safetensors file: its header is longer than the file")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return header, 8 + length
@@ -162,15 +164,20 @@ class Shards:
         total = math.prod(self.shapes[name])
         length = total - start if length is None else length
         assert start >= 0 and start + length <= total, f"{name} has {total} elements"
-        out = None
+        out, end = None, start
         for rank, first, size in self._pieces[name]:
             low, high = max(start, first), min(start + length, first + size)
             if low < high:
+                if low != end:
+                    break
+                end = high
                 part = self._range(rank, f"{kind}/{name}", low - first, high - low)
                 if out is None:
                     out = part if len(part) == length else part.new_empty(length)
                 if out is not part:
                     out[low - start:high - start] = part
+        if end != start + length:
+            raise ValueError(f"{self.path / 'index.json'}: no file has element {end} of {name}")
         return torch.empty(0) if out is None else out
 
     def dtype(self, kind: str, name: str) -> torch.dtype:

@@ -82,15 +82,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
         Broken: there is none, or it was changed after it was written.
     """
     if not (path / MANIFEST).exists() and any(path.glob("*_model_states.pt")):
-        raise Broken(f"{path} has DeepSpeed's own files and no {MANIFEST}: it is not a checkpoint of this program")
+        raise Broken(f"{path} has DeepSpeed's own files and no {MANIFEST}: it is of an earlier version of this program "
+                     "or of another one, and cannot be read")
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise Broken(f"{path / MANIFEST} is not the manifest of a {FORMAT!r}")
     if manifest.get("checksum") != _checksum(manifest):
         raise Broken(f"{path / MANIFEST} is damaged: its checksum does not fit")
-    if manifest["iteration"] != iteration_of(path):
+    if not _is_well_formed(manifest):
+        raise Broken(f"{path / MANIFEST} says what no manifest says")
+    if iteration_of(path) not in (None, manifest["iteration"]):
         raise Broken(f"{path} is the checkpoint of iteration {manifest['iteration']} under another name")
     return manifest
+
+
+def _is_well_formed(manifest: dict[str, Any]) -> bool:
+    """Also that every file is in the folder itself."""
+    files = manifest.get("files")
+    return (all(type(manifest.get(key)) is int for key in ("iteration", "serial")) and isinstance(files, dict) and all(
+        Path(name).name == name and isinstance(what, list) and [type(w) for w in what] == [int, str]
+        for name, what in files.items()))
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -128,7 +139,7 @@ def candidates(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], l
     for path in paths:
         try:
             good.append((path, read_manifest(path)))
-        except Broken as error:
+        except (Broken, OSError) as error:
             bad.append(str(error))
     good.sort(key=lambda found: found[1]["serial"], reverse=True)
     return good, bad
@@ -143,7 +154,14 @@ def publish(partial: Path, folder: Path, iteration: int, files: dict[str, tuple[
     """Turn a finished work folder into the checkpoint of an iteration, and name it in `latest`.
 
     One that is there already under this name is replaced; at no moment are both gone.
+
+    Raises:
+        OSError: it cannot be done; or a file has not the size that was written.
     """
+    try:
+        check_files(partial, files, {"files": files}, hashes=False)
+    except Broken as error:
+        raise OSError(f"{error}: the disk lost what it took") from None
     manifest = {"format": FORMAT, "iteration": iteration, "serial": next_serial(folder),
                 "files": {name: list(files[name]) for name in sorted(files)}}
     manifest["checksum"] = _checksum(manifest)
@@ -162,32 +180,46 @@ def publish(partial: Path, folder: Path, iteration: int, files: dict[str, tuple[
     return target
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> list[str]:
+def prune(folder: Path, keep_last: int, keep_every: int, damaged: Iterable[str] = ()) -> list[str]:
     """Delete complete checkpoints: all but the `keep_last` newest (0: keep all) and those of iterations divisible by
-    `keep_every` (0: none). What is broken stays, for somebody to look at. Returns the names of the deleted."""
+    `keep_every` (0: none). What is broken stays, for somebody to look at. Returns the names of the deleted.
+
+    Args:
+        damaged: names of checkpoints of which only a file is, which their manifests do not show.
+    """
     if not keep_last:
         return []
-    gone = []
-    for path, manifest in candidates(folder)[0][keep_last:]:
-        if not (keep_every and manifest["iteration"] % keep_every == 0):
-            _remove(path)
-            gone.append(path.name)
-    return gone
+    whole = [found for found in candidates(folder)[0] if found[0].name not in damaged]
+    old = [path for path, manifest in whole[keep_last:] if not (keep_every and manifest["iteration"] % keep_every == 0)]
+    return [path.name for path in old if _remove(path)]
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed run left half deleted."""
+    """Delete what a killed run left half deleted or half written."""
     for doomed in folder.glob(".iter_*.deleted"):
-        shutil.rmtree(doomed)
+        _delete(doomed)
+    for half in folder.glob(f"{LATEST}.*.tmp"):
+        half.unlink()
 
 
-def _remove(path: Path) -> None:
-    """Delete a folder. It first loses its name, so that no half of it is taken for a damaged checkpoint."""
-    if path.exists():
-        doomed = path.with_name(f".{path.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+def _remove(path: Path) -> bool:
+    """Delete a folder; whether it is gone. It first loses its name, so that no half of it is taken for a damaged
+    checkpoint."""
+    if not path.exists():
+        return True
+    doomed = path.with_name(f".{path.name}.deleted")
+    return _delete(doomed) and _delete(path, doomed)
+
+
+def _delete(path: Path, doomed: Path | None = None) -> bool:
+    """Delete a folder, if it is there, under the name of `doomed`. That it cannot be deleted is no reason to stop."""
+    try:
+        if path.exists():
+            shutil.rmtree(path.rename(doomed) if doomed else path)
+    except OSError as error:
+        LOGGER.warning("%s cannot be deleted: %s. Delete it by hand", path, error)
+        return False
+    return True
 
 
 def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
@@ -212,10 +244,13 @@ def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
             raise ValueError(f"--load-step is {options.load_step}; "
                              + (broken[0] if broken else f"whole checkpoints in {options.load}: {there}"))
         return chosen[:1]
+    marker = path / LATEST
+    if marker.is_file() and not (path / (name := marker.read_text(errors="replace").strip())).is_dir():
+        bad.append(f"{marker} names {name}, which is not there")
     for text in bad:
         LOGGER.warning("%s; not used", text)
     if not good and (bad or not options.load_or_init):
-        latest(options.load)  # raises
+        raise _nothing(path, bad)
     return good
 
 
@@ -227,7 +262,12 @@ def latest(folder: str | Path) -> str:
     """
     good, bad = candidates(folder)
     if not good:
-        there = f"; what is there cannot be used: {'; '.join(bad)}" if bad else ""
-        raise FileNotFoundError(f"--load is {str(folder)!r}, which holds no checkpoint{there}. Point --load at the "
-                                "folder given to --save of an earlier run, leave it out, or add --load-or-init")
+        raise _nothing(folder, bad)
     return good[0][0].name
+
+
+def _nothing(folder: str | Path, bad: list[str]) -> FileNotFoundError:
+    there = f"; what is there cannot be used: {'; '.join(bad)}" if bad else ""
+    advice = "" if bad else ", or add --load-or-init"
+    return FileNotFoundError(f"--load is {str(folder)!r}, which holds no checkpoint{there}. Point --load at the folder "
+                             f"given to --save of an earlier run, leave it out{advice}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,3 +100,30 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path):
         pass
     assert sorted(os.listdir(tmp_path)) == ["x.partial", "y.partial"]
     assert os.listdir(tmp_path / "x.partial") == ["thesis.txt"]
+
+
+def test_a_forked_process_does_not_keep_the_lock_of_a_killed_one(tmp_path):
+    """As those that read data ahead do, for seconds after their rank was killed."""
+    held = WorkFolder(tmp_path / "x")
+    reader, writer = os.pipe()
+    there, forked = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writer)
+        os.write(forked, b"x")
+        os.read(reader, 1)  # until the test is over
+        os._exit(0)
+    os.read(there, 1)
+    try:
+        held._lock.close()  # what the kernel does for a process that is killed
+        WorkFolder(tmp_path / "x").release()
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_that_was_deleted_can_be_released(tmp_path):
+    held = WorkFolder(tmp_path / "x")
+    shutil.rmtree(tmp_path / "x.partial")
+    held.release()
+    assert held._lock.closed

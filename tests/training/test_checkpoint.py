@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import pytest
 import torch
 
 from megatron import log
-from megatron.data.work import Busy
 from megatron.parallel.groups import Groups
 from megatron.training import resume, store
 from megatron.training.shards import Shards
@@ -93,8 +94,11 @@ def test_what_is_written_beside_the_training_is_the_state_at_the_save(stage, ran
 
 
 def _polls(config):
-    """In a rank: steps until the checkpoint that was begun after the first is published."""
-    run = engines.Run(config)
+    """In a rank: steps until the checkpoint that was begun after the first is published. Rank 1 writes slowly."""
+    from megatron.training import checkpoint
+
+    run, write = engines.Run(config), checkpoint.write_tensors
+    checkpoint.write_tensors = lambda *args: time.sleep(0.5 * run.groups.rank) or write(*args)
     try:
         run.steps(1)
         run.checkpoints.save(run.progress)
@@ -102,6 +106,7 @@ def _polls(config):
             run.steps(1)
         return store.latest(config.train.save)
     finally:
+        checkpoint.write_tensors = write
         run.close()
 
 
@@ -126,6 +131,8 @@ def _fails_once(config, rank, when):
         for _ in range(3):
             run.steps(1)
             run.save()
+            if run.groups.is_first:
+                assert not list(Path(config.train.save, "checkpoint.partial").glob("iter_*")), "half of one is left"
         return run.checkpoints.failures, run.checkpoints.last_good()
     finally:
         checkpoint.write_tensors = original
@@ -196,7 +203,7 @@ def _second_run(config):
 
 
 def test_two_runs_in_one_folder(ranks1, tmp_path):
-    with pytest.raises(RuntimeError, match=f"{Busy.__name__}: .* is being written by process .*choose another"):
+    with pytest.raises(RuntimeError, match="--save is .*, to which another run writes, process .*; wait"):
         ranks1.run(_second_run, config_of(tmp_path))
     assert ranks1.run(_saves, config_of(tmp_path), 1), "it was released"
 
@@ -237,7 +244,8 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
-@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.safetensors", "state.json", "manifest.json",
+                                  "index.json", "run.json"])
 def test_damage_is_named_and_the_one_before_is_used(kind, name, three, ranks2, tmp_path, capsys):
     folder = shutil.copytree(three, tmp_path / "c")
     damage(folder / "iter_0000003" / name, kind)
@@ -270,14 +278,66 @@ def _start(config):
     return run.source is None, run.progress.iteration, run.engine.partitions().steps, weights
 
 
-def test_finetuning_takes_the_weights_only(three, ranks1):
-    config = engines.loading(config_of(""), three)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_finetuning_takes_the_weights_only(precision, three, ranks1):
+    """And all of their bits: the fp32 copies, too."""
+    config = engines.loading(config_of("", precision=precision), three)
     finetune = replace(config, train=replace(config.train, finetune=True),
                        optimizer=replace(config.optimizer, lr=0.5, lr_decay_style="linear"))
     (none, iteration, steps, weights), = ranks1.run(_start, finetune)
     assert (none, iteration, steps) == (False, 0, 0)
     saved = Shards(three / store.latest(three))
     assert all(torch.equal(w, saved.read("weight", name)) for name, w in weights.items())
+    other = replace(finetune, model=replace(finetune.model, hidden_size=32))
+    with pytest.raises(RuntimeError, match="--hidden-size is 32 but checkpoint .* was made with 16"):
+        ranks1.run(_start, other)
+
+
+def test_a_run_that_begins_does_not_write_among_anothers_checkpoints(three, ranks1, tmp_path):
+    folder = shutil.copytree(three, tmp_path / "c")
+    message = "--save is .*, which has iter_0000003; allowed: a folder without checkpoints, or the one"
+    for config in (config_of(folder), engines.loading(config_of(""), three, folder)):
+        with pytest.raises(RuntimeError, match=message):
+            ranks1.run(_start, config)
+    config = engines.loading(config_of(""), folder, folder)
+    with pytest.raises(RuntimeError, match=message):
+        ranks1.run(_start, replace(config, train=replace(config.train, finetune=True)))
+    assert ranks1.run(_start, config)[0][:2] == (False, 3)
+
+
+def _count(config):
+    run = engines.Run(config)
+    run.engine.deepspeed.skipped_steps += 5
+    if config.train.save:
+        run.save()
+    run.close()
+    return run.engine.counters()
+
+
+def test_counters_go_on(ranks1, tmp_path):
+    ranks1.run(_count, config_of(tmp_path))
+    assert ranks1.run(_count, engines.loading(config_of(""), tmp_path))[0]["skipped_steps"] == 10
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("state.json", lambda c: c.pop("optimizer"), "KeyError"), ("state.json", lambda c: c.pop("topology"), "KeyError"),
+    ("index.json", lambda c: c.pop("kinds"), "KeyError"),
+    ("index.json", lambda c: c.update(tensors=[]), "'list' object"),
+    ("index.json", lambda c: c["tensors"].pop("norm.weight"), "does not fit the model: .*norm.weight"),
+    ("index.json", lambda c: c["tensors"]["norm.weight"].update(shape=[4, 4]), "does not fit the model: .*norm.weight"),
+    ("index.json", lambda c: c["tensors"]["norm.weight"]["pieces"].pop(), "no file has element .* of norm.weight"),
+])
+def test_files_that_somebody_made_up(name, change, message, three, ranks1, tmp_path):
+    """The manifest fits them: no accident, but another program or version."""
+    path = shutil.copytree(three, tmp_path / "c") / "iter_0000003"
+    content = json.loads((path / name).read_text())
+    change(content)
+    (path / name).write_text(json.dumps(content))
+    manifest = store.read_manifest(path)
+    manifest["files"][name] = [(path / name).stat().st_size, store.file_sha256(path / name)]
+    (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": store._checksum(manifest)}))
+    with pytest.raises(RuntimeError, match=f"(Broken|ValueError): .*{message}"):
+        ranks1.run(_load, engines.loading(config_of(""), path.parent))
 
 
 def test_nothing_there_with_load_or_init(ranks2, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,3 +121,27 @@ def test_a_spike_can_end_the_run(data, tmp_path, ranks2):
         ranks2.run(_train, argv, set(), None, {5}, timeout=300)
     last = runs.metrics(tmp_path)[-1]
     assert (last["iteration"], last["loss_spikes"]) == (5, 1) and saved(tmp_path) == ["iter_0000003"]
+
+
+def _save_slowly(argv: list[str], bad: set[int]) -> None:
+    """In a rank: a run whose checkpoints take longer to write than the steps that follow them."""
+    from megatron.training import checkpoint
+
+    write = checkpoint.write_tensors
+
+    def slow(*args):
+        time.sleep(1.5)
+        return write(*args)
+
+    checkpoint.write_tensors = slow
+    try:
+        _train(argv, bad)
+    finally:
+        checkpoint.write_tensors = write
+
+
+def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp_path, ranks2):
+    argv = runs.flags(data, tmp_path, 9, *SHORT, "--save-interval", "2", "--async-save", "--max-bad-steps", "2")
+    with pytest.raises(RuntimeError, match="the gradients of 2 steps in a row.*the last good checkpoint is .*0000002"):
+        ranks2.run(_save_slowly, argv, {3, 4}, timeout=300)
+    assert saved(tmp_path) == ["iter_0000002"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import engines
@@ -85,3 +87,34 @@ def test_pieces_are_every_tensor_once(stage, ranks, ep_size, request):
     assert all((count == 1).all() for count in seen.values())
     stacks = {name: shape for name, shape in answers[0][1].items() if ".experts.w" in name}
     assert stacks and all(shape[0] == 4 for shape in stacks.values())
+
+
+def _make(config):
+    engines.Run(config).close()
+
+
+def test_an_option_that_moves_parameters_around_is_refused(ranks2, tmp_path):
+    options = tmp_path / "ds.json"
+    options.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    config = engines.config_of("topk", 1, 1, save=str(tmp_path / "c"))
+    config = replace(config, optimizer=replace(config.optimizer, deepspeed_config=str(options)))
+    with pytest.raises(RuntimeError, match="zero_optimization.round_robin_gradients is True; allowed: false, with"):
+        ranks2.run(_make, config)
+
+
+def _moved(config):
+    run = engines.Run(config)
+    parts = run.engine.partitions()
+    parts.check()
+    run.steps(2)
+    parts.check()
+    first = parts.pieces[0]
+    first.weight.view(-1)[0] += 1.0
+    with pytest.raises(ValueError, match=f"optimizer's copy of {first.name} is not that parameter's"):
+        parts.check()
+    return True
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_pieces_are_compared_with_the_model(stage, ranks2):
+    assert ranks2.run(_moved, engines.config_of("topk", 2, stage, "bf16")) == [True, True]

@@ -13,7 +13,6 @@ from megatron.config.schema import DataConfig, ModelConfig, MoEConfig, Optimizer
 from megatron.parallel.groups import Groups
 from megatron.training import record as records
 from megatron.training.record import (
-    FIXED,
     ORDER,
     SCHEDULE,
     Record,
@@ -25,8 +24,8 @@ from megatron.training.record import (
 IDENTITY = {"tokenizer_name": "a", "tokenizer_vocab_size": 10, "tokenizer_fingerprint": "f"}
 
 
-def test_what_must_be_equal_are_fields_of_the_configuration():
-    for table in (FIXED, ORDER, {"optimizer": SCHEDULE}):
+def test_what_is_compared_are_fields_of_the_configuration():
+    for table in (ORDER, {"optimizer": SCHEDULE}):
         for section, names in table.items():
             assert all(hasattr(getattr(RunConfig(), section), name) for name in names)
 
@@ -44,6 +43,37 @@ def test_contradictions_are_named():
 def test_changing_the_length_or_rate_of_the_run_is_allowed():
     other = RunConfig(optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9))
     assert check_same_run(Record(RunConfig(), IDENTITY), Record(other, IDENTITY), "x") is None
+
+
+@pytest.mark.parametrize("saved, same", [
+    (ModelConfig(swiglu=True), ModelConfig(activation="swiglu")),
+    (ModelConfig(), ModelConfig(ffn_hidden_size=1024, num_query_groups=4, kv_channels=64, vocab_size=10)),
+])
+def test_the_same_model_in_other_words(saved, same):
+    assert check_same_run(Record(RunConfig(saved), IDENTITY), Record(RunConfig(same), IDENTITY), "x") is None
+
+
+def test_mixture_layers_are_compared_as_what_they_are():
+    def record(**moe):
+        return Record(RunConfig(moe=MoEConfig(num_experts=4, **moe)), IDENTITY)
+
+    assert check_same_run(record(expert_interval=2), record(moe_layers=(1, 3), moe_ffn_hidden_size=1024), "x") is None
+    with pytest.raises(ValueError, match=r"list of mixture layers is \[0, 1, 2, 3\] but .* made with \[1, 3\]"):
+        check_same_run(record(expert_interval=2), record(), "x")
+
+
+def test_tokens_of_the_schedule_are_counted_in_global_batches():
+    saved = Record(RunConfig(optimizer=OptimizerConfig(lr_decay_tokens=5000)), IDENTITY, global_batch_size=8)
+    assert check_same_schedule(saved, replace(saved), "x") is None
+    with pytest.raises(ValueError, match="the global batch, in which --lr-decay-tokens is counted, is 16 but .*8"):
+        check_same_schedule(saved, replace(saved, global_batch_size=16), "x")
+
+
+def test_other_options_of_the_gate_are_said(capsys):
+    log.setup()
+    saved = Record(RunConfig(gate_options={"topk": 2, "loss_coeff": 0.1}), IDENTITY)
+    warn_of_changes(saved, replace(saved, config=RunConfig(gate_options={"topk": 1, "loss_coeff": 0.1})))
+    assert "the gate goes on with other options than the checkpoint's: --topk 1 after 2" in capsys.readouterr().out
 
 
 def test_a_new_order_of_samples_is_said(capsys):
