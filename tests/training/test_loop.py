@@ -13,6 +13,9 @@ import pytest
 import torch.distributed as dist
 
 import runs
+from megatron.config.schema import TrainConfig
+from megatron.training.loop import Plan
+from megatron.training.record import Progress
 
 MICRO_STEPS = 2
 SHORT = ["--eval-iters", "0"]
@@ -145,3 +148,16 @@ def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp
     with pytest.raises(RuntimeError, match="the gradients of 2 steps in a row.*the last good checkpoint is .*0000002"):
         ranks2.run(_save_slowly, argv, {3, 4}, timeout=300)
     assert saved(tmp_path) == ["iter_0000002"]
+
+
+@pytest.mark.parametrize("train, done, iterations", [
+    (TrainConfig(train_iters=7), Progress(3, 12, 384), 7),
+    (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(), 20),
+    (TrainConfig(micro_batch_size=2, train_tokens=2561), Progress(), 21),
+    (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(10, 40, 1280), 20),
+    (TrainConfig(micro_batch_size=2, global_batch_size=8, train_tokens=2560), Progress(10, 40, 1280), 15),
+    (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(20, 80, 2560), 20),
+])
+def test_tokens_are_counted_from_where_the_run_is(train, done, iterations):
+    """Two ranks, 32 tokens a sample: 128 tokens a step, and after the global batch was doubled 256."""
+    assert Plan.of(train, 32, 2, done).iterations == iterations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +256,16 @@ def test_a_limit_of_file_sizes_is_named_and_a_folder_that_is_not_there(tmp_path)
     first, second = done.stdout.splitlines()
     assert first.startswith("x cannot be written: File too large. Raise the limit of file sizes (ulimit -f)")
     assert "No such file or directory: 'none/x'" in second
+
+
+def test_a_file_is_on_the_disk_when_it_is_finished(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino) or sync(descriptor))
+    write(tmp_path / "x.safetensors", {"a": torch.ones(3)})
+    assert os.stat(tmp_path / "x.safetensors").st_ino in synced
+
+
+def test_a_header_that_is_longer_than_its_file(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="x.safetensors is no safetensors file: its header is longer than the file"):
+        read_header(tmp_path / "x.safetensors")
