@@ -101,17 +101,15 @@ def train(config: RunConfig, started: float | None = None) -> None:
     from megatron.training.checkpoint import Checkpoints
     from megatron.training.engine import Engine
     from megatron.training.loop import Plan, Trainer, announce
-    from megatron.training.record import Progress, Record
+    from megatron.training.record import Record
     from megatron.training.schedule import Schedule
     from megatron.training.sinks import build_sinks
     from megatron.training.stop import Stop
 
     start_up.mark("DeepSpeed and process groups")
     _say_backend(config, groups)
-    source = resume.find(config.train, groups)
-    config = source.adopt(config, groups) if source else config
+    source, config, progress = resume.begin(config, groups)
     t = config.train
-    progress = source.progress if source else Progress()
     plan = Plan.of(t, config.model.seq_length, groups.world_size, progress)
     schedule = Schedule(config.optimizer, iterations=plan.iterations, tokens_per_iteration=plan.tokens)
     vocab_size = _vocab_size(config, tokenizer)

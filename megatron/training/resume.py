@@ -129,6 +129,15 @@ class Source:
         return self.progress
 
 
+def begin(config: RunConfig, groups: Groups) -> tuple[Source | None, RunConfig, Progress]:
+    """(the checkpoint that a run begins with, if any; the configuration that the run then has; how far it is).
+
+    Raises as `find` and `Source.adopt` do.
+    """
+    source = find(config.train, groups)
+    return (source, source.adopt(config, groups), source.progress) if source else (None, config, Progress())
+
+
 def find(options: CheckpointConfig, groups: Groups) -> Source | None:
     """The checkpoint that --load and --load-step ask for, verified: the newest whole one, with a warning for each that
     is not. None without --load, or with --load-or-init when there is no checkpoint.

@@ -116,7 +116,8 @@ def test_a_forked_process_does_not_keep_the_lock_of_a_killed_one(tmp_path):
     os.read(there, 1)
     try:
         held._lock.close()  # what the kernel does for a process that is killed
-        WorkFolder(tmp_path / "x").release()
+        with WorkFolder(tmp_path / "x") as ours:
+            assert ours._lock is not held._lock
     finally:
         os.close(writer)
         os.waitpid(child, 0)
