@@ -135,8 +135,7 @@ def train(config: RunConfig, started: float | None = None) -> None:
     loader = partial(_loader, config, plan, groups, tokenizer, vocab_size)
     sinks = build_sinks(t, groups.rank, plan.iterations)
     start_up.mark("engine")
-    with contextlib.closing(sinks), Checkpoints(
-            t, engine, record, groups, source and source.goes_on, source.damaged if source else ()) as checkpoints:
+    with contextlib.closing(sinks), Checkpoints(t, engine, record, groups, source) as checkpoints:
         Trainer(
             engine, t, plan, schedule, groups,
             loader(splits["train"], consumed_samples=progress.consumed_samples),

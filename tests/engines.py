@@ -66,8 +66,7 @@ class Run:
             self.source.load_weights(model, groups)
         self.engine = Engine(model, config.optimizer, config.train, groups)
         self.progress = self.source.restore(self.engine, groups) if self.source else Progress()
-        self.checkpoints = Checkpoints(config.train, self.engine, record, groups,
-                                       self.source and self.source.goes_on, self.source.damaged if self.source else ())
+        self.checkpoints = Checkpoints(config.train, self.engine, record, groups, self.source)
 
     def steps(self, number: int) -> list[float]:
         """Mean losses over ranks of so many more steps."""

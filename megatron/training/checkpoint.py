@@ -10,7 +10,6 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from megatron.training import store
 from megatron.training.engine import Engine
 from megatron.training.partitions import Partitions
 from megatron.training.record import Progress, Record
+from megatron.training.resume import Source
 from megatron.training.shards import Entry, in_file_order, make_index, shard_name, write_tensors
 
 ALIGNMENT = 64
@@ -39,8 +39,8 @@ class Checkpoints:
     Args:
         options: --save and what belongs to it; without --save nothing is ever written.
         record: what every checkpoint says of the run.
-        source: the checkpoint that the run goes on from, if any.
-        damaged: checkpoints that were found to be so on the way to it: they do not count for --keep-last.
+        source: the checkpoint that the run began with, if any. Those that were found damaged on the way to it do not
+            count for --keep-last.
 
     Raises:
         ValueError: another run writes its checkpoints to the folder, or the folder has those of a run that this one
@@ -49,20 +49,21 @@ class Checkpoints:
     """
 
     def __init__(self, options: CheckpointConfig, engine: Engine, record: Record, groups: Groups,
-                 source: Path | None = None, damaged: Iterable[Path] = ()):
+                 source: Source | None = None):
         self.options, self.engine, self.record, self.groups = options, engine, record, groups
         self.folder = Path(options.save)
-        self.newest = str(source) if source else ""
+        goes_on = source.goes_on if source else None
+        self.newest = str(goes_on) if goes_on else ""
         self.failures = 0
         """checkpoints that could not be written"""
-        self._damaged = {path.name for path in damaged}
+        self._damaged = {path.name for path in source.damaged} if source else set()
         self._pending: _Pending | None = None
         self._must = True
         self._memory = _HostMemory(groups.device)
         self._work: WorkFolder | None = None
         if options.save:
             engine.partitions().check()  # what cannot be saved is to be known now, not at the first save
-            from_first(lambda: self._open(source), groups)
+            from_first(lambda: self._open(goes_on), groups)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -72,11 +73,10 @@ class Checkpoints:
         if self._work is not None and not (self._pending and self._pending.job.is_busy):
             self._work.release()
 
-    def _open(self, source: Path | None) -> None:
+    def _open(self, goes_on: Path | None) -> None:
         """On rank 0: take the folder, and remove what a killed run left half done."""
         there = store.candidates(self.folder)[0]
-        goes_on = source is not None and source.resolve().parent == self.folder.resolve()
-        if there and not goes_on:
+        if there and (goes_on is None or goes_on.resolve().parent != self.folder.resolve()):
             raise ValueError(f"--save is {self.options.save!r}, which has {there[0][0].name}; allowed: a folder "
                              "without checkpoints, or the one that the run goes on from. Add --load, or choose another")
         try:
