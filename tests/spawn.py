@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import traceback
@@ -18,6 +19,13 @@ import torch.distributed as dist
 from megatron.parallel.groups import Groups
 
 _groups: dict[int, Groups] = {}
+
+
+def free_port() -> int:
+    """A port that nobody uses: other test processes run beside this one, so none may be written down."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def groups_for(ep_size: int) -> Groups:

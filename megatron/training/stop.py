@@ -31,6 +31,7 @@ from megatron.log import get_logger, report_error
 from megatron.parallel.groups import Groups, all_reduce_sum
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENOUGH = 0  # no signal has this number
 REPEAT_SECONDS = 2.0  # what comes sooner is the same signal on two ways: from the scheduler and from the launcher
 
 
@@ -80,8 +81,9 @@ class Stop:
         while self._undo:
             function, *arguments = self._undo.pop()
             function(*arguments)
-        os.close(self._writer)
+        os.write(self._writer, bytes([ENOUGH]))  # its end would not do: processes forked since then have it, too
         self._thread.join()
+        os.close(self._writer)
 
     def agree(self, lm_loss: Tensor, aux_loss: Tensor) -> Agreement:
         """Exchange what ranks must decide alike, after each step: one small all-reduce; none for one rank.
@@ -100,10 +102,10 @@ class Stop:
         return Agreement(lm_loss / ranks, aux_loss / ranks, int(bad_ranks), self._reason)
 
     def _listen(self, reader: int) -> None:
-        """The thread: each byte is the number of a signal; the end of the pipe is that of listening."""
+        """The thread: each byte is the number of a signal, or says that it is enough."""
         seen: dict[int, float] = {}
         with open(reader, "rb", buffering=0) as pipe:
-            while byte := pipe.read(1):
+            while (byte := pipe.read(1)) and byte[0] != ENOUGH:
                 now = time.monotonic()
                 if byte[0] not in SIGNALS:
                     continue

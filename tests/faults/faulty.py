@@ -15,7 +15,8 @@ from pathlib import Path
 
 import killable
 
-PORTS = itertools.count(29720)
+from spawn import free_port
+
 Fault = Callable[[], object]
 
 
@@ -48,7 +49,7 @@ class Run:
 
     def __init__(self, argv: list[str], folder: Path, ranks: int = 2,
                  faults: dict[int, dict[int, Fault]] | None = None, started: float | None = None):
-        self.output, port = folder / "output.txt", next(PORTS)
+        self.output, port = folder / "output.txt", free_port()
         # no daemons: those may not start processes that read data
         self.ranks = [killable.server().Process(target=run, args=(argv, rank, ranks, port, str(self.output),
                                                                   (faults or {}).get(rank, {}), started))

@@ -14,6 +14,7 @@ import torch
 
 import runs
 from megatron.training import store
+from spawn import free_port
 
 
 def lines(out: Path) -> list[dict]:
@@ -34,10 +35,10 @@ def flags(data: str, out: Path, *more: str) -> list[str]:
             *more]
 
 
-def start_and_kill(argv: list[str], out: Path, port: int, delay: float) -> bool:
+def start_and_kill(argv: list[str], out: Path, delay: float) -> bool:
     """Kill all ranks so many seconds after their first step; returns whether a checkpoint was being written then."""
     seen = len(lines(out))
-    processes = killable.start(argv, 2, port, str(out / "log"))
+    processes = killable.start(argv, 2, free_port(), str(out / "log"))
     try:
         while len(lines(out)) == seen:
             assert all(p.is_alive() for p in processes), (out / "log").read_text()[-3000:]
@@ -60,7 +61,7 @@ def newest(folder: Path) -> int:
     return good[0][1]["iteration"] if good else 0
 
 
-def kill_again_and_again(data: str, out: Path, times: int, port: int) -> int:
+def kill_again_and_again(data: str, out: Path, times: int) -> int:
     """Check every resume; returns how many kills came inside a save."""
     choose, inside = random.Random(times), 0
     folder = out / "checkpoints"
@@ -68,7 +69,7 @@ def kill_again_and_again(data: str, out: Path, times: int, port: int) -> int:
     for i in range(times):
         before, seen = newest(folder), len(lines(out))
         more = ["--async-save"] if i % 2 else []
-        inside += start_and_kill(flags(data, out, *load, *more), out, port, choose.uniform(0, 0.5))
+        inside += start_and_kill(flags(data, out, *load, *more), out, choose.uniform(0, 0.5))
         new = lines(out)[seen:]
         assert new[0]["iteration"] == before + 1, "it goes on right after the newest checkpoint"
         assert newest(folder) >= new[-1]["iteration"] - 2, "no more is lost than what was being saved and trained"
@@ -78,13 +79,12 @@ def kill_again_and_again(data: str, out: Path, times: int, port: int) -> int:
 @pytest.mark.parametrize("times", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_again_and_again(times, data, tmp_path):
     """Every line of every life is that of a run that was never killed, and so is the state at the end."""
-    port = 29810 + times
-    inside = kill_again_and_again(data, tmp_path, times, port)
+    inside = kill_again_and_again(data, tmp_path, times)
     assert times < 30 or inside >= 3, "too few kills inside a save to say something about them"
     last = newest(tmp_path / "checkpoints")
     whole = tmp_path / "whole"
     whole.mkdir()
-    processes = killable.start(flags(data, whole, "--exit-interval", str(last)), 2, port, str(whole / "log"))
+    processes = killable.start(flags(data, whole, "--exit-interval", str(last)), 2, free_port(), str(whole / "log"))
     for process in processes:
         process.join()
     assert [p.exitcode for p in processes] == [0, 0], (whole / "log").read_text()[-3000:]

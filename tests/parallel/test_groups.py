@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from megatron.parallel import groups as parallel
 from megatron.parallel import rng
 from megatron.parallel.groups import Groups
-from spawn import groups_for
+from spawn import free_port, groups_for
 
 
 def test_cpu_is_chosen_and_says_why(monkeypatch):
@@ -114,9 +113,7 @@ def test_ranks_draw_different_numbers_and_state_comes_back():
 @pytest.mark.parametrize("rank, message", [("0", "1 of 2 are there"), ("1", "client socket|connect")])
 def test_a_rank_that_waits_in_vain_says_for_whom(rank, message):
     """Rank 0 alone counts who is there, rank 1 alone finds no one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     code = ("from megatron.pretrain import exit_code; from megatron.parallel import groups; "
             "raise SystemExit(exit_code(lambda: groups.init(1, 0.03)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={
