@@ -32,9 +32,9 @@ demo: venv
 # Tests start up to four ranks: one thread each.
 test test-slow: export OMP_NUM_THREADS := 1
 
-# Two processes share the files: most tests use one core. Pools of ranks are per process.
+# Two processes share the files, in the order of tests/conftest.py: most tests use one core. Pools of ranks are per process.
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow

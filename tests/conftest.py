@@ -21,6 +21,14 @@ from spawn import Ranks  # noqa: E402
 REPO = Path(__file__).resolve().parent.parent
 
 
+# Files whose few tests take long. They come first, or one of two processes would be left with them at the end.
+LONG = ("tests/faults/", "tests/multinode/", "tests/test_", "tests/training/", "tests/moe/test_deepspeed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
     torch.set_num_threads(2)

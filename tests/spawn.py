@@ -47,13 +47,12 @@ def _worker(rank: int, world_size: int, store: str, path: list[str], pipe: Any) 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
                             timeout=datetime.timedelta(seconds=60))
-    while (job := pipe.recv()) is not None:
-        function, args = job
+    while True:
+        function, args = pipe.recv()
         try:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
 
 
 class Ranks:
@@ -89,10 +88,8 @@ class Ranks:
         return [answer for _, answer in answers]
 
     def stop(self) -> None:
-        for process, pipe in zip(self._processes, self._pipes):
-            if process.is_alive():
-                pipe.send(None)
+        """End the ranks. They have nothing to finish, and would take seconds to leave their process groups."""
         for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+        for process in self._processes:
+            process.join()

@@ -114,8 +114,8 @@ def test_ranks_draw_different_numbers_and_state_comes_back():
 def test_a_rank_that_waits_in_vain_says_for_whom(rank, message):
     """Rank 0 alone counts who is there, rank 1 alone finds no one."""
     port = str(free_port())
-    code = ("from megatron.pretrain import exit_code; from megatron.parallel import groups; "
-            "raise SystemExit(exit_code(lambda: groups.init(1, 0.03)))")
+    code = ("from megatron.pretrain import exit_code, leave; from megatron.parallel import groups; "
+            "leave(exit_code(lambda: groups.init(1, 0.03)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={
         **os.environ, "RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"})
