@@ -132,3 +132,19 @@ def test_gloos_error_of_connecting_is_one_line(monkeypatch):
     error = RuntimeError("Gloo connectFullMesh failed with [x] Connection refused\nException raised from ...")
     line = parallel._not_joined(error, 5.0)
     assert "connectFullMesh failed" in line and "which is not set" in line and "\n" not in line
+
+
+def _fail_to_start():
+    import deepspeed
+
+    original = deepspeed.init_distributed
+    deepspeed.init_distributed = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("something else"))
+    try:
+        parallel.init(1)
+    finally:
+        deepspeed.init_distributed = original
+
+
+def test_other_errors_at_the_start_keep_their_traceback(ranks1):
+    with pytest.raises(RuntimeError, match="RuntimeError: something else"):
+        ranks1.run(_fail_to_start)

@@ -364,6 +364,14 @@ def test_the_global_batch_is_kept_unless_it_is_set(options, size, three, ranks1)
     assert ranks1.run(_adopted, config) == [size]
 
 
+def test_a_global_batch_that_does_not_divide(three, ranks1):
+    config = engines.loading(config_of(""), three)
+    config = replace(config, train=replace(config.train, global_batch_size=0, micro_batch_size=3))
+    with pytest.raises(RuntimeError, match="the global batch of the checkpoint is 4; allowed: a multiple of "
+                                           "--micro-batch-size 3 x 1 ranks. Start another number of ranks, or set"):
+        ranks1.run(_adopted, config)
+
+
 def test_another_schedule_needs_a_word(three, ranks1):
     config = engines.loading(config_of(""), three)
     other = replace(config, optimizer=replace(config.optimizer, lr=0.01))
