@@ -105,12 +105,18 @@ def train(config: RunConfig, steps: int = 0, more: int = 0, seed: int = 7):
         run.close()
 
 
+def latest(folder: str | Path) -> str:
+    """Name of the checkpoint of a folder that was completed last."""
+    from megatron.training import store
+
+    return store.candidates(folder)[0][0][0].name
+
+
 def whole(folder: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint of a folder: "<kind>/<name>" and "buffer/<name>"."""
-    from megatron.training import store
     from megatron.training.shards import Shards
 
-    shards = Shards(Path(folder) / store.latest(folder))
+    shards = Shards(Path(folder) / latest(folder))
     tensors = {f"{kind}/{name}": shards.read(kind, name).view(shards.shapes[name])
                for kind in shards.kinds for name in shards.shapes}
     return {**tensors, **{f"buffer/{name}": shards.buffer(name) for name in shards.buffers}}

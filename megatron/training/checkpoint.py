@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.config import cli
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.data.work import Busy, WorkFolder, owner, sync_folder
 from megatron.log import get_logger
@@ -204,8 +203,7 @@ class Checkpoints:
     def _publish(self, pending: _Pending, files: dict[str, tuple[int, str]]) -> str:
         """On rank 0; returns where the checkpoint is."""
         for name, text in pending.texts.items():
-            cli.write_text(pending.partial / name, text + "\n")
-            files[name] = ((pending.partial / name).stat().st_size, store.file_sha256(pending.partial / name))
+            files[name] = store.write_text(pending.partial / name, text + "\n")
         target = store.publish(pending.partial, self.folder, pending.iteration, files)
         self._damaged -= {target.name}
         get_logger().info("saved %s: %.1f MB in %.1f s", target, sum(size for size, _ in files.values()) / 1e6,

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.config import cli
 from megatron.config.schema import require
 from megatron.data.work import WorkFolder, sync_folder
 from megatron.training import store
@@ -32,7 +30,6 @@ from megatron.training.shards import Entry, SafetensorsWriter, Shards
 FORMAT = "moe-megatron consolidated 1"
 SUMS = "SHA256SUMS"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SLICE = 1 << 20  # elements dealt with at once
 SMALL_FILES = 1 << 20  # bytes that all files without tensors surely fit in
 UNITS = {"": 1, **{prefix + "B": 1000**i for i, prefix in enumerate(("", "K", "M", "G", "T"))},
          **{prefix + "iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)}}
@@ -164,7 +161,7 @@ class Plan:
                 total = sum(e.nbytes for entries in files for e in entries)
                 index = {"metadata": {"total_size": total}, "weight_map": where}
                 name = f"{stem}.safetensors.index.json"
-                written[name] = _write_text(folder / name, json.dumps(index, indent=2) + "\n")
+                written[name] = store.write_text(folder / name, json.dumps(index, indent=2) + "\n")
         return written
 
     def _slices(self, entry: Entry, moment: bool, progress: Progress) -> Iterator[Tensor]:
@@ -173,11 +170,9 @@ class Plan:
             progress(entry.nbytes)
             return
         kind, name = entry.name.split("/", 1) if moment else ("weight", entry.name)
-        total = math.prod(entry.shape)
-        for start in range(0, total, SLICE):
-            length = min(SLICE, total - start)
-            yield _cast(self.shards.read(kind, name, start, length), entry)
-            progress(length * entry.dtype.itemsize)
+        for values in self.shards.slices(kind, name):
+            yield _cast(values, entry)
+            progress(len(values) * entry.dtype.itemsize)
 
 
 def _split(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
@@ -239,10 +234,10 @@ def consolidate(source: Path, manifest: dict[str, Any], output: str | Path, opti
         partial.mkdir()
         try:
             files = plan.write(partial, progress)
-            files["run.json"] = _write_text(partial / "run.json", (source / "run.json").read_text(encoding="utf-8"))
-            files["consolidated.json"] = _write_text(partial / "consolidated.json",
-                                                     json.dumps(_about(source, manifest, options), indent=1) + "\n")
-            _write_text(partial / SUMS, "".join(f"{sha}  {name}\n" for name, (_, sha) in sorted(files.items())))
+            for name, text in (("run.json", (source / "run.json").read_text(encoding="utf-8")),
+                               ("consolidated.json", json.dumps(_about(source, manifest, options), indent=1) + "\n")):
+                files[name] = store.write_text(partial / name, text)
+            store.write_text(partial / SUMS, "".join(f"{sha}  {name}\n" for name, (_, sha) in sorted(files.items())))
             sync_folder(partial)
             os.rename(partial, output)
         finally:
@@ -265,9 +260,3 @@ def _about(source: Path, manifest: dict[str, Any], options: Options) -> dict[str
     return {"format": FORMAT, "checkpoint": source.name, "manifest_checksum": manifest["checksum"],
             "dtype": str(options.dtype).removeprefix("torch."), "optimizer": options.optimizer,
             "state": store.read_json(source / "state.json")}
-
-
-def _write_text(path: Path, text: str) -> tuple[int, str]:
-    """(bytes, SHA-256) of a small file that is written."""
-    cli.write_text(path, text)
-    return path.stat().st_size, store.file_sha256(path)

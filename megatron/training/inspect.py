@@ -16,7 +16,6 @@ from megatron.model.size import PARTS, part_of
 from megatron.training import store
 from megatron.training.shards import Shards
 
-SLICE = 1 << 20  # elements dealt with at once
 NOT_THERE = "(not there)"
 
 Progress = Callable[[int], object]
@@ -126,10 +125,8 @@ def _values(shards: Shards, name: str) -> Iterator[Tensor]:
     """The weight or buffer of a name, slice after slice, flattened."""
     if name in shards.buffers:
         yield shards.buffer(name).flatten()
-        return
-    total = math.prod(shards.shapes[name])
-    for start in range(0, total, SLICE):
-        yield shards.read("weight", name, start, min(SLICE, total - start))
+    else:
+        yield from shards.slices("weight", name)
 
 
 def _statistics(shards: Shards, name: str, progress: Progress) -> dict[str, Any]:

@@ -45,10 +45,10 @@ class Source:
     def __init__(self, path: Path, options: CheckpointConfig, damaged: list[Path]):
         self.path, self.options, self.damaged = path, options, damaged
         try:
-            self.state: dict[str, Any] = store.read_json(path / "state.json")
-            self.record = Record.from_state(cli.read_run_json(path / "run.json"), self.state)
-            self.progress = Progress() if options.finetune else progress_of(self.state)
-            optimizer = self.state["optimizer"]
+            state = store.read_json(path / "state.json")
+            self.record = Record.from_state(cli.read_run_json(path / "run.json"), state)
+            self.progress = Progress() if options.finetune else progress_of(state)
+            optimizer = state["optimizer"]
             self.steps, self.scaler, self.counters = (optimizer[n] for n in ("steps", "scaler", "counters"))
             self.shards = Shards(path)
         except (KeyError, TypeError, AttributeError, IndexError) as error:

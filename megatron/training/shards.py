@@ -15,7 +15,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron.data.work import named_errors
 
 CHUNK = 16 << 20
+SLICE = 1 << 20  # elements of a tensor that is read in slices
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -179,6 +180,12 @@ class Shards:
         if end != start + length:
             raise ValueError(f"{self.path / 'index.json'}: no file has element {end} of {name}")
         return torch.empty(0) if out is None else out
+
+    def slices(self, kind: str, name: str) -> Iterator[Tensor]:
+        """A flattened tensor in consecutive ranges, so that it need not be in memory whole."""
+        total = math.prod(self.shapes[name])
+        for start in range(0, total, SLICE):
+            yield self.read(kind, name, start, min(SLICE, total - start))
 
     def dtype(self, kind: str, name: str) -> torch.dtype:
         """As which a tensor is stored; float32 if it has no elements."""

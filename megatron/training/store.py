@@ -65,6 +65,13 @@ def file_sha256(path: Path) -> str:
     return sha.hexdigest()
 
 
+def write_text(path: Path, text: str) -> tuple[int, str]:
+    """Write a small file, synced and renamed; its (bytes, SHA-256), as a manifest has them."""
+    content = text.encode()
+    cli.write_bytes(path, content)
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """Content of a JSON file of a checkpoint. Raises Broken, naming it, if there is none or it is not JSON."""
     try:
@@ -252,18 +259,6 @@ def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
     if not good and (bad or not options.load_or_init):
         raise _nothing(path, bad)
     return good
-
-
-def latest(folder: str | Path) -> str:
-    """Name of the checkpoint of `folder` that was completed last.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    good, bad = candidates(folder)
-    if not good:
-        raise _nothing(folder, bad)
-    return good[0][0].name
 
 
 def _nothing(folder: str | Path, bad: list[str]) -> FileNotFoundError:

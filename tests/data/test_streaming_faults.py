@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from megatron.data.blend import build_splits
 from megatron.data.streaming import Production, StreamSamples, produce
 from megatron.data.work import WorkFolder
 from programs import REPO
+from spawn import free_port
 from streams import (
     BYTES,
     TOKENIZER,
@@ -241,9 +241,7 @@ def test_flags_that_contradict_each_other(tmp_path):
 
 def test_an_error_in_the_text_ends_every_rank(tmp_path, data):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 9}) + '\n{"text": 3}\n')
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     argv = streaming_flags(tmp_path / "a.jsonl", tmp_path, data, "--num-workers", "1")
     ranks = [subprocess.Popen(
         [sys.executable, "pretrain_gpt.py", *argv], cwd=REPO, text=True, stdout=subprocess.PIPE,

@@ -161,17 +161,10 @@ class Run:
         Raises:
             RuntimeError: the program ended, or the time is over, without one.
         """
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                line = self._news.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                raise RuntimeError(f"no {pattern!r} within {seconds} s\n{self.text}") from None
-            if line is None:
-                raise RuntimeError(f"ended with {self.process.wait()} before {pattern!r}\n{self.text}")
-            self.lines.append(line)
+        for line in self._read(seconds, f"no {pattern!r}"):
             if re.search(pattern, line):
                 return line
+        raise RuntimeError(f"ended with {self.process.wait()} before {pattern!r}\n{self.text}")
 
     def end(self, seconds: float) -> int:
         """Its exit code, once it has ended.
@@ -179,15 +172,22 @@ class Run:
         Raises:
             RuntimeError: it does not end in time.
         """
+        for _ in self._read(seconds, "did not end"):
+            pass
+        return self.process.wait(timeout=seconds)
+
+    def _read(self, seconds: float, failure: str) -> Iterator[str]:
+        """New lines up to the program's last one."""
         until = time.monotonic() + seconds
         while True:
             try:
                 line = self._news.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
-                raise RuntimeError(f"did not end within {seconds} s\n{self.text}") from None
+                raise RuntimeError(f"{failure} within {seconds} s\n{self.text}") from None
             if line is None:
-                return self.process.wait(timeout=seconds)
+                return
             self.lines.append(line)
+            yield line
 
     @property
     def text(self) -> str:

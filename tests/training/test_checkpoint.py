@@ -104,7 +104,7 @@ def _polls(config):
         run.checkpoints.save(run.progress)
         while run.checkpoints.writing:
             run.steps(1)
-        return store.latest(config.train.save)
+        return engines.latest(config.train.save)
     finally:
         checkpoint.write_tensors = write
         run.close()
@@ -286,7 +286,7 @@ def test_finetuning_takes_the_weights_only(precision, three, ranks1):
                        optimizer=replace(config.optimizer, lr=0.5, lr_decay_style="linear"))
     (none, iteration, steps, weights), = ranks1.run(_start, finetune)
     assert (none, iteration, steps) == (False, 0, 0)
-    saved = Shards(three / store.latest(three))
+    saved = Shards(three / engines.latest(three))
     assert all(torch.equal(w, saved.read("weight", name)) for name, w in weights.items())
     other = replace(finetune, model=replace(finetune.model, hidden_size=32))
     with pytest.raises(RuntimeError, match="--hidden-size is 32 but checkpoint .* was made with 16"):

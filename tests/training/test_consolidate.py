@@ -24,7 +24,7 @@ from megatron.config import cli
 from megatron.model.build import build_model
 from megatron.parallel.groups import Groups
 from megatron.training import consolidate as c
-from megatron.training import store
+from megatron.training import shards, store
 from megatron.training.shards import Entry
 
 TOOL = "consolidate_checkpoint.py"
@@ -102,7 +102,7 @@ def test_a_model_with_the_result_has_the_runs_loss(topology, trained, tmp_path):
 
 @pytest.mark.parametrize("slice_", [1, 7, 1 << 20])
 def test_slices_join(slice_, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(c, "SLICE", slice_)
+    monkeypatch.setattr(shards, "SLICE", slice_)
     check_equal(consolidate(made[0], tmp_path / "out"), made[1] | BUFFERS)
 
 

@@ -17,7 +17,7 @@ import torch
 from megatron.model.build import build_model
 from megatron.model.size import count
 from megatron.parallel.groups import Groups
-from megatron.training import inspect, store
+from megatron.training import inspect, shards, store
 
 TOOL = "inspect_checkpoint.py"
 SHAPES = {"embed_tokens__weight": (11, 4), "layers__0__mlp__experts__w1": (4, 3, 4), "layers__0__mlp__gate__r": (4, 4),
@@ -60,7 +60,7 @@ def test_facts(folder):
 
 @pytest.mark.parametrize("slice_", [1, 5, 1 << 20])
 def test_values_of_tensors(slice_, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect, "SLICE", slice_)
+    monkeypatch.setattr(shards, "SLICE", slice_)
     tensors = handmade.weights(**SHAPES, empty=(0, 3))
     tensors["norm.weight"][1:3] = torch.tensor([float("nan"), float("-inf")])
     tensors["strange"][:] = float("nan")
@@ -253,7 +253,7 @@ def test_every_difference_is_named(folder, tmp_path):
 
 @pytest.mark.parametrize("slice_", [3, 1 << 20])
 def test_how_far_apart_weights_are(slice_, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect, "SLICE", slice_)
+    monkeypatch.setattr(shards, "SLICE", slice_)
     a, b = (handmade.weights(w=(5, 4), same=(3,), zero=(2,), strange=(2,)) for _ in range(2))
     b["w"] = torch.randn(5, 4, generator=torch.Generator().manual_seed(9))
     a["zero"], b["zero"], b["strange"] = torch.zeros(2), torch.ones(2), torch.tensor([float("nan"), 1.0])

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import engines
 import pytest
 
 from megatron import log
@@ -37,14 +38,14 @@ def names(folder: Path) -> list[str]:
 def test_a_published_checkpoint_is_whole_and_the_latest(tmp_path):
     path = make(tmp_path, 300)
     assert path == tmp_path / "iter_0000300" and check(path) is None
-    assert store.latest(tmp_path) == "iter_0000300" == (tmp_path / "latest").read_text()
+    assert engines.latest(tmp_path) == "iter_0000300" == (tmp_path / "latest").read_text()
     assert names(tmp_path) == ["iter_0000300", "latest"]
     assert sorted(store.read_manifest(path)["files"]) == sorted(CONTENT)
 
 
 def test_large_iterations_have_longer_names(tmp_path):
     make(tmp_path, 12_345_678)
-    assert store.latest(tmp_path) == "iter_12345678"
+    assert engines.latest(tmp_path) == "iter_12345678"
 
 
 def test_the_newest_is_the_one_completed_last(tmp_path):
@@ -52,7 +53,7 @@ def test_the_newest_is_the_one_completed_last(tmp_path):
     for iteration in (100, 200, 300, 150):
         make(tmp_path, iteration)
     assert [m["iteration"] for _, m in store.candidates(tmp_path)[0]] == [150, 300, 200, 100]
-    assert store.latest(tmp_path) == "iter_0000150"
+    assert engines.latest(tmp_path) == "iter_0000150"
 
 
 def test_a_checkpoint_of_the_same_iteration_is_replaced(tmp_path):
