@@ -161,7 +161,7 @@ class Run:
         Raises:
             RuntimeError: the program ended, or the time is over, without one.
         """
-        for line in self._read(seconds, f"no {pattern!r}"):
+        for line in self._new_lines(seconds, f"no {pattern!r}"):
             if re.search(pattern, line):
                 return line
         raise RuntimeError(f"ended with {self.process.wait()} before {pattern!r}\n{self.text}")
@@ -172,11 +172,11 @@ class Run:
         Raises:
             RuntimeError: it does not end in time.
         """
-        for _ in self._read(seconds, "did not end"):
+        for _ in self._new_lines(seconds, "did not end"):
             pass
         return self.process.wait(timeout=seconds)
 
-    def _read(self, seconds: float, failure: str) -> Iterator[str]:
+    def _new_lines(self, seconds: float, failure: str) -> Iterator[str]:
         """New lines up to the program's last one."""
         until = time.monotonic() + seconds
         while True:
