@@ -83,9 +83,9 @@ def inspect_all(a: argparse.Namespace, prog: str) -> int:
     """The exit code."""
     import orjson
 
-    from megatron.config.cli import write_bytes
     from megatron.config.schema import require
     from megatron.data.indexed import prefix_of
+    from megatron.io.atomic_write import write_bytes
 
     for flag in ("documents", "tokens"):
         require(getattr(a, flag) >= 0, f"--{flag}", getattr(a, flag), "0 or more")

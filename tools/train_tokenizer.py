@@ -251,7 +251,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train(a: argparse.Namespace) -> None:
-    from megatron.config.cli import write_bytes
+    from megatron.io.atomic_write import write_bytes
 
     start = time.monotonic()
     check(a)

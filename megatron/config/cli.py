@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -20,7 +19,6 @@ import inspect
 import json
 import logging
 import math
-import os
 import sys
 import textwrap
 import types
@@ -34,6 +32,7 @@ from typing import Any, TypeVar
 from megatron import __version__
 from megatron.config import mixture
 from megatron.config.schema import SECTIONS, MoEConfig, RunConfig, require
+from megatron.io.atomic_write import write_text
 
 # XMoE's spellings of --gate.
 GATE_ALIASES = {
@@ -149,34 +148,6 @@ def to_flags(config: RunConfig) -> list[str]:
 def write_run_json(config: RunConfig, path: str | Path) -> None:
     """Write `config` as JSON, nested by section, as `write_text` does."""
     write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a small file in UTF-8, as `write_bytes` does."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a small file under a temporary name, synced and then renamed, so that no half file is ever seen.
-
-    Raises:
-        OSError: it cannot be written; the message names it, and nothing is left behind.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names none, a rename two
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
 
 
 def read_run_json(path: str | Path) -> RunConfig:

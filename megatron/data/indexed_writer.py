@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron import __version__
 from megatron.data.indexed import CODES, HEADER, MAGIC, VERSION, IndexedDataset
-from megatron.data.work import WorkFolder, named_errors, sync_folder
+from megatron.io.atomic_write import named_errors, sync_folder
+from megatron.io.staging_dir import WorkFolder
 
 LONGEST_SEQUENCE = np.iinfo(np.int32).max  # lengths are i32
 COPY_BYTES = 256 << 20  # copied at once, between two calls of a progress bar

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config.cli import write_text
 from megatron.config.schema import TokenizerConfig, require
 from megatron.data.chunks import CHUNK_BYTES, Chunk, Rejected, no_documents
 from megatron.data.encode import Encoded, Encoders, Recipe
 from megatron.data.indexed import dtype_for_vocab
 from megatron.data.indexed_writer import PUBLISHED, IndexedWriter, is_resumable, publish
 from megatron.data.sources import open_sources
-from megatron.data.work import WorkFolder, named_errors
+from megatron.io.atomic_write import named_errors, write_text
+from megatron.io.staging_dir import WorkFolder
 
 LOGGER = logging.getLogger("megatron")
 COMMIT_SECONDS = 10.0

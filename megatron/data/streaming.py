@@ -45,7 +45,8 @@ from megatron.data.indexed import IndexedDataset, dtype_for_vocab
 from megatron.data.preprocess import LAYOUT, STATE, Job, Preprocessing, digest_of_files
 from megatron.data.sources import open_sources
 from megatron.data.tokenizer import Tokenizer, digest
-from megatron.data.work import Busy, WorkFolder, named_errors, owner, same_file
+from megatron.io.atomic_write import named_errors
+from megatron.io.staging_dir import Busy, WorkFolder, owner, same_file
 
 LOGGER = logging.getLogger("megatron")
 CHUNK_BYTES = 1 << 20  # small: the first samples come soon

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron.config.checkpoints import CheckpointConfig
-from megatron.data.work import Busy, WorkFolder, owner, sync_folder
+from megatron.io.atomic_write import sync_folder
+from megatron.io.safetensors_writer import Entry, in_file_order
+from megatron.io.staging_dir import Busy, WorkFolder, owner
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.beside import Job
@@ -27,7 +29,7 @@ from megatron.training.engine import Engine
 from megatron.training.partitions import Partitions
 from megatron.training.record import Progress, Record
 from megatron.training.resume import Source
-from megatron.training.shards import Entry, in_file_order, make_index, shard_name, write_tensors
+from megatron.training.shards import make_index, shard_name, write_tensors
 
 ALIGNMENT = 64
 

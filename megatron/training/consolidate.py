@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from megatron.config.schema import require
-from megatron.data.work import WorkFolder, sync_folder
+from megatron.io.atomic_write import sync_folder
+from megatron.io.safetensors_writer import Entry, SafetensorsWriter
+from megatron.io.staging_dir import WorkFolder
 from megatron.training import store
-from megatron.training.shards import Entry, SafetensorsWriter, Shards
+from megatron.training.shards import Shards
 
 FORMAT = "moe-megatron consolidated 1"
 SUMS = "SHA256SUMS"

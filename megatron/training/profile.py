@@ -22,8 +22,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
-from megatron.config import cli
 from megatron.config.schema import TrainConfig, require
+from megatron.io import atomic_write
 from megatron.log import get_logger
 from megatron.model.attention import Attention
 from megatron.model.gpt import GPT
@@ -133,7 +133,7 @@ class StepProfiler:
             text = table(account(spans_of(self._profiler)), self.start, self.end, self.rank, self._before_ms)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_trace(self._profiler, self.folder / f"rank{self.rank}.trace.json.gz")
-            cli.write_text(self.folder / f"rank{self.rank}.txt", text + "\n")
+            atomic_write.write_text(self.folder / f"rank{self.rank}.txt", text + "\n")
             get_logger().info("%s", text)
             self._profiler = None
         get_logger().info("profiles of rank(s) %s: %s/rank*.txt, and rank*.trace.json.gz for Perfetto or "

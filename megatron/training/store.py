@@ -25,15 +25,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron.config import cli
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.config.fields import require
-from megatron.data.work import sync_folder
+from megatron.io import atomic_write
+from megatron.io.atomic_write import sync_folder
+from megatron.io.sha256 import file_sha256
 
 LOGGER = logging.getLogger("megatron")
 FORMAT = "moe-megatron checkpoint 1"
 MANIFEST, LATEST, REPLACED = "manifest.json", "latest", ".replaced"
-CHUNK = 1 << 20
 
 
 class Broken(ValueError):
@@ -56,19 +56,10 @@ def is_checkpoint(path: Path) -> bool:
     return iteration_of(path) is not None or (path / MANIFEST).is_file()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    sha = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
-
-
 def write_text(path: Path, text: str) -> tuple[int, str]:
     """Write a small file, synced and renamed; its (bytes, SHA-256), as a manifest has them."""
     content = text.encode()
-    cli.write_bytes(path, content)
+    atomic_write.write_bytes(path, content)
     return len(content), hashlib.sha256(content).hexdigest()
 
 
@@ -172,7 +163,7 @@ def publish(partial: Path, folder: Path, iteration: int, files: dict[str, tuple[
     manifest = {"format": FORMAT, "iteration": iteration, "serial": next_serial(folder),
                 "files": {name: list(files[name]) for name in sorted(files)}}
     manifest["checksum"] = _checksum(manifest)
-    cli.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    atomic_write.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     sync_folder(partial)
     target = folder / tag(iteration)
     old = target.with_name(target.name + REPLACED)
@@ -181,7 +172,7 @@ def publish(partial: Path, folder: Path, iteration: int, files: dict[str, tuple[
         os.rename(target, old)
     os.rename(partial, target)
     sync_folder(folder)
-    cli.write_text(folder / LATEST, target.name)
+    atomic_write.write_text(folder / LATEST, target.name)
     sync_folder(folder)
     _remove(old)
     return target

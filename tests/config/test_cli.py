@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron import __version__
 from megatron.config import cli
 from megatron.config.schema import SECTIONS, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, require
+from megatron.io import atomic_write
 
 
 @dataclass(frozen=True)
@@ -351,16 +352,16 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}/folder'$"):
-        cli.write_text(tmp_path / "folder", "x")
+        atomic_write.write_text(tmp_path / "folder", "x")
     monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/x'$"):
-        cli.write_bytes(tmp_path / "x", b"x")
+        atomic_write.write_bytes(tmp_path / "x", b"x")
     monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        cli.write_text(tmp_path / "x", "x")
+        atomic_write.write_text(tmp_path / "x", "x")
     assert os.listdir(tmp_path) == ["folder"]
     monkeypatch.undo()
-    cli.write_bytes(tmp_path / "x", b"\xff\n")
+    atomic_write.write_bytes(tmp_path / "x", b"\xff\n")
     assert (tmp_path / "x").read_bytes() == b"\xff\n"
 
 

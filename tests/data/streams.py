@@ -15,7 +15,7 @@ from megatron.config.schema import DataConfig, TokenizerConfig
 from megatron.data.blend import Samples, build_splits
 from megatron.data.streaming import Production, Stream, find_stream
 from megatron.data.tokenizer import build_tokenizer
-from megatron.data.work import WorkFolder
+from megatron.io.staging_dir import WorkFolder
 
 BYTES = TokenizerConfig(tokenizer_type="ByteTokenizer")
 TOKENIZER = build_tokenizer(BYTES)

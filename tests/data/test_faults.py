@@ -12,7 +12,7 @@ import time
 import pytest
 from namespaces import in_namespace, needs_namespace
 
-from megatron.data.work import WorkFolder
+from megatron.io.staging_dir import WorkFolder
 from programs import BYTES, REPO, documents, jsonl, one_line_error, run
 
 TEXTS = [f"document {i} " * 40 for i in range(1500)]  # 750 KB, 1.5 MB of uint16

@@ -22,7 +22,7 @@ from corpora import content, corpus, job, loop
 from megatron.config.schema import TokenizerConfig
 from megatron.data.encode import Recipe
 from megatron.data.preprocess import Job, Preprocessing, preprocess
-from megatron.data.work import WorkFolder
+from megatron.io.staging_dir import WorkFolder
 from programs import REPO, documents, jsonl
 
 

@@ -19,7 +19,7 @@ from megatron.config.schema import DataConfig
 from megatron.data import streaming as module
 from megatron.data.blend import build_splits
 from megatron.data.streaming import Production, StreamSamples, produce
-from megatron.data.work import WorkFolder
+from megatron.io.staging_dir import WorkFolder
 from programs import REPO
 from spawn import free_port
 from streams import (

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.work import WorkFolder, named_errors
+from megatron.io.atomic_write import named_errors
+from megatron.io.staging_dir import WorkFolder
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,7 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
 
 
 def test_what_a_killed_holder_left_is_found_and_can_be_cleared(tmp_path):
-    program = ("import os, sys, time; from megatron.data.work import WorkFolder; f = WorkFolder(sys.argv[1]); "
+    program = ("import os, sys, time; from megatron.io.staging_dir import WorkFolder; f = WorkFolder(sys.argv[1]); "
                "open(f.file('half'), 'w').close(); print('held', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "x")], stdout=subprocess.PIPE, cwd=REPO)
     assert holder.stdout.readline() == b"held\n"
@@ -52,7 +53,7 @@ def test_holders_never_overlap(tmp_path):
     """Four processes come and go 150 times each, while the folder appears and disappears."""
     program = """
 import os, sys
-from megatron.data.work import WorkFolder
+from megatron.io.staging_dir import WorkFolder
 done = 0
 while done < 150:
     try:

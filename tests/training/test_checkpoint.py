@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron import log
+from megatron.io import sha256
 from megatron.parallel.groups import Groups
 from megatron.training import resume, store
 from megatron.training.shards import Shards
@@ -334,7 +335,7 @@ def test_files_that_somebody_made_up(name, change, message, three, ranks1, tmp_p
     change(content)
     (path / name).write_text(json.dumps(content))
     manifest = store.read_manifest(path)
-    manifest["files"][name] = [(path / name).stat().st_size, store.file_sha256(path / name)]
+    manifest["files"][name] = [(path / name).stat().st_size, sha256.file_sha256(path / name)]
     (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": store._checksum(manifest)}))
     with pytest.raises(RuntimeError, match=f"(Broken|ValueError): .*{message}"):
         ranks1.run(_load, engines.loading(config_of(""), path.parent))

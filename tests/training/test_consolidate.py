@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron.config import cli
+from megatron.io.safetensors_writer import Entry
 from megatron.model.build import build_model
 from megatron.parallel.groups import Groups
 from megatron.training import consolidate as c
 from megatron.training import shards, store
-from megatron.training.shards import Entry
 
 TOOL = "consolidate_checkpoint.py"
 SHAPES = {"embed__weight": (31, 4), "experts__w1": (4, 6, 5), "norm__weight": (7,)}

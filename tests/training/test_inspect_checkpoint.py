@@ -14,6 +14,7 @@ import handmade
 import pytest
 import torch
 
+from megatron.io import sha256
 from megatron.model.build import build_model
 from megatron.model.size import count
 from megatron.parallel.groups import Groups
@@ -51,7 +52,7 @@ def test_facts(folder):
     assert parts == {"embedding": 44, "routed experts": 48, "router": 16, "attention": 16, "norms": 4, "other": 2}
     assert found["parameters"]["total"] == 130
     names = {p.name for p in path.iterdir()} - {"manifest.json"}
-    assert found["files"] == {n: {"bytes": (path / n).stat().st_size, "sha256": store.file_sha256(path / n)}
+    assert found["files"] == {n: {"bytes": (path / n).stat().st_size, "sha256": sha256.file_sha256(path / n)}
                               for n in names}
     assert found["bytes"] == sum(f["bytes"] for f in found["files"].values())
     assert found["tensors"]["strange"] == {"shape": [2], "pieces": 2}

@@ -17,17 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron.training.shards import (
-    DTYPES,
-    Entry,
-    SafetensorsWriter,
-    Shards,
-    in_file_order,
-    make_index,
-    read_header,
-    shard_name,
-    write_tensors,
-)
+from megatron.io.safetensors_writer import DTYPES, Entry, SafetensorsWriter, in_file_order, read_header
+from megatron.training.shards import Shards, make_index, shard_name, write_tensors
 
 REPO = Path(__file__).resolve().parents[2]
 SHAPES = [(), (1,), (5,), (0,), (3, 0, 2), (3, 5), (2, 3, 4)]

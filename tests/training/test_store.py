@@ -11,6 +11,7 @@ import pytest
 
 from megatron import log
 from megatron.config.checkpoints import CheckpointConfig
+from megatron.io import sha256
 from megatron.training import store
 
 CONTENT = {"run.json": b"{}", "rank_00000.safetensors": bytes(range(256)) * 40, "index.json": b"[1]"}
@@ -22,7 +23,7 @@ def make(folder: Path, iteration: int) -> Path:
     files = {}
     for name, content in CONTENT.items():
         (partial / name).write_bytes(content)
-        files[name] = (len(content), store.file_sha256(partial / name))
+        files[name] = (len(content), sha256.file_sha256(partial / name))
     return store.publish(partial, folder, iteration, files)
 
 

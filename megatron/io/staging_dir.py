@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+
+from megatron.io.atomic_write import named_errors
 
 LOGGER = logging.getLogger("megatron")
 
@@ -133,23 +133,3 @@ def same_file(descriptor: int, path: str) -> bool:
     return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
-@contextmanager
-def named_errors(path: str) -> Iterator[None]:
-    """Errors of writing name the file (the system's own do so only at opening) and say what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        advice = {errno.ENOSPC: "Free some space, or write elsewhere", errno.EDQUOT: "Free some of your quota",
-                  errno.EFBIG: "Raise the limit of file sizes (ulimit -f)"}.get(error.errno, "Write elsewhere")
-        raise OSError(f"{path} cannot be written: {error.strerror}. {advice}, and run the program again") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
