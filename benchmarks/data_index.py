@@ -129,7 +129,7 @@ def make_loader(folder: str, micro_batch: int, seq_length: int, vocab_size: int,
     from megatron.data.indexed_writer import IndexedWriter
     from megatron.data.loader import BatchLoader
     from megatron.data.samples import Cycle, SampleIndex
-    from megatron.data.tokenizer import ByteTokenizer
+    from megatron.tokenizer.byte import ByteTokenizer
 
     prefix = str(Path(folder) / "text")
     if not Path(prefix + ".idx").exists():

@@ -86,10 +86,10 @@ def leave(code: int) -> NoReturn:
 
 def train(config: RunConfig, started: float | None = None) -> None:
     """Run the whole training that `config` describes, on the ranks the launcher started; `started` as in `main`."""
-    from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model, size_table
     from megatron.parallel import groups as parallel
     from megatron.parallel import rng
+    from megatron.tokenizer.build import build_tokenizer
     from megatron.training.profile import StartUp, StepProfiler
 
     start_up = StartUp(started)

@@ -65,7 +65,7 @@ def data(tmp_path_factory) -> str:
     """Prefix of a pair of 60 byte-level documents that a tiny model can learn."""
     from megatron.config.schema import TokenizerConfig
     from megatron.data.indexed_writer import IndexedWriter
-    from megatron.data.tokenizer import build_tokenizer
+    from megatron.tokenizer.build import build_tokenizer
 
     prefix = str(tmp_path_factory.mktemp("data") / "tiny_text_document")
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteTokenizer"))

@@ -31,10 +31,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     from megatron.config.checkpoints import CheckpointConfig
-    from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model
     from megatron.model.generate import generate
     from megatron.parallel import groups as parallel
+    from megatron.tokenizer.build import build_tokenizer
 
     groups = parallel.init()
     from megatron.training import resume  # imports DeepSpeed: only after `groups` prepared its environment

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from megatron.data.tokenizer import Tokenizer
+    from megatron.tokenizer.base import Tokenizer
 
 EPILOG = """Exit code: 0 all sound, 1 a fault in files that can be read, 2 damaged or missing files, or a mistake in the
 flags. --repair is for shards of other tools whose index leaves the end-of-document token out of the lengths, so that
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 def tokenizer_of(a: argparse.Namespace) -> Tokenizer | None:
     from megatron.config.schema import TokenizerConfig
-    from megatron.data.tokenizer import build_tokenizer
+    from megatron.tokenizer.build import build_tokenizer
 
     if not (a.tokenizer_type or a.vocab_file or a.merge_file or a.tokenizer_model):
         return None

@@ -14,10 +14,10 @@ def run() -> None:
     import torch
 
     from megatron.config import cli
-    from megatron.data.tokenizer import build_tokenizer
     from megatron.model.build import build_model, size_table
     from megatron.moe import gates
     from megatron.parallel.groups import Groups
+    from megatron.tokenizer.build import build_tokenizer
 
     config = cli.parse(sys.argv[1:], gates.config_of, gates.available)
     vocab_size = config.model.vocab_size

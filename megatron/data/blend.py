@@ -17,7 +17,7 @@ from megatron.data.cache import Arrays, cached_arrays
 from megatron.data.indexed import IndexedDataset
 from megatron.data.samples import Cycle, SampleIndex, parse_split, smallest_int, split_documents
 from megatron.data.streaming import Production, StreamSamples, open_streams
-from megatron.data.tokenizer import Tokenizer
+from megatron.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "valid", "test")
 EOD_DOCUMENTS = 16  # how many documents, spread over a dataset, stand for all

@@ -25,7 +25,8 @@ import numpy as np
 from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed import dtype_for_vocab
 from megatron.data.sources import Chunk, Rejected
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.build import build_tokenizer
 
 LOGGER = logging.getLogger("megatron")
 IN_FLIGHT = 2  # chunks per process that are being encoded or wait for their turn: bounds the memory

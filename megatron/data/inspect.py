@@ -18,7 +18,7 @@ import numpy as np
 from megatron.data.blend import check_sidecar
 from megatron.data.indexed import VERSION, Index, IndexedDataset, byte_pointers, read_index, uncounted_ends
 from megatron.data.indexed_writer import IndexedWriter, require_space
-from megatron.data.tokenizer import Tokenizer
+from megatron.tokenizer.base import Tokenizer
 
 BLOCK = 1 << 22  # tokens, or documents, dealt with at once
 UNKNOWN_VOCABULARY = 1 << 24  # no vocabulary is near this large: a larger id is damage, whatever the tokenizer was

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from megatron.data.chunks import CHUNK_BYTES, LARGEST_RECORD, Chunk, Parsed, Rejected, listed
-from megatron.data.tokenizer import one_line
+from megatron.tokenizer.base import one_line
 
 __all__ = ["CHUNK_BYTES", "Chunk", "Parsed", "Rejected", "Source", "open_sources"]
 

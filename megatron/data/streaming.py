@@ -44,9 +44,9 @@ from megatron.data.encode import Recipe
 from megatron.data.indexed import IndexedDataset, dtype_for_vocab
 from megatron.data.preprocess import LAYOUT, STATE, Job, Preprocessing, digest_of_files
 from megatron.data.sources import open_sources
-from megatron.data.tokenizer import Tokenizer, digest
 from megatron.io.atomic_write import named_errors
 from megatron.io.staging_dir import Busy, WorkFolder, owner, same_file
+from megatron.tokenizer.base import Tokenizer, digest
 
 LOGGER = logging.getLogger("megatron")
 CHUNK_BYTES = 1 << 20  # small: the first samples come soon

@@ -15,11 +15,11 @@ import torch
 from megatron import __version__
 from megatron.config.schema import RunConfig
 from megatron.data.blend import parse_blend
-from megatron.data.tokenizer import Tokenizer
 from megatron.io.sha256 import file_sha256
 from megatron.log import get_logger
 from megatron.moe import gates
 from megatron.parallel.groups import Groups
+from megatron.tokenizer.base import Tokenizer
 
 
 @dataclass

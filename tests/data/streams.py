@@ -14,8 +14,8 @@ import runs
 from megatron.config.schema import DataConfig, TokenizerConfig
 from megatron.data.blend import Samples, build_splits
 from megatron.data.streaming import Production, Stream, find_stream
-from megatron.data.tokenizer import build_tokenizer
 from megatron.io.staging_dir import WorkFolder
+from megatron.tokenizer.build import build_tokenizer
 
 BYTES = TokenizerConfig(tokenizer_type="ByteTokenizer")
 TOKENIZER = build_tokenizer(BYTES)

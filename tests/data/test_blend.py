@@ -16,7 +16,8 @@ from megatron.data.blend import Blend, build_splits, check_sidecar, interleave, 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.samples import SampleIndex
-from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
+from megatron.tokenizer.byte import ByteTokenizer
+from megatron.tokenizer.null import NullTokenizer
 
 SIDECAR = {"tokenizer": "ByteTokenizer", "vocab_hash": ByteTokenizer().fingerprint, "vocab_size": 257, "eod": 256}
 

@@ -18,7 +18,8 @@ from megatron.data import inspect
 from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_writer import IndexedWriter, require_space
 from megatron.data.inspect import describe, facts, open_pair, repair, scan
-from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
+from megatron.tokenizer.byte import ByteTokenizer
+from megatron.tokenizer.null import NullTokenizer
 from programs import BYTES, CODES, by_hand, documents, one_line_error, run
 
 TOOL = "tools/inspect_dataset.py"

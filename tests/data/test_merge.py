@@ -13,7 +13,7 @@ import pytest
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.tokenizer import ByteTokenizer
+from megatron.tokenizer.byte import ByteTokenizer
 from programs import REPO, TEXTS, documents, one_line_error, run
 from tools import merge_datasets
 

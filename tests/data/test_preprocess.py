@@ -23,7 +23,9 @@ from megatron.data.encode import Encoders, Recipe, build_splitter, encode, usabl
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import Job, Preprocessing, preprocess
 from megatron.data.sources import open_sources
-from megatron.data.tokenizer import ByteTokenizer, FastBPE, flatten
+from megatron.tokenizer.base import flatten
+from megatron.tokenizer.byte import ByteTokenizer
+from megatron.tokenizer.fast_bpe import FastBPE
 from programs import documents, jsonl
 
 

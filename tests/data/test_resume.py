@@ -15,7 +15,7 @@ from megatron.config.schema import DataConfig
 from megatron.data.blend import Samples, build_splits
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.loader import BatchLoader
-from megatron.data.tokenizer import ByteTokenizer
+from megatron.tokenizer.byte import ByteTokenizer
 
 GLOBAL_BATCH = 8
 LAYOUTS = [(1, 1), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]  # ranks, micro-batch

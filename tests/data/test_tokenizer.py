@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megatron.config.schema import TOKENIZERS, TokenizerConfig
-from megatron.data import tokenizer as module
-from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, build_tokenizer
+from megatron.tokenizer import base, fast_bpe
+from megatron.tokenizer import build as module
+from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.byte import ByteTokenizer
+from megatron.tokenizer.null import NullTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 TEXTS = ["", "the cat sat on the mat", "Don't <|endoftext|> </s> <eos> <s>", " \n\n\t  x", "naïve 日本 \U0001f600\0",
@@ -40,11 +43,11 @@ def trained(tmp_path: Path, *, pre=None, eod: str = "<|endoftext|>", normalizer=
     return t
 
 
-def build(kind: str, model: Path | str = "", **files) -> module.Tokenizer:
+def build(kind: str, model: Path | str = "", **files) -> base.Tokenizer:
     return build_tokenizer(TokenizerConfig(kind, tokenizer_model=str(model), **files))
 
 
-def gpt2(**changes) -> module.Tokenizer:
+def gpt2(**changes) -> base.Tokenizer:
     files = {"vocab_file": str(SHARED / "gpt2-vocab.json"), "merge_file": str(SHARED / "gpt2-merges.txt"), **changes}
     return build_tokenizer(TokenizerConfig("GPT2BPETokenizer", **files))
 
@@ -63,7 +66,7 @@ def sentencepiece_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(params=[t for t in TOKENIZERS if t != "NullTokenizer"])
-def any_tokenizer(request, tmp_path, sentencepiece_model) -> module.Tokenizer:
+def any_tokenizer(request, tmp_path, sentencepiece_model) -> base.Tokenizer:
     """Each kind that encodes text (NullTokenizer has tests of its own)."""
     kind = request.param
     if kind == "GPT2BPETokenizer":
@@ -135,7 +138,7 @@ def test_gpt2_equals_tokenizers_on_any_text(texts):
 
 
 @pytest.fixture(scope="module")
-def punctuated(tmp_path_factory) -> module.Tokenizer:
+def punctuated(tmp_path_factory) -> base.Tokenizer:
     """A tokenizer with merges across marks, letters, digits and blanks, which show where a text was split."""
     t = tokenizers.Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -155,7 +158,7 @@ def test_every_character_is_encoded_as_the_reference_does(punctuated, context):
     texts += [context.replace("{}", chr(c)) for c in range(0x40000, 0x110000, 997)]
     flat, lengths = punctuated.encode_batch(texts)
     reference = punctuated._reference(texts)
-    right, right_lengths = module.flatten(reference)
+    right, right_lengths = base.flatten(reference)
     assert np.array_equal(lengths, right_lengths) and np.array_equal(flat, right)
     assert punctuated._fast is not None and not punctuated.difference
 
@@ -167,14 +170,14 @@ def test_the_fast_encoder_is_loaded_anew_when_it_has_grown(punctuated, monkeypat
     assert not loaded
     monkeypatch.setattr(module, "CACHE_BYTES", -(1 << 40))
     assert [punctuated.encode("the cat").tolist() for _ in range(3)] == [right] * 3 and len(loaded) == 3
-    assert (1 << 20) < module.resident_bytes() < (1 << 40)
+    assert (1 << 20) < fast_bpe.resident_bytes() < (1 << 40)
 
 
 def test_where_the_system_does_not_say_how_large_a_process_is(monkeypatch):
     def nothing(*_):
         raise FileNotFoundError
     monkeypatch.setattr("builtins.open", nothing)
-    assert module.resident_bytes() == 0
+    assert fast_bpe.resident_bytes() == 0
 
 
 def test_new_characters_go_to_the_reference_and_nothing_else_does(punctuated, monkeypatch):
@@ -207,7 +210,7 @@ def test_hostile_texts(punctuated, text):
     assert punctuated.decode(punctuated.encode(text)) == text
 
 
-def gpt2_once(made: list = []) -> module.Tokenizer:  # noqa: B006 - a cache on purpose
+def gpt2_once(made: list = []) -> base.Tokenizer:  # noqa: B006 - a cache on purpose
     made or made.append(gpt2())
     return made[0]
 
@@ -267,7 +270,7 @@ def test_gigatoken_is_compared_on_the_first_documents_only(tmp_path, monkeypatch
     monkeypatch.setattr(ours, "_reference", lambda texts: seen.extend(texts) or reference(texts))
     for _ in range(3):
         ours.encode_batch(["the cat " * 4000] * 10)
-    assert len(seen) == module.COMPARED_DOCUMENTS and max(map(len, seen)) == module.COMPARED_CHARACTERS
+    assert len(seen) == fast_bpe.COMPARED_DOCUMENTS and max(map(len, seen)) == fast_bpe.COMPARED_CHARACTERS
 
 
 @pytest.mark.parametrize("kind", ["lowercase", "word level"])

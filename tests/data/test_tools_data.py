@@ -16,7 +16,8 @@ from megatron.config.schema import TokenizerConfig
 from megatron.data.encode import Recipe
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import Job, preprocess
-from megatron.data.tokenizer import ByteTokenizer, build_tokenizer
+from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.byte import ByteTokenizer
 from programs import BYTES, REPO, SHARED, TEXTS, documents, jsonl, one_line_error, run
 
 

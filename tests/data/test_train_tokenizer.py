@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.build import build_tokenizer
 from programs import REPO, jsonl, one_line_error, run
 from tools import train_tokenizer
 
