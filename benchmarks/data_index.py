@@ -35,7 +35,7 @@ STEP, OPEN, ACCESS = "1 training step of 1 rank", "1 second", "50 microseconds"
 
 def write_dataset(prefix: str, documents: int, tokens: int) -> None:
     """A pair of uint16 tokens whose documents have log-normal lengths that add up to `tokens`."""
-    from megatron.data.indexed import CODES, HEADER, MAGIC, VERSION, byte_pointers
+    from megatron.data.indexed.reader import CODES, HEADER, MAGIC, VERSION, byte_pointers
 
     dtype = np.dtype(np.uint16)
     shape = np.random.RandomState(0).lognormal(0, 1, documents)
@@ -57,8 +57,8 @@ def fresh(job: Callable[..., Any], *args: Any) -> Any:
 
 def open_index(prefix: str, cache: str):
     """(the sample index, seconds of opening the dataset, seconds of the index)."""
-    from megatron.data.indexed import IndexedDataset
-    from megatron.data.samples import SampleIndex
+    from megatron.data.indexed.reader import IndexedDataset
+    from megatron.data.sampling.sample_index import SampleIndex
 
     start = time.perf_counter()
     dataset = IndexedDataset(prefix)
@@ -125,10 +125,10 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
 
 def make_loader(folder: str, micro_batch: int, seq_length: int, vocab_size: int, data):
     """An endless loader over the standard library's text."""
-    from megatron.data.indexed import IndexedDataset
-    from megatron.data.indexed_writer import IndexedWriter
+    from megatron.data.indexed.reader import IndexedDataset
+    from megatron.data.indexed.writer import IndexedWriter
     from megatron.data.loader import BatchLoader
-    from megatron.data.samples import Cycle, SampleIndex
+    from megatron.data.sampling.sample_index import Cycle, SampleIndex
     from megatron.tokenizer.byte import ByteTokenizer
 
     prefix = str(Path(folder) / "text")

@@ -61,7 +61,7 @@ def baseline(text: Path, tokenizer: Path, prefix: Path) -> None:
     import numpy as np
     from tokenizers import Tokenizer
 
-    from megatron.data.indexed_writer import IndexedWriter
+    from megatron.data.indexed.writer import IndexedWriter
 
     encoder = Tokenizer.from_file(str(tokenizer))
     encoder.encode_special_tokens = True  # the literal <|endoftext|>, which some sources hold, is text
@@ -200,7 +200,7 @@ def main() -> int:
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes and threads (default: usable cores)")
     p.add_argument("--only", choices=("speed", "scale", "merge"), help="one part")
     args: argparse.Namespace = p.parse_args()
-    from megatron.data.encode import usable_cores
+    from megatron.data.ingest.encode import usable_cores
 
     workers = args.workers or usable_cores()
     rows: list[report.Row] = []

@@ -164,8 +164,8 @@ def _say_backend(config: RunConfig, groups) -> None:
 
 def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):
     """Open the data; the first rank of each node builds the sample indices, the others find them cached."""
-    from megatron.data.blend import build_splits
-    from megatron.data.streaming import Production
+    from megatron.data.splits import build_splits
+    from megatron.data.streaming.producer import Production
 
     run = "-".join([os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]] if groups.world_size > 1 else
                    [str(os.getpid())])

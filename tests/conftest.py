@@ -64,7 +64,7 @@ def repo() -> Path:
 def data(tmp_path_factory) -> str:
     """Prefix of a pair of 60 byte-level documents that a tiny model can learn."""
     from megatron.config.schema import TokenizerConfig
-    from megatron.data.indexed_writer import IndexedWriter
+    from megatron.data.indexed.writer import IndexedWriter
     from megatron.tokenizer.build import build_tokenizer
 
     prefix = str(tmp_path_factory.mktemp("data") / "tiny_text_document")

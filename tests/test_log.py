@@ -159,7 +159,7 @@ def test_ctrl_c_during_the_training_itself(tmp_path):
 def test_tools_whose_output_nobody_reads(tmp_path, script):
     import numpy as np
 
-    from megatron.data.indexed_writer import IndexedWriter
+    from megatron.data.indexed.writer import IndexedWriter
 
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_document([1, 2])

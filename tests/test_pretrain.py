@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import runs
-from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.indexed.writer import IndexedWriter
 from megatron.pretrain import main
 
 REPO = Path(__file__).resolve().parent.parent

@@ -56,8 +56,8 @@ def inspect(prefix: str, a: argparse.Namespace, tokenizer: Tokenizer | None) -> 
     """What is found in one pair: printed, and returned for JSON."""
     from tqdm import tqdm
 
-    from megatron.data.indexed import prefix_of
-    from megatron.data.inspect import describe, facts, open_pair, repair, scan
+    from megatron.data.indexed.inspect import describe, facts, open_pair, repair, scan
+    from megatron.data.indexed.reader import prefix_of
 
     def bar(total: int) -> tqdm:
         return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
@@ -84,7 +84,7 @@ def inspect_all(a: argparse.Namespace, prog: str) -> int:
     import orjson
 
     from megatron.config.schema import require
-    from megatron.data.indexed import prefix_of
+    from megatron.data.indexed.reader import prefix_of
     from megatron.io.atomic_write import write_bytes
 
     for flag in ("documents", "tokens"):

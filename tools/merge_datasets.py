@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if TYPE_CHECKING:
     import numpy as np
 
-    from megatron.data.indexed import IndexedDataset
+    from megatron.data.indexed.reader import IndexedDataset
 
 EPILOG = """The inputs are taken in the order of their names, which is printed. They must have the same token size and,
 where their .json records it, the same tokenizer, vocabulary and end-of-document handling. Examples:
@@ -42,7 +42,7 @@ def find_prefixes(inputs: list[str], output_prefix: str) -> list[str]:
     Raises:
         ValueError: there are none, one comes twice, or the output is among them.
     """
-    from megatron.data.indexed import prefix_of
+    from megatron.data.indexed.reader import prefix_of
 
     prefixes = []
     for path in inputs:
@@ -76,7 +76,7 @@ def _place(prefix: str) -> tuple[int, int] | str:
 
 def look_at(prefix: str) -> Shard:
     """Open a dataset, which checks it, and close it. Raises as `IndexedDataset`."""
-    from megatron.data.indexed import IndexedDataset
+    from megatron.data.indexed.reader import IndexedDataset
 
     d = IndexedDataset(prefix)
     return Shard(prefix, d.dtype, d.num_documents, d.num_tokens, d.sidecar)
@@ -121,7 +121,7 @@ def verify(written: str, datasets: Iterable[IndexedDataset], progress: Callable[
     Raises:
         ValueError: it differs; the message says where.
     """
-    from megatron.data.indexed import IndexedDataset
+    from megatron.data.indexed.reader import IndexedDataset
 
     try:
         result = IndexedDataset(written)
@@ -174,8 +174,8 @@ def parser() -> argparse.ArgumentParser:
 def merge(a: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from megatron.data.indexed import IndexedDataset, prefix_of
-    from megatron.data.indexed_writer import IndexedWriter, require_space
+    from megatron.data.indexed.reader import IndexedDataset, prefix_of
+    from megatron.data.indexed.writer import IndexedWriter, require_space
 
     out = prefix_of(a.output_prefix)
     shards = [look_at(prefix) for prefix in find_prefixes(a.input, out)]

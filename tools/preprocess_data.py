@@ -64,8 +64,8 @@ def run(a: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megatron.config.schema import TokenizerConfig, require
-    from megatron.data.encode import Recipe, usable_cores
-    from megatron.data.preprocess import Job, Preprocessing
+    from megatron.data.ingest.encode import Recipe, usable_cores
+    from megatron.data.ingest.preprocess import Job, Preprocessing
 
     start = time.monotonic()
     require(a.lang is None or a.split_sentences, "--lang", a.lang, "only with --split-sentences")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from megatron.data.sources import Chunk, Parsed
+    from megatron.data.ingest.sources import Chunk, Parsed
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST = {"bpe": 257, "sentencepiece": 260}  # bytes and special tokens; the symbol for a blank
@@ -71,8 +71,8 @@ class Corpus:
     def __iter__(self) -> Iterator[tuple[str, ...]]:
         from tqdm import tqdm
 
-        from megatron.data.chunks import no_documents
-        from megatron.data.sources import open_sources
+        from megatron.data.ingest.records import no_documents
+        from megatron.data.ingest.sources import open_sources
 
         sources = open_sources(self.inputs)
         with tqdm(total=sum(source.size for source in sources) or None, unit="B", unit_scale=True,

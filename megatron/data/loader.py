@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from megatron.config.schema import DataConfig, require
-from megatron.data.blend import Samples
+from megatron.data.sampling.blend import Samples
 
 
 @dataclass(frozen=True)

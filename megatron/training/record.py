@@ -14,7 +14,7 @@ import torch
 
 from megatron import __version__
 from megatron.config.schema import RunConfig
-from megatron.data.blend import parse_blend
+from megatron.data.sampling.blend import parse_blend
 from megatron.io.sha256 import file_sha256
 from megatron.log import get_logger
 from megatron.moe import gates

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from corpora import corpus, job
-from megatron.data import encode as encode_module
-from megatron.data.encode import Encoders
-from megatron.data.preprocess import preprocess
+from megatron.data.ingest import encode as encode_module
+from megatron.data.ingest.encode import Encoders
+from megatron.data.ingest.preprocess import preprocess
 
 
 @pytest.fixture

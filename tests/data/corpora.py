@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.encode import Recipe
-from megatron.data.preprocess import Job
+from megatron.data.ingest.encode import Recipe
+from megatron.data.ingest.preprocess import Job
 
 BYTES = TokenizerConfig(tokenizer_type="ByteTokenizer")
 PAIR = (".bin", ".idx", ".json")

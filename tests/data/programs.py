@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed.reader import IndexedDataset
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO / "../shared/data"

@@ -12,8 +12,9 @@ import numpy as np
 
 import runs
 from megatron.config.schema import DataConfig, TokenizerConfig
-from megatron.data.blend import Samples, build_splits
-from megatron.data.streaming import Production, Stream, find_stream
+from megatron.data.sampling.blend import Samples
+from megatron.data.splits import build_splits
+from megatron.data.streaming.producer import Production, Stream, find_stream
 from megatron.io.staging_dir import WorkFolder
 from megatron.tokenizer.build import build_tokenizer
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data import cache
-from megatron.data.cache import Arrays, cached_arrays
+from megatron.data.sampling import index_cache
+from megatron.data.sampling.index_cache import Arrays, cached_arrays
 
 CONTEXT = multiprocessing.get_context("fork")
 KEY = {"seed": 3}
@@ -50,7 +50,7 @@ def test_eight_processes_build_at_once(tmp_path, locks, monkeypatch):
     if not locks:
         def refuse(*args):
             raise OSError("no locks here")
-        monkeypatch.setattr(cache.fcntl, "flock", refuse)
+        monkeypatch.setattr(index_cache.fcntl, "flock", refuse)
     barrier, results = CONTEXT.Barrier(8), CONTEXT.Queue()
     processes = [CONTEXT.Process(target=build_at_once, args=(str(tmp_path), barrier, results)) for _ in range(8)]
     for p in processes:
@@ -78,7 +78,7 @@ def stop_while_writing(folder: str, here) -> None:
         here.set()
         time.sleep(60)
 
-    cache.os.fsync = stop
+    index_cache.os.fsync = stop
     cached_arrays(folder, "test", KEY, arrays)
 
 

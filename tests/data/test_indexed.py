@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import indexed, indexed_writer
-from megatron.data.indexed import Index, IndexedDataset, dtype_for_vocab
-from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.indexed import reader
+from megatron.data.indexed import writer as writer_module
+from megatron.data.indexed.reader import Index, IndexedDataset, dtype_for_vocab
+from megatron.data.indexed.writer import IndexedWriter
 from programs import CODES, by_hand
 
 
@@ -155,7 +156,7 @@ def test_a_failure_leaves_the_old_files_and_nothing_else(tmp_path):
 def test_a_failure_while_publishing_leaves_nothing_temporary(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(indexed_writer, "_write", full)
+    monkeypatch.setattr(writer_module, "_write", full)
     with pytest.raises(OSError), IndexedWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_document([2])
     assert leftovers(tmp_path) == []
@@ -223,7 +224,7 @@ def test_damaged_files_are_refused_at_opening(tmp_path, changes, match):
 @pytest.mark.parametrize("block", [1, 2, 1 << 16])
 @pytest.mark.parametrize("bounds", [[], [0], [1, 2], [0, 1], [0, 2, 1, 2], [0, 1, 2, 1, 2], [0, 2**63 - 1, -2, 2]])
 def test_document_indices_that_do_not_rise_from_zero_to_the_end(tmp_path, monkeypatch, bounds, block):
-    monkeypatch.setattr(indexed, "BLOCK", block)
+    monkeypatch.setattr(reader, "BLOCK", block)
     with pytest.raises(ValueError, match="document index does not rise from 0 to the number of sequences, 2"):
         IndexedDataset(by_hand(tmp_path / "d", [[1, 2], [3]], bounds))
 
@@ -267,7 +268,7 @@ def test_a_flipped_bit_of_the_header_and_a_truncation_never_change_the_data(tmp_
 
 @pytest.mark.parametrize("part", ["lengths", "pointers"])
 def test_damage_is_seen_in_every_block_of_the_index(tmp_path, monkeypatch, part):
-    monkeypatch.setattr(indexed, "BLOCK", 2)
+    monkeypatch.setattr(reader, "BLOCK", 2)
     sequences = [[1], [2, 3], [], [4], [5, 6]]
     right = {"lengths": [1, 2, 0, 1, 2], "pointers": [0, 2, 6, 6, 8]}
     by_hand(tmp_path / "d", sequences, [0, 5], **right)

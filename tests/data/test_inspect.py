@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import inspect
-from megatron.data.indexed import IndexedDataset
-from megatron.data.indexed_writer import IndexedWriter, require_space
-from megatron.data.inspect import describe, facts, open_pair, repair, scan
+from megatron.data.indexed import inspect
+from megatron.data.indexed.inspect import describe, facts, open_pair, repair, scan
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import IndexedWriter, require_space
 from megatron.tokenizer.byte import ByteTokenizer
 from megatron.tokenizer.null import NullTokenizer
 from programs import BYTES, CODES, by_hand, documents, one_line_error, run

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config.schema import DataConfig
-from megatron.data.indexed import IndexedDataset
-from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import IndexedWriter
 from megatron.data.loader import Batch, BatchLoader, make_batch
-from megatron.data.samples import SampleIndex
+from megatron.data.sampling.sample_index import SampleIndex
 
 EOD = 0
 OPTIONS = DataConfig(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)

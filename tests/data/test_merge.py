@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import IndexedWriter
 from megatron.tokenizer.byte import ByteTokenizer
 from programs import REPO, TEXTS, documents, one_line_error, run
 from tools import merge_datasets

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from corpora import BYTES, PAIR, content, corpus, job, loop
 from megatron.config.schema import TokenizerConfig
-from megatron.data import encode as encode_module
-from megatron.data.encode import Encoders, Recipe, build_splitter, encode, usable_cores, with_eod
-from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import Job, Preprocessing, preprocess
-from megatron.data.sources import open_sources
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.ingest import encode as encode_module
+from megatron.data.ingest.encode import Encoders, Recipe, build_splitter, encode, usable_cores, with_eod
+from megatron.data.ingest.preprocess import Job, Preprocessing, preprocess
+from megatron.data.ingest.sources import open_sources
 from megatron.tokenizer.base import flatten
 from megatron.tokenizer.byte import ByteTokenizer
 from megatron.tokenizer.fast_bpe import FastBPE

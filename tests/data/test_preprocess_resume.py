@@ -20,8 +20,8 @@ import zstandard
 
 from corpora import content, corpus, job, loop
 from megatron.config.schema import TokenizerConfig
-from megatron.data.encode import Recipe
-from megatron.data.preprocess import Job, Preprocessing, preprocess
+from megatron.data.ingest.encode import Recipe
+from megatron.data.ingest.preprocess import Job, Preprocessing, preprocess
 from megatron.io.staging_dir import WorkFolder
 from programs import REPO, documents, jsonl
 

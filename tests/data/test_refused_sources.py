@@ -18,11 +18,11 @@ import pytest
 import zstandard
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data import sources
-from megatron.data.chunks import Chunk
-from megatron.data.encode import Recipe
-from megatron.data.preprocess import Job, preprocess
-from megatron.data.sources import open_sources
+from megatron.data.ingest import sources
+from megatron.data.ingest.encode import Recipe
+from megatron.data.ingest.preprocess import Job, preprocess
+from megatron.data.ingest.records import Chunk
+from megatron.data.ingest.sources import open_sources
 from programs import BYTES, REPO, jsonl, one_line_error, run
 
 
@@ -137,7 +137,7 @@ def test_a_long_line_takes_no_memory(tmp_path):
     with open(tmp_path / "a.json", "wb") as file:
         file.write(b"[")
         file.truncate(400_000_000)
-    code = ("from megatron.data.sources import open_sources\n"
+    code = ("from megatron.data.ingest.sources import open_sources\n"
             "source, = open_sources(['a.json'])\n"
             "try: [c.parse(['text']) for c in source.chunks(['text'])]\n"
             "except ValueError as error: print(error, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")

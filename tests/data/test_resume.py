@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import runs
 from megatron.config.schema import DataConfig
-from megatron.data.blend import Samples, build_splits
-from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.indexed.writer import IndexedWriter
 from megatron.data.loader import BatchLoader
+from megatron.data.sampling.blend import Samples
+from megatron.data.splits import build_splits
 from megatron.tokenizer.byte import ByteTokenizer
 
 GLOBAL_BATCH = 8

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import samples
-from megatron.data.indexed import IndexedDataset
-from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.samples import Cycle, SampleIndex, parse_split, split_documents
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import IndexedWriter
+from megatron.data.sampling import sample_index
+from megatron.data.sampling.sample_index import Cycle, SampleIndex, parse_split, split_documents
 
 
 def dataset(prefix: Path, lengths: list[int]) -> IndexedDataset:
@@ -210,7 +210,7 @@ def test_the_cache_gives_the_same_and_is_used(tmp_path, monkeypatch):
     plain = SampleIndex(d, None, 5, 33, 3)
     assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "a" / "b"))) == rows(plain)
     (file,) = (tmp_path / "a" / "b").glob("*.cache")
-    monkeypatch.setattr(samples, "build_order", None)
+    monkeypatch.setattr(sample_index, "build_order", None)
     again = SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "a" / "b"))
     assert rows(again) == rows(plain) and not again._bounds.flags.writeable
     data = pickle.dumps(again)

@@ -20,7 +20,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.sources import CHUNK_BYTES, Chunk, Rejected, Source, open_sources
+from megatron.data.ingest.sources import CHUNK_BYTES, Chunk, Rejected, Source, open_sources
 
 KEYS = ["text", "title"]
 BOM = b"\xef\xbb\xbf"

@@ -21,13 +21,13 @@ import zstandard
 
 import runs
 from megatron.config.schema import DataConfig, TokenizerConfig
-from megatron.data import preprocess as preprocess_module
-from megatron.data import streaming as module
-from megatron.data.blend import quotas
-from megatron.data.encode import Recipe
+from megatron.data.ingest import preprocess as preprocess_module
+from megatron.data.ingest.encode import Recipe
+from megatron.data.ingest.preprocess import Job, Preprocessing, preprocess
 from megatron.data.loader import BatchLoader
-from megatron.data.preprocess import Job, Preprocessing, preprocess
-from megatron.data.streaming import StreamSamples, cache_folder, produce
+from megatron.data.sampling.blend import quotas
+from megatron.data.streaming import producer as module
+from megatron.data.streaming.producer import StreamSamples, cache_folder, produce
 from programs import documents
 from streams import (
     BYTES,

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from megatron.config.schema import DataConfig
-from megatron.data import streaming as module
-from megatron.data.blend import build_splits
-from megatron.data.streaming import Production, StreamSamples, produce
+from megatron.data.splits import build_splits
+from megatron.data.streaming import producer as module
+from megatron.data.streaming.producer import Production, StreamSamples, produce
 from megatron.io.staging_dir import WorkFolder
 from programs import REPO
 from spawn import free_port

@@ -13,9 +13,9 @@ import pytest
 
 from dataset.make_corpus import read_documents
 from megatron.config.schema import TokenizerConfig
-from megatron.data.encode import Recipe
-from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import Job, preprocess
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.ingest.encode import Recipe
+from megatron.data.ingest.preprocess import Job, preprocess
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.byte import ByteTokenizer
 from programs import BYTES, REPO, SHARED, TEXTS, documents, jsonl, one_line_error, run

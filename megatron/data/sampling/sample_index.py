@@ -16,8 +16,8 @@ from fractions import Fraction
 import numpy as np
 
 from megatron.config.schema import require
-from megatron.data.cache import Arrays, cached_arrays, files_key
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.sampling.index_cache import Arrays, cached_arrays, files_key
 
 LAST_EPOCH_APART_BELOW = 0.80
 ALGORITHM = 1  # part of the cache key: raise it when the order of samples changes

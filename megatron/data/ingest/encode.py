@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.indexed import dtype_for_vocab
-from megatron.data.sources import Chunk, Rejected
+from megatron.data.indexed.reader import dtype_for_vocab
+from megatron.data.ingest.sources import Chunk, Rejected
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 

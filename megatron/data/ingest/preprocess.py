@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import TokenizerConfig, require
-from megatron.data.chunks import CHUNK_BYTES, Chunk, Rejected, no_documents
-from megatron.data.encode import Encoded, Encoders, Recipe
-from megatron.data.indexed import dtype_for_vocab
-from megatron.data.indexed_writer import PUBLISHED, IndexedWriter, is_resumable, publish
-from megatron.data.sources import open_sources
+from megatron.data.indexed.reader import dtype_for_vocab
+from megatron.data.indexed.writer import PUBLISHED, IndexedWriter, is_resumable, publish
+from megatron.data.ingest.encode import Encoded, Encoders, Recipe
+from megatron.data.ingest.records import CHUNK_BYTES, Chunk, Rejected, no_documents
+from megatron.data.ingest.sources import open_sources
 from megatron.io.atomic_write import named_errors, write_text
 from megatron.io.staging_dir import WorkFolder
 

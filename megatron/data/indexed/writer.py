@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron import __version__
-from megatron.data.indexed import CODES, HEADER, MAGIC, VERSION, IndexedDataset
+from megatron.data.indexed.reader import CODES, HEADER, MAGIC, VERSION, IndexedDataset
 from megatron.io.atomic_write import named_errors, sync_folder
 from megatron.io.staging_dir import WorkFolder
 

@@ -15,9 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.blend import check_sidecar
-from megatron.data.indexed import VERSION, Index, IndexedDataset, byte_pointers, read_index, uncounted_ends
-from megatron.data.indexed_writer import IndexedWriter, require_space
+from megatron.data.indexed.reader import (
+    VERSION,
+    Index,
+    IndexedDataset,
+    byte_pointers,
+    read_index,
+    uncounted_ends,
+)
+from megatron.data.indexed.writer import IndexedWriter, require_space
+from megatron.data.splits import check_sidecar
 from megatron.tokenizer.base import Tokenizer
 
 BLOCK = 1 << 22  # tokens, or documents, dealt with at once

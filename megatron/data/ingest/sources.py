@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from megatron.data.chunks import CHUNK_BYTES, LARGEST_RECORD, Chunk, Parsed, Rejected, listed
+from megatron.data.ingest.records import CHUNK_BYTES, LARGEST_RECORD, Chunk, Parsed, Rejected, listed
 from megatron.tokenizer.base import one_line
 
 __all__ = ["CHUNK_BYTES", "Chunk", "Parsed", "Rejected", "Source", "open_sources"]

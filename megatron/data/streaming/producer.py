@@ -40,10 +40,10 @@ import numpy as np
 
 from megatron import log
 from megatron.config.schema import DataConfig, TokenizerConfig, require
-from megatron.data.encode import Recipe
-from megatron.data.indexed import IndexedDataset, dtype_for_vocab
-from megatron.data.preprocess import LAYOUT, STATE, Job, Preprocessing, digest_of_files
-from megatron.data.sources import open_sources
+from megatron.data.indexed.reader import IndexedDataset, dtype_for_vocab
+from megatron.data.ingest.encode import Recipe
+from megatron.data.ingest.preprocess import LAYOUT, STATE, Job, Preprocessing, digest_of_files
+from megatron.data.ingest.sources import open_sources
 from megatron.io.atomic_write import named_errors
 from megatron.io.staging_dir import Busy, WorkFolder, owner, same_file
 from megatron.tokenizer.base import Tokenizer, digest
@@ -367,7 +367,7 @@ def start_producer(stream: Stream, needed: int, lookahead: int) -> subprocess.Po
     order = json.dumps({"stream": dataclasses.asdict(stream), "needed": needed, "lookahead": lookahead,
                         "errors": errors})
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r}); " \
-              f"from megatron.data.streaming import main; main()"
+              f"from megatron.data.streaming.producer import main; main()"
     process = subprocess.Popen([sys.executable, "-c", program, order], stdin=subprocess.PIPE, pass_fds=[errors],
                                start_new_session=True)
     os.register_at_fork(after_in_child=process.stdin.close)  # a worker that holds it would keep the producer alive
