@@ -31,16 +31,16 @@ def make_layer(name: str):
 
     from megatron.config.schema import ModelConfig, MoEConfig
     from megatron.model.build import make_moe_layer
-    from megatron.moe import gates
+    from megatron.moe.gate import create_gate, gate_config_class
     from megatron.parallel.groups import Groups
 
     experts, width = (EXPERTS // TOPK, WIDTH * TOPK) if name in SINGLE else (EXPERTS, WIDTH)
     options = {}
     if name == "peer":
         experts, width, options = NEURONS, 1, {"peer_num_heads": 8, "peer_topk": 16}
-    if name != "threshold" and hasattr(gates.config_of(name), "topk"):
+    if name != "threshold" and hasattr(gate_config_class(name), "topk"):
         options = {"topk": TOPK}
-    gate = gates.create(name, hidden_size=HIDDEN, num_experts=experts, vocab_size=VOCAB, init_std=1.5 / HIDDEN**0.5,
+    gate = create_gate(name, hidden_size=HIDDEN, num_experts=experts, vocab_size=VOCAB, init_std=1.5 / HIDDEN**0.5,
                         **options)
     model = ModelConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=8, activation="gelu")
     layer = make_moe_layer(gate, model, MoEConfig(num_experts=experts, moe_ffn_hidden_size=width, gate=name), layer=0,
@@ -61,7 +61,7 @@ def make_inputs():
 
 
 def run_layer(layer, x, ids) -> Callable[[], None]:
-    from megatron.moe.routing import FFNContext
+    from megatron.moe.ffn import FFNContext
 
     x = x.clone().requires_grad_()
 
@@ -76,7 +76,7 @@ def run_layer(layer, x, ids) -> Callable[[], None]:
 
 
 def run_gate(layer, x, ids) -> Callable[[], None]:
-    from megatron.moe.routing import FFNContext
+    from megatron.moe.ffn import FFNContext
 
     x = x.clone().requires_grad_()
     inp = layer._gate_input(x, FFNContext(ids))
@@ -95,7 +95,7 @@ def experts_per_token(layer, x, ids) -> tuple[float, float]:
     """(routed experts, choices on local paths) per token; without a limit all that a gate asks for is kept."""
     import torch
 
-    from megatron.moe.routing import FFNContext
+    from megatron.moe.ffn import FFNContext
 
     with torch.no_grad():
         expert_A = layer.gate(layer._gate_input(x, FFNContext(ids))).expert_A
@@ -116,10 +116,10 @@ def search(measure: Callable[[float], float], target: float, low: float, high: f
 
 
 def gate_shares(x, ids, rounds: int) -> list[report.Row]:
-    from megatron.moe import gates
+    from megatron.moe.gate import available_gates
 
     rows = []
-    for name in gates.available():
+    for name in available_gates():
         layer = make_layer(name)
         functions = {f"{name}: gate": run_gate(layer, x, ids), f"{name}: layer": run_layer(layer, x, ids)}
         rows += report.compare(report.interleave(functions, rounds, warmup=2), f"{name}: layer")

@@ -86,7 +86,7 @@ def size_rows(size, activation: str, device, rounds: int, bars: tuple[float, ...
         only: one of these must be in the names of the other layers.
     """
     from benchmarks import moe_peers as peers
-    from megatron.moe.activations import is_gated
+    from megatron.moe.experts.activations import is_gated
 
     problem = peers.Problem.draw(size, activation, device)
     loads = peers.loads(problem)

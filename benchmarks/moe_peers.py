@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.model.mlp import MLP
-from megatron.moe.activations import is_gated
-from megatron.moe.experts import GroupedExperts
+from megatron.moe.experts.activations import is_gated
+from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.parallel import groups as parallel
 from megatron.parallel.groups import Groups
 
@@ -164,11 +164,11 @@ def dense(problem: Problem) -> Layer:
 
 def ours(problem: Problem, backend: str = "auto", groups: Groups | None = None) -> Layer:
     """Our layer, or this rank's part of it."""
-    from megatron.moe import gates
+    from megatron.moe.gate import create_gate
     from megatron.moe.layer import MoELayer
 
     size = problem.size
-    gate = gates.create("topk", hidden_size=size.hidden, num_experts=size.experts, topk=size.topk,
+    gate = create_gate("topk", hidden_size=size.hidden, num_experts=size.experts, topk=size.topk,
                         norm_topk_prob=size.topk > 1).to(problem.x_TD.device)
     gate.router.weight.data.copy_(problem.router_ED)
     own = own_experts(size, groups)

@@ -2,7 +2,7 @@
 
 One layer's experts alone, forward and backward with two threads, fp32 unless it says bf16; what a newly made gate
 chooses is given. The reference is F.embedding + einsum + gelu + F.embedding + einsum with sparse gradients of both
-tables; a second one has dense gradients, as most training programs want. Ours is `megatron.moe.neurons` with either.
+tables; a second one has dense gradients, as most training programs want. Ours is `megatron.moe.peer.experts` with either.
 
 Peak memory is measured in a fresh process for each version: after inputs, weights and a pass of a tiny layer (threads,
 lazily loaded code) free memory is given back and the kernel's peak counter reset (5 to /proc/self/clear_refs); the peak
@@ -61,10 +61,10 @@ def choose(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x, and token, expert and weight of each assignment): what a new gate of default options makes of noise."""
     import torch
 
-    from megatron.moe import gates
+    from megatron.moe.gate import create_gate
     from megatron.moe.routing import GateInput
 
-    gate = gates.create("peer", hidden_size=size.hidden_size, num_experts=size.keys**2, peer_num_heads=size.heads,
+    gate = create_gate("peer", hidden_size=size.hidden_size, num_experts=size.keys**2, peer_num_heads=size.heads,
                         peer_topk=size.topk)
     x = torch.randn(size.tokens, size.hidden_size, generator=torch.Generator().manual_seed(0))
     x = x.bfloat16() if size.bf16 else x
@@ -74,7 +74,7 @@ def choose(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def make_experts(size: Size):
-    from megatron.moe.neurons import NeuronExperts
+    from megatron.moe.peer.experts import NeuronExperts
 
     experts = NeuronExperts(size.keys**2, size.keys**2, size.hidden_size, 1, "gelu")
     return experts.bfloat16() if size.bf16 else experts

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron import log
 from megatron.config import cli
 from megatron.config.schema import RunConfig, require
-from megatron.moe import gates
+from megatron.moe.gate import available_gates, gate_config_class
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
     Args:
         started: when the process did, as `time.time`, for the log's line on what start-up took; None: now.
     """
-    return exit_code(lambda: train(cli.parse(sys.argv[1:] if argv is None else argv, gates.config_of, gates.available),
+    return exit_code(lambda: train(cli.parse(sys.argv[1:] if argv is None else argv, gate_config_class, available_gates),
                                    started))
 
 
@@ -155,7 +155,7 @@ def _vocab_size(config: RunConfig, tokenizer) -> int:
 def _say_backend(config: RunConfig, groups) -> None:
     """What multiplies the experts' rows, and why, before anything is built for a choice that is not possible here."""
     from megatron.model.build import choose_backend
-    from megatron.moe.grouped import DTYPES
+    from megatron.moe.experts.backends import DTYPES
 
     if config.moe.num_experts:
         backend, why = choose_backend(config.model, config.moe, groups.device, DTYPES[config.optimizer.precision])

@@ -32,7 +32,7 @@ def train(argv: list[str]) -> None:
     """In a rank of the pool: a run, as the launcher would start it."""
     from megatron import pretrain
     from megatron.config import cli
-    from megatron.moe import gates
+    from megatron.moe.gate import available_gates, gate_config_class
 
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
-    pretrain.train(cli.parse(argv, gates.config_of, gates.available))
+    pretrain.train(cli.parse(argv, gate_config_class, available_gates))

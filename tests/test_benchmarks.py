@@ -104,11 +104,11 @@ def test_compute_that_ignores_demand_is_not_called_proportional():
 
 @pytest.mark.slow
 def test_gate_cost_quickly(tmp_path):
-    from megatron.moe.gates import available
+    from megatron.moe.gate import available_gates
 
     _, table, _ = run_quickly("gate_cost.py", tmp_path)
     names = [row["name"] for row in table]
-    assert names[:12] == [f"{gate}: gate" for gate in available()] and all(row["ratio"] < 1 for row in table[:12])
+    assert names[:12] == [f"{gate}: gate" for gate in available_gates()] and all(row["ratio"] < 1 for row in table[:12])
     assert [row["bar"] for row in table[12:]] == [1.25] * 8 + [None, 0.65]
 
 
@@ -176,7 +176,7 @@ def test_a_skewed_router_has_popular_experts_in_both_halves():
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_the_loop_is_the_formula(activation):
     """Against a sum over tokens and their experts, one at a time, in fp64."""
-    from megatron.moe.activations import activate
+    from megatron.moe.experts.activations import activate
 
     problem = peers.Problem.draw(SMALL, activation, CPU).float()
     y_TD, x_grad_TD, _ = peers.expert_loop(problem).results(problem)

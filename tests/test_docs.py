@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.config.schema import TrainConfig
-from megatron.moe import gates
+from megatron.moe.gate import _registry, available_gates, create_gate, gate_config_class
 from megatron.moe.routing import GateInput
 
 REPO = Path(__file__).resolve().parent.parent
@@ -42,12 +42,12 @@ def example(tmp_path):
     module = sys.modules["above_mean"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    del gates._registry["above_mean"], sys.modules["above_mean"]
+    del _registry["above_mean"], sys.modules["above_mean"]
 
 
 def test_the_table_has_every_gate():
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
-    assert sorted(rows) == gates.available()
+    assert sorted(rows) == available_gates()
     assert all(line.count("|") == 8 for line in TEXT.splitlines() if re.match(r"\| `\w+` \|", line))
 
 
@@ -55,7 +55,7 @@ def test_what_it_names_exists():
     for name in re.findall(r"`((?:megatron|tests|benchmarks|examples_deepspeed)/[\w./]+)`", TEXT):
         assert (REPO / name.replace("NAME", "topk")).exists(), name
     flags = set(re.findall(r"`--([a-z0-9-]+)`", TEXT))
-    fields = {f.replace("_", "-") for name in gates.available() for f in gates.config_of(name).__dataclass_fields__}
+    fields = {f.replace("_", "-") for name in available_gates() for f in gate_config_class(name).__dataclass_fields__}
     known = fields | {"gate", "seed", "margin", "moe-loss-coeff", "moe-z-loss-coeff", "moe-balance-scope"}
     assert flags <= known, flags - known
 
@@ -63,8 +63,8 @@ def test_what_it_names_exists():
 def test_the_example_is_a_gate(example):
     from megatron.config.cli import parse
 
-    assert parse(["--gate", "above_mean", "--margin", "0.5"], gates.config_of).gate_options["margin"] == 0.5
-    gate = gates.create("above_mean", hidden_size=8, num_experts=4, init_std=1.0, margin=0.9, loss_coeff=0.1)
+    assert parse(["--gate", "above_mean", "--margin", "0.5"], gate_config_class).gate_options["margin"] == 0.5
+    gate = create_gate("above_mean", hidden_size=8, num_experts=4, init_std=1.0, margin=0.9, loss_coeff=0.1)
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     out = gate(GateInput(x))
     out.check(20, 4)

@@ -13,7 +13,7 @@ import torch
 from megatron.config import cli
 from megatron.model.build import build_model
 from megatron.model.size import count
-from megatron.moe import gates
+from megatron.moe.gate import available_gates, gate_class, gate_config_class
 from megatron.parallel.groups import Groups
 
 REPO = Path(__file__).resolve().parent.parent
@@ -32,21 +32,21 @@ def config(gate: str, folder: Path, **env: str):
     assert done.returncode == 0, done.stderr
     words = shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("deepspeed")))
     start = next(i for i, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
-    return cli.parse(words[start + 1:], gates.config_of, gates.available)
+    return cli.parse(words[start + 1:], gate_config_class, available_gates)
 
 
 def size(config):
     with torch.device("meta"):
         model = build_model(config.model, config.moe, config.gate_options, vocab_size=8000, seed=0, groups=Groups())
-    gate = gates.gate_class(config.moe.gate)
+    gate = gate_class(config.moe.gate)
     return count(model, gate.experts_per_token(gate.Config(**config.gate_options), config.moe.num_experts))
 
 
 def test_there_is_a_script_for_every_gate_and_no_other():
-    assert sorted(p.stem for p in FOLDER.glob("*.sh") if p.stem != "scale") == gates.available()
+    assert sorted(p.stem for p in FOLDER.glob("*.sh") if p.stem != "scale") == available_gates()
 
 
-@pytest.mark.parametrize("gate", gates.available())
+@pytest.mark.parametrize("gate", available_gates())
 @pytest.mark.parametrize("scale", SCALES)
 def test_each_scale_parses_and_a_model_can_be_built(gate, scale, tmp_path):
     run = config(gate, tmp_path, SCALE=scale)
@@ -67,11 +67,11 @@ def test_each_scale_parses_and_a_model_can_be_built(gate, scale, tmp_path):
 def test_all_gates_but_peer_are_compared_at_the_same_size(scale, tmp_path):
     """In all, and per token where its number of experts is fixed: LibMoE's 8, the demo's 4. PEER is another model."""
     top_k = size(config("topk", tmp_path, SCALE=scale))
-    for gate in gates.available():
+    for gate in available_gates():
         if gate == "peer":
             continue
         run = config(gate, tmp_path, SCALE=scale)
-        got, cls = size(run), gates.gate_class(gate)
+        got, cls = size(run), gate_class(gate)
         assert got.total == pytest.approx(top_k.total, rel=0.03), gate  # 66 experts are 8.25 times 8
         most = cls.experts_per_token(cls.Config(**run.gate_options), run.moe.num_experts)[1]
         if most < run.moe.num_experts:

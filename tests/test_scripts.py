@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config import cli
-from megatron.moe import gates
+from megatron.moe.gate import available_gates, gate_config_class
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*REPO.glob("examples_deepspeed/**/*.sh"), *REPO.glob("dataset/*.sh"), REPO / ".ci/run"])
@@ -37,7 +37,7 @@ def dry(cwd, *more, **env) -> tuple[list[str], str]:
 
 def config_of(words: list[str]):
     start = next(i for i, w in enumerate(words) if w.endswith("pretrain_gpt.py"))
-    return cli.parse(words[start + 1:], gates.config_of, gates.available)
+    return cli.parse(words[start + 1:], gate_config_class, available_gates)
 
 
 NO_SSH = {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "NUM_NODES": "2", "NUM_GPUS": "4"}

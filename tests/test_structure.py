@@ -15,9 +15,9 @@ PACKAGE = [p for p in SOURCES if p.is_relative_to(REPO / "megatron")]
 LAYERS = {
     "megatron": 0, "megatron.config": 0, "megatron.log": 0, "megatron.buffers": 0, "megatron.parallel": 1,
     "megatron.data": 1,
-    "megatron.moe.routing": 2, "megatron.moe.gates": 2, "megatron.moe.dispatch": 2, "megatron.moe.experts": 2,
-    "megatron.moe.neurons": 2, "megatron.moe.plan": 2, "megatron.moe.activations": 2,
-    "megatron.moe.grouped": 2, "megatron.moe.expert_mlp": 2, "megatron.moe.kernels": 2,
+    "megatron.moe.routing": 2, "megatron.moe.gates": 2, "megatron.moe.dispatch.permute": 2, "megatron.moe.experts": 2,
+    "megatron.moe.neurons": 2, "megatron.moe.plan": 2, "megatron.moe.experts.activations": 2,
+    "megatron.moe.grouped": 2, "megatron.moe.experts.grouped_mlp": 2, "megatron.moe.kernels": 2,
     "megatron.moe.layer": 3, "megatron.moe.metrics": 3, "megatron.moe.deepspeed": 3, "megatron.moe": 3,
     "megatron.model": 4, "megatron.training": 5, "megatron.pretrain": 6,
 }

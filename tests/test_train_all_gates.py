@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from megatron.moe import gates
+from megatron.moe.gate import available_gates
 
 PEER = ["--peer-num-experts", "64", "--peer-num-heads", "4", "--peer-topk", "4", "--peer-query-size", "16"]
 MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval", "1"]
@@ -43,7 +43,7 @@ def flags(gate: str, data: str, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*future:UserWarning")
-@pytest.mark.parametrize("gate", gates.available())
+@pytest.mark.parametrize("gate", available_gates())
 def test_trains(gate, data, tmp_path, ranks2):
     """The loss falls by a nat in 60 steps, and no expert stays without gradients."""
     idle = ranks2.run(_train, flags(gate, data, tmp_path, "--train-iters", "60", "--log-interval", "5"), timeout=300)

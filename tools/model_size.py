@@ -15,11 +15,11 @@ def run() -> None:
 
     from megatron.config import cli
     from megatron.model.build import build_model, size_table
-    from megatron.moe import gates
+    from megatron.moe.gate import available_gates, gate_config_class
     from megatron.parallel.groups import Groups
     from megatron.tokenizer.build import build_tokenizer
 
-    config = cli.parse(sys.argv[1:], gates.config_of, gates.available)
+    config = cli.parse(sys.argv[1:], gate_config_class, available_gates)
     vocab_size = config.model.vocab_size
     if not vocab_size:
         try:

@@ -14,7 +14,7 @@ from megatron.config.schema import ModelConfig
 from megatron.model.attention import Attention
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotation
-from megatron.moe.routing import FFNContext, FFNOutput
+from megatron.moe.ffn import FFNContext, FFNOutput
 
 
 class Block(nn.Module):

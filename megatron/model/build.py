@@ -11,10 +11,13 @@ from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 from megatron.model.size import count, table
-from megatron.moe import gates, grouped, neurons
-from megatron.moe.experts import GroupedExperts, expert_output_std
-from megatron.moe.layer import MoELayer, NeuronLayer
-from megatron.moe.neurons import NeuronExperts
+from megatron.moe.experts import backends
+from megatron.moe.experts.grouped_experts import GroupedExperts, expert_output_std
+from megatron.moe.gate import Gate, create_gate, gate_class
+from megatron.moe.layer import MoELayer
+from megatron.moe.peer import experts as peer_experts
+from megatron.moe.peer.experts import NeuronExperts
+from megatron.moe.peer.layer import NeuronLayer
 from megatron.parallel.groups import Groups
 
 
@@ -34,7 +37,7 @@ def build_model(model: ModelConfig, moe: MoEConfig, gate_options: dict[str, Any]
     def make_ffn(layer: int) -> nn.Module:
         if layer not in moe_layers:
             return MLP(model.hidden_size, model.ffn_size, model.act)
-        gate = gates.create(moe.gate, hidden_size=model.hidden_size, num_experts=moe.num_experts,
+        gate = create_gate(moe.gate, hidden_size=model.hidden_size, num_experts=moe.num_experts,
                             layer=moe_layers.index(layer), num_moe_layers=len(moe_layers), vocab_size=vocab_size,
                             seed=seed, init_std=model.init_method_std, **gate_options)
         return make_moe_layer(gate, model, moe, layer=layer, seed=seed, groups=groups)
@@ -47,7 +50,7 @@ def build_model(model: ModelConfig, moe: MoEConfig, gate_options: dict[str, Any]
 
 def size_table(model: GPT, moe: MoEConfig, gate_options: dict[str, Any]) -> str:
     """The model's parameters by part, in all and active per token, as text."""
-    gate = gates.gate_class(moe.gate)
+    gate = gate_class(moe.gate)
     return table(count(model, gate.experts_per_token(gate.Config(**gate_options), max(1, moe.num_experts))))
 
 
@@ -57,13 +60,13 @@ def choose_backend(model: ModelConfig, moe: MoEConfig, device: torch.device, dty
     Raises:
         ValueError: --moe-backend asks for one that is not possible here.
     """
-    if gates.gate_class(moe.gate).neurons:
-        return neurons.choose_backend(moe.moe_backend, device.type, dtype)
+    if gate_class(moe.gate).neurons:
+        return peer_experts.choose_backend(moe.moe_backend, device.type, dtype)
     features = (model.hidden_size, moe.moe_ffn_hidden_size or model.ffn_size)
-    return grouped.choose_backend(moe.moe_backend, device.type, dtype, features)
+    return backends.choose_backend(moe.moe_backend, device.type, dtype, features)
 
 
-def make_moe_layer(gate: gates.Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int,
+def make_moe_layer(gate: Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int,
                    groups: Groups) -> MoELayer:
     """This rank's part of one mixture layer."""
     local, width = moe.num_experts // groups.ep_size, moe.moe_ffn_hidden_size or model.ffn_size

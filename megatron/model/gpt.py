@@ -22,7 +22,7 @@ from megatron.model.block import Block
 from megatron.model.loss import linear_cross_entropy
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary
-from megatron.moe.routing import FFNContext
+from megatron.moe.ffn import FFNContext
 
 
 class GPTOutput(NamedTuple):

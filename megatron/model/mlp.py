@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.moe.activations import activate, is_gated
-from megatron.moe.routing import FFNContext, FFNOutput
+from megatron.moe.experts.activations import activate, is_gated
+from megatron.moe.ffn import FFNContext, FFNOutput
 
 
 class MLP(nn.Module):

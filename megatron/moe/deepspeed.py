@@ -14,8 +14,9 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
-from megatron.moe.layer import MoELayer, NeuronLayer
+from megatron.moe.layer import MoELayer
 from megatron.moe.metrics import moe_layers
+from megatron.moe.peer.layer import NeuronLayer
 from megatron.parallel.groups import Groups
 
 

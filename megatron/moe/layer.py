@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.dispatch import Combine, Exchange, Gather, Weights, arrived_rows, share_tokens, sum_shared
-from megatron.moe.experts import GroupedExperts
-from megatron.moe.gates import Gate
-from megatron.moe.neurons import NeuronExperts
-from megatron.moe.plan import Plan, capacity, count, make_plan
-from megatron.moe.routing import FFNContext, FFNOutput, GateInput, Routing
+from megatron.moe.dispatch.all_to_all import Exchange, arrived_rows
+from megatron.moe.dispatch.permute import Combine, Gather, Weights
+from megatron.moe.dispatch.plan import Plan, capacity, count, make_plan
+from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.ffn import FFNContext, FFNOutput
+from megatron.moe.gate import Gate
+from megatron.moe.routing import GateInput, Routing
 from megatron.parallel.groups import Groups, all_reduce_sum
 
 T = TypeVar("T")
@@ -188,37 +189,6 @@ class MoELayer(nn.Module):
         """Choices a token can have kept, for the histogram."""
         most = type(self.gate).experts_per_token(self.gate.config, self.gate.num_experts)[1]
         return min(max(most, 1) + len(self.gate.local_paths), self.gate.num_experts + len(self.gate.local_paths))
-
-
-class NeuronLayer(MoELayer):
-    """A mixture layer whose experts are single neurons or tiny MLPs in tables (PEER).
-
-    Rows of tokens are not sent to experts: the experts' rows are looked up. With sharded experts every rank gets all
-    tokens, adds up its own experts' part of every output, and the parts are summed.
-
-    Args:
-        experts: this rank's slice of the tables.
-    """
-
-    experts: NeuronExperts
-
-    def _plan(self, routing: Routing, x_TD: Tensor) -> Plan:
-        limit, sharded = self._limit(x_TD), self.groups.ep_group is not None
-        if limit is None and not sharded:
-            return Plan.as_listed(routing, len(x_TD), self.gate.num_experts)
-        return make_plan(routing, len(x_TD), self.gate.num_experts, limit=limit)
-
-    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]) -> tuple[Tensor, T]:
-        group, rows = self.groups.ep_group, plan.routed
-        if rows is None:
-            return self.experts(x_TD, routing.token_A, routing.expert_A, routing.weight_A), beside()
-        if group is None:
-            kept_S = rows.assignment_S[: sum(rows.counts())]
-            return self.experts(x_TD, routing.token_A[kept_S], routing.expert_A[kept_S],
-                                Weights.apply(routing.weight_A, rows)[: len(kept_S)]), beside()
-        shared = share_tokens(x_TD, rows, routing.weight_A, plan.kept_C, group)
-        y_TD = self.experts(shared.x_TD, shared.token_S, shared.expert_S, shared.weight_S)
-        return sum_shared(y_TD, shared, group), beside()
 
 
 class _Pass(AbstractContextManager):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.gates import Gate
+from megatron.moe.gate import Gate
 from megatron.moe.layer import MoELayer
 from megatron.moe.routing import StepTotals
 from megatron.parallel.groups import Groups, all_reduce_sum

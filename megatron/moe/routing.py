@@ -11,7 +11,6 @@ number of experts per token (threshold, ReMoE), signed weights (TC-MoE), a milli
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,19 +94,6 @@ def _num_sequences(inp: GateInput) -> int:
     return 1 if inp.sequence_T is None or not len(inp.sequence_T) else int(inp.sequence_T.max()) + 1
 
 
-def losses(*terms: Balance, extra: Tensor | float = 0.0) -> dict[str, Any]:
-    """The fields `aux_loss` and `balance` of a `Routing`: what is known on this rank is added up, the rest handed on.
-
-    Args:
-        terms: balance losses; at least one, or `extra` a 0-d tensor.
-        extra: other losses, coefficients applied.
-    """
-    aux = extra
-    for term in terms:
-        aux = aux + (term.loss() if term.scope != "global-batch" else term.count_NG.new_zeros(()))
-    return {"aux_loss": aux, "balance": tuple(term for term in terms if term.scope == "global-batch")}
-
-
 @dataclass(frozen=True, slots=True)
 class Routing:
     """What a gate answers. `check` states the rules."""
@@ -169,32 +155,3 @@ class StepTotals:
     """fp32, the loads of all mixture layers that have such a gate, in order"""
 
 
-@dataclass(frozen=True, slots=True)
-class FFNContext:
-    """What a block hands to its feed-forward layer, dense or mixture, beside the hidden states."""
-
-    token_ids_BS: Tensor | None = None
-    carry: Tensor | None = None
-    progress: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class FFNOutput:
-    """What every feed-forward layer, dense or mixture, returns."""
-
-    y: Tensor
-    """[B, S, D], to be added to the residual stream"""
-    aux_loss: Tensor | None = None
-    """0-d fp32, None from a dense layer"""
-    carry: Tensor | None = None
-
-
-def z_loss(logits_TE: Tensor) -> Tensor:
-    """mean_t logsumexp(z_t)^2 (ST-MoE, eq. 5): keeps logits small.
-
-    Args:
-        logits_TE: fp32 [T, E].
-    Returns:
-        0-d fp32; 0 when there are no tokens.
-    """
-    return logits_TE.logsumexp(-1).square().sum() / max(1, logits_TE.shape[0])

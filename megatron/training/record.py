@@ -17,7 +17,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.sampling.blend import parse_blend
 from megatron.io.sha256 import file_sha256
 from megatron.log import get_logger
-from megatron.moe import gates
+from megatron.moe.gate import create_gate
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
 
@@ -176,7 +176,7 @@ def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
     if not config.moe.num_experts:
         return {}
     with torch.device("meta"):
-        gate = gates.create(config.moe.gate, hidden_size=config.model.hidden_size, num_experts=config.moe.num_experts,
+        gate = create_gate(config.moe.gate, hidden_size=config.model.hidden_size, num_experts=config.moe.num_experts,
                             layer=1, num_moe_layers=2, vocab_size=1, **config.gate_options)
     return {name: tensor.shape for name, tensor in gate.state_dict().items()}
 

@@ -4,7 +4,7 @@ from torch import nn
 from megatron.config.schema import ModelConfig
 from megatron.model.block import Block
 from megatron.model.mlp import MLP
-from megatron.moe.routing import FFNContext, FFNOutput
+from megatron.moe.ffn import FFNContext, FFNOutput
 
 CONFIG = ModelConfig(hidden_size=8, num_attention_heads=2, seq_length=5)
 

@@ -10,7 +10,7 @@ from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import build_model
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
-from megatron.moe.routing import FFNOutput
+from megatron.moe.ffn import FFNOutput
 from megatron.parallel.groups import Groups
 
 LLAMA = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,

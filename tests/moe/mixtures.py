@@ -9,15 +9,15 @@ import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
-from megatron.moe import gates
-from megatron.moe.activations import activate
+from megatron.moe.experts.activations import activate
+from megatron.moe.gate import create_gate, gate_class
 from megatron.parallel.groups import Groups
 
 D, E = 8, 4
 
 
 def make_layer(name, groups=None, num_experts=E, seed=0, shared=0, options=None, layer=0, **moe):
-    gate = gates.create(name, hidden_size=D, num_experts=num_experts, layer=layer, num_moe_layers=layer + 1,
+    gate = create_gate(name, hidden_size=D, num_experts=num_experts, layer=layer, num_moe_layers=layer + 1,
                         vocab_size=50, seed=seed, init_std=0.5, **(options or {}))
     model = ModelConfig(num_layers=1, hidden_size=D, num_attention_heads=1, ffn_hidden_size=12, activation="swiglu",
                         init_method_std=0.4)
@@ -69,7 +69,7 @@ def exact_shares(logits):
 
 
 def has_topk(name):
-    return "topk" in {f.name for f in dataclasses.fields(gates.gate_class(name).Config)}
+    return "topk" in {f.name for f in dataclasses.fields(gate_class(name).Config)}
 
 
 def dumb_top_k(c, logits):

@@ -6,21 +6,22 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megatron.moe import gates
+from megatron.moe.ffn import FFNContext
+from megatron.moe.gate import available_gates, gate_class
 from megatron.moe.metrics import MoEMetrics
-from megatron.moe.routing import FFNContext, GateInput
+from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 from mixtures import D, make_layer
 from spawn import groups_for
 
-NAMES = [n for n in gates.available()
-         if "balance_scope" in {f.name for f in dataclasses.fields(gates.gate_class(n).Config)}]
+NAMES = [n for n in available_gates()
+         if "balance_scope" in {f.name for f in dataclasses.fields(gate_class(n).Config)}]
 TOKENS = 6
 
 
 def options(name, scope):
     """A large coefficient, so that the loss is well above rounding."""
-    fields = {f.name for f in dataclasses.fields(gates.gate_class(name).Config)}
+    fields = {f.name for f in dataclasses.fields(gate_class(name).Config)}
     known = {"balance_scope": scope, "loss_coeff": 0.5, "lambda_init": 0.5}
     return {key: value for key, value in known.items() if key in fields}
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moe.gates import create, gate_class
-from megatron.moe.gates.base import TOLERANCE, balanced_assignment
+from megatron.moe.gate import create_gate, gate_class
+from megatron.moe.gates.base_layer import TOLERANCE, balanced_assignment
 from megatron.moe.routing import GateInput
 
 
 def make(num_experts=4, seed=0, std=0.5, **where):
-    return create("base", hidden_size=6, num_experts=num_experts, seed=seed, init_std=std, **where)
+    return create_gate("base", hidden_size=6, num_experts=num_experts, seed=seed, init_std=std, **where)
 
 
 def draw(tokens, seed=0, columns=6):

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moe.gates import create
+from megatron.moe.gate import create_gate
 from megatron.moe.routing import GateInput
 from mixtures import dumb_top_k
 
 
 def make(num_experts=5, hidden=4, seed=0, std=0.5, **options):
-    return create("cosine", hidden_size=hidden, num_experts=num_experts, seed=seed, init_std=std, **options)
+    return create_gate("cosine", hidden_size=hidden, num_experts=num_experts, seed=seed, init_std=std, **options)
 
 
 def draw(tokens, seed=0, hidden=4):
@@ -195,7 +195,7 @@ def test_the_balance_scopes_are_handed_on():
 def test_state_round_trip_and_parameters_from_seed_and_layer():
     a, b = make(seed=1), make(seed=2)
     assert not torch.equal(a.embeddings_EP, b.embeddings_EP)
-    assert not torch.equal(a.embeddings_EP, create("cosine", hidden_size=4, num_experts=5, layer=1, seed=1,
+    assert not torch.equal(a.embeddings_EP, create_gate("cosine", hidden_size=4, num_experts=5, layer=1, seed=1,
                                                    init_std=0.5).embeddings_EP)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), make(seed=1).parameters()))
     with torch.no_grad():

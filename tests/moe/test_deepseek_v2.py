@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moe.gates import create
+from megatron.moe.gate import create_gate
 from megatron.moe.routing import SCOPES, GateInput
 
 D = 5
@@ -69,7 +69,7 @@ def total_loss(out):
 
 
 def make(E=8, std=0.6, seed=0, **options):
-    return create("deepseek_v2", hidden_size=D, num_experts=E, seed=seed, init_std=std, **options)
+    return create_gate("deepseek_v2", hidden_size=D, num_experts=E, seed=seed, init_std=std, **options)
 
 
 @settings(max_examples=250, deadline=None)
@@ -110,13 +110,13 @@ def given_logits(gate, logits):
 
 def test_a_group_is_as_good_as_its_best_expert():
     """Group 0 has the larger sum, group 1 the larger maximum: V3's rule would choose the other one."""
-    gate = create("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1)
+    gate = create_gate("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1)
     assert given_logits(gate, [[1.0, 1.0, 1.2, -9.0]]).expert_A.tolist() == [2]
 
 
 def test_closed_groups_are_never_chosen_even_when_probabilities_underflow():
     """Mistake: masking with 0. Expert 3 has probability 0 in fp32 and must still win over the closed group."""
-    gate = create("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=2)
+    gate = create_gate("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=2)
     for logits in ([-200.0, -250.0, 0.0, -300.0], [-300.0, 0.0, -200.0, -250.0]):
         out = given_logits(gate, [logits])
         assert {e // 2 for e in out.expert_A.tolist()} == {logits.index(0.0) // 2}
@@ -126,7 +126,7 @@ def test_closed_groups_are_never_chosen_even_when_probabilities_underflow():
 def test_one_group_equals_topk_and_has_no_device_losses():
     """Property: zero effect equals absent. The coefficients of one group's constants change nothing."""
     x, options = torch.randn(9, D), {"topk": 3, "loss_coeff": 0.2, "balance_scope": "micro-batch"}
-    plain = create("topk", hidden_size=D, num_experts=8, init_std=0.6, **options)(GateInput(x))
+    plain = create_gate("topk", hidden_size=D, num_experts=8, init_std=0.6, **options)(GateInput(x))
     out = make(**options)(GateInput(x))
     loud = make(**options, device_loss_coeff=9.0, communication_loss_coeff=9.0)(GateInput(x))
     for other in (out, loud):
@@ -157,7 +157,7 @@ def test_losses_are_their_coefficients_when_uniform(topk_group, reached):
 
 def test_two_experts_in_one_group_are_sent_once():
     """Mistake: counting choices instead of tokens sent. Group 0 gets both choices of token 0, one of token 1's."""
-    gate = create("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=2, topk=2, loss_coeff=0.0,
+    gate = create_gate("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=2, topk=2, loss_coeff=0.0,
                   device_loss_coeff=0.0, communication_loss_coeff=1.0)
     logits = [[2.0, 1.0, 0.0, 0.0], [2.0, 0.0, 1.0, 0.0]]
     out = given_logits(gate, logits)
@@ -169,7 +169,7 @@ def test_two_experts_in_one_group_are_sent_once():
 
 def test_losses_are_means_over_sequences_by_default():
     """Mistake: one loss over the micro-batch. Two skewed sequences that balance each other still cost."""
-    gate = create("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1)
+    gate = create_gate("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1)
     assert gate.config.balance_scope == "sequence"
     gate.router.weight = torch.nn.Parameter(torch.eye(4))
     x = torch.tensor([[9.0, 8.0, 0, 0], [8.0, 9.0, 0, 0], [0, 0, 9.0, 8.0], [0, 0, 8.0, 9.0]])

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from megatron.moe.experts import GroupedExperts
-from megatron.moe.gates import create
+from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.gate import create_gate
 from megatron.moe.layer import MoELayer
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import SCOPES, GateInput
@@ -66,7 +66,7 @@ def dumb(gate, x, sequence):
 
 
 def make(E=8, std=0.8, seed=0, bias=None, **options):
-    gate = create("deepseek_v3", hidden_size=D, num_experts=E, seed=seed, init_std=std, **options)
+    gate = create_gate("deepseek_v3", hidden_size=D, num_experts=E, seed=seed, init_std=std, **options)
     if bias is not None:
         gate.expert_bias.copy_(torch.as_tensor(bias))
     return gate
@@ -118,7 +118,7 @@ def given_scores(gate, scores):
 
 
 def four(topk, bias=(0.0, 0.0, 0.0, 0.0), **options):
-    gate = create("deepseek_v3", hidden_size=4, num_experts=4, topk=topk, n_group=2, topk_group=1, **options)
+    gate = create_gate("deepseek_v3", hidden_size=4, num_experts=4, topk=topk, n_group=2, topk_group=1, **options)
     gate.expert_bias.copy_(torch.tensor(bias))
     return gate
 
@@ -137,7 +137,7 @@ def test_closed_groups_are_minus_infinity_not_zero():
 
 def test_the_bias_chooses_and_does_not_weigh():
     """Mistakes: a bias that is never used; weights from biased scores."""
-    gate = create("deepseek_v3", hidden_size=4, num_experts=4, topk=2)
+    gate = create_gate("deepseek_v3", hidden_size=4, num_experts=4, topk=2)
     gate.expert_bias.copy_(torch.tensor([5.0, 0.0, 0.0, 4.0]))
     out = given_scores(gate, [0.1, 0.8, 0.7, 0.3])
     assert out.expert_A.tolist() == [0, 3]
@@ -181,7 +181,7 @@ def test_the_published_size():
 
 
 def test_the_loss_is_per_sequence_and_does_not_see_the_bias():
-    gate = create("deepseek_v3", hidden_size=4, num_experts=4, topk=1, norm_topk_prob=False)
+    gate = create_gate("deepseek_v3", hidden_size=4, num_experts=4, topk=1, norm_topk_prob=False)
     gate.router.weight = nn.Parameter(torch.eye(4))
     x = torch.tensor([[9.0, -9, -9, -9], [9, -9, -9, -9], [-9, -9, 9, -9], [-9, -9, 9, -9]])
     apart = gate(GateInput(x, None, torch.tensor([0, 0, 1, 1]), num_sequences=2)).aux_loss
@@ -345,7 +345,7 @@ def test_finite_answers_and_gradients(tokens, scale, norm):
 
 def test_one_expert_needs_no_options():
     """With a single expert there is nothing to choose and nothing to learn: top-1 is then no mistake."""
-    gate = create("deepseek_v3", hidden_size=D, num_experts=1, topk=1)
+    gate = create_gate("deepseek_v3", hidden_size=D, num_experts=1, topk=1)
     assert gate(GateInput(torch.randn(3, D))).weight_A.tolist() == pytest.approx([2.5] * 3)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
-from megatron.moe import gates
+from megatron.moe.gate import available_gates
 from megatron.parallel.groups import Groups
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, activation="swiglu",
@@ -94,7 +94,7 @@ def _train(gate, stage, precision="fp32", activation="swiglu"):
     return losses, norms, weights
 
 
-@pytest.mark.parametrize("gate", gates.available())
+@pytest.mark.parametrize("gate", available_gates())
 @pytest.mark.parametrize("world, stage", [(1, 1), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)])
 def test_clipped_update_equals_plain_torch(gate, world, stage, request):
     """Losses, gradient norms and every weight after three clipped steps, by name."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.moe.dispatch import Combine, Exchange, Gather, Weights, arrived_rows, bag_sum
-from megatron.moe.plan import make_plan
+from megatron.moe.dispatch.all_to_all import Exchange, arrived_rows
+from megatron.moe.dispatch.permute import Combine, Gather, Weights, segment_sum
+from megatron.moe.dispatch.plan import make_plan
 from spawn import groups_for
 from test_plan import make_routing
 
@@ -68,9 +69,9 @@ def test_no_rows():
 
 def test_bags_may_end_before_the_order_does():
     x, order = torch.arange(6.0).view(3, 2), torch.tensor([2, 0, 1, 1])
-    assert bag_sum(x, order, torch.tensor([0, 2, 2])).tolist() == [[4, 6], [0, 0]]
-    assert bag_sum(x, order, torch.tensor([0, 2, 3]), torch.tensor([1.0, 2, 3, 4])).tolist() == [[4, 7], [6, 9]]
-    assert bag_sum(x, order, torch.tensor([0, 0])).tolist() == [[0, 0]]
+    assert segment_sum(x, order, torch.tensor([0, 2, 2])).tolist() == [[4, 6], [0, 0]]
+    assert segment_sum(x, order, torch.tensor([0, 2, 3]), torch.tensor([1.0, 2, 3, 4])).tolist() == [[4, 7], [6, 9]]
+    assert segment_sum(x, order, torch.tensor([0, 0])).tolist() == [[0, 0]]
 
 
 def test_elsewhere_the_last_bag_would_go_to_the_end(monkeypatch):
@@ -87,7 +88,7 @@ def test_elsewhere_the_last_bag_would_go_to_the_end(monkeypatch):
     x = torch.tensor([[1.0], [2], [float("nan")]])
     order = torch.tensor([1, 0, 2, 2])
     for weights, expected in ((None, [[2], [1]]), (torch.tensor([3.0, 5, 1, 1]), [[6], [5]])):
-        assert bag_sum(x, order.as_subclass(Elsewhere), torch.tensor([0, 1, 2]), weights).tolist() == expected
+        assert segment_sum(x, order.as_subclass(Elsewhere), torch.tensor([0, 1, 2]), weights).tolist() == expected
 
 
 def _exchange(ep_size, case):

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moe.gates import create, gate_class
+from megatron.moe.gate import create_gate, gate_class
 from megatron.moe.routing import GateInput
 
 pytestmark = pytest.mark.filterwarnings("ignore:gate expert_choice")
 
 
 def make(num_experts=4, hidden=6, seed=0, std=1.0, **options):
-    return create("expert_choice", hidden_size=hidden, num_experts=num_experts, seed=seed, init_std=std, **options)
+    return create_gate("expert_choice", hidden_size=hidden, num_experts=num_experts, seed=seed, init_std=std, **options)
 
 
 def draw(tokens, seed=0, hidden=6):

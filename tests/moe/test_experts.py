@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron.moe.activations import activate, is_gated
-from megatron.moe.experts import GroupedExperts, expert_output_std
-from megatron.moe.plan import make_plan
+from megatron.moe.dispatch.plan import make_plan
+from megatron.moe.experts.activations import activate, is_gated
+from megatron.moe.experts.grouped_experts import GroupedExperts, expert_output_std
 from test_grouped import dumb_mlp
 from test_plan import make_routing
 

@@ -7,14 +7,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from megatron.moe import gates
-from megatron.moe.plan import capacity
-from megatron.moe.routing import FFNContext, GateInput
+from megatron.moe.dispatch.plan import capacity
+from megatron.moe.ffn import FFNContext
+from megatron.moe.gate import Gate, Place, available_gates, create_gate, gate_class, gate_config_class
+from megatron.moe.routing import GateInput
 from mixtures import D, E, dumb_expert, dumb_layer, exact_shares, has_topk, make_carry, make_input, make_layer
 from spawn import groups_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*future:UserWarning")  # expert_choice says so once
-ALL = gates.available()
+ALL = available_gates()
 CAPACITY_1 = {"moe_train_capacity_factor": 1.0, "moe_min_capacity": 1}
 
 
@@ -51,7 +52,7 @@ def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale
     for k_all in (False, True):
         if k_all and has_topk(name):
             options = {"topk": num_experts}
-        gate = gates.create(name, hidden_size=D, num_experts=num_experts, layer=1, num_moe_layers=2, vocab_size=50,
+        gate = create_gate(name, hidden_size=D, num_experts=num_experts, layer=1, num_moe_layers=2, vocab_size=50,
                             **options, init_std=0.5)
         x, ids = make_input(tokens, scale=scale)
         for dtype in (torch.float32, torch.bfloat16):
@@ -73,7 +74,7 @@ def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale
 def test_normalised_sigmoids_are_exact_where_they_underflow(name, options, offset):
     """Weights, balance loss and gradients when all of a token's logits are low. The mistake to catch: a sum of scores
     that is clamped, so that at -48 weights are too small and at -104 the token is lost, with the router's gradient."""
-    gate = gates.create(name, hidden_size=4, num_experts=4, topk=2, norm_topk_prob=True, loss_coeff=1.0, init_std=1.0,
+    gate = create_gate(name, hidden_size=4, num_experts=4, topk=2, norm_topk_prob=True, loss_coeff=1.0, init_std=1.0,
                         **options)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     if name == "cosine":
@@ -247,7 +248,7 @@ def test_sharded_equals_one_rank(name, world, chunks, spread, moe, request):
     tokens go to the same experts. (They are not equal: rounding would decide who stays under the limit.)"""
     y, x_grad, grads = chunked(name, chunks, spread, **moe)
     assert all(torch.isfinite(t).all() for t in (y, x_grad, *grads.values()))
-    if not moe and not gates.gate_class(name).sees_other_tokens:
+    if not moe and not gate_class(name).sees_other_tokens:
         layer = second_layer(name)
         torch.testing.assert_close(layer(*case(layer, 11, spread)).y[0], y, atol=1e-5, rtol=1e-5)
     answers = request.getfixturevalue(f"ranks{world}").run(_sharded, name, world, chunks, spread, moe)
@@ -304,19 +305,19 @@ def words(name, value):
     return [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
 
 
-@pytest.mark.parametrize("name, option", [(n, f.name) for n in ALL for f in dataclasses.fields(gates.config_of(n))])
+@pytest.mark.parametrize("name, option", [(n, f.name) for n in ALL for f in dataclasses.fields(gate_config_class(n))])
 def test_every_option_is_a_flag(name, option):
     """A value that is not the default arrives, and nothing else changes."""
     from megatron.config.cli import parse
 
     def gate_options(*flags):
         argv = ["--gate", name, "--num-experts", str(E), *flags]
-        return parse(argv, gates.config_of, gates.available).gate_options
+        return parse(argv, gate_config_class, available_gates).gate_options
 
     base = {"n_group": 4} if option == "topk_group" else {}  # of one group one is open
     flags = [word for n, v in base.items() for word in words(n, v)]
     before, refusals = gate_options(*flags), []
-    for value in other_values({f.name: f for f in dataclasses.fields(gates.config_of(name))}[option]):
+    for value in other_values({f.name: f for f in dataclasses.fields(gate_config_class(name))}[option]):
         try:
             after = gate_options(*flags, *words(option, value))
         except ValueError as error:
@@ -330,33 +331,33 @@ def test_every_option_is_a_flag(name, option):
 
 def test_create_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="--gate is 'nope'; allowed: .*threshold.*topk"):
-        gates.create("nope", hidden_size=D, num_experts=E)
+        create_gate("nope", hidden_size=D, num_experts=E)
     with pytest.raises(ValueError, match="gate 'topk' has no option 'threshold'; allowed: topk score_function"):
-        gates.create("topk", hidden_size=D, num_experts=E, threshold=0.5)
+        create_gate("topk", hidden_size=D, num_experts=E, threshold=0.5)
     with pytest.raises(ValueError, match="num_experts is 0"):
-        gates.create("topk", hidden_size=D, num_experts=0)
+        create_gate("topk", hidden_size=D, num_experts=0)
 
 
 def test_a_taken_name_is_an_error():
     with pytest.raises(ValueError, match="gate name 'topk' is taken by megatron.moe.gates.topk.TopKGate"):
-        class Other(gates.Gate, name="topk"):
+        class Other(Gate, name="topk"):
             pass
 
 
 def test_a_gate_without_forward_says_so():
-    class Empty(gates.Gate):
+    class Empty(Gate):
         Config = dict
 
     with pytest.raises(NotImplementedError, match="gate Empty has no forward"):
-        Empty({}, gates.Place(D, E))(GateInput(torch.zeros(1, D)))
+        Empty({}, Place(D, E))(GateInput(torch.zeros(1, D)))
 
 
 def test_local_paths_stay_on_the_rank_and_are_not_counted_against_capacity():
     """A gate with two local paths (zero and copy) in a layer with capacity 1."""
 
-    class Local(gates.Gate):
+    class Local(Gate):
         def __init__(self):
-            super().__init__(None, gates.Place(D, 2))
+            super().__init__(None, Place(D, 2))
             self.local_paths = nn.ModuleList([nn.Identity(), Negative()])
 
         def forward(self, inp):

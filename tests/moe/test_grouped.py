@@ -1,5 +1,6 @@
 """`grouped_linear` and the experts' MLP in every backend, against dumb loops: values, gradients by name, repeatable."""
 
+import importlib.util
 import os
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moe import grouped
-from megatron.moe.dispatch import Weights
-from megatron.moe.expert_mlp import expert_mlp
-from megatron.moe.grouped import choose_backend, grouped_linear
-from megatron.moe.plan import make_plan
+from megatron.moe.dispatch.permute import Weights
+from megatron.moe.dispatch.plan import make_plan
+from megatron.moe.experts.backends import choose_backend
+from megatron.moe.experts.grouped_linear import grouped_linear
+from megatron.moe.experts.grouped_mlp import expert_mlp
 from test_plan import make_routing
 
 BACKENDS = ("reference", "cpu", "grouped_mm")
@@ -180,22 +181,22 @@ def test_grouped_linear_by_finite_differences(backend):
 
 
 def test_which_backend_and_why(monkeypatch):
-    installed, no_triton = grouped.importlib.util.find_spec, lambda name: None
+    installed, no_triton = importlib.util.find_spec, lambda name: None
     assert choose_backend("auto", "cpu", torch.bfloat16)[0] == "cpu"
     for name in ("reference", "cpu", "grouped_mm"):
         assert choose_backend(name, "cpu", torch.bfloat16) == (name, "--moe-backend says so")
     with monkeypatch.context() as m:
-        m.setattr(grouped.importlib.util, "find_spec", lambda name: name)
+        m.setattr(importlib.util, "find_spec", lambda name: name)
         choose_backend.cache_clear()
         assert choose_backend("auto", "cuda", torch.bfloat16) == ("triton", "a CUDA device, and triton is installed")
-        m.setattr(grouped.importlib.util, "find_spec", no_triton)
+        m.setattr(importlib.util, "find_spec", no_triton)
         choose_backend.cache_clear()
         name, why = choose_backend("auto", "cuda", torch.bfloat16)
         assert name == "grouped_mm" and "triton is not installed" in why
         name, why = choose_backend("auto", "cuda", torch.float64)
         assert name == "reference" and "triton is not installed" in why and "no torch.float64" in why
     choose_backend.cache_clear()
-    assert grouped.importlib.util.find_spec is installed
+    assert importlib.util.find_spec is installed
 
 
 @pytest.mark.parametrize("requested, device, dtype, what", [
@@ -214,7 +215,7 @@ def test_backends_that_are_not_possible(requested, device, dtype, what):
 def test_sizes_that_grouped_mm_cannot_do(monkeypatch):
     """auto takes another one, and the one that was asked for says so before torch does."""
     with monkeypatch.context() as m:
-        m.setattr(grouped.importlib.util, "find_spec", lambda name: None)
+        m.setattr(importlib.util, "find_spec", lambda name: None)
         choose_backend.cache_clear()
         assert choose_backend("auto", "cuda", torch.bfloat16, (64, 8))[0] == "grouped_mm"
         name, why = choose_backend("auto", "cuda", torch.bfloat16, (64, 20))

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
-from megatron.moe.gates import create, gate_class
-from megatron.moe.routing import FFNContext, GateInput
+from megatron.moe.ffn import FFNContext
+from megatron.moe.gate import create_gate, gate_class
+from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 
 
 def make(vocab_size=50, num_experts=4, **where):
-    return create("hash", hidden_size=6, num_experts=num_experts, vocab_size=vocab_size, **where)
+    return create_gate("hash", hidden_size=6, num_experts=num_experts, vocab_size=vocab_size, **where)
 
 
 def make_layer(seed=0):
@@ -94,7 +95,7 @@ def test_on_meta_and_the_size_of_a_token():
 
 def test_refusals():
     with pytest.raises(ValueError, match="--gate is hash and vocab_size is None; allowed: .* pass vocab_size="):
-        create("hash", hidden_size=6, num_experts=4)
+        create_gate("hash", hidden_size=6, num_experts=4)
     with pytest.raises(ValueError, match="--gate is hash and the layer was given no token ids; .*token_ids_BS"):
         make()(GateInput(torch.zeros(3, 6)))
     with pytest.raises(ValueError, match="no token ids"):

@@ -20,8 +20,8 @@ if not CUDA:  # before Triton is imported: its library of functions is made for 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from megatron.moe.kernels import grouped, mlp  # noqa: E402
-from megatron.moe.plan import Rows, make_plan  # noqa: E402
+from megatron.moe.dispatch.plan import Rows, make_plan  # noqa: E402
+from megatron.moe.experts import triton_grouped_gemm, triton_mlp  # noqa: E402
 from megatron.moe.routing import Routing  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -106,7 +106,7 @@ def test_linear(case):
     x, weight = randn(pool, D, dtype=dtype), randn(len(counts), H, D, dtype=dtype, seed=1)
     expected = [weight[e].double() @ row for e, row in zip(expert_of_rows(counts), pick(x, index), strict=True)]
     expected = torch.stack(expected) if expected else torch.zeros(0, H, dtype=torch.float64, device=DEVICE)
-    assert_close("y", grouped.grouped_linear(x, weight, ends_of(counts), index), expected)
+    assert_close("y", triton_grouped_gemm.grouped_linear(x, weight, ends_of(counts), index), expected)
 
 
 @few
@@ -119,7 +119,7 @@ def test_data_grad(case, two):
     for grad, weight in pairs:
         for s, (e, row) in enumerate(zip(expert_of_rows(counts), pick(grad, index), strict=True)):
             expected[s] += weight[e].double().t() @ row
-    actual = grouped.grouped_data_grad(*pairs[0], ends_of(counts), index, plus=pairs[1] if two else None)
+    actual = triton_grouped_gemm.grouped_data_grad(*pairs[0], ends_of(counts), index, plus=pairs[1] if two else None)
     assert_close("grad of x", actual, expected)
 
 
@@ -131,7 +131,7 @@ def test_weight_grad(case):
     expected = torch.zeros(len(counts), H, D, dtype=torch.float64, device=DEVICE)
     for e, grad_row, x_row in zip(expert_of_rows(counts), pick(grad, grad_index), pick(x, index), strict=True):
         expected[e] += torch.outer(grad_row, x_row)
-    assert_close("grad of weight", grouped.grouped_weight_grad(grad, x, ends_of(counts), index, grad_index), expected)
+    assert_close("grad of weight", triton_grouped_gemm.grouped_weight_grad(grad, x, ends_of(counts), index, grad_index), expected)
 
 
 @few
@@ -146,7 +146,7 @@ def test_combine(sizes, pool, D, weighted, dtype):
     for t in range(len(sizes)):
         for i in range(int(bags[t]), int(bags[t + 1])):
             expected[t] += rows[order[i]].double() * (weight[i].double() if weighted else 1)
-    assert_close("y", grouped.weighted_combine(rows, order, bags, weight), expected)
+    assert_close("y", triton_grouped_gemm.weighted_combine(rows, order, bags, weight), expected)
 
 
 def dumb_activation(name, gate, up):
@@ -170,12 +170,12 @@ def test_activation_and_its_gradients(activation, dtype):
     up = up if gated(activation) else None
     inputs = [t[:17].double().requires_grad_() for t in (gate, up, weight) if t is not None]
     expected = dumb_activation(activation, inputs[0], inputs[1] if up is not None else None) * inputs[-1][:, None]
-    actual = grouped.weighted_activation(gate, up, weight, ends, activation)
+    actual = triton_grouped_gemm.weighted_activation(gate, up, weight, ends, activation)
     assert_close("y", actual[:17], expected.detach())
     grads = dict(zip(("gate", "up", "weight") if up is not None else ("gate", "weight"),
                      torch.autograd.grad(expected, inputs, grad[:17].double()), strict=True))
     by_name = dict(zip(("gate", "up", "weight"),
-                       grouped.weighted_activation_grad(grad, gate, up, weight, ends, activation), strict=True))
+                       triton_grouped_gemm.weighted_activation_grad(grad, gate, up, weight, ends, activation), strict=True))
     for name, value in grads.items():
         assert_close(f"grad of {name}", by_name[name][:17], value)
     assert (by_name["up"] is None) == (up is None)
@@ -185,8 +185,8 @@ def test_activation_and_its_gradients(activation, dtype):
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_a_nan_stays_one(activation):
     gate, weight, ends = torch.full((1, 4), float("nan"), device=DEVICE), randn(1), ends_of([1])
-    assert grouped.weighted_activation(gate, None, weight, ends, activation).isnan().all()
-    assert grouped.weighted_activation_grad(gate, gate, None, weight, ends, activation)[2].isnan().all()
+    assert triton_grouped_gemm.weighted_activation(gate, None, weight, ends, activation).isnan().all()
+    assert triton_grouped_gemm.weighted_activation_grad(gate, gate, None, weight, ends, activation)[2].isnan().all()
 
 
 def routed(token, expert, num_tokens, num_experts, limit=None) -> Rows:
@@ -207,7 +207,7 @@ def leaves(rows, activation, D, H, dtype, num_tokens=None):
 
 def run(inputs, rows, activation):
     args = (inputs.get(name) for name in NAMES)
-    return mlp.expert_mlp(*args, rows, activation)
+    return triton_mlp.expert_mlp(*args, rows, activation)
 
 
 def dumb_mlp(inputs, rows, activation):
@@ -302,9 +302,9 @@ def test_only_the_gradients_that_are_needed_are_computed(name, monkeypatch):
     for kernel in ("grouped_weight_grad", "grouped_data_grad", "weighted_combine"):
         def spy(*args, kernel=kernel, **kwargs):
             calls.append(kernel)
-            return getattr(grouped, kernel)(*args, **kwargs)
+            return getattr(triton_grouped_gemm, kernel)(*args, **kwargs)
 
-        monkeypatch.setattr(mlp, kernel, spy)
+        monkeypatch.setattr(triton_mlp, kernel, spy)
     frozen = {other: t.detach() for other, t in inputs.items()}
     _, actual = gradients({**frozen, name: inputs[name]}, rows, [name])
     assert torch.equal(actual[name], expected[name])
@@ -348,7 +348,7 @@ def test_grouped_linear_as_a_function():
     wide = [t.double().requires_grad_() for t in (x[:5], weight)]
     expected = torch.stack([wide[1][e] @ row for e, row in zip(expert_of_rows(counts), wide[0], strict=True)])
     x, weight = x.requires_grad_(), weight.requires_grad_()
-    y = mlp.GroupedLinear.apply(x, weight, ends_of(counts))
+    y = triton_mlp.GroupedLinear.apply(x, weight, ends_of(counts))
     assert_close("y", y[:5].detach(), expected.detach())
     grad_x, grad_weight = torch.autograd.grad(y[:5].square().sum(), (x, weight))
     wide_x, wide_weight = torch.autograd.grad(expected.square().sum(), wide)
@@ -375,25 +375,25 @@ def test_offsets_have_64_bits():
     near, index, weight = far.clone(), torch.tensor([2, 0, 2], device=DEVICE), randn(2, 16, 16, dtype=torch.bfloat16)
     assert near.stride() == (16, 1)
     for gather in (None, index):
-        for operation in (grouped.grouped_linear, grouped.grouped_data_grad):
+        for operation in (triton_grouped_gemm.grouped_linear, triton_grouped_gemm.grouped_data_grad):
             assert torch.equal(operation(far, weight, ends, gather), operation(near, weight, ends, gather))
-        assert torch.equal(grouped.grouped_weight_grad(far, near, ends, index, gather),
-                           grouped.grouped_weight_grad(near, near, ends, index, gather))
-        assert torch.equal(grouped.grouped_weight_grad(near, far, ends, gather, index),
-                           grouped.grouped_weight_grad(near, near, ends, gather, index))
-    assert torch.equal(grouped.weighted_combine(far, index, bags), grouped.weighted_combine(near, index, bags))
+        assert torch.equal(triton_grouped_gemm.grouped_weight_grad(far, near, ends, index, gather),
+                           triton_grouped_gemm.grouped_weight_grad(near, near, ends, index, gather))
+        assert torch.equal(triton_grouped_gemm.grouped_weight_grad(near, far, ends, gather, index),
+                           triton_grouped_gemm.grouped_weight_grad(near, near, ends, gather, index))
+    assert torch.equal(triton_grouped_gemm.weighted_combine(far, index, bags), triton_grouped_gemm.weighted_combine(near, index, bags))
     stack = sparse(3, 256, 2**30).view(3, 16, 16)
-    assert torch.equal(grouped._product(near, stack, ends_of([1, 1, 1]), None),
-                       grouped._product(near, stack.clone(), ends_of([1, 1, 1]), None))
+    assert torch.equal(triton_grouped_gemm._product(near, stack, ends_of([1, 1, 1]), None),
+                       triton_grouped_gemm._product(near, stack.clone(), ends_of([1, 1, 1]), None))
 
 
 def test_what_it_cannot_do_is_refused():
     rows = routed(*CHOICES, 9, 5)
     inputs, ends, wide = leaves(rows, "swiglu", 24, 20, torch.float32), rows.ends_E, torch.zeros(2, 2).double()
-    calls = (lambda: grouped.grouped_linear(wide, wide[None], ends),
-             lambda: grouped.grouped_data_grad(wide, wide[None], ends),
-             lambda: grouped.grouped_weight_grad(wide, wide, ends),
-             lambda: grouped.weighted_combine(wide, ends, ends))
+    calls = (lambda: triton_grouped_gemm.grouped_linear(wide, wide[None], ends),
+             lambda: triton_grouped_gemm.grouped_data_grad(wide, wide[None], ends),
+             lambda: triton_grouped_gemm.grouped_weight_grad(wide, wide, ends),
+             lambda: triton_grouped_gemm.weighted_combine(wide, ends, ends))
     for call in calls:
         with pytest.raises(ValueError, match="expert kernels is torch.float64; allowed: torch.bfloat16 torch.float16"):
             call()
@@ -403,16 +403,16 @@ def test_what_it_cannot_do_is_refused():
     for match, call in (
             ("do not go together", lambda: run(inputs, rows, "gelu")),
             ("weights of the rows are fp32", lambda: run({**inputs, "weight": ends.half()}, rows, "swiglu")),
-            ("rows are torch.float32, weights torch.float16", lambda: grouped.grouped_linear(x, w1.half(), ends)),
-            ("rows .*9, 24.*, weights .*20, 23", lambda: grouped.grouped_linear(x, w1[..., :-1].contiguous(), ends)),
-            ("must be contiguous", lambda: grouped.grouped_linear(x, w1[..., :-1], ends)),
-            ("5 experts, 2 ends", lambda: grouped.grouped_linear(x, w1, ends[:2])),
-            ("indices are int64, not torch.int32", lambda: grouped.grouped_linear(x, w1, ends.int())),
-            ("indices must be contiguous", lambda: grouped.weighted_combine(x, ends, ends[::2])),
-            ("one weight per entry", lambda: grouped.weighted_combine(x, ends, ends, x[0])),
-            ("gradient is torch.float16", lambda: grouped.grouped_weight_grad(x.half(), x, ends)),
-            ("differ in rows", lambda: grouped.grouped_weight_grad(x, x[1:], ends)),
-            ("rows must be contiguous", lambda: grouped.weighted_activation(x.t(), None, x[0], ends, "relu"))):
+            ("rows are torch.float32, weights torch.float16", lambda: triton_grouped_gemm.grouped_linear(x, w1.half(), ends)),
+            ("rows .*9, 24.*, weights .*20, 23", lambda: triton_grouped_gemm.grouped_linear(x, w1[..., :-1].contiguous(), ends)),
+            ("must be contiguous", lambda: triton_grouped_gemm.grouped_linear(x, w1[..., :-1], ends)),
+            ("5 experts, 2 ends", lambda: triton_grouped_gemm.grouped_linear(x, w1, ends[:2])),
+            ("indices are int64, not torch.int32", lambda: triton_grouped_gemm.grouped_linear(x, w1, ends.int())),
+            ("indices must be contiguous", lambda: triton_grouped_gemm.weighted_combine(x, ends, ends[::2])),
+            ("one weight per entry", lambda: triton_grouped_gemm.weighted_combine(x, ends, ends, x[0])),
+            ("gradient is torch.float16", lambda: triton_grouped_gemm.grouped_weight_grad(x.half(), x, ends)),
+            ("differ in rows", lambda: triton_grouped_gemm.grouped_weight_grad(x, x[1:], ends)),
+            ("rows must be contiguous", lambda: triton_grouped_gemm.weighted_activation(x.t(), None, x[0], ends, "relu"))):
         with pytest.raises(AssertionError, match=match):
             call()
 
@@ -421,7 +421,7 @@ def test_what_it_cannot_do_is_refused():
 @pytest.mark.parametrize("shared_kib", [0, 48, 64, 99, 163, 227])
 def test_tiles_fit_the_device_and_the_sizes(dtype, shared_kib):
     for rows, columns, depth in ((2048, 1408, 2048), (0, 1, 1), (20, 100, 17), (10**6, 64, 10**6)):
-        tile = grouped.choose_tile(dtype, rows, columns, depth, shared_kib * 1024)
+        tile = triton_grouped_gemm.choose_tile(dtype, rows, columns, depth, shared_kib * 1024)
         for size, most in ((tile.rows, rows), (tile.columns, columns), (tile.depth, depth)):
             assert size >= 16 and size & (size - 1) == 0 and size < max(17, 2 * most)
         assert tile.stages * tile.depth * (tile.rows + tile.columns) * dtype.itemsize <= max(48, shared_kib) * 1024
@@ -452,7 +452,7 @@ triton.runtime.driver.set_active(SimpleNamespace(get_current_device=lambda: 0, g
                                                  get_current_target=lambda: GPUTarget("cuda", int(sys.argv[1]), 32)))
 compiled, run = [], JITFunction.run
 JITFunction.run = lambda *args, warmup, **kwargs: compiled.append(run(*args, warmup=True, **kwargs))
-from megatron.moe.kernels.mlp import expert_mlp
+from megatron.moe.experts.triton_mlp import expert_mlp
 from megatron.moe.plan import make_plan
 from megatron.moe.routing import Routing
 

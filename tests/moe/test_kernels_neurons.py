@@ -11,8 +11,8 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 from megatron.config.schema import ACTIVATIONS  # noqa: E402
-from megatron.moe.kernels.neurons import COLUMNS, PAIRS, dots  # noqa: E402
-from megatron.moe.neurons import NeuronExperts  # noqa: E402
+from megatron.moe.peer.experts import NeuronExperts  # noqa: E402
+from megatron.moe.peer.triton_lookup import COLUMNS, PAIRS, dots  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """relative to the largest number: what is rounded to the dtype is sums, or the two halves of one, alone"""

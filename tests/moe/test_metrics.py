@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.moe import gates
-from megatron.moe.experts import GroupedExperts
+from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.gate import Gate, Place
 from megatron.moe.layer import MoELayer
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import Routing
@@ -13,11 +13,11 @@ from megatron.parallel.groups import Groups
 from spawn import groups_for
 
 
-class Scripted(gates.Gate):
+class Scripted(Gate):
     """Answers what it is told: a list of experts per token."""
 
     def __init__(self, choices):
-        super().__init__(None, gates.Place(4, 3))
+        super().__init__(None, Place(4, 3))
         self.choices, self.steps = choices, []
 
     def forward(self, inp):

@@ -11,10 +11,11 @@ from torch import nn
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import build_model
-from megatron.moe.experts import GroupedExperts
-from megatron.moe.gates import create
+from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.ffn import FFNContext
+from megatron.moe.gate import create_gate
 from megatron.moe.metrics import MoEMetrics
-from megatron.moe.routing import FFNContext, GateInput
+from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 from mixtures import E, dumb_layer, make_input, make_layer
 from spawn import groups_for
@@ -56,7 +57,7 @@ def test_against_the_formula(seed, k, experts, kinds, tau, later, carried, by_se
     has no factor C, and weights are not renormalised."""
     zero, copy, constant = kinds[0], kinds[1], kinds[2] + 1
     C = experts + sum(kinds) + 1
-    gate = create("moepp", hidden_size=4, num_experts=experts, layer=int(later), seed=seed, init_std=0.6,
+    gate = create_gate("moepp", hidden_size=4, num_experts=experts, layer=int(later), seed=seed, init_std=0.6,
                   topk=min(k, C), num_zero_experts=zero, num_copy_experts=copy, num_constant_experts=constant, tau=tau,
                   loss_coeff=0.7, z_loss_coeff=0.1, balance_scope="sequence" if by_sequence else "micro-batch")
     g = torch.Generator().manual_seed(seed)
@@ -87,7 +88,7 @@ def test_against_the_formula(seed, k, experts, kinds, tau, later, carried, by_se
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_constant_expert_against_its_formula(dtype):
     """a_0 x + a_1 v, computed in fp32 from fp32 parameters and handed back in the compute dtype."""
-    path = create("moepp", hidden_size=6, num_experts=4, init_std=0.8).local_paths[0]
+    path = create_gate("moepp", hidden_size=6, num_experts=4, init_std=0.8).local_paths[0]
     x = torch.randn(5, 6, dtype=dtype).requires_grad_()
     W, v = (p.detach().double().requires_grad_() for p in (path.mix.weight, path.vector))
     x64 = x.detach().double().requires_grad_()
@@ -133,7 +134,7 @@ def test_order_of_the_paths_and_their_number():
     kinds = [type(path).__name__ for path in layer.gate.local_paths]
     assert kinds == ["Constant"] * 3 + ["Identity"] + ["Zero"] * 2
     for experts, constants in ((1, 1), (8, 1), (16, 2), (32, 6)):
-        gate = create("moepp", hidden_size=4, num_experts=experts)
+        gate = create_gate("moepp", hidden_size=4, num_experts=experts)
         assert len(gate.local_paths) - 2 == constants and len(gate.router.weight) == experts + constants + 2
 
 
@@ -217,7 +218,7 @@ def test_a_rank_without_rows_for_a_path_still_has_a_gradient_for_it():
 @pytest.mark.parametrize("tau", [0.25, 1.0])
 def test_tau_shifts_load(tau):
     """Trained on the balance loss alone, zero-computation experts get about 1 / tau times the tokens of the others."""
-    gate = create("moepp", hidden_size=16, num_experts=4, seed=1, init_std=0.02, topk=2, num_constant_experts=2,
+    gate = create_gate("moepp", hidden_size=16, num_experts=4, seed=1, init_std=0.02, topk=2, num_constant_experts=2,
                   tau=tau, loss_coeff=1.0)
     x = torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 3  # what a bias would be
@@ -235,7 +236,7 @@ def test_tau_shifts_load(tau):
 
 def test_capacities_by_hand():
     """gamma tau k T / (tau E + N) for MLPs, without tau for the others, within [minimum, T]."""
-    gate = create("moepp", hidden_size=4, num_experts=8, topk=2, tau=0.5, num_constant_experts=2)
+    gate = create_gate("moepp", hidden_size=4, num_experts=8, topk=2, tau=0.5, num_constant_experts=2)
     assert gate.capacities(100, 1.1, 4) == [14] * 8 + [28] * 4  # 1.1 * 200 / 8 = 27.5, half of it 13.75
     assert gate.capacities(100, 1.1, 20) == [20] * 8 + [28] * 4
     assert gate.capacities(10, 9.0, 4) == [10] * 12
@@ -258,7 +259,7 @@ def test_capacity_holds_for_local_paths_too():
 
 
 def test_the_carry_is_the_logits_and_its_gradient_reaches_the_earlier_router():
-    first, second = (create("moepp", hidden_size=6, num_experts=4, layer=i, init_std=0.5) for i in (0, 1))
+    first, second = (create_gate("moepp", hidden_size=6, num_experts=4, layer=i, init_std=0.5) for i in (0, 1))
     x, later = torch.randn(7, 6), torch.randn(7, 6)
     out = first(GateInput(x.bfloat16()))
     assert out.carry.dtype == torch.float32 and not hasattr(first.residual, "weight")
@@ -305,8 +306,8 @@ def test_the_carry_passes_through_a_model_with_and_without_recompute():
 
 
 def test_balance_of_the_global_batch_is_handed_on():
-    gate = create("moepp", hidden_size=4, num_experts=4, tau=0.5, loss_coeff=0.3, balance_scope="global-batch")
-    same = create("moepp", hidden_size=4, num_experts=4, tau=0.5, loss_coeff=0.3)
+    gate = create_gate("moepp", hidden_size=4, num_experts=4, tau=0.5, loss_coeff=0.3, balance_scope="global-batch")
+    same = create_gate("moepp", hidden_size=4, num_experts=4, tau=0.5, loss_coeff=0.3)
     x = torch.randn(9, 4)
     out, expected = gate(GateInput(x)), same(GateInput(x))
     (term,) = out.balance
@@ -315,7 +316,7 @@ def test_balance_of_the_global_batch_is_handed_on():
 
 
 def test_parameters_depend_on_seed_and_layer_and_have_the_scales_of_the_released_code():
-    gate, again, other = (create("moepp", hidden_size=64, num_experts=16, layer=layer, init_std=0.02)
+    gate, again, other = (create_gate("moepp", hidden_size=64, num_experts=16, layer=layer, init_std=0.02)
                           for layer in (1, 1, 2))
     for (n, p), q, r in zip(gate.named_parameters(), again.parameters(), other.parameters()):
         assert torch.equal(p, q) and not torch.equal(p, r), n
@@ -326,15 +327,15 @@ def test_parameters_depend_on_seed_and_layer_and_have_the_scales_of_the_released
 
 def test_active_experts():
     def active(**options):
-        config = type(create("moepp", hidden_size=4, num_experts=4).config)(**options)
-        return create("moepp", hidden_size=4, num_experts=4).experts_per_token(config, 4)
+        config = type(create_gate("moepp", hidden_size=4, num_experts=4).config)(**options)
+        return create_gate("moepp", hidden_size=4, num_experts=4).experts_per_token(config, 4)
 
     assert active() == (0, 2) and active(topk=6) == (3, 4)
     assert active(topk=2, num_zero_experts=0, num_copy_experts=0) == (1, 2)
 
 
 def test_a_token_may_take_every_choice():
-    gate = create("moepp", hidden_size=4, num_experts=2, topk=5)
+    gate = create_gate("moepp", hidden_size=4, num_experts=2, topk=5)
     layer = make_layer("moepp", num_experts=2, options={"topk": 5})
     x, ids = make_input(4)
     layer(x, FFNContext(ids))
@@ -353,4 +354,4 @@ def test_a_token_may_take_every_choice():
 ])
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        create("moepp", hidden_size=4, num_experts=4, **options)
+        create_gate("moepp", hidden_size=4, num_experts=4, **options)

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import peer
 from megatron.config.schema import ACTIVATIONS
-from megatron.moe import neurons
-from megatron.moe.activations import is_gated
-from megatron.moe.grouped import choose_backend as choose
-from megatron.moe.neurons import MOST_BLOCKS, NeuronExperts, choose_backend, number_of_blocks
+from megatron.moe.experts.activations import is_gated
+from megatron.moe.experts.backends import choose_backend as choose
+from megatron.moe.peer import experts as peer_experts
+from megatron.moe.peer.experts import MOST_BLOCKS, NeuronExperts, choose_backend, number_of_blocks
 
 D = 5
 MKL = torch.backends.mkl.is_available()
@@ -29,7 +29,7 @@ def make(num_local=4, width=1, activation="gelu", hidden_size=D, num_experts=Non
 
 def in_place(size):
     """Sums of so many bytes and more are made in place, as only large ones else."""
-    return mock.patch.object(neurons, "IN_PLACE_BYTES", size)
+    return mock.patch.object(peer_experts, "IN_PLACE_BYTES", size)
 
 
 def make_inputs(tokens, assignments, experts, seed=0, dtype=torch.float64, hidden_size=D):
@@ -215,7 +215,7 @@ def test_what_nobody_asks_for_is_not_computed(wanted, made):
             return original(*args)
         return call
 
-    with mock.patch.multiple(neurons._How, **{name: counted(name, getattr(neurons._How, name)) for name in made}):
+    with mock.patch.multiple(experts._How, **{name: counted(name, getattr(experts._How, name)) for name in made}):
         experts(x, token, expert, weight).sum().backward()
     assert calls == made
 
@@ -307,7 +307,7 @@ def test_a_large_gradient_is_made_in_memory_that_is_used_again(dtype):
         return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
     for size in (2**30, 100_000):
-        with in_place(size), mock.patch.object(neurons.buffers, "empty", used_memory), Largest() as seen:
+        with in_place(size), mock.patch.object(experts.buffers, "empty", used_memory), Largest() as seen:
             results.append(torch.autograd.grad(experts(*inputs).square().sum(), tuple(experts.parameters())))
         assert seen.bytes == num_local * hidden * dtype.itemsize, "nothing is larger than the gradient"
     assert asked == [(num_local, hidden)] * 2
@@ -352,7 +352,7 @@ def test_sparse_gradients_add_up_and_an_optimizer_takes_them():
 def test_a_gradient_that_is_taken_is_gone_before_the_next_is_made():
     """So only one table's gradient is in memory when an optimizer takes each as it comes."""
     experts, events = make(6, 1, "swiglu", sparse_gradients=True), []
-    make_gradient = neurons._How.row_sums
+    make_gradient = experts._How.row_sums
 
     def note(how, rows, scale, pairs, shape):
         events.append("made")
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_taken_is_gone_before_the_next_is_made():
 
     for p in experts.parameters():
         p.register_post_accumulate_grad_hook(lambda p: events.append("taken"))
-    with mock.patch.object(neurons._How, "row_sums", note):
+    with mock.patch.object(experts._How, "row_sums", note):
         experts(*make_inputs(4, 9, 6, dtype=torch.float32)).sum().backward()
     assert events == ["made", "taken"] * 3
 
@@ -380,8 +380,8 @@ def test_rows_beyond_two_to_the_31_numbers():
     table[-1], table[0] = 0.5, -0.25
     x = torch.ones(1, hidden, dtype=torch.bfloat16)
     row, token = torch.tensor([rows - 1, 0]), torch.tensor([0, 0])
-    assert neurons._dots(x, table, token, row).tolist() == [1024, -512]
-    y = neurons._bag_sum(table, row, torch.tensor([0, 2]), torch.tensor([2.0, 4.0]))
+    assert experts._dots(x, table, token, row).tolist() == [1024, -512]
+    y = experts._bag_sum(table, row, torch.tensor([0, 2]), torch.tensor([2.0, 4.0]))
     assert y.shape == (1, hidden) and (y == 0).all()
 
 

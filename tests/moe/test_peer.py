@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from megatron.config.cli import parse, write_run_json
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
-from megatron.moe.activations import activate
-from megatron.moe.gates import available, config_of, create, gate_class
+from megatron.moe.experts.activations import activate
+from megatron.moe.gate import available_gates, create_gate, gate_class, gate_config_class
 from megatron.moe.gates.peer import retrieve, usage
 from megatron.moe.metrics import MoEMetrics
-from megatron.moe.neurons import NeuronExperts
+from megatron.moe.peer.experts import NeuronExperts
 from megatron.moe.routing import GateInput, StepTotals
 from megatron.parallel.groups import Groups
 
@@ -26,7 +26,7 @@ NORMS = ["batch", "layer", "none"]
 
 def make(num_experts=12, hidden_size=D, init_std=0.5, seed=0, **options):
     options = {"peer_num_heads": 2, "peer_topk": 3, "peer_query_size": 12, **options}
-    return create("peer", hidden_size=hidden_size, num_experts=num_experts, init_std=init_std, seed=seed, **options)
+    return create_gate("peer", hidden_size=hidden_size, num_experts=num_experts, init_std=init_std, seed=seed, **options)
 
 
 def tokens(number, seed=0, hidden_size=D):
@@ -408,7 +408,7 @@ def test_mixture(options, moe, expected):
 def test_mixture_of_a_command_line():
     """The number of experts, their width and the block come from PEER's own flags."""
     run = parse(["--gate", "peer", "--peer-product-key-dim", "3", "4", "--peer-expert-hidden-size", "2",
-                 "--num-layers", "3"], config_of, available)
+                 "--num-layers", "3"], gate_config_class, available_gates)
     assert run.gate_options["peer_product_key_dim"] == (3, 4)
     assert (run.moe.num_experts, run.moe.moe_ffn_hidden_size, run.moe.moe_layers) == (12, 2, (1,))
     assert [run.moe.is_moe_layer(i) for i in range(3)] == [False, True, False]
@@ -416,12 +416,12 @@ def test_mixture_of_a_command_line():
 
 def test_the_mixtures_own_flags_count_where_peers_are_silent():
     argv = ["--gate", "peer", "--num-experts", "16", "--num-layers", "4"]
-    run = parse([*argv, "--moe-ffn-hidden-size", "3", "--expert-interval", "2"], config_of, available)
+    run = parse([*argv, "--moe-ffn-hidden-size", "3", "--expert-interval", "2"], gate_config_class, available_gates)
     assert run.moe.moe_ffn_hidden_size == 3 and [run.moe.is_moe_layer(i) for i in range(4)] == [0, 1, 0, 1]
-    assert parse([*argv, "--moe-layers", "0", "3"], config_of, available).moe.moe_layers == (0, 3)
+    assert parse([*argv, "--moe-layers", "0", "3"], gate_config_class, available_gates).moe.moe_layers == (0, 3)
     for flag, own in (("--moe-ffn-hidden-size", "--peer-expert-hidden-size"), ("--moe-layers", "--peer-layers")):
         with pytest.raises(ValueError, match=rf"{flag} is .*3.*; allowed: .*2.*, as --gate peer and its flags say"):
-            parse([*argv, flag, "3", own, "2"], config_of, available)
+            parse([*argv, flag, "3", own, "2"], gate_config_class, available_gates)
 
 
 def test_flags_overrule_what_a_stored_run_derived(tmp_path, caplog):
@@ -429,10 +429,10 @@ def test_flags_overrule_what_a_stored_run_derived(tmp_path, caplog):
     stored = str(tmp_path / "run.json")
 
     def again(*flags):
-        return parse(["--config", stored, *flags], config_of, available).moe
+        return parse(["--config", stored, *flags], gate_config_class, available_gates).moe
 
     argv = ["--gate", "peer", "--peer-product-key-dim", "8", "8", "--num-layers", "4"]
-    write_run_json(parse(argv, config_of, available), stored)
+    write_run_json(parse(argv, gate_config_class, available_gates), stored)
     assert (again().num_experts, again().moe_layers, again().moe_ffn_hidden_size) == (64, (2,), 1)
     assert again("--peer-layers", "1").moe_layers == (1,) and again("--num-layers", "6").moe_layers == (3,)
     assert again("--peer-expert-hidden-size", "2").moe_ffn_hidden_size == 2
@@ -444,8 +444,8 @@ def test_flags_overrule_what_a_stored_run_derived(tmp_path, caplog):
     assert again("--gate", "topk", "--num-experts", "4").num_experts == 4, "a gate that is gone may be replaced"
     told = ["--gate", "peer", "--num-experts", "16", "--moe-ffn-hidden-size", "3", "--moe-layers", "0", "3",
             "--num-layers", "4"]
-    write_run_json(parse(told, config_of, available), stored)
-    assert again() == parse(told, config_of, available).moe and again("--seed", "1").moe_ffn_hidden_size == 3
+    write_run_json(parse(told, gate_config_class, available_gates), stored)
+    assert again() == parse(told, gate_config_class, available_gates).moe and again("--seed", "1").moe_ffn_hidden_size == 3
 
 
 @pytest.mark.parametrize("options, moe, message", [

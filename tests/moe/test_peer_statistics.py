@@ -4,7 +4,7 @@ import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
-from megatron.moe.gates import create
+from megatron.moe.gate import create_gate
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
 from spawn import groups_for
@@ -12,7 +12,7 @@ from spawn import groups_for
 
 def make_layer_of_queries(groups):
     """(gate, one optimizer step with given micro-batches) of a layer whose tokens are their own queries."""
-    gate = create("peer", hidden_size=12, num_experts=12, peer_num_heads=1, peer_topk=3, peer_query_size=12)
+    gate = create_gate("peer", hidden_size=12, num_experts=12, peer_num_heads=1, peer_topk=3, peer_query_size=12)
     torch.nn.init.eye_(gate.query.weight)
     model = ModelConfig(num_layers=1, hidden_size=12, num_attention_heads=1)
     moe = MoEConfig(num_experts=12, gate="peer", moe_ffn_hidden_size=1)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moe.plan import Plan, capacity, make_plan
+from megatron.moe.dispatch.plan import Plan, capacity, make_plan
 from megatron.moe.routing import Routing
 
 

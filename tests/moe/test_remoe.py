@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron.moe.gates import create
+from megatron.moe.gate import create_gate
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import GateInput, StepTotals
 from megatron.parallel.groups import Groups
@@ -40,7 +40,7 @@ def dumb(gate, x, W, sequences):
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 4), st.booleans())
 def test_against_the_formula(seed, experts, rank, by_sequence):
     """Chosen experts, weights, loss, and the gradients of input and router."""
-    gate = create("remoe", hidden_size=4, num_experts=experts, seed=seed, init_std=0.8, topk=1 + rank % experts,
+    gate = create_gate("remoe", hidden_size=4, num_experts=experts, seed=seed, init_std=0.8, topk=1 + rank % experts,
                   lambda_init=0.3, balance_scope="sequence" if by_sequence else "micro-batch")
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 4, generator=g).requires_grad_()
@@ -67,7 +67,7 @@ def test_against_the_formula(seed, experts, rank, by_sequence):
 
 def test_no_top_k_and_no_renormalisation():
     """More experts than topk where more logits are positive, none where none is, and weights that scale with x."""
-    gate = create("remoe", hidden_size=4, num_experts=4, topk=1)
+    gate = create_gate("remoe", hidden_size=4, num_experts=4, topk=1)
     with torch.no_grad():
         gate.router.weight.copy_(torch.eye(4))
     x = torch.tensor([[3.0, 0.5, 2.0, 1.0], [-1.0, -2.0, -3.0, -4.0], [0.0, 0.0, 7.0, 0.0]])
@@ -88,7 +88,7 @@ def step_of(gate, active, tokens, layers=1):
 def test_lambda_takes_one_step_towards_the_target():
     """Too dense: times 1.2; too sparse: divided by it; exactly k on average, or no tokens: unchanged."""
     def gate():
-        return create("remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5)
+        return create_gate("remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5)
 
     assert step_of(gate(), 21, 10) == pytest.approx(0.6) and step_of(gate(), 19, 10) == pytest.approx(0.5 / 1.2)
     assert step_of(gate(), 20, 10) == 0.5 and step_of(gate(), 0, 0) == 0.5
@@ -97,13 +97,13 @@ def test_lambda_takes_one_step_towards_the_target():
     alone = gate()
     alone.post_step(torch.tensor([8.0, 5.0, 5.0, 3.0]), torch.tensor(10.0))
     assert alone.reg_lambda.item() == pytest.approx(0.6)
-    constant = create("remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5, lambda_factor=1.0)
+    constant = create_gate("remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5, lambda_factor=1.0)
     assert step_of(constant, 40, 10) == 0.5
 
 
 def test_lambda_comes_back_from_either_end():
     """After thousands of steps at one side it is neither 0 nor infinite."""
-    gate = create("remoe", hidden_size=4, num_experts=4, topk=2)
+    gate = create_gate("remoe", hidden_size=4, num_experts=4, topk=2)
     for active, bound in ((0, 1e-30), (40, 1e30)):
         for _ in range(2000):
             step_of(gate, active, 10)
@@ -113,7 +113,7 @@ def test_lambda_comes_back_from_either_end():
 
 def test_k_equal_to_the_number_of_experts_wants_no_sparsity():
     """Sparsity 0 is the target: lambda never grows, and stays where all experts are active."""
-    gate = create("remoe", hidden_size=4, num_experts=4, topk=4, lambda_init=0.5)
+    gate = create_gate("remoe", hidden_size=4, num_experts=4, topk=4, lambda_init=0.5)
     assert step_of(gate, 40, 10) == 0.5 and step_of(gate, 39, 10) == pytest.approx(0.5 / 1.2)
 
 
@@ -211,7 +211,7 @@ def test_all_silent_works():
 @pytest.mark.parametrize("k", [1, 3])
 def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda_init, k):
     """A router pulled towards positive logits, trained with the penalty: sparsity settles at 1 - k/E."""
-    gate = create("remoe", hidden_size=9, num_experts=8, topk=k, init_std=0.3, lambda_init=lambda_init,
+    gate = create_gate("remoe", hidden_size=9, num_experts=8, topk=k, init_std=0.3, lambda_init=lambda_init,
                   lambda_factor=1.05)
     x = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 1
@@ -233,7 +233,7 @@ def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda
 
 def test_balance_of_the_global_batch_is_handed_on():
     def gate(**options):
-        return create("remoe", hidden_size=4, num_experts=4, lambda_init=0.3, init_std=0.5, **options)
+        return create_gate("remoe", hidden_size=4, num_experts=4, lambda_init=0.3, init_std=0.5, **options)
 
     x = torch.randn(9, 4)
     out, expected = gate(balance_scope="global-batch")(GateInput(x)), gate()(GateInput(x))
@@ -244,7 +244,7 @@ def test_balance_of_the_global_batch_is_handed_on():
 
 def test_active_experts_and_options():
     """From the target to the dense start; no coefficient that would mean nothing."""
-    gate = create("remoe", hidden_size=4, num_experts=8, topk=3)
+    gate = create_gate("remoe", hidden_size=4, num_experts=8, topk=3)
     assert gate.experts_per_token(gate.config, 8) == (3, 8)
     names = {f.name for f in dataclasses.fields(gate.config)}
     assert names == {"topk", "lambda_init", "lambda_factor", "balance_scope"}
@@ -259,4 +259,4 @@ def test_active_experts_and_options():
 ])
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        create("remoe", hidden_size=4, num_experts=4, **options)
+        create_gate("remoe", hidden_size=4, num_experts=4, **options)

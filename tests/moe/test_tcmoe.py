@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron.moe.gates import create
+from megatron.moe.ffn import FFNContext
+from megatron.moe.gate import create_gate
 from megatron.moe.metrics import MoEMetrics
-from megatron.moe.routing import FFNContext, GateInput
+from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 from mixtures import E, dumb_expert, dumb_layer, make_input, make_layer
 
@@ -56,7 +57,7 @@ def test_against_the_formula(seed, experts, rank, nulls, by_sequence):
     so that nulls compete.
     """
     k = 1 + rank % experts
-    gate = create("tcmoe", hidden_size=4, num_experts=experts, seed=seed, init_std=0.8, topk=k, num_null_experts=nulls,
+    gate = create_gate("tcmoe", hidden_size=4, num_experts=experts, seed=seed, init_std=0.8, topk=k, num_null_experts=nulls,
                   loss_coeff=0.7, reward_coeff=0.3, z_loss_coeff=0.1,
                   balance_scope="sequence" if by_sequence else "micro-batch")
     g = torch.Generator().manual_seed(seed)
@@ -170,7 +171,7 @@ def test_the_reward_makes_nulls_more_likely():
     x[:, 0] = 1
     shares = []
     for reward in (0.0, 1.0):
-        gate = create("tcmoe", hidden_size=8, num_experts=4, init_std=0.3, loss_coeff=0.0, reward_coeff=reward)
+        gate = create_gate("tcmoe", hidden_size=8, num_experts=4, init_std=0.3, loss_coeff=0.0, reward_coeff=reward)
         with torch.no_grad():
             gate.router.weight[8:, 0] += 10
         optimizer = torch.optim.SGD(gate.parameters(), lr=1.0)
@@ -184,14 +185,14 @@ def test_the_reward_makes_nulls_more_likely():
 
 
 def test_at_the_start_almost_everything_is_positive():
-    gate = create("tcmoe", hidden_size=32, num_experts=8)
+    gate = create_gate("tcmoe", hidden_size=32, num_experts=8)
     stats = gate(GateInput(torch.randn(200, 32))).stats
     assert stats["null_fraction"] == 0 and stats["negative_fraction"] < 0.05
 
 
 def test_as_many_nulls_as_choices_unless_told_otherwise():
     def gate(**options):
-        return create("tcmoe", hidden_size=4, num_experts=4, **options)
+        return create_gate("tcmoe", hidden_size=4, num_experts=4, **options)
 
     assert gate(topk=3).router.weight.shape == (11, 4) and gate(topk=3, num_null_experts=1).num_nulls == 1
     active = {options: gate().experts_per_token(type(gate().config)(topk=options[0], num_null_experts=options[1]), 4)
@@ -202,7 +203,7 @@ def test_as_many_nulls_as_choices_unless_told_otherwise():
 @pytest.mark.parametrize("null", [False, True])
 def test_extreme_logits_of_nulls_and_experts(null):
     """All probability on the nulls, or none: shares, weights and gradients stay finite."""
-    gate = create("tcmoe", hidden_size=4, num_experts=4, reward_coeff=1.0)
+    gate = create_gate("tcmoe", hidden_size=4, num_experts=4, reward_coeff=1.0)
     x = torch.ones(3, 4)
     with torch.no_grad():
         gate.router.weight.zero_()
@@ -215,7 +216,7 @@ def test_extreme_logits_of_nulls_and_experts(null):
 
 def test_balance_of_the_global_batch_is_handed_on():
     def gate(**options):
-        return create("tcmoe", hidden_size=4, num_experts=4, loss_coeff=0.3, reward_coeff=0.2, **options)
+        return create_gate("tcmoe", hidden_size=4, num_experts=4, loss_coeff=0.3, reward_coeff=0.2, **options)
 
     x = torch.randn(9, 4)
     out, expected = gate(balance_scope="global-batch")(GateInput(x)), gate()(GateInput(x))
@@ -242,4 +243,4 @@ def test_evaluation_is_deterministic_and_state_survives():
 ])
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        create("tcmoe", hidden_size=4, num_experts=4, **options)
+        create_gate("tcmoe", hidden_size=4, num_experts=4, **options)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
-from megatron.moe.gates import create
-from megatron.moe.plan import make_plan
+from megatron.moe.dispatch.plan import make_plan
+from megatron.moe.gate import create_gate
 from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 
@@ -40,7 +40,7 @@ def dumb(gate, x):
 
 
 def run(threshold, seed=0, experts=6, tokens=9, std=1.0, **options):
-    gate = create("threshold", hidden_size=8, num_experts=experts, seed=seed, init_std=std, threshold=threshold,
+    gate = create_gate("threshold", hidden_size=8, num_experts=experts, seed=seed, init_std=std, threshold=threshold,
                   **options)
     x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
     return gate, x, gate(GateInput(x))
@@ -109,7 +109,7 @@ def test_the_rows_that_experts_compute_follow_demand(seed, tokens, std, cap):
     rows for every expert, whatever the tokens want, and starts all experts identical."""
     rows, x = [], torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(seed))
     for threshold in (0.0, 0.5, 0.9, 1.0):
-        gate = create("threshold", hidden_size=8, num_experts=6, seed=seed, init_std=std, threshold=threshold, topk=cap)
+        gate = create_gate("threshold", hidden_size=8, num_experts=6, seed=seed, init_std=std, threshold=threshold, topk=cap)
         layer = make_moe_layer(gate, ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, ffn_hidden_size=4),
                                MoEConfig(num_experts=6, gate="threshold"), layer=0, seed=seed, groups=Groups())
         seen = []
@@ -132,7 +132,7 @@ def test_chosen_mass_reaches_the_threshold_and_would_not_without_the_last(thresh
 
 def test_threshold_zero_is_top1_and_one_is_dense():
     gate, x, out = run(0.0)
-    top1 = create("topk", hidden_size=8, num_experts=6, init_std=1.0, topk=1)(GateInput(x))
+    top1 = create_gate("topk", hidden_size=8, num_experts=6, init_std=1.0, topk=1)(GateInput(x))
     assert out.expert_A.tolist() == top1.expert_A.tolist() and torch.equal(out.weight_A, top1.weight_A)
     gate, x, out = run(1.0, std=5.0)  # a sharp softmax: most of the tail is below fp32's resolution of 1
     dense = torch.zeros(9, 6).index_put((out.token_A, out.expert_A), out.weight_A)
@@ -188,10 +188,10 @@ def test_the_balance_scopes_are_handed_on():
 ])
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        create("threshold", hidden_size=8, num_experts=6, **options)
+        create_gate("threshold", hidden_size=8, num_experts=6, **options)
 
 
 @pytest.mark.parametrize("options", [{"topk": 1}, {"threshold": 0.0}])
 def test_normalising_the_weight_of_the_only_expert_is_no_mistake(options):
-    gate = create("threshold", hidden_size=8, num_experts=1, norm_topk_prob=True, **options)
+    gate = create_gate("threshold", hidden_size=8, num_experts=1, norm_topk_prob=True, **options)
     assert gate(GateInput(torch.randn(3, 8))).weight_A.tolist() == [1.0] * 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.build import make_moe_layer
-from megatron.moe.gates import create
+from megatron.moe.gate import create_gate
 from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 from mixtures import dumb_top_k
@@ -31,7 +31,7 @@ def test_against_the_formula(seed, k, score, norm):
     """Choices, weights, aux loss, and the gradients of x and of the router through both."""
     if k == 1 and norm:
         return
-    gate = create("topk", hidden_size=6, num_experts=5, seed=seed, init_std=0.5, topk=k, score_function=score,
+    gate = create_gate("topk", hidden_size=6, num_experts=5, seed=seed, init_std=0.5, topk=k, score_function=score,
                   norm_topk_prob=norm, routed_scaling_factor=1.5, loss_coeff=0.3, z_loss_coeff=0.1)
     x = draw(4, seed).requires_grad_()
     out = gate(GateInput(x))
@@ -70,7 +70,7 @@ def test_same_as_the_routers_of_transformers(model, k, norm):
     Their balance loss divides counts by the tokens, ours by the choices, k per token: theirs is k times ours. (And with
     several layers theirs pools the layers' counts before it multiplies, ours averages the layers' losses.)
     """
-    gate = create("topk", hidden_size=6, num_experts=8, topk=k, norm_topk_prob=norm, init_std=0.5, loss_coeff=1.0)
+    gate = create_gate("topk", hidden_size=6, num_experts=8, topk=k, norm_topk_prob=norm, init_std=0.5, loss_coeff=1.0)
     theirs, balance_loss = of_transformers(model, k, norm)
     theirs.weight.data.copy_(gate.router.weight.data)
     x = draw(40)
@@ -88,7 +88,7 @@ def test_same_as_the_routers_of_transformers(model, k, norm):
 def test_top1_softmax_keeps_the_probability_and_its_gradient():
     """The mistake to catch: dividing the one chosen probability by itself, which leaves the router without gradient.
     Asking for it is refused, see below."""
-    gate = create("topk", hidden_size=6, num_experts=4, topk=1, init_std=1.0)
+    gate = create_gate("topk", hidden_size=6, num_experts=4, topk=1, init_std=1.0)
     out = gate(GateInput(draw(5)))
     assert (out.weight_A < 1).all()
     out.weight_A.sum().backward()
@@ -97,11 +97,11 @@ def test_top1_softmax_keeps_the_probability_and_its_gradient():
 
 def test_jitter_acts_in_training_only():
     """The mistake to catch: noise in evaluation, as the published XMoE top-k has. Jitter multiplies by 1 +- eps."""
-    gate = create("topk", hidden_size=6, num_experts=4, jitter=0.5, init_std=1.0)
+    gate = create_gate("topk", hidden_size=6, num_experts=4, jitter=0.5, init_std=1.0)
     x = draw(5)
     gate.eval()
     assert torch.equal(gate(GateInput(x)).weight_A, gate(GateInput(x)).weight_A)
-    plain = create("topk", hidden_size=6, num_experts=4, init_std=1.0)
+    plain = create_gate("topk", hidden_size=6, num_experts=4, init_std=1.0)
     assert torch.equal(gate(GateInput(x)).weight_A, plain(GateInput(x)).weight_A)
     gate.train()
     assert not torch.equal(gate(GateInput(x)).weight_A, gate(GateInput(x)).weight_A)
@@ -110,7 +110,7 @@ def test_jitter_acts_in_training_only():
 
 def test_the_balance_scopes_are_handed_on():
     def run(inp, **options):
-        return create("topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0, **options)(inp)
+        return create_gate("topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0, **options)(inp)
 
     x, sequence = draw(12), torch.arange(3).repeat_interleave(4)
     inp = GateInput(x, None, sequence, num_sequences=3)
@@ -127,7 +127,7 @@ def test_the_loss_counts_what_tokens_wanted_not_what_capacity_left():
     """The mistake to catch: f_e after dropping, which looks balanced exactly when it is not."""
     losses = []
     for factor in (0.0, 0.1):
-        gate = create("topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0)
+        gate = create_gate("topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0)
         model = ModelConfig(num_layers=1, hidden_size=6, num_attention_heads=1, ffn_hidden_size=8)
         moe = MoEConfig(num_experts=4, gate="topk", moe_train_capacity_factor=factor, moe_min_capacity=1)
         layer = make_moe_layer(gate, model, moe, layer=0, seed=0, groups=Groups())
@@ -140,7 +140,7 @@ def test_same_choice_as_deepspeed_top2():
     """Against a gate users trust, on the same logits: experts and (renormalised) weights."""
     from deepspeed.moe.sharded_moe import topkgating
 
-    gate = create("topk", hidden_size=8, num_experts=4, topk=2, norm_topk_prob=True, init_std=0.7)
+    gate = create_gate("topk", hidden_size=8, num_experts=4, topk=2, norm_topk_prob=True, init_std=0.7)
     x = torch.randn(16, 8)
     out = gate(GateInput(x))
     _, combine_TEC, *_ = topkgating(x @ gate.router.weight.t(), 2, capacity_factor=4.0, min_capacity=16,
@@ -159,4 +159,4 @@ def test_same_choice_as_deepspeed_top2():
 ])
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        create("topk", hidden_size=6, num_experts=4, **options)
+        create_gate("topk", hidden_size=6, num_experts=4, **options)

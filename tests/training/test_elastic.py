@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import runs
-from megatron.moe import gates
+from megatron.moe.gate import available_gates, create_gate
 
 
 def gates_with_state() -> list[str]:
     """Gates that keep more than their parameters."""
     found = []
-    for name in gates.available():
-        gate = gates.create(name, hidden_size=16, num_experts=16, vocab_size=61, **engines.OPTIONS.get(name, {}))
+    for name in available_gates():
+        gate = create_gate(name, hidden_size=16, num_experts=16, vocab_size=61, **engines.OPTIONS.get(name, {}))
         if list(gate.buffers()):
             found.append(name)
     return found
@@ -84,7 +84,7 @@ def test_a_run_goes_on_elsewhere(stage, ranks, ep_size, new_stage, precision, sa
         assert losses == pytest.approx(expected, abs=TOLERANCE[precision][1])
 
 
-@pytest.mark.parametrize("gate", [g for g in gates.available() if g != "deepseek_v3"])
+@pytest.mark.parametrize("gate", [g for g in available_gates() if g != "deepseek_v3"])
 def test_every_gate_goes_on_elsewhere(gate, saved, ranks4, tmp_path):
     folder, _, expected = saved(gate, 1, "fp32")
     answers = ranks4.run(engines.train, engines.loading(engines.config_of(gate, 4, 1), folder, tmp_path), 0, 5, 8)

@@ -252,7 +252,7 @@ def _train_with_naps(argv: list[str]) -> None:
     from megatron.data.loader import BatchLoader
     from megatron.model import gpt
     from megatron.model.attention import Attention
-    from megatron.moe.experts import GroupedExperts
+    from megatron.moe.experts.grouped_experts import GroupedExperts
     from megatron.training.engine import AdamW, Engine
 
     def nap_before(cls, name: str, seconds: float, of_first_rank: bool = True) -> None:

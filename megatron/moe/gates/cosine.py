@@ -23,8 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32, require_field, top_scores
-from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
+from megatron.moe.gate import Gate
+from megatron.moe.gate_functional import linear_fp32, top_scores
+from megatron.moe.gate_options import LossConfig, check_norm, check_topk, require_field
+from megatron.moe.losses import losses, z_loss
+from megatron.moe.routing import Balance, GateInput, Routing
 
 SHORTEST = 1e-8  # a length that counts as 0; its square is far above what fp32 rounds to 0
 

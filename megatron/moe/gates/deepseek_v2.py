@@ -30,8 +30,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.moe.gates import Gate, GroupConfig, in_best_groups, linear_fp32, require_field
-from megatron.moe.routing import SCOPES, Balance, GateInput, Routing, losses, z_loss
+from megatron.moe.gate import Gate
+from megatron.moe.gate_functional import in_best_groups, linear_fp32
+from megatron.moe.gate_options import GroupConfig, require_field
+from megatron.moe.losses import losses, z_loss
+from megatron.moe.routing import SCOPES, Balance, GateInput, Routing
 
 
 class DeepSeekV2Gate(Gate, name="deepseek_v2"):

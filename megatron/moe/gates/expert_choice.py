@@ -24,7 +24,9 @@ from typing import ClassVar
 
 import torch
 
-from megatron.moe.gates import Gate, check_topk, linear_fp32, require_field
+from megatron.moe.gate import Gate
+from megatron.moe.gate_functional import linear_fp32
+from megatron.moe.gate_options import check_topk, require_field
 from megatron.moe.routing import GateInput, Routing
 
 

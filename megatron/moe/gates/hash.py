@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.moe.gates import Gate
+from megatron.moe.gate import Gate
 from megatron.moe.routing import GateInput, Routing
 
 

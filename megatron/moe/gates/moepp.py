@@ -26,8 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.gates import Gate, LossConfig, Place, check_topk, linear_fp32, make_linear, require_field
-from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
+from megatron.moe.gate import Gate, Place
+from megatron.moe.gate_functional import linear_fp32, make_linear
+from megatron.moe.gate_options import LossConfig, check_topk, require_field
+from megatron.moe.losses import losses, z_loss
+from megatron.moe.routing import Balance, GateInput, Routing
 
 
 class Constant(nn.Module):

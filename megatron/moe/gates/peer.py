@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.gates import Gate, linear_fp32, make_linear, moments, require_field
+from megatron.moe.gate import Gate
+from megatron.moe.gate_functional import linear_fp32, make_linear, moments
+from megatron.moe.gate_options import require_field
 from megatron.moe.routing import GateInput, Routing, StepTotals
 
 

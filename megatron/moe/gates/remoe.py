@@ -22,8 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.moe.gates import Gate, ScopeConfig, check_topk, linear_fp32, require_field
-from megatron.moe.routing import Balance, GateInput, Routing, StepTotals, losses
+from megatron.moe.gate import Gate
+from megatron.moe.gate_functional import linear_fp32
+from megatron.moe.gate_options import ScopeConfig, check_topk, require_field
+from megatron.moe.losses import losses
+from megatron.moe.routing import Balance, GateInput, Routing, StepTotals
 
 
 class ReMoEGate(Gate, name="remoe"):

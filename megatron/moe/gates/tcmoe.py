@@ -21,8 +21,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.moe.gates import Gate, LossConfig, check_topk, linear_fp32, require_field
-from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
+from megatron.moe.gate import Gate
+from megatron.moe.gate_functional import linear_fp32
+from megatron.moe.gate_options import LossConfig, check_topk, require_field
+from megatron.moe.losses import losses, z_loss
+from megatron.moe.routing import Balance, GateInput, Routing
 
 NEGATIVE_BIAS, NULL_BIAS = -1.0, -10.0
 """added to the logits of -e and of nulls: at first almost all choices are +e"""

@@ -18,8 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.moe.gates import Gate, LossConfig, check_norm, check_topk, linear_fp32, require_field
-from megatron.moe.routing import Balance, GateInput, Routing, losses, z_loss
+from megatron.moe.gate import Gate
+from megatron.moe.gate_functional import linear_fp32
+from megatron.moe.gate_options import LossConfig, check_norm, check_topk, require_field
+from megatron.moe.losses import losses, z_loss
+from megatron.moe.routing import Balance, GateInput, Routing
 
 
 class ThresholdGate(Gate, name="threshold"):

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.config.schema import ACTIVATIONS, require
-from megatron.moe.activations import is_gated
-from megatron.moe.kernels.grouped import (
+from megatron.moe.dispatch.plan import Rows
+from megatron.moe.experts.activations import is_gated
+from megatron.moe.experts.triton_grouped_gemm import (
     grouped_data_grad,
     grouped_linear,
     grouped_weight_grad,
@@ -25,7 +26,6 @@ from megatron.moe.kernels.grouped import (
     weighted_activation_grad,
     weighted_combine,
 )
-from megatron.moe.plan import Rows
 
 
 def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2: Tensor, rows: Rows,

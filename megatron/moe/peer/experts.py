@@ -31,9 +31,10 @@ from torch.autograd.function import once_differentiable
 
 from megatron import buffers
 from megatron.config.schema import ACTIVATIONS, require
-from megatron.moe import dispatch, grouped
-from megatron.moe.activations import activate, is_gated
-from megatron.moe.plan import count
+from megatron.moe.dispatch import permute
+from megatron.moe.dispatch.plan import count
+from megatron.moe.experts import backends
+from megatron.moe.experts.activations import activate, is_gated
 
 MOST_BLOCKS = 192
 """blocks of a larger number of experts; as 64 x 3 it can be shared out to 2, 3, 4, 6, 8, ... ranks"""
@@ -133,7 +134,7 @@ def choose_backend(requested: str, device: str, dtype: torch.dtype) -> tuple[str
         ValueError: unknown, or not possible here.
     """
     require(requested in BACKENDS, "--moe-backend", requested, f"{' '.join(BACKENDS)} for tables of neurons")
-    name, why = grouped.choose_backend(requested, device, dtype)
+    name, why = backends.choose_backend(requested, device, dtype)
     return (name, why) if name == "triton" else ("reference", "torch's own operations on tables")
 
 
@@ -267,7 +268,7 @@ def _bag_sum(rows: Tensor, order_P: Tensor, bags_G1: Tensor, weight_P: Tensor) -
     num_bags, size, weight_P = len(bags_G1) - 1, rows.shape[1], weight_P.to(rows.dtype)
     exact = rows.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
     if rows.is_cuda or not exact or num_bags * size * rows.itemsize < IN_PLACE_BYTES:
-        return dispatch.bag_sum(rows, order_P, bags_G1, weight_P)
+        return permute.segment_sum(rows, order_P, bags_G1, weight_P)
     out_GD = buffers.empty((num_bags, size), rows.dtype, rows.device)
     return torch.addmm(out_GD, _csr(bags_G1, order_P, weight_P, len(rows)), rows, beta=0, out=out_GD)
 
@@ -318,8 +319,8 @@ def _bags(counts: Tensor) -> Tensor:
 
 
 def _triton_kernels() -> tuple[Callable, Callable]:
-    from megatron.moe.kernels.grouped import weighted_combine
-    from megatron.moe.kernels.neurons import dots
+    from megatron.moe.experts.triton_grouped_gemm import weighted_combine
+    from megatron.moe.peer.triton_lookup import dots
 
     return dots, weighted_combine
 

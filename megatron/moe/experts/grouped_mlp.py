@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron import buffers
-from megatron.moe.activations import activate, nonlinearity, nonlinearity_backward
-from megatron.moe.dispatch import Combine, Gather, bag_sum
-from megatron.moe.grouped import choose_backend, grouped_linear
-from megatron.moe.plan import Rows
+from megatron.moe.dispatch.permute import Combine, Gather, segment_sum
+from megatron.moe.dispatch.plan import Rows
+from megatron.moe.experts.activations import activate, nonlinearity, nonlinearity_backward
+from megatron.moe.experts.backends import choose_backend
+from megatron.moe.experts.grouped_linear import grouped_linear
 
 
 def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2: Tensor, rows: Rows, activation: str,
@@ -33,7 +34,7 @@ def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2
         weight_S: fp32 (fp64 with fp64 rows), aligned with the sorted rows.
         w1, w3: [E, H, D]; w3 for the gated activations only.
         w2: [E, D, H].
-        backend: see `megatron.moe.grouped`.
+        backend: see `megatron.moe.experts.grouped_linear`.
     Raises:
         ValueError: a backend that is not possible here.
     """
@@ -41,9 +42,9 @@ def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2
     if name == "cpu":
         return _CpuMLP.apply(x_TD, weight_S, w1, w3, w2, rows, activation)
     if name == "triton":
-        from megatron.moe.kernels import mlp
+        from megatron.moe.experts import triton_mlp
 
-        return mlp.expert_mlp(x_TD, weight_S, w1, w3, w2, rows, activation)
+        return triton_mlp.expert_mlp(x_TD, weight_S, w1, w3, w2, rows, activation)
     ends_E, x_SD = rows.ends_E, Gather.apply(x_TD, rows)
     if name == "reference":
         num_rows = int(ends_E[-1])
@@ -77,7 +78,7 @@ class _CpuMLP(torch.autograd.Function):
                 hidden_nH.mul_(torch.mm(x_nD, w3[e].t(), out=up_SH[s]))
             torch.mm(hidden_nH.mul_(factor_S1[s]), w2[e].t(), out=y_SD[s])
         ctx.save_for_backward(x_TD, weight_S, w1, w3, w2, gate_SH, up_SH)
-        return bag_sum(y_SD, rows.by_token_S, rows.bags_T1)
+        return segment_sum(y_SD, rows.by_token_S, rows.bags_T1)
 
     @staticmethod
     @once_differentiable
@@ -109,7 +110,7 @@ class _CpuMLP(torch.autograd.Function):
             for grad in grads:
                 if grad is not None:
                     grad[empty].zero_()
-        grad_x_TD = bag_sum(grad_x_SD, ctx.rows.by_token_S, ctx.rows.bags_T1) if need_x else None
+        grad_x_TD = segment_sum(grad_x_SD, ctx.rows.by_token_S, ctx.rows.bags_T1) if need_x else None
         return grad_x_TD, grad_weight_S, *grads, None, None
 
 

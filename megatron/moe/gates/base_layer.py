@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.moe.gates import Gate, linear_fp32
+from megatron.moe.gate import Gate
+from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.routing import GateInput, Routing
 
 TOLERANCE = 0.02

@@ -4,7 +4,7 @@ Letters: T tokens, D hidden, R rows of a table, P pairs of a token and a row.
 
 The other operation of tiny experts, weighted sums of listed rows, is `grouped.weighted_combine`: by token for outputs
 and the tokens' gradients, and by touched row, after a sort and without atomics, for the tables' gradients. Forward and
-backward are put together from the two in `megatron.moe.neurons`.
+backward are put together from the two in `megatron.moe.peer.experts`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron.config.schema import require
-from megatron.moe.kernels.grouped import DTYPES
+from megatron.moe.experts.triton_grouped_gemm import DTYPES
 
 PAIRS, COLUMNS = 16, 128
 """what a program has of a product at a time: 2,048 numbers in fp32, 16 registers of each of its 128 threads"""

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.activations import is_gated
-from megatron.moe.expert_mlp import expert_mlp
-from megatron.moe.plan import Rows
+from megatron.moe.dispatch.plan import Rows
+from megatron.moe.experts.activations import is_gated
+from megatron.moe.experts.grouped_mlp import expert_mlp
 
 
 class GroupedExperts(nn.Module):
@@ -26,7 +26,7 @@ class GroupedExperts(nn.Module):
         first: global number of this rank's first expert.
         init_std: of w1 and w3.
         output_std: of w2.
-        backend: what multiplies, see `megatron.moe.grouped`.
+        backend: what multiplies, see `megatron.moe.experts.grouped_linear`.
     """
 
     initialises_itself = True
