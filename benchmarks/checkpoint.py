@@ -44,8 +44,8 @@ class Run:
     """An engine and its checkpoints in a folder."""
 
     def __init__(self, groups: Any, config: Any):
+        from megatron.engine.engine import Engine
         from megatron.model.build import build_model
-        from megatron.training.engine import Engine
         from megatron.training.record import Progress
 
         self.groups, self.config, self.progress = groups, config, Progress()

@@ -101,9 +101,9 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
     torch.set_num_threads(1)
     from benchmarks.train_step import THRESHOLD, VOCAB, configs
     from megatron.config.schema import DataConfig
+    from megatron.engine import distributed as parallel
+    from megatron.engine.engine import Engine
     from megatron.model.build import build_model
-    from megatron.parallel import groups as parallel
-    from megatron.training.engine import Engine
 
     groups = parallel.init(1)
     model, moe, optimizer, train = configs()

@@ -226,7 +226,7 @@ def main() -> int:
     import torch
 
     from benchmarks.moe_peers import Size
-    from megatron.parallel import groups as parallel
+    from megatron.engine import distributed as parallel
 
     device = torch.device(args.device)
     torch.set_num_threads(2)

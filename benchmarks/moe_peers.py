@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.engine import distributed as parallel
 from megatron.model.mlp import MLP
 from megatron.moe.experts.activations import is_gated
 from megatron.moe.experts.grouped_experts import GroupedExperts
-from megatron.parallel import groups as parallel
 from megatron.parallel.groups import Groups
 
 MARGIN = 1 / 32

@@ -120,7 +120,7 @@ def _rank(rank: int, number: int, port: int, job: Callable[..., Any], args: tupl
     import torch
 
     torch.set_num_threads(1)
-    from megatron.parallel import groups as parallel
+    from megatron.engine import distributed as parallel
 
     answer = job(parallel.init(number), *args)
     if rank == 0:

@@ -88,11 +88,11 @@ def configs():
 
 def make_engines(groups, batch):
     """(mixture engine, dense engine of equal active width, mean experts per token by layer)."""
+    from megatron.engine.engine import Engine
     from megatron.model.build import build_model
     from megatron.model.gpt import GPT
     from megatron.model.mlp import MLP
     from megatron.moe.metrics import MoEMetrics
-    from megatron.training.engine import Engine
 
     model, moe, optimizer, train = configs()
     mixture = Engine(build_model(model, moe, {"threshold": THRESHOLD}, vocab_size=VOCAB, seed=0, groups=groups),
@@ -168,11 +168,11 @@ def our_model(s: Shape, groups):
 
 def our_step(s: Shape, batch) -> Callable[[], float]:
     """A training step that returns its loss."""
-    from megatron.parallel import groups as parallel
+    from megatron.engine import distributed as parallel
 
     groups = parallel.init(1)
+    from megatron.engine.engine import Engine  # imports DeepSpeed: only after `groups` prepared its environment
     from megatron.training import profile
-    from megatron.training.engine import Engine  # imports DeepSpeed: only after `groups` prepared its environment
 
     engine = Engine(*our_model(s, groups), groups)
     name_parts(engine.model, engine.model.norm, {

@@ -52,7 +52,7 @@ def exit_code(program: Callable[[], None]) -> int:
             raise
         log.report_error(line)
         return code
-    from megatron.parallel.groups import shutdown
+    from megatron.engine.distributed import shutdown
 
     shutdown()
     return 0
@@ -86,8 +86,8 @@ def leave(code: int) -> NoReturn:
 
 def train(config: RunConfig, started: float | None = None) -> None:
     """Run the whole training that `config` describes, on the ranks the launcher started; `started` as in `main`."""
+    from megatron.engine import distributed as parallel
     from megatron.model.build import build_model, size_table
-    from megatron.parallel import groups as parallel
     from megatron.parallel import rng
     from megatron.tokenizer.build import build_tokenizer
     from megatron.training.profile import StartUp, StepProfiler
@@ -97,9 +97,9 @@ def train(config: RunConfig, started: float | None = None) -> None:
     tokenizer = build_tokenizer(config.tokenizer)
     start_up.mark("tokenizer")
     groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    from megatron.engine.engine import Engine
     from megatron.training import resume  # imports DeepSpeed: only after `groups` prepared its environment
     from megatron.training.checkpoint import Checkpoints
-    from megatron.training.engine import Engine
     from megatron.training.loop import Plan, Trainer, announce
     from megatron.training.record import Record
     from megatron.training.schedule import Schedule

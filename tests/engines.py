@@ -45,11 +45,11 @@ class Run:
     """An engine, where it is, and its checkpoints; loaded from `config.train.load` if that is set."""
 
     def __init__(self, config: RunConfig, seed: int = 7):
+        from megatron.engine import distributed as parallel
+        from megatron.engine.engine import Engine
         from megatron.model.build import build_model
-        from megatron.parallel import groups as parallel
         from megatron.training import resume
         from megatron.training.checkpoint import Checkpoints
-        from megatron.training.engine import Engine
         from megatron.training.record import Progress, Record
 
         os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")

@@ -18,10 +18,10 @@ LAYERS = {
     "megatron.moe.routing": 2, "megatron.moe.gates": 2, "megatron.moe.dispatch.permute": 2, "megatron.moe.experts": 2,
     "megatron.moe.neurons": 2, "megatron.moe.plan": 2, "megatron.moe.experts.activations": 2,
     "megatron.moe.grouped": 2, "megatron.moe.experts.grouped_mlp": 2, "megatron.moe.kernels": 2,
-    "megatron.moe.layer": 3, "megatron.moe.metrics": 3, "megatron.moe.deepspeed": 3, "megatron.moe": 3,
+    "megatron.moe.layer": 3, "megatron.moe.metrics": 3, "megatron.engine.moe_adapter": 3, "megatron.moe": 3,
     "megatron.model": 4, "megatron.training": 5, "megatron.pretrain": 6,
 }
-DEEPSPEED = {"megatron/parallel/groups.py", "megatron/moe/deepspeed.py", "megatron/training/engine.py"}
+DEEPSPEED = {"megatron/parallel/groups.py", "megatron/moe/deepspeed.py", "megatron/engine/engine.py"}
 
 
 def rel(path: Path) -> str:

@@ -41,7 +41,8 @@ def missing_packages() -> list[str]:
 
 def build_operators() -> None:
     """Compile DeepSpeed's CPU communication operator into the environment's cache; nothing to do with CUDA."""
-    from megatron.parallel.groups import choose_backend, prepare_deepspeed
+    from megatron.engine.distributed import prepare_deepspeed
+    from megatron.parallel.groups import choose_backend
 
     backend, device, reason = choose_backend()
     prepare_deepspeed(device)

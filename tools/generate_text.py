@@ -31,14 +31,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     from megatron.config.checkpoints import CheckpointConfig
+    from megatron.engine import distributed as parallel
     from megatron.model.build import build_model
     from megatron.model.generate import generate
-    from megatron.parallel import groups as parallel
     from megatron.tokenizer.build import build_tokenizer
 
     groups = parallel.init()
+    from megatron.engine.engine import Engine
     from megatron.training import resume  # imports DeepSpeed: only after `groups` prepared its environment
-    from megatron.training.engine import Engine
     from megatron.training.record import Record
 
     source = resume.find(CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True), groups)

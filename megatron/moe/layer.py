@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: gate -> plan -> dispatch -> experts -> combine, plus shared experts and local paths.
 
-Plain torch: it imports no DeepSpeed, so inference, export and gate tests need none. `megatron.moe.deepspeed.attach`
+Plain torch: it imports no DeepSpeed, so inference, export and gate tests need none. `megatron.engine.moe_adapter.attach`
 adds the bookkeeping that DeepSpeed's engine looks for.
 """
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron.config.checkpoints import CheckpointConfig
+from megatron.engine.engine import Engine
+from megatron.engine.zero_shards import Partitions
 from megatron.io.atomic_write import sync_folder
 from megatron.io.safetensors_writer import Entry, in_file_order
 from megatron.io.staging_dir import Busy, WorkFolder, owner
@@ -25,8 +27,6 @@ from megatron.parallel import rng
 from megatron.parallel.beside import Job
 from megatron.parallel.groups import Groups, from_first, gather
 from megatron.training import store
-from megatron.training.engine import Engine
-from megatron.training.partitions import Partitions
 from megatron.training.record import Progress, Record
 from megatron.training.resume import Source
 from megatron.training.shards import make_index, shard_name, write_tensors

@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from megatron.config.schema import TrainConfig
 from megatron.data.loader import Batch
+from megatron.engine.engine import Engine
 from megatron.log import get_logger
 from megatron.parallel.groups import Groups, all_reduce_mean
 from megatron.training.checkpoint import Checkpoints
-from megatron.training.engine import Engine
 from megatron.training.profile import StartUp, StepProfiler
 from megatron.training.record import Progress
 from megatron.training.schedule import Schedule

@@ -14,13 +14,13 @@ from torch import nn
 from megatron.config import cli
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.config.schema import RunConfig, require
+from megatron.engine.engine import Engine
+from megatron.engine.zero_shards import MOMENTS, Layout, load_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.beside import Job
 from megatron.parallel.groups import Groups, from_first, gather
 from megatron.training import store
-from megatron.training.engine import Engine
-from megatron.training.partitions import MOMENTS, Layout, load_weights
 from megatron.training.record import (
     Progress,
     Record,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron.config.deepspeed import DECIDED, REFUSED, deepspeed_config
 from megatron.config.schema import OptimizerConfig, TrainConfig
+from megatron.engine.ds_config import DECIDED, REFUSED, deepspeed_config
 
 TRAIN = TrainConfig(micro_batch_size=2, global_batch_size=16)
 
@@ -103,6 +103,6 @@ def test_it_does_not_import_deepspeed(repo):
     import subprocess
     import sys
 
-    code = "import megatron.config.deepspeed, sys; print('deepspeed' in sys.modules or 'torch' in sys.modules)"
+    code = "import megatron.engine.ds_config, sys; print('deepspeed' in sys.modules or 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repo)
     assert out.stdout.strip() == "False"

@@ -15,7 +15,8 @@ def preload() -> None:
     """In the server. Threads would not survive a fork: nothing here starts one."""
     import torch
 
-    from megatron.parallel.groups import prepare_deepspeed, settle_triton
+    from megatron.engine.distributed import prepare_deepspeed
+    from megatron.engine.startup_patches import settle_triton
 
     torch.set_num_threads(1)
     prepare_deepspeed(torch.device("cpu"))

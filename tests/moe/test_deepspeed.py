@@ -43,7 +43,7 @@ def micro_batches(step):
 
 def plain(gate, activation="swiglu"):
     """One process, torch alone: losses, gradient norms before clipping, final weights."""
-    from megatron.moe.deepspeed import parameter_groups
+    from megatron.engine.optimizer import parameter_groups
     from megatron.moe.metrics import MoEMetrics
 
     model = build(gate, Groups(), activation)
@@ -68,11 +68,12 @@ def plain(gate, activation="swiglu"):
 
 def _train(gate, stage, precision="fp32", activation="swiglu"):
     """In a rank: the same training under DeepSpeed with the experts sharded over all ranks."""
+    from megatron.engine import distributed
+    from megatron.engine.engine import Engine
     from megatron.parallel import groups as parallel
-    from megatron.training.engine import Engine
 
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
-    groups = parallel.init(min(2, dist.get_world_size()))
+    groups = distributed.init(min(2, dist.get_world_size()))
     model = build(gate, groups, activation)
     optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", **OPTIMIZER)
     engine = Engine(model, optimizer, TrainConfig(micro_batch_size=1, global_batch_size=4), groups)
@@ -136,7 +137,8 @@ def test_bf16_keeps_the_router_in_fp32_where_zero_allows(stage, ranks2):
 
 
 def test_parameter_groups_by_name():
-    from megatron.moe.deepspeed import attach, parameter_groups
+    from megatron.engine.moe_adapter import attach
+    from megatron.engine.optimizer import parameter_groups
 
     model = build("topk", Groups())
     attach(model, Groups())

@@ -27,7 +27,7 @@ def build(groups, seed=7):
 
 
 def make_engine(groups, stage, precision, deepspeed_config, seed=7, source=None):
-    from megatron.training.engine import Engine
+    from megatron.engine.engine import Engine
 
     optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", lr=0.02, adam_eps=1e-2,
                                 deepspeed_config=deepspeed_config)
@@ -71,7 +71,7 @@ def count_loads(engine):
 
 def _run(stage, precision, deepspeed_config, folder):
     """In a rank: steps, an evaluation, a checkpoint, one step more; and a second engine that resumes."""
-    from megatron.parallel import groups as parallel
+    from megatron.engine import distributed as parallel
     from megatron.training import resume
     from megatron.training.checkpoint import Checkpoints
     from megatron.training.record import Progress, Record
@@ -154,7 +154,7 @@ def test_ranks_and_micro_batches_disagree_in_this_test():
 
 def _skip(stage, precision):
     """In a rank: a step in which one gradient is infinite, then an ordinary one; steps skipped and state after each."""
-    from megatron.parallel import groups as parallel
+    from megatron.engine import distributed as parallel
 
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
     groups = parallel.init(min(2, dist.get_world_size()))

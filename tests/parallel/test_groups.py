@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.engine import distributed
 from megatron.parallel import groups as parallel
 from megatron.parallel import rng
 from megatron.parallel.groups import Groups
@@ -39,24 +40,24 @@ def test_expert_parallel_size_must_divide_the_ranks(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, os.environ.get(name, "0"))
     with pytest.raises(ValueError, match="--moe-expert-parallel-size is 3; allowed: a divisor of the 4 ranks"):
-        parallel.init(3)
+        distributed.init(3)
 
 
 def test_deepspeeds_operator_cache_goes_into_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    parallel.prepare_deepspeed(torch.device("cpu"))
+    distributed.prepare_deepspeed(torch.device("cpu"))
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "mine")
-    parallel.prepare_deepspeed(torch.device("cpu"))
+    distributed.prepare_deepspeed(torch.device("cpu"))
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "mine"
 
 
 def _init(ep_size):
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
-    g = parallel.init(ep_size, timeout_minutes=0.5)
+    g = distributed.init(ep_size, timeout_minutes=0.5)
     seconds = g.ep_group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     assert seconds == 30, "the expert group has the run's timeout"
     return g.rank, g.ep_rank, dist.get_process_group_ranks(g.ep_group), g.backend, g.is_first
@@ -130,7 +131,7 @@ def test_gloos_error_of_connecting_is_one_line(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     error = RuntimeError("Gloo connectFullMesh failed with [x] Connection refused\nException raised from ...")
-    line = parallel._not_joined(error, 5.0)
+    line = distributed._not_joined(error, 5.0)
     assert "connectFullMesh failed" in line and "which is not set" in line and "\n" not in line
 
 
@@ -140,7 +141,7 @@ def _fail_to_start():
     original = deepspeed.init_distributed
     deepspeed.init_distributed = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("something else"))
     try:
-        parallel.init(1)
+        distributed.init(1)
     finally:
         deepspeed.init_distributed = original
 

@@ -73,9 +73,9 @@ def state(engine) -> dict[str, torch.Tensor]:
 def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
     """In a rank: the state after each of these steps; a step with a name is one that this spoils, on one micro-batch of
     rank 1."""
+    from megatron.engine import distributed as parallel
+    from megatron.engine.engine import Engine
     from megatron.model.build import build_model
-    from megatron.parallel import groups as parallel
-    from megatron.training.engine import Engine
 
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")

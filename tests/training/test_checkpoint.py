@@ -350,7 +350,7 @@ def test_nothing_there_with_load_or_init(ranks2, tmp_path):
 
 
 def _adopted(config):
-    from megatron.parallel import groups as parallel
+    from megatron.engine import distributed as parallel
 
     groups = parallel.init(1)
     return resume.find(config.train, groups).adopt(config, groups).train.global_batch_size

@@ -20,14 +20,14 @@ from megatron.pretrain import lost_rank
 
 
 def test_fp16_needs_a_gpu():
-    from megatron.training.engine import Engine
+    from megatron.engine.engine import Engine
 
     with pytest.raises(ValueError, match="--fp16 is True; allowed: only with a GPU. Use --bf16"):
         Engine(nn.Linear(1, 1), OptimizerConfig(fp16=True), TrainConfig(), Groups())
 
 
 def test_what_deepspeed_refuses_is_one_line(tmp_path):
-    from megatron.training.engine import Engine
+    from megatron.engine.engine import Engine
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"no_such_key": 1}}))
@@ -43,7 +43,7 @@ def test_a_lost_rank_is_told_from_other_errors():
 
 def test_our_adamw_is_torchs():
     """Bit for bit, with groups and a changing learning rate; states can be exchanged; nothing is recorded."""
-    from megatron.training.engine import AdamW
+    from megatron.engine.optimizer import AdamW
 
     def train(cls, steps, state=None):
         torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_our_adamw_is_torchs():
 
 
 def test_collections_skip_what_was_there_before():
-    from megatron.training.engine import few_objects_to_collect
+    from megatron.engine.startup_patches import few_objects_to_collect
 
     before = gc.get_freeze_count()
     with pytest.raises(KeyError), few_objects_to_collect():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from megatron.engine.zero_shards import Layout, Partitions
 from megatron.parallel.groups import Groups
-from megatron.training.partitions import Layout, Partitions
 
 SCALE = {"cur_scale": 128.0, "cur_iter": 7, "last_overflow_iter": 3, "cur_hysteresis": 1}
 

@@ -250,10 +250,11 @@ class _Nap(torch.autograd.Function):
 def _train_with_naps(argv: list[str]) -> None:
     """In a rank: a run in which known parts take known times, 2 micro-batches x 2 layers a step."""
     from megatron.data.loader import BatchLoader
+    from megatron.engine.engine import Engine
+    from megatron.engine.optimizer import AdamW
     from megatron.model import gpt
     from megatron.model.attention import Attention
     from megatron.moe.experts.grouped_experts import GroupedExperts
-    from megatron.training.engine import AdamW, Engine
 
     def nap_before(cls, name: str, seconds: float, of_first_rank: bool = True) -> None:
         function = getattr(cls, name)

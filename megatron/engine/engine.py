@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
-import inspect
 import io
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import deepspeed
 import torch
-from deepspeed.runtime import compiler
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from megatron.config.deepspeed import deepspeed_config
 from megatron.config.schema import OptimizerConfig, TrainConfig, require
 from megatron.data.loader import Batch
+from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
+from megatron.engine.moe_adapter import attach
+from megatron.engine.optimizer import AdamW, CheckedAdamW, parameter_groups, prepare_zero
+from megatron.engine.startup_patches import few_objects_to_collect
+from megatron.engine.zero_shards import Layout, Partitions
 from megatron.log import get_logger
 from megatron.model.block import Block
-from megatron.moe.deepspeed import attach, parameter_groups
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
-from megatron.training.partitions import Layout, Partitions
 
 COUNTERS = ("global_steps", "skipped_steps", "global_samples")
 
@@ -128,69 +124,6 @@ class Engine:
         """Restore what `counters` returned."""
         for name in COUNTERS:
             setattr(self.deepspeed, name, counters[name])
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW for programs that compile nothing.
-
-    torch keeps these methods out of compiled code, for which the first call imports the compiler: 1 to 2 s of the start
-    of a run. Here they are what is inside, with the same results.
-    """
-
-    add_param_group, zero_grad, state_dict, load_state_dict = (
-        inspect.unwrap(method) for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad,
-                                              torch.optim.Optimizer.state_dict, torch.optim.Optimizer.load_state_dict))
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
-
-
-class CheckedAdamW(AdamW):
-    """Skips a step whose gradients are not finite, and says so in `overflow`, as DeepSpeed's own optimizers do.
-
-    In fp32 without ZeRO, DeepSpeed uses the optimizer as it is, and looks at no gradient.
-    """
-
-    overflow = False
-
-    def step(self) -> None:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.overflow = not nn.utils.get_total_norm(gradients, float("inf")).isfinite()
-        if not self.overflow:
-            super().step()
-
-
-def prepare_zero() -> None:
-    """Let DeepSpeed's ZeRO take our optimizer, and import its Muon, which it does whatever the optimizer is, without
-    torch.compile on its functions: the compiler takes another second to import, and no run uses Muon."""
-    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
-    compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = compile_
-
-
-@contextlib.contextmanager
-def few_objects_to_collect() -> Iterator[None]:
-    """Garbage collections look at new objects only: DeepSpeed collects before it prints a memory figure, and each of
-    those ten times all objects of torch would be looked at, for 0.2 s."""
-    if gc.get_freeze_count():  # somebody else's, and not ours to undo
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def check_deepspeed_config(config: dict[str, Any], path: str) -> None:
-    """Raise ValueError, in one line, for what DeepSpeed's own schema refuses."""
-    try:
-        deepspeed.DeepSpeedConfig(config)
-    except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--deepspeed_config: DeepSpeed refuses {path}: {reason}") from None
 
 
 def model_inputs(batch: Batch, groups: Groups) -> dict[str, Tensor | None]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+
 from megatron.config.schema import OptimizerConfig, TrainConfig
 
 # What flags decide: DeepSpeed's key -> our flag. A file may repeat these values or say "auto", not contradict them.
@@ -89,3 +91,12 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str 
         else:
             merged[name] = value
     return merged
+
+
+def check_deepspeed_config(config: dict[str, Any], path: str) -> None:
+    """Raise ValueError, in one line, for what DeepSpeed's own schema refuses."""
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--deepspeed_config: DeepSpeed refuses {path}: {reason}") from None

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
 from megatron.moe.layer import MoELayer
@@ -65,20 +64,3 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
         layer.fp32_gate_state = [(t, t.detach().clone()) for t in kept]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Named optimizer groups: matrices with weight decay, the rest without, gates apart, experts per expert group.
-
-    Norms, biases, embeddings and everything in a gate have no weight decay. Gates are a group of their own because
-    their parameters are fp32 while the others are bf16: ZeRO flattens a group into one buffer of one dtype.
-    """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    gates = {id(p) for layer in moe_layers(model) for p in layer.gate.parameters()}
-    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
-    for p in model.parameters():
-        if not p.requires_grad:
-            continue
-        plain = p.dim() < 2 or id(p) in embeddings
-        members["gates" if id(p) in gates else "vectors" if plain else "matrices"].append(p)
-    groups = [{"name": name, "params": params, "weight_decay": weight_decay if name == "matrices" else 0.0}
-              for name, params in members.items() if params]
-    return [g for g in split_params_into_different_moe_groups_for_optimizer(groups) if g["params"]]
