@@ -44,17 +44,17 @@ class Run:
     """An engine and its checkpoints in a folder."""
 
     def __init__(self, groups: Any, config: Any):
+        from megatron.checkpoint.metadata import Progress
         from megatron.engine.engine import Engine
         from megatron.model.build import build_model
-        from megatron.training.record import Progress
 
         self.groups, self.config, self.progress = groups, config, Progress()
         model = build_model(config.model, config.moe, {}, vocab_size=8192, seed=1, groups=groups)
         self.engine = Engine(model, config.optimizer, config.train, groups)
 
     def checkpoints(self, folder: Path, async_save: bool) -> Any:
-        from megatron.training.checkpoint import Checkpoints
-        from megatron.training.record import Record
+        from megatron.checkpoint.metadata import Record
+        from megatron.checkpoint.saver import Checkpoints
 
         config = configuration(True, str(folder), async_save)
         return Checkpoints(config.train, self.engine, Record(self.config, {}, {"ranks": RANKS}), self.groups)
@@ -103,10 +103,10 @@ def torch_save(run: Run, path: Path) -> None:
 
 
 def restore(run: Run, folder: Path) -> None:
+    from megatron.checkpoint import loader
     from megatron.config.checkpoints import CheckpointConfig
-    from megatron.training import resume
 
-    source = resume.find(CheckpointConfig(load=str(folder)), run.groups)
+    source = loader.find(CheckpointConfig(load=str(folder)), run.groups)
     source.restore(run.engine, run.groups)
 
 

@@ -97,18 +97,18 @@ def train(config: RunConfig, started: float | None = None) -> None:
     tokenizer = build_tokenizer(config.tokenizer)
     start_up.mark("tokenizer")
     groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    from megatron.checkpoint import loader  # imports DeepSpeed: only after `groups` prepared its environment
+    from megatron.checkpoint.metadata import Record
+    from megatron.checkpoint.saver import Checkpoints
     from megatron.engine.engine import Engine
-    from megatron.training import resume  # imports DeepSpeed: only after `groups` prepared its environment
-    from megatron.training.checkpoint import Checkpoints
     from megatron.training.loop import Plan, Trainer, announce
-    from megatron.training.record import Record
     from megatron.training.schedule import Schedule
     from megatron.training.sinks import build_sinks
     from megatron.training.stop import Stop
 
     start_up.mark("DeepSpeed and process groups")
     _say_backend(config, groups)
-    source, config, progress = resume.begin(config, groups)
+    source, config, progress = loader.begin(config, groups)
     t = config.train
     plan = Plan.of(t, config.model.seq_length, groups.world_size, progress)
     schedule = Schedule(config.optimizer, iterations=plan.iterations, tokens_per_iteration=plan.tokens)

@@ -45,17 +45,17 @@ class Run:
     """An engine, where it is, and its checkpoints; loaded from `config.train.load` if that is set."""
 
     def __init__(self, config: RunConfig, seed: int = 7):
+        from megatron.checkpoint import loader
+        from megatron.checkpoint.metadata import Progress, Record
+        from megatron.checkpoint.saver import Checkpoints
         from megatron.engine import distributed as parallel
         from megatron.engine.engine import Engine
         from megatron.model.build import build_model
-        from megatron.training import resume
-        from megatron.training.checkpoint import Checkpoints
-        from megatron.training.record import Progress, Record
 
         os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
         self.config = config
         self.groups = groups = parallel.init(config.moe.moe_expert_parallel_size)
-        self.source = resume.find(config.train, groups)
+        self.source = loader.find(config.train, groups)
         model = build_model(config.model, config.moe, config.gate_options, vocab_size=MODEL.vocab_size, seed=seed,
                             groups=groups)
         topology = {"ranks": groups.world_size, "expert_parallel_size": groups.ep_size,
@@ -107,14 +107,14 @@ def train(config: RunConfig, steps: int = 0, more: int = 0, seed: int = 7):
 
 def latest(folder: str | Path) -> str:
     """Name of the checkpoint of a folder that was completed last."""
-    from megatron.training import store
+    from megatron.checkpoint import directory
 
-    return store.candidates(folder)[0][0][0].name
+    return directory.candidates(folder)[0][0][0].name
 
 
 def whole(folder: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint of a folder: "<kind>/<name>" and "buffer/<name>"."""
-    from megatron.training.shards import Shards
+    from megatron.checkpoint.reader import Shards
 
     shards = Shards(Path(folder) / latest(folder))
     tensors = {f"{kind}/{name}": shards.read(kind, name).view(shards.shapes[name])

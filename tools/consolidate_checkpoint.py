@@ -36,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
 def run(a: argparse.Namespace, prog: str) -> None:
     from tqdm import tqdm
 
+    from megatron.checkpoint import consolidate as c
     from megatron.config.schema import require
-    from megatron.training import consolidate as c
 
     def bar(what: str) -> tqdm:
         return tqdm(desc=what, unit="B", unit_scale=True, disable=not sys.stderr.isatty())

@@ -32,16 +32,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     from megatron.config.checkpoints import CheckpointConfig
     from megatron.engine import distributed as parallel
+    from megatron.inference.generate import generate
     from megatron.model.build import build_model
-    from megatron.model.generate import generate
     from megatron.tokenizer.build import build_tokenizer
 
     groups = parallel.init()
+    from megatron.checkpoint import loader  # imports DeepSpeed: only after `groups` prepared its environment
+    from megatron.checkpoint.metadata import Record
     from megatron.engine.engine import Engine
-    from megatron.training import resume  # imports DeepSpeed: only after `groups` prepared its environment
-    from megatron.training.record import Record
 
-    source = resume.find(CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True), groups)
+    source = loader.find(CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True), groups)
     config = source.record.config
     ep_size = config.moe.moe_expert_parallel_size
     groups = parallel.init(ep_size if groups.world_size % ep_size == 0 else 1, config.train.timeout_minutes)

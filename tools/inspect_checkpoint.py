@@ -34,7 +34,7 @@ def inspect(a: argparse.Namespace) -> int:
     """The exit code."""
     from tqdm import tqdm
 
-    from megatron.training import inspect as i
+    from megatron.checkpoint import inspect as i
 
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         if a.other:
@@ -52,10 +52,10 @@ def inspect(a: argparse.Namespace) -> int:
 
 def look_at(path: Path, a: argparse.Namespace, progress) -> tuple[dict, list[str], list[str]]:
     """(what there is for JSON, the same as text, faults) of a checkpoint, or of a folder and its newest one."""
-    from megatron.training import inspect as i
-    from megatron.training import store
+    from megatron.checkpoint import directory
+    from megatron.checkpoint import inspect as i
 
-    if path.is_dir() and store.is_checkpoint(path):
+    if path.is_dir() and directory.is_checkpoint(path):
         found = i.facts(path.resolve(), verify=a.verify, tensors=a.tensors, progress=progress)
         return found, describe(found, a), found["faults"]
     rows = i.listing(path, a.verify, progress)
@@ -71,7 +71,7 @@ def look_at(path: Path, a: argparse.Namespace, progress) -> tuple[dict, list[str
 
 
 def describe(found: dict, a: argparse.Namespace) -> list[str]:
-    from megatron.training import inspect as i
+    from megatron.checkpoint import inspect as i
 
     return i.describe(found) + (["", *i.describe_tensors(found)] if a.tensors else [])
 

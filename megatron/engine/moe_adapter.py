@@ -3,7 +3,7 @@
 DeepSpeed's engine sees expert parallelism only in instances of its own layers. `attach` turns the layers of a
 finished model into a thin subclass of `AutoEPMoELayer` whose own forward, router and experts are not used: the class
 carries the attributes that engine and ZeRO read. What its checkpoint code would read as well is not there: checkpoints
-are megatron.training.checkpoint's.
+are megatron.checkpoint.saver's.
 """
 
 from __future__ import annotations

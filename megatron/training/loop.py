@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
+from megatron.checkpoint.metadata import Progress
+from megatron.checkpoint.saver import Checkpoints
 from megatron.config.schema import TrainConfig
 from megatron.data.loader import Batch
 from megatron.engine.engine import Engine
 from megatron.log import get_logger
 from megatron.parallel.groups import Groups, all_reduce_mean
-from megatron.training.checkpoint import Checkpoints
 from megatron.training.profile import StartUp, StepProfiler
-from megatron.training.record import Progress
 from megatron.training.schedule import Schedule
 from megatron.training.sinks import ProgressBar, Sinks
 from megatron.training.spikes import Spike, SpikeDetector

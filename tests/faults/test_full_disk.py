@@ -11,15 +11,15 @@ import pytest
 from namespaces import REPO, in_namespace, needs_namespace
 
 import runs
-from megatron.training import store
+from megatron.checkpoint import directory
 
 
 def whole(folder: Path) -> list[int]:
     """Iterations of the checkpoints, all of which must be whole."""
-    good, bad = store.candidates(folder)
+    good, bad = directory.candidates(folder)
     assert not bad
     for path, manifest in good:
-        store.check_files(path, manifest["files"], manifest)
+        directory.check_files(path, manifest["files"], manifest)
     return [manifest["iteration"] for _, manifest in reversed(good)]
 
 

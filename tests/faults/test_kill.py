@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import runs
-from megatron.training import store
+from megatron.checkpoint import directory
 from spawn import free_port
 
 
@@ -54,10 +54,10 @@ def start_and_kill(argv: list[str], out: Path, delay: float) -> bool:
 
 def newest(folder: Path) -> int:
     """Iteration of the newest checkpoint; every one that has its name must be whole."""
-    good, bad = store.candidates(folder)
+    good, bad = directory.candidates(folder)
     assert not bad
     for path, manifest in good:
-        store.check_files(path, manifest["files"], manifest)
+        directory.check_files(path, manifest["files"], manifest)
     return good[0][1]["iteration"] if good else 0
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron.config.schema import ModelConfig
-from megatron.model.generate import generate
+from megatron.inference.generate import generate
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 

@@ -71,10 +71,10 @@ def count_loads(engine):
 
 def _run(stage, precision, deepspeed_config, folder):
     """In a rank: steps, an evaluation, a checkpoint, one step more; and a second engine that resumes."""
+    from megatron.checkpoint import loader
+    from megatron.checkpoint.metadata import Progress, Record
+    from megatron.checkpoint.saver import Checkpoints
     from megatron.engine import distributed as parallel
-    from megatron.training import resume
-    from megatron.training.checkpoint import Checkpoints
-    from megatron.training.record import Progress, Record
 
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
     groups = parallel.init(min(2, dist.get_world_size()))
@@ -92,7 +92,7 @@ def _run(stage, precision, deepspeed_config, folder):
         checkpoints.save(Progress(iteration=STEPS))
     engine.step(micro_batches(STEPS, groups.rank), 0.02, 0.0)
     answer["went_on"] = biases(engine)
-    source = resume.find(CheckpointConfig(load=folder), groups)
+    source = loader.find(CheckpointConfig(load=folder), groups)
     resumed = make_engine(groups, stage, precision, deepspeed_config, seed=8, source=source)
     assert source.restore(resumed, groups).iteration == STEPS
     answer["loaded"] = biases(resumed)

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from megatron.checkpoint import directory
+from megatron.checkpoint.metadata import Record
+from megatron.checkpoint.reader import make_index, shard_name, write_tensors
 from megatron.config.schema import MoEConfig, RunConfig
 from megatron.io import sha256
 from megatron.io.safetensors_writer import Entry
-from megatron.training import store
-from megatron.training.record import Record
-from megatron.training.shards import make_index, shard_name, write_tensors
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = RunConfig(moe=MoEConfig(num_experts=4, gate="threshold"), gate_options={"threshold": 0.8})
@@ -68,7 +68,7 @@ def checkpoint(folder: Path, tensors: dict[str, Tensor], ranks: int = 2, *, iter
     (partial / "state.json").write_text(json.dumps(content))
     for name in ("run.json", "state.json", "index.json"):
         files[name] = ((partial / name).stat().st_size, sha256.file_sha256(partial / name))
-    return store.publish(partial, folder, iteration, files)
+    return directory.publish(partial, folder, iteration, files)
 
 
 def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from megatron import log
+from megatron.checkpoint import directory, loader
+from megatron.checkpoint.reader import Shards
 from megatron.io import sha256
 from megatron.parallel.groups import Groups
-from megatron.training import resume, store
-from megatron.training.shards import Shards
 
 
 def config_of(folder: Path, **options):
@@ -27,7 +27,7 @@ def config_of(folder: Path, **options):
 
 
 def iterations(folder: Path) -> list[int]:
-    return sorted(m["iteration"] for _, m in store.candidates(folder)[0])
+    return sorted(m["iteration"] for _, m in directory.candidates(folder)[0])
 
 
 def _saves(config, number: int) -> list[str]:
@@ -60,10 +60,10 @@ def _slow_save(config):
     waits until three more steps are done."""
     import threading
 
-    from megatron.training import checkpoint
+    from megatron.checkpoint import saver
 
-    gate, original = threading.Event(), checkpoint.write_tensors
-    checkpoint.write_tensors = lambda *args: gate.wait(60) and original(*args)
+    gate, original = threading.Event(), saver.write_tensors
+    saver.write_tensors = lambda *args: gate.wait(60) and original(*args)
     run = engines.Run(config)
     try:
         run.steps(2)
@@ -77,7 +77,7 @@ def _slow_save(config):
         run.checkpoints.finish()
         return before, moments, {p.name: p.weight.clone() for p in parts.pieces}, there
     finally:
-        checkpoint.write_tensors = original
+        saver.write_tensors = original
         gate.set()
         run.close()
 
@@ -96,10 +96,10 @@ def test_what_is_written_beside_the_training_is_the_state_at_the_save(stage, ran
 
 def _polls(config):
     """In a rank: steps until the checkpoint that was begun after the first is published. Rank 1 writes slowly."""
-    from megatron.training import checkpoint
+    from megatron.checkpoint import saver
 
-    run, write = engines.Run(config), checkpoint.write_tensors
-    checkpoint.write_tensors = lambda *args: time.sleep(0.5 * run.groups.rank) or write(*args)
+    run, write = engines.Run(config), saver.write_tensors
+    saver.write_tensors = lambda *args: time.sleep(0.5 * run.groups.rank) or write(*args)
     try:
         run.steps(1)
         run.checkpoints.save(run.progress)
@@ -107,7 +107,7 @@ def _polls(config):
             run.steps(1)
         return engines.latest(config.train.save)
     finally:
-        checkpoint.write_tensors = write
+        saver.write_tensors = write
         run.close()
 
 
@@ -117,9 +117,9 @@ def test_a_finished_write_is_published_between_steps(ranks2, tmp_path):
 
 def _fails_once(config, rank, when):
     """In a rank: three saves, of which the second fails on one rank."""
-    from megatron.training import checkpoint
+    from megatron.checkpoint import saver
 
-    original, run = checkpoint.write_tensors, engines.Run(config)
+    original, run = saver.write_tensors, engines.Run(config)
 
     def full(path, *args):
         if "iter_0000002" in str(path) and run.groups.rank == rank:
@@ -127,7 +127,7 @@ def _fails_once(config, rank, when):
             raise (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if when == "disk" else KeyError("x"))
         return original(path, *args)
 
-    checkpoint.write_tensors = full
+    saver.write_tensors = full
     try:
         for _ in range(3):
             run.steps(1)
@@ -136,7 +136,7 @@ def _fails_once(config, rank, when):
                 assert not list(Path(config.train.save, "checkpoint.partial").glob("iter_*")), "half of one is left"
         return run.checkpoints.failures, run.checkpoints.last_good()
     finally:
-        checkpoint.write_tensors = original
+        saver.write_tensors = original
         run.close()
 
 
@@ -162,14 +162,14 @@ def test_a_bug_in_the_writing_thread_is_not_swallowed(ranks1, tmp_path):
 
 def _unshared(config):
     """In a rank: a save into a folder that rank 1 has elsewhere."""
-    from megatron.training import checkpoint
+    from megatron.checkpoint import saver
 
-    original = checkpoint.from_first
-    checkpoint.from_first = lambda ask, groups: str(original(ask, groups)) + groups.rank * "x"
+    original = saver.from_first
+    saver.from_first = lambda ask, groups: str(original(ask, groups)) + groups.rank * "x"
     try:
         _saves(config, 1)
     finally:
-        checkpoint.from_first = original
+        saver.from_first = original
 
 
 def test_a_folder_that_only_one_node_sees(ranks2, tmp_path):
@@ -253,12 +253,12 @@ def test_damage_is_named_and_the_one_before_is_used(kind, name, three, ranks2, t
     config = engines.loading(config_of("", ep_size=2), folder)
     assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2
     log.setup()
-    assert resume.find(config.train, Groups()).path.name == "iter_0000002"
+    assert loader.find(config.train, Groups()).path.name == "iter_0000002"
     assert re.search(f"WARNING .*iter_0000003/{name} .*(falling back|not used)", capsys.readouterr().out)
     with pytest.raises(RuntimeError, match=f"--load-step is 3.*iter_0000003/{name}"):
         ranks2.run(_load, replace(config, train=replace(config.train, load_step=3)))
     for iteration in (1, 2):
-        damage(folder / store.tag(iteration) / "rank_00001.safetensors", "flipped")
+        damage(folder / directory.tag(iteration) / "rank_00001.safetensors", "flipped")
     with pytest.raises(RuntimeError, match="no checkpoint is whole: .*rank_00001.safetensors is damaged.*Restore"):
         ranks2.run(_load, config)
 
@@ -334,9 +334,9 @@ def test_files_that_somebody_made_up(name, change, message, three, ranks1, tmp_p
     content = json.loads((path / name).read_text())
     change(content)
     (path / name).write_text(json.dumps(content))
-    manifest = store.read_manifest(path)
+    manifest = directory.read_manifest(path)
     manifest["files"][name] = [(path / name).stat().st_size, sha256.file_sha256(path / name)]
-    (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": store._checksum(manifest)}))
+    (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": directory._checksum(manifest)}))
     with pytest.raises(RuntimeError, match=f"(Broken|ValueError): .*{message}"):
         ranks1.run(_load, engines.loading(config_of(""), path.parent))
 
@@ -353,7 +353,7 @@ def _adopted(config):
     from megatron.engine import distributed as parallel
 
     groups = parallel.init(1)
-    return resume.find(config.train, groups).adopt(config, groups).train.global_batch_size
+    return loader.find(config.train, groups).adopt(config, groups).train.global_batch_size
 
 
 @pytest.mark.parametrize("options, size", [({}, engines.GLOBAL_BATCH), ({"global_batch_size": 8}, 8),

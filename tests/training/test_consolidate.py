@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron.checkpoint import consolidate as c
+from megatron.checkpoint import directory, reader
 from megatron.config import cli
 from megatron.io.safetensors_writer import Entry
 from megatron.model.build import build_model
 from megatron.parallel.groups import Groups
-from megatron.training import consolidate as c
-from megatron.training import shards, store
 
 TOOL = "consolidate_checkpoint.py"
 SHAPES = {"embed__weight": (31, 4), "experts__w1": (4, 6, 5), "norm__weight": (7,)}
@@ -102,7 +102,7 @@ def test_a_model_with_the_result_has_the_runs_loss(topology, trained, tmp_path):
 
 @pytest.mark.parametrize("slice_", [1, 7, 1 << 20])
 def test_slices_join(slice_, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SLICE", slice_)
+    monkeypatch.setattr(reader, "SLICE", slice_)
     check_equal(consolidate(made[0], tmp_path / "out"), made[1] | BUFFERS)
 
 
@@ -173,7 +173,7 @@ def test_one_file_needs_no_index_and_everything_has_its_hash(made, tmp_path):
     assert sums == {n: hashlib.sha256((tmp_path / "out" / n).read_bytes()).hexdigest() for n in names}
     about = json.loads((tmp_path / "out/consolidated.json").read_text())
     assert about["checkpoint"] == "iter_0000003" and about["dtype"] == "float32" and about["optimizer"] is True
-    assert about["manifest_checksum"] == store.read_manifest(made[0])["checksum"]
+    assert about["manifest_checksum"] == directory.read_manifest(made[0])["checksum"]
     assert about["state"] == json.loads((made[0] / "state.json").read_text())
     assert cli.read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
     assert sorted(os.listdir(tmp_path)) == ["out", "save"], "no work folder is left"
@@ -230,8 +230,8 @@ def test_broken_ones_are_passed_over_and_said(several):
     for step, reason in ((4, "rank_00001.safetensors is damaged"), (2, "manifest.json is missing")):
         with pytest.raises(FileNotFoundError, match=f"no whole checkpoint of iteration {step}: [^;]*{reason}"):
             c.find(several, step)
-        with pytest.raises(store.Broken, match=reason):
-            c.find(several / store.tag(step))
+        with pytest.raises(directory.Broken, match=reason):
+            c.find(several / directory.tag(step))
     shutil.rmtree(several / "iter_0000005")
     with pytest.raises(FileNotFoundError, match="has no whole checkpoint: .*missing; .*damaged"):
         c.find(several)

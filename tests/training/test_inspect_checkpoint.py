@@ -14,11 +14,11 @@ import handmade
 import pytest
 import torch
 
+from megatron.checkpoint import directory, inspect, reader
 from megatron.io import sha256
 from megatron.model.build import build_model
 from megatron.model.size import count
 from megatron.parallel.groups import Groups
-from megatron.training import inspect, shards, store
 
 TOOL = "inspect_checkpoint.py"
 SHAPES = {"embed_tokens__weight": (11, 4), "layers__0__mlp__experts__w1": (4, 3, 4), "layers__0__mlp__gate__r": (4, 4),
@@ -61,7 +61,7 @@ def test_facts(folder):
 
 @pytest.mark.parametrize("slice_", [1, 5, 1 << 20])
 def test_values_of_tensors(slice_, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SLICE", slice_)
+    monkeypatch.setattr(reader, "SLICE", slice_)
     tensors = handmade.weights(**SHAPES, empty=(0, 3))
     tensors["norm.weight"][1:3] = torch.tensor([float("nan"), float("-inf")])
     tensors["strange"][:] = float("nan")
@@ -99,11 +99,11 @@ def test_of_a_real_checkpoint(ranks2, tmp_path):
 def test_what_is_printed(folder):
     done = handmade.run(TOOL, folder, "--tensors")
     text = lines(done)
-    (size,) = {f"{inspect.facts(folder / store.tag(i))['bytes'] / 1e6:,.1f} MB" for i in (2, 4, 5)}
-    saved = {i: json.loads((folder / store.tag(i) / "state.json").read_text())["saved_at"] for i in (2, 4, 5)}
+    (size,) = {f"{inspect.facts(folder / directory.tag(i))['bytes'] / 1e6:,.1f} MB" for i in (2, 4, 5)}
+    saved = {i: json.loads((folder / directory.tag(i) / "state.json").read_text())["saved_at"] for i in (2, 4, 5)}
     assert text[:4] == [f"{folder}: 3 checkpoints", f"newest iter_0000004 {saved[4]} {size}",
                         f"iter_0000005 {saved[5]} {size}", f"iter_0000002 {saved[2]} {size}"]
-    manifest = store.read_manifest(folder / "iter_0000004")
+    manifest = directory.read_manifest(folder / "iter_0000004")
     versions = json.loads((folder / "iter_0000004/state.json").read_text())["versions"]
     assert text[4:] == [
         "", f"{folder}/iter_0000004", "iteration 4 of 100", "seen 32 samples, 8,192 tokens",
@@ -186,7 +186,7 @@ def test_verify_finds_a_changed_byte(folder):
 def test_a_damaged_description_is_found_without_verify(name, folder):
     path = folder / "iter_0000004"
     handmade.damage(path / name)
-    with pytest.raises(store.Broken, match=name):
+    with pytest.raises(directory.Broken, match=name):
         inspect.facts(path)
     done = handmade.run(TOOL, path, code=2)
     assert len(done.stderr.splitlines()) == 1 and f"{TOOL}: error: {path}/{name} " in done.stderr
@@ -254,7 +254,7 @@ def test_every_difference_is_named(folder, tmp_path):
 
 @pytest.mark.parametrize("slice_", [3, 1 << 20])
 def test_how_far_apart_weights_are(slice_, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SLICE", slice_)
+    monkeypatch.setattr(reader, "SLICE", slice_)
     a, b = (handmade.weights(w=(5, 4), same=(3,), zero=(2,), strange=(2,)) for _ in range(2))
     b["w"] = torch.randn(5, 4, generator=torch.Generator().manual_seed(9))
     a["zero"], b["zero"], b["strange"] = torch.zeros(2), torch.ones(2), torch.tensor([float("nan"), 1.0])

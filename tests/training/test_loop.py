@@ -13,9 +13,9 @@ import pytest
 import torch.distributed as dist
 
 import runs
+from megatron.checkpoint.metadata import Progress
 from megatron.config.schema import TrainConfig
 from megatron.training.loop import Plan
-from megatron.training.record import Progress
 
 MICRO_STEPS = 2
 SHORT = ["--eval-iters", "0"]
@@ -128,19 +128,19 @@ def test_a_spike_can_end_the_run(data, tmp_path, ranks2):
 
 def _save_slowly(argv: list[str], bad: set[int]) -> None:
     """In a rank: a run whose checkpoints take longer to write than the steps that follow them."""
-    from megatron.training import checkpoint
+    from megatron.checkpoint import saver
 
-    write = checkpoint.write_tensors
+    write = saver.write_tensors
 
     def slow(*args):
         time.sleep(1.5)
         return write(*args)
 
-    checkpoint.write_tensors = slow
+    saver.write_tensors = slow
     try:
         _train(argv, bad)
     finally:
-        checkpoint.write_tensors = write
+        saver.write_tensors = write
 
 
 def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp_path, ranks2):

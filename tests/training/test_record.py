@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from megatron import log
-from megatron.config.schema import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
-from megatron.parallel.groups import Groups
-from megatron.training import record as records
-from megatron.training.record import (
+from megatron.checkpoint import compatibility as records
+from megatron.checkpoint.compatibility import (
     ORDER,
     SCHEDULE,
-    Record,
     check_same_run,
     check_same_schedule,
     warn_of_changes,
 )
+from megatron.checkpoint.metadata import Record
+from megatron.config.schema import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+from megatron.parallel.groups import Groups
 
 IDENTITY = {"tokenizer_name": "a", "tokenizer_vocab_size": 10, "tokenizer_fingerprint": "f"}
 

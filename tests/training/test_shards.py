@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron.checkpoint.reader import Shards, make_index, shard_name, write_tensors
 from megatron.io.safetensors_writer import DTYPES, Entry, SafetensorsWriter, in_file_order, read_header
-from megatron.training.shards import Shards, make_index, shard_name, write_tensors
 
 REPO = Path(__file__).resolve().parents[2]
 SHAPES = [(), (1,), (5,), (0,), (3, 0, 2), (3, 5), (2, 3, 4)]
@@ -237,7 +237,7 @@ def test_a_full_disk_is_named():
 
 
 def test_a_limit_of_file_sizes_is_named_and_a_folder_that_is_not_there(tmp_path):
-    code = ("import resource, sys, torch; from megatron.training.shards import Entry, write_tensors\n"
+    code = ("import resource, sys, torch; from megatron.checkpoint.reader import Entry, write_tensors\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
             "for path in ('x', 'none/x'):\n"
             "    try: write_tensors(path, [Entry('a', torch.float32, (50_000,))], lambda name: torch.zeros(50_000))\n"

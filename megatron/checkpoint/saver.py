@@ -1,7 +1,7 @@
 """Saving: each rank writes its pieces of the run's state, beside the training if asked to, and rank 0 publishes them.
 
-A checkpoint is complete or not there: megatron.training.store. What a rank writes is safetensors, the rest is JSON:
-megatron.training.shards. Loading is megatron.training.resume.
+A checkpoint is complete or not there: megatron.checkpoint.directory. What a rank writes is safetensors, the rest is JSON:
+megatron.checkpoint.reader. Loading is megatron.training.resume.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.checkpoint import directory
+from megatron.checkpoint.loader import Source
+from megatron.checkpoint.metadata import Progress, Record
+from megatron.checkpoint.reader import make_index, shard_name, write_tensors
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import Partitions
@@ -26,10 +30,6 @@ from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.beside import Job
 from megatron.parallel.groups import Groups, from_first, gather
-from megatron.training import store
-from megatron.training.record import Progress, Record
-from megatron.training.resume import Source
-from megatron.training.shards import make_index, shard_name, write_tensors
 
 ALIGNMENT = 64
 
@@ -76,7 +76,7 @@ class Checkpoints:
 
     def _open(self, goes_on: Path | None) -> None:
         """On rank 0: take the folder, and remove what a killed run left half done."""
-        there = store.candidates(self.folder)[0]
+        there = directory.candidates(self.folder)[0]
         if there and (goes_on is None or goes_on.resolve().parent != self.folder.resolve()):
             raise ValueError(f"--save is {self.options.save!r}, which has {there[0][0].name}; allowed: a folder "
                              "without checkpoints, or the one that the run goes on from. Add --load, or choose another")
@@ -89,7 +89,7 @@ class Checkpoints:
         sync_folder(self.folder.resolve().parent)
         for half in self._work.path.glob("iter_*"):
             shutil.rmtree(half)
-        store.sweep(self.folder)
+        directory.sweep(self.folder)
 
     @property
     def writing(self) -> bool:
@@ -174,7 +174,7 @@ class Checkpoints:
 
     def _prepare(self, progress: Progress, size: int) -> Path:
         """On rank 0: room on the disk, and an empty folder."""
-        partial = self._work.path / store.tag(progress.iteration)
+        partial = self._work.path / directory.tag(progress.iteration)
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free
         if size > free:
@@ -205,12 +205,12 @@ class Checkpoints:
     def _publish(self, pending: _Pending, files: dict[str, tuple[int, str]]) -> str:
         """On rank 0; returns where the checkpoint is."""
         for name, text in pending.texts.items():
-            files[name] = store.write_text(pending.partial / name, text + "\n")
-        target = store.publish(pending.partial, self.folder, pending.iteration, files)
+            files[name] = directory.write_text(pending.partial / name, text + "\n")
+        target = directory.publish(pending.partial, self.folder, pending.iteration, files)
         self._damaged -= {target.name}
         get_logger().info("saved %s: %.1f MB in %.1f s", target, sum(size for size, _ in files.values()) / 1e6,
                           time.monotonic() - pending.started)
-        gone = store.prune(self.folder, self.options.keep_last, self.options.keep_every, self._damaged)
+        gone = directory.prune(self.folder, self.options.keep_last, self.options.keep_every, self._damaged)
         if gone:
             get_logger().info("deleted %s, as --keep-last says", ", ".join(gone))
         return str(target)

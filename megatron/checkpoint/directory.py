@@ -3,8 +3,8 @@
     <save>/iter_0000300/     a complete checkpoint
         manifest.json        size and SHA-256 of every other file, written last
         run.json             the configuration, fit for --config
-        state.json           how far the run is and what it is: megatron.training.checkpoint
-        index.json           every tensor and where its pieces are: megatron.training.shards
+        state.json           how far the run is and what it is: megatron.checkpoint.saver
+        index.json           every tensor and where its pieces are: megatron.checkpoint.reader
         rank_00000.safetensors, rank_00001.safetensors, ...
     <save>/latest            name of the checkpoint that was completed last
     <save>/checkpoint.partial/   one that is being written

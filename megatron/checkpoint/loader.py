@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.checkpoint import directory
+from megatron.checkpoint.compatibility import check_same_run, check_same_schedule, warn_of_changes
+from megatron.checkpoint.metadata import Progress, Record, progress_of
+from megatron.checkpoint.reader import Shards
 from megatron.config import cli
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.config.schema import RunConfig, require
@@ -20,16 +24,6 @@ from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.beside import Job
 from megatron.parallel.groups import Groups, from_first, gather
-from megatron.training import store
-from megatron.training.record import (
-    Progress,
-    Record,
-    check_same_run,
-    check_same_schedule,
-    progress_of,
-    warn_of_changes,
-)
-from megatron.training.shards import Shards
 
 
 class Source:
@@ -45,14 +39,14 @@ class Source:
     def __init__(self, path: Path, options: CheckpointConfig, damaged: list[Path]):
         self.path, self.options, self.damaged = path, options, damaged
         try:
-            state = store.read_json(path / "state.json")
+            state = directory.read_json(path / "state.json")
             self.record = Record.from_state(cli.read_run_json(path / "run.json"), state)
             self.progress = Progress() if options.finetune else progress_of(state)
             optimizer = state["optimizer"]
             self.steps, self.scaler, self.counters = (optimizer[n] for n in ("steps", "scaler", "counters"))
             self.shards = Shards(path)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise store.Broken(f"{path} is not a checkpoint that this version can read: {error!r}") from None
+            raise directory.Broken(f"{path} is not a checkpoint that this version can read: {error!r}") from None
 
     @property
     def goes_on(self) -> Path | None:
@@ -98,7 +92,7 @@ class Source:
         layout = Layout.of(model, groups)
         if self.shards.shapes != layout.shapes or set(self.shards.buffers) != set(layout.buffers):
             differ = {*layout.shapes.items(), *layout.buffers} ^ {*self.shards.shapes.items(), *self.shards.buffers}
-            raise store.Broken(f"{self.path / 'index.json'} does not fit the model: {sorted(map(str, differ))[0]}")
+            raise directory.Broken(f"{self.path / 'index.json'} does not fit the model: {sorted(map(str, differ))[0]}")
         load_weights(model, layout, self._weight, self.shards.buffer)
 
     def _weight(self, name: str, start: int, length: int) -> torch.Tensor:
@@ -150,7 +144,7 @@ def find(options: CheckpointConfig, groups: Groups) -> Source | None:
     """
     if not options.load:
         return None
-    listed = from_first(lambda: store.choose(options), groups)
+    listed = from_first(lambda: directory.choose(options), groups)
     damaged: list[Path] = []
     for path, manifest in listed:
         names = sorted(manifest["files"])[groups.rank::groups.world_size]
@@ -174,7 +168,7 @@ def find(options: CheckpointConfig, groups: Groups) -> Source | None:
 
 def _problem(path: Path, names: list[str], manifest: dict[str, Any]) -> str:
     try:
-        store.check_files(path, names, manifest)
-    except store.Broken as error:
+        directory.check_files(path, names, manifest)
+    except directory.Broken as error:
         return f"{error} (seen by {socket.gethostname()})"
     return ""

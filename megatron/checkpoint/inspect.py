@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.checkpoint import directory
+from megatron.checkpoint.reader import Shards
 from megatron.model.size import PARTS, part_of
-from megatron.training import store
-from megatron.training.shards import Shards
 
 NOT_THERE = "(not there)"
 
@@ -27,7 +27,7 @@ def one_of(path: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    if path.is_dir() and store.is_checkpoint(path):
+    if path.is_dir() and directory.is_checkpoint(path):
         return path.resolve()
     rows = listing(path)
     for row in rows:
@@ -48,8 +48,8 @@ def faults_of(path: Path, manifest: dict[str, Any], verify: bool = False,
     faults = []
     for name, (size, _) in manifest["files"].items():
         try:
-            store.check_files(path, [name], manifest, hashes=verify or name.endswith(".json"))
-        except store.Broken as error:
+            directory.check_files(path, [name], manifest, hashes=verify or name.endswith(".json"))
+        except directory.Broken as error:
             faults.append(str(error))
         progress(size)
     return faults
@@ -62,7 +62,7 @@ def listing(folder: Path, verify: bool = False, progress: Progress = lambda read
     Raises:
         FileNotFoundError: there are none.
     """
-    good, bad = store.candidates(folder)
+    good, bad = directory.candidates(folder)
     if not good and not bad:
         raise FileNotFoundError(f"{folder} is not a folder of checkpoints. Give the folder of --save of a run, or one "
                                 "checkpoint of it")
@@ -71,7 +71,7 @@ def listing(folder: Path, verify: bool = False, progress: Progress = lambda read
         faults = faults_of(path, manifest, verify, progress)
         rows.append({"name": path.name, "newest": newest and not faults, "iteration": manifest["iteration"],
                      "serial": manifest["serial"], "bytes": _bytes(manifest), "faults": faults,
-                     "saved_at": "" if faults else store.read_json(path / "state.json")["saved_at"]})
+                     "saved_at": "" if faults else directory.read_json(path / "state.json")["saved_at"]})
         newest = newest and bool(faults)
     return rows + [{"name": "", "newest": False, "faults": [text]} for text in bad]
 
@@ -94,10 +94,10 @@ def facts(path: Path, *, verify: bool = False, tensors: bool = False,
     Raises:
         ValueError: its description is missing or damaged; the message names the file.
     """
-    manifest = store.read_manifest(path)
+    manifest = directory.read_manifest(path)
     faults = faults_of(path, manifest, verify, progress)
-    store.check_files(path, [name for name in manifest["files"] if name.endswith(".json")], manifest)
-    state = store.read_json(path / "state.json")
+    directory.check_files(path, [name for name in manifest["files"] if name.endswith(".json")], manifest)
+    state = directory.read_json(path / "state.json")
     shards = Shards(path)
     names = {name: {"shape": list(shape), "pieces": shards.num_pieces(name)} for name, shape in shards.shapes.items()}
     buffers = {} if faults else {name: {"shape": list(shards.buffer_entry(name).shape), "pieces": 1}
@@ -107,7 +107,7 @@ def facts(path: Path, *, verify: bool = False, tensors: bool = False,
         parts[part_of(name)] += math.prod(shape)
     found = {
         "path": str(path), "iteration": manifest["iteration"], "serial": manifest["serial"], **state,
-        "config": store.read_json(path / "run.json"),
+        "config": directory.read_json(path / "run.json"),
         "files": {n: {"bytes": size, "sha256": sha} for n, (size, sha) in manifest["files"].items()},
         "bytes": _bytes(manifest), "verified": verify, "kinds": shards.kinds,
         "parameters": {"total": sum(parts.values()), "parts": parts}, "tensors": names, "buffers": buffers,

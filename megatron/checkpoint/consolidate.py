@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint import directory
+from megatron.checkpoint.reader import Shards
 from megatron.config.schema import require
 from megatron.io.atomic_write import sync_folder
 from megatron.io.safetensors_writer import Entry, SafetensorsWriter
 from megatron.io.staging_dir import WorkFolder
-from megatron.training import store
-from megatron.training.shards import Shards
 
 FORMAT = "moe-megatron consolidated 1"
 SUMS = "SHA256SUMS"
@@ -91,20 +91,20 @@ def find(path: Path, step: int = 0, progress: Progress = lambda read: None) -> t
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder; allowed: the folder of --save, or a checkpoint in it")
-    if store.is_checkpoint(path):
+    if directory.is_checkpoint(path):
         require(not step, "--load-step", step, "only with the folder of the checkpoints", f"{path} is one checkpoint.")
         path = path.resolve()
-        manifest = store.read_manifest(path)
+        manifest = directory.read_manifest(path)
         _verify(path, manifest, progress)
         return path, manifest, []
-    good, bad = store.candidates(path)
+    good, bad = directory.candidates(path)
     if step:
         good = [found for found in good if found[1]["iteration"] == step]
-        bad = [text for text in bad if store.tag(step) in text]
+        bad = [text for text in bad if directory.tag(step) in text]
     for candidate, manifest in good:
         try:
             _verify(candidate, manifest, progress)
-        except store.Broken as error:
+        except directory.Broken as error:
             bad.append(str(error))
             continue
         return candidate, manifest, bad
@@ -115,7 +115,7 @@ def find(path: Path, step: int = 0, progress: Progress = lambda read: None) -> t
 
 def _verify(path: Path, manifest: dict[str, Any], progress: Progress) -> None:
     for name, (size, _) in manifest["files"].items():
-        store.check_files(path, [name], manifest)
+        directory.check_files(path, [name], manifest)
         progress(size)
 
 
@@ -163,7 +163,7 @@ class Plan:
                 total = sum(e.nbytes for entries in files for e in entries)
                 index = {"metadata": {"total_size": total}, "weight_map": where}
                 name = f"{stem}.safetensors.index.json"
-                written[name] = store.write_text(folder / name, json.dumps(index, indent=2) + "\n")
+                written[name] = directory.write_text(folder / name, json.dumps(index, indent=2) + "\n")
         return written
 
     def _slices(self, entry: Entry, moment: bool, progress: Progress) -> Iterator[Tensor]:
@@ -208,7 +208,7 @@ def check_output(output: Path) -> None:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} exists; allowed: a new or an empty folder. Remove it, or write to another one")
-    if any(store.iteration_of(folder) is not None for folder in (output, *output.parents)):
+    if any(directory.iteration_of(folder) is not None for folder in (output, *output.parents)):
         raise ValueError(f"{output} is a place that belongs to the checkpoints of a run; allowed: any other folder")
 
 
@@ -238,8 +238,8 @@ def consolidate(source: Path, manifest: dict[str, Any], output: str | Path, opti
             files = plan.write(partial, progress)
             for name, text in (("run.json", (source / "run.json").read_text(encoding="utf-8")),
                                ("consolidated.json", json.dumps(_about(source, manifest, options), indent=1) + "\n")):
-                files[name] = store.write_text(partial / name, text)
-            store.write_text(partial / SUMS, "".join(f"{sha}  {name}\n" for name, (_, sha) in sorted(files.items())))
+                files[name] = directory.write_text(partial / name, text)
+            directory.write_text(partial / SUMS, "".join(f"{sha}  {name}\n" for name, (_, sha) in sorted(files.items())))
             sync_folder(partial)
             os.rename(partial, output)
         finally:
@@ -261,4 +261,4 @@ def _about(source: Path, manifest: dict[str, Any], options: Options) -> dict[str
     """Content of consolidated.json."""
     return {"format": FORMAT, "checkpoint": source.name, "manifest_checksum": manifest["checksum"],
             "dtype": str(options.dtype).removeprefix("torch."), "optimizer": options.optimizer,
-            "state": store.read_json(source / "state.json")}
+            "state": directory.read_json(source / "state.json")}
