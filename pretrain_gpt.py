@@ -5,6 +5,7 @@ import time
 STARTED = time.time()  # before torch is imported
 
 if __name__ == "__main__":
-    from megatron.pretrain import leave, main
+    from megatron.exit_codes import leave
+    from megatron.pretrain import main
 
     leave(main(started=STARTED))

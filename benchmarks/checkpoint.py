@@ -46,7 +46,7 @@ class Run:
     def __init__(self, groups: Any, config: Any):
         from megatron.checkpoint.metadata import Progress
         from megatron.engine.engine import Engine
-        from megatron.model.build import build_model
+        from megatron.model.builder import build_model
 
         self.groups, self.config, self.progress = groups, config, Progress()
         model = build_model(config.model, config.moe, {}, vocab_size=8192, seed=1, groups=groups)

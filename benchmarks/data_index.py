@@ -103,7 +103,7 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
     from megatron.config.schema import DataConfig
     from megatron.engine import distributed as parallel
     from megatron.engine.engine import Engine
-    from megatron.model.build import build_model
+    from megatron.model.builder import build_model
 
     groups = parallel.init(1)
     model, moe, optimizer, train = configs()

@@ -30,7 +30,7 @@ def make_layer(name: str):
     import torch
 
     from megatron.config.schema import ModelConfig, MoEConfig
-    from megatron.model.build import make_moe_layer
+    from megatron.model.builder import make_moe_layer
     from megatron.moe.gate import create_gate, gate_config_class
     from megatron.parallel.groups import Groups
 

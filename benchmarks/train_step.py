@@ -89,7 +89,7 @@ def configs():
 def make_engines(groups, batch):
     """(mixture engine, dense engine of equal active width, mean experts per token by layer)."""
     from megatron.engine.engine import Engine
-    from megatron.model.build import build_model
+    from megatron.model.builder import build_model
     from megatron.model.gpt import GPT
     from megatron.model.mlp import MLP
     from megatron.moe.metrics import MoEMetrics
@@ -157,7 +157,7 @@ def print_table(title: str, columns: dict[str, dict[str, float]]) -> None:
 def our_model(s: Shape, groups):
     """(model of Mixtral's architecture in fp32 with initial weights, configuration of its optimizer and trainer)."""
     from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
-    from megatron.model.build import build_model
+    from megatron.model.builder import build_model
 
     model = ModelConfig(num_layers=s.layers, hidden_size=s.hidden, num_attention_heads=s.heads, seq_length=s.length,
                         activation="swiglu", untie_embeddings_and_output_weights=True)
@@ -172,12 +172,12 @@ def our_step(s: Shape, batch) -> Callable[[], float]:
 
     groups = parallel.init(1)
     from megatron.engine.engine import Engine  # imports DeepSpeed: only after `groups` prepared its environment
-    from megatron.training import profile
+    from megatron.training import profile_report, profiler
 
     engine = Engine(*our_model(s, groups), groups)
     name_parts(engine.model, engine.model.norm, {
-        m: part for m, part in profile.module_parts(engine.model).items() if m is not engine.model})
-    engine.deepspeed.step = in_range(profile.PART + "optimizer", engine.deepspeed.step)
+        m: part for m, part in profiler.module_parts(engine.model).items() if m is not engine.model})
+    engine.deepspeed.step = in_range(profile_report.PART + "optimizer", engine.deepspeed.step)
     return lambda: float(sum(engine.step([batch], 0.0, 0.0)))
 
 
@@ -186,7 +186,7 @@ def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:
     import torch
 
     from megatron.parallel.groups import Groups
-    from megatron.training import profile
+    from megatron.training import profile_report
 
     gpt, optimizer, _ = our_model(s, Groups())
     model = their_model(s, gpt)
@@ -201,7 +201,7 @@ def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:
         adamw.step()
         adamw.zero_grad(set_to_none=True)
 
-    update = in_range(profile.PART + "optimizer", update)
+    update = in_range(profile_report.PART + "optimizer", update)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -258,7 +258,7 @@ def name_parts(model, final_norm, parts: dict) -> None:
     """Have each module's forward pass run in a range of its part, and all that follows the final norm in one."""
     import torch
 
-    from megatron.training.profile import PART
+    from megatron.training.profile_report import PART
 
     def opener(name: str, open_: list) -> Callable[..., None]:
         def before(*_: Any) -> None:
@@ -283,12 +283,12 @@ def profile_step(step: Callable[[], float]) -> dict[str, float]:
     """Milliseconds of one step by part of the model, forward and backward together."""
     import torch
 
-    from megatron.training import profile
+    from megatron.training import profile_report, profiler
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        in_range(profile.STEP, step)()
-    took = profile.account(profile.spans_of(profiler)).host_ms
-    return {part: sum(took[part, phase] for phase in profile.PHASES) for part in PARTS}
+        in_range(profile_report.STEP, step)()
+    took = profile_report.account(profile_report.spans_of(profiler)).host_ms
+    return {part: sum(took[part, phase] for phase in profile_report.PHASES) for part in PARTS}
 
 
 def serve(side: str, shape: Shape, pipe) -> None:

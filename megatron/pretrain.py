@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
-import re
 import sys
-import threading
-import traceback
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import NoReturn
 
 import torch.distributed as dist
 
 from megatron import log
 from megatron.config import cli
 from megatron.config.schema import RunConfig, require
+from megatron.exit_codes import exit_code
 from megatron.moe.gate import available_gates, gate_config_class
 
 
@@ -38,59 +32,14 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
                                    started))
 
 
-def exit_code(program: Callable[[], None]) -> int:
-    """Run a program to its exit code, as `main` describes it; errors that are not the user's keep their traceback."""
-    log.setup()
-    try:
-        program()
-    except KeyboardInterrupt:
-        log.report_error(InterruptedError("interrupted before the training began; nothing is saved"))
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        line, code = explain(error)
-        if line is None:
-            raise
-        log.report_error(line)
-        return code
-    from megatron.engine.distributed import shutdown
-
-    shutdown()
-    return 0
-
-
-def explain(error: ValueError | OSError | RuntimeError) -> tuple[Exception | None, int]:
-    """(what to tell the user in one line, exit code); None: it is not the user's, and its traceback is needed."""
-    from megatron.data.loader import lost_worker
-
-    for line, code in ((lost_rank(error), 1), (hung_rank(error), 3), (lost_worker(error), 2)):
-        if line:
-            return line, code
-    ours = isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error))
-    return (error, 2) if ours else (None, 1)
-
-
-def leave(code: int) -> NoReturn:
-    """End the process with this exit code: exit handlers run, the interpreter's own teardown does not.
-
-    Gloo's threads take the GIL to let go of the last collective's tensors. One that comes late, while the interpreter
-    is being torn down, is ended inside C++ code that does not allow it, and the abort (seen once in a hundred runs of
-    two ranks on busy cores) would make a finished run a failed one. They live as long as DeepSpeed refers to its
-    groups, so they cannot be joined first.
-    """
-    threading._shutdown()  # waits for threads that are no daemons, as the interpreter does before its exit handlers
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def train(config: RunConfig, started: float | None = None) -> None:
     """Run the whole training that `config` describes, on the ranks the launcher started; `started` as in `main`."""
     from megatron.engine import distributed as parallel
-    from megatron.model.build import build_model, size_table
+    from megatron.model.builder import build_model, size_table
     from megatron.parallel import rng
     from megatron.tokenizer.build import build_tokenizer
-    from megatron.training.profile import StartUp, StepProfiler
+    from megatron.training.profiler import StepProfiler
+    from megatron.training.startup_timer import StartUp
 
     start_up = StartUp(started)
     start_up.mark("torch")
@@ -101,10 +50,10 @@ def train(config: RunConfig, started: float | None = None) -> None:
     from megatron.checkpoint.metadata import Record
     from megatron.checkpoint.saver import Checkpoints
     from megatron.engine.engine import Engine
-    from megatron.training.loop import Plan, Trainer, announce
-    from megatron.training.schedule import Schedule
-    from megatron.training.sinks import build_sinks
-    from megatron.training.stop import Stop
+    from megatron.training.graceful_stop import Stop
+    from megatron.training.lr_schedule import Schedule
+    from megatron.training.metric_writers import build_sinks
+    from megatron.training.trainer import Plan, Trainer, announce
 
     start_up.mark("DeepSpeed and process groups")
     _say_backend(config, groups)
@@ -154,7 +103,7 @@ def _vocab_size(config: RunConfig, tokenizer) -> int:
 
 def _say_backend(config: RunConfig, groups) -> None:
     """What multiplies the experts' rows, and why, before anything is built for a choice that is not possible here."""
-    from megatron.model.build import choose_backend
+    from megatron.model.builder import choose_backend
     from megatron.moe.experts.backends import DTYPES
 
     if config.moe.num_experts:
@@ -193,27 +142,3 @@ def _loader(config: RunConfig, plan, groups, tokenizer, vocab_size: int, dataset
     return islice(batches, config.train.eval_iters * plan.micro_steps) if evaluation else batches
 
 
-def lost_rank(error: BaseException) -> RuntimeError | None:
-    """One line for the long error of a collective whose other side is gone; None for any other error."""
-    ended = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    if not isinstance(error, OSError) and any(word in str(error) for word in ended):
-        return RuntimeError("another rank ended, and its message says why, or it was killed (out of memory?); this one "
-                            "stops with it")
-    return None
-
-
-def hung_rank(error: BaseException) -> TimeoutError | None:
-    """One line for a collective that gloo gave up; None for any other error."""
-    if isinstance(error, OSError) or not (found := re.search(r"Timed out waiting (\d+)ms", str(error))):
-        return None
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(__file__).parent in Path(f.filename).parents]
-    where = f" ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return TimeoutError(f"a collective{where} took longer than --timeout-minutes {int(found[1]) / 60000:g}: another "
-                        "rank hangs or is far behind, and may say why, or its host is down. If it only is slow, raise "
-                        "--timeout-minutes")
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error itself: then the message is written for the user, without a traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(__file__).parent in Path(frames[-1].filename).parents

@@ -50,7 +50,7 @@ class Run:
         from megatron.checkpoint.saver import Checkpoints
         from megatron.engine import distributed as parallel
         from megatron.engine.engine import Engine
-        from megatron.model.build import build_model
+        from megatron.model.builder import build_model
 
         os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
         self.config = config

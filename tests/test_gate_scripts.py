@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron.config import cli
-from megatron.model.build import build_model
-from megatron.model.size import count
+from megatron.model.builder import build_model
+from megatron.model.parameter_count import count
 from megatron.moe.gate import available_gates, gate_class, gate_config_class
 from megatron.parallel.groups import Groups
 

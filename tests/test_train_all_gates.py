@@ -17,7 +17,7 @@ def _train(argv: list[str]) -> dict[str, int]:
     """In a rank: the run, and how many of this rank's experts never moved. Without weight decay that takes gradients
     that are zero in every step."""
     from megatron.moe.metrics import moe_layers
-    from megatron.training.loop import Trainer
+    from megatron.training.trainer import Trainer
 
     original, idle = Trainer.run, {}
 

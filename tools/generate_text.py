@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron.config.checkpoints import CheckpointConfig
     from megatron.engine import distributed as parallel
     from megatron.inference.generate import generate
-    from megatron.model.build import build_model
+    from megatron.model.builder import build_model
     from megatron.tokenizer.build import build_tokenizer
 
     groups = parallel.init()
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    from megatron.pretrain import exit_code
+    from megatron.exit_codes import exit_code
 
     return exit_code(lambda: run(parse()))
 

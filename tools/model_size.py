@@ -14,7 +14,7 @@ def run() -> None:
     import torch
 
     from megatron.config import cli
-    from megatron.model.build import build_model, size_table
+    from megatron.model.builder import build_model, size_table
     from megatron.moe.gate import available_gates, gate_config_class
     from megatron.parallel.groups import Groups
     from megatron.tokenizer.build import build_tokenizer
@@ -36,7 +36,7 @@ def run() -> None:
 
 
 def main() -> int:
-    from megatron.pretrain import exit_code
+    from megatron.exit_codes import exit_code
 
     return exit_code(run)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.checkpoint import directory
 from megatron.checkpoint.reader import Shards
-from megatron.model.size import PARTS, part_of
+from megatron.model.parameter_count import PARTS, part_of
 
 NOT_THERE = "(not there)"
 

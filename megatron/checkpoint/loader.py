@@ -22,7 +22,7 @@ from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import MOMENTS, Layout, load_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
-from megatron.parallel.beside import Job
+from megatron.parallel.background import Job
 from megatron.parallel.groups import Groups, from_first, gather
 
 

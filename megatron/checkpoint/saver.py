@@ -28,7 +28,7 @@ from megatron.io.safetensors_writer import Entry, in_file_order
 from megatron.io.staging_dir import Busy, WorkFolder, owner
 from megatron.log import get_logger
 from megatron.parallel import rng
-from megatron.parallel.beside import Job
+from megatron.parallel.background import Job
 from megatron.parallel.groups import Groups, from_first, gather
 
 ALIGNMENT = 64

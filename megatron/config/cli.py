@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron import __version__
-from megatron.config import mixture
+from megatron.config import gate_overrides
 from megatron.config.schema import SECTIONS, MoEConfig, RunConfig, require
 from megatron.io.atomic_write import write_text
 
@@ -98,7 +98,7 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
     stored_gate = stored.get("moe", {}).get("gate", MoEConfig.gate)
     gate = gate or stored_gate
     # A gate that is gone may be replaced.
-    derived = mixture.drop_derived(stored, gate_config(stored_gate)) if stored_gate in {gate, *gate_names()} else ""
+    derived = gate_overrides.drop_derived(stored, gate_config(stored_gate)) if stored_gate in {gate, *gate_names()} else ""
     classes = {**SECTIONS, "gate_options": gate_config(gate)}
     if options is not None:
         classes["options"] = options
@@ -122,7 +122,7 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
     values["moe"]["gate"] = gate
     built = {section: cls(**values[section]) for section, cls in classes.items() if section != "moe"}
     extras = built.pop("options", None)
-    mixture.apply(built["gate_options"], values["moe"], built["model"].num_layers, gate)
+    gate_overrides.apply(built["gate_options"], values["moe"], built["model"].num_layers, gate)
     built["moe"] = MoEConfig(**values["moe"])
     built["gate_options"] = dataclasses.asdict(built["gate_options"])
     return RunConfig(**built), extras

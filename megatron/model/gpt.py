@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron.config.schema import ModelConfig, require
 from megatron.model.attention import document_mask
 from megatron.model.block import Block
-from megatron.model.loss import linear_cross_entropy
+from megatron.model.cross_entropy import linear_cross_entropy
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary
 from megatron.moe.ffn import FFNContext

@@ -113,9 +113,9 @@ def terminate() -> None:
 
 def terminate_again() -> None:
     """Twice, and the second one later; then nothing comes to an end by itself."""
-    from megatron.training import stop
+    from megatron.training import graceful_stop
 
-    stop.REPEAT_SECONDS = 0.0
+    graceful_stop.REPEAT_SECONDS = 0.0
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     hang()

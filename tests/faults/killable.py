@@ -23,20 +23,20 @@ def preload() -> None:
     import deepspeed  # noqa: F401
 
     settle_triton()
-    import megatron.training.loop  # noqa: F401
+    import megatron.training.trainer  # noqa: F401
 
 
 def run(argv: list[str], rank: int, ranks: int, port: int, output: str) -> None:
     """One rank of a run; its output goes to a file."""
     inherited = set(sys.modules)
-    from megatron import pretrain
+    from megatron import exit_codes, pretrain
 
     assert inherited >= {"torch", "deepspeed"}, "the server has imported nothing"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    pretrain.leave(pretrain.main(argv))
+    exit_codes.leave(pretrain.main(argv))
 
 
 def server() -> multiprocessing.context.BaseContext:

@@ -3,7 +3,7 @@
 import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import build_model
+from megatron.model.builder import build_model
 from megatron.model.mlp import MLP
 from megatron.moe.layer import MoELayer
 from megatron.parallel.groups import Groups

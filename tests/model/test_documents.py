@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config.schema import DataConfig, ModelConfig, MoEConfig
 from megatron.data.loader import Batch, make_batch
-from megatron.model.build import build_model
+from megatron.model.builder import build_model
 from megatron.model.gpt import GPT
 from megatron.parallel.groups import Groups
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import build_model
+from megatron.model.builder import build_model
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 from megatron.moe.ffn import FFNOutput

@@ -4,15 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.model import loss
-from megatron.model.loss import linear_cross_entropy
+from megatron.model import cross_entropy
+from megatron.model.cross_entropy import linear_cross_entropy
 
 D, V = 6, 11
 
 
 @pytest.fixture(params=[(512, 64), (7, 3), (4, 4)])
 def small_pieces(request, monkeypatch):
-    monkeypatch.setattr(loss, "pieces", lambda device: request.param)
+    monkeypatch.setattr(cross_entropy, "pieces", lambda device: request.param)
 
 
 def inputs(num_tokens, dtype, scale=1.0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import build_model
+from megatron.model.builder import build_model
 from megatron.moe.metrics import MoEMetrics, moe_layers
 from megatron.parallel.groups import Groups
 

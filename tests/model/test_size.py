@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import build_model
-from megatron.model.size import Size, count, table
+from megatron.model.builder import build_model
+from megatron.model.parameter_count import Size, count, table
 from megatron.parallel.groups import Groups
 
 CONFIG = ModelConfig(num_layers=3, hidden_size=16, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2,

@@ -8,7 +8,7 @@ from decimal import Decimal
 import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import make_moe_layer
+from megatron.model.builder import make_moe_layer
 from megatron.moe.experts.activations import activate
 from megatron.moe.gate import create_gate, gate_class
 from megatron.parallel.groups import Groups

@@ -23,7 +23,7 @@ WITHOUT_LOSS = {"base", "expert_choice", "hash", "peer"}
 def build(gate, groups, activation="swiglu", shared=1):
     from dataclasses import replace
 
-    from megatron.model.build import build_model
+    from megatron.model.builder import build_model
 
     moe = MoEConfig(num_experts=4, gate=gate, moe_ffn_hidden_size=8, moe_shared_experts=shared,
                     moe_expert_parallel_size=groups.ep_size)

@@ -19,7 +19,7 @@ CAST_BUFFERS = {"data_types": {"buffer_dtype": "bf16"}}
 
 
 def build(groups, seed=7):
-    from megatron.model.build import build_model
+    from megatron.model.builder import build_model
 
     moe = MoEConfig(num_experts=EXPERTS, gate="deepseek_v3", moe_ffn_hidden_size=8, moe_shared_experts=1,
                     moe_expert_parallel_size=groups.ep_size)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import make_moe_layer
+from megatron.model.builder import make_moe_layer
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import create_gate, gate_class
 from megatron.moe.routing import GateInput

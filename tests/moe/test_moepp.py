@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import build_model
+from megatron.model.builder import build_model
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import create_gate

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron.config.cli import parse, write_run_json
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import make_moe_layer
+from megatron.model.builder import make_moe_layer
 from megatron.moe.experts.activations import activate
 from megatron.moe.gate import available_gates, create_gate, gate_class, gate_config_class
 from megatron.moe.gates.peer import retrieve, usage

@@ -3,7 +3,7 @@
 import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import make_moe_layer
+from megatron.model.builder import make_moe_layer
 from megatron.moe.gate import create_gate
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups

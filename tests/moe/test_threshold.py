@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.build import make_moe_layer
+from megatron.model.builder import make_moe_layer
 from megatron.moe.dispatch.plan import make_plan
 from megatron.moe.gate import create_gate
 from megatron.moe.routing import GateInput

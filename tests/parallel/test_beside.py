@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron.parallel.beside import Job
+from megatron.parallel.background import Job
 from megatron.parallel.groups import Groups
 from spawn import groups_for
 
@@ -31,9 +31,9 @@ def test_a_mistake_of_ours_is_told_too():
 
 
 def _wait_for_the_slow_one(seconds):
-    from megatron.parallel import beside
+    from megatron.parallel import background
 
-    groups, patience, asked = groups_for(1), beside.PATIENCE_SECONDS, []
+    groups, patience, asked = groups_for(1), background.PATIENCE_SECONDS, []
     ask = Job.is_busy_anywhere
 
     def timed(self, groups):
@@ -43,12 +43,12 @@ def _wait_for_the_slow_one(seconds):
         return busy
 
     job = Job("sleeping", lambda: threading.Event().wait(seconds * groups.rank))
-    beside.PATIENCE_SECONDS, Job.is_busy_anywhere = 0.05, timed
+    background.PATIENCE_SECONDS, Job.is_busy_anywhere = 0.05, timed
     try:
         job.start()
         job.wait_for_all(groups)
     finally:
-        beside.PATIENCE_SECONDS, Job.is_busy_anywhere = patience, ask
+        background.PATIENCE_SECONDS, Job.is_busy_anywhere = patience, ask
     return len(asked), max(asked)
 
 

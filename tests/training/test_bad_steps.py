@@ -75,7 +75,7 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
     rank 1."""
     from megatron.engine import distributed as parallel
     from megatron.engine.engine import Engine
-    from megatron.model.build import build_model
+    from megatron.model.builder import build_model
 
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")

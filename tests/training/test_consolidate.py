@@ -24,7 +24,7 @@ from megatron.checkpoint import consolidate as c
 from megatron.checkpoint import directory, reader
 from megatron.config import cli
 from megatron.io.safetensors_writer import Entry
-from megatron.model.build import build_model
+from megatron.model.builder import build_model
 from megatron.parallel.groups import Groups
 
 TOOL = "consolidate_checkpoint.py"

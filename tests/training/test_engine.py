@@ -15,8 +15,8 @@ from torch import nn
 
 import runs
 from megatron.config.schema import OptimizerConfig, TrainConfig
+from megatron.exit_codes import lost_rank
 from megatron.parallel.groups import Groups
-from megatron.pretrain import lost_rank
 
 
 def test_fp16_needs_a_gpu():

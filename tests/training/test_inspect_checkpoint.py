@@ -16,8 +16,8 @@ import torch
 
 from megatron.checkpoint import directory, inspect, reader
 from megatron.io import sha256
-from megatron.model.build import build_model
-from megatron.model.size import count
+from megatron.model.builder import build_model
+from megatron.model.parameter_count import count
 from megatron.parallel.groups import Groups
 
 TOOL = "inspect_checkpoint.py"

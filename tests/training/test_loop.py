@@ -15,7 +15,7 @@ import torch.distributed as dist
 import runs
 from megatron.checkpoint.metadata import Progress
 from megatron.config.schema import TrainConfig
-from megatron.training.loop import Plan
+from megatron.training.trainer import Plan
 
 MICRO_STEPS = 2
 SHORT = ["--eval-iters", "0"]
@@ -30,7 +30,7 @@ def _train(argv: list[str], bad: set[int], rank: int | None = None, high: set[in
     """
     from megatron.data.loader import BatchLoader
     from megatron.log import get_logger
-    from megatron.training.stop import Stop
+    from megatron.training.graceful_stop import Stop
 
     said, handler, read, agree = [], logging.Handler(), BatchLoader.__next__, Stop.agree
     handler.emit = lambda record: said.append(record.getMessage())

@@ -18,20 +18,9 @@ import runs
 from megatron import log
 from megatron.config.schema import TrainConfig
 from megatron.parallel.groups import Groups
-from megatron.training.profile import (
-    NODE,
-    PART,
-    PARTS,
-    PHASES,
-    STEP,
-    Span,
-    StartUp,
-    StepProfiler,
-    account,
-    profile_folder,
-    table,
-    write_trace,
-)
+from megatron.training.profile_report import NODE, PART, PARTS, PHASES, STEP, Span, account, table
+from megatron.training.profiler import StepProfiler, profile_folder, write_trace
+from megatron.training.startup_timer import StartUp
 
 PROFILE = ("--profile", "--profile-step-start", "2", "--profile-step-end", "4")
 
@@ -162,7 +151,7 @@ def test_a_backward_pass_on_a_thread_of_its_own_and_the_devices_kernels():
 
 def _train_and_look(argv: list[str]) -> list[bool]:
     """In a rank: a run; whether anything of a profile was attached in each of its steps."""
-    from megatron.training.loop import Trainer
+    from megatron.training.trainer import Trainer
 
     seen, step, wait = [], Trainer.step, dist.Work.wait
 

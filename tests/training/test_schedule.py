@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.config.schema import DECAY_STYLES, OptimizerConfig
-from megatron.training.schedule import Schedule
+from megatron.training.lr_schedule import Schedule
 
 
 def lrs(iterations, steps=None, tokens_per_iteration=10, **options):

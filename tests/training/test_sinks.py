@@ -11,7 +11,7 @@ import pytest
 
 from megatron import log
 from megatron.config.schema import TrainConfig
-from megatron.training.sinks import (
+from megatron.training.metric_writers import (
     ConsoleSink,
     JsonlSink,
     ProgressBar,

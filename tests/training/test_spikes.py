@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from megatron.training.spikes import LEAST_DEVIATION, SpikeDetector
+from megatron.training.loss_spikes import LEAST_DEVIATION, SpikeDetector
 
 
 def test_a_z_score_against_the_last_losses_that_were_no_spikes():

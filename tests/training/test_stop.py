@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.faults import FaultConfig
+from megatron.exit_codes import exit_code, explain
 from megatron.log import report_error
 from megatron.parallel.groups import Groups
-from megatron.pretrain import exit_code, explain
-from megatron.training.stop import SIGNALS, Stop
+from megatron.training.graceful_stop import SIGNALS, Stop
 from megatron.training.watchdog import Watchdog
 
 NO_LOSS = torch.tensor(0.0)

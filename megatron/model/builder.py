@@ -10,7 +10,7 @@ from torch import nn
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
-from megatron.model.size import count, table
+from megatron.model.parameter_count import count, table
 from megatron.moe.experts import backends
 from megatron.moe.experts.grouped_experts import GroupedExperts, expert_output_std
 from megatron.moe.gate import Gate, create_gate, gate_class

@@ -16,11 +16,12 @@ from megatron.data.loader import Batch
 from megatron.engine.engine import Engine
 from megatron.log import get_logger
 from megatron.parallel.groups import Groups, all_reduce_mean
-from megatron.training.profile import StartUp, StepProfiler
-from megatron.training.schedule import Schedule
-from megatron.training.sinks import ProgressBar, Sinks
-from megatron.training.spikes import Spike, SpikeDetector
-from megatron.training.stop import Agreement, Stop
+from megatron.training.graceful_stop import Agreement, Stop
+from megatron.training.loss_spikes import Spike, SpikeDetector
+from megatron.training.lr_schedule import Schedule
+from megatron.training.metric_writers import ProgressBar, Sinks
+from megatron.training.profiler import StepProfiler
+from megatron.training.startup_timer import StartUp
 from megatron.training.watchdog import Watchdog
 
 
