@@ -283,7 +283,7 @@ def profile_step(step: Callable[[], float]) -> dict[str, float]:
     """Milliseconds of one step by part of the model, forward and backward together."""
     import torch
 
-    from megatron.training import profile_report, profiler
+    from megatron.training import profile_report
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         in_range(profile_report.STEP, step)()

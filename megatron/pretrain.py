@@ -81,14 +81,14 @@ def train(config: RunConfig, started: float | None = None) -> None:
     profiler = StepProfiler(t, groups, progress.iteration, plan.iterations) if t.profile else None
     announce(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
-    loader = partial(_loader, config, plan, groups, tokenizer, vocab_size)
+    batches = partial(_loader, config, plan, groups, tokenizer, vocab_size)
     sinks = build_sinks(t, groups.rank, plan.iterations)
     start_up.mark("engine")
     with contextlib.closing(sinks), Checkpoints(t, engine, record, groups, source) as checkpoints:
         Trainer(
             engine, t, plan, schedule, groups,
-            loader(splits["train"], consumed_samples=progress.consumed_samples),
-            {name: partial(loader, splits[name], evaluation=True)
+            batches(splits["train"], consumed_samples=progress.consumed_samples),
+            {name: partial(batches, splits[name], evaluation=True)
              for name in ("valid", "test") if splits[name] is not None},
             sinks, checkpoints, progress, start_up, Stop(t, groups, started), profiler,
         ).run()

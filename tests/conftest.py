@@ -15,14 +15,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, as transformers does
 sys.path.insert(0, str(Path(__file__).parent))
 
-import runs  # noqa: E402
-from spawn import Ranks  # noqa: E402
+from helpers import runs  # noqa: E402
 
-REPO = Path(__file__).resolve().parent.parent
+from helpers.spawn import Ranks  # noqa: E402
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 # Files whose few tests take long. They come first, or one of two processes would be left with them at the end.
-LONG = ("tests/faults/", "tests/multinode/", "tests/test_", "tests/training/", "tests/moe/test_deepspeed.py")
+LONG = ("tests/faults/", "tests/multinode/", "tests/test_", "tests/training/", "tests/checkpoint/",
+        "tests/engine/test_moe_adapter.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

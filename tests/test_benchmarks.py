@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import dispatch, moe_layer, report, train_step
 from benchmarks import moe_peers as peers
-from spawn import groups_for
+from helpers.spawn import groups_for
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 
 
 def test_interleave_calls_in_turn_and_returns_one_time_per_round():

@@ -15,7 +15,7 @@ from megatron.config.schema import TrainConfig
 from megatron.moe.gate import _registry, available_gates, create_gate, gate_config_class
 from megatron.moe.routing import GateInput
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 TEXT = (REPO / "docs/gates.md").read_text()
 
 

@@ -16,7 +16,7 @@ from megatron.model.parameter_count import count
 from megatron.moe.gate import available_gates, gate_class, gate_config_class
 from megatron.parallel.groups import Groups
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 FOLDER = REPO / "examples_deepspeed/MoE/gates"
 SCALES = ("demo", "158m", "679m", "xmoe")
 

@@ -13,7 +13,7 @@ import pytest
 
 from megatron import log
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)

@@ -132,8 +132,8 @@ def test_the_gates_it_names_are_the_gates_there_are():
 
 
 def test_the_gate_it_shows_is_the_gate_that_is_tested():
-    """The example in the README is the throw-away gate that tests/test_pretrain.py trains."""
+    """The example in the README is the throw-away gate that tests/training/test_pretrain.py trains."""
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    tested = (REPO / "tests/test_pretrain.py").read_text()
+    tested = (REPO / "tests/training/test_pretrain.py").read_text()
     body = example.split('mod E."""\n', 1)[1]
     assert body.strip() in tested

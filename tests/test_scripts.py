@@ -14,7 +14,7 @@ import pytest
 from megatron.config import cli
 from megatron.moe.gate import available_gates, gate_config_class
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*REPO.glob("examples_deepspeed/**/*.sh"), *REPO.glob("dataset/*.sh"), REPO / ".ci/run"])
 PROGRAMS = sorted([*REPO.glob("tools/*.py"), REPO / "dataset/make_corpus.py", REPO / "pretrain_gpt.py",
                    REPO / "benchmarks/train_step.py", REPO / "benchmarks/gate_cost.py"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for d in ("megatron", "tools", "dataset", "benchmarks", "tests") for p in (REPO / d).rglob("*.py"))
 PACKAGE = [p for p in SOURCES if p.is_relative_to(REPO / "megatron")]
 # A module imports lower layers or its own folder only.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from corpora import corpus, job
+from helpers.corpora import corpus, job
 from megatron.data.ingest import encode as encode_module
 from megatron.data.ingest.encode import Encoders
 from megatron.data.ingest.preprocess import preprocess

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from namespaces import REPO, in_namespace, needs_namespace
 
-import runs
+from helpers import runs
+from helpers.namespaces import REPO, in_namespace, needs_namespace
 from megatron.checkpoint import directory
 
 

@@ -7,14 +7,12 @@ import random
 import time
 from pathlib import Path
 
-import engines
-import killable
 import pytest
 import torch
 
-import runs
+from helpers import engines, killable, runs
+from helpers.spawn import free_port
 from megatron.checkpoint import directory
-from spawn import free_port
 
 
 def lines(out: Path) -> list[dict]:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import runs
+from helpers import runs
 
-REPO = Path(__file__).resolve().parent.parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 def launch(argv: list[str], port: int, act: Callable[[int, int, list[int]], object]) -> tuple[int, str, float]:

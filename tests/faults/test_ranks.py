@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
-import faulty
 import pytest
-from faulty import Run
 
-import runs
+from helpers import faulty, runs
+from helpers.faulty import Run
 
 SHORT = ["--eval-iters", "0"]
 LOST = "error: (another rank|rank [01]) ended, and its message says why, or it was killed"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 
-import faulty
-from faulty import Run
-
-import runs
+from helpers import faulty, runs
+from helpers.faulty import Run
 
 SHORT = ["--eval-iters", "0"]  # 2 micro-batches a step on each of two ranks, and no others
 

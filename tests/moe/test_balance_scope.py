@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from helpers.moe_layers import D, make_layer
+from helpers.spawn import groups_for
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import available_gates, gate_class
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
-from mixtures import D, make_layer
-from spawn import groups_for
 
 NAMES = [n for n in available_gates()
          if "balance_scope" in {f.name for f in dataclasses.fields(gate_class(n).Config)}]

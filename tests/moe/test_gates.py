@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from helpers.moe_layers import D, E, dumb_expert, dumb_layer, exact_shares, has_topk, make_carry, make_input, make_layer
+from helpers.spawn import groups_for
 from megatron.moe.dispatch.plan import capacity
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import Gate, Place, available_gates, create_gate, gate_class, gate_config_class
 from megatron.moe.routing import GateInput
-from mixtures import D, E, dumb_expert, dumb_layer, exact_shares, has_topk, make_carry, make_input, make_layer
-from spawn import groups_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*future:UserWarning")  # expert_choice says so once
 ALL = available_gates()

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.spawn import groups_for
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.gate import Gate, Place
 from megatron.moe.layer import MoELayer
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import Routing
 from megatron.parallel.groups import Groups
-from spawn import groups_for
 
 
 class Scripted(Gate):

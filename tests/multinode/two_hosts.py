@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent.parent
+REPO = Path(__file__).resolve().parents[2]
 RUN = "examples_deepspeed/MoE/run.sh"
 INTERFACE = "eth0"
 TRAIN_ITERS = 40

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.spawn import free_port, groups_for
 from megatron.engine import distributed
 from megatron.parallel import groups as parallel
 from megatron.parallel import rng
 from megatron.parallel.groups import Groups
-from spawn import free_port, groups_for
 
 
 def test_cpu_is_chosen_and_says_why(monkeypatch):

@@ -1,0 +1,122 @@
+"""A run goes on exactly where it was, and on another topology with the same state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import engines, runs
+from megatron.moe.gate import available_gates, create_gate
+
+
+def gates_with_state() -> list[str]:
+    """Gates that keep more than their parameters."""
+    found = []
+    for name in available_gates():
+        gate = create_gate(name, hidden_size=16, num_experts=16, vocab_size=61, **engines.OPTIONS.get(name, {}))
+        if list(gate.buffers()):
+            found.append(name)
+    return found
+
+
+def check_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+def test_which_gates_have_state():
+    assert gates_with_state() == ["deepseek_v3", "hash", "peer", "remoe"]
+
+
+@pytest.mark.parametrize("gate, precision", [("topk", "fp32"), ("topk", "bf16"),
+                                             *((gate, "bf16") for gate in gates_with_state())])
+@pytest.mark.parametrize("stage, ep_size", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
+def test_a_resumed_run_is_the_run_that_went_on(stage, ep_size, gate, precision, ranks2, tmp_path):
+    """Losses, gradient norm, weights, buffers, to the last bit; another seed, so that all comes from the files."""
+    config = engines.config_of(gate, ep_size, stage, precision, save=str(tmp_path), async_save=stage == 2)
+    went_on = ranks2.run(engines.train, config, 3, 3)
+    resumed = ranks2.run(engines.train, engines.loading(config, tmp_path), 0, 3, 8)
+    for (_, expected, weights, norm), (_, losses, our_weights, our_norm) in zip(went_on, resumed, strict=True):
+        assert losses == expected and norm == our_norm
+        check_same(our_weights, weights)
+
+
+ELSEWHERE = [  # (ranks, experts shared by, ZeRO stage) of the run that goes on
+    (1, 1, 1), (4, 4, 1), (4, 2, 1), (2, 2, 2), (2, 2, 3), (1, 1, 3), (4, 4, 3), (4, 2, 2),
+]
+MOVES = [(1, *there) for there in ELSEWHERE] + [(2, 2, 2, 3), (2, 2, 2, 1), (3, 2, 2, 1), (3, 2, 2, 2), (3, 4, 2, 3),
+                                                (3, 1, 1, 2)]
+# Of the first loss and of five. In bf16 other sums round otherwise, and a router, which ZeRO 3 keeps in bf16 and the
+# others in fp32, may choose another expert for a token.
+TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (1e-3, 0.05)}
+
+
+@pytest.fixture(scope="module")
+def saved(ranks2, tmp_path_factory):
+    """By (gate, stage, precision): folder of a checkpoint of two ranks that share the experts, and the losses and
+    weights of the five steps after it."""
+    made = {}
+
+    def make(gate, stage, precision):
+        if (key := (gate, stage, precision)) not in made:
+            folder = tmp_path_factory.mktemp("saved")
+            config = engines.config_of(gate, 2, stage, precision, save=str(folder))
+            made[key] = (folder, config, ranks2.run(engines.train, config, 3, 5)[0][1])
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("stage, ranks, ep_size, new_stage, precision", [
+    *((*move, "fp32") for move in MOVES), *((*move, "bf16") for move in [*MOVES[:3], *MOVES[-6:-2]])])
+def test_a_run_goes_on_elsewhere(stage, ranks, ep_size, new_stage, precision, saved, request, tmp_path):
+    """Saved again at once, every weight, moment and buffer is what it was, bit for bit; the five next losses agree."""
+    folder, _, expected = saved("deepseek_v3", stage, precision)
+    config = engines.config_of("deepseek_v3", ep_size, new_stage, precision)
+    pool = request.getfixturevalue(f"ranks{ranks}")
+    answers = pool.run(engines.train, engines.loading(config, folder, tmp_path), 0, 5, 8)
+    check_same(engines.whole(tmp_path), engines.whole(folder))
+    for _, losses, _, _ in answers:
+        assert losses == answers[0][1]
+        assert losses[0] == pytest.approx(expected[0], abs=TOLERANCE[precision][0])
+        assert losses == pytest.approx(expected, abs=TOLERANCE[precision][1])
+
+
+@pytest.mark.parametrize("gate", [g for g in available_gates() if g != "deepseek_v3"])
+def test_every_gate_goes_on_elsewhere(gate, saved, ranks4, tmp_path):
+    folder, _, expected = saved(gate, 1, "fp32")
+    answers = ranks4.run(engines.train, engines.loading(engines.config_of(gate, 4, 1), folder, tmp_path), 0, 5, 8)
+    check_same(engines.whole(tmp_path), engines.whole(folder))
+    assert answers[0][1] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("ranks, changes", [
+    (1, ("--moe-expert-parallel-size", "1", "--zero-stage", "2")),
+    (4, ("--moe-expert-parallel-size", "4", "--micro-batch-size", "1")),
+])
+def test_a_whole_run_sees_the_same_samples_elsewhere(ranks, changes, whole_run, data, request, tmp_path):
+    """From two ranks that share the experts to one and to four, through the program's own flags."""
+    flags, folder, expected = whole_run
+    pool = request.getfixturevalue(f"ranks{ranks}")
+    argv = flags(tmp_path, "--load", str(folder / "checkpoints"), "--load-step", "3", *changes)
+    pool.run(runs.train, argv, timeout=300)
+    got = runs.metrics(tmp_path)
+    assert [m["iteration"] for m in got] == [4, 5, 6]
+    for m, e in zip(got, expected[3:], strict=True):
+        assert m["consumed_samples"] == e["consumed_samples"] and m["lr"] == e["lr"]
+        assert m["loss"] == pytest.approx(e["loss"], abs=1e-3)
+    losses = [e["loss"] for e in expected[3:]]
+    assert max(losses) - min(losses) > 0.01, "other samples would not be seen in the losses"
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, ranks2, tmp_path_factory):
+    """(flags for a folder, the folder of six iterations on two ranks with a checkpoint after three, their metrics)"""
+    folder = tmp_path_factory.mktemp("whole_run")
+
+    def flags(out, *more):
+        return [*runs.flags(data, out, 6, *runs.EP2), "--hidden-dropout", "0", "--eval-iters", "0", *more]
+
+    ranks2.run(runs.train, flags(folder, "--save-interval", "3"), timeout=300)
+    return flags, folder, runs.metrics(folder)

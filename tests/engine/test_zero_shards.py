@@ -1,0 +1,120 @@
+"""What a rank's optimizer holds: refusals, fp16's loss scale, and that the ranks' pieces are each tensor once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import engines
+from megatron.engine.zero_shards import Layout, Partitions
+from megatron.parallel.groups import Groups
+
+SCALE = {"cur_scale": 128.0, "cur_iter": 7, "last_overflow_iter": 3, "cur_hysteresis": 1}
+
+
+def stage_0(model: nn.Module, zero=None):
+    """What of DeepSpeed's engine is looked at, around a model with torch's own optimizer."""
+    optimizer = zero or torch.optim.AdamW(model.parameters())
+    return SimpleNamespace(optimizer=optimizer, module=model, zero_optimization_stage=lambda: 0)
+
+
+def test_nvme_is_refused():
+    zero = SimpleNamespace(swap_optimizer=True, optimizer=None)
+    with pytest.raises(ValueError, match="offload_optimizer.device is 'nvme'; allowed: none or cpu, with --save and"):
+        Partitions(stage_0(nn.Linear(1, 1), zero), Layout({}, {}, ()))
+
+
+def test_a_frozen_parameter_is_refused():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad = False
+    with pytest.raises(AssertionError, match="bias is not trained"):
+        Layout.of(model, Groups())
+
+
+def scalers():
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
+
+    half = torch.float16
+    dynamic = {"init_scale": 65536, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2,
+               "consecutive_hysteresis": False}
+    return {
+        "ZeRO": SimpleNamespace(loss_scaler=CreateLossScaler(half, 0, True, dynamic)),
+        "stage 0": SimpleNamespace(loss_scale_config=LossScaleConfig(half, True, 0, None)),
+        "static": SimpleNamespace(loss_scaler=CreateLossScaler(half, 4, False, None)),
+        "none": SimpleNamespace(),
+    }
+
+
+@pytest.mark.parametrize("kind, dynamic", [("ZeRO", True), ("stage 0", True), ("static", False), ("none", False)])
+def test_the_dynamic_loss_scale_is_kept(kind, dynamic):
+    """fp16 needs a GPU: DeepSpeed's own objects, without their optimizer."""
+    model = nn.Linear(1, 1)
+    zero = SimpleNamespace(**vars(scalers()[kind]), optimizer=torch.optim.AdamW(model.parameters()),
+                           fp16_groups=[list(model.parameters())], fp32_groups=[list(model.parameters())])
+    parts = Partitions(stage_0(model, zero), Layout.of(model, Groups()))
+    before = parts.scaler()
+    parts.set_scaler({name: value for name, value in SCALE.items() if name in before} or SCALE)
+    if dynamic:
+        assert {"cur_scale", "cur_iter", "last_overflow_iter"} <= before.keys()
+        assert parts.scaler() == {name: SCALE[name] for name in before} != before
+    else:
+        assert before == parts.scaler() == {}
+
+
+def _pieces(config):
+    run = engines.Run(config)
+    parts = run.engine.partitions()
+    none_yet = parts.kinds()
+    run.steps(1)
+    run.close()
+    return [(p.name, p.start, p.length) for p in parts.pieces], run.engine.layout.shapes, none_yet, parts.kinds()
+
+
+@pytest.mark.parametrize("ranks, ep_size", [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_pieces_are_every_tensor_once(stage, ranks, ep_size, request):
+    answers = request.getfixturevalue(f"ranks{ranks}").run(_pieces, engines.config_of("topk", ep_size, stage))
+    seen = {name: torch.zeros(shape, dtype=torch.int).view(-1) for name, shape in answers[0][1].items()}
+    for pieces, _, none_yet, kinds in answers:
+        assert none_yet == ("weight",) and kinds == ("weight", "exp_avg", "exp_avg_sq")
+        for name, start, length in pieces:
+            seen[name][start:start + length] += 1
+    assert all((count == 1).all() for count in seen.values())
+    stacks = {name: shape for name, shape in answers[0][1].items() if ".experts.w" in name}
+    assert stacks and all(shape[0] == 4 for shape in stacks.values())
+
+
+def _make(config):
+    engines.Run(config).close()
+
+
+def test_an_option_that_moves_parameters_around_is_refused(ranks2, tmp_path):
+    options = tmp_path / "ds.json"
+    options.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    config = engines.config_of("topk", 1, 1, save=str(tmp_path / "c"))
+    config = replace(config, optimizer=replace(config.optimizer, deepspeed_config=str(options)))
+    with pytest.raises(RuntimeError, match="zero_optimization.round_robin_gradients is True; allowed: false, with"):
+        ranks2.run(_make, config)
+
+
+def _moved(config):
+    run = engines.Run(config)
+    parts = run.engine.partitions()
+    parts.check()
+    run.steps(2)
+    parts.check()
+    first = parts.pieces[0]
+    first.weight.view(-1)[0] += 1.0
+    with pytest.raises(ValueError, match=f"optimizer's copy of {first.name} is not that parameter's"):
+        parts.check()
+    return True
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_pieces_are_compared_with_the_model(stage, ranks2):
+    assert ranks2.run(_moved, engines.config_of("topk", 2, stage, "bf16")) == [True, True]

@@ -1,0 +1,58 @@
+"""Work in threads of the ranks: errors are kept, and waiting for the slowest is many short collectives."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from helpers.spawn import groups_for
+from megatron.parallel.background import Job
+from megatron.parallel.groups import Groups
+
+
+def test_results_and_expected_errors():
+    for work, result, error in ((lambda: 3, 3, ""), (lambda: os.listdir("/nowhere"), None, "No such file")):
+        job = Job("reading", work)
+        assert not job.is_busy
+        job.start()
+        job.wait_for_all(Groups())
+        assert job.result == result and error in job.error and bool(error) == bool(job.error)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_of_ours_is_told_too():
+    job = Job("counting", lambda: {}["x"])
+    job.start()
+    job.wait_for_all(Groups())
+    assert job.error == "counting failed: KeyError('x')"
+
+
+def _wait_for_the_slow_one(seconds):
+    from megatron.parallel import background
+
+    groups, patience, asked = groups_for(1), background.PATIENCE_SECONDS, []
+    ask = Job.is_busy_anywhere
+
+    def timed(self, groups):
+        start = time.monotonic()
+        busy = ask(self, groups)
+        asked.append(time.monotonic() - start)
+        return busy
+
+    job = Job("sleeping", lambda: threading.Event().wait(seconds * groups.rank))
+    background.PATIENCE_SECONDS, Job.is_busy_anywhere = 0.05, timed
+    try:
+        job.start()
+        job.wait_for_all(groups)
+    finally:
+        background.PATIENCE_SECONDS, Job.is_busy_anywhere = patience, ask
+    return len(asked), max(asked)
+
+
+def test_no_collective_waits_for_the_slowest(ranks2):
+    """Rank 0 has nothing to do for two seconds, and a --timeout-minutes of less would not end it."""
+    for number, longest in ranks2.run(_wait_for_the_slow_one, 2.0):
+        assert number > 5 and longest < 1.5
