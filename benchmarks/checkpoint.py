@@ -24,20 +24,54 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import report
 
 RANKS, BAR = 2, 0.2
-SYNC, ASYNC, THEIRS = "save, training waits", "save beside the training", "torch.save, not synced"
-COPY, BARE, LOAD, STEP, BESIDE = "cp, synced", "cp", "find, verify and restore", "a step", "a step beside the writing"
+SYNC, ASYNC, THEIRS = (
+    "save, training waits",
+    "save beside the training",
+    "torch.save, not synced",
+)
+COPY, BARE, LOAD, STEP, BESIDE = (
+    "cp, synced",
+    "cp",
+    "find, verify and restore",
+    "a step",
+    "a step beside the writing",
+)
 
 
 def configuration(quick: bool, folder: str, async_save: bool = False, load: str = "") -> Any:
-    from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+    from megatron.config.schema import (
+        ModelConfig,
+        MoEConfig,
+        OptimizerConfig,
+        RunConfig,
+        TrainConfig,
+    )
 
     size = 384 if quick else 512
     return RunConfig(
-        ModelConfig(num_layers=8, hidden_size=size, num_attention_heads=4, seq_length=64, vocab_size=8192),
-        MoEConfig(num_experts=8, gate="topk", expert_interval=2, moe_ffn_hidden_size=size,
-                  moe_expert_parallel_size=RANKS),
+        ModelConfig(
+            num_layers=8,
+            hidden_size=size,
+            num_attention_heads=4,
+            seq_length=64,
+            vocab_size=8192,
+        ),
+        MoEConfig(
+            num_experts=8,
+            gate="topk",
+            expert_interval=2,
+            moe_ffn_hidden_size=size,
+            moe_expert_parallel_size=RANKS,
+        ),
         optimizer=OptimizerConfig(bf16=True),
-        train=TrainConfig(micro_batch_size=1, save=folder, async_save=async_save, load=load, load_or_init=bool(load)))
+        train=TrainConfig(
+            micro_batch_size=1,
+            save=folder,
+            async_save=async_save,
+            load=load,
+            load_or_init=bool(load),
+        ),
+    )
 
 
 class Run:
@@ -49,7 +83,9 @@ class Run:
         from megatron.model.builder import build_model
 
         self.groups, self.config, self.progress = groups, config, Progress()
-        model = build_model(config.model, config.moe, {}, vocab_size=8192, seed=1, groups=groups)
+        model = build_model(
+            config.model, config.moe, {}, vocab_size=8192, seed=1, groups=groups
+        )
         self.engine = Engine(model, config.optimizer, config.train, groups)
 
     def checkpoints(self, folder: Path, async_save: bool) -> Any:
@@ -57,7 +93,9 @@ class Run:
         from megatron.checkpoint.saver import Checkpoints
 
         config = configuration(True, str(folder), async_save)
-        return Checkpoints(config.train, self.engine, Record(self.config, {}, {"ranks": RANKS}), self.groups)
+        return Checkpoints(
+            config.train, self.engine, Record(self.config, {}, {"ranks": RANKS}), self.groups
+        )
 
     def step(self) -> None:
         import torch
@@ -65,7 +103,9 @@ class Run:
         from megatron.data.loader import Batch
 
         tokens = torch.randint(0, 8192, (1, 65))
-        self.engine.step([Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, 64), None, None)], 1e-4, 0.0)
+        self.engine.step(
+            [Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, 64), None, None)], 1e-4, 0.0
+        )
         self.progress.iteration += 1
 
 
@@ -99,7 +139,14 @@ def torch_save(run: Run, path: Path) -> None:
     import torch
 
     parts = run.engine.partitions()
-    torch.save({(kind, p.name): parts.get(p, kind).clone() for kind in parts.kinds() for p in parts.pieces}, path)
+    torch.save(
+        {
+            (kind, p.name): parts.get(p, kind).clone()
+            for kind in parts.kinds()
+            for p in parts.pieces
+        },
+        path,
+    )
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -110,17 +157,24 @@ def restore(run: Run, folder: Path) -> None:
     source.restore(run.engine, run.groups)
 
 
-def measure(groups: Any, folder: str, rounds: int, quick: bool) -> tuple[dict[str, list[float]], int]:
+def measure(
+    groups: Any, folder: str, rounds: int, quick: bool
+) -> tuple[dict[str, list[float]], int]:
     """On every rank: seconds by name and round, and the bytes of a checkpoint. The first round only warms up."""
     run, seconds, size = Run(groups, configuration(quick, folder)), {}, 0
     here = Path(folder)
-    with run.checkpoints(here / "sync", False) as sync, run.checkpoints(here / "async", True) as later:
+    with (
+        run.checkpoints(here / "sync", False) as sync,
+        run.checkpoints(here / "async", True) as later,
+    ):
         for _ in range(1 + rounds):
             now = {STEP: statistics.median(timed(groups, run.step) for _ in range(3))}
             now[SYNC] = timed(groups, lambda: sync.save(run.progress))
             now[ASYNC], steps = beside(run, later)
             now[BESIDE] = statistics.median(steps)
-            now[THEIRS] = timed(groups, lambda: torch_save(run, here / f"theirs{groups.rank}.pt"))
+            now[THEIRS] = timed(
+                groups, lambda: torch_save(run, here / f"theirs{groups.rank}.pt")
+            )
             source = here / "sync" / (here / "sync/latest").read_text()
             for name in (COPY, BARE):
                 job = partial(copy, source, here / name, name == COPY)
@@ -143,15 +197,30 @@ def clear(folder: Path) -> None:
 def main() -> int:
     args = report.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        seconds, size = report.on_ranks(RANKS, measure, folder, 3 if args.quick else 9, args.quick)
-    rows = [r for base, names, bar in ((SYNC, (ASYNC,), BAR), (SYNC, (THEIRS,), None), (COPY, (SYNC, BARE, LOAD), None),
-                                       (STEP, (BESIDE,), None))
-            for r in report.compare({n: seconds[n] for n in (base, *names)}, base, {names[0]: bar})]
+        seconds, size = report.on_ranks(
+            RANKS, measure, folder, 3 if args.quick else 9, args.quick
+        )
+    rows = [
+        r
+        for base, names, bar in (
+            (SYNC, (ASYNC,), BAR),
+            (SYNC, (THEIRS,), None),
+            (COPY, (SYNC, BARE, LOAD), None),
+            (STEP, (BESIDE,), None),
+        )
+        for r in report.compare({n: seconds[n] for n in (base, *names)}, base, {names[0]: bar})
+    ]
     code = report.finish(rows, args)
     print(f"\na checkpoint has {size / 1e6:,.1f} MB; median seconds, and MB/s")
     for name, values in seconds.items():
-        rate = "" if name in (STEP, BESIDE) else f"{size / 1e6 / statistics.median(values):9,.0f} MB/s"
-        print(f"{name:42s}{statistics.median(values):8.3f}{rate}   ({min(values):.3f} - {max(values):.3f})")
+        rate = (
+            ""
+            if name in (STEP, BESIDE)
+            else f"{size / 1e6 / statistics.median(values):9,.0f} MB/s"
+        )
+        print(
+            f"{name:42s}{statistics.median(values):8.3f}{rate}   ({min(values):.3f} - {max(values):.3f})"
+        )
     return code
 
 

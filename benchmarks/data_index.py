@@ -27,7 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
 
-DOCUMENTS, TOKENS, SEQ_LENGTH, QUICK = 10_000_000, 10_000_000_000, 1024, 50  # --quick: 50 times smaller
+DOCUMENTS, TOKENS, SEQ_LENGTH, QUICK = (
+    10_000_000,
+    10_000_000_000,
+    1024,
+    50,
+)  # --quick: 50 times smaller
 VISITED, VISITS = 3000, ("first visit", "again")
 DEMO_RANKS, TIMES = 2, 50  # the loader must be this many times faster than the demo's training
 STEP, OPEN, ACCESS = "1 training step of 1 rank", "1 second", "50 microseconds"
@@ -40,10 +45,14 @@ def write_dataset(prefix: str, documents: int, tokens: int) -> None:
     dtype = np.dtype(np.uint16)
     shape = np.random.RandomState(0).lognormal(0, 1, documents)
     lengths = 1 + (shape * ((tokens - documents) / shape.sum())).astype(np.int64)
-    lengths[:tokens - int(lengths.sum())] += 1  # what rounding down left, less than one each
+    lengths[: tokens - int(lengths.sum())] += 1  # what rounding down left, less than one each
     with open(prefix + ".idx", "wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], documents, documents + 1))
-        for part, kind in ((lengths, "<i4"), (byte_pointers(lengths, dtype), "<i8"), (np.arange(documents + 1), "<i8")):
+        for part, kind in (
+            (lengths, "<i4"),
+            (byte_pointers(lengths, dtype), "<i8"),
+            (np.arange(documents + 1), "<i8"),
+        ):
             file.write(part.astype(kind).data)
     with open(prefix + ".bin", "wb") as file:
         file.truncate(tokens * dtype.itemsize)
@@ -107,17 +116,39 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
 
     groups = parallel.init(1)
     model, moe, optimizer, train = configs()
-    train, size = replace(train, global_batch_size=train.micro_batch_size), train.micro_batch_size
-    engine = Engine(build_model(model, replace(moe, moe_expert_parallel_size=1), {"threshold": THRESHOLD},
-                                vocab_size=VOCAB, seed=0, groups=groups), optimizer, train, groups)
+    train, size = (
+        replace(train, global_batch_size=train.micro_batch_size),
+        train.micro_batch_size,
+    )
+    engine = Engine(
+        build_model(
+            model,
+            replace(moe, moe_expert_parallel_size=1),
+            {"threshold": THRESHOLD},
+            vocab_size=VOCAB,
+            seed=0,
+            groups=groups,
+        ),
+        optimizer,
+        train,
+        groups,
+    )
     resets = DataConfig(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
-    kinds = {"0 workers": DataConfig(), "2 workers": DataConfig(num_workers=2), "0 workers, resets": resets}
-    loaders = {name: make_loader(folder, size, model.seq_length, VOCAB, data) for name, data in kinds.items()}
+    kinds = {
+        "0 workers": DataConfig(),
+        "2 workers": DataConfig(num_workers=2),
+        "0 workers, resets": resets,
+    }
+    loaders = {
+        name: make_loader(folder, size, model.seq_length, VOCAB, data)
+        for name, data in kinds.items()
+    }
     batch, functions = next(loaders["0 workers"]), {}
     functions[STEP] = lambda: engine.step([batch], 0.0, 0.0)
     for name, loader in loaders.items():
         functions[f"{TIMES * DEMO_RANKS} micro-batches, {name}"] = lambda loader=loader: [
-            next(loader) for _ in range(TIMES * DEMO_RANKS)]
+            next(loader) for _ in range(TIMES * DEMO_RANKS)
+        ]
     seconds = report.interleave(functions, rounds, warmup=1)
     parallel.shutdown()
     return seconds, size * model.seq_length
@@ -135,10 +166,21 @@ def make_loader(folder: str, micro_batch: int, seq_length: int, vocab_size: int,
     if not Path(prefix + ".idx").exists():
         with IndexedWriter(prefix, np.uint16) as writer:
             for path in sorted(Path(os.__file__).parent.glob("*.py")):
-                writer.add_document(np.append(np.frombuffer(path.read_bytes(), np.uint8), [ByteTokenizer.eod]))
+                writer.add_document(
+                    np.append(np.frombuffer(path.read_bytes(), np.uint8), [ByteTokenizer.eod])
+                )
     samples = SampleIndex(IndexedDataset(prefix), None, seq_length, None, 1, cache_dir=folder)
-    return BatchLoader(Cycle(samples, 10**9, 1), micro_batch_size=micro_batch, global_batch_size=micro_batch, rank=0,
-                       world_size=1, consumed_samples=0, data=data, eod=ByteTokenizer.eod, vocab_size=vocab_size)
+    return BatchLoader(
+        Cycle(samples, 10**9, 1),
+        micro_batch_size=micro_batch,
+        global_batch_size=micro_batch,
+        rank=0,
+        world_size=1,
+        consumed_samples=0,
+        data=data,
+        eod=ByteTokenizer.eod,
+        vocab_size=vocab_size,
+    )
 
 
 def index_rows(folder: str, documents: int, tokens: int, rounds: int) -> list[report.Row]:
@@ -146,7 +188,9 @@ def index_rows(folder: str, documents: int, tokens: int, rounds: int) -> list[re
     prefix, cache = str(Path(folder) / "big"), str(Path(folder) / "cache")
     write_dataset(prefix, documents, tokens)
     samples, seconds, peak = fresh(build, prefix, cache)
-    print(f"{documents:,} documents, {tokens:,} tokens: {samples:,} samples of {SEQ_LENGTH} + 1")
+    print(
+        f"{documents:,} documents, {tokens:,} tokens: {samples:,} samples of {SEQ_LENGTH} + 1"
+    )
     print(f"build the index: {seconds:.2f} s, peak memory of the process {peak:.0f} MB")
     opened = [fresh(open_built, prefix, cache) for _ in range(rounds)]
     dataset, index = (statistics.median(column) for column in zip(*opened))
@@ -156,9 +200,16 @@ def index_rows(folder: str, documents: int, tokens: int, rounds: int) -> list[re
         median, p99 = np.percentile(visit, [50, 99]) * 1e6
         print(f"a random sample, {name}: median {median:.1f} us, p99 {p99:.1f} us")
     times = {f"a random sample, {name}": visit for name, visit in zip(VISITS, visits)}
-    return [*report.compare({OPEN: [1.0] * rounds, "open what is built": [sum(s) for s in opened]}, OPEN,
-                            {"open what is built": 1.0}),
-            *report.compare({ACCESS: [50e-6] * VISITED, **times}, ACCESS, dict.fromkeys(times, 1.0))]
+    return [
+        *report.compare(
+            {OPEN: [1.0] * rounds, "open what is built": [sum(s) for s in opened]},
+            OPEN,
+            {"open what is built": 1.0},
+        ),
+        *report.compare(
+            {ACCESS: [50e-6] * VISITED, **times}, ACCESS, dict.fromkeys(times, 1.0)
+        ),
+    ]
 
 
 def loader_rows(folder: str, rounds: int) -> list[report.Row]:
@@ -166,7 +217,9 @@ def loader_rows(folder: str, rounds: int) -> list[report.Row]:
     seconds, tokens = fresh(feed, folder, rounds)
     step = statistics.median(seconds[STEP])
     demo = DEMO_RANKS * tokens / step
-    print(f"training: {tokens / step:,.0f} tokens/s on one rank, so at most {demo:,.0f} in the demo")
+    print(
+        f"training: {tokens / step:,.0f} tokens/s on one rank, so at most {demo:,.0f} in the demo"
+    )
     for name, values in seconds.items():
         if name != STEP:
             rate = TIMES * DEMO_RANKS * tokens / statistics.median(values)
@@ -178,7 +231,10 @@ def main() -> int:
     args = report.parser(__doc__).parse_args()
     small, rounds = (QUICK, 3) if args.quick else (1, 10)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [*index_rows(folder, DOCUMENTS // small, TOKENS // small, rounds), *loader_rows(folder, rounds)]
+        rows = [
+            *index_rows(folder, DOCUMENTS // small, TOKENS // small, rounds),
+            *loader_rows(folder, rounds),
+        ]
     return report.finish(rows, args)
 
 

@@ -23,11 +23,22 @@ from benchmarks import report
 
 RANKS, SKEWS, TOLERANCE, PROFILED = 2, {"even": 0.0, "skewed": 0.5}, 0.03, 3
 SIZES = {  # (tokens of a rank, hidden, experts, width, experts per token)
-    False: ((4096, 1024, 64, 512, 8), (2048, 512, 8, 1024, 2)), True: ((256, 128, 16, 64, 4),)}
+    False: ((4096, 1024, 64, 512, 8), (2048, 512, 8, 1024, 2)),
+    True: ((256, 128, 16, 64, 4),),
+}
 WHOLE, SHARDED, PADDED = "not sharded", "sharded", "DeepSpeed, sharded"
 PARTS = {  # the first part one of whose words is in an operation's name. Forward copies rows to send and to experts and
     # sums them to combine; backward does both the other way round
-    "gate and plan": ("topk", "softmax", "sort", "cumsum", "scatter", "repeat_interleave", "where", "bincount"),
+    "gate and plan": (
+        "topk",
+        "softmax",
+        "sort",
+        "cumsum",
+        "scatter",
+        "repeat_interleave",
+        "where",
+        "bincount",
+    ),
     "summing rows": ("embedding_bag",),
     "copying rows": ("index", "gather", "cat", "copy_"),
     "matrix products": ("mm", "linear"),
@@ -53,7 +64,9 @@ def check(layers: dict, problem) -> None:
         for a, b in zip(layer.results(problem)[:2], expected[:2], strict=True):
             off = float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
             if not off <= TOLERANCE:
-                raise RuntimeError(f"{name} computes something else: it is {off:.3f} off, allowed {TOLERANCE}")
+                raise RuntimeError(
+                    f"{name} computes something else: it is {off:.3f} off, allowed {TOLERANCE}"
+                )
 
 
 def exchanges(problem, groups) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
@@ -73,10 +86,13 @@ def exchanges(problem, groups) -> tuple[dict[str, Callable[[], None]], dict[str,
     def rows(number: int):
         return problem.x_TD.new_ones(number, size.hidden)
 
-    out, into, padded, padded_into = (rows(n) for n in (sum(send), sum(receive), *[size.experts * fullest] * 2))
-    return {"sorted rows alone": lambda: dist.all_to_all_single(into, out, receive, send),
-            "padded buffers alone": lambda: dist.all_to_all_single(padded_into, padded),
-            }, fullest / float(load_PE.float().mean())
+    out, into, padded, padded_into = (
+        rows(n) for n in (sum(send), sum(receive), *[size.experts * fullest] * 2)
+    )
+    return {
+        "sorted rows alone": lambda: dist.all_to_all_single(into, out, receive, send),
+        "padded buffers alone": lambda: dist.all_to_all_single(padded_into, padded),
+    }, fullest / float(load_PE.float().mean())
 
 
 def bytes_to_others(step: Callable[[], None], group) -> tuple[int, int]:
@@ -112,7 +128,9 @@ def profile_parts(step: Callable[[], None]) -> dict[str, float]:
         if name in GLOO:  # in gloo's own thread, while this one waits
             parts[GLOO[name]] += event.cpu_time_total / 1000 / PROFILED
             continue
-        part = next((p for p, words in PARTS.items() if any(word in name for word in words)), "the rest")
+        part = next(
+            (p for p, words in PARTS.items() if any(word in name for word in words)), "the rest"
+        )
         parts[part] += event.self_cpu_time_total / 1000 / PROFILED
     return parts
 
@@ -127,26 +145,48 @@ def measure_one(groups, shape: tuple[int, ...], skew: float, rounds: int) -> dic
 
     from benchmarks import moe_peers as peers
 
-    problem = peers.Problem.draw(peers.Size(*shape), "swiglu", torch.device("cpu"), groups.rank, skew)
-    layers = {WHOLE: peers.ours(problem), SHARDED: peers.ours(problem, groups=groups),
-              PADDED: peers.deepspeed_moe(problem, groups)}
+    problem = peers.Problem.draw(
+        peers.Size(*shape), "swiglu", torch.device("cpu"), groups.rank, skew
+    )
+    layers = {
+        WHOLE: peers.ours(problem),
+        SHARDED: peers.ours(problem, groups=groups),
+        PADDED: peers.deepspeed_moe(problem, groups),
+    }
     check(layers, problem)
-    steps = {name: synchronised(layer.step(problem), groups.ep_group) for name, layer in layers.items()}
+    steps = {
+        name: synchronised(layer.step(problem), groups.ep_group)
+        for name, layer in layers.items()
+    }
     alone, fullest = exchanges(problem, groups)
     seconds = report.interleave({**steps, **alone}, rounds, warmup=2)
-    return {"seconds": seconds, "fullest": fullest, "parts": {n: profile_parts(s) for n, s in steps.items()},
-            "sent": {name: bytes_to_others(step, groups.ep_group) for name, step in steps.items()}}
+    return {
+        "seconds": seconds,
+        "fullest": fullest,
+        "parts": {n: profile_parts(s) for n, s in steps.items()},
+        "sent": {name: bytes_to_others(step, groups.ep_group) for name, step in steps.items()},
+    }
 
 
 def print_parts(seen: dict[str, Any], tokens: int) -> None:
     print(f"{'':32s}" + "".join(f"{name:>20s}" for name in seen["parts"]))
-    print(f"{'ms per step, median':32s}" + "".join(
-        f"{1000 * statistics.median(seen['seconds'][name]):20.1f}" for name in seen["parts"]))
+    print(
+        f"{'ms per step, median':32s}"
+        + "".join(
+            f"{1000 * statistics.median(seen['seconds'][name]):20.1f}" for name in seen["parts"]
+        )
+    )
     for part in seen["parts"][SHARDED]:
-        print(f"{part + ', profiled':32s}" + "".join(f"{parts[part]:20.1f}" for parts in seen["parts"].values()))
+        print(
+            f"{part + ', profiled':32s}"
+            + "".join(f"{parts[part]:20.1f}" for parts in seen["parts"].values())
+        )
     for row, number in (("KB to the other rank per token", 0), ("exchanges per step", 1)):
         values = [sent[number] for sent in seen["sent"].values()]
-        print(f"{row:32s}" + "".join(f"{v if number else v / tokens / 1000:20,.1f}" for v in values))
+        print(
+            f"{row:32s}"
+            + "".join(f"{v if number else v / tokens / 1000:20,.1f}" for v in values)
+        )
 
 
 def rows_of(shape: tuple[int, ...], kind: str, seen: dict[str, Any]) -> list[report.Row]:
@@ -155,13 +195,22 @@ def rows_of(shape: tuple[int, ...], kind: str, seen: dict[str, Any]) -> list[rep
     from benchmarks.moe_peers import Size
 
     size = Size(*shape)
-    print(f"\n{size} on each of {RANKS} ranks, {kind}: the fullest expert has {seen['fullest']:.2f} times the mean")
+    print(
+        f"\n{size} on each of {RANKS} ranks, {kind}: the fullest expert has {seen['fullest']:.2f} times the mean"
+    )
     print_parts(seen, size.tokens)
     seconds = seen["seconds"]
     layers = {name: seconds[name] for name in (WHOLE, SHARDED, PADDED)}
-    return labelled(f"{size.label} {kind}", [
-        *report.compare(layers, WHOLE), *report.compare({n: layers[n] for n in (SHARDED, PADDED)}, PADDED),
-        *report.compare({n: s for n, s in seconds.items() if n not in layers}, "padded buffers alone")])
+    return labelled(
+        f"{size.label} {kind}",
+        [
+            *report.compare(layers, WHOLE),
+            *report.compare({n: layers[n] for n in (SHARDED, PADDED)}, PADDED),
+            *report.compare(
+                {n: s for n, s in seconds.items() if n not in layers}, "padded buffers alone"
+            ),
+        ],
+    )
 
 
 def main() -> int:

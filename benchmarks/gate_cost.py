@@ -40,11 +40,25 @@ def make_layer(name: str):
         experts, width, options = NEURONS, 1, {"peer_num_heads": 8, "peer_topk": 16}
     if name != "threshold" and hasattr(gate_config_class(name), "topk"):
         options = {"topk": TOPK}
-    gate = create_gate(name, hidden_size=HIDDEN, num_experts=experts, vocab_size=VOCAB, init_std=1.5 / HIDDEN**0.5,
-                        **options)
-    model = ModelConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=8, activation="gelu")
-    layer = make_moe_layer(gate, model, MoEConfig(num_experts=experts, moe_ffn_hidden_size=width, gate=name), layer=0,
-                           seed=0, groups=Groups())
+    gate = create_gate(
+        name,
+        hidden_size=HIDDEN,
+        num_experts=experts,
+        vocab_size=VOCAB,
+        init_std=1.5 / HIDDEN**0.5,
+        **options,
+    )
+    model = ModelConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=8, activation="gelu"
+    )
+    layer = make_moe_layer(
+        gate,
+        model,
+        MoEConfig(num_experts=experts, moe_ffn_hidden_size=width, gate=name),
+        layer=0,
+        seed=0,
+        groups=Groups(),
+    )
     layer.to(torch.bfloat16)
     layer.gate.float()
     return layer
@@ -121,7 +135,10 @@ def gate_shares(x, ids, rounds: int) -> list[report.Row]:
     rows = []
     for name in available_gates():
         layer = make_layer(name)
-        functions = {f"{name}: gate": run_gate(layer, x, ids), f"{name}: layer": run_layer(layer, x, ids)}
+        functions = {
+            f"{name}: gate": run_gate(layer, x, ids),
+            f"{name}: layer": run_layer(layer, x, ids),
+        }
         rows += report.compare(report.interleave(functions, rounds, warmup=2), f"{name}: layer")
     return rows
 
@@ -132,26 +149,34 @@ def variable_compute(name: str, x, ids, rounds: int) -> list[report.Row]:
     for target in (2, 4, 8, 12):
         layer = make_layer(name)
         if name == "threshold":
+
             def measure(threshold, layer=layer):
                 object.__setattr__(layer.gate.config, "threshold", threshold)
                 return experts_per_token(layer, x, ids)[0]
 
             search(measure, target, 0.0, 1.0)
         else:
+
             def measure(bias, layer=layer):
                 set_bias(layer, slice(None), bias)
                 return experts_per_token(layer, x, ids)[0]
 
             search(measure, target, -8.0, 8.0)
         layers[experts_per_token(layer, x, ids)[0]] = layer
-    functions = {f"{name}, {k:.1f} experts per token": run_layer(layer, x, ids) for k, layer in layers.items()}
+    functions = {
+        f"{name}, {k:.1f} experts per token": run_layer(layer, x, ids)
+        for k, layer in layers.items()
+    }
     return against_line(list(layers), report.interleave(functions, rounds, warmup=2))
 
 
 def against_line(experts: list[float], seconds: dict[str, list[float]]) -> list[report.Row]:
     """How far each time is from proportional to the number of experts."""
     rounds = list(zip(*seconds.values(), strict=True))
-    slopes = [sum(k * t for k, t in zip(experts, times)) / sum(k * k for k in experts) for times in rounds]
+    slopes = [
+        sum(k * t for k, t in zip(experts, times)) / sum(k * k for k in experts)
+        for times in rounds
+    ]
     rows = []
     for k, (label, times) in zip(experts, seconds.items(), strict=True):
         ratios = [t / (slope * k) for t, slope in zip(times, slopes, strict=True)]
@@ -185,8 +210,10 @@ def main() -> int:
     torch.set_num_threads(2)
     warnings.filterwarnings("ignore", message=".*future")
     x, ids = make_inputs()
-    print(f"{TOKENS} tokens, hidden {HIDDEN}, {EXPERTS} experts of width {WIDTH}, k {TOPK}, gelu; "
-          f"peer: {NEURONS} neurons")
+    print(
+        f"{TOKENS} tokens, hidden {HIDDEN}, {EXPERTS} experts of width {WIDTH}, k {TOPK}, gelu; "
+        f"peer: {NEURONS} neurons"
+    )
     rounds = 3 if args.quick else 21
     rows = gate_shares(x, ids, rounds)
     for name in ("threshold", "remoe"):

@@ -39,15 +39,22 @@ SIZES = {  # (tokens, hidden, experts, width, experts per token)
     "cuda": ((16384, 2048, 64, 1408, 6), (16384, 2048, 128, 1024, 8)),
     "quick": ((512, 256, 16, 128, 4),),
 }
-SWEEP = {"cpu": ((8192, 1024, 512, 8), (8, 16, 32, 64, 128, 256)), "cuda": ((16384, 2048, 1024, 8), (8, 32, 128, 256)),
-         "quick": ((512, 256, 128, 8), (8, 32))}
+SWEEP = {
+    "cpu": ((8192, 1024, 512, 8), (8, 16, 32, 64, 128, 256)),
+    "cuda": ((16384, 2048, 1024, 8), (8, 32, 128, 256)),
+    "quick": ((512, 256, 128, 8), (8, 32)),
+}
 BARS = (  # by size: against dense, against DeepSpeed, against the best of transformers; 0.769 is 1 / 1.3
-    (1.40, 0.4, 0.5), (1.35, 0.5, 0.769))
+    (1.40, 0.4, 0.5),
+    (1.35, 0.5, 0.769),
+)
 SWEEP_BAR, MEMORY_BAR = 1.3, 0.7
 PARTS = ("sizes", "experts", "memory")
 OURS, DENSE, DEEPSPEED = "ours, auto", "dense", "DeepSpeed MoE"
-MEMORY = {False: (OURS, "ours, grouped_mm", "Mixtral, grouped_mm", "OLMoE, grouped_mm", DEEPSPEED),
-          True: (OURS, "OLMoE, grouped_mm")}  # --quick
+MEMORY = {
+    False: (OURS, "ours, grouped_mm", "Mixtral, grouped_mm", "OLMoE, grouped_mm", DEEPSPEED),
+    True: (OURS, "OLMoE, grouped_mm"),
+}  # --quick
 
 
 def synchronised(step: Callable[[], None], device) -> Callable[[], None]:
@@ -70,16 +77,26 @@ def compare_values(problem, layers: dict) -> None:
 
     exact = problem.float()
     expected = peers.expert_loop(exact).results(exact)
-    print(f"{'largest relative difference of a':30s} {'output':>9s} {'gradient':>9s} {'weight gradients':>17s}")
+    print(
+        f"{'largest relative difference of a':30s} {'output':>9s} {'gradient':>9s} {'weight gradients':>17s}"
+    )
     for name, layer in layers.items():
         found = peers.differences(layer, problem, expected)
         print(f"{name:30s} {found[0]:9.4f} {found[1]:9.4f} {found[2]:17.4f}")
         if not all(off <= TOLERANCE for off in found):
-            raise RuntimeError(f"{name} computes something else; relative differences up to {TOLERANCE} are allowed")
+            raise RuntimeError(
+                f"{name} computes something else; relative differences up to {TOLERANCE} are allowed"
+            )
 
 
-def size_rows(size, activation: str, device, rounds: int, bars: tuple[float, ...] | None,
-              only: Sequence[str]) -> list[report.Row]:
+def size_rows(
+    size,
+    activation: str,
+    device,
+    rounds: int,
+    bars: tuple[float, ...] | None,
+    only: Sequence[str],
+) -> list[report.Row]:
     """One size: every layer that can be measured here against dense, and ours against the best of the others.
 
     Args:
@@ -101,35 +118,54 @@ def size_rows(size, activation: str, device, rounds: int, bars: tuple[float, ...
             layers[candidate.name] = candidate.make(problem)
     compare_values(problem, layers)
     wide, gated = size.topk * size.width, is_gated(activation)
-    steps = {DENSE: peers.dense(problem).step(problem),
-             "dense GEMMs alone": peers.bare_gemms([size.tokens], size.hidden, wide, gated, problem.x_TD),
-             "experts' GEMMs alone": peers.bare_gemms(loads, size.hidden, size.width, gated, problem.x_TD),
-             **{name: layer.step(problem) for name, layer in layers.items()}}
+    steps = {
+        DENSE: peers.dense(problem).step(problem),
+        "dense GEMMs alone": peers.bare_gemms(
+            [size.tokens], size.hidden, wide, gated, problem.x_TD
+        ),
+        "experts' GEMMs alone": peers.bare_gemms(
+            loads, size.hidden, size.width, gated, problem.x_TD
+        ),
+        **{name: layer.step(problem) for name, layer in layers.items()},
+    }
     steps = {name: synchronised(step, device) for name, step in steps.items()}
     seconds = report.interleave(steps, rounds, warmup=2)
     print(f"{DENSE}: {1000 * statistics.median(seconds[DENSE]):.1f} ms")
     return labelled(size.label, ratio_rows(seconds, bars))
 
 
-def ratio_rows(seconds: dict[str, list[float]], bars: tuple[float, ...] | None) -> list[report.Row]:
+def ratio_rows(
+    seconds: dict[str, list[float]], bars: tuple[float, ...] | None
+) -> list[report.Row]:
     """All against dense, and ours against DeepSpeed and against the fastest of transformers' blocks."""
     of_dense, of_deepspeed, of_transformers = bars or (None, None, None)
     rows = report.compare(seconds, DENSE, {OURS: of_dense})
     theirs = [name for name in seconds if name.startswith(("Mixtral", "OLMoE"))]
     against = {DEEPSPEED: of_deepspeed} if DEEPSPEED in seconds else {}
     if theirs:
-        against[min(theirs, key=lambda name: statistics.median(seconds[name]))] = of_transformers
+        against[min(theirs, key=lambda name: statistics.median(seconds[name]))] = (
+            of_transformers
+        )
     for name, bar in against.items():
         rows += report.compare({name: seconds[name], OURS: seconds[OURS]}, name, {OURS: bar})
     return rows
 
 
 def labelled(label: str, rows: list[report.Row]) -> list[report.Row]:
-    return [replace(row, name=f"{label}: {row.name}", baseline=f"{label}: {row.baseline}") for row in rows]
+    return [
+        replace(row, name=f"{label}: {row.name}", baseline=f"{label}: {row.baseline}")
+        for row in rows
+    ]
 
 
-def sweep_rows(shape: tuple[int, ...], experts: tuple[int, ...], activation: str, device, rounds: int,
-               bar: float | None) -> list[report.Row]:
+def sweep_rows(
+    shape: tuple[int, ...],
+    experts: tuple[int, ...],
+    activation: str,
+    device,
+    rounds: int,
+    bar: float | None,
+) -> list[report.Row]:
     """Our layer with more and more experts against itself with the fewest.
 
     Each is called twice in a row and the second call counts: what a layer keeps for its next call fits no layer of
@@ -144,7 +180,9 @@ def sweep_rows(shape: tuple[int, ...], experts: tuple[int, ...], activation: str
         problem = peers.Problem.draw(size, activation, device)
         step = synchronised(peers.ours(problem).step(problem), device)
         steps.update({f"E {number}, first call": step, f"ours, E {number}": step})
-    print(f"\nE from {experts[0]} to {experts[-1]}: T {tokens}, D {hidden}, H {width}, k {topk}, {activation}")
+    print(
+        f"\nE from {experts[0]} to {experts[-1]}: T {tokens}, D {hidden}, H {width}, k {topk}, {activation}"
+    )
     seconds = report.interleave(steps, rounds, warmup=1)
     seconds = {name: values for name, values in seconds.items() if name.startswith("ours")}
     return report.compare(seconds, f"ours, E {experts[0]}", {f"ours, E {experts[-1]}": bar})
@@ -159,8 +197,12 @@ def peak_memory(name: str, shape: tuple[int, ...], activation: str, device_type:
     torch.set_num_threads(2)
     device, size = torch.device(device_type), peers.Size(*shape)
     problem = peers.Problem.draw(size, activation, device)
-    layer = next(c for c in peers.candidates(size, activation, device) if c.name == name).make(problem)
-    few = replace(problem, x_TD=problem.x_TD[: size.experts], grad_TD=problem.grad_TD[: size.experts])
+    layer = next(c for c in peers.candidates(size, activation, device) if c.name == name).make(
+        problem
+    )
+    few = replace(
+        problem, x_TD=problem.x_TD[: size.experts], grad_TD=problem.grad_TD[: size.experts]
+    )
     layer.step(few)()
     step = layer.step(problem)
     reset_peak(device)
@@ -188,17 +230,29 @@ def resident(device) -> tuple[int, int]:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
-    now, peak = (int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024 for key in ("VmRSS", "VmHWM"))
+    now, peak = (
+        int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024 for key in ("VmRSS", "VmHWM")
+    )
     return now, peak
 
 
-def memory_rows(shape: tuple[int, ...], names: tuple[str, ...], activation: str, device, rounds: int,
-                bar: float | None) -> list[report.Row]:
+def memory_rows(
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    activation: str,
+    device,
+    rounds: int,
+    bar: float | None,
+) -> list[report.Row]:
     """Our layer against the smaller of transformers' grouped_mm blocks."""
     from benchmarks import moe_peers as peers
 
     size = peers.Size(*shape)
-    names = [c.name for c in peers.candidates(size, activation, device) if c.name in names and not c.reason]
+    names = [
+        c.name
+        for c in peers.candidates(size, activation, device)
+        if c.name in names and not c.reason
+    ]
     taken: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -219,9 +273,16 @@ def main() -> int:
     parser = report.parser(__doc__)
     parser.add_argument("--activation", default="swiglu", choices=ACTIVATIONS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="which tables (default: all)")
-    parser.add_argument("--layers", nargs="+", default=("",), metavar="WORD",
-                        help=f"in the table of sizes, only layers with such a word in their name, and '{OURS}'")
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, default=PARTS, help="which tables (default: all)"
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        default=("",),
+        metavar="WORD",
+        help=f"in the table of sizes, only layers with such a word in their name, and '{OURS}'",
+    )
     args = parser.parse_args()
     import torch
 
@@ -239,10 +300,18 @@ def main() -> int:
         bars = BARS[number] if barred and number < len(BARS) else None
         rows += size_rows(Size(*shape), args.activation, device, rounds, bars, args.layers)
     if "experts" in args.part:
-        rows += sweep_rows(*SWEEP[kind], args.activation, device, rounds, SWEEP_BAR if barred else None)
+        rows += sweep_rows(
+            *SWEEP[kind], args.activation, device, rounds, SWEEP_BAR if barred else None
+        )
     if "memory" in args.part:
-        rows += memory_rows(SIZES[kind][0], MEMORY[args.quick], args.activation, device, processes,
-                            MEMORY_BAR if barred else None)
+        rows += memory_rows(
+            SIZES[kind][0],
+            MEMORY[args.quick],
+            args.activation,
+            device,
+            processes,
+            MEMORY_BAR if barred else None,
+        )
     parallel.shutdown()
     print()
     return report.finish(rows, args)

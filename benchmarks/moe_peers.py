@@ -40,7 +40,9 @@ class Size:
     topk: int
 
     def __str__(self) -> str:
-        return f"T {self.tokens}, D {self.hidden}, E {self.experts}, H {self.width}, k {self.topk}"
+        return (
+            f"T {self.tokens}, D {self.hidden}, E {self.experts}, H {self.width}, k {self.topk}"
+        )
 
     @property
     def label(self) -> str:
@@ -63,7 +65,9 @@ class Problem:
     """None unless the activation is gated"""
 
     @staticmethod
-    def draw(size: Size, activation: str, device: torch.device, rank: int = 0, skew: float = 0.0) -> Problem:
+    def draw(
+        size: Size, activation: str, device: torch.device, rank: int = 0, skew: float = 0.0
+    ) -> Problem:
         """Random weights, the same on every rank, and the rank's own random tokens.
 
         Args:
@@ -73,31 +77,49 @@ class Problem:
         make = [torch.Generator(device).manual_seed(seed) for seed in (0, 1 + rank)]
 
         def normal(*shape: int, std: float = 1.0, of_rank: bool = False) -> Tensor:
-            return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, std, generator=make[of_rank])
+            return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(
+                0, std, generator=make[of_rank]
+            )
 
         scale_E = torch.linspace(1 - skew, 1 + skew, size.experts // 2, device=device).repeat(2)
-        router_ED = (normal(size.experts, size.hidden, std=size.hidden**-0.5) * scale_E[:, None]).bfloat16().float()
+        router_ED = (
+            (normal(size.experts, size.hidden, std=size.hidden**-0.5) * scale_E[:, None])
+            .bfloat16()
+            .float()
+        )
         found: list[Tensor] = []
         while sum(map(len, found)) < size.tokens:
             x_TD = normal(size.tokens, size.hidden, of_rank=True)
             found.append(x_TD[_clear_choice(x_TD.float() @ router_ED.T, size.topk)])
         up = (size.experts, size.width, size.hidden)
-        return Problem(size, activation, torch.cat(found)[: size.tokens].clone(),
-                       normal(size.tokens, size.hidden, of_rank=True), router_ED, normal(*up, std=size.hidden**-0.5),
-                       normal(size.experts, size.hidden, size.width, std=size.width**-0.5),
-                       normal(*up, std=size.hidden**-0.5) if is_gated(activation) else None)
+        return Problem(
+            size,
+            activation,
+            torch.cat(found)[: size.tokens].clone(),
+            normal(size.tokens, size.hidden, of_rank=True),
+            router_ED,
+            normal(*up, std=size.hidden**-0.5),
+            normal(size.experts, size.hidden, size.width, std=size.width**-0.5),
+            normal(*up, std=size.hidden**-0.5) if is_gated(activation) else None,
+        )
 
     def float(self) -> Problem:
         """The same in fp32."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.float() for n, t in tensors.items() if isinstance(t, Tensor)})
+        return replace(
+            self, **{n: t.float() for n, t in tensors.items() if isinstance(t, Tensor)}
+        )
 
     def expert_weights(self, expert: int) -> dict[str, nn.Parameter]:
         """One expert's weights by the names of `MLP`; parameters that share the memory of the stacks."""
         first, down = nn.Parameter(self.w1_EHD[expert]), nn.Parameter(self.w2_EDH[expert])
         if self.w3_EHD is None:
             return {"up_proj": first, "down_proj": down}
-        return {"gate_proj": first, "up_proj": nn.Parameter(self.w3_EHD[expert]), "down_proj": down}
+        return {
+            "gate_proj": first,
+            "up_proj": nn.Parameter(self.w3_EHD[expert]),
+            "down_proj": down,
+        }
 
     def make_expert(self, expert: int) -> MLP:
         return load_mlp(MLP(1, 1, self.activation), self.expert_weights(expert))
@@ -148,17 +170,23 @@ class Layer:
         return y_TD.detach().float(), x_TD.grad.float(), norm
 
 
-def differences(layer: Layer, problem: Problem, expected: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float, float]:
+def differences(
+    layer: Layer, problem: Problem, expected: tuple[Tensor, Tensor, Tensor]
+) -> tuple[float, float, float]:
     """Largest relative difference of a token's output, of its gradient, and that of the weight gradients' norm."""
     y, x_grad, norm = (
-        (a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(layer.results(problem), expected, strict=True))
+        (a - b).norm(dim=-1) / b.norm(dim=-1)
+        for a, b in zip(layer.results(problem), expected, strict=True)
+    )
     return float(y.max()), float(x_grad.max()), float(norm)
 
 
 def dense(problem: Problem) -> Layer:
     """A dense layer of k times an expert's width: the same multiply-adds on the same tokens."""
     size = problem.size
-    mlp = MLP(size.hidden, size.topk * size.width, problem.activation).to(problem.x_TD.device, problem.x_TD.dtype)
+    mlp = MLP(size.hidden, size.topk * size.width, problem.activation).to(
+        problem.x_TD.device, problem.x_TD.dtype
+    )
     return Layer(mlp, lambda x_TD: mlp(x_TD).y, mlp)
 
 
@@ -168,12 +196,19 @@ def ours(problem: Problem, backend: str = "auto", groups: Groups | None = None) 
     from megatron.moe.layer import MoELayer
 
     size = problem.size
-    gate = create_gate("topk", hidden_size=size.hidden, num_experts=size.experts, topk=size.topk,
-                        norm_topk_prob=size.topk > 1).to(problem.x_TD.device)
+    gate = create_gate(
+        "topk",
+        hidden_size=size.hidden,
+        num_experts=size.experts,
+        topk=size.topk,
+        norm_topk_prob=size.topk > 1,
+    ).to(problem.x_TD.device)
     gate.router.weight.data.copy_(problem.router_ED)
     own = own_experts(size, groups)
     with torch.device("meta"):
-        experts = GroupedExperts(len(own), size.hidden, size.width, problem.activation, backend=backend)
+        experts = GroupedExperts(
+            len(own), size.hidden, size.width, problem.activation, backend=backend
+        )
     for name, stack in (("w1", problem.w1_EHD), ("w2", problem.w2_EDH), ("w3", problem.w3_EHD)):
         if stack is not None:
             setattr(experts, name, nn.Parameter(stack[own.start : own.stop]))
@@ -201,7 +236,9 @@ class ExpertLoop(nn.Module):
         super().__init__()
         self.topk = problem.size.topk
         self.router = nn.Parameter(problem.router_ED.clone())
-        self.experts = nn.ModuleList(problem.make_expert(e) for e in range(problem.size.experts))
+        self.experts = nn.ModuleList(
+            problem.make_expert(e) for e in range(problem.size.experts)
+        )
 
     def forward(self, x_TD: Tensor) -> Tensor:
         logit_Tk, expert_Tk = F.linear(x_TD.float(), self.router).topk(self.topk, dim=-1)
@@ -209,7 +246,9 @@ class ExpertLoop(nn.Module):
         y_TD = torch.zeros_like(x_TD)
         for number, expert in enumerate(self.experts):
             token_n, choice_n = torch.where(expert_Tk == number)
-            rows_nD = expert(x_TD[token_n]).y * weight_Tk[token_n, choice_n].unsqueeze(1).to(x_TD.dtype)
+            rows_nD = expert(x_TD[token_n]).y * weight_Tk[token_n, choice_n].unsqueeze(1).to(
+                x_TD.dtype
+            )
             y_TD.index_add_(0, token_n, rows_nD)
         return y_TD
 
@@ -230,12 +269,23 @@ def deepspeed_moe(problem: Problem, groups: Groups | None = None) -> Layer:
 
     groups = groups or parallel.init(1)
     size = problem.size
-    moe = MoE(size.hidden, Expert(1, 1, problem.activation), size.experts, ep_size=groups.ep_size, k=size.topk,
-              drop_tokens=False, min_capacity=0, use_rts=False, top2_2nd_expert_sampling=False)
+    moe = MoE(
+        size.hidden,
+        Expert(1, 1, problem.activation),
+        size.experts,
+        ep_size=groups.ep_size,
+        k=size.topk,
+        drop_tokens=False,
+        min_capacity=0,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
+    )
     moe.set_deepspeed_parallelism()
     inner = moe.deepspeed_moe
     inner.gate.wg.weight = nn.Parameter(problem.router_ED.clone())
-    for number, expert in zip(own_experts(size, groups), inner.experts.deepspeed_experts, strict=True):
+    for number, expert in zip(
+        own_experts(size, groups), inner.experts.deepspeed_experts, strict=True
+    ):
         load_mlp(expert, problem.expert_weights(number))
     return Layer(moe, lambda x_TD: moe(x_TD)[0], inner.experts)
 
@@ -247,13 +297,22 @@ def transformers_block(problem: Problem, family: str, implementation: str) -> La
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
     size = problem.size
-    shape = {"hidden_size": size.hidden, "intermediate_size": size.width, "num_experts_per_tok": size.topk,
-             "hidden_act": HIDDEN_ACT[problem.activation], "experts_implementation": implementation}
+    shape = {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.width,
+        "num_experts_per_tok": size.topk,
+        "hidden_act": HIDDEN_ACT[problem.activation],
+        "experts_implementation": implementation,
+    }
     with torch.device("meta"):
         if family == "Mixtral":
-            block = MixtralSparseMoeBlock(MixtralConfig(num_local_experts=size.experts, **shape))
+            block = MixtralSparseMoeBlock(
+                MixtralConfig(num_local_experts=size.experts, **shape)
+            )
         else:
-            block = OlmoeSparseMoeBlock(OlmoeConfig(num_experts=size.experts, norm_topk_prob=True, **shape))
+            block = OlmoeSparseMoeBlock(
+                OlmoeConfig(num_experts=size.experts, norm_topk_prob=True, **shape)
+            )
     block.gate.weight = nn.Parameter(problem.router_ED.to(problem.x_TD.dtype))
     block.experts.gate_up_proj = nn.Parameter(torch.cat([problem.w1_EHD, problem.w3_EHD], 1))
     block.experts.down_proj = nn.Parameter(problem.w2_EDH)
@@ -272,14 +331,23 @@ class Candidate:
 
 def candidates(size: Size, activation: str, device: torch.device) -> Iterator[Candidate]:
     """Our layer by backend, then everyone else's."""
-    for backend in ("auto", "reference", "grouped_mm", "cpu" if device.type == "cpu" else "triton"):
-        yield Candidate(f"ours, {backend}", lambda problem, backend=backend: ours(problem, backend))
+    for backend in (
+        "auto",
+        "reference",
+        "grouped_mm",
+        "cpu" if device.type == "cpu" else "triton",
+    ):
+        yield Candidate(
+            f"ours, {backend}", lambda problem, backend=backend: ours(problem, backend)
+        )
     yield Candidate("per-expert loop", expert_loop)
     yield Candidate("DeepSpeed MoE", deepspeed_moe)
     for family, implementation in transformers_names():
-        yield Candidate(f"{family}, {implementation}",
-                        lambda problem, a=family, b=implementation: transformers_block(problem, a, b),
-                        why_not(implementation, size, activation, device))
+        yield Candidate(
+            f"{family}, {implementation}",
+            lambda problem, a=family, b=implementation: transformers_block(problem, a, b),
+            why_not(implementation, size, activation, device),
+        )
 
 
 def transformers_names() -> list[tuple[str, str]]:
@@ -287,8 +355,11 @@ def transformers_names() -> list[tuple[str, str]]:
     their routers are not, so the implementations that have a chance are measured with both."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    return [("Mixtral", "eager"), *(("Mixtral", name) for name in ALL_EXPERTS_FUNCTIONS.valid_keys()),
-            ("OLMoE", "grouped_mm")]
+    return [
+        ("Mixtral", "eager"),
+        *(("Mixtral", name) for name in ALL_EXPERTS_FUNCTIONS.valid_keys()),
+        ("OLMoE", "grouped_mm"),
+    ]
 
 
 def why_not(implementation: str, size: Size, activation: str, device: torch.device) -> str:
@@ -312,7 +383,9 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def bare_gemms(rows: list[int], hidden: int, width: int, gated: bool, like: Tensor) -> Callable[[], None]:
+def bare_gemms(
+    rows: list[int], hidden: int, width: int, gated: bool, like: Tensor
+) -> Callable[[], None]:
     """The matrix products of feed-forward layers, forward and backward, and nothing else: no rows are moved, nothing is
     allocated, no activation is computed. `rows` says how many rows each layer has; one of T rows is the dense layer."""
     total, groups = sum(rows), len(rows)
@@ -320,7 +393,20 @@ def bare_gemms(rows: list[int], hidden: int, width: int, gated: bool, like: Tens
     h_SH, a_SH = (like.new_ones(total, width).split(rows) for _ in range(2))
     up_GHD, up_grad_GHD = (like.new_ones(groups, width, hidden).unbind() for _ in range(2))
     down_GDH, down_grad_GDH = (like.new_ones(groups, hidden, width).unbind() for _ in range(2))
-    layers = list(zip(x_SD, x_grad_SD, y_SD, h_SH, a_SH, up_GHD, up_grad_GHD, down_GDH, down_grad_GDH, strict=True))
+    layers = list(
+        zip(
+            x_SD,
+            x_grad_SD,
+            y_SD,
+            h_SH,
+            a_SH,
+            up_GHD,
+            up_grad_GHD,
+            down_GDH,
+            down_grad_GDH,
+            strict=True,
+        )
+    )
 
     def step() -> None:
         for x, _, y, h, a, up, _, down, _ in layers:
@@ -339,5 +425,7 @@ def bare_gemms(rows: list[int], hidden: int, width: int, gated: bool, like: Tens
 
 def loads(problem: Problem) -> list[int]:
     """Rows of each expert."""
-    chosen_Tk = (problem.x_TD.float() @ problem.router_ED.T).topk(problem.size.topk, dim=-1).indices
+    chosen_Tk = (
+        (problem.x_TD.float() @ problem.router_ED.T).topk(problem.size.topk, dim=-1).indices
+    )
     return torch.bincount(chosen_Tk.flatten(), minlength=problem.size.experts).tolist()

@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 THREADS = 2
-REFERENCE, REFERENCE_DENSE, OURS, OURS_DENSE = VERSIONS = ("reference", "reference, dense", "ours", "ours, dense")
+REFERENCE, REFERENCE_DENSE, OURS, OURS_DENSE = VERSIONS = (
+    "reference",
+    "reference, dense",
+    "ours",
+    "ours, dense",
+)
 KEPT, TAKEN = "gradients kept", "gradients taken"
 TIME_BAR, MEMORY_BAR = 1 / 2, 0.3
 
@@ -53,7 +58,13 @@ class Size:
 
 
 BARRED = Size(512, 512, 1024)
-SIZES = (BARRED, Size(512, 512, 1024, bf16=True), Size(512, 512, 256), Size(128, 512, 1024), Size(256, 1024, 1024))
+SIZES = (
+    BARRED,
+    Size(512, 512, 1024, bf16=True),
+    Size(512, 512, 256),
+    Size(128, 512, 1024),
+    Size(256, 1024, 1024),
+)
 TINY = Size(16, 16, 8)
 
 
@@ -64,13 +75,23 @@ def choose(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from megatron.moe.gate import create_gate
     from megatron.moe.routing import GateInput
 
-    gate = create_gate("peer", hidden_size=size.hidden_size, num_experts=size.keys**2, peer_num_heads=size.heads,
-                        peer_topk=size.topk)
+    gate = create_gate(
+        "peer",
+        hidden_size=size.hidden_size,
+        num_experts=size.keys**2,
+        peer_num_heads=size.heads,
+        peer_topk=size.topk,
+    )
     x = torch.randn(size.tokens, size.hidden_size, generator=torch.Generator().manual_seed(0))
     x = x.bfloat16() if size.bf16 else x
     with torch.no_grad():
         routing = gate(GateInput(x))
-    return x.requires_grad_(), routing.token_A, routing.expert_A, routing.weight_A.detach().requires_grad_()
+    return (
+        x.requires_grad_(),
+        routing.token_A,
+        routing.expert_A,
+        routing.weight_A.detach().requires_grad_(),
+    )
 
 
 def make_experts(size: Size):
@@ -80,7 +101,9 @@ def make_experts(size: Size):
     return experts.bfloat16() if size.bf16 else experts
 
 
-def reference(x: Tensor, expert_A: Tensor, weight_A: Tensor, w_in: Tensor, w_out: Tensor, sparse: bool) -> Tensor:
+def reference(
+    x: Tensor, expert_A: Tensor, weight_A: Tensor, w_in: Tensor, w_out: Tensor, sparse: bool
+) -> Tensor:
     """The formula as PEER's and later code has it: rows [T, heads x k, D] of both tables. [T, D].
 
     Args:
@@ -90,11 +113,19 @@ def reference(x: Tensor, expert_A: Tensor, weight_A: Tensor, w_in: Tensor, w_out
     import torch.nn.functional as F
 
     expert_TA, weight_TA = expert_A.view(len(x), -1), weight_A.view(len(x), -1)
-    hidden_TA = F.gelu(torch.einsum("td,tad->ta", x, F.embedding(expert_TA, w_in, sparse=sparse)))
-    return torch.einsum("ta,tad->td", (hidden_TA * weight_TA).to(x.dtype), F.embedding(expert_TA, w_out, sparse=sparse))
+    hidden_TA = F.gelu(
+        torch.einsum("td,tad->ta", x, F.embedding(expert_TA, w_in, sparse=sparse))
+    )
+    return torch.einsum(
+        "ta,tad->td",
+        (hidden_TA * weight_TA).to(x.dtype),
+        F.embedding(expert_TA, w_out, sparse=sparse),
+    )
 
 
-def make_step(version: str, experts, x: Tensor, token_A: Tensor, expert_A: Tensor, weight_A: Tensor):
+def make_step(
+    version: str, experts, x: Tensor, token_A: Tensor, expert_A: Tensor, weight_A: Tensor
+):
     """(tables, a function that does forward and backward once); all versions use the same inputs and weights."""
     import torch
 
@@ -102,7 +133,9 @@ def make_step(version: str, experts, x: Tensor, token_A: Tensor, expert_A: Tenso
     grad_TD = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     if version in (REFERENCE, REFERENCE_DENSE):
         tables = [t.detach().squeeze(1).requires_grad_() for t in (experts.w_in, experts.w_out)]
-        return tables, lambda: reference(x, expert_A, weight_A, *tables, sparse).backward(grad_TD)
+        return tables, lambda: reference(x, expert_A, weight_A, *tables, sparse).backward(
+            grad_TD
+        )
 
     def step() -> None:
         experts.sparse_gradients = sparse
@@ -113,6 +146,7 @@ def make_step(version: str, experts, x: Tensor, token_A: Tensor, expert_A: Tenso
 
 def without_gradients(tables: list[Tensor], step: Callable[[], None]) -> Callable[[], None]:
     """The step, after which its tables' gradients are given back: that is part of their price."""
+
     def run() -> None:
         step()
         for table in tables:
@@ -131,14 +165,24 @@ def time_rows(size: Size, rounds: int, bars: dict[str, float] | None) -> list[re
     experts, inputs = make_experts(size), choose(size)
     used = len(inputs[2].unique())
     one = used * size.hidden_size * experts.w_in.itemsize / 2**20
-    print(f"{size}: {len(inputs[2])} rows chosen, {used} different ones: a table's sparse gradient has {one:.0f} MB, "
-          f"both {2 * one:.0f} MB")
-    steps = {version: without_gradients(*make_step(version, experts, *inputs)) for version in VERSIONS}
+    print(
+        f"{size}: {len(inputs[2])} rows chosen, {used} different ones: a table's sparse gradient has {one:.0f} MB, "
+        f"both {2 * one:.0f} MB"
+    )
+    steps = {
+        version: without_gradients(*make_step(version, experts, *inputs))
+        for version in VERSIONS
+    }
     rows = []
     for versions in ((REFERENCE, OURS), (REFERENCE, REFERENCE_DENSE, OURS_DENSE)):
         buffers.release()  # a process has the one kind of gradients or the other, and keeps memory of their size
-        seconds = report.interleave({version: steps[version] for version in versions}, rounds, warmup=2)
-        rows += [replace(row, name=f"{size}: {row.name}") for row in report.compare(seconds, REFERENCE, bars)]
+        seconds = report.interleave(
+            {version: steps[version] for version in versions}, rounds, warmup=2
+        )
+        rows += [
+            replace(row, name=f"{size}: {row.name}")
+            for row in report.compare(seconds, REFERENCE, bars)
+        ]
     return rows
 
 
@@ -180,7 +224,11 @@ def memory_rows(size: Size, rounds: int) -> Iterator[report.Row]:
             values.append(fresh(peak_memory, size, version))
     for how, bar in ((TAKEN, MEMORY_BAR), (KEPT, None)):
         for version, values in peaks.items():
-            print(f"{size}: peak memory, {how}, {version}:", ", ".join(f"{v[how] / 2**20:.0f}" for v in values), "MB")
+            print(
+                f"{size}: peak memory, {how}, {version}:",
+                ", ".join(f"{v[how] / 2**20:.0f}" for v in values),
+                "MB",
+            )
         ratios = [a[how] / b[how] for a, b in zip(peaks[OURS], peaks[REFERENCE], strict=True)]
         yield report.row(f"peak memory, {how}", REFERENCE, ratios, bar)
 

@@ -49,11 +49,11 @@ def write_corpus(path: Path, max_bytes: int) -> int:
 def repeat(source: Path, target: Path, size: int) -> None:
     """The same lines again and again, up to a size."""
     data = source.read_bytes()[:REPEATED]
-    data = data[:data.rindex(b"\n") + 1]
+    data = data[: data.rindex(b"\n") + 1]
     with open(target, "wb") as out:
         for _ in range(size // len(data)):
             out.write(data)
-        out.write(data[:data.rindex(b"\n", 0, size % len(data)) + 1])
+        out.write(data[: data.rindex(b"\n", 0, size % len(data)) + 1])
 
 
 def baseline(text: Path, tokenizer: Path, prefix: Path) -> None:
@@ -64,7 +64,9 @@ def baseline(text: Path, tokenizer: Path, prefix: Path) -> None:
     from megatron.data.indexed.writer import IndexedWriter
 
     encoder = Tokenizer.from_file(str(tokenizer))
-    encoder.encode_special_tokens = True  # the literal <|endoftext|>, which some sources hold, is text
+    encoder.encode_special_tokens = (
+        True  # the literal <|endoftext|>, which some sources hold, is text
+    )
     eod = encoder.token_to_id("<|endoftext|>")
     with IndexedWriter(prefix, np.uint16) as writer, open(text, encoding="utf-8") as lines:
         batch: list[str] = []
@@ -84,9 +86,23 @@ def _add(writer, encodings, eod: int) -> None:
 def ours(text: Path, tokenizer: Path, prefix: Path, workers: int) -> float:
     """The tool as a user starts it, start-up included. Returns the peak memory of its processes together, in bytes."""
     process = subprocess.Popen(
-        [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", str(text), "--output-prefix", str(prefix),
-         "--append-eod", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--workers",
-         str(workers)], stdout=subprocess.DEVNULL)
+        [
+            sys.executable,
+            str(REPO / "tools/preprocess_data.py"),
+            "--input",
+            str(text),
+            "--output-prefix",
+            str(prefix),
+            "--append-eod",
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--tokenizer-model",
+            str(tokenizer),
+            "--workers",
+            str(workers),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, sum(map(_memory, _family(process.pid))))
@@ -122,7 +138,9 @@ def check_equal(a: Path, b: Path) -> None:
             raise SystemExit(f"{a}{suffix} and {b}{suffix} differ")
 
 
-def speed(folder: Path, text: Path, tokenizer: Path, workers: int, rounds: int) -> list[report.Row]:
+def speed(
+    folder: Path, text: Path, tokenizer: Path, workers: int, rounds: int
+) -> list[report.Row]:
     """Our time as a share of the baseline's; the bar is a 25th."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     functions = {
@@ -132,16 +150,21 @@ def speed(folder: Path, text: Path, tokenizer: Path, workers: int, rounds: int) 
     seconds = report.interleave(functions, rounds, warmup=0)
     size = os.path.getsize(text) / 1e6
     for name, values in seconds.items():
-        print(f"{name}: {', '.join(f'{size / v:.1f}' for v in values)} MB/s of JSON lines, {workers} cores")
+        print(
+            f"{name}: {', '.join(f'{size / v:.1f}' for v in values)} MB/s of JSON lines, {workers} cores"
+        )
     check_equal(folder / "ours_text_document", folder / "plain")
-    rows = report.compare(seconds, "tokenizers.encode_batch", {"tools/preprocess_data.py": 1 / 25})
+    rows = report.compare(
+        seconds, "tokenizers.encode_batch", {"tools/preprocess_data.py": 1 / 25}
+    )
     for row in rows:
         print(f"{1 / row.ratio:.1f} times as fast; tokens equal byte for byte")
     return rows
 
 
-def scale(folder: Path, text: Path, tokenizer: Path, workers: int, sizes: tuple[int, int],
-          rounds: int) -> list[report.Row]:
+def scale(
+    folder: Path, text: Path, tokenizer: Path, workers: int, sizes: tuple[int, int], rounds: int
+) -> list[report.Row]:
     """Time per byte and peak memory at the larger size, against the smaller."""
     inputs, seconds, memory = [], {}, {}
     for size in sizes:
@@ -150,16 +173,24 @@ def scale(folder: Path, text: Path, tokenizer: Path, workers: int, sizes: tuple[
     for _ in range(rounds):
         for path in inputs:
             start = time.perf_counter()
-            memory.setdefault(path.name, []).append(ours(path, tokenizer, folder / "scale", workers))
-            seconds.setdefault(path.name, []).append((time.perf_counter() - start) / path.stat().st_size)
+            memory.setdefault(path.name, []).append(
+                ours(path, tokenizer, folder / "scale", workers)
+            )
+            seconds.setdefault(path.name, []).append(
+                (time.perf_counter() - start) / path.stat().st_size
+            )
     small = inputs[0].name
     for name in memory:
-        print(f"{name}: {', '.join(f'{1 / s / 1e6:.0f}' for s in seconds[name])} MB/s, "
-              f"{', '.join(f'{m / 1e6:.0f}' for m in memory[name])} MB of memory")
+        print(
+            f"{name}: {', '.join(f'{1 / s / 1e6:.0f}' for s in seconds[name])} MB/s, "
+            f"{', '.join(f'{m / 1e6:.0f}' for m in memory[name])} MB of memory"
+        )
     rows = []
     for kind, values, bar in (("time per byte", seconds, 1.15), ("peak memory", memory, 1.10)):
-        rows += [report.Row(f"{kind}, {r.name}", r.baseline, r.ratio, r.low, r.high, bar)
-                 for r in report.compare(values, small)]
+        rows += [
+            report.Row(f"{kind}, {r.name}", r.baseline, r.ratio, r.low, r.high, bar)
+            for r in report.compare(values, small)
+        ]
     return rows
 
 
@@ -169,9 +200,18 @@ def merge(folder: Path, shards: int, rounds: int) -> list[report.Row]:
     for i in range(shards):
         for suffix in (".bin", ".idx"):
             names.append(folder / f"shard{i}{suffix}")
-            subprocess.run(["cp", "--reflink=never", folder / f"scale_text_document{suffix}", names[-1]], check=True)
-    tool = [sys.executable, str(REPO / "tools/merge_datasets.py"), "--output-prefix", str(folder / "all"), "--input",
-            *(str(n.with_suffix("")) for n in names if n.suffix == ".bin")]
+            subprocess.run(
+                ["cp", "--reflink=never", folder / f"scale_text_document{suffix}", names[-1]],
+                check=True,
+            )
+    tool = [
+        sys.executable,
+        str(REPO / "tools/merge_datasets.py"),
+        "--output-prefix",
+        str(folder / "all"),
+        "--input",
+        *(str(n.with_suffix("")) for n in names if n.suffix == ".bin"),
+    ]
     bins = " ".join(f"'{n}'" for n in names)
     cat = f"cat {bins} > '{folder}/cat'; sync '{folder}/cat'"
 
@@ -197,7 +237,13 @@ def merge(folder: Path, shards: int, rounds: int) -> list[report.Row]:
 
 def main() -> int:
     p = report.parser(__doc__)
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes and threads (default: usable cores)")
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes and threads (default: usable cores)",
+    )
     p.add_argument("--only", choices=("speed", "scale", "merge"), help="one part")
     args: argparse.Namespace = p.parse_args()
     from megatron.data.ingest.encode import usable_cores
@@ -208,21 +254,37 @@ def main() -> int:
         folder = Path(name)
         size = write_corpus(folder / "corpus.jsonl", 4_000_000 if args.quick else 300_000_000)
         print(f"{size / 1e6:.0f} MB of distinct text")
-        subprocess.run([sys.executable, str(REPO / "tools/train_tokenizer.py"), "--input", str(folder / "corpus.jsonl"),
-                        "--vocab-size", "1000" if args.quick else str(VOCAB), "--max-bytes", "40000000", "--output",
-                        str(folder / "tokenizer.json")], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                str(REPO / "tools/train_tokenizer.py"),
+                "--input",
+                str(folder / "corpus.jsonl"),
+                "--vocab-size",
+                "1000" if args.quick else str(VOCAB),
+                "--max-bytes",
+                "40000000",
+                "--output",
+                str(folder / "tokenizer.json"),
+            ],
+            check=True,
+        )
         text, tokenizer, rounds = folder / "corpus.jsonl", folder / "tokenizer.json", 3
         if args.only in (None, "speed"):
             rows += speed(folder, text, tokenizer, workers, rounds)
         if args.only != "speed":
             sizes = (2_000_000, 8_000_000) if args.quick else (300_000_000, 1_200_000_000)
-            scaled = scale(folder, text, tokenizer, workers, sizes, 2 if args.only == "merge" else rounds)
+            scaled = scale(
+                folder, text, tokenizer, workers, sizes, 2 if args.only == "merge" else rounds
+            )
             rows += scaled if args.only != "merge" else []
         if args.only in (None, "merge"):
             rows += merge(folder, 2 if args.quick else 6, 5)
     if args.quick:  # of what start-up takes, nothing can be said
         rows = [replace(row, bar=None) for row in rows]
-    print(f"peak memory of this program: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    print(
+        f"peak memory of this program: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+    )
     return report.finish(rows, args)
 
 

@@ -35,14 +35,18 @@ class Row:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the flags every benchmark has."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
     p.add_argument("--check", action="store_true", help="exit 1 when a bar does not hold")
     p.add_argument("--quick", action="store_true", help="fewer rounds: under a minute")
     return p
 
 
-def interleave(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+def interleave(
+    functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 3
+) -> dict[str, list[float]]:
     """Seconds of each function in each round; one call of each per round, so that slow phases of a shared machine
     hit all of them alike."""
     for _ in range(warmup):
@@ -57,7 +61,9 @@ def interleave(functions: dict[str, Callable[[], object]], rounds: int, warmup: 
     return seconds
 
 
-def compare(seconds: dict[str, list[float]], baseline: str, bars: dict[str, float] | None = None) -> list[Row]:
+def compare(
+    seconds: dict[str, list[float]], baseline: str, bars: dict[str, float] | None = None
+) -> list[Row]:
     """Ratios of every function to the baseline, round by round."""
     rows = []
     for name, values in seconds.items():
@@ -76,11 +82,16 @@ def row(name: str, baseline: str, ratios: list[float], bar: float | None = None)
 
 def finish(rows: list[Row], args: argparse.Namespace) -> int:
     """Print the table, write the JSON file if asked; the exit code."""
-    what, against = max([40, *(len(r.name) for r in rows)]), max([30, *(len(r.baseline) for r in rows)])
+    what, against = (
+        max([40, *(len(r.name) for r in rows)]),
+        max([30, *(len(r.baseline) for r in rows)]),
+    )
     print(f"{'what':{what}s} {'against':{against}s} {'ratio':>6s}  {'quartiles':>13s}  bar")
     for r in rows:
         bar = "" if r.bar is None else f"<= {r.bar:g} {'holds' if r.holds else 'MISSED'}"
-        print(f"{r.name:{what}s} {r.baseline:{against}s} {r.ratio:6.2f}  {r.low:5.2f} - {r.high:5.2f}  {bar}")
+        print(
+            f"{r.name:{what}s} {r.baseline:{against}s} {r.ratio:6.2f}  {r.low:5.2f} - {r.high:5.2f}  {bar}"
+        )
     if args.json:
         with open(args.json, "w") as f:
             json.dump([{**asdict(r), "holds": r.holds} for r in rows], f, indent=1)
@@ -98,7 +109,10 @@ def on_ranks(number: int, job: Callable[..., Any], *args: Any) -> Any:
         port = s.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, number, port, job, args, answers)) for rank in range(number)]
+    processes = [
+        context.Process(target=_rank, args=(rank, number, port, job, args, answers))
+        for rank in range(number)
+    ]
     for p in processes:
         p.start()
     while answers.empty():
@@ -113,10 +127,19 @@ def on_ranks(number: int, job: Callable[..., Any], *args: Any) -> Any:
     return answer
 
 
-def _rank(rank: int, number: int, port: int, job: Callable[..., Any], args: tuple, answers: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
-                      KINETO_LOG_LEVEL="99")  # or torch's profiler writes to stderr when it starts and stops
+def _rank(
+    rank: int, number: int, port: int, job: Callable[..., Any], args: tuple, answers: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(number),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+        KINETO_LOG_LEVEL="99",
+    )  # or torch's profiler writes to stderr when it starts and stops
     import torch
 
     torch.set_num_threads(1)

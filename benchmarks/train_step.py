@@ -35,9 +35,29 @@ TOLERANCE = 0.01
 """largest difference of the first step's losses, in nats: bf16 moves them by less than 0.001"""
 KINDS = {  # the first kind one of whose words is in an operation's name
     # _start and _finish are the two halves of an exchange, which wait for the other rank.
-    "communication": ("comm", "alltoall", "allreduce", "allgather", "c10d", "gloo", "reduce_scatter", "broadcast",
-                      "_start", "_finish"),
-    "moving rows": ("index", "embedding_bag", "sort", "scatter", "gather", "cat", "nonzero", "bincount", "bag"),
+    "communication": (
+        "comm",
+        "alltoall",
+        "allreduce",
+        "allgather",
+        "c10d",
+        "gloo",
+        "reduce_scatter",
+        "broadcast",
+        "_start",
+        "_finish",
+    ),
+    "moving rows": (
+        "index",
+        "embedding_bag",
+        "sort",
+        "scatter",
+        "gather",
+        "cat",
+        "nonzero",
+        "bincount",
+        "bag",
+    ),
     "matrix products": ("mm", "linear", "matmul"),
     "attention": ("attention",),
     "optimizer": ("adam",),
@@ -78,10 +98,21 @@ def configs():
     """The demo's shapes (examples_deepspeed/MoE/demo.sh)."""
     from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 
-    model = ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, seq_length=256, init_method_std=0.06,
-                        ffn_hidden_size=1024)
-    moe = MoEConfig(num_experts=EXPERTS, expert_interval=2, gate="threshold", moe_ffn_hidden_size=WIDTH,
-                    moe_expert_parallel_size=RANKS)
+    model = ModelConfig(
+        num_layers=6,
+        hidden_size=256,
+        num_attention_heads=4,
+        seq_length=256,
+        init_method_std=0.06,
+        ffn_hidden_size=1024,
+    )
+    moe = MoEConfig(
+        num_experts=EXPERTS,
+        expert_interval=2,
+        gate="threshold",
+        moe_ffn_hidden_size=WIDTH,
+        moe_expert_parallel_size=RANKS,
+    )
     train = TrainConfig(micro_batch_size=8, global_batch_size=8 * RANKS)
     return model, moe, OptimizerConfig(bf16=True), train
 
@@ -95,15 +126,32 @@ def make_engines(groups, batch):
     from megatron.moe.metrics import MoEMetrics
 
     model, moe, optimizer, train = configs()
-    mixture = Engine(build_model(model, moe, {"threshold": THRESHOLD}, vocab_size=VOCAB, seed=0, groups=groups),
-                     optimizer, train, groups)
+    mixture = Engine(
+        build_model(
+            model, moe, {"threshold": THRESHOLD}, vocab_size=VOCAB, seed=0, groups=groups
+        ),
+        optimizer,
+        train,
+        groups,
+    )
     mixture.step([batch], 0.0, 0.0)
     kept = MoEMetrics(mixture.model, groups).read()["experts_per_token_kept_by_layer"]
     widths = iter([round(k * WIDTH / 16) * 16 for k in kept])
-    twin = GPT(model, VOCAB, make_ffn=lambda i: MLP(
-        model.hidden_size, next(widths) if moe.is_moe_layer(i) else model.ffn_size, model.act))
+    twin = GPT(
+        model,
+        VOCAB,
+        make_ffn=lambda i: MLP(
+            model.hidden_size,
+            next(widths) if moe.is_moe_layer(i) else model.ffn_size,
+            model.act,
+        ),
+    )
     twin.init_weights(0)
-    return mixture, Engine(twin, optimizer, train, replace(groups, ep_size=1, ep_group=None)), kept
+    return (
+        mixture,
+        Engine(twin, optimizer, train, replace(groups, ep_size=1, ep_group=None)),
+        kept,
+    )
 
 
 def profile_kinds(step) -> dict[str, float]:
@@ -116,7 +164,9 @@ def profile_kinds(step) -> dict[str, float]:
     kinds = dict.fromkeys([*KINDS, "the rest"], 0.0)
     for event in profiler.key_averages():
         name = event.key.lower()
-        kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "the rest")
+        kind = next(
+            (k for k, words in KINDS.items() if any(w in name for w in words)), "the rest"
+        )
         kinds[kind] += event.self_cpu_time_total / 3000
     return kinds
 
@@ -125,8 +175,10 @@ def measure_demo(groups, rounds: int):
     """(experts per token, seconds, milliseconds by kind of operation) on rank 0."""
     batch = make_batch(8, 256, VOCAB, seed=groups.rank)
     mixture, dense, kept = make_engines(groups, batch)
-    functions = {"mixture step": lambda: mixture.step([batch], 0.0, 0.0),
-                 "dense step": lambda: dense.step([batch], 0.0, 0.0)}
+    functions = {
+        "mixture step": lambda: mixture.step([batch], 0.0, 0.0),
+        "dense step": lambda: dense.step([batch], 0.0, 0.0),
+    }
     seconds = report.interleave(functions, rounds)
     return kept, seconds, {name: profile_kinds(f) for name, f in functions.items()}
 
@@ -136,13 +188,25 @@ def make_batch(sequences: int, length: int, vocab: int, seed: int):
 
     from megatron.data.loader import Batch
 
-    ids = torch.randint(0, vocab, (sequences, length + 1), generator=torch.Generator().manual_seed(seed))
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(sequences, length), None, None)
+    ids = torch.randint(
+        0, vocab, (sequences, length + 1), generator=torch.Generator().manual_seed(seed)
+    )
+    return Batch(
+        ids[:, :-1].contiguous(),
+        ids[:, 1:].contiguous(),
+        torch.ones(sequences, length),
+        None,
+        None,
+    )
 
 
 def demo_rows(rounds: int) -> list[report.Row]:
     kept, seconds, kinds = report.on_ranks(RANKS, measure_demo, rounds)
-    print("demo: experts per token by mixture layer:", " ".join(f"{k:.2f}" for k in kept), f"of {EXPERTS}")
+    print(
+        "demo: experts per token by mixture layer:",
+        " ".join(f"{k:.2f}" for k in kept),
+        f"of {EXPERTS}",
+    )
     print_table("ms per step, rank 0, profiled", kinds)
     return report.compare(seconds, "dense step", {"mixture step": DEMO_BAR})
 
@@ -151,7 +215,11 @@ def print_table(title: str, columns: dict[str, dict[str, float]]) -> None:
     print(f"{title:32s}" + "".join(f"{name:>28s}" for name in columns))
     for line in next(iter(columns.values())):
         print(f"{line:32s}" + "".join(f"{column[line]:28.1f}" for column in columns.values()))
-    print(f"{'together':32s}" + "".join(f"{sum(column.values()):28.1f}" for column in columns.values()) + "\n")
+    print(
+        f"{'together':32s}"
+        + "".join(f"{sum(column.values()):28.1f}" for column in columns.values())
+        + "\n"
+    )
 
 
 def our_model(s: Shape, groups):
@@ -159,10 +227,23 @@ def our_model(s: Shape, groups):
     from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
     from megatron.model.builder import build_model
 
-    model = ModelConfig(num_layers=s.layers, hidden_size=s.hidden, num_attention_heads=s.heads, seq_length=s.length,
-                        activation="swiglu", untie_embeddings_and_output_weights=True)
+    model = ModelConfig(
+        num_layers=s.layers,
+        hidden_size=s.hidden,
+        num_attention_heads=s.heads,
+        seq_length=s.length,
+        activation="swiglu",
+        untie_embeddings_and_output_weights=True,
+    )
     moe = MoEConfig(num_experts=s.experts, gate="topk", moe_ffn_hidden_size=s.width)
-    gpt = build_model(model, moe, {"topk": s.topk, "norm_topk_prob": True}, vocab_size=s.vocab, seed=0, groups=groups)
+    gpt = build_model(
+        model,
+        moe,
+        {"topk": s.topk, "norm_topk_prob": True},
+        vocab_size=s.vocab,
+        seed=0,
+        groups=groups,
+    )
     return gpt, OptimizerConfig(bf16=True), TrainConfig(micro_batch_size=s.sequences)
 
 
@@ -171,12 +252,21 @@ def our_step(s: Shape, batch) -> Callable[[], float]:
     from megatron.engine import distributed as parallel
 
     groups = parallel.init(1)
-    from megatron.engine.engine import Engine  # imports DeepSpeed: only after `groups` prepared its environment
+    from megatron.engine.engine import (
+        Engine,
+    )  # imports DeepSpeed: only after `groups` prepared its environment
     from megatron.training import profile_report, profiler
 
     engine = Engine(*our_model(s, groups), groups)
-    name_parts(engine.model, engine.model.norm, {
-        m: part for m, part in profiler.module_parts(engine.model).items() if m is not engine.model})
+    name_parts(
+        engine.model,
+        engine.model.norm,
+        {
+            m: part
+            for m, part in profiler.module_parts(engine.model).items()
+            if m is not engine.model
+        },
+    )
     engine.deepspeed.step = in_range(profile_report.PART + "optimizer", engine.deepspeed.step)
     return lambda: float(sum(engine.step([batch], 0.0, 0.0)))
 
@@ -191,10 +281,23 @@ def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:
     gpt, optimizer, _ = our_model(s, Groups())
     model = their_model(s, gpt)
     model = model.train() if autocast else model.bfloat16().train()
-    name_parts(model, model.model.norm, {m: part for layer in model.model.layers for m, part in (
-        (layer.self_attn, "attention"), (layer.mlp, "dispatch"), (layer.mlp.gate, "gate"),
-        (layer.mlp.experts, "experts"))})
-    adamw = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=optimizer.weight_decay, fused=True)
+    name_parts(
+        model,
+        model.model.norm,
+        {
+            m: part
+            for layer in model.model.layers
+            for m, part in (
+                (layer.self_attn, "attention"),
+                (layer.mlp, "dispatch"),
+                (layer.mlp.gate, "gate"),
+                (layer.mlp.experts, "experts"),
+            )
+        },
+    )
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=0.0, weight_decay=optimizer.weight_decay, fused=True
+    )
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad)
@@ -205,7 +308,9 @@ def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=batch.tokens_BS, labels=batch.labels_BS, shift_labels=batch.labels_BS).loss
+            loss = model(
+                input_ids=batch.tokens_BS, labels=batch.labels_BS, shift_labels=batch.labels_BS
+            ).loss
         loss.backward()
         update()
         return float(loss.detach())
@@ -217,13 +322,25 @@ def their_model(s: Shape, gpt):
     """Mixtral with the weights of our model, in fp32."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    model = MixtralForCausalLM(MixtralConfig(
-        vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.width, num_hidden_layers=s.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.heads, num_local_experts=s.experts,
-        num_experts_per_tok=s.topk, max_position_embeddings=s.length, use_cache=False,
-        rope_parameters={"rope_type": "default", "rope_theta": gpt.config.rotary_base},
-        # Their balance loss counts experts per token, ours shares of all choices: theirs is k times as much.
-        output_router_logits=True, router_aux_loss_coef=0.01 / s.topk, experts_implementation="grouped_mm"))
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=s.vocab,
+            hidden_size=s.hidden,
+            intermediate_size=s.width,
+            num_hidden_layers=s.layers,
+            num_attention_heads=s.heads,
+            num_key_value_heads=s.heads,
+            num_local_experts=s.experts,
+            num_experts_per_tok=s.topk,
+            max_position_embeddings=s.length,
+            use_cache=False,
+            rope_parameters={"rope_type": "default", "rope_theta": gpt.config.rotary_base},
+            # Their balance loss counts experts per token, ours shares of all choices: theirs is k times as much.
+            output_router_logits=True,
+            router_aux_loss_coef=0.01 / s.topk,
+            experts_implementation="grouped_mm",
+        )
+    )
     model.load_state_dict(their_weights(gpt.state_dict()))
     return model
 
@@ -237,7 +354,10 @@ def their_weights(ours: dict[str, Any]) -> dict[str, Any]:
         if name.endswith("experts.w3"):
             continue
         if name.endswith("experts.w1"):
-            name, value = name.replace("w1", "gate_up_proj"), torch.cat([value, ours[name.replace("w1", "w3")]], 1)
+            name, value = (
+                name.replace("w1", "gate_up_proj"),
+                torch.cat([value, ours[name.replace("w1", "w3")]], 1),
+            )
         name = name.replace("experts.w2", "experts.down_proj").replace("gate.router", "gate")
         theirs[name if name.startswith("lm_head") else f"model.{name}"] = value
     return theirs
@@ -293,12 +413,18 @@ def profile_step(step: Callable[[], float]) -> dict[str, float]:
 
 def serve(side: str, shape: Shape, pipe) -> None:
     """Answer "step" with its loss and "profile" with the milliseconds of its parts, until there are no more orders."""
-    os.environ.update(OMP_NUM_THREADS="2", DS_ACCELERATOR="cpu", KINETO_LOG_LEVEL="99")  # 99: a quiet profiler
+    os.environ.update(
+        OMP_NUM_THREADS="2", DS_ACCELERATOR="cpu", KINETO_LOG_LEVEL="99"
+    )  # 99: a quiet profiler
     import torch
 
     torch.set_num_threads(2)
     batch = make_batch(shape.sequences, shape.length, shape.vocab, seed=0)
-    step = our_step(shape, batch) if side == OURS else their_step(shape, batch, autocast=side == AUTOCAST)
+    step = (
+        our_step(shape, batch)
+        if side == OURS
+        else their_step(shape, batch, autocast=side == AUTOCAST)
+    )
     jobs = {"step": step, "profile": lambda: profile_step(step)}
     while order := pipe.recv():
         pipe.send(jobs[order]())
@@ -307,7 +433,9 @@ def serve(side: str, shape: Shape, pipe) -> None:
 def check_losses(losses: dict[str, float]) -> None:
     first = next(iter(losses.values()))
     if not all(abs(loss - first) <= TOLERANCE for loss in losses.values()):
-        raise RuntimeError(f"from the same weights the models have different losses: {losses}; allowed {TOLERANCE}")
+        raise RuntimeError(
+            f"from the same weights the models have different losses: {losses}; allowed {TOLERANCE}"
+        )
 
 
 def peer_rows(shape: Shape, rounds: int, bar: float | None) -> list[report.Row]:
@@ -328,7 +456,9 @@ def peer_rows(shape: Shape, rounds: int, bar: float | None) -> list[report.Row]:
     for side, precision in PRECISIONS.items():
         print(f"{side}: {precision}; loss of the first step {losses[side]:.4f}")
     check_losses(losses)
-    seconds = report.interleave({side: lambda side=side: ask(side, "step") for side in pipes}, rounds, warmup=2)
+    seconds = report.interleave(
+        {side: lambda side=side: ask(side, "step") for side in pipes}, rounds, warmup=2
+    )
     for side, values in seconds.items():
         median = statistics.median(values)
         print(f"{side}: {1000 * median:.0f} ms per step, {shape.tokens / median:,.0f} tokens/s")
@@ -341,8 +471,13 @@ def peer_rows(shape: Shape, rounds: int, bar: float | None) -> list[report.Row]:
 
 def main() -> int:
     parser = report.parser(__doc__)
-    parser.add_argument("--part", nargs="+", choices=("demo", "peer"), default=("demo", "peer"),
-                        help="which comparison (default: both)")
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        choices=("demo", "peer"),
+        default=("demo", "peer"),
+        help="which comparison (default: both)",
+    )
     args = parser.parse_args()
     rows = []
     if "demo" in args.part:

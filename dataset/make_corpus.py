@@ -56,11 +56,16 @@ def write_corpus(library: Path, output: Path, max_bytes: int) -> tuple[int, int,
             for name, data in read_documents(library, skipped):
                 if max_bytes and size + len(data) > max_bytes:
                     break
-                file.write(json.dumps({"text": data.decode(), "source": name}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"text": data.decode(), "source": name}, ensure_ascii=False)
+                    + "\n"
+                )
                 documents, size = documents + 1, size + len(data)
         if not documents:
-            raise ValueError(f"no Python sources in {library} within --max-bytes {max_bytes}. Raise --max-bytes, or "
-                             f"use a Python whose standard library is installed as .py files")
+            raise ValueError(
+                f"no Python sources in {library} within --max-bytes {max_bytes}. Raise --max-bytes, or "
+                f"use a Python whose standard library is installed as .py files"
+            )
         os.replace(temp, output)
     finally:
         with suppress(FileNotFoundError):
@@ -69,10 +74,17 @@ def write_corpus(library: Path, output: Path, max_bytes: int) -> tuple[int, int,
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--output", required=True, metavar="FILE", help="JSON-lines file to write")
-    p.add_argument("--max-bytes", type=int, default=0, metavar="N", help="stop before the text exceeds this (0: all)")
+    p.add_argument(
+        "--max-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="stop before the text exceeds this (0: all)",
+    )
     return p
 
 
@@ -81,8 +93,12 @@ def make(a: argparse.Namespace) -> None:
         raise ValueError(f"--max-bytes is {a.max_bytes}; allowed: 0 (all) or more")
     if not os.path.basename(a.output) or os.path.isdir(a.output):
         raise ValueError(f"--output is {a.output!r}; allowed: a file")
-    documents, size, skipped = write_corpus(Path(sysconfig.get_path("stdlib")), Path(a.output), a.max_bytes)
-    print(f"{a.output}: {documents} documents, {size} bytes of text, {skipped} files skipped (not UTF-8)")
+    documents, size, skipped = write_corpus(
+        Path(sysconfig.get_path("stdlib")), Path(a.output), a.max_bytes
+    )
+    print(
+        f"{a.output}: {documents} documents, {size} bytes of text, {skipped} files skipped (not UTF-8)"
+    )
 
 
 def main() -> int:

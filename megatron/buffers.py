@@ -51,7 +51,9 @@ def release() -> None:
 def _take(size: int) -> np.ndarray:
     """The smallest idle block that fits and is not twice too large, or a new one in place of as much idle memory."""
     with _lock:
-        fits = [i for i, block in enumerate(_idle) if size + ALIGNMENT <= block.nbytes <= 2 * size]
+        fits = [
+            i for i, block in enumerate(_idle) if size + ALIGNMENT <= block.nbytes <= 2 * size
+        ]
         if fits:
             return _idle.pop(min(fits, key=lambda i: _idle[i].nbytes))
         # An eighth to spare, for the next tensor may be a little larger: how many rows a gate chooses varies.

@@ -21,7 +21,9 @@ def exit_code(program: Callable[[], None]) -> int:
     try:
         program()
     except KeyboardInterrupt:
-        log.report_error(InterruptedError("interrupted before the training began; nothing is saved"))
+        log.report_error(
+            InterruptedError("interrupted before the training began; nothing is saved")
+        )
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         line, code = explain(error)
@@ -63,22 +65,41 @@ def leave(code: int) -> NoReturn:
 
 def lost_rank(error: BaseException) -> RuntimeError | None:
     """One line for the long error of a collective whose other side is gone; None for any other error."""
-    ended = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    ended = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Connection refused",
+    )
     if not isinstance(error, OSError) and any(word in str(error) for word in ended):
-        return RuntimeError("another rank ended, and its message says why, or it was killed (out of memory?); this one "
-                            "stops with it")
+        return RuntimeError(
+            "another rank ended, and its message says why, or it was killed (out of memory?); this one "
+            "stops with it"
+        )
     return None
 
 
 def hung_rank(error: BaseException) -> TimeoutError | None:
     """One line for a collective that gloo gave up; None for any other error."""
-    if isinstance(error, OSError) or not (found := re.search(r"Timed out waiting (\d+)ms", str(error))):
+    if isinstance(error, OSError) or not (
+        found := re.search(r"Timed out waiting (\d+)ms", str(error))
+    ):
         return None
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(__file__).parent in Path(f.filename).parents]
-    where = f" ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return TimeoutError(f"a collective{where} took longer than --timeout-minutes {int(found[1]) / 60000:g}: another "
-                        "rank hangs or is far behind, and may say why, or its host is down. If it only is slow, raise "
-                        "--timeout-minutes")
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if Path(__file__).parent in Path(f.filename).parents
+    ]
+    where = (
+        f" ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})"
+        if frames
+        else ""
+    )
+    return TimeoutError(
+        f"a collective{where} took longer than --timeout-minutes {int(found[1]) / 60000:g}: another "
+        "rank hangs or is far behind, and may say why, or its host is down. If it only is slow, raise "
+        "--timeout-minutes"
+    )
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -75,7 +75,9 @@ def report_error(error: BaseException, *, at_once: bool = False) -> None:
     rank = _rank()
     if rank and not at_once:
         time.sleep(3)  # DeepSpeed's launcher looks at its processes once a second
-    sys.stderr.write(f"{_prefix(rank)}error: {error}\n")  # in one piece: other ranks write to the same terminal
+    sys.stderr.write(
+        f"{_prefix(rank)}error: {error}\n"
+    )  # in one piece: other ranks write to the same terminal
     sys.stderr.flush()
 
 
@@ -96,7 +98,9 @@ def run_tool(prog: str, body: Callable[[], object]) -> int:
             sys.stdout.flush()
         return code or 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter fails to flush at its end
         return 141
     except (ValueError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)

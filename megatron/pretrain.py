@@ -28,8 +28,14 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
     Args:
         started: when the process did, as `time.time`, for the log's line on what start-up took; None: now.
     """
-    return exit_code(lambda: train(cli.parse(sys.argv[1:] if argv is None else argv, gate_config_class, available_gates),
-                                   started))
+    return exit_code(
+        lambda: train(
+            cli.parse(
+                sys.argv[1:] if argv is None else argv, gate_config_class, available_gates
+            ),
+            started,
+        )
+    )
 
 
 def train(config: RunConfig, started: float | None = None) -> None:
@@ -46,7 +52,9 @@ def train(config: RunConfig, started: float | None = None) -> None:
     tokenizer = build_tokenizer(config.tokenizer)
     start_up.mark("tokenizer")
     groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
-    from megatron.checkpoint import loader  # imports DeepSpeed: only after `groups` prepared its environment
+    from megatron.checkpoint import (
+        loader,
+    )  # imports DeepSpeed: only after `groups` prepared its environment
     from megatron.checkpoint.metadata import Record
     from megatron.checkpoint.saver import Checkpoints
     from megatron.engine.engine import Engine
@@ -60,7 +68,9 @@ def train(config: RunConfig, started: float | None = None) -> None:
     source, config, progress = loader.begin(config, groups)
     t = config.train
     plan = Plan.of(t, config.model.seq_length, groups.world_size, progress)
-    schedule = Schedule(config.optimizer, iterations=plan.iterations, tokens_per_iteration=plan.tokens)
+    schedule = Schedule(
+        config.optimizer, iterations=plan.iterations, tokens_per_iteration=plan.tokens
+    )
     vocab_size = _vocab_size(config, tokenizer)
     record = Record.of(config, groups, tokenizer, plan.global_batch, plan.iterations)
     if source:
@@ -68,8 +78,15 @@ def train(config: RunConfig, started: float | None = None) -> None:
     splits = _build_splits(config, plan, tokenizer, vocab_size, groups)
     start_up.mark("data")
 
-    model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size, seed=t.seed,
-                        groups=groups, recompute=t.recompute_activations)
+    model = build_model(
+        config.model,
+        config.moe,
+        config.gate_options,
+        vocab_size=vocab_size,
+        seed=t.seed,
+        groups=groups,
+        recompute=t.recompute_activations,
+    )
     log.get_logger().info("%s", size_table(model, config.moe, config.gate_options))
     start_up.mark("model")
     if source:
@@ -78,26 +95,48 @@ def train(config: RunConfig, started: float | None = None) -> None:
     rng.seed_rank(t.seed, groups.rank)
     if source:
         source.restore(engine, groups)
-    profiler = StepProfiler(t, groups, progress.iteration, plan.iterations) if t.profile else None
+    profiler = (
+        StepProfiler(t, groups, progress.iteration, plan.iterations) if t.profile else None
+    )
     announce(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
     batches = partial(_loader, config, plan, groups, tokenizer, vocab_size)
     sinks = build_sinks(t, groups.rank, plan.iterations)
     start_up.mark("engine")
-    with contextlib.closing(sinks), Checkpoints(t, engine, record, groups, source) as checkpoints:
+    with (
+        contextlib.closing(sinks),
+        Checkpoints(t, engine, record, groups, source) as checkpoints,
+    ):
         Trainer(
-            engine, t, plan, schedule, groups,
+            engine,
+            t,
+            plan,
+            schedule,
+            groups,
             batches(splits["train"], consumed_samples=progress.consumed_samples),
-            {name: partial(batches, splits[name], evaluation=True)
-             for name in ("valid", "test") if splits[name] is not None},
-            sinks, checkpoints, progress, start_up, Stop(t, groups, started), profiler,
+            {
+                name: partial(batches, splits[name], evaluation=True)
+                for name in ("valid", "test")
+                if splits[name] is not None
+            },
+            sinks,
+            checkpoints,
+            progress,
+            start_up,
+            Stop(t, groups, started),
+            profiler,
         ).run()
 
 
 def _vocab_size(config: RunConfig, tokenizer) -> int:
     size = config.model.vocab_size or tokenizer.vocab_size
-    require(size >= tokenizer.vocab_size, "--vocab-size", size, f"at least the tokenizer's {tokenizer.vocab_size}",
-            "Or leave it out.")
+    require(
+        size >= tokenizer.vocab_size,
+        "--vocab-size",
+        size,
+        f"at least the tokenizer's {tokenizer.vocab_size}",
+        "Or leave it out.",
+    )
     return size
 
 
@@ -107,7 +146,9 @@ def _say_backend(config: RunConfig, groups) -> None:
     from megatron.moe.experts.backends import DTYPES
 
     if config.moe.num_experts:
-        backend, why = choose_backend(config.model, config.moe, groups.device, DTYPES[config.optimizer.precision])
+        backend, why = choose_backend(
+            config.model, config.moe, groups.device, DTYPES[config.optimizer.precision]
+        )
         log.get_logger().info("experts run on the %s backend: %s", backend, why)
 
 
@@ -116,13 +157,24 @@ def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):
     from megatron.data.splits import build_splits
     from megatron.data.streaming.producer import Production
 
-    run = "-".join([os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]] if groups.world_size > 1 else
-                   [str(os.getpid())])
+    run = "-".join(
+        [os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]]
+        if groups.world_size > 1
+        else [str(os.getpid())]
+    )
     eval_samples = config.train.eval_iters * plan.global_batch
     build = partial(
-        build_splits, config.data, seq_length=plan.seq_length, train_samples=plan.iterations * plan.global_batch,
-        valid_samples=eval_samples, test_samples=eval_samples, seed=config.train.seed, tokenizer=tokenizer,
-        vocab_size=vocab_size, production=Production(config.tokenizer, run, starts=groups.local_rank == 0))
+        build_splits,
+        config.data,
+        seq_length=plan.seq_length,
+        train_samples=plan.iterations * plan.global_batch,
+        valid_samples=eval_samples,
+        test_samples=eval_samples,
+        seed=config.train.seed,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        production=Production(config.tokenizer, run, starts=groups.local_rank == 0),
+    )
     if groups.world_size == 1:
         return build()
     splits = build() if groups.local_rank == 0 else None
@@ -130,15 +182,31 @@ def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):
     return splits or build()
 
 
-def _loader(config: RunConfig, plan, groups, tokenizer, vocab_size: int, dataset, *, consumed_samples: int = 0,
-            evaluation: bool = False):
+def _loader(
+    config: RunConfig,
+    plan,
+    groups,
+    tokenizer,
+    vocab_size: int,
+    dataset,
+    *,
+    consumed_samples: int = 0,
+    evaluation: bool = False,
+):
     """Micro-batches of this rank from one split: from `consumed_samples` on, or those of one evaluation."""
     from megatron.data.loader import BatchLoader
 
     batches = BatchLoader(
-        dataset, micro_batch_size=config.train.micro_batch_size, global_batch_size=plan.global_batch,
-        rank=groups.rank, world_size=groups.world_size, consumed_samples=consumed_samples, data=config.data,
-        eod=tokenizer.eod, vocab_size=vocab_size)
-    return islice(batches, config.train.eval_iters * plan.micro_steps) if evaluation else batches
-
-
+        dataset,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=plan.global_batch,
+        rank=groups.rank,
+        world_size=groups.world_size,
+        consumed_samples=consumed_samples,
+        data=config.data,
+        eod=tokenizer.eod,
+        vocab_size=vocab_size,
+    )
+    return (
+        islice(batches, config.train.eval_iters * plan.micro_steps) if evaluation else batches
+    )

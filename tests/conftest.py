@@ -12,19 +12,26 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, as transformers does
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before anything imports triton, as transformers does
 sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers import runs  # noqa: E402
-
 from helpers.spawn import Ranks  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 # Files whose few tests take long. They come first, or one of two processes would be left with them at the end.
-LONG = ("tests/faults/", "tests/multinode/", "tests/test_", "tests/training/", "tests/checkpoint/",
-        "tests/engine/test_moe_adapter.py")
+LONG = (
+    "tests/faults/",
+    "tests/multinode/",
+    "tests/test_",
+    "tests/training/",
+    "tests/checkpoint/",
+    "tests/engine/test_moe_adapter.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,9 +80,17 @@ def data(tmp_path_factory) -> str:
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteTokenizer"))
     with IndexedWriter(prefix, np.uint16) as writer:
         for i in range(60):
-            text = f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (4 + i % 5)
+            text = f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (
+                4 + i % 5
+            )
             writer.add_document(np.append(tokenizer.encode(text), tokenizer.eod))
-        writer.finish({"tokenizer": tokenizer.name, "vocab_hash": tokenizer.fingerprint, "eod": tokenizer.eod})
+        writer.finish(
+            {
+                "tokenizer": tokenizer.name,
+                "vocab_hash": tokenizer.fingerprint,
+                "eod": tokenizer.eod,
+            }
+        )
     return prefix
 
 

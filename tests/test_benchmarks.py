@@ -23,34 +23,55 @@ REPO = Path(__file__).resolve().parents[1]
 
 def test_interleave_calls_in_turn_and_returns_one_time_per_round():
     calls = []
-    seconds = report.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
-    assert calls == ["a", "b"] * 4 and {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3}
+    seconds = report.interleave(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1
+    )
+    assert calls == ["a", "b"] * 4 and {k: len(v) for k, v in seconds.items()} == {
+        "a": 3,
+        "b": 3,
+    }
     assert all(s >= 0 for v in seconds.values() for s in v)
 
 
 def test_ratios_are_taken_round_by_round():
-    rows = report.compare({"base": [1.0, 10.0, 1.0, 1.0], "x": [2.0, 20.0, 3.0, 2.0]}, "base", {"x": 2.5})
-    assert len(rows) == 1 and rows[0].ratio == 2.0 and rows[0].low == 2.0 and rows[0].high >= 2.0
+    rows = report.compare(
+        {"base": [1.0, 10.0, 1.0, 1.0], "x": [2.0, 20.0, 3.0, 2.0]}, "base", {"x": 2.5}
+    )
+    assert (
+        len(rows) == 1 and rows[0].ratio == 2.0 and rows[0].low == 2.0 and rows[0].high >= 2.0
+    )
     assert rows[0].holds and not report.Row("x", "b", 3, 3, 3, 2.5).holds
     assert report.Row("x", "b", 1, 1, 1).holds is None
 
 
-@pytest.mark.parametrize("ratio, check, code", [(1.0, True, 0), (3.0, True, 1), (3.0, False, 0)])
+@pytest.mark.parametrize(
+    "ratio, check, code", [(1.0, True, 0), (3.0, True, 1), (3.0, False, 0)]
+)
 def test_finish(ratio, check, code, tmp_path, capsys):
     argv = ["--json", str(tmp_path / "rows.json"), *(["--check"] if check else [])]
     args = report.parser("x").parse_args(argv)
     assert report.finish([report.Row("n", "b", ratio, ratio, ratio, 2.0)], args) == code
     assert ("holds" if ratio < 2 else "MISSED") in capsys.readouterr().out
     row = json.loads((tmp_path / "rows.json").read_text())[0]
-    assert row["name"] == "n" and row["baseline"] == "b" and row["bar"] == 2.0 and row["holds"] == (ratio < 2)
+    assert (
+        row["name"] == "n"
+        and row["baseline"] == "b"
+        and row["bar"] == 2.0
+        and row["holds"] == (ratio < 2)
+    )
 
 
 def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
     """(what a benchmark prints, its rows, the folder of its temporary files)"""
     temp, rows = folder / "temp", folder / "rows.json"
     temp.mkdir()
-    done = subprocess.run([sys.executable, str(REPO / "benchmarks" / name), "--quick", "--json", str(rows)],
-                          capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(temp)})
+    done = subprocess.run(
+        [sys.executable, str(REPO / "benchmarks" / name), "--quick", "--json", str(rows)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TMPDIR": str(temp)},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(rows.read_text()), temp
 
@@ -72,11 +93,20 @@ def test_data_index_quickly(tmp_path):
     """Every row is there, and nothing stays behind. Whether bars hold is not for a test on a busy machine."""
     printed, table, temp = run_quickly("data_index.py", tmp_path)
     assert "200,000 documents, 200,000,000 tokens: 195,312 samples" in printed
-    assert all(words in printed for words in ("peak memory", "the dataset and", "first visit: median", "tokens/s"))
+    assert all(
+        words in printed
+        for words in ("peak memory", "the dataset and", "first visit: median", "tokens/s")
+    )
     assert [row["name"] for row in table] == [
-        "open what is built", "a random sample, first visit", "a random sample, again"] + [
-        f"100 micro-batches, {kind}" for kind in ("0 workers", "2 workers", "0 workers, resets")]
-    assert all(row["bar"] == 1.0 and 0 < row["low"] <= row["ratio"] <= row["high"] for row in table)
+        "open what is built",
+        "a random sample, first visit",
+        "a random sample, again",
+    ] + [
+        f"100 micro-batches, {kind}" for kind in ("0 workers", "2 workers", "0 workers, resets")
+    ]
+    assert all(
+        row["bar"] == 1.0 and 0 < row["low"] <= row["ratio"] <= row["high"] for row in table
+    )
     assert not [p for p in temp.iterdir() if (p / "big.idx").exists()]
 
 
@@ -86,8 +116,11 @@ def test_preprocess_quickly(tmp_path):
     printed, table, temp = run_quickly("preprocess.py", tmp_path)
     assert "tokens equal byte for byte" in printed and not list(temp.iterdir())
     assert [(row["name"], row["bar"]) for row in table] == [
-        ("tools/preprocess_data.py", None), ("time per byte, 8 MB", None), ("peak memory, 8 MB", None),
-        ("tools/merge_datasets.py", None)]
+        ("tools/preprocess_data.py", None),
+        ("time per byte, 8 MB", None),
+        ("peak memory, 8 MB", None),
+        ("tools/merge_datasets.py", None),
+    ]
 
 
 def test_compute_that_ignores_demand_is_not_called_proportional():
@@ -95,9 +128,15 @@ def test_compute_that_ignores_demand_is_not_called_proportional():
     from benchmarks.gate_cost import against_line
 
     experts = [2.0, 4.0, 8.0, 12.0]
-    for times, holds in (([10.0] * 4, [False, False, True, False]), ([2.0, 4.0, 8.0, 12.0], [True] * 4),
-                         ([2.3, 4.2, 8.0, 11.9], [True] * 4), ([k * k for k in experts], [False, False, False, True])):
-        rows = against_line(experts, {f"{k}": [t, 2 * t, t] for k, t in zip(experts, times, strict=True)})
+    for times, holds in (
+        ([10.0] * 4, [False, False, True, False]),
+        ([2.0, 4.0, 8.0, 12.0], [True] * 4),
+        ([2.3, 4.2, 8.0, 11.9], [True] * 4),
+        ([k * k for k in experts], [False, False, False, True]),
+    ):
+        rows = against_line(
+            experts, {f"{k}": [t, 2 * t, t] for k, t in zip(experts, times, strict=True)}
+        )
         assert [row.holds for row in rows] == holds, times
         assert all(row.ratio >= 1 and row.low == row.high for row in rows)
 
@@ -108,18 +147,31 @@ def test_gate_cost_quickly(tmp_path):
 
     _, table, _ = run_quickly("gate_cost.py", tmp_path)
     names = [row["name"] for row in table]
-    assert names[:12] == [f"{gate}: gate" for gate in available_gates()] and all(row["ratio"] < 1 for row in table[:12])
+    assert names[:12] == [f"{gate}: gate" for gate in available_gates()] and all(
+        row["ratio"] < 1 for row in table[:12]
+    )
     assert [row["bar"] for row in table[12:]] == [1.25] * 8 + [None, 0.65]
 
 
 def test_start_up_is_split_into_the_stages_that_the_run_names():
     from benchmarks.startup import stages
 
-    lines = [(1.0, "[launch.py] process 7 spawned with command: x"), (1.5, "[launch.py] process 8 spawned"),
-             (9.0, "12:00:00 start-up: 7.00 s: torch 2.50, DeepSpeed and process groups 3.25, first step 1.25"),
-             (9.5, "12:00:00 iteration   1/200 | loss 1")]
-    assert stages(lines) == {"launcher": 1.5, "torch": 2.5, "DeepSpeed and process groups": 3.25, "first step": 1.25,
-                             "the rest": 1.0}
+    lines = [
+        (1.0, "[launch.py] process 7 spawned with command: x"),
+        (1.5, "[launch.py] process 8 spawned"),
+        (
+            9.0,
+            "12:00:00 start-up: 7.00 s: torch 2.50, DeepSpeed and process groups 3.25, first step 1.25",
+        ),
+        (9.5, "12:00:00 iteration   1/200 | loss 1"),
+    ]
+    assert stages(lines) == {
+        "launcher": 1.5,
+        "torch": 2.5,
+        "DeepSpeed and process groups": 3.25,
+        "first step": 1.25,
+        "the rest": 1.0,
+    }
 
 
 def test_a_launch_is_ended_at_its_line_with_all_its_processes(tmp_path):
@@ -127,10 +179,15 @@ def test_a_launch_is_ended_at_its_line_with_all_its_processes(tmp_path):
 
     program = f"sleep 300 & echo $! >{tmp_path}/pid; echo one; echo iteration; sleep 300"
     lines = launch(["bash", "-c", program], "iteration")
-    assert [line for _, line in lines] == ["one", "iteration"] and lines[0][0] <= lines[1][0] < 60
+    assert [line for _, line in lines] == ["one", "iteration"] and lines[0][0] <= lines[1][
+        0
+    ] < 60
     pid = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+    while (
+        Path(f"/proc/{pid}").exists()
+        and "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    ):
         assert time.monotonic() < deadline, "the background process lives on"
         time.sleep(0.1)
     assert [line for _, line in launch(["bash", "-c", "echo one"], None)] == ["one", ""]
@@ -144,9 +201,14 @@ def test_a_launch_is_ended_at_its_line_with_all_its_processes(tmp_path):
 def test_startup_quickly(tmp_path):
     printed, table, temp = run_quickly("startup.py", tmp_path)
     assert [(row["name"], row["bar"]) for row in table] == [
-        ("launch to first logged step", 1.5), ("launch to first logged step, no evaluation", 1.5),
-        ("launch to first logged step", None)]
-    assert all(f"\n{stage} " in printed for stage in ("launcher", "torch", "data", "model", "engine", "first step"))
+        ("launch to first logged step", 1.5),
+        ("launch to first logged step, no evaluation", 1.5),
+        ("launch to first logged step", None),
+    ]
+    assert all(
+        f"\n{stage} " in printed
+        for stage in ("launcher", "torch", "data", "model", "engine", "first step")
+    )
     assert not list(temp.iterdir())
 
 
@@ -156,7 +218,10 @@ SMALL = peers.Size(tokens=40, hidden=32, experts=4, width=16, topk=2)
 
 def test_ranks_draw_the_same_weights_and_their_own_tokens_whose_choice_is_clear():
     a, b = (peers.Problem.draw(SMALL, "swiglu", CPU, rank) for rank in (0, 1))
-    assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("router_ED", "w1_EHD", "w2_EDH", "w3_EHD"))
+    assert all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("router_ED", "w1_EHD", "w2_EDH", "w3_EHD")
+    )
     assert not torch.equal(a.x_TD, b.x_TD) and a.x_TD.shape == a.grad_TD.shape == (40, 32)
     assert torch.equal(a.router_ED, a.router_ED.bfloat16().float())
     exact = (a.x_TD.double() @ a.router_ED.double().T).sort(-1, descending=True)
@@ -167,7 +232,9 @@ def test_ranks_draw_the_same_weights_and_their_own_tokens_whose_choice_is_clear(
 
 def test_a_skewed_router_has_popular_experts_in_both_halves():
     size = peers.Size(tokens=2000, hidden=32, experts=8, width=16, topk=2)
-    even, skewed = (peers.loads(peers.Problem.draw(size, "gelu", CPU, skew=skew)) for skew in (0.0, 0.5))
+    even, skewed = (
+        peers.loads(peers.Problem.draw(size, "gelu", CPU, skew=skew)) for skew in (0.0, 0.5)
+    )
     assert sum(even) == sum(skewed) == 4000 and max(even) < 1.5 * min(even)
     for half in (skewed[:4], skewed[4:]):
         assert sum(half) > 1600 and max(half) > 2 * min(half)
@@ -187,7 +254,10 @@ def test_the_loop_is_the_formula(activation):
         y_D = 0
         for weight, e in zip(logit_k.softmax(0), expert_k.tolist(), strict=True):
             up = None if problem.w3_EHD is None else problem.w3_EHD[e].double() @ x_D
-            y_D += weight * (problem.w2_EDH[e].double() @ activate(activation, problem.w1_EHD[e].double() @ x_D, up))
+            y_D += weight * (
+                problem.w2_EDH[e].double()
+                @ activate(activation, problem.w1_EHD[e].double() @ x_D, up)
+            )
         rows.append(y_D)
     expected_TD = torch.stack(rows)
     expected_TD.backward(problem.grad_TD.double())
@@ -196,22 +266,39 @@ def test_the_loop_is_the_formula(activation):
 
 
 def layers_of(problem: peers.Problem, names: str) -> dict[str, peers.Layer]:
-    return {c.name: c.make(problem) for c in peers.candidates(problem.size, problem.activation, CPU)
-            if not c.reason and c.name.startswith(names)}
+    return {
+        c.name: c.make(problem)
+        for c in peers.candidates(problem.size, problem.activation, CPU)
+        if not c.reason and c.name.startswith(names)
+    }
 
 
 def test_all_layers_compute_the_same(capsys):
     """All but DeepSpeed's, which needs a process group; the benchmark compares that one too."""
     problem = peers.Problem.draw(SMALL, "swiglu", CPU)
-    layers = {name: layer for part in ("ours", "per-expert", "Mixtral", "OLMoE")
-              for name, layer in layers_of(problem, part).items()}
-    assert list(layers) == ["ours, auto", "ours, reference", "ours, grouped_mm", "ours, cpu", "per-expert loop",
-                            "Mixtral, eager", "Mixtral, batched_mm", "Mixtral, grouped_mm", "OLMoE, grouped_mm"]
+    layers = {
+        name: layer
+        for part in ("ours", "per-expert", "Mixtral", "OLMoE")
+        for name, layer in layers_of(problem, part).items()
+    }
+    assert list(layers) == [
+        "ours, auto",
+        "ours, reference",
+        "ours, grouped_mm",
+        "ours, cpu",
+        "per-expert loop",
+        "Mixtral, eager",
+        "Mixtral, batched_mm",
+        "Mixtral, grouped_mm",
+        "OLMoE, grouped_mm",
+    ]
     moe_layer.compare_values(problem, layers)
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(layers)
 
 
-@pytest.mark.parametrize("wrong", ["output", "nothing but NaN", "input gradient", "weight gradient"])
+@pytest.mark.parametrize(
+    "wrong", ["output", "nothing but NaN", "input gradient", "weight gradient"]
+)
 def test_a_layer_that_computes_something_else_is_found(wrong):
     problem = peers.Problem.draw(SMALL, "gelu", CPU)
     layer = peers.expert_loop(problem)
@@ -225,7 +312,9 @@ def test_a_layer_that_computes_something_else_is_found(wrong):
         layer.module.experts[0].up_proj.weight.register_hook(torch.zeros_like)
         forward = layer.forward
     with pytest.raises(RuntimeError, match="per-expert loop computes something else"):
-        moe_layer.compare_values(problem, {"per-expert loop": peers.Layer(layer.module, forward, layer.experts)})
+        moe_layer.compare_values(
+            problem, {"per-expert loop": peers.Layer(layer.module, forward, layer.experts)}
+        )
 
 
 def test_a_step_leaves_no_gradients():
@@ -239,8 +328,11 @@ def test_a_step_leaves_no_gradients():
 def test_the_baselines_do_the_same_multiply_adds(activation):
     problem = peers.Problem.draw(SMALL, activation, CPU)
     gated, x_TD = activation == "swiglu", problem.x_TD
-    steps = [peers.dense(problem).step(problem), peers.bare_gemms([40], 32, 2 * 16, gated, x_TD),
-             peers.bare_gemms(peers.loads(problem), 32, 16, gated, x_TD)]
+    steps = [
+        peers.dense(problem).step(problem),
+        peers.bare_gemms([40], 32, 2 * 16, gated, x_TD),
+        peers.bare_gemms(peers.loads(problem), 32, 16, gated, x_TD),
+    ]
     totals = []
     for step in steps:
         with FlopCounterMode(display=False) as counter:
@@ -253,19 +345,38 @@ def test_what_cannot_be_measured_is_named_with_its_reason():
     large = peers.Size(tokens=8192, hidden=1024, experts=64, width=512, topk=8)
     reasons = {c.name: c.reason for c in peers.candidates(large, "swiglu", CPU) if c.reason}
     assert list(reasons) == ["Mixtral, deepgemm", "Mixtral, batched_mm", "Mixtral, sonicmoe"]
-    assert "it needs 344 GB" in reasons["Mixtral, batched_mm"] and "CUDA" in reasons["Mixtral, deepgemm"]
+    assert (
+        "it needs 344 GB" in reasons["Mixtral, batched_mm"]
+        and "CUDA" in reasons["Mixtral, deepgemm"]
+    )
     ungated = {c.name for c in peers.candidates(SMALL, "relu", CPU) if "gated" in c.reason}
-    assert ungated == {c.name for c in peers.candidates(SMALL, "relu", CPU) if c.name[:5] in ("Mixtr", "OLMoE")}
+    assert ungated == {
+        c.name for c in peers.candidates(SMALL, "relu", CPU) if c.name[:5] in ("Mixtr", "OLMoE")
+    }
 
 
 def test_ours_is_held_against_the_fastest_of_the_others():
-    seconds = {"dense": [1.0, 1.0, 1.0], "ours, auto": [1.3, 1.2, 1.3], "DeepSpeed MoE": [4.0, 4.0, 4.0],
-               "Mixtral, eager": [9.0, 9.0, 9.0], "OLMoE, grouped_mm": [2.0, 2.0, 2.0]}
+    seconds = {
+        "dense": [1.0, 1.0, 1.0],
+        "ours, auto": [1.3, 1.2, 1.3],
+        "DeepSpeed MoE": [4.0, 4.0, 4.0],
+        "Mixtral, eager": [9.0, 9.0, 9.0],
+        "OLMoE, grouped_mm": [2.0, 2.0, 2.0],
+    }
     rows = {(r.name, r.baseline): r for r in moe_layer.ratio_rows(seconds, (1.4, 0.4, 0.5))}
-    assert len(rows) == 6 and rows["ours, auto", "dense"].holds and rows["ours, auto", "DeepSpeed MoE"].holds
-    assert rows["ours, auto", "OLMoE, grouped_mm"].holds is False and rows["DeepSpeed MoE", "dense"].holds is None
+    assert (
+        len(rows) == 6
+        and rows["ours, auto", "dense"].holds
+        and rows["ours, auto", "DeepSpeed MoE"].holds
+    )
+    assert (
+        rows["ours, auto", "OLMoE, grouped_mm"].holds is False
+        and rows["DeepSpeed MoE", "dense"].holds is None
+    )
     few = {name: seconds[name] for name in ("dense", "ours, auto")}
-    assert [(r.name, r.baseline) for r in moe_layer.ratio_rows(few, None)] == [("ours, auto", "dense")]
+    assert [(r.name, r.baseline) for r in moe_layer.ratio_rows(few, None)] == [
+        ("ours, auto", "dense")
+    ]
 
 
 def test_the_peak_of_memory_is_what_was_there_at_most():
@@ -319,12 +430,16 @@ def test_a_sharded_layer_that_computes_something_else_is_found():
 def test_transformers_mixtral_has_our_weights_and_our_loss():
     from megatron.parallel.groups import Groups
 
-    shape = train_step.Shape(layers=1, hidden=32, heads=2, experts=4, width=16, vocab=128, length=8, sequences=2)
+    shape = train_step.Shape(
+        layers=1, hidden=32, heads=2, experts=4, width=16, vocab=128, length=8, sequences=2
+    )
     batch = train_step.make_batch(2, 8, 128, seed=0)
     gpt, *_ = train_step.our_model(shape, Groups())
     theirs = train_step.their_model(shape, gpt)
     ours = gpt(batch.tokens_BS, batch.labels_BS).loss
-    loss = theirs(input_ids=batch.tokens_BS, labels=batch.labels_BS, shift_labels=batch.labels_BS).loss
+    loss = theirs(
+        input_ids=batch.tokens_BS, labels=batch.labels_BS, shift_labels=batch.labels_BS
+    ).loss
     torch.testing.assert_close(loss, ours, atol=1e-5, rtol=1e-5)
 
 
@@ -342,7 +457,11 @@ def test_parts_of_a_step_are_all_of_its_time():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.norm, self.last = nn.Linear(256, 256), nn.LayerNorm(256), nn.Linear(256, 4096)
+            self.first, self.norm, self.last = (
+                nn.Linear(256, 256),
+                nn.LayerNorm(256),
+                nn.Linear(256, 4096),
+            )
 
         def forward(self, x):
             return self.last(self.norm(self.first(x))).sum()
@@ -359,31 +478,60 @@ def test_moe_layer_quickly(tmp_path):
     """Every row is there, and no layer is missing. Whether bars hold is not for a test on a busy machine."""
     printed, table, _ = run_quickly("moe_layer.py", tmp_path)
     assert "not measured: Mixtral, sonicmoe" in printed and "MiB" in printed
-    layers = ["ours, auto", "ours, reference", "ours, grouped_mm", "ours, cpu", "per-expert loop", "DeepSpeed MoE",
-              "Mixtral, eager", "Mixtral, batched_mm", "Mixtral, grouped_mm", "OLMoE, grouped_mm"]
+    layers = [
+        "ours, auto",
+        "ours, reference",
+        "ours, grouped_mm",
+        "ours, cpu",
+        "per-expert loop",
+        "DeepSpeed MoE",
+        "Mixtral, eager",
+        "Mixtral, batched_mm",
+        "Mixtral, grouped_mm",
+        "OLMoE, grouped_mm",
+    ]
     label = "E16 H128 k4"
     rows = [(r["name"], r["baseline"]) for r in table if r["name"].startswith(f"{label}: ")]
-    assert rows[:12] == [(f"{label}: {name}", f"{label}: dense") for name in
-                         ("dense GEMMs alone", "experts' GEMMs alone", *layers)]
+    assert rows[:12] == [
+        (f"{label}: {name}", f"{label}: dense")
+        for name in ("dense GEMMs alone", "experts' GEMMs alone", *layers)
+    ]
     assert rows[12] == (f"{label}: ours, auto", f"{label}: DeepSpeed MoE") and len(rows) == 14
     assert [(r["name"], r["baseline"]) for r in table[14:]] == [
-        ("ours, E 32", "ours, E 8"), (f"{label} memory: ours, auto", f"{label} memory: OLMoE, grouped_mm")]
+        ("ours, E 32", "ours, E 8"),
+        (f"{label} memory: ours, auto", f"{label} memory: OLMoE, grouped_mm"),
+    ]
     assert all(0 < r["low"] <= r["ratio"] <= r["high"] and r["bar"] is None for r in table)
 
 
 @pytest.mark.slow
 def test_dispatch_quickly(tmp_path):
     printed, table, _ = run_quickly("dispatch.py", tmp_path)
-    assert printed.count("KB to the other rank per token") == 2 and printed.count("exchanges, profiled") == 2
+    assert (
+        printed.count("KB to the other rank per token") == 2
+        and printed.count("exchanges, profiled") == 2
+    )
     assert [r["name"].partition(": ")[2] for r in table] == [
-        "sharded", "DeepSpeed, sharded", "sharded", "sorted rows alone"] * 2
+        "sharded",
+        "DeepSpeed, sharded",
+        "sharded",
+        "sorted rows alone",
+    ] * 2
 
 
 @pytest.mark.slow
 def test_train_step_quickly(tmp_path):
     printed, table, _ = run_quickly("train_step.py", tmp_path)
-    assert [(r["name"], r["bar"]) for r in table] == [("mixture step", 1.25), ("our step", None), ("our step", None)]
-    assert printed.count("tokens/s") == 3 and "master weights" in printed and "output and loss" in printed
+    assert [(r["name"], r["bar"]) for r in table] == [
+        ("mixture step", 1.25),
+        ("our step", None),
+        ("our step", None),
+    ]
+    assert (
+        printed.count("tokens/s") == 3
+        and "master weights" in printed
+        and "output and loss" in printed
+    )
 
 
 @pytest.mark.slow
@@ -391,8 +539,16 @@ def test_peer_quickly(tmp_path):
     printed, table, _ = run_quickly("peer.py", tmp_path)
     size = "N 512^2, D 512, T 1024"
     assert [(row["name"], row["baseline"], row["bar"]) for row in table] == [
-        (f"{size}: ours", "reference", 0.5), (f"{size}: reference, dense", "reference", None),
-        (f"{size}: ours, dense", "reference", None), ("peak memory, gradients taken", "reference", 0.3),
-        ("peak memory, gradients kept", "reference", None)]
-    assert f"{size}: 131072 rows chosen" in printed and printed.count("peak memory, gradients taken") == 3
-    assert table[3]["holds"] and table[3]["ratio"] < table[4]["ratio"] < 0.6, "bytes do not depend on a busy machine"
+        (f"{size}: ours", "reference", 0.5),
+        (f"{size}: reference, dense", "reference", None),
+        (f"{size}: ours, dense", "reference", None),
+        ("peak memory, gradients taken", "reference", 0.3),
+        ("peak memory, gradients kept", "reference", None),
+    ]
+    assert (
+        f"{size}: 131072 rows chosen" in printed
+        and printed.count("peak memory, gradients taken") == 3
+    )
+    assert table[3]["holds"] and table[3]["ratio"] < table[4]["ratio"] < 0.6, (
+        "bytes do not depend on a busy machine"
+    )

@@ -36,7 +36,7 @@ def test_the_page_on_checkpoints_names_what_exists(finished):
 @pytest.fixture
 def example(tmp_path):
     """The document's example as a module, registered as long as the test runs."""
-    code, = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     (tmp_path / "above_mean.py").write_text(code)
     spec = importlib.util.spec_from_file_location("above_mean", tmp_path / "above_mean.py")
     module = sys.modules["above_mean"] = importlib.util.module_from_spec(spec)
@@ -48,23 +48,45 @@ def example(tmp_path):
 def test_the_table_has_every_gate():
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert sorted(rows) == available_gates()
-    assert all(line.count("|") == 8 for line in TEXT.splitlines() if re.match(r"\| `\w+` \|", line))
+    assert all(
+        line.count("|") == 8 for line in TEXT.splitlines() if re.match(r"\| `\w+` \|", line)
+    )
 
 
 def test_what_it_names_exists():
-    for name in re.findall(r"`((?:megatron|tests|benchmarks|examples_deepspeed)/[\w./]+)`", TEXT):
+    for name in re.findall(
+        r"`((?:megatron|tests|benchmarks|examples_deepspeed)/[\w./]+)`", TEXT
+    ):
         assert (REPO / name.replace("NAME", "topk")).exists(), name
     flags = set(re.findall(r"`--([a-z0-9-]+)`", TEXT))
-    fields = {f.replace("_", "-") for name in available_gates() for f in gate_config_class(name).__dataclass_fields__}
-    known = fields | {"gate", "seed", "margin", "moe-loss-coeff", "moe-z-loss-coeff", "moe-balance-scope"}
+    fields = {
+        f.replace("_", "-")
+        for name in available_gates()
+        for f in gate_config_class(name).__dataclass_fields__
+    }
+    known = fields | {
+        "gate",
+        "seed",
+        "margin",
+        "moe-loss-coeff",
+        "moe-z-loss-coeff",
+        "moe-balance-scope",
+    }
     assert flags <= known, flags - known
 
 
 def test_the_example_is_a_gate(example):
     from megatron.config.cli import parse
 
-    assert parse(["--gate", "above_mean", "--margin", "0.5"], gate_config_class).gate_options["margin"] == 0.5
-    gate = create_gate("above_mean", hidden_size=8, num_experts=4, init_std=1.0, margin=0.9, loss_coeff=0.1)
+    assert (
+        parse(["--gate", "above_mean", "--margin", "0.5"], gate_config_class).gate_options[
+            "margin"
+        ]
+        == 0.5
+    )
+    gate = create_gate(
+        "above_mean", hidden_size=8, num_experts=4, init_std=1.0, margin=0.9, loss_coeff=0.1
+    )
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     out = gate(GateInput(x))
     out.check(20, 4)

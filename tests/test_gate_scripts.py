@@ -23,23 +23,41 @@ SCALES = ("demo", "158m", "679m", "xmoe")
 
 def dry_run(gate: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
     """What the script would start; `echo` stands in for Python, which here would only print the model's size."""
-    return subprocess.run(["bash", str(FOLDER / f"{gate}.sh")], capture_output=True, text=True, cwd=folder, timeout=60,
-                          env={**os.environ, "PYTHON": "/bin/echo", "DRY_RUN": "1", "NUM_GPUS": "2", **env})
+    return subprocess.run(
+        ["bash", str(FOLDER / f"{gate}.sh")],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+        env={**os.environ, "PYTHON": "/bin/echo", "DRY_RUN": "1", "NUM_GPUS": "2", **env},
+    )
 
 
 def config(gate: str, folder: Path, **env: str):
     done = dry_run(gate, folder, **env)
     assert done.returncode == 0, done.stderr
-    words = shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("deepspeed")))
+    words = shlex.split(
+        next(line for line in done.stdout.splitlines() if line.startswith("deepspeed"))
+    )
     start = next(i for i, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
-    return cli.parse(words[start + 1:], gate_config_class, available_gates)
+    return cli.parse(words[start + 1 :], gate_config_class, available_gates)
 
 
 def size(config):
     with torch.device("meta"):
-        model = build_model(config.model, config.moe, config.gate_options, vocab_size=8000, seed=0, groups=Groups())
+        model = build_model(
+            config.model,
+            config.moe,
+            config.gate_options,
+            vocab_size=8000,
+            seed=0,
+            groups=Groups(),
+        )
     gate = gate_class(config.moe.gate)
-    return count(model, gate.experts_per_token(gate.Config(**config.gate_options), config.moe.num_experts))
+    return count(
+        model,
+        gate.experts_per_token(gate.Config(**config.gate_options), config.moe.num_experts),
+    )
 
 
 def test_there_is_a_script_for_every_gate_and_no_other():
@@ -52,15 +70,24 @@ def test_each_scale_parses_and_a_model_can_be_built(gate, scale, tmp_path):
     run = config(gate, tmp_path, SCALE=scale)
     assert run.moe.gate == gate and run.moe.num_experts % run.moe.moe_expert_parallel_size == 0
     assert run.moe.moe_expert_parallel_size == 2, "two ranks share the experts"
-    layers, hidden = {"demo": (6, 256), "158m": (16, 512), "679m": (18, 1024), "xmoe": (12, 768)}[scale]
+    layers, hidden = {
+        "demo": (6, 256),
+        "158m": (16, 512),
+        "679m": (18, 1024),
+        "xmoe": (12, 768),
+    }[scale]
     assert (run.model.num_layers, run.model.hidden_size) == (layers, hidden)
     got = size(run)
     if gate == "peer":
-        assert run.moe.moe_layers == (layers // 2,) and run.moe.num_experts == (128**2 if scale == "demo" else 1024**2)
+        assert run.moe.moe_layers == (layers // 2,) and run.moe.num_experts == (
+            128**2 if scale == "demo" else 1024**2
+        )
     elif scale == "158m":
         assert got.total - got.parts["embedding"] == pytest.approx(158e6 - 8000 * 512, rel=0.03)
     elif scale == "679m":
-        assert got.total - got.parts["embedding"] == pytest.approx(679e6 - 8000 * 1024, rel=0.05)
+        assert got.total - got.parts["embedding"] == pytest.approx(
+            679e6 - 8000 * 1024, rel=0.05
+        )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -72,7 +99,9 @@ def test_all_gates_but_peer_are_compared_at_the_same_size(scale, tmp_path):
             continue
         run = config(gate, tmp_path, SCALE=scale)
         got, cls = size(run), gate_class(gate)
-        assert got.total == pytest.approx(top_k.total, rel=0.03), gate  # 66 experts are 8.25 times 8
+        assert got.total == pytest.approx(top_k.total, rel=0.03), (
+            gate
+        )  # 66 experts are 8.25 times 8
         most = cls.experts_per_token(cls.Config(**run.gate_options), run.moe.num_experts)[1]
         if most < run.moe.num_experts:
             assert got.active_max == pytest.approx(top_k.active_max, rel=0.02), gate
@@ -82,8 +111,18 @@ def test_variables_from_outside_win(tmp_path):
     run = config("topk", tmp_path, SCALE="158m", TOPK="3", EP_SIZE="32", NUM_LAYERS="4")
     assert (run.gate_options["topk"], run.moe.num_experts, run.model.num_layers) == (3, 32, 4)
     shared = config("deepseek_v3", tmp_path, SCALE="679m")
-    assert (shared.moe.num_experts, shared.moe.moe_shared_experts, shared.gate_options["topk"]) == (64, 2, 6)
+    assert (
+        shared.moe.num_experts,
+        shared.moe.moe_shared_experts,
+        shared.gate_options["topk"],
+    ) == (64, 2, 6)
     shared = config("topk", tmp_path, SHARED="1")
-    assert (shared.moe.num_experts, shared.moe.moe_shared_experts, shared.gate_options["topk"]) == (15, 1, 3)
+    assert (
+        shared.moe.num_experts,
+        shared.moe.moe_shared_experts,
+        shared.gate_options["topk"],
+    ) == (15, 1, 3)
     done = dry_run("topk", tmp_path, SCALE="huge")
-    assert done.returncode == 2 and "SCALE is 'huge'; allowed: demo 158m 679m xmoe" in done.stderr
+    assert (
+        done.returncode == 2 and "SCALE is 'huge'; allowed: demo 158m 679m xmoe" in done.stderr
+    )

@@ -20,7 +20,9 @@ REPO = Path(__file__).resolve().parents[1]
 def restored():
     """Leave the loggers as other tests expect them."""
     loggers = [log.get_logger(), logging.getLogger("DeepSpeed")]
-    before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    before = [
+        (logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers
+    ]
     yield
     for logger, level, propagate, handlers in before:
         logger.setLevel(level)
@@ -35,8 +37,11 @@ def test_rank_0_prints_from_info_up(monkeypatch, capsys):
     logger.warning("careful")
     logging.getLogger("megatron.config.cli").warning("from a child")
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"(\d\d:\d\d:\d\d) loss 3\n\d\d:\d\d:\d\d WARNING careful\n\d\d:\d\d:\d\d WARNING from a "
-                        r"child\n", out)
+    assert re.fullmatch(
+        r"(\d\d:\d\d:\d\d) loss 3\n\d\d:\d\d:\d\d WARNING careful\n\d\d:\d\d:\d\d WARNING from a "
+        r"child\n",
+        out,
+    )
     assert err == ""
 
 
@@ -89,13 +94,18 @@ def test_an_error_is_one_line_and_other_ranks_wait(monkeypatch, capsys):
     assert capsys.readouterr().err == "[rank 2] error: --x is 1\n" and waits == [3]
 
 
-@pytest.mark.parametrize(("body", "code", "out", "err"), [
-    ("return None", 0, "", ""), ("return 1", 1, "", ""), ("print('x')", 0, "x\n", ""),
-    ("raise ValueError('--x is 1')", 2, "", "tool: error: --x is 1\n"),
-    ("open('none')", 2, "", "tool: error: [Errno 2] No such file or directory: 'none'\n"),
-    ("raise KeyboardInterrupt", 130, "", "tool: interrupted\n"),
-    ("raise BrokenPipeError", 141, "", ""),
-])
+@pytest.mark.parametrize(
+    ("body", "code", "out", "err"),
+    [
+        ("return None", 0, "", ""),
+        ("return 1", 1, "", ""),
+        ("print('x')", 0, "x\n", ""),
+        ("raise ValueError('--x is 1')", 2, "", "tool: error: --x is 1\n"),
+        ("open('none')", 2, "", "tool: error: [Errno 2] No such file or directory: 'none'\n"),
+        ("raise KeyboardInterrupt", 130, "", "tool: interrupted\n"),
+        ("raise BrokenPipeError", 141, "", ""),
+    ],
+)
 def test_outcomes_of_a_tool(tmp_path, body, code, out, err):
     done = run_body(tmp_path, body)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
@@ -104,12 +114,19 @@ def test_outcomes_of_a_tool(tmp_path, body, code, out, err):
 def run_body(folder: Path, body: str, **arguments) -> subprocess.CompletedProcess:
     program = f"import sys\nfrom megatron.log import run_tool\ndef body():\n    {body}\n"
     program += "sys.exit(run_tool('tool', body))"
-    return subprocess.run([sys.executable, "-c", program], cwd=folder, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(REPO)},
-                          **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **arguments})
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **arguments},
+    )
 
 
-@pytest.mark.parametrize("body", ["print('x' * 10**6)", "print('x')"], ids=["while writing", "while flushing"])
+@pytest.mark.parametrize(
+    "body", ["print('x' * 10**6)", "print('x')"], ids=["while writing", "while flushing"]
+)
 def test_nobody_reads_the_output(tmp_path, body):
     reading, writing = os.pipe()
     os.close(reading)
@@ -130,11 +147,18 @@ TRAIN = ("tools/train_tokenizer.py", "--vocab-size", "300", "--output", "t", "--
 def test_ctrl_c_ends_a_tool_with_one_line(tmp_path, more):
     """It reads a pipe that stays open."""
     os.mkfifo(tmp_path / "pipe")
-    tool = subprocess.Popen([sys.executable, REPO / TRAIN[0], *TRAIN[1:], "pipe", *more], cwd=tmp_path,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    tool = subprocess.Popen(
+        [sys.executable, REPO / TRAIN[0], *TRAIN[1:], "pipe", *more],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     with open(tmp_path / "pipe", "wb", buffering=0) as pipe:  # waits until it reads
         pipe.write(b'{"text": "a"}\n')
-        time.sleep(0.5)  # a signal in the moment before read() is heard at its end only, as in all of Python
+        time.sleep(
+            0.5
+        )  # a signal in the moment before read() is heard at its end only, as in all of Python
         tool.send_signal(signal.SIGINT)
         out, err = tool.communicate(timeout=60)
     assert (tool.returncode, out, err) == (130, "", "train_tokenizer.py: interrupted\n")
@@ -143,9 +167,17 @@ def test_ctrl_c_ends_a_tool_with_one_line(tmp_path, more):
 
 def test_ctrl_c_during_the_training_itself(tmp_path):
     with open(tmp_path / "a.jsonl", "w") as file:
-        file.writelines(f'{{"text": "{i * 7919 % 100003} {i * 104729 % 1000003}"}}\n' for i in range(300_000))
-    tool = subprocess.Popen([sys.executable, REPO / TRAIN[0], *TRAIN[1:], "a.jsonl", "--vocab-size", "60000"],
-                            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        file.writelines(
+            f'{{"text": "{i * 7919 % 100003} {i * 104729 % 1000003}"}}\n'
+            for i in range(300_000)
+        )
+    tool = subprocess.Popen(
+        [sys.executable, REPO / TRAIN[0], *TRAIN[1:], "a.jsonl", "--vocab-size", "60000"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     time.sleep(4)
     tool.send_signal(signal.SIGINT)
     sent = time.monotonic()
@@ -154,8 +186,15 @@ def test_ctrl_c_during_the_training_itself(tmp_path):
     assert time.monotonic() - sent < 5 and os.listdir(tmp_path) == ["a.jsonl"]
 
 
-@pytest.mark.parametrize("script", ["tools/inspect_dataset.py", "tools/merge_datasets.py", "tools/train_tokenizer.py",
-                                    "dataset/make_corpus.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "tools/inspect_dataset.py",
+        "tools/merge_datasets.py",
+        "tools/train_tokenizer.py",
+        "dataset/make_corpus.py",
+    ],
+)
 def test_tools_whose_output_nobody_reads(tmp_path, script):
     import numpy as np
 
@@ -164,11 +203,21 @@ def test_tools_whose_output_nobody_reads(tmp_path, script):
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_document([1, 2])
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    arguments = {"inspect": ["d"], "merge": ["--input", "d", "--output-prefix", "e"],
-                 "train": [*TRAIN[1:], "a.jsonl"], "make": ["--output", "c", "--max-bytes", "200000"]}
+    arguments = {
+        "inspect": ["d"],
+        "merge": ["--input", "d", "--output-prefix", "e"],
+        "train": [*TRAIN[1:], "a.jsonl"],
+        "make": ["--output", "c", "--max-bytes", "200000"],
+    }
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, REPO / script, *arguments[Path(script).stem.split("_")[0]]], cwd=tmp_path,
-                          stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, REPO / script, *arguments[Path(script).stem.split("_")[0]]],
+        cwd=tmp_path,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")

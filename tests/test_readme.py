@@ -20,8 +20,15 @@ REPO = Path(__file__).resolve().parent.parent
 READMES = {name: (REPO / name).read_text() for name in ("README.md", "dataset/README.md")}
 README = READMES["README.md"]
 HEREDOC = r"python - <<'EOF'\n(.*?)\nEOF\n"
-TOOLS = ("tools/preprocess_data.py", "tools/merge_datasets.py", "tools/inspect_dataset.py", "tools/train_tokenizer.py",
-         "tools/inspect_checkpoint.py", "tools/consolidate_checkpoint.py", "dataset/make_corpus.py")
+TOOLS = (
+    "tools/preprocess_data.py",
+    "tools/merge_datasets.py",
+    "tools/inspect_dataset.py",
+    "tools/train_tokenizer.py",
+    "tools/inspect_checkpoint.py",
+    "tools/consolidate_checkpoint.py",
+    "dataset/make_corpus.py",
+)
 
 
 def blocks(text: str) -> list[str]:
@@ -32,7 +39,9 @@ def commands(text: str) -> list[str]:
     """Lines of all bash blocks, continuations joined, comments and programs in Python dropped."""
     lines = []
     for block in blocks(text):
-        for line in re.sub(HEREDOC, "", block, flags=re.DOTALL).replace("\\\n", " ").splitlines():
+        for line in (
+            re.sub(HEREDOC, "", block, flags=re.DOTALL).replace("\\\n", " ").splitlines()
+        ):
             line = re.sub(r"(^|\s)#.*", "", line).strip()
             if line:
                 lines.append(line)
@@ -40,17 +49,29 @@ def commands(text: str) -> list[str]:
 
 
 def run(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=cwd, timeout=300,
-                          env={**os.environ, "PYTHON": sys.executable,
-                               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env})
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **env,
+        },
+    )
 
 
 def flags_of(tool: str) -> argparse.ArgumentParser:
     return importlib.import_module(tool.removesuffix(".py").replace("/", ".")).parser()
 
 
-@pytest.mark.parametrize(("readme", "command"), [(name, line) for name, text in READMES.items()
-                                                 for line in commands(text)])
+@pytest.mark.parametrize(
+    ("readme", "command"),
+    [(name, line) for name, text in READMES.items() for line in commands(text)],
+)
 def test_command(readme, command, tmp_path):
     """make targets expand; training commands are dry-run; data tools parse their flags, and the README's preprocessing
     is done; other programs answer --help."""
@@ -65,7 +86,9 @@ def test_command(readme, command, tmp_path):
     script = next(w for w in words if w.endswith((".sh", ".py")))
     assert (REPO / script).exists()
     if script in TOOLS:
-        assert words[0] == "python" and flags_of(script).parse_args(words[words.index(script) + 1:])
+        assert words[0] == "python" and flags_of(script).parse_args(
+            words[words.index(script) + 1 :]
+        )
         if readme != "README.md" or not script.endswith("preprocess_data.py"):
             return
     if script.endswith("download_vocab.sh"):  # needs a network
@@ -73,7 +96,9 @@ def test_command(readme, command, tmp_path):
         return
     if script.endswith("run.sh"):
         done = run(f"DRY_RUN=1 {command}", REPO, OUTPUT_DIR=str(tmp_path))
-    elif "/gates/" in script:  # tests/test_gate_scripts.py parses the flags; the demo's tokenizer is not there yet
+    elif (
+        "/gates/" in script
+    ):  # tests/test_gate_scripts.py parses the flags; the demo's tokenizer is not there yet
         done = run(f"DRY_RUN=1 {command}", REPO, OUTPUT_DIR=str(tmp_path), PYTHON="/bin/echo")
     elif script.endswith("preprocess_data.py"):
         done = preprocess(command, tmp_path)
@@ -101,12 +126,19 @@ def preprocess(command: str, tmp_path: Path) -> subprocess.CompletedProcess:
 def test_what_is_inline_is_real(readme):
     """Files, commands of the tools, and flags: of some tool, of training, or of pip."""
     text = READMES[readme]
-    for name in re.findall(r"`((?:megatron|tools|dataset|benchmarks|examples_deepspeed)/[\w./-]+)`", text):
+    for name in re.findall(
+        r"`((?:megatron|tools|dataset|benchmarks|examples_deepspeed)/[\w./-]+)`", text
+    ):
         assert (REPO / name).exists(), name
     for tool, arguments in re.findall(rf"`({'|'.join(map(re.escape, TOOLS))}) ([^`]+)`", text):
         assert flags_of(tool).parse_args(shlex.split(arguments))
     known = {flag for tool in TOOLS for flag in flags_of(tool)._option_string_actions}
-    known |= {flag for name, cls in SECTIONS.items() for entry in cli.flags_of(cls, name) for flag in entry.spellings}
+    known |= {
+        flag
+        for name, cls in SECTIONS.items()
+        for entry in cli.flags_of(cls, name)
+        for flag in entry.spellings
+    }
     for inline in re.findall(r"`(--[^`]+)`", text):
         for flag in re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", inline):
             field = flag.removeprefix("--").replace("-", "_")  # of the gate that is shown
@@ -114,7 +146,12 @@ def test_what_is_inline_is_real(readme):
 
 
 def test_programs_in_the_readmes_compile():
-    programs = [p for text in READMES.values() for block in blocks(text) for p in re.findall(HEREDOC, block, re.DOTALL)]
+    programs = [
+        p
+        for text in READMES.values()
+        for block in blocks(text)
+        for p in re.findall(HEREDOC, block, re.DOTALL)
+    ]
     assert len(programs) == sum(text.count("<<") for text in READMES.values()) > 0
     for program in programs:
         compile(program, "README", "exec")

@@ -15,21 +15,41 @@ from megatron.config import cli
 from megatron.moe.gate import available_gates, gate_config_class
 
 REPO = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted([*REPO.glob("examples_deepspeed/**/*.sh"), *REPO.glob("dataset/*.sh"), REPO / ".ci/run"])
-PROGRAMS = sorted([*REPO.glob("tools/*.py"), REPO / "dataset/make_corpus.py", REPO / "pretrain_gpt.py",
-                   REPO / "benchmarks/train_step.py", REPO / "benchmarks/gate_cost.py"])
+SCRIPTS = sorted(
+    [*REPO.glob("examples_deepspeed/**/*.sh"), *REPO.glob("dataset/*.sh"), REPO / ".ci/run"]
+)
+PROGRAMS = sorted(
+    [
+        *REPO.glob("tools/*.py"),
+        REPO / "dataset/make_corpus.py",
+        REPO / "pretrain_gpt.py",
+        REPO / "benchmarks/train_step.py",
+        REPO / "benchmarks/gate_cost.py",
+    ]
+)
 RUN = REPO / "examples_deepspeed/MoE/run.sh"
 
 
 def sh(argv, **env) -> subprocess.CompletedProcess:
-    return subprocess.run(argv, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHON": sys.executable, **env})
+    return subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHON": sys.executable, **env},
+    )
 
 
 def dry(cwd, *more, **env) -> tuple[list[str], str]:
     """(the printed command as words, the rest of the output)"""
-    done = subprocess.run(["bash", str(RUN), *more], capture_output=True, text=True, timeout=120, cwd=cwd,
-                          env={**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", **env})
+    done = subprocess.run(
+        ["bash", str(RUN), *more],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", **env},
+    )
     assert done.returncode == 0, done.stderr
     command, rest = done.stdout.split("\n", 1)
     return shlex.split(command), rest
@@ -37,7 +57,7 @@ def dry(cwd, *more, **env) -> tuple[list[str], str]:
 
 def config_of(words: list[str]):
     start = next(i for i, w in enumerate(words) if w.endswith("pretrain_gpt.py"))
-    return cli.parse(words[start + 1:], gate_config_class, available_gates)
+    return cli.parse(words[start + 1 :], gate_config_class, available_gates)
 
 
 NO_SSH = {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "NUM_NODES": "2", "NUM_GPUS": "4"}
@@ -58,8 +78,13 @@ def test_scripts_parse_and_stop_on_errors(path):
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.relative_to(REPO).as_posix())
 def test_help_works_from_anywhere(path, tmp_path):
-    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(path), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
     assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -68,13 +93,29 @@ def test_the_defaults_are_the_reference_recipe(tmp_path):
     words, size = dry(tmp_path, NUM_GPUS="8")
     config = config_of(words)
     m, e, o, t = config.model, config.moe, config.optimizer, config.train
-    assert (m.num_layers, m.hidden_size, m.num_attention_heads, m.seq_length, m.init_method_std) == (12, 768, 12, 1024,
-                                                                                                     0.014)
-    assert (e.num_experts, e.moe_ffn_hidden_size, e.expert_interval, e.gate) == (64, 384, 2, "threshold")
+    assert (
+        m.num_layers,
+        m.hidden_size,
+        m.num_attention_heads,
+        m.seq_length,
+        m.init_method_std,
+    ) == (12, 768, 12, 1024, 0.014)
+    assert (e.num_experts, e.moe_ffn_hidden_size, e.expert_interval, e.gate) == (
+        64,
+        384,
+        2,
+        "threshold",
+    )
     assert config.gate_options["threshold"] == 0.9 and config.gate_options["loss_coeff"] == 0.01
     assert (t.global_batch_size, t.train_iters, o.lr, o.min_lr) == (256, 60000, 4.5e-4, 4.5e-6)
     assert o.lr_warmup_fraction == 0.1
-    assert (o.adam_beta1, o.adam_beta2, o.weight_decay, o.clip_grad, o.bf16) == (0.9, 0.95, 0.1, 1.0, True)
+    assert (o.adam_beta1, o.adam_beta2, o.weight_decay, o.clip_grad, o.bf16) == (
+        0.9,
+        0.95,
+        0.1,
+        1.0,
+        True,
+    )
     assert e.moe_expert_parallel_size == 8 and e.moe_train_capacity_factor == 0
     assert "total" in size.lower() and "active" in size.lower()
 
@@ -82,89 +123,248 @@ def test_the_defaults_are_the_reference_recipe(tmp_path):
 def test_every_variable_arrives(tmp_path):
     (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
     words, _ = dry(
-        tmp_path, NUM_LAYERS="2", HIDDEN_SIZE="64", FFN_HIDDEN_SIZE="96", MOE_FFN_HIDDEN_SIZE="48", NUM_ATTN_HEADS="4",
-        SEQ_LEN="128", GLOBAL_BATCH_SIZE="32", BATCH_SIZE="2", TRAIN_TOKENS="1000000", LR="1e-3", MIN_LR="1e-5",
-        WARMUP_FRACTION="0.2", EP_SIZE="8", EP_PARALLEL_SIZE="2", EP_INTERVAL="1", TOPK="3", THRESHOLD="0.7",
-        GATE="threshold", MLC="0.05", MOE_TRAIN_CAP_FACTOR="2.0", MOE_EVAL_CAP_FACTOR="3.0", MOE_MIN_CAP="8",
-        LOG_INTERVAL="5", EVAL_INTERVAL="7", EVAL_ITERS="3", SAVE_INTERVAL="11", INIT_STD="0.03",
-        ACTIVATION_CHECKPOINT="true", VOCAB_PATH="v.json", MERGE_PATH="m.txt", DATA_PATH="0.3 a 0.7 b",
-        OUTPUT_DIR="o", NUM_GPUS="4", NUM_NODES="2", HOSTFILE="hosts", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234",
-        ZERO_STAGE="2", SEED="9")
+        tmp_path,
+        NUM_LAYERS="2",
+        HIDDEN_SIZE="64",
+        FFN_HIDDEN_SIZE="96",
+        MOE_FFN_HIDDEN_SIZE="48",
+        NUM_ATTN_HEADS="4",
+        SEQ_LEN="128",
+        GLOBAL_BATCH_SIZE="32",
+        BATCH_SIZE="2",
+        TRAIN_TOKENS="1000000",
+        LR="1e-3",
+        MIN_LR="1e-5",
+        WARMUP_FRACTION="0.2",
+        EP_SIZE="8",
+        EP_PARALLEL_SIZE="2",
+        EP_INTERVAL="1",
+        TOPK="3",
+        THRESHOLD="0.7",
+        GATE="threshold",
+        MLC="0.05",
+        MOE_TRAIN_CAP_FACTOR="2.0",
+        MOE_EVAL_CAP_FACTOR="3.0",
+        MOE_MIN_CAP="8",
+        LOG_INTERVAL="5",
+        EVAL_INTERVAL="7",
+        EVAL_ITERS="3",
+        SAVE_INTERVAL="11",
+        INIT_STD="0.03",
+        ACTIVATION_CHECKPOINT="true",
+        VOCAB_PATH="v.json",
+        MERGE_PATH="m.txt",
+        DATA_PATH="0.3 a 0.7 b",
+        OUTPUT_DIR="o",
+        NUM_GPUS="4",
+        NUM_NODES="2",
+        HOSTFILE="hosts",
+        MASTER_ADDR="10.0.0.1",
+        MASTER_PORT="1234",
+        ZERO_STAGE="2",
+        SEED="9",
+    )
     c = config_of(words)
-    assert (c.model.num_layers, c.model.hidden_size, c.model.ffn_hidden_size, c.model.num_attention_heads,
-            c.model.seq_length, c.model.init_method_std) == (2, 64, 96, 4, 128, 0.03)
-    assert (c.moe.num_experts, c.moe.moe_ffn_hidden_size, c.moe.moe_expert_parallel_size, c.moe.expert_interval,
-            c.moe.moe_train_capacity_factor, c.moe.moe_eval_capacity_factor, c.moe.moe_min_capacity) == (8, 48, 2, 1,
-                                                                                                        2.0, 3.0, 8)
-    assert (c.gate_options["topk"], c.gate_options["threshold"], c.gate_options["loss_coeff"]) == (3, 0.7, 0.05)
+    assert (
+        c.model.num_layers,
+        c.model.hidden_size,
+        c.model.ffn_hidden_size,
+        c.model.num_attention_heads,
+        c.model.seq_length,
+        c.model.init_method_std,
+    ) == (2, 64, 96, 4, 128, 0.03)
+    assert (
+        c.moe.num_experts,
+        c.moe.moe_ffn_hidden_size,
+        c.moe.moe_expert_parallel_size,
+        c.moe.expert_interval,
+        c.moe.moe_train_capacity_factor,
+        c.moe.moe_eval_capacity_factor,
+        c.moe.moe_min_capacity,
+    ) == (8, 48, 2, 1, 2.0, 3.0, 8)
+    assert (
+        c.gate_options["topk"],
+        c.gate_options["threshold"],
+        c.gate_options["loss_coeff"],
+    ) == (3, 0.7, 0.05)
     t, o = c.train, c.optimizer
-    assert (t.global_batch_size, t.micro_batch_size, t.train_tokens, t.train_iters, t.seed) == (32, 2, 1000000, 0, 9)
+    assert (t.global_batch_size, t.micro_batch_size, t.train_tokens, t.train_iters, t.seed) == (
+        32,
+        2,
+        1000000,
+        0,
+        9,
+    )
     assert (o.lr, o.min_lr, o.lr_warmup_fraction, o.zero_stage) == (1e-3, 1e-5, 0.2, 2)
     assert (t.log_interval, t.eval_interval, t.eval_iters, t.save_interval) == (5, 7, 3, 11)
     assert t.recompute_activations and c.data.data_path == ("0.3", "a", "0.7", "b")
     assert (c.tokenizer.vocab_file, c.tokenizer.merge_file) == ("v.json", "m.txt")
-    assert (t.save, t.metrics_file, t.tensorboard_dir) == ("o/checkpoints", "o/metrics.jsonl", "o/tensorboard")
+    assert (t.save, t.metrics_file, t.tensorboard_dir) == (
+        "o/checkpoints",
+        "o/metrics.jsonl",
+        "o/tensorboard",
+    )
     launcher = launcher_of(words)
-    assert (launcher.num_gpus, launcher.num_nodes, launcher.hostfile, launcher.no_ssh) == (4, 2, "hosts", False)
+    assert (launcher.num_gpus, launcher.num_nodes, launcher.hostfile, launcher.no_ssh) == (
+        4,
+        2,
+        "hosts",
+        False,
+    )
     assert (launcher.master_addr, launcher.master_port) == ("10.0.0.1", 1234)
 
 
-@pytest.mark.parametrize("env, nodes, ranks", [
-    ({}, 3, 4), ({"NUM_NODES": "2"}, 2, 4), ({"NUM_GPUS": "2"}, 3, 2), ({"NODE_RANK": "2", "MASTER_ADDR": "a"}, 3, 4),
-])
+@pytest.mark.parametrize(
+    "env, nodes, ranks",
+    [
+        ({}, 3, 4),
+        ({"NUM_NODES": "2"}, 2, 4),
+        ({"NUM_GPUS": "2"}, 3, 2),
+        ({"NODE_RANK": "2", "MASTER_ADDR": "a"}, 3, 4),
+    ],
+)
 def test_a_hostfile_says_how_many_nodes_and_ranks(env, nodes, ranks, tmp_path):
-    (tmp_path / "hosts").write_text("# ours\na slots=4\n\n  b  slots=4 # the old one\nc slots=4")
-    words, _ = dry(tmp_path, PYTHON="/bin/echo", HOSTFILE="hosts", EP_SIZE="24", GLOBAL_BATCH_SIZE="48", **env)
+    (tmp_path / "hosts").write_text(
+        "# ours\na slots=4\n\n  b  slots=4 # the old one\nc slots=4"
+    )
+    words, _ = dry(
+        tmp_path,
+        PYTHON="/bin/echo",
+        HOSTFILE="hosts",
+        EP_SIZE="24",
+        GLOBAL_BATCH_SIZE="48",
+        **env,
+    )
     launcher, config = launcher_of(words), config_of(words)
     assert (launcher.num_nodes, launcher.num_gpus, launcher.hostfile) == (nodes, ranks, "hosts")
     assert config.moe.moe_expert_parallel_size == nodes * ranks
     assert config.train.micro_batch_size == 48 // (nodes * ranks)
-    assert (launcher.no_ssh, launcher.node_rank) == (("NODE_RANK" in env), int(env.get("NODE_RANK", -1)))
+    assert (launcher.no_ssh, launcher.node_rank) == (
+        ("NODE_RANK" in env),
+        int(env.get("NODE_RANK", -1)),
+    )
     assert launcher.force_multi != launcher.no_ssh, "one host of a file is not this machine"
 
 
 def test_uneven_nodes_run_as_many_ranks_each(tmp_path):
     (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
     for env, number in (({"NUM_GPUS": "4"}, 4), ({"NUM_NODES": "1"}, 8)):
-        assert launcher_of(dry(tmp_path, PYTHON="/bin/echo", HOSTFILE="hosts", **env)[0]).num_gpus == number
+        assert (
+            launcher_of(dry(tmp_path, PYTHON="/bin/echo", HOSTFILE="hosts", **env)[0]).num_gpus
+            == number
+        )
 
 
 def test_without_ssh(tmp_path):
-    words, _ = dry(tmp_path, **{**NO_SSH, "NODE_RANK": "1", "OUTPUT_DIR": "o", "PYTHON": "/bin/echo"})
+    words, _ = dry(
+        tmp_path, **{**NO_SSH, "NODE_RANK": "1", "OUTPUT_DIR": "o", "PYTHON": "/bin/echo"}
+    )
     launcher = launcher_of(words)
     assert (launcher.no_ssh, launcher.node_rank, launcher.master_addr) == (True, 1, "10.0.0.1")
-    assert (launcher.num_nodes, launcher.num_gpus, launcher.hostfile) == (2, 4, "o/hostfile.node-1")
+    assert (launcher.num_nodes, launcher.num_gpus, launcher.hostfile) == (
+        2,
+        4,
+        "o/hostfile.node-1",
+    )
     assert config_of(words).moe.moe_expert_parallel_size == 8 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("env, hosts, message", [
-    ({"NUM_NODES": "2"}, None, "NUM_NODES is 2 but HOSTFILE is empty; set HOSTFILE to a file of lines 'name slots=1'"),
-    ({"NUM_NODES": "two"}, None, "NUM_NODES is 'two'; allowed: a number from 1 on"),
-    ({"NUM_GPUS": "0"}, None, "NUM_GPUS is '0'; allowed: a number from 1 on"),
-    ({**NO_SSH, "MASTER_ADDR": ""}, None, "NODE_RANK is set, so set MASTER_ADDR to the address of node 0"),
-    ({**NO_SSH, "NUM_GPUS": ""}, None, "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE"),
-    ({**NO_SSH, "NUM_NODES": ""}, None, "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE"),
-    ({**NO_SSH, "NODE_RANK": "2"}, None, "NODE_RANK is '2'; allowed with 2 node(s): 0 to 1"),
-    ({**NO_SSH, "NODE_RANK": "-1"}, None, "NODE_RANK is '-1'; allowed with 2 node(s): 0 to 1"),
-    ({**NO_SSH, "NODE_RANK": "a"}, None, "NODE_RANK is 'a'; allowed with 2 node(s): 0 to 1"),
-    ({"HOSTFILE": "hosts"}, None, "HOSTFILE is 'hosts', which is not a file; write one with a line 'name slots=8' per"),
-    ({"HOSTFILE": "hosts"}, "\n# none\n", "HOSTFILE is 'hosts': it has no line 'name slots=8'"),
-    ({"HOSTFILE": "hosts"}, "a slots=4\nb 4\n", "HOSTFILE is 'hosts': line 2 is 'b 4', not 'name slots=8'"),
-    ({"HOSTFILE": "hosts"}, "a slots=0\n", "HOSTFILE is 'hosts': line 1 is 'a slots=0', not 'name slots=8'"),
-    ({"HOSTFILE": "hosts"}, "a slots=4\na slots=4\n", "HOSTFILE is 'hosts': line 2 names a a second time"),
-    ({"HOSTFILE": "hosts"}, "a slots=4\nb slots=2\nc slots=8\n",
-     "HOSTFILE is 'hosts': its nodes have 2 to 8 slots; all run as many ranks: set NUM_GPUS, at most 2"),
-    ({"HOSTFILE": "hosts", "NUM_GPUS": "3"}, "a slots=4\nb slots=2\n",
-     "NUM_GPUS is 3; a node of HOSTFILE 'hosts' has 2 slots"),
-    ({"HOSTFILE": "hosts", "NUM_NODES": "2"}, "a slots=4\n", "NUM_NODES is 2; HOSTFILE 'hosts' has 1"),
-    ({"HOSTFILE": "hosts", "NODE_RANK": "1", "MASTER_ADDR": "a"}, "a slots=4\n",
-     "NODE_RANK is '1'; allowed with 1 node(s): 0 to 0"),
-])
+@pytest.mark.parametrize(
+    "env, hosts, message",
+    [
+        (
+            {"NUM_NODES": "2"},
+            None,
+            "NUM_NODES is 2 but HOSTFILE is empty; set HOSTFILE to a file of lines 'name slots=1'",
+        ),
+        ({"NUM_NODES": "two"}, None, "NUM_NODES is 'two'; allowed: a number from 1 on"),
+        ({"NUM_GPUS": "0"}, None, "NUM_GPUS is '0'; allowed: a number from 1 on"),
+        (
+            {**NO_SSH, "MASTER_ADDR": ""},
+            None,
+            "NODE_RANK is set, so set MASTER_ADDR to the address of node 0",
+        ),
+        (
+            {**NO_SSH, "NUM_GPUS": ""},
+            None,
+            "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE",
+        ),
+        (
+            {**NO_SSH, "NUM_NODES": ""},
+            None,
+            "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE",
+        ),
+        (
+            {**NO_SSH, "NODE_RANK": "2"},
+            None,
+            "NODE_RANK is '2'; allowed with 2 node(s): 0 to 1",
+        ),
+        (
+            {**NO_SSH, "NODE_RANK": "-1"},
+            None,
+            "NODE_RANK is '-1'; allowed with 2 node(s): 0 to 1",
+        ),
+        (
+            {**NO_SSH, "NODE_RANK": "a"},
+            None,
+            "NODE_RANK is 'a'; allowed with 2 node(s): 0 to 1",
+        ),
+        (
+            {"HOSTFILE": "hosts"},
+            None,
+            "HOSTFILE is 'hosts', which is not a file; write one with a line 'name slots=8' per",
+        ),
+        (
+            {"HOSTFILE": "hosts"},
+            "\n# none\n",
+            "HOSTFILE is 'hosts': it has no line 'name slots=8'",
+        ),
+        (
+            {"HOSTFILE": "hosts"},
+            "a slots=4\nb 4\n",
+            "HOSTFILE is 'hosts': line 2 is 'b 4', not 'name slots=8'",
+        ),
+        (
+            {"HOSTFILE": "hosts"},
+            "a slots=0\n",
+            "HOSTFILE is 'hosts': line 1 is 'a slots=0', not 'name slots=8'",
+        ),
+        (
+            {"HOSTFILE": "hosts"},
+            "a slots=4\na slots=4\n",
+            "HOSTFILE is 'hosts': line 2 names a a second time",
+        ),
+        (
+            {"HOSTFILE": "hosts"},
+            "a slots=4\nb slots=2\nc slots=8\n",
+            "HOSTFILE is 'hosts': its nodes have 2 to 8 slots; all run as many ranks: set NUM_GPUS, at most 2",
+        ),
+        (
+            {"HOSTFILE": "hosts", "NUM_GPUS": "3"},
+            "a slots=4\nb slots=2\n",
+            "NUM_GPUS is 3; a node of HOSTFILE 'hosts' has 2 slots",
+        ),
+        (
+            {"HOSTFILE": "hosts", "NUM_NODES": "2"},
+            "a slots=4\n",
+            "NUM_NODES is 2; HOSTFILE 'hosts' has 1",
+        ),
+        (
+            {"HOSTFILE": "hosts", "NODE_RANK": "1", "MASTER_ADDR": "a"},
+            "a slots=4\n",
+            "NODE_RANK is '1'; allowed with 1 node(s): 0 to 0",
+        ),
+    ],
+)
 def test_nodes_that_contradict_are_one_line(env, hosts, message, tmp_path):
     if hosts is not None:
         (tmp_path / "hosts").write_text(hosts)
     done = launch(tmp_path, "echo started", **env)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"run.sh: {message}"), done.stderr
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.startswith(f"run.sh: {message}")
+    ), done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
@@ -180,9 +380,21 @@ def start(folder: Path, launcher: str, **env: str) -> subprocess.Popen:
     programs.mkdir(exist_ok=True)
     (programs / "deepspeed").write_text(f"#!/bin/bash\n{launcher}\n")
     (programs / "deepspeed").chmod(0o755)
-    env = {"OUTPUT_DIR": str(folder / "out"), "PYTHON": str(programs / "python"), "HOME": str(folder), **env}
-    return subprocess.Popen(["bash", str(RUN)], text=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True, env={**os.environ, **env})
+    env = {
+        "OUTPUT_DIR": str(folder / "out"),
+        "PYTHON": str(programs / "python"),
+        "HOME": str(folder),
+        **env,
+    }
+    return subprocess.Popen(
+        ["bash", str(RUN)],
+        text=True,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, **env},
+    )
 
 
 def test_nodes_without_ssh_share_a_folder_but_no_file(tmp_path):
@@ -190,7 +402,9 @@ def test_nodes_without_ssh_share_a_folder_but_no_file(tmp_path):
     from deepspeed.launcher.runner import fetch_hostfile
 
     for rank, name in (("0", "log.txt"), ("1", "log.node-1.txt")):
-        done = launch(tmp_path, f"echo node {rank} >&2; exit 7", **{**NO_SSH, "NODE_RANK": rank})
+        done = launch(
+            tmp_path, f"echo node {rank} >&2; exit 7", **{**NO_SSH, "NODE_RANK": rank}
+        )
         assert done.returncode == 7 and done.stdout == f"node {rank}\n"
         assert (tmp_path / "out" / name).read_text() == f"node {rank}\n"
         hosts = fetch_hostfile(str(tmp_path / f"out/hostfile.node-{rank}"))
@@ -201,12 +415,19 @@ def test_ssh_hands_on_what_the_ranks_need(tmp_path):
     """The launcher gives the nodes the variables of one file: ours, then those of the file it would have read."""
     (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
     (tmp_path / ".deepspeed_env").write_text("\nMINE=1")
-    env = {"HOSTFILE": "hosts", "GLOO_SOCKET_IFNAME": "eth7", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
+    env = {
+        "HOSTFILE": "hosts",
+        "GLOO_SOCKET_IFNAME": "eth7",
+        "OMP_NUM_THREADS": "3",
+        "DS_ACCELERATOR": "cpu",
+    }
     done = launch(tmp_path, 'cat "$DS_ENV_FILE"', **env)
     assert done.returncode == 0, done.stderr
     got = dict(line.split("=", 1) for line in done.stdout.splitlines())
     assert got.pop("PATH").startswith(f"{tmp_path}/bin:") and got.pop("MINE") == "1"
-    assert got == {name: env[name] for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
+    assert got == {
+        name: env[name] for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+    }
     done = launch(tmp_path, 'cat "$DS_ENV_FILE"', **{**env, "DS_ACCELERATOR": ""})
     assert "DS_ACCELERATOR" not in done.stdout, "the nodes may have GPUs"
     done = launch(tmp_path, 'echo "$DS_ENV_FILE"', **env, DS_ENV_FILE="/my/own")
@@ -216,8 +437,11 @@ def test_ssh_hands_on_what_the_ranks_need(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_is_said_after_a_signal_is_logged(number, tmp_path):
     """A signal to all processes of the run, as from Ctrl-C or a scheduler, does not end the one that writes the log."""
-    process = start(tmp_path, """trap 'kill $! 2>&-; echo saved; exit 0' INT TERM
-                                 echo started; sleep 60 >/dev/null & wait""")
+    process = start(
+        tmp_path,
+        """trap 'kill $! 2>&-; echo saved; exit 0' INT TERM
+                                 echo started; sleep 60 >/dev/null & wait""",
+    )
     assert process.stdout.readline() == "started\n"
     os.killpg(process.pid, number)
     assert process.communicate(timeout=30)[0] == "saved\n"
@@ -227,7 +451,9 @@ def test_what_is_said_after_a_signal_is_logged(number, tmp_path):
 def test_text_instead_of_shards(tmp_path):
     """Patterns reach the program as they are."""
     (tmp_path / "a.jsonl").touch()
-    data = config_of(dry(tmp_path, STREAMING_DATA_PATH="0.3 *.jsonl 0.7 b", VALID_DATA_PATH="v w")[0]).data
+    data = config_of(
+        dry(tmp_path, STREAMING_DATA_PATH="0.3 *.jsonl 0.7 b", VALID_DATA_PATH="v w")[0]
+    ).data
     assert data.streaming_data_path == ("0.3", "*.jsonl", "0.7", "b") and data.data_path == ()
     assert data.valid_data_path == data.test_data_path == ("v", "w")
     data = config_of(dry(tmp_path, STREAMING_DATA_PATH="b", EVAL_ITERS="0")[0]).data
@@ -241,32 +467,57 @@ def test_gates_variables_follow_the_gate(tmp_path):
     assert config_of(dry(tmp_path, "--seed", "77")[0]).train.seed == 77
 
 
-@pytest.mark.parametrize("env, train, evaluation", [
-    ({}, 0, 0), ({"MOE_DROP_TOKEN": "true"}, 8, 8), ({"MOE_TRAIN_CAP_FACTOR": "2"}, 2, 2),
-    ({"MOE_EVAL_CAP_FACTOR": "2"}, 0, 2), ({"MOE_DROP_TOKEN": "false", "MOE_TRAIN_CAP_FACTOR": "2"}, 0, 0),
-])
+@pytest.mark.parametrize(
+    "env, train, evaluation",
+    [
+        ({}, 0, 0),
+        ({"MOE_DROP_TOKEN": "true"}, 8, 8),
+        ({"MOE_TRAIN_CAP_FACTOR": "2"}, 2, 2),
+        ({"MOE_EVAL_CAP_FACTOR": "2"}, 0, 2),
+        ({"MOE_DROP_TOKEN": "false", "MOE_TRAIN_CAP_FACTOR": "2"}, 0, 0),
+    ],
+)
 def test_capacity_variables(env, train, evaluation, tmp_path):
     moe = config_of(dry(tmp_path, **env)[0]).moe
     assert (moe.moe_train_capacity_factor, moe.moe_eval_capacity_factor) == (train, evaluation)
 
 
-@pytest.mark.parametrize("batch, ranks, micro", [("20", "1", 10), ("256", "8", 16), ("6", "2", 3), ("7", "7", 1)])
+@pytest.mark.parametrize(
+    "batch, ranks, micro", [("20", "1", 10), ("256", "8", 16), ("6", "2", 3), ("7", "7", 1)]
+)
 def test_the_default_micro_batch_divides(batch, ranks, micro, tmp_path):
-    train = config_of(dry(tmp_path, GLOBAL_BATCH_SIZE=batch, NUM_GPUS=ranks, EP_PARALLEL_SIZE="1")[0]).train
+    train = config_of(
+        dry(tmp_path, GLOBAL_BATCH_SIZE=batch, NUM_GPUS=ranks, EP_PARALLEL_SIZE="1")[0]
+    ).train
     assert train.micro_batch_size == micro and train.global_batch(int(ranks)) == int(batch)
 
 
 def test_a_variable_that_makes_no_sense_is_an_error(tmp_path):
-    done = subprocess.run(["bash", str(RUN)], capture_output=True, text=True, cwd=tmp_path, timeout=120,
-                          env={**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", "GATE": "topk",
-                               "THRESHOLD": "0.5"})
+    done = subprocess.run(
+        ["bash", str(RUN)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "DRY_RUN": "1",
+            "GATE": "topk",
+            "THRESHOLD": "0.5",
+        },
+    )
     assert done.returncode == 2 and "--threshold" in done.stderr
 
 
 def test_same_name_resumes(tmp_path):
     """With whatever is whole there; a folder that the caller names must hold a checkpoint."""
     train = config_of(dry(tmp_path, OUTPUT_DIR="out")[0]).train
-    assert (train.load, train.save, train.load_or_init) == ("out/checkpoints", "out/checkpoints", True)
+    assert (train.load, train.save, train.load_or_init) == (
+        "out/checkpoints",
+        "out/checkpoints",
+        True,
+    )
     for words in (("--load", "elsewhere"), ("--load=elsewhere",)):
         train = config_of(dry(tmp_path, *words, OUTPUT_DIR="out")[0]).train
         assert (train.load, train.load_or_init) == ("elsewhere", False)
@@ -279,11 +530,18 @@ def test_demo_trains_what_the_benchmark_measures():
 
     script = (REPO / "examples_deepspeed/MoE/demo.sh").read_text()
     model, moe, _, train = train_step.configs()
-    for name, value in (("NUM_LAYERS", model.num_layers), ("HIDDEN_SIZE", model.hidden_size),
-                        ("NUM_ATTN_HEADS", model.num_attention_heads), ("SEQ_LEN", model.seq_length),
-                        ("INIT_STD", model.init_method_std), ("EP_SIZE", moe.num_experts),
-                        ("EP_INTERVAL", moe.expert_interval), ("MOE_FFN_HIDDEN_SIZE", moe.moe_ffn_hidden_size),
-                        ("GLOBAL_BATCH_SIZE", train.global_batch_size), ("BATCH_SIZE", train.micro_batch_size)):
+    for name, value in (
+        ("NUM_LAYERS", model.num_layers),
+        ("HIDDEN_SIZE", model.hidden_size),
+        ("NUM_ATTN_HEADS", model.num_attention_heads),
+        ("SEQ_LEN", model.seq_length),
+        ("INIT_STD", model.init_method_std),
+        ("EP_SIZE", moe.num_experts),
+        ("EP_INTERVAL", moe.expert_interval),
+        ("MOE_FFN_HIDDEN_SIZE", moe.moe_ffn_hidden_size),
+        ("GLOBAL_BATCH_SIZE", train.global_batch_size),
+        ("BATCH_SIZE", train.micro_batch_size),
+    ):
         assert f"{name}=${{{name}:-{value}}}" in script, name
 
 
@@ -302,5 +560,8 @@ def test_the_environment_check_names_what_is_missing(monkeypatch):
         return {"torch": "2.4.0", "deepspeed": "0.19.7"}.get(name) or real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    assert check_environment.missing_packages() == ["torch>=2.9 (found 2.4.0)", "deepspeed==0.19.8 (found 0.19.7)",
-                                                    "gigatoken"]
+    assert check_environment.missing_packages() == [
+        "torch>=2.9 (found 2.4.0)",
+        "deepspeed==0.19.8 (found 0.19.7)",
+        "gigatoken",
+    ]

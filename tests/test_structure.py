@@ -9,19 +9,43 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-SOURCES = sorted(p for d in ("megatron", "tools", "dataset", "benchmarks", "tests") for p in (REPO / d).rglob("*.py"))
+SOURCES = sorted(
+    p
+    for d in ("megatron", "tools", "dataset", "benchmarks", "tests")
+    for p in (REPO / d).rglob("*.py")
+)
 PACKAGE = [p for p in SOURCES if p.is_relative_to(REPO / "megatron")]
 # A module imports lower layers or its own folder only.
 LAYERS = {
-    "megatron": 0, "megatron.config": 0, "megatron.log": 0, "megatron.buffers": 0, "megatron.parallel": 1,
+    "megatron": 0,
+    "megatron.config": 0,
+    "megatron.log": 0,
+    "megatron.buffers": 0,
+    "megatron.parallel": 1,
     "megatron.data": 1,
-    "megatron.moe.routing": 2, "megatron.moe.gates": 2, "megatron.moe.dispatch.permute": 2, "megatron.moe.experts": 2,
-    "megatron.moe.neurons": 2, "megatron.moe.plan": 2, "megatron.moe.experts.activations": 2,
-    "megatron.moe.grouped": 2, "megatron.moe.experts.grouped_mlp": 2, "megatron.moe.kernels": 2,
-    "megatron.moe.layer": 3, "megatron.moe.metrics": 3, "megatron.engine.moe_adapter": 3, "megatron.moe": 3,
-    "megatron.model": 4, "megatron.training": 5, "megatron.pretrain": 6,
+    "megatron.moe.routing": 2,
+    "megatron.moe.gates": 2,
+    "megatron.moe.dispatch.permute": 2,
+    "megatron.moe.experts": 2,
+    "megatron.moe.neurons": 2,
+    "megatron.moe.plan": 2,
+    "megatron.moe.experts.activations": 2,
+    "megatron.moe.grouped": 2,
+    "megatron.moe.experts.grouped_mlp": 2,
+    "megatron.moe.kernels": 2,
+    "megatron.moe.layer": 3,
+    "megatron.moe.metrics": 3,
+    "megatron.engine.moe_adapter": 3,
+    "megatron.moe": 3,
+    "megatron.model": 4,
+    "megatron.training": 5,
+    "megatron.pretrain": 6,
 }
-DEEPSPEED = {"megatron/parallel/groups.py", "megatron/moe/deepspeed.py", "megatron/engine/engine.py"}
+DEEPSPEED = {
+    "megatron/parallel/groups.py",
+    "megatron/moe/deepspeed.py",
+    "megatron/engine/engine.py",
+}
 
 
 def rel(path: Path) -> str:
@@ -42,8 +66,12 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{rel(path)}:{node.lineno}: relative import"
             for a in node.names:
                 full = f"{node.module}.{a.name}"
-                names.add(full if (REPO / (full.replace(".", "/") + ".py")).exists()
-                          or (REPO / full.replace(".", "/")).is_dir() else node.module)
+                names.add(
+                    full
+                    if (REPO / (full.replace(".", "/") + ".py")).exists()
+                    or (REPO / full.replace(".", "/")).is_dir()
+                    else node.module
+                )
     return names
 
 
@@ -60,7 +88,9 @@ def module_name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", SOURCES, ids=rel)
 def test_files_and_functions_are_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 500, f"{rel(path)} has 500 lines or more"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 500, (
+        f"{rel(path)} has 500 lines or more"
+    )
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno + 1
@@ -74,9 +104,15 @@ def test_imports_go_downward(path):
         if name.split(".")[0] != "megatron":
             continue
         key, layer = layer_of(name)
-        assert layer < own_layer or layer == own_layer and (
-            own_layer == 0 or Path(REPO / name.replace(".", "/")).parent == path.parent
-            or key == own_key or key.rpartition(".")[0] == own_key.rpartition(".")[0]
+        assert (
+            layer < own_layer
+            or layer == own_layer
+            and (
+                own_layer == 0
+                or Path(REPO / name.replace(".", "/")).parent == path.parent
+                or key == own_key
+                or key.rpartition(".")[0] == own_key.rpartition(".")[0]
+            )
         ), f"{rel(path)} (layer {own_layer}) imports {name} (layer {layer})"
 
 
@@ -84,8 +120,11 @@ def test_imports_go_downward(path):
 def test_gates_import_only_torch_the_standard_library_and_the_contract(path):
     for name in imports(path):
         top = name.split(".")[0]
-        assert top in sys.stdlib_module_names or top == "torch" or name in ("megatron.moe.routing",
-                                                                            "megatron.moe.gates"), name
+        assert (
+            top in sys.stdlib_module_names
+            or top == "torch"
+            or name in ("megatron.moe.routing", "megatron.moe.gates")
+        ), name
 
 
 def test_gate_forwards_and_files_are_short():
@@ -107,7 +146,9 @@ def test_importing_the_package_does_nothing_else():
     import subprocess
 
     code = "import sys, megatron; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'megatron')))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True
+    )
     assert out.stdout.strip() == "['megatron']"
 
 
@@ -118,9 +159,22 @@ def test_the_top_of_the_tree_is_as_agreed():
     if files.returncode:
         pytest.skip("not a git checkout")
     top = {f.split("/")[0] for f in files.stdout.split() if not f.startswith(".")}
-    assert top <= {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE",
-                   "pretrain_gpt.py", "megatron", "tools", "examples_deepspeed", "dataset", "tests", "benchmarks",
-                   "docs"}
+    assert top <= {
+        "setup.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "Makefile",
+        "README.md",
+        "LICENSE",
+        "pretrain_gpt.py",
+        "megatron",
+        "tools",
+        "examples_deepspeed",
+        "dataset",
+        "tests",
+        "benchmarks",
+        "docs",
+    }
     assert not [f for f in files.stdout.split() if f.endswith("utils.py")]
 
 
@@ -130,8 +184,14 @@ def asserts(node: ast.AST, helpers: set[str]) -> bool:
         if isinstance(n, ast.Assert):
             return True
         if isinstance(n, ast.Call):
-            name = n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", "")
-            if name in ("raises", "fail", "warns") or name.startswith("assert_") or name in helpers:
+            name = (
+                n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", "")
+            )
+            if (
+                name in ("raises", "fail", "warns")
+                or name.startswith("assert_")
+                or name in helpers
+            ):
                 return True
     return False
 
@@ -141,15 +201,25 @@ def test_no_test_without_an_assertion(path):
     functions = [n for n in ast.walk(parse(path)) if isinstance(n, ast.FunctionDef)]
     helpers: set[str] = set()
     for _ in range(3):  # helpers that call helpers
-        helpers = {f.name for f in functions if not f.name.startswith("test_") and asserts(f, helpers)}
-    silent = [f.name for f in functions if f.name.startswith("test_") and not asserts(f, helpers)]
+        helpers = {
+            f.name for f in functions if not f.name.startswith("test_") and asserts(f, helpers)
+        }
+    silent = [
+        f.name for f in functions if f.name.startswith("test_") and not asserts(f, helpers)
+    ]
     assert not silent, f"{rel(path)}: {silent}"
 
 
 def test_no_package_index_and_no_path_of_this_machine_is_written_down():
     """Where packages come from is the machine's setting, and a path of the author's machine helps nobody."""
     needles = ["index" + "-url", "find" + "-links", f"{REPO}/", f"{Path.home()}/"]
-    for path in [*SOURCES, REPO / "README.md", REPO / "Makefile", REPO / "pyproject.toml", REPO / "constraints.txt"]:
+    for path in [
+        *SOURCES,
+        REPO / "README.md",
+        REPO / "Makefile",
+        REPO / "pyproject.toml",
+        REPO / "constraints.txt",
+    ]:
         text = path.read_text(encoding="utf-8")
         for needle in needles:
             assert needle not in text, f"{rel(path)} contains {needle}"

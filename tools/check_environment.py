@@ -55,12 +55,17 @@ def build_operators() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--build", action="store_true", help="also compile DeepSpeed's CPU operator")
+    parser.add_argument(
+        "--build", action="store_true", help="also compile DeepSpeed's CPU operator"
+    )
     args = parser.parse_args()
     missing = missing_packages()
     if missing:
-        print(f"{sys.prefix} lacks {', '.join(missing)}; install with: {sys.executable} -m pip install "
-              "-c constraints.txt '.[test]', or leave VENV out to get a fresh .venv", file=sys.stderr)
+        print(
+            f"{sys.prefix} lacks {', '.join(missing)}; install with: {sys.executable} -m pip install "
+            "-c constraints.txt '.[test]', or leave VENV out to get a fresh .venv",
+            file=sys.stderr,
+        )
         return 2
     if args.build:
         build_operators()

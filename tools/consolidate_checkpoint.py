@@ -17,19 +17,38 @@ far the run was) and SHA256SUMS lie beside them. Memory: a few slices of one ten
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folder", metavar="FOLDER", help="folder of the checkpoints, or one checkpoint")
+    p = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "folder", metavar="FOLDER", help="folder of the checkpoints, or one checkpoint"
+    )
     p.add_argument("output", metavar="OUTPUT", help="new or empty folder for the result")
-    p.add_argument("--load-step", type=int, default=0, metavar="N",
-                   help="iteration of the checkpoint; 0: the newest whole one (default)")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                   help="of the parameters (default: float32, as they are trained); buffers and moments stay as they "
-                        "are")
-    p.add_argument("--optimizer", action="store_true",
-                   help="also write the two moments of every parameter, to optimizer.safetensors")
-    p.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
-                   help="largest file, unless one tensor is larger: 5GB (default), 512MiB, ...")
+    p.add_argument(
+        "--load-step",
+        type=int,
+        default=0,
+        metavar="N",
+        help="iteration of the checkpoint; 0: the newest whole one (default)",
+    )
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the parameters (default: float32, as they are trained); buffers and moments stay as they "
+        "are",
+    )
+    p.add_argument(
+        "--optimizer",
+        action="store_true",
+        help="also write the two moments of every parameter, to optimizer.safetensors",
+    )
+    p.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest file, unless one tensor is larger: 5GB (default), 512MiB, ...",
+    )
     return p
 
 
@@ -51,8 +70,10 @@ def run(a: argparse.Namespace, prog: str) -> None:
         print(f"{prog}: warning: {problem}; not used", file=sys.stderr)
     with bar("write") as b:
         result = c.consolidate(source, manifest, a.output, options, b.update, b.reset)
-    print(f"{source} -> {a.output}: {result.tensors} tensors in {a.dtype}, {sum(result.files.values()) / 1e6:,.1f} MB "
-          f"in {len(result.files)} files")
+    print(
+        f"{source} -> {a.output}: {result.tensors} tensors in {a.dtype}, {sum(result.files.values()) / 1e6:,.1f} MB "
+        f"in {len(result.files)} files"
+    )
 
 
 def main() -> int:

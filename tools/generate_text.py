@@ -16,14 +16,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, help="folder given to --save of the training run")
-    parser.add_argument("--load-step", type=int, default=0, help="iteration of the checkpoint; 0: the newest (default)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load", required=True, help="folder given to --save of the training run"
+    )
+    parser.add_argument(
+        "--load-step",
+        type=int,
+        default=0,
+        help="iteration of the checkpoint; 0: the newest (default)",
+    )
     parser.add_argument("--prompt", nargs="+", default=["def "], help="one or more beginnings")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="tokens to add to each (default 32)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default 0.7)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="sample from this much probability mass (default 0.9)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from this many tokens; 0: all (default)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, help="tokens to add to each (default 32)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        help="0: always the likeliest token (default 0.7)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        help="sample from this much probability mass (default 0.9)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample from this many tokens; 0: all (default)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -37,28 +60,48 @@ def run(args: argparse.Namespace) -> None:
     from megatron.tokenizer.build import build_tokenizer
 
     groups = parallel.init()
-    from megatron.checkpoint import loader  # imports DeepSpeed: only after `groups` prepared its environment
+    from megatron.checkpoint import (
+        loader,
+    )  # imports DeepSpeed: only after `groups` prepared its environment
     from megatron.checkpoint.metadata import Record
     from megatron.engine.engine import Engine
 
-    source = loader.find(CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True), groups)
+    source = loader.find(
+        CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True), groups
+    )
     config = source.record.config
     ep_size = config.moe.moe_expert_parallel_size
-    groups = parallel.init(ep_size if groups.world_size % ep_size == 0 else 1, config.train.timeout_minutes)
+    groups = parallel.init(
+        ep_size if groups.world_size % ep_size == 0 else 1, config.train.timeout_minutes
+    )
     tokenizer = build_tokenizer(config.tokenizer)
     source.check(Record.of(config, groups, tokenizer))
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     # Dropless: under a capacity, the prompts beside it would decide which experts a token gets.
     moe = replace(config.moe, moe_eval_capacity_factor=0.0)
-    model = build_model(config.model, moe, config.gate_options, vocab_size=vocab_size, seed=config.train.seed,
-                        groups=groups)
+    model = build_model(
+        config.model,
+        moe,
+        config.gate_options,
+        vocab_size=vocab_size,
+        seed=config.train.seed,
+        groups=groups,
+    )
 
     source.load_weights(model, groups)
     engine = Engine(model, config.optimizer, replace(config.train, global_batch_size=0), groups)
     prompts = [tokenizer.encode(p).tolist() for p in args.prompt]
-    outputs = generate(engine.model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                       top_p=args.top_p, top_k=args.top_k, eod=tokenizer.eod, seed=args.seed,
-                       vocab_size=tokenizer.vocab_size)
+    outputs = generate(
+        engine.model,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        eod=tokenizer.eod,
+        seed=args.seed,
+        vocab_size=tokenizer.vocab_size,
+    )
     if groups.is_first:
         for prompt, ids in zip(args.prompt, outputs, strict=True):
             print(f"> {prompt}|{tokenizer.decode(ids)}".replace("\n", "\\n"), flush=True)

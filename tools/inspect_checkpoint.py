@@ -18,14 +18,20 @@ a mistake in the flags. Examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("path", metavar="PATH", help="folder of checkpoints, or one checkpoint")
-    p.add_argument("other", metavar="PATH2", nargs="?", help="a second one, to compare the first with")
+    p.add_argument(
+        "other", metavar="PATH2", nargs="?", help="a second one, to compare the first with"
+    )
     p.add_argument("--verify", action="store_true", help="compare the hashes of all files")
-    p.add_argument("--tensors", action="store_true",
-                   help="list every tensor with its shape, pieces, dtype, smallest and largest value and norm; of two "
-                        "checkpoints, the relative difference of every tensor")
+    p.add_argument(
+        "--tensors",
+        action="store_true",
+        help="list every tensor with its shape, pieces, dtype, smallest and largest value and norm; of two "
+        "checkpoints, the relative difference of every tensor",
+    )
     p.add_argument("--json", action="store_true", help="print what was found as JSON")
     return p
 
@@ -38,7 +44,10 @@ def inspect(a: argparse.Namespace) -> int:
 
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         if a.other:
-            both = [i.facts(i.one_of(Path(p)), verify=a.verify, progress=bar.update) for p in (a.path, a.other)]
+            both = [
+                i.facts(i.one_of(Path(p)), verify=a.verify, progress=bar.update)
+                for p in (a.path, a.other)
+            ]
             found = i.differences(*both, tensors=a.tensors, progress=bar.update)
             found["faults"] = [fault for facts in both for fault in facts["faults"]]
             lines, faults = i.describe_differences(found), found["faults"]
@@ -63,7 +72,9 @@ def look_at(path: Path, a: argparse.Namespace, progress) -> tuple[dict, list[str
     faults = [fault for row in rows for fault in row["faults"]]
     for row in rows:
         if row["newest"]:
-            newest = i.facts(path / row["name"], tensors=a.tensors, progress=progress) | {"verified": a.verify}
+            newest = i.facts(path / row["name"], tensors=a.tensors, progress=progress) | {
+                "verified": a.verify
+            }
             found["newest"] = newest
             lines += ["", *describe(newest, a)]
             faults += newest["faults"]

@@ -24,21 +24,53 @@ document i starts i tokens early; it writes a correct pair. Examples:
 def parser() -> argparse.ArgumentParser:
     from megatron.config.schema import TOKENIZERS
 
-    p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("prefix", nargs="+", metavar="PREFIX", help="dataset, with or without .bin or .idx")
-    p.add_argument("--documents", type=int, default=3, metavar="N", help="show the first N documents (default: 3)")
-    p.add_argument("--tokens", type=int, default=64, metavar="N", help="the first N tokens of each (default: 64)")
-    p.add_argument("--full", action="store_true",
-                   help="read all tokens: their range, where the end-of-document id is, checksums")
-    p.add_argument("--json", metavar="FILE", help="also write what was found to FILE: a list, an entry per PREFIX")
+    p = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "prefix", nargs="+", metavar="PREFIX", help="dataset, with or without .bin or .idx"
+    )
+    p.add_argument(
+        "--documents",
+        type=int,
+        default=3,
+        metavar="N",
+        help="show the first N documents (default: 3)",
+    )
+    p.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="the first N tokens of each (default: 64)",
+    )
+    p.add_argument(
+        "--full",
+        action="store_true",
+        help="read all tokens: their range, where the end-of-document id is, checksums",
+    )
+    p.add_argument(
+        "--json",
+        metavar="FILE",
+        help="also write what was found to FILE: a list, an entry per PREFIX",
+    )
     p.add_argument("--repair", metavar="OUT", help="write the corrected pair to this prefix")
-    p.add_argument("--tokenizer-type", default="", choices=TOKENIZERS,
-                   help="to decode with and to compare with the record (default: GPT2BPETokenizer if its files are "
-                        "given, else none)")
-    p.add_argument("--vocab-file", default="", metavar="FILE", help="vocab.json of GPT2BPETokenizer")
-    p.add_argument("--merge-file", default="", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
-    p.add_argument("--tokenizer-model", default="", metavar="FILE", help="as in preprocess_data.py")
+    p.add_argument(
+        "--tokenizer-type",
+        default="",
+        choices=TOKENIZERS,
+        help="to decode with and to compare with the record (default: GPT2BPETokenizer if its files are "
+        "given, else none)",
+    )
+    p.add_argument(
+        "--vocab-file", default="", metavar="FILE", help="vocab.json of GPT2BPETokenizer"
+    )
+    p.add_argument(
+        "--merge-file", default="", metavar="FILE", help="merges.txt of GPT2BPETokenizer"
+    )
+    p.add_argument(
+        "--tokenizer-model", default="", metavar="FILE", help="as in preprocess_data.py"
+    )
     return p
 
 
@@ -48,8 +80,14 @@ def tokenizer_of(a: argparse.Namespace) -> Tokenizer | None:
 
     if not (a.tokenizer_type or a.vocab_file or a.merge_file or a.tokenizer_model):
         return None
-    return build_tokenizer(TokenizerConfig(a.tokenizer_type or "GPT2BPETokenizer", a.vocab_file, a.merge_file,
-                                           a.tokenizer_model))
+    return build_tokenizer(
+        TokenizerConfig(
+            a.tokenizer_type or "GPT2BPETokenizer",
+            a.vocab_file,
+            a.merge_file,
+            a.tokenizer_model,
+        )
+    )
 
 
 def inspect(prefix: str, a: argparse.Namespace, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -90,7 +128,9 @@ def inspect_all(a: argparse.Namespace, prog: str) -> int:
     for flag in ("documents", "tokens"):
         require(getattr(a, flag) >= 0, f"--{flag}", getattr(a, flag), "0 or more")
     require(not a.repair or len(a.prefix) == 1, "PREFIX with --repair", a.prefix, "one")
-    require(not (a.json and os.path.isdir(a.json)), "--json", a.json, "a file; this is a folder")
+    require(
+        not (a.json and os.path.isdir(a.json)), "--json", a.json, "a file; this is a folder"
+    )
     tokenizer = tokenizer_of(a)
     found, damaged = [], False
     for prefix in map(prefix_of, a.prefix):
@@ -112,7 +152,9 @@ def main() -> int:
 
     p = parser()
     a = p.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # documents have characters that a terminal may not have
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # documents have characters that a terminal may not have
     return run_tool(p.prog, lambda: inspect_all(a, p.prog))
 
 

@@ -50,15 +50,21 @@ def find_prefixes(inputs: list[str], output_prefix: str) -> list[str]:
         if os.path.isdir(path):
             found = [str(p.with_suffix("")) for p in Path(path).glob("*.idx")]
         if not found:
-            raise ValueError(f"--input {path} is a folder without .idx files. Give the folder of the shards")
+            raise ValueError(
+                f"--input {path} is a folder without .idx files. Give the folder of the shards"
+            )
         prefixes += found
     if not os.path.basename(output_prefix) or os.path.isdir(output_prefix):
-        raise ValueError(f"--output-prefix is {output_prefix!r}; allowed: a path that ends in the pair's name, such as "
-                         f"{os.path.join(output_prefix, 'all_text_document')}")
+        raise ValueError(
+            f"--output-prefix is {output_prefix!r}; allowed: a path that ends in the pair's name, such as "
+            f"{os.path.join(output_prefix, 'all_text_document')}"
+        )
     places = [_place(p) for p in prefixes]
     if _place(output_prefix) in places:
-        raise ValueError(f"--output-prefix {output_prefix} is also an input. Write to another name or folder, or "
-                         f"remove what an earlier merge left")
+        raise ValueError(
+            f"--output-prefix {output_prefix} is also an input. Write to another name or folder, or "
+            f"remove what an earlier merge left"
+        )
     if len(set(places)) < len(places):
         twice = next(p for p, place in zip(prefixes, places) if places.count(place) > 1)
         raise ValueError(f"--input names {os.path.abspath(twice)} twice. Name each shard once")
@@ -92,26 +98,42 @@ def common_record(shards: list[Shard]) -> dict[str, Any]:
     known = [s for s in shards if s.sidecar]
     for s in shards:
         if s.dtype != first.dtype:
-            raise ValueError(f"{s.prefix} holds {s.dtype}, {first.prefix} {first.dtype}; allowed: the same dtype. "
-                             f"Preprocess one of them again with the other's tokenizer")
+            raise ValueError(
+                f"{s.prefix} holds {s.dtype}, {first.prefix} {first.dtype}; allowed: the same dtype. "
+                f"Preprocess one of them again with the other's tokenizer"
+            )
     sources = []
     for s in known:
         for entry in SAME:
             ours, theirs = known[0].sidecar.get(entry), s.sidecar.get(entry)
             if ours != theirs:
-                raise ValueError(f"{s.prefix}.json records {entry} {theirs}, {known[0].prefix}.json {ours}; allowed: "
-                                 f"the same. Preprocess one of them again with the other's tokenizer")
+                raise ValueError(
+                    f"{s.prefix}.json records {entry} {theirs}, {known[0].prefix}.json {ours}; allowed: "
+                    f"the same. Preprocess one of them again with the other's tokenizer"
+                )
         found = s.sidecar.get("sources", [])
         if not isinstance(found, list):
-            raise ValueError(f"{s.prefix}.json records sources {found!r}; allowed: a list. Correct it, or remove the "
-                             f"file")
+            raise ValueError(
+                f"{s.prefix}.json records sources {found!r}; allowed: a list. Correct it, or remove the "
+                f"file"
+            )
         sources += found
-    record = {entry: first.sidecar[entry] for entry in SAME if entry in first.sidecar} if known == shards else {}
-    return {"tool": "merge_datasets", **record, "sources": sources,
-            "merged": [os.path.abspath(s.prefix) for s in shards]}
+    record = (
+        {entry: first.sidecar[entry] for entry in SAME if entry in first.sidecar}
+        if known == shards
+        else {}
+    )
+    return {
+        "tool": "merge_datasets",
+        **record,
+        "sources": sources,
+        "merged": [os.path.abspath(s.prefix) for s in shards],
+    }
 
 
-def verify(written: str, datasets: Iterable[IndexedDataset], progress: Callable[[int], object]) -> None:
+def verify(
+    written: str, datasets: Iterable[IndexedDataset], progress: Callable[[int], object]
+) -> None:
     """Read the result back, before it is published, and compare it with the datasets, one at a time.
 
     Args:
@@ -127,47 +149,75 @@ def verify(written: str, datasets: Iterable[IndexedDataset], progress: Callable[
         result = IndexedDataset(written)
         sequences = documents = 0
         with open(written + ".bin", "rb") as file:
-            if hasattr(os, "posix_fadvise"):  # what the disk holds, not what memory still holds of the writing
+            if hasattr(
+                os, "posix_fadvise"
+            ):  # what the disk holds, not what memory still holds of the writing
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             for d in datasets:
                 _compare_index(result, d, sequences, documents)
                 _compare_tokens(file, d, progress)
                 sequences, documents = sequences + len(d), documents + d.num_documents
         if (sequences, documents) != (len(result), result.num_documents):
-            raise ValueError(f"{result.prefix}.idx differs from the indices of the inputs: it has more of them")
+            raise ValueError(
+                f"{result.prefix}.idx differs from the indices of the inputs: it has more of them"
+            )
     except (ValueError, OSError) as error:
-        raise ValueError(f"--verify: {error}. Nothing is published: merge again, and if this comes back, check the "
-                         f"disk") from None
+        raise ValueError(
+            f"--verify: {error}. Nothing is published: merge again, and if this comes back, check the "
+            f"disk"
+        ) from None
 
 
-def _compare_index(result: IndexedDataset, d: IndexedDataset, sequence: int, document: int) -> None:
+def _compare_index(
+    result: IndexedDataset, d: IndexedDataset, sequence: int, document: int
+) -> None:
     """The lengths and the document index of the part that begins there; the pointers are the running sum of the
     lengths, or it would not open."""
     import numpy as np
 
-    lengths = result.lengths[sequence:sequence + len(d)]
-    bounds = result.document_index[document:document + d.num_documents + 1]
-    if not (np.array_equal(lengths, d.lengths) and np.array_equal(bounds, sequence + d.document_index)):
-        raise ValueError(f"{result.prefix}.idx differs from the indices of the inputs, from {d.prefix} on")
+    lengths = result.lengths[sequence : sequence + len(d)]
+    bounds = result.document_index[document : document + d.num_documents + 1]
+    if not (
+        np.array_equal(lengths, d.lengths)
+        and np.array_equal(bounds, sequence + d.document_index)
+    ):
+        raise ValueError(
+            f"{result.prefix}.idx differs from the indices of the inputs, from {d.prefix} on"
+        )
 
 
-def _compare_tokens(ours: BinaryIO, d: IndexedDataset, progress: Callable[[int], object]) -> None:
+def _compare_tokens(
+    ours: BinaryIO, d: IndexedDataset, progress: Callable[[int], object]
+) -> None:
     with open(d.prefix + ".bin", "rb") as theirs:
         while block := theirs.read(BLOCK):
             at = ours.tell()
             if ours.read(len(block)) != block:
-                raise ValueError(f"{ours.name} differs from {d.prefix}.bin in the {len(block)} bytes from byte {at} on")
+                raise ValueError(
+                    f"{ours.name} differs from {d.prefix}.bin in the {len(block)} bytes from byte {at} on"
+                )
             progress(len(block))
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", nargs="+", required=True, metavar="PATH",
-                   help="folders with shards, or prefixes, with or without .bin or .idx")
-    p.add_argument("--output-prefix", required=True, metavar="PREFIX", help="prefix of the result")
-    p.add_argument("--verify", action="store_true",
-                   help="read the result back and publish it only if it equals the inputs byte for byte")
+    p = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="folders with shards, or prefixes, with or without .bin or .idx",
+    )
+    p.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="prefix of the result"
+    )
+    p.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the result back and publish it only if it equals the inputs byte for byte",
+    )
     return p
 
 
@@ -185,13 +235,20 @@ def merge(a: argparse.Namespace) -> None:
         return (IndexedDataset(s.prefix) for s in shards)
 
     def bar(what: str) -> tqdm:
-        return tqdm(total=sum(s.tokens * s.dtype.itemsize for s in shards), desc=what, unit="B", unit_scale=True,
-                    disable=not sys.stderr.isatty())
+        return tqdm(
+            total=sum(s.tokens * s.dtype.itemsize for s in shards),
+            desc=what,
+            unit="B",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+        )
 
     require_space(out, datasets())
     for s in shards:
-        print(f"{s.prefix}: {s.documents} documents, {s.tokens} tokens"
-              + ("" if s.sidecar else " (no .json: its tokenizer is not checked)"))
+        print(
+            f"{s.prefix}: {s.documents} documents, {s.tokens} tokens"
+            + ("" if s.sidecar else " (no .json: its tokenizer is not checked)")
+        )
     with bar("copy") as b, IndexedWriter(out, shards[0].dtype) as writer:
         for d in datasets():
             writer.add_dataset(d, b.update)
@@ -200,8 +257,10 @@ def merge(a: argparse.Namespace) -> None:
             with bar("verify") as b:
                 verify(written, datasets(), b.update)
         writer.finish()
-    print(f"-> {out}: {writer.num_documents} documents, {writer.num_tokens} tokens"
-          + (", read back and equal to the inputs" if a.verify else ""))
+    print(
+        f"-> {out}: {writer.num_documents} documents, {writer.num_tokens} tokens"
+        + (", read back and equal to the inputs" if a.verify else "")
+    )
 
 
 def main() -> int:

@@ -30,8 +30,14 @@ def run() -> None:
             vocab_size = GPT2_VOCABULARY
             print(f"(vocabulary taken as {vocab_size}: {error})")
     with torch.device("meta"):
-        model = build_model(config.model, config.moe, config.gate_options, vocab_size=vocab_size,
-                            seed=config.train.seed, groups=Groups())
+        model = build_model(
+            config.model,
+            config.moe,
+            config.gate_options,
+            vocab_size=vocab_size,
+            seed=config.train.seed,
+            groups=Groups(),
+        )
     print(size_table(model, config.moe, config.gate_options))
 
 

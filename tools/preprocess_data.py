@@ -33,30 +33,79 @@ Examples:
 def parser() -> argparse.ArgumentParser:
     from megatron.config.schema import TOKENIZERS
 
-    p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", nargs="+", required=True, metavar="PATH",
-                   help="files, quoted globs, folders, - or hf:NAME")
-    p.add_argument("--output-prefix", required=True, metavar="PREFIX",
-                   help="path and first part of the output's names; folders are created")
-    p.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY",
-                   help="keys (columns) of the texts; each becomes a dataset of its own (default: text)")
-    p.add_argument("--append-eod", action="store_true",
-                   help="end each document with the end-of-document token; training wants it")
-    p.add_argument("--split-sentences", action="store_true",
-                   help="sentences become the sequences of a document (needs the package nltk)")
+    p = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, quoted globs, folders, - or hf:NAME",
+    )
+    p.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="path and first part of the output's names; folders are created",
+    )
+    p.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys (columns) of the texts; each becomes a dataset of its own (default: text)",
+    )
+    p.add_argument(
+        "--append-eod",
+        action="store_true",
+        help="end each document with the end-of-document token; training wants it",
+    )
+    p.add_argument(
+        "--split-sentences",
+        action="store_true",
+        help="sentences become the sequences of a document (needs the package nltk)",
+    )
     p.add_argument("--lang", help="language of --split-sentences (default: english)")
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
-                   help="what a record that cannot be used does (default: stop)")
-    p.add_argument("--max-documents", type=int, default=0, metavar="N", help="take only the first N (default: all)")
-    p.add_argument("--workers", type=int, default=0, metavar="N",
-                   help="processes that encode (default: as many as cores may be used)")
-    p.add_argument("--tokenizer-type", default="GPT2BPETokenizer", choices=TOKENIZERS, help="kind of tokenizer")
-    p.add_argument("--vocab-file", default="", metavar="FILE", help="vocab.json of GPT2BPETokenizer")
-    p.add_argument("--merge-file", default="", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
-    p.add_argument("--tokenizer-model", default="", metavar="FILE",
-                   help="tokenizer.json or its folder (HuggingFaceTokenizer), .model (SentencePiece, Llama2), "
-                        ".tiktoken (Tiktoken), or the vocabulary size (NullTokenizer)")
+    p.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what a record that cannot be used does (default: stop)",
+    )
+    p.add_argument(
+        "--max-documents",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take only the first N (default: all)",
+    )
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that encode (default: as many as cores may be used)",
+    )
+    p.add_argument(
+        "--tokenizer-type",
+        default="GPT2BPETokenizer",
+        choices=TOKENIZERS,
+        help="kind of tokenizer",
+    )
+    p.add_argument(
+        "--vocab-file", default="", metavar="FILE", help="vocab.json of GPT2BPETokenizer"
+    )
+    p.add_argument(
+        "--merge-file", default="", metavar="FILE", help="merges.txt of GPT2BPETokenizer"
+    )
+    p.add_argument(
+        "--tokenizer-model",
+        default="",
+        metavar="FILE",
+        help="tokenizer.json or its folder (HuggingFaceTokenizer), .model (SentencePiece, Llama2), "
+        ".tiktoken (Tiktoken), or the vocabulary size (NullTokenizer)",
+    )
     return p
 
 
@@ -68,20 +117,43 @@ def run(a: argparse.Namespace) -> None:
     from megatron.data.ingest.preprocess import Job, Preprocessing
 
     start = time.monotonic()
-    require(a.lang is None or a.split_sentences, "--lang", a.lang, "only with --split-sentences")
+    require(
+        a.lang is None or a.split_sentences, "--lang", a.lang, "only with --split-sentences"
+    )
     tokenizer = TokenizerConfig(a.tokenizer_type, a.vocab_file, a.merge_file, a.tokenizer_model)
-    recipe = Recipe(tokenizer, tuple(dict.fromkeys(a.json_keys)), a.append_eod,
-                    (a.lang or "english") if a.split_sentences else "")
-    job = Job(a.input, a.output_prefix, recipe, a.on_error == "skip", a.max_documents, a.workers or usable_cores())
-    with Preprocessing(job) as work, tqdm(total=work.size or None, initial=work.read, unit="B", unit_scale=True,
-                                          disable=not sys.stderr.isatty()) as bar:
+    recipe = Recipe(
+        tokenizer,
+        tuple(dict.fromkeys(a.json_keys)),
+        a.append_eod,
+        (a.lang or "english") if a.split_sentences else "",
+    )
+    job = Job(
+        a.input,
+        a.output_prefix,
+        recipe,
+        a.on_error == "skip",
+        a.max_documents,
+        a.workers or usable_cores(),
+    )
+    with (
+        Preprocessing(job) as work,
+        tqdm(
+            total=work.size or None,
+            initial=work.read,
+            unit="B",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+        ) as bar,
+    ):
         for encoded in work:
             bar.update(encoded.chunk.read)
         totals = work.finish()
     seconds = time.monotonic() - start
     for t in totals:
-        print(f"{t.prefix}: {t.documents} documents, {t.tokens} tokens, {t.bytes} bytes, "
-              f"{t.tokens / max(1, t.bytes):.4f} tokens/byte, {work.skipped} skipped, {seconds:.1f} s")
+        print(
+            f"{t.prefix}: {t.documents} documents, {t.tokens} tokens, {t.bytes} bytes, "
+            f"{t.tokens / max(1, t.bytes):.4f} tokens/byte, {work.skipped} skipped, {seconds:.1f} s"
+        )
 
 
 def main() -> int:

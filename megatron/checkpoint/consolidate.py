@@ -1,11 +1,11 @@
 """One folder of whole tensors from a checkpoint of any number of ranks, a slice of a tensor in memory at a time.
 
-    <output>/model.safetensors          parameters and buffers under the model's own names; or, when there is more of
-                                        them, model-00001-of-00003.safetensors ... and model.safetensors.index.json
-    <output>/optimizer.safetensors      if asked for: exp_avg/<name>, exp_avg_sq/<name>; split in the same way
-    <output>/run.json                   the run's configuration, fit for --config
-    <output>/consolidated.json          from what it was made, and the checkpoint's state.json
-    <output>/SHA256SUMS                 of all other files, for `sha256sum -c`
+<output>/model.safetensors          parameters and buffers under the model's own names; or, when there is more of
+                                    them, model-00001-of-00003.safetensors ... and model.safetensors.index.json
+<output>/optimizer.safetensors      if asked for: exp_avg/<name>, exp_avg_sq/<name>; split in the same way
+<output>/run.json                   the run's configuration, fit for --config
+<output>/consolidated.json          from what it was made, and the checkpoint's state.json
+<output>/SHA256SUMS                 of all other files, for `sha256sum -c`
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ FORMAT = "moe-megatron consolidated 1"
 SUMS = "SHA256SUMS"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = 1 << 20  # bytes that all files without tensors surely fit in
-UNITS = {"": 1, **{prefix + "B": 1000**i for i, prefix in enumerate(("", "K", "M", "G", "T"))},
-         **{prefix + "iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)}}
+UNITS = {
+    "": 1,
+    **{prefix + "B": 1000**i for i, prefix in enumerate(("", "K", "M", "G", "T"))},
+    **{prefix + "iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)},
+}
 
 Progress = Callable[[int], object]
 
@@ -68,13 +71,21 @@ def parse_size(text: str) -> int:
         ValueError: it is none of these, or less than a byte.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = {u.lower(): size for u, size in UNITS.items()}.get(found.group(2).lower()) if found else None
+    unit = (
+        {u.lower(): size for u, size in UNITS.items()}.get(found.group(2).lower())
+        if found
+        else None
+    )
     size = int(float(found.group(1)) * unit) if unit else 0
-    require(size > 0, "--max-shard-size", text, "a number of bytes, such as 5GB, 512MiB or 1000000")
+    require(
+        size > 0, "--max-shard-size", text, "a number of bytes, such as 5GB, 512MiB or 1000000"
+    )
     return size
 
 
-def find(path: Path, step: int = 0, progress: Progress = lambda read: None) -> tuple[Path, dict[str, Any], list[str]]:
+def find(
+    path: Path, step: int = 0, progress: Progress = lambda read: None
+) -> tuple[Path, dict[str, Any], list[str]]:
     """The checkpoint that is meant, its files verified.
 
     Args:
@@ -90,9 +101,17 @@ def find(path: Path, step: int = 0, progress: Progress = lambda read: None) -> t
         ValueError: the checkpoint is not whole, or no whole one is there.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder; allowed: the folder of --save, or a checkpoint in it")
+        raise FileNotFoundError(
+            f"{path} is not a folder; allowed: the folder of --save, or a checkpoint in it"
+        )
     if directory.is_checkpoint(path):
-        require(not step, "--load-step", step, "only with the folder of the checkpoints", f"{path} is one checkpoint.")
+        require(
+            not step,
+            "--load-step",
+            step,
+            "only with the folder of the checkpoints",
+            f"{path} is one checkpoint.",
+        )
         path = path.resolve()
         manifest = directory.read_manifest(path)
         _verify(path, manifest, progress)
@@ -110,7 +129,9 @@ def find(path: Path, step: int = 0, progress: Progress = lambda read: None) -> t
         return candidate, manifest, bad
     what = f"no whole checkpoint of iteration {step}" if step else "no whole checkpoint"
     why = f": {'; '.join(bad)}" if bad else ""
-    raise FileNotFoundError(f"{path} has {what}{why}. Give the folder of --save of a run, or one checkpoint of it")
+    raise FileNotFoundError(
+        f"{path} has {what}{why}. Give the folder of --save of a run, or one checkpoint of it"
+    )
 
 
 def _verify(path: Path, manifest: dict[str, Any], progress: Progress) -> None:
@@ -135,16 +156,26 @@ class Plan:
         self.groups = {"model": _split(model, options.max_shard_bytes)}
         if options.optimizer:
             moments = [kind for kind in self.shards.kinds if kind != "weight"]
-            require(bool(moments), "--optimizer", True, "only with a checkpoint that has moments",
-                    f"{source} was saved before the first optimizer step.")
-            entries = [Entry(f"{kind}/{name}", self.shards.dtype(kind, name), shape)
-                       for kind in moments for name, shape in shapes.items()]
+            require(
+                bool(moments),
+                "--optimizer",
+                True,
+                "only with a checkpoint that has moments",
+                f"{source} was saved before the first optimizer step.",
+            )
+            entries = [
+                Entry(f"{kind}/{name}", self.shards.dtype(kind, name), shape)
+                for kind in moments
+                for name, shape in shapes.items()
+            ]
             self.groups["optimizer"] = _split(entries, options.max_shard_bytes)
 
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        return sum(e.nbytes for files in self.groups.values() for entries in files for e in entries)
+        return sum(
+            e.nbytes for files in self.groups.values() for entries in files for e in entries
+        )
 
     def write(self, folder: Path, progress: Progress) -> dict[str, tuple[int, str]]:
         """Write the files of tensors and their indices; returns (bytes, SHA-256) of each."""
@@ -163,7 +194,9 @@ class Plan:
                 total = sum(e.nbytes for entries in files for e in entries)
                 index = {"metadata": {"total_size": total}, "weight_map": where}
                 name = f"{stem}.safetensors.index.json"
-                written[name] = directory.write_text(folder / name, json.dumps(index, indent=2) + "\n")
+                written[name] = directory.write_text(
+                    folder / name, json.dumps(index, indent=2) + "\n"
+                )
         return written
 
     def _slices(self, entry: Entry, moment: bool, progress: Progress) -> Iterator[Tensor]:
@@ -194,9 +227,11 @@ def _cast(values: Tensor, entry: Entry) -> Tensor:
     cast = values.to(entry.dtype)
     if cast is not values and bool((cast.isinf() & values.isfinite()).any()):
         largest = values[values.isfinite()].abs().max().item()
-        raise ValueError(f"--dtype {str(entry.dtype).removeprefix('torch.')} holds values up to "
-                         f"{torch.finfo(entry.dtype).max:.5g}, and {entry.name} has one of size {largest:.5g}. Use "
-                         f"{'bfloat16 or float32' if entry.dtype == torch.float16 else 'float32'}")
+        raise ValueError(
+            f"--dtype {str(entry.dtype).removeprefix('torch.')} holds values up to "
+            f"{torch.finfo(entry.dtype).max:.5g}, and {entry.name} has one of size {largest:.5g}. Use "
+            f"{'bfloat16 or float32' if entry.dtype == torch.float16 else 'float32'}"
+        )
     return cast
 
 
@@ -207,13 +242,23 @@ def check_output(output: Path) -> None:
         ValueError: it may not.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} exists; allowed: a new or an empty folder. Remove it, or write to another one")
+        raise ValueError(
+            f"{output} exists; allowed: a new or an empty folder. Remove it, or write to another one"
+        )
     if any(directory.iteration_of(folder) is not None for folder in (output, *output.parents)):
-        raise ValueError(f"{output} is a place that belongs to the checkpoints of a run; allowed: any other folder")
+        raise ValueError(
+            f"{output} is a place that belongs to the checkpoints of a run; allowed: any other folder"
+        )
 
 
-def consolidate(source: Path, manifest: dict[str, Any], output: str | Path, options: Options,
-                progress: Progress = lambda written: None, planned: Progress = lambda total: None) -> Result:
+def consolidate(
+    source: Path,
+    manifest: dict[str, Any],
+    output: str | Path,
+    options: Options,
+    progress: Progress = lambda written: None,
+    planned: Progress = lambda total: None,
+) -> Result:
     """Write the tensors of a checkpoint, whole, to a folder, which appears when all is in it.
 
     Args:
@@ -236,10 +281,18 @@ def consolidate(source: Path, manifest: dict[str, Any], output: str | Path, opti
         partial.mkdir()
         try:
             files = plan.write(partial, progress)
-            for name, text in (("run.json", (source / "run.json").read_text(encoding="utf-8")),
-                               ("consolidated.json", json.dumps(_about(source, manifest, options), indent=1) + "\n")):
+            for name, text in (
+                ("run.json", (source / "run.json").read_text(encoding="utf-8")),
+                (
+                    "consolidated.json",
+                    json.dumps(_about(source, manifest, options), indent=1) + "\n",
+                ),
+            ):
                 files[name] = directory.write_text(partial / name, text)
-            directory.write_text(partial / SUMS, "".join(f"{sha}  {name}\n" for name, (_, sha) in sorted(files.items())))
+            directory.write_text(
+                partial / SUMS,
+                "".join(f"{sha}  {name}\n" for name, (_, sha) in sorted(files.items())),
+            )
             sync_folder(partial)
             os.rename(partial, output)
         finally:
@@ -253,12 +306,19 @@ def require_space(output: Path, needed: int) -> None:
     folder = next(parent for parent in output.parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{output} needs {needed / 1e6:,.1f} MB, the disk of {folder} has {free / 1e6:,.1f} MB left. "
-                      "Make room there, or choose another disk")
+        raise OSError(
+            f"{output} needs {needed / 1e6:,.1f} MB, the disk of {folder} has {free / 1e6:,.1f} MB left. "
+            "Make room there, or choose another disk"
+        )
 
 
 def _about(source: Path, manifest: dict[str, Any], options: Options) -> dict[str, Any]:
     """Content of consolidated.json."""
-    return {"format": FORMAT, "checkpoint": source.name, "manifest_checksum": manifest["checksum"],
-            "dtype": str(options.dtype).removeprefix("torch."), "optimizer": options.optimizer,
-            "state": directory.read_json(source / "state.json")}
+    return {
+        "format": FORMAT,
+        "checkpoint": source.name,
+        "manifest_checksum": manifest["checksum"],
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "optimizer": options.optimizer,
+        "state": directory.read_json(source / "state.json"),
+    }

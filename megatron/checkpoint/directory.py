@@ -80,8 +80,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         Broken: there is none, or it was changed after it was written.
     """
     if not (path / MANIFEST).exists() and any(path.glob("*_model_states.pt")):
-        raise Broken(f"{path} has DeepSpeed's own files and no {MANIFEST}: it is of an earlier version of this program "
-                     "or of another one, and cannot be read")
+        raise Broken(
+            f"{path} has DeepSpeed's own files and no {MANIFEST}: it is of an earlier version of this program "
+            "or of another one, and cannot be read"
+        )
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise Broken(f"{path / MANIFEST} is not the manifest of a {FORMAT!r}")
@@ -90,16 +92,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not _is_well_formed(manifest):
         raise Broken(f"{path / MANIFEST} says what no manifest says")
     if iteration_of(path) not in (None, manifest["iteration"]):
-        raise Broken(f"{path} is the checkpoint of iteration {manifest['iteration']} under another name")
+        raise Broken(
+            f"{path} is the checkpoint of iteration {manifest['iteration']} under another name"
+        )
     return manifest
 
 
 def _is_well_formed(manifest: dict[str, Any]) -> bool:
     """Also that every file is in the folder itself."""
     files = manifest.get("files")
-    return (all(type(manifest.get(key)) is int for key in ("iteration", "serial")) and isinstance(files, dict) and all(
-        Path(name).name == name and isinstance(what, list) and [type(w) for w in what] == [int, str]
-        for name, what in files.items()))
+    return (
+        all(type(manifest.get(key)) is int for key in ("iteration", "serial"))
+        and isinstance(files, dict)
+        and all(
+            Path(name).name == name
+            and isinstance(what, list)
+            and [type(w) for w in what] == [int, str]
+            for name, what in files.items()
+        )
+    )
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -107,7 +118,9 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(path: Path, names: Iterable[str], manifest: dict[str, Any], hashes: bool = True) -> None:
+def check_files(
+    path: Path, names: Iterable[str], manifest: dict[str, Any], hashes: bool = True
+) -> None:
     """Whether these files of a checkpoint are what they were when it was written.
 
     Args:
@@ -123,7 +136,9 @@ def check_files(path: Path, names: Iterable[str], manifest: dict[str, Any], hash
             if there != size:
                 raise Broken(f"{path / name} has {there} bytes, {size} were written")
             if hashes and file_sha256(path / name) != sha256:
-                raise Broken(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+                raise Broken(
+                    f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
+                )
         except FileNotFoundError:
             raise Broken(f"{path / name} is missing") from None
         except OSError as error:
@@ -133,7 +148,11 @@ def check_files(path: Path, names: Iterable[str], manifest: dict[str, Any], hash
 def candidates(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
     """(checkpoints of a folder with their manifests, completed last first; what is wrong with the others)."""
     good, bad = [], []
-    paths = sorted(p for p in Path(folder).iterdir() if iteration_of(p) is not None) if Path(folder).is_dir() else []
+    paths = (
+        sorted(p for p in Path(folder).iterdir() if iteration_of(p) is not None)
+        if Path(folder).is_dir()
+        else []
+    )
     for path in paths:
         try:
             good.append((path, read_manifest(path)))
@@ -148,7 +167,9 @@ def next_serial(folder: str | Path) -> int:
     return max((manifest["serial"] for _, manifest in candidates(folder)[0]), default=0) + 1
 
 
-def publish(partial: Path, folder: Path, iteration: int, files: dict[str, tuple[int, str]]) -> Path:
+def publish(
+    partial: Path, folder: Path, iteration: int, files: dict[str, tuple[int, str]]
+) -> Path:
     """Turn a finished work folder into the checkpoint of an iteration, and name it in `latest`.
 
     One that is there already under this name is replaced; at no moment are both gone.
@@ -160,8 +181,12 @@ def publish(partial: Path, folder: Path, iteration: int, files: dict[str, tuple[
         check_files(partial, files, {"files": files}, hashes=False)
     except Broken as error:
         raise OSError(f"{error}: the disk lost what it took") from None
-    manifest = {"format": FORMAT, "iteration": iteration, "serial": next_serial(folder),
-                "files": {name: list(files[name]) for name in sorted(files)}}
+    manifest = {
+        "format": FORMAT,
+        "iteration": iteration,
+        "serial": next_serial(folder),
+        "files": {name: list(files[name]) for name in sorted(files)},
+    }
     manifest["checksum"] = _checksum(manifest)
     atomic_write.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     sync_folder(partial)
@@ -178,7 +203,9 @@ def publish(partial: Path, folder: Path, iteration: int, files: dict[str, tuple[
     return target
 
 
-def prune(folder: Path, keep_last: int, keep_every: int, damaged: Iterable[str] = ()) -> list[str]:
+def prune(
+    folder: Path, keep_last: int, keep_every: int, damaged: Iterable[str] = ()
+) -> list[str]:
     """Delete complete checkpoints: all but the `keep_last` newest (0: keep all) and those of iterations divisible by
     `keep_every` (0: none). What is broken stays, for somebody to look at. Returns the names of the deleted.
 
@@ -188,7 +215,11 @@ def prune(folder: Path, keep_last: int, keep_every: int, damaged: Iterable[str] 
     if not keep_last:
         return []
     whole = [found for found in candidates(folder)[0] if found[0].name not in damaged]
-    old = [path for path, manifest in whole[keep_last:] if not (keep_every and manifest["iteration"] % keep_every == 0)]
+    old = [
+        path
+        for path, manifest in whole[keep_last:]
+        if not (keep_every and manifest["iteration"] % keep_every == 0)
+    ]
     return [path.name for path in old if _remove(path)]
 
 
@@ -230,8 +261,13 @@ def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
     """
     path = Path(options.load)
     if path.is_dir() and is_checkpoint(path):
-        require(not options.load_step, "--load-step", options.load_step, "only with the folder of the checkpoints",
-                f"{path} is one checkpoint.")
+        require(
+            not options.load_step,
+            "--load-step",
+            options.load_step,
+            "only with the folder of the checkpoints",
+            f"{path} is one checkpoint.",
+        )
         return [(path, read_manifest(path.resolve()))]
     good, bad = candidates(path)
     if options.load_step:
@@ -239,11 +275,16 @@ def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
         if not chosen:
             broken = [text for text in bad if tag(options.load_step) in text]
             there = ", ".join(str(m["iteration"]) for _, m in sorted(good)) or "none"
-            raise ValueError(f"--load-step is {options.load_step}; "
-                             + (broken[0] if broken else f"whole checkpoints in {options.load}: {there}"))
+            raise ValueError(
+                f"--load-step is {options.load_step}; "
+                + (broken[0] if broken else f"whole checkpoints in {options.load}: {there}")
+            )
         return chosen[:1]
     marker = path / LATEST
-    if marker.is_file() and not (path / (name := marker.read_text(errors="replace").strip())).is_dir():
+    if (
+        marker.is_file()
+        and not (path / (name := marker.read_text(errors="replace").strip())).is_dir()
+    ):
         bad.append(f"{marker} names {name}, which is not there")
     for text in bad:
         LOGGER.warning("%s; not used", text)
@@ -255,5 +296,7 @@ def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
 def _nothing(folder: str | Path, bad: list[str]) -> FileNotFoundError:
     there = f"; what is there cannot be used: {'; '.join(bad)}" if bad else ""
     advice = "" if bad else ", or add --load-or-init"
-    return FileNotFoundError(f"--load is {str(folder)!r}, which holds no checkpoint{there}. Point --load at the folder "
-                             f"given to --save of an earlier run, leave it out{advice}")
+    return FileNotFoundError(
+        f"--load is {str(folder)!r}, which holds no checkpoint{there}. Point --load at the folder "
+        f"given to --save of an earlier run, leave it out{advice}"
+    )

@@ -12,7 +12,11 @@ import torch
 from torch import nn
 
 from megatron.checkpoint import directory
-from megatron.checkpoint.compatibility import check_same_run, check_same_schedule, warn_of_changes
+from megatron.checkpoint.compatibility import (
+    check_same_run,
+    check_same_schedule,
+    warn_of_changes,
+)
 from megatron.checkpoint.metadata import Progress, Record, progress_of
 from megatron.checkpoint.reader import Shards
 from megatron.config import cli
@@ -43,10 +47,14 @@ class Source:
             self.record = Record.from_state(cli.read_run_json(path / "run.json"), state)
             self.progress = Progress() if options.finetune else progress_of(state)
             optimizer = state["optimizer"]
-            self.steps, self.scaler, self.counters = (optimizer[n] for n in ("steps", "scaler", "counters"))
+            self.steps, self.scaler, self.counters = (
+                optimizer[n] for n in ("steps", "scaler", "counters")
+            )
             self.shards = Shards(path)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise directory.Broken(f"{path} is not a checkpoint that this version can read: {error!r}") from None
+            raise directory.Broken(
+                f"{path} is not a checkpoint that this version can read: {error!r}"
+            ) from None
 
     @property
     def goes_on(self) -> Path | None:
@@ -63,11 +71,17 @@ class Source:
         step = train.micro_batch_size * groups.world_size
         if self.options.finetune or train.global_batch_size or step == batch:
             return config
-        require(batch % step == 0, "the global batch of the checkpoint", batch,
-                f"a multiple of --micro-batch-size {train.micro_batch_size} x {groups.world_size} ranks",
-                "Start another number of ranks, or set --global-batch-size.")
-        get_logger().info("the global batch stays at the checkpoint's %d samples; --global-batch-size changes it",
-                          batch)
+        require(
+            batch % step == 0,
+            "the global batch of the checkpoint",
+            batch,
+            f"a multiple of --micro-batch-size {train.micro_batch_size} x {groups.world_size} ranks",
+            "Start another number of ranks, or set --global-batch-size.",
+        )
+        get_logger().info(
+            "the global batch stays at the checkpoint's %d samples; --global-batch-size changes it",
+            batch,
+        )
         return replace(config, train=replace(train, global_batch_size=batch))
 
     def check(self, record: Record) -> None:
@@ -90,9 +104,16 @@ class Source:
             Broken: the checkpoint's tensors have other names or shapes than the model's.
         """
         layout = Layout.of(model, groups)
-        if self.shards.shapes != layout.shapes or set(self.shards.buffers) != set(layout.buffers):
-            differ = {*layout.shapes.items(), *layout.buffers} ^ {*self.shards.shapes.items(), *self.shards.buffers}
-            raise directory.Broken(f"{self.path / 'index.json'} does not fit the model: {sorted(map(str, differ))[0]}")
+        if self.shards.shapes != layout.shapes or set(self.shards.buffers) != set(
+            layout.buffers
+        ):
+            differ = {*layout.shapes.items(), *layout.buffers} ^ {
+                *self.shards.shapes.items(),
+                *self.shards.buffers,
+            }
+            raise directory.Broken(
+                f"{self.path / 'index.json'} does not fit the model: {sorted(map(str, differ))[0]}"
+            )
         load_weights(model, layout, self._weight, self.shards.buffer)
 
     def _weight(self, name: str, start: int, length: int) -> torch.Tensor:
@@ -108,9 +129,13 @@ class Source:
             parts.start_moments(self.steps)
         for piece in parts.pieces:
             for kind in ("weight", *moments):
-                parts.get(piece, kind).copy_(self.shards.read(kind, piece.name, piece.start, piece.length))
+                parts.get(piece, kind).copy_(
+                    self.shards.read(kind, piece.name, piece.start, piece.length)
+                )
         if self.options.finetune:
-            get_logger().info("took the weights of %s; the optimizer and the data start anew", self.path)
+            get_logger().info(
+                "took the weights of %s; the optimizer and the data start anew", self.path
+            )
             return self.progress
         parts.set_scaler(self.scaler)
         engine.set_counters(self.counters)
@@ -129,7 +154,11 @@ def begin(config: RunConfig, groups: Groups) -> tuple[Source | None, RunConfig, 
     Raises as `find` and `Source.adopt` do.
     """
     source = find(config.train, groups)
-    return (source, source.adopt(config, groups), source.progress) if source else (None, config, Progress())
+    return (
+        (source, source.adopt(config, groups), source.progress)
+        if source
+        else (None, config, Progress())
+    )
 
 
 def find(options: CheckpointConfig, groups: Groups) -> Source | None:
@@ -147,7 +176,7 @@ def find(options: CheckpointConfig, groups: Groups) -> Source | None:
     listed = from_first(lambda: directory.choose(options), groups)
     damaged: list[Path] = []
     for path, manifest in listed:
-        names = sorted(manifest["files"])[groups.rank::groups.world_size]
+        names = sorted(manifest["files"])[groups.rank :: groups.world_size]
         job = Job(f"verifying {path}", partial(_problem, path, names, manifest))
         job.start()
         job.wait_for_all(groups)
@@ -156,14 +185,22 @@ def find(options: CheckpointConfig, groups: Groups) -> Source | None:
             return Source(path, options, damaged)
         damaged.append(path)
         if options.load_step:
-            raise ValueError(f"--load-step is {options.load_step}: {problems[0]}. Use another checkpoint of "
-                             f"{options.load}")
-        get_logger().warning("%s; falling back to the checkpoint before it", "; ".join(problems))
+            raise ValueError(
+                f"--load-step is {options.load_step}: {problems[0]}. Use another checkpoint of "
+                f"{options.load}"
+            )
+        get_logger().warning(
+            "%s; falling back to the checkpoint before it", "; ".join(problems)
+        )
     if not listed:
-        get_logger().info("%s holds no checkpoint: the run starts anew, as --load-or-init says", options.load)
+        get_logger().info(
+            "%s holds no checkpoint: the run starts anew, as --load-or-init says", options.load
+        )
         return None
-    raise ValueError(f"--load is {options.load!r}, in which no checkpoint is whole: {problems[0]}. Restore its files "
-                     "from a copy, or start a new run without --load")
+    raise ValueError(
+        f"--load is {options.load!r}, in which no checkpoint is whole: {problems[0]}. Restore its files "
+        "from a copy, or start a new run without --load"
+    )
 
 
 def _problem(path: Path, names: list[str], manifest: dict[str, Any]) -> str:

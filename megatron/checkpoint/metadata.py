@@ -46,29 +46,59 @@ class Record:
     """by prefix: sizes of .bin and .idx, SHA-256 of the sidecar"""
 
     @staticmethod
-    def of(config: RunConfig, groups: Groups, tokenizer: Tokenizer, global_batch_size: int = 0,
-           iterations: int = 0) -> Record:
-        identity = {f"tokenizer_{n}": getattr(tokenizer, n) for n in ("name", "vocab_size", "fingerprint")}
-        topology = {"ranks": groups.world_size, "expert_parallel_size": groups.ep_size,
-                    "zero_stage": config.optimizer.zero_stage, "precision": config.optimizer.precision}
-        return Record(config, identity, topology, global_batch_size, iterations, describe_data(config))
+    def of(
+        config: RunConfig,
+        groups: Groups,
+        tokenizer: Tokenizer,
+        global_batch_size: int = 0,
+        iterations: int = 0,
+    ) -> Record:
+        identity = {
+            f"tokenizer_{n}": getattr(tokenizer, n)
+            for n in ("name", "vocab_size", "fingerprint")
+        }
+        topology = {
+            "ranks": groups.world_size,
+            "expert_parallel_size": groups.ep_size,
+            "zero_stage": config.optimizer.zero_stage,
+            "precision": config.optimizer.precision,
+        }
+        return Record(
+            config, identity, topology, global_batch_size, iterations, describe_data(config)
+        )
 
     def state(self) -> dict[str, Any]:
         """What state.json says of the run; the configuration is in run.json."""
-        content = {f: getattr(self, f) for f in ("identity", "topology", "global_batch_size", "iterations", "data")}
-        return {**content, "versions": versions(), "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        content = {
+            f: getattr(self, f)
+            for f in ("identity", "topology", "global_batch_size", "iterations", "data")
+        }
+        return {
+            **content,
+            "versions": versions(),
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
 
     @staticmethod
     def from_state(config: RunConfig, state: dict[str, Any]) -> Record:
         """The inverse of `state`."""
-        return Record(config, *(state[f] for f in ("identity", "topology", "global_batch_size", "iterations", "data")))
+        return Record(
+            config,
+            *(
+                state[f]
+                for f in ("identity", "topology", "global_batch_size", "iterations", "data")
+            ),
+        )
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Of this program, Python and the packages that results depend on."""
-    return {"moe-megatron": __version__, "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PACKAGES}}
+    return {
+        "moe-megatron": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
 
 
 def describe_data(config: RunConfig) -> dict[str, Any]:
@@ -77,7 +107,11 @@ def describe_data(config: RunConfig) -> dict[str, Any]:
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for _, prefix in parse_blend(getattr(config.data, name), f"--{name.replace('_', '-')}"):
             files = {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
-            entry = {f"{kind}_bytes": files[kind].stat().st_size for kind in ("bin", "idx") if files[kind].is_file()}
+            entry = {
+                f"{kind}_bytes": files[kind].stat().st_size
+                for kind in ("bin", "idx")
+                if files[kind].is_file()
+            }
             if files["json"].is_file():
                 entry["sidecar_sha256"] = file_sha256(files["json"])
             described[prefix] = entry

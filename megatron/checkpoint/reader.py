@@ -43,7 +43,9 @@ class Shards:
         self.path = Path(path)
         index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
         self.kinds: list[str] = index["kinds"]
-        self.shapes: dict[str, tuple[int, ...]] = {n: tuple(t["shape"]) for n, t in index["tensors"].items()}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            n: tuple(t["shape"]) for n, t in index["tensors"].items()
+        }
         self.buffers: list[str] = index["buffers"]
         self._pieces = {n: t["pieces"] for n, t in index["tensors"].items()}
         self._headers: dict[int, tuple[dict[str, dict], int]] = {}
@@ -68,7 +70,7 @@ class Shards:
                 if out is None:
                     out = part if len(part) == length else part.new_empty(length)
                 if out is not part:
-                    out[low - start:high - start] = part
+                    out[low - start : high - start] = part
         if end != start + length:
             raise ValueError(f"{self.path / 'index.json'}: no file has element {end} of {name}")
         return torch.empty(0) if out is None else out
@@ -82,7 +84,11 @@ class Shards:
     def dtype(self, kind: str, name: str) -> torch.dtype:
         """As which a tensor is stored; float32 if it has no elements."""
         pieces = self._pieces[name]
-        return BY_NAME[self._header(pieces[0][0])[0][f"{kind}/{name}"]["dtype"]] if pieces else torch.float32
+        return (
+            BY_NAME[self._header(pieces[0][0])[0][f"{kind}/{name}"]["dtype"]]
+            if pieces
+            else torch.float32
+        )
 
     def num_pieces(self, name: str) -> int:
         """Of a tensor."""
@@ -102,7 +108,10 @@ class Shards:
         """Random states of a rank, by device."""
         header, _ = self._header(rank)
         names = [name for name in header if name.startswith("rng/")]
-        return {n.removeprefix("rng/"): self._range(rank, n, 0, header[n]["shape"][0]) for n in names}
+        return {
+            n.removeprefix("rng/"): self._range(rank, n, 0, header[n]["shape"][0])
+            for n in names
+        }
 
     def _header(self, rank: int) -> tuple[dict[str, dict], int]:
         if rank not in self._headers:
@@ -120,8 +129,12 @@ class Shards:
         return torch.from_numpy(raw).view(dtype) if length else torch.empty(0, dtype=dtype)
 
 
-def make_index(pieces: Sequence[Sequence[tuple[str, int, int]]], shapes: dict[str, tuple[int, ...]],
-               kinds: Sequence[str], buffers: Sequence[str]) -> dict:
+def make_index(
+    pieces: Sequence[Sequence[tuple[str, int, int]]],
+    shapes: dict[str, tuple[int, ...]],
+    kinds: Sequence[str],
+    buffers: Sequence[str],
+) -> dict:
     """Content of index.json.
 
     Args:
@@ -135,14 +148,22 @@ def make_index(pieces: Sequence[Sequence[tuple[str, int, int]]], shapes: dict[st
         tensor["pieces"].sort(key=lambda piece: piece[1])
         end = 0
         for _, start, length in tensor["pieces"]:
-            assert start == end, f"the ranks' pieces of {name} overlap or leave a gap at element {end}"
+            assert start == end, (
+                f"the ranks' pieces of {name} overlap or leave a gap at element {end}"
+            )
             end += length
-        assert end == math.prod(tensor["shape"]), f"the ranks have {end} elements of {name}, {tensor['shape']}"
+        assert end == math.prod(tensor["shape"]), (
+            f"the ranks have {end} elements of {name}, {tensor['shape']}"
+        )
     return {"tensors": tensors, "kinds": list(kinds), "buffers": list(buffers)}
 
 
-def write_tensors(path: str | Path, entries: Sequence[Entry], get: Callable[[str], Tensor],
-                  metadata: dict[str, str] | None = None) -> tuple[int, str]:
+def write_tensors(
+    path: str | Path,
+    entries: Sequence[Entry],
+    get: Callable[[str], Tensor],
+    metadata: dict[str, str] | None = None,
+) -> tuple[int, str]:
     """Write a safetensors file whose tensors are asked for one after the other; returns its (bytes, SHA-256)."""
     with SafetensorsWriter(path, entries, metadata) as writer:
         for entry in writer.entries:

@@ -49,8 +49,14 @@ class Checkpoints:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, options: CheckpointConfig, engine: Engine, record: Record, groups: Groups,
-                 source: Source | None = None):
+    def __init__(
+        self,
+        options: CheckpointConfig,
+        engine: Engine,
+        record: Record,
+        groups: Groups,
+        source: Source | None = None,
+    ):
         self.options, self.engine, self.record, self.groups = options, engine, record, groups
         self.folder = Path(options.save)
         goes_on = source.goes_on if source else None
@@ -78,14 +84,18 @@ class Checkpoints:
         """On rank 0: take the folder, and remove what a killed run left half done."""
         there = directory.candidates(self.folder)[0]
         if there and (goes_on is None or goes_on.resolve().parent != self.folder.resolve()):
-            raise ValueError(f"--save is {self.options.save!r}, which has {there[0][0].name}; allowed: a folder "
-                             "without checkpoints, or the one that the run goes on from. Add --load, or choose another")
+            raise ValueError(
+                f"--save is {self.options.save!r}, which has {there[0][0].name}; allowed: a folder "
+                "without checkpoints, or the one that the run goes on from. Add --load, or choose another"
+            )
         try:
             self._work = WorkFolder(self.folder / "checkpoint")
         except Busy:
             other = owner(str(self.folder / "checkpoint"))
-            raise ValueError(f"--save is {self.options.save!r}, to which another run writes, {other}; wait for it, or "
-                             "choose another folder") from None
+            raise ValueError(
+                f"--save is {self.options.save!r}, to which another run writes, {other}; wait for it, or "
+                "choose another folder"
+            ) from None
         sync_folder(self.folder.resolve().parent)
         for half in self._work.path.glob("iter_*"):
             shutil.rmtree(half)
@@ -98,7 +108,11 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """For messages: the newest checkpoint that this run wrote or started from."""
-        return f"the last good checkpoint is {self.newest}" if self.newest else "no checkpoint was saved"
+        return (
+            f"the last good checkpoint is {self.newest}"
+            if self.newest
+            else "no checkpoint was saved"
+        )
 
     def save(self, progress: Progress, last: bool = False) -> None:
         """Write a checkpoint; with --async-save return as soon as the state is copied.
@@ -120,8 +134,11 @@ class Checkpoints:
             return
         self._pending.job.start()
         if self.options.async_save:
-            get_logger().info("copied the state of iteration %d in %.2f s; writing goes on beside the training",
-                              progress.iteration, time.monotonic() - started)
+            get_logger().info(
+                "copied the state of iteration %d in %.2f s; writing goes on beside the training",
+                progress.iteration,
+                time.monotonic() - started,
+            )
         else:
             self.finish()
 
@@ -139,19 +156,37 @@ class Checkpoints:
     def _begin(self, progress: Progress) -> _Pending:
         parts = self.engine.partitions()
         tensors = self._tensors(parts)
-        entries = in_file_order([Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
+        entries = in_file_order(
+            [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+        )
         size = sum(e.nbytes for e in entries)
         owned = [(p.name, p.start, p.length) for p in parts.pieces] if self._owns(parts) else []
         told = gather((owned, size), self.groups)
-        partial = Path(from_first(lambda: str(self._prepare(progress, sum(size for _, size in told))), self.groups))
+        partial = Path(
+            from_first(
+                lambda: str(self._prepare(progress, sum(size for _, size in told))), self.groups
+            )
+        )
         layout = self.engine.layout
         texts = {}
         if self.groups.is_first:
-            index = make_index([pieces for pieces, _ in told], layout.shapes, parts.kinds(), layout.buffers)
-            state = {**self.record.state(), "progress": asdict(progress), "optimizer": {
-                "steps": parts.steps, "counters": self.engine.counters(), "scaler": parts.scaler()}}
-            texts = {"run.json": json.dumps(self.record.config.to_dict(), indent=2),
-                     "state.json": json.dumps(state, indent=1), "index.json": json.dumps(index)}
+            index = make_index(
+                [pieces for pieces, _ in told], layout.shapes, parts.kinds(), layout.buffers
+            )
+            state = {
+                **self.record.state(),
+                "progress": asdict(progress),
+                "optimizer": {
+                    "steps": parts.steps,
+                    "counters": self.engine.counters(),
+                    "scaler": parts.scaler(),
+                },
+            }
+            texts = {
+                "run.json": json.dumps(self.record.config.to_dict(), indent=2),
+                "state.json": json.dumps(state, indent=1),
+                "index.json": json.dumps(index),
+            }
         if self.options.async_save:
             tensors = self._memory.copy(tensors, entries)
         name = shard_name(self.groups.rank)
@@ -166,7 +201,11 @@ class Checkpoints:
         """What this rank writes, by name in its file."""
         tensors = {f"rng/{device}": state for device, state in rng.get_state().items()}
         if self._owns(parts):
-            tensors |= {f"{kind}/{p.name}": parts.get(p, kind) for kind in parts.kinds() for p in parts.pieces}
+            tensors |= {
+                f"{kind}/{p.name}": parts.get(p, kind)
+                for kind in parts.kinds()
+                for p in parts.pieces
+            }
         if self.groups.is_first:
             buffers = dict(self.engine.model.named_buffers())
             tensors |= {f"buffer/{name}": buffers[name] for name in self.engine.layout.buffers}
@@ -178,9 +217,11 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise OSError(f"the checkpoint of iteration {progress.iteration} takes {size / 1e6:,.1f} MB, but "
-                          f"{self.folder} has {free / 1e6:,.1f} MB free. Free some space, lower --keep-last, or save "
-                          "elsewhere")
+            raise OSError(
+                f"the checkpoint of iteration {progress.iteration} takes {size / 1e6:,.1f} MB, but "
+                f"{self.folder} has {free / 1e6:,.1f} MB free. Free some space, lower --keep-last, or save "
+                "elsewhere"
+            )
         partial.mkdir()
         return partial
 
@@ -196,7 +237,10 @@ class Checkpoints:
             self._failed(OSError(errors[0]))
         elif not now.publishing:
             files = {name: result for name, result, _ in results}
-            now.publishing, now.job = True, Job(f"publishing {now.partial}", lambda: self._publish(now, files))
+            now.publishing, now.job = (
+                True,
+                Job(f"publishing {now.partial}", lambda: self._publish(now, files)),
+            )
             if self.groups.is_first:
                 now.job.start()
         else:
@@ -208,9 +252,15 @@ class Checkpoints:
             files[name] = directory.write_text(pending.partial / name, text + "\n")
         target = directory.publish(pending.partial, self.folder, pending.iteration, files)
         self._damaged -= {target.name}
-        get_logger().info("saved %s: %.1f MB in %.1f s", target, sum(size for size, _ in files.values()) / 1e6,
-                          time.monotonic() - pending.started)
-        gone = directory.prune(self.folder, self.options.keep_last, self.options.keep_every, self._damaged)
+        get_logger().info(
+            "saved %s: %.1f MB in %.1f s",
+            target,
+            sum(size for size, _ in files.values()) / 1e6,
+            time.monotonic() - pending.started,
+        )
+        gone = directory.prune(
+            self.folder, self.options.keep_last, self.options.keep_every, self._damaged
+        )
         if gone:
             get_logger().info("deleted %s, as --keep-last says", ", ".join(gone))
         return str(target)
@@ -220,7 +270,9 @@ class Checkpoints:
         self.failures += 1
         if self._must:
             raise OSError(f"{error}; {self.last_good()}") from None
-        get_logger().error("%s. The training goes on, as --on-save-error says; %s", error, self.last_good())
+        get_logger().error(
+            "%s. The training goes on, as --on-save-error says; %s", error, self.last_good()
+        )
 
 
 @dataclass
@@ -238,11 +290,15 @@ class _Pending:
     started: float = field(default_factory=time.monotonic)
 
 
-def _write(partial: Path, name: str, entries: list[Entry], tensors: dict[str, Tensor]) -> tuple[int, str]:
+def _write(
+    partial: Path, name: str, entries: list[Entry], tensors: dict[str, Tensor]
+) -> tuple[int, str]:
     """Write a rank's file and sync it to the disk; its bytes and SHA-256."""
     if not partial.is_dir():
-        raise OSError(f"{partial}, which rank 0 made, is not there on {socket.gethostname()}; allowed for --save: a "
-                      "folder that all nodes see")
+        raise OSError(
+            f"{partial}, which rank 0 made, is not there on {socket.gethostname()}; allowed for --save: a "
+            "folder that all nodes see"
+        )
     result = write_tensors(partial / name, entries, tensors.__getitem__, {"format": "pt"})
     sync_folder(partial)
     return result
@@ -260,10 +316,12 @@ class _HostMemory:
         for e in entries:
             places[e.name], end = end, end + -(-e.nbytes // ALIGNMENT) * ALIGNMENT
         if len(self._bytes) < end:
-            self._bytes = torch.empty(end, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            self._bytes = torch.empty(
+                end, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            )
         copies = {}
         for e in entries:
-            place = self._bytes[places[e.name]:places[e.name] + e.nbytes]
+            place = self._bytes[places[e.name] : places[e.name] + e.nbytes]
             copies[e.name] = place.view(e.dtype).view(e.shape)
             copies[e.name].copy_(tensors[e.name], non_blocking=True)
         if self.device.type == "cuda":

@@ -37,10 +37,25 @@ class CheckpointConfig:
 
     def check_checkpoints(self) -> None:
         for name in ("save_interval", "keep_last", "keep_every", "load_step"):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+            require(
+                getattr(self, name) >= 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 or more",
+            )
         require_choices(self)
         for name in ("load_step", "load_or_init", "finetune", "override_lr_schedule"):
-            require(bool(self.load) or not getattr(self, name), f"--{name.replace('_', '-')}", getattr(self, name),
-                    "only with --load", "Name the folder of the checkpoints.")
-        require(not self.keep_every or self.keep_last > 0, "--keep-every", self.keep_every, "only with --keep-last",
-                "Without it every checkpoint is kept.")
+            require(
+                bool(self.load) or not getattr(self, name),
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "only with --load",
+                "Name the folder of the checkpoints.",
+            )
+        require(
+            not self.keep_every or self.keep_last > 0,
+            "--keep-every",
+            self.keep_every,
+            "only with --keep-last",
+            "Without it every checkpoint is kept.",
+        )

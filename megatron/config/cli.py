@@ -36,11 +36,16 @@ from megatron.io.atomic_write import write_text
 
 # XMoE's spellings of --gate.
 GATE_ALIASES = {
-    "--use-threshold": "threshold", "--use-topk": "topk", "--use-hash-layer": "hash", "--use-base-layer": "base",
+    "--use-threshold": "threshold",
+    "--use-topk": "topk",
+    "--use-hash-layer": "hash",
+    "--use-base-layer": "base",
 }
 # Options of gates that Megatron has under another name; the plain name works too.
 MEGATRON_NAMES = {
-    "loss_coeff": "--moe-loss-coeff", "z_loss_coeff": "--moe-z-loss-coeff", "balance_scope": "--moe-balance-scope",
+    "loss_coeff": "--moe-loss-coeff",
+    "z_loss_coeff": "--moe-z-loss-coeff",
+    "balance_scope": "--moe-balance-scope",
 }
 KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -68,9 +73,14 @@ class Flag:
         return f"{self.section}.{self.name}"
 
 
-def parse(argv: Sequence[str] | None, gate_config: Callable[[str], type],
-          gate_names: Callable[[], Iterable[str]] = tuple, *, prog: str | None = None,
-          description: str | None = None) -> RunConfig:
+def parse(
+    argv: Sequence[str] | None,
+    gate_config: Callable[[str], type],
+    gate_names: Callable[[], Iterable[str]] = tuple,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+) -> RunConfig:
     """The run's configuration from flags, `--config run.json` and defaults, in this order of precedence.
 
     The stored gate options of run.json count only while the gate is the one stored with them. When flags name another
@@ -85,12 +95,20 @@ def parse(argv: Sequence[str] | None, gate_config: Callable[[str], type],
         ValueError: a line that says what was set, where, what is allowed.
         SystemExit: with status 0, after --help or --version.
     """
-    return parse_with(None, argv, gate_config, gate_names, prog=prog, description=description)[0]
+    return parse_with(None, argv, gate_config, gate_names, prog=prog, description=description)[
+        0
+    ]
 
 
-def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_config: Callable[[str], type],
-               gate_names: Callable[[], Iterable[str]] = tuple, *, prog: str | None = None,
-               description: str | None = None) -> tuple[RunConfig, Options | None]:
+def parse_with(
+    options: type[Options] | None,
+    argv: Sequence[str] | None,
+    gate_config: Callable[[str], type],
+    gate_names: Callable[[], Iterable[str]] = tuple,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+) -> tuple[RunConfig, Options | None]:
     """`parse` for a tool with flags of its own: the fields of the dataclass `options`. See `parse`."""
     tokens = list(_normalise(sys.argv[1:] if argv is None else argv))
     gate, path = _first_pass(tokens)
@@ -98,20 +116,34 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
     stored_gate = stored.get("moe", {}).get("gate", MoEConfig.gate)
     gate = gate or stored_gate
     # A gate that is gone may be replaced.
-    derived = gate_overrides.drop_derived(stored, gate_config(stored_gate)) if stored_gate in {gate, *gate_names()} else ""
+    derived = (
+        gate_overrides.drop_derived(stored, gate_config(stored_gate))
+        if stored_gate in {gate, *gate_names()}
+        else ""
+    )
     classes = {**SECTIONS, "gate_options": gate_config(gate)}
     if options is not None:
         classes["options"] = options
     if gate == stored_gate:
-        stored["gate_options"] = _typed(stored.get("gate_options", {}), "gate_options", classes["gate_options"], path)
+        stored["gate_options"] = _typed(
+            stored.get("gate_options", {}), "gate_options", classes["gate_options"], path
+        )
     elif stored.pop("gate_options", {}):
         logging.getLogger(__name__).warning(
             "--gate %s replaces %s of %s: the gate options stored there are dropped%s, and %s starts from its own "
-            "defaults", gate, stored_gate, path, derived, gate)
+            "defaults",
+            gate,
+            stored_gate,
+            path,
+            derived,
+            gate,
+        )
 
     gates = {name: gate_config(name) for name in gate_names()}
     known = _index(classes)
-    namespace, extra = _parser(classes, stored, gate, gates, prog, description).parse_known_args(tokens)
+    namespace, extra = _parser(
+        classes, stored, gate, gates, prog, description
+    ).parse_known_args(tokens)
     if extra:
         raise ValueError(_complaint(extra[0], known, gate, gates))
     values = {section: dict(stored.get(section, {})) for section in classes}
@@ -120,7 +152,9 @@ def parse_with(options: type[Options] | None, argv: Sequence[str] | None, gate_c
         if raw is not None:
             values[flag.section][flag.name] = _value(flag, _unescape(raw), flag.spellings[0])
     values["moe"]["gate"] = gate
-    built = {section: cls(**values[section]) for section, cls in classes.items() if section != "moe"}
+    built = {
+        section: cls(**values[section]) for section, cls in classes.items() if section != "moe"
+    }
     extras = built.pop("options", None)
     gate_overrides.apply(built["gate_options"], values["moe"], built["model"].num_layers, gate)
     built["moe"] = MoEConfig(**values["moe"])
@@ -166,9 +200,15 @@ def from_dict(content: dict[str, Any], where: str = "run.json") -> RunConfig:
         ValueError: an unknown key (the nearest is named), or a value that its class refuses.
     """
     sections = _sections(content, where)
-    gate_options = {k: tuple(v) if isinstance(v, list) else v for k, v in sections.pop("gate_options", {}).items()}
+    gate_options = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in sections.pop("gate_options", {}).items()
+    }
     try:
-        return RunConfig(**{s: SECTIONS[s](**values) for s, values in sections.items()}, gate_options=gate_options)
+        return RunConfig(
+            **{s: SECTIONS[s](**values) for s, values in sections.items()},
+            gate_options=gate_options,
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -196,8 +236,19 @@ def flags_of(cls: type, section: str) -> tuple[Flag, ...]:
         kind, many, optional = _kind(hints[field.name], where)
         spellings = _spellings(field.name, section, field.metadata.get("flags") or ())
         choices = tuple(field.metadata.get("choices") or ())
-        flags.append(Flag(section, field.name, spellings, kind, many, optional, choices, default,
-                          docs.get(field.name, "")))
+        flags.append(
+            Flag(
+                section,
+                field.name,
+                spellings,
+                kind,
+                many,
+                optional,
+                choices,
+                default,
+                docs.get(field.name, ""),
+            )
+        )
     return tuple(flags)
 
 
@@ -210,8 +261,10 @@ def _kind(hint: Any, where: str) -> tuple[type, bool, bool]:
     if typing.get_origin(kind) is tuple and typing.get_args(kind)[1:] == (Ellipsis,):
         kind, many = typing.get_args(kind)[0], True
     if kind not in KINDS or (kind is bool and (many or optional)):
-        raise ValueError(f"{where} has the type {hint}; a flag can be int, float, str, bool, tuple[T, ...] of the "
-                         "first three, or one of these or None")
+        raise ValueError(
+            f"{where} has the type {hint}; a flag can be int, float, str, bool, tuple[T, ...] of the "
+            "first three, or one of these or None"
+        )
     return kind, many, optional
 
 
@@ -231,8 +284,12 @@ def _field_docs(cls: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):
             continue
         for field, doc in zip(body, body[1:]):
-            if (isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-                    and isinstance(doc.value.value, str)):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(doc, ast.Expr)
+                and isinstance(doc.value, ast.Constant)
+                and isinstance(doc.value.value, str)
+            ):
                 docs[field.target.id] = " ".join(doc.value.value.split())
     return docs
 
@@ -242,10 +299,15 @@ def _index(classes: dict[str, type]) -> dict[str, Flag]:
     index: dict[str, Flag] = {}
     for section, cls in classes.items():
         for flag in flags_of(cls, section):
-            for spelling in (*flag.spellings, *(_negations(flag.spellings) if flag.kind is bool else ())):
+            for spelling in (
+                *flag.spellings,
+                *(_negations(flag.spellings) if flag.kind is bool else ()),
+            ):
                 if index.setdefault(spelling, flag) is not flag:
-                    raise ValueError(f"the flag {spelling} of {cls.__module__}.{cls.__qualname__} is taken by "
-                                     f"{index[spelling].dest}; rename the field")
+                    raise ValueError(
+                        f"the flag {spelling} of {cls.__module__}.{cls.__qualname__} is taken by "
+                        f"{index[spelling].dest}; rename the field"
+                    )
     return index
 
 
@@ -298,25 +360,49 @@ def _first_pass(tokens: list[str]) -> tuple[str | None, str]:
     parser.add_argument("--gate")
     parser.add_argument("--config", default="")
     for alias in GATE_ALIASES:
-        parser.add_argument(alias, dest="aliases", action="append_const", const=alias, default=[])
+        parser.add_argument(
+            alias, dest="aliases", action="append_const", const=alias, default=[]
+        )
     told, _ = parser.parse_known_args(tokens)
     named = {GATE_ALIASES[alias]: alias for alias in told.aliases}
     if told.gate:
         named.setdefault(told.gate, f"--gate {told.gate}")
     if len(named) > 1:
-        raise ValueError(f"{' and '.join(named.values())} name different gates; give one of them")
+        raise ValueError(
+            f"{' and '.join(named.values())} name different gates; give one of them"
+        )
     return next(iter(named), None), told.config
 
 
-def _parser(classes: dict[str, type], stored: dict[str, dict], gate: str, gates: Iterable[str], prog: str | None,
-            description: str | None) -> _Parser:
-    parser = _Parser(prog=prog, description=description, usage="%(prog)s [flags]", allow_abbrev=False, add_help=False,
-                     formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36))
+def _parser(
+    classes: dict[str, type],
+    stored: dict[str, dict],
+    gate: str,
+    gates: Iterable[str],
+    prog: str | None,
+    description: str | None,
+) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        usage="%(prog)s [flags]",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
+    )
     general = parser.add_argument_group("general")
     general.add_argument("--help", action="help", help="show this and exit")
-    general.add_argument("--version", action="version", version=f"moe-megatron {__version__}",
-                         help="show the version and exit")
-    general.add_argument("--config", metavar="FILE", help="run.json of another run; flags take precedence over it")
+    general.add_argument(
+        "--version",
+        action="version",
+        version=f"moe-megatron {__version__}",
+        help="show the version and exit",
+    )
+    general.add_argument(
+        "--config",
+        metavar="FILE",
+        help="run.json of another run; flags take precedence over it",
+    )
     # The DeepSpeed launcher adds the first, and scripts written for Megatron-DeepSpeed the second; neither says
     # anything new: the rank is in the environment, and the engine is always DeepSpeed's.
     general.add_argument("--local-rank", help=argparse.SUPPRESS)
@@ -324,13 +410,18 @@ def _parser(classes: dict[str, type], stored: dict[str, dict], gate: str, gates:
     for section, cls in classes.items():
         title, text = section, cls.__doc__
         if section == "gate_options":
-            title, text = f"gate {gate}", f"The gate's own flags. Gates: {' '.join(sorted({gate, *gates}))}"
+            title, text = (
+                f"gate {gate}",
+                f"The gate's own flags. Gates: {' '.join(sorted({gate, *gates}))}",
+            )
         group = parser.add_argument_group(title, text)
         for flag in flags_of(cls, section):
             _add(group, flag, stored.get(section, {}).get(flag.name, flag.default))
         if section == "moe":
             for alias, name in GATE_ALIASES.items():
-                group.add_argument(alias, action="store_true", help=f"the same as --gate {name}")
+                group.add_argument(
+                    alias, action="store_true", help=f"the same as --gate {name}"
+                )
     return parser
 
 
@@ -338,13 +429,24 @@ def _add(group: argparse._ArgumentGroup, flag: Flag, value: Any) -> None:
     shown = {True: "on", False: "off"}[value] if flag.kind is bool else value
     if flag.many and value is not None:
         shown = " ".join(map(str, value))
-    text = f"{flag.help} (default: {'empty' if shown == '' else shown})".strip().replace("%", "%%")
+    text = f"{flag.help} (default: {'empty' if shown == '' else shown})".strip().replace(
+        "%", "%%"
+    )
     if flag.kind is bool:
         group.add_argument(*flag.spellings, dest=flag.dest, action=_Switch, help=text)
     else:
-        metavar = "{" + ",".join(map(str, flag.choices)) + "}" if flag.choices else METAVARS[flag.kind]
-        group.add_argument(*flag.spellings, dest=flag.dest, metavar=metavar, nargs="+" if flag.many else None,
-                           help=text)
+        metavar = (
+            "{" + ",".join(map(str, flag.choices)) + "}"
+            if flag.choices
+            else METAVARS[flag.kind]
+        )
+        group.add_argument(
+            *flag.spellings,
+            dest=flag.dest,
+            metavar=metavar,
+            nargs="+" if flag.many else None,
+            help=text,
+        )
 
 
 def _complaint(token: str, known: Iterable[str], gate: str, gates: dict[str, type]) -> str:
@@ -352,12 +454,22 @@ def _complaint(token: str, known: Iterable[str], gate: str, gates: dict[str, typ
     flag = token.partition("=")[0]
     if not flag.startswith("--"):
         return f"unexpected argument {_unescape(token)!r}; every value follows its flag"
-    owners = sorted(name for name, cls in gates.items() if name != gate and flag in _index({"gate_options": cls}))
+    owners = sorted(
+        name
+        for name, cls in gates.items()
+        if name != gate and flag in _index({"gate_options": cls})
+    )
     if owners:
-        return (f"{flag} belongs to --gate {' or '.join(owners)}, but the gate is {gate}; "
-                "leave the flag out or choose another gate")
+        return (
+            f"{flag} belongs to --gate {' or '.join(owners)}, but the gate is {gate}; "
+            "leave the flag out or choose another gate"
+        )
     near = difflib.get_close_matches(flag, [*known, *GATE_ALIASES], n=1)
-    return f"{flag} is no flag; " + (f"did you mean {near[0]}? " if near else "") + "--help lists all flags"
+    return (
+        f"{flag} is no flag; "
+        + (f"did you mean {near[0]}? " if near else "")
+        + "--help lists all flags"
+    )
 
 
 # Values
@@ -383,7 +495,9 @@ def _element(flag: Flag, raw: Any, what: str) -> Any:
     elif isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
         value = _number(flag.kind, raw)
     allowed = " ".join(map(str, flag.choices)) or KINDS[flag.kind]
-    require(value is not None and (not flag.choices or value in flag.choices), what, raw, allowed)
+    require(
+        value is not None and (not flag.choices or value in flag.choices), what, raw, allowed
+    )
     return value
 
 
@@ -406,8 +520,13 @@ def _words(flag: str, value: Any) -> list[str]:
     if not isinstance(value, (tuple, list)):
         return [f"{flag}={'none' if value is None else value}"]
     for element in value:
-        require(not str(element).startswith("--"), flag, element, 'text that does not start with "--"',
-                "Put it into run.json instead.")
+        require(
+            not str(element).startswith("--"),
+            flag,
+            element,
+            'text that does not start with "--"',
+            "Put it into run.json instead.",
+        )
     return [flag, *map(str, value)] if value else [f"{flag}="]
 
 
@@ -419,7 +538,9 @@ def _load_json(path: str | Path) -> Any:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of a run.json") from None
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); give the path of a run.json"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     return content["config"] if isinstance(content, dict) and "config" in content else content
@@ -433,18 +554,31 @@ def _sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
         if section not in known:
             raise ValueError(_unknown_key(where, section, known))
         require(isinstance(values, dict), f"{where}: {section}", values, "a JSON object")
-    return {section: _typed(values, section, SECTIONS[section], where) if section in SECTIONS else values
-            for section, values in content.items()}
+    return {
+        section: _typed(values, section, SECTIONS[section], where)
+        if section in SECTIONS
+        else values
+        for section, values in content.items()
+    }
 
 
 def _typed(values: dict[str, Any], section: str, cls: type, where: str) -> dict[str, Any]:
     flags = {flag.name: flag for flag in flags_of(cls, section)}
     for name in values:
         if name not in flags:
-            raise ValueError(_unknown_key(where, f"{section}.{name}", [f"{section}.{known}" for known in flags]))
-    return {name: _value(flags[name], value, f"{where}: {section}.{name}") for name, value in values.items()}
+            raise ValueError(
+                _unknown_key(
+                    where, f"{section}.{name}", [f"{section}.{known}" for known in flags]
+                )
+            )
+    return {
+        name: _value(flags[name], value, f"{where}: {section}.{name}")
+        for name, value in values.items()
+    }
 
 
 def _unknown_key(where: str, key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
-    return f"{where}: unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"allowed: {' '.join(known)}")
+    return f"{where}: unknown key {key!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"allowed: {' '.join(known)}"
+    )

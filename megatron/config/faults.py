@@ -28,9 +28,34 @@ class FaultConfig:
     """a collective that takes longer ends the run, and so does a batch that takes four fifths of it to come"""
 
     def check_faults(self) -> None:
-        for name in ("exit_interval", "exit_duration_in_mins", "max_bad_steps", "loss_spike_threshold"):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
-        require(self.loss_spike_window >= 8, "--loss-spike-window", self.loss_spike_window, "8 or more")
-        require(self.loss_spike_action == "log" or self.loss_spike_threshold > 0, "--loss-spike-action",
-                self.loss_spike_action, "log without --loss-spike-threshold", "Set the threshold.")
-        require(self.timeout_minutes > 0, "--timeout-minutes", self.timeout_minutes, "a positive number")
+        for name in (
+            "exit_interval",
+            "exit_duration_in_mins",
+            "max_bad_steps",
+            "loss_spike_threshold",
+        ):
+            require(
+                getattr(self, name) >= 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 or more",
+            )
+        require(
+            self.loss_spike_window >= 8,
+            "--loss-spike-window",
+            self.loss_spike_window,
+            "8 or more",
+        )
+        require(
+            self.loss_spike_action == "log" or self.loss_spike_threshold > 0,
+            "--loss-spike-action",
+            self.loss_spike_action,
+            "log without --loss-spike-threshold",
+            "Set the threshold.",
+        )
+        require(
+            self.timeout_minutes > 0,
+            "--timeout-minutes",
+            self.timeout_minutes,
+            "a positive number",
+        )

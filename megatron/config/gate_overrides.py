@@ -21,8 +21,13 @@ def apply(gate_config: Any, moe: dict[str, Any], num_layers: int, gate: str) -> 
         return
     for name, value in gate_config.mixture(moe, num_layers).items():
         told = moe.get(name) or value
-        require(told == value, f"--{name.replace('_', '-')}", told, f"{value!r}, as --gate {gate} and its flags say",
-                "Leave it out.")
+        require(
+            told == value,
+            f"--{name.replace('_', '-')}",
+            told,
+            f"{value!r}, as --gate {gate} and its flags say",
+            "Leave it out.",
+        )
         moe[name] = value
 
 
@@ -38,7 +43,9 @@ def drop_derived(stored: dict[str, dict[str, Any]], gate_class: type) -> str:
     moe, options = stored.get("moe", {}), stored.get("gate_options", {})
     if not hasattr(gate_class, "mixture") or not moe.get("num_experts"):
         return ""
-    config = gate_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+    config = gate_class(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    )
     num_layers = stored.get("model", {}).get("num_layers", ModelConfig.num_layers)
     try:
         said = config.mixture({}, num_layers)

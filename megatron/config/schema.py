@@ -15,8 +15,13 @@ from megatron.config.faults import FaultConfig
 from megatron.config.fields import option, require, require_choices
 
 TOKENIZERS = (
-    "GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TiktokenTokenizer",
-    "NullTokenizer", "ByteTokenizer",
+    "GPT2BPETokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "TiktokenTokenizer",
+    "NullTokenizer",
+    "ByteTokenizer",
 )
 ACTIVATIONS = ("gelu", "relu", "silu", "swiglu", "geglu")
 MOE_BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
@@ -69,25 +74,80 @@ class ModelConfig:
     """vocabulary size, the tokenizer's or larger; 0: the tokenizer's"""
 
     def __post_init__(self):
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by"):
-            require(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "a positive integer")
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "seq_length",
+            "make_vocab_size_divisible_by",
+        ):
+            require(
+                getattr(self, name) > 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "a positive integer",
+            )
         for name in ("rotary_base", "norm_epsilon", "init_method_std"):
-            require(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "a positive number")
-        for name in ("ffn_hidden_size", "num_query_groups", "kv_channels", "max_position_embeddings", "vocab_size"):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+            require(
+                getattr(self, name) > 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "a positive number",
+            )
+        for name in (
+            "ffn_hidden_size",
+            "num_query_groups",
+            "kv_channels",
+            "max_position_embeddings",
+            "vocab_size",
+        ):
+            require(
+                getattr(self, name) >= 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 or more",
+            )
         require_choices(self)
-        require(not self.swiglu or self.activation in ("gelu", "swiglu"), "--activation", self.activation,
-                "only swiglu with --swiglu", "Leave one of the two out.")
+        require(
+            not self.swiglu or self.activation in ("gelu", "swiglu"),
+            "--activation",
+            self.activation,
+            "only swiglu with --swiglu",
+            "Leave one of the two out.",
+        )
         heads, groups = self.num_attention_heads, self.query_groups
-        require(groups > 0 and heads % groups == 0, "--num-query-groups", groups, f"a divisor of the {heads} heads")
-        require(self.kv_channels > 0 or self.hidden_size % heads == 0, "--num-attention-heads", heads,
-                f"a divisor of the hidden size {self.hidden_size}", "Or set --kv-channels.")
-        require(self.position_embedding_type != "rope" or self.head_size % 2 == 0, "--kv-channels", self.head_size,
-                "an even number with rotary positions")
-        require(self.max_positions >= self.seq_length, "--max-position-embeddings", self.max_position_embeddings,
-                f"at least the sequence length {self.seq_length}")
+        require(
+            groups > 0 and heads % groups == 0,
+            "--num-query-groups",
+            groups,
+            f"a divisor of the {heads} heads",
+        )
+        require(
+            self.kv_channels > 0 or self.hidden_size % heads == 0,
+            "--num-attention-heads",
+            heads,
+            f"a divisor of the hidden size {self.hidden_size}",
+            "Or set --kv-channels.",
+        )
+        require(
+            self.position_embedding_type != "rope" or self.head_size % 2 == 0,
+            "--kv-channels",
+            self.head_size,
+            "an even number with rotary positions",
+        )
+        require(
+            self.max_positions >= self.seq_length,
+            "--max-position-embeddings",
+            self.max_position_embeddings,
+            f"at least the sequence length {self.seq_length}",
+        )
         for name in ("attention_dropout", "hidden_dropout"):
-            require(0 <= getattr(self, name) < 1, f"--{name.replace('_', '-')}", getattr(self, name), "0 <= p < 1")
+            require(
+                0 <= getattr(self, name) < 1,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 <= p < 1",
+            )
 
     @property
     def query_groups(self) -> int:
@@ -113,7 +173,10 @@ class ModelConfig:
         return -(-8 * self.hidden_size // 3 // 64) * 64 if gated else 4 * self.hidden_size
 
     def padded_vocab(self, vocab_size: int) -> int:
-        return -(-vocab_size // self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
+        return (
+            -(-vocab_size // self.make_vocab_size_divisible_by)
+            * self.make_vocab_size_divisible_by
+        )
 
 
 @dataclass(frozen=True)
@@ -147,29 +210,74 @@ class MoEConfig:
     them comes first and can be used"""
 
     def __post_init__(self):
-        for name in ("num_experts", "moe_shared_experts", "moe_first_k_dense", "moe_train_capacity_factor",
-                     "moe_eval_capacity_factor", "moe_min_capacity", "moe_ffn_hidden_size"):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
-        require(self.expert_interval > 0, "--expert-interval", self.expert_interval, "a positive integer")
+        for name in (
+            "num_experts",
+            "moe_shared_experts",
+            "moe_first_k_dense",
+            "moe_train_capacity_factor",
+            "moe_eval_capacity_factor",
+            "moe_min_capacity",
+            "moe_ffn_hidden_size",
+        ):
+            require(
+                getattr(self, name) >= 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 or more",
+            )
+        require(
+            self.expert_interval > 0,
+            "--expert-interval",
+            self.expert_interval,
+            "a positive integer",
+        )
         ep = self.moe_expert_parallel_size
         require(ep > 0, "--moe-expert-parallel-size", ep, "a positive integer")
-        require(not self.moe_layers or (self.expert_interval == 1 and self.moe_first_k_dense == 0), "--moe-layers",
-                list(self.moe_layers), "only without --expert-interval and --moe-first-k-dense", "Use one of the two.")
-        require(self.num_experts > 0 or ep == 1, "--moe-expert-parallel-size", ep, "1 without experts",
-                "Set --num-experts.")
-        require(self.num_experts > 0 or not self.moe_layers, "--moe-layers", list(self.moe_layers),
-                "only with experts", "Set --num-experts.")
-        require(self.num_experts > 0 or self.moe_shared_experts == 0, "--moe-shared-experts", self.moe_shared_experts,
-                "0 without experts", "Set --num-experts.")
-        require(self.num_experts % ep == 0, "--num-experts", self.num_experts,
-                f"a multiple of --moe-expert-parallel-size, which is {ep}",
-                "Each rank holds the same number of experts.")
+        require(
+            not self.moe_layers or (self.expert_interval == 1 and self.moe_first_k_dense == 0),
+            "--moe-layers",
+            list(self.moe_layers),
+            "only without --expert-interval and --moe-first-k-dense",
+            "Use one of the two.",
+        )
+        require(
+            self.num_experts > 0 or ep == 1,
+            "--moe-expert-parallel-size",
+            ep,
+            "1 without experts",
+            "Set --num-experts.",
+        )
+        require(
+            self.num_experts > 0 or not self.moe_layers,
+            "--moe-layers",
+            list(self.moe_layers),
+            "only with experts",
+            "Set --num-experts.",
+        )
+        require(
+            self.num_experts > 0 or self.moe_shared_experts == 0,
+            "--moe-shared-experts",
+            self.moe_shared_experts,
+            "0 without experts",
+            "Set --num-experts.",
+        )
+        require(
+            self.num_experts % ep == 0,
+            "--num-experts",
+            self.num_experts,
+            f"a multiple of --moe-expert-parallel-size, which is {ep}",
+            "Each rank holds the same number of experts.",
+        )
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block `layer` (from 0) is a mixture."""
         if self.moe_layers:
             return self.num_experts > 0 and layer in self.moe_layers
-        return self.num_experts > 0 and layer >= self.moe_first_k_dense and (layer + 1) % self.expert_interval == 0
+        return (
+            self.num_experts > 0
+            and layer >= self.moe_first_k_dense
+            and (layer + 1) % self.expert_interval == 0
+        )
 
 
 @dataclass(frozen=True)
@@ -231,15 +339,34 @@ class DataConfig:
 
     def __post_init__(self):
         require_choices(self)
-        require(not (self.data_path and self.train_data_path), "--train-data-path", list(self.train_data_path),
-                "only without --data-path", "Use one of the two.")
+        require(
+            not (self.data_path and self.train_data_path),
+            "--train-data-path",
+            list(self.train_data_path),
+            "only without --data-path",
+            "Use one of the two.",
+        )
         streaming = self.streaming_data_path
-        require(not (streaming and (self.data_path or self.train_data_path)), "--streaming-data-path", list(streaming),
-                "only without --data-path and --train-data-path", "Validation has --valid-data-path.")
-        require(not streaming or self.dataloader_type == "single", "--dataloader-type", self.dataloader_type,
-                "single with --streaming-data-path", "Its order is set by --streaming-shuffle-samples.")
-        require(self.streaming_shuffle_samples > 0, "--streaming-shuffle-samples", self.streaming_shuffle_samples,
-                "a positive integer")
+        require(
+            not (streaming and (self.data_path or self.train_data_path)),
+            "--streaming-data-path",
+            list(streaming),
+            "only without --data-path and --train-data-path",
+            "Validation has --valid-data-path.",
+        )
+        require(
+            not streaming or self.dataloader_type == "single",
+            "--dataloader-type",
+            self.dataloader_type,
+            "single with --streaming-data-path",
+            "Its order is set by --streaming-shuffle-samples.",
+        )
+        require(
+            self.streaming_shuffle_samples > 0,
+            "--streaming-shuffle-samples",
+            self.streaming_shuffle_samples,
+            "a positive integer",
+        )
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more")
 
     @property
@@ -293,20 +420,66 @@ class OptimizerConfig:
     def __post_init__(self):
         require_choices(self)
         for name in ("lr", "adam_eps"):
-            require(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "a positive number")
-        require(0 <= self.min_lr <= self.lr, "--min-lr", self.min_lr, f"0 to --lr, which is {self.lr}")
-        for name in ("lr_warmup_iters", "lr_warmup_tokens", "lr_decay_iters", "lr_decay_tokens", "weight_decay",
-                     "clip_grad"):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+            require(
+                getattr(self, name) > 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "a positive number",
+            )
+        require(
+            0 <= self.min_lr <= self.lr,
+            "--min-lr",
+            self.min_lr,
+            f"0 to --lr, which is {self.lr}",
+        )
+        for name in (
+            "lr_warmup_iters",
+            "lr_warmup_tokens",
+            "lr_decay_iters",
+            "lr_decay_tokens",
+            "weight_decay",
+            "clip_grad",
+        ):
+            require(
+                getattr(self, name) >= 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 or more",
+            )
         for name in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
-            require(0 <= getattr(self, name) <= 1, f"--{name.replace('_', '-')}", getattr(self, name), "0 to 1")
+            require(
+                0 <= getattr(self, name) <= 1,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 to 1",
+            )
         for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"--{name.replace('_', '-')}", getattr(self, name), "0 <= beta < 1")
-        warmups = [n for n in ("lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_tokens") if getattr(self, n)]
+            require(
+                0 <= getattr(self, name) < 1,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 <= beta < 1",
+            )
+        warmups = [
+            n
+            for n in ("lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_tokens")
+            if getattr(self, n)
+        ]
         require(len(warmups) <= 1, "--lr-warmup-*", warmups, "one of iters, fraction, tokens")
-        require(not (self.lr_decay_iters and self.lr_decay_tokens), "--lr-decay-tokens", self.lr_decay_tokens,
-                "only without --lr-decay-iters", "Use one of the two.")
-        require(not (self.bf16 and self.fp16), "--fp16", True, "only without --bf16", "Use one of the two.")
+        require(
+            not (self.lr_decay_iters and self.lr_decay_tokens),
+            "--lr-decay-tokens",
+            self.lr_decay_tokens,
+            "only without --lr-decay-iters",
+            "Use one of the two.",
+        )
+        require(
+            not (self.bf16 and self.fp16),
+            "--fp16",
+            True,
+            "only without --bf16",
+            "Use one of the two.",
+        )
 
     @property
     def precision(self) -> str:
@@ -356,19 +529,55 @@ class TrainConfig(CheckpointConfig, FaultConfig):
     here"""
 
     def __post_init__(self):
-        require(self.micro_batch_size > 0, "--micro-batch-size", self.micro_batch_size, "a positive integer")
-        require(self.log_interval > 0, "--log-interval", self.log_interval, "a positive integer")
-        for name in ("global_batch_size", "train_iters", "train_tokens", "eval_interval", "eval_iters"):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
-        require(not (self.train_iters and self.train_tokens), "--train-tokens", self.train_tokens,
-                "only without --train-iters", "Use one of the two.")
+        require(
+            self.micro_batch_size > 0,
+            "--micro-batch-size",
+            self.micro_batch_size,
+            "a positive integer",
+        )
+        require(
+            self.log_interval > 0, "--log-interval", self.log_interval, "a positive integer"
+        )
+        for name in (
+            "global_batch_size",
+            "train_iters",
+            "train_tokens",
+            "eval_interval",
+            "eval_iters",
+        ):
+            require(
+                getattr(self, name) >= 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "0 or more",
+            )
+        require(
+            not (self.train_iters and self.train_tokens),
+            "--train-tokens",
+            self.train_tokens,
+            "only without --train-iters",
+            "Use one of the two.",
+        )
         self.check_checkpoints()
         self.check_faults()
-        require(self.profile_step_start >= 0, "--profile-step-start", self.profile_step_start, "0 or more")
-        require(self.profile_step_end > self.profile_step_start, "--profile-step-end", self.profile_step_end,
-                f"more than --profile-step-start, which is {self.profile_step_start}")
-        require(len(self.profile_ranks) > 0 and min(self.profile_ranks) >= 0, "--profile-ranks",
-                list(self.profile_ranks), "one rank or more, each 0 or more")
+        require(
+            self.profile_step_start >= 0,
+            "--profile-step-start",
+            self.profile_step_start,
+            "0 or more",
+        )
+        require(
+            self.profile_step_end > self.profile_step_start,
+            "--profile-step-end",
+            self.profile_step_end,
+            f"more than --profile-step-start, which is {self.profile_step_start}",
+        )
+        require(
+            len(self.profile_ranks) > 0 and min(self.profile_ranks) >= 0,
+            "--profile-ranks",
+            list(self.profile_ranks),
+            "one rank or more, each 0 or more",
+        )
 
     def global_batch(self, world_size: int) -> int:
         """Samples per optimizer step.
@@ -377,15 +586,26 @@ class TrainConfig(CheckpointConfig, FaultConfig):
             ValueError: the global batch is not a multiple of micro-batch x ranks.
         """
         size = self.global_batch_size or self.micro_batch_size * world_size
-        require(size % (self.micro_batch_size * world_size) == 0, "--global-batch-size", size,
-                f"a multiple of --micro-batch-size {self.micro_batch_size} x {world_size} ranks")
+        require(
+            size % (self.micro_batch_size * world_size) == 0,
+            "--global-batch-size",
+            size,
+            f"a multiple of --micro-batch-size {self.micro_batch_size} x {world_size} ranks",
+        )
         return size
 
     def iterations(self, seq_length: int, world_size: int) -> int:
         """Optimizer steps of the whole run."""
-        require(bool(self.train_iters or self.train_tokens), "--train-iters", 0, "a positive integer",
-                "Or set --train-tokens.")
-        return self.train_iters or -(-self.train_tokens // (self.global_batch(world_size) * seq_length))
+        require(
+            bool(self.train_iters or self.train_tokens),
+            "--train-iters",
+            0,
+            "a positive integer",
+            "Or set --train-tokens.",
+        )
+        return self.train_iters or -(
+            -self.train_tokens // (self.global_batch(world_size) * seq_length)
+        )
 
 
 @dataclass(frozen=True)
@@ -402,13 +622,27 @@ class RunConfig:
 
     def __post_init__(self):
         stage, moe, layers = self.optimizer.zero_stage, self.moe, self.model.num_layers
-        require(stage > 0 or moe.num_experts == 0, "--zero-stage", stage, "1, 2 or 3 with experts",
-                "DeepSpeed's ZeRO 0 gets the gradient norm of experts wrong, so clipping would be wrong.")
-        require(all(0 <= i < layers for i in moe.moe_layers), "--moe-layers", list(moe.moe_layers),
-                f"blocks from 0 to {layers - 1}")
-        require(moe.num_experts == 0 or any(moe.is_moe_layer(i) for i in range(layers)), "--expert-interval",
-                moe.expert_interval, f"what leaves a mixture layer among {layers} layers, the first "
-                f"{moe.moe_first_k_dense} dense", "Lower it or --moe-first-k-dense.")
+        require(
+            stage > 0 or moe.num_experts == 0,
+            "--zero-stage",
+            stage,
+            "1, 2 or 3 with experts",
+            "DeepSpeed's ZeRO 0 gets the gradient norm of experts wrong, so clipping would be wrong.",
+        )
+        require(
+            all(0 <= i < layers for i in moe.moe_layers),
+            "--moe-layers",
+            list(moe.moe_layers),
+            f"blocks from 0 to {layers - 1}",
+        )
+        require(
+            moe.num_experts == 0 or any(moe.is_moe_layer(i) for i in range(layers)),
+            "--expert-interval",
+            moe.expert_interval,
+            f"what leaves a mixture layer among {layers} layers, the first "
+            f"{moe.moe_first_k_dense} dense",
+            "Lower it or --moe-first-k-dense.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, as written to run.json."""
@@ -416,6 +650,10 @@ class RunConfig:
 
 
 SECTIONS: dict[str, type] = {
-    "model": ModelConfig, "moe": MoEConfig, "tokenizer": TokenizerConfig, "data": DataConfig,
-    "optimizer": OptimizerConfig, "train": TrainConfig,
+    "model": ModelConfig,
+    "moe": MoEConfig,
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
 }

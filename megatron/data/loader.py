@@ -42,7 +42,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+        return replace(
+            self, **{name: t.to(device) for name, t in tensors.items() if t is not None}
+        )
 
 
 def make_batch(samples_BS1: np.ndarray, data: DataConfig, eod: int | None) -> Batch:
@@ -57,15 +59,21 @@ def make_batch(samples_BS1: np.ndarray, data: DataConfig, eod: int | None) -> Ba
     if data.eod_mask_loss:
         mask_BS[tokens_BS == eod] = 0.0
     if data.reset_position_ids or data.reset_attention_mask:
-        first_BS = np.zeros(tokens_BS.shape, np.int64)  # 1 where a document starts within the sample
+        first_BS = np.zeros(
+            tokens_BS.shape, np.int64
+        )  # 1 where a document starts within the sample
         first_BS[:, 1:] = tokens_BS[:, :-1] == eod
         if data.reset_position_ids:
             index_S = np.arange(tokens_BS.shape[1])
             positions_BS = index_S - np.maximum.accumulate(first_BS * index_S, axis=1)
         if data.reset_attention_mask:
             segments_BS = np.cumsum(first_BS, axis=1)
-    return Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a))
-                   for a in (tokens_BS, labels_BS, mask_BS, positions_BS, segments_BS)))
+    return Batch(
+        *(
+            None if a is None else torch.from_numpy(np.ascontiguousarray(a))
+            for a in (tokens_BS, labels_BS, mask_BS, positions_BS, segments_BS)
+        )
+    )
 
 
 class BatchLoader:
@@ -90,29 +98,61 @@ class BatchLoader:
         OSError: while iterating, a worker process ended.
     """
 
-    def __init__(self, dataset: Samples, *, micro_batch_size: int, global_batch_size: int, rank: int, world_size: int,
-                 consumed_samples: int, data: DataConfig, eod: int | None, vocab_size: int):
-        require(micro_batch_size > 0, "micro_batch_size", micro_batch_size, "a positive integer")
+    def __init__(
+        self,
+        dataset: Samples,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        consumed_samples: int,
+        data: DataConfig,
+        eod: int | None,
+        vocab_size: int,
+    ):
+        require(
+            micro_batch_size > 0, "micro_batch_size", micro_batch_size, "a positive integer"
+        )
         require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}")
         self._step = micro_batch_size * world_size
-        require(global_batch_size > 0 and global_batch_size % self._step == 0, "global_batch_size", global_batch_size,
-                f"a multiple of micro-batch size {micro_batch_size} x {world_size} ranks")
+        require(
+            global_batch_size > 0 and global_batch_size % self._step == 0,
+            "global_batch_size",
+            global_batch_size,
+            f"a multiple of micro-batch size {micro_batch_size} x {world_size} ranks",
+        )
         require(consumed_samples >= 0, "consumed_samples", consumed_samples, "0 or more")
         require(len(dataset) > 0, "length of the dataset", len(dataset), "1 or more")
         for flag in data.eod_flags:
-            require(eod is not None, flag, True, "only with a tokenizer that has an end-of-document token")
+            require(
+                eod is not None,
+                flag,
+                True,
+                "only with a tokenizer that has an end-of-document token",
+            )
         self._size, self._global = len(dataset), global_batch_size
         self.consumed_samples = consumed_samples
         whole = max(0, self._size - consumed_samples) // global_batch_size * global_batch_size
-        numbers = _Numbers(consumed_samples + rank * micro_batch_size, consumed_samples + whole, self._step,
-                           micro_batch_size)
+        numbers = _Numbers(
+            consumed_samples + rank * micro_batch_size,
+            consumed_samples + whole,
+            self._step,
+            micro_batch_size,
+        )
         # Workers inherit the mask, in all threads that they start: `_start_worker` says what for.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            self._batches = iter(DataLoader(
-                _Reader(dataset, data, eod, vocab_size), batch_size=None, sampler=numbers,
-                num_workers=data.num_workers, worker_init_fn=_start_worker,
-                generator=torch.Generator()))  # its own: drawing from the global one would change the model's run
+            self._batches = iter(
+                DataLoader(
+                    _Reader(dataset, data, eod, vocab_size),
+                    batch_size=None,
+                    sampler=numbers,
+                    num_workers=data.num_workers,
+                    worker_init_fn=_start_worker,
+                    generator=torch.Generator(),
+                )
+            )  # its own: drawing from the global one would change the model's run
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -126,14 +166,18 @@ class BatchLoader:
             self._check_workers(error)
             raise
         if batch is None:
-            raise ValueError(f"the data ends: {max(0, self._size - self.consumed_samples)} of {self._size} samples "
-                             f"are left, an optimizer step takes {self._global}. Train for fewer steps, or build more "
-                             f"samples")
+            raise ValueError(
+                f"the data ends: {max(0, self._size - self.consumed_samples)} of {self._size} samples "
+                f"are left, an optimizer step takes {self._global}. Train for fewer steps, or build more "
+                f"samples"
+            )
         if isinstance(batch, Exception):
             try:
                 raise batch
             finally:
-                del batch  # else error -> this frame -> error would keep the worker processes alive
+                del (
+                    batch
+                )  # else error -> this frame -> error would keep the worker processes alive
         self.consumed_samples += self._step
         return batch
 
@@ -141,7 +185,9 @@ class BatchLoader:
         """Raise OSError if torch's error while it waited for a worker is that one has ended."""
         workers = getattr(self._batches, "_workers", ())
         try:
-            if isinstance(error, (OSError, EOFError)):  # a worker's end of a connection is closed before it is gone
+            if isinstance(
+                error, (OSError, EOFError)
+            ):  # a worker's end of a connection is closed before it is gone
                 for worker in workers:
                     worker.join(1.0)
         except RuntimeError as later:  # torch's own, which comes at any time
@@ -150,7 +196,11 @@ class BatchLoader:
             raise lost from None
         for worker in workers:
             if code := worker.exitcode:
-                how = f"was ended by signal {signal.strsignal(-code)}" if code < 0 else f"ended with exit code {code}"
+                how = (
+                    f"was ended by signal {signal.strsignal(-code)}"
+                    if code < 0
+                    else f"ended with exit code {code}"
+                )
                 raise lost_process(worker.pid, how) from None
 
 
@@ -193,9 +243,11 @@ class _Reader:
             return
         row, column = np.argwhere((samples_BS1 >= self.vocab_size) | (samples_BS1 < 0))[0]
         source = self.dataset.source(numbers[row])
-        raise ValueError(f"{source} holds the token id {samples_BS1[row, column]}; allowed with this run's vocabulary: "
-                         f"0 to {self.vocab_size - 1}. Use the tokenizer that the data was made with, or preprocess "
-                         f"the text again with this one")
+        raise ValueError(
+            f"{source} holds the token id {samples_BS1[row, column]}; allowed with this run's vocabulary: "
+            f"0 to {self.vocab_size - 1}. Use the tokenizer that the data was made with, or preprocess "
+            f"the text again with this one"
+        )
 
 
 def _start_worker(number: int) -> None:
@@ -226,7 +278,9 @@ def lost_worker(error: BaseException) -> OSError | None:
     text = f"{error.__cause__} {error}"
     if found := re.search(r"DataLoader worker \(pid (\d+)\) is killed by signal: (\w+)", text):
         return lost_process(found[1], f"was ended by signal {found[2]}")
-    if found := re.search(r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)", text):
+    if found := re.search(
+        r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)", text
+    ):
         return lost_process(found[1], f"ended with exit code {found[2]}")
     if found := re.search(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited", text):
         return lost_process(found[1], "ended")
@@ -234,5 +288,7 @@ def lost_worker(error: BaseException) -> OSError | None:
 
 
 def lost_process(process: int | str, how: str) -> OSError:
-    return OSError(f"process {process}, which reads data for rank {os.environ.get('RANK', 0)}, {how}. If memory ran "
-                   "out, lower --num-workers; then resume from the last checkpoint")
+    return OSError(
+        f"process {process}, which reads data for rank {os.environ.get('RANK', 0)}, {how}. If memory ran "
+        "out, lower --num-workers; then resume from the last checkpoint"
+    )

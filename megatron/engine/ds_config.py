@@ -26,7 +26,9 @@ REFUSED = {
 }
 
 
-def deepspeed_config(optimizer: OptimizerConfig, train: TrainConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    optimizer: OptimizerConfig, train: TrainConfig, world_size: int
+) -> dict[str, Any]:
     """The dict for `deepspeed.initialize(config=...)`; `optimizer.deepspeed_config`, a JSON file, is merged into it.
 
     Raises:
@@ -58,21 +60,29 @@ def _read(path: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--deepspeed_config is {path!r}, which cannot be read: {error.strerror}; "
-                         "give the path of a JSON file or leave the flag out") from None
+        raise ValueError(
+            f"--deepspeed_config is {path!r}, which cannot be read: {error.strerror}; "
+            "give the path of a JSON file or leave the flag out"
+        ) from None
     except ValueError as error:
         raise ValueError(f"--deepspeed_config: {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--deepspeed_config: {path} holds a {type(content).__name__}; allowed: a JSON object")
+        raise ValueError(
+            f"--deepspeed_config: {path} holds a {type(content).__name__}; allowed: a JSON object"
+        )
     for key, reason in REFUSED.items():
         if key in content:
-            raise ValueError(f"{path}: the section {key!r} is not allowed: {reason}; remove it from the file")
+            raise ValueError(
+                f"{path}: the section {key!r} is not allowed: {reason}; remove it from the file"
+            )
     if "bfloat16" in content:  # DeepSpeed's old name, which it ignores beside the new one
         content.setdefault("bf16", content.pop("bfloat16"))
     return content
 
 
-def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+def _merge(
+    ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str = ""
+) -> dict[str, Any]:
     """`theirs` over `ours`, deeply. "auto" leaves our value; a contradiction of a flag is an error."""
     merged = dict(ours)
     for name, value in theirs.items():
@@ -86,8 +96,10 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str 
         elif value == "auto" or value == ours[name]:
             continue
         elif key in DECIDED:
-            raise ValueError(f"{path}: {key} is {value!r}, but the flags make it {ours[name]!r}; "
-                             f"change {DECIDED[key]} or remove the key from the file")
+            raise ValueError(
+                f"{path}: {key} is {value!r}, but the flags make it {ours[name]!r}; "
+                f"change {DECIDED[key]} or remove the key from the file"
+            )
         else:
             merged[name] = value
     return merged

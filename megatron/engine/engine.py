@@ -37,19 +37,32 @@ class Engine:
         ValueError: fp16 on the CPU, or a --deepspeed_config that contradicts the flags or that DeepSpeed refuses.
     """
 
-    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, train: TrainConfig, groups: Groups):
-        require(not (optimizer.fp16 and groups.device.type == "cpu"), "--fp16", True, "only with a GPU",
-                "Use --bf16, or leave it out for fp32.")
+    def __init__(
+        self, model: nn.Module, optimizer: OptimizerConfig, train: TrainConfig, groups: Groups
+    ):
+        require(
+            not (optimizer.fp16 and groups.device.type == "cpu"),
+            "--fp16",
+            True,
+            "only with a GPU",
+            "Use --bf16, or leave it out for fp32.",
+        )
         self.groups = groups
         config = deepspeed_config(optimizer, train, groups.world_size)
         if optimizer.deepspeed_config:
             check_deepspeed_config(config, optimizer.deepspeed_config)
         # DeepSpeed calls collectives by the names that torch 2.13 announces to rename.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, message=".*torch.distributed.*deprecated"
+        )
         keep_gate_fp32 = optimizer.zero_stage < 3
         if optimizer.precision != "fp32":
-            get_logger().info("router weights are stored in %s", "fp32" if keep_gate_fp32 else
-                              f"{optimizer.precision} with an fp32 master copy: ZeRO 3 partitions one dtype only")
+            get_logger().info(
+                "router weights are stored in %s",
+                "fp32"
+                if keep_gate_fp32
+                else f"{optimizer.precision} with an fp32 master copy: ZeRO 3 partitions one dtype only",
+            )
         if optimizer.zero_stage == 3:
             # ZeRO 3's hooks see tensors in tuples only, and a gate uses its router's weight without calling the
             # router: gather a block at once instead of module by module.
@@ -58,13 +71,18 @@ class Engine:
         attach(model, groups, keep_gate_fp32=keep_gate_fp32)
         unwatched = optimizer.zero_stage == 0 and optimizer.precision == "fp32"
         adamw = (CheckedAdamW if unwatched else AdamW)(
-            parameter_groups(model, optimizer.weight_decay), lr=optimizer.lr,
-            betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps, fused=True)
+            parameter_groups(model, optimizer.weight_decay),
+            lr=optimizer.lr,
+            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            eps=optimizer.adam_eps,
+            fused=True,
+        )
         prepare_zero()
         # BF16_Optimizer prints memory figures, three lines a group.
         with few_objects_to_collect(), contextlib.redirect_stdout(io.StringIO()):
-            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config,
-                                                      dist_init_required=False)
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=adamw, config=config, dist_init_required=False
+            )
         self._adamw = adamw
         self.metrics = MoEMetrics(self.model, groups)
 
@@ -81,7 +99,9 @@ class Engine:
         """Global gradient norm of the last step, before clipping, experts included."""
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
-    def step(self, batches: Iterable[Batch], lr: float, progress: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self, batches: Iterable[Batch], lr: float, progress: float
+    ) -> tuple[Tensor, Tensor]:
         """One optimizer step over its micro-batches. Unless it is skipped, the gates then learn what it counted.
 
         It is skipped when a gradient or the loss of any micro-batch on any rank is NaN or infinite.
@@ -97,7 +117,9 @@ class Engine:
             out = self.deepspeed(**model_inputs(batch, self.groups), progress=progress)
             # A loss that is not finite can have finite gradients. These are then made NaN, for which DeepSpeed skips
             # the step on all ranks. A factor of 1 changes nothing.
-            self.deepspeed.backward(out.loss * torch.where(out.loss.isfinite(), 1.0, float("nan")))
+            self.deepspeed.backward(
+                out.loss * torch.where(out.loss.isfinite(), 1.0, float("nan"))
+            )
             self.deepspeed.step()
             lm_losses.append(out.lm_loss.detach())
             aux_losses.append(out.aux_loss.detach())
@@ -108,7 +130,10 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch], progress: float) -> Tensor:
         """Mean language-model loss over this rank's micro-batches, without dropout; 0-d fp32."""
         self.deepspeed.eval()
-        losses = [self.deepspeed(**model_inputs(b, self.groups), progress=progress).lm_loss for b in batches]
+        losses = [
+            self.deepspeed(**model_inputs(b, self.groups), progress=progress).lm_loss
+            for b in batches
+        ]
         self.deepspeed.train()
         return torch.stack(losses).mean()
 
@@ -129,5 +154,10 @@ class Engine:
 def model_inputs(batch: Batch, groups: Groups) -> dict[str, Tensor | None]:
     """A micro-batch on this rank's device, as the model's keyword arguments."""
     batch = batch.to(groups.device)
-    return {"tokens_BS": batch.tokens_BS, "labels_BS": batch.labels_BS, "loss_mask_BS": batch.loss_mask_BS,
-            "position_ids_BS": batch.position_ids_BS, "segments_BS": batch.segments_BS}
+    return {
+        "tokens_BS": batch.tokens_BS,
+        "labels_BS": batch.labels_BS,
+        "loss_mask_BS": batch.loss_mask_BS,
+        "position_ids_BS": batch.position_ids_BS,
+        "segments_BS": batch.segments_BS,
+    }

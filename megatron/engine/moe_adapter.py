@@ -50,17 +50,25 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
             stored in the engine's dtype (their master copy stays fp32) and still scored in fp32. Buffers stay fp32.
     """
     for layer in moe_layers(model):
-        layer.__class__ = DeepSpeedNeuronLayer if isinstance(layer, NeuronLayer) else DeepSpeedMoELayer
+        layer.__class__ = (
+            DeepSpeedNeuronLayer if isinstance(layer, NeuronLayer) else DeepSpeedMoELayer
+        )
         local = layer.num_experts // groups.ep_size
-        layer.ep_size, layer.ep_rank, layer.num_local_experts = groups.ep_size, groups.ep_rank, local
+        layer.ep_size, layer.ep_rank, layer.num_local_experts = (
+            groups.ep_size,
+            groups.ep_rank,
+            local,
+        )
         layer.ep_group_name, layer.ep_group = f"ep_size_{groups.ep_size}", None
         layer.folding_group_handles = layer.tp_group = None
         layer.combine_impl, layer.comm_backend = "weighted_sum", "comm"
         for parameter in layer.experts.parameters():
-            parameter.allreduce, parameter.group_name, parameter.is_expert_group = False, layer.ep_group_name, True
+            parameter.allreduce, parameter.group_name, parameter.is_expert_group = (
+                False,
+                layer.ep_group_name,
+                True,
+            )
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = layer.ep_group_name
         kept = [*layer.gate.buffers(), *(layer.gate.parameters() if keep_gate_fp32 else ())]
         layer.fp32_gate_state = [(t, t.detach().clone()) for t in kept]
-
-

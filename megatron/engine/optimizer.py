@@ -23,8 +23,14 @@ class AdamW(torch.optim.AdamW):
     """
 
     add_param_group, zero_grad, state_dict, load_state_dict = (
-        inspect.unwrap(method) for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad,
-                                              torch.optim.Optimizer.state_dict, torch.optim.Optimizer.load_state_dict))
+        inspect.unwrap(method)
+        for method in (
+            torch.optim.Optimizer.add_param_group,
+            torch.optim.Optimizer.zero_grad,
+            torch.optim.Optimizer.state_dict,
+            torch.optim.Optimizer.load_state_dict,
+        )
+    )
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
@@ -37,7 +43,9 @@ class CheckedAdamW(AdamW):
     overflow = False
 
     def step(self) -> None:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         self.overflow = not nn.utils.get_total_norm(gradients, float("inf")).isfinite()
         if not self.overflow:
             super().step()
@@ -69,6 +77,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             continue
         plain = p.dim() < 2 or id(p) in embeddings
         members["gates" if id(p) in gates else "vectors" if plain else "matrices"].append(p)
-    groups = [{"name": name, "params": params, "weight_decay": weight_decay if name == "matrices" else 0.0}
-              for name, params in members.items() if params]
-    return [g for g in split_params_into_different_moe_groups_for_optimizer(groups) if g["params"]]
+    groups = [
+        {
+            "name": name,
+            "params": params,
+            "weight_decay": weight_decay if name == "matrices" else 0.0,
+        }
+        for name, params in members.items()
+        if params
+    ]
+    return [
+        g for g in split_params_into_different_moe_groups_for_optimizer(groups) if g["params"]
+    ]

@@ -43,12 +43,18 @@ class Layout:
         experts = {id(p) for layer in moe_layers(model) for p in layer.experts.parameters()}
         shapes, first = {}, {}
         for name, p in model.named_parameters():
-            assert p.requires_grad, f"{name} is not trained; checkpoints know trained parameters and buffers"
+            assert p.requires_grad, (
+                f"{name} is not trained; checkpoints know trained parameters and buffers"
+            )
             sharded = id(p) in experts
-            shapes[name] = (p.shape[0] * groups.ep_size, *p.shape[1:]) if sharded else tuple(p.shape)
+            shapes[name] = (
+                (p.shape[0] * groups.ep_size, *p.shape[1:]) if sharded else tuple(p.shape)
+            )
             first[name] = groups.ep_rank * p.numel() if sharded else 0
         parameters = set(shapes)
-        return Layout(shapes, first, tuple(n for n in model.state_dict() if n not in parameters))
+        return Layout(
+            shapes, first, tuple(n for n in model.state_dict() if n not in parameters)
+        )
 
 
 @dataclass(frozen=True)
@@ -86,26 +92,55 @@ class Partitions:
     def __init__(self, engine: Any, layout: Layout):
         self.zero, self.stage = engine.optimizer, engine.zero_optimization_stage()
         # At stage 0 in fp32 DeepSpeed uses torch's optimizer as it is.
-        self.torch = self.zero if isinstance(self.zero, torch.optim.Optimizer) else self.zero.optimizer
-        require(not getattr(self.zero, "swap_optimizer", False), "offload_optimizer.device", "nvme",
-                "none or cpu, with --save and --load", "Change it in the file of --deepspeed_config.")
+        self.torch = (
+            self.zero if isinstance(self.zero, torch.optim.Optimizer) else self.zero.optimizer
+        )
+        require(
+            not getattr(self.zero, "swap_optimizer", False),
+            "offload_optimizer.device",
+            "nvme",
+            "none or cpu, with --save and --load",
+            "Change it in the file of --deepspeed_config.",
+        )
         # DeepSpeed 0.19.8 then says wrongly where in its buffer a parameter is.
-        require(not getattr(self.zero, "round_robin_gradients", False), "zero_optimization.round_robin_gradients",
-                True, "false, with --save and --load", "Change it in the file of --deepspeed_config.")
+        require(
+            not getattr(self.zero, "round_robin_gradients", False),
+            "zero_optimization.round_robin_gradients",
+            True,
+            "false, with --save and --load",
+            "Change it in the file of --deepspeed_config.",
+        )
         self.replicated = self.stage == 0
         named = [(n, p) for n, p in engine.module.named_parameters() if n in layout.shapes]
-        find = self._stage_3 if self.stage == 3 else self._flattened if self.stage else self._whole
-        self.pieces = [Piece(name, layout.first[name] + start, weight, owner, offset, model)
-                       for name, start, weight, owner, offset, model in find(named) if weight.numel()]
+        find = (
+            self._stage_3 if self.stage == 3 else self._flattened if self.stage else self._whole
+        )
+        self.pieces = [
+            Piece(name, layout.first[name] + start, weight, owner, offset, model)
+            for name, start, weight, owner, offset, model in find(named)
+            if weight.numel()
+        ]
 
     def _flattened(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
         for name, p in named:
             fragment = p._hp_mapping
             if fragment is not None:
                 owner = self.torch.param_groups[fragment.param_group_index]["params"][0]
-                offset, start = fragment.hp_fragment_address.start, fragment.lp_fragment_address.start
-                weight = owner.detach().view(-1)[offset:offset + fragment.hp_fragment_address.numel]
-                yield name, start, weight, owner, offset, p.detach().view(-1)[start:start + weight.numel()]
+                offset, start = (
+                    fragment.hp_fragment_address.start,
+                    fragment.lp_fragment_address.start,
+                )
+                weight = owner.detach().view(-1)[
+                    offset : offset + fragment.hp_fragment_address.numel
+                ]
+                yield (
+                    name,
+                    start,
+                    weight,
+                    owner,
+                    offset,
+                    p.detach().view(-1)[start : start + weight.numel()],
+                )
 
     def _stage_3(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
         for name, p in named:
@@ -113,15 +148,34 @@ class Partitions:
             owner = self.zero.fp32_partitioned_groups_flat[group]
             start = p.ds_zero_partition_rank * size
             size = max(0, min(size, p.ds_numel - start))  # the last rank's share is padded
-            yield name, start, owner.detach().view(-1)[offset:offset + size], owner, offset, p.ds_tensor[:size]
+            yield (
+                name,
+                start,
+                owner.detach().view(-1)[offset : offset + size],
+                owner,
+                offset,
+                p.ds_tensor[:size],
+            )
 
     def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
         owners = {id(p): p for _, p in named}
         if self.zero is not self.torch:  # fp16 and bf16
-            owners = {id(low): high for lows, highs in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True)
-                      for low, high in zip(lows, highs, strict=True)}
+            owners = {
+                id(low): high
+                for lows, highs in zip(
+                    self.zero.fp16_groups, self.zero.fp32_groups, strict=True
+                )
+                for low, high in zip(lows, highs, strict=True)
+            }
         for name, p in named:
-            yield name, 0, owners[id(p)].detach().view(-1), owners[id(p)], 0, p.detach().view(-1)
+            yield (
+                name,
+                0,
+                owners[id(p)].detach().view(-1),
+                owners[id(p)],
+                0,
+                p.detach().view(-1),
+            )
 
     def check(self) -> None:
         """Whether the pieces are what they are said to be, by their values: to be asked when a run begins.
@@ -132,9 +186,11 @@ class Partitions:
         for piece in () if self.replicated else self.pieces:
             low = piece.weight.to(piece.model.device, piece.model.dtype)
             if not torch.equal(low, piece.model.detach()) and not low.isnan().any():
-                raise ValueError(f"the optimizer's copy of {piece.name} is not that parameter's; allowed with --save "
-                                 "and --load: options that do not move parameters around. Remove those of "
-                                 "zero_optimization in --deepspeed_config one by one")
+                raise ValueError(
+                    f"the optimizer's copy of {piece.name} is not that parameter's; allowed with --save "
+                    "and --load: options that do not move parameters around. Remove those of "
+                    "zero_optimization in --deepspeed_config one by one"
+                )
 
     def moment(self, piece: Piece, kind: str) -> Tensor:
         """1-D view of a moment of a piece.
@@ -142,12 +198,18 @@ class Partitions:
         Args:
             kind: exp_avg or exp_avg_sq.
         """
-        return self.torch.state[piece.owner][kind].view(-1)[piece.offset:piece.offset + piece.length]
+        return self.torch.state[piece.owner][kind].view(-1)[
+            piece.offset : piece.offset + piece.length
+        ]
 
     @property
     def steps(self) -> int:
         """Optimizer steps that were taken; 0: there are no moments yet."""
-        counts = {int(state["step"]) for owner in self._owners() if (state := self.torch.state.get(owner))}
+        counts = {
+            int(state["step"])
+            for owner in self._owners()
+            if (state := self.torch.state.get(owner))
+        }
         assert len(counts) <= 1, f"the optimizer's groups have taken {counts} steps"
         return counts.pop() if counts else 0
 
@@ -155,11 +217,15 @@ class Partitions:
         """Give every parameter moments of zero, to be filled, and a count of steps of its own."""
         for owner in self._owners():
             # A tensor for each: ZeRO 3's universal checkpoint shares one, which then counts once for every group.
-            self.torch.state[owner] = {"step": torch.tensor(float(steps), device=owner.device),
-                                       **{kind: torch.zeros_like(owner) for kind in MOMENTS}}
+            self.torch.state[owner] = {
+                "step": torch.tensor(float(steps), device=owner.device),
+                **{kind: torch.zeros_like(owner) for kind in MOMENTS},
+            }
 
     def _owners(self) -> list[Tensor]:
-        if self.stage == 3:  # torch's optimizer gets to know them one after the other, in each step
+        if (
+            self.stage == 3
+        ):  # torch's optimizer gets to know them one after the other, in each step
             return self.zero.fp32_partitioned_groups_flat
         return [p for group in self.torch.param_groups for p in group["params"]]
 
@@ -185,8 +251,12 @@ class Partitions:
 
     def _dynamic_scaler(self) -> Any:
         """ZeRO has an object for it, stage 0 keeps the numbers in its configuration."""
-        scaler = getattr(self.zero, "loss_scaler", None) or getattr(self.zero, "loss_scale_config", None)
-        dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+        scaler = getattr(self.zero, "loss_scaler", None) or getattr(
+            self.zero, "loss_scale_config", None
+        )
+        dynamic = getattr(scaler, "dynamic", False) or getattr(
+            scaler, "dynamic_loss_scale", False
+        )
         return scaler if dynamic else None
 
 
@@ -203,4 +273,3 @@ def load_weights(model: nn.Module, layout: Layout, read: Any, buffer: Any) -> No
         state = model.state_dict()
         for name in layout.buffers:
             state[name].copy_(buffer(name))
-

@@ -32,7 +32,9 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names none, a rename two
+        raise OSError(
+            error.errno, error.strerror, str(path)
+        ) from error  # a full disk names none, a rename two
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -46,9 +48,14 @@ def named_errors(path: str) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        advice = {errno.ENOSPC: "Free some space, or write elsewhere", errno.EDQUOT: "Free some of your quota",
-                  errno.EFBIG: "Raise the limit of file sizes (ulimit -f)"}.get(error.errno, "Write elsewhere")
-        raise OSError(f"{path} cannot be written: {error.strerror}. {advice}, and run the program again") from error
+        advice = {
+            errno.ENOSPC: "Free some space, or write elsewhere",
+            errno.EDQUOT: "Free some of your quota",
+            errno.EFBIG: "Raise the limit of file sizes (ulimit -f)",
+        }.get(error.errno, "Write elsewhere")
+        raise OSError(
+            f"{path} cannot be written: {error.strerror}. {advice}, and run the program again"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,8 +18,18 @@ from megatron.io.atomic_write import named_errors
 
 CHUNK = 16 << 20
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -50,13 +60,18 @@ class SafetensorsWriter:
         OSError: the file cannot be written; the message names it.
     """
 
-    def __init__(self, path: str | Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None):
+    def __init__(
+        self, path: str | Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None
+    ):
         self.path, self.entries = str(path), in_file_order(entries)
         self._next, self._sha256, self.nbytes = 0, hashlib.sha256(), 0
         header, offset = {"__metadata__": metadata} if metadata else {}, 0
         for e in self.entries:
-            header[e.name] = {"dtype": DTYPES[e.dtype], "shape": list(e.shape),
-                              "data_offsets": [offset, offset + e.nbytes]}
+            header[e.name] = {
+                "dtype": DTYPES[e.dtype],
+                "shape": list(e.shape),
+                "data_offsets": [offset, offset + e.nbytes],
+            }
             offset += e.nbytes
         assert len(header) == len(self.entries) + bool(metadata), "two tensors of one name"
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -68,7 +83,9 @@ class SafetensorsWriter:
     def write(self, tensor: Tensor) -> None:
         """The next tensor, from any device."""
         entry = self.entries[self._next]
-        assert tensor.shape == entry.shape, f"{tuple(tensor.shape)} is not what {entry} announced"
+        assert tensor.shape == entry.shape, (
+            f"{tuple(tensor.shape)} is not what {entry} announced"
+        )
         self.write_parts([tensor])
 
     def write_parts(self, parts: Iterable[Tensor]) -> None:
@@ -78,7 +95,9 @@ class SafetensorsWriter:
         left = math.prod(entry.shape)
         for part in parts:
             left -= part.numel()
-            assert part.dtype == entry.dtype and left >= 0, f"{part.dtype} or its size is not what {entry} announced"
+            assert part.dtype == entry.dtype and left >= 0, (
+                f"{part.dtype} or its size is not what {entry} announced"
+            )
             if part.numel():
                 flat = part.detach().reshape(-1).cpu().contiguous()
                 self._put(memoryview(flat.view(torch.uint8).numpy()))
@@ -87,15 +106,17 @@ class SafetensorsWriter:
     def _put(self, data: memoryview) -> None:
         with named_errors(self.path):
             for start in range(0, len(data), CHUNK):
-                chunk = data[start:start + CHUNK]
+                chunk = data[start : start + CHUNK]
                 self._sha256.update(chunk)
                 while len(chunk):
-                    chunk = chunk[self._file.write(chunk):]
+                    chunk = chunk[self._file.write(chunk) :]
         self.nbytes += len(data)
 
     def finish(self) -> tuple[int, str]:
         """Sync the file to the disk; returns its (bytes, SHA-256)."""
-        assert self._next == len(self.entries), f"{len(self.entries) - self._next} announced tensors are missing"
+        assert self._next == len(self.entries), (
+            f"{len(self.entries) - self._next} announced tensors are missing"
+        )
         with named_errors(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
@@ -116,9 +137,11 @@ def in_file_order(entries: Sequence[Entry]) -> list[Entry]:
 def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
     """({tensor: {"dtype", "shape", "data_offsets"}}, position of the first data byte) of a safetensors file."""
     with open(path, "rb") as file:
-        length, = struct.unpack("<Q", file.read(8))
+        (length,) = struct.unpack("<Q", file.read(8))
         if length > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path} is no safetensors file: its header is longer than the file")
+            raise ValueError(
+                f"{path} is no safetensors file: its header is longer than the file"
+            )
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return header, 8 + length

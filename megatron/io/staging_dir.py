@@ -83,12 +83,16 @@ class WorkFolder:
 
     def _require_ours(self) -> None:
         if self.path.is_symlink() and not self.path.exists():
-            raise ValueError(f"{self.path} is a link to nothing; allowed: a folder for work in progress. Remove it")
+            raise ValueError(
+                f"{self.path} is a link to nothing; allowed: a folder for work in progress. Remove it"
+            )
         with suppress(FileNotFoundError):
             names = os.listdir(self.path)
             if names and "lock" not in names:
-                raise ValueError(f"{self.path} has files of somebody else ({names[0]}, ...); allowed: a folder for "
-                                 f"work in progress. Move it away, or choose another output prefix")
+                raise ValueError(
+                    f"{self.path} has files of somebody else ({names[0]}, ...); allowed: a folder for "
+                    f"work in progress. Move it away, or choose another output prefix"
+                )
 
     def _locked(self, lock) -> bool:
         """Whether the lock is ours now; False when the file was replaced before we had it."""
@@ -96,18 +100,26 @@ class WorkFolder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise Busy(f"{self.prefix} is being written by {owner(self.prefix) or 'another process'}. Wait for it, or "
-                       f"choose another output prefix") from None
+            raise Busy(
+                f"{self.prefix} is being written by {owner(self.prefix) or 'another process'}. Wait for it, or "
+                f"choose another output prefix"
+            ) from None
         except OSError as error:
-            LOGGER.warning("%s has no file locks (%s): see that no two programs write %s at once", self.path.parent,
-                           error.strerror, self.prefix)
+            LOGGER.warning(
+                "%s has no file locks (%s): see that no two programs write %s at once",
+                self.path.parent,
+                error.strerror,
+                self.prefix,
+            )
         if not same_file(lock.fileno(), self.file("lock")):
             return False
         try:
             with named_errors(self.file("lock")):
                 lock.truncate(0)
-                lock.write(f"process {os.getpid()} on {socket.gethostname()}, which started "
-                           f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
+                lock.write(
+                    f"process {os.getpid()} on {socket.gethostname()}, which started "
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
+                )
                 lock.flush()
         except OSError:
             self._lock = lock
@@ -131,5 +143,3 @@ def same_file(descriptor: int, path: str) -> bool:
     except FileNotFoundError:
         return False
     return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
-
-

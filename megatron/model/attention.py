@@ -37,7 +37,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation | None = None, mask_B1SS: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, rotation: Rotation | None = None, mask_B1SS: Tensor | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -55,8 +57,14 @@ class Attention(nn.Module):
         # enable_gqa reads the shared heads in place. Against expanded copies of k and v, forward + backward on one CPU
         # core took 0.92-1.01 of the time in bf16 and 0.87-0.99 in fp32 (H/G 3 and 4, S 256-1024, K 64).
         y_BHSK = F.scaled_dot_product_attention(
-            q_BHSK, k_BGSK, v_BGSK, attn_mask=mask_B1SS, is_causal=mask_B1SS is None,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.num_groups != self.num_heads)
+            q_BHSK,
+            k_BGSK,
+            v_BGSK,
+            attn_mask=mask_B1SS,
+            is_causal=mask_B1SS is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.num_groups != self.num_heads,
+        )
         return self.o_proj(y_BHSK.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:

@@ -32,8 +32,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = build_norm(config)
         self.mlp = ffn
 
-    def forward(self, h_BSD: Tensor, rotation: Rotation | None = None, mask_B1SS: Tensor | None = None,
-                context: FFNContext | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(
+        self,
+        h_BSD: Tensor,
+        rotation: Rotation | None = None,
+        mask_B1SS: Tensor | None = None,
+        context: FFNContext | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the block.
 
         Args:

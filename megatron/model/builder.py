@@ -21,8 +21,16 @@ from megatron.moe.peer.layer import NeuronLayer
 from megatron.parallel.groups import Groups
 
 
-def build_model(model: ModelConfig, moe: MoEConfig, gate_options: dict[str, Any], *, vocab_size: int, seed: int,
-                groups: Groups, recompute: bool = False) -> GPT:
+def build_model(
+    model: ModelConfig,
+    moe: MoEConfig,
+    gate_options: dict[str, Any],
+    *,
+    vocab_size: int,
+    seed: int,
+    groups: Groups,
+    recompute: bool = False,
+) -> GPT:
     """The whole model in fp32 on the CPU (or on `meta` under `torch.device("meta")`), with its initial weights.
 
     Weights depend on the seed only, not on the number of ranks or how experts are sharded.
@@ -37,9 +45,17 @@ def build_model(model: ModelConfig, moe: MoEConfig, gate_options: dict[str, Any]
     def make_ffn(layer: int) -> nn.Module:
         if layer not in moe_layers:
             return MLP(model.hidden_size, model.ffn_size, model.act)
-        gate = create_gate(moe.gate, hidden_size=model.hidden_size, num_experts=moe.num_experts,
-                            layer=moe_layers.index(layer), num_moe_layers=len(moe_layers), vocab_size=vocab_size,
-                            seed=seed, init_std=model.init_method_std, **gate_options)
+        gate = create_gate(
+            moe.gate,
+            hidden_size=model.hidden_size,
+            num_experts=moe.num_experts,
+            layer=moe_layers.index(layer),
+            num_moe_layers=len(moe_layers),
+            vocab_size=vocab_size,
+            seed=seed,
+            init_std=model.init_method_std,
+            **gate_options,
+        )
         return make_moe_layer(gate, model, moe, layer=layer, seed=seed, groups=groups)
 
     gpt = GPT(model, model.padded_vocab(vocab_size), make_ffn=make_ffn, recompute=recompute)
@@ -51,10 +67,16 @@ def build_model(model: ModelConfig, moe: MoEConfig, gate_options: dict[str, Any]
 def size_table(model: GPT, moe: MoEConfig, gate_options: dict[str, Any]) -> str:
     """The model's parameters by part, in all and active per token, as text."""
     gate = gate_class(moe.gate)
-    return table(count(model, gate.experts_per_token(gate.Config(**gate_options), max(1, moe.num_experts))))
+    return table(
+        count(
+            model, gate.experts_per_token(gate.Config(**gate_options), max(1, moe.num_experts))
+        )
+    )
 
 
-def choose_backend(model: ModelConfig, moe: MoEConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def choose_backend(
+    model: ModelConfig, moe: MoEConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str]:
     """(what multiplies the rows of a run's experts, why).
 
     Raises:
@@ -66,19 +88,49 @@ def choose_backend(model: ModelConfig, moe: MoEConfig, device: torch.device, dty
     return backends.choose_backend(moe.moe_backend, device.type, dtype, features)
 
 
-def make_moe_layer(gate: Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int,
-                   groups: Groups) -> MoELayer:
+def make_moe_layer(
+    gate: Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int, groups: Groups
+) -> MoELayer:
     """This rank's part of one mixture layer."""
     local, width = moe.num_experts // groups.ep_size, moe.moe_ffn_hidden_size or model.ffn_size
     output_std = expert_output_std(model.init_method_std, model.num_layers)
-    places = {"first": groups.ep_rank * local, "seed": seed, "layer": layer, "init_std": model.init_method_std}
-    shared = MLP(model.hidden_size, moe.moe_shared_experts * width, model.act) if moe.moe_shared_experts else None
-    options = {"shared": shared, "train_capacity_factor": moe.moe_train_capacity_factor, "groups": groups,
-               "eval_capacity_factor": moe.moe_eval_capacity_factor, "min_capacity": moe.moe_min_capacity}
+    places = {
+        "first": groups.ep_rank * local,
+        "seed": seed,
+        "layer": layer,
+        "init_std": model.init_method_std,
+    }
+    shared = (
+        MLP(model.hidden_size, moe.moe_shared_experts * width, model.act)
+        if moe.moe_shared_experts
+        else None
+    )
+    options = {
+        "shared": shared,
+        "train_capacity_factor": moe.moe_train_capacity_factor,
+        "groups": groups,
+        "eval_capacity_factor": moe.moe_eval_capacity_factor,
+        "min_capacity": moe.moe_min_capacity,
+    }
     if gate.neurons:
-        tables = NeuronExperts(moe.num_experts, local, model.hidden_size, width, model.act, **places,
-                               output_std=output_std * gate.output_gain(width), backend=moe.moe_backend)
+        tables = NeuronExperts(
+            moe.num_experts,
+            local,
+            model.hidden_size,
+            width,
+            model.act,
+            **places,
+            output_std=output_std * gate.output_gain(width),
+            backend=moe.moe_backend,
+        )
         return NeuronLayer(gate, tables, tables.num_blocks, **options)
-    experts = GroupedExperts(local, model.hidden_size, width, model.act, **places, output_std=output_std,
-                             backend=moe.moe_backend)
+    experts = GroupedExperts(
+        local,
+        model.hidden_size,
+        width,
+        model.act,
+        **places,
+        output_std=output_std,
+        backend=moe.moe_backend,
+    )
     return MoELayer(gate, experts, moe.num_experts, **options)

@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 from megatron import buffers
 
 
-def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
+def linear_cross_entropy(
+    h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, mask_N: Tensor
+) -> Tensor:
     """sum_n mask_n * (logsumexp(W h_n) - (W h_n)[label_n]): 0-d fp32 (fp64 from fp64).
 
     Args:
@@ -42,21 +44,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, mask_N: Tensor, need_h: bool,
-                need_weight: bool) -> Tensor:
-        wide, device, num_tokens = torch.promote_types(h_ND.dtype, torch.float32), h_ND.device, len(h_ND)
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        mask_N: Tensor,
+        need_h: bool,
+        need_weight: bool,
+    ) -> Tensor:
+        wide, device, num_tokens = (
+            torch.promote_types(h_ND.dtype, torch.float32),
+            h_ND.device,
+            len(h_ND),
+        )
         rows, some = pieces(device)
         logits = buffers.empty((min(rows, num_tokens), len(weight_VD)), h_ND.dtype, device)
         scratch = buffers.empty((min(some, num_tokens), len(weight_VD)), wide, device)
         grad_h_ND = torch.empty_like(h_ND) if need_h else None
-        grad_weight_VD = buffers.empty(weight_VD.shape, wide, device).zero_() if need_weight else None
+        grad_weight_VD = (
+            buffers.empty(weight_VD.shape, wide, device).zero_() if need_weight else None
+        )
         product = {"out_dtype": wide} if device.type == "cuda" and wide != h_ND.dtype else {}
         loss_N = torch.empty(num_tokens, dtype=wide, device=device)
         for start in range(0, num_tokens, rows):
             piece = slice(start, start + rows)
             h_nD = h_ND[piece]
             logits_nV = torch.mm(h_nD, weight_VD.t(), out=logits[: len(h_nD)])
-            for parts in zip(*(t.split(some) for t in (logits_nV, labels_N[piece], mask_N[piece], loss_N[piece]))):
+            for parts in zip(
+                *(
+                    t.split(some)
+                    for t in (logits_nV, labels_N[piece], mask_N[piece], loss_N[piece])
+                )
+            ):
                 _loss_and_gradient(*parts, scratch)
             if need_h:
                 torch.mm(logits_nV, weight_VD, out=grad_h_ND[piece])
@@ -70,13 +90,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Multiplied in fp32: the loss scale of fp16 is no fp16 number.
-        grads = [None if saved is None else torch.mul(
-            saved.to(grad.dtype), grad, out=buffers.empty(saved.shape, ctx.dtype, saved.device))
-            for saved in ctx.saved_tensors]
+        grads = [
+            None
+            if saved is None
+            else torch.mul(
+                saved.to(grad.dtype),
+                grad,
+                out=buffers.empty(saved.shape, ctx.dtype, saved.device),
+            )
+            for saved in ctx.saved_tensors
+        ]
         return *grads, None, None, None, None
 
 
-def _loss_and_gradient(logits_nV: Tensor, label_n: Tensor, mask_n: Tensor, loss_n: Tensor, scratch: Tensor) -> None:
+def _loss_and_gradient(
+    logits_nV: Tensor, label_n: Tensor, mask_n: Tensor, loss_n: Tensor, scratch: Tensor
+) -> None:
     """The loss of each row into `loss_n`, and its gradient with respect to the logits in their place."""
     x_nV, label_n1 = scratch[: len(logits_nV)].copy_(logits_nV), label_n.unsqueeze(1)
     peak_n1 = x_nV.amax(-1, keepdim=True)

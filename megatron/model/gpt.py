@@ -41,23 +41,36 @@ class GPTOutput(NamedTuple):
     """[B, S, V] in the compute dtype"""
 
 
-def project(x: Tensor, weight_VD: Tensor, labels_N: Tensor | None, mask_N: Tensor | None) -> Tensor:
+def project(
+    x: Tensor, weight_VD: Tensor, labels_N: Tensor | None, mask_N: Tensor | None
+) -> Tensor:
     """[..., D] -> logits [..., V]; with labels, [N, D] -> the sum of `linear_cross_entropy`, 0-d."""
-    return F.linear(x, weight_VD) if labels_N is None else linear_cross_entropy(x, weight_VD, labels_N, mask_N)
+    return (
+        F.linear(x, weight_VD)
+        if labels_N is None
+        else linear_cross_entropy(x, weight_VD, labels_N, mask_N)
+    )
 
 
 class OutputLayer(nn.Linear):
     """From hidden states to the vocabulary, or all the way to the loss, as `project`."""
 
-    def forward(self, x: Tensor, labels_N: Tensor | None = None, mask_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, labels_N: Tensor | None = None, mask_N: Tensor | None = None
+    ) -> Tensor:
         return project(x, self.weight, labels_N, mask_N)
 
 
 class TokenEmbedding(nn.Embedding):
     """The vocabulary's table, which also serves as the output layer when the two are tied."""
 
-    def forward(self, x: Tensor, as_output: bool = False, labels_N: Tensor | None = None,
-                mask_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        as_output: bool = False,
+        labels_N: Tensor | None = None,
+        mask_N: Tensor | None = None,
+    ) -> Tensor:
         """Ids [...] -> rows [..., D]; as the output layer, the same as `OutputLayer`.
 
         Both go through this module's call, not through its bare weight: ZeRO 3 gathers a sharded weight when the
@@ -75,8 +88,14 @@ class GPT(nn.Module):
         recompute: in training, keep only block inputs and run blocks again in the backward pass.
     """
 
-    def __init__(self, model: ModelConfig, vocab_size: int, *, make_ffn: Callable[[int], nn.Module],
-                 recompute: bool = False):
+    def __init__(
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        *,
+        make_ffn: Callable[[int], nn.Module],
+        recompute: bool = False,
+    ):
         super().__init__()
         self.config, self.vocab_size, self.recompute = model, vocab_size, recompute
         self.embed_tokens = TokenEmbedding(vocab_size, model.hidden_size)
@@ -90,9 +109,15 @@ class GPT(nn.Module):
         if model.untie_embeddings_and_output_weights:
             self.lm_head = OutputLayer(model.hidden_size, vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, loss_mask_BS: Tensor | None = None,
-                position_ids_BS: Tensor | None = None, segments_BS: Tensor | None = None,
-                progress: float = 0.0) -> GPTOutput:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        loss_mask_BS: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
+        segments_BS: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> GPTOutput:
         """Predict the token after each position.
 
         Args:
@@ -106,26 +131,42 @@ class GPT(nn.Module):
             ValueError: the sequence is longer than the model's largest position.
         """
         length, limit = tokens_BS.shape[1], self.config.max_positions
-        require(length <= limit, "sequence length", length, f"1 to {limit} positions",
-                "Cut the sequence or train with a larger --max-position-embeddings.")
+        require(
+            length <= limit,
+            "sequence length",
+            length,
+            f"1 to {limit} positions",
+            "Cut the sequence or train with a larger --max-position-embeddings.",
+        )
         h_BSD = self._embed(tokens_BS, position_ids_BS)
         rotation = self.rotary(length, position_ids_BS) if self.rotary is not None else None
         mask_B1SS = None if segments_BS is None else document_mask(segments_BS)
         carry, aux_losses = None, []
         for block in self.layers:
-            h_BSD, aux_loss, new_carry = self._run(block, h_BSD, rotation, mask_B1SS,
-                                                   FFNContext(tokens_BS, carry, progress))
+            h_BSD, aux_loss, new_carry = self._run(
+                block, h_BSD, rotation, mask_B1SS, FFNContext(tokens_BS, carry, progress)
+            )
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
                 carry = new_carry
-        aux_loss = torch.stack(aux_losses).mean() if aux_losses else h_BSD.new_zeros((), dtype=torch.float32)
-        output = self.lm_head if self.config.untie_embeddings_and_output_weights else \
-            partial(self.embed_tokens, as_output=True)
+        aux_loss = (
+            torch.stack(aux_losses).mean()
+            if aux_losses
+            else h_BSD.new_zeros((), dtype=torch.float32)
+        )
+        output = (
+            self.lm_head
+            if self.config.untie_embeddings_and_output_weights
+            else partial(self.embed_tokens, as_output=True)
+        )
         h_BSD = self.norm(h_BSD)
         if labels_BS is None:
             return GPTOutput(None, None, aux_loss, output(h_BSD))
-        mask_N = torch.ones(labels_BS.numel(), device=h_BSD.device) if loss_mask_BS is None else \
-            loss_mask_BS.flatten().float()
+        mask_N = (
+            torch.ones(labels_BS.numel(), device=h_BSD.device)
+            if loss_mask_BS is None
+            else loss_mask_BS.flatten().float()
+        )
         total = mask_N.sum()
         loss = output(h_BSD.flatten(0, 1), labels_N=labels_BS.flatten(), mask_N=mask_N)
         lm_loss = loss / torch.where(total > 0, total, 1)
@@ -135,13 +176,17 @@ class GPT(nn.Module):
         h_BSD = self.embed_tokens(tokens_BS)
         if self.embed_positions is not None:
             if position_ids_BS is None:
-                position_ids_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+                position_ids_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[
+                    None
+                ]
             h_BSD = h_BSD + self.embed_positions(position_ids_BS)
         return F.dropout(h_BSD, self.config.hidden_dropout, self.training)
 
     def _run(self, block: Block, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, context_fn=block.recompute_contexts)
+            return checkpoint(
+                block, *args, use_reentrant=False, context_fn=block.recompute_contexts
+            )
         return block(*args)
 
     @torch.no_grad()
@@ -151,15 +196,22 @@ class GPT(nn.Module):
         Each parameter has its own generator, seeded by (seed, its name), so that a weight depends neither on the
         other modules nor on how experts are sharded. What lies under a module with `initialises_itself` is left alone.
         """
-        std, output_std = self.config.init_method_std, self.config.init_method_std / math.sqrt(2 * len(self.layers))
+        std, output_std = (
+            self.config.init_method_std,
+            self.config.init_method_std / math.sqrt(2 * len(self.layers)),
+        )
         for name, module in _uninitialised(self):
             if isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 module.reset_parameters()
                 continue
             for key, parameter in module.named_parameters(recurse=False):
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}.{name}.{key}".encode()))
+                generator = torch.Generator().manual_seed(
+                    zlib.crc32(f"{seed}.{name}.{key}".encode())
+                )
                 scaled = name.endswith(("o_proj", "down_proj"))
-                values = torch.empty(parameter.shape).normal_(0, output_std if scaled else std, generator=generator)
+                values = torch.empty(parameter.shape).normal_(
+                    0, output_std if scaled else std, generator=generator
+                )
                 parameter.copy_(values)
 
 

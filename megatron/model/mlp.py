@@ -25,6 +25,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: FFNContext | None = None) -> FFNOutput:
         """[..., D] -> FFNOutput with y [..., D]; a dense layer does not use the context and has no aux loss."""
         up_H = self.up_proj(x)
-        act_H = (activate(self.activation, self.gate_proj(x), up_H) if is_gated(self.activation)
-                 else activate(self.activation, up_H, None))
+        act_H = (
+            activate(self.activation, self.gate_proj(x), up_H)
+            if is_gated(self.activation)
+            else activate(self.activation, up_H, None)
+        )
         return FFNOutput(self.down_proj(act_H))

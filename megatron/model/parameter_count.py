@@ -44,7 +44,9 @@ def count(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> Size
         experts_per_token: fewest and most routed experts that one token visits.
     """
     parts, active = dict.fromkeys(PARTS, 0), [0, 0]
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "num_experts")}
+    layers = {
+        name: module for name, module in model.named_modules() if hasattr(module, "num_experts")
+    }
     for name, parameter in model.named_parameters():
         part, number, shares = part_of(name), parameter.numel(), (1.0, 1.0)
         if part == "routed experts":
@@ -66,14 +68,18 @@ def table(size: Size) -> str:
             used = (size.active_min - outside, size.active_max - outside)
         if number:
             lines.append(f"{part:<16}{_unit(number):>12}   {_span(*used)}")
-    lines.append(f"{'total':<16}{_unit(size.total):>12}   {_span(size.active_min, size.active_max)}")
+    lines.append(
+        f"{'total':<16}{_unit(size.total):>12}   {_span(size.active_min, size.active_max)}"
+    )
     return "\n".join(lines)
 
 
 def part_of(name: str) -> str:
     """The key of PARTS that a parameter of this name belongs to."""
     words = name.split(".")
-    return next((part for part, marks in PARTS.items() if any(mark in words for mark in marks)), "other")
+    return next(
+        (part for part, marks in PARTS.items() if any(mark in words for mark in marks)), "other"
+    )
 
 
 def _unit(number: int) -> str:

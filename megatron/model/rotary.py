@@ -44,7 +44,7 @@ class Rotary(nn.Module):
     def _build(self, device: torch.device | None = None) -> None:
         exponent_k = torch.arange(0, self.head_size, 2, device=device).float() / self.head_size
         position_P = torch.arange(self.max_positions, device=device).float()
-        angle_PK = torch.outer(position_P, self.base ** -exponent_k).repeat(1, 2)
+        angle_PK = torch.outer(position_P, self.base**-exponent_k).repeat(1, 2)
         self.register_buffer("cos_PK", angle_PK.cos(), persistent=False)
         self.register_buffer("sin_PK", angle_PK.sin(), persistent=False)
 
@@ -58,4 +58,6 @@ class Rotary(nn.Module):
         """Rotations of positions 0 .. length - 1, or of the given ones (int64, below P)."""
         if position_ids_BS is None:
             return Rotation(self.cos_PK[None, None, :length], self.sin_PK[None, None, :length])
-        return Rotation(self.cos_PK[position_ids_BS].unsqueeze(1), self.sin_PK[position_ids_BS].unsqueeze(1))
+        return Rotation(
+            self.cos_PK[position_ids_BS].unsqueeze(1), self.sin_PK[position_ids_BS].unsqueeze(1)
+        )

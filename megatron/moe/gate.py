@@ -67,9 +67,14 @@ class Gate(nn.Module):
         if name is None:
             return
         known = _registry.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"gate name {name!r} is taken by {known.__module__}.{known.__qualname__}; "
-                             f"rename the one in {cls.__module__}")
+        if known is not None and (known.__module__, known.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise ValueError(
+                f"gate name {name!r} is taken by {known.__module__}.{known.__qualname__}; "
+                f"rename the one in {cls.__module__}"
+            )
         cls.name = name
         _registry[name] = cls
 
@@ -109,10 +114,16 @@ class Gate(nn.Module):
         topk = getattr(config, "topk", 0) or num_experts
         return min(topk, num_experts), min(topk, num_experts)
 
-    def make_router(self, rows: int | None = None, generator: torch.Generator | None = None) -> nn.Linear:
+    def make_router(
+        self, rows: int | None = None, generator: torch.Generator | None = None
+    ) -> nn.Linear:
         """A bias-free [rows, D] router, one row per expert unless said otherwise, drawn from N(0, init_std^2)."""
-        return make_linear(self.place.hidden_size, self.num_experts if rows is None else rows, self.place.init_std,
-                           self.place.generator() if generator is None else generator)
+        return make_linear(
+            self.place.hidden_size,
+            self.num_experts if rows is None else rows,
+            self.place.init_std,
+            self.place.generator() if generator is None else generator,
+        )
 
 
 def available_gates() -> list[str]:
@@ -138,8 +149,18 @@ def gate_config_class(name: str) -> type:
     return gate_class(name).Config
 
 
-def create_gate(name: str, *, hidden_size: int, num_experts: int, layer: int = 0, num_moe_layers: int = 1,
-           vocab_size: int | None = None, seed: int = 0, init_std: float = 0.02, **options: Any) -> Gate:
+def create_gate(
+    name: str,
+    *,
+    hidden_size: int,
+    num_experts: int,
+    layer: int = 0,
+    num_moe_layers: int = 1,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    init_std: float = 0.02,
+    **options: Any,
+) -> Gate:
     """Build a gate: the one constructor of the model, the tests and a researcher at a prompt.
 
     Args:
@@ -149,15 +170,21 @@ def create_gate(name: str, *, hidden_size: int, num_experts: int, layer: int = 0
     """
     cls = gate_class(name)
     own = cls.Config.__dict__.get("__annotations__", {})
-    known = sorted((f.name for f in dataclasses.fields(cls.Config)), key=lambda name: name not in own)
+    known = sorted(
+        (f.name for f in dataclasses.fields(cls.Config)), key=lambda name: name not in own
+    )
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"gate {name!r} has no option {unknown[0]!r}; allowed: {' '.join(known)}")
+        raise ValueError(
+            f"gate {name!r} has no option {unknown[0]!r}; allowed: {' '.join(known)}"
+        )
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; a gate needs at least 1 expert")
     place = Place(hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std)
     config = cls.Config(**options)
-    check = getattr(config, "check", None)  # what can only be checked against the number of experts
+    check = getattr(
+        config, "check", None
+    )  # what can only be checked against the number of experts
     if check is not None:
         check(num_experts)
     return cls(config, place)

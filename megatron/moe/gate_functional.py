@@ -15,7 +15,9 @@ def in_best_groups(score_TE: Tensor, n_group: int, topk_group: int, best: int) -
     score_TGm = score_TE.unflatten(-1, (n_group, score_TE.shape[-1] // n_group))
     highest_TGb = score_TGm.topk(min(best, score_TGm.shape[-1]), dim=-1).values
     group_Tg = highest_TGb.sum(-1).topk(topk_group, dim=-1).indices
-    closed_TG = torch.ones_like(score_TGm[..., 0], dtype=torch.bool).scatter(-1, group_Tg, False)
+    closed_TG = torch.ones_like(score_TGm[..., 0], dtype=torch.bool).scatter(
+        -1, group_Tg, False
+    )
     return score_TGm.masked_fill(closed_TG[..., None], float("-inf")).flatten(-2)
 
 
@@ -51,7 +53,9 @@ def shares(logits_TE: Tensor, score_function: str) -> Tensor:
     return (logits_TE if score_function == "softmax" else F.logsigmoid(logits_TE)).softmax(-1)
 
 
-def top_scores(logits_TE: Tensor, k: int, score_function: str, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+def top_scores(
+    logits_TE: Tensor, k: int, score_function: str, norm: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(scores [T, k] of the k best experts, with `norm` divided by their sum; the experts; the shares of all [T, E]).
 
     The best by logit, which orders experts as scores do and does not saturate.
@@ -61,5 +65,9 @@ def top_scores(logits_TE: Tensor, k: int, score_function: str, norm: bool) -> tu
     if norm:
         score_Tk = shares(logit_Tk, score_function)
     else:
-        score_Tk = shares_TE.gather(-1, expert_Tk) if score_function == "softmax" else logit_Tk.sigmoid()
+        score_Tk = (
+            shares_TE.gather(-1, expert_Tk)
+            if score_function == "softmax"
+            else logit_Tk.sigmoid()
+        )
     return score_Tk, expert_Tk, shares_TE

@@ -12,7 +12,9 @@ from megatron.moe.routing import SCOPES
 def require_field(config: Any, name: str, ok: bool, allowed: str) -> None:
     """Raise ValueError for an option of a gate's Config: its flag, its value, what is allowed."""
     if not ok:
-        raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)!r}; allowed: {allowed}")
+        raise ValueError(
+            f"--{name.replace('_', '-')} is {getattr(config, name)!r}; allowed: {allowed}"
+        )
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class ScopeConfig:
 
     def __post_init__(self):
         if self.balance_scope not in SCOPES:
-            raise ValueError(f"--moe-balance-scope is {self.balance_scope!r}; allowed: {' '.join(SCOPES)}")
+            raise ValueError(
+                f"--moe-balance-scope is {self.balance_scope!r}; allowed: {' '.join(SCOPES)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,14 @@ class LossConfig(ScopeConfig):
         super().__post_init__()
         for name in ("loss_coeff", "z_loss_coeff"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--moe-{name.replace('_', '-')} is {getattr(self, name)}; allowed: 0 or more")
+                raise ValueError(
+                    f"--moe-{name.replace('_', '-')} is {getattr(self, name)}; allowed: 0 or more"
+                )
 
 
-def check_topk(topk: int, limit: int, *, what: str = "the number of experts", least: int = 1) -> None:
+def check_topk(
+    topk: int, limit: int, *, what: str = "the number of experts", least: int = 1
+) -> None:
     """Raise ValueError unless `topk` is in [least, limit]."""
     if not least <= topk <= limit:
         raise ValueError(f"--topk is {topk}; allowed: {least} to {what}, which is {limit}")
@@ -60,8 +68,10 @@ def check_norm(config: Any, num_experts: int, **one_each: float) -> None:
     """
     for name, value in (one_each or {"topk": 1}).items():
         if config.norm_topk_prob and getattr(config, name) == value and num_experts > 1:
-            raise ValueError(f"--norm-topk-prob is on with --{name} {value}: every weight would be the same and the "
-                             f"router would get no gradient; add --no-norm-topk-prob or choose a larger --{name}")
+            raise ValueError(
+                f"--norm-topk-prob is on with --{name} {value}: every weight would be the same and the "
+                f"router would get no gradient; add --no-norm-topk-prob or choose a larger --{name}"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,15 +89,22 @@ class GroupConfig(LossConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, limit, allowed in (("topk", math.inf, "1 to the number of experts"),
-                                     ("n_group", math.inf, "a positive divisor of the number of experts"),
-                                     ("topk_group", self.n_group, f"1 to --n-group, which is {self.n_group}")):
+        for name, limit, allowed in (
+            ("topk", math.inf, "1 to the number of experts"),
+            ("n_group", math.inf, "a positive divisor of the number of experts"),
+            ("topk_group", self.n_group, f"1 to --n-group, which is {self.n_group}"),
+        ):
             require_field(self, name, 1 <= getattr(self, name) <= limit, allowed)
 
     def check(self, num_experts: int) -> None:
         if num_experts % self.n_group:
-            raise ValueError(f"--n-group is {self.n_group}; allowed: a divisor of the number of experts, which is "
-                             f"{num_experts}")
-        check_topk(self.topk, self.topk_group * (num_experts // self.n_group),
-                   what="the number of experts in --topk-group groups")
+            raise ValueError(
+                f"--n-group is {self.n_group}; allowed: a divisor of the number of experts, which is "
+                f"{num_experts}"
+            )
+        check_topk(
+            self.topk,
+            self.topk_group * (num_experts // self.n_group),
+            what="the number of experts in --topk-group groups",
+        )
         check_norm(self, num_experts)

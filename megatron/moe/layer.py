@@ -38,9 +38,18 @@ class MoELayer(nn.Module):
         groups: who shares the experts, and whose loads a global balance loss adds up.
     """
 
-    def __init__(self, gate: Gate, experts: GroupedExperts, num_experts: int, *, shared: nn.Module | None = None,
-                 train_capacity_factor: float = 0.0, eval_capacity_factor: float = 0.0, min_capacity: int = 4,
-                 groups: Groups | None = None):
+    def __init__(
+        self,
+        gate: Gate,
+        experts: GroupedExperts,
+        num_experts: int,
+        *,
+        shared: nn.Module | None = None,
+        train_capacity_factor: float = 0.0,
+        eval_capacity_factor: float = 0.0,
+        min_capacity: int = 4,
+        groups: Groups | None = None,
+    ):
         super().__init__()
         self.gate, self.experts, self.shared = gate, experts, shared
         self.num_experts = num_experts
@@ -65,7 +74,9 @@ class MoELayer(nn.Module):
             routing.check(len(x_TD), self.gate.num_experts + len(self.gate.local_paths))
             self._checked = True
         plan = self._plan(routing, x_TD)
-        y_TD, beside = self._mix(x_TD, routing, plan, lambda: self._beside(x_BSD, routing, plan, context))
+        y_TD, beside = self._mix(
+            x_TD, routing, plan, lambda: self._beside(x_BSD, routing, plan, context)
+        )
         for part in beside:
             y_TD = y_TD + part
         aux_loss = self._aux_loss(routing)
@@ -76,10 +87,19 @@ class MoELayer(nn.Module):
     def _plan(self, routing: Routing, x_TD: Tensor) -> Plan:
         paths = self.gate.local_paths
         zero_paths = sum(getattr(path, "returns_zero", False) for path in paths)
-        return make_plan(routing, len(x_TD), self.gate.num_experts, len(paths), self._limit(x_TD), zero_paths,
-                         self.groups.ep_group)
+        return make_plan(
+            routing,
+            len(x_TD),
+            self.gate.num_experts,
+            len(paths),
+            self._limit(x_TD),
+            zero_paths,
+            self.groups.ep_group,
+        )
 
-    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]) -> tuple[Tensor, T]:
+    def _mix(
+        self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]
+    ) -> tuple[Tensor, T]:
         """(weighted sum of the routed experts' outputs [T, D], what `beside` returns).
 
         `beside` is called while rows are on their way to other ranks.
@@ -96,14 +116,20 @@ class MoELayer(nn.Module):
         (y_SD,) = Exchange((y_RD,), receive, send, group).finish()
         return Combine.apply(y_SD, None, plan.routed), there
 
-    def _beside(self, x_BSD: Tensor, routing: Routing, plan: Plan, context: FFNContext) -> list[Tensor]:
+    def _beside(
+        self, x_BSD: Tensor, routing: Routing, plan: Plan, context: FFNContext
+    ) -> list[Tensor]:
         """What needs no other rank, as [T, D] each: local paths, whose rows never leave it, and the shared experts."""
         x_TD, parts = x_BSD.flatten(0, -2), []
         if plan.local is not None:
             inputs = Gather.apply(x_TD, plan.local).split(plan.local_counts)
             # Without rows too: ZeRO 2 needs a gradient of every parameter on every rank, if only zeros.
             outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True)]
-            parts.append(Combine.apply(torch.cat(outputs), Weights.apply(routing.weight_A, plan.local), plan.local))
+            parts.append(
+                Combine.apply(
+                    torch.cat(outputs), Weights.apply(routing.weight_A, plan.local), plan.local
+                )
+            )
         if self.shared is not None:
             parts.append(self.shared(x_BSD, context).y.flatten(0, -2))
         return parts
@@ -120,9 +146,17 @@ class MoELayer(nn.Module):
         sequence_T, num_sequences = None, 1
         if x_BSD.dim() == 3:
             num_sequences = len(x_BSD)
-            sequence_T = torch.arange(num_sequences, device=x_BSD.device).repeat_interleave(x_BSD.shape[1])
-        return GateInput(x_BSD.flatten(0, -2), None if ids is None else ids.flatten(), sequence_T, context.carry,
-                         context.progress, num_sequences)
+            sequence_T = torch.arange(num_sequences, device=x_BSD.device).repeat_interleave(
+                x_BSD.shape[1]
+            )
+        return GateInput(
+            x_BSD.flatten(0, -2),
+            None if ids is None else ids.flatten(),
+            sequence_T,
+            context.carry,
+            context.progress,
+            num_sequences,
+        )
 
     def _aux_loss(self, routing: Routing) -> Tensor:
         """The gate's loss, and its global-batch terms with the loads of all ranks and of the step so far."""
@@ -136,17 +170,28 @@ class MoELayer(nn.Module):
             loads = self._global_loads(routing)
             if self._memory is not None:
                 self._memory["loads"] = loads
-        return routing.aux_loss + sum(term.loss(*load) for term, load in zip(routing.balance, loads, strict=True))
+        return routing.aux_loss + sum(
+            term.loss(*load) for term, load in zip(routing.balance, loads, strict=True)
+        )
 
     @torch.no_grad()
     def _global_loads(self, routing: Routing) -> list[tuple[Tensor, Tensor]]:
         """(count, total) of each term, summed over all ranks and over the micro-batches of this step up to this one."""
-        flat = torch.cat([t.flatten() for term in routing.balance for t in (term.count_NG, term.total_N)]).double()
-        parts = iter(all_reduce_sum(flat, self.groups).float().split(
-            [t.numel() for term in routing.balance for t in (term.count_NG, term.total_N)]))
+        flat = torch.cat(
+            [t.flatten() for term in routing.balance for t in (term.count_NG, term.total_N)]
+        ).double()
+        parts = iter(
+            all_reduce_sum(flat, self.groups)
+            .float()
+            .split(
+                [t.numel() for term in routing.balance for t in (term.count_NG, term.total_N)]
+            )
+        )
         loads = [(next(parts).view_as(term.count_NG), next(parts)) for term in routing.balance]
         if self._step_loads:
-            loads = [(a + c, b + d) for (a, b), (c, d) in zip(loads, self._step_loads, strict=True)]
+            loads = [
+                (a + c, b + d) for (a, b), (c, d) in zip(loads, self._step_loads, strict=True)
+            ]
         self._step_loads = loads
         return loads
 
@@ -168,8 +213,11 @@ class MoELayer(nn.Module):
         num_tokens = len(plan.kept_T)
         wanted_T = count(routing.token_A, num_tokens)
         one, bins = torch.ones((), device=wanted_T.device), self._most_choices() + 1
-        step = {"tokens": one * num_tokens, "load_E": plan.wanted_C[: self.gate.num_experts],
-                **{f"sum/{name}": value for name, value in routing.sums.items()}}
+        step = {
+            "tokens": one * num_tokens,
+            "load_E": plan.wanted_C[: self.gate.num_experts],
+            **{f"sum/{name}": value for name, value in routing.sums.items()},
+        }
         seen = {
             "tokens": one * num_tokens,
             "wanted_C": plan.wanted_C,
@@ -188,7 +236,10 @@ class MoELayer(nn.Module):
     def _most_choices(self) -> int:
         """Choices a token can have kept, for the histogram."""
         most = type(self.gate).experts_per_token(self.gate.config, self.gate.num_experts)[1]
-        return min(max(most, 1) + len(self.gate.local_paths), self.gate.num_experts + len(self.gate.local_paths))
+        return min(
+            max(most, 1) + len(self.gate.local_paths),
+            self.gate.num_experts + len(self.gate.local_paths),
+        )
 
 
 class _Pass(AbstractContextManager):

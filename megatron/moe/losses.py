@@ -18,8 +18,13 @@ def losses(*terms: Balance, extra: Tensor | float = 0.0) -> dict[str, Any]:
     """
     aux = extra
     for term in terms:
-        aux = aux + (term.loss() if term.scope != "global-batch" else term.count_NG.new_zeros(()))
-    return {"aux_loss": aux, "balance": tuple(term for term in terms if term.scope == "global-batch")}
+        aux = aux + (
+            term.loss() if term.scope != "global-batch" else term.count_NG.new_zeros(())
+        )
+    return {
+        "aux_loss": aux,
+        "balance": tuple(term for term in terms if term.scope == "global-batch"),
+    }
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:

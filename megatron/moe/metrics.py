@@ -25,8 +25,11 @@ class MoEMetrics:
 
     def __init__(self, model: nn.Module, groups: Groups):
         self.layers, self.groups = moe_layers(model), groups
-        self._asked = any(getattr(type(m.gate), name) is not getattr(Gate, name)
-                          for m in self.layers for name in ("post_step", "after_step"))
+        self._asked = any(
+            getattr(type(m.gate), name) is not getattr(Gate, name)
+            for m in self.layers
+            for name in ("post_step", "after_step")
+        )
 
     @torch.no_grad()
     def after_step(self, skipped: bool = False) -> None:
@@ -39,19 +42,27 @@ class MoEMetrics:
             totals = self._reduce([m.step_sums for m in self.layers])
             load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
             for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
-                layer.gate.after_step(StepTotals(load_E, sums["tokens"].float(), _named(sums, "sum/"), load_LE))
+                layer.gate.after_step(
+                    StepTotals(load_E, sums["tokens"].float(), _named(sums, "sum/"), load_LE)
+                )
         for layer in self.layers:
             layer.end_step()
 
-    def _reduce(self, sums: list[dict[str, Tensor]], *, to_host: bool = False) -> list[dict[str, Tensor]]:
+    def _reduce(
+        self, sums: list[dict[str, Tensor]], *, to_host: bool = False
+    ) -> list[dict[str, Tensor]]:
         """The sums of each layer over all ranks: one all-reduce, in fp64, and one copy to the host if asked."""
         names = list(sums[0])
         shapes = [sums[0][n].shape for n in names]
         rows = torch.stack([torch.cat([layer[n].flatten() for n in names]) for layer in sums])
         rows = all_reduce_sum(rows, self.groups)
-        rows = (rows.cpu() if to_host else rows).split([shape.numel() for shape in shapes], dim=1)
-        return [{n: part[i].view(shape) for n, part, shape in zip(names, rows, shapes, strict=True)}
-                for i in range(len(sums))]
+        rows = (rows.cpu() if to_host else rows).split(
+            [shape.numel() for shape in shapes], dim=1
+        )
+        return [
+            {n: part[i].view(shape) for n, part, shape in zip(names, rows, shapes, strict=True)}
+            for i in range(len(sums))
+        ]
 
     @torch.no_grad()
     def read(self, training: bool = True) -> dict[str, float | list[float]]:
@@ -93,10 +104,16 @@ def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor 
 
 def _named(sums: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What a gate put in: its `stats` or its `sums`, under its own names."""
-    return {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in sums.items()
+        if name.startswith(prefix)
+    }
 
 
-def _summarise(layers: list[MoELayer], totals: list[dict[str, Tensor]]) -> dict[str, float | list[float]]:
+def _summarise(
+    layers: list[MoELayer], totals: list[dict[str, Tensor]]
+) -> dict[str, float | list[float]]:
     """Per-layer values, and their means over layers."""
     by_layer: dict[str, list[float]] = {}
     histogram = torch.zeros(())
@@ -105,5 +122,8 @@ def _summarise(layers: list[MoELayer], totals: list[dict[str, Tensor]]) -> dict[
             by_layer.setdefault(name, []).append(float(value))
         histogram = histogram + sums["kept_histogram"]
     means = {name: sum(v) / len(v) for name, v in by_layer.items()}
-    return {**means, "kept_experts_histogram": (histogram / histogram.sum()).tolist(),
-            **{f"{name}_by_layer": v for name, v in by_layer.items()}}
+    return {
+        **means,
+        "kept_experts_histogram": (histogram / histogram.sum()).tolist(),
+        **{f"{name}_by_layer": v for name, v in by_layer.items()},
+    }

@@ -57,8 +57,16 @@ class Balance:
     scope: str
 
     @staticmethod
-    def of(inp: GateInput, score_TG: Tensor, token_A: Tensor, choice_A: Tensor, *, coeff: float | Tensor,
-           scope: str = "micro-batch", per_token: bool = False) -> Balance:
+    def of(
+        inp: GateInput,
+        score_TG: Tensor,
+        token_A: Tensor,
+        choice_A: Tensor,
+        *,
+        coeff: float | Tensor,
+        scope: str = "micro-batch",
+        per_token: bool = False,
+    ) -> Balance:
         """The loss of scores [T, G] and choices.
 
         Args:
@@ -72,12 +80,16 @@ class Balance:
         if scope == "sequence" and inp.sequence_T is not None:
             row_T = inp.sequence_T
         count_NG = torch.zeros(rows * size, device=device)
-        count_NG.scatter_add_(0, row_T[token_A] * size + choice_A, torch.ones_like(choice_A, dtype=torch.float32))
+        count_NG.scatter_add_(
+            0, row_T[token_A] * size + choice_A, torch.ones_like(choice_A, dtype=torch.float32)
+        )
         count_NG = count_NG.view(rows, size)
         member_NT = (row_T == torch.arange(rows, device=device)[:, None]).to(score_TG.dtype)
         tokens_N = member_NT.sum(-1)
         score_NG = (member_NT @ score_TG) / tokens_N.clamp_min(1)[:, None]
-        return Balance(count_NG, tokens_N if per_token else count_NG.sum(-1), score_NG, coeff, scope)
+        return Balance(
+            count_NG, tokens_N if per_token else count_NG.sum(-1), score_NG, coeff, scope
+        )
 
     def loss(self, count_NG: Tensor | None = None, total_N: Tensor | None = None) -> Tensor:
         """0-d fp32, from this rank's own counts or from those given; 0 when there are no tokens."""
@@ -91,7 +103,11 @@ class Balance:
 def _num_sequences(inp: GateInput) -> int:
     if inp.num_sequences is not None:
         return inp.num_sequences
-    return 1 if inp.sequence_T is None or not len(inp.sequence_T) else int(inp.sequence_T.max()) + 1
+    return (
+        1
+        if inp.sequence_T is None or not len(inp.sequence_T)
+        else int(inp.sequence_T.max()) + 1
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,21 +140,39 @@ class Routing:
         """Raise AssertionError where the answer breaks the contract; `num_choices` is E + len(local_paths)."""
         shape = self.token_A.shape
         assert len(shape) == 1, f"token_A must be one-dimensional, got shape {tuple(shape)}"
-        for name, t, dtype in (("token_A", self.token_A, torch.int64), ("expert_A", self.expert_A, torch.int64),
-                               ("weight_A", self.weight_A, torch.float32)):
-            assert t.shape == shape, f"{name} has shape {tuple(t.shape)}, token_A {tuple(shape)}"
+        for name, t, dtype in (
+            ("token_A", self.token_A, torch.int64),
+            ("expert_A", self.expert_A, torch.int64),
+            ("weight_A", self.weight_A, torch.float32),
+        ):
+            assert t.shape == shape, (
+                f"{name} has shape {tuple(t.shape)}, token_A {tuple(shape)}"
+            )
             assert t.dtype == dtype, f"{name} is {t.dtype}, the contract says {dtype}"
         for name in ("expert_A", "weight_A", "priority_A", "aux_loss"):
             t = getattr(self, name)
-            assert t is None or t.device == self.token_A.device, f"{name} is on {t.device}, not on the token's device"
-        assert self.priority_A is None or self.priority_A.shape == shape, "priority_A must have one entry each"
-        assert self.aux_loss.dim() == 0 and self.aux_loss.dtype == torch.float32, "aux_loss must be a 0-d fp32 tensor"
-        for name, t, bound in (("token_A", self.token_A, num_tokens), ("expert_A", self.expert_A, num_choices)):
+            assert t is None or t.device == self.token_A.device, (
+                f"{name} is on {t.device}, not on the token's device"
+            )
+        assert self.priority_A is None or self.priority_A.shape == shape, (
+            "priority_A must have one entry each"
+        )
+        assert self.aux_loss.dim() == 0 and self.aux_loss.dtype == torch.float32, (
+            "aux_loss must be a 0-d fp32 tensor"
+        )
+        for name, t, bound in (
+            ("token_A", self.token_A, num_tokens),
+            ("expert_A", self.expert_A, num_choices),
+        ):
             if t.numel():
                 low, high = int(t.min()), int(t.max())
-                assert low >= 0 and high < bound, f"{name} spans [{low}, {high}], allowed [0, {bound})"
+                assert low >= 0 and high < bound, (
+                    f"{name} spans [{low}, {high}], allowed [0, {bound})"
+                )
         if self.token_major:
-            assert bool((self.token_A.diff() >= 0).all()), "token_major is set, but token_A is not in ascending order"
+            assert bool((self.token_A.diff() >= 0).all()), (
+                "token_major is set, but token_A is not in ascending order"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,5 +187,3 @@ class StepTotals:
     """the gate's own, fp64"""
     load_LE: Tensor
     """fp32, the loads of all mixture layers that have such a gate, in order"""
-
-

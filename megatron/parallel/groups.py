@@ -44,8 +44,13 @@ def choose_backend() -> tuple[str, torch.device, str]:
     if not torch.cuda.is_available():
         return "gloo", torch.device("cpu"), "torch finds no CUDA device"
     count = torch.cuda.device_count()
-    require(local_rank < count, "LOCAL_RANK", local_rank, f"below the {count} CUDA devices of this machine",
-            "Start fewer ranks per node (NUM_GPUS, --num_gpus).")
+    require(
+        local_rank < count,
+        "LOCAL_RANK",
+        local_rank,
+        f"below the {count} CUDA devices of this machine",
+        "Start fewer ranks per node (NUM_GPUS, --num_gpus).",
+    )
     return "nccl", torch.device("cuda", local_rank), f"torch finds {count} CUDA device(s)"
 
 
@@ -84,5 +89,3 @@ def from_first(ask: Callable[[], Any], groups: Groups) -> Any:
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
-
-

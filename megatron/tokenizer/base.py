@@ -14,8 +14,18 @@ import numpy as np
 
 LOGGER = logging.getLogger("megatron")
 
-END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<eod>", "<EOD>", "<|im_end|>", "<|eot_id|>",
-                   "[EOS]", "<EOS>")
+END_OF_DOCUMENT = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<eod>",
+    "<EOD>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "[EOS]",
+    "<EOS>",
+)
 """literals that mark the end of a document, in the order they are looked for when the files do not say"""
 
 
@@ -81,7 +91,9 @@ def find_eod(id_of: Callable[[str], int | None], source: str, named: str | None 
     for literal in tried:
         if (found := id_of(literal)) is not None:
             return found
-    raise ValueError(f"{source} has no end-of-document token; tried {' '.join(tried)}. Add one to the vocabulary")
+    raise ValueError(
+        f"{source} has no end-of-document token; tried {' '.join(tried)}. Add one to the vocabulary"
+    )
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -46,10 +46,15 @@ def build_tokenizer(config: TokenizerConfig, threads: int = 0) -> Tokenizer:
     if kind == "TiktokenTokenizer":
         return TiktokenTokenizer(_file(model, "--tokenizer-model", kind, "the .tiktoken file"))
     if kind == "NullTokenizer":
-        if not (model.isascii() and model.isdecimal() and len(model) < 20 and 0 < int(model) <= LARGEST_NULL):
-            raise ValueError(f"--tokenizer-model is {model!r}; allowed for NullTokenizer: the vocabulary size, 1 to "
-                             f"{LARGEST_NULL} (ids are stored as int32)")
+        if not (
+            model.isascii()
+            and model.isdecimal()
+            and len(model) < 20
+            and 0 < int(model) <= LARGEST_NULL
+        ):
+            raise ValueError(
+                f"--tokenizer-model is {model!r}; allowed for NullTokenizer: the vocabulary size, 1 to "
+                f"{LARGEST_NULL} (ids are stored as int32)"
+            )
         return NullTokenizer(int(model))
     return ByteTokenizer()
-
-

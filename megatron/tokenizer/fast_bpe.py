@@ -33,13 +33,18 @@ def new_characters() -> np.ndarray:
     tiktoken know 16: they differ in 4,657 characters (found by trying all), none of which is in Python's tables before
     3.15. What an older table knows, all know alike.
     """
-    return np.fromiter((unicodedata.category(chr(c)) == "Cn" for c in range(ALL_NEW_FROM)), bool, ALL_NEW_FROM)
+    return np.fromiter(
+        (unicodedata.category(chr(c)) == "Cn" for c in range(ALL_NEW_FROM)), bool, ALL_NEW_FROM
+    )
 
 
 def texts_with_new_characters(texts: list[str]) -> set[int]:
     """Numbers of the texts on which the fast encoder is not to be trusted."""
     found: set[int] = set()
-    group, characters = [], 0  # looked at together: texts can be short, and each look costs some microseconds
+    group, characters = (
+        [],
+        0,
+    )  # looked at together: texts can be short, and each look costs some microseconds
     for i, text in enumerate(texts):
         if not text.isascii():
             group.append(i)
@@ -54,7 +59,9 @@ def texts_with_new_characters(texts: list[str]) -> set[int]:
 def _has_new(text: str) -> bool:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     codes = codes[codes >= NEW_FROM]
-    return bool(len(codes)) and bool((codes >= ALL_NEW_FROM).any() or new_characters()[codes].any())
+    return bool(len(codes)) and bool(
+        (codes >= ALL_NEW_FROM).any() or new_characters()[codes].any()
+    )
 
 
 def resident_bytes() -> int:
@@ -83,13 +90,19 @@ class FastBPE(Tokenizer):
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         doubtful = texts_with_new_characters(texts) if self._fast is not None else set()
         if self._fast is not None and texts and self._to_compare:
-            self._compare([text for i, text in enumerate(texts) if i not in doubtful] if doubtful else texts)
+            self._compare(
+                [text for i, text in enumerate(texts) if i not in doubtful]
+                if doubtful
+                else texts
+            )
         if self._fast is None or not texts:
             return flatten(self._reference(texts))
         self._bound_memory()
         if not doubtful:
             return self._encode_fast(texts)
-        ids, lengths = self._encode_fast([text for i, text in enumerate(texts) if i not in doubtful])
+        ids, lengths = self._encode_fast(
+            [text for i, text in enumerate(texts) if i not in doubtful]
+        )
         rows, fast = [], iter(np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else ())
         right = iter(self._reference([texts[i] for i in sorted(doubtful)]))
         for i in range(len(texts)):
@@ -97,9 +110,11 @@ class FastBPE(Tokenizer):
         return np.concatenate(rows), np.array([*map(len, rows)], np.int64)
 
     def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        layout = self._fast.encode_batch(texts).layout  # an awkward ListOffsetArray: flat content and offsets
+        layout = self._fast.encode_batch(
+            texts
+        ).layout  # an awkward ListOffsetArray: flat content and offsets
         offsets = np.asarray(layout.offsets.data)
-        return np.asarray(layout.content.data)[offsets[0]:offsets[-1]], np.diff(offsets)
+        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
     def _bound_memory(self) -> None:
         """gigatoken remembers every word that it has seen; load it anew when that has become too much."""
@@ -117,12 +132,15 @@ class FastBPE(Tokenizer):
         self._fast = None
 
     def _compare(self, texts: list[str]) -> None:
-        sample = [t[:COMPARED_CHARACTERS] for t in texts[:self._to_compare]]
-        for text, right, fast in zip(sample, self._reference(sample), self._fast.encode_batch_list(sample)):
+        sample = [t[:COMPARED_CHARACTERS] for t in texts[: self._to_compare]]
+        for text, right, fast in zip(
+            sample, self._reference(sample), self._fast.encode_batch_list(sample)
+        ):
             if list(right) != list(fast):
                 self.difference = (
                     f"gigatoken encodes a document differently from the reference implementation of {self.name} (it "
-                    f"starts with {text[:40]!r}): using the reference, which is much slower")
+                    f"starts with {text[:40]!r}): using the reference, which is much slower"
+                )
                 LOGGER.warning("%s", self.difference)
                 self.use_reference()
                 return
@@ -135,8 +153,12 @@ class FastBPE(Tokenizer):
             return load()
         except Exception as error:  # gigatoken raises plain RuntimeError, ValueError or OSError
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            LOGGER.warning("gigatoken cannot load this %s (%s): using the reference implementation, which is much "
-                           "slower", self.name, reason)
+            LOGGER.warning(
+                "gigatoken cannot load this %s (%s): using the reference implementation, which is much "
+                "slower",
+                self.name,
+                reason,
+            )
             return None
 
     @abstractmethod

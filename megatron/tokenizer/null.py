@@ -30,8 +30,10 @@ class NullTokenizer(Tokenizer):
         words = [text.split() for text in texts]
         for word in chain.from_iterable(words):
             if not (word.isascii() and word.isdecimal() and int(word) < self.vocab_size):
-                raise ValueError(f"{word[:40]!r} is no token id for {self.name}; allowed: 0 to {self.eod}, written in "
-                                 f"decimal and separated by blanks")
+                raise ValueError(
+                    f"{word[:40]!r} is no token id for {self.name}; allowed: 0 to {self.eod}, written in "
+                    f"decimal and separated by blanks"
+                )
         return flatten([[int(word) for word in row] for row in words])
 
     def _decode(self, ids: list[int]) -> str:

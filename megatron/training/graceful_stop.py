@@ -58,7 +58,9 @@ class Stop:
     def __init__(self, config: FaultConfig, groups: Groups, started: float | None = None):
         self.groups, self.minutes = groups, config.exit_duration_in_mins
         passed = 0.0 if started is None else time.time() - started
-        self._deadline = time.monotonic() - passed + 60 * self.minutes if self.minutes else math.inf
+        self._deadline = (
+            time.monotonic() - passed + 60 * self.minutes if self.minutes else math.inf
+        )
         self.signal: signal.Signals | None = None
         """the first one"""
         self._reason = ""
@@ -69,19 +71,32 @@ class Stop:
         self._neighbours = neighbours(self.groups)
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._thread = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
+        self._thread = threading.Thread(
+            target=self._listen, args=(reader,), name="signals", daemon=True
+        )
         self._thread.start()
-        self._undo = [(signal.set_wakeup_fd, signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False))]
+        self._undo = [
+            (
+                signal.set_wakeup_fd,
+                signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False),
+            )
+        ]
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background job: it stays ignored
-                self._undo.append((signal.signal, number, signal.signal(number, _leave_it_to_the_thread)))
+            if (
+                signal.getsignal(number) != signal.SIG_IGN
+            ):  # as in a shell's background job: it stays ignored
+                self._undo.append(
+                    (signal.signal, number, signal.signal(number, _leave_it_to_the_thread))
+                )
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._undo:
             function, *arguments = self._undo.pop()
             function(*arguments)
-        os.write(self._writer, bytes([ENOUGH]))  # its end would not do: processes forked since then have it, too
+        os.write(
+            self._writer, bytes([ENOUGH])
+        )  # its end would not do: processes forked since then have it, too
         self._thread.join()
         os.close(self._writer)
 
@@ -91,13 +106,25 @@ class Stop:
         Args:
             lm_loss, aux_loss: 0-d, of this rank.
         """
-        wishes = [self.signal == number for number in SIGNALS] + [time.monotonic() >= self._deadline]
+        wishes = [self.signal == number for number in SIGNALS] + [
+            time.monotonic() >= self._deadline
+        ]
         losses = torch.stack([lm_loss, aux_loss]).double()
-        row = torch.cat([losses, (~losses.isfinite().all()).double()[None],
-                         torch.tensor(wishes, dtype=torch.float64, device=losses.device)])
+        row = torch.cat(
+            [
+                losses,
+                (~losses.isfinite().all()).double()[None],
+                torch.tensor(wishes, dtype=torch.float64, device=losses.device),
+            ]
+        )
         lm_loss, aux_loss, bad_ranks, *wishes = all_reduce_sum(row, self.groups).tolist()
-        names = [*(number.name for number in SIGNALS), f"--exit-duration-in-mins {self.minutes:g}"]
-        self._reason = next((name for name, ranks in zip(names, wishes, strict=True) if ranks), "")
+        names = [
+            *(number.name for number in SIGNALS),
+            f"--exit-duration-in-mins {self.minutes:g}",
+        ]
+        self._reason = next(
+            (name for name, ranks in zip(names, wishes, strict=True) if ranks), ""
+        )
         ranks = self.groups.world_size
         return Agreement(lm_loss / ranks, aux_loss / ranks, int(bad_ranks), self._reason)
 
@@ -114,18 +141,29 @@ class Stop:
                     self._wish(signal.Signals(byte[0]))
                 elif now - first >= REPEAT_SECONDS:
                     name = signal.Signals(byte[0]).name
-                    self._end(f"{name} again: this process ends at once, without a checkpoint", 128 + byte[0])
+                    self._end(
+                        f"{name} again: this process ends at once, without a checkpoint",
+                        128 + byte[0],
+                    )
 
     def _wish(self, number: signal.Signals) -> None:
         gone = [rank for rank, process in self._neighbours.items() if not _is_alive(process)]
         if number == signal.SIGTERM and gone and not self._reason:
-            self._end(f"rank {gone[0]} ended, and its message says why, or it was killed (out of memory?); this rank "
-                      "stops with it", 1)
+            self._end(
+                f"rank {gone[0]} ended, and its message says why, or it was killed (out of memory?); this rank "
+                "stops with it",
+                1,
+            )
         if self.signal is None:
             self.signal = number
             if self.groups.is_first:
-                get_logger().info("%s: the step ends, a checkpoint is saved if there is --save, then the run exits 0; "
-                                  "%s again after %g s ends it at once", number.name, number.name, REPEAT_SECONDS)
+                get_logger().info(
+                    "%s: the step ends, a checkpoint is saved if there is --save, then the run exits 0; "
+                    "%s again after %g s ends it at once",
+                    number.name,
+                    number.name,
+                    REPEAT_SECONDS,
+                )
 
     def _end(self, message: str, code: int) -> NoReturn:
         report_error(RuntimeError(message), at_once=True)
@@ -139,8 +177,11 @@ def neighbours(groups: Groups) -> dict[int, int]:
     everyone: list = [None] * groups.world_size
     mine = (socket.gethostname(), os.getpid())
     dist.all_gather_object(everyone, mine)
-    return {rank: process for rank, (host, process) in enumerate(everyone)
-            if rank != groups.rank and host == mine[0] and _is_alive(process)}
+    return {
+        rank: process
+        for rank, (host, process) in enumerate(everyone)
+        if rank != groups.rank and host == mine[0] and _is_alive(process)
+    }
 
 
 def _is_alive(process: int) -> bool:

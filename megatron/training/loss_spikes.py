@@ -6,7 +6,9 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
-LEAST_DEVIATION = 0.01  # of the mean: a loss that has become flat does not alarm at every ripple
+LEAST_DEVIATION = (
+    0.01  # of the mean: a loss that has become flat does not alarm at every ripple
+)
 
 
 @dataclass(frozen=True)

@@ -27,20 +27,36 @@ class Schedule:
         ValueError: the warm-up (or the warm-up and wsd's decay together) is longer than the whole.
     """
 
-    def __init__(self, optimizer: OptimizerConfig, *, iterations: int, tokens_per_iteration: int):
+    def __init__(
+        self, optimizer: OptimizerConfig, *, iterations: int, tokens_per_iteration: int
+    ):
         o = optimizer
         self.peak, self.minimum, self.style = o.lr, o.min_lr, o.lr_decay_style
-        self.decay = o.lr_decay_iters or -(-o.lr_decay_tokens // tokens_per_iteration) or iterations
-        self.warmup = (o.lr_warmup_iters or round(o.lr_warmup_fraction * iterations)
-                       or -(-o.lr_warmup_tokens // tokens_per_iteration))
-        require(self.warmup <= self.decay, "--lr-warmup-*", self.warmup,
-                f"at most the {self.decay} iterations of the decay, of which it is a part",
-                "Shorten it or lengthen --lr-decay-iters or the run.")
+        self.decay = (
+            o.lr_decay_iters or -(-o.lr_decay_tokens // tokens_per_iteration) or iterations
+        )
+        self.warmup = (
+            o.lr_warmup_iters
+            or round(o.lr_warmup_fraction * iterations)
+            or -(-o.lr_warmup_tokens // tokens_per_iteration)
+        )
+        require(
+            self.warmup <= self.decay,
+            "--lr-warmup-*",
+            self.warmup,
+            f"at most the {self.decay} iterations of the decay, of which it is a part",
+            "Shorten it or lengthen --lr-decay-iters or the run.",
+        )
         self.hold = self.warmup  # the iteration from which the rate falls
         if self.style == "wsd":
             self.hold = self.decay - round(o.lr_wsd_decay_fraction * self.decay)
-            require(self.warmup <= self.hold, "--lr-wsd-decay-fraction", o.lr_wsd_decay_fraction,
-                    f"what the {self.warmup} warm-up iterations leave of {self.decay}", "Shorten one of the two.")
+            require(
+                self.warmup <= self.hold,
+                "--lr-wsd-decay-fraction",
+                o.lr_wsd_decay_fraction,
+                f"what the {self.warmup} warm-up iterations leave of {self.decay}",
+                "Shorten one of the two.",
+            )
 
     def lr(self, iteration: int) -> float:
         """Learning rate of the step with this 0-based index."""

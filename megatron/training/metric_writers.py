@@ -56,7 +56,9 @@ def build_sinks(train: TrainConfig, rank: int, iterations: int) -> Sinks:
     if rank != 0:
         return Sinks([])
     sinks: list[Sink] = [ConsoleSink(iterations)]
-    metrics_file = train.metrics_file or (str(Path(train.save) / "metrics.jsonl") if train.save else "")
+    metrics_file = train.metrics_file or (
+        str(Path(train.save) / "metrics.jsonl") if train.save else ""
+    )
     if metrics_file:
         sinks.append(JsonlSink(metrics_file))
     if train.tensorboard_dir:
@@ -82,7 +84,10 @@ class JsonlSink:
                 self.file.write(b"\n")
 
     def write(self, record: Record) -> None:
-        self.file.write(json.dumps({name: _rounded(value) for name, value in record.items()}).encode() + b"\n")
+        self.file.write(
+            json.dumps({name: _rounded(value) for name, value in record.items()}).encode()
+            + b"\n"
+        )
         self.file.flush()
 
     def close(self) -> None:
@@ -117,8 +122,10 @@ class WandbSink:
         try:
             import wandb
         except ImportError:
-            raise ValueError(f"--wandb-project is {project!r}, but the package wandb is not installed; "
-                             "pip install wandb, or leave the flag out") from None
+            raise ValueError(
+                f"--wandb-project is {project!r}, but the package wandb is not installed; "
+                "pip install wandb, or leave the flag out"
+            ) from None
         self.run = wandb.init(project=project, name=name or None)
 
     def write(self, record: Record) -> None:
@@ -133,10 +140,16 @@ class ConsoleSink:
 
     # name, form; {} is the number with its width, so that lines stand in columns
     FIELDS = (
-        ("loss", "loss {:8.5f}"), ("perplexity", "perplexity {:10.3f}"), ("aux_loss", "aux {:9.3e}"),
-        ("lr", "lr {:9.3e}"), ("grad_norm", "grad norm {:7.3f}"), ("tokens_per_s", "{:9,.0f} tokens/s"),
-        ("experts_per_token_wanted", "experts/token {:6.3f}"), ("experts_per_token_kept", "kept {:6.3f}"),
-        ("load_imbalance_max_over_mean", "load max/mean {:6.2f}"), ("drop_fraction", "dropped {:6.2%}"),
+        ("loss", "loss {:8.5f}"),
+        ("perplexity", "perplexity {:10.3f}"),
+        ("aux_loss", "aux {:9.3e}"),
+        ("lr", "lr {:9.3e}"),
+        ("grad_norm", "grad norm {:7.3f}"),
+        ("tokens_per_s", "{:9,.0f} tokens/s"),
+        ("experts_per_token_wanted", "experts/token {:6.3f}"),
+        ("experts_per_token_kept", "kept {:6.3f}"),
+        ("load_imbalance_max_over_mean", "load max/mean {:6.2f}"),
+        ("drop_fraction", "dropped {:6.2%}"),
         ("skipped_steps", "skipped {:3.0f}"),
     )
 
@@ -146,14 +159,23 @@ class ConsoleSink:
     def write(self, record: Record) -> None:
         width = len(str(self.iterations))
         kind, iteration = record["kind"], record["iteration"]
-        words = [f"{'iteration' if kind == 'train' else kind + ' at'} {iteration:{width}d}/{self.iterations}"]
+        words = [
+            f"{'iteration' if kind == 'train' else kind + ' at'} {iteration:{width}d}/{self.iterations}"
+        ]
         words += [_form(form, record[name]) for name, form in self.FIELDS if name in record]
         if kind != "train" and "experts_per_token_kept_by_layer" in record:
-            words.append("by layer " + " ".join(_form("{:.2f}", k) for k in record["experts_per_token_kept_by_layer"]))
+            words.append(
+                "by layer "
+                + " ".join(
+                    _form("{:.2f}", k) for k in record["experts_per_token_kept_by_layer"]
+                )
+            )
         if "elapsed_s" in record:
             words.append(f"elapsed {_clock(record['elapsed_s'])}")
         if kind == "train" and "step_time_ms" in record:
-            words.append(f"left {_clock((self.iterations - iteration) * record['step_time_ms'] / 1000)}")
+            words.append(
+                f"left {_clock((self.iterations - iteration) * record['step_time_ms'] / 1000)}"
+            )
         get_logger().info(" | ".join(words))
 
     def close(self) -> None:
@@ -172,8 +194,14 @@ class ProgressBar:
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
 
-            self._bar = self._stack.enter_context(tqdm(total=total, initial=initial, unit="step", file=sys.stderr))
-            loggers = [logger for logger in (get_logger(), logging.getLogger("DeepSpeed")) if logger.handlers]
+            self._bar = self._stack.enter_context(
+                tqdm(total=total, initial=initial, unit="step", file=sys.stderr)
+            )
+            loggers = [
+                logger
+                for logger in (get_logger(), logging.getLogger("DeepSpeed"))
+                if logger.handlers
+            ]
             self._stack.enter_context(logging_redirect_tqdm(loggers))
 
     def update(self, iterations: int = 1) -> None:
@@ -194,7 +222,9 @@ class ProgressBar:
 def _scalars(record: Record) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, (list, tuple)):
-            yield from ((f"{record['kind']}/{name}/{i}", element) for i, element in enumerate(value))
+            yield from (
+                (f"{record['kind']}/{name}/{i}", element) for i, element in enumerate(value)
+            )
         elif name not in ("kind", "iteration"):
             yield f"{record['kind']}/{name}", value
 

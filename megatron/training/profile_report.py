@@ -13,8 +13,18 @@ STEP = "training step"
 
 PART = "part: "
 
-PARTS = ("attention", "dense FFN", "gate", "dispatch", "experts", "output and loss", "optimizer", "communication",
-         "data", "the rest")
+PARTS = (
+    "attention",
+    "dense FFN",
+    "gate",
+    "dispatch",
+    "experts",
+    "output and loss",
+    "optimizer",
+    "communication",
+    "data",
+    "the rest",
+)
 """Rows of the table. dispatch is a mixture layer without its gate and experts, experts what their module does (local
 paths and shared experts too), output and loss all that follows the final norm, communication what this rank spends on
 collectives, which is mostly waiting for the others. Gradients are accumulated in the rest's backward."""
@@ -55,9 +65,19 @@ class Account:
 
 def spans_of(profiler: torch.profiler.profile) -> list[Span]:
     """All that a finished profiler saw on the host."""
-    return [Span(e.name, e.time_range.start, e.time_range.end, e.thread, e.sequence_nr, e.fwd_thread or 0,
-                 sum(kernel.duration for kernel in e.kernels))
-            for e in profiler.events() if e.device_type == DeviceType.CPU]
+    return [
+        Span(
+            e.name,
+            e.time_range.start,
+            e.time_range.end,
+            e.thread,
+            e.sequence_nr,
+            e.fwd_thread or 0,
+            sum(kernel.duration for kernel in e.kernels),
+        )
+        for e in profiler.events()
+        if e.device_type == DeviceType.CPU
+    ]
 
 
 def account(spans: Iterable[Span]) -> Account:
@@ -90,7 +110,9 @@ def account(spans: Iterable[Span]) -> Account:
             open_spans.pop()
         now = to
 
-    for span in sorted((s for s in spans if s.thread in threads), key=lambda s: (s.start, -s.end)):
+    for span in sorted(
+        (s for s in spans if s.thread in threads), key=lambda s: (s.start, -s.end)
+    ):
         advance(span.start)
         if not open_spans and span.name != STEP:
             continue
@@ -99,10 +121,14 @@ def account(spans: Iterable[Span]) -> Account:
         device[key] += span.device / 1000 / len(steps)
         open_spans.append((min(span.end, end), key))
     advance(float("inf"))
-    return Account(len(steps), sum(s.end - s.start for s in steps) / 1000 / len(steps), host, device)
+    return Account(
+        len(steps), sum(s.end - s.start for s in steps) / 1000 / len(steps), host, device
+    )
 
 
-def _key(span: Span, outer: tuple[str, str], parts: dict[tuple[int, int], str]) -> tuple[str, str]:
+def _key(
+    span: Span, outer: tuple[str, str], parts: dict[tuple[int, int], str]
+) -> tuple[str, str]:
     """(part, phase) of a span within one of `outer`; `parts` learns whose the numbers of nodes are."""
     part, phase = outer
     name = span.name.removeprefix(PART)
@@ -127,17 +153,29 @@ def table(a: Account, start: int, end: int, rank: int, before_ms: float) -> str:
         before_ms: of the last step that was not; 0: none.
     """
     before = f"; the step before took {before_ms:.1f} without" if before_ms else ""
-    lines = [f"iterations {start + 1} to {end} on rank {rank}: {a.step_ms:.1f} ms each with the profiler on{before}",
-             f"{'ms a step':17s}" + "".join(f"{phase:>10s}" for phase in PHASES) + f"{'all':>10s}{'share':>8s}"]
+    lines = [
+        f"iterations {start + 1} to {end} on rank {rank}: {a.step_ms:.1f} ms each with the profiler on{before}",
+        f"{'ms a step':17s}"
+        + "".join(f"{phase:>10s}" for phase in PHASES)
+        + f"{'all':>10s}{'share':>8s}",
+    ]
     gpu = sum(a.device_ms.values())
     lines[1] += f"{'GPU':>10s}" if gpu else ""
     for part in PARTS:
         times = [a.host_ms[part, phase] for phase in PHASES]
         line = f"{part:17s}" + "".join(f"{ms:10.1f}" if ms else " " * 10 for ms in times)
         line += f"{sum(times):10.1f}{sum(times) / a.step_ms:8.1%}"
-        lines.append(line + (f"{sum(a.device_ms[part, phase] for phase in PHASES):10.1f}" if gpu else ""))
+        lines.append(
+            line + (f"{sum(a.device_ms[part, phase] for phase in PHASES):10.1f}" if gpu else "")
+        )
     totals = [sum(a.host_ms[part, phase] for part in PARTS) for phase in PHASES]
     line = f"{'the step':17s}" + "".join(f"{ms:10.1f}" for ms in totals)
-    lines.append(line + f"{sum(totals):10.1f}{sum(totals) / a.step_ms:8.1%}" + (f"{gpu:10.1f}" if gpu else ""))
-    lines.append("dispatch: mixture layers without their gates and experts; communication: with waiting for the others")
+    lines.append(
+        line
+        + f"{sum(totals):10.1f}{sum(totals) / a.step_ms:8.1%}"
+        + (f"{gpu:10.1f}" if gpu else "")
+    )
+    lines.append(
+        "dispatch: mixture layers without their gates and experts; communication: with waiting for the others"
+    )
     return "\n".join(lines)

@@ -43,17 +43,35 @@ class StepProfiler:
     """
 
     def __init__(self, config: TrainConfig, groups: Groups, done: int, iterations: int):
-        self.start, self.end, self.rank = config.profile_step_start, config.profile_step_end, groups.rank
+        self.start, self.end, self.rank = (
+            config.profile_step_start,
+            config.profile_step_end,
+            groups.rank,
+        )
         self.ranks, self.device = config.profile_ranks, groups.device
-        require(max(self.ranks) < groups.world_size, "--profile-ranks", list(self.ranks),
-                f"0 to {groups.world_size - 1}")
+        require(
+            max(self.ranks) < groups.world_size,
+            "--profile-ranks",
+            list(self.ranks),
+            f"0 to {groups.world_size - 1}",
+        )
         if done > self.start:  # as of a run that was started again with the same flags
-            get_logger().warning("--profile: iteration %d is done already; nothing is profiled", self.start + 1)
+            get_logger().warning(
+                "--profile: iteration %d is done already; nothing is profiled", self.start + 1
+            )
             self.ranks = ()
-        exit_at = (done // config.exit_interval + 1) * config.exit_interval if config.exit_interval else iterations
-        require(not self.ranks or self.end <= min(iterations, exit_at), "--profile-step-end", self.end,
-                f"at most {min(iterations, exit_at)}, where this run ends",
-                "Set it and --profile-step-start to iterations that it does.")
+        exit_at = (
+            (done // config.exit_interval + 1) * config.exit_interval
+            if config.exit_interval
+            else iterations
+        )
+        require(
+            not self.ranks or self.end <= min(iterations, exit_at),
+            "--profile-step-end",
+            self.end,
+            f"at most {min(iterations, exit_at)}, where this run ends",
+            "Set it and --profile-step-start to iterations that it does.",
+        )
         self.folder = profile_folder(config)
         self._profiler: torch.profiler.profile | None = None
         self._attached = contextlib.ExitStack()
@@ -79,8 +97,13 @@ class StepProfiler:
             self._finish()
 
     def _begin(self, trainer: Trainer) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes to stderr when it starts and stops
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "99"
+        )  # or it writes to stderr when it starts and stops
+        activities = [
+            ProfilerActivity.CPU,
+            *([ProfilerActivity.CUDA] if self.device.type == "cuda" else []),
+        ]
         self._profiler = torch.profiler.profile(activities=activities)
         self._profiler.start()
         self._attached.callback(self._profiler.stop)
@@ -90,14 +113,24 @@ class StepProfiler:
         """Write what was measured, and say so on the first rank."""
         if self._profiler is not None:
             self._attached.close()
-            text = table(account(spans_of(self._profiler)), self.start, self.end, self.rank, self._before_ms)
+            text = table(
+                account(spans_of(self._profiler)),
+                self.start,
+                self.end,
+                self.rank,
+                self._before_ms,
+            )
             self.folder.mkdir(parents=True, exist_ok=True)
             write_trace(self._profiler, self.folder / f"rank{self.rank}.trace.json.gz")
             atomic_write.write_text(self.folder / f"rank{self.rank}.txt", text + "\n")
             get_logger().info("%s", text)
             self._profiler = None
-        get_logger().info("profiles of rank(s) %s: %s/rank*.txt, and rank*.trace.json.gz for Perfetto or "
-                          "chrome://tracing", " ".join(map(str, self.ranks)), self.folder)
+        get_logger().info(
+            "profiles of rank(s) %s: %s/rank*.txt, and rank*.trace.json.gz for Perfetto or "
+            "chrome://tracing",
+            " ".join(map(str, self.ranks)),
+            self.folder,
+        )
 
 
 def profile_folder(config: TrainConfig) -> Path:
@@ -107,7 +140,9 @@ def profile_folder(config: TrainConfig) -> Path:
 
 def write_trace(profiler: torch.profiler.profile, path: Path) -> None:
     """Write a Chrome trace under a temporary name, synced and then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.gz")  # .gz: the profiler compresses by the name
+    temporary = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp.gz"
+    )  # .gz: the profiler compresses by the name
     try:
         profiler.export_chrome_trace(str(temporary))
         with open(temporary, "rb") as file:
@@ -128,8 +163,11 @@ def named_parts(trainer: Trainer) -> Iterator[None]:
         for module, part in module_parts(engine.module).items():
             _name_module(module, part, stack)
         _name_output(engine.module, stack)
-        for owner, name, part in ((engine, "backward", "backward"), (engine, "step", "optimizer"),
-                                  (dist.Work, "wait", "communication")):
+        for owner, name, part in (
+            (engine, "backward", "backward"),
+            (engine, "step", "optimizer"),
+            (dist.Work, "wait", "communication"),
+        ):
             _name_calls(owner, name, part, stack)
         batches = trainer.train_batches
         trainer.train_batches = _named_items(batches, "data")
@@ -206,5 +244,3 @@ def _named_items(items: Iterator[Any], part: str) -> Iterator[Any]:
 
 
 # From ranges and operations to the table
-
-

@@ -44,9 +44,14 @@ class Plan:
         """
         batch = train.global_batch(world_size)
         left = train.train_tokens - done.consumed_tokens
-        iterations = (done.iteration + max(0, -(-left // (batch * seq_length))) if train.train_tokens else
-                      train.iterations(seq_length, world_size))
-        return Plan(iterations, batch, batch // (train.micro_batch_size * world_size), seq_length)
+        iterations = (
+            done.iteration + max(0, -(-left // (batch * seq_length)))
+            if train.train_tokens
+            else train.iterations(seq_length, world_size)
+        )
+        return Plan(
+            iterations, batch, batch // (train.micro_batch_size * world_size), seq_length
+        )
 
     @property
     def tokens(self) -> int:
@@ -66,11 +71,29 @@ class Trainer:
         profiler: does the steps; None: nothing is profiled.
     """
 
-    def __init__(self, engine: Engine, train: TrainConfig, plan: Plan, schedule: Schedule, groups: Groups,
-                 train_batches: Iterable[Batch], eval_batches: dict[str, Callable[[], Iterable[Batch]]],
-                 sinks: Sinks, checkpoints: Checkpoints, progress: Progress, start_up: StartUp, stop: Stop,
-                 profiler: StepProfiler | None = None):
-        self.engine, self.config, self.plan, self.schedule, self.groups = engine, train, plan, schedule, groups
+    def __init__(
+        self,
+        engine: Engine,
+        train: TrainConfig,
+        plan: Plan,
+        schedule: Schedule,
+        groups: Groups,
+        train_batches: Iterable[Batch],
+        eval_batches: dict[str, Callable[[], Iterable[Batch]]],
+        sinks: Sinks,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        start_up: StartUp,
+        stop: Stop,
+        profiler: StepProfiler | None = None,
+    ):
+        self.engine, self.config, self.plan, self.schedule, self.groups = (
+            engine,
+            train,
+            plan,
+            schedule,
+            groups,
+        )
         self.train_batches, self.eval_batches = iter(train_batches), eval_batches
         self.sinks, self.checkpoints, self.progress = sinks, checkpoints, progress
         self.start_up, self.stop, self.profiler = start_up, stop, profiler
@@ -109,15 +132,27 @@ class Trainer:
                 i = self.progress.iteration
                 bar.update()
                 self.checkpoints.poll()
-                hurry, due = bool(self._reason), due or bool(every.save_interval and i % every.save_interval == 0)
-                if not hurry and i < last and every.exit_interval and i % every.exit_interval == 0:
+                hurry, due = (
+                    bool(self._reason),
+                    due or bool(every.save_interval and i % every.save_interval == 0),
+                )
+                if (
+                    not hurry
+                    and i < last
+                    and every.exit_interval
+                    and i % every.exit_interval == 0
+                ):
                     self._reason = f"--exit-interval {every.exit_interval}"
                 ends = i == last or bool(self._reason)
                 if i % every.log_interval == 0 or ends:
                     self.log()
                 if self._reason:
-                    get_logger().info("this run ends at iteration %d of %d: %s", i, last, self._reason)
-                if not hurry and (ends or (every.eval_interval and i % every.eval_interval == 0)):
+                    get_logger().info(
+                        "this run ends at iteration %d of %d: %s", i, last, self._reason
+                    )
+                if not hurry and (
+                    ends or (every.eval_interval and i % every.eval_interval == 0)
+                ):
                     self.evaluate("valid")
                 if every.save and (ends or due) and self._is_worth_saving(ends):
                     self.checkpoints.save(self.progress, last=ends)
@@ -136,8 +171,10 @@ class Trainer:
         """
         p, start = self.progress, time.monotonic()
         lr = self.schedule.lr(p.iteration)
-        batches = self.watchdog.reading(islice(self.train_batches, self.plan.micro_steps),
-                                        f"a batch of iteration {p.iteration + 1}")
+        batches = self.watchdog.reading(
+            islice(self.train_batches, self.plan.micro_steps),
+            f"a batch of iteration {p.iteration + 1}",
+        )
         skipped = self.engine.skipped_steps
         losses = self.engine.step(batches, lr, p.consumed_samples / self._total_samples)
         agreed = self.stop.agree(*losses)
@@ -158,24 +195,38 @@ class Trainer:
         """A step was skipped: weights, moments and gates are as before it; iteration and schedule went on."""
         p, most, bad_ranks = self.progress, self.config.max_bad_steps, agreed.bad_ranks
         self.bad_steps += 1
-        what = f"the loss on {bad_ranks} of {self.groups.world_size} rank(s)" if bad_ranks else "a gradient"
-        self._warn(f"iteration {p.iteration}: {what} was NaN or infinite, so the step is skipped: {self.bad_steps} "
-                   f"in a row (samples {p.consumed_samples - self.plan.global_batch} to {p.consumed_samples - 1})")
+        what = (
+            f"the loss on {bad_ranks} of {self.groups.world_size} rank(s)"
+            if bad_ranks
+            else "a gradient"
+        )
+        self._warn(
+            f"iteration {p.iteration}: {what} was NaN or infinite, so the step is skipped: {self.bad_steps} "
+            f"in a row (samples {p.consumed_samples - self.plan.global_batch} to {p.consumed_samples - 1})"
+        )
         if 0 < most <= self.bad_steps:
-            self._give_up(f"the gradients of {self.bad_steps} steps in a row, up to iteration {p.iteration}, were NaN "
-                          f"or infinite and the steps were skipped; allowed: fewer than --max-bad-steps {most}. Lower "
-                          "--lr, or look at the data")
+            self._give_up(
+                f"the gradients of {self.bad_steps} steps in a row, up to iteration {p.iteration}, were NaN "
+                f"or infinite and the steps were skipped; allowed: fewer than --max-bad-steps {most}. Lower "
+                "--lr, or look at the data"
+            )
 
     def _take_spike(self, loss: float, spike: Spike) -> None:
         """Count and log a spike; raise if it ends the run. Of several in a row the first and the last are logged."""
         self._interval.loss_spikes += 1
-        what = (f"the loss of iteration {self.progress.iteration} is {loss:.5f}, {spike.z:.1f} deviations of "
-                f"{spike.deviation:.3g} above {spike.mean:.5f}, the mean of the steps before")
+        what = (
+            f"the loss of iteration {self.progress.iteration} is {loss:.5f}, {spike.z:.1f} deviations of "
+            f"{spike.deviation:.3g} above {spike.mean:.5f}, the mean of the steps before"
+        )
         if self.config.loss_spike_action == "stop":
-            self._give_up(f"{what}; allowed: --loss-spike-threshold {self.config.loss_spike_threshold:g}. Its batch "
-                          "may be bad, or --lr too high; --loss-spike-action log goes on")
+            self._give_up(
+                f"{what}; allowed: --loss-spike-threshold {self.config.loss_spike_threshold:g}. Its batch "
+                "may be bad, or --lr too high; --loss-spike-action log goes on"
+            )
         if spike.new_level:
-            self._warn(f"{what}, like {spike.row - 1} before it: that is a new level, and no spike from now on")
+            self._warn(
+                f"{what}, like {spike.row - 1} before it: that is a new level, and no spike from now on"
+            )
         elif spike.row == 1:
             self._warn(what)
 
@@ -194,8 +245,10 @@ class Trainer:
         if not self.bad_steps:
             return True
         if ends and not self._good_steps:
-            self._warn("no checkpoint is saved, because every step of this run was skipped; "
-                       f"{self.checkpoints.last_good()}")
+            self._warn(
+                "no checkpoint is saved, because every step of this run was skipped; "
+                f"{self.checkpoints.last_good()}"
+            )
         return ends and self._good_steps > 0
 
     def _warn(self, message: str) -> None:
@@ -213,13 +266,21 @@ class Trainer:
         tokens = interval.steps * self.plan.tokens
         seconds = all_reduce_mean(interval.seconds, self.groups)
         record = {
-            "kind": "train", "iteration": p.iteration,
-            "loss": interval.mean(0), "aux_loss": interval.mean(1),
-            "lr": interval.lr, "grad_norm": self.engine.grad_norm(), "tokens_per_s": tokens / seconds,
-            "step_time_ms": 1000 * seconds / interval.steps, "skipped_steps": self.engine.skipped_steps,
-            "bad_steps": interval.bad_steps, "loss_spikes": interval.loss_spikes,
-            "consumed_samples": p.consumed_samples, "consumed_tokens": p.consumed_tokens,
-            "elapsed_s": time.monotonic() - self.started, **self.engine.metrics.read(training=True),
+            "kind": "train",
+            "iteration": p.iteration,
+            "loss": interval.mean(0),
+            "aux_loss": interval.mean(1),
+            "lr": interval.lr,
+            "grad_norm": self.engine.grad_norm(),
+            "tokens_per_s": tokens / seconds,
+            "step_time_ms": 1000 * seconds / interval.steps,
+            "skipped_steps": self.engine.skipped_steps,
+            "bad_steps": interval.bad_steps,
+            "loss_spikes": interval.loss_spikes,
+            "consumed_samples": p.consumed_samples,
+            "consumed_tokens": p.consumed_tokens,
+            "elapsed_s": time.monotonic() - self.started,
+            **self.engine.metrics.read(training=True),
         }
         self._interval = Interval()
         self.sinks.write(record)
@@ -229,16 +290,23 @@ class Trainer:
         if split not in self.eval_batches:
             return
         p = self.progress
-        batches = self.watchdog.reading(self.eval_batches[split](), f"a batch of split {split!r}")
+        batches = self.watchdog.reading(
+            self.eval_batches[split](), f"a batch of split {split!r}"
+        )
         loss = self.engine.evaluate(batches, p.consumed_samples / self._total_samples)
         loss = all_reduce_mean(float(loss), self.groups)
-        self.sinks.write({
-            "kind": {"valid": "eval"}.get(split, split), "iteration": p.iteration, "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)), "consumed_samples": p.consumed_samples,
-            "consumed_tokens": p.consumed_tokens, "elapsed_s": time.monotonic() - self.started,
-            **self.engine.metrics.read(training=False),
-        })
-
+        self.sinks.write(
+            {
+                "kind": {"valid": "eval"}.get(split, split),
+                "iteration": p.iteration,
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "consumed_samples": p.consumed_samples,
+                "consumed_tokens": p.consumed_tokens,
+                "elapsed_s": time.monotonic() - self.started,
+                **self.engine.metrics.read(training=False),
+            }
+        )
 
 
 class Interval:
@@ -262,11 +330,30 @@ class Interval:
         return self._sums[not good][i] / (good or self.bad_steps)
 
 
-def announce(plan: Plan, groups: Groups, precision: str, num_experts: int, progress: Progress) -> None:
+def announce(
+    plan: Plan, groups: Groups, precision: str, num_experts: int, progress: Progress
+) -> None:
     """Say on what this run runs, and why."""
-    experts = f"{num_experts // groups.ep_size} of {num_experts} experts" if num_experts else "no experts"
-    get_logger().info("%d rank(s) on %s with %s, because %s; %s", groups.world_size, groups.device.type,
-                      groups.backend, groups.reason, precision)
-    get_logger().info("%s on each rank; %d iterations of %d samples x %d tokens, %d micro-batch(es) per step; "
-                      "starting at iteration %d", experts, plan.iterations, plan.global_batch, plan.seq_length,
-                      plan.micro_steps, progress.iteration)
+    experts = (
+        f"{num_experts // groups.ep_size} of {num_experts} experts"
+        if num_experts
+        else "no experts"
+    )
+    get_logger().info(
+        "%d rank(s) on %s with %s, because %s; %s",
+        groups.world_size,
+        groups.device.type,
+        groups.backend,
+        groups.reason,
+        precision,
+    )
+    get_logger().info(
+        "%s on each rank; %d iterations of %d samples x %d tokens, %d micro-batch(es) per step; "
+        "starting at iteration %d",
+        experts,
+        plan.iterations,
+        plan.global_batch,
+        plan.seq_length,
+        plan.micro_steps,
+        progress.iteration,
+    )

@@ -65,10 +65,14 @@ class Watchdog:
         while not self._closed.wait(self._tick):
             self._ticks += 1
             if (what := self._waiting) and self._ticks * self._tick >= self._limit:
-                report_error(TimeoutError(
-                    f"{what} did not come within {self._limit / 60:.3g} minutes, {SHARE:g} of --timeout-minutes "
-                    f"{self.minutes:g}: its file system may not answer. If reading takes so long, raise "
-                    "--timeout-minutes. What each thread of this rank does:"), at_once=True)
+                report_error(
+                    TimeoutError(
+                        f"{what} did not come within {self._limit / 60:.3g} minutes, {SHARE:g} of --timeout-minutes "
+                        f"{self.minutes:g}: its file system may not answer. If reading takes so long, raise "
+                        "--timeout-minutes. What each thread of this rank does:"
+                    ),
+                    at_once=True,
+                )
                 faulthandler.dump_traceback()
                 self.end(CODE)
                 return

@@ -23,7 +23,9 @@ from megatron.parallel.groups import Groups
 
 
 def config_of(folder: Path, **options):
-    return engines.config_of("topk", options.pop("ep_size", 1), options.pop("stage", 1), save=str(folder), **options)
+    return engines.config_of(
+        "topk", options.pop("ep_size", 1), options.pop("stage", 1), save=str(folder), **options
+    )
 
 
 def iterations(folder: Path) -> list[int]:
@@ -85,7 +87,9 @@ def _slow_save(config):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_what_is_written_beside_the_training_is_the_state_at_the_save(stage, ranks1, tmp_path):
     """Under ZeRO 3 in fp32 the optimizer's weights are the model's own, which the next steps change."""
-    (before, moments, after, there), = ranks1.run(_slow_save, config_of(tmp_path, async_save=True, stage=stage))
+    ((before, moments, after, there),) = ranks1.run(
+        _slow_save, config_of(tmp_path, async_save=True, stage=stage)
+    )
     assert there == ["checkpoint.partial"], "nothing may be published before all is written"
     shards = Shards(tmp_path / "iter_0000002")
     for name, weight in before.items():
@@ -124,7 +128,11 @@ def _fails_once(config, rank, when):
     def full(path, *args):
         if "iter_0000002" in str(path) and run.groups.rank == rank:
             original(path, *args)
-            raise (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if when == "disk" else KeyError("x"))
+            raise (
+                OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                if when == "disk"
+                else KeyError("x")
+            )
         return original(path, *args)
 
     saver.write_tensors = full
@@ -133,7 +141,9 @@ def _fails_once(config, rank, when):
             run.steps(1)
             run.save()
             if run.groups.is_first:
-                assert not list(Path(config.train.save, "checkpoint.partial").glob("iter_*")), "half of one is left"
+                assert not list(Path(config.train.save, "checkpoint.partial").glob("iter_*")), (
+                    "half of one is left"
+                )
         return run.checkpoints.failures, run.checkpoints.last_good()
     finally:
         saver.write_tensors = original
@@ -149,14 +159,19 @@ def test_a_save_that_fails_on_one_rank(rank, async_save, ranks2, tmp_path):
     assert answers == [(1, f"the last good checkpoint is {tmp_path}/iter_0000003")] * 2
     assert iterations(tmp_path) == [1, 3]
     stop = config_of(tmp_path / "stop", async_save=async_save, ep_size=2)
-    with pytest.raises(RuntimeError, match="No space left on device.*; the last good checkpoint is .*iter_0000001"):
+    with pytest.raises(
+        RuntimeError,
+        match="No space left on device.*; the last good checkpoint is .*iter_0000001",
+    ):
         ranks2.run(_fails_once, stop, rank, "disk")
     assert iterations(tmp_path / "stop") == [1]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_in_the_writing_thread_is_not_swallowed(ranks1, tmp_path):
-    with pytest.raises(RuntimeError, match=r"writing .*rank_00000.safetensors failed: KeyError\('x'\)"):
+    with pytest.raises(
+        RuntimeError, match=r"writing .*rank_00000.safetensors failed: KeyError\('x'\)"
+    ):
         ranks1.run(_fails_once, config_of(tmp_path, async_save=True), 0, "bug")
 
 
@@ -173,13 +188,19 @@ def _unshared(config):
 
 
 def test_a_folder_that_only_one_node_sees(ranks2, tmp_path):
-    with pytest.raises(RuntimeError, match="which rank 0 made, is not there on .*; allowed for --save: a folder"):
+    with pytest.raises(
+        RuntimeError,
+        match="which rank 0 made, is not there on .*; allowed for --save: a folder",
+    ):
         ranks2.run(_unshared, config_of(tmp_path))
     assert not list(tmp_path.glob("iter_*"))
 
 
 def _with_little_room(config, free):
-    usage, shutil.disk_usage = shutil.disk_usage, lambda path: shutil._ntuple_diskusage(10**9, 0, free)
+    usage, shutil.disk_usage = (
+        shutil.disk_usage,
+        lambda path: shutil._ntuple_diskusage(10**9, 0, free),
+    )
     try:
         return _saves(config, 1)
     finally:
@@ -187,8 +208,11 @@ def _with_little_room(config, free):
 
 
 def test_room_is_looked_for_before_anything_is_written(ranks2, tmp_path):
-    with pytest.raises(RuntimeError, match=r"checkpoint of iteration 1 takes 0\.1 MB, but .* has 0\.0 MB free. Free "
-                                           "some space, lower --keep-last, or save elsewhere; no checkpoint was saved"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"checkpoint of iteration 1 takes 0\.1 MB, but .* has 0\.0 MB free. Free "
+        "some space, lower --keep-last, or save elsewhere; no checkpoint was saved",
+    ):
         ranks2.run(_with_little_room, config_of(tmp_path), 10_000)
     assert not list(tmp_path.glob("iter_*"))
     ranks2.run(_with_little_room, config_of(tmp_path), 10_000_000)
@@ -204,13 +228,18 @@ def _second_run(config):
 
 
 def test_two_runs_in_one_folder(ranks1, tmp_path):
-    with pytest.raises(RuntimeError, match="--save is .*, to which another run writes, process .*; wait"):
+    with pytest.raises(
+        RuntimeError, match="--save is .*, to which another run writes, process .*; wait"
+    ):
         ranks1.run(_second_run, config_of(tmp_path))
     assert ranks1.run(_saves, config_of(tmp_path), 1), "it was released"
 
 
 def test_what_a_killed_run_left_is_removed(ranks1, tmp_path):
-    half, doomed = tmp_path / "checkpoint.partial/iter_0000003", tmp_path / ".iter_0000001.deleted"
+    half, doomed = (
+        tmp_path / "checkpoint.partial/iter_0000003",
+        tmp_path / ".iter_0000001.deleted",
+    )
     for folder in (half, doomed):
         folder.mkdir(parents=True)
         (folder / "rank_00000.safetensors").write_bytes(b"half")
@@ -245,31 +274,51 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
-@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.safetensors", "state.json", "manifest.json",
-                                  "index.json", "run.json"])
-def test_damage_is_named_and_the_one_before_is_used(kind, name, three, ranks2, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+        "state.json",
+        "manifest.json",
+        "index.json",
+        "run.json",
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_used(
+    kind, name, three, ranks2, tmp_path, capsys
+):
     folder = shutil.copytree(three, tmp_path / "c")
     damage(folder / "iter_0000003" / name, kind)
     config = engines.loading(config_of("", ep_size=2), folder)
     assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2
     log.setup()
     assert loader.find(config.train, Groups()).path.name == "iter_0000002"
-    assert re.search(f"WARNING .*iter_0000003/{name} .*(falling back|not used)", capsys.readouterr().out)
+    assert re.search(
+        f"WARNING .*iter_0000003/{name} .*(falling back|not used)", capsys.readouterr().out
+    )
     with pytest.raises(RuntimeError, match=f"--load-step is 3.*iter_0000003/{name}"):
         ranks2.run(_load, replace(config, train=replace(config.train, load_step=3)))
     for iteration in (1, 2):
         damage(folder / directory.tag(iteration) / "rank_00001.safetensors", "flipped")
-    with pytest.raises(RuntimeError, match="no checkpoint is whole: .*rank_00001.safetensors is damaged.*Restore"):
+    with pytest.raises(
+        RuntimeError,
+        match="no checkpoint is whole: .*rank_00001.safetensors is damaged.*Restore",
+    ):
         ranks2.run(_load, config)
 
 
-def test_an_earlier_step_can_be_chosen_and_the_branch_after_it_is_the_newest(three, ranks2, tmp_path):
+def test_an_earlier_step_can_be_chosen_and_the_branch_after_it_is_the_newest(
+    three, ranks2, tmp_path
+):
     folder = shutil.copytree(three, tmp_path / "c")
     config = engines.loading(config_of("", ep_size=2), folder, folder)
     earlier = replace(config, train=replace(config.train, load_step=1))
     assert ranks2.run(_load, earlier) == [("iter_0000001", 1)] * 2
     ranks2.run(_saves, earlier, 1)
-    assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2, "not 3, which the new branch has not reached"
+    assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2, (
+        "not 3, which the new branch has not reached"
+    )
 
 
 def _start(config):
@@ -283,14 +332,19 @@ def _start(config):
 def test_finetuning_takes_the_weights_only(precision, three, ranks1):
     """And all of their bits: the fp32 copies, too."""
     config = engines.loading(config_of("", precision=precision), three)
-    finetune = replace(config, train=replace(config.train, finetune=True),
-                       optimizer=replace(config.optimizer, lr=0.5, lr_decay_style="linear"))
-    (none, iteration, steps, weights), = ranks1.run(_start, finetune)
+    finetune = replace(
+        config,
+        train=replace(config.train, finetune=True),
+        optimizer=replace(config.optimizer, lr=0.5, lr_decay_style="linear"),
+    )
+    ((none, iteration, steps, weights),) = ranks1.run(_start, finetune)
     assert (none, iteration, steps) == (False, 0, 0)
     saved = Shards(three / engines.latest(three))
     assert all(torch.equal(w, saved.read("weight", name)) for name, w in weights.items())
     other = replace(finetune, model=replace(finetune.model, hidden_size=32))
-    with pytest.raises(RuntimeError, match="--hidden-size is 32 but checkpoint .* was made with 16"):
+    with pytest.raises(
+        RuntimeError, match="--hidden-size is 32 but checkpoint .* was made with 16"
+    ):
         ranks1.run(_start, other)
 
 
@@ -317,17 +371,35 @@ def _count(config):
 
 def test_counters_go_on(ranks1, tmp_path):
     ranks1.run(_count, config_of(tmp_path))
-    assert ranks1.run(_count, engines.loading(config_of(""), tmp_path))[0]["skipped_steps"] == 10
+    assert (
+        ranks1.run(_count, engines.loading(config_of(""), tmp_path))[0]["skipped_steps"] == 10
+    )
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("state.json", lambda c: c.pop("optimizer"), "KeyError"), ("state.json", lambda c: c.pop("topology"), "KeyError"),
-    ("index.json", lambda c: c.pop("kinds"), "KeyError"),
-    ("index.json", lambda c: c.update(tensors=[]), "'list' object"),
-    ("index.json", lambda c: c["tensors"].pop("norm.weight"), "does not fit the model: .*norm.weight"),
-    ("index.json", lambda c: c["tensors"]["norm.weight"].update(shape=[4, 4]), "does not fit the model: .*norm.weight"),
-    ("index.json", lambda c: c["tensors"]["norm.weight"]["pieces"].pop(), "no file has element .* of norm.weight"),
-])
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("state.json", lambda c: c.pop("optimizer"), "KeyError"),
+        ("state.json", lambda c: c.pop("topology"), "KeyError"),
+        ("index.json", lambda c: c.pop("kinds"), "KeyError"),
+        ("index.json", lambda c: c.update(tensors=[]), "'list' object"),
+        (
+            "index.json",
+            lambda c: c["tensors"].pop("norm.weight"),
+            "does not fit the model: .*norm.weight",
+        ),
+        (
+            "index.json",
+            lambda c: c["tensors"]["norm.weight"].update(shape=[4, 4]),
+            "does not fit the model: .*norm.weight",
+        ),
+        (
+            "index.json",
+            lambda c: c["tensors"]["norm.weight"]["pieces"].pop(),
+            "no file has element .* of norm.weight",
+        ),
+    ],
+)
 def test_files_that_somebody_made_up(name, change, message, three, ranks1, tmp_path):
     """The manifest fits them: no accident, but another program or version."""
     path = shutil.copytree(three, tmp_path / "c") / "iter_0000003"
@@ -336,7 +408,9 @@ def test_files_that_somebody_made_up(name, change, message, three, ranks1, tmp_p
     (path / name).write_text(json.dumps(content))
     manifest = directory.read_manifest(path)
     manifest["files"][name] = [(path / name).stat().st_size, sha256.file_sha256(path / name)]
-    (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": directory._checksum(manifest)}))
+    (path / "manifest.json").write_text(
+        json.dumps({**manifest, "checksum": directory._checksum(manifest)})
+    )
     with pytest.raises(RuntimeError, match=f"(Broken|ValueError): .*{message}"):
         ranks1.run(_load, engines.loading(config_of(""), path.parent))
 
@@ -345,7 +419,9 @@ def test_nothing_there_with_load_or_init(ranks2, tmp_path):
     config = engines.loading(config_of(""), tmp_path)
     with pytest.raises(RuntimeError, match="holds no checkpoint"):
         ranks2.run(_start, config)
-    answers = ranks2.run(_start, replace(config, train=replace(config.train, load_or_init=True)))
+    answers = ranks2.run(
+        _start, replace(config, train=replace(config.train, load_or_init=True))
+    )
     assert [a[:3] for a in answers] == [(True, 0, 0)] * 2
 
 
@@ -356,8 +432,15 @@ def _adopted(config):
     return loader.find(config.train, groups).adopt(config, groups).train.global_batch_size
 
 
-@pytest.mark.parametrize("options, size", [({}, engines.GLOBAL_BATCH), ({"global_batch_size": 8}, 8),
-                                           ({"finetune": True}, 0), ({"micro_batch_size": 4}, 0)])
+@pytest.mark.parametrize(
+    "options, size",
+    [
+        ({}, engines.GLOBAL_BATCH),
+        ({"global_batch_size": 8}, 8),
+        ({"finetune": True}, 0),
+        ({"micro_batch_size": 4}, 0),
+    ],
+)
 def test_the_global_batch_is_kept_unless_it_is_set(options, size, three, ranks1):
     """0 is a micro-batch of each rank: of one rank 1 or 4, where four samples were trained on at once."""
     config = engines.loading(config_of(""), three)
@@ -367,18 +450,30 @@ def test_the_global_batch_is_kept_unless_it_is_set(options, size, three, ranks1)
 
 def test_a_global_batch_that_does_not_divide(three, ranks1):
     config = engines.loading(config_of(""), three)
-    config = replace(config, train=replace(config.train, global_batch_size=0, micro_batch_size=3))
-    with pytest.raises(RuntimeError, match="the global batch of the checkpoint is 4; allowed: a multiple of "
-                                           "--micro-batch-size 3 x 1 ranks. Start another number of ranks, or set"):
+    config = replace(
+        config, train=replace(config.train, global_batch_size=0, micro_batch_size=3)
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="the global batch of the checkpoint is 4; allowed: a multiple of "
+        "--micro-batch-size 3 x 1 ranks. Start another number of ranks, or set",
+    ):
         ranks1.run(_adopted, config)
 
 
 def test_another_schedule_needs_a_word(three, ranks1):
     config = engines.loading(config_of(""), three)
     other = replace(config, optimizer=replace(config.optimizer, lr=0.01))
-    with pytest.raises(RuntimeError, match="--lr is 0.01 .* made with 0.02; .*--override-lr-schedule"):
+    with pytest.raises(
+        RuntimeError, match="--lr is 0.01 .* made with 0.02; .*--override-lr-schedule"
+    ):
         ranks1.run(_load, other)
-    assert ranks1.run(_load, replace(other, train=replace(other.train, override_lr_schedule=True)))[0][1] == 3
+    assert (
+        ranks1.run(
+            _load, replace(other, train=replace(other.train, override_lr_schedule=True))
+        )[0][1]
+        == 3
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -391,5 +486,13 @@ def test_stage_0_is_written_once_and_goes_on_exactly(precision, ranks2, tmp_path
     resumed = ranks2.run(engines.train, engines.loading(config, tmp_path), 0, 3, 8)
     for a, b in zip(went_on, resumed, strict=True):
         assert a[1] == b[1] and all(torch.equal(a[2][name], b[2][name]) for name in a[2])
-    elsewhere = ranks2.run(engines.train, engines.loading(engines.config_of("", 1, 3, precision), tmp_path), 0, 3, 8)
-    assert elsewhere[0][1] == pytest.approx(went_on[0][1], abs=1e-5 if precision == "fp32" else 0.05)
+    elsewhere = ranks2.run(
+        engines.train,
+        engines.loading(engines.config_of("", 1, 3, precision), tmp_path),
+        0,
+        3,
+        8,
+    )
+    assert elsewhere[0][1] == pytest.approx(
+        went_on[0][1], abs=1e-5 if precision == "fp32" else 0.05
+    )

@@ -28,7 +28,11 @@ from megatron.parallel.groups import Groups
 
 TOOL = "consolidate_checkpoint.py"
 SHAPES = {"embed__weight": (31, 4), "experts__w1": (4, 6, 5), "norm__weight": (7,)}
-BUFFERS = {"gate.bias": torch.tensor([0.1, 0.2]), "gate.count": torch.tensor(3), "gate.used": torch.tensor([True])}
+BUFFERS = {
+    "gate.bias": torch.tensor([0.1, 0.2]),
+    "gate.count": torch.tensor(3),
+    "gate.used": torch.tensor([True]),
+}
 
 
 @pytest.fixture
@@ -38,7 +42,9 @@ def made(tmp_path):
     return handmade.checkpoint(tmp_path / "save", tensors, 3, buffers=BUFFERS), tensors
 
 
-def consolidate(source: Path, output: Path, progress=lambda written: None, **options) -> dict[str, torch.Tensor]:
+def consolidate(
+    source: Path, output: Path, progress=lambda written: None, **options
+) -> dict[str, torch.Tensor]:
     """All tensors of the model's files."""
     path, manifest, _ = c.find(source)
     c.consolidate(path, manifest, output, c.Options(**options), progress)
@@ -79,8 +85,14 @@ def test_every_topology_has_one_result(trained, tmp_path):
     for i, (folder, _, _) in enumerate(trained.values()):
         found = consolidate(folder, tmp_path / str(i))
         whole = engines.whole(folder)
-        check_equal(found, {name.split("/", 1)[1]: tensor for name, tensor in whole.items()
-                            if name.startswith(("weight/", "buffer/"))})
+        check_equal(
+            found,
+            {
+                name.split("/", 1)[1]: tensor
+                for name, tensor in whole.items()
+                if name.startswith(("weight/", "buffer/"))
+            },
+        )
         first = first or found
         assert found.keys() == first.keys()
         for name, tensor in found.items():
@@ -92,10 +104,15 @@ def test_a_model_with_the_result_has_the_runs_loss(topology, trained, tmp_path):
     folder, config, expected = trained[topology]
     tensors = consolidate(folder, tmp_path / "out")
     config = cli.read_run_json(tmp_path / "out/run.json")
-    model = build_model(config.model, config.moe, config.gate_options, vocab_size=61, seed=99, groups=Groups())
+    model = build_model(
+        config.model, config.moe, config.gate_options, vocab_size=61, seed=99, groups=Groups()
+    )
     model.load_state_dict(tensors)
     with torch.no_grad():
-        losses = [model(b.tokens_BS, b.labels_BS).lm_loss.item() for b in engines.micro_batches(3, Groups())]
+        losses = [
+            model(b.tokens_BS, b.labels_BS).lm_loss.item()
+            for b in engines.micro_batches(3, Groups())
+        ]
     assert sum(losses) / len(losses) == pytest.approx(expected, abs=1e-5)
 
 
@@ -114,23 +131,38 @@ def test_parameters_are_cast_and_buffers_are_not(dtype, made, tmp_path):
 def test_moments_are_never_cast(made, tmp_path):
     found = consolidate(made[0], tmp_path / "out", dtype=torch.bfloat16, optimizer=True)
     assert found["embed.weight"].dtype == torch.bfloat16 and len(found) == 6
-    check_equal(contents(tmp_path / "out", "optimizer"),
-                {f"{kind}/{name}": t * factor for kind, factor in (("exp_avg", 10.0), ("exp_avg_sq", 100.0))
-                 for name, t in made[1].items()})
+    check_equal(
+        contents(tmp_path / "out", "optimizer"),
+        {
+            f"{kind}/{name}": t * factor
+            for kind, factor in (("exp_avg", 10.0), ("exp_avg_sq", 100.0))
+            for name, t in made[1].items()
+        },
+    )
 
 
 def test_a_weight_too_large_for_the_type_is_named(tmp_path):
-    tensors = {"a.weight": torch.tensor([1.0, -7e4]), "b.weight": torch.tensor([float("inf"), float("nan"), 1.0])}
+    tensors = {
+        "a.weight": torch.tensor([1.0, -7e4]),
+        "b.weight": torch.tensor([float("inf"), float("nan"), 1.0]),
+    }
     source = handmade.checkpoint(tmp_path / "save", tensors)
-    with pytest.raises(ValueError, match=r"float16 holds values up to 65504, and a.weight has one of size 70000. Use "
-                                         r"bfloat16 or float32"):
+    with pytest.raises(
+        ValueError,
+        match=r"float16 holds values up to 65504, and a.weight has one of size 70000. Use "
+        r"bfloat16 or float32",
+    ):
         consolidate(source, tmp_path / "out", dtype=torch.float16)
     assert os.listdir(tmp_path) == ["save"]
     source = handmade.checkpoint(tmp_path / "huge", {"a.weight": torch.tensor([3.4e38])}, 1)
-    with pytest.raises(ValueError, match=r"bfloat16 holds values up to 3.3895e\+38, .* 3.4e\+38. Use float32$"):
+    with pytest.raises(
+        ValueError, match=r"bfloat16 holds values up to 3.3895e\+38, .* 3.4e\+38. Use float32$"
+    ):
         consolidate(source, tmp_path / "out", dtype=torch.bfloat16)
     del tensors["a.weight"]  # what is not finite already is not made worse
-    consolidate(handmade.checkpoint(tmp_path / "other", tensors), tmp_path / "out", dtype=torch.float16)
+    consolidate(
+        handmade.checkpoint(tmp_path / "other", tensors), tmp_path / "out", dtype=torch.float16
+    )
     assert contents(tmp_path / "out")["b.weight"].isfinite().tolist() == [False, False, True]
 
 
@@ -139,9 +171,15 @@ def test_a_weight_too_large_for_the_type_is_named(tmp_path):
 
 def test_files_are_split_as_asked(made, tmp_path):
     """embed 31 * 4 * 4 = 496 bytes, experts 480, norm 28, buffers 8 + 8 + 1."""
-    check_equal(consolidate(made[0], tmp_path / "out", max_shard_bytes=525, optimizer=True), made[1] | BUFFERS)
+    check_equal(
+        consolidate(made[0], tmp_path / "out", max_shard_bytes=525, optimizer=True),
+        made[1] | BUFFERS,
+    )
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert sorted(p.name for p in (tmp_path / "out").glob("model*")) == [*names, "model.safetensors.index.json"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("model*")) == [
+        *names,
+        "model.safetensors.index.json",
+    ]
     for stem, total in (("model", 496 + 480 + 28 + 17), ("optimizer", 2 * (496 + 480 + 28))):
         index = json.loads((tmp_path / f"out/{stem}.safetensors.index.json").read_text())
         assert index["metadata"] == {"total_size": total}
@@ -169,9 +207,15 @@ def test_one_file_needs_no_index_and_everything_has_its_hash(made, tmp_path):
     assert set(os.listdir(tmp_path / "out")) == {*names, "SHA256SUMS"}
     lines = (tmp_path / "out/SHA256SUMS").read_text().splitlines()
     sums = {name: sha256 for sha256, name in (line.split("  ") for line in lines)}
-    assert sums == {n: hashlib.sha256((tmp_path / "out" / n).read_bytes()).hexdigest() for n in names}
+    assert sums == {
+        n: hashlib.sha256((tmp_path / "out" / n).read_bytes()).hexdigest() for n in names
+    }
     about = json.loads((tmp_path / "out/consolidated.json").read_text())
-    assert about["checkpoint"] == "iter_0000003" and about["dtype"] == "float32" and about["optimizer"] is True
+    assert (
+        about["checkpoint"] == "iter_0000003"
+        and about["dtype"] == "float32"
+        and about["optimizer"] is True
+    )
     assert about["manifest_checksum"] == directory.read_manifest(made[0])["checksum"]
     assert about["state"] == json.loads((made[0] / "state.json").read_text())
     assert cli.read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
@@ -181,13 +225,25 @@ def test_one_file_needs_no_index_and_everything_has_its_hash(made, tmp_path):
 def test_progress_counts_every_byte(made, tmp_path):
     planned, written, read = [], [], []
     path, manifest, _ = c.find(made[0], progress=read.append)
-    c.consolidate(path, manifest, tmp_path / "out", c.Options(optimizer=True), written.append, planned.append)
+    c.consolidate(
+        path,
+        manifest,
+        tmp_path / "out",
+        c.Options(optimizer=True),
+        written.append,
+        planned.append,
+    )
     assert planned == [sum(written)] == [3 * (496 + 480 + 28) + 17]
-    assert sum(read) == sum(p.stat().st_size for p in path.iterdir() if p.name != "manifest.json")
+    assert sum(read) == sum(
+        p.stat().st_size for p in path.iterdir() if p.name != "manifest.json"
+    )
 
 
-@given(number=st.integers(1, 10**6), unit=st.sampled_from(["", "B", "kb", "KB", "MB", "GB", "TB", "KiB", "MiB", "gib"]),
-       space=st.sampled_from(["", " "]))
+@given(
+    number=st.integers(1, 10**6),
+    unit=st.sampled_from(["", "B", "kb", "KB", "MB", "GB", "TB", "KiB", "MiB", "gib"]),
+    space=st.sampled_from(["", " "]),
+)
 def test_sizes(number, unit, space):
     base = 1024 if "i" in unit else 1000
     power = " kmgt".index(unit[0].lower()) if unit[:1].lower() in tuple("kmgt") else 0
@@ -196,7 +252,10 @@ def test_sizes(number, unit, space):
 
 @pytest.mark.parametrize("text", ["", "GB", "5 potatoes", "-1", "0", "0.1", "1e9", "5GB5"])
 def test_what_is_no_size(text):
-    with pytest.raises(ValueError, match=f"--max-shard-size is '{text}'; allowed: a number of bytes, such as 5GB"):
+    with pytest.raises(
+        ValueError,
+        match=f"--max-shard-size is '{text}'; allowed: a number of bytes, such as 5GB",
+    ):
         c.parse_size(text)
     assert c.parse_size("0.5GB") == 500_000_000
 
@@ -208,7 +267,9 @@ def test_what_is_no_size(text):
 def several(tmp_path):
     """A folder of three checkpoints, completed in the order 2, 5, 4."""
     for iteration in (2, 5, 4):
-        handmade.checkpoint(tmp_path / "save", {"a": torch.full((9,), float(iteration))}, iteration=iteration)
+        handmade.checkpoint(
+            tmp_path / "save", {"a": torch.full((9,), float(iteration))}, iteration=iteration
+        )
     return tmp_path / "save"
 
 
@@ -226,30 +287,50 @@ def test_broken_ones_are_passed_over_and_said(several):
     assert path.name == "iter_0000005" and manifest["iteration"] == 5
     assert len(passed_over) == 2 and "iter_0000002/manifest.json is missing" in passed_over[0]
     assert "iter_0000004/rank_00001.safetensors is damaged" in passed_over[1]
-    for step, reason in ((4, "rank_00001.safetensors is damaged"), (2, "manifest.json is missing")):
-        with pytest.raises(FileNotFoundError, match=f"no whole checkpoint of iteration {step}: [^;]*{reason}"):
+    for step, reason in (
+        (4, "rank_00001.safetensors is damaged"),
+        (2, "manifest.json is missing"),
+    ):
+        with pytest.raises(
+            FileNotFoundError, match=f"no whole checkpoint of iteration {step}: [^;]*{reason}"
+        ):
             c.find(several, step)
         with pytest.raises(directory.Broken, match=reason):
             c.find(several / directory.tag(step))
     shutil.rmtree(several / "iter_0000005")
-    with pytest.raises(FileNotFoundError, match="has no whole checkpoint: .*missing; .*damaged"):
+    with pytest.raises(
+        FileNotFoundError, match="has no whole checkpoint: .*missing; .*damaged"
+    ):
         c.find(several)
 
 
 def test_what_is_not_there(several, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder; allowed: the folder of --save"):
+    with pytest.raises(
+        FileNotFoundError, match="nowhere is not a folder; allowed: the folder of --save"
+    ):
         c.find(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"has no whole checkpoint\. Give the folder of --save"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no whole checkpoint\. Give the folder of --save"
+    ):
         c.find(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"has no whole checkpoint of iteration 3\. Give"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no whole checkpoint of iteration 3\. Give"
+    ):
         c.find(several, 3)
-    with pytest.raises(ValueError, match="--load-step is 5; allowed: only with the folder of the checkpoints"):
+    with pytest.raises(
+        ValueError, match="--load-step is 5; allowed: only with the folder of the checkpoints"
+    ):
         c.find(several / "iter_0000005", 5)
 
 
 def test_a_checkpoint_without_moments(tmp_path):
-    source = handmade.checkpoint(tmp_path / "save", handmade.weights(**SHAPES), iteration=0, moments=False)
-    with pytest.raises(ValueError, match="--optimizer is True; allowed: only with a checkpoint that has moments"):
+    source = handmade.checkpoint(
+        tmp_path / "save", handmade.weights(**SHAPES), iteration=0, moments=False
+    )
+    with pytest.raises(
+        ValueError,
+        match="--optimizer is True; allowed: only with a checkpoint that has moments",
+    ):
         consolidate(source, tmp_path / "out", optimizer=True)
     assert len(consolidate(source, tmp_path / "out")) == len(SHAPES)
 
@@ -261,7 +342,12 @@ def test_an_empty_folder_is_taken_and_parents_are_made(made, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
-    for output in (tmp_path / "empty", tmp_path / "link", tmp_path / "a/b/c", tmp_path / "save/model"):
+    for output in (
+        tmp_path / "empty",
+        tmp_path / "link",
+        tmp_path / "a/b/c",
+        tmp_path / "save/model",
+    ):
         check_equal(consolidate(made[0], output), made[1] | BUFFERS)
     assert (tmp_path / "elsewhere/model.safetensors").exists()
 
@@ -271,10 +357,14 @@ def test_what_is_there_is_not_touched(made, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("x")
     for name in ("file", "full", "save"):
-        with pytest.raises(ValueError, match=f"{name} exists; allowed: a new or an empty folder"):
+        with pytest.raises(
+            ValueError, match=f"{name} exists; allowed: a new or an empty folder"
+        ):
             consolidate(made[0], tmp_path / name)
     for output in (tmp_path / "save/iter_0000009", made[0] / "model"):
-        with pytest.raises(ValueError, match="belongs to the checkpoints of a run; allowed: any other folder"):
+        with pytest.raises(
+            ValueError, match="belongs to the checkpoints of a run; allowed: any other folder"
+        ):
             consolidate(made[0], output)
     assert (tmp_path / "file").read_text() == (tmp_path / "full/file").read_text() == "x"
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "save"]
@@ -282,14 +372,18 @@ def test_what_is_there_is_not_touched(made, tmp_path):
 
 def test_a_full_disk_is_noticed_first(made, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
-    with pytest.raises(OSError, match=rf"out needs 1.0 MB, the disk of {tmp_path} has 0.0 MB left. Make room"):
+    with pytest.raises(
+        OSError, match=rf"out needs 1.0 MB, the disk of {tmp_path} has 0.0 MB left. Make room"
+    ):
         consolidate(made[0], tmp_path / "new/out")
     assert os.listdir(tmp_path) == ["save"]
 
 
 def test_an_interrupted_program_leaves_nothing_and_a_killed_one_does_not_matter(made, tmp_path):
     def interrupt(written: int) -> None:
-        assert (tmp_path / "out.partial/folder/model.safetensors").exists() and not (tmp_path / "out").exists()
+        assert (tmp_path / "out.partial/folder/model.safetensors").exists() and not (
+            tmp_path / "out"
+        ).exists()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -331,33 +425,48 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     tensors = {f"layers.{i}.weight": torch.full((2_000_000,), float(i)) for i in range(24)}
     handmade.checkpoint(tmp_path / "large", tensors, 4, moments=False)
     handmade.checkpoint(tmp_path / "small", {"a": torch.zeros(4)}, 2, moments=False)
-    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, timeout=200, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(handmade.REPO)})
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        cwd=tmp_path,
+        timeout=200,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(handmade.REPO)},
+    )
     assert done.returncode == 0, done.stderr
     ours, everything = map(int, done.stdout.split())
-    assert everything > 150e6 and ours < 24e6, f"{ours / 1e6:.1f} MB, everything {everything / 1e6:.1f} MB"
+    assert everything > 150e6 and ours < 24e6, (
+        f"{ours / 1e6:.1f} MB, everything {everything / 1e6:.1f} MB"
+    )
 
 
 def test_the_program(several, tmp_path):
     handmade.damage(several / "iter_0000004/rank_00000.safetensors")
     flags = ("--dtype", "bfloat16", "--optimizer", "--max-shard-size", "1KB")
     done = handmade.run(TOOL, several, tmp_path / "out", *flags)
-    assert done.stdout.startswith(f"{several}/iter_0000005 -> {tmp_path}/out: 1 tensors in bfloat16, ")
+    assert done.stdout.startswith(
+        f"{several}/iter_0000005 -> {tmp_path}/out: 1 tensors in bfloat16, "
+    )
     (warning,) = done.stderr.splitlines()
-    assert warning.startswith(f"{TOOL}: warning: {several}/iter_0000004/rank_00000.safetensors is damaged")
+    assert warning.startswith(
+        f"{TOOL}: warning: {several}/iter_0000004/rank_00000.safetensors is damaged"
+    )
     assert warning.endswith("; not used")
     check_equal(contents(tmp_path / "out"), {"a": torch.full((9,), 5.0).bfloat16()})
     handmade.run(TOOL, several, tmp_path / "two", "--load-step", "2")
     check_equal(contents(tmp_path / "two"), {"a": torch.full((9,), 2.0)})
 
 
-@pytest.mark.parametrize("arguments, reason", [
-    (["save", "save"], "save exists; allowed: a new or an empty folder"),
-    (["save", "out", "--load-step", "-1"], "--load-step is -1; allowed: 0 or more"),
-    (["save", "out", "--load-step", "9"], "save has no whole checkpoint of iteration 9"),
-    (["save", "out", "--max-shard-size", "big"], "--max-shard-size is 'big'"),
-    (["nothing", "out"], "nothing is not a folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["save", "save"], "save exists; allowed: a new or an empty folder"),
+        (["save", "out", "--load-step", "-1"], "--load-step is -1; allowed: 0 or more"),
+        (["save", "out", "--load-step", "9"], "save has no whole checkpoint of iteration 9"),
+        (["save", "out", "--max-shard-size", "big"], "--max-shard-size is 'big'"),
+        (["nothing", "out"], "nothing is not a folder"),
+    ],
+)
 def test_mistakes_are_one_line(arguments, reason, several, tmp_path):
     done = handmade.run(TOOL, *arguments, code=2, cwd=tmp_path)
     (line,) = done.stderr.splitlines()
@@ -367,13 +476,23 @@ def test_mistakes_are_one_line(arguments, reason, several, tmp_path):
 
 def test_no_room_while_writing(tmp_path):
     handmade.checkpoint(tmp_path / "save", {"a": torch.zeros(300_000)})
-    done = handmade.program(TOOL, "save", "out", cwd=tmp_path, before="import resource; "
-                            "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))")
+    done = handmade.program(
+        TOOL,
+        "save",
+        "out",
+        cwd=tmp_path,
+        before="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))",
+    )
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and "folder/model.safetensors cannot be written: File too large. Raise the" in line
+    assert (
+        done.returncode == 2
+        and "folder/model.safetensors cannot be written: File too large. Raise the" in line
+    )
     assert os.listdir(tmp_path) == ["save"]
 
 
 def test_no_deepspeed_is_needed(several, tmp_path):
-    done = handmade.program(TOOL, "save", "out", cwd=tmp_path, before="sys.modules['deepspeed'] = None")
+    done = handmade.program(
+        TOOL, "save", "out", cwd=tmp_path, before="sys.modules['deepspeed'] = None"
+    )
     assert done.returncode == 0 and (tmp_path / "out/model.safetensors").exists(), done.stderr

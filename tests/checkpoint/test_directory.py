@@ -14,7 +14,11 @@ from megatron.checkpoint import directory
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.io import sha256
 
-CONTENT = {"run.json": b"{}", "rank_00000.safetensors": bytes(range(256)) * 40, "index.json": b"[1]"}
+CONTENT = {
+    "run.json": b"{}",
+    "rank_00000.safetensors": bytes(range(256)) * 40,
+    "index.json": b"[1]",
+}
 
 
 def make(folder: Path, iteration: int) -> Path:
@@ -53,7 +57,12 @@ def test_the_newest_is_the_one_completed_last(tmp_path):
     """After a return to an earlier iteration the abandoned ones have higher numbers."""
     for iteration in (100, 200, 300, 150):
         make(tmp_path, iteration)
-    assert [m["iteration"] for _, m in directory.candidates(tmp_path)[0]] == [150, 300, 200, 100]
+    assert [m["iteration"] for _, m in directory.candidates(tmp_path)[0]] == [
+        150,
+        300,
+        200,
+        100,
+    ]
     assert engines.latest(tmp_path) == "iter_0000150"
 
 
@@ -85,14 +94,21 @@ def test_killed_at_any_rename_a_whole_checkpoint_is_found(fails_at, tmp_path, mo
         return call
 
     with monkeypatch.context() as patch:
-        for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (directory.shutil, "rmtree")):
+        for module, name in (
+            (os, "rename"),
+            (os, "replace"),
+            (os, "fsync"),
+            (directory.shutil, "rmtree"),
+        ):
             patch.setattr(module, name, dying(getattr(module, name)))
         try:
             make(tmp_path, 100)
             died = False
         except KeyboardInterrupt:
             died = True
-    assert died == (calls >= fails_at) and calls >= min(fails_at, 11), "everything that can be interrupted is"
+    assert died == (calls >= fails_at) and calls >= min(fails_at, 11), (
+        "everything that can be interrupted is"
+    )
     path, manifest = directory.candidates(tmp_path)[0][0]
     assert manifest["iteration"] == 100 and check(path) is None
     directory.shutil.rmtree(tmp_path / "checkpoint.partial/iter_0000100", ignore_errors=True)
@@ -108,11 +124,17 @@ def flip(path: Path, position: int) -> None:
 
 
 @pytest.mark.parametrize("name", CONTENT)
-@pytest.mark.parametrize("damage, message", [
-    (lambda p: flip(p, len(p.read_bytes()) // 2), "{} is damaged: its SHA-256 is not the one in manifest.json"),
-    (lambda p: p.write_bytes(p.read_bytes()[:-1]), "{} has .* bytes, .* were written"),
-    (lambda p: p.unlink(), "{} is missing"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda p: flip(p, len(p.read_bytes()) // 2),
+            "{} is damaged: its SHA-256 is not the one in manifest.json",
+        ),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "{} has .* bytes, .* were written"),
+        (lambda p: p.unlink(), "{} is missing"),
+    ],
+)
 def test_damage_names_the_file(name, damage, message, tmp_path):
     path = make(tmp_path, 7)
     damage(path / name)
@@ -142,13 +164,21 @@ def test_every_byte_of_the_manifest_counts(tmp_path):
             continue
         finally:
             path.write_bytes(content)
-        assert manifest == json.loads(content), f"byte {position} changed what the manifest says"
+        assert manifest == json.loads(content), (
+            f"byte {position} changed what the manifest says"
+        )
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "manifest.json is missing"), ("{", "cannot be read"), ("[]", "is not the manifest of a 'moe-megatron"),
-    ('{"format": "other"}', "is not the manifest"), ("\udcff", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "manifest.json is missing"),
+        ("{", "cannot be read"),
+        ("[]", "is not the manifest of a 'moe-megatron"),
+        ('{"format": "other"}', "is not the manifest"),
+        ("\udcff", "cannot be read"),
+    ],
+)
 def test_broken_manifests(content, message, tmp_path):
     path = tmp_path / "iter_0000001"
     path.mkdir()
@@ -162,12 +192,18 @@ def test_broken_manifests(content, message, tmp_path):
 
 def test_a_renamed_checkpoint_and_one_of_deepspeed_are_named(tmp_path):
     make(tmp_path, 1).rename(tmp_path / "iter_0000002")
-    with pytest.raises(directory.Broken, match="iter_0000002 is the checkpoint of iteration 1 under another name"):
+    with pytest.raises(
+        directory.Broken,
+        match="iter_0000002 is the checkpoint of iteration 1 under another name",
+    ):
         directory.read_manifest(tmp_path / "iter_0000002")
     other = tmp_path / "iter_0000003"
     other.mkdir()
     (other / "mp_rank_00_model_states.pt").touch()
-    with pytest.raises(directory.Broken, match="has DeepSpeed's own files and no manifest.json: it is of an earlier"):
+    with pytest.raises(
+        directory.Broken,
+        match="has DeepSpeed's own files and no manifest.json: it is of an earlier",
+    ):
         directory.read_manifest(other)
 
 
@@ -175,15 +211,26 @@ def test_a_file_that_lost_its_end_is_not_published(tmp_path):
     partial = tmp_path / "checkpoint.partial/iter_0000007"
     partial.mkdir(parents=True)
     (partial / "run.json").write_bytes(b"{")
-    with pytest.raises(OSError, match="run.json has 1 bytes, 2 were written: the disk lost what it took"):
+    with pytest.raises(
+        OSError, match="run.json has 1 bytes, 2 were written: the disk lost what it took"
+    ):
         directory.publish(partial, tmp_path, 7, {"run.json": (2, "?")})
     assert not (tmp_path / "iter_0000007").exists()
 
 
-@pytest.mark.parametrize("change", [
-    {"iteration": "7"}, {"iteration": True}, {"serial": None}, {"files": ["run.json"]}, {"files": {"run.json": 2}},
-    {"files": {"../../x": [1, "a"]}}, {"files": {"/etc/passwd": [1, "a"]}}, {"files": {"run.json": [1.5, "a"]}},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"iteration": "7"},
+        {"iteration": True},
+        {"serial": None},
+        {"files": ["run.json"]},
+        {"files": {"run.json": 2}},
+        {"files": {"../../x": [1, "a"]}},
+        {"files": {"/etc/passwd": [1, "a"]}},
+        {"files": {"run.json": [1.5, "a"]}},
+    ],
+)
 def test_a_manifest_that_somebody_made_up(change, tmp_path):
     path = make(tmp_path, 7) / "manifest.json"
     manifest = {**json.loads(path.read_text()), **change}
@@ -212,10 +259,17 @@ def test_what_cannot_be_deleted_is_said_and_left(tmp_path, monkeypatch, capsys):
     for iteration in (1, 2):
         make(tmp_path, iteration)
     with monkeypatch.context() as patch:
-        patch.setattr(directory.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(39, "Directory not empty")))
+        patch.setattr(
+            directory.shutil,
+            "rmtree",
+            lambda path: (_ for _ in ()).throw(OSError(39, "Directory not empty")),
+        )
         assert directory.prune(tmp_path, 1, 0) == []
         directory.sweep(tmp_path)
-    assert "cannot be deleted: [Errno 39] Directory not empty. Delete it by hand" in capsys.readouterr().out
+    assert (
+        "cannot be deleted: [Errno 39] Directory not empty. Delete it by hand"
+        in capsys.readouterr().out
+    )
     (tmp_path / "latest.12.tmp").touch()
     directory.sweep(tmp_path)
     assert names(tmp_path) == ["iter_0000002", "latest"]
@@ -228,10 +282,17 @@ def test_damaged_ones_do_not_count(tmp_path):
     assert names(tmp_path) == ["iter_0000002", "iter_0000003", "iter_0000004", "latest"]
 
 
-@pytest.mark.parametrize("last, every, kept", [
-    (0, 0, [10, 20, 30, 40, 50]), (1, 0, [50]), (2, 0, [40, 50]), (2, 20, [20, 40, 50]), (1, 30, [30, 50]),
-    (9, 0, [10, 20, 30, 40, 50]),
-])
+@pytest.mark.parametrize(
+    "last, every, kept",
+    [
+        (0, 0, [10, 20, 30, 40, 50]),
+        (1, 0, [50]),
+        (2, 0, [40, 50]),
+        (2, 20, [20, 40, 50]),
+        (1, 30, [30, 50]),
+        (9, 0, [10, 20, 30, 40, 50]),
+    ],
+)
 def test_retention(last, every, kept, tmp_path):
     for iteration in (10, 20, 30, 40, 50):
         make(tmp_path, iteration)
@@ -239,7 +300,9 @@ def test_retention(last, every, kept, tmp_path):
     broken.mkdir()
     gone = directory.prune(tmp_path, last, every)
     assert [m["iteration"] for _, m in reversed(directory.candidates(tmp_path)[0])] == kept
-    assert sorted(gone) == sorted(directory.tag(i) for i in (10, 20, 30, 40, 50) if i not in kept)
+    assert sorted(gone) == sorted(
+        directory.tag(i) for i in (10, 20, 30, 40, 50) if i not in kept
+    )
     assert broken.exists(), "somebody may want to look at it"
 
 
@@ -253,7 +316,10 @@ def test_a_latest_that_names_nothing(tmp_path, capsys):
     assert [m["iteration"] for _, m in directory.choose(options)] == [1]
     assert "latest names iter_0000002, which is not there; not used" in capsys.readouterr().out
     directory.shutil.rmtree(tmp_path / "iter_0000001")
-    with pytest.raises(FileNotFoundError, match="cannot be used: .*latest names iter_0000002, which is not there"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="cannot be used: .*latest names iter_0000002, which is not there",
+    ):
         directory.choose(options)
 
 
@@ -265,14 +331,19 @@ def test_a_copy_may_have_another_name(tmp_path):
 def test_choosing(tmp_path, capsys):
     log.setup()
     options = CheckpointConfig(load=str(tmp_path / "c"))
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint. Point --load at .* or add --load-or-init"):
+    with pytest.raises(
+        FileNotFoundError, match="holds no checkpoint. Point --load at .* or add --load-or-init"
+    ):
         directory.choose(options)
     anyway = CheckpointConfig(load=options.load, load_or_init=True)
     assert directory.choose(anyway) == []
     broken = tmp_path / "c/iter_0000009"
     broken.mkdir(parents=True)
     for o in (options, anyway):  # something is there: to start anew would be a silent loss
-        with pytest.raises(FileNotFoundError, match="what is there cannot be used: .*0009/manifest.json is missing"):
+        with pytest.raises(
+            FileNotFoundError,
+            match="what is there cannot be used: .*0009/manifest.json is missing",
+        ):
             directory.choose(o)
     for iteration in (10, 20):
         make(tmp_path / "c", iteration)
@@ -283,7 +354,9 @@ def test_choosing(tmp_path, capsys):
     assert [m["iteration"] for _, m in step[0]] == [10]
     with pytest.raises(ValueError, match="--load-step is 15; whole checkpoints in .*: 10, 20"):
         directory.choose(CheckpointConfig(load=options.load, load_step=15))
-    with pytest.raises(ValueError, match="--load-step is 9; .*iter_0000009/manifest.json is missing"):
+    with pytest.raises(
+        ValueError, match="--load-step is 9; .*iter_0000009/manifest.json is missing"
+    ):
         directory.choose(CheckpointConfig(load=options.load, load_step=9))
 
 
@@ -291,7 +364,9 @@ def test_one_checkpoint_can_be_chosen_by_its_own_folder(tmp_path):
     make(tmp_path, 10)
     path = make(tmp_path, 20).with_name("iter_0000010")
     assert [found for found, _ in directory.choose(CheckpointConfig(load=str(path)))] == [path]
-    with pytest.raises(ValueError, match="--load-step is 10; allowed: only with the folder of the checkpoints"):
+    with pytest.raises(
+        ValueError, match="--load-step is 10; allowed: only with the folder of the checkpoints"
+    ):
         directory.choose(CheckpointConfig(load=str(path), load_step=10))
     (path / "manifest.json").unlink()
     with pytest.raises(ValueError, match="iter_0000010/manifest.json is missing"):

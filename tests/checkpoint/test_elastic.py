@@ -13,7 +13,9 @@ def gates_with_state() -> list[str]:
     """Gates that keep more than their parameters."""
     found = []
     for name in available_gates():
-        gate = create_gate(name, hidden_size=16, num_experts=16, vocab_size=61, **engines.OPTIONS.get(name, {}))
+        gate = create_gate(
+            name, hidden_size=16, num_experts=16, vocab_size=61, **engines.OPTIONS.get(name, {})
+        )
         if list(gate.buffers()):
             found.append(name)
     return found
@@ -21,7 +23,11 @@ def gates_with_state() -> list[str]:
 
 def check_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
-    different = [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+    different = [
+        name
+        for name in a
+        if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])
+    ]
     assert not different, different
 
 
@@ -29,24 +35,45 @@ def test_which_gates_have_state():
     assert gates_with_state() == ["deepseek_v3", "hash", "peer", "remoe"]
 
 
-@pytest.mark.parametrize("gate, precision", [("topk", "fp32"), ("topk", "bf16"),
-                                             *((gate, "bf16") for gate in gates_with_state())])
+@pytest.mark.parametrize(
+    "gate, precision",
+    [("topk", "fp32"), ("topk", "bf16"), *((gate, "bf16") for gate in gates_with_state())],
+)
 @pytest.mark.parametrize("stage, ep_size", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
-def test_a_resumed_run_is_the_run_that_went_on(stage, ep_size, gate, precision, ranks2, tmp_path):
+def test_a_resumed_run_is_the_run_that_went_on(
+    stage, ep_size, gate, precision, ranks2, tmp_path
+):
     """Losses, gradient norm, weights, buffers, to the last bit; another seed, so that all comes from the files."""
-    config = engines.config_of(gate, ep_size, stage, precision, save=str(tmp_path), async_save=stage == 2)
+    config = engines.config_of(
+        gate, ep_size, stage, precision, save=str(tmp_path), async_save=stage == 2
+    )
     went_on = ranks2.run(engines.train, config, 3, 3)
     resumed = ranks2.run(engines.train, engines.loading(config, tmp_path), 0, 3, 8)
-    for (_, expected, weights, norm), (_, losses, our_weights, our_norm) in zip(went_on, resumed, strict=True):
+    for (_, expected, weights, norm), (_, losses, our_weights, our_norm) in zip(
+        went_on, resumed, strict=True
+    ):
         assert losses == expected and norm == our_norm
         check_same(our_weights, weights)
 
 
 ELSEWHERE = [  # (ranks, experts shared by, ZeRO stage) of the run that goes on
-    (1, 1, 1), (4, 4, 1), (4, 2, 1), (2, 2, 2), (2, 2, 3), (1, 1, 3), (4, 4, 3), (4, 2, 2),
+    (1, 1, 1),
+    (4, 4, 1),
+    (4, 2, 1),
+    (2, 2, 2),
+    (2, 2, 3),
+    (1, 1, 3),
+    (4, 4, 3),
+    (4, 2, 2),
 ]
-MOVES = [(1, *there) for there in ELSEWHERE] + [(2, 2, 2, 3), (2, 2, 2, 1), (3, 2, 2, 1), (3, 2, 2, 2), (3, 4, 2, 3),
-                                                (3, 1, 1, 2)]
+MOVES = [(1, *there) for there in ELSEWHERE] + [
+    (2, 2, 2, 3),
+    (2, 2, 2, 1),
+    (3, 2, 2, 1),
+    (3, 2, 2, 2),
+    (3, 4, 2, 3),
+    (3, 1, 1, 2),
+]
 # Of the first loss and of five. In bf16 other sums round otherwise, and a router, which ZeRO 3 keeps in bf16 and the
 # others in fp32, may choose another expert for a token.
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (1e-3, 0.05)}
@@ -68,9 +95,16 @@ def saved(ranks2, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("stage, ranks, ep_size, new_stage, precision", [
-    *((*move, "fp32") for move in MOVES), *((*move, "bf16") for move in [*MOVES[:3], *MOVES[-6:-2]])])
-def test_a_run_goes_on_elsewhere(stage, ranks, ep_size, new_stage, precision, saved, request, tmp_path):
+@pytest.mark.parametrize(
+    "stage, ranks, ep_size, new_stage, precision",
+    [
+        *((*move, "fp32") for move in MOVES),
+        *((*move, "bf16") for move in [*MOVES[:3], *MOVES[-6:-2]]),
+    ],
+)
+def test_a_run_goes_on_elsewhere(
+    stage, ranks, ep_size, new_stage, precision, saved, request, tmp_path
+):
     """Saved again at once, every weight, moment and buffer is what it was, bit for bit; the five next losses agree."""
     folder, _, expected = saved("deepseek_v3", stage, precision)
     config = engines.config_of("deepseek_v3", ep_size, new_stage, precision)
@@ -86,16 +120,23 @@ def test_a_run_goes_on_elsewhere(stage, ranks, ep_size, new_stage, precision, sa
 @pytest.mark.parametrize("gate", [g for g in available_gates() if g != "deepseek_v3"])
 def test_every_gate_goes_on_elsewhere(gate, saved, ranks4, tmp_path):
     folder, _, expected = saved(gate, 1, "fp32")
-    answers = ranks4.run(engines.train, engines.loading(engines.config_of(gate, 4, 1), folder, tmp_path), 0, 5, 8)
+    answers = ranks4.run(
+        engines.train, engines.loading(engines.config_of(gate, 4, 1), folder, tmp_path), 0, 5, 8
+    )
     check_same(engines.whole(tmp_path), engines.whole(folder))
     assert answers[0][1] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("ranks, changes", [
-    (1, ("--moe-expert-parallel-size", "1", "--zero-stage", "2")),
-    (4, ("--moe-expert-parallel-size", "4", "--micro-batch-size", "1")),
-])
-def test_a_whole_run_sees_the_same_samples_elsewhere(ranks, changes, whole_run, data, request, tmp_path):
+@pytest.mark.parametrize(
+    "ranks, changes",
+    [
+        (1, ("--moe-expert-parallel-size", "1", "--zero-stage", "2")),
+        (4, ("--moe-expert-parallel-size", "4", "--micro-batch-size", "1")),
+    ],
+)
+def test_a_whole_run_sees_the_same_samples_elsewhere(
+    ranks, changes, whole_run, data, request, tmp_path
+):
     """From two ranks that share the experts to one and to four, through the program's own flags."""
     flags, folder, expected = whole_run
     pool = request.getfixturevalue(f"ranks{ranks}")
@@ -116,7 +157,14 @@ def whole_run(data, ranks2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole_run")
 
     def flags(out, *more):
-        return [*runs.flags(data, out, 6, *runs.EP2), "--hidden-dropout", "0", "--eval-iters", "0", *more]
+        return [
+            *runs.flags(data, out, 6, *runs.EP2),
+            "--hidden-dropout",
+            "0",
+            "--eval-iters",
+            "0",
+            *more,
+        ]
 
     ranks2.run(runs.train, flags(folder, "--save-interval", "3"), timeout=300)
     return flags, folder, runs.metrics(folder)

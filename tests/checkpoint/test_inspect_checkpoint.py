@@ -20,9 +20,19 @@ from megatron.model.parameter_count import count
 from megatron.parallel.groups import Groups
 
 TOOL = "inspect_checkpoint.py"
-SHAPES = {"embed_tokens__weight": (11, 4), "layers__0__mlp__experts__w1": (4, 3, 4), "layers__0__mlp__gate__r": (4, 4),
-          "layers__0__self_attn__q_proj__weight": (4, 4), "norm__weight": (4,), "strange": (2,)}
-BUFFERS = {"gate.bias": torch.tensor([0.5, -2.0]), "gate.count": torch.tensor(3), "gate.used": torch.tensor([True])}
+SHAPES = {
+    "embed_tokens__weight": (11, 4),
+    "layers__0__mlp__experts__w1": (4, 3, 4),
+    "layers__0__mlp__gate__r": (4, 4),
+    "layers__0__self_attn__q_proj__weight": (4, 4),
+    "norm__weight": (4,),
+    "strange": (2,),
+}
+BUFFERS = {
+    "gate.bias": torch.tensor([0.5, -2.0]),
+    "gate.count": torch.tensor(3),
+    "gate.used": torch.tensor([True]),
+}
 
 
 @pytest.fixture
@@ -42,17 +52,39 @@ def test_facts(folder):
     path = folder / "iter_0000005"
     found = inspect.facts(path, verify=True)
     assert json.loads(json.dumps(found)) == found
-    assert (found["iteration"], found["serial"], found["kinds"]) == (5, 2, ["weight", "exp_avg", "exp_avg_sq"])
-    assert found["progress"] == {"iteration": 5, "consumed_samples": 40, "consumed_tokens": 10240}
+    assert (found["iteration"], found["serial"], found["kinds"]) == (
+        5,
+        2,
+        ["weight", "exp_avg", "exp_avg_sq"],
+    )
+    assert found["progress"] == {
+        "iteration": 5,
+        "consumed_samples": 40,
+        "consumed_tokens": 10240,
+    }
     assert found["config"] == json.loads((path / "run.json").read_text())
-    assert found["topology"] == {"ranks": 3, "expert_parallel_size": 1, "zero_stage": 2, "precision": "bf16"}
+    assert found["topology"] == {
+        "ranks": 3,
+        "expert_parallel_size": 1,
+        "zero_stage": 2,
+        "precision": "bf16",
+    }
     assert found["identity"] == handmade.IDENTITY and found["faults"] == []
     parts = {part: number for part, number in found["parameters"]["parts"].items() if number}
-    assert parts == {"embedding": 44, "routed experts": 48, "router": 16, "attention": 16, "norms": 4, "other": 2}
+    assert parts == {
+        "embedding": 44,
+        "routed experts": 48,
+        "router": 16,
+        "attention": 16,
+        "norms": 4,
+        "other": 2,
+    }
     assert found["parameters"]["total"] == 130
     names = {p.name for p in path.iterdir()} - {"manifest.json"}
-    assert found["files"] == {n: {"bytes": (path / n).stat().st_size, "sha256": sha256.file_sha256(path / n)}
-                              for n in names}
+    assert found["files"] == {
+        n: {"bytes": (path / n).stat().st_size, "sha256": sha256.file_sha256(path / n)}
+        for n in names
+    }
     assert found["bytes"] == sum(f["bytes"] for f in found["files"].values())
     assert found["tensors"]["strange"] == {"shape": [2], "pieces": 2}
     assert found["buffers"]["gate.count"] == {"shape": [], "pieces": 1}
@@ -70,13 +102,19 @@ def test_values_of_tensors(slice_, tmp_path, monkeypatch):
     for name, tensor in (tensors | BUFFERS).items():
         entry = (found["tensors"] | found["buffers"])[name]
         finite = tensor[tensor.isfinite()].double()
-        assert entry["dtype"] == str(tensor.dtype).removeprefix("torch.") and entry["shape"] == list(tensor.shape)
+        assert entry["dtype"] == str(tensor.dtype).removeprefix("torch.") and entry[
+            "shape"
+        ] == list(tensor.shape)
         assert entry["min"] == (finite.min() if len(finite) else None), name
         assert entry["max"] == (finite.max() if len(finite) else None), name
-        assert entry["norm"] == pytest.approx(finite.norm().item()) and math.isfinite(entry["norm"])
+        assert entry["norm"] == pytest.approx(finite.norm().item()) and math.isfinite(
+            entry["norm"]
+        )
         assert entry["not_finite"] == tensor.numel() - len(finite)
-    assert found["faults"] == [f"{path}: 2 values of norm.weight are not finite",
-                               f"{path}: 2 values of strange are not finite"]
+    assert found["faults"] == [
+        f"{path}: 2 values of norm.weight are not finite",
+        f"{path}: 2 values of strange are not finite",
+    ]
     assert sum(read) == found["bytes"] + sum(t.nbytes for t in (tensors | BUFFERS).values())
 
 
@@ -85,47 +123,88 @@ def test_of_a_real_checkpoint(ranks2, tmp_path):
     config = engines.config_of("deepseek_v3", 2, 3, "bf16", save=str(tmp_path))
     ranks2.run(engines.train, config, 1)
     found = inspect.facts(inspect.one_of(tmp_path), verify=True, tensors=True)
-    model = build_model(config.model, config.moe, config.gate_options, vocab_size=61, seed=0, groups=Groups())
+    model = build_model(
+        config.model, config.moe, config.gate_options, vocab_size=61, seed=0, groups=Groups()
+    )
     size = count(model)
-    assert found["parameters"] == {"total": size.total, "parts": size.parts} and found["faults"] == []
+    assert (
+        found["parameters"] == {"total": size.total, "parts": size.parts}
+        and found["faults"] == []
+    )
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
     assert {n: t["shape"] for n, t in (found["tensors"] | found["buffers"]).items()} == shapes
     assert {t["dtype"] for t in found["tensors"].values()} == {"float32"}
     text = "\n".join(inspect.describe(found))
-    assert "2 ranks, experts shared by 2, ZeRO 3, bf16" in text and "bias_update_speed 0.07" in text
+    assert (
+        "2 ranks, experts shared by 2, ZeRO 3, bf16" in text
+        and "bias_update_speed 0.07" in text
+    )
 
 
 def test_what_is_printed(folder):
     done = handmade.run(TOOL, folder, "--tensors")
     text = lines(done)
-    (size,) = {f"{inspect.facts(folder / directory.tag(i))['bytes'] / 1e6:,.1f} MB" for i in (2, 4, 5)}
-    saved = {i: json.loads((folder / directory.tag(i) / "state.json").read_text())["saved_at"] for i in (2, 4, 5)}
-    assert text[:4] == [f"{folder}: 3 checkpoints", f"newest iter_0000004 {saved[4]} {size}",
-                        f"iter_0000005 {saved[5]} {size}", f"iter_0000002 {saved[2]} {size}"]
+    (size,) = {
+        f"{inspect.facts(folder / directory.tag(i))['bytes'] / 1e6:,.1f} MB" for i in (2, 4, 5)
+    }
+    saved = {
+        i: json.loads((folder / directory.tag(i) / "state.json").read_text())["saved_at"]
+        for i in (2, 4, 5)
+    }
+    assert text[:4] == [
+        f"{folder}: 3 checkpoints",
+        f"newest iter_0000004 {saved[4]} {size}",
+        f"iter_0000005 {saved[5]} {size}",
+        f"iter_0000002 {saved[2]} {size}",
+    ]
     manifest = directory.read_manifest(folder / "iter_0000004")
     versions = json.loads((folder / "iter_0000004/state.json").read_text())["versions"]
     assert text[4:] == [
-        "", f"{folder}/iter_0000004", "iteration 4 of 100", "seen 32 samples, 8,192 tokens",
-        "optimizer 4 steps, 8 samples each", f"saved {saved[4]}",
+        "",
+        f"{folder}/iter_0000004",
+        "iteration 4 of 100",
+        "seen 32 samples, 8,192 tokens",
+        "optimizer 4 steps, 8 samples each",
+        f"saved {saved[4]}",
         "made with 3 ranks, experts shared by 1, ZeRO 2, bf16",
         f"holds weights and moments of 6 parameters, {size} in 6 files",
-        "parameters", "embedding 44", "attention 16", "routed experts 48", "router 16", "norms 4", "other 2",
+        "parameters",
+        "embedding 44",
+        "attention 16",
+        "routed experts 48",
+        "router 16",
+        "norms 4",
+        "other 2",
         "total 130",
-        "gate, for 4 experts", "threshold threshold 0.8",
-        "tokenizer", "name ByteTokenizer", "vocab_size 257", "fingerprint f00d",
-        "data", "corpus bin_bytes 10, idx_bytes 20",
-        "versions", *(f"{name} {version}" for name, version in versions.items()),
+        "gate, for 4 experts",
+        "threshold threshold 0.8",
+        "tokenizer",
+        "name ByteTokenizer",
+        "vocab_size 257",
+        "fingerprint f00d",
+        "data",
+        "corpus bin_bytes 10, idx_bytes 20",
+        "versions",
+        *(f"{name} {version}" for name, version in versions.items()),
         "files (--verify compares their hashes)",
         *(f"{name} {nbytes:,} {sha}" for name, (nbytes, sha) in manifest["files"].items()),
-        "", "tensor shape pieces dtype min max norm", *text[-9:]]
+        "",
+        "tensor shape pieces dtype min max norm",
+        *text[-9:],
+    ]
     assert text[-4].startswith("strange [2] 2 float32 ")
-    assert text[-3:] == ["gate.bias [2] 1 float32 -2 0.5 2.062", "gate.count [] 1 int64 3 3 3",
-                         "gate.used [1] 1 bool 1 1 1"]
+    assert text[-3:] == [
+        "gate.bias [2] 1 float32 -2 0.5 2.062",
+        "gate.count [] 1 int64 3 3 3",
+        "gate.used [1] 1 bool 1 1 1",
+    ]
 
 
 def test_a_dense_model_at_its_beginning(tmp_path):
     config = replace(handmade.CONFIG, moe=replace(handmade.CONFIG.moe, num_experts=0))
-    path = handmade.checkpoint(tmp_path, handmade.weights(norm__weight=(3,)), config=config, moments=False, data={})
+    path = handmade.checkpoint(
+        tmp_path, handmade.weights(norm__weight=(3,)), config=config, moments=False, data={}
+    )
     text = [" ".join(line.split()) for line in inspect.describe(inspect.facts(path))]
     assert "none on record" in text and not [line for line in text if line.startswith("gate")]
     assert any(line.startswith("holds weights of 1 parameters, ") for line in text)
@@ -134,7 +213,10 @@ def test_a_dense_model_at_its_beginning(tmp_path):
 def test_json(folder):
     found = json.loads(handmade.run(TOOL, folder, "--json", "--verify", "--tensors").stdout)
     assert [(row["name"], row["newest"]) for row in found["checkpoints"]] == [
-        ("iter_0000004", True), ("iter_0000005", False), ("iter_0000002", False)]
+        ("iter_0000004", True),
+        ("iter_0000005", False),
+        ("iter_0000002", False),
+    ]
     assert found["newest"] == inspect.facts(folder / "iter_0000004", verify=True, tensors=True)
     path = folder / "iter_0000002"
     assert json.loads(handmade.run(TOOL, path, "--json").stdout) == inspect.facts(path)
@@ -152,20 +234,35 @@ def test_broken_ones_of_a_folder_are_named(folder):
     newest = {}
     for flags in ((), ("--verify",)):
         done = handmade.run(TOOL, folder, *flags, code=1)
-        newest[flags] = next(line.split()[1] for line in lines(done) if line.startswith("newest"))
+        newest[flags] = next(
+            line.split()[1] for line in lines(done) if line.startswith("newest")
+        )
         faults = [line for line in lines(done) if line.startswith("BROKEN")]
         assert len(faults) == 2 + len(flags) == len(done.stderr.splitlines())
         assert lines(done)[0].endswith(f": 4 checkpoints, {len(faults)} of them broken")
-        assert f"BROKEN {folder}/iter_0000002/rank_00000.safetensors has 5 bytes, " in "\n".join(faults)
+        assert (
+            f"BROKEN {folder}/iter_0000002/rank_00000.safetensors has 5 bytes, "
+            in "\n".join(faults)
+        )
         assert f"BROKEN {folder}/iter_0000007/manifest.json is missing" in faults
-        damaged = [line for line in faults if f"{folder}/iter_0000004/rank_00002.safetensors is damaged" in line]
+        damaged = [
+            line
+            for line in faults
+            if f"{folder}/iter_0000004/rank_00002.safetensors is damaged" in line
+        ]
         assert len(damaged) == len(flags)
     assert newest == {(): "iter_0000004", ("--verify",): "iter_0000005"}
     shutil.rmtree(folder / "iter_0000004")
     shutil.rmtree(folder / "iter_0000005")
-    assert lines(handmade.run(TOOL, folder, code=1))[0] == f"{folder}: 2 checkpoints, 2 of them broken"
+    assert (
+        lines(handmade.run(TOOL, folder, code=1))[0]
+        == f"{folder}: 2 checkpoints, 2 of them broken"
+    )
     done = handmade.run(TOOL, folder, folder, code=2)
-    assert f"{folder} has no whole checkpoint: {folder}/iter_0000002/rank_00000.safetensors has 5 bytes" in done.stderr
+    assert (
+        f"{folder} has no whole checkpoint: {folder}/iter_0000002/rank_00000.safetensors has 5 bytes"
+        in done.stderr
+    )
 
 
 def test_verify_finds_a_changed_byte(folder):
@@ -173,11 +270,16 @@ def test_verify_finds_a_changed_byte(folder):
     handmade.damage(path / "rank_00001.safetensors")
     assert "files (--verify compares their hashes)" in lines(handmade.run(TOOL, path))
     done = handmade.run(TOOL, path, "--verify", "--tensors", code=1)
-    assert done.stderr == (f"fault: {path}/rank_00001.safetensors is damaged: its SHA-256 is not the one in "
-                           "manifest.json\n")
+    assert done.stderr == (
+        f"fault: {path}/rank_00001.safetensors is damaged: its SHA-256 is not the one in "
+        "manifest.json\n"
+    )
     assert "strange [2] 2" in lines(done), "shapes, but no values"
     done = handmade.run(TOOL, path, folder, "--verify", "--tensors", code=1)
-    assert "rank_00001.safetensors is damaged" in done.stderr and "none differs in name or shape" in lines(done)
+    assert (
+        "rank_00001.safetensors is damaged" in done.stderr
+        and "none differs in name or shape" in lines(done)
+    )
     assert not [line for line in lines(done) if line.startswith("values")]
 
 
@@ -188,7 +290,9 @@ def test_a_damaged_description_is_found_without_verify(name, folder):
     with pytest.raises(directory.Broken, match=name):
         inspect.facts(path)
     done = handmade.run(TOOL, path, code=2)
-    assert len(done.stderr.splitlines()) == 1 and f"{TOOL}: error: {path}/{name} " in done.stderr
+    assert (
+        len(done.stderr.splitlines()) == 1 and f"{TOOL}: error: {path}/{name} " in done.stderr
+    )
     assert inspect.one_of(folder).name == "iter_0000005"
 
 
@@ -205,8 +309,10 @@ def test_values_that_are_not_finite_are_flagged(tmp_path):
 def test_where_there_is_nothing(path, tmp_path):
     (tmp_path / "empty").mkdir()
     done = handmade.run(TOOL, path, code=2, cwd=tmp_path)
-    assert done.stderr == (f"{TOOL}: error: {path} is not a folder of checkpoints. Give the folder of --save of a run, "
-                           "or one checkpoint of it\n")
+    assert done.stderr == (
+        f"{TOOL}: error: {path} is not a folder of checkpoints. Give the folder of --save of a run, "
+        "or one checkpoint of it\n"
+    )
 
 
 # Two checkpoints
@@ -215,7 +321,10 @@ def test_where_there_is_nothing(path, tmp_path):
 def test_a_checkpoint_does_not_differ_from_itself(folder):
     found = inspect.facts(folder / "iter_0000002")
     told = inspect.differences(found, found, tensors=True)
-    assert set(told.pop("tensors")["values"].values()) == {0.0} and told.pop("paths") == [found["path"]] * 2
+    assert (
+        set(told.pop("tensors")["values"].values()) == {0.0}
+        and told.pop("paths") == [found["path"]] * 2
+    )
     assert told and not any(told.values())
 
 
@@ -223,31 +332,71 @@ def test_every_difference_is_named(folder, tmp_path):
     tensors = handmade.weights(**SHAPES)
     del tensors["strange"]
     tensors["norm.weight"], tensors["new"] = torch.zeros(5), torch.zeros(3)
-    config = replace(handmade.CONFIG, model=replace(handmade.CONFIG.model, num_layers=7), gate_options={"other": 1})
-    handmade.checkpoint(tmp_path / "b", tensors, 2, iteration=9, config=config, versions={"torch": "0.1"},
-                        identity={**handmade.IDENTITY, "tokenizer_name": "Other"}, data={"corpus": {"bin_bytes": 11}},
-                        global_batch_size=16, iterations=50, saved_at="then")
+    config = replace(
+        handmade.CONFIG,
+        model=replace(handmade.CONFIG.model, num_layers=7),
+        gate_options={"other": 1},
+    )
+    handmade.checkpoint(
+        tmp_path / "b",
+        tensors,
+        2,
+        iteration=9,
+        config=config,
+        versions={"torch": "0.1"},
+        identity={**handmade.IDENTITY, "tokenizer_name": "Other"},
+        data={"corpus": {"bin_bytes": 11}},
+        global_batch_size=16,
+        iterations=50,
+        saved_at="then",
+    )
     first = inspect.facts(folder / "iter_0000002")
     told = inspect.differences(first, inspect.facts(tmp_path / "b/iter_0000009"), tensors=True)
     missing = inspect.NOT_THERE
-    assert told["configuration"] == {"model.num_layers": [4, 7], "gate_options.threshold": [0.8, missing],
-                                     "gate_options.other": [missing, 1]}
-    assert told["progress"] == {"iteration": [2, 9], "consumed_samples": [16, 72], "consumed_tokens": [4096, 18432]}
-    assert told["run"] == {"samples per step": [8, 16], "steps of the whole run": [100, 50], "optimizer steps": [2, 9],
-                           "saved at": [first["saved_at"], "then"], "parameters": [130, 132]}
-    assert told["topology"] == {"ranks": [3, 2]} and told["tokenizer"] == {"tokenizer_name": ["ByteTokenizer", "Other"]}
+    assert told["configuration"] == {
+        "model.num_layers": [4, 7],
+        "gate_options.threshold": [0.8, missing],
+        "gate_options.other": [missing, 1],
+    }
+    assert told["progress"] == {
+        "iteration": [2, 9],
+        "consumed_samples": [16, 72],
+        "consumed_tokens": [4096, 18432],
+    }
+    assert told["run"] == {
+        "samples per step": [8, 16],
+        "steps of the whole run": [100, 50],
+        "optimizer steps": [2, 9],
+        "saved at": [first["saved_at"], "then"],
+        "parameters": [130, 132],
+    }
+    assert told["topology"] == {"ranks": [3, 2]} and told["tokenizer"] == {
+        "tokenizer_name": ["ByteTokenizer", "Other"]
+    }
     assert told["data"] == {"corpus.bin_bytes": [10, 11], "corpus.idx_bytes": [20, missing]}
     assert told["versions"]["torch"] == [torch.__version__, "0.1"]
     assert told["versions"]["numpy"] == [first["versions"]["numpy"], missing]
     values = told["tensors"].pop("values")
-    assert set(values) == {name.replace("__", ".") for name in SHAPES} - {"norm.weight", "strange"}
-    assert told["tensors"] == {"only_first": ["strange", *BUFFERS], "only_second": ["new"],
-                               "shapes": {"norm.weight": [[4], [5]]}}
+    assert set(values) == {name.replace("__", ".") for name in SHAPES} - {
+        "norm.weight",
+        "strange",
+    }
+    assert told["tensors"] == {
+        "only_first": ["strange", *BUFFERS],
+        "only_second": ["new"],
+        "shapes": {"norm.weight": [[4], [5]]},
+    }
     text = lines(handmade.run(TOOL, folder / "iter_0000002", tmp_path / "b"))
     assert text[:2] == [f"first {folder}/iter_0000002", f"second {tmp_path}/b/iter_0000009"]
-    for line in ("model.num_layers 4 -> 7", "gate_options.other (not there) -> 1", "ranks 3 -> 2",
-                 "strange only in the first", "new only in the second", "norm.weight [4] -> [5]",
-                 "corpus.bin_bytes 10 -> 11"):
+    for line in (
+        "model.num_layers 4 -> 7",
+        "gate_options.other (not there) -> 1",
+        "ranks 3 -> 2",
+        "strange only in the first",
+        "new only in the second",
+        "norm.weight [4] -> [5]",
+        "corpus.bin_bytes 10 -> 11",
+    ):
         assert line in text
 
 
@@ -256,19 +405,42 @@ def test_how_far_apart_weights_are(slice_, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "SLICE", slice_)
     a, b = (handmade.weights(w=(5, 4), same=(3,), zero=(2,), strange=(2,)) for _ in range(2))
     b["w"] = torch.randn(5, 4, generator=torch.Generator().manual_seed(9))
-    a["zero"], b["zero"], b["strange"] = torch.zeros(2), torch.ones(2), torch.tensor([float("nan"), 1.0])
-    paths = [handmade.checkpoint(tmp_path / name, tensors, ranks, buffers={"flag": torch.tensor([name == "a", True])})
-             for name, tensors, ranks in (("a", a, 3), ("b", b, 2))]
+    a["zero"], b["zero"], b["strange"] = (
+        torch.zeros(2),
+        torch.ones(2),
+        torch.tensor([float("nan"), 1.0]),
+    )
+    paths = [
+        handmade.checkpoint(
+            tmp_path / name, tensors, ranks, buffers={"flag": torch.tensor([name == "a", True])}
+        )
+        for name, tensors, ranks in (("a", a, 3), ("b", b, 2))
+    ]
     read = []
-    told = inspect.differences(*map(inspect.facts, paths), tensors=True, progress=read.append)["tensors"]["values"]
-    expected = ((a["w"] - b["w"]).double().norm() / max(a["w"].double().norm(), b["w"].double().norm())).item()
-    assert told == {"w": pytest.approx(expected, rel=1e-6), "same": 0.0, "zero": 1.0, "strange": None,
-                    "flag": pytest.approx(math.sqrt(1 / 2))}
+    told = inspect.differences(*map(inspect.facts, paths), tensors=True, progress=read.append)[
+        "tensors"
+    ]["values"]
+    expected = (
+        (a["w"] - b["w"]).double().norm() / max(a["w"].double().norm(), b["w"].double().norm())
+    ).item()
+    assert told == {
+        "w": pytest.approx(expected, rel=1e-6),
+        "same": 0.0,
+        "zero": 1.0,
+        "strange": None,
+        "flag": pytest.approx(math.sqrt(1 / 2)),
+    }
     assert sum(read) == 2 * sum(t.nbytes for t in a.values()) + 4
     text = lines(handmade.run(TOOL, *paths, "--tensors"))
-    assert f"w {expected:.3e}" in text and {"same equal", "strange not finite", "zero 1.000e+00"} <= set(text)
+    assert f"w {expected:.3e}" in text and {
+        "same equal",
+        "strange not finite",
+        "zero 1.000e+00",
+    } <= set(text)
 
 
 def test_no_deepspeed_is_needed(folder):
-    done = handmade.program(TOOL, folder, "--tensors", cwd=folder, before="sys.modules['deepspeed'] = None")
+    done = handmade.program(
+        TOOL, folder, "--tensors", cwd=folder, before="sys.modules['deepspeed'] = None"
+    )
     assert done.returncode == 0 and "3 checkpoints" in done.stdout, done.stderr

@@ -18,7 +18,14 @@ from megatron.checkpoint.compatibility import (
     warn_of_changes,
 )
 from megatron.checkpoint.metadata import Record
-from megatron.config.schema import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+from megatron.config.schema import (
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron.parallel.groups import Groups
 
 IDENTITY = {"tokenizer_name": "a", "tokenizer_vocab_size": 10, "tokenizer_fingerprint": "f"}
@@ -33,7 +40,10 @@ def test_what_is_compared_are_fields_of_the_configuration():
 def test_contradictions_are_named():
     saved = Record(RunConfig(), IDENTITY)
     assert check_same_run(saved, Record(RunConfig(), dict(IDENTITY)), "x") is None
-    with pytest.raises(ValueError, match=r"--num-layers is 8 but checkpoint x was made with 4; use the checkpoint's"):
+    with pytest.raises(
+        ValueError,
+        match=r"--num-layers is 8 but checkpoint x was made with 4; use the checkpoint's",
+    ):
         check_same_run(saved, Record(RunConfig(model=ModelConfig(num_layers=8)), IDENTITY), "x")
     for key, what in records.IDENTITY.items():
         with pytest.raises(ValueError, match=f"{what} is 'other'"):
@@ -41,39 +51,73 @@ def test_contradictions_are_named():
 
 
 def test_changing_the_length_or_rate_of_the_run_is_allowed():
-    other = RunConfig(optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9))
+    other = RunConfig(
+        optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9)
+    )
     assert check_same_run(Record(RunConfig(), IDENTITY), Record(other, IDENTITY), "x") is None
 
 
-@pytest.mark.parametrize("saved, same", [
-    (ModelConfig(swiglu=True), ModelConfig(activation="swiglu")),
-    (ModelConfig(), ModelConfig(ffn_hidden_size=1024, num_query_groups=4, kv_channels=64, vocab_size=10)),
-])
+@pytest.mark.parametrize(
+    "saved, same",
+    [
+        (ModelConfig(swiglu=True), ModelConfig(activation="swiglu")),
+        (
+            ModelConfig(),
+            ModelConfig(
+                ffn_hidden_size=1024, num_query_groups=4, kv_channels=64, vocab_size=10
+            ),
+        ),
+    ],
+)
 def test_the_same_model_in_other_words(saved, same):
-    assert check_same_run(Record(RunConfig(saved), IDENTITY), Record(RunConfig(same), IDENTITY), "x") is None
+    assert (
+        check_same_run(
+            Record(RunConfig(saved), IDENTITY), Record(RunConfig(same), IDENTITY), "x"
+        )
+        is None
+    )
 
 
 def test_mixture_layers_are_compared_as_what_they_are():
     def record(**moe):
         return Record(RunConfig(moe=MoEConfig(num_experts=4, **moe)), IDENTITY)
 
-    assert check_same_run(record(expert_interval=2), record(moe_layers=(1, 3), moe_ffn_hidden_size=1024), "x") is None
-    with pytest.raises(ValueError, match=r"list of mixture layers is \[0, 1, 2, 3\] but .* made with \[1, 3\]"):
+    assert (
+        check_same_run(
+            record(expert_interval=2), record(moe_layers=(1, 3), moe_ffn_hidden_size=1024), "x"
+        )
+        is None
+    )
+    with pytest.raises(
+        ValueError, match=r"list of mixture layers is \[0, 1, 2, 3\] but .* made with \[1, 3\]"
+    ):
         check_same_run(record(expert_interval=2), record(), "x")
 
 
 def test_tokens_of_the_schedule_are_counted_in_global_batches():
-    saved = Record(RunConfig(optimizer=OptimizerConfig(lr_decay_tokens=5000)), IDENTITY, global_batch_size=8)
+    saved = Record(
+        RunConfig(optimizer=OptimizerConfig(lr_decay_tokens=5000)),
+        IDENTITY,
+        global_batch_size=8,
+    )
     assert check_same_schedule(saved, replace(saved), "x") is None
-    with pytest.raises(ValueError, match="the global batch, in which --lr-decay-tokens is counted, is 16 but .*8"):
+    with pytest.raises(
+        ValueError,
+        match="the global batch, in which --lr-decay-tokens is counted, is 16 but .*8",
+    ):
         check_same_schedule(saved, replace(saved, global_batch_size=16), "x")
 
 
 def test_other_options_of_the_gate_are_said(capsys):
     log.setup()
     saved = Record(RunConfig(gate_options={"topk": 2, "loss_coeff": 0.1}), IDENTITY)
-    warn_of_changes(saved, replace(saved, config=RunConfig(gate_options={"topk": 1, "loss_coeff": 0.1})))
-    assert "the gate goes on with other options than the checkpoint's: --topk 1 after 2" in capsys.readouterr().out
+    warn_of_changes(
+        saved, replace(saved, config=RunConfig(gate_options={"topk": 1, "loss_coeff": 0.1}))
+    )
+    assert (
+        "the gate goes on with other options than the checkpoint's: --topk 1 after 2"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_new_order_of_samples_is_said(capsys):
@@ -81,7 +125,9 @@ def test_a_new_order_of_samples_is_said(capsys):
     saved = Record(RunConfig(), IDENTITY, global_batch_size=8, data={"a": {"bin_bytes": 1}})
     warn_of_changes(saved, replace(saved, config=RunConfig(optimizer=OptimizerConfig(lr=1.0))))
     assert capsys.readouterr().out == ""
-    warn_of_changes(saved, replace(saved, config=RunConfig(train=TrainConfig(train_iters=7, seed=2))))
+    warn_of_changes(
+        saved, replace(saved, config=RunConfig(train=TrainConfig(train_iters=7, seed=2)))
+    )
     assert "--seed, --train-iters differ(s) from the checkpoint's" in capsys.readouterr().out
     warn_of_changes(saved, replace(saved, global_batch_size=16))
     assert "the global batch (16 samples after 8) differ(s)" in capsys.readouterr().out
@@ -93,31 +139,56 @@ def test_another_topology_is_said(capsys):
     log.setup()
     saved = Record(RunConfig(), IDENTITY, {"ranks": 2, "zero_stage": 1})
     warn_of_changes(saved, replace(saved, topology={"ranks": 4, "zero_stage": 3}))
-    assert "made with ranks 2, zero stage 1; the run goes on with ranks 4, zero stage 3" in capsys.readouterr().out
+    assert (
+        "made with ranks 2, zero stage 1; the run goes on with ranks 4, zero stage 3"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"lr": 1.0}, "--lr is 1.0 but checkpoint x was made with 0.0003"),
-    ({"lr_decay_style": "linear"}, "--lr-decay-style is 'linear'"), ({"min_lr": 1e-5}, "--min-lr is 1e-05"),
-    ({"lr_warmup_iters": 3}, "--lr-warmup-iters is 3"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lr": 1.0}, "--lr is 1.0 but checkpoint x was made with 0.0003"),
+        ({"lr_decay_style": "linear"}, "--lr-decay-style is 'linear'"),
+        ({"min_lr": 1e-5}, "--min-lr is 1e-05"),
+        ({"lr_warmup_iters": 3}, "--lr-warmup-iters is 3"),
+    ],
+)
 def test_another_schedule_is_refused(changes, message):
     saved = Record(RunConfig(), IDENTITY, iterations=100)
-    assert check_same_schedule(saved, replace(saved, config=RunConfig(train=TrainConfig(train_iters=7))), "x") is None
+    assert (
+        check_same_schedule(
+            saved, replace(saved, config=RunConfig(train=TrainConfig(train_iters=7))), "x"
+        )
+        is None
+    )
     with pytest.raises(ValueError, match=f"{message}.*add --override-lr-schedule"):
-        check_same_schedule(saved, replace(saved, config=RunConfig(optimizer=OptimizerConfig(**changes))), "x")
+        check_same_schedule(
+            saved, replace(saved, config=RunConfig(optimizer=OptimizerConfig(**changes))), "x"
+        )
 
 
-@pytest.mark.parametrize("options, follows", [
-    ({}, True), ({"lr_decay_style": "constant"}, False), ({"lr_decay_iters": 50}, False),
-    ({"lr_decay_tokens": 50}, False), ({"lr_decay_style": "constant", "lr_warmup_fraction": 0.1}, True),
-])
-def test_a_longer_run_is_another_schedule_only_where_the_rates_follow_its_length(options, follows):
+@pytest.mark.parametrize(
+    "options, follows",
+    [
+        ({}, True),
+        ({"lr_decay_style": "constant"}, False),
+        ({"lr_decay_iters": 50}, False),
+        ({"lr_decay_tokens": 50}, False),
+        ({"lr_decay_style": "constant", "lr_warmup_fraction": 0.1}, True),
+    ],
+)
+def test_a_longer_run_is_another_schedule_only_where_the_rates_follow_its_length(
+    options, follows
+):
     saved = Record(RunConfig(optimizer=OptimizerConfig(**options)), IDENTITY, iterations=100)
     if not follows:
         assert check_same_schedule(saved, replace(saved, iterations=200), "x") is None
         return
-    with pytest.raises(ValueError, match="the run's number of iterations, .*, is 200 but checkpoint x .* with 100"):
+    with pytest.raises(
+        ValueError,
+        match="the run's number of iterations, .*, is 200 but checkpoint x .* with 100",
+    ):
         check_same_schedule(saved, replace(saved, iterations=200), "x")
 
 
@@ -126,44 +197,79 @@ class Words:
 
 
 def test_a_record_survives_json(data):
-    config = RunConfig(data=DataConfig(data_path=("0.5", data, "0.5", "nowhere")), optimizer=OptimizerConfig(bf16=True))
+    config = RunConfig(
+        data=DataConfig(data_path=("0.5", data, "0.5", "nowhere")),
+        optimizer=OptimizerConfig(bf16=True),
+    )
     record = Record.of(config, Groups(world_size=4, ep_size=2), Words(), 8, 100)
     state = json.loads(json.dumps(record.state()))
     assert Record.from_state(config, state) == record
-    assert record.topology == {"ranks": 4, "expert_parallel_size": 2, "zero_stage": 1, "precision": "bf16"}
-    assert record.data["nowhere"] == {} and state["versions"].keys() >= {"torch", "deepspeed", "python"}
+    assert record.topology == {
+        "ranks": 4,
+        "expert_parallel_size": 2,
+        "zero_stage": 1,
+        "precision": "bf16",
+    }
+    assert record.data["nowhere"] == {} and state["versions"].keys() >= {
+        "torch",
+        "deepspeed",
+        "python",
+    }
     described = record.data[data]
     assert described["bin_bytes"] == Path(data + ".bin").stat().st_size
-    assert described["sidecar_sha256"] == hashlib.sha256(Path(data + ".json").read_bytes()).hexdigest()
+    assert (
+        described["sidecar_sha256"]
+        == hashlib.sha256(Path(data + ".json").read_bytes()).hexdigest()
+    )
 
 
 def test_learned_positions_must_be_as_many():
     def learned(n):
-        return Record(RunConfig(model=ModelConfig(position_embedding_type="learned", max_position_embeddings=n)),
-                      IDENTITY)
+        return Record(
+            RunConfig(
+                model=ModelConfig(position_embedding_type="learned", max_position_embeddings=n)
+            ),
+            IDENTITY,
+        )
 
-    with pytest.raises(ValueError, match="--max-position-embeddings is 512 but checkpoint x was made with 256"):
+    with pytest.raises(
+        ValueError, match="--max-position-embeddings is 512 but checkpoint x was made with 256"
+    ):
         check_same_run(learned(256), learned(512), "x")
 
 
-@pytest.mark.parametrize("gate, option, old, new", [
-    ("peer", "peer_num_heads", 4, 2), ("peer", "peer_query_norm", "batch", "layer"),
-    ("peer", "peer_product_key_dim", (8, 2), (4, 4)), ("moepp", "num_zero_experts", 1, 2), ("cosine", "proj_dim", 4, 5),
-    ("tcmoe", "topk", 2, 3),
-])
+@pytest.mark.parametrize(
+    "gate, option, old, new",
+    [
+        ("peer", "peer_num_heads", 4, 2),
+        ("peer", "peer_query_norm", "batch", "layer"),
+        ("peer", "peer_product_key_dim", (8, 2), (4, 4)),
+        ("moepp", "num_zero_experts", 1, 2),
+        ("cosine", "proj_dim", 4, 5),
+        ("tcmoe", "topk", 2, 3),
+    ],
+)
 def test_options_that_shape_the_gate_cannot_change(gate, option, old, new):
     def record(value):
         moe = MoEConfig(num_experts=16, gate=gate)
         return Record(RunConfig(moe=moe, gate_options={option: value}), IDENTITY)
 
     flag = "--" + option.replace("_", "-")
-    with pytest.raises(ValueError, match=f"{flag} is {re.escape(repr(new))} but checkpoint x was made with "
-                                         f"{re.escape(repr(old))}"):
+    with pytest.raises(
+        ValueError,
+        match=f"{flag} is {re.escape(repr(new))} but checkpoint x was made with "
+        f"{re.escape(repr(old))}",
+    ):
         check_same_run(record(old), record(new), "x")
 
 
 def test_options_that_leave_the_gates_shape_alone_may_change():
     def record(**options):
-        return Record(RunConfig(moe=MoEConfig(num_experts=4, gate="topk"), gate_options=options), IDENTITY)
+        return Record(
+            RunConfig(moe=MoEConfig(num_experts=4, gate="topk"), gate_options=options), IDENTITY
+        )
 
-    assert check_same_run(record(topk=2, loss_coeff=0.01), record(topk=3, loss_coeff=0.1), "x") is None
+    assert (
+        check_same_run(record(topk=2, loss_coeff=0.01), record(topk=3, loss_coeff=0.1), "x")
+        is None
+    )

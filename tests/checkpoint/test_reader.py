@@ -18,7 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron.checkpoint.reader import Shards, make_index, shard_name, write_tensors
-from megatron.io.safetensors_writer import DTYPES, Entry, SafetensorsWriter, in_file_order, read_header
+from megatron.io.safetensors_writer import (
+    DTYPES,
+    Entry,
+    SafetensorsWriter,
+    in_file_order,
+    read_header,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 SHAPES = [(), (1,), (5,), (0,), (3, 0, 2), (3, 5), (2, 3, 4)]
@@ -29,19 +35,29 @@ def values(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.T
     g = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=g).bool()
-    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=g).to(torch.uint8)
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=g).to(
+        torch.uint8
+    )
     return raw.view(dtype).view(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[int, str]:
+def write(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> tuple[int, str]:
     entries = [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
     return write_tensors(path, entries, tensors.__getitem__, metadata)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Also NaN is equal to itself here."""
-    return a.dtype == b.dtype and a.shape == b.shape and (
-        a.numel() == 0 or torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b))))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and (
+            a.numel() == 0
+            or torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,7 +73,10 @@ def test_the_package_reads_what_we_write(dtype, tmp_path):
 @pytest.mark.parametrize("more", range(8))
 def test_a_file_of_all_types_is_aligned_and_has_metadata(more, tmp_path):
     """However long the names are."""
-    tensors = {f"{dtype}{'x' * more if i else ''}": values(dtype, (3,), i) for i, dtype in enumerate(reversed(DTYPES))}
+    tensors = {
+        f"{dtype}{'x' * more if i else ''}": values(dtype, (3,), i)
+        for i, dtype in enumerate(reversed(DTYPES))
+    }
     nbytes, sha256 = write(tmp_path / "x", tensors, {"format": "pt", "what": "ü"})
     assert all(same_bits(t, tensors[name]) for name, t in load_file(tmp_path / "x").items())
     with safe_open(tmp_path / "x", "pt") as file:
@@ -79,25 +98,42 @@ def test_we_read_the_header_of_the_package(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.int64)}
     save_file(tensors, tmp_path / "x", {"format": "pt"})
     header, data = read_header(tmp_path / "x")
-    assert {name: (e["dtype"], e["shape"]) for name, e in header.items()} == {"a": ("F32", [2, 3]), "b": ("I64", [3])}
+    assert {name: (e["dtype"], e["shape"]) for name, e in header.items()} == {
+        "a": ("F32", [2, 3]),
+        "b": ("I64", [3]),
+    }
     start, end = header["a"]["data_offsets"]
-    assert (tmp_path / "x").read_bytes()[data + start:data + end] == tensors["a"].numpy().tobytes()
+    assert (tmp_path / "x").read_bytes()[data + start : data + end] == tensors[
+        "a"
+    ].numpy().tobytes()
 
 
 def test_tensors_may_be_views_with_any_strides(tmp_path):
     base = torch.arange(60.0).view(3, 4, 5)
-    tensors = {"t": base.permute(2, 0, 1), "s": base[:, ::2, 1:], "g": torch.ones(3, requires_grad=True),
-               "e": torch.ones(1).expand(7)}
+    tensors = {
+        "t": base.permute(2, 0, 1),
+        "s": base[:, ::2, 1:],
+        "g": torch.ones(3, requires_grad=True),
+        "e": torch.ones(1).expand(7),
+    }
     write(tmp_path / "x", tensors)
     assert all(torch.equal(t, tensors[name]) for name, t in load_file(tmp_path / "x").items())
 
 
 @settings(max_examples=50, deadline=None)
-@given(data=st.data(), shape=st.lists(st.integers(0, 5), max_size=3), dtype=st.sampled_from(list(DTYPES)))
+@given(
+    data=st.data(),
+    shape=st.lists(st.integers(0, 5), max_size=3),
+    dtype=st.sampled_from(list(DTYPES)),
+)
 def test_a_tensor_may_come_in_parts(data, shape, dtype, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     tensor = values(dtype, tuple(shape))
-    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, tensor.numel()), max_size=5))), tensor.numel()]
+    cuts = [
+        0,
+        *sorted(data.draw(st.lists(st.integers(0, tensor.numel()), max_size=5))),
+        tensor.numel(),
+    ]
     entry = Entry("a", dtype, tuple(shape))
     with SafetensorsWriter(folder / "parts", [entry]) as writer:
         writer.write_parts(tensor.flatten()[low:high] for low, high in zip(cuts, cuts[1:]))
@@ -108,10 +144,16 @@ def test_a_tensor_may_come_in_parts(data, shape, dtype, tmp_path_factory):
 
 def test_what_was_not_announced_is_not_written(tmp_path):
     entry = Entry("a", torch.float32, (2, 3))
-    for tensors, message in (([torch.zeros(3, 2)], "is not what"), ([torch.zeros(2, 3).double()], "is not what"),
-                             ([torch.zeros(4), torch.zeros(3)], "its size is not what"),
-                             ([torch.zeros(4)], "2 elements of .* are missing")):
-        with SafetensorsWriter(tmp_path / "x", [entry]) as writer, pytest.raises(AssertionError, match=message):
+    for tensors, message in (
+        ([torch.zeros(3, 2)], "is not what"),
+        ([torch.zeros(2, 3).double()], "is not what"),
+        ([torch.zeros(4), torch.zeros(3)], "its size is not what"),
+        ([torch.zeros(4)], "2 elements of .* are missing"),
+    ):
+        with (
+            SafetensorsWriter(tmp_path / "x", [entry]) as writer,
+            pytest.raises(AssertionError, match=message),
+        ):
             writer.write(*tensors) if message == "is not what" else writer.write_parts(tensors)
     with SafetensorsWriter(tmp_path / "x", [entry, Entry("b", torch.int8, ())]) as writer:
         writer.write(torch.zeros(2, 3))
@@ -122,18 +164,29 @@ def test_what_was_not_announced_is_not_written(tmp_path):
 
 
 def test_wide_elements_come_first_and_else_the_order_stays():
-    entries = [Entry(str(i), dtype, ()) for i, dtype in enumerate([torch.int8, torch.float32, torch.int8, torch.float64,
-                                                                   torch.bfloat16, torch.int32])]
+    entries = [
+        Entry(str(i), dtype, ())
+        for i, dtype in enumerate(
+            [torch.int8, torch.float32, torch.int8, torch.float64, torch.bfloat16, torch.int32]
+        )
+    ]
     assert [e.name for e in in_file_order(entries)] == ["3", "1", "5", "4", "0", "2"]
 
 
 # The reader
 
 
-def store_pieces(folder: Path, tensors: dict[str, torch.Tensor], pieces: list[list[tuple[str, int, int]]]) -> Shards:
+def store_pieces(
+    folder: Path, tensors: dict[str, torch.Tensor], pieces: list[list[tuple[str, int, int]]]
+) -> Shards:
     for rank, owned in enumerate(pieces):
-        write(folder / shard_name(rank), {f"weight/{name}": tensors[name].flatten()[start:start + length]
-                                          for name, start, length in owned})
+        write(
+            folder / shard_name(rank),
+            {
+                f"weight/{name}": tensors[name].flatten()[start : start + length]
+                for name, start, length in owned
+            },
+        )
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     (folder / "index.json").write_text(json.dumps(make_index(pieces, shapes, ["weight"], [])))
     return Shards(folder)
@@ -150,7 +203,13 @@ def test_any_range_of_any_partition_is_what_was_written(data, tmp_path_factory):
         shape = tuple(data.draw(st.lists(st.integers(0, 6), max_size=3)))
         name, tensor = f"t{i}.weight", values(dtype, shape, i)
         tensors[name] = tensor
-        cuts = sorted({0, tensor.numel(), *data.draw(st.lists(st.integers(0, tensor.numel()), max_size=ranks - 1))})
+        cuts = sorted(
+            {
+                0,
+                tensor.numel(),
+                *data.draw(st.lists(st.integers(0, tensor.numel()), max_size=ranks - 1)),
+            }
+        )
         owners = data.draw(st.permutations(range(ranks)))
         for rank, low, high in zip(owners, cuts, cuts[1:]):
             pieces[rank].append((name, low, high - low))
@@ -159,7 +218,9 @@ def test_any_range_of_any_partition_is_what_was_written(data, tmp_path_factory):
         assert shards.shapes[name] == tensor.shape
         assert shards.num_pieces(name) == sum(p[0] == name for owned in pieces for p in owned)
         if not tensor.numel():
-            assert shards.dtype("weight", name) == torch.float32 and shards.read("weight", name).shape == (0,)
+            assert shards.dtype("weight", name) == torch.float32 and shards.read(
+                "weight", name
+            ).shape == (0,)
             continue
         assert shards.dtype("weight", name) == dtype
         assert same_bits(shards.read("weight", name), tensor.flatten())
@@ -167,7 +228,7 @@ def test_any_range_of_any_partition_is_what_was_written(data, tmp_path_factory):
         length = data.draw(st.integers(0, tensor.numel() - start))
         found = shards.read("weight", name, start, length)
         assert found.shape == (length,)
-        assert same_bits(found, tensor.flatten()[start:start + length]) or not length
+        assert same_bits(found, tensor.flatten()[start : start + length]) or not length
 
 
 def test_a_range_outside_is_refused(tmp_path):
@@ -179,17 +240,36 @@ def test_a_range_outside_is_refused(tmp_path):
 
 
 def test_buffers_and_random_states(tmp_path):
-    buffers = {"b": values(torch.int64, (2, 2)), "flag": torch.tensor(True), "none": torch.empty(0, 3)}
-    write(tmp_path / shard_name(0), {**{f"buffer/{n}": t for n, t in buffers.items()},
-                                     "rng/cpu": torch.arange(9, dtype=torch.uint8)})
-    write(tmp_path / shard_name(1), {"rng/cpu": torch.ones(3, dtype=torch.uint8),
-                                     "rng/cuda": torch.zeros(2, dtype=torch.uint8)})
-    (tmp_path / "index.json").write_text(json.dumps(make_index([[], []], {}, ["weight"], list(buffers))))
+    buffers = {
+        "b": values(torch.int64, (2, 2)),
+        "flag": torch.tensor(True),
+        "none": torch.empty(0, 3),
+    }
+    write(
+        tmp_path / shard_name(0),
+        {
+            **{f"buffer/{n}": t for n, t in buffers.items()},
+            "rng/cpu": torch.arange(9, dtype=torch.uint8),
+        },
+    )
+    write(
+        tmp_path / shard_name(1),
+        {
+            "rng/cpu": torch.ones(3, dtype=torch.uint8),
+            "rng/cuda": torch.zeros(2, dtype=torch.uint8),
+        },
+    )
+    (tmp_path / "index.json").write_text(
+        json.dumps(make_index([[], []], {}, ["weight"], list(buffers)))
+    )
     shards = Shards(tmp_path)
     for name, tensor in buffers.items():
         assert same_bits(shards.buffer(name), tensor)
         assert shards.buffer_entry(name) == Entry(name, tensor.dtype, tuple(tensor.shape))
-    assert {d: t.tolist() for d, t in shards.rng(1).items()} == {"cpu": [1, 1, 1], "cuda": [0, 0]}
+    assert {d: t.tolist() for d, t in shards.rng(1).items()} == {
+        "cpu": [1, 1, 1],
+        "cuda": [0, 0],
+    }
     assert shards.rng(0)["cpu"].tolist() == list(range(9))
 
 
@@ -210,18 +290,23 @@ def test_a_file_that_ends_too_early_is_named(tmp_path):
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size - 1)
     assert shards.read("weight", "a", 0, 5).tolist() == list(range(5))
-    with pytest.raises(OSError, match=r"rank_00000\.safetensors ends inside weight/a: it is damaged"):
+    with pytest.raises(
+        OSError, match=r"rank_00000\.safetensors ends inside weight/a: it is damaged"
+    ):
         shards.read("weight", "a", 1)
 
 
-@pytest.mark.parametrize("pieces, message", [
-    ([[("a", 0, 4)], [("a", 3, 3)]], "of a overlap or leave a gap at element 4"),
-    ([[("a", 0, 2)], [("a", 3, 3)]], "of a overlap or leave a gap at element 2"),
-    ([[("a", 1, 5)]], "of a overlap or leave a gap at element 0"),
-    ([[("a", 0, 3)], []], r"the ranks have 3 elements of a, \[2, 3\]"),
-    ([[("a", 0, 3)], [("a", 3, 4)]], r"the ranks have 7 elements of a, \[2, 3\]"),
-    ([[], []], r"the ranks have 0 elements of a, \[2, 3\]"),
-])
+@pytest.mark.parametrize(
+    "pieces, message",
+    [
+        ([[("a", 0, 4)], [("a", 3, 3)]], "of a overlap or leave a gap at element 4"),
+        ([[("a", 0, 2)], [("a", 3, 3)]], "of a overlap or leave a gap at element 2"),
+        ([[("a", 1, 5)]], "of a overlap or leave a gap at element 0"),
+        ([[("a", 0, 3)], []], r"the ranks have 3 elements of a, \[2, 3\]"),
+        ([[("a", 0, 3)], [("a", 3, 4)]], r"the ranks have 7 elements of a, \[2, 3\]"),
+        ([[], []], r"the ranks have 0 elements of a, \[2, 3\]"),
+    ],
+)
 def test_pieces_that_are_not_a_tensor_are_no_index(pieces, message):
     with pytest.raises(AssertionError, match=message):
         make_index(pieces, {"a": (2, 3)}, ["weight"], [])
@@ -232,31 +317,51 @@ def test_pieces_that_are_not_a_tensor_are_no_index(pieces, message):
 
 def test_a_full_disk_is_named():
     entry = Entry("a", torch.float32, (1000,))
-    with pytest.raises(OSError, match=r"^/dev/full cannot be written: No space left on device\. Free some space"):
+    with pytest.raises(
+        OSError,
+        match=r"^/dev/full cannot be written: No space left on device\. Free some space",
+    ):
         write_tensors("/dev/full", [entry], lambda name: torch.zeros(1000))
 
 
 def test_a_limit_of_file_sizes_is_named_and_a_folder_that_is_not_there(tmp_path):
-    code = ("import resource, sys, torch; from megatron.checkpoint.reader import Entry, write_tensors\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-            "for path in ('x', 'none/x'):\n"
-            "    try: write_tensors(path, [Entry('a', torch.float32, (50_000,))], lambda name: torch.zeros(50_000))\n"
-            "    except OSError as error: print(error)\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=100,
-                          env={"PYTHONPATH": str(REPO)})
+    code = (
+        "import resource, sys, torch; from megatron.checkpoint.reader import Entry, write_tensors\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "for path in ('x', 'none/x'):\n"
+        "    try: write_tensors(path, [Entry('a', torch.float32, (50_000,))], lambda name: torch.zeros(50_000))\n"
+        "    except OSError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+        env={"PYTHONPATH": str(REPO)},
+    )
     first, second = done.stdout.splitlines()
-    assert first.startswith("x cannot be written: File too large. Raise the limit of file sizes (ulimit -f)")
+    assert first.startswith(
+        "x cannot be written: File too large. Raise the limit of file sizes (ulimit -f)"
+    )
     assert "No such file or directory: 'none/x'" in second
 
 
 def test_a_file_is_on_the_disk_when_it_is_finished(tmp_path, monkeypatch):
     synced, sync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino) or sync(descriptor))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: synced.append(os.fstat(descriptor).st_ino) or sync(descriptor),
+    )
     write(tmp_path / "x.safetensors", {"a": torch.ones(3)})
     assert os.stat(tmp_path / "x.safetensors").st_ino in synced
 
 
 def test_a_header_that_is_longer_than_its_file(tmp_path):
     (tmp_path / "x.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ValueError, match="x.safetensors is no safetensors file: its header is longer than the file"):
+    with pytest.raises(
+        ValueError,
+        match="x.safetensors is no safetensors file: its header is longer than the file",
+    ):
         read_header(tmp_path / "x.safetensors")

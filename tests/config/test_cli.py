@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from megatron import __version__
 from megatron.config import cli
-from megatron.config.schema import SECTIONS, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, require
+from megatron.config.schema import (
+    SECTIONS,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    require,
+)
 from megatron.io import atomic_write
 
 
@@ -20,7 +27,10 @@ class TopK:
     topk: int = 2
     """experts per token, 100% of
     them"""
-    score: str = field(default="softmax", metadata={"flags": ("--score_fn",), "choices": ("softmax", "sigmoid")})
+    score: str = field(
+        default="softmax",
+        metadata={"flags": ("--score_fn",), "choices": ("softmax", "sigmoid")},
+    )
     """score of an expert"""
     loss_coeff: float = 0.01
     """coefficient of the balance loss"""
@@ -45,7 +55,12 @@ class Mass(Threshold):
     mass: float = 1.0
 
 
-GATES = {"topk": TopK, "threshold": Threshold, "mass": Mass, "hash": dataclasses.make_dataclass("Hash", [])}
+GATES = {
+    "topk": TopK,
+    "threshold": Threshold,
+    "mass": Mass,
+    "hash": dataclasses.make_dataclass("Hash", []),
+}
 
 
 def gate_config(name):
@@ -75,50 +90,56 @@ def test_argv_none_is_the_programs(monkeypatch):
     assert cli.parse(None, gate_config).model.num_layers == 9
 
 
-@pytest.mark.parametrize("words, where, expected", [
-    ("--num-layers 12", "model.num_layers", 12),
-    ("--num_layers=12", "model.num_layers", 12),
-    ("--train-iters 6e4", "train.train_iters", 60_000),
-    ("--train-tokens 1.5e3", "train.train_tokens", 1500),
-    ("--train-tokens 10_000", "train.train_tokens", 10_000),
-    ("--seed -3", "train.seed", -3),
-    ("--lr 1", "optimizer.lr", 1.0),
-    ("--lr 4.5e-4", "optimizer.lr", 4.5e-4),
-    ("--layernorm-epsilon 1e-6", "model.norm_epsilon", 1e-6),
-    ("--layernorm_epsilon 1e-6", "model.norm_epsilon", 1e-6),
-    ("--zero-stage 3", "optimizer.zero_stage", 3),
-    ("--bf16", "optimizer.bf16", True),
-    ("--bf16 --no-bf16", "optimizer.bf16", False),
-    ("--deepspeed_config a_b.json", "optimizer.deepspeed_config", "a_b.json"),
-    ("--deepspeed-config=a_b.json", "optimizer.deepspeed_config", "a_b.json"),
-    ("--save -x", "train.save", "-x"),
-    ("--save -h", "train.save", "-h"),
-    ("--data-path 0.7 a 0.3 -b", "data.data_path", ("0.7", "a", "0.3", "-b")),
-    ("--data-path a --data-path b", "data.data_path", ("b",)),
-    ("--data-path a --data-path=", "data.data_path", ()),
-    ("--local_rank=1 --deepspeed --num-layers 2", "model.num_layers", 2),
-    ("--local_rank 1 --num-layers 2", "model.num_layers", 2),
-])
+@pytest.mark.parametrize(
+    "words, where, expected",
+    [
+        ("--num-layers 12", "model.num_layers", 12),
+        ("--num_layers=12", "model.num_layers", 12),
+        ("--train-iters 6e4", "train.train_iters", 60_000),
+        ("--train-tokens 1.5e3", "train.train_tokens", 1500),
+        ("--train-tokens 10_000", "train.train_tokens", 10_000),
+        ("--seed -3", "train.seed", -3),
+        ("--lr 1", "optimizer.lr", 1.0),
+        ("--lr 4.5e-4", "optimizer.lr", 4.5e-4),
+        ("--layernorm-epsilon 1e-6", "model.norm_epsilon", 1e-6),
+        ("--layernorm_epsilon 1e-6", "model.norm_epsilon", 1e-6),
+        ("--zero-stage 3", "optimizer.zero_stage", 3),
+        ("--bf16", "optimizer.bf16", True),
+        ("--bf16 --no-bf16", "optimizer.bf16", False),
+        ("--deepspeed_config a_b.json", "optimizer.deepspeed_config", "a_b.json"),
+        ("--deepspeed-config=a_b.json", "optimizer.deepspeed_config", "a_b.json"),
+        ("--save -x", "train.save", "-x"),
+        ("--save -h", "train.save", "-h"),
+        ("--data-path 0.7 a 0.3 -b", "data.data_path", ("0.7", "a", "0.3", "-b")),
+        ("--data-path a --data-path b", "data.data_path", ("b",)),
+        ("--data-path a --data-path=", "data.data_path", ()),
+        ("--local_rank=1 --deepspeed --num-layers 2", "model.num_layers", 2),
+        ("--local_rank 1 --num-layers 2", "model.num_layers", 2),
+    ],
+)
 def test_values_of_flags(words, where, expected):
     section, name = where.split(".")
     value = getattr(getattr(parse(*words.split(" ")), section), name)
     assert value == expected and type(value) is type(expected)
 
 
-@pytest.mark.parametrize("words, name, expected", [
-    ("--topk 4", "topk", 4),
-    ("--score-fn sigmoid", "score", "sigmoid"),
-    ("--score sigmoid", "score", "sigmoid"),
-    ("--moe-loss-coeff 0.5", "loss_coeff", 0.5),
-    ("--loss-coeff 0.5", "loss_coeff", 0.5),
-    ("--no-renormalise", "renormalise", False),
-    ("--levels 3 -4 5", "levels", (3, -4, 5)),
-    ("--levels=", "levels", ()),
-    ("--limit 7", "limit", 7),
-    ("--limit 7 --limit none", "limit", None),
-    ("--names a b", "names", ("a", "b")),
-    ("--names none", "names", None),
-])
+@pytest.mark.parametrize(
+    "words, name, expected",
+    [
+        ("--topk 4", "topk", 4),
+        ("--score-fn sigmoid", "score", "sigmoid"),
+        ("--score sigmoid", "score", "sigmoid"),
+        ("--moe-loss-coeff 0.5", "loss_coeff", 0.5),
+        ("--loss-coeff 0.5", "loss_coeff", 0.5),
+        ("--no-renormalise", "renormalise", False),
+        ("--levels 3 -4 5", "levels", (3, -4, 5)),
+        ("--levels=", "levels", ()),
+        ("--limit 7", "limit", 7),
+        ("--limit 7 --limit none", "limit", None),
+        ("--names a b", "names", ("a", "b")),
+        ("--names none", "names", None),
+    ],
+)
 def test_values_of_gate_options(words, name, expected):
     options = parse(*words.split()).gate_options
     assert options == {**dataclasses.asdict(TopK()), name: expected}
@@ -126,12 +147,19 @@ def test_values_of_gate_options(words, name, expected):
 
 def test_the_gate_decides_which_flags_there_are():
     config = parse("--threshold", "0.5", "--gate", "threshold", "--topk", "3")
-    assert config.moe.gate == "threshold" and config.gate_options == {"threshold": 0.5, "topk": 3}
-    assert parse("--gate", "topk", "--gate=mass").gate_options == dataclasses.asdict(Mass()), "the last one counts"
+    assert config.moe.gate == "threshold" and config.gate_options == {
+        "threshold": 0.5,
+        "topk": 3,
+    }
+    assert parse("--gate", "topk", "--gate=mass").gate_options == dataclasses.asdict(Mass()), (
+        "the last one counts"
+    )
 
 
-@pytest.mark.parametrize("alias, gate", [
-    ("--use-threshold", "threshold"), ("--use_topk", "topk"), ("--use-hash-layer", "hash")])
+@pytest.mark.parametrize(
+    "alias, gate",
+    [("--use-threshold", "threshold"), ("--use_topk", "topk"), ("--use-hash-layer", "hash")],
+)
 def test_aliases_of_the_gate(alias, gate):
     assert parse(alias).moe.gate == parse(alias, "--gate", gate).moe.gate == gate
     assert set(cli.GATE_ALIASES.values()) == {"threshold", "topk", "hash", "base"}
@@ -143,48 +171,83 @@ def test_a_tool_adds_flags_of_its_own():
         json: bool = False
         layers: tuple[int, ...] = ()
 
-    config, tool = cli.parse_with(Tool, ["--json", "--layers", "1", "2", "--num-layers", "3"], gate_config)
+    config, tool = cli.parse_with(
+        Tool, ["--json", "--layers", "1", "2", "--num-layers", "3"], gate_config
+    )
     assert tool == Tool(True, (1, 2)) and config.model.num_layers == 3
 
 
 # Errors
 
 
-@pytest.mark.parametrize("words, message", [
-    ("--num-layers x", "--num-layers is 'x'; allowed: an integer"),
-    ("--num-layers 1.5", "--num-layers is '1.5'; allowed: an integer"),
-    ("--num-layers 1e30", "--num-layers is '1e30'; allowed: an integer"),
-    ("--num-layers inf", "--num-layers is 'inf'; allowed: an integer"),
-    ("--lr x", "--lr is 'x'; allowed: a finite number"),
-    ("--lr nan", "--lr is 'nan'; allowed: a finite number"),
-    ("--lr 1e999", "--lr is '1e999'; allowed: a finite number"),
-    ("--lr -1e-3", "--lr is -0.001; allowed: a positive number"),
-    ("--zero-stage 7", "--zero-stage is '7'; allowed: 0 1 2 3"),
-    ("--activation tanh", "--activation is 'tanh'; allowed: gelu relu silu swiglu geglu"),
-    ("--levels 1 x", "--levels is 'x'; allowed: an integer"),
-    ("--topk 0", "--topk is 0; allowed: a positive integer"),
-    ("--num-layers", "--num-layers: expected one argument; --help lists all flags"),
-    ("--save --load x", "--save: expected one argument; --help lists all flags"),
-    ("--data-path", "--data-path: expected at least one argument; --help lists all flags"),
-    ("--gate", "--gate: expected one argument; --help lists all flags"),
-    ("--swiglu=1", "--swiglu/--no-swiglu: ignored explicit argument '1'; --help lists all flags"),
-    ("--gate nope", "--gate is 'nope'; allowed: topk threshold mass hash"),
-    ("--use-topk --gate hash", "--use-topk and --gate hash name different gates; give one of them"),
-    ("--use-topk --use-threshold", "--use-topk and --use-threshold name different gates; give one of them"),
-    ("--num-layer 3", "--num-layer is no flag; did you mean --num-layers? --help lists all flags"),
-    ("--num_layer=3", "--num-layer is no flag; did you mean --num-layers? --help lists all flags"),
-    ("--num-expert 3", "--num-expert is no flag; did you mean --num-experts? --help lists all flags"),
-    ("--moe-loss-coef 3", "--moe-loss-coef is no flag; did you mean --moe-loss-coeff? --help lists all flags"),
-    ("--zzz", "--zzz is no flag; --help lists all flags"),
-    ("--num-layers 3 4", "unexpected argument '4'; every value follows its flag"),
-    ("-x", "unexpected argument '-x'; every value follows its flag"),
-    ("--threshold 0.5", "--threshold belongs to --gate mass or threshold, but the gate is topk; leave the flag out or "
-                        "choose another gate"),
-    ("--gate mass --no-renormalise", "--no-renormalise belongs to --gate topk, but the gate is mass; leave the flag "
-                                     "out or choose another gate"),
-    ("--gate hash --moe_loss_coeff=1", "--moe-loss-coeff belongs to --gate topk, but the gate is hash; leave the flag "
-                                       "out or choose another gate"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--num-layers x", "--num-layers is 'x'; allowed: an integer"),
+        ("--num-layers 1.5", "--num-layers is '1.5'; allowed: an integer"),
+        ("--num-layers 1e30", "--num-layers is '1e30'; allowed: an integer"),
+        ("--num-layers inf", "--num-layers is 'inf'; allowed: an integer"),
+        ("--lr x", "--lr is 'x'; allowed: a finite number"),
+        ("--lr nan", "--lr is 'nan'; allowed: a finite number"),
+        ("--lr 1e999", "--lr is '1e999'; allowed: a finite number"),
+        ("--lr -1e-3", "--lr is -0.001; allowed: a positive number"),
+        ("--zero-stage 7", "--zero-stage is '7'; allowed: 0 1 2 3"),
+        ("--activation tanh", "--activation is 'tanh'; allowed: gelu relu silu swiglu geglu"),
+        ("--levels 1 x", "--levels is 'x'; allowed: an integer"),
+        ("--topk 0", "--topk is 0; allowed: a positive integer"),
+        ("--num-layers", "--num-layers: expected one argument; --help lists all flags"),
+        ("--save --load x", "--save: expected one argument; --help lists all flags"),
+        ("--data-path", "--data-path: expected at least one argument; --help lists all flags"),
+        ("--gate", "--gate: expected one argument; --help lists all flags"),
+        (
+            "--swiglu=1",
+            "--swiglu/--no-swiglu: ignored explicit argument '1'; --help lists all flags",
+        ),
+        ("--gate nope", "--gate is 'nope'; allowed: topk threshold mass hash"),
+        (
+            "--use-topk --gate hash",
+            "--use-topk and --gate hash name different gates; give one of them",
+        ),
+        (
+            "--use-topk --use-threshold",
+            "--use-topk and --use-threshold name different gates; give one of them",
+        ),
+        (
+            "--num-layer 3",
+            "--num-layer is no flag; did you mean --num-layers? --help lists all flags",
+        ),
+        (
+            "--num_layer=3",
+            "--num-layer is no flag; did you mean --num-layers? --help lists all flags",
+        ),
+        (
+            "--num-expert 3",
+            "--num-expert is no flag; did you mean --num-experts? --help lists all flags",
+        ),
+        (
+            "--moe-loss-coef 3",
+            "--moe-loss-coef is no flag; did you mean --moe-loss-coeff? --help lists all flags",
+        ),
+        ("--zzz", "--zzz is no flag; --help lists all flags"),
+        ("--num-layers 3 4", "unexpected argument '4'; every value follows its flag"),
+        ("-x", "unexpected argument '-x'; every value follows its flag"),
+        (
+            "--threshold 0.5",
+            "--threshold belongs to --gate mass or threshold, but the gate is topk; leave the flag out or "
+            "choose another gate",
+        ),
+        (
+            "--gate mass --no-renormalise",
+            "--no-renormalise belongs to --gate topk, but the gate is mass; leave the flag "
+            "out or choose another gate",
+        ),
+        (
+            "--gate hash --moe_loss_coeff=1",
+            "--moe-loss-coeff belongs to --gate topk, but the gate is hash; leave the flag "
+            "out or choose another gate",
+        ),
+    ],
+)
 def test_errors_are_one_line(words, message):
     with pytest.raises(ValueError) as caught:
         parse(*words.split())
@@ -196,15 +259,30 @@ def test_a_foreign_flag_without_knowing_the_other_gates():
         cli.parse(["--threshold", "1"], gate_config)
 
 
-@pytest.mark.parametrize("fields, message", [
-    ([("x", int)], r"\.Bad\.x has no default; every field of a config class needs one"),
-    ([("x", dict, field(default_factory=dict))], r"\.Bad\.x has the type <class 'dict'>; a flag can be int, float,"),
-    ([("x", tuple[int, int], (1, 2))], r"\.Bad\.x has the type tuple\[int, int\]; a flag can be"),
-    ([("x", int | str, 1)], r"\.Bad\.x has the type int \| str; a flag can be"),
-    ([("x", bool | None, None)], r"\.Bad\.x has the type bool \| None; a flag can be"),
-    ([("num_layers", int, 1)], r"the flag --num-layers of .*\.Bad is taken by model.num_layers; rename the field"),
-    ([("no_swiglu", bool, False)], r"the flag --no-swiglu of .*\.Bad is taken by model.swiglu; rename the field"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ([("x", int)], r"\.Bad\.x has no default; every field of a config class needs one"),
+        (
+            [("x", dict, field(default_factory=dict))],
+            r"\.Bad\.x has the type <class 'dict'>; a flag can be int, float,",
+        ),
+        (
+            [("x", tuple[int, int], (1, 2))],
+            r"\.Bad\.x has the type tuple\[int, int\]; a flag can be",
+        ),
+        ([("x", int | str, 1)], r"\.Bad\.x has the type int \| str; a flag can be"),
+        ([("x", bool | None, None)], r"\.Bad\.x has the type bool \| None; a flag can be"),
+        (
+            [("num_layers", int, 1)],
+            r"the flag --num-layers of .*\.Bad is taken by model.num_layers; rename the field",
+        ),
+        (
+            [("no_swiglu", bool, False)],
+            r"the flag --no-swiglu of .*\.Bad is taken by model.swiglu; rename the field",
+        ),
+    ],
+)
 def test_a_gates_config_that_cannot_become_flags(fields, message):
     bad = dataclasses.make_dataclass("Bad", fields)
     with pytest.raises(ValueError, match=message):
@@ -220,18 +298,31 @@ def test_help_lists_flags_by_section_with_defaults(capsys, monkeypatch):
         parse("--help", "--gate", "topk")
     out = capsys.readouterr().out
     assert caught.value.code == 0
-    for line in ("model:", "Shape of the decoder-only transformer.", "gate topk:", "optimizer:", "train:", "data:",
-                 "The gate's own flags. Gates: hash mass threshold topk"):
+    for line in (
+        "model:",
+        "Shape of the decoder-only transformer.",
+        "gate topk:",
+        "optimizer:",
+        "train:",
+        "data:",
+        "The gate's own flags. Gates: hash mass threshold topk",
+    ):
         assert line in out
     squeezed = " ".join(out.split())
-    for text in ("--num-layers N number of transformer blocks (default: 4)",
-                 "--norm-epsilon X, --layernorm-epsilon X epsilon inside the normalisation (default: 1e-05)",
-                 "--bf16, --no-bf16 compute in bfloat16", "--save TEXT folder for checkpoints",
-                 "none are written (default: empty)", "--zero-stage {0,1,2,3}",
-                 "--topk N experts per token, 100% of them (default: 2)", "--levels N [N ...] (default: 1 2)",
-                 "--moe-loss-coeff X, --loss-coeff X coefficient of the balance loss (default: 0.01)",
-                 "--renormalise, --no-renormalise divide by the sum (default: on)",
-                 "--use-threshold the same as --gate threshold", "--limit N (default: None)"):
+    for text in (
+        "--num-layers N number of transformer blocks (default: 4)",
+        "--norm-epsilon X, --layernorm-epsilon X epsilon inside the normalisation (default: 1e-05)",
+        "--bf16, --no-bf16 compute in bfloat16",
+        "--save TEXT folder for checkpoints",
+        "none are written (default: empty)",
+        "--zero-stage {0,1,2,3}",
+        "--topk N experts per token, 100% of them (default: 2)",
+        "--levels N [N ...] (default: 1 2)",
+        "--moe-loss-coeff X, --loss-coeff X coefficient of the balance loss (default: 0.01)",
+        "--renormalise, --no-renormalise divide by the sum (default: on)",
+        "--use-threshold the same as --gate threshold",
+        "--limit N (default: None)",
+    ):
         assert text in squeezed, text
     assert "local-rank" not in out and "--threshold X" not in out
 
@@ -262,7 +353,10 @@ def test_help_texts_are_inherited_and_may_be_out_of_reach():
         """something more"""
 
     docs = {flag.name: flag.help for flag in cli.flags_of(Child, "child")}
-    assert docs["extra"] == "something more" and docs["num_layers"] == "number of transformer blocks"
+    assert (
+        docs["extra"] == "something more"
+        and docs["num_layers"] == "number of transformer blocks"
+    )
     without_source = dataclasses.make_dataclass("Made", [("x", int, 1)])
     assert cli.flags_of(without_source, "made")[0].help == ""
 
@@ -271,16 +365,31 @@ def test_help_texts_are_inherited_and_may_be_out_of_reach():
 
 
 def test_precedence_is_flag_then_file_then_default(tmp_path):
-    path = run_json(tmp_path, {"model": {"num_layers": 8, "hidden_size": 512}, "gate_options": {"topk": 3},
-                               "data": {"data_path": ["a"]}})
+    path = run_json(
+        tmp_path,
+        {
+            "model": {"num_layers": 8, "hidden_size": 512},
+            "gate_options": {"topk": 3},
+            "data": {"data_path": ["a"]},
+        },
+    )
     config = parse("--config", path, "--num-layers", "16")
-    assert (config.model.num_layers, config.model.hidden_size, config.model.seq_length) == (16, 512, 256)
-    assert config.gate_options == {**dataclasses.asdict(TopK()), "topk": 3} and config.data.data_path == ("a",)
+    assert (config.model.num_layers, config.model.hidden_size, config.model.seq_length) == (
+        16,
+        512,
+        256,
+    )
+    assert config.gate_options == {
+        **dataclasses.asdict(TopK()),
+        "topk": 3,
+    } and config.data.data_path == ("a",)
     assert parse("--config", path, "--topk", "5", "--data-path=").gate_options["topk"] == 5
 
 
 def test_the_file_names_the_gate(tmp_path):
-    path = run_json(tmp_path, {"moe": {"gate": "threshold"}, "gate_options": {"threshold": 0.25}})
+    path = run_json(
+        tmp_path, {"moe": {"gate": "threshold"}, "gate_options": {"threshold": 0.25}}
+    )
     assert parse("--config", path).gate_options == {"threshold": 0.25, "topk": 0}
     assert parse("--config", path, "--use-threshold").gate_options["threshold"] == 0.25
 
@@ -288,32 +397,58 @@ def test_the_file_names_the_gate(tmp_path):
 def test_another_gate_drops_the_stored_options_and_says_so(tmp_path, caplog):
     path = run_json(tmp_path, {"moe": {"gate": "topk"}, "gate_options": {"topk": 5}})
     config = parse("--config", path, "--gate", "threshold", "--threshold", "0.5")
-    assert config.moe.gate == "threshold" and config.gate_options == {"threshold": 0.5, "topk": 0}
-    assert caplog.messages == [f"--gate threshold replaces topk of {path}: the gate options stored there are dropped, "
-                               "and threshold starts from its own defaults"]
+    assert config.moe.gate == "threshold" and config.gate_options == {
+        "threshold": 0.5,
+        "topk": 0,
+    }
+    assert caplog.messages == [
+        f"--gate threshold replaces topk of {path}: the gate options stored there are dropped, "
+        "and threshold starts from its own defaults"
+    ]
     caplog.clear()
-    assert parse("--config", run_json(tmp_path, {}), "--gate", "threshold").gate_options["topk"] == 0
+    assert (
+        parse("--config", run_json(tmp_path, {}), "--gate", "threshold").gate_options["topk"]
+        == 0
+    )
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "is not JSON: Expecting property name"),
-    ([], r"is \[\]; allowed: a JSON object"),
-    ({"modle": {}}, "unknown key 'modle'; did you mean 'model'?"),
-    ({"zzz": {}}, "unknown key 'zzz'; allowed: model moe tokenizer data optimizer train gate_options"),
-    ({"model": 3}, "model is 3; allowed: a JSON object"),
-    ({"model": {"num_layer": 3}}, r"unknown key 'model\.num_layer'; did you mean 'model\.num_layers'?"),
-    ({"gate_options": {"tpok": 3}}, r"unknown key 'gate_options\.tpok'; did you mean 'gate_options\.topk'?"),
-    ({"model": {"num_layers": True}}, r"model\.num_layers is True; allowed: an integer"),
-    ({"model": {"num_layers": [1]}}, r"model\.num_layers is \[1\]; allowed: an integer"),
-    ({"model": {"num_layers": None}}, r"model\.num_layers is None; allowed: an integer"),
-    ({"model": {"swiglu": 1}}, r"model\.swiglu is 1; allowed: true or false"),
-    ({"model": {"activation": 3}}, r"model\.activation is 3; allowed: gelu relu"),
-    ({"train": {"save": 3}}, r"train\.save is 3; allowed: text"),
-    ({"optimizer": {"lr": 10**400}}, r"optimizer\.lr is 10+; allowed: a finite number"),
-    ({"data": {"data_path": "a"}}, r"data\.data_path is 'a'; allowed: a list, each element text"),
-    ({"gate_options": {"levels": [1, "x"]}}, r"gate_options\.levels is 'x'; allowed: an integer"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON: Expecting property name"),
+        ([], r"is \[\]; allowed: a JSON object"),
+        ({"modle": {}}, "unknown key 'modle'; did you mean 'model'?"),
+        (
+            {"zzz": {}},
+            "unknown key 'zzz'; allowed: model moe tokenizer data optimizer train gate_options",
+        ),
+        ({"model": 3}, "model is 3; allowed: a JSON object"),
+        (
+            {"model": {"num_layer": 3}},
+            r"unknown key 'model\.num_layer'; did you mean 'model\.num_layers'?",
+        ),
+        (
+            {"gate_options": {"tpok": 3}},
+            r"unknown key 'gate_options\.tpok'; did you mean 'gate_options\.topk'?",
+        ),
+        ({"model": {"num_layers": True}}, r"model\.num_layers is True; allowed: an integer"),
+        ({"model": {"num_layers": [1]}}, r"model\.num_layers is \[1\]; allowed: an integer"),
+        ({"model": {"num_layers": None}}, r"model\.num_layers is None; allowed: an integer"),
+        ({"model": {"swiglu": 1}}, r"model\.swiglu is 1; allowed: true or false"),
+        ({"model": {"activation": 3}}, r"model\.activation is 3; allowed: gelu relu"),
+        ({"train": {"save": 3}}, r"train\.save is 3; allowed: text"),
+        ({"optimizer": {"lr": 10**400}}, r"optimizer\.lr is 10+; allowed: a finite number"),
+        (
+            {"data": {"data_path": "a"}},
+            r"data\.data_path is 'a'; allowed: a list, each element text",
+        ),
+        (
+            {"gate_options": {"levels": [1, "x"]}},
+            r"gate_options\.levels is 'x'; allowed: an integer",
+        ),
+    ],
+)
 def test_a_file_that_is_wrong(tmp_path, content, message):
     path = run_json(tmp_path, content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -322,12 +457,17 @@ def test_a_file_that_is_wrong(tmp_path, content, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.json cannot be read \(No such file.*\); give the path of a run\.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"none\.json cannot be read \(No such file.*\); give the path of a run\.json",
+    ):
         parse("--config", str(tmp_path / "none.json"))
 
 
 def test_numbers_of_a_file_take_the_fields_type(tmp_path):
-    config = parse("--config", run_json(tmp_path, {"train": {"train_iters": 1e3}, "optimizer": {"lr": 1}}))
+    config = parse(
+        "--config", run_json(tmp_path, {"train": {"train_iters": 1e3}, "optimizer": {"lr": 1}})
+    )
     assert type(config.train.train_iters) is int and type(config.optimizer.lr) is float
 
 
@@ -346,14 +486,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         cli.write_run_json(parse("--num-layers", "9"), tmp_path / "run.json")
-    assert cli.read_run_json(tmp_path / "run.json") == RunConfig() and os.listdir(tmp_path) == ["run.json"]
+    assert cli.read_run_json(tmp_path / "run.json") == RunConfig() and os.listdir(tmp_path) == [
+        "run.json"
+    ]
 
 
 def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}/folder'$"):
         atomic_write.write_text(tmp_path / "folder", "x")
-    monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        cli.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/x'$"):
         atomic_write.write_bytes(tmp_path / "x", b"x")
     monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -367,7 +511,9 @@ def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path, monkeypatch)
 
 def test_a_checkpoints_run_json(tmp_path):
     config = parse("--num-layers", "3")
-    path = run_json(tmp_path, {"config": config.to_dict(), "tokenizer": {"name": "x"}, "world_size": 2})
+    path = run_json(
+        tmp_path, {"config": config.to_dict(), "tokenizer": {"name": "x"}, "world_size": 2}
+    )
     assert cli.read_run_json(path) == config == parse("--config", path)
 
 
@@ -375,7 +521,9 @@ def test_from_dict():
     config = parse("--levels", "1", "--num-layers", "3")
     assert cli.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert cli.from_dict({}) == RunConfig()
-    with pytest.raises(ValueError, match=r"^here: --num-layers is 0; allowed: a positive integer$"):
+    with pytest.raises(
+        ValueError, match=r"^here: --num-layers is 0; allowed: a positive integer$"
+    ):
         cli.from_dict({"model": {"num_layers": 0}}, "here")
     with pytest.raises(ValueError, match=r"^run\.json: unknown key 'a'"):
         cli.from_dict({"a": 1})
@@ -391,14 +539,26 @@ def values(flag):
     """A strategy for any value a field can hold."""
     if flag.choices:
         return st.sampled_from(flag.choices)
-    one = {int: st.integers(-2, 2**63 - 1) | st.integers(0, 8), bool: st.booleans(), str: WORD if flag.many else TEXT,
-           float: st.floats(0, 1) | st.floats(allow_nan=False, allow_infinity=False)}[flag.kind]
+    one = {
+        int: st.integers(-2, 2**63 - 1) | st.integers(0, 8),
+        bool: st.booleans(),
+        str: WORD if flag.many else TEXT,
+        float: st.floats(0, 1) | st.floats(allow_nan=False, allow_infinity=False),
+    }[flag.kind]
     value = st.lists(one, max_size=4).map(tuple) if flag.many else one
-    return value.filter(lambda v: v not in ("none", ("none",))) | st.none() if flag.optional else value
+    return (
+        value.filter(lambda v: v not in ("none", ("none",))) | st.none()
+        if flag.optional
+        else value
+    )
 
 
-FIELDS = [(s, flag) for s, cls in {**SECTIONS, "gate_options": TopK}.items() for flag in cli.flags_of(cls, s)
-          if flag.dest != "moe.gate"]
+FIELDS = [
+    (s, flag)
+    for s, cls in {**SECTIONS, "gate_options": TopK}.items()
+    for flag in cli.flags_of(cls, s)
+    if flag.dest != "moe.gate"
+]
 
 
 @settings(suppress_health_check=[HealthCheck.filter_too_much], deadline=None)
@@ -410,7 +570,9 @@ def test_to_flags_and_json_round_trip(chosen, data):
         parts[section][flag.name] = data.draw(values(flag), label=flag.dest)
     try:
         options = dataclasses.asdict(TopK(**parts.pop("gate_options")))
-        config = RunConfig(**{s: SECTIONS[s](**v) for s, v in parts.items()}, gate_options=options)
+        config = RunConfig(
+            **{s: SECTIONS[s](**v) for s, v in parts.items()}, gate_options=options
+        )
     except ValueError:
         assume(False)
     flags = cli.to_flags(config)
@@ -418,20 +580,32 @@ def test_to_flags_and_json_round_trip(chosen, data):
     assert cli.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@given(st.integers(-2**63 + 1, 2**63 - 1))
+@given(st.integers(-(2**63) + 1, 2**63 - 1))
 @example(2**53 + 1)
 def test_integers_are_exact(seed):
     assert parse(f"--seed={seed}").train.seed == parse("--seed", f"{seed}.0").train.seed == seed
 
 
 def test_to_flags_names_only_what_differs():
-    config = RunConfig(model=ModelConfig(num_layers=2, swiglu=True), moe=MoEConfig(gate="threshold"),
-                       optimizer=OptimizerConfig(lr=1e-3), gate_options={"threshold": 0.5, "loss_coeff": 1.0})
-    assert cli.to_flags(config) == ["--num-layers=2", "--swiglu", "--gate=threshold", "--lr=0.001", "--threshold=0.5",
-                                    "--moe-loss-coeff=1.0"]
+    config = RunConfig(
+        model=ModelConfig(num_layers=2, swiglu=True),
+        moe=MoEConfig(gate="threshold"),
+        optimizer=OptimizerConfig(lr=1e-3),
+        gate_options={"threshold": 0.5, "loss_coeff": 1.0},
+    )
+    assert cli.to_flags(config) == [
+        "--num-layers=2",
+        "--swiglu",
+        "--gate=threshold",
+        "--lr=0.001",
+        "--threshold=0.5",
+        "--moe-loss-coeff=1.0",
+    ]
 
 
 def test_what_no_flag_can_hold():
     config = RunConfig(data=dataclasses.replace(RunConfig().data, data_path=("a", "--b")))
-    with pytest.raises(ValueError, match='--data-path is \'--b\'; allowed: text that does not start with "--"'):
+    with pytest.raises(
+        ValueError, match="--data-path is '--b'; allowed: text that does not start with \"--\""
+    ):
         cli.to_flags(config)

@@ -19,79 +19,258 @@ from megatron.config.schema import (
 REFUSED = [
     (ModelConfig, {"num_layers": 0}, "--num-layers is 0; allowed: a positive integer"),
     (ModelConfig, {"hidden_size": -1}, "--hidden-size is -1; allowed: a positive integer"),
-    (ModelConfig, {"num_attention_heads": 0}, "--num-attention-heads is 0; allowed: a positive integer"),
+    (
+        ModelConfig,
+        {"num_attention_heads": 0},
+        "--num-attention-heads is 0; allowed: a positive integer",
+    ),
     (ModelConfig, {"seq_length": 0}, "--seq-length is 0; allowed: a positive integer"),
-    (ModelConfig, {"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by is 0; allowed: a positive"),
-    (ModelConfig, {"activation": "tanh"}, "--activation is 'tanh'; allowed: gelu relu silu swiglu geglu"),
-    (ModelConfig, {"activation": "relu", "swiglu": True}, "--activation is 'relu'; allowed: only swiglu with --swiglu"),
-    (ModelConfig, {"position_embedding_type": "alibi"}, "--position-embedding-type is 'alibi'; allowed: rope learned"),
-    (ModelConfig, {"normalization": "rms"}, "--normalization is 'rms'; allowed: RMSNorm LayerNorm"),
-    (ModelConfig, {"num_query_groups": 3}, "--num-query-groups is 3; allowed: a divisor of the 4 heads"),
+    (
+        ModelConfig,
+        {"make_vocab_size_divisible_by": 0},
+        "--make-vocab-size-divisible-by is 0; allowed: a positive",
+    ),
+    (
+        ModelConfig,
+        {"activation": "tanh"},
+        "--activation is 'tanh'; allowed: gelu relu silu swiglu geglu",
+    ),
+    (
+        ModelConfig,
+        {"activation": "relu", "swiglu": True},
+        "--activation is 'relu'; allowed: only swiglu with --swiglu",
+    ),
+    (
+        ModelConfig,
+        {"position_embedding_type": "alibi"},
+        "--position-embedding-type is 'alibi'; allowed: rope learned",
+    ),
+    (
+        ModelConfig,
+        {"normalization": "rms"},
+        "--normalization is 'rms'; allowed: RMSNorm LayerNorm",
+    ),
+    (
+        ModelConfig,
+        {"num_query_groups": 3},
+        "--num-query-groups is 3; allowed: a divisor of the 4 heads",
+    ),
     (ModelConfig, {"num_query_groups": -4}, "--num-query-groups is -4; allowed: 0 or more"),
-    (ModelConfig, {"hidden_size": 30}, "--num-attention-heads is 4; allowed: a divisor of the hidden size 30. Or set"),
-    (ModelConfig, {"kv_channels": 5}, "--kv-channels is 5; allowed: an even number with rotary positions"),
-    (ModelConfig, {"max_position_embeddings": 8}, "--max-position-embeddings is 8; allowed: at least the sequence"),
-    (ModelConfig, {"attention_dropout": 1.0}, "--attention-dropout is 1.0; allowed: 0 <= p < 1"),
+    (
+        ModelConfig,
+        {"hidden_size": 30},
+        "--num-attention-heads is 4; allowed: a divisor of the hidden size 30. Or set",
+    ),
+    (
+        ModelConfig,
+        {"kv_channels": 5},
+        "--kv-channels is 5; allowed: an even number with rotary positions",
+    ),
+    (
+        ModelConfig,
+        {"max_position_embeddings": 8},
+        "--max-position-embeddings is 8; allowed: at least the sequence",
+    ),
+    (
+        ModelConfig,
+        {"attention_dropout": 1.0},
+        "--attention-dropout is 1.0; allowed: 0 <= p < 1",
+    ),
     (ModelConfig, {"hidden_dropout": -0.1}, "--hidden-dropout is -0.1; allowed: 0 <= p < 1"),
-    *[(MoEConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
-      for name in ("num_experts", "moe_shared_experts", "moe_first_k_dense", "moe_train_capacity_factor",
-                   "moe_eval_capacity_factor", "moe_min_capacity", "moe_ffn_hidden_size")],
+    *[
+        (MoEConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+        for name in (
+            "num_experts",
+            "moe_shared_experts",
+            "moe_first_k_dense",
+            "moe_train_capacity_factor",
+            "moe_eval_capacity_factor",
+            "moe_min_capacity",
+            "moe_ffn_hidden_size",
+        )
+    ],
     (MoEConfig, {"expert_interval": 0}, "--expert-interval is 0; allowed: a positive integer"),
-    (MoEConfig, {"moe_layers": (1,)}, r"--moe-layers is \[1\]; allowed: only with experts. Set --num-experts"),
-    (MoEConfig, {"moe_layers": (1,), "expert_interval": 2, "num_experts": 4},
-     r"--moe-layers is \[1\]; allowed: only without --expert-interval and --moe-first-k-dense"),
-    (MoEConfig, {"moe_expert_parallel_size": 0}, "--moe-expert-parallel-size is 0; allowed: a positive integer"),
-    (MoEConfig, {"moe_expert_parallel_size": 2}, "--moe-expert-parallel-size is 2; allowed: 1 without experts. Set"),
-    (MoEConfig, {"num_experts": 6, "moe_expert_parallel_size": 4},
-     "--num-experts is 6; allowed: a multiple of --moe-expert-parallel-size, which is 4"),
-    (TokenizerConfig, {"tokenizer_type": "BPE"}, "--tokenizer-type is 'BPE'; allowed: GPT2BPETokenizer HuggingFace"),
-    (DataConfig, {"data_path": ("a",), "train_data_path": ("b",)},
-     r"--train-data-path is \['b'\]; allowed: only without --data-path"),
+    (
+        MoEConfig,
+        {"moe_layers": (1,)},
+        r"--moe-layers is \[1\]; allowed: only with experts. Set --num-experts",
+    ),
+    (
+        MoEConfig,
+        {"moe_layers": (1,), "expert_interval": 2, "num_experts": 4},
+        r"--moe-layers is \[1\]; allowed: only without --expert-interval and --moe-first-k-dense",
+    ),
+    (
+        MoEConfig,
+        {"moe_expert_parallel_size": 0},
+        "--moe-expert-parallel-size is 0; allowed: a positive integer",
+    ),
+    (
+        MoEConfig,
+        {"moe_expert_parallel_size": 2},
+        "--moe-expert-parallel-size is 2; allowed: 1 without experts. Set",
+    ),
+    (
+        MoEConfig,
+        {"num_experts": 6, "moe_expert_parallel_size": 4},
+        "--num-experts is 6; allowed: a multiple of --moe-expert-parallel-size, which is 4",
+    ),
+    (
+        TokenizerConfig,
+        {"tokenizer_type": "BPE"},
+        "--tokenizer-type is 'BPE'; allowed: GPT2BPETokenizer HuggingFace",
+    ),
+    (
+        DataConfig,
+        {"data_path": ("a",), "train_data_path": ("b",)},
+        r"--train-data-path is \['b'\]; allowed: only without --data-path",
+    ),
     (DataConfig, {"num_workers": -1}, "--num-workers is -1; allowed: 0 or more"),
-    (OptimizerConfig, {"lr_decay_style": "step"}, "--lr-decay-style is 'step'; allowed: cosine linear constant wsd"),
+    (
+        OptimizerConfig,
+        {"lr_decay_style": "step"},
+        "--lr-decay-style is 'step'; allowed: cosine linear constant wsd",
+    ),
     (OptimizerConfig, {"zero_stage": 4}, "--zero-stage is 4; allowed: 0 1 2 3"),
-    (MoEConfig, {"moe_shared_experts": 1}, "--moe-shared-experts is 1; allowed: 0 without experts"),
-    *[(ModelConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
-      for name in ("ffn_hidden_size", "num_query_groups", "kv_channels", "max_position_embeddings", "vocab_size")],
-    *[(ModelConfig, {name: 0.0}, f"--{name.replace('_', '-')} is 0.0; allowed: a positive number")
-      for name in ("rotary_base", "norm_epsilon", "init_method_std")],
+    (
+        MoEConfig,
+        {"moe_shared_experts": 1},
+        "--moe-shared-experts is 1; allowed: 0 without experts",
+    ),
+    *[
+        (ModelConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+        for name in (
+            "ffn_hidden_size",
+            "num_query_groups",
+            "kv_channels",
+            "max_position_embeddings",
+            "vocab_size",
+        )
+    ],
+    *[
+        (
+            ModelConfig,
+            {name: 0.0},
+            f"--{name.replace('_', '-')} is 0.0; allowed: a positive number",
+        )
+        for name in ("rotary_base", "norm_epsilon", "init_method_std")
+    ],
     (OptimizerConfig, {"adam_eps": 0.0}, "--adam-eps is 0.0; allowed: a positive number"),
     (OptimizerConfig, {"lr": 0.0}, "--lr is 0.0; allowed: a positive number"),
-    (OptimizerConfig, {"lr": 1e-3, "min_lr": 1e-2}, "--min-lr is 0.01; allowed: 0 to --lr, which is 0.001"),
+    (
+        OptimizerConfig,
+        {"lr": 1e-3, "min_lr": 1e-2},
+        "--min-lr is 0.01; allowed: 0 to --lr, which is 0.001",
+    ),
     (OptimizerConfig, {"min_lr": -1.0}, "--min-lr is -1.0; allowed: 0 to --lr"),
-    *[(OptimizerConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
-      for name in ("lr_warmup_iters", "lr_warmup_tokens", "lr_decay_iters", "lr_decay_tokens", "weight_decay",
-                   "clip_grad")],
-    (OptimizerConfig, {"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction is 1.5; allowed: 0 to 1"),
-    (OptimizerConfig, {"lr_wsd_decay_fraction": -0.5}, "--lr-wsd-decay-fraction is -0.5; allowed: 0 to 1"),
+    *[
+        (OptimizerConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+        for name in (
+            "lr_warmup_iters",
+            "lr_warmup_tokens",
+            "lr_decay_iters",
+            "lr_decay_tokens",
+            "weight_decay",
+            "clip_grad",
+        )
+    ],
+    (
+        OptimizerConfig,
+        {"lr_warmup_fraction": 1.5},
+        "--lr-warmup-fraction is 1.5; allowed: 0 to 1",
+    ),
+    (
+        OptimizerConfig,
+        {"lr_wsd_decay_fraction": -0.5},
+        "--lr-wsd-decay-fraction is -0.5; allowed: 0 to 1",
+    ),
     (OptimizerConfig, {"adam_beta1": 1.0}, "--adam-beta1 is 1.0; allowed: 0 <= beta < 1"),
     (OptimizerConfig, {"adam_beta2": -0.1}, "--adam-beta2 is -0.1; allowed: 0 <= beta < 1"),
-    (OptimizerConfig, {"lr_warmup_iters": 1, "lr_warmup_fraction": 0.1},
-     r"--lr-warmup-\* is \['lr_warmup_iters', 'lr_warmup_fraction'\]; allowed: one of iters, fraction, tokens"),
-    (OptimizerConfig, {"lr_decay_iters": 1, "lr_decay_tokens": 2},
-     "--lr-decay-tokens is 2; allowed: only without --lr-decay-iters"),
-    (OptimizerConfig, {"bf16": True, "fp16": True}, "--fp16 is True; allowed: only without --bf16"),
-    (TrainConfig, {"micro_batch_size": 0}, "--micro-batch-size is 0; allowed: a positive integer"),
+    (
+        OptimizerConfig,
+        {"lr_warmup_iters": 1, "lr_warmup_fraction": 0.1},
+        r"--lr-warmup-\* is \['lr_warmup_iters', 'lr_warmup_fraction'\]; allowed: one of iters, fraction, tokens",
+    ),
+    (
+        OptimizerConfig,
+        {"lr_decay_iters": 1, "lr_decay_tokens": 2},
+        "--lr-decay-tokens is 2; allowed: only without --lr-decay-iters",
+    ),
+    (
+        OptimizerConfig,
+        {"bf16": True, "fp16": True},
+        "--fp16 is True; allowed: only without --bf16",
+    ),
+    (
+        TrainConfig,
+        {"micro_batch_size": 0},
+        "--micro-batch-size is 0; allowed: a positive integer",
+    ),
     (TrainConfig, {"log_interval": 0}, "--log-interval is 0; allowed: a positive integer"),
-    *[(TrainConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
-      for name in ("global_batch_size", "train_iters", "train_tokens", "eval_interval", "eval_iters", "save_interval",
-                   "exit_interval", "exit_duration_in_mins", "max_bad_steps", "loss_spike_threshold")],
+    *[
+        (TrainConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+        for name in (
+            "global_batch_size",
+            "train_iters",
+            "train_tokens",
+            "eval_interval",
+            "eval_iters",
+            "save_interval",
+            "exit_interval",
+            "exit_duration_in_mins",
+            "max_bad_steps",
+            "loss_spike_threshold",
+        )
+    ],
     (TrainConfig, {"loss_spike_window": 7}, "--loss-spike-window is 7; allowed: 8 or more"),
-    (TrainConfig, {"loss_spike_action": "pray"}, "--loss-spike-action is 'pray'; allowed: log stop"),
-    (TrainConfig, {"loss_spike_action": "stop", "loss_spike_threshold": 0.0},
-     "--loss-spike-action is 'stop'; allowed: log without --loss-spike-threshold. Set the threshold."),
-    *[(TrainConfig, {"load": "x", name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
-      for name in ("keep_last", "keep_every", "load_step")],
-    *[(TrainConfig, {name: 1}, f"--{name.replace('_', '-')} is 1; allowed: only with --load. Name the folder")
-      for name in ("load_step", "load_or_init", "finetune", "override_lr_schedule")],
+    (
+        TrainConfig,
+        {"loss_spike_action": "pray"},
+        "--loss-spike-action is 'pray'; allowed: log stop",
+    ),
+    (
+        TrainConfig,
+        {"loss_spike_action": "stop", "loss_spike_threshold": 0.0},
+        "--loss-spike-action is 'stop'; allowed: log without --loss-spike-threshold. Set the threshold.",
+    ),
+    *[
+        (
+            TrainConfig,
+            {"load": "x", name: -1},
+            f"--{name.replace('_', '-')} is -1; allowed: 0 or more",
+        )
+        for name in ("keep_last", "keep_every", "load_step")
+    ],
+    *[
+        (
+            TrainConfig,
+            {name: 1},
+            f"--{name.replace('_', '-')} is 1; allowed: only with --load. Name the folder",
+        )
+        for name in ("load_step", "load_or_init", "finetune", "override_lr_schedule")
+    ],
     (TrainConfig, {"keep_every": 100}, "--keep-every is 100; allowed: only with --keep-last"),
-    (TrainConfig, {"on_save_error": "weep"}, "--on-save-error is 'weep'; allowed: stop continue"),
-    (TrainConfig, {"train_iters": 1, "train_tokens": 2}, "--train-tokens is 2; allowed: only without --train-iters"),
-    (TrainConfig, {"timeout_minutes": 0.0}, "--timeout-minutes is 0.0; allowed: a positive number"),
+    (
+        TrainConfig,
+        {"on_save_error": "weep"},
+        "--on-save-error is 'weep'; allowed: stop continue",
+    ),
+    (
+        TrainConfig,
+        {"train_iters": 1, "train_tokens": 2},
+        "--train-tokens is 2; allowed: only without --train-iters",
+    ),
+    (
+        TrainConfig,
+        {"timeout_minutes": 0.0},
+        "--timeout-minutes is 0.0; allowed: a positive number",
+    ),
 ]
 
 
-@pytest.mark.parametrize("cls, values, message", REFUSED, ids=[f"{c.__name__}-{v}" for c, v, _ in REFUSED])
+@pytest.mark.parametrize(
+    "cls, values, message", REFUSED, ids=[f"{c.__name__}-{v}" for c, v, _ in REFUSED]
+)
 def test_a_class_checks_its_fields(cls, values, message):
     with pytest.raises(ValueError, match=message) as caught:
         cls(**values)
@@ -115,10 +294,18 @@ def test_require_states_advice_only_when_there_is_some():
 
 def test_derived_model_sizes():
     model = ModelConfig(hidden_size=768, num_attention_heads=12, seq_length=1024)
-    assert (model.query_groups, model.head_size, model.max_positions, model.act) == (12, 64, 1024, "gelu")
+    assert (model.query_groups, model.head_size, model.max_positions, model.act) == (
+        12,
+        64,
+        1024,
+        "gelu",
+    )
     assert model.ffn_size == 3072
     assert dataclasses.replace(model, activation="geglu").ffn_size == 2048
-    assert dataclasses.replace(model, hidden_size=100, num_attention_heads=2, swiglu=True).ffn_size == 320
+    assert (
+        dataclasses.replace(model, hidden_size=100, num_attention_heads=2, swiglu=True).ffn_size
+        == 320
+    )
     assert dataclasses.replace(model, ffn_hidden_size=5).ffn_size == 5
     assert dataclasses.replace(model, swiglu=True).act == "swiglu"
     assert dataclasses.replace(model, num_query_groups=4, kv_channels=32).head_size == 32
@@ -138,38 +325,59 @@ def test_which_layers_are_mixtures():
 
 
 def test_precision():
-    assert [OptimizerConfig(**v).precision for v in ({}, {"bf16": True}, {"fp16": True})] == ["fp32", "bf16", "fp16"]
+    assert [OptimizerConfig(**v).precision for v in ({}, {"bf16": True}, {"fp16": True})] == [
+        "fp32",
+        "bf16",
+        "fp16",
+    ]
 
 
 def test_batch_and_length_of_the_run():
     train = TrainConfig(micro_batch_size=2, train_tokens=1001)
     assert train.global_batch(4) == 8
     assert dataclasses.replace(train, global_batch_size=16).global_batch(4) == 16
-    with pytest.raises(ValueError, match="--global-batch-size is 12; allowed: a multiple of --micro-batch-size 2 x 4"):
+    with pytest.raises(
+        ValueError,
+        match="--global-batch-size is 12; allowed: a multiple of --micro-batch-size 2 x 4",
+    ):
         dataclasses.replace(train, global_batch_size=12).global_batch(4)
     assert train.iterations(10, 1) == 51  # 20 tokens an iteration
     assert dataclasses.replace(train, train_tokens=0, train_iters=7).iterations(10, 1) == 7
-    with pytest.raises(ValueError, match="--train-iters is 0; allowed: a positive integer. Or set --train-tokens."):
+    with pytest.raises(
+        ValueError,
+        match="--train-iters is 0; allowed: a positive integer. Or set --train-tokens.",
+    ):
         TrainConfig().iterations(10, 1)
 
 
 def test_experts_need_zero():
     for ep in (1, 2):
         moe = MoEConfig(num_experts=4, moe_expert_parallel_size=ep)
-        with pytest.raises(ValueError, match="--zero-stage is 0; allowed: 1, 2 or 3 with experts. DeepSpeed's ZeRO 0"):
+        with pytest.raises(
+            ValueError,
+            match="--zero-stage is 0; allowed: 1, 2 or 3 with experts. DeepSpeed's ZeRO 0",
+        ):
             RunConfig(moe=moe, optimizer=OptimizerConfig(zero_stage=0))
     assert RunConfig(optimizer=OptimizerConfig(zero_stage=0)).optimizer.zero_stage == 0
 
 
 def test_to_dict_is_plain_and_complete():
     content = RunConfig(gate_options={"topk": 2}).to_dict()
-    assert list(content) == [*SECTIONS, "gate_options"] and content["gate_options"] == {"topk": 2}
+    assert list(content) == [*SECTIONS, "gate_options"] and content["gate_options"] == {
+        "topk": 2
+    }
     assert content["model"]["num_layers"] == 4
 
 
 def test_experts_that_no_layer_would_have():
     message = "--expert-interval is 5; allowed: what leaves a mixture layer among 2 layers, the first 0 dense"
     with pytest.raises(ValueError, match=message):
-        RunConfig(model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, expert_interval=5))
-    with pytest.raises(ValueError, match=r"--moe-layers is \[0, 2\]; allowed: blocks from 0 to 1"):
-        RunConfig(model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, moe_layers=(0, 2)))
+        RunConfig(
+            model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, expert_interval=5)
+        )
+    with pytest.raises(
+        ValueError, match=r"--moe-layers is \[0, 2\]; allowed: blocks from 0 to 1"
+    ):
+        RunConfig(
+            model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, moe_layers=(0, 2))
+        )

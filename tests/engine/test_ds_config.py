@@ -17,10 +17,18 @@ def merged(tmp_path, content, **options):
 
 
 def test_values():
-    assert deepspeed_config(OptimizerConfig(bf16=True, zero_stage=2, clip_grad=0.5), TRAIN, 4) == {
-        "train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True},
-        "fp16": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_allow_untested_optimizer": True,
+    assert deepspeed_config(
+        OptimizerConfig(bf16=True, zero_stage=2, clip_grad=0.5), TRAIN, 4
+    ) == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
 
@@ -30,37 +38,62 @@ def test_values():
 def test_precision_and_what_gradients_accumulate_in(stage, precision):
     options = {} if precision == "fp32" else {precision: True}
     config = deepspeed_config(OptimizerConfig(zero_stage=stage, **options), TRAIN, 1)
-    assert [config[p]["enabled"] for p in ("bf16", "fp16")] == [precision == "bf16", precision == "fp16"]
+    assert [config[p]["enabled"] for p in ("bf16", "fp16")] == [
+        precision == "bf16",
+        precision == "fp16",
+    ]
     expected = {"grad_accum_dtype": "fp32"} if precision == "bf16" and stage > 0 else None
-    assert config.get("data_types") == expected and config["zero_optimization"]["stage"] == stage
+    assert (
+        config.get("data_types") == expected and config["zero_optimization"]["stage"] == stage
+    )
 
 
 def test_deepspeed_itself_accepts_it():
     from deepspeed.runtime.config import DeepSpeedConfig
 
     for stage in range(4):
-        config = DeepSpeedConfig(deepspeed_config(OptimizerConfig(bf16=True, zero_stage=stage), TRAIN, 1))
+        config = DeepSpeedConfig(
+            deepspeed_config(OptimizerConfig(bf16=True, zero_stage=stage), TRAIN, 1)
+        )
         assert config.gradient_accumulation_steps == 8 and config.gradient_clipping == 1.0
         assert config.bfloat16_config.enabled and not config.float16_config.enabled
-        assert config.zero_optimization_stage == stage and config.grad_accum_dtype == ("fp32" if stage else None)
+        assert config.zero_optimization_stage == stage and config.grad_accum_dtype == (
+            "fp32" if stage else None
+        )
 
 
 def test_a_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match="--global-batch-size is 16; allowed: a multiple of --micro-batch-size 2 x 3"):
+    with pytest.raises(
+        ValueError,
+        match="--global-batch-size is 16; allowed: a multiple of --micro-batch-size 2 x 3",
+    ):
         deepspeed_config(OptimizerConfig(), TRAIN, 3)
 
 
 def test_a_file_is_merged_deeply(tmp_path):
-    config = merged(tmp_path, {
-        "zero_optimization": {"stage": "auto", "reduce_bucket_size": 7}, "steps_per_print": 5,
-        "wall_clock_breakdown": 1, "bfloat16": {"enabled": True, "check_grad_overflow": False},
-        "data_types": {"grad_accum_dtype": "bf16"},
-        "train_batch_size": 16, "gradient_clipping": 1, "fp16": {"enabled": "auto", "loss_scale_window": 3},
-    }, bf16=True)
+    config = merged(
+        tmp_path,
+        {
+            "zero_optimization": {"stage": "auto", "reduce_bucket_size": 7},
+            "steps_per_print": 5,
+            "wall_clock_breakdown": 1,
+            "bfloat16": {"enabled": True, "check_grad_overflow": False},
+            "data_types": {"grad_accum_dtype": "bf16"},
+            "train_batch_size": 16,
+            "gradient_clipping": 1,
+            "fp16": {"enabled": "auto", "loss_scale_window": 3},
+        },
+        bf16=True,
+    )
     assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
-    assert config["bf16"] == {"enabled": True, "check_grad_overflow": False} and "bfloat16" not in config
+    assert (
+        config["bf16"] == {"enabled": True, "check_grad_overflow": False}
+        and "bfloat16" not in config
+    )
     assert config["fp16"] == {"enabled": False, "loss_scale_window": 3}
-    assert config["data_types"] == {"grad_accum_dtype": "bf16"}, "a default of ours that no flag decides"
+    assert config["data_types"] == {"grad_accum_dtype": "bf16"}, (
+        "a default of ours that no flag decides"
+    )
     assert config["steps_per_print"] == 5 and config["wall_clock_breakdown"] == 1
     assert config["gradient_accumulation_steps"] == 2
 
@@ -72,22 +105,29 @@ def test_a_contradiction_names_key_file_values_and_flag(tmp_path, key):
     value = {inner: 3} if inner else 3
     with pytest.raises(ValueError) as caught:
         merged(tmp_path, {outer: value})
-    assert str(caught.value) == (f"{tmp_path / 'ds.json'}: {key} is 3, but the flags make it "
-                                 f"{ours[inner] if inner else ours!r}; change {DECIDED[key]} or remove the key from "
-                                 "the file")
+    assert str(caught.value) == (
+        f"{tmp_path / 'ds.json'}: {key} is 3, but the flags make it "
+        f"{ours[inner] if inner else ours!r}; change {DECIDED[key]} or remove the key from "
+        "the file"
+    )
 
 
 @pytest.mark.parametrize("section", REFUSED)
 def test_sections_that_we_build_are_refused(tmp_path, section):
-    with pytest.raises(ValueError, match=f"ds.json: the section '{section}' is not allowed: .*; remove it"):
+    with pytest.raises(
+        ValueError, match=f"ds.json: the section '{section}' is not allowed: .*; remove it"
+    ):
         merged(tmp_path, {section: {}})
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", r"--deepspeed_config: .*ds\.json is not JSON: Expecting"),
-    ([], r"--deepspeed_config: .*ds\.json holds a list; allowed: a JSON object"),
-    ({"bf16": True}, r"ds\.json: bf16 is True; allowed: a JSON object"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", r"--deepspeed_config: .*ds\.json is not JSON: Expecting"),
+        ([], r"--deepspeed_config: .*ds\.json holds a list; allowed: a JSON object"),
+        ({"bf16": True}, r"ds\.json: bf16 is True; allowed: a JSON object"),
+    ],
+)
 def test_a_file_that_is_no_configuration(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         merged(tmp_path, content)
@@ -95,7 +135,10 @@ def test_a_file_that_is_no_configuration(tmp_path, content, message):
 
 def test_a_missing_file(tmp_path):
     path = str(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="--deepspeed_config is '.*none.json', which cannot be read: No such file"):
+    with pytest.raises(
+        ValueError,
+        match="--deepspeed_config is '.*none.json', which cannot be read: No such file",
+    ):
         deepspeed_config(OptimizerConfig(deepspeed_config=path), TRAIN, 1)
 
 
@@ -104,5 +147,7 @@ def test_it_does_not_import_deepspeed(repo):
     import sys
 
     code = "import megatron.engine.ds_config, sys; print('deepspeed' in sys.modules or 'torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repo)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repo
+    )
     assert out.stdout.strip() == "False"

@@ -22,7 +22,9 @@ from megatron.parallel.groups import Groups
 def test_fp16_needs_a_gpu():
     from megatron.engine.engine import Engine
 
-    with pytest.raises(ValueError, match="--fp16 is True; allowed: only with a GPU. Use --bf16"):
+    with pytest.raises(
+        ValueError, match="--fp16 is True; allowed: only with a GPU. Use --bf16"
+    ):
         Engine(nn.Linear(1, 1), OptimizerConfig(fp16=True), TrainConfig(), Groups())
 
 
@@ -31,13 +33,22 @@ def test_what_deepspeed_refuses_is_one_line(tmp_path):
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"no_such_key": 1}}))
-    with pytest.raises(ValueError, match="DeepSpeed refuses .*ds.json: .*no_such_key") as caught:
-        Engine(nn.Linear(1, 1), OptimizerConfig(deepspeed_config=str(path)), TrainConfig(), Groups())
+    with pytest.raises(
+        ValueError, match="DeepSpeed refuses .*ds.json: .*no_such_key"
+    ) as caught:
+        Engine(
+            nn.Linear(1, 1),
+            OptimizerConfig(deepspeed_config=str(path)),
+            TrainConfig(),
+            Groups(),
+        )
     assert "\n" not in str(caught.value)
 
 
 def test_a_lost_rank_is_told_from_other_errors():
-    assert "another rank ended" in str(lost_rank(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3")))
+    assert "another rank ended" in str(
+        lost_rank(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"))
+    )
     assert lost_rank(RuntimeError("size mismatch")) is None
 
 
@@ -48,11 +59,15 @@ def test_our_adamw_is_torchs():
     def train(cls, steps, state=None):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3))
-        groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-                  {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ]
         optimizer = cls(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=True)
         if state is not None:
-            optimizer.load_state_dict(copy.deepcopy(state))  # or it would train on those very tensors
+            optimizer.load_state_dict(
+                copy.deepcopy(state)
+            )  # or it would train on those very tensors
         for i in range(steps):
             optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
             optimizer.zero_grad()
@@ -64,10 +79,15 @@ def test_our_adamw_is_torchs():
         return [p.detach() for p in model.parameters()], optimizer.state_dict()
 
     for state in (None, train(torch.optim.AdamW, 3)[1], train(AdamW, 3)[1]):
-        (ours, our_state), (theirs, their_state) = train(AdamW, 5, state), train(torch.optim.AdamW, 5, state)
+        (ours, our_state), (theirs, their_state) = (
+            train(AdamW, 5, state),
+            train(torch.optim.AdamW, 5, state),
+        )
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         assert our_state["param_groups"] == their_state["param_groups"]
-        for a, b in zip(our_state["state"].values(), their_state["state"].values(), strict=True):
+        for a, b in zip(
+            our_state["state"].values(), their_state["state"].values(), strict=True
+        ):
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -89,8 +109,13 @@ from megatron.pretrain import main
 assert main(sys.argv[1:]) == 0
 print("imported:", [name for name in ("torch._dynamo", "torch._inductor", "triton") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program, *runs.flags(data, tmp_path, 2, "--eval-iters", "0")],
-                          capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent.parent,
-                          timeout=300, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", program, *runs.flags(data, tmp_path, 2, "--eval-iters", "0")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        timeout=300,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "imported: []" in done.stdout and (tmp_path / "checkpoints/latest").exists()

@@ -8,11 +8,24 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.checkpoints import CheckpointConfig
-from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+from megatron.config.schema import (
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron.parallel.groups import Groups
 
-MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, activation="swiglu",
-                    ffn_hidden_size=24, init_method_std=0.3)
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    seq_length=8,
+    activation="swiglu",
+    ffn_hidden_size=24,
+    init_method_std=0.3,
+)
 EXPERTS, SPEED, STEPS, VOCAB = 4, 0.07, 3, 64
 # DeepSpeed 0.19.8 leaves buffers alone unless a user's --deepspeed_config says otherwise.
 CAST_BUFFERS = {"data_types": {"buffer_dtype": "bf16"}}
@@ -21,20 +34,34 @@ CAST_BUFFERS = {"data_types": {"buffer_dtype": "bf16"}}
 def build(groups, seed=7):
     from megatron.model.builder import build_model
 
-    moe = MoEConfig(num_experts=EXPERTS, gate="deepseek_v3", moe_ffn_hidden_size=8, moe_shared_experts=1,
-                    moe_expert_parallel_size=groups.ep_size)
-    return build_model(MODEL, moe, {"bias_update_speed": SPEED}, vocab_size=VOCAB, seed=seed, groups=groups)
+    moe = MoEConfig(
+        num_experts=EXPERTS,
+        gate="deepseek_v3",
+        moe_ffn_hidden_size=8,
+        moe_shared_experts=1,
+        moe_expert_parallel_size=groups.ep_size,
+    )
+    return build_model(
+        MODEL, moe, {"bias_update_speed": SPEED}, vocab_size=VOCAB, seed=seed, groups=groups
+    )
 
 
 def make_engine(groups, stage, precision, deepspeed_config, seed=7, source=None):
     from megatron.engine.engine import Engine
 
-    optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", lr=0.02, adam_eps=1e-2,
-                                deepspeed_config=deepspeed_config)
+    optimizer = OptimizerConfig(
+        zero_stage=stage,
+        bf16=precision == "bf16",
+        lr=0.02,
+        adam_eps=1e-2,
+        deepspeed_config=deepspeed_config,
+    )
     train = TrainConfig(micro_batch_size=1, global_batch_size=2 * groups.world_size)
     model = build(groups, seed)
     if source:
-        assert not any(gate.expert_bias.any() for gate in (block.mlp.gate for block in model.layers))
+        assert not any(
+            gate.expert_bias.any() for gate in (block.mlp.gate for block in model.layers)
+        )
         source.load_weights(model, groups)
     return Engine(model, optimizer, train, groups)
 
@@ -61,6 +88,7 @@ def count_loads(engine):
     """A list per layer that grows by the load of every training forward on this rank."""
     loads = [[] for _ in gates_of(engine)]
     for gate, seen in zip(gates_of(engine), loads, strict=True):
+
         def hook(module, inputs, out, seen=seen):
             if module.training:
                 seen.append(torch.bincount(out.expert_A, minlength=EXPERTS))
@@ -76,10 +104,16 @@ def _run(stage, precision, deepspeed_config, folder):
     from megatron.checkpoint.saver import Checkpoints
     from megatron.engine import distributed as parallel
 
-    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    os.environ.update(
+        RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
+    )
     groups = parallel.init(min(2, dist.get_world_size()))
     engine = make_engine(groups, stage, precision, deepspeed_config)
-    answer = {"start": biases(engine), "after": [], "weights": next(iter(engine.model.parameters())).dtype}
+    answer = {
+        "start": biases(engine),
+        "after": [],
+        "weights": next(iter(engine.model.parameters())).dtype,
+    }
     loads = count_loads(engine)
     for step in range(STEPS):
         engine.step(micro_batches(step, groups.rank), 0.02, 0.0)
@@ -101,9 +135,13 @@ def _run(stage, precision, deepspeed_config, folder):
     return answer
 
 
-@pytest.mark.parametrize("precision, cast_buffers", [("fp32", False), ("bf16", False), ("bf16", True)])
+@pytest.mark.parametrize(
+    "precision, cast_buffers", [("fp32", False), ("bf16", False), ("bf16", True)]
+)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bias_is_trained_saved_and_left_alone_as_it_should(stage, precision, cast_buffers, ranks2, tmp_path):
+def test_bias_is_trained_saved_and_left_alone_as_it_should(
+    stage, precision, cast_buffers, ranks2, tmp_path
+):
     """fp32 after the engine's casts; equal on all ranks; the update of the summed loads; checkpoint; evaluation.
 
     Mistakes: a bias rounded to bf16 (0.07 is not a bf16 number), an update per rank or per micro-batch, an update in
@@ -114,11 +152,14 @@ def test_bias_is_trained_saved_and_left_alone_as_it_should(stage, precision, cas
     answers = ranks2.run(_run, stage, precision, str(config), str(tmp_path))
     for a in answers:
         assert a["weights"] == (torch.bfloat16 if precision == "bf16" else torch.float32)
-        assert all(b.dtype == torch.float32 for b in [*a["start"], *a["after"][-1], *a["loaded"], *a["resumed"]])
+        assert all(
+            b.dtype == torch.float32
+            for b in [*a["start"], *a["after"][-1], *a["loaded"], *a["resumed"]]
+        )
     for layer in range(MODEL.num_layers):
         bias = torch.zeros(EXPERTS)
         for step in range(STEPS):
-            mine = [a["loads"][layer][2 * step:2 * step + 2] for a in answers]
+            mine = [a["loads"][layer][2 * step : 2 * step + 2] for a in answers]
             load = sum(sum(two) for two in mine)
             assert load.sum() == 2 * 2 * 8 * 2, "ranks x micro-batches x tokens x topk"
             bias = bias + SPEED * torch.sign(load.double().mean() - load).float()
@@ -139,7 +180,10 @@ def test_ranks_and_micro_batches_disagree_in_this_test():
     model = build(Groups())
     loads = []
     model.layers[0].mlp.gate.register_forward_hook(
-        lambda module, inputs, out: loads.append(torch.bincount(out.expert_A, minlength=EXPERTS)))
+        lambda module, inputs, out: loads.append(
+            torch.bincount(out.expert_A, minlength=EXPERTS)
+        )
+    )
     for rank in range(2):
         for b in micro_batches(0, rank):
             model(b.tokens_BS, b.labels_BS, b.loss_mask_BS)
@@ -148,7 +192,9 @@ def test_ranks_and_micro_batches_disagree_in_this_test():
         return torch.sign(load.double().mean() - load)
 
     whole = sign(sum(loads))
-    assert not torch.equal(sign(loads[0] + loads[1]), whole) or not torch.equal(sign(loads[2] + loads[3]), whole)
+    assert not torch.equal(sign(loads[0] + loads[1]), whole) or not torch.equal(
+        sign(loads[2] + loads[3]), whole
+    )
     assert not torch.equal(sum(sign(load) for load in loads), whole)
 
 
@@ -156,7 +202,9 @@ def _skip(stage, precision):
     """In a rank: a step in which one gradient is infinite, then an ordinary one; steps skipped and state after each."""
     from megatron.engine import distributed as parallel
 
-    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    os.environ.update(
+        RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
+    )
     groups = parallel.init(min(2, dist.get_world_size()))
     engine = make_engine(groups, stage, precision, "")
     infinite = next(p for n, p in engine.model.named_parameters() if "o_proj" in n)
@@ -165,7 +213,13 @@ def _skip(stage, precision):
     for step in range(2):
         engine.step(micro_batches(step, groups.rank), 0.02, 0.0)
         hook.remove()
-        states.append((engine.skipped_steps, biases(engine), [dict(m.step_sums) for m in engine.metrics.layers]))
+        states.append(
+            (
+                engine.skipped_steps,
+                biases(engine),
+                [dict(m.step_sums) for m in engine.metrics.layers],
+            )
+        )
     return states
 
 
@@ -173,5 +227,7 @@ def _skip(stage, precision):
 def test_a_skipped_step_moves_no_state(stage, ranks2):
     for (skipped, bias, sums), (still, moved, _) in ranks2.run(_skip, stage, "bf16"):
         assert skipped == still == 1
-        assert all(not b.any() for b in bias) and all(s == {} for s in sums), "and leaves no counts behind"
+        assert all(not b.any() for b in bias) and all(s == {} for s in sums), (
+            "and leaves no counts behind"
+        )
         assert all(b.any() for b in moved)

@@ -10,8 +10,15 @@ from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, Trai
 from megatron.moe.gate import available_gates
 from megatron.parallel.groups import Groups
 
-MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, activation="swiglu",
-                    ffn_hidden_size=24, init_method_std=0.3)
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    seq_length=8,
+    activation="swiglu",
+    ffn_hidden_size=24,
+    init_method_std=0.3,
+)
 # A large epsilon keeps Adam smooth: with a tiny one a gradient of rounding size moves a weight by the full rate.
 OPTIMIZER = {"lr": 0.02, "adam_eps": 1e-2, "clip_grad": 0.5, "weight_decay": 0.1}
 STEPS, VOCAB = 3, 64
@@ -25,10 +32,21 @@ def build(gate, groups, activation="swiglu", shared=1):
 
     from megatron.model.builder import build_model
 
-    moe = MoEConfig(num_experts=4, gate=gate, moe_ffn_hidden_size=8, moe_shared_experts=shared,
-                    moe_expert_parallel_size=groups.ep_size)
-    return build_model(replace(MODEL, activation=activation), moe, LOUD.get(gate, {}), vocab_size=VOCAB, seed=7,
-                       groups=groups)
+    moe = MoEConfig(
+        num_experts=4,
+        gate=gate,
+        moe_ffn_hidden_size=8,
+        moe_shared_experts=shared,
+        moe_expert_parallel_size=groups.ep_size,
+    )
+    return build_model(
+        replace(MODEL, activation=activation),
+        moe,
+        LOUD.get(gate, {}),
+        vocab_size=VOCAB,
+        seed=7,
+        groups=groups,
+    )
 
 
 def micro_batches(step):
@@ -48,18 +66,26 @@ def plain(gate, activation="swiglu"):
 
     model = build(gate, Groups(), activation)
     metrics = MoEMetrics(model, Groups())
-    adamw = torch.optim.AdamW(parameter_groups(model, OPTIMIZER["weight_decay"]), lr=OPTIMIZER["lr"],
-                              betas=(0.9, 0.95), eps=OPTIMIZER["adam_eps"])
+    adamw = torch.optim.AdamW(
+        parameter_groups(model, OPTIMIZER["weight_decay"]),
+        lr=OPTIMIZER["lr"],
+        betas=(0.9, 0.95),
+        eps=OPTIMIZER["adam_eps"],
+    )
     losses, norms = [], []
     for step in range(STEPS):
         total = 0.0
         for b in micro_batches(step):
             out = model(b.tokens_BS, b.labels_BS, b.loss_mask_BS)
-            assert step or (out.aux_loss == 0 if gate in WITHOUT_LOSS else out.aux_loss > 1e-3), "an invisible loss"
+            assert step or (
+                out.aux_loss == 0 if gate in WITHOUT_LOSS else out.aux_loss > 1e-3
+            ), "an invisible loss"
             (out.loss / 4).backward()
             total += out.lm_loss.item() / 4
         losses.append(total)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"])))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"]))
+        )
         adamw.step()
         adamw.zero_grad()
         metrics.after_step()
@@ -72,14 +98,18 @@ def _train(gate, stage, precision="fp32", activation="swiglu"):
     from megatron.engine.engine import Engine
     from megatron.parallel import groups as parallel
 
-    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    os.environ.update(
+        RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
+    )
     groups = distributed.init(min(2, dist.get_world_size()))
     model = build(gate, groups, activation)
     optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", **OPTIMIZER)
-    engine = Engine(model, optimizer, TrainConfig(micro_batch_size=1, global_batch_size=4), groups)
+    engine = Engine(
+        model, optimizer, TrainConfig(micro_batch_size=1, global_batch_size=4), groups
+    )
     losses, norms = [], []
     for step in range(STEPS):
-        mine = list(micro_batches(step))[groups.rank::groups.world_size]
+        mine = list(micro_batches(step))[groups.rank :: groups.world_size]
         loss, _ = engine.step(mine, OPTIMIZER["lr"], 0.0)
         losses.append(parallel.all_reduce_mean(float(loss), groups))
         norms.append(engine.grad_norm())
@@ -96,7 +126,9 @@ def _train(gate, stage, precision="fp32", activation="swiglu"):
 
 
 @pytest.mark.parametrize("gate", available_gates())
-@pytest.mark.parametrize("world, stage", [(1, 1), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)])
+@pytest.mark.parametrize(
+    "world, stage", [(1, 1), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)]
+)
 def test_clipped_update_equals_plain_torch(gate, world, stage, request):
     """Losses, gradient norms and every weight after three clipped steps, by name."""
     losses, norms, weights = plain(gate)
@@ -108,7 +140,9 @@ def test_clipped_update_equals_plain_torch(gate, world, stage, request):
     for name, expected in weights.items():
         parts = [a[2][name] for a in answers]
         got = torch.cat(parts[:2]) if ".experts." in name else parts[0]
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
         copies = zip(parts[:2], parts[2:]) if ".experts." in name else zip(parts, parts[1:])
         assert all(torch.equal(a, b) for a, b in copies), f"{name} differs between ranks"
 
@@ -117,11 +151,15 @@ def test_two_matrix_experts_train_too(ranks2):
     """gelu experts have no w3, which DeepSpeed's own experts have."""
     losses, norms, weights = plain("topk", "gelu")
     answers = ranks2.run(_train, "topk", 1, "fp32", "gelu")
-    assert answers[0][0] == pytest.approx(losses, abs=1e-5) and answers[0][1] == pytest.approx(norms, rel=1e-4)
+    assert answers[0][0] == pytest.approx(losses, abs=1e-5) and answers[0][1] == pytest.approx(
+        norms, rel=1e-4
+    )
     assert answers[0][2].keys() == weights.keys()
     for name, expected in weights.items():
         if name.endswith("w1"):
-            torch.testing.assert_close(torch.cat([a[2][name] for a in answers]), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                torch.cat([a[2][name] for a in answers]), expected, atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -143,10 +181,15 @@ def test_parameter_groups_by_name():
     model = build("topk", Groups())
     attach(model, Groups())
     names = {id(p): n for n, p in model.named_parameters()}
-    got = {g["name"]: ({names[id(p)] for p in g["params"]}, g["weight_decay"]) for g in parameter_groups(model, 0.1)}
+    got = {
+        g["name"]: ({names[id(p)] for p in g["params"]}, g["weight_decay"])
+        for g in parameter_groups(model, 0.1)
+    }
     assert set(got) == {"matrices", "vectors", "gates", "ep_size_1"}
     assert got["gates"] == ({f"layers.{i}.mlp.gate.router.weight" for i in range(2)}, 0.0)
     assert got["ep_size_1"][1] == 0.1 and all(".experts." in n for n in got["ep_size_1"][0])
     assert got["vectors"][1] == 0.0 and "embed_tokens.weight" in got["vectors"][0]
-    assert {n for n in got["vectors"][0] if "norm" in n} and not {n for n in got["matrices"][0] if "norm" in n}
+    assert {n for n in got["vectors"][0] if "norm" in n} and not {
+        n for n in got["matrices"][0] if "norm" in n
+    }
     assert set().union(*(g[0] for g in got.values())) == set(names.values())

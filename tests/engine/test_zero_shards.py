@@ -25,7 +25,10 @@ def stage_0(model: nn.Module, zero=None):
 
 def test_nvme_is_refused():
     zero = SimpleNamespace(swap_optimizer=True, optimizer=None)
-    with pytest.raises(ValueError, match="offload_optimizer.device is 'nvme'; allowed: none or cpu, with --save and"):
+    with pytest.raises(
+        ValueError,
+        match="offload_optimizer.device is 'nvme'; allowed: none or cpu, with --save and",
+    ):
         Partitions(stage_0(nn.Linear(1, 1), zero), Layout({}, {}, ()))
 
 
@@ -40,8 +43,13 @@ def scalers():
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
 
     half = torch.float16
-    dynamic = {"init_scale": 65536, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2,
-               "consecutive_hysteresis": False}
+    dynamic = {
+        "init_scale": 65536,
+        "scale_window": 1000,
+        "min_scale": 1,
+        "delayed_shift": 2,
+        "consecutive_hysteresis": False,
+    }
     return {
         "ZeRO": SimpleNamespace(loss_scaler=CreateLossScaler(half, 0, True, dynamic)),
         "stage 0": SimpleNamespace(loss_scale_config=LossScaleConfig(half, True, 0, None)),
@@ -50,12 +58,18 @@ def scalers():
     }
 
 
-@pytest.mark.parametrize("kind, dynamic", [("ZeRO", True), ("stage 0", True), ("static", False), ("none", False)])
+@pytest.mark.parametrize(
+    "kind, dynamic", [("ZeRO", True), ("stage 0", True), ("static", False), ("none", False)]
+)
 def test_the_dynamic_loss_scale_is_kept(kind, dynamic):
     """fp16 needs a GPU: DeepSpeed's own objects, without their optimizer."""
     model = nn.Linear(1, 1)
-    zero = SimpleNamespace(**vars(scalers()[kind]), optimizer=torch.optim.AdamW(model.parameters()),
-                           fp16_groups=[list(model.parameters())], fp32_groups=[list(model.parameters())])
+    zero = SimpleNamespace(
+        **vars(scalers()[kind]),
+        optimizer=torch.optim.AdamW(model.parameters()),
+        fp16_groups=[list(model.parameters())],
+        fp32_groups=[list(model.parameters())],
+    )
     parts = Partitions(stage_0(model, zero), Layout.of(model, Groups()))
     before = parts.scaler()
     parts.set_scaler({name: value for name, value in SCALE.items() if name in before} or SCALE)
@@ -72,18 +86,28 @@ def _pieces(config):
     none_yet = parts.kinds()
     run.steps(1)
     run.close()
-    return [(p.name, p.start, p.length) for p in parts.pieces], run.engine.layout.shapes, none_yet, parts.kinds()
+    return (
+        [(p.name, p.start, p.length) for p in parts.pieces],
+        run.engine.layout.shapes,
+        none_yet,
+        parts.kinds(),
+    )
 
 
 @pytest.mark.parametrize("ranks, ep_size", [(1, 1), (2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_pieces_are_every_tensor_once(stage, ranks, ep_size, request):
-    answers = request.getfixturevalue(f"ranks{ranks}").run(_pieces, engines.config_of("topk", ep_size, stage))
-    seen = {name: torch.zeros(shape, dtype=torch.int).view(-1) for name, shape in answers[0][1].items()}
+    answers = request.getfixturevalue(f"ranks{ranks}").run(
+        _pieces, engines.config_of("topk", ep_size, stage)
+    )
+    seen = {
+        name: torch.zeros(shape, dtype=torch.int).view(-1)
+        for name, shape in answers[0][1].items()
+    }
     for pieces, _, none_yet, kinds in answers:
         assert none_yet == ("weight",) and kinds == ("weight", "exp_avg", "exp_avg_sq")
         for name, start, length in pieces:
-            seen[name][start:start + length] += 1
+            seen[name][start : start + length] += 1
     assert all((count == 1).all() for count in seen.values())
     stacks = {name: shape for name, shape in answers[0][1].items() if ".experts.w" in name}
     assert stacks and all(shape[0] == 4 for shape in stacks.values())
@@ -98,7 +122,10 @@ def test_an_option_that_moves_parameters_around_is_refused(ranks2, tmp_path):
     options.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
     config = engines.config_of("topk", 1, 1, save=str(tmp_path / "c"))
     config = replace(config, optimizer=replace(config.optimizer, deepspeed_config=str(options)))
-    with pytest.raises(RuntimeError, match="zero_optimization.round_robin_gradients is True; allowed: false, with"):
+    with pytest.raises(
+        RuntimeError,
+        match="zero_optimization.round_robin_gradients is True; allowed: false, with",
+    ):
         ranks2.run(_make, config)
 
 
@@ -110,7 +137,9 @@ def _moved(config):
     parts.check()
     first = parts.pieces[0]
     first.weight.view(-1)[0] += 1.0
-    with pytest.raises(ValueError, match=f"optimizer's copy of {first.name} is not that parameter's"):
+    with pytest.raises(
+        ValueError, match=f"optimizer's copy of {first.name} is not that parameter's"
+    ):
         parts.check()
     return True
 

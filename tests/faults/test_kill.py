@@ -29,8 +29,16 @@ def lines(out: Path) -> list[dict]:
 
 
 def flags(data: str, out: Path, *more: str) -> list[str]:
-    return [*runs.flags(data, out, 2000, *runs.EP2), "--eval-iters", "0", "--save-interval", "1", "--keep-last", "3",
-            *more]
+    return [
+        *runs.flags(data, out, 2000, *runs.EP2),
+        "--eval-iters",
+        "0",
+        "--save-interval",
+        "1",
+        "--keep-last",
+        "3",
+        *more,
+    ]
 
 
 def start_and_kill(argv: list[str], out: Path, delay: float) -> bool:
@@ -70,7 +78,9 @@ def kill_again_and_again(data: str, out: Path, times: int) -> int:
         inside += start_and_kill(flags(data, out, *load, *more), out, choose.uniform(0, 0.5))
         new = lines(out)[seen:]
         assert new[0]["iteration"] == before + 1, "it goes on right after the newest checkpoint"
-        assert newest(folder) >= new[-1]["iteration"] - 2, "no more is lost than what was being saved and trained"
+        assert newest(folder) >= new[-1]["iteration"] - 2, (
+            "no more is lost than what was being saved and trained"
+        )
     return inside
 
 
@@ -82,7 +92,9 @@ def test_killed_again_and_again(times, data, tmp_path):
     last = newest(tmp_path / "checkpoints")
     whole = tmp_path / "whole"
     whole.mkdir()
-    processes = killable.start(flags(data, whole, "--exit-interval", str(last)), 2, free_port(), str(whole / "log"))
+    processes = killable.start(
+        flags(data, whole, "--exit-interval", str(last)), 2, free_port(), str(whole / "log")
+    )
     for process in processes:
         process.join()
     assert [p.exitcode for p in processes] == [0, 0], (whole / "log").read_text()[-3000:]

@@ -22,10 +22,15 @@ def corpus(folder: Path, records: int = 400, bad: bool = False) -> list[str]:
     for n in range(2):
         lines = []
         for i in range(records // 2):
-            record = {"text": f"text {n}.{i} " + "é" * rng.randrange(60) if i % 7 else "", "title": f"t{i}"}
+            record = {
+                "text": f"text {n}.{i} " + "é" * rng.randrange(60) if i % 7 else "",
+                "title": f"t{i}",
+            }
             lines.append(json.dumps(record))
             if bad and i % 30 == 11:
-                lines.append(rng.choice(["{", '{"text": 1}', '["text"]', '{"text": "x"}', "\ud800"]))
+                lines.append(
+                    rng.choice(["{", '{"text": 1}', '["text"]', '{"text": "x"}', "\ud800"])
+                )
             if i % 50 == 3:
                 lines.append("")
         names.append(str(folder / f"{n}.jsonl"))
@@ -54,4 +59,8 @@ def job(names: list[str], prefix: Path, **changes) -> Job:
 
 
 def content(prefix: Path, suffixes=(".bin", ".idx", ".json")) -> list[bytes]:
-    return [Path(f"{prefix}_{key}_document{suffix}").read_bytes() for key in ("text", "title") for suffix in suffixes]
+    return [
+        Path(f"{prefix}_{key}_document{suffix}").read_bytes()
+        for key in ("text", "title")
+        for suffix in suffixes
+    ]

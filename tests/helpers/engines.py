@@ -9,24 +9,60 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+from megatron.config.schema import (
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 
-MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, activation="swiglu",
-                    ffn_hidden_size=24, init_method_std=0.3, make_vocab_size_divisible_by=1, vocab_size=61)
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    seq_length=8,
+    activation="swiglu",
+    ffn_hidden_size=24,
+    init_method_std=0.3,
+    make_vocab_size_divisible_by=1,
+    vocab_size=61,
+)
 GLOBAL_BATCH = 4
-OPTIONS = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"bias_update_speed": 0.07},
-           "peer": {"peer_num_heads": 2, "peer_topk": 2, "peer_query_size": 8}}
+OPTIONS = {
+    "remoe": {"lambda_init": 0.1},
+    "deepseek_v3": {"bias_update_speed": 0.07},
+    "peer": {"peer_num_heads": 2, "peer_topk": 2, "peer_query_size": 8},
+}
 IDENTITY = {"tokenizer_name": "t", "tokenizer_vocab_size": 61, "tokenizer_fingerprint": "f"}
 
 
-def config_of(gate: str, ep_size: int, stage: int, precision: str = "fp32", **train) -> RunConfig:
+def config_of(
+    gate: str, ep_size: int, stage: int, precision: str = "fp32", **train
+) -> RunConfig:
     """A dense model when `gate` is empty."""
     num_experts = 16 if gate == "peer" else 4
-    moe = MoEConfig(num_experts=num_experts, gate=gate, moe_ffn_hidden_size=8, moe_expert_parallel_size=ep_size,
-                    moe_shared_experts=0 if gate == "peer" else 1) if gate else MoEConfig()
-    optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", lr=0.02, adam_eps=1e-3, clip_grad=0.5)
-    return RunConfig(MODEL, moe, optimizer=optimizer, gate_options=OPTIONS.get(gate, {}),
-                     train=TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH, **train))
+    moe = (
+        MoEConfig(
+            num_experts=num_experts,
+            gate=gate,
+            moe_ffn_hidden_size=8,
+            moe_expert_parallel_size=ep_size,
+            moe_shared_experts=0 if gate == "peer" else 1,
+        )
+        if gate
+        else MoEConfig()
+    )
+    optimizer = OptimizerConfig(
+        zero_stage=stage, bf16=precision == "bf16", lr=0.02, adam_eps=1e-3, clip_grad=0.5
+    )
+    return RunConfig(
+        MODEL,
+        moe,
+        optimizer=optimizer,
+        gate_options=OPTIONS.get(gate, {}),
+        train=TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH, **train),
+    )
 
 
 def micro_batches(step: int, groups):
@@ -38,7 +74,7 @@ def micro_batches(step: int, groups):
     for _ in range(GLOBAL_BATCH):
         ids = torch.randint(0, MODEL.vocab_size, (1, 9), generator=g)
         batches.append(Batch(ids[:, :-1], ids[:, 1:], torch.ones(1, 8), None, None))
-    return batches[groups.rank::groups.world_size]
+    return batches[groups.rank :: groups.world_size]
 
 
 class Run:
@@ -52,14 +88,26 @@ class Run:
         from megatron.engine.engine import Engine
         from megatron.model.builder import build_model
 
-        os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+        os.environ.update(
+            RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
+        )
         self.config = config
         self.groups = groups = parallel.init(config.moe.moe_expert_parallel_size)
         self.source = loader.find(config.train, groups)
-        model = build_model(config.model, config.moe, config.gate_options, vocab_size=MODEL.vocab_size, seed=seed,
-                            groups=groups)
-        topology = {"ranks": groups.world_size, "expert_parallel_size": groups.ep_size,
-                    "zero_stage": config.optimizer.zero_stage, "precision": config.optimizer.precision}
+        model = build_model(
+            config.model,
+            config.moe,
+            config.gate_options,
+            vocab_size=MODEL.vocab_size,
+            seed=seed,
+            groups=groups,
+        )
+        topology = {
+            "ranks": groups.world_size,
+            "expert_parallel_size": groups.ep_size,
+            "zero_stage": config.optimizer.zero_stage,
+            "precision": config.optimizer.precision,
+        }
         record = Record(config, IDENTITY, topology, GLOBAL_BATCH, 100)
         if self.source:
             self.source.check(record)
@@ -74,7 +122,9 @@ class Run:
 
         losses = []
         for _ in range(number):
-            loss, _ = self.engine.step(micro_batches(self.progress.iteration, self.groups), 0.02, 0.0)
+            loss, _ = self.engine.step(
+                micro_batches(self.progress.iteration, self.groups), 0.02, 0.0
+            )
             losses.append(all_reduce_mean(float(loss), self.groups))
             self.progress.iteration += 1
             self.checkpoints.poll()
@@ -89,7 +139,10 @@ class Run:
 
     def local_weights(self) -> dict[str, torch.Tensor]:
         """What the forward pass uses, of this rank (a share under ZeRO 3)."""
-        tensors = {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in self.engine.model.named_parameters()}
+        tensors = {
+            n: getattr(p, "ds_tensor", p).detach().clone()
+            for n, p in self.engine.model.named_parameters()
+        }
         return {**tensors, **{n: b.clone() for n, b in self.engine.model.named_buffers()}}
 
 
@@ -117,8 +170,11 @@ def whole(folder: str | Path) -> dict[str, torch.Tensor]:
     from megatron.checkpoint.reader import Shards
 
     shards = Shards(Path(folder) / latest(folder))
-    tensors = {f"{kind}/{name}": shards.read(kind, name).view(shards.shapes[name])
-               for kind in shards.kinds for name in shards.shapes}
+    tensors = {
+        f"{kind}/{name}": shards.read(kind, name).view(shards.shapes[name])
+        for kind in shards.kinds
+        for name in shards.shapes
+    }
     return {**tensors, **{f"buffer/{name}": shards.buffer(name) for name in shards.buffers}}
 
 

@@ -19,13 +19,22 @@ from helpers.spawn import free_port
 Fault = Callable[[], object]
 
 
-def run(argv: list[str], rank: int, ranks: int, port: int, output: str, faults: dict[int, Fault],
-        started: float | None) -> None:
+def run(
+    argv: list[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    output: str,
+    faults: dict[int, Fault],
+    started: float | None,
+) -> None:
     """One rank, as `killable.run` is, with its faults."""
     from megatron import pretrain
     from megatron.data.loader import BatchLoader
 
-    multiprocessing.set_start_method("fork", force=True)  # as in any run: the server has made its own the default
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as in any run: the server has made its own the default
     read, count, main = BatchLoader.__next__, itertools.count(1), pretrain.main
 
     def reading(self):
@@ -46,13 +55,31 @@ class Run:
         started: when the process did, as the run is told.
     """
 
-    def __init__(self, argv: list[str], folder: Path, ranks: int = 2,
-                 faults: dict[int, dict[int, Fault]] | None = None, started: float | None = None):
+    def __init__(
+        self,
+        argv: list[str],
+        folder: Path,
+        ranks: int = 2,
+        faults: dict[int, dict[int, Fault]] | None = None,
+        started: float | None = None,
+    ):
         self.output, port = folder / "output.txt", free_port()
         # no daemons: those may not start processes that read data
-        self.ranks = [killable.server().Process(target=run, args=(argv, rank, ranks, port, str(self.output),
-                                                                  (faults or {}).get(rank, {}), started))
-                      for rank in range(ranks)]
+        self.ranks = [
+            killable.server().Process(
+                target=run,
+                args=(
+                    argv,
+                    rank,
+                    ranks,
+                    port,
+                    str(self.output),
+                    (faults or {}).get(rank, {}),
+                    started,
+                ),
+            )
+            for rank in range(ranks)
+        ]
 
     def __enter__(self) -> Run:
         for process in self.ranks:
@@ -121,12 +148,12 @@ def terminate_again() -> None:
 
 
 def kill_worker() -> None:
-    worker, = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (worker,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     os.kill(int(worker), signal.SIGKILL)
 
 
 def stop_worker_too() -> None:
     """As the launcher does: SIGTERM to the rank's processes, then to the rank. It matters that another sends it."""
-    worker, = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (worker,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     for number, process in (("INT", worker), ("TERM", worker), ("TERM", os.getpid())):
         subprocess.run(["kill", f"-{number}", str(process)], check=True)

@@ -16,18 +16,43 @@ from megatron.parallel.groups import Groups
 D, E = 8, 4
 
 
-def make_layer(name, groups=None, num_experts=E, seed=0, shared=0, options=None, layer=0, **moe):
-    gate = create_gate(name, hidden_size=D, num_experts=num_experts, layer=layer, num_moe_layers=layer + 1,
-                        vocab_size=50, seed=seed, init_std=0.5, **(options or {}))
-    model = ModelConfig(num_layers=1, hidden_size=D, num_attention_heads=1, ffn_hidden_size=12, activation="swiglu",
-                        init_method_std=0.4)
-    return make_moe_layer(gate, model, MoEConfig(num_experts=num_experts, moe_shared_experts=shared, gate=name, **moe),
-                          layer=layer, seed=seed, groups=groups or Groups())
+def make_layer(
+    name, groups=None, num_experts=E, seed=0, shared=0, options=None, layer=0, **moe
+):
+    gate = create_gate(
+        name,
+        hidden_size=D,
+        num_experts=num_experts,
+        layer=layer,
+        num_moe_layers=layer + 1,
+        vocab_size=50,
+        seed=seed,
+        init_std=0.5,
+        **(options or {}),
+    )
+    model = ModelConfig(
+        num_layers=1,
+        hidden_size=D,
+        num_attention_heads=1,
+        ffn_hidden_size=12,
+        activation="swiglu",
+        init_method_std=0.4,
+    )
+    return make_moe_layer(
+        gate,
+        model,
+        MoEConfig(num_experts=num_experts, moe_shared_experts=shared, gate=name, **moe),
+        layer=layer,
+        seed=seed,
+        groups=groups or Groups(),
+    )
 
 
 def make_input(tokens, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(1, tokens, D, generator=g) * scale, torch.randint(0, 50, (1, tokens), generator=g)
+    return torch.randn(1, tokens, D, generator=g) * scale, torch.randint(
+        0, 50, (1, tokens), generator=g
+    )
 
 
 def make_carry(gate, tokens, seed=0, scale=1.0):
@@ -42,11 +67,14 @@ def dumb_layer(layer, x_TD, routing, kept=None):
     for a in range(len(routing.token_A)) if kept is None else kept:
         t, e, w = int(routing.token_A[a]), int(routing.expert_A[a]), routing.weight_A[a]
         if e >= layer.num_experts:
-            out = layer.gate.local_paths[e - layer.num_experts](x_TD[t:t + 1])[0]
+            out = layer.gate.local_paths[e - layer.num_experts](x_TD[t : t + 1])[0]
         elif layer.gate.neurons:
             n = layer.experts
-            out = sum(activate("swiglu", n.w_in[e, j] @ x_TD[t], n.w_up[e, j] @ x_TD[t]) * n.w_out[e, j]
-                      for j in range(n.width))
+            out = sum(
+                activate("swiglu", n.w_in[e, j] @ x_TD[t], n.w_up[e, j] @ x_TD[t])
+                * n.w_out[e, j]
+                for j in range(n.width)
+            )
         else:
             out = dumb_expert(layer, e, x_TD[t])
         y[t] = y[t] + w * out
@@ -64,7 +92,9 @@ def exact_shares(logits):
     exponents have no end: nothing underflows."""
     s = [1 / (1 + (-Decimal(z)).exp()) for z in logits]
     w = [v / sum(s) for v in s]
-    slopes = [[w[i] * ((i == j) - w[j]) * (1 - s[j]) for j in range(len(s))] for i in range(len(s))]
+    slopes = [
+        [w[i] * ((i == j) - w[j]) * (1 - s[j]) for j in range(len(s))] for i in range(len(s))
+    ]
     return [float(v) for v in w], [[float(v) for v in row] for row in slopes]
 
 
@@ -86,7 +116,10 @@ def dumb_top_k(c, logits):
         top = max(float(v.detach()) for v in z)
         exp = [torch.exp(v - top) for v in z]
         lse = lse + (top + torch.log(sum(exp))) ** 2 / T
-        s = [v / sum(exp) if c.score_function == "softmax" else 1 / (1 + torch.exp(-u)) for u, v in zip(z, exp)]
+        s = [
+            v / sum(exp) if c.score_function == "softmax" else 1 / (1 + torch.exp(-u))
+            for u, v in zip(z, exp)
+        ]
         order = sorted(range(E), key=lambda e: -float(s[e].detach()))
         if c.topk < E:
             margin = min(margin, float((s[order[c.topk - 1]] - s[order[c.topk]]).detach()))

@@ -15,17 +15,27 @@ REPO = Path(__file__).resolve().parents[2]
 
 def namespace_works() -> bool:
     """Whether this user may mount a tmpfs in a namespace of its own."""
-    done = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
+    done = subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+    )
     return done.returncode == 0
 
 
-needs_namespace = pytest.mark.skipif(not shutil.which("unshare") or not namespace_works(),
-                                     reason="no right to mount in a namespace")
+needs_namespace = pytest.mark.skipif(
+    not shutil.which("unshare") or not namespace_works(),
+    reason="no right to mount in a namespace",
+)
 
 
 def in_namespace(folder: Path, script: str, *arguments) -> subprocess.CompletedProcess:
     """A shell script in a mount namespace of its own; `$DISK` is a folder to mount on, `$P` Python."""
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
-    return subprocess.run(["unshare", "-rm", "bash", "-c", script, "-", *map(str, arguments)], cwd=REPO, timeout=100,
-                          capture_output=True, text=True, env={**os.environ, "DISK": str(disk), "P": sys.executable})
+    return subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script, "-", *map(str, arguments)],
+        cwd=REPO,
+        timeout=100,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DISK": str(disk), "P": sys.executable},
+    )

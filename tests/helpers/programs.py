@@ -16,18 +16,34 @@ REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO / "../shared/data"
 BYTES = ("--tokenizer-type", "ByteTokenizer")
 TEXTS = ["hello", "", "naïve 日本\n<|endoftext|>", "a" * 300]
-CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
+CODES = {
+    "uint8": 1,
+    "int8": 2,
+    "int16": 3,
+    "int32": 4,
+    "int64": 5,
+    "float64": 6,
+    "float32": 7,
+    "uint16": 8,
+}
 
 
 def run(script: str, *arguments, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, str(REPO / script), *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, str(REPO / script), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == code, done.stderr
     return done
 
 
 def jsonl(path: Path, texts: list[str], **more) -> Path:
-    path.write_text("".join(json.dumps({"text": t, **more}) + "\n" for t in texts), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": t, **more}) + "\n" for t in texts), encoding="utf-8"
+    )
     return path
 
 
@@ -43,7 +59,14 @@ def one_line_error(done: subprocess.CompletedProcess) -> str:
     return line
 
 
-def by_hand(prefix: Path, sequences: list[list[int]], bounds: list[int], *, dtype: str = "uint16", **changes) -> str:
+def by_hand(
+    prefix: Path,
+    sequences: list[list[int]],
+    bounds: list[int],
+    *,
+    dtype: str = "uint16",
+    **changes,
+) -> str:
     """Write a pair with struct alone; `changes` replaces parts of it."""
     size = np.dtype(dtype).itemsize
     lengths = changes.get("lengths", [len(s) for s in sequences])
@@ -53,8 +76,16 @@ def by_hand(prefix: Path, sequences: list[list[int]], bounds: list[int], *, dtyp
         at += length * size
     pointers = changes.get("pointers", pointers)
     idx = changes.get("magic", b"MMIDIDX\x00\x00")
-    idx += struct.pack("<QBQQ", changes.get("version", 1), changes.get("code", CODES[dtype]), len(lengths), len(bounds))
-    idx += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(pointers)}q", *pointers)
+    idx += struct.pack(
+        "<QBQQ",
+        changes.get("version", 1),
+        changes.get("code", CODES[dtype]),
+        len(lengths),
+        len(bounds),
+    )
+    idx += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(
+        f"<{len(pointers)}q", *pointers
+    )
     idx += struct.pack(f"<{len(bounds)}q", *bounds) + changes.get("tail", b"")
     Path(f"{prefix}.idx").write_bytes(idx)
     tokens = b"".join(np.array(s, dtype).tobytes() for s in sequences)

@@ -9,5 +9,11 @@ from megatron.moe.routing import Routing
 
 def make_routing(tokens, experts, weights=None, priority=None, token_major=False):
     weights = torch.rand(len(tokens)) if weights is None else weights
-    return Routing(torch.tensor(tokens, dtype=torch.int64), torch.tensor(experts, dtype=torch.int64), weights,
-                   torch.tensor(0.0), None if priority is None else torch.tensor(priority), token_major=token_major)
+    return Routing(
+        torch.tensor(tokens, dtype=torch.int64),
+        torch.tensor(experts, dtype=torch.int64),
+        weights,
+        torch.tensor(0.0),
+        None if priority is None else torch.tensor(priority),
+        token_major=token_major,
+    )

@@ -8,19 +8,67 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-SHAPE = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "32",
-         "--ffn-hidden-size", "64", "--init-method-std", "0.1", "--tokenizer-type", "ByteTokenizer",
-         "--make-vocab-size-divisible-by", "1"]
+SHAPE = [
+    "--num-layers",
+    "2",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "2",
+    "--seq-length",
+    "32",
+    "--ffn-hidden-size",
+    "64",
+    "--init-method-std",
+    "0.1",
+    "--tokenizer-type",
+    "ByteTokenizer",
+    "--make-vocab-size-divisible-by",
+    "1",
+]
 MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval", "2"]
 EP2 = ("--moe-expert-parallel-size", "2")
 
 
 def flags(data: str, out: Path, iters: int = 20, *more: str) -> list[str]:
-    return [*SHAPE, *MOE, "--data-path", data, "--split", "80,15,5", "--micro-batch-size", "2", "--global-batch-size",
-            "8", "--train-iters", str(iters), "--lr", "5e-3", "--min-lr", "5e-4", "--lr-warmup-fraction", "0.1",
-            "--eval-interval", "10", "--eval-iters", "2", "--log-interval", "1", "--save", str(out / "checkpoints"),
-            "--metrics-file", str(out / "metrics.jsonl"), "--gate", "threshold", "--threshold", "0.8",
-            "--bf16", "--hidden-dropout", "0.05", *more]
+    return [
+        *SHAPE,
+        *MOE,
+        "--data-path",
+        data,
+        "--split",
+        "80,15,5",
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "8",
+        "--train-iters",
+        str(iters),
+        "--lr",
+        "5e-3",
+        "--min-lr",
+        "5e-4",
+        "--lr-warmup-fraction",
+        "0.1",
+        "--eval-interval",
+        "10",
+        "--eval-iters",
+        "2",
+        "--log-interval",
+        "1",
+        "--save",
+        str(out / "checkpoints"),
+        "--metrics-file",
+        str(out / "metrics.jsonl"),
+        "--gate",
+        "threshold",
+        "--threshold",
+        "0.8",
+        "--bf16",
+        "--hidden-dropout",
+        "0.05",
+        *more,
+    ]
 
 
 def metrics(out: Path, kind: str = "train") -> list[dict]:
@@ -34,5 +82,9 @@ def train(argv: list[str]) -> None:
     from megatron.config import cli
     from megatron.moe.gate import available_gates, gate_config_class
 
-    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
+    os.environ.update(
+        RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        LOCAL_RANK=str(dist.get_rank()),
+    )
     pretrain.train(cli.parse(argv, gate_config_class, available_gates))

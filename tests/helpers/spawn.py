@@ -37,16 +37,27 @@ def groups_for(ep_size: int) -> Groups:
             group = dist.new_group(list(range(first, first + ep_size)))
             if first <= rank < first + ep_size:
                 mine = group
-        _groups[ep_size] = Groups(rank=rank, world_size=world, backend="gloo", reason="test", ep_size=ep_size,
-                                  ep_group=mine if ep_size > 1 else None)
+        _groups[ep_size] = Groups(
+            rank=rank,
+            world_size=world,
+            backend="gloo",
+            reason="test",
+            ep_size=ep_size,
+            ep_group=mine if ep_size > 1 else None,
+        )
     return _groups[ep_size]
 
 
 def _worker(rank: int, world_size: int, store: str, path: list[str], pipe: Any) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
-                            timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
     while True:
         function, args = pipe.recv()
         try:
@@ -66,8 +77,16 @@ class Ranks:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_worker, daemon=True,
-                args=(rank, world_size, str(Path(self._folder.name) / "store"), sys.path, theirs))
+                target=_worker,
+                daemon=True,
+                args=(
+                    rank,
+                    world_size,
+                    str(Path(self._folder.name) / "store"),
+                    sys.path,
+                    theirs,
+                ),
+            )
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

@@ -26,7 +26,10 @@ S = 16
 def corpus(path: Path, number: int = 40, name: str = "", key: str = "text") -> list[int]:
     """Write JSON lines; the tokens that must come of them."""
     rng = random.Random(path.name)
-    texts = [f"{name or path.name} {i} " + "é" * rng.randrange(40) if i % 9 else "" for i in range(number)]
+    texts = [
+        f"{name or path.name} {i} " + "é" * rng.randrange(40) if i % 9 else ""
+        for i in range(number)
+    ]
     path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
     return [token for text in texts if text for token in [*text.encode(), 256]]
 
@@ -38,20 +41,47 @@ def large(path: Path) -> list[int]:
     return [token for text in texts for token in [*text.encode(), 256]]
 
 
-def open_samples(*entries, samples: int = 20, window: int = 4, starts: bool = True, seed: int = 5, run: str = "this",
-                 cache: Path | str = "") -> Samples:
-    data = DataConfig(streaming_data_path=tuple(map(str, entries)), streaming_shuffle_samples=window,
-                      data_cache_path=str(cache))
-    return build_splits(data, seq_length=S, train_samples=samples, valid_samples=0, test_samples=0, seed=seed,
-                        tokenizer=TOKENIZER, production=Production(BYTES, run, starts))["train"]
+def open_samples(
+    *entries,
+    samples: int = 20,
+    window: int = 4,
+    starts: bool = True,
+    seed: int = 5,
+    run: str = "this",
+    cache: Path | str = "",
+) -> Samples:
+    data = DataConfig(
+        streaming_data_path=tuple(map(str, entries)),
+        streaming_shuffle_samples=window,
+        data_cache_path=str(cache),
+    )
+    return build_splits(
+        data,
+        seq_length=S,
+        train_samples=samples,
+        valid_samples=0,
+        test_samples=0,
+        seed=seed,
+        tokenizer=TOKENIZER,
+        production=Production(BYTES, run, starts),
+    )["train"]
 
 
-def stream_of(entry: Path | str, cache: Path | str, run: str = "this", key: str = "text",
-              config: TokenizerConfig = BYTES) -> Stream:
-    return find_stream(str(entry), str(cache), key, build_tokenizer(config), Production(config, run, True))
+def stream_of(
+    entry: Path | str,
+    cache: Path | str,
+    run: str = "this",
+    key: str = "text",
+    config: TokenizerConfig = BYTES,
+) -> Stream:
+    return find_stream(
+        str(entry), str(cache), key, build_tokenizer(config), Production(config, run, True)
+    )
 
 
-def loop(tokens: list[int], stop: int, window: int, seed: int = 5, start: int = 0) -> list[list[int]]:
+def loop(
+    tokens: list[int], stop: int, window: int, seed: int = 5, start: int = 0
+) -> list[list[int]]:
     """What samples `start` to `stop` must be, one token at a time, of the text repeated for ever."""
     out = []
     for i in range(start, stop):
@@ -95,7 +125,22 @@ def is_free(cache: Path) -> bool:
 
 
 def streaming_flags(text: Path, out: Path, data: str, *more: str) -> list[str]:
-    argv = runs.flags(data, out, 8, *runs.EP2, "--streaming-data-path", str(text), "--valid-data-path", data,
-                      "--test-data-path", data, "--eval-iters", "1", "--streaming-shuffle-samples", "16", *more)
+    argv = runs.flags(
+        data,
+        out,
+        8,
+        *runs.EP2,
+        "--streaming-data-path",
+        str(text),
+        "--valid-data-path",
+        data,
+        "--test-data-path",
+        data,
+        "--eval-iters",
+        "1",
+        "--streaming-shuffle-samples",
+        "16",
+        *more,
+    )
     at = argv.index("--data-path")
-    return argv[:at] + argv[at + 2:]
+    return argv[:at] + argv[at + 2 :]

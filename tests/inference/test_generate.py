@@ -12,12 +12,21 @@ PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 10, 0]]
 
 @pytest.fixture
 def model() -> GPT:
-    config = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=LIMIT, init_method_std=0.5,
-                         untie_embeddings_and_output_weights=True, hidden_dropout=0.5)
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        seq_length=LIMIT,
+        init_method_std=0.5,
+        untie_embeddings_and_output_weights=True,
+        hidden_dropout=0.5,
+    )
     model = GPT(config, PADDED, make_ffn=lambda i: MLP(16, 32, "gelu"))
     model.init_weights(1)
     model.calls = []
-    model.register_forward_hook(lambda m, args, kwargs, out: m.calls.append((args[0], kwargs)), with_kwargs=True)
+    model.register_forward_hook(
+        lambda m, args, kwargs, out: m.calls.append((args[0], kwargs)), with_kwargs=True
+    )
     return model.eval()
 
 
@@ -27,12 +36,14 @@ def greedy_alone(model, prompt, count):
         with torch.no_grad():
             logits = model(torch.tensor([row[-LIMIT:]])).logits[0, -1, :V]
         row.append(max(range(V), key=lambda i: logits[i]))
-    return row[len(prompt):]
+    return row[len(prompt) :]
 
 
 def always(model, logits: list[float]):
     """Make the model answer these logits whatever it reads."""
-    model.norm.register_forward_hook(lambda m, args, y: torch.zeros_like(y).index_fill_(-1, torch.tensor([0]), 1.0))
+    model.norm.register_forward_hook(
+        lambda m, args, y: torch.zeros_like(y).index_fill_(-1, torch.tensor([0]), 1.0)
+    )
     model.lm_head.weight.data.zero_()
     model.lm_head.weight.data[: len(logits), 0] = torch.tensor(logits)
 
@@ -49,25 +60,35 @@ def test_greedy_rows_of_a_batch_are_as_each_alone(model):
 
 def test_a_prompt_longer_than_the_window_is_cropped(model):
     prompt = [i % V for i in range(30)]
-    assert generate(model, [prompt], max_new_tokens=3, temperature=0, vocab_size=V) == [greedy_alone(model, prompt, 3)]
+    assert generate(model, [prompt], max_new_tokens=3, temperature=0, vocab_size=V) == [
+        greedy_alone(model, prompt, 3)
+    ]
 
 
 def test_padding_of_the_vocabulary_is_never_chosen(model):
     always(model, [0.0] * V + [50.0] * (PADDED - V))
     for temperature in (0.0, 1.0, 100.0):
-        rows = generate(model, PROMPTS * 20, max_new_tokens=3, temperature=temperature, vocab_size=V)
+        rows = generate(
+            model, PROMPTS * 20, max_new_tokens=3, temperature=temperature, vocab_size=V
+        )
         assert max(max(row) for row in rows) < V
     assert min(generate(model, [[1]], max_new_tokens=3, vocab_size=PADDED)[0]) >= V
 
 
-@pytest.mark.parametrize(("options", "expected"), [
-    ({}, [0.4, 0.3, 0.2, 0.1]),
-    ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
-    ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),
-    ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),
-    ({"top_k": 3, "top_p": 0.75}, [4 / 7, 3 / 7, 0, 0]),  # top_p acts on what top_k left: 4/9 + 3/9 reach it
-    ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
-])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        (
+            {"top_k": 3, "top_p": 0.75},
+            [4 / 7, 3 / 7, 0, 0],
+        ),  # top_p acts on what top_k left: 4/9 + 3/9 reach it
+        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+    ],
+)
 def test_sampled_frequencies(model, options, expected):
     order = [2, 0, 3, 1]  # the likeliest token is not the first id
     logits = torch.empty(4)
@@ -89,13 +110,27 @@ def test_eod_ends_a_row_but_not_the_loop(model):
     assert len(ended[0]) <= 3 and len(model.calls) == 8
     always(model, [9.0])
     model.calls.clear()
-    assert generate(model, PROMPTS, max_new_tokens=5, temperature=0, vocab_size=V, eod=0) == [[0], [0], [0]]
-    assert [tokens.shape for tokens, _ in model.calls] == [(3, 5)] + [(1, 1)] * 4, "lockstep: always 5 forward passes"
+    assert generate(model, PROMPTS, max_new_tokens=5, temperature=0, vocab_size=V, eod=0) == [
+        [0],
+        [0],
+        [0],
+    ]
+    assert [tokens.shape for tokens, _ in model.calls] == [(3, 5)] + [(1, 1)] * 4, (
+        "lockstep: always 5 forward passes"
+    )
 
 
 def test_seed_and_progress(model):
     def sample(seed):
-        return generate(model, PROMPTS, max_new_tokens=6, vocab_size=V, seed=seed, temperature=3.0, progress=0.5)
+        return generate(
+            model,
+            PROMPTS,
+            max_new_tokens=6,
+            vocab_size=V,
+            seed=seed,
+            temperature=3.0,
+            progress=0.5,
+        )
 
     torch.manual_seed(0)
     first = sample(1)
@@ -107,7 +142,10 @@ def test_seed_and_progress(model):
 
 def test_dropout_is_off_and_the_mode_comes_back(model):
     expected = generate(model, PROMPTS, max_new_tokens=4, temperature=0, vocab_size=V)
-    assert generate(model.train(), PROMPTS, max_new_tokens=4, temperature=0, vocab_size=V) == expected
+    assert (
+        generate(model.train(), PROMPTS, max_new_tokens=4, temperature=0, vocab_size=V)
+        == expected
+    )
     assert model.training
     with pytest.raises(IndexError):
         generate(model, [[PADDED]], max_new_tokens=1, vocab_size=V)
@@ -116,17 +154,20 @@ def test_dropout_is_off_and_the_mode_comes_back(model):
     assert not model.training
 
 
-@pytest.mark.parametrize(("prompts", "options", "message"), [
-    ([], {}, "lengths of the prompts is"),
-    ([[1], []], {}, r"lengths of the prompts is \[1, 0\].*end-of-document"),
-    ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1"),
-    ([[1]], {"vocab_size": PADDED + 1}, "vocab_size is 17; allowed: 1 to the model's 16"),
-    ([[1]], {"vocab_size": 0}, "vocab_size is 0"),
-    ([[1]], {"temperature": -0.1}, "temperature is -0.1"),
-    ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
-    ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
-    ([[1]], {"top_k": -1}, "top_k is -1"),
-])
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "lengths of the prompts is"),
+        ([[1], []], {}, r"lengths of the prompts is \[1, 0\].*end-of-document"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ([[1]], {"vocab_size": PADDED + 1}, "vocab_size is 17; allowed: 1 to the model's 16"),
+        ([[1]], {"vocab_size": 0}, "vocab_size is 0"),
+        ([[1]], {"temperature": -0.1}, "temperature is -0.1"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
+        ([[1]], {"top_k": -1}, "top_k is -1"),
+    ],
+)
 def test_wrong_settings_are_refused(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **{"max_new_tokens": 2, "vocab_size": V, **options})

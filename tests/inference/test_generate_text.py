@@ -21,7 +21,11 @@ def _generate(argv: list[str]) -> list[str]:
     sys.path.insert(0, str(REPO))
     from tools import generate_text
 
-    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
+    os.environ.update(
+        RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        LOCAL_RANK=str(dist.get_rank()),
+    )
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         generate_text.run(generate_text.parse(argv))
@@ -29,7 +33,15 @@ def _generate(argv: list[str]) -> list[str]:
 
 
 def test_each_prompt_is_continued_on_one_line_by_rank_0_alone(finished, ranks2):
-    argv = ["--load", str(finished / "checkpoints"), "--prompt", "the quick ", "fox\n", "--max-new-tokens", "8"]
+    argv = [
+        "--load",
+        str(finished / "checkpoints"),
+        "--prompt",
+        "the quick ",
+        "fox\n",
+        "--max-new-tokens",
+        "8",
+    ]
     first, second = ranks2.run(_generate, argv)
     assert second == [] and len(first) == 2
     assert first[0].startswith("> the quick |") and first[1].startswith("> fox\\n|")
@@ -38,23 +50,51 @@ def test_each_prompt_is_continued_on_one_line_by_rank_0_alone(finished, ranks2):
 
 
 def test_no_checkpoint_is_one_clear_line(tmp_path):
-    done = subprocess.run([sys.executable, "tools/generate_text.py", "--load", str(tmp_path)], capture_output=True,
-                          text=True, cwd=REPO)
-    assert done.returncode == 2 and "which holds no checkpoint" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "tools/generate_text.py", "--load", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+    )
+    assert (
+        done.returncode == 2
+        and "which holds no checkpoint" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.slow
 def test_the_demo_from_corpus_to_text_and_once_more(tmp_path):
     """demo.sh with a tiny model: everything it promises is there, and a second call goes on where the first ended."""
-    env = {**os.environ, "PYTHON": sys.executable, "OUTPUT_DIR": str(tmp_path), "NUM_LAYERS": "2", "HIDDEN_SIZE": "64",
-           "SEQ_LEN": "64", "TRAIN_ITERS": "4", "LOG_INTERVAL": "2", "EVAL_ITERS": "1", "MASTER_PORT": "29615"}
+    env = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OUTPUT_DIR": str(tmp_path),
+        "NUM_LAYERS": "2",
+        "HIDDEN_SIZE": "64",
+        "SEQ_LEN": "64",
+        "TRAIN_ITERS": "4",
+        "LOG_INTERVAL": "2",
+        "EVAL_ITERS": "1",
+        "MASTER_PORT": "29615",
+    }
     for _ in range(2):
-        done = subprocess.run(["bash", "examples_deepspeed/MoE/demo.sh"], capture_output=True, text=True, cwd=REPO,
-                              env=env, timeout=500)
+        done = subprocess.run(
+            ["bash", "examples_deepspeed/MoE/demo.sh"],
+            capture_output=True,
+            text=True,
+            cwd=REPO,
+            env=env,
+            timeout=500,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert len([x for x in done.stdout.splitlines() if x.startswith("> ")]) == 5
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {r["kind"] for r in records} == {"train", "eval", "test"} and records[0]["iteration"] == 0
+    records = [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert {r["kind"] for r in records} == {"train", "eval", "test"} and records[0][
+        "iteration"
+    ] == 0
     assert 1 <= records[0]["experts_per_token_kept"] <= 16
     corpus = (tmp_path / "data/corpus.jsonl").stat().st_size
     assert 20e6 < corpus < 60e6, "about 30 MB of real text"

@@ -23,7 +23,10 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
     prefix = tmp_path / "new/folder/x"
     with WorkFolder(prefix) as first:
         assert first.path == tmp_path / "new/folder/x.partial"
-        with pytest.raises(ValueError, match=rf"new/folder/x is being written by process {os.getpid()} on .*Wait"):
+        with pytest.raises(
+            ValueError,
+            match=rf"new/folder/x is being written by process {os.getpid()} on .*Wait",
+        ):
             WorkFolder(prefix)
     assert os.listdir(tmp_path / "new/folder") == []
     with WorkFolder(prefix):
@@ -31,9 +34,13 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
 
 
 def test_what_a_killed_holder_left_is_found_and_can_be_cleared(tmp_path):
-    program = ("import os, sys, time; from megatron.io.staging_dir import WorkFolder; f = WorkFolder(sys.argv[1]); "
-               "open(f.file('half'), 'w').close(); print('held', flush=True); time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "x")], stdout=subprocess.PIPE, cwd=REPO)
+    program = (
+        "import os, sys, time; from megatron.io.staging_dir import WorkFolder; f = WorkFolder(sys.argv[1]); "
+        "open(f.file('half'), 'w').close(); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "x")], stdout=subprocess.PIPE, cwd=REPO
+    )
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match=f"process {holder.pid} on"):
         WorkFolder(tmp_path / "x")
@@ -64,7 +71,10 @@ while done < 150:
     except ValueError:
         pass
 """
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPO) for _ in range(4)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPO)
+        for _ in range(4)
+    ]
     assert [p.wait(60) for p in processes] == [0] * 4
     assert os.listdir(tmp_path) == []
 
@@ -72,26 +82,39 @@ while done < 150:
 def test_without_file_locks_a_warning_is_all_there_is(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
+
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with WorkFolder(tmp_path / "x"):
         pass
     assert "has no file locks (No locks available)" in caplog.text
 
 
-@pytest.mark.parametrize(("code", "advice"), [
-    (errno.ENOSPC, "Free some space"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit"), (errno.EIO, "elsewhere")])
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "Free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "ulimit"),
+        (errno.EIO, "elsewhere"),
+    ],
+)
 def test_errors_of_writing_name_the_file(code, advice):
     match = rf"^a/b cannot be written: .*{advice}.*run the program again"
     with pytest.raises(OSError, match=match), named_errors("a/b"):
         raise OSError(code, os.strerror(code))
-    with pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere/x'"), named_errors("a/b"):
+    with (
+        pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere/x'"),
+        named_errors("a/b"),
+    ):
         os.open("/nowhere/x", os.O_RDONLY)
 
 
 def test_folders_that_are_not_ours_are_left_alone(tmp_path):
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial/thesis.txt").touch()
-    with pytest.raises(ValueError, match=r"x.partial has files of somebody else \(thesis.txt, ...\)"):
+    with pytest.raises(
+        ValueError, match=r"x.partial has files of somebody else \(thesis.txt, ...\)"
+    ):
         WorkFolder(tmp_path / "x")
     (tmp_path / "y.partial").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="y.partial is a link to nothing"):

@@ -14,10 +14,16 @@ def dumb_attention(p, x_BSD, heads, groups, rotation, segments_BS):
     K = p["q_proj.weight"].shape[0] // heads
 
     def project(name, count):
-        y = torch.stack([torch.stack([p[name] @ x_BSD[b, s] for s in range(S)]) for b in range(B)])
+        y = torch.stack(
+            [torch.stack([p[name] @ x_BSD[b, s] for s in range(S)]) for b in range(B)]
+        )
         return y.view(B, S, count, K)
 
-    q, k, v = project("q_proj.weight", heads), project("k_proj.weight", groups), project("v_proj.weight", groups)
+    q, k, v = (
+        project("q_proj.weight", heads),
+        project("k_proj.weight", groups),
+        project("v_proj.weight", groups),
+    )
     if rotation is not None:
         q, k = (rotation.apply(t.transpose(1, 2)).transpose(1, 2) for t in (q, k))
     rows = []
@@ -26,7 +32,11 @@ def dumb_attention(p, x_BSD, heads, groups, rotation, segments_BS):
             parts = []
             for h in range(heads):
                 g = h // (heads // groups)
-                seen = [r for r in range(s + 1) if segments_BS is None or segments_BS[b, r] == segments_BS[b, s]]
+                seen = [
+                    r
+                    for r in range(s + 1)
+                    if segments_BS is None or segments_BS[b, r] == segments_BS[b, s]
+                ]
                 weights = [(q[b, s, h] @ k[b, r, g] / math.sqrt(K)).exp() for r in seen]
                 parts.append(sum(w * v[b, r, g] for w, r in zip(weights, seen)) / sum(weights))
             rows.append(p["o_proj.weight"] @ torch.cat(parts))
@@ -38,7 +48,13 @@ def dumb_attention(p, x_BSD, heads, groups, rotation, segments_BS):
 @pytest.mark.parametrize("packed", [False, True])
 def test_against_a_loop(groups, rope, packed):
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=12, num_attention_heads=4, num_query_groups=groups, kv_channels=6, seq_length=7)
+    config = ModelConfig(
+        hidden_size=12,
+        num_attention_heads=4,
+        num_query_groups=groups,
+        kv_channels=6,
+        seq_length=7,
+    )
     attention = Attention(config).double()
     x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5, 3]]) if packed else None
@@ -62,16 +78,22 @@ def test_one_document_equals_plain_causal():
     torch.manual_seed(1)
     attention = Attention(ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=9))
     x = torch.randn(2, 9, 16)
-    torch.testing.assert_close(attention(x), attention(x, None, document_mask(torch.full((2, 9), 4))))
+    torch.testing.assert_close(
+        attention(x), attention(x, None, document_mask(torch.full((2, 9), 4)))
+    )
 
 
 def test_dropout_in_training_only():
     torch.manual_seed(2)
-    attention = Attention(ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=8, attention_dropout=0.5))
+    attention = Attention(
+        ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=8, attention_dropout=0.5)
+    )
     plain = Attention(ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=8))
     plain.load_state_dict(attention.state_dict())
     x = torch.randn(1, 8, 16)
     assert not torch.equal(attention(x), attention(x))
     assert torch.equal(attention.eval()(x), plain(x))
     mean = attention.train()(x.expand(4000, 8, 16)).mean(0)
-    assert (mean - plain(x)).abs().max() < 0.05 * plain(x).abs().max(), "dropout keeps the expectation"
+    assert (mean - plain(x)).abs().max() < 0.05 * plain(x).abs().max(), (
+        "dropout keeps the expectation"
+    )

@@ -30,7 +30,9 @@ def test_pre_norm_residuals():
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     middle = h + block.self_attn(rms(h, block.input_layernorm.weight))
-    torch.testing.assert_close(y, middle + block.mlp(rms(middle, block.post_attention_layernorm.weight)).y)
+    torch.testing.assert_close(
+        y, middle + block.mlp(rms(middle, block.post_attention_layernorm.weight)).y
+    )
 
 
 def test_ffn_sees_the_context_and_its_loss_and_carry_come_back():

@@ -20,7 +20,12 @@ def nothing_kept():
 
 def test_memory_is_used_again_and_by_one_tensor_at_a_time():
     a = buffers.empty((1024, 1024), torch.bfloat16, CPU)
-    assert a.shape == (1024, 1024) and a.dtype == torch.bfloat16 and a.is_contiguous() and a.data_ptr() % 64 == 0
+    assert (
+        a.shape == (1024, 1024)
+        and a.dtype == torch.bfloat16
+        and a.is_contiguous()
+        and a.data_ptr() % 64 == 0
+    )
     b = buffers.empty((512, 1024), torch.float32, CPU)
     a.fill_(1), b.fill_(2)
     assert (a == 1).all() and (b == 2).all() and buffers.idle_bytes() == 0
@@ -80,4 +85,8 @@ def test_a_release_gives_everything_back():
 def test_the_size_is_counted_in_bytes_of_any_dtype():
     for dtype in (torch.float64, torch.float16, torch.int64, torch.bool):
         t = buffers.empty((MB, 2), dtype, CPU)
-        assert t.dtype == dtype and t.shape == (MB, 2) and t.untyped_storage().nbytes() == 2 * MB * dtype.itemsize
+        assert (
+            t.dtype == dtype
+            and t.shape == (MB, 2)
+            and t.untyped_storage().nbytes() == 2 * MB * dtype.itemsize
+        )

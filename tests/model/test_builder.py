@@ -8,14 +8,29 @@ from megatron.model.mlp import MLP
 from megatron.moe.layer import MoELayer
 from megatron.parallel.groups import Groups
 
-MODEL = ModelConfig(num_layers=5, hidden_size=16, num_attention_heads=2, seq_length=8, ffn_hidden_size=32)
+MODEL = ModelConfig(
+    num_layers=5, hidden_size=16, num_attention_heads=2, seq_length=8, ffn_hidden_size=32
+)
 
 
 def build(ep_size=1, rank=0, seed=3, **moe):
-    config = MoEConfig(**{"num_experts": 4, "gate": "threshold", "moe_ffn_hidden_size": 8,
-                          "moe_expert_parallel_size": ep_size, **moe})
-    return build_model(MODEL, config, {"threshold": 0.5}, vocab_size=100, seed=seed,
-                       groups=Groups(rank=rank, world_size=ep_size, ep_size=ep_size))
+    config = MoEConfig(
+        **{
+            "num_experts": 4,
+            "gate": "threshold",
+            "moe_ffn_hidden_size": 8,
+            "moe_expert_parallel_size": ep_size,
+            **moe,
+        }
+    )
+    return build_model(
+        MODEL,
+        config,
+        {"threshold": 0.5},
+        vocab_size=100,
+        seed=seed,
+        groups=Groups(rank=rank, world_size=ep_size, ep_size=ep_size),
+    )
 
 
 def test_mixtures_stand_where_the_flags_say():
@@ -26,20 +41,43 @@ def test_mixtures_stand_where_the_flags_say():
     assert kinds(expert_interval=2) == [False, True, False, True, False]
     assert kinds(expert_interval=2, moe_first_k_dense=2) == [False, False, False, True, False]
     assert kinds(num_experts=0) == [False] * 5
-    gates = [b.mlp.gate.place for b in build(expert_interval=2).layers if isinstance(b.mlp, MoELayer)]
-    assert [(p.layer, p.num_moe_layers, p.vocab_size) for p in gates] == [(0, 2, 100), (1, 2, 100)]
+    gates = [
+        b.mlp.gate.place for b in build(expert_interval=2).layers if isinstance(b.mlp, MoELayer)
+    ]
+    assert [(p.layer, p.num_moe_layers, p.vocab_size) for p in gates] == [
+        (0, 2, 100),
+        (1, 2, 100),
+    ]
 
 
 def test_options_reach_the_layer():
-    layer = build(moe_shared_experts=2, moe_train_capacity_factor=1.5, moe_eval_capacity_factor=2.5,
-                  moe_min_capacity=7).layers[0].mlp
-    assert layer.gate.config.threshold == 0.5 and layer.capacity_factors == {True: 1.5, False: 2.5}
-    assert layer.min_capacity == 7 and isinstance(layer.shared, MLP) and layer.shared.up_proj.out_features == 16
+    layer = (
+        build(
+            moe_shared_experts=2,
+            moe_train_capacity_factor=1.5,
+            moe_eval_capacity_factor=2.5,
+            moe_min_capacity=7,
+        )
+        .layers[0]
+        .mlp
+    )
+    assert layer.gate.config.threshold == 0.5 and layer.capacity_factors == {
+        True: 1.5,
+        False: 2.5,
+    }
+    assert (
+        layer.min_capacity == 7
+        and isinstance(layer.shared, MLP)
+        and layer.shared.up_proj.out_features == 16
+    )
     assert build().embed_tokens.num_embeddings == 128, "padded"
 
 
 def test_same_weights_however_the_experts_are_sharded():
-    whole, parts = build(moe_shared_experts=1), [build(2, rank, moe_shared_experts=1) for rank in (0, 1)]
+    whole, parts = (
+        build(moe_shared_experts=1),
+        [build(2, rank, moe_shared_experts=1) for rank in (0, 1)],
+    )
     for name, p in whole.named_parameters():
         shards = [dict(m.named_parameters())[name] for m in parts]
         if ".experts." in name:

@@ -19,11 +19,31 @@ EOD, V = 0, 40
 # The end of a document, one of 5 tokens, one that is only its end, one of 2, the beginning of one; the last is a label.
 SAMPLE = [7, 3, EOD, 5, 9, 9, 2, EOD, EOD, 11, EOD, 3, 7, 21, 5, 30, 8]
 DOCUMENTS = [slice(0, 3), slice(3, 8), slice(8, 9), slice(9, 11), slice(11, 16)]
-LLAMA = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-                    kv_channels=10, seq_length=16, swiglu=True, init_method_std=0.3)
-GPT2 = ModelConfig(num_layers=2, hidden_size=24, ffn_hidden_size=40, num_attention_heads=3, seq_length=16,
-                   position_embedding_type="learned", normalization="LayerNorm", init_method_std=0.3)
-FLASH, OPTIONS = "_scaled_dot_product_flash_attention_for_cpu", ("reset_position_ids", "reset_attention_mask")
+LLAMA = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=10,
+    seq_length=16,
+    swiglu=True,
+    init_method_std=0.3,
+)
+GPT2 = ModelConfig(
+    num_layers=2,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_attention_heads=3,
+    seq_length=16,
+    position_embedding_type="learned",
+    normalization="LayerNorm",
+    init_method_std=0.3,
+)
+FLASH, OPTIONS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    ("reset_position_ids", "reset_attention_mask"),
+)
 
 
 class Operators(TorchDispatchMode):
@@ -38,9 +58,21 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def make(config: ModelConfig, moe: MoEConfig | None = None, recompute: bool = False, **options) -> GPT:
-    groups = Groups(rank=0, world_size=1, backend="gloo", reason="test", ep_size=1, ep_group=None)
-    return build_model(config, moe or MoEConfig(), options, vocab_size=V, seed=3, groups=groups, recompute=recompute)
+def make(
+    config: ModelConfig, moe: MoEConfig | None = None, recompute: bool = False, **options
+) -> GPT:
+    groups = Groups(
+        rank=0, world_size=1, backend="gloo", reason="test", ep_size=1, ep_group=None
+    )
+    return build_model(
+        config,
+        moe or MoEConfig(),
+        options,
+        vocab_size=V,
+        seed=3,
+        groups=groups,
+        recompute=recompute,
+    )
 
 
 def packed(*flags: str) -> Batch:
@@ -52,8 +84,11 @@ def packed(*flags: str) -> Batch:
 def run(model: GPT, batch: Batch, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """Logits, with the same dropout every time."""
     torch.manual_seed(9)
-    return model(batch.tokens_BS if tokens is None else tokens, position_ids_BS=batch.position_ids_BS,
-                 segments_BS=batch.segments_BS).logits
+    return model(
+        batch.tokens_BS if tokens is None else tokens,
+        position_ids_BS=batch.position_ids_BS,
+        segments_BS=batch.segments_BS,
+    ).logits
 
 
 def changed(batch: Batch, where: slice | int) -> torch.Tensor:
@@ -63,8 +98,12 @@ def changed(batch: Batch, where: slice | int) -> torch.Tensor:
     return tokens
 
 
-MODES = {"evaluation": {}, "training": {"train": True}, "recomputed": {"train": True, "recompute": True},
-         "dropout": {"train": True, "dropout": 0.2}}
+MODES = {
+    "evaluation": {},
+    "training": {"train": True},
+    "recomputed": {"train": True, "recompute": True},
+    "dropout": {"train": True, "dropout": 0.2},
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -72,8 +111,14 @@ MODES = {"evaluation": {}, "training": {"train": True}, "recomputed": {"train": 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_no_token_changes_a_logit_of_another_document(config, dtype, mode):
     options = MODES[mode]
-    model = make(dataclasses.replace(config, attention_dropout=options.get("dropout", 0.0)),
-                 recompute=options.get("recompute", False)).to(dtype).train(options.get("train", False))
+    model = (
+        make(
+            dataclasses.replace(config, attention_dropout=options.get("dropout", 0.0)),
+            recompute=options.get("recompute", False),
+        )
+        .to(dtype)
+        .train(options.get("train", False))
+    )
     batch = packed()
     before = run(model, batch)
     assert before.dtype == dtype and before.grad_fn is not None
@@ -81,9 +126,13 @@ def test_no_token_changes_a_logit_of_another_document(config, dtype, mode):
         others = [t for t in range(16) if not document.start <= t < document.stop]
         for t in range(document.start, document.stop):
             after = run(model, batch, changed(batch, t))
-            assert torch.equal(after[0, others], before[0, others]) and torch.equal(after[1], before[1])
-            assert torch.equal(after[0, document.start:t], before[0, document.start:t])
-            assert all(not torch.equal(after[0, i], before[0, i]) for i in range(t, document.stop))
+            assert torch.equal(after[0, others], before[0, others]) and torch.equal(
+                after[1], before[1]
+            )
+            assert torch.equal(after[0, document.start : t], before[0, document.start : t])
+            assert all(
+                not torch.equal(after[0, i], before[0, i]) for i in range(t, document.stop)
+            )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -101,7 +150,13 @@ def test_what_scaled_dot_product_attention_runs(dtype, dropout):
 @torch.no_grad()
 def test_the_kernel_at_the_demos_shape():
     """Heads of width 64 and 256 tokens take several of its blocks."""
-    config = ModelConfig(num_layers=1, hidden_size=256, num_attention_heads=4, seq_length=256, init_method_std=0.1)
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=256,
+        num_attention_heads=4,
+        seq_length=256,
+        init_method_std=0.1,
+    )
     model, sample = make(config).bfloat16(), np.arange(257)[None] % (V - 1) + 1
     ends = [0, 40, 41, 127, 128, 200]
     sample[0, ends] = EOD
@@ -109,7 +164,9 @@ def test_the_kernel_at_the_demos_shape():
     before = run(model, batch)
     for start, stop in zip([0, *(e + 1 for e in ends)], [*(e + 1 for e in ends), 256]):
         after = run(model, batch, changed(batch, slice(start, stop)))
-        assert torch.equal(after[0, :start], before[0, :start]) and torch.equal(after[0, stop:], before[0, stop:])
+        assert torch.equal(after[0, :start], before[0, :start]) and torch.equal(
+            after[0, stop:], before[0, stop:]
+        )
         assert not torch.equal(after[0, start:stop], before[0, start:stop])
 
 
@@ -121,16 +178,23 @@ def test_no_gradient_of_one_documents_loss_depends_on_another(config, dtype, rec
     for n, document in enumerate(DOCUMENTS):
         mask, gradients = (batch.segments_BS == n).float(), []
         mask[1] = 0
-        for tokens in (batch.tokens_BS, *(changed(batch, other) for other in DOCUMENTS if other != document)):
+        for tokens in (
+            batch.tokens_BS,
+            *(changed(batch, other) for other in DOCUMENTS if other != document),
+        ):
             model = make(config, recompute=recompute).to(dtype).train()
-            model(tokens, batch.labels_BS, mask, batch.position_ids_BS, batch.segments_BS).loss.backward()
+            model(
+                tokens, batch.labels_BS, mask, batch.position_ids_BS, batch.segments_BS
+            ).loss.backward()
             gradients.append({name: p.grad for name, p in model.named_parameters()})
         for other in gradients[1:]:
             assert all(torch.equal(g, gradients[0][name]) for name, g in other.items())
         assert any(g.abs().max() > 0 for g in gradients[0].values())
 
 
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @torch.no_grad()
 def test_a_packed_document_equals_the_document_alone(config, dtype, close):
@@ -140,7 +204,9 @@ def test_a_packed_document_equals_the_document_alone(config, dtype, close):
     for document in DOCUMENTS:
         alone = model(batch.tokens_BS[:1, document]).logits
         torch.testing.assert_close(logits[:1, document], alone, rtol=0, atol=close * scale)
-    torch.testing.assert_close(logits[1:], model(batch.tokens_BS[1:]).logits, rtol=0, atol=close * scale)
+    torch.testing.assert_close(
+        logits[1:], model(batch.tokens_BS[1:]).logits, rtol=0, atol=close * scale
+    )
 
 
 @torch.no_grad()
@@ -175,8 +241,12 @@ def test_with_mixtures_too():
 def test_no_loss_on_what_follows_an_end():
     model, batch = make(LLAMA), packed("eod_mask_loss")
     probability = run(model, batch).softmax(-1)
-    terms = [-float(probability[b, t, batch.labels_BS[b, t]].log()) for b in range(2) for t in range(16)
-             if batch.tokens_BS[b, t] != EOD]
+    terms = [
+        -float(probability[b, t, batch.labels_BS[b, t]].log())
+        for b in range(2)
+        for t in range(16)
+        if batch.tokens_BS[b, t] != EOD
+    ]
     assert len(terms) == 28
     loss = model(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS).loss
     assert float(loss) == pytest.approx(sum(terms) / 28, rel=1e-5)

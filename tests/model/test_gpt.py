@@ -13,17 +13,36 @@ from megatron.model.mlp import MLP
 from megatron.moe.ffn import FFNOutput
 from megatron.parallel.groups import Groups
 
-LLAMA = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-                    kv_channels=10, seq_length=16, rotary_base=500.0, swiglu=True)
-GPT2 = ModelConfig(num_layers=2, hidden_size=12, ffn_hidden_size=20, num_attention_heads=3, seq_length=8,
-                   position_embedding_type="learned", normalization="LayerNorm", activation="gelu")
+LLAMA = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=10,
+    seq_length=16,
+    rotary_base=500.0,
+    swiglu=True,
+)
+GPT2 = ModelConfig(
+    num_layers=2,
+    hidden_size=12,
+    ffn_hidden_size=20,
+    num_attention_heads=3,
+    seq_length=8,
+    position_embedding_type="learned",
+    normalization="LayerNorm",
+    activation="gelu",
+)
 V = 40
 
 
 def make(config=LLAMA, *, std=0.3, seed=0, **options) -> GPT:
     """A dense model whose weights are large enough for every part to matter."""
     config = dataclasses.replace(config, init_method_std=std)
-    options.setdefault("make_ffn", lambda i: MLP(config.hidden_size, config.ffn_size, config.act))
+    options.setdefault(
+        "make_ffn", lambda i: MLP(config.hidden_size, config.ffn_size, config.act)
+    )
     model = GPT(config, V, **options)
     model.init_weights(seed)
     return model
@@ -37,7 +56,9 @@ def batch(B=2, S=16, seed=0):
 
 def assert_same_gradients(model, expected: dict):
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], rtol=2e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            p.grad, expected[name], rtol=2e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 class FakeMixture(nn.Module):
@@ -47,17 +68,26 @@ class FakeMixture(nn.Module):
 
     def __init__(self, hidden_size, scale):
         super().__init__()
-        self.weight, self.scale, self.seen = nn.Parameter(torch.full((hidden_size,), scale)), scale, []
+        self.weight, self.scale, self.seen = (
+            nn.Parameter(torch.full((hidden_size,), scale)),
+            scale,
+            [],
+        )
 
     def forward(self, x, context):
         self.seen.append((context.token_ids_BS, context.carry, context.progress))
         carry = torch.ones(()) if context.carry is None else context.carry + 1
-        return FFNOutput(torch.tanh(x) * self.weight, self.weight.mean() * x.square().mean().float(), carry)
+        return FFNOutput(
+            torch.tanh(x) * self.weight, self.weight.mean() * x.square().mean().float(), carry
+        )
 
 
 def mixtures(config, layers):
-    return lambda i: FakeMixture(config.hidden_size, 1.0 + i) if i in layers else MLP(
-        config.hidden_size, config.ffn_size, config.act)
+    return lambda i: (
+        FakeMixture(config.hidden_size, 1.0 + i)
+        if i in layers
+        else MLP(config.hidden_size, config.ffn_size, config.act)
+    )
 
 
 # ---- the whole model against independent ones
@@ -65,31 +95,63 @@ def mixtures(config, layers):
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_against_transformers_llama(untied):
-    transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="the reference implementation is not installed"
+    )
     model = make(dataclasses.replace(LLAMA, untie_embeddings_and_output_weights=untied))
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=10, max_position_embeddings=16, rms_norm_eps=1e-5, hidden_act="silu",
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, tie_word_embeddings=not untied,
-        attention_bias=False, attn_implementation="eager"))
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=V,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=10,
+            max_position_embeddings=16,
+            rms_norm_eps=1e-5,
+            hidden_act="silu",
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            tie_word_embeddings=not untied,
+            attention_bias=False,
+            attn_implementation="eager",
+        )
+    )
     for p in (model.norm.weight, model.layers[0].input_layernorm.weight):
         p.data.uniform_(0.5, 2)
-    weights = {name if name == "lm_head.weight" else f"model.{name}": w for name, w in model.state_dict().items()}
+    weights = {
+        name if name == "lm_head.weight" else f"model.{name}": w
+        for name, w in model.state_dict().items()
+    }
     missing = reference.load_state_dict(weights, strict=False)
-    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"} - weights.keys()
+    assert (
+        not missing.unexpected_keys
+        and set(missing.missing_keys) <= {"lm_head.weight"} - weights.keys()
+    )
 
     tokens, labels, mask = batch()
-    torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(tokens).logits, reference(tokens).logits, rtol=1e-4, atol=1e-4
+    )
     gaps = torch.tensor([[0, 2, 3, 5], [1, 5, 10, 15]])
     torch.testing.assert_close(
-        model(tokens[:, :4], position_ids_BS=gaps).logits, rtol=1e-4, atol=1e-4,
-        expected=reference(tokens[:, :4], position_ids=gaps, attention_mask=torch.ones_like(gaps)).logits)
+        model(tokens[:, :4], position_ids_BS=gaps).logits,
+        rtol=1e-4,
+        atol=1e-4,
+        expected=reference(
+            tokens[:, :4], position_ids=gaps, attention_mask=torch.ones_like(gaps)
+        ).logits,
+    )
     out = model(tokens, labels, mask)
-    loss = reference(tokens, shift_labels=labels.masked_fill(mask == 0, -100), labels=labels).loss
+    loss = reference(
+        tokens, shift_labels=labels.masked_fill(mask == 0, -100), labels=labels
+    ).loss
     torch.testing.assert_close(out.loss, loss)
     out.loss.backward()
     loss.backward()
-    assert_same_gradients(model, {n.removeprefix("model."): p.grad for n, p in reference.named_parameters()})
+    assert_same_gradients(
+        model, {n.removeprefix("model."): p.grad for n, p in reference.named_parameters()}
+    )
 
 
 def dumb_gpt2(p, tokens_BS):
@@ -98,26 +160,39 @@ def dumb_gpt2(p, tokens_BS):
 
     def norm(x, name):
         centred = x - x.mean()
-        return centred / (centred.square().mean() + 1e-5).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+        return (
+            centred / (centred.square().mean() + 1e-5).sqrt() * p[f"{name}.weight"]
+            + p[f"{name}.bias"]
+        )
 
     def attend(n, x, s):
         q = (p[f"{n}.q_proj.weight"] @ x[s]).view(3, 4)
         parts = []
         for h in range(3):
-            k, v = ([(p[f"{n}.{m}_proj.weight"] @ x[r]).view(3, 4)[h] for r in range(s + 1)] for m in "kv")
+            k, v = (
+                [(p[f"{n}.{m}_proj.weight"] @ x[r]).view(3, 4)[h] for r in range(s + 1)]
+                for m in "kv"
+            )
             weights = [(q[h] @ one / math.sqrt(4)).exp() for one in k]
             parts.append(sum(w * one for w, one in zip(weights, v)) / sum(weights))
         return p[f"{n}.o_proj.weight"] @ torch.cat(parts)
 
     logits = []
     for b in range(B):
-        h = [p["embed_tokens.weight"][tokens_BS[b, s]] + p["embed_positions.weight"][s] for s in range(S)]
+        h = [
+            p["embed_tokens.weight"][tokens_BS[b, s]] + p["embed_positions.weight"][s]
+            for s in range(S)
+        ]
         for i in range(2):
             x = [norm(row, f"layers.{i}.input_layernorm") for row in h]
             h = [row + attend(f"layers.{i}.self_attn", x, s) for s, row in enumerate(h)]
             for s, row in enumerate(h):
-                up = p[f"layers.{i}.mlp.up_proj.weight"] @ norm(row, f"layers.{i}.post_attention_layernorm")
-                h[s] = row + p[f"layers.{i}.mlp.down_proj.weight"] @ (up * (1 + torch.erf(up / 2**0.5)) / 2)
+                up = p[f"layers.{i}.mlp.up_proj.weight"] @ norm(
+                    row, f"layers.{i}.post_attention_layernorm"
+                )
+                h[s] = row + p[f"layers.{i}.mlp.down_proj.weight"] @ (
+                    up * (1 + torch.erf(up / 2**0.5)) / 2
+                )
         logits.append(torch.stack([p["embed_tokens.weight"] @ norm(row, "norm") for row in h]))
     return torch.stack(logits)
 
@@ -135,7 +210,10 @@ def test_gpt2_like_model_against_a_loop():
     total = 0.0
     for b in range(2):
         for s in range(7):
-            total = total - (logits[b, s, labels[b, s]] - logits[b, s].exp().sum().log()) * mask[b, s]
+            total = (
+                total
+                - (logits[b, s, labels[b, s]] - logits[b, s].exp().sum().log()) * mask[b, s]
+            )
     (total / mask.sum()).backward()
     out = model(tokens, labels, mask)
     torch.testing.assert_close(out.lm_loss, total / mask.sum())
@@ -166,12 +244,20 @@ def test_no_logit_depends_on_a_later_token(config):
 def test_documents_of_a_sample_do_not_see_each_other(config):
     model = make(config)
     tokens, *_ = batch(B=1, S=8)
-    segments, positions = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]), torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    segments, positions = (
+        torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]),
+        torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]),
+    )
     packed = model(tokens, position_ids_BS=positions, segments_BS=segments).logits
     changed = tokens.clone()
     changed[:, :3] = (changed[:, :3] + 1) % V
-    assert torch.equal(model(changed, position_ids_BS=positions, segments_BS=segments).logits[:, 3:], packed[:, 3:])
-    assert not torch.equal(model(changed, position_ids_BS=positions).logits[:, 3:], packed[:, 3:])
+    assert torch.equal(
+        model(changed, position_ids_BS=positions, segments_BS=segments).logits[:, 3:],
+        packed[:, 3:],
+    )
+    assert not torch.equal(
+        model(changed, position_ids_BS=positions).logits[:, 3:], packed[:, 3:]
+    )
     alone = torch.cat([model(tokens[:, :3]).logits, model(tokens[:, 3:]).logits], 1)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
@@ -190,7 +276,9 @@ def test_loss_mask():
     model = make()
     tokens, labels, mask = batch()
     logits = model(tokens).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(
+        labels
+    )
     torch.testing.assert_close(model(tokens, labels, mask).loss, loss[mask > 0].mean())
     torch.testing.assert_close(model(tokens, labels, 0.01 * mask).loss, loss[mask > 0].mean())
     torch.testing.assert_close(model(tokens, labels).loss, loss.mean())
@@ -206,29 +294,45 @@ def test_aux_loss_is_the_mean_over_mixture_layers_and_carry_skips_dense_ones():
     tokens, labels, mask = batch()
     norms, hooks = [], []
     for i in (0, 2, 3):
-        hooks.append(model.layers[i].post_attention_layernorm.register_forward_hook(lambda m, a, y: norms.append(y)))
+        hooks.append(
+            model.layers[i].post_attention_layernorm.register_forward_hook(
+                lambda m, a, y: norms.append(y)
+            )
+        )
     out = model(tokens, labels, mask, progress=0.5)
     aux = [(1.0 + i) * x.square().mean() for i, x in zip((0, 2, 3), norms)]
     torch.testing.assert_close(out.aux_loss, sum(aux) / 3)
     torch.testing.assert_close(out.loss, out.lm_loss + out.aux_loss)
     assert [model.layers[i].mlp.seen[0][1] for i in (0, 2, 3)] == [None, 1, 2]
     for i in (0, 2, 3):
-        assert model.layers[i].mlp.seen[0][0] is tokens and model.layers[i].mlp.seen[0][2] == 0.5
+        assert (
+            model.layers[i].mlp.seen[0][0] is tokens and model.layers[i].mlp.seen[0][2] == 0.5
+        )
     dense = make()(tokens, labels)
-    assert dense.aux_loss == 0 and dense.aux_loss.dtype == torch.float32 and dense.loss == dense.lm_loss
+    assert (
+        dense.aux_loss == 0
+        and dense.aux_loss.dtype == torch.float32
+        and dense.loss == dense.lm_loss
+    )
 
 
 def test_padded_vocabulary_is_part_of_the_softmax():
-    config = ModelConfig(num_layers=1, hidden_size=32, seq_length=16, make_vocab_size_divisible_by=64)
+    config = ModelConfig(
+        num_layers=1, hidden_size=32, seq_length=16, make_vocab_size_divisible_by=64
+    )
     model = GPT(config, config.padded_vocab(V), make_ffn=lambda i: MLP(32, 64, "gelu"))
     model.init_weights(0)
     tokens, labels, _ = batch()
     out = model(tokens, labels)
     logits = model(tokens).logits
     assert logits.shape == (2, 16, 64)
-    torch.testing.assert_close(out.loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(
+        out.loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    )
     out.loss.backward()
-    assert (model.embed_tokens.weight.grad[V:].abs().sum(1) > 0).all(), "their logits are trained downwards"
+    assert (model.embed_tokens.weight.grad[V:].abs().sum(1) > 0).all(), (
+        "their logits are trained downwards"
+    )
 
 
 # ---- training
@@ -277,16 +381,25 @@ def test_bf16_model_stays_close_to_fp32():
 
 
 def test_initial_weights():
-    config = dataclasses.replace(GPT2, num_layers=8, hidden_size=96, ffn_hidden_size=0,
-                                 untie_embeddings_and_output_weights=True)
+    config = dataclasses.replace(
+        GPT2,
+        num_layers=8,
+        hidden_size=96,
+        ffn_hidden_size=0,
+        untie_embeddings_and_output_weights=True,
+    )
     model = make(config, std=0.02)
     for name, p in model.named_parameters():
         if "norm" in name:
-            assert torch.equal(p, torch.ones_like(p) if name.endswith("weight") else torch.zeros_like(p)), name
+            assert torch.equal(
+                p, torch.ones_like(p) if name.endswith("weight") else torch.zeros_like(p)
+            ), name
             continue
         std = 0.02 / math.sqrt(16) if "o_proj" in name or "down_proj" in name else 0.02
         assert abs(p.std() / std - 1) < 0.12 and p.mean().abs() < 0.2 * std, name
-    assert not torch.equal(model.layers[0].self_attn.q_proj.weight, model.layers[1].self_attn.q_proj.weight)
+    assert not torch.equal(
+        model.layers[0].self_attn.q_proj.weight, model.layers[1].self_attn.q_proj.weight
+    )
 
 
 def test_a_weight_depends_on_seed_and_name_only():
@@ -301,8 +414,12 @@ def test_a_weight_depends_on_seed_and_name_only():
         for name, p in model.named_parameters():
             if name != "layers.1.mlp.weight":
                 assert torch.equal(p, first[name]), name
-    assert not any(torch.equal(p, other[name]) for name, p in first.items() if "norm" not in name)
-    assert torch.equal(mixed.layers[1].mlp.weight, torch.full((32,), 2.0)), "left to the module that initialises itself"
+    assert not any(
+        torch.equal(p, other[name]) for name, p in first.items() if "norm" not in name
+    )
+    assert torch.equal(mixed.layers[1].mlp.weight, torch.full((32,), 2.0)), (
+        "left to the module that initialises itself"
+    )
 
 
 def test_initial_weights_do_not_depend_on_how_experts_are_sharded():

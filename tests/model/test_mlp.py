@@ -19,7 +19,10 @@ def test_against_a_loop(activation):
     mlp = MLP(5, 7, activation).double()
     gated = activation in ("swiglu", "geglu")
     assert {n for n, _ in mlp.named_parameters()} == (
-        {"gate_proj.weight", "up_proj.weight", "down_proj.weight"} if gated else {"up_proj.weight", "down_proj.weight"})
+        {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+        if gated
+        else {"up_proj.weight", "down_proj.weight"}
+    )
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, 5, dtype=torch.float64)
     out = mlp(x)
@@ -35,7 +38,9 @@ def test_against_a_loop(activation):
             hidden = []
             for h in range(7):
                 up = p["up_proj.weight"][h] @ x_again[b, s]
-                hidden.append(act(p["gate_proj.weight"][h] @ x_again[b, s]) * up if gated else act(up))
+                hidden.append(
+                    act(p["gate_proj.weight"][h] @ x_again[b, s]) * up if gated else act(up)
+                )
             y = p["down_proj.weight"] @ torch.stack(hidden)
             torch.testing.assert_close(out.y[b, s], y)
             total = total + (y * weight[b, s]).sum()

@@ -8,10 +8,23 @@ from megatron.model.builder import build_model
 from megatron.model.parameter_count import Size, count, table
 from megatron.parallel.groups import Groups
 
-CONFIG = ModelConfig(num_layers=3, hidden_size=16, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2,
-                     seq_length=8, swiglu=True, make_vocab_size_divisible_by=32)
-MOE = MoEConfig(num_experts=8, moe_ffn_hidden_size=24, moe_shared_experts=2, moe_first_k_dense=1,
-                moe_expert_parallel_size=4)
+CONFIG = ModelConfig(
+    num_layers=3,
+    hidden_size=16,
+    ffn_hidden_size=40,
+    num_attention_heads=4,
+    num_query_groups=2,
+    seq_length=8,
+    swiglu=True,
+    make_vocab_size_divisible_by=32,
+)
+MOE = MoEConfig(
+    num_experts=8,
+    moe_ffn_hidden_size=24,
+    moe_shared_experts=2,
+    moe_first_k_dense=1,
+    moe_expert_parallel_size=4,
+)
 
 
 def build(config=CONFIG, moe=MOE, *, device="meta", **groups):
@@ -36,17 +49,26 @@ def test_parts_by_hand():
     assert size.parts == parts and size.total == sum(parts.values())
     assert size.active_min == size.total - parts["routed experts"] + 2 * 1 * expert
     assert size.active_max == size.total - parts["routed experts"] + 2 * 3 * expert
-    assert count(build(rank=1, world_size=4, ep_size=4), (1, 3)) == size, "a slice counts as all experts"
+    assert count(build(rank=1, world_size=4, ep_size=4), (1, 3)) == size, (
+        "a slice counts as all experts"
+    )
     assert count(build(device="cpu"), (1, 3)) == size
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
 @pytest.mark.parametrize("untied", [False, True])
 def test_dense_model(position, untied):
-    config = dataclasses.replace(CONFIG, position_embedding_type=position, untie_embeddings_and_output_weights=untied)
+    config = dataclasses.replace(
+        CONFIG, position_embedding_type=position, untie_embeddings_and_output_weights=untied
+    )
     model = build(config, MoEConfig())
     size = count(model)
-    assert size.total == size.active_min == size.active_max == sum(p.numel() for p in model.parameters())
+    assert (
+        size.total
+        == size.active_min
+        == size.active_max
+        == sum(p.numel() for p in model.parameters())
+    )
     assert size.parts["embedding"] == 64 * 16 + (8 * 16 if position == "learned" else 0)
     assert size.parts["output layer"] == (64 * 16 if untied else 0)
 
@@ -58,8 +80,12 @@ def test_a_parameter_elsewhere_is_counted_as_other():
 
 
 def test_table():
-    size = Size(3_512_000_000, {"embedding": 12_000_000, "routed experts": 3_500_000_000, "router": 0},
-                112_000_000, 1_512_000_000)
+    size = Size(
+        3_512_000_000,
+        {"embedding": 12_000_000, "routed experts": 3_500_000_000, "router": 0},
+        112_000_000,
+        1_512_000_000,
+    )
     assert table(size).splitlines() == [
         "parameters               all   active per token",
         "embedding            12.00 M   12.00 M",

@@ -8,14 +8,23 @@ from megatron.model.builder import build_model
 from megatron.moe.metrics import MoEMetrics, moe_layers
 from megatron.parallel.groups import Groups
 
-MODEL = ModelConfig(num_layers=3, hidden_size=16, num_attention_heads=2, seq_length=12, activation="swiglu",
-                    ffn_hidden_size=24, init_method_std=0.3)
+MODEL = ModelConfig(
+    num_layers=3,
+    hidden_size=16,
+    num_attention_heads=2,
+    seq_length=12,
+    activation="swiglu",
+    ffn_hidden_size=24,
+    init_method_std=0.3,
+)
 
 
 def train(gate, recompute, options):
     """Two micro-batches of one step: losses, gradients by name, the counts and the gates' buffers after the step."""
     moe = MoEConfig(num_experts=4, gate=gate, moe_ffn_hidden_size=8)
-    model = build_model(MODEL, moe, options, vocab_size=64, seed=1, groups=Groups(), recompute=recompute)
+    model = build_model(
+        MODEL, moe, options, vocab_size=64, seed=1, groups=Groups(), recompute=recompute
+    )
     metrics, losses = MoEMetrics(model, Groups()), []
     for number in (0, 1):
         ids = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(number))
@@ -31,12 +40,19 @@ def train(gate, recompute, options):
     return answer | {f"buffer {name}": b for name, b in model.named_buffers()}
 
 
-@pytest.mark.parametrize("gate, options", [
-    ("topk", {"balance_scope": "global-batch", "loss_coeff": 0.5, "jitter": 0.1}),
-    ("moepp", {"balance_scope": "global-batch", "loss_coeff": 0.5}),
-    ("deepseek_v3", {"bias_update_speed": 0.1, "balance_scope": "global-batch", "loss_coeff": 0.5}),
-    ("remoe", {"lambda_init": 0.1}), ("peer", {}),
-])
+@pytest.mark.parametrize(
+    "gate, options",
+    [
+        ("topk", {"balance_scope": "global-batch", "loss_coeff": 0.5, "jitter": 0.1}),
+        ("moepp", {"balance_scope": "global-batch", "loss_coeff": 0.5}),
+        (
+            "deepseek_v3",
+            {"bias_update_speed": 0.1, "balance_scope": "global-batch", "loss_coeff": 0.5},
+        ),
+        ("remoe", {"lambda_init": 0.1}),
+        ("peer", {}),
+    ],
+)
 def test_recompute_changes_nothing(gate, options):
     """Also when all of a block is computed again, as happens where something behind the gate needs it."""
     torch.manual_seed(0)
@@ -51,8 +67,18 @@ def test_recompute_changes_nothing(gate, options):
 
 def test_gradients_twice():
     """A graph that is kept can be gone through again."""
-    model = build_model(MODEL, MoEConfig(num_experts=4), {}, vocab_size=64, seed=1, groups=Groups(), recompute=True)
+    model = build_model(
+        MODEL,
+        MoEConfig(num_experts=4),
+        {},
+        vocab_size=64,
+        seed=1,
+        groups=Groups(),
+        recompute=True,
+    )
     ids = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(0))
     loss = model(ids[:, :-1], ids[:, 1:]).loss
-    first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

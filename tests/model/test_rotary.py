@@ -11,7 +11,9 @@ def turned(x_K: torch.Tensor, position: int, base: float) -> torch.Tensor:
     half = len(x_K) // 2
     out = torch.empty_like(x_K)
     for i in range(half):
-        z = complex(x_K[i], x_K[i + half]) * cmath.exp(1j * position * base ** (-2 * i / len(x_K)))
+        z = complex(x_K[i], x_K[i + half]) * cmath.exp(
+            1j * position * base ** (-2 * i / len(x_K))
+        )
         out[i], out[i + half] = z.real, z.imag
     return out
 
@@ -27,7 +29,9 @@ def test_against_complex_numbers(given):
         for h in range(3):
             for s in range(7):
                 position = int(position_ids[b, s]) if given else s
-                torch.testing.assert_close(y[b, h, s], turned(x[b, h, s], position, 100.0), rtol=0, atol=5e-6)
+                torch.testing.assert_close(
+                    y[b, h, s], turned(x[b, h, s], position, 100.0), rtol=0, atol=5e-6
+                )
 
 
 def test_scores_depend_on_the_distance_only():
@@ -36,7 +40,9 @@ def test_scores_depend_on_the_distance_only():
     rotary = Rotary(8, 64)
 
     def score(p, r):
-        return (rotary(1, torch.tensor([[p]])).apply(q) * rotary(1, torch.tensor([[r]])).apply(k)).sum()
+        return (
+            rotary(1, torch.tensor([[p]])).apply(q) * rotary(1, torch.tensor([[r]])).apply(k)
+        ).sum()
 
     torch.testing.assert_close(score(5, 2), score(60, 57), rtol=1e-4, atol=1e-5)
     assert (score(5, 2) - score(5, 3)).abs() > 1e-3
@@ -47,7 +53,9 @@ def test_table_stays_fp32_and_survives_empty_memory():
     for cast in (lambda r: r.bfloat16(), lambda r: r.half(), lambda r: r.double()):
         rotary = cast(Rotary(8, 32, 1000.0))
         assert rotary.cos_PK.dtype == rotary.sin_PK.dtype == torch.float32
-        assert torch.equal(rotary.cos_PK, expected.cos_PK) and torch.equal(rotary.sin_PK, expected.sin_PK)
+        assert torch.equal(rotary.cos_PK, expected.cos_PK) and torch.equal(
+            rotary.sin_PK, expected.sin_PK
+        )
     with torch.device("meta"):
         rotary = Rotary(8, 32, 1000.0)
     assert rotary.cos_PK.is_meta

@@ -14,8 +14,11 @@ from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 
-NAMES = [n for n in available_gates()
-         if "balance_scope" in {f.name for f in dataclasses.fields(gate_class(n).Config)}]
+NAMES = [
+    n
+    for n in available_gates()
+    if "balance_scope" in {f.name for f in dataclasses.fields(gate_class(n).Config)}
+]
 TOKENS = 6
 
 
@@ -34,7 +37,10 @@ def micro_batch(number, sequences=2):
 
 
 def gate_grads(layer):
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in layer.gate.named_parameters()}
+    return {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in layer.gate.named_parameters()
+    }
 
 
 def _one_step(name, ep_size, numbers, recompute=False):
@@ -45,7 +51,13 @@ def _one_step(name, ep_size, numbers, recompute=False):
     for number in numbers[groups.rank]:
         x, ids = micro_batch(number)
         if recompute:
-            out = checkpoint(layer, x, FFNContext(ids), use_reentrant=False, context_fn=layer.recompute_contexts)
+            out = checkpoint(
+                layer,
+                x,
+                FFNContext(ids),
+                use_reentrant=False,
+                context_fn=layer.recompute_contexts,
+            )
         else:
             out = layer(x, FFNContext(ids))
         out.aux_loss.backward()
@@ -63,8 +75,13 @@ def test_global_batch_on_two_ranks_is_one_rank_with_all_tokens(name, ranks2):
     assert sum(losses[0] for losses, _ in answers) / 2 == pytest.approx(whole.item(), rel=1e-5)
     for n, expected in gate_grads(layer).items():
         mean = sum(grads[n] for _, grads in answers) / 2
-        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
-    separate = [make_layer(name, options=options(name, "micro-batch"))(*_args(n)).aux_loss.item() for n in (1, 2)]
+        torch.testing.assert_close(
+            mean, expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}"
+        )
+    separate = [
+        make_layer(name, options=options(name, "micro-batch"))(*_args(n)).aux_loss.item()
+        for n in (1, 2)
+    ]
     assert abs(sum(separate) / 2 - whole.item()) > 1e-4, "the scopes must differ here"
 
 
@@ -84,20 +101,31 @@ def test_global_batch_adds_up_the_micro_batches_of_the_step(name, recompute, ran
     for number in (1, 2, 3, 4):
         x, ids = micro_batch(number)
         sequence = torch.arange(2).repeat_interleave(TOKENS)
-        routings[number] = layer.gate(GateInput(x.flatten(0, 1), ids.flatten(), sequence, num_sequences=2))
+        routings[number] = layer.gate(
+            GateInput(x.flatten(0, 1), ids.flatten(), sequence, num_sequences=2)
+        )
     total = 0
     for rank in (0, 1):
         for m in (0, 1):
-            mine, before = routings[numbers[rank][m]], [routings[numbers[r][i]] for r in (0, 1) for i in range(m + 1)]
+            mine, before = (
+                routings[numbers[rank][m]],
+                [routings[numbers[r][i]] for r in (0, 1) for i in range(m + 1)],
+            )
             expected = mine.aux_loss + sum(
-                term.loss(sum(b.balance[i].count_NG for b in before), sum(b.balance[i].total_N for b in before))
-                for i, term in enumerate(mine.balance))
+                term.loss(
+                    sum(b.balance[i].count_NG for b in before),
+                    sum(b.balance[i].total_N for b in before),
+                )
+                for i, term in enumerate(mine.balance)
+            )
             assert answers[rank][0][m] == pytest.approx(expected.item(), rel=1e-5)
             total = total + expected
     total.backward()
     for n, expected in gate_grads(layer).items():
         got = answers[0][1][n] + answers[1][1][n]
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
+        torch.testing.assert_close(
+            got, expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,7 +149,7 @@ def test_sequence_scope_is_the_mean_over_sequences(name):
     layer = make_layer(name, options=options(name, "sequence"))
     x, ids = micro_batch(5, sequences=3)
     whole = layer(x, FFNContext(ids)).aux_loss.item()
-    parts = [layer(x[i:i + 1], FFNContext(ids[i:i + 1])).aux_loss.item() for i in range(3)]
+    parts = [layer(x[i : i + 1], FFNContext(ids[i : i + 1])).aux_loss.item() for i in range(3)]
     assert whole == pytest.approx(sum(parts) / 3, rel=1e-5)
 
 
@@ -131,5 +159,7 @@ def test_evaluation_asks_nobody(name):
     layer = make_layer(name, options=options(name, "global-batch")).eval()
     alone = make_layer(name, options=options(name, "micro-batch")).eval()
     layer(*_args(1))
-    assert layer(*_args(2)).aux_loss.item() == pytest.approx(alone(*_args(2)).aux_loss.item(), rel=1e-5)
+    assert layer(*_args(2)).aux_loss.item() == pytest.approx(
+        alone(*_args(2)).aux_loss.item(), rel=1e-5
+    )
     assert layer.step_sums == {} and layer._step_loads == []

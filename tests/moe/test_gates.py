@@ -7,14 +7,33 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from helpers.moe_layers import D, E, dumb_expert, dumb_layer, exact_shares, has_topk, make_carry, make_input, make_layer
+from helpers.moe_layers import (
+    D,
+    E,
+    dumb_expert,
+    dumb_layer,
+    exact_shares,
+    has_topk,
+    make_carry,
+    make_input,
+    make_layer,
+)
 from helpers.spawn import groups_for
 from megatron.moe.dispatch.plan import capacity
 from megatron.moe.ffn import FFNContext
-from megatron.moe.gate import Gate, Place, available_gates, create_gate, gate_class, gate_config_class
+from megatron.moe.gate import (
+    Gate,
+    Place,
+    available_gates,
+    create_gate,
+    gate_class,
+    gate_config_class,
+)
 from megatron.moe.routing import GateInput
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*future:UserWarning")  # expert_choice says so once
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*future:UserWarning"
+)  # expert_choice says so once
 ALL = available_gates()
 CAPACITY_1 = {"moe_train_capacity_factor": 1.0, "moe_min_capacity": 1}
 
@@ -28,7 +47,11 @@ def case(layer, tokens, spread=1.0):
     """Hidden states and context of tokens; with a small spread all are nearly the same one, with 0 exactly."""
     (x, ids), carry = make_input(tokens), make_carry(layer.gate, tokens)
     if spread != 1:
-        x, ids, carry = x[:, :1].lerp(x, spread), ids[:, :1].repeat(1, tokens), carry[:1].lerp(carry, spread)
+        x, ids, carry = (
+            x[:, :1].lerp(x, spread),
+            ids[:, :1].repeat(1, tokens),
+            carry[:1].lerp(carry, spread),
+        )
     return x.requires_grad_(), FFNContext(ids, carry)
 
 
@@ -44,19 +67,32 @@ def route(layer, x, context):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("tokens, num_experts, scale",
-                         [(5, E, 1.0), (1, E, 1.0), (0, E, 1.0), (5, 1, 1.0), (13, E, 1e4)])
+@pytest.mark.parametrize(
+    "tokens, num_experts, scale",
+    [(5, E, 1.0), (1, E, 1.0), (0, E, 1.0), (5, 1, 1.0), (13, E, 1e4)],
+)
 def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale):
     """One token, none, one expert, k = E, logits of +-1e4: the answer keeps the contract and everything is finite."""
     options = {"topk": 1} if num_experts == 1 and has_topk(name) else {}
     for k_all in (False, True):
         if k_all and has_topk(name):
             options = {"topk": num_experts}
-        gate = create_gate(name, hidden_size=D, num_experts=num_experts, layer=1, num_moe_layers=2, vocab_size=50,
-                            **options, init_std=0.5)
+        gate = create_gate(
+            name,
+            hidden_size=D,
+            num_experts=num_experts,
+            layer=1,
+            num_moe_layers=2,
+            vocab_size=50,
+            **options,
+            init_std=0.5,
+        )
         x, ids = make_input(tokens, scale=scale)
         for dtype in (torch.float32, torch.bfloat16):
-            x_TD, carry = x[0].to(dtype).requires_grad_(), make_carry(gate, tokens, scale=scale).requires_grad_()
+            x_TD, carry = (
+                x[0].to(dtype).requires_grad_(),
+                make_carry(gate, tokens, scale=scale).requires_grad_(),
+            )
             out = gate(GateInput(x_TD, ids[0], torch.zeros(tokens, dtype=torch.int64), carry))
             out.check(tokens, num_experts + len(gate.local_paths))
             assert torch.isfinite(out.weight_A).all() and torch.isfinite(out.aux_loss)
@@ -64,18 +100,34 @@ def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale
             if total.requires_grad:
                 total.backward()
                 assert x_TD.grad is not None, "no gradient for the tokens"
-                assert all(t.grad is None or torch.isfinite(t.grad).all() for t in (x_TD, carry, *gate.parameters()))
+                assert all(
+                    t.grad is None or torch.isfinite(t.grad).all()
+                    for t in (x_TD, carry, *gate.parameters())
+                )
 
 
 @pytest.mark.parametrize("offset", [0.0, -48.0, -104.0, -1e4])
-@pytest.mark.parametrize("name, options", [
-    ("topk", {"score_function": "sigmoid"}), ("cosine", {"score_function": "sigmoid", "min_temperature": 1e-5}),
-    ("deepseek_v3", {"routed_scaling_factor": 1.0})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("topk", {"score_function": "sigmoid"}),
+        ("cosine", {"score_function": "sigmoid", "min_temperature": 1e-5}),
+        ("deepseek_v3", {"routed_scaling_factor": 1.0}),
+    ],
+)
 def test_normalised_sigmoids_are_exact_where_they_underflow(name, options, offset):
     """Weights, balance loss and gradients when all of a token's logits are low. The mistake to catch: a sum of scores
     that is clamped, so that at -48 weights are too small and at -104 the token is lost, with the router's gradient."""
-    gate = create_gate(name, hidden_size=4, num_experts=4, topk=2, norm_topk_prob=True, loss_coeff=1.0, init_std=1.0,
-                        **options)
+    gate = create_gate(
+        name,
+        hidden_size=4,
+        num_experts=4,
+        topk=2,
+        norm_topk_prob=True,
+        loss_coeff=1.0,
+        init_std=1.0,
+        **options,
+    )
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     if name == "cosine":
         with torch.no_grad():
@@ -83,7 +135,10 @@ def test_normalised_sigmoids_are_exact_where_they_underflow(name, options, offse
             gate.projection.weight.copy_(torch.eye(2, 4))
             gate.temperature.fill_(1 / max(1.0, -offset))
             x.mul_(0.01).add_(torch.tensor([1.0 if offset == 0 else -1.0, 0.0, 0.0, 0.0]))
-        logits, leaves = gate.cosines(x) / gate.temperature, [x, gate.projection.weight, gate.embeddings_EP]
+        logits, leaves = (
+            gate.cosines(x) / gate.temperature,
+            [x, gate.projection.weight, gate.embeddings_EP],
+        )
     else:
         with torch.no_grad():
             gate.router.weight.copy_(torch.eye(4))
@@ -92,7 +147,11 @@ def test_normalised_sigmoids_are_exact_where_they_underflow(name, options, offse
     out, slope, loss = gate(GateInput(x)), torch.zeros(3, 4), 0.0
     best = logits.topk(2).indices
     for t, chosen in enumerate(out.expert_A.view(3, 2).tolist()):
-        assert name == "deepseek_v3" and offset < -100 or sorted(chosen) == sorted(best[t].tolist())
+        assert (
+            name == "deepseek_v3"
+            and offset < -100
+            or sorted(chosen) == sorted(best[t].tolist())
+        )
         weights, slopes = exact_shares(logits[t, chosen].tolist())
         assert out.weight_A.view(3, 2)[t].tolist() == pytest.approx(weights, rel=1e-5)
         slope[t, chosen] += torch.tensor(slopes[0]) * 3 - torch.tensor(slopes[1])
@@ -103,7 +162,10 @@ def test_normalised_sigmoids_are_exact_where_they_underflow(name, options, offse
             slope[t] += factor * torch.tensor(slopes[e])
     assert out.aux_loss.item() == pytest.approx(loss, rel=1e-5)
     mix = out.weight_A.view(3, 2) * torch.tensor([3.0, -1.0])
-    got, want = torch.autograd.grad(mix.sum() + out.aux_loss, leaves), torch.autograd.grad(logits, leaves, slope)
+    got, want = (
+        torch.autograd.grad(mix.sum() + out.aux_loss, leaves),
+        torch.autograd.grad(logits, leaves, slope),
+    )
     for a, b in zip(got, want, strict=True):
         assert b.abs().sum() > 0 and torch.isfinite(b).all()
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
@@ -116,8 +178,12 @@ def against_dumb(layer, x, context, routing, kept=None):
     torch.testing.assert_close(out.y[0], expected)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     names, params = zip(("x", x), *layer.named_parameters())
-    ours = torch.autograd.grad((out.y[0] * grad).sum() + out.aux_loss, params, allow_unused=True)
-    dumb = torch.autograd.grad((expected * grad).sum() + routing.aux_loss, params, allow_unused=True)
+    ours = torch.autograd.grad(
+        (out.y[0] * grad).sum() + out.aux_loss, params, allow_unused=True
+    )
+    dumb = torch.autograd.grad(
+        (expected * grad).sum() + routing.aux_loss, params, allow_unused=True
+    )
     for n, p, a, b in zip(names, params, ours, dumb, strict=True):
         assert torch.isfinite(a).all(), n
         b = torch.zeros_like(p) if b is None else b
@@ -168,14 +234,20 @@ def test_state_round_trip(name):
     x, ids = make_input(9)
     a.eval(), b.eval()
     assert torch.equal(a(x, FFNContext(ids)).y, b(x, FFNContext(ids)).y)
-    assert all(v.dtype == torch.float32 for v in a.gate.state_dict().values() if v.is_floating_point())
+    assert all(
+        v.dtype == torch.float32 for v in a.gate.state_dict().values() if v.is_floating_point()
+    )
 
 
 def survivors(layer, routing, tokens, factor):
     """Positions in the gate's list that stay under the limit: the highest priorities of each choice, by hand."""
     limits = layer.gate.capacities(tokens, factor, 1)
-    limits = limits or [capacity(tokens, E, factor, 1)] * E + [tokens] * len(layer.gate.local_paths)
-    priority = (routing.weight_A.abs() if routing.priority_A is None else routing.priority_A).tolist()
+    limits = limits or [capacity(tokens, E, factor, 1)] * E + [tokens] * len(
+        layer.gate.local_paths
+    )
+    priority = (
+        routing.weight_A.abs() if routing.priority_A is None else routing.priority_A
+    ).tolist()
     kept = []
     for choice, limit in enumerate(limits):
         mine = [a for a, e in enumerate(routing.expert_A.tolist()) if e == choice]
@@ -219,7 +291,10 @@ def chunked(name, chunks, spread=1.0, **moe):
         ((out.y * weight[:, mine]).sum() + out.aux_loss).backward(retain_graph=True)
         outputs.append(out.y[0].detach())
         start += size
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layer.named_parameters()}
+    grads = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad
+        for n, p in layer.named_parameters()
+    }
     return torch.cat(outputs), x.grad[0], grads
 
 
@@ -234,15 +309,33 @@ def _sharded(name, ep_size, chunks, spread, moe):
     x = x[:, mine].detach().requires_grad_()
     out = layer(x, part(context, mine))
     ((out.y * weight[:, mine]).sum() + out.aux_loss).backward()
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layer.named_parameters()}
+    grads = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad
+        for n, p in layer.named_parameters()
+    }
     return {"y": out.y[0].detach(), "x": x.grad[0], "grads": grads}
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("world, chunks, spread, moe", [
-    (2, [6, 5], 1.0, {}), (2, [11, 0], 1.0, {}), (4, [3, 0, 7, 1], 1.0, {}), (2, [6, 5], 1.0, CAPACITY_1),
-    (2, [6, 5], 0.01, {}), (2, [6, 5], 0.01, CAPACITY_1),
-], ids=["2", "2, one without tokens", "4, one without tokens", "2, capacity 1", "2, crowd", "2, crowd, capacity 1"])
+@pytest.mark.parametrize(
+    "world, chunks, spread, moe",
+    [
+        (2, [6, 5], 1.0, {}),
+        (2, [11, 0], 1.0, {}),
+        (4, [3, 0, 7, 1], 1.0, {}),
+        (2, [6, 5], 1.0, CAPACITY_1),
+        (2, [6, 5], 0.01, {}),
+        (2, [6, 5], 0.01, CAPACITY_1),
+    ],
+    ids=[
+        "2",
+        "2, one without tokens",
+        "4, one without tokens",
+        "2, capacity 1",
+        "2, crowd",
+        "2, crowd, capacity 1",
+    ],
+)
 def test_sharded_equals_one_rank(name, world, chunks, spread, moe, request):
     """Outputs, input gradients and parameter gradients on 2 and 4 ranks, dropless and with capacity, and when all
     tokens go to the same experts. (They are not equal: rounding would decide who stays under the limit.)"""
@@ -250,14 +343,22 @@ def test_sharded_equals_one_rank(name, world, chunks, spread, moe, request):
     assert all(torch.isfinite(t).all() for t in (y, x_grad, *grads.values()))
     if not moe and not gate_class(name).sees_other_tokens:
         layer = second_layer(name)
-        torch.testing.assert_close(layer(*case(layer, 11, spread)).y[0], y, atol=1e-5, rtol=1e-5)
-    answers = request.getfixturevalue(f"ranks{world}").run(_sharded, name, world, chunks, spread, moe)
+        torch.testing.assert_close(
+            layer(*case(layer, 11, spread)).y[0], y, atol=1e-5, rtol=1e-5
+        )
+    answers = request.getfixturevalue(f"ranks{world}").run(
+        _sharded, name, world, chunks, spread, moe
+    )
     torch.testing.assert_close(torch.cat([a["y"] for a in answers]), y, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.cat([a["x"] for a in answers]), x_grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([a["x"] for a in answers]), x_grad, atol=1e-5, rtol=1e-5
+    )
     for n, expected in grads.items():
         parts = [a["grads"][n] for a in answers]
         whole = torch.cat(parts) if n.startswith("experts.") else sum(parts)
-        torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+        torch.testing.assert_close(
+            whole, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=n: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -272,14 +373,22 @@ def test_forwards_change_no_state_and_recompute_counts_nothing_twice(name):
         layer.train()
         if recompute:
             with set_checkpoint_early_stop(False):  # else the repetition ends before it counts
-                out = checkpoint(layer, x, context, use_reentrant=False, context_fn=layer.recompute_contexts)
+                out = checkpoint(
+                    layer, x, context, use_reentrant=False, context_fn=layer.recompute_contexts
+                )
         else:
             out = layer(x, context)
         (out.y.sum() + out.aux_loss).backward()
         assert all(torch.equal(b, before[n]) for n, b in layer.named_buffers())
-        results.append({"y": out.y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()},
-                        **{f"counted {n}": t for n, t in layer.counters[True].items()},
-                        **{f"step {n}": t for n, t in layer.step_sums.items()}})
+        results.append(
+            {
+                "y": out.y.detach(),
+                "x": x.grad,
+                **{n: p.grad for n, p in layer.named_parameters()},
+                **{f"counted {n}": t for n, t in layer.counters[True].items()},
+                **{f"step {n}": t for n, t in layer.step_sums.items()},
+            }
+        )
     assert results[0].keys() == results[1].keys() and results[0]["counted tokens"] == 11
     for n, value in results[0].items():
         assert value is None and results[1][n] is None or torch.equal(value, results[1][n]), n
@@ -294,7 +403,11 @@ def other_values(field):
         return [choice for choice in field.metadata["choices"] if choice != default]
     if isinstance(default, tuple):
         return [(2, 2)]
-    return [default + 1, 2 * default or E] if isinstance(default, int) else [0.5 * default or 0.25, default + 1]
+    return (
+        [default + 1, 2 * default or E]
+        if isinstance(default, int)
+        else [0.5 * default or 0.25, default + 1]
+    )
 
 
 def words(name, value):
@@ -305,7 +418,9 @@ def words(name, value):
     return [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
 
 
-@pytest.mark.parametrize("name, option", [(n, f.name) for n in ALL for f in dataclasses.fields(gate_config_class(n))])
+@pytest.mark.parametrize(
+    "name, option", [(n, f.name) for n in ALL for f in dataclasses.fields(gate_config_class(n))]
+)
 def test_every_option_is_a_flag(name, option):
     """A value that is not the default arrives, and nothing else changes."""
     from megatron.config.cli import parse
@@ -317,7 +432,9 @@ def test_every_option_is_a_flag(name, option):
     base = {"n_group": 4} if option == "topk_group" else {}  # of one group one is open
     flags = [word for n, v in base.items() for word in words(n, v)]
     before, refusals = gate_options(*flags), []
-    for value in other_values({f.name: f for f in dataclasses.fields(gate_config_class(name))}[option]):
+    for value in other_values(
+        {f.name: f for f in dataclasses.fields(gate_config_class(name))}[option]
+    ):
         try:
             after = gate_options(*flags, *words(option, value))
         except ValueError as error:
@@ -332,14 +449,19 @@ def test_every_option_is_a_flag(name, option):
 def test_create_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="--gate is 'nope'; allowed: .*threshold.*topk"):
         create_gate("nope", hidden_size=D, num_experts=E)
-    with pytest.raises(ValueError, match="gate 'topk' has no option 'threshold'; allowed: topk score_function"):
+    with pytest.raises(
+        ValueError, match="gate 'topk' has no option 'threshold'; allowed: topk score_function"
+    ):
         create_gate("topk", hidden_size=D, num_experts=E, threshold=0.5)
     with pytest.raises(ValueError, match="num_experts is 0"):
         create_gate("topk", hidden_size=D, num_experts=0)
 
 
 def test_a_taken_name_is_an_error():
-    with pytest.raises(ValueError, match="gate name 'topk' is taken by megatron.moe.gates.topk.TopKGate"):
+    with pytest.raises(
+        ValueError, match="gate name 'topk' is taken by megatron.moe.gates.topk.TopKGate"
+    ):
+
         class Other(Gate, name="topk"):
             pass
 
@@ -365,7 +487,9 @@ def test_local_paths_stay_on_the_rank_and_are_not_counted_against_capacity():
 
             n = len(inp.x_TD)
             token = torch.arange(n).repeat(3)
-            expert = torch.cat([torch.full((n,), 2), torch.full((n,), 3), torch.zeros(n, dtype=torch.int64)])
+            expert = torch.cat(
+                [torch.full((n,), 2), torch.full((n,), 3), torch.zeros(n, dtype=torch.int64)]
+            )
             return Routing(token, expert, torch.ones(3 * n), torch.tensor(0.0))
 
     layer = make_layer("topk", num_experts=2, moe_train_capacity_factor=0.1, moe_min_capacity=1)
@@ -373,7 +497,9 @@ def test_local_paths_stay_on_the_rank_and_are_not_counted_against_capacity():
     x, _ = make_input(6)
     y = layer(x).y[0]
     expert = dumb_expert(layer, 0, x[0])
-    torch.testing.assert_close(y, x[0] - 3 * x[0] + expert * (torch.arange(6) == 0).unsqueeze(1))
+    torch.testing.assert_close(
+        y, x[0] - 3 * x[0] + expert * (torch.arange(6) == 0).unsqueeze(1)
+    )
 
 
 class Negative(nn.Module):
@@ -382,7 +508,9 @@ class Negative(nn.Module):
 
 
 def test_capacity_factors_differ_between_training_and_evaluation():
-    layer = make_layer("topk", moe_train_capacity_factor=0.5, moe_eval_capacity_factor=0.0, moe_min_capacity=1)
+    layer = make_layer(
+        "topk", moe_train_capacity_factor=0.5, moe_eval_capacity_factor=0.0, moe_min_capacity=1
+    )
     x, _ = make_input(32)
     layer(x)
     layer.eval()

@@ -24,15 +24,22 @@ class Scripted(Gate):
         pairs = [(t, e) for t, experts in enumerate(self.choices) for e in experts]
         token, expert = (torch.tensor(v, dtype=torch.int64) for v in zip(*pairs, strict=True))
         weight = torch.linspace(1, 0.1, len(pairs))
-        return Routing(token, expert, weight, torch.tensor(0.25), stats={"marker": torch.tensor(2.0)})
+        return Routing(
+            token, expert, weight, torch.tensor(0.25), stats={"marker": torch.tensor(2.0)}
+        )
 
     def post_step(self, load_E, num_tokens):
         self.steps.append((load_E.tolist(), float(num_tokens)))
 
 
 def make(choices, factor=0.0):
-    return MoELayer(Scripted(choices), GroupedExperts(3, 4, 4, "gelu"), 3, train_capacity_factor=factor,
-                    min_capacity=1)
+    return MoELayer(
+        Scripted(choices),
+        GroupedExperts(3, 4, 4, "gelu"),
+        3,
+        train_capacity_factor=factor,
+        min_capacity=1,
+    )
 
 
 def test_values_by_hand():

@@ -21,7 +21,9 @@ def possible():
 
 
 def python(host: Host, program: str) -> subprocess.Popen:
-    return subprocess.Popen([*host.enter(), sys.executable, "-uc", program], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*host.enter(), sys.executable, "-uc", program], stdout=subprocess.PIPE, text=True
+    )
 
 
 SERVER = """
@@ -59,10 +61,17 @@ def test_a_killed_host_closes_its_connections_and_an_unplugged_one_does_not(unpl
 
 
 def test_an_interrupt_leaves_nothing_behind():
-    program = ("import signal\nfrom two_hosts import two_hosts\nwith two_hosts() as hosts:\n"
-               "    print(*(host.init for host in hosts), flush=True)\n    signal.pause()")
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    program = (
+        "import signal\nfrom two_hosts import two_hosts\nwith two_hosts() as hosts:\n"
+        "    print(*(host.init for host in hosts), flush=True)\n    signal.pause()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=HERE,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     pids = [int(word) for word in process.stdout.readline().split()]
     spaces = f"moe-{process.pid}-"
     assert len(pids) == 2 and command("ip", "netns", "list").count(spaces) == 2
@@ -88,7 +97,11 @@ def test_without_root_it_says_why(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name):
-    done = subprocess.run([sys.executable, str(HERE / "two_hosts.py"), "--only", name], capture_output=True, text=True,
-                          timeout=1500)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "two_hosts.py"), "--only", name],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "it ended after" in done.stdout

@@ -35,9 +35,23 @@ TRAIN_ITERS = 40
 START_SECONDS = 300.0  # a start is 10 s on two idle cores
 END_SECONDS = 60.0  # within which a run that lost a host ends
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
-SETTINGS = {"TOKENIZER_TYPE": "ByteTokenizer", "NUM_LAYERS": 2, "HIDDEN_SIZE": 32, "NUM_ATTN_HEADS": 2, "SEQ_LEN": 32,
-            "INIT_STD": 0.1, "EP_SIZE": 4, "THRESHOLD": 0.8, "GLOBAL_BATCH_SIZE": 8, "TRAIN_ITERS": TRAIN_ITERS,
-            "LOG_INTERVAL": 1, "EVAL_ITERS": 0, "SAVE_INTERVAL": 8, "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
+SETTINGS = {
+    "TOKENIZER_TYPE": "ByteTokenizer",
+    "NUM_LAYERS": 2,
+    "HIDDEN_SIZE": 32,
+    "NUM_ATTN_HEADS": 2,
+    "SEQ_LEN": 32,
+    "INIT_STD": 0.1,
+    "EP_SIZE": 4,
+    "THRESHOLD": 0.8,
+    "GLOBAL_BATCH_SIZE": 8,
+    "TRAIN_ITERS": TRAIN_ITERS,
+    "LOG_INTERVAL": 1,
+    "EVAL_ITERS": 0,
+    "SAVE_INTERVAL": 8,
+    "OMP_NUM_THREADS": 1,
+    "DS_ACCELERATOR": "cpu",
+}
 INIT = 'hostname "$0" && mount -t tmpfs tmpfs /dev/shm && trap "" CHLD && echo ready && exec sleep infinity'
 
 # ssh and pdsh for hosts that are namespaces: a session has a bare environment, and pdsh joins its words into one line
@@ -78,7 +92,9 @@ def missing() -> str:
     """Why no hosts can be made here; empty when they can."""
     if os.geteuid() != 0:
         return "not root"
-    if absent := [program for program in ("ip", "unshare", "nsenter") if not shutil.which(program)]:
+    if absent := [
+        program for program in ("ip", "unshare", "nsenter") if not shutil.which(program)
+    ]:
         return f"{' '.join(absent)} not installed (packages iproute2 and util-linux)"
     try:
         with two_hosts():
@@ -93,8 +109,26 @@ class Host:
     def __init__(self, name: str, space: str, address: str):
         self.name, self.space, self.address = name, space, address
         self.process = subprocess.Popen(
-            ["ip", "netns", "exec", space, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "sh",
-             "-c", INIT, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            [
+                "ip",
+                "netns",
+                "exec",
+                space,
+                "unshare",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "--uts",
+                "sh",
+                "-c",
+                INIT,
+                name,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if self.process.stdout.readline() != "ready\n":
             raise RuntimeError(f"host {name}: {self.process.communicate()[1].strip()}")
         pid = self.process.pid
@@ -128,12 +162,27 @@ def two_hosts() -> Iterator[list[Host]]:
         for space in spaces:
             command("ip", "netns", "add", space)
             stack.callback(command, "ip", "netns", "del", space)
-        command("ip", "link", "add", INTERFACE, "netns", spaces[0], "type", "veth", "peer", "name", INTERFACE, "netns",
-                spaces[1])
+        command(
+            "ip",
+            "link",
+            "add",
+            INTERFACE,
+            "netns",
+            spaces[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            INTERFACE,
+            "netns",
+            spaces[1],
+        )
         hosts = []
         for i, space in enumerate(spaces):
             command("ip", "-n", space, "link", "set", "lo", "up")
-            command("ip", "-n", space, "address", "add", f"10.77.0.{i + 1}/24", "dev", INTERFACE)
+            command(
+                "ip", "-n", space, "address", "add", f"10.77.0.{i + 1}/24", "dev", INTERFACE
+            )
             command("ip", "-n", space, "link", "set", INTERFACE, "up")
             hosts.append(Host(f"node-{i}", space, f"10.77.0.{i + 1}"))
             stack.callback(hosts[-1].kill)
@@ -146,8 +195,15 @@ class Run:
     def __init__(self, argv: list[str], env: dict[str, str]):
         self.lines: list[str] = []
         self._news: queue.Queue[str | None] = queue.Queue()
-        self.process = subprocess.Popen(argv, env=env, cwd=REPO, text=True, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            argv,
+            env=env,
+            cwd=REPO,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -205,24 +261,59 @@ class Lab:
     def __init__(self, folder: Path):
         self.folder = folder
         corpus = folder / "corpus.jsonl"
-        corpus.write_text("".join(json.dumps({"text": f"document {i}: " + SENTENCE * (4 + i % 5)}) + "\n"
-                                  for i in range(60)))
-        command(sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", str(corpus), "--output-prefix",
-                str(folder / "data"), "--append-eod", "--tokenizer-type", "ByteTokenizer")
+        corpus.write_text(
+            "".join(
+                json.dumps({"text": f"document {i}: " + SENTENCE * (4 + i % 5)}) + "\n"
+                for i in range(60)
+            )
+        )
+        command(
+            sys.executable,
+            str(REPO / "tools/preprocess_data.py"),
+            "--input",
+            str(corpus),
+            "--output-prefix",
+            str(folder / "data"),
+            "--append-eod",
+            "--tokenizer-type",
+            "ByteTokenizer",
+        )
 
     def environment(self, out: str, interface: str, **more: object) -> dict[str, str]:
-        settings = {**SETTINGS, "PYTHON": sys.executable, "DATA_PATH": self.folder / "data_text_document",
-                    "OUTPUT_DIR": self.folder / out, "GLOO_SOCKET_IFNAME": interface, **more}
+        settings = {
+            **SETTINGS,
+            "PYTHON": sys.executable,
+            "DATA_PATH": self.folder / "data_text_document",
+            "OUTPUT_DIR": self.folder / out,
+            "GLOO_SOCKET_IFNAME": interface,
+            **more,
+        }
         return {**os.environ, **{name: str(value) for name, value in settings.items()}}
 
-    def on(self, host: Host, out: str, *flags: str, interface: str = INTERFACE, **more: object) -> Run:
+    def on(
+        self, host: Host, out: str, *flags: str, interface: str = INTERFACE, **more: object
+    ) -> Run:
         """run.sh on one host."""
-        return Run([*host.enter(), f"--wd={REPO}", "bash", RUN, *flags], self.environment(out, interface, **more))
+        return Run(
+            [*host.enter(), f"--wd={REPO}", "bash", RUN, *flags],
+            self.environment(out, interface, **more),
+        )
 
     def on_both(self, hosts: list[Host], out: str, *flags: str, **more: object) -> list[Run]:
         """run.sh on each host, two ranks each, without ssh."""
-        return [self.on(host, out, *flags, NODE_RANK=i, MASTER_ADDR=hosts[0].address, NUM_NODES=2, NUM_GPUS=2, **more)
-                for i, host in enumerate(hosts)]
+        return [
+            self.on(
+                host,
+                out,
+                *flags,
+                NODE_RANK=i,
+                MASTER_ADDR=hosts[0].address,
+                NUM_NODES=2,
+                NUM_GPUS=2,
+                **more,
+            )
+            for i, host in enumerate(hosts)
+        ]
 
     def by_ssh(self, hosts: list[Host], out: str) -> Run:
         """run.sh here, on a third machine, with a hostfile and a stand-in for ssh, and for pdsh where there is none."""
@@ -235,7 +326,9 @@ class Lab:
         for host in hosts:
             (self.folder / host.name).write_text(str(host.init))
         hostfile = self.folder / "hosts"
-        hostfile.write_text("# those that are left\n" + "".join(f"{host.name} slots=2\n" for host in hosts))
+        hostfile.write_text(
+            "# those that are left\n" + "".join(f"{host.name} slots=2\n" for host in hosts)
+        )
         env = self.environment(out, INTERFACE, HOSTFILE=hostfile)
         return Run(["bash", RUN], {**env, "PATH": f"{programs}:{env['PATH']}"})
 
@@ -262,10 +355,14 @@ def ended(run: Run, seconds: float) -> str:
 
 def same(got: dict[int, dict], whole: dict[int, dict]) -> None:
     """Whether a run on two hosts is, as far as it came, the one on one host."""
-    assert len(got) >= 19, f"only {len(got)} iterations"  # the file may be a line behind the log
+    assert len(got) >= 19, (
+        f"only {len(got)} iterations"
+    )  # the file may be a line behind the log
     for i, m in got.items():
         for key in ("loss", "aux_loss", "grad_norm", "lr", "consumed_samples"):
-            assert m[key] == whole[i][key], f"iteration {i}: {key} is {m[key]} on two hosts, {whole[i][key]} on one"
+            assert m[key] == whole[i][key], (
+                f"iteration {i}: {key} is {m[key]} on two hosts, {whole[i][key]} on one"
+            )
     say(f"{len(got)} iterations on two hosts and on one: equal to the last bit")
 
 
@@ -285,8 +382,13 @@ def killed(lab: Lab) -> None:
         both[0].wait_for("iteration +20/40", START_SECONDS)
         hosts[1].kill()
         watch_it_end(both[0])
-        logs = [(lab.folder / "two" / name).read_text() for name in ("log.txt", "log.node-1.txt")]
-        assert [set(re.findall(r"node_rank=\d", log)) for log in logs] == [{"node_rank=0"}, {"node_rank=1"}]
+        logs = [
+            (lab.folder / "two" / name).read_text() for name in ("log.txt", "log.node-1.txt")
+        ]
+        assert [set(re.findall(r"node_rank=\d", log)) for log in logs] == [
+            {"node_rank=0"},
+            {"node_rank=1"},
+        ]
         got, whole = lab.metrics("two"), lab.on_one_host(hosts[0])
         same(got, whole)
         resumes(lab, partial(lab.on, hosts[0], "two", interface="lo", NUM_GPUS=2), whole)
@@ -304,13 +406,16 @@ def resumes(lab: Lab, start: Callable[[], Run], whole: dict[int, dict]) -> None:
     off = {i: abs(got[i]["loss"] - whole[i]["loss"]) for i in range(saved + 1, TRAIN_ITERS + 1)}
     assert all(got[i]["consumed_samples"] == whole[i]["consumed_samples"] for i in off)
     first, worst = off[saved + 1], max(off.values())
-    say(f"resumed at {saved} on half the ranks: the first loss is {first:.1e} off, the worst {worst:.1e}")
+    say(
+        f"resumed at {saved} on half the ranks: the first loss is {first:.1e} off, the worst {worst:.1e}"
+    )
     assert first <= 1e-3 and worst <= 5e-3, off
 
 
 def pdsh(lab: Lab) -> None:
     """HOSTFILE: one call starts both hosts; the first, which holds rank 0, is killed; a file of the other resumes."""
     with two_hosts() as hosts, contextlib.ExitStack() as stack:
+
         def start(hosts: list[Host]) -> Run:
             run = lab.by_ssh(hosts, "two")
             stack.callback(run.kill)  # what runs here does not end with the hosts
@@ -328,7 +433,9 @@ def pdsh(lab: Lab) -> None:
 def unplugged(lab: Lab) -> None:
     """A power cut: no connection is closed, so the other host waits as long as --timeout-minutes says."""
     with two_hosts() as hosts:
-        both = lab.on_both(hosts, "two", "--timeout-minutes", "0.5", TRAIN_ITERS=100000, SAVE_INTERVAL=0)
+        both = lab.on_both(
+            hosts, "two", "--timeout-minutes", "0.5", TRAIN_ITERS=100000, SAVE_INTERVAL=0
+        )
         both[0].wait_for("iteration +20/", START_SECONDS)
         hosts[1].unplug()
         hosts[1].kill()
@@ -346,11 +453,17 @@ def unshared(lab: Lab) -> None:
         for run in both:
             said = watch_it_end(run)
             assert "iter_0000008" in said and "no checkpoint was saved" in said
-        assert not list(out.glob("checkpoints/latest")) and not list(out.glob("checkpoints/iter_*"))
+        assert not list(out.glob("checkpoints/latest")) and not list(
+            out.glob("checkpoints/iter_*")
+        )
 
 
 SCENARIOS: dict[str, Callable[[Lab], None]] = {
-    "killed": killed, "pdsh": pdsh, "unplugged": unplugged, "unshared": unshared}
+    "killed": killed,
+    "pdsh": pdsh,
+    "unplugged": unplugged,
+    "unshared": unshared,
+}
 
 
 def say(text: str) -> None:
@@ -359,10 +472,18 @@ def say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), metavar="SCENARIO",
-                        help=", ".join(SCENARIOS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(SCENARIOS),
+        default=list(SCENARIOS),
+        metavar="SCENARIO",
+        help=", ".join(SCENARIOS),
+    )
     names = parser.parse_args().only
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the `finally` of what is open
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # through the `finally` of what is open
     if why := missing():
         print(f"no hosts can be made here: {why}", file=sys.stderr)
         return 2

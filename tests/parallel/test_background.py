@@ -14,7 +14,10 @@ from megatron.parallel.groups import Groups
 
 
 def test_results_and_expected_errors():
-    for work, result, error in ((lambda: 3, 3, ""), (lambda: os.listdir("/nowhere"), None, "No such file")):
+    for work, result, error in (
+        (lambda: 3, 3, ""),
+        (lambda: os.listdir("/nowhere"), None, "No such file"),
+    ):
         job = Job("reading", work)
         assert not job.is_busy
         job.start()

@@ -18,7 +18,11 @@ from megatron.parallel.groups import Groups
 
 def test_cpu_is_chosen_and_says_why(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert parallel.choose_backend() == ("gloo", torch.device("cpu"), "DS_ACCELERATOR=cpu is set")
+    assert parallel.choose_backend() == (
+        "gloo",
+        torch.device("cpu"),
+        "DS_ACCELERATOR=cpu is set",
+    )
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parallel.choose_backend()[2] == "torch finds no CUDA device"
@@ -29,7 +33,11 @@ def test_cuda_is_chosen_when_there_and_ranks_must_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert parallel.choose_backend() == ("nccl", torch.device("cuda", 1), "torch finds 2 CUDA device(s)")
+    assert parallel.choose_backend() == (
+        "nccl",
+        torch.device("cuda", 1),
+        "torch finds 2 CUDA device(s)",
+    )
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="LOCAL_RANK is 2; allowed: below the 2 CUDA devices"):
         parallel.choose_backend()
@@ -39,7 +47,9 @@ def test_expert_parallel_size_must_divide_the_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, os.environ.get(name, "0"))
-    with pytest.raises(ValueError, match="--moe-expert-parallel-size is 3; allowed: a divisor of the 4 ranks"):
+    with pytest.raises(
+        ValueError, match="--moe-expert-parallel-size is 3; allowed: a divisor of the 4 ranks"
+    ):
         distributed.init(3)
 
 
@@ -56,7 +66,9 @@ def test_deepspeeds_operator_cache_goes_into_the_environment(monkeypatch, tmp_pa
 
 
 def _init(ep_size):
-    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    os.environ.update(
+        RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
+    )
     g = distributed.init(ep_size, timeout_minutes=0.5)
     seconds = g.ep_group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     assert seconds == 30, "the expert group has the run's timeout"
@@ -64,13 +76,19 @@ def _init(ep_size):
 
 
 def test_consecutive_ranks_share_experts(ranks4):
-    assert ranks4.run(_init, 2) == [(0, 0, [0, 1], "gloo", True), (1, 1, [0, 1], "gloo", False),
-                                    (2, 0, [2, 3], "gloo", False), (3, 1, [2, 3], "gloo", False)]
+    assert ranks4.run(_init, 2) == [
+        (0, 0, [0, 1], "gloo", True),
+        (1, 1, [0, 1], "gloo", False),
+        (2, 0, [2, 3], "gloo", False),
+        (3, 1, [2, 3], "gloo", False),
+    ]
 
 
 def _reduce():
     g = groups_for(1)
-    return parallel.all_reduce_mean(g.rank + 1.0, g), parallel.all_reduce_sum(torch.tensor([g.rank, 1]), g).tolist()
+    return parallel.all_reduce_mean(g.rank + 1.0, g), parallel.all_reduce_sum(
+        torch.tensor([g.rank, 1]), g
+    ).tolist()
 
 
 def test_reductions(ranks4):
@@ -96,7 +114,10 @@ def _exchange(fails):
 @pytest.mark.parametrize("number", [1, 4])
 def test_objects_travel_and_so_do_errors_of_the_first(number, request):
     pool = request.getfixturevalue(f"ranks{number}")
-    assert pool.run(_exchange, False) == [([2 * rank for rank in range(number)], {"a": 0})] * number
+    assert (
+        pool.run(_exchange, False)
+        == [([2 * rank for rank in range(number)], {"a": 0})] * number
+    )
     assert pool.run(_exchange, True) == [(28, "x")] * number
 
 
@@ -111,26 +132,47 @@ def test_ranks_draw_different_numbers_and_state_comes_back():
     assert torch.equal(a, torch.rand(3))
 
 
-@pytest.mark.parametrize("rank, message", [("0", "1 of 2 are there"), ("1", "client socket|connect")])
+@pytest.mark.parametrize(
+    "rank, message", [("0", "1 of 2 are there"), ("1", "client socket|connect")]
+)
 def test_a_rank_that_waits_in_vain_says_for_whom(rank, message):
     """Rank 0 alone counts who is there, rank 1 alone finds no one."""
     port = str(free_port())
-    code = ("from megatron.pretrain import exit_code, leave; from megatron.parallel import groups; "
-            "leave(exit_code(lambda: groups.init(1, 0.03)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={
-        **os.environ, "RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"})
+    code = (
+        "from megatron.pretrain import exit_code, leave; from megatron.parallel import groups; "
+        "leave(exit_code(lambda: groups.init(1, 0.03)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "RANK": rank,
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo",
+        },
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     line = next(line for line in done.stderr.splitlines() if "error: " in line)
-    assert re.search(f"did not find each other at 127.0.0.1:{port} within --timeout-minutes 0.03: .*({message}).* "
-                     "GLOO_SOCKET_IFNAME, which is lo", line), line
+    assert re.search(
+        f"did not find each other at 127.0.0.1:{port} within --timeout-minutes 0.03: .*({message}).* "
+        "GLOO_SOCKET_IFNAME, which is lo",
+        line,
+    ), line
 
 
 def test_gloos_error_of_connecting_is_one_line(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "a")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    error = RuntimeError("Gloo connectFullMesh failed with [x] Connection refused\nException raised from ...")
+    error = RuntimeError(
+        "Gloo connectFullMesh failed with [x] Connection refused\nException raised from ..."
+    )
     line = distributed._not_joined(error, 5.0)
     assert "connectFullMesh failed" in line and "which is not set" in line and "\n" not in line
 
@@ -139,7 +181,9 @@ def _fail_to_start():
     import deepspeed
 
     original = deepspeed.init_distributed
-    deepspeed.init_distributed = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("something else"))
+    deepspeed.init_distributed = lambda *args, **kwargs: (_ for _ in ()).throw(
+        RuntimeError("something else")
+    )
     try:
         distributed.init(1)
     finally:

@@ -24,20 +24,36 @@ from megatron.tokenizer.byte import ByteTokenizer
 from megatron.tokenizer.null import NullTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
-TEXTS = ["", "the cat sat on the mat", "Don't <|endoftext|> </s> <eos> <s>", " \n\n\t  x", "naïve 日本 \U0001f600\0",
-         "12345"]
+TEXTS = [
+    "",
+    "the cat sat on the mat",
+    "Don't <|endoftext|> </s> <eos> <s>",
+    " \n\n\t  x",
+    "naïve 日本 \U0001f600\0",
+    "12345",
+]
 CORPUS = ["the cat sat on the mat, don't you see the cat? 12345 hello world\n"] * 20
-needs_gpt2 = pytest.mark.skipif(not (SHARED / "gpt2-vocab.json").exists(), reason="no GPT-2 files in ../shared/data")
+needs_gpt2 = pytest.mark.skipif(
+    not (SHARED / "gpt2-vocab.json").exists(), reason="no GPT-2 files in ../shared/data"
+)
 
 
-def trained(tmp_path: Path, *, pre=None, eod: str = "<|endoftext|>", normalizer=None) -> tokenizers.Tokenizer:
+def trained(
+    tmp_path: Path, *, pre=None, eod: str = "<|endoftext|>", normalizer=None
+) -> tokenizers.Tokenizer:
     t = tokenizers.Tokenizer(models.BPE())
     t.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
     if normalizer:
         t.normalizer = normalizer
-    t.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=290, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    t.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=290,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     t.add_special_tokens([eod])
     t.save(str(tmp_path / "tokenizer.json"))
     return t
@@ -48,7 +64,11 @@ def build(kind: str, model: Path | str = "", **files) -> base.Tokenizer:
 
 
 def gpt2(**changes) -> base.Tokenizer:
-    files = {"vocab_file": str(SHARED / "gpt2-vocab.json"), "merge_file": str(SHARED / "gpt2-merges.txt"), **changes}
+    files = {
+        "vocab_file": str(SHARED / "gpt2-vocab.json"),
+        "merge_file": str(SHARED / "gpt2-merges.txt"),
+        **changes,
+    }
     return build_tokenizer(TokenizerConfig("GPT2BPETokenizer", **files))
 
 
@@ -59,8 +79,16 @@ def sentencepiece_model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sp") / "tiny.model"
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=320, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1)
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        num_threads=1,
+    )
     path.write_bytes(model.getvalue())
     return path
 
@@ -83,7 +111,9 @@ def any_tokenizer(request, tmp_path, sentencepiece_model) -> base.Tokenizer:
 
 
 def ranks_file(folder: Path, name: str = "r50k_base") -> Path:
-    lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)] + [base64.b64encode(b"th") + b" 256"]
+    lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)] + [
+        base64.b64encode(b"th") + b" 256"
+    ]
     path = folder / f"{name}.tiktoken"
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
@@ -91,7 +121,11 @@ def ranks_file(folder: Path, name: str = "r50k_base") -> Path:
 
 def rows(flat: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
     assert flat.dtype == np.uint32 and lengths.dtype == np.int64 and lengths.sum() == len(flat)
-    return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(lengths) else []
+    return (
+        [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
+        if len(lengths)
+        else []
+    )
 
 
 def test_what_every_kind_keeps(any_tokenizer):
@@ -99,7 +133,7 @@ def test_what_every_kind_keeps(any_tokenizer):
     batch = rows(*t.encode_batch(TEXTS))
     assert batch == [t.encode(text).tolist() for text in TEXTS]
     assert all(0 <= i < t.vocab_size for row in batch for i in row)
-    assert [t.decode(row[t.bos is not None:]) for row in batch] == TEXTS
+    assert [t.decode(row[t.bos is not None :]) for row in batch] == TEXTS
     assert not any(t.eod in row for row in batch), "a literal became the end-of-document id"
     assert 0 <= t.eod < t.vocab_size and len(t.fingerprint) == 64
     assert t.decode([t.vocab_size, t.vocab_size + 9]) == ""
@@ -110,16 +144,27 @@ def test_fingerprints_differ_by_vocabulary_and_not_by_instance(tmp_path, sentenc
     (tmp_path / "b").mkdir()
     trained(tmp_path)
     trained(tmp_path / "b", eod="<eos>")
-    made = [build("HuggingFaceTokenizer", tmp_path), build("HuggingFaceTokenizer", tmp_path / "b"), ByteTokenizer(),
-            NullTokenizer(9), NullTokenizer(10), build("SentencePieceTokenizer", sentencepiece_model)]
+    made = [
+        build("HuggingFaceTokenizer", tmp_path),
+        build("HuggingFaceTokenizer", tmp_path / "b"),
+        ByteTokenizer(),
+        NullTokenizer(9),
+        NullTokenizer(10),
+        build("SentencePieceTokenizer", sentencepiece_model),
+    ]
     assert len({t.fingerprint for t in made}) == len(made)
-    assert build("HuggingFaceTokenizer", tmp_path / "tokenizer.json").fingerprint == made[0].fingerprint
+    assert (
+        build("HuggingFaceTokenizer", tmp_path / "tokenizer.json").fingerprint
+        == made[0].fingerprint
+    )
 
 
 @needs_gpt2
 def test_gpt2_equals_tokenizers_and_is_fast(caplog):
     t = gpt2()
-    reference = tokenizers.ByteLevelBPETokenizer(str(SHARED / "gpt2-vocab.json"), str(SHARED / "gpt2-merges.txt"))
+    reference = tokenizers.ByteLevelBPETokenizer(
+        str(SHARED / "gpt2-vocab.json"), str(SHARED / "gpt2-merges.txt")
+    )
     with open(SHARED / "wikitext2-valid.jsonl", encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file][:30] + TEXTS
     assert rows(*t.encode_batch(texts)) == [reference.encode(text).ids for text in texts]
@@ -130,7 +175,11 @@ def test_gpt2_equals_tokenizers_and_is_fast(caplog):
 
 @needs_gpt2
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(TEXTS), max_size=4))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(TEXTS), max_size=4
+    )
+)
 def test_gpt2_equals_tokenizers_on_any_text(texts):
     t = gpt2_once()
     assert rows(*t.encode_batch(texts)) == [list(ids) for ids in t._reference(texts)]
@@ -143,9 +192,15 @@ def punctuated(tmp_path_factory) -> base.Tokenizer:
     t = tokenizers.Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
-    t.train_from_iterator([Path(__file__).read_text()] * 2, trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
+    t.train_from_iterator(
+        [Path(__file__).read_text()] * 2,
+        trainers.BpeTrainer(
+            vocab_size=900,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     folder = tmp_path_factory.mktemp("punctuated")
     t.save(str(folder / "tokenizer.json"))
     return build("HuggingFaceTokenizer", folder)
@@ -169,13 +224,16 @@ def test_the_fast_encoder_is_loaded_anew_when_it_has_grown(punctuated, monkeypat
     punctuated.encode("the cat")
     assert not loaded
     monkeypatch.setattr(module, "CACHE_BYTES", -(1 << 40))
-    assert [punctuated.encode("the cat").tolist() for _ in range(3)] == [right] * 3 and len(loaded) == 3
+    assert [punctuated.encode("the cat").tolist() for _ in range(3)] == [right] * 3 and len(
+        loaded
+    ) == 3
     assert (1 << 20) < fast_bpe.resident_bytes() < (1 << 40)
 
 
 def test_where_the_system_does_not_say_how_large_a_process_is(monkeypatch):
     def nothing(*_):
         raise FileNotFoundError
+
     monkeypatch.setattr("builtins.open", nothing)
     assert fast_bpe.resident_bytes() == 0
 
@@ -183,14 +241,25 @@ def test_where_the_system_does_not_say_how_large_a_process_is(monkeypatch):
 def test_new_characters_go_to_the_reference_and_nothing_else_does(punctuated, monkeypatch):
     """In any place of a batch; they are no reason to leave the fast encoder either."""
     seen, reference = [], punctuated._reference
-    monkeypatch.setattr(punctuated, "_reference", lambda texts: seen.extend(texts) or reference(texts))
+    monkeypatch.setattr(
+        punctuated, "_reference", lambda texts: seen.extend(texts) or reference(texts)
+    )
     punctuated.compare(0)
     new = ['"\ua7cf",', '\U00033479",', "\U00050000"]
-    for texts in (new[:1], ["a", new[0], "", "é", new[1]], [new[2], "日本", "x"], [*new, *("b" * i for i in range(40))],
-                  [*("b" * i for i in range(40)), *new], []):
+    for texts in (
+        new[:1],
+        ["a", new[0], "", "é", new[1]],
+        [new[2], "日本", "x"],
+        [*new, *("b" * i for i in range(40))],
+        [*("b" * i for i in range(40)), *new],
+        [],
+    ):
         seen.clear()
         flat, lengths = punctuated.encode_batch(texts)
-        assert rows(flat, lengths) == [list(ids) for ids in reference(texts)] and flat.dtype == np.uint32
+        assert (
+            rows(flat, lengths) == [list(ids) for ids in reference(texts)]
+            and flat.dtype == np.uint32
+        )
         assert seen == [text for text in texts if text in new]
     punctuated.compare(3)
     punctuated.encode_batch(new)
@@ -198,9 +267,21 @@ def test_new_characters_go_to_the_reference_and_nothing_else_does(punctuated, mo
 
 
 HOSTILE = [
-    "", " ", "   \t\n \r\n", "\x00\x01\x1f\x7f\x80\x9f", "e\u0301\u0301\u20dd", "\u202e\u200b\ufeff\u2028",
-    "\U0001f469\u200d\U0001f467\U0001f3fd\U0001f1e9\U0001f1ea", "\ufffe\uffff", "'s 't've 'LL'", "a" * (1 << 20),
-    "\u65e5\u672c" * 100000, " " * 100000, "\n" * 100000, "\xe9" * 99999 + "\n"]
+    "",
+    " ",
+    "   \t\n \r\n",
+    "\x00\x01\x1f\x7f\x80\x9f",
+    "e\u0301\u0301\u20dd",
+    "\u202e\u200b\ufeff\u2028",
+    "\U0001f469\u200d\U0001f467\U0001f3fd\U0001f1e9\U0001f1ea",
+    "\ufffe\uffff",
+    "'s 't've 'LL'",
+    "a" * (1 << 20),
+    "\u65e5\u672c" * 100000,
+    " " * 100000,
+    "\n" * 100000,
+    "\xe9" * 99999 + "\n",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=[f"{len(t)}-{ascii(t[:6])}" for t in HOSTILE])
@@ -219,7 +300,9 @@ def test_a_huggingface_file_is_read_as_text_only(tmp_path):
     """No template, truncation or padding of its own; ids of added tokens stay; ordinary added tokens are found."""
     t = trained(tmp_path)
     t.add_tokens(["<tool>"])
-    t.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 290)])
+    t.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 290)]
+    )
     t.enable_truncation(2)
     t.enable_padding(length=9)
     t.save(str(tmp_path / "tokenizer.json"))
@@ -247,7 +330,9 @@ def test_end_of_document_of_a_huggingface_folder(tmp_path):
 
 def test_a_vocabulary_without_end_of_document(tmp_path):
     trained(tmp_path, eod="<stop>")
-    with pytest.raises(ValueError, match=r"no end-of-document token; tried <\|endoftext\|> .*</s> <eos>"):
+    with pytest.raises(
+        ValueError, match=r"no end-of-document token; tried <\|endoftext\|> .*</s> <eos>"
+    ):
         build("HuggingFaceTokenizer", tmp_path)
 
 
@@ -267,10 +352,15 @@ def test_gigatoken_is_compared_on_the_first_documents_only(tmp_path, monkeypatch
     ours = build("HuggingFaceTokenizer", tmp_path)
     seen = []
     reference = ours._reference
-    monkeypatch.setattr(ours, "_reference", lambda texts: seen.extend(texts) or reference(texts))
+    monkeypatch.setattr(
+        ours, "_reference", lambda texts: seen.extend(texts) or reference(texts)
+    )
     for _ in range(3):
         ours.encode_batch(["the cat " * 4000] * 10)
-    assert len(seen) == fast_bpe.COMPARED_DOCUMENTS and max(map(len, seen)) == fast_bpe.COMPARED_CHARACTERS
+    assert (
+        len(seen) == fast_bpe.COMPARED_DOCUMENTS
+        and max(map(len, seen)) == fast_bpe.COMPARED_CHARACTERS
+    )
 
 
 @pytest.mark.parametrize("kind", ["lowercase", "word level"])
@@ -278,38 +368,67 @@ def test_gigatoken_is_left_loudly_when_it_cannot_load(tmp_path, caplog, kind):
     if kind == "lowercase":
         t = trained(tmp_path, normalizer=normalizers.Lowercase())
     else:
-        t = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "cat": 2, "</s>": 3}, unk_token="<unk>"))
+        t = tokenizers.Tokenizer(
+            models.WordLevel({"<unk>": 0, "the": 1, "cat": 2, "</s>": 3}, unk_token="<unk>")
+        )
         t.pre_tokenizer = pre_tokenizers.Whitespace()
         t.save(str(tmp_path / "tokenizer.json"))
     with caplog.at_level(logging.WARNING, "megatron"):
         ours = build("HuggingFaceTokenizer", tmp_path)
-    assert "gigatoken cannot load this HuggingFaceTokenizer" in caplog.text and "\n" not in caplog.messages[0]
-    assert rows(*ours.encode_batch(["THE cat", "the"])) == [t.encode("THE cat").ids, t.encode("the").ids]
+    assert (
+        "gigatoken cannot load this HuggingFaceTokenizer" in caplog.text
+        and "\n" not in caplog.messages[0]
+    )
+    assert rows(*ours.encode_batch(["THE cat", "the"])) == [
+        t.encode("THE cat").ids,
+        t.encode("the").ids,
+    ]
 
 
 def test_sentencepiece_and_llama2(sentencepiece_model, tmp_path):
     import sentencepiece
 
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
-    plain, llama = build("SentencePieceTokenizer", sentencepiece_model), build("Llama2Tokenizer", sentencepiece_model)
+    plain, llama = (
+        build("SentencePieceTokenizer", sentencepiece_model),
+        build("Llama2Tokenizer", sentencepiece_model),
+    )
     assert rows(*plain.encode_batch(TEXTS)) == [reference.encode(text) for text in TEXTS]
     assert rows(*llama.encode_batch(TEXTS)) == [[1, *reference.encode(text)] for text in TEXTS]
-    assert plain.bos is None and llama.bos == reference.bos_id() == 1 and plain.eod == llama.eod == reference.eos_id()
+    assert (
+        plain.bos is None
+        and llama.bos == reference.bos_id() == 1
+        and plain.eod == llama.eod == reference.eos_id()
+    )
     (tmp_path / "bad.model").write_bytes(b"no model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
         build("Llama2Tokenizer", tmp_path / "bad.model")
 
 
-@pytest.mark.parametrize(("kind", "gone", "match"), [
-    ("Llama2Tokenizer", {"bos_id": -1}, "no begin-of-sequence token.*Use SentencePieceTokenizer"),
-    ("SentencePieceTokenizer", {"eos_id": -1}, "no end-of-document token; tried"),
-])
+@pytest.mark.parametrize(
+    ("kind", "gone", "match"),
+    [
+        (
+            "Llama2Tokenizer",
+            {"bos_id": -1},
+            "no begin-of-sequence token.*Use SentencePieceTokenizer",
+        ),
+        ("SentencePieceTokenizer", {"eos_id": -1}, "no end-of-document token; tried"),
+    ],
+)
 def test_sentencepiece_models_without_special_tokens(tmp_path, kind, gone, match):
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=60,
-                                             model_type="bpe", minloglevel=2, num_threads=1, **gone)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=60,
+        model_type="bpe",
+        minloglevel=2,
+        num_threads=1,
+        **gone,
+    )
     (tmp_path / "t.model").write_bytes(model.getvalue())
     with pytest.raises(ValueError, match=match):
         build(kind, tmp_path / "t.model")
@@ -320,7 +439,10 @@ def test_tiktoken(tmp_path, monkeypatch):
     t = build("TiktokenTokenizer", ranks_file(tmp_path))
     assert t.encode("the <|endoftext|>").tolist() == [256, 101, *b" <|endoftext|>"]
     assert t.vocab_size == 50257 and t.eod == 50256 and t._fast is not None
-    with pytest.raises(ValueError, match="no known encoding in its name; allowed: r50k_base.tiktoken, cl100k_base"):
+    with pytest.raises(
+        ValueError,
+        match="no known encoding in its name; allowed: r50k_base.tiktoken, cl100k_base",
+    ):
         build("TiktokenTokenizer", ranks_file(tmp_path, "mine"))
     (tmp_path / "o200k_base.tiktoken").write_bytes(b"YQ== 0\nbad\n")
     with pytest.raises(ValueError, match="is not a .tiktoken file"):
@@ -339,10 +461,14 @@ def test_null_tokenizer():
     assert rows(*t.encode_batch(["1 2  50", "", "49"])) == [[1, 2, 50], [], [49]]
     assert t.decode([1, 2, 60]) == "1 2"
     for text in ("51", "-1", "a", "1.5", "²"):
-        with pytest.raises(ValueError, match="is no token id for NullTokenizer; allowed: 0 to 50"):
+        with pytest.raises(
+            ValueError, match="is no token id for NullTokenizer; allowed: 0 to 50"
+        ):
             t.encode(text)
     for size in ("", "x", "0", "-5", "²", str(2**31 - 1), "3000000000", "9" * 5000):
-        with pytest.raises(ValueError, match="allowed for NullTokenizer: the vocabulary size, 1 to 2147483646 "):
+        with pytest.raises(
+            ValueError, match="allowed for NullTokenizer: the vocabulary size, 1 to 2147483646 "
+        ):
             build("NullTokenizer", size)
     assert build("NullTokenizer", str(2**31 - 2)).eod == np.iinfo(np.int32).max - 1
 
@@ -353,14 +479,21 @@ def test_byte_tokenizer():
     assert t.encode("aé").tolist() == [97, 195, 169] and t.decode([97, 256, 195]) == "a\ufffd"
 
 
-@pytest.mark.parametrize(("kind", "flag"), [
-    ("GPT2BPETokenizer", "--vocab-file"), ("HuggingFaceTokenizer", "--tokenizer-model"),
-    ("SentencePieceTokenizer", "--tokenizer-model"), ("Llama2Tokenizer", "--tokenizer-model"),
-])
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [
+        ("GPT2BPETokenizer", "--vocab-file"),
+        ("HuggingFaceTokenizer", "--tokenizer-model"),
+        ("SentencePieceTokenizer", "--tokenizer-model"),
+        ("Llama2Tokenizer", "--tokenizer-model"),
+    ],
+)
 def test_files_that_are_not_given_or_not_there(tmp_path, kind, flag):
     with pytest.raises(FileNotFoundError, match=f"{flag} is not set; {kind} needs"):
         build(kind)
-    with pytest.raises(FileNotFoundError, match=f"{flag} /no/file does not exist; {kind} needs"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{flag} /no/file does not exist; {kind} needs"
+    ):
         build(kind, "/no/file", vocab_file="/no/file")
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="--merge-file is not set.*download_vocab.sh"):
@@ -373,10 +506,17 @@ def test_malformed_files(tmp_path):
         build("HuggingFaceTokenizer", tmp_path)
     (tmp_path / "merges.txt").write_text("#version\na b c\n")
     with pytest.raises(ValueError, match="are not the two files of a byte-level BPE"):
-        build("GPT2BPETokenizer", vocab_file=str(tmp_path / "tokenizer.json"), merge_file=str(tmp_path / "merges.txt"))
+        build(
+            "GPT2BPETokenizer",
+            vocab_file=str(tmp_path / "tokenizer.json"),
+            merge_file=str(tmp_path / "merges.txt"),
+        )
 
 
 def test_threads_are_handed_to_the_libraries(monkeypatch, sentencepiece_model):
     monkeypatch.setenv("RAYON_NUM_THREADS", "7")
-    t = build_tokenizer(TokenizerConfig("SentencePieceTokenizer", tokenizer_model=str(sentencepiece_model)), threads=1)
+    t = build_tokenizer(
+        TokenizerConfig("SentencePieceTokenizer", tokenizer_model=str(sentencepiece_model)),
+        threads=1,
+    )
     assert module.os.environ["RAYON_NUM_THREADS"] == "1" and t._threads == 1

@@ -11,8 +11,14 @@ import torch.distributed as dist
 
 from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 
-MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, ffn_hidden_size=24,
-                    init_method_std=0.3)
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    seq_length=8,
+    ffn_hidden_size=24,
+    init_method_std=0.3,
+)
 VOCAB = 64
 LR = 0.02
 
@@ -63,10 +69,15 @@ def batches(step: int, rank: int):
 
 def state(engine) -> dict[str, torch.Tensor]:
     """All that a step may change: weights as the model has them, master weights, Adam's state, gates' buffers."""
-    tensors = {f"weight {n}": getattr(p, "ds_tensor", p) for n, p in engine.model.named_parameters()}
+    tensors = {
+        f"weight {n}": getattr(p, "ds_tensor", p) for n, p in engine.model.named_parameters()
+    }
     tensors |= {f"buffer {n}": b for n, b in engine.model.named_buffers()}
     for i, (param, moments) in enumerate(engine._adamw.state.items()):
-        tensors |= {f"master {i}": param, **{f"{key} {i}": value for key, value in moments.items()}}
+        tensors |= {
+            f"master {i}": param,
+            **{f"{key} {i}": value for key, value in moments.items()},
+        }
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -80,12 +91,24 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
     groups = parallel.init(2 if experts else 1)
-    moe = MoEConfig(num_experts=experts, gate="deepseek_v3", moe_ffn_hidden_size=8,
-                    moe_expert_parallel_size=groups.ep_size) if experts else MoEConfig()
+    moe = (
+        MoEConfig(
+            num_experts=experts,
+            gate="deepseek_v3",
+            moe_ffn_hidden_size=8,
+            moe_expert_parallel_size=groups.ep_size,
+        )
+        if experts
+        else MoEConfig()
+    )
     model = build_model(MODEL, moe, {}, vocab_size=VOCAB, seed=7, groups=groups)
     poison = Poison(model)
-    engine = Engine(model, OptimizerConfig(zero_stage=stage, bf16=bf16, clip_grad=0.5),
-                    TrainConfig(micro_batch_size=1, global_batch_size=4), groups)
+    engine = Engine(
+        model,
+        OptimizerConfig(zero_stage=stage, bf16=bf16, clip_grad=0.5),
+        TrainConfig(micro_batch_size=1, global_batch_size=4),
+        groups,
+    )
     states = []
 
     def fed(step: int | str):
@@ -99,8 +122,14 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
     return states
 
 
-@pytest.mark.parametrize("stage, bf16, experts", [(0, False, 0), (0, True, 0), *[
-    (stage, bf16, 4) for stage in (1, 2, 3) for bf16 in (False, True)]])
+@pytest.mark.parametrize(
+    "stage, bf16, experts",
+    [
+        (0, False, 0),
+        (0, True, 0),
+        *[(stage, bf16, 4) for stage in (1, 2, 3) for bf16 in (False, True)],
+    ],
+)
 def test_a_skipped_step_leaves_no_trace(stage, bf16, experts, ranks2):
     """After spoilt steps the state is what it was before them, and after a good one what it is without them."""
     bad = ["loss", "gradient", *(["expert"] if experts else [])]

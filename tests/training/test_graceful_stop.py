@@ -94,8 +94,13 @@ def test_the_watchdog_barks_at_a_batch_that_does_not_come_and_at_nothing_else(ca
             assert not woken.wait(0.4)
     assert got == [1, 2] and ended == [3]
     said = capfd.readouterr().err
-    assert said.startswith("error: a batch of iteration 7 did not come within 0.004 minutes, 0.8 of --timeout-minutes "
-                           "0.005") and "in batches" in said
+    assert (
+        said.startswith(
+            "error: a batch of iteration 7 did not come within 0.004 minutes, 0.8 of --timeout-minutes "
+            "0.005"
+        )
+        and "in batches" in said
+    )
 
 
 def test_the_watchdog_lets_errors_of_the_data_pass():
@@ -116,7 +121,10 @@ def test_interrupted_before_the_training_begins(capsys):
         raise KeyboardInterrupt
 
     assert exit_code(program) == 130
-    assert capsys.readouterr().err == "error: interrupted before the training began; nothing is saved\n"
+    assert (
+        capsys.readouterr().err
+        == "error: interrupted before the training began; nothing is saved\n"
+    )
 
 
 def test_what_a_thread_of_any_rank_has_to_say_is_said_at_once(monkeypatch, capsys):
@@ -126,17 +134,40 @@ def test_what_a_thread_of_any_rank_has_to_say_is_said_at_once(monkeypatch, capsy
     assert capsys.readouterr().err == "[rank 1] error: what it is\n"
 
 
-@pytest.mark.parametrize("error, said, code", [
-    (RuntimeError("[gloo] Connection closed by peer [::1]"), "another rank ended, and its message says why", 1),
-    (RuntimeError("Timed out waiting 90000ms for recv"), "took longer than --timeout-minutes 1.5: another rank", 3),
-    (RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error. "), "process 5, .* by signal Bus", 2),
-    (RuntimeError("DataLoader worker (pid 5) exited unexpectedly with exit code 3. "), "ended with exit code 3", 2),
-    (RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly"), "process 5, 6, which reads .*, ended. If", 2),
-    (BrokenPipeError(32, "Broken pipe"), "Broken pipe", 2),
-    (OSError("Timed out waiting 1ms"), "Timed out waiting 1ms", 2),
-    (RuntimeError("size mismatch"), None, 1),
-    (ValueError("not raised here"), None, 1),
-])
+@pytest.mark.parametrize(
+    "error, said, code",
+    [
+        (
+            RuntimeError("[gloo] Connection closed by peer [::1]"),
+            "another rank ended, and its message says why",
+            1,
+        ),
+        (
+            RuntimeError("Timed out waiting 90000ms for recv"),
+            "took longer than --timeout-minutes 1.5: another rank",
+            3,
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error. "),
+            "process 5, .* by signal Bus",
+            2,
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 5) exited unexpectedly with exit code 3. "),
+            "ended with exit code 3",
+            2,
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly"),
+            "process 5, 6, which reads .*, ended. If",
+            2,
+        ),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe", 2),
+        (OSError("Timed out waiting 1ms"), "Timed out waiting 1ms", 2),
+        (RuntimeError("size mismatch"), None, 1),
+        (ValueError("not raised here"), None, 1),
+    ],
+)
 def test_what_an_error_is_to_the_user(error, said, code):
     line, got = explain(_raised(error))
     assert got == code and (line is None if said is None else re.search(said, str(line)))

@@ -22,7 +22,9 @@ def test_a_z_score_against_the_last_losses_that_were_no_spikes():
             deviation = max(statistics.pstdev(usual), LEAST_DEVIATION * mean)
             z = (loss - mean) / deviation
             if z > threshold:
-                assert (spike.z, spike.mean, spike.deviation) == pytest.approx((z, mean, deviation))
+                assert (spike.z, spike.mean, spike.deviation) == pytest.approx(
+                    (z, mean, deviation)
+                )
                 seen += 1
                 continue
         assert spike is None
@@ -52,10 +54,23 @@ def test_a_level_that_stays_is_a_new_level():
     detector = SpikeDetector(4.0, 16)
     for i in range(16):
         detector.see(2.0 + 0.01 * (i % 2))
-    rows = [(s.row, s.new_level) if (s := detector.see(loss)) else None
-            for loss in (9.0, 9.1, 9.0, 2.0, 9.0, 9.1, 9.0, 9.1, 9.0, 9.1, 30.0)]
-    assert rows == [(1, False), (2, False), (3, False), None, (1, False), (2, False), (3, False), (4, True), None, None,
-                    (1, False)]
+    rows = [
+        (s.row, s.new_level) if (s := detector.see(loss)) else None
+        for loss in (9.0, 9.1, 9.0, 2.0, 9.0, 9.1, 9.0, 9.1, 9.0, 9.1, 30.0)
+    ]
+    assert rows == [
+        (1, False),
+        (2, False),
+        (3, False),
+        None,
+        (1, False),
+        (2, False),
+        (3, False),
+        (4, True),
+        None,
+        None,
+        (1, False),
+    ]
 
 
 def test_a_loss_of_zero_and_no_threshold():

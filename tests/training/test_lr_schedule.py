@@ -11,24 +11,35 @@ from megatron.training.lr_schedule import Schedule
 
 
 def lrs(iterations, steps=None, tokens_per_iteration=10, **options):
-    schedule = Schedule(OptimizerConfig(lr=1.0, **options), iterations=iterations,
-                        tokens_per_iteration=tokens_per_iteration)
+    schedule = Schedule(
+        OptimizerConfig(lr=1.0, **options),
+        iterations=iterations,
+        tokens_per_iteration=tokens_per_iteration,
+    )
     return [schedule.lr(i) for i in range(steps or iterations)]
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"lr_decay_style": "constant"}, [1, 1, 1, 1, 1, 1]),
-    ({"lr_decay_style": "constant", "lr_warmup_iters": 2}, [0.5, 1, 1, 1, 1, 1]),
-    ({"lr_decay_style": "linear", "min_lr": 0.2}, [1, 0.8, 0.6, 0.4, 0.2, 0.2]),
-    ({"lr_decay_style": "linear", "lr_warmup_iters": 2}, [0.5, 1, 1, 0.5, 0, 0]),
-    ({"lr_decay_style": "linear", "lr_warmup_iters": 4}, [0.25, 0.5, 0.75, 1, 0, 0]),
-    ({"lr_decay_style": "linear", "lr_decay_iters": 2}, [1, 0.5, 0, 0, 0, 0]),
-    ({"lr_decay_style": "wsd", "lr_wsd_decay_fraction": 0.5}, [1, 1, 1, 0.5, 0, 0]),
-    ({"lr_decay_style": "wsd", "lr_wsd_decay_fraction": 0.0, "lr_warmup_iters": 2}, [0.5, 1, 1, 1, 0, 0]),
-    ({"lr_decay_style": "wsd", "lr_wsd_decay_fraction": 1.0}, [1, 0.75, 0.5, 0.25, 0, 0]),
-    ({"lr_decay_style": "cosine", "min_lr": 0.1},
-     [0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2 for p in (0, 0.25, 0.5, 0.75, 1, 1)]),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"lr_decay_style": "constant"}, [1, 1, 1, 1, 1, 1]),
+        ({"lr_decay_style": "constant", "lr_warmup_iters": 2}, [0.5, 1, 1, 1, 1, 1]),
+        ({"lr_decay_style": "linear", "min_lr": 0.2}, [1, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        ({"lr_decay_style": "linear", "lr_warmup_iters": 2}, [0.5, 1, 1, 0.5, 0, 0]),
+        ({"lr_decay_style": "linear", "lr_warmup_iters": 4}, [0.25, 0.5, 0.75, 1, 0, 0]),
+        ({"lr_decay_style": "linear", "lr_decay_iters": 2}, [1, 0.5, 0, 0, 0, 0]),
+        ({"lr_decay_style": "wsd", "lr_wsd_decay_fraction": 0.5}, [1, 1, 1, 0.5, 0, 0]),
+        (
+            {"lr_decay_style": "wsd", "lr_wsd_decay_fraction": 0.0, "lr_warmup_iters": 2},
+            [0.5, 1, 1, 1, 0, 0],
+        ),
+        ({"lr_decay_style": "wsd", "lr_wsd_decay_fraction": 1.0}, [1, 0.75, 0.5, 0.25, 0, 0]),
+        (
+            {"lr_decay_style": "cosine", "min_lr": 0.1},
+            [0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2 for p in (0, 0.25, 0.5, 0.75, 1, 1)],
+        ),
+    ],
+)
 def test_values(options, expected):
     assert lrs(4, 6, **options) == pytest.approx(expected)
 
@@ -49,29 +60,49 @@ def test_the_reference_recipe():
 
 
 @given(st.sampled_from(DECAY_STYLES), st.integers(1, 50), st.integers(0, 50), st.floats(0, 0.5))
-def test_positive_until_the_end_and_monotone_on_either_side_of_the_peak(style, decay, warmup, fraction):
-    options = {"lr_decay_style": style, "lr_warmup_iters": min(warmup, decay) // 2, "lr_wsd_decay_fraction": fraction}
+def test_positive_until_the_end_and_monotone_on_either_side_of_the_peak(
+    style, decay, warmup, fraction
+):
+    options = {
+        "lr_decay_style": style,
+        "lr_warmup_iters": min(warmup, decay) // 2,
+        "lr_wsd_decay_fraction": fraction,
+    }
     got = lrs(decay, decay + 3, **options)
     peak = got.index(1.0)
-    assert all(0 < x <= 1 for x in got[:decay]), "no step of the run is taken with a rate of zero"
-    assert got[:peak + 1] == sorted(got[:peak + 1]) and got[peak:] == sorted(got[peak:], reverse=True)
+    assert all(0 < x <= 1 for x in got[:decay]), (
+        "no step of the run is taken with a rate of zero"
+    )
+    assert got[: peak + 1] == sorted(got[: peak + 1]) and got[peak:] == sorted(
+        got[peak:], reverse=True
+    )
     assert got[decay:] == [1.0 if style == "constant" else 0.0] * 3
 
 
 def test_it_has_no_state():
-    schedule = Schedule(OptimizerConfig(lr_warmup_iters=5), iterations=20, tokens_per_iteration=1)
+    schedule = Schedule(
+        OptimizerConfig(lr_warmup_iters=5), iterations=20, tokens_per_iteration=1
+    )
     forward = [schedule.lr(i) for i in range(20)]
     assert [schedule.lr(i) for i in reversed(range(20))] == forward[::-1]
 
 
 def test_a_warm_up_longer_than_the_decay():
-    with pytest.raises(ValueError, match=r"--lr-warmup-\* is 11; allowed: at most the 10 iterations of the decay"):
+    with pytest.raises(
+        ValueError,
+        match=r"--lr-warmup-\* is 11; allowed: at most the 10 iterations of the decay",
+    ):
         lrs(10, lr_warmup_iters=11)
-    with pytest.raises(ValueError, match=r"--lr-warmup-\* is 6; allowed: at most the 5 iterations"):
+    with pytest.raises(
+        ValueError, match=r"--lr-warmup-\* is 6; allowed: at most the 5 iterations"
+    ):
         lrs(10, lr_warmup_tokens=60, lr_decay_iters=5)
     assert lrs(10, lr_warmup_iters=10)[-1] == 1.0
 
 
 def test_wsd_needs_room_for_warm_up_and_decay():
-    with pytest.raises(ValueError, match="--lr-wsd-decay-fraction is 0.5; allowed: what the 6 warm-up iterations"):
+    with pytest.raises(
+        ValueError,
+        match="--lr-wsd-decay-fraction is 0.5; allowed: what the 6 warm-up iterations",
+    ):
         lrs(10, lr_decay_style="wsd", lr_warmup_iters=6, lr_wsd_decay_fraction=0.5)

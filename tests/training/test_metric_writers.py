@@ -22,12 +22,31 @@ from megatron.training.metric_writers import (
 )
 
 TRAIN = {
-    "kind": "train", "iteration": 10, "loss": 5.125, "aux_loss": 0.01, "lr": 3e-4, "grad_norm": 1.5,
-    "tokens_per_s": 12345.6, "consumed_samples": 80, "consumed_tokens": 81920, "experts_per_token_wanted": 3.25,
-    "experts_per_token_kept": 3.0, "load_imbalance_max_over_mean": 1.75, "drop_fraction": 0.0125, "skipped_steps": 1,
-    "elapsed_s": 65.4, "step_time_ms": 500.0, "experts_per_token_kept_by_layer": [2.0, 4.0],
+    "kind": "train",
+    "iteration": 10,
+    "loss": 5.125,
+    "aux_loss": 0.01,
+    "lr": 3e-4,
+    "grad_norm": 1.5,
+    "tokens_per_s": 12345.6,
+    "consumed_samples": 80,
+    "consumed_tokens": 81920,
+    "experts_per_token_wanted": 3.25,
+    "experts_per_token_kept": 3.0,
+    "load_imbalance_max_over_mean": 1.75,
+    "drop_fraction": 0.0125,
+    "skipped_steps": 1,
+    "elapsed_s": 65.4,
+    "step_time_ms": 500.0,
+    "experts_per_token_kept_by_layer": [2.0, 4.0],
 }
-EVAL = {"kind": "eval", "iteration": 10, "loss": 4.0, "perplexity": math.exp(4), "elapsed_s": 3700.0}
+EVAL = {
+    "kind": "eval",
+    "iteration": 10,
+    "loss": 4.0,
+    "perplexity": math.exp(4),
+    "elapsed_s": 3700.0,
+}
 
 
 @pytest.fixture
@@ -59,13 +78,26 @@ def test_console_lines(printed):
 
 def test_console_shows_what_is_not_a_number(printed):
     sink = ConsoleSink(1000)
-    broken = {**TRAIN, "loss": math.nan, "grad_norm": math.inf, "aux_loss": -math.inf, "drop_fraction": math.nan}
+    broken = {
+        **TRAIN,
+        "loss": math.nan,
+        "grad_norm": math.inf,
+        "aux_loss": -math.inf,
+        "drop_fraction": math.nan,
+    }
     sink.write(TRAIN)
     sink.write(broken)
     good, bad = printed().splitlines()
-    assert "| loss      NaN |" in bad and "| grad norm Infinity |" in bad and "| aux -Infinity |" in bad
-    assert "| dropped    NaN |" in bad and [m.start() for m in re.finditer(r"\|", good)][:2] == [
-        m.start() for m in re.finditer(r"\|", bad)][:2]
+    assert (
+        "| loss      NaN |" in bad
+        and "| grad norm Infinity |" in bad
+        and "| aux -Infinity |" in bad
+    )
+    assert (
+        "| dropped    NaN |" in bad
+        and [m.start() for m in re.finditer(r"\|", good)][:2]
+        == [m.start() for m in re.finditer(r"\|", bad)][:2]
+    )
 
 
 def test_jsonl_appends_a_flushed_line_a_record(tmp_path):
@@ -77,18 +109,33 @@ def test_jsonl_appends_a_flushed_line_a_record(tmp_path):
     sink = JsonlSink(path)
     sink.write(EVAL)
     sink.close()
-    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["train", "eval"]
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == [
+        "train",
+        "eval",
+    ]
 
 
 def test_jsonl_numbers(tmp_path):
     sink = JsonlSink(tmp_path / "m.jsonl")
     loss = struct.unpack("f", struct.pack("f", 5.1234567))[0]  # an fp32 value
-    sink.write({"kind": "train", "iteration": 1, "loss": loss, "lr": 3e-4, "grad_norm": math.nan, "aux_loss": math.inf,
-                "x_by_layer": [0.1 + 0.2, -math.inf], "consumed_tokens": 12345678901234})
+    sink.write(
+        {
+            "kind": "train",
+            "iteration": 1,
+            "loss": loss,
+            "lr": 3e-4,
+            "grad_norm": math.nan,
+            "aux_loss": math.inf,
+            "x_by_layer": [0.1 + 0.2, -math.inf],
+            "consumed_tokens": 12345678901234,
+        }
+    )
     sink.close()
     line = (tmp_path / "m.jsonl").read_text()
-    assert line == ('{"kind": "train", "iteration": 1, "loss": 5.12345648, "lr": 0.0003, "grad_norm": NaN, '
-                    '"aux_loss": Infinity, "x_by_layer": [0.3, -Infinity], "consumed_tokens": 12345678901234}\n')
+    assert line == (
+        '{"kind": "train", "iteration": 1, "loss": 5.12345648, "lr": 0.0003, "grad_norm": NaN, '
+        '"aux_loss": Infinity, "x_by_layer": [0.3, -Infinity], "consumed_tokens": 12345678901234}\n'
+    )
     assert struct.unpack("f", struct.pack("f", json.loads(line)["loss"]))[0] == loss
 
 
@@ -136,13 +183,19 @@ def test_wandb_gets_the_same_scalars(monkeypatch):
     sink = WandbSink("project", "name")
     sink.write({"kind": "train", "iteration": 3, "loss": 1.0, "x_by_layer": [1.0, 2.0]})
     sink.close()
-    assert calls == [{"project": "project", "name": "name"},
-                     ({"train/loss": 1.0, "train/x_by_layer/0": 1.0, "train/x_by_layer/1": 2.0}, 3), "finish"]
+    assert calls == [
+        {"project": "project", "name": "name"},
+        ({"train/loss": 1.0, "train/x_by_layer/0": 1.0, "train/x_by_layer/1": 2.0}, 3),
+        "finish",
+    ]
 
 
 def test_wandb_is_needed_at_use_only(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="--wandb-project is 'p', but the package wandb is not installed; pip install"):
+    with pytest.raises(
+        ValueError,
+        match="--wandb-project is 'p', but the package wandb is not installed; pip install",
+    ):
         build_sinks(TrainConfig(wandb_project="p"), 0, 10)
 
 
@@ -152,7 +205,11 @@ def test_build_sinks(tmp_path, monkeypatch):
         sinks.close()
         return [type(sink) for sink in sinks.sinks]
 
-    everything = {"save": str(tmp_path / "run"), "tensorboard_dir": str(tmp_path / "tb"), "wandb_project": "p"}
+    everything = {
+        "save": str(tmp_path / "run"),
+        "tensorboard_dir": str(tmp_path / "tb"),
+        "wandb_project": "p",
+    }
     run = types.SimpleNamespace(finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
     assert kinds() == [ConsoleSink]
@@ -160,7 +217,10 @@ def test_build_sinks(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
     assert kinds(**everything) == [ConsoleSink, JsonlSink, TensorboardSink, WandbSink]
     assert (tmp_path / "run" / "metrics.jsonl").exists()
-    assert kinds(metrics_file=str(tmp_path / "m.jsonl"), save=str(tmp_path / "other")) == [ConsoleSink, JsonlSink]
+    assert kinds(metrics_file=str(tmp_path / "m.jsonl"), save=str(tmp_path / "other")) == [
+        ConsoleSink,
+        JsonlSink,
+    ]
     assert (tmp_path / "m.jsonl").exists() and not (tmp_path / "other").exists()
 
 
@@ -210,8 +270,13 @@ def test_log_lines_stand_above_the_bar(printed, monkeypatch, capsys, rank):
 
 def test_evaluations_say_how_many_experts_each_layer_uses(capsys):
     log.setup()
-    record = {"kind": "eval", "iteration": 5, "loss": 1.0, "experts_per_token_kept": 2.5,
-              "experts_per_token_kept_by_layer": [1.25, float("nan")]}
+    record = {
+        "kind": "eval",
+        "iteration": 5,
+        "loss": 1.0,
+        "experts_per_token_kept": 2.5,
+        "experts_per_token_kept_by_layer": [1.25, float("nan")],
+    }
     ConsoleSink(10).write(record)
     ConsoleSink(10).write({**record, "kind": "train"})
     first, second = capsys.readouterr().out.splitlines()

@@ -21,18 +21,30 @@ from megatron.data.indexed.writer import IndexedWriter
 from megatron.pretrain import main
 
 REPO = Path(__file__).resolve().parents[2]
+
+
 def test_it_learns_and_says_so(finished):
-    train, evals, test = runs.metrics(finished), runs.metrics(finished, "eval"), runs.metrics(finished, "test")
+    train, evals, test = (
+        runs.metrics(finished),
+        runs.metrics(finished, "eval"),
+        runs.metrics(finished, "test"),
+    )
     assert [m["iteration"] for m in train] == list(range(1, 21))
-    assert [m["iteration"] for m in evals] == [0, 10, 20] and [m["iteration"] for m in test] == [20]
-    assert evals[0]["loss"] == pytest.approx(np.log(257), abs=0.5), "an untrained model knows nothing"
+    assert [m["iteration"] for m in evals] == [0, 10, 20] and [
+        m["iteration"] for m in test
+    ] == [20]
+    assert evals[0]["loss"] == pytest.approx(np.log(257), abs=0.5), (
+        "an untrained model knows nothing"
+    )
     assert evals[-1]["loss"] < evals[0]["loss"] - 1.0
     for m in train:
         assert m["tokens_per_s"] == pytest.approx(8 * 32 / m["step_time_ms"] * 1000, rel=1e-3)
         assert 1 <= m["experts_per_token_kept"] <= 4 and m["drop_fraction"] == 0
         assert len(m["experts_per_token_kept_by_layer"]) == 1
         assert m["consumed_samples"] == 8 * m["iteration"] and m["skipped_steps"] == 0
-        assert m["grad_norm"] > 0 and m["load_imbalance_max_over_mean"] >= 1 and m["aux_loss"] > 0
+        assert (
+            m["grad_norm"] > 0 and m["load_imbalance_max_over_mean"] >= 1 and m["aux_loss"] > 0
+        )
     assert train[0]["lr"] < train[1]["lr"] == 5e-3 and train[-1]["lr"] < 1e-3
 
 
@@ -40,8 +52,14 @@ def test_each_rank_holds_half_of_the_experts(finished):
     """And half of the optimizer: one file a rank, of tensors that together are the model once."""
     folder = finished / "checkpoints" / (finished / "checkpoints" / "latest").read_text()
     names = {p.name for p in folder.iterdir()}
-    assert names == {"manifest.json", "run.json", "state.json", "index.json", "rank_00000.safetensors",
-                     "rank_00001.safetensors"}
+    assert names == {
+        "manifest.json",
+        "run.json",
+        "state.json",
+        "index.json",
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+    }
     tensors = json.loads((folder / "index.json").read_text())["tensors"]
     stacks = [t for name, t in tensors.items() if ".experts." in name]
     assert stacks and all(t["shape"][0] == 4 for t in stacks)
@@ -54,20 +72,36 @@ def test_ten_plus_ten_is_twenty_bit_for_bit(finished, data, tmp_path, ranks2):
     """Stopped at 10 and resumed: the same losses, learning rates, gradient norms and data, to the last bit."""
     argv = runs.flags(data, tmp_path, 20, *runs.EP2)
     ranks2.run(runs.train, [*argv, "--exit-interval", "10"], timeout=300)
-    assert [m["iteration"] for m in runs.metrics(tmp_path)] == list(range(1, 11)) and not runs.metrics(tmp_path, "test")
+    assert [m["iteration"] for m in runs.metrics(tmp_path)] == list(
+        range(1, 11)
+    ) and not runs.metrics(tmp_path, "test")
     ranks2.run(runs.train, [*argv, "--load", str(tmp_path / "checkpoints")], timeout=300)
     for kind in ("train", "eval", "test"):
         whole = {m["iteration"]: m for m in runs.metrics(finished, kind)}
         halves = {m["iteration"]: m for m in runs.metrics(tmp_path, kind)}
         assert whole.keys() == halves.keys()
         for i, m in whole.items():
-            for key in ("loss", "aux_loss", "lr", "grad_norm", "consumed_samples", "experts_per_token_kept"):
+            for key in (
+                "loss",
+                "aux_loss",
+                "lr",
+                "grad_norm",
+                "consumed_samples",
+                "experts_per_token_kept",
+            ):
                 assert m.get(key) == halves[i].get(key), f"{kind} {i} {key}"
 
 
-@pytest.mark.parametrize("options", [("--zero-stage", "2"), ("--zero-stage", "3"), ("--recompute-activations",),
-                                     ("--moe-train-capacity-factor", "1.0", "--moe-shared-experts", "1")],
-                         ids=lambda o: " ".join(o))
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--zero-stage", "2"),
+        ("--zero-stage", "3"),
+        ("--recompute-activations",),
+        ("--moe-train-capacity-factor", "1.0", "--moe-shared-experts", "1"),
+    ],
+    ids=lambda o: " ".join(o),
+)
 def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
     """Recomputation changes nothing; ZeRO 2 and 3 only rounding; capacity drops and shared experts train."""
     argv = runs.flags(data, tmp_path, 4, *runs.EP2, "--lr-warmup-fraction", "0.5", *options)
@@ -78,10 +112,16 @@ def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
         assert got[0]["grad_norm"] == runs.metrics(finished)[0]["grad_norm"]
     elif options[0] == "--zero-stage":
         assert got[0]["loss"] == pytest.approx(runs.metrics(finished)[0]["loss"], abs=0.02)
-        assert got[0]["grad_norm"] == pytest.approx(runs.metrics(finished)[0]["grad_norm"], rel=0.02)
+        assert got[0]["grad_norm"] == pytest.approx(
+            runs.metrics(finished)[0]["grad_norm"], rel=0.02
+        )
     else:
         assert max(m["drop_fraction"] for m in got) > 0
-        assert all(m["experts_per_token_kept"] < m["experts_per_token_wanted"] for m in got if m["drop_fraction"])
+        assert all(
+            m["experts_per_token_kept"] < m["experts_per_token_wanted"]
+            for m in got
+            if m["drop_fraction"]
+        )
     assert got[-1]["loss"] < got[0]["loss"]
 
 
@@ -104,7 +144,9 @@ def _train_poisoned(argv: list[str]) -> None:
 
 def test_nan_is_shown_counted_and_stops_the_run(data, tmp_path, ranks2):
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, "--max-bad-steps", "3")
-    with pytest.raises(RuntimeError, match="the gradients of 3 steps in a row, up to iteration 3, were NaN"):
+    with pytest.raises(
+        RuntimeError, match="the gradients of 3 steps in a row, up to iteration 3, were NaN"
+    ):
         ranks2.run(_train_poisoned, argv, timeout=300)
     last = runs.metrics(tmp_path)[-1]
     assert last["iteration"] == 3 and last["skipped_steps"] == 3 and np.isnan(last["loss"])
@@ -112,15 +154,26 @@ def test_nan_is_shown_counted_and_stops_the_run(data, tmp_path, ranks2):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("changes, message", [
-    (("--hidden-size", "64"), r"--hidden-size is 64 but checkpoint .* was made with 32"),
-    (("--gate", "topk"), r"--gate is 'topk' but checkpoint .* was made with 'threshold'"),
-    (("--num-experts", "8"), r"--num-experts is 8 but checkpoint .* was made with 4"),
-    (("--lr", "4e-3"), r"--lr is 0.004 but checkpoint .* was made with 0.005; use the checkpoint's value, or add "
-                       r"--override-lr-schedule"),
-    (("--train-iters", "30"), r"number of iterations, which its learning rates follow, is 30 .* made with 20"),
-])
-def test_a_checkpoint_that_contradicts_the_flags(changes, message, finished, data, tmp_path, ranks2):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (("--hidden-size", "64"), r"--hidden-size is 64 but checkpoint .* was made with 32"),
+        (("--gate", "topk"), r"--gate is 'topk' but checkpoint .* was made with 'threshold'"),
+        (("--num-experts", "8"), r"--num-experts is 8 but checkpoint .* was made with 4"),
+        (
+            ("--lr", "4e-3"),
+            r"--lr is 0.004 but checkpoint .* was made with 0.005; use the checkpoint's value, or add "
+            r"--override-lr-schedule",
+        ),
+        (
+            ("--train-iters", "30"),
+            r"number of iterations, which its learning rates follow, is 30 .* made with 20",
+        ),
+    ],
+)
+def test_a_checkpoint_that_contradicts_the_flags(
+    changes, message, finished, data, tmp_path, ranks2
+):
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, "--load", str(finished / "checkpoints"))
     if "--gate" in changes:
         argv = [a for a in argv if a not in ("--threshold", "0.8")]
@@ -129,26 +182,47 @@ def test_a_checkpoint_that_contradicts_the_flags(changes, message, finished, dat
 
 
 def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(argv, capture_output=True, text=True, cwd=REPO, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env})
+    return subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env},
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    (("--no-such-flag", "1"), r"--no-such-flag"),
-    (("--gate", "nope"), r"nope.*allowed: .*threshold.*topk"),
-    (("--tokenizer-type", "NoTokenizer"), r"NoTokenizer.*GPT2BPETokenizer"),
-    (("--moe-expert-parallel-size", "3"), r"--num-experts is 4; allowed: a multiple of --moe-expert-parallel-size"),
-    (("--moe-expert-parallel-size", "4"), r"--moe-expert-parallel-size is 4; allowed: a divisor of the 1 ranks"),
-    (("--data-path", "/nowhere/x"), r"/nowhere/x"),
-    (("--split", "1,0,99"), r"valid.*60"),
-    (("--load", "/nowhere"), r"--load is '/nowhere', which holds no checkpoint"),
-    (("--zero-stage", "0", "--moe-expert-parallel-size", "2"), r"--zero-stage is 0; allowed: 1, 2 or 3"),
-    (("--vocab-size", "100"), r"--vocab-size is 100; allowed: at least the tokenizer's 257"),
-    (("--metrics-file", "/proc/nowhere/m.jsonl"), r"/proc/nowhere"),
-    (("--global-batch-size", "7"), r"--global-batch-size is 7; allowed: a multiple of"),
-    (("--topk", "9"), r"--topk is 9; allowed: 0 to the number of experts, which is 4"),
-    (("--score-function", "sigmoid"), r"--score-function.*topk"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (("--no-such-flag", "1"), r"--no-such-flag"),
+        (("--gate", "nope"), r"nope.*allowed: .*threshold.*topk"),
+        (("--tokenizer-type", "NoTokenizer"), r"NoTokenizer.*GPT2BPETokenizer"),
+        (
+            ("--moe-expert-parallel-size", "3"),
+            r"--num-experts is 4; allowed: a multiple of --moe-expert-parallel-size",
+        ),
+        (
+            ("--moe-expert-parallel-size", "4"),
+            r"--moe-expert-parallel-size is 4; allowed: a divisor of the 1 ranks",
+        ),
+        (("--data-path", "/nowhere/x"), r"/nowhere/x"),
+        (("--split", "1,0,99"), r"valid.*60"),
+        (("--load", "/nowhere"), r"--load is '/nowhere', which holds no checkpoint"),
+        (
+            ("--zero-stage", "0", "--moe-expert-parallel-size", "2"),
+            r"--zero-stage is 0; allowed: 1, 2 or 3",
+        ),
+        (
+            ("--vocab-size", "100"),
+            r"--vocab-size is 100; allowed: at least the tokenizer's 257",
+        ),
+        (("--metrics-file", "/proc/nowhere/m.jsonl"), r"/proc/nowhere"),
+        (("--global-batch-size", "7"), r"--global-batch-size is 7; allowed: a multiple of"),
+        (("--topk", "9"), r"--topk is 9; allowed: 0 to the number of experts, which is 4"),
+        (("--score-function", "sigmoid"), r"--score-function.*topk"),
+    ],
+)
 def test_bad_input_is_one_clear_line(changes, message, data, tmp_path):
     """Exit code 2, one line on stderr that names what and where, no traceback."""
     check_refused([*runs.flags(data, tmp_path, 2), *changes], message)
@@ -177,9 +251,20 @@ def test_a_token_that_only_one_rank_meets_is_one_line_too(tmp_path):
     with IndexedWriter(prefix, np.uint16) as writer:
         for i in range(400):
             writer.add_document(np.full(33, 300 if i % 40 == 7 else 65))
-    argv = runs.flags(prefix, tmp_path, 50, *runs.EP2, "--eval-iters", "0", "--global-batch-size", "4")
-    done = run([str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29616",
-                "pretrain_gpt.py", *argv])
+    argv = runs.flags(
+        prefix, tmp_path, 50, *runs.EP2, "--eval-iters", "0", "--global-batch-size", "4"
+    )
+    done = run(
+        [
+            str(Path(sys.executable).parent / "deepspeed"),
+            "--num_gpus",
+            "2",
+            "--master_port",
+            "29616",
+            "pretrain_gpt.py",
+            *argv,
+        ]
+    )
     text = done.stdout + done.stderr
     assert done.returncode != 0 and "Traceback" not in text, text
     named = [x for x in text.splitlines() if "holds the token id 300" in x]
@@ -206,17 +291,35 @@ leave(int(sys.argv[1]))
 def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
     """run.sh on two launched ranks: exit 0, log on screen and in the file; a second call resumes; a bad one fails."""
     out = tmp_path / "run"
-    env = {"OUTPUT_DIR": str(out), "NUM_GPUS": "2", "DATA_PATH": data, "TOKENIZER_TYPE": "ByteTokenizer",
-           "NUM_LAYERS": "2", "HIDDEN_SIZE": "32", "NUM_ATTN_HEADS": "2", "SEQ_LEN": "32", "EP_SIZE": "4",
-           "THRESHOLD": "0.8", "GLOBAL_BATCH_SIZE": "4", "TRAIN_ITERS": "4", "LOG_INTERVAL": "1", "EVAL_ITERS": "1",
-           "MASTER_PORT": "29611"}
+    env = {
+        "OUTPUT_DIR": str(out),
+        "NUM_GPUS": "2",
+        "DATA_PATH": data,
+        "TOKENIZER_TYPE": "ByteTokenizer",
+        "NUM_LAYERS": "2",
+        "HIDDEN_SIZE": "32",
+        "NUM_ATTN_HEADS": "2",
+        "SEQ_LEN": "32",
+        "EP_SIZE": "4",
+        "THRESHOLD": "0.8",
+        "GLOBAL_BATCH_SIZE": "4",
+        "TRAIN_ITERS": "4",
+        "LOG_INTERVAL": "1",
+        "EVAL_ITERS": "1",
+        "MASTER_PORT": "29611",
+    }
     script = ["bash", "examples_deepspeed/MoE/run.sh", "--split", "80,15,5"]
     first = run([*script, "--exit-interval", "2"], **env)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "2 rank(s) on cpu with gloo, because" in first.stdout and "2 of 4 experts on each rank" in first.stdout
+    assert (
+        "2 rank(s) on cpu with gloo, because" in first.stdout
+        and "2 of 4 experts on each rank" in first.stdout
+    )
     assert "experts run on the cpu backend: rows stay in the cache" in first.stdout
     logged = (out / "log.txt").read_text()
-    assert all(f"iteration {i}/4 | loss" in text for i in (1, 2) for text in (logged, first.stdout))
+    assert all(
+        f"iteration {i}/4 | loss" in text for i in (1, 2) for text in (logged, first.stdout)
+    )
     assert list((out / "tensorboard").glob("events*"))
     second = run(script, **env)
     assert second.returncode == 0, second.stdout + second.stderr
@@ -228,15 +331,32 @@ def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
 
 
 def test_killing_one_rank_ends_the_run_within_a_minute(data, tmp_path):
-    argv = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29612",
-            "pretrain_gpt.py", *runs.flags(data, tmp_path, 100000, *runs.EP2)]
-    process = subprocess.Popen(argv, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    argv = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "29612",
+        "pretrain_gpt.py",
+        *runs.flags(data, tmp_path, 100000, *runs.EP2),
+    ]
+    process = subprocess.Popen(
+        argv,
+        cwd=REPO,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     pids = []
     for line in process.stdout:
         if found := re.search(r"process (\d+) spawned", line):
             pids.append(int(found.group(1)))
-        if "iteration" in line and (tmp_path / "metrics.jsonl").exists() and runs.metrics(tmp_path):
+        if (
+            "iteration" in line
+            and (tmp_path / "metrics.jsonl").exists()
+            and runs.metrics(tmp_path)
+        ):
             break
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
@@ -281,13 +401,28 @@ def test_a_gate_is_one_file(data, tmp_path):
     """A gate file added to a copy of the tree: registered, its flag parsed, trained; no other file touched."""
     tree = tmp_path / "tree"
     tree.mkdir()
-    shutil.copytree(REPO / "megatron", tree / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        REPO / "megatron", tree / "megatron", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(REPO / "pretrain_gpt.py", tree)
     (tree / "megatron/moe/gates/modulo.py").write_text(GATE)
     argv = [a for a in runs.flags(data, tmp_path, 5) if a not in ("--threshold", "0.8")]
-    done = subprocess.run([sys.executable, str(tree / "pretrain_gpt.py"), *argv, "--gate", "modulo", "--shift", "3"],
-                          capture_output=True, text=True, cwd=tmp_path, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "2"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(tree / "pretrain_gpt.py"),
+            *argv,
+            "--gate",
+            "modulo",
+            "--shift",
+            "3",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     got = runs.metrics(tmp_path)
     assert len(got) == 5 and all(m["experts_per_token_kept"] == 1 for m in got)
@@ -300,4 +435,8 @@ def test_help_explains_and_names_the_gates(capsys):
         main(["--help", "--gate", "threshold"])
     text = " ".join(capsys.readouterr().out.split())
     assert exit_.value.code == 0
-    assert "--threshold" in text and "probability mass a token's experts must reach" in text and "topk" in text
+    assert (
+        "--threshold" in text
+        and "probability mass a token's experts must reach" in text
+        and "topk" in text
+    )

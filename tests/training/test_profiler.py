@@ -18,7 +18,16 @@ from helpers import runs
 from megatron import log
 from megatron.config.schema import TrainConfig
 from megatron.parallel.groups import Groups
-from megatron.training.profile_report import NODE, PART, PARTS, PHASES, STEP, Span, account, table
+from megatron.training.profile_report import (
+    NODE,
+    PART,
+    PARTS,
+    PHASES,
+    STEP,
+    Span,
+    account,
+    table,
+)
 from megatron.training.profiler import StepProfiler, profile_folder, write_trace
 from megatron.training.startup_timer import StartUp
 
@@ -32,7 +41,9 @@ def read_table(path: Path) -> dict[str, dict[str, float]]:
     ends = [head.index(name) + len(name) for name in names]
     for line in lines:
         cells = [line[a:b].strip() for a, b in zip([17, *ends], ends, strict=False)]
-        rows[line[:17].strip()] = {name: float(cell.rstrip("%") or 0) for name, cell in zip(names, cells, strict=True)}
+        rows[line[:17].strip()] = {
+            name: float(cell.rstrip("%") or 0) for name, cell in zip(names, cells, strict=True)
+        }
     return rows
 
 
@@ -40,8 +51,14 @@ def check_sums(rows: dict[str, dict[str, float]], path: Path) -> float:
     """That parts add up to the step; returns its milliseconds."""
     assert list(rows) == [*PARTS, "the step"]
     step = float(re.search(r": ([\d.]+) ms each", path.read_text()).group(1))
-    for column, total in (*((phase, rows["the step"][phase]) for phase in PHASES), ("all", step), ("share", 100)):
-        assert sum(rows[part][column] for part in PARTS) == pytest.approx(total, abs=0.51), column
+    for column, total in (
+        *((phase, rows["the step"][phase]) for phase in PHASES),
+        ("all", step),
+        ("share", 100),
+    ):
+        assert sum(rows[part][column] for part in PARTS) == pytest.approx(total, abs=0.51), (
+            column
+        )
     for row in rows.values():
         assert sum(row[phase] for phase in PHASES) == pytest.approx(row["all"], abs=0.21)
         assert row["share"] == pytest.approx(100 * row["all"] / step, abs=0.2)
@@ -64,7 +81,11 @@ def dumb_part(span: Span, around: list[Span], spans: list[Span]) -> tuple[str, s
         elif s.name.startswith("c10d::"):
             own = "communication"
         elif s.name.startswith(NODE):
-            made_by = [o for o in spans if o.sequence == s.sequence >= 0 == o.forward_thread and o.start < s.start]
+            made_by = [
+                o
+                for o in spans
+                if o.sequence == s.sequence >= 0 == o.forward_thread and o.start < s.start
+            ]
             if made_by:
                 maker = max(made_by, key=lambda o: o.start)
                 own = dumb_part(maker, enclosing(maker, spans), spans)[0]
@@ -75,7 +96,9 @@ def dumb_part(span: Span, around: list[Span], spans: list[Span]) -> tuple[str, s
 
 def enclosing(span: Span, spans: list[Span]) -> list[Span]:
     """The others that a span is in, outermost first. No two of a random tree have the same ends."""
-    return sorted((s for s in spans if s.start < span.start and s.end > span.end), key=lambda s: s.start)
+    return sorted(
+        (s for s in spans if s.start < span.start and s.end > span.end), key=lambda s: s.start
+    )
 
 
 def random_steps(seed: int) -> list[Span]:
@@ -87,13 +110,20 @@ def random_steps(seed: int) -> list[Span]:
         while end - at > 6 and rng.random() < 0.8:
             stop = rng.randrange(at + 3, end)
             kind = rng.choice(["part", "op", "op", "comm", "node" if backward else "op"])
-            name = {"part": PART + rng.choice(["gate", "experts", "data"]), "op": "aten::mm",
-                    "comm": "c10d::allreduce_", "node": NODE + "MmBackward0"}[kind]
+            name = {
+                "part": PART + rng.choice(["gate", "experts", "data"]),
+                "op": "aten::mm",
+                "comm": "c10d::allreduce_",
+                "node": NODE + "MmBackward0",
+            }[kind]
             number, thread = -1, 0
             if kind == "node":
                 number, thread = rng.randrange(-1, numbers[0] + 3), 1
             elif kind == "op" and not backward and rng.random() < 0.7:
-                number, numbers[0] = numbers[0], numbers[0] + rng.randrange(2)  # some make no node, and share a number
+                number, numbers[0] = (
+                    numbers[0],
+                    numbers[0] + rng.randrange(2),
+                )  # some make no node, and share a number
             spans.append(Span(name, at, stop, 1, number, thread))
             if depth < 4:
                 fill(at, stop, depth + 1, backward)
@@ -101,7 +131,11 @@ def random_steps(seed: int) -> list[Span]:
 
     for first in (100, 1000):
         spans.append(Span(STEP, first, first + 800, 1))
-        for name, start in (("forward", first + 10), ("backward", first + 310), ("optimizer", first + 710)):
+        for name, start in (
+            ("forward", first + 10),
+            ("backward", first + 310),
+            ("optimizer", first + 710),
+        ):
             end = start + (80 if name == "optimizer" else 290)
             spans.append(Span(PART + name, start, end, 1))
             fill(start, end, 0, name == "backward")
@@ -129,18 +163,37 @@ def test_a_backward_pass_on_a_thread_of_its_own_and_the_devices_kernels():
     """As on a GPU: the step's thread waits while the device's thread runs the nodes, and what launches a kernel owns
     its time. Threads that run no nodes are not the step's."""
     spans = [
-        Span(STEP, 0, 100_000, 1), Span(f"{PART}forward", 0, 40_000, 1), Span(f"{PART}attention", 10_000, 30_000, 1),
-        Span("aten::linear", 12_000, 20_000, 1, 7, 0, 5_000), Span(f"{PART}backward", 50_000, 90_000, 1),
-        Span(f"{NODE}MmBackward0", 55_000, 75_000, 2, 7, 1), Span("aten::mm", 56_000, 60_000, 2, -1, 0, 50_000),
-        Span(f"{NODE}torch::autograd::AccumulateGrad", 80_000, 95_000, 2), Span("gloo:all_reduce", 0, 100_000, 3),
+        Span(STEP, 0, 100_000, 1),
+        Span(f"{PART}forward", 0, 40_000, 1),
+        Span(f"{PART}attention", 10_000, 30_000, 1),
+        Span("aten::linear", 12_000, 20_000, 1, 7, 0, 5_000),
+        Span(f"{PART}backward", 50_000, 90_000, 1),
+        Span(f"{NODE}MmBackward0", 55_000, 75_000, 2, 7, 1),
+        Span("aten::mm", 56_000, 60_000, 2, -1, 0, 50_000),
+        Span(f"{NODE}torch::autograd::AccumulateGrad", 80_000, 95_000, 2),
+        Span("gloo:all_reduce", 0, 100_000, 3),
     ]
     got = account(spans)
     assert {k: v for k, v in got.host_ms.items() if v} == {
-        ("attention", "forward"): 20, ("the rest", "forward"): 20, ("attention", "backward"): 20,
-        ("the rest", "backward"): 20, ("the rest", "other"): 20}
-    assert {k: v for k, v in got.device_ms.items() if v} == {("attention", "forward"): 5, ("attention", "backward"): 50}
+        ("attention", "forward"): 20,
+        ("the rest", "forward"): 20,
+        ("attention", "backward"): 20,
+        ("the rest", "backward"): 20,
+        ("the rest", "other"): 20,
+    }
+    assert {k: v for k, v in got.device_ms.items() if v} == {
+        ("attention", "forward"): 5,
+        ("attention", "backward"): 50,
+    }
     text = table(got, 10, 11, 0, 0.0).splitlines()
-    assert text[1].endswith("GPU") and text[2].split() == ["attention", "20.0", "20.0", "40.0", "40.0%", "55.0"]
+    assert text[1].endswith("GPU") and text[2].split() == [
+        "attention",
+        "20.0",
+        "20.0",
+        "40.0",
+        "40.0%",
+        "55.0",
+    ]
     assert "GPU" not in table(account([Span(STEP, 0, 1000, 1)]), 10, 11, 0, 0.0)
     with pytest.raises(AssertionError, match="no training step"):
         account(spans[1:])
@@ -157,10 +210,18 @@ def _train_and_look(argv: list[str]) -> list[bool]:
 
     def looking(self: Trainer) -> None:
         engine = self.engine.deepspeed
-        hooks = [h for m in engine.module.modules() for h in (*m._forward_hooks.values(),
-                                                              *m._forward_pre_hooks.values())]
-        marks = [any("profile" in h.__module__ for h in hooks), "backward" in vars(engine), "step" in vars(engine),
-                 dist.Work.wait is not wait, type(self.train_batches).__name__ == "generator"]
+        hooks = [
+            h
+            for m in engine.module.modules()
+            for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+        ]
+        marks = [
+            any("profile" in h.__module__ for h in hooks),
+            "backward" in vars(engine),
+            "step" in vars(engine),
+            dist.Work.wait is not wait,
+            type(self.train_batches).__name__ == "generator",
+        ]
         assert len(set(marks)) == 1, marks
         seen.append(marks[0])
         step(self)
@@ -176,50 +237,93 @@ def _train_and_look(argv: list[str]) -> list[bool]:
 
 def test_two_ranks_write_traces_and_tables(data, tmp_path, ranks2):
     """Sharded experts, two micro-batches a step: all parts are there on both ranks, and add up to the step."""
-    argv = runs.flags(data, tmp_path, 5, *runs.EP2, "--eval-iters", "0", *PROFILE, "--profile-ranks", "0", "1")
+    argv = runs.flags(
+        data, tmp_path, 5, *runs.EP2, "--eval-iters", "0", *PROFILE, "--profile-ranks", "0", "1"
+    )
     looks = ranks2.run(_train_and_look, argv, timeout=300)
     assert looks == [[False, False, True, True, False]] * 2
     folder = tmp_path / "checkpoints/profile"
     assert sorted(p.name for p in folder.iterdir()) == [
-        f"rank{r}{end}" for r in (0, 1) for end in (".trace.json.gz", ".txt")]
+        f"rank{r}{end}" for r in (0, 1) for end in (".trace.json.gz", ".txt")
+    ]
     steps = []
     for rank in (0, 1):
         path = folder / f"rank{rank}.txt"
         rows = read_table(path)
         steps.append(check_sums(rows, path))
         assert path.read_text().startswith(f"iterations 3 to 4 on rank {rank}: ")
-        for part in ("attention", "dense FFN", "gate", "dispatch", "experts", "output and loss", "communication"):
+        for part in (
+            "attention",
+            "dense FFN",
+            "gate",
+            "dispatch",
+            "experts",
+            "output and loss",
+            "communication",
+        ):
             assert rows[part]["forward"] > 0 and rows[part]["backward"] > 0, part
         for part in ("optimizer", "data", "communication"):
             assert rows[part]["other"] > 0, part
-        assert rows["optimizer"]["forward"] == rows["data"]["forward"] == rows["gate"]["other"] == 0
+        assert (
+            rows["optimizer"]["forward"]
+            == rows["data"]["forward"]
+            == rows["gate"]["other"]
+            == 0
+        )
         with gzip.open(folder / f"rank{rank}.trace.json.gz", "rt") as file:
             events = json.load(file)["traceEvents"]
         named = {e["name"] for e in events if e.get("cat") == "user_annotation"}
-        assert {STEP, *(PART + part for part in PARTS[:-1]), f"{PART}forward", f"{PART}backward"} <= named
+        assert {
+            STEP,
+            *(PART + part for part in PARTS[:-1]),
+            f"{PART}forward",
+            f"{PART}backward",
+        } <= named
         assert sum(e["name"] == STEP for e in events) == 2
     logged = [m["step_time_ms"] for m in runs.metrics(tmp_path)[2:4]]
     assert sum(steps) == pytest.approx(sum(logged), rel=0.05), "of the mean over ranks"
 
 
 def test_a_run_without_the_flag_has_nothing_attached(data, tmp_path, ranks1):
-    assert ranks1.run(_train_and_look, runs.flags(data, tmp_path, 3, "--eval-iters", "0")) == [[False] * 3]
+    assert ranks1.run(_train_and_look, runs.flags(data, tmp_path, 3, "--eval-iters", "0")) == [
+        [False] * 3
+    ]
     assert not (tmp_path / "checkpoints/profile").exists()
 
 
-@pytest.mark.parametrize("options", [("--recompute-activations",), ("--zero-stage", "3", "--num-experts", "4"),
-                                     ("--num-experts", "0", "--tensorboard-dir", "tb")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--recompute-activations",),
+        ("--zero-stage", "3", "--num-experts", "4"),
+        ("--num-experts", "0", "--tensorboard-dir", "tb"),
+    ],
+    ids=" ".join,
+)
 def test_one_rank_however_it_runs(options, data, tmp_path, ranks1):
     """Recomputation ends in an exception of torch's own, ZeRO 3 has hooks too, and a dense model has no mixture."""
     options = [str(tmp_path / o) if o == "tb" else o for o in options]
     dense = "--tensorboard-dir" in options
-    argv = runs.flags(data, tmp_path, 4, "--eval-iters", "0", *PROFILE, *options, *(["--save", ""] if dense else []))
+    argv = runs.flags(
+        data,
+        tmp_path,
+        4,
+        "--eval-iters",
+        "0",
+        *PROFILE,
+        *options,
+        *(["--save", ""] if dense else []),
+    )
     assert ranks1.run(_train_and_look, argv, timeout=300) == [[False, False, True, True]]
     folder = tmp_path / ("tb/profile" if dense else "checkpoints/profile")
     rows = read_table(folder / "rank0.txt")
     check_sums(rows, folder / "rank0.txt")
     mixture = sum(rows[part]["all"] for part in ("gate", "dispatch", "experts"))
-    assert (mixture == 0) if dense else all(rows[p]["backward"] > 0 for p in ("gate", "dispatch", "experts"))
+    assert (
+        (mixture == 0)
+        if dense
+        else all(rows[p]["backward"] > 0 for p in ("gate", "dispatch", "experts"))
+    )
     assert rows["attention"]["backward"] > rows["attention"]["forward"] * 0.5
 
 
@@ -290,9 +394,16 @@ def test_naps_are_found_where_they_are(data, tmp_path, ranks2):
     rows = read_table(folder / "rank0.txt")
     check_sums(rows, folder / "rank0.txt")
     # 2 micro-batches, 2 layers with attention, 1 with experts
-    for part, phase, naps in (("data", "other", 40), ("optimizer", "other", 50), ("attention", "forward", 120),
-                              ("attention", "backward", 160), ("experts", "forward", 100), ("experts", "backward", 120),
-                              ("output and loss", "forward", 140), ("output and loss", "backward", 160)):
+    for part, phase, naps in (
+        ("data", "other", 40),
+        ("optimizer", "other", 50),
+        ("attention", "forward", 120),
+        ("attention", "backward", 160),
+        ("experts", "forward", 100),
+        ("experts", "backward", 120),
+        ("output and loss", "forward", 140),
+        ("output and loss", "backward", 160),
+    ):
         assert naps <= rows[part][phase] <= naps + 200, (part, phase, rows[part])
     assert rows["communication"]["all"] >= 250
     assert rows["the rest"]["all"] < 200 and rows["gate"]["all"] < 200
@@ -301,31 +412,64 @@ def test_naps_are_found_where_they_are(data, tmp_path, ranks2):
 # What is refused
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"profile_step_end": 10}, "--profile-step-end is 10; allowed: more than --profile-step-start, which is 10"),
-    ({"profile_step_start": -1}, "--profile-step-start is -1; allowed: 0 or more"),
-    ({"profile_ranks": ()}, r"--profile-ranks is \[\]; allowed: one rank or more, each 0 or more"),
-    ({"profile_ranks": (0, -1)}, r"--profile-ranks is \[0, -1\]; allowed: one rank or more"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"profile_step_end": 10},
+            "--profile-step-end is 10; allowed: more than --profile-step-start, which is 10",
+        ),
+        ({"profile_step_start": -1}, "--profile-step-start is -1; allowed: 0 or more"),
+        (
+            {"profile_ranks": ()},
+            r"--profile-ranks is \[\]; allowed: one rank or more, each 0 or more",
+        ),
+        (
+            {"profile_ranks": (0, -1)},
+            r"--profile-ranks is \[0, -1\]; allowed: one rank or more",
+        ),
+    ],
+)
 def test_what_no_run_can_do(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(profile=True, **options)
 
 
-@pytest.mark.parametrize("options, done, iterations, message", [
-    ({"profile_ranks": (0, 2)}, 0, 100, r"--profile-ranks is \[0, 2\]; allowed: 0 to 1"),
-    ({}, 0, 11, "--profile-step-end is 12; allowed: at most 11, where this run ends. Set it and --profile-step-start"),
-    ({"exit_interval": 8}, 0, 100, "--profile-step-end is 12; allowed: at most 8, where this run ends"),
-    ({"exit_interval": 4, "profile_step_end": 13}, 8, 100, "--profile-step-end is 13; allowed: at most 12"),
-])
+@pytest.mark.parametrize(
+    "options, done, iterations, message",
+    [
+        ({"profile_ranks": (0, 2)}, 0, 100, r"--profile-ranks is \[0, 2\]; allowed: 0 to 1"),
+        (
+            {},
+            0,
+            11,
+            "--profile-step-end is 12; allowed: at most 11, where this run ends. Set it and --profile-step-start",
+        ),
+        (
+            {"exit_interval": 8},
+            0,
+            100,
+            "--profile-step-end is 12; allowed: at most 8, where this run ends",
+        ),
+        (
+            {"exit_interval": 4, "profile_step_end": 13},
+            8,
+            100,
+            "--profile-step-end is 13; allowed: at most 12",
+        ),
+    ],
+)
 def test_what_this_run_cannot_do(options, done, iterations, message):
     with pytest.raises(ValueError, match=message) as caught:
         StepProfiler(TrainConfig(**options), Groups(world_size=2), done, iterations)
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_starts_again_behind_the_profiled_iterations_goes_on_without(caplog, tmp_path):
+def test_a_run_that_starts_again_behind_the_profiled_iterations_goes_on_without(
+    caplog, tmp_path
+):
     """The same flags as the first time: a restart by machine must not fail."""
+
     class Trainer:
         progress, steps = SimpleNamespace(iteration=11), 0
 
@@ -341,9 +485,16 @@ def test_a_run_that_starts_again_behind_the_profiled_iterations_goes_on_without(
 
 
 def test_the_last_iterations_of_a_run_can_be_profiled():
-    for options, done, iterations in (({}, 10, 12), ({"exit_interval": 4}, 8, 100), ({"exit_interval": 6}, 0, 13)):
-        config = TrainConfig(**{"profile_step_start": 10, **options}) if done else TrainConfig(
-            profile_step_start=3, profile_step_end=6, **options)
+    for options, done, iterations in (
+        ({}, 10, 12),
+        ({"exit_interval": 4}, 8, 100),
+        ({"exit_interval": 6}, 0, 13),
+    ):
+        config = (
+            TrainConfig(**{"profile_step_start": 10, **options})
+            if done
+            else TrainConfig(profile_step_start=3, profile_step_end=6, **options)
+        )
         assert StepProfiler(config, Groups(), done, iterations).end in (12, 6)
 
 
@@ -359,8 +510,12 @@ def test_a_run_too_short_stops_before_it_trains(data, tmp_path, ranks1):
 
 def test_where_profiles_go():
     both = {"save": "s", "tensorboard_dir": "t"}
-    for options, folder in (({"profile_dir": "p", **both}, "p"), (both, "s/profile"),
-                            ({"tensorboard_dir": "t"}, "t/profile"), ({}, "profile")):
+    for options, folder in (
+        ({"profile_dir": "p", **both}, "p"),
+        (both, "s/profile"),
+        ({"tensorboard_dir": "t"}, "t/profile"),
+        ({}, "profile"),
+    ):
         assert profile_folder(TrainConfig(**options)) == Path(folder)
 
 
@@ -388,17 +543,27 @@ def test_start_up_says_its_stages_once(monkeypatch, capsys):
     start_up.mark("data, and model")
     start_up.end("first step")
     start_up.end("first step")
-    line, = [x for x in capsys.readouterr().out.splitlines() if "start-up" in x]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "start-up" in x]
     assert line.endswith("start-up: 4.00 s: torch 1.50, data, and model 2.25, first step 0.25")
 
 
 def test_a_run_says_what_its_start_took(data, tmp_path, ranks1):
-    out = ranks1.run(_captured, runs.flags(data, tmp_path, 2, "--eval-iters", "0"), str(tmp_path / "out"))
+    out = ranks1.run(
+        _captured, runs.flags(data, tmp_path, 2, "--eval-iters", "0"), str(tmp_path / "out")
+    )
     lines = [x for x in Path(out[0]).read_text().splitlines() if "start-up: " in x]
     assert len(lines) == 1
     stages = re.findall(r"([a-zA-Z ]+) \d+\.\d\d", lines[0].split(" s: ")[1])
     assert [stage.strip() for stage in stages] == [
-        "torch", "tokenizer", "DeepSpeed and process groups", "data", "model", "engine", "evaluation", "first step"]
+        "torch",
+        "tokenizer",
+        "DeepSpeed and process groups",
+        "data",
+        "model",
+        "engine",
+        "evaluation",
+        "first step",
+    ]
 
 
 def _captured(argv: list[str], path: str) -> str:

@@ -9,7 +9,16 @@ import pytest
 from helpers import runs
 from megatron.moe.gate import available_gates
 
-PEER = ["--peer-num-experts", "64", "--peer-num-heads", "4", "--peer-topk", "4", "--peer-query-size", "16"]
+PEER = [
+    "--peer-num-experts",
+    "64",
+    "--peer-num-heads",
+    "4",
+    "--peer-topk",
+    "4",
+    "--peer-query-size",
+    "16",
+]
 MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval", "1"]
 
 
@@ -22,11 +31,20 @@ def _train(argv: list[str]) -> dict[str, int]:
     original, idle = Trainer.run, {}
 
     def watched(self: Trainer) -> None:
-        tables = {f"{i}.{name}": p for i, layer in enumerate(moe_layers(self.engine.model))
-                  for name, p in layer.named_parameters() if name.startswith("experts.w")}
+        tables = {
+            f"{i}.{name}": p
+            for i, layer in enumerate(moe_layers(self.engine.model))
+            for name, p in layer.named_parameters()
+            if name.startswith("experts.w")
+        }
         before = {name: p.detach().clone() for name, p in tables.items()}
         original(self)
-        idle.update({name: int((p.detach() == before[name]).flatten(1).all(1).sum()) for name, p in tables.items()})
+        idle.update(
+            {
+                name: int((p.detach() == before[name]).flatten(1).all(1).sum())
+                for name, p in tables.items()
+            }
+        )
 
     Trainer.run = watched
     try:
@@ -37,16 +55,42 @@ def _train(argv: list[str]) -> dict[str, int]:
 
 
 def flags(gate: str, data: str, out: Path, *more: str) -> list[str]:
-    return [*runs.SHAPE, *(PEER if gate == "peer" else MOE), *runs.EP2, "--gate", gate, "--data-path", data, "--split",
-            "80,15,5", "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "5e-3", "--weight-decay", "0",
-            "--eval-iters", "0", "--bf16", "--metrics-file", str(out / "metrics.jsonl"), *more]
+    return [
+        *runs.SHAPE,
+        *(PEER if gate == "peer" else MOE),
+        *runs.EP2,
+        "--gate",
+        gate,
+        "--data-path",
+        data,
+        "--split",
+        "80,15,5",
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "8",
+        "--lr",
+        "5e-3",
+        "--weight-decay",
+        "0",
+        "--eval-iters",
+        "0",
+        "--bf16",
+        "--metrics-file",
+        str(out / "metrics.jsonl"),
+        *more,
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*future:UserWarning")
 @pytest.mark.parametrize("gate", available_gates())
 def test_trains(gate, data, tmp_path, ranks2):
     """The loss falls by a nat in 60 steps, and no expert stays without gradients."""
-    idle = ranks2.run(_train, flags(gate, data, tmp_path, "--train-iters", "60", "--log-interval", "5"), timeout=300)
+    idle = ranks2.run(
+        _train,
+        flags(gate, data, tmp_path, "--train-iters", "60", "--log-interval", "5"),
+        timeout=300,
+    )
     lines = runs.metrics(tmp_path)
     assert lines[0]["loss"] - lines[-1]["loss"] > 1.0, (lines[0]["loss"], lines[-1]["loss"])
     assert all(line["skipped_steps"] == 0 and line["drop_fraction"] == 0 for line in lines)
@@ -57,15 +101,27 @@ def test_trains(gate, data, tmp_path, ranks2):
 @pytest.mark.parametrize("gate", ["deepseek_v3", "remoe", "peer"])
 def test_state_is_saved_and_restored(gate, data, tmp_path, ranks2):
     """Three steps and three after a resume are six: the same losses and metrics of the state, to the last bit."""
-    options = {"deepseek_v3": ["--bias-update-speed", "0.1"], "remoe": ["--lambda-init", "0.1"], "peer": []}[gate]
+    options = {
+        "deepseek_v3": ["--bias-update-speed", "0.1"],
+        "remoe": ["--lambda-init", "0.1"],
+        "peer": [],
+    }[gate]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for folder in (whole, halves):
         folder.mkdir()
     always = ["--train-iters", "6", "--log-interval", "1", *options]
     ranks2.run(runs.train, flags(gate, data, whole, *always), timeout=300)
     save = ["--save", str(halves / "checkpoints")]
-    ranks2.run(runs.train, flags(gate, data, halves, *always, *save, "--exit-interval", "3"), timeout=300)
-    ranks2.run(runs.train, flags(gate, data, halves, *always, *save, "--load", save[1]), timeout=300)
+    ranks2.run(
+        runs.train,
+        flags(gate, data, halves, *always, *save, "--exit-interval", "3"),
+        timeout=300,
+    )
+    ranks2.run(
+        runs.train, flags(gate, data, halves, *always, *save, "--load", save[1]), timeout=300
+    )
     timing = {"tokens_per_s", "step_time_ms", "elapsed_s"}
     for a, b in zip(runs.metrics(whole), runs.metrics(halves), strict=True):
-        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+        assert {k: v for k, v in a.items() if k not in timing} == {
+            k: v for k, v in b.items() if k not in timing
+        }

@@ -21,7 +21,9 @@ MICRO_STEPS = 2
 SHORT = ["--eval-iters", "0"]
 
 
-def _train(argv: list[str], bad: set[int], rank: int | None = None, high: set[int] = frozenset()) -> list[str]:
+def _train(
+    argv: list[str], bad: set[int], rank: int | None = None, high: set[int] = frozenset()
+) -> list[str]:
     """In a rank: what a run logs.
 
     Args:
@@ -63,46 +65,87 @@ def saved(out: Path) -> list[str]:
 
 
 def test_one_poisoned_batch_is_skipped_and_training_goes_on(finished, data, tmp_path, ranks2):
-    """One rank's, in step 3: said once, left out of the mean; the checkpoint that is due then is written after step 4.
-    """
-    argv = runs.flags(data, tmp_path, 20, *runs.EP2, *SHORT, "--exit-interval", "6", "--log-interval", "3",
-                      "--save-interval", "3")
+    """One rank's, in step 3: said once, left out of the mean; the checkpoint that is due then is written after step 4."""
+    argv = runs.flags(
+        data,
+        tmp_path,
+        20,
+        *runs.EP2,
+        *SHORT,
+        "--exit-interval",
+        "6",
+        "--log-interval",
+        "3",
+        "--save-interval",
+        "3",
+    )
     first, second = ranks2.run(_train, argv, {3}, 1, timeout=300)
     warned = [message for message in first if "NaN or infinite" in message]
-    assert warned == ["iteration 3: the loss on 1 of 2 rank(s) was NaN or infinite, so the step is skipped: 1 in a row "
-                      "(samples 16 to 23)"]
+    assert warned == [
+        "iteration 3: the loss on 1 of 2 rank(s) was NaN or infinite, so the step is skipped: 1 in a row "
+        "(samples 16 to 23)"
+    ]
     assert not [message for message in second if "NaN" in message]
     three, six = runs.metrics(tmp_path)
     whole = runs.metrics(finished)
     for key in ("loss", "aux_loss"):
         assert three[key] == pytest.approx((whole[0][key] + whole[1][key]) / 2, rel=1e-7)
-    assert (three["bad_steps"], three["skipped_steps"], six["bad_steps"], six["skipped_steps"]) == (1, 1, 0, 1)
-    assert three["consumed_samples"] == 24 and three["lr"] == whole[2]["lr"] and np.isfinite(six["loss"])
+    assert (
+        three["bad_steps"],
+        three["skipped_steps"],
+        six["bad_steps"],
+        six["skipped_steps"],
+    ) == (1, 1, 0, 1)
+    assert (
+        three["consumed_samples"] == 24
+        and three["lr"] == whole[2]["lr"]
+        and np.isfinite(six["loss"])
+    )
     assert saved(tmp_path) == ["iter_0000004", "iter_0000006"]
 
 
 def test_too_many_bad_steps_name_the_last_good_checkpoint_and_leave_it(data, tmp_path, ranks2):
     """Counted in a row: the one of step 2 does not count with those from step 5 on."""
-    argv = runs.flags(data, tmp_path, 20, *runs.EP2, *SHORT, "--max-bad-steps", "3", "--save-interval", "1")
-    with pytest.raises(RuntimeError, match=r"gradients of 3 steps in a row, up to iteration 7, .* allowed: fewer than "
-                                           r"--max-bad-steps 3.* last good checkpoint is .*/iter_0000004"):
+    argv = runs.flags(
+        data, tmp_path, 20, *runs.EP2, *SHORT, "--max-bad-steps", "3", "--save-interval", "1"
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=r"gradients of 3 steps in a row, up to iteration 7, .* allowed: fewer than "
+        r"--max-bad-steps 3.* last good checkpoint is .*/iter_0000004",
+    ):
         ranks2.run(_train, argv, {2, *range(5, 20)}, 0, timeout=300)
     assert saved(tmp_path) == [f"iter_000000{i}" for i in (1, 3, 4)]
     assert [m["bad_steps"] for m in runs.metrics(tmp_path)] == [0, 1, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("bad, expected", [({1, 2}, []), ({2}, ["iter_0000002"])])
-def test_a_run_that_ends_in_a_bad_step_is_saved_unless_all_were(bad, expected, data, tmp_path, ranks2):
+def test_a_run_that_ends_in_a_bad_step_is_saved_unless_all_were(
+    bad, expected, data, tmp_path, ranks2
+):
     """Skipped steps leave good weights as they are; of weights without any good step nobody knows."""
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, *SHORT, "--exit-interval", "2")
     first, _ = ranks2.run(_train, argv, bad, timeout=300)
     assert saved(tmp_path) == expected
-    assert ("no checkpoint is saved, because every step of this run was skipped; no checkpoint was saved" in first) \
-        == (not expected)
-    assert np.isnan(runs.metrics(tmp_path)[-1]["loss"]), "shown when there is nothing else to show"
+    assert (
+        "no checkpoint is saved, because every step of this run was skipped; no checkpoint was saved"
+        in first
+    ) == (not expected)
+    assert np.isnan(runs.metrics(tmp_path)[-1]["loss"]), (
+        "shown when there is nothing else to show"
+    )
 
 
-SPIKES = ["--loss-spike-threshold", "3", "--loss-spike-window", "8", "--exit-interval", "9", "--save-interval", "3"]
+SPIKES = [
+    "--loss-spike-threshold",
+    "3",
+    "--loss-spike-window",
+    "8",
+    "--exit-interval",
+    "9",
+    "--save-interval",
+    "3",
+]
 
 
 def test_spikes_are_logged_and_counted(data, tmp_path, ranks2):
@@ -111,19 +154,30 @@ def test_spikes_are_logged_and_counted(data, tmp_path, ranks2):
     first, second = ranks2.run(_train, argv, set(), None, {5, 7, 8}, timeout=300)
     warned = [message for message in first if "deviations of" in message]
     assert [message.split()[4] for message in warned] == ["5", "7", "8"]
-    assert "that is a new level" in warned[2] and "like 1 before it" in warned[2] and "level" not in warned[1]
+    assert (
+        "that is a new level" in warned[2]
+        and "like 1 before it" in warned[2]
+        and "level" not in warned[1]
+    )
     assert not [message for message in second if "deviations" in message]
     assert [m["iteration"] for m in runs.metrics(tmp_path) if m["loss_spikes"]] == [5, 7, 8]
     assert saved(tmp_path)[-1] == "iter_0000009"
 
 
 def test_a_spike_can_end_the_run(data, tmp_path, ranks2):
-    argv = runs.flags(data, tmp_path, 20, *runs.EP2, *SHORT, *SPIKES, "--loss-spike-action", "stop")
-    with pytest.raises(RuntimeError, match=r"the loss of iteration 5 is \d+\.\d+, \d+\.\d deviations of .* allowed: "
-                                           r"--loss-spike-threshold 3\. .*last good checkpoint is .*/iter_0000003"):
+    argv = runs.flags(
+        data, tmp_path, 20, *runs.EP2, *SHORT, *SPIKES, "--loss-spike-action", "stop"
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=r"the loss of iteration 5 is \d+\.\d+, \d+\.\d deviations of .* allowed: "
+        r"--loss-spike-threshold 3\. .*last good checkpoint is .*/iter_0000003",
+    ):
         ranks2.run(_train, argv, set(), None, {5}, timeout=300)
     last = runs.metrics(tmp_path)[-1]
-    assert (last["iteration"], last["loss_spikes"]) == (5, 1) and saved(tmp_path) == ["iter_0000003"]
+    assert (last["iteration"], last["loss_spikes"]) == (5, 1) and saved(tmp_path) == [
+        "iter_0000003"
+    ]
 
 
 def _save_slowly(argv: list[str], bad: set[int]) -> None:
@@ -144,20 +198,40 @@ def _save_slowly(argv: list[str], bad: set[int]) -> None:
 
 
 def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp_path, ranks2):
-    argv = runs.flags(data, tmp_path, 9, *SHORT, "--save-interval", "2", "--async-save", "--max-bad-steps", "2")
-    with pytest.raises(RuntimeError, match="the gradients of 2 steps in a row.*the last good checkpoint is .*0000002"):
+    argv = runs.flags(
+        data,
+        tmp_path,
+        9,
+        *SHORT,
+        "--save-interval",
+        "2",
+        "--async-save",
+        "--max-bad-steps",
+        "2",
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="the gradients of 2 steps in a row.*the last good checkpoint is .*0000002",
+    ):
         ranks2.run(_save_slowly, argv, {3, 4}, timeout=300)
     assert saved(tmp_path) == ["iter_0000002"]
 
 
-@pytest.mark.parametrize("train, done, iterations", [
-    (TrainConfig(train_iters=7), Progress(3, 12, 384), 7),
-    (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(), 20),
-    (TrainConfig(micro_batch_size=2, train_tokens=2561), Progress(), 21),
-    (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(10, 40, 1280), 20),
-    (TrainConfig(micro_batch_size=2, global_batch_size=8, train_tokens=2560), Progress(10, 40, 1280), 15),
-    (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(20, 80, 2560), 20),
-])
+@pytest.mark.parametrize(
+    "train, done, iterations",
+    [
+        (TrainConfig(train_iters=7), Progress(3, 12, 384), 7),
+        (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(), 20),
+        (TrainConfig(micro_batch_size=2, train_tokens=2561), Progress(), 21),
+        (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(10, 40, 1280), 20),
+        (
+            TrainConfig(micro_batch_size=2, global_batch_size=8, train_tokens=2560),
+            Progress(10, 40, 1280),
+            15,
+        ),
+        (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(20, 80, 2560), 20),
+    ],
+)
 def test_tokens_are_counted_from_where_the_run_is(train, done, iterations):
     """Two ranks, 32 tokens a sample: 128 tokens a step, and after the global batch was doubled 256."""
     assert Plan.of(train, 32, 2, done).iterations == iterations

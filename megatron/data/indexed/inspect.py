@@ -28,7 +28,9 @@ from megatron.data.splits import check_sidecar
 from megatron.tokenizer.base import Tokenizer
 
 BLOCK = 1 << 22  # tokens, or documents, dealt with at once
-UNKNOWN_VOCABULARY = 1 << 24  # no vocabulary is near this large: a larger id is damage, whatever the tokenizer was
+UNKNOWN_VOCABULARY = (
+    1 << 24
+)  # no vocabulary is near this large: a larger id is damage, whatever the tokenizer was
 BAR = 40  # characters of the longest bar of the histogram
 
 Progress = Callable[[int], object]
@@ -65,10 +67,17 @@ def repaired(index: Index) -> Index:
     some = np.diff(index.document_starts()) > 0
     lengths = np.array(index.lengths)
     lengths[index.document_index[1:][some] - 1] += 1
-    return Index(index.dtype, lengths, byte_pointers(lengths, index.dtype), index.document_index)
+    return Index(
+        index.dtype, lengths, byte_pointers(lengths, index.dtype), index.document_index
+    )
 
 
-def repair(pair: Pair, out: str, tokenizer: Tokenizer | None = None, progress: Progress = lambda read: None) -> int:
+def repair(
+    pair: Pair,
+    out: str,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress = lambda read: None,
+) -> int:
     """Write the pair that it should have been to `out`. Returns the id that its documents end with.
 
     Args:
@@ -81,20 +90,39 @@ def repair(pair: Pair, out: str, tokenizer: Tokenizer | None = None, progress: P
     """
     dataset = pair.dataset
     if not pair.uncounted:
-        raise ValueError(f"--repair {out}: nothing to repair, {dataset.prefix}.idx counts all tokens of its .bin")
+        raise ValueError(
+            f"--repair {out}: nothing to repair, {dataset.prefix}.idx counts all tokens of its .bin"
+        )
     if os.path.realpath(out + ".bin") == os.path.realpath(dataset.prefix + ".bin"):
         raise ValueError(f"--repair {out} is the input itself. Write to another name or folder")
     eod, (named, source) = _common_last_token(dataset, progress), _eod(dataset, tokenizer)
     if named not in (None, eod):
-        raise ValueError(f"the uncounted tokens of {dataset.prefix} are all {eod}, the end-of-document id {source} is "
-                         f"{named}; allowed: the same. Give the tokenizer of the data, or preprocess the text again")
+        raise ValueError(
+            f"the uncounted tokens of {dataset.prefix} are all {eod}, the end-of-document id {source} is "
+            f"{named}; allowed: the same. Give the tokenizer of the data, or preprocess the text again"
+        )
     require_space(out, [dataset])
-    about = {} if tokenizer is None else {"tokenizer": tokenizer.name, "vocab_hash": tokenizer.fingerprint,
-                                          "vocab_size": tokenizer.vocab_size}
+    about = (
+        {}
+        if tokenizer is None
+        else {
+            "tokenizer": tokenizer.name,
+            "vocab_hash": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        }
+    )
     with IndexedWriter(out, dataset.dtype) as writer:
         writer.add_dataset(dataset, progress)
-        writer.finish({**(dataset.sidecar or {}), **about, "tool": "inspect_dataset", "eod": eod, "append_eod": True,
-                       "repaired_from": os.path.abspath(dataset.prefix)})
+        writer.finish(
+            {
+                **(dataset.sidecar or {}),
+                **about,
+                "tool": "inspect_dataset",
+                "eod": eod,
+                "append_eod": True,
+                "repaired_from": os.path.abspath(dataset.prefix),
+            }
+        )
     return eod
 
 
@@ -109,13 +137,16 @@ def _common_last_token(dataset: IndexedDataset, progress: Progress) -> int:
             i = np.argmax(last != eod)
             raise ValueError(
                 f"the uncounted tokens of {dataset.prefix} differ: {eod} after document {documents[0]}, {last[i]} "
-                f"after document {block[i]}, so that they are no end-of-document tokens. Preprocess the text again")
+                f"after document {block[i]}, so that they are no end-of-document tokens. Preprocess the text again"
+            )
         progress((starts[block[-1] + 1] - at) * dataset.dtype.itemsize)
         at = starts[block[-1] + 1]
     return eod
 
 
-def facts(pair: Pair, tokenizer: Tokenizer | None = None, documents: int = 3, tokens: int = 64) -> dict[str, Any]:
+def facts(
+    pair: Pair, tokenizer: Tokenizer | None = None, documents: int = 3, tokens: int = 64
+) -> dict[str, Any]:
     """What a pair holds, without reading all of it, ready for JSON. Lengths are those that `.idx` says.
 
     Args:
@@ -126,47 +157,88 @@ def facts(pair: Pair, tokenizer: Tokenizer | None = None, documents: int = 3, to
     lengths = np.diff(index.document_starts())
     some = len(lengths) > 0
     return {
-        "prefix": dataset.prefix, "format_version": VERSION, "dtype": index.dtype.name,
-        "sequences": len(index.lengths), "document_index_entries": len(index.document_index),
-        "bin_bytes": dataset.tokens.nbytes, "idx_bytes": os.path.getsize(dataset.prefix + ".idx"),
-        "documents": index.num_documents, "empty_documents": int(np.count_nonzero(lengths == 0)),
-        "tokens": index.num_tokens, "uncounted_tokens": pair.uncounted,
-        "document_length": {"min": int(lengths.min()), "median": float(np.median(lengths)),
-                            "mean": float(lengths.mean()), "max": int(lengths.max())} if some else None,
-        "histogram": _histogram(lengths), "sidecar": dataset.sidecar,
-        "first_documents": [_document(dataset, i, tokens, tokenizer)
-                            for i in range(min(documents, dataset.num_documents))],
+        "prefix": dataset.prefix,
+        "format_version": VERSION,
+        "dtype": index.dtype.name,
+        "sequences": len(index.lengths),
+        "document_index_entries": len(index.document_index),
+        "bin_bytes": dataset.tokens.nbytes,
+        "idx_bytes": os.path.getsize(dataset.prefix + ".idx"),
+        "documents": index.num_documents,
+        "empty_documents": int(np.count_nonzero(lengths == 0)),
+        "tokens": index.num_tokens,
+        "uncounted_tokens": pair.uncounted,
+        "document_length": {
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "max": int(lengths.max()),
+        }
+        if some
+        else None,
+        "histogram": _histogram(lengths),
+        "sidecar": dataset.sidecar,
+        "first_documents": [
+            _document(dataset, i, tokens, tokenizer)
+            for i in range(min(documents, dataset.num_documents))
+        ],
         "faults": _faults(pair),
     }
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, Any]]:
     """Documents by length: 0, 1, 2 to 3, 4 to 7, ..., up to the longest."""
-    counts = np.bincount(np.frexp(lengths.astype(np.float64))[1])  # the exponent is the number of binary digits
-    return [{"from": 2**digits // 2, "to": 2**digits - 1, "documents": int(count), "share": int(count) / len(lengths)}
-            for digits, count in enumerate(counts)]
+    counts = np.bincount(
+        np.frexp(lengths.astype(np.float64))[1]
+    )  # the exponent is the number of binary digits
+    return [
+        {
+            "from": 2**digits // 2,
+            "to": 2**digits - 1,
+            "documents": int(count),
+            "share": int(count) / len(lengths),
+        }
+        for digits, count in enumerate(counts)
+    ]
 
 
-def _document(dataset: IndexedDataset, document: int, tokens: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _document(
+    dataset: IndexedDataset, document: int, tokens: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     ids = dataset.read(document)
     shown = ids[:tokens].tolist()
-    return {"document": document, "length": len(ids), "ids": shown, "text": tokenizer and tokenizer.decode(shown)}
+    return {
+        "document": document,
+        "length": len(ids),
+        "ids": shown,
+        "text": tokenizer and tokenizer.decode(shown),
+    }
 
 
 def _faults(pair: Pair) -> list[str]:
     dataset, record = pair.dataset, pair.dataset.sidecar or {}
     found = []
     if pair.uncounted:
-        found.append(f"the index leaves the last token of each of {pair.uncounted} documents uncounted: document i "
-                     f"starts i tokens early. Tokens are shown as they are after --repair OUT")
-    for entry, here in (("dtype", pair.index.dtype.name), ("documents", pair.index.num_documents),
-                        ("sequences", len(pair.index.lengths)), ("tokens", pair.index.num_tokens)):
+        found.append(
+            f"the index leaves the last token of each of {pair.uncounted} documents uncounted: document i "
+            f"starts i tokens early. Tokens are shown as they are after --repair OUT"
+        )
+    for entry, here in (
+        ("dtype", pair.index.dtype.name),
+        ("documents", pair.index.num_documents),
+        ("sequences", len(pair.index.lengths)),
+        ("tokens", pair.index.num_tokens),
+    ):
         if record.get(entry, here) != here:
-            found.append(f"{dataset.prefix}.json records {entry} {record[entry]}, the index {here}: it belongs to "
-                         f"other files")
+            found.append(
+                f"{dataset.prefix}.json records {entry} {record[entry]}, the index {here}: it belongs to "
+                f"other files"
+            )
     for entry in ("vocab_size", "eod"):
         if record.get(entry) is not None and _recorded(dataset, entry) is None:
-            found.append(f"{dataset.prefix}.json records {entry} {record[entry]!r}; allowed: a number, 0 or more")
+            found.append(
+                f"{dataset.prefix}.json records {entry} {record[entry]!r}; allowed: a number, 0 or more"
+            )
     return found
 
 
@@ -183,8 +255,11 @@ def _recorded(dataset: IndexedDataset, entry: str) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def scan(pair: Pair, tokenizer: Tokenizer | None = None, progress: Progress = lambda read: None,
-         ) -> tuple[dict[str, Any], list[str]]:
+def scan(
+    pair: Pair,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress = lambda read: None,
+) -> tuple[dict[str, Any], list[str]]:
     """Read all tokens: what they are, ready for JSON, and the faults among them.
 
     Args:
@@ -208,16 +283,27 @@ def scan(pair: Pair, tokenizer: Tokenizer | None = None, progress: Progress = la
         ends.add(block, at)
         at += len(block)
         progress(block.nbytes)
-    found = {"vocab_size": vocab_size, **ids.facts(ends.place), "eod": eod, "eod_source": source, **ends.facts(),
-             "bin_sha256": digest.hexdigest(), "idx_sha256": _sha256(dataset.prefix + ".idx")}
+    found = {
+        "vocab_size": vocab_size,
+        **ids.facts(ends.place),
+        "eod": eod,
+        "eod_source": source,
+        **ends.facts(),
+        "bin_sha256": digest.hexdigest(),
+        "idx_sha256": _sha256(dataset.prefix + ".idx"),
+    }
     faults = []
     if ids.outside:
         first = found["first_outside"]
-        faults.append(f"{ids.outside} ids are outside the vocabulary, 0 to {ids.vocab_size - 1}: the first, "
-                      f"{first['id']}, is token {first['position']} of document {first['document']}")
+        faults.append(
+            f"{ids.outside} ids are outside the vocabulary, 0 to {ids.vocab_size - 1}: the first, "
+            f"{first['id']}, is token {first['position']} of document {first['document']}"
+        )
     if record.get("append_eod") and found["documents_not_ending_with_eod"]:
-        faults.append(f"{found['documents_not_ending_with_eod']} documents do not end with the end-of-document id "
-                      f"{eod}, though {dataset.prefix}.json records append_eod")
+        faults.append(
+            f"{found['documents_not_ending_with_eod']} documents do not end with the end-of-document id "
+            f"{eod}, though {dataset.prefix}.json records append_eod"
+        )
     return found, faults
 
 
@@ -226,12 +312,17 @@ class _Ids:
 
     def __init__(self, vocab_size: int):
         self.vocab_size, self.outside = vocab_size, 0
-        self._first: tuple[int, int | float] | None = None  # place and id of the first one outside
+        self._first: tuple[int, int | float] | None = (
+            None  # place and id of the first one outside
+        )
         self._extremes: list = []
         self._seen = np.zeros(0, bool)
 
     def add(self, block: np.ndarray, at: int) -> None:
-        smallest, largest = np.fmin.reduce(block), np.fmax.reduce(block)  # which pass over not-a-number
+        smallest, largest = (
+            np.fmin.reduce(block),
+            np.fmax.reduce(block),
+        )  # which pass over not-a-number
         self._extremes += [smallest, largest]
         if not (smallest >= 0 and largest < self.vocab_size) or block.dtype.kind == "f":
             good = (block >= 0) & (block < self.vocab_size) & (block == np.floor(block))
@@ -251,9 +342,13 @@ class _Ids:
             document, position = place(self._first[0])
             first = {"document": document, "position": position, "id": self._first[1]}
         some = len(self._extremes) > 0
-        return {"smallest_id": np.fmin.reduce(self._extremes).item() if some else None,
-                "largest_id": np.fmax.reduce(self._extremes).item() if some else None,
-                "distinct_ids": int(np.count_nonzero(self._seen)), "ids_outside": self.outside, "first_outside": first}
+        return {
+            "smallest_id": np.fmin.reduce(self._extremes).item() if some else None,
+            "largest_id": np.fmax.reduce(self._extremes).item() if some else None,
+            "distinct_ids": int(np.count_nonzero(self._seen)),
+            "ids_outside": self.outside,
+            "first_outside": first,
+        }
 
 
 class _Ends:
@@ -277,10 +372,12 @@ class _Ends:
 
     def facts(self) -> dict[str, int]:
         some = np.diff(self._starts) > 0
-        return {"documents_ending_with_eod": int(np.count_nonzero(self._last)),
-                "documents_not_ending_with_eod": int(np.count_nonzero(some & ~self._last)),
-                "documents_with_eod_inside": int(np.count_nonzero(self._inside)),
-                "documents_without_eod": int(np.count_nonzero(some & ~self._last & ~self._inside))}
+        return {
+            "documents_ending_with_eod": int(np.count_nonzero(self._last)),
+            "documents_not_ending_with_eod": int(np.count_nonzero(some & ~self._last)),
+            "documents_with_eod_inside": int(np.count_nonzero(self._inside)),
+            "documents_without_eod": int(np.count_nonzero(some & ~self._last & ~self._inside)),
+        }
 
 
 def _blocks(dataset: IndexedDataset) -> Iterator[np.ndarray]:
@@ -291,7 +388,9 @@ def _blocks(dataset: IndexedDataset) -> Iterator[np.ndarray]:
             count = min(BLOCK, dataset.num_tokens - at)
             block = np.fromfile(file, dataset.dtype.newbyteorder("<"), count)
             if len(block) < count:
-                raise ValueError(f"{path} became shorter while it was read: something else writes it. Try again later")
+                raise ValueError(
+                    f"{path} became shorter while it was read: something else writes it. Try again later"
+                )
             yield block
 
 
@@ -307,14 +406,25 @@ def describe(found: dict[str, Any]) -> list[str]:
     """The lines that show what `facts` and, under "full", `scan` found."""
     f, length, record = found, found["document_length"], found["sidecar"]
     rows = [
-        ("format", f"version {f['format_version']}, {f['dtype']}, {f['sequences']} sequences, "
-                   f"{f['document_index_entries']} document-index entries"),
+        (
+            "format",
+            f"version {f['format_version']}, {f['dtype']}, {f['sequences']} sequences, "
+            f"{f['document_index_entries']} document-index entries",
+        ),
         ("files", f".bin {f['bin_bytes']} bytes, .idx {f['idx_bytes']} bytes"),
-        ("documents", f"{f['documents']}, {f['empty_documents']} of them empty; {f['tokens']} tokens"),
+        (
+            "documents",
+            f"{f['documents']}, {f['empty_documents']} of them empty; {f['tokens']} tokens",
+        ),
     ]
     if length:
-        rows.append(("lengths", f"min {length['min']}, median {length['median']:g}, mean {length['mean']:.1f}, "
-                                f"max {length['max']}"))
+        rows.append(
+            (
+                "lengths",
+                f"min {length['min']}, median {length['median']:g}, mean {length['mean']:.1f}, "
+                f"max {length['max']}",
+            )
+        )
     rows += [("", line) for line in _bars(f["histogram"])]
     if record is None:
         rows.append(("record", "none (no .json beside it)"))
@@ -324,8 +434,9 @@ def describe(found: dict[str, Any]) -> list[str]:
         more = " ..." if d["length"] > len(d["ids"]) else ""
         rows.append((f"document {d['document']}", f"{d['length']} tokens: {shown}{more}"))
     rows += _full_rows(f["full"]) if "full" in f else []
-    rows += [("FAULT", fault) for fault in f["faults"]] or [("sound", "all of it" if "full" in f else "as far as read "
-                                                             "(--full reads all tokens)")]
+    rows += [("FAULT", fault) for fault in f["faults"]] or [
+        ("sound", "all of it" if "full" in f else "as far as read (--full reads all tokens)")
+    ]
     return [f["prefix"], *(f"  {name:13s} {text}".rstrip() for name, text in rows)]
 
 
@@ -333,22 +444,34 @@ def _value(value: Any) -> str:
     """An entry of the sidecar; of a long list, the first few."""
     if not isinstance(value, list):
         return str(value)
-    return " ".join(map(str, value[:5])) + (f" ... ({len(value)} in all)" if len(value) > 5 else "")
+    return " ".join(map(str, value[:5])) + (
+        f" ... ({len(value)} in all)" if len(value) > 5 else ""
+    )
 
 
 def _bars(histogram: list[dict[str, Any]]) -> list[str]:
     longest = max((row["share"] for row in histogram), default=0)
     shown = itertools.dropwhile(lambda row: not row["documents"], histogram)
-    return [f"{row['from']:>10} to {row['to']:<10} {row['documents']:>10} {row['share']:7.2%} "
-            f"{'#' * math.ceil(BAR * row['share'] / longest)}" for row in shown]
+    return [
+        f"{row['from']:>10} to {row['to']:<10} {row['documents']:>10} {row['share']:7.2%} "
+        f"{'#' * math.ceil(BAR * row['share'] / longest)}"
+        for row in shown
+    ]
 
 
 def _full_rows(full: dict[str, Any]) -> list[tuple[str, str]]:
     vocabulary = "unknown" if full["vocab_size"] is None else full["vocab_size"]
     return [
-        ("ids", f"{full['smallest_id']} to {full['largest_id']}, {full['distinct_ids']} distinct, "
-                f"{full['ids_outside']} outside the vocabulary (its size: {vocabulary})"),
-        ("ends", f"{full['documents_ending_with_eod']} documents end with {full['eod']} ({full['eod_source']}), "
-                 f"{full['documents_with_eod_inside']} have it inside, {full['documents_without_eod']} nowhere"),
-        ("sha256", f".bin {full['bin_sha256']}"), ("", f".idx {full['idx_sha256']}"),
+        (
+            "ids",
+            f"{full['smallest_id']} to {full['largest_id']}, {full['distinct_ids']} distinct, "
+            f"{full['ids_outside']} outside the vocabulary (its size: {vocabulary})",
+        ),
+        (
+            "ends",
+            f"{full['documents_ending_with_eod']} documents end with {full['eod']} ({full['eod_source']}), "
+            f"{full['documents_with_eod_inside']} have it inside, {full['documents_without_eod']} nowhere",
+        ),
+        ("sha256", f".bin {full['bin_sha256']}"),
+        ("", f".idx {full['idx_sha256']}"),
     ]

@@ -24,7 +24,16 @@ import numpy as np
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 BLOCK = 1 << 16  # entries of an index checked at once
 AGAIN = "Copy it again, or preprocess the text again"
@@ -54,7 +63,11 @@ class Index:
 
     @property
     def num_tokens(self) -> int:
-        return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1]) if len(self.lengths) else 0
+        return (
+            int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
+            if len(self.lengths)
+            else 0
+        )
 
     def document_starts(self) -> np.ndarray:
         """int64 [documents + 1]: where each document starts in `.bin`, in tokens, and the end of the last."""
@@ -75,25 +88,39 @@ def read_index(prefix: str | os.PathLike) -> Index:
     path = os.fspath(prefix) + ".idx"
     size = os.path.getsize(path)
     if size < HEADER.size:
-        raise ValueError(f"{path} has {size} bytes, fewer than its header: it is truncated. {AGAIN}")
+        raise ValueError(
+            f"{path} has {size} bytes, fewer than its header: it is truncated. {AGAIN}"
+        )
     data = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    magic, version, code, sequences, boundaries = HEADER.unpack(data[:HEADER.size].tobytes())
+    magic, version, code, sequences, boundaries = HEADER.unpack(data[: HEADER.size].tobytes())
     if magic != MAGIC:
-        raise ValueError(f"{path} is not a Megatron index: it starts with {magic!r}, not {MAGIC!r}")
+        raise ValueError(
+            f"{path} is not a Megatron index: it starts with {magic!r}, not {MAGIC!r}"
+        )
     if version != VERSION:
         raise ValueError(f"{path} has format version {version}; allowed: {VERSION}. {AGAIN}")
     if code not in DTYPES:
-        raise ValueError(f"{path} has dtype code {code}; allowed: {', '.join(map(str, DTYPES))}. {AGAIN}")
+        raise ValueError(
+            f"{path} has dtype code {code}; allowed: {', '.join(map(str, DTYPES))}. {AGAIN}"
+        )
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if size == expected + sequences and sequences:
-        raise ValueError(f"{path} has a modes section (multimodal data of newer Megatron-LM), which is not "
-                         f"supported. Preprocess the text alone with tools/preprocess_data.py")
+        raise ValueError(
+            f"{path} has a modes section (multimodal data of newer Megatron-LM), which is not "
+            f"supported. Preprocess the text alone with tools/preprocess_data.py"
+        )
     if size != expected:
-        raise ValueError(f"{path} has {size} bytes, but its {sequences} sequences and {boundaries} document "
-                         f"boundaries take {expected}: it is truncated or damaged. {AGAIN}")
+        raise ValueError(
+            f"{path} has {size} bytes, but its {sequences} sequences and {boundaries} document "
+            f"boundaries take {expected}: it is truncated or damaged. {AGAIN}"
+        )
     at_pointers, at_documents = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
-    index = Index(np.dtype(DTYPES[code]), data[HEADER.size:at_pointers].view("<i4"),
-                  data[at_pointers:at_documents].view("<i8"), data[at_documents:].view("<i8"))
+    index = Index(
+        np.dtype(DTYPES[code]),
+        data[HEADER.size : at_pointers].view("<i4"),
+        data[at_pointers:at_documents].view("<i8"),
+        data[at_documents:].view("<i8"),
+    )
     _check_index(index, path)
     return index
 
@@ -102,24 +129,32 @@ def _check_index(index: Index, path: str) -> None:
     """Each entry of the index once, block by block, so that the working memory stays in the processor's cache."""
     lengths, pointers, documents = index.lengths, index.pointers, index.document_index
     for at in range(0, len(lengths), BLOCK):
-        block, starts = lengths[at:at + BLOCK], pointers[at:at + BLOCK + 1]
+        block, starts = lengths[at : at + BLOCK], pointers[at : at + BLOCK + 1]
         if block.min() < 0:
             raise ValueError(f"{path} is damaged: it has negative sequence lengths. {AGAIN}")
         steps = np.multiply(block, index.dtype.itemsize, dtype=np.int64)
-        if pointers[0] != 0 or not np.array_equal(np.diff(starts), steps[:len(starts) - 1]):
-            raise ValueError(f"{path} is damaged: its pointers are not the running sum of its lengths. {AGAIN}")
-    parts = (documents[at:at + BLOCK + 1] for at in range(0, len(documents), BLOCK))
-    falls = any((part[1:] < part[:-1]).any() for part in parts)  # a difference of two int64 can wrap around
+        if pointers[0] != 0 or not np.array_equal(np.diff(starts), steps[: len(starts) - 1]):
+            raise ValueError(
+                f"{path} is damaged: its pointers are not the running sum of its lengths. {AGAIN}"
+            )
+    parts = (documents[at : at + BLOCK + 1] for at in range(0, len(documents), BLOCK))
+    falls = any(
+        (part[1:] < part[:-1]).any() for part in parts
+    )  # a difference of two int64 can wrap around
     if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(lengths) or falls:
-        raise ValueError(f"{path} is damaged: its document index does not rise from 0 to the number of sequences, "
-                         f"{len(lengths)}. {AGAIN}")
+        raise ValueError(
+            f"{path} is damaged: its document index does not rise from 0 to the number of sequences, "
+            f"{len(lengths)}. {AGAIN}"
+        )
 
 
 def uncounted_ends(index: Index, bin_size: int) -> int:
     """How many tokens a `.bin` of this many bytes has beyond its index, if it is one for each non-empty document: what
     a preprocessing leaves that forgets the end-of-document token in the lengths. 0 for any other size."""
     beyond = bin_size - index.num_tokens * index.dtype.itemsize
-    if beyond <= 0 or beyond != index.dtype.itemsize * np.count_nonzero(np.diff(index.document_starts())):
+    if beyond <= 0 or beyond != index.dtype.itemsize * np.count_nonzero(
+        np.diff(index.document_starts())
+    ):
         return 0
     return beyond // index.dtype.itemsize
 
@@ -163,11 +198,14 @@ class IndexedDataset:
                 f"{path} has exactly one token per non-empty document ({uncounted}) more than its index counts: it was "
                 f"written by a preprocessing that leaves the end-of-document token out of the lengths, so that "
                 f"document i would start i tokens early. Repair it with tools/inspect_dataset.py {self.prefix} "
-                f"--repair OUT, or preprocess the text again with tools/preprocess_data.py")
+                f"--repair OUT, or preprocess the text again with tools/preprocess_data.py"
+            )
         if size != expected:
-            raise ValueError(f"{path} has {size} bytes, but its index counts {self.num_tokens} tokens of "
-                             f"{self.dtype.itemsize} bytes, {expected} bytes: one of the two files is truncated or "
-                             f"belongs to another run. {AGAIN}")
+            raise ValueError(
+                f"{path} has {size} bytes, but its index counts {self.num_tokens} tokens of "
+                f"{self.dtype.itemsize} bytes, {expected} bytes: one of the two files is truncated or "
+                f"belongs to another run. {AGAIN}"
+            )
         if size == 0:  # cannot be mapped
             return np.empty(0, self.dtype)
         return np.memmap(path, self.dtype.newbyteorder("<"), "r").view(np.ndarray)
@@ -179,11 +217,16 @@ class IndexedDataset:
     def __getitem__(self, sequence: int) -> np.ndarray:
         """Tokens of one sequence: a read-only view in the stored dtype. IndexError beyond the end."""
         if not 0 <= sequence < len(self):
-            raise IndexError(f"sequence {sequence} of {self.prefix}: allowed 0 to {len(self) - 1}")
-        return self.tokens[self._token(sequence):self._token(sequence + 1)]
+            raise IndexError(
+                f"sequence {sequence} of {self.prefix}: allowed 0 to {len(self) - 1}"
+            )
+        return self.tokens[self._token(sequence) : self._token(sequence + 1)]
 
     def __reduce__(self) -> tuple:
-        return IndexedDataset, self._arguments  # a worker process maps the files again instead of receiving them
+        return (
+            IndexedDataset,
+            self._arguments,
+        )  # a worker process maps the files again instead of receiving them
 
     def document_lengths(self) -> np.ndarray:
         """int64 [documents]: tokens of each document, 0 for an empty one."""
@@ -197,17 +240,25 @@ class IndexedDataset:
             ValueError: the range reaches beyond the document.
         """
         if not 0 <= document < self.num_documents:
-            raise IndexError(f"document {document} of {self.prefix}: allowed 0 to {self.num_documents - 1}")
+            raise IndexError(
+                f"document {document} of {self.prefix}: allowed 0 to {self.num_documents - 1}"
+            )
         start = self._token(int(self.document_index[document]))
         size = self._token(int(self.document_index[document + 1])) - start
         stop = size if length is None else offset + length
         if not 0 <= offset <= stop <= size:
-            raise ValueError(f"tokens {offset} to {stop} of document {document} of {self.prefix}: allowed 0 to {size}")
-        return self.tokens[start + offset:start + stop]
+            raise ValueError(
+                f"tokens {offset} to {stop} of document {document} of {self.prefix}: allowed 0 to {size}"
+            )
+        return self.tokens[start + offset : start + stop]
 
     def _token(self, sequence: int) -> int:
         """Where a sequence starts, in tokens; `len(self)` is the end of the data."""
-        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
+        return (
+            int(self.pointers[sequence]) // self.dtype.itemsize
+            if sequence < len(self)
+            else self.num_tokens
+        )
 
 
 def prefix_of(path: str) -> str:
@@ -231,7 +282,9 @@ def _read_sidecar(prefix: str) -> dict[str, Any] | None:
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:  # JSON and UTF-8 errors are ValueErrors
-        raise ValueError(f"{path} is damaged ({error}). Remove it, or preprocess the text again") from None
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove it, or preprocess the text again"
+        ) from None
     return content
 
 
@@ -242,8 +295,18 @@ def _require_file(prefix: str, suffix: str) -> None:
     path = Path(prefix)
     folder, name = path.parent, path.name.removesuffix(".bin").removesuffix(".idx")
     there = sorted(p.stem for p in folder.glob("*.idx")) if folder.is_dir() else []
-    near = [n for n in there if n.startswith(name)] or difflib.get_close_matches(name, there) or there
+    near = (
+        [n for n in there if n.startswith(name)]
+        or difflib.get_close_matches(name, there)
+        or there
+    )
     found = ", ".join(str(folder / n) for n in near[:5]) if near else "none"
-    where = f"Prefixes in {folder}" if folder.is_dir() else f"The folder {folder} does not exist; prefixes there"
-    raise FileNotFoundError(f"{prefix}{suffix} does not exist. A dataset is named by its prefix, without .bin and .idx "
-                            f"but with _text_document. {where}: {found}")
+    where = (
+        f"Prefixes in {folder}"
+        if folder.is_dir()
+        else f"The folder {folder} does not exist; prefixes there"
+    )
+    raise FileNotFoundError(
+        f"{prefix}{suffix} does not exist. A dataset is named by its prefix, without .bin and .idx "
+        f"but with _text_document. {where}: {found}"
+    )

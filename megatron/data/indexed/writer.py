@@ -24,7 +24,11 @@ from megatron.io.staging_dir import WorkFolder
 LONGEST_SEQUENCE = np.iinfo(np.int32).max  # lengths are i32
 COPY_BYTES = 256 << 20  # copied at once, between two calls of a progress bar
 BLOCK = 1 << 20  # entries of the index computed at once
-PARTS = (".bin", ".lengths", ".counts")  # tokens; i32 tokens of each sequence; i32 sequences of each document
+PARTS = (
+    ".bin",
+    ".lengths",
+    ".counts",
+)  # tokens; i32 tokens of each sequence; i32 sequences of each document
 PUBLISHED = (".bin", ".json", ".idx")
 
 
@@ -45,8 +49,13 @@ class IndexedWriter:
         OSError: a file cannot be written, here and in every method that writes; the message names it.
     """
 
-    def __init__(self, prefix: str | os.PathLike, dtype: np.dtype | type, folder: WorkFolder | None = None,
-                 resume: dict[str, int] | None = None):
+    def __init__(
+        self,
+        prefix: str | os.PathLike,
+        dtype: np.dtype | type,
+        folder: WorkFolder | None = None,
+        resume: dict[str, int] | None = None,
+    ):
         self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype)
         if self.dtype not in CODES or self.dtype.kind == "f":
             allowed = ", ".join(d.name for d in CODES if d.kind != "f")
@@ -77,7 +86,9 @@ class IndexedWriter:
         ids = np.asarray(ids if len(ids) else np.empty(0, self.dtype))
         self.add_documents(ids, np.array([len(ids)]))
 
-    def add_documents(self, flat_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
+    def add_documents(
+        self, flat_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None
+    ) -> None:
         """Append documents given as one array.
 
         Args:
@@ -89,21 +100,35 @@ class IndexedWriter:
             ValueError: an id does not fit the dtype, a length is out of range, or the arrays do not fit each other.
         """
         flat_ids, lengths = np.asarray(flat_ids), np.asarray(lengths, np.int64)
-        counts = np.ones(len(lengths), np.int64) if counts is None else np.asarray(counts, np.int64)
+        counts = (
+            np.ones(len(lengths), np.int64) if counts is None else np.asarray(counts, np.int64)
+        )
         for length in (lengths.min(initial=0), lengths.max(initial=0)):
             if not 0 <= length <= LONGEST_SEQUENCE:
-                raise ValueError(f"a document for {self.prefix} has {length} tokens; allowed: 0 to {LONGEST_SEQUENCE}. "
-                                 f"Split long documents")
-        if flat_ids.ndim != 1 or flat_ids.dtype.kind not in "iu" or lengths.sum() != len(flat_ids):
-            raise ValueError(f"documents for {self.prefix} are {flat_ids.dtype} of shape {flat_ids.shape} with lengths "
-                             f"that add up to {lengths.sum()}; allowed: one row of integers of that length")
+                raise ValueError(
+                    f"a document for {self.prefix} has {length} tokens; allowed: 0 to {LONGEST_SEQUENCE}. "
+                    f"Split long documents"
+                )
+        if (
+            flat_ids.ndim != 1
+            or flat_ids.dtype.kind not in "iu"
+            or lengths.sum() != len(flat_ids)
+        ):
+            raise ValueError(
+                f"documents for {self.prefix} are {flat_ids.dtype} of shape {flat_ids.shape} with lengths "
+                f"that add up to {lengths.sum()}; allowed: one row of integers of that length"
+            )
         if counts.sum() != len(lengths) or counts.min(initial=0) < 0:
-            raise ValueError(f"documents for {self.prefix} have {counts.sum()} sequences and {len(lengths)} lengths; "
-                             f"allowed: one length per sequence")
+            raise ValueError(
+                f"documents for {self.prefix} have {counts.sum()} sequences and {len(lengths)} lengths; "
+                f"allowed: one length per sequence"
+            )
         for token in (flat_ids.min(initial=0), flat_ids.max(initial=0)):
             if not 0 <= token <= np.iinfo(self.dtype).max:
-                raise ValueError(f"a token id for {self.prefix} is {token}; allowed in {self.dtype}: 0 to "
-                                 f"{np.iinfo(self.dtype).max}. Give the writer the dtype of the whole vocabulary")
+                raise ValueError(
+                    f"a token id for {self.prefix} is {token}; allowed in {self.dtype}: 0 to "
+                    f"{np.iinfo(self.dtype).max}. Give the writer the dtype of the whole vocabulary"
+                )
         self._write(".bin", np.ascontiguousarray(flat_ids, self.dtype.newbyteorder("<")))
         some = lengths > 0
         if not some.all():
@@ -111,7 +136,9 @@ class IndexedWriter:
             counts = np.diff(before[np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])])
         self._count(lengths[some], counts)
 
-    def add_dataset(self, dataset: IndexedDataset, progress: Callable[[int], object] = lambda copied: None) -> None:
+    def add_dataset(
+        self, dataset: IndexedDataset, progress: Callable[[int], object] = lambda copied: None
+    ) -> None:
         """Append all documents of another dataset, copying its .bin file to file.
 
         Args:
@@ -120,8 +147,10 @@ class IndexedWriter:
             ValueError: it has another dtype.
         """
         if dataset.dtype != self.dtype:
-            raise ValueError(f"{dataset.prefix} holds {dataset.dtype}, {self.prefix} {self.dtype}; allowed: the same "
-                             f"dtype. Preprocess one of them again")
+            raise ValueError(
+                f"{dataset.prefix} holds {dataset.dtype}, {self.prefix} {self.dtype}; allowed: the same "
+                f"dtype. Preprocess one of them again"
+            )
         target = self._files[".bin"]
         with named_errors(self._temp(".bin")), open(dataset.prefix + ".bin", "rb") as source:
             target.flush()
@@ -155,18 +184,35 @@ class IndexedWriter:
         sizes = self.commit()
         self._close()
         if sizes[".bin"] != self.num_tokens * self.dtype.itemsize:
-            raise ValueError(f"{self._temp('.bin')} has {sizes['.bin']} bytes, {self.num_tokens} tokens take "
-                             f"{self.num_tokens * self.dtype.itemsize}: something else wrote to it, or to a file that "
-                             f"was copied. Start again when nothing does")
+            raise ValueError(
+                f"{self._temp('.bin')} has {sizes['.bin']} bytes, {self.num_tokens} tokens take "
+                f"{self.num_tokens * self.dtype.itemsize}: something else wrote to it, or to a file that "
+                f"was copied. Start again when nothing does"
+            )
         sequences = sizes[".lengths"] // 4
-        record = {**(sidecar or {}), "dtype": self.dtype.name, "documents": self.num_documents,
-                  "sequences": sequences, "tokens": self.num_tokens, "version": __version__}
+        record = {
+            **(sidecar or {}),
+            "dtype": self.dtype.name,
+            "documents": self.num_documents,
+            "sequences": sequences,
+            "tokens": self.num_tokens,
+            "version": __version__,
+        }
         _write(self._temp(".json"), [json.dumps(record, indent=1).encode() + b"\n"])
-        header = HEADER.pack(MAGIC, VERSION, CODES[self.dtype], sequences, self.num_documents + 1)
+        header = HEADER.pack(
+            MAGIC, VERSION, CODES[self.dtype], sequences, self.num_documents + 1
+        )
         lengths, counts = self._temp(".lengths"), self._temp(".counts")
-        _write(self._temp(".idx"), chain(
-            [header], (block.data for block in _blocks(lengths)), _running_sums(lengths, self.dtype.itemsize),
-            _running_sums(counts), [np.array(sequences, "<i8").data]))
+        _write(
+            self._temp(".idx"),
+            chain(
+                [header],
+                (block.data for block in _blocks(lengths)),
+                _running_sums(lengths, self.dtype.itemsize),
+                _running_sums(counts),
+                [np.array(sequences, "<i8").data],
+            ),
+        )
         return self._temp("")
 
     def discard(self) -> None:
@@ -178,7 +224,9 @@ class IndexedWriter:
 
     def _close(self) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # of a flush that failed before: the error that matters is on its way
+            with suppress(
+                OSError
+            ):  # of a flush that failed before: the error that matters is on its way
                 file.close()
         self._files = {}
 
@@ -199,18 +247,26 @@ class IndexedWriter:
 def require_space(prefix: str, datasets: Sequence[IndexedDataset]) -> None:
     """Raise ValueError unless the datasets fit, joined to one, on the disk of a prefix."""
     # Beside .bin and .idx lie, at the end, 4 bytes per sequence and per document that the writer makes the index from.
-    needed = sum(d.tokens.nbytes + HEADER.size + (12 + 4) * len(d) + (8 + 4) * len(d.document_index) for d in datasets)
+    needed = sum(
+        d.tokens.nbytes + HEADER.size + (12 + 4) * len(d) + (8 + 4) * len(d.document_index)
+        for d in datasets
+    )
     folder = next(parent for parent in Path(os.path.abspath(prefix)).parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"{prefix} needs {needed / 1e9:.3f} GB, the disk of {folder} has {free / 1e9:.3f} GB left. "
-                         f"Make room there, or choose another disk")
+        raise ValueError(
+            f"{prefix} needs {needed / 1e9:.3f} GB, the disk of {folder} has {free / 1e9:.3f} GB left. "
+            f"Make room there, or choose another disk"
+        )
 
 
 def is_resumable(prefix: str, folder: WorkFolder, state: dict[str, int]) -> bool:
     """Whether the files of a writer hold at least what `commit` said."""
     try:
-        return all(os.path.getsize(folder.file(os.path.basename(prefix) + part)) >= state[part] for part in PARTS)
+        return all(
+            os.path.getsize(folder.file(os.path.basename(prefix) + part)) >= state[part]
+            for part in PARTS
+        )
     except FileNotFoundError:
         return False
 
@@ -233,9 +289,13 @@ def publish(prefix: str, folder: WorkFolder) -> None:
 def _copy(source, target, at: int, progress: Callable[[int], object]) -> None:
     """Append a whole file at byte `at` of another: inside the kernel where the filesystem can."""
     left = os.fstat(source.fileno()).st_size
-    with suppress(OSError, AttributeError):  # across filesystems, or not Linux: the rest is copied below
+    with suppress(
+        OSError, AttributeError
+    ):  # across filesystems, or not Linux: the rest is copied below
         while left:
-            copied = os.copy_file_range(source.fileno(), target.fileno(), min(left, COPY_BYTES), None, at)
+            copied = os.copy_file_range(
+                source.fileno(), target.fileno(), min(left, COPY_BYTES), None, at
+            )
             if copied == 0:
                 break
             left, at = left - copied, at + copied

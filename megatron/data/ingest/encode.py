@@ -29,14 +29,26 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 
 LOGGER = logging.getLogger("megatron")
-IN_FLIGHT = 2  # chunks per process that are being encoded or wait for their turn: bounds the memory
-ALONE_BYTES, ALONE_SECONDS = 64 << 20, 2.0  # input that is encoded, or time that passes, before others are started
-COMPARED_DOCUMENTS, COMPARED_OF_FIRST = 4, 16  # of each file and key, of the first file; and one of each later chunk
+IN_FLIGHT = (
+    2  # chunks per process that are being encoded or wait for their turn: bounds the memory
+)
+ALONE_BYTES, ALONE_SECONDS = (
+    64 << 20,
+    2.0,
+)  # input that is encoded, or time that passes, before others are started
+COMPARED_DOCUMENTS, COMPARED_OF_FIRST = (
+    4,
+    16,
+)  # of each file and key, of the first file; and one of each later chunk
 
 
 def usable_cores() -> int:
     """Cores that this process may use: its CPU set, and the quota of its control group (containers)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
     with suppress(OSError, ValueError):  # no such file, or "max": no quota
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
@@ -71,8 +83,12 @@ class Tokens:
     def first(self, documents: int) -> Tokens:
         """Only the first so many documents."""
         sequences = int(self.counts[:documents].sum())
-        return Tokens(self.ids[:int(self.lengths[:sequences].sum())], self.lengths[:sequences],
-                      self.counts[:documents], self.sizes[:documents])
+        return Tokens(
+            self.ids[: int(self.lengths[:sequences].sum())],
+            self.lengths[:sequences],
+            self.counts[:documents],
+            self.sizes[:documents],
+        )
 
 
 @dataclass(frozen=True)
@@ -137,8 +153,12 @@ class Encoders:
                 if long and self._started is None and self.workers > 1:
                     self._started = self._submit(None)
                 if self._started is None or not self._started.done():
-                    yield self._checked(chunk, encode(chunk, self.recipe, self.tokenizer, self.split,
-                                                      self.use_reference))
+                    yield self._checked(
+                        chunk,
+                        encode(
+                            chunk, self.recipe, self.tokenizer, self.split, self.use_reference
+                        ),
+                    )
                     continue
                 running.append((chunk, self._submit(chunk)))
                 if len(running) >= IN_FLIGHT * self.workers:
@@ -152,7 +172,11 @@ class Encoders:
     def _submit(self, chunk: Chunk | None) -> Future:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
-                self.workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(self.recipe,))
+                self.workers,
+                multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self.recipe,),
+            )
         # Ctrl-C is this process's, which ends the workers; they inherit what is blocked while they are started.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -187,8 +211,10 @@ def _unbroken() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
-        raise OSError("a worker process ended before its work was done (killed, or out of memory?). Run the program "
-                      "again, with fewer --workers if memory is short") from None
+        raise OSError(
+            "a worker process ended before its work was done (killed, or out of memory?). Run the program "
+            "again, with fewer --workers if memory is short"
+        ) from None
 
 
 _OWN: dict[str, object] = {}
@@ -198,8 +224,11 @@ _OWN: dict[str, object] = {}
 def _start_worker(recipe: Recipe) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("megatron").setLevel(logging.ERROR)  # the parent says it, once
-    _OWN.update(recipe=recipe, tokenizer=build_tokenizer(recipe.tokenizer, threads=1),
-                split=build_splitter(recipe.split_sentences))
+    _OWN.update(
+        recipe=recipe,
+        tokenizer=build_tokenizer(recipe.tokenizer, threads=1),
+        split=build_splitter(recipe.split_sentences),
+    )
 
 
 def _end_with_parent() -> None:
@@ -208,11 +237,18 @@ def _end_with_parent() -> None:
 
 
 def _work(chunk: Chunk | None, use_reference: bool) -> Encoded | None:
-    return chunk and encode(chunk, _OWN["recipe"], _OWN["tokenizer"], _OWN["split"], use_reference)
+    return chunk and encode(
+        chunk, _OWN["recipe"], _OWN["tokenizer"], _OWN["split"], use_reference
+    )
 
 
-def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, split: Splitter | None,
-           use_reference: bool = False) -> Encoded:
+def encode(
+    chunk: Chunk,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    split: Splitter | None,
+    use_reference: bool = False,
+) -> Encoded:
     """Parse and encode one chunk.
 
     Raises:
@@ -220,19 +256,36 @@ def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, split: Splitter |
     """
     if use_reference:
         tokenizer.use_reference()
-    compared = 1 if chunk.start else COMPARED_OF_FIRST if chunk.source == 0 else COMPARED_DOCUMENTS
+    compared = (
+        1 if chunk.start else COMPARED_OF_FIRST if chunk.source == 0 else COMPARED_DOCUMENTS
+    )
     parsed = chunk.parse(recipe.keys)
     try:
-        keys = {key: _tokens(parsed.texts[key], recipe, tokenizer, split, compared) for key in recipe.keys}
+        keys = {
+            key: _tokens(parsed.texts[key], recipe, tokenizer, split, compared)
+            for key in recipe.keys
+        }
     except ValueError as error:
-        raise ValueError(f"{chunk.path}, between {chunk.unit if chunk.unit == 'row' else 'byte'} {chunk.start} and "
-                         f"{chunk.end}: {error}") from None
-    return Encoded(replace(chunk, data=None), parsed.lines, parsed.rejected, keys, tokenizer.difference)
+        raise ValueError(
+            f"{chunk.path}, between {chunk.unit if chunk.unit == 'row' else 'byte'} {chunk.start} and "
+            f"{chunk.end}: {error}"
+        ) from None
+    return Encoded(
+        replace(chunk, data=None), parsed.lines, parsed.rejected, keys, tokenizer.difference
+    )
 
 
-def _tokens(texts: list[str], recipe: Recipe, tokenizer: Tokenizer, split: Splitter | None, compared: int) -> Tokens:
+def _tokens(
+    texts: list[str],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    split: Splitter | None,
+    compared: int,
+) -> Tokens:
     tokenizer.compare(compared)
-    sizes = np.fromiter((len(t) if t.isascii() else len(t.encode()) for t in texts), np.int64, count=len(texts))
+    sizes = np.fromiter(
+        (len(t) if t.isascii() else len(t.encode()) for t in texts), np.int64, count=len(texts)
+    )
     counts = np.ones(len(texts), np.int64)
     if split:
         sentences = [split(text) for text in texts]
@@ -242,16 +295,19 @@ def _tokens(texts: list[str], recipe: Recipe, tokenizer: Tokenizer, split: Split
     if split and tokenizer.bos is not None:
         ids, lengths = _without_inner_bos(ids, lengths, counts)
     if ids.max(initial=0) >= tokenizer.vocab_size:
-        raise ValueError(f"{tokenizer.name} gives the token id {ids.max()}, outside its vocabulary of "
-                         f"{tokenizer.vocab_size}: the vocabulary file is damaged. Fetch or train it again")
+        raise ValueError(
+            f"{tokenizer.name} gives the token id {ids.max()}, outside its vocabulary of "
+            f"{tokenizer.vocab_size}: the vocabulary file is damaged. Fetch or train it again"
+        )
     dtype = dtype_for_vocab(tokenizer.vocab_size)
     if recipe.append_eod:
         return Tokens(*with_eod(ids, lengths, counts, tokenizer.eod, dtype), counts, sizes)
     return Tokens(ids.astype(dtype), lengths, counts, sizes)
 
 
-def with_eod(ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray, eod: int,
-             dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def with_eod(
+    ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray, eod: int, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
     """The same documents, each with the id `eod` at the end of its last non-empty sequence, counted in its length.
 
     Empty documents stay empty. Returns ids in `dtype`, and the lengths.
@@ -269,7 +325,9 @@ def with_eod(ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray, eod: int,
     return out, lengths
 
 
-def _without_inner_bos(ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _without_inner_bos(
+    ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Drop the begin-of-sequence id of every sequence but a document's first."""
     first = np.zeros(len(lengths), bool)
     first[(np.cumsum(counts) - counts)[counts > 0]] = True
@@ -293,13 +351,17 @@ def build_splitter(language: str) -> Splitter | None:
     try:
         from nltk.tokenize.punkt import PunktTokenizer
     except ImportError:
-        raise ValueError("--split-sentences needs the package nltk, which is not installed. Install it: "
-                         "pip install 'moe-megatron[sentences]'") from None
+        raise ValueError(
+            "--split-sentences needs the package nltk, which is not installed. Install it: "
+            "pip install 'moe-megatron[sentences]'"
+        ) from None
     try:
         punkt = PunktTokenizer(language)
     except LookupError:
-        raise ValueError(f"--lang is {language!r}, for which NLTK's Punkt model is not installed. Fetch the models: "
-                         f"python -m nltk.downloader punkt_tab (or name their folder in NLTK_DATA)") from None
+        raise ValueError(
+            f"--lang is {language!r}, for which NLTK's Punkt model is not installed. Fetch the models: "
+            f"python -m nltk.downloader punkt_tab (or name their folder in NLTK_DATA)"
+        ) from None
 
     def split(text: str) -> list[str]:
         ends = [end for _, end in punkt.span_tokenize(text)][:-1]

@@ -51,12 +51,22 @@ class Job:
 
     def __post_init__(self):
         require(self.workers >= 1, "--workers", self.workers, "1 or more")
-        require(self.max_documents >= 0, "--max-documents", self.max_documents, "0 (all) or more")
-        require(os.path.basename(self.output_prefix) not in ("", ".", ".."), "--output-prefix",
-                self.output_prefix, "a path whose last part begins the names of the files, such as data/corpus")
+        require(
+            self.max_documents >= 0, "--max-documents", self.max_documents, "0 (all) or more"
+        )
+        require(
+            os.path.basename(self.output_prefix) not in ("", ".", ".."),
+            "--output-prefix",
+            self.output_prefix,
+            "a path whose last part begins the names of the files, such as data/corpus",
+        )
         for key in self.recipe.keys:
-            require(key and not {"/", "\0"} & {*key}, "--json-keys", key,
-                    "keys without a slash, since they become part of file names")
+            require(
+                key and not {"/", "\0"} & {*key},
+                "--json-keys",
+                key,
+                "keys without a slash, since they become part of file names",
+            )
 
 
 @dataclass
@@ -95,7 +105,9 @@ class Preprocessing:
         OSError: something cannot be read or written.
     """
 
-    def __init__(self, job: Job, commit_seconds: float = COMMIT_SECONDS, chunk_bytes: int = CHUNK_BYTES):
+    def __init__(
+        self, job: Job, commit_seconds: float = COMMIT_SECONDS, chunk_bytes: int = CHUNK_BYTES
+    ):
         self.job, self._chunk_bytes = job, chunk_bytes
         self._commit_seconds, self._committed = commit_seconds, time.monotonic()
         self._sources = open_sources(job.inputs)
@@ -105,15 +117,27 @@ class Preprocessing:
             self._tokenizer = self._encoders.tokenizer
             self._refuse_own_outputs()
             self._folder = stack.enter_context(WorkFolder(job.output_prefix))
-            for prefix in self._prefixes().values():  # others may get there from another output prefix, or by merging
+            for prefix in (
+                self._prefixes().values()
+            ):  # others may get there from another output prefix, or by merging
                 stack.enter_context(WorkFolder(prefix))
             self._identity = self._describe()
             state = self._earlier_state()
             self.resumed = state is not None
             if state is None:
                 self._folder.clear()
-                state = {"source": 0, "position": 0, "line": 0, "skipped": 0, "rejected": 0, "read": 0,
-                         "use_reference": False, "published": False, "writers": {}, "bytes": {}}
+                state = {
+                    "source": 0,
+                    "position": 0,
+                    "line": 0,
+                    "skipped": 0,
+                    "rejected": 0,
+                    "read": 0,
+                    "use_reference": False,
+                    "published": False,
+                    "writers": {},
+                    "bytes": {},
+                }
             self._restore(state, stack)
             self._stack = stack.pop_all()
 
@@ -153,25 +177,52 @@ class Preprocessing:
         self._require_unchanged()
         writers = {key: writer.commit() for key, writer in self._writers.items()}
         self._sync_rejected()
-        self._save({"source": self._source, "position": self._position, "line": self._line, "skipped": self.skipped,
-                    "rejected": self._rejected.tell(), "read": self.read, "published": False,
-                    "use_reference": self._encoders.use_reference, "writers": writers, "bytes": self._bytes})
+        self._save(
+            {
+                "source": self._source,
+                "position": self._position,
+                "line": self._line,
+                "skipped": self.skipped,
+                "rejected": self._rejected.tell(),
+                "read": self.read,
+                "published": False,
+                "use_reference": self._encoders.use_reference,
+                "writers": writers,
+                "bytes": self._bytes,
+            }
+        )
         self._committed = time.monotonic()
 
     def finish(self) -> list[Totals]:
         """Publish every key's pair, and the rejected records if there are any."""
         if not self.documents:
             raise no_documents(self.job.inputs, self.skipped)
-        totals = [Totals(writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key])
-                  for key, writer in self._writers.items()]
+        totals = [
+            Totals(writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key])
+            for key, writer in self._writers.items()
+        ]
         if not self.published:
             self._require_unchanged()
             self._sync_rejected()
-            writers = {key: {"num_documents": w.num_documents, "num_tokens": w.num_tokens,
-                             "file": _file(w.prepare(self._sidecar(key)) + ".bin")}
-                       for key, w in self._writers.items()}
-            self._save({**self._state, "published": True, "skipped": self.skipped, "read": self.read,
-                        "rejected": self._rejected.tell(), "writers": writers, "bytes": self._bytes})
+            writers = {
+                key: {
+                    "num_documents": w.num_documents,
+                    "num_tokens": w.num_tokens,
+                    "file": _file(w.prepare(self._sidecar(key)) + ".bin"),
+                }
+                for key, w in self._writers.items()
+            }
+            self._save(
+                {
+                    **self._state,
+                    "published": True,
+                    "skipped": self.skipped,
+                    "read": self.read,
+                    "rejected": self._rejected.tell(),
+                    "writers": writers,
+                    "bytes": self._bytes,
+                }
+            )
         for writer in self._writers.values():
             publish(writer.prefix, self._folder)
         self._publish_rejected()
@@ -181,25 +232,41 @@ class Preprocessing:
     def _describe(self) -> dict[str, Any]:
         """What makes two runs the same job."""
         recipe = self.job.recipe
-        return {"layout": LAYOUT, "inputs": [source.identity() for source in self._sources],
-                "tokenizer": [self._tokenizer.name, self._tokenizer.fingerprint, digest_of_files(recipe.tokenizer)],
-                "keys": list(recipe.keys), "append_eod": recipe.append_eod, "split_sentences": recipe.split_sentences,
-                "max_documents": self.job.max_documents}
+        return {
+            "layout": LAYOUT,
+            "inputs": [source.identity() for source in self._sources],
+            "tokenizer": [
+                self._tokenizer.name,
+                self._tokenizer.fingerprint,
+                digest_of_files(recipe.tokenizer),
+            ],
+            "keys": list(recipe.keys),
+            "append_eod": recipe.append_eod,
+            "split_sentences": recipe.split_sentences,
+            "max_documents": self.job.max_documents,
+        }
 
     def _refuse_own_outputs(self) -> None:
-        outputs = {os.path.realpath(f"{prefix}{suffix}") for prefix in self._prefixes().values()
-                   for suffix in PUBLISHED} | {os.path.realpath(self._rejected_name())}
+        outputs = {
+            os.path.realpath(f"{prefix}{suffix}")
+            for prefix in self._prefixes().values()
+            for suffix in PUBLISHED
+        } | {os.path.realpath(self._rejected_name())}
         for source in self._sources:
             if os.path.realpath(source.path) in outputs:
-                raise ValueError(f"--input names {source.path}, which this run would write. Choose another "
-                                 f"--output-prefix, or name the inputs one by one")
+                raise ValueError(
+                    f"--input names {source.path}, which this run would write. Choose another "
+                    f"--output-prefix, or name the inputs one by one"
+                )
 
     def _require_unchanged(self) -> None:
         """The input being read must be what it was at the start."""
-        for source in self._sources[self._source:self._source + 1]:
+        for source in self._sources[self._source : self._source + 1]:
             path, *known = source.identity()[:3]
             if any(known) and _file(path)[2:] != known:
-                raise ValueError(f"{path} changed while it was read. Start again when nothing writes to it")
+                raise ValueError(
+                    f"{path} changed while it was read. Start again when nothing writes to it"
+                )
 
     def _earlier_state(self) -> dict[str, Any] | None:
         """The committed state of an earlier run of this job, if its files are there."""
@@ -212,8 +279,11 @@ class Preprocessing:
         except (ValueError, TypeError, KeyError):
             reasons = ["its state, which cannot be read"]
         if reasons:
-            LOGGER.warning("%s holds an unfinished run that differs in: %s. Starting again", self._folder.path,
-                           ", ".join(reasons))
+            LOGGER.warning(
+                "%s holds an unfinished run that differs in: %s. Starting again",
+                self._folder.path,
+                ", ".join(reasons),
+            )
             return None
         LOGGER.info("continuing the unfinished run in %s", self._folder.path)
         return state
@@ -222,7 +292,11 @@ class Preprocessing:
         """Why a state cannot be continued; nothing when it can."""
         if state["job"]["layout"] != LAYOUT:
             return ["layout"]
-        reasons = [name.replace("_", " ") for name, value in self._identity.items() if state["job"][name] != value]
+        reasons = [
+            name.replace("_", " ")
+            for name, value in self._identity.items()
+            if state["job"][name] != value
+        ]
         if not all(source.resumable for source in self._sources):
             reasons.append("standard input, which cannot be read again")
         if state["skipped"] and not self.job.skip_errors:
@@ -234,29 +308,52 @@ class Preprocessing:
     def _are_there(self, state: dict[str, Any]) -> bool:
         """Whether the files are still what the state says they are."""
         if state["published"]:
-            return all(writer["file"] in (_file(prefix + ".bin"), _file(self._folder.file(f"{Path(prefix).name}.bin")))
-                       for prefix, writer in zip(self._prefixes().values(), state["writers"].values()))
+            return all(
+                writer["file"]
+                in (
+                    _file(prefix + ".bin"),
+                    _file(self._folder.file(f"{Path(prefix).name}.bin")),
+                )
+                for prefix, writer in zip(self._prefixes().values(), state["writers"].values())
+            )
         rejected = self._folder.file(REJECTED)
-        return (os.path.exists(rejected) and os.path.getsize(rejected) >= state["rejected"]
-                and all(is_resumable(prefix, self._folder, state["writers"][key])
-                        for key, prefix in self._prefixes().items()))
+        return (
+            os.path.exists(rejected)
+            and os.path.getsize(rejected) >= state["rejected"]
+            and all(
+                is_resumable(prefix, self._folder, state["writers"][key])
+                for key, prefix in self._prefixes().items()
+            )
+        )
 
     def _restore(self, state: dict[str, Any], stack: ExitStack) -> None:
         self._state = state
-        self._source, self._position, self._line = state["source"], state["position"], state["line"]
-        self.skipped, self.read, self.published = state["skipped"], state["read"], state["published"]
+        self._source, self._position, self._line = (
+            state["source"],
+            state["position"],
+            state["line"],
+        )
+        self.skipped, self.read, self.published = (
+            state["skipped"],
+            state["read"],
+            state["published"],
+        )
         self._encoders.use_reference = state["use_reference"]
         self._bytes = dict(state["bytes"]) or dict.fromkeys(self.job.recipe.keys, 0)
         rejected = self._folder.file(REJECTED)
         if self.published:
             self._source = len(self._sources)
             self._rejected = stack.enter_context(open(os.devnull, "rb"))  # noqa: SIM115
-            self._writers = {key: _Published(prefix, **state["writers"][key])
-                             for key, prefix in self._prefixes().items()}
+            self._writers = {
+                key: _Published(prefix, **state["writers"][key])
+                for key, prefix in self._prefixes().items()
+            }
             return
         dtype = dtype_for_vocab(self._tokenizer.vocab_size)
-        self._writers = {key: IndexedWriter(prefix, dtype, self._folder, state["writers"].get(key))
-                         for key, prefix in self._prefixes().items()}
+        self._writers = {
+            key: IndexedWriter(prefix, dtype, self._folder, state["writers"].get(key))
+            for key, prefix in self._prefixes().items()
+        }
         for writer in self._writers.values():
             stack.callback(writer.discard)
         self._rejected = stack.enter_context(open(rejected, "ab"))  # noqa: SIM115
@@ -269,7 +366,7 @@ class Preprocessing:
 
     def _chunks(self) -> Iterator[Chunk]:
         position = self._position
-        for source in self._sources[self._source:]:
+        for source in self._sources[self._source :]:
             yield from source.chunks(self.job.recipe.keys, position, self._chunk_bytes)
             position = 0
 
@@ -286,7 +383,11 @@ class Preprocessing:
     def _take(self, encoded: Encoded) -> None:
         """Write what came of one chunk."""
         self._move_to(encoded.chunk, encoded.chunk.start)
-        room = self.job.max_documents - self.documents if self.job.max_documents else encoded.documents
+        room = (
+            self.job.max_documents - self.documents
+            if self.job.max_documents
+            else encoded.documents
+        )
         for rejected in encoded.rejected:
             if rejected.before < room or not self.job.max_documents:
                 self._reject(encoded.chunk, rejected)
@@ -305,17 +406,31 @@ class Preprocessing:
         self.skipped += 1
         if self.skipped <= SHOWN_REJECTIONS:
             LOGGER.warning("skipped %s: %s", chunk.place(number), rejected.reason)
-        record = {"file": chunk.path, chunk.unit: number, "reason": rejected.reason,
-                  "record": rejected.raw.decode(errors="backslashreplace")}
+        record = {
+            "file": chunk.path,
+            chunk.unit: number,
+            "reason": rejected.reason,
+            "record": rejected.raw.decode(errors="backslashreplace"),
+        }
         with named_errors(self._rejected.name):
-            self._rejected.write(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+            self._rejected.write(
+                json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+            )
 
     def _sidecar(self, key: str) -> dict[str, Any]:
         recipe, tokenizer = self.job.recipe, self._tokenizer
-        return {"tool": "preprocess_data", "tokenizer": tokenizer.name, "vocab_hash": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod, "append_eod": recipe.append_eod,
-                "split_sentences": recipe.split_sentences, "skipped": self.skipped,
-                "sources": [source.identity()[0] for source in self._sources], "key": key}
+        return {
+            "tool": "preprocess_data",
+            "tokenizer": tokenizer.name,
+            "vocab_hash": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod,
+            "append_eod": recipe.append_eod,
+            "split_sentences": recipe.split_sentences,
+            "skipped": self.skipped,
+            "sources": [source.identity()[0] for source in self._sources],
+            "key": key,
+        }
 
     def _publish_rejected(self) -> None:
         self._rejected.close()
@@ -364,10 +479,20 @@ def _file(path: str) -> list[int]:
 def digest_of_files(tokenizer: TokenizerConfig) -> str:
     """Of the tokenizer's files: its fingerprint is that of the vocabulary, and leaves out how text is split."""
     folder = Path(tokenizer.tokenizer_model)
-    files = [tokenizer.vocab_file, tokenizer.merge_file, folder, folder / "tokenizer.json",
-             folder / "tokenizer_config.json"]
-    return hashlib.sha256(b"".join(hashlib.sha256(Path(file).read_bytes()).digest()
-                                   for file in files if os.path.isfile(file))).hexdigest()
+    files = [
+        tokenizer.vocab_file,
+        tokenizer.merge_file,
+        folder,
+        folder / "tokenizer.json",
+        folder / "tokenizer_config.json",
+    ]
+    return hashlib.sha256(
+        b"".join(
+            hashlib.sha256(Path(file).read_bytes()).digest()
+            for file in files
+            if os.path.isfile(file)
+        )
+    ).hexdigest()
 
 
 def preprocess(job: Job, **options) -> list[Totals]:

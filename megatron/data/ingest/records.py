@@ -80,12 +80,18 @@ class Chunk:
 
     def place(self, number: int) -> str:
         """Of a record in messages: `PATH:LINE`, or `PATH, row N`; `number` counts from the source's begin, from 1."""
-        return f"{self.path}:{number}" if self.unit == "line" else f"{self.path}, {self.unit} {number}"
+        return (
+            f"{self.path}:{number}"
+            if self.unit == "line"
+            else f"{self.path}, {self.unit} {number}"
+        )
 
     def refusal(self, rejected: Rejected, number: int) -> ValueError:
         """The error of a record that is not to be skipped; `number` as for `place`."""
-        return ValueError(f"{self.place(number)}: {rejected.reason}. Correct or remove it, or leave such records out: "
-                          f"--on-error skip")
+        return ValueError(
+            f"{self.place(number)}: {rejected.reason}. Correct or remove it, or leave such records out: "
+            f"--on-error skip"
+        )
 
     def parse(self, keys: Sequence[str]) -> Parsed:
         """The strings under `keys`; blank lines are no documents.
@@ -109,8 +115,10 @@ class Chunk:
                 parts.append(part)
                 left -= len(part)
         if left:
-            raise ValueError(f"{self.path} became shorter while it was read: it ends before byte {self.end}. Start "
-                             f"again when nothing writes to it")
+            raise ValueError(
+                f"{self.path} became shorter while it was read: it ends before byte {self.end}. Start "
+                f"again when nothing writes to it"
+            )
         return b"".join(parts)
 
 
@@ -118,7 +126,9 @@ def _parse_lines(data: bytes, keys: Sequence[str]) -> Parsed:
     usable: list[dict[str, str]] = []
     rejected: list[Rejected] = []
     add, loads, number = usable.append, orjson.loads, 0
-    for line in io.BytesIO(data):  # the fastest of split, find and this, which also copies line by line only
+    for line in io.BytesIO(
+        data
+    ):  # the fastest of split, find and this, which also copies line by line only
         number += 1
         try:
             record = loads(line)
@@ -131,7 +141,14 @@ def _parse_lines(data: bytes, keys: Sequence[str]) -> Parsed:
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             _require_memory(error, line)
         if not line.isspace():
-            rejected.append(Rejected(number, len(usable), _why_not_line(line.rstrip(), keys), line.removesuffix(b"\n")))
+            rejected.append(
+                Rejected(
+                    number,
+                    len(usable),
+                    _why_not_line(line.rstrip(), keys),
+                    line.removesuffix(b"\n"),
+                )
+            )
     return Parsed({key: [record[key] for record in usable] for key in keys}, number, rejected)
 
 
@@ -154,8 +171,11 @@ def _why_not_line(line: bytes, keys: Sequence[str]) -> str:
 def _require_memory(error: Exception, line: bytes) -> None:
     """Raise OSError when `error` says nothing about the line."""
     if isinstance(error, orjson.JSONDecodeError) and str(error).startswith(NO_MEMORY):
-        raise OSError(errno.ENOMEM, f"not enough memory to parse a line of {len(line)} bytes. Use fewer --workers, or "
-                                    f"a machine with more memory") from None
+        raise OSError(
+            errno.ENOMEM,
+            f"not enough memory to parse a line of {len(line)} bytes. Use fewer --workers, or "
+            f"a machine with more memory",
+        ) from None
 
 
 def _parse_rows(columns: dict[str, list], keys: Sequence[str]) -> Parsed:
@@ -163,12 +183,18 @@ def _parse_rows(columns: dict[str, list], keys: Sequence[str]) -> Parsed:
     rejected: list[Rejected] = []
     number = 0
     for number, row in enumerate(zip(*(columns[key] for key in keys)), 1):
-        if reason := next((why for key, value in zip(keys, row) if (why := _why_not_value(key, value))), ""):
-            raw = json.dumps(dict(zip(keys, row)), default=repr).encode()  # orjson refuses lone surrogates
+        if reason := next(
+            (why for key, value in zip(keys, row) if (why := _why_not_value(key, value))), ""
+        ):
+            raw = json.dumps(
+                dict(zip(keys, row)), default=repr
+            ).encode()  # orjson refuses lone surrogates
             rejected.append(Rejected(number, len(usable), reason, raw))
         else:
             usable.append(row)
-    return Parsed({key: [row[i] for row in usable] for i, key in enumerate(keys)}, number, rejected)
+    return Parsed(
+        {key: [row[i] for row in usable] for i, key in enumerate(keys)}, number, rejected
+    )
 
 
 def _why_not_value(key: str, value: object) -> str:
@@ -184,8 +210,10 @@ def _why_not_value(key: str, value: object) -> str:
 
 def no_documents(inputs: Sequence[str], skipped: int) -> ValueError:
     """The error of inputs that turned out to be empty, or of which every record was skipped."""
-    return ValueError(f"--input {' '.join(inputs)} has no documents" +
-                      (f": all {skipped} records were skipped" if skipped else ""))
+    return ValueError(
+        f"--input {' '.join(inputs)} has no documents"
+        + (f": all {skipped} records were skipped" if skipped else "")
+    )
 
 
 def listed(names: Iterable[str]) -> str:

@@ -23,7 +23,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from megatron.data.ingest.records import CHUNK_BYTES, LARGEST_RECORD, Chunk, Parsed, Rejected, listed
+from megatron.data.ingest.records import (
+    CHUNK_BYTES,
+    LARGEST_RECORD,
+    Chunk,
+    Parsed,
+    Rejected,
+    listed,
+)
 from megatron.tokenizer.base import one_line
 
 __all__ = ["CHUNK_BYTES", "Chunk", "Parsed", "Rejected", "Source", "open_sources"]
@@ -56,7 +63,9 @@ class Source(ABC):
         self.number, self.path = number, path
 
     @abstractmethod
-    def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    def chunks(
+        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[Chunk]:
         """All records from `start` (0 or the `end` of a chunk) on.
 
         A chunk ends with the record that makes its text `chunk_bytes` long or longer, wherever the chunk began; so it
@@ -87,7 +96,9 @@ class FileSource(Source):
 class JsonLines(FileSource):
     """Plain JSON lines: only the cuts are looked for here, the worker reads."""
 
-    def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    def chunks(
+        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[Chunk]:
         with open(self.path, "rb", buffering=0) as file:
             while start < self.size:
                 end = self._line_end(file, start, start + chunk_bytes - 1)
@@ -105,7 +116,10 @@ class JsonLines(FileSource):
             at += len(block)
             if at > limit:
                 file.seek(start)
-                raise _too_long(self.path, start + file.read(limit - LARGEST_RECORD - start).rfind(b"\n") + 1)
+                raise _too_long(
+                    self.path,
+                    start + file.read(limit - LARGEST_RECORD - start).rfind(b"\n") + 1,
+                )
         return self.size
 
 
@@ -118,7 +132,9 @@ class CompressedLines(FileSource):
         if not self._gzip:
             _package("zstandard", path)
 
-    def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    def chunks(
+        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[Chunk]:
         with open(self.path, "rb", buffering=0) as file:
             pieces = _skip(self._decompress(file), start)
             told, last = file.tell(), None
@@ -135,10 +151,20 @@ class CompressedLines(FileSource):
         """The text in small pieces. The decompressors' file objects are not used because zstandard's takes a cut off
         frame for the end of the file."""
         if self._gzip:
-            damage, padding, new = zlib.error, b"\0", partial(zlib.decompressobj, wbits=31)  # tapes pad with zeros
+            damage, padding, new = (
+                zlib.error,
+                b"\0",
+                partial(zlib.decompressobj, wbits=31),
+            )  # tapes pad with zeros
         else:
-            zstd = _package("zstandard", self.path)  # with big windows: large corpora come in `zstd --long=31`
-            damage, padding, new = zstd.ZstdError, b"", zstd.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+            zstd = _package(
+                "zstandard", self.path
+            )  # with big windows: large corpora come in `zstd --long=31`
+            damage, padding, new = (
+                zstd.ZstdError,
+                b"",
+                zstd.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
+            )
         done, raw, member, first = 0, b"", None, True
         try:
             while raw := raw or file.read(RAW_BYTES):
@@ -156,8 +182,10 @@ class CompressedLines(FileSource):
             if first or member:
                 raise EOFError("the file is empty" if first else "the file ends too early")
         except (EOFError, damage) as error:
-            raise ValueError(f"{self.path}: the compressed data is damaged or cut off after {done} bytes of text "
-                             f"({one_line(error)}). Fetch the file again") from None
+            raise ValueError(
+                f"{self.path}: the compressed data is damaged or cut off after {done} bytes of text "
+                f"({one_line(error)}). Fetch the file again"
+            ) from None
 
 
 class Stream(Source):
@@ -169,11 +197,15 @@ class Stream(Source):
         super().__init__(number, "standard input" if path == "-" else path)
         self._is_stdin = path == "-"
 
-    def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    def chunks(
+        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[Chunk]:
         with nullcontext(sys.stdin.buffer) if self._is_stdin else open(self.path, "rb") as file:
             pieces = iter(lambda: file.read1(PIPE_BYTES), b"")
             for data in _cut(_skip(pieces, start), chunk_bytes, self.path, start):
-                yield Chunk(self.number, self.path, self.unit, start, start + len(data), 0, data)
+                yield Chunk(
+                    self.number, self.path, self.unit, start, start + len(data), 0, data
+                )
                 start += len(data)
 
 
@@ -186,27 +218,42 @@ class Parquet(FileSource):
         super().__init__(number, path)
         _package("pyarrow.parquet", path)
 
-    def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    def chunks(
+        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[Chunk]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
 
-        with _one_error(self.path, "is damaged, or no parquet file", ArrowException, OSError), ParquetFile(
-                self.path, pre_buffer=False, buffer_size=1 << 20,  # else a row group's whole column is read at once
-                page_checksum_verification=True) as file:
+        with (
+            _one_error(self.path, "is damaged, or no parquet file", ArrowException, OSError),
+            ParquetFile(
+                self.path,
+                pre_buffer=False,
+                buffer_size=1 << 20,  # else a row group's whole column is read at once
+                page_checksum_verification=True,
+            ) as file,
+        ):
             total = file.metadata.num_rows
             _check_columns(self.path, file.schema_arrow.names, keys)
-            for first, last, columns in _cut_rows(self._rows(file, keys, start, chunk_bytes), keys, start, chunk_bytes):
+            for first, last, columns in _cut_rows(
+                self._rows(file, keys, start, chunk_bytes), keys, start, chunk_bytes
+            ):
                 read = self.size * last // total - self.size * first // total
                 yield Chunk(self.number, self.path, self.unit, first, last, read, columns)
 
-    def _rows(self, file: Any, keys: Sequence[str], start: int, chunk_bytes: int) -> Iterator[tuple]:
+    def _rows(
+        self, file: Any, keys: Sequence[str], start: int, chunk_bytes: int
+    ) -> Iterator[tuple]:
         """The values of each row from row `start` on; earlier row groups are not read."""
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             if start >= group.num_rows:
                 start -= group.num_rows
                 continue
-            rows = max(1, min(BATCH_ROWS, group.num_rows * chunk_bytes // max(1, group.total_byte_size)))
+            rows = max(
+                1,
+                min(BATCH_ROWS, group.num_rows * chunk_bytes // max(1, group.total_byte_size)),
+            )
             for batch in file.iter_batches(rows, row_groups=[number], columns=list(keys)):
                 yield from zip(*(_values(batch.column(key)[start:]) for key in keys))
                 start = max(0, start - len(batch))
@@ -225,24 +272,42 @@ class HuggingFace(Source):
         super().__init__(number, path)
         form = re.fullmatch(r"hf:([^@:]+)(?:@([^@:]+))?(?::(.+))?", path)
         if not form:
-            raise ValueError(f"--input is {path!r}; allowed for a Hugging Face dataset: hf:NAME[@CONFIG][:SPLIT]")
+            raise ValueError(
+                f"--input is {path!r}; allowed for a Hugging Face dataset: hf:NAME[@CONFIG][:SPLIT]"
+            )
         self._name, self._config, self._split = form[1], form[2], form[3] or "train"
         _package("datasets", path)
-        self._files = [[file, stat.st_size, stat.st_mtime_ns] for file in sorted(
-            str(file.resolve()) for file in Path(self._name).rglob("*") if file.is_file())
-            for stat in [os.stat(file)]] if os.path.isdir(self._name) else []
+        self._files = (
+            [
+                [file, stat.st_size, stat.st_mtime_ns]
+                for file in sorted(
+                    str(file.resolve())
+                    for file in Path(self._name).rglob("*")
+                    if file.is_file()
+                )
+                for stat in [os.stat(file)]
+            ]
+            if os.path.isdir(self._name)
+            else []
+        )
 
     def identity(self) -> list:
         return [self.path, 0, 0, self._files]
 
-    def chunks(self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-        for first, last, columns in _cut_rows(self._rows(keys, start), keys, start, chunk_bytes):
+    def chunks(
+        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[Chunk]:
+        for first, last, columns in _cut_rows(
+            self._rows(keys, start), keys, start, chunk_bytes
+        ):
             yield Chunk(self.number, self.path, self.unit, first, last, 0, columns)
 
     def _rows(self, keys: Sequence[str], start: int) -> Iterator[tuple]:
         from datasets import load_dataset
 
-        with _one_error(f"--input {self.path}", "cannot be read", Exception):  # the library raises all sorts
+        with _one_error(
+            f"--input {self.path}", "cannot be read", Exception
+        ):  # the library raises all sorts
             dataset = load_dataset(self._name, self._config, split=self._split, streaming=True)
             names = dataset.column_names or list(next(iter(dataset), ()))
         _check_columns(self.path, names, keys)
@@ -271,8 +336,10 @@ def open_sources(inputs: Sequence[str]) -> list[Source]:
         place = _place(path)
         if place in seen:
             also = "" if seen[place] == name else f" (also as {seen[place]})"
-            raise ValueError(f"--input names {name} twice{also}; allowed: each once (a folder or pattern names its "
-                             f"files)")
+            raise ValueError(
+                f"--input names {name} twice{also}; allowed: each once (a folder or pattern names its "
+                f"files)"
+            )
         seen[place] = name
     return [_open(number, path) for number, path in enumerate(paths)]
 
@@ -294,8 +361,11 @@ def _expand(entry: str) -> list[str]:
         return _files_in(entry)
     if not glob.has_magic(entry) or os.path.exists(entry):
         return [entry]
-    found = sorted(path for path in glob.glob(entry, recursive=True)
-                   if not os.path.isdir(path) and not _is_work_folder(os.path.dirname(path)))
+    found = sorted(
+        path
+        for path in glob.glob(entry, recursive=True)
+        if not os.path.isdir(path) and not _is_work_folder(os.path.dirname(path))
+    )
     if not found:
         raise FileNotFoundError(f"--input {entry} matches no file")
     return found
@@ -309,13 +379,28 @@ def _files_in(folder: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders
-                            if not name.startswith(".") and not _is_work_folder(os.path.join(parent, name)))
-        paths = [os.path.join(parent, name) for name in files if not name.startswith(".") and _suffix(name) in KINDS]
-        found += [path for path in paths if not _is_sidecar(path) and (  # a link to nothing is not passed over
-            os.path.isfile(path) or not os.path.exists(path))]  # pipes and devices are
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not _is_work_folder(os.path.join(parent, name))
+        )
+        paths = [
+            os.path.join(parent, name)
+            for name in files
+            if not name.startswith(".") and _suffix(name) in KINDS
+        ]
+        found += [
+            path
+            for path in paths
+            if not _is_sidecar(path)
+            and (  # a link to nothing is not passed over
+                os.path.isfile(path) or not os.path.exists(path)
+            )
+        ]  # pipes and devices are
     if not found:
-        raise ValueError(f"--input {folder} is a folder without files of a known suffix; known: {' '.join(KINDS)}")
+        raise ValueError(
+            f"--input {folder} is a folder without files of a known suffix; known: {' '.join(KINDS)}"
+        )
     return sorted(found)
 
 
@@ -339,7 +424,9 @@ def _open(number: int, path: str) -> Source:
         return HuggingFace(number, path)
     if path == "-":
         if sys.stdin is None:
-            raise ValueError("--input - is standard input, which is closed. Send it a file or the output of a program")
+            raise ValueError(
+                "--input - is standard input, which is closed. Send it a file or the output of a program"
+            )
         return Stream(number, path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"--input {path} does not exist")
@@ -349,8 +436,13 @@ def _open(number: int, path: str) -> Source:
 
 
 KINDS: dict[str, type[FileSource]] = {
-    ".jsonl": JsonLines, ".json": JsonLines, ".gz": CompressedLines, ".zst": CompressedLines, ".zstd": CompressedLines,
-    ".parquet": Parquet}
+    ".jsonl": JsonLines,
+    ".json": JsonLines,
+    ".gz": CompressedLines,
+    ".zst": CompressedLines,
+    ".zstd": CompressedLines,
+    ".parquet": Parquet,
+}
 
 
 def _suffix(path: str) -> str:
@@ -381,8 +473,10 @@ def _cut(pieces: Iterable[bytes], chunk_bytes: int, path: str, start: int) -> It
 
 
 def _too_long(path: str, at: int) -> ValueError:
-    return ValueError(f"{path}: the line that begins at byte {at} of the text is longer than {LARGEST_RECORD} bytes; "
-                      f"allowed: one JSON object per line, none longer. Rewrite the file (a JSON array: jq -c '.[]')")
+    return ValueError(
+        f"{path}: the line that begins at byte {at} of the text is longer than {LARGEST_RECORD} bytes; "
+        f"allowed: one JSON object per line, none longer. Rewrite the file (a JSON array: jq -c '.[]')"
+    )
 
 
 def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
@@ -394,15 +488,21 @@ def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
     return pieces
 
 
-def _cut_rows(rows: Iterable[tuple], keys: Sequence[str], start: int, chunk_bytes: int,
-              ) -> Iterator[tuple[int, int, dict[str, list]]]:
+def _cut_rows(
+    rows: Iterable[tuple],
+    keys: Sequence[str],
+    start: int,
+    chunk_bytes: int,
+) -> Iterator[tuple[int, int, dict[str, list]]]:
     """(first row, behind the last, key -> values), cut behind every row that makes the text `chunk_bytes` characters
     long or longer. `rows` begin with row `start`."""
     taken: list[tuple] = []
     size = 0
     for row in rows:
         taken.append(row)
-        size += 1 + sum(len(value) for value in row if isinstance(value, str | bytes))  # 1: rows without text count
+        size += 1 + sum(
+            len(value) for value in row if isinstance(value, str | bytes)
+        )  # 1: rows without text count
         if size >= chunk_bytes:
             yield start, start + len(taken), dict(zip(keys, map(list, zip(*taken))))
             start += len(taken)
@@ -429,10 +529,14 @@ def _text_or_bytes(value: bytes | None) -> str | bytes | None:
 def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
     for key in keys:
         if key not in names:
-            raise ValueError(f"{path}: no column {key!r}; there are: {listed(names)}. Set --json-keys")
+            raise ValueError(
+                f"{path}: no column {key!r}; there are: {listed(names)}. Set --json-keys"
+            )
         if list(names).count(key) > 1:
-            raise ValueError(f"{path}: {list(names).count(key)} columns are named {key!r}; allowed: one. Rename the "
-                             f"others, or set --json-keys to another column")
+            raise ValueError(
+                f"{path}: {list(names).count(key)} columns are named {key!r}; allowed: one. Rename the "
+                f"others, or set --json-keys to another column"
+            )
 
 
 def _package(name: str, path: str) -> ModuleType:
@@ -440,8 +544,10 @@ def _package(name: str, path: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(f"--input {path} needs the package {name.split('.')[0]}, which is not installed. Install it: "
-                         f"pip install 'moe-megatron[data]'") from None
+        raise ValueError(
+            f"--input {path} needs the package {name.split('.')[0]}, which is not installed. Install it: "
+            f"pip install 'moe-megatron[data]'"
+        ) from None
 
 
 @contextmanager

@@ -27,7 +27,9 @@ class Samples(Protocol):
         """Prefix of the dataset that sample i comes from."""
 
 
-def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[tuple[float | None, str]]:
+def parse_blend(
+    words: Sequence[str], flag: str = "--data-path"
+) -> list[tuple[float | None, str]]:
     """`w1 p1 w2 p2 ...` or `p1 p2 ...` -> [(weight, prefix)]; the weight is None (by size) when none is given.
 
     Raises:
@@ -37,9 +39,18 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> list[tuple[f
     numbers = [_number(word) for word in words]
     if all(n is None for n in numbers):
         return [(None, word) for word in words]
-    paired = len(words) % 2 == 0 and None not in numbers[::2] and not any(n is not None for n in numbers[1::2])
-    require(paired, flag, " ".join(words), "weight prefix weight prefix ..., or prefixes alone",
-            "A prefix that is itself a number is written as ./7")
+    paired = (
+        len(words) % 2 == 0
+        and None not in numbers[::2]
+        and not any(n is not None for n in numbers[1::2])
+    )
+    require(
+        paired,
+        flag,
+        " ".join(words),
+        "weight prefix weight prefix ..., or prefixes alone",
+        "A prefix that is itself a number is written as ./7",
+    )
     for weight in numbers[::2]:
         require(0 < weight < math.inf, f"a weight of {flag}", weight, "a positive number")
     return list(zip(numbers[::2], words[1::2]))
@@ -70,20 +81,34 @@ class Blend:
         ValueError: a dataset has too few samples.
     """
 
-    def __init__(self, datasets: Sequence[Samples], weights: Sequence[float], num_samples: int, seed: int,
-                 cache_dir: str = ""):
-        require(len(weights) == len(datasets) > 0 and all(0 < w < math.inf for w in weights), "weights of a blend",
-                list(weights), "one positive number per dataset")
+    def __init__(
+        self,
+        datasets: Sequence[Samples],
+        weights: Sequence[float],
+        num_samples: int,
+        seed: int,
+        cache_dir: str = "",
+    ):
+        require(
+            len(weights) == len(datasets) > 0 and all(0 < w < math.inf for w in weights),
+            "weights of a blend",
+            list(weights),
+            "one positive number per dataset",
+        )
         self.datasets = list(datasets)
         self._arguments = (self.datasets, weights, num_samples, seed, cache_dir)
         units = _whole(weights)
         key = {"units": units, "num_samples": num_samples, "seed": seed}
-        arrays = cached_arrays(cache_dir, "blend", key, lambda: build_blend(units, num_samples, seed))
+        arrays = cached_arrays(
+            cache_dir, "blend", key, lambda: build_blend(units, num_samples, seed)
+        )
         self._choice, self._position = arrays["choice"], arrays["position"]
         for k, (dataset, needed) in enumerate(zip(self.datasets, arrays["counts"])):
             if len(dataset) < needed:
-                raise ValueError(f"dataset {k} of the blend has {len(dataset)} samples; its weight {weights[k]} takes "
-                                 f"{needed} of {num_samples}. Build it with that many")
+                raise ValueError(
+                    f"dataset {k} of the blend has {len(dataset)} samples; its weight {weights[k]} takes "
+                    f"{needed} of {num_samples}. Build it with that many"
+                )
 
     def __len__(self) -> int:
         return len(self._choice)
@@ -94,7 +119,10 @@ class Blend:
         return dataset[position]
 
     def __reduce__(self) -> tuple:
-        return Blend, self._arguments  # a worker process maps the cache again instead of receiving it
+        return (
+            Blend,
+            self._arguments,
+        )  # a worker process maps the cache again instead of receiving it
 
     def source(self, i: int) -> str:
         """Prefix of the dataset that sample i comes from, for messages."""
@@ -109,7 +137,9 @@ class Blend:
 
 def build_blend(units: Sequence[int], num_samples: int, seed: int) -> Arrays:
     """The arrays behind a Blend: choice [N] (dataset of each sample), position [N] (its number there), counts [K]."""
-    choice = interleave(units, num_samples, np.random.RandomState(seed % 2**32).permutation(len(units)).tolist())
+    choice = interleave(
+        units, num_samples, np.random.RandomState(seed % 2**32).permutation(len(units)).tolist()
+    )
     position = np.empty(num_samples, smallest_int(num_samples))
     counts = np.bincount(choice, minlength=len(units))
     for k, count in enumerate(counts):
@@ -134,7 +164,9 @@ def interleave(units: Sequence[int], num_samples: int, rank: Sequence[int]) -> n
     total = sum(units)
     choice, counts = np.empty(num_samples, np.uint16), [0] * len(units)
     opening: list[tuple] = []  # heap of (time at which the window opens, entry of `due`)
-    due = [(-(-total // unit), rank[k], k) for k, unit in enumerate(units)]  # heap of (time it closes, tie, dataset)
+    due = [
+        (-(-total // unit), rank[k], k) for k, unit in enumerate(units)
+    ]  # heap of (time it closes, tie, dataset)
     heapq.heapify(due)
     for t in range(num_samples):
         while opening and opening[0][0] <= t:
@@ -142,7 +174,9 @@ def interleave(units: Sequence[int], num_samples: int, rank: Sequence[int]) -> n
         k = heapq.heappop(due)[2]
         choice[t] = k
         counts[k] = j = counts[k] + 1
-        heapq.heappush(opening, (j * total // units[k], (-(-(j + 1) * total // units[k]), rank[k], k)))
+        heapq.heappush(
+            opening, (j * total // units[k], (-(-(j + 1) * total // units[k]), rank[k], k))
+        )
     return choice
 
 
@@ -158,5 +192,3 @@ def _whole(weights: Sequence[float]) -> list[int]:
     scale = math.lcm(*(f.denominator for f in exact))
     whole = [int(f * scale) for f in exact]
     return [n // math.gcd(*whole) for n in whole]
-
-

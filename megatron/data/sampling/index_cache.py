@@ -29,7 +29,9 @@ ALIGN = 64
 Arrays = dict[str, np.ndarray]
 
 
-def cached_arrays(folder: str, kind: str, key: dict[str, Any], build: Callable[[], Arrays]) -> Arrays:
+def cached_arrays(
+    folder: str, kind: str, key: dict[str, Any], build: Callable[[], Arrays]
+) -> Arrays:
     """`build()`'s one-dimensional arrays, from the cache in `folder` when it has them.
 
     A damaged file is rebuilt. When the folder cannot be written, the arrays stay in memory and a warning says so: the
@@ -50,13 +52,19 @@ def cached_arrays(folder: str, kind: str, key: dict[str, Any], build: Callable[[
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _one_builder(path):
-            if (found := _load(path)) is not None:  # built by another process while this one waited
+            if (
+                found := _load(path)
+            ) is not None:  # built by another process while this one waited
                 return found
             arrays = build()
             _store(path, arrays)
     except OSError as error:
-        LOGGER.warning("cannot write the index cache %s (%s): every process keeps its own in memory. Set "
-                       "--data-cache-path to a folder that can be written", path, error.strerror or error)
+        LOGGER.warning(
+            "cannot write the index cache %s (%s): every process keeps its own in memory. Set "
+            "--data-cache-path to a folder that can be written",
+            path,
+            error.strerror or error,
+        )
         return build() if arrays is None else arrays
     return _load(path) or arrays
 
@@ -73,16 +81,18 @@ def _load(path: Path) -> Arrays | None:
         return None
     try:
         data = np.memmap(path, np.uint8, "r").view(np.ndarray)
-        magic, checksum, header_size = HEADER.unpack(data[:HEADER.size].tobytes())
-        if magic != MAGIC or zlib.crc32(data[HEADER.size - 4:].data) != checksum:
+        magic, checksum, header_size = HEADER.unpack(data[: HEADER.size].tobytes())
+        if magic != MAGIC or zlib.crc32(data[HEADER.size - 4 :].data) != checksum:
             raise ValueError("wrong checksum")
     except (OSError, ValueError, struct.error) as error:
         LOGGER.warning("the index cache %s is damaged (%s): building it again", path, error)
         return None
     arrays, at = {}, ALIGN + _padded(header_size)
-    for name, (dtype, length) in json.loads(data[ALIGN:ALIGN + header_size].tobytes()).items():
+    for name, (dtype, length) in json.loads(
+        data[ALIGN : ALIGN + header_size].tobytes()
+    ).items():
         size = length * np.dtype(dtype).itemsize
-        arrays[name] = data[at:at + size].view(dtype)
+        arrays[name] = data[at : at + size].view(dtype)
         at += _padded(size)
     return arrays
 
@@ -91,12 +101,17 @@ def _store(path: Path, arrays: Arrays) -> None:
     """Write under a temporary name and rename: readers see a whole file or none."""
     header = json.dumps({name: [a.dtype.str, len(a)] for name, a in arrays.items()}).encode()
     parts = [struct.pack("<I", len(header)), bytes(ALIGN - HEADER.size)]
-    for part in (header, *(np.ascontiguousarray(a).view(np.uint8).data for a in arrays.values())):
+    for part in (
+        header,
+        *(np.ascontiguousarray(a).view(np.uint8).data for a in arrays.values()),
+    ):
         parts += [part, bytes(_padded(len(part)) - len(part))]
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)
-    temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process numbers repeat on other nodes
+    temp = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex}.tmp"
+    )  # process numbers repeat on other nodes
     try:
         with open(temp, "wb") as file:
             file.write(MAGIC + struct.pack("<I", checksum))

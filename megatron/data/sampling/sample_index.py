@@ -32,8 +32,13 @@ def parse_split(split: str) -> tuple[Fraction, Fraction, Fraction]:
         shares = [Fraction(part.strip()) for part in split.split(",")]
     except (ValueError, ZeroDivisionError):
         shares = []
-    require(1 <= len(shares) <= 3 and min(shares) >= 0 and sum(shares) > 0, "--split", split,
-            "one to three non-negative numbers with commas between them, not all 0", "The usual one is 969,30,1")
+    require(
+        1 <= len(shares) <= 3 and min(shares) >= 0 and sum(shares) > 0,
+        "--split",
+        split,
+        "one to three non-negative numbers with commas between them, not all 0",
+        "The usual one is 969,30,1",
+    )
     train, valid, test = (Fraction(s) / sum(shares) for s in [*shares, 0, 0][:3])
     return train, valid, test
 
@@ -41,7 +46,12 @@ def parse_split(split: str) -> tuple[Fraction, Fraction, Fraction]:
 def split_documents(num_documents: int, split: str) -> list[tuple[int, int]]:
     """Three ranges (start, stop) of documents: the shares' running sum, rounded to whole documents."""
     train, valid, _ = parse_split(split)
-    bounds = [0, round(num_documents * train), round(num_documents * (train + valid)), num_documents]
+    bounds = [
+        0,
+        round(num_documents * train),
+        round(num_documents * (train + valid)),
+        num_documents,
+    ]
     return list(zip(bounds[:-1], bounds[1:]))
 
 
@@ -61,20 +71,55 @@ class SampleIndex:
         ValueError: the range has no documents, or fewer tokens than one sample.
     """
 
-    def __init__(self, dataset: IndexedDataset, documents: tuple[int, int] | None, seq_length: int,
-                 num_samples: int | None, seed: int, shuffle: bool = True, cache_dir: str = ""):
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        documents: tuple[int, int] | None,
+        seq_length: int,
+        num_samples: int | None,
+        seed: int,
+        shuffle: bool = True,
+        cache_dir: str = "",
+    ):
         require(seq_length > 0, "seq_length", seq_length, "a positive integer")
-        require(num_samples is None or num_samples > 0, "num_samples", num_samples, "a positive integer, or None")
+        require(
+            num_samples is None or num_samples > 0,
+            "num_samples",
+            num_samples,
+            "a positive integer, or None",
+        )
         start, stop = documents = documents or (0, dataset.num_documents)
-        require(0 <= start <= stop <= dataset.num_documents, f"range of documents of {dataset.prefix}", documents,
-                f"ranges within 0 to {dataset.num_documents}")
+        require(
+            0 <= start <= stop <= dataset.num_documents,
+            f"range of documents of {dataset.prefix}",
+            documents,
+            f"ranges within 0 to {dataset.num_documents}",
+        )
         self.dataset, self.seq_length = dataset, seq_length
-        self._arguments = (dataset, documents, seq_length, num_samples, seed, shuffle, cache_dir)
-        key = {"algorithm": ALGORITHM, "files": files_key(dataset.prefix + ".idx", dataset.prefix + ".bin"),
-               "documents": [start, stop], "seq_length": seq_length, "num_samples": num_samples, "seed": seed,
-               "shuffle": shuffle}
+        self._arguments = (
+            dataset,
+            documents,
+            seq_length,
+            num_samples,
+            seed,
+            shuffle,
+            cache_dir,
+        )
+        key = {
+            "algorithm": ALGORITHM,
+            "files": files_key(dataset.prefix + ".idx", dataset.prefix + ".bin"),
+            "documents": [start, stop],
+            "seq_length": seq_length,
+            "num_samples": num_samples,
+            "seed": seed,
+            "shuffle": shuffle,
+        }
         arrays = cached_arrays(cache_dir, "samples", key, self._build)
-        self._order, self._bounds, self._samples = arrays["order"], arrays["bounds"], arrays["samples"]
+        self._order, self._bounds, self._samples = (
+            arrays["order"],
+            arrays["bounds"],
+            arrays["samples"],
+        )
         _expect_random_reads(dataset.tokens)
 
     def _build(self) -> Arrays:
@@ -82,9 +127,11 @@ class SampleIndex:
         lengths = dataset.document_lengths()[start:stop]
         tokens = int(lengths.sum())
         if tokens < seq_length + 1:
-            raise ValueError(f"documents {start} to {stop} of {dataset.prefix} ({dataset.num_documents} documents, "
-                             f"{dataset.num_tokens} tokens) hold {tokens} tokens; one sample takes {seq_length + 1}. "
-                             f"Give more data, another --split or a smaller --seq-length")
+            raise ValueError(
+                f"documents {start} to {stop} of {dataset.prefix} ({dataset.num_documents} documents, "
+                f"{dataset.num_tokens} tokens) hold {tokens} tokens; one sample takes {seq_length + 1}. "
+                f"Give more data, another --split or a smaller --seq-length"
+            )
         return build_order(start, lengths, seq_length, num_samples, seed, shuffle)
 
     def __len__(self) -> int:
@@ -93,20 +140,27 @@ class SampleIndex:
     def __getitem__(self, i: int) -> np.ndarray:
         """int64 [S + 1]: sample i. IndexError beyond the end."""
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {self.dataset.prefix}: allowed 0 to {len(self) - 1}")
+            raise IndexError(
+                f"sample {i} of {self.dataset.prefix}: allowed 0 to {len(self) - 1}"
+            )
         left, at = self.seq_length + 1, 0
         out = np.empty(left, np.int64)
         position = int(self._samples[i]) * self.seq_length
-        p = int(np.searchsorted(self._bounds, position, side="right")) - 1  # the document that holds the first token
+        p = (
+            int(np.searchsorted(self._bounds, position, side="right")) - 1
+        )  # the document that holds the first token
         offset = position - int(self._bounds[p])
         while left:
             take = min(left, int(self._bounds[p + 1] - self._bounds[p]) - offset)
-            out[at:at + take] = self.dataset.read(int(self._order[p]), offset, take)
+            out[at : at + take] = self.dataset.read(int(self._order[p]), offset, take)
             left, at, p, offset = left - take, at + take, p + 1, 0
         return out
 
     def __reduce__(self) -> tuple:
-        return SampleIndex, self._arguments  # a worker process maps the cache again instead of receiving it
+        return (
+            SampleIndex,
+            self._arguments,
+        )  # a worker process maps the cache again instead of receiving it
 
     def source(self, i: int) -> str:
         """Prefix of the dataset that sample i comes from, for messages."""
@@ -169,8 +223,14 @@ class Cycle:
         return int(self._order[place])
 
 
-def build_order(first: int, lengths: np.ndarray, seq_length: int, num_samples: int | None, seed: int,
-                shuffle: bool) -> Arrays:
+def build_order(
+    first: int,
+    lengths: np.ndarray,
+    seq_length: int,
+    num_samples: int | None,
+    seed: int,
+    shuffle: bool,
+) -> Arrays:
     """The arrays behind a SampleIndex, made in place: 12 E D + 4 E T / S bytes, and 16 D for lengths while building.
 
     numpy's RandomState is used because its streams are frozen: the order must not change with numpy's version, or a
@@ -187,7 +247,9 @@ def build_order(first: int, lengths: np.ndarray, seq_length: int, num_samples: i
     epochs = 1 if num_samples is None else -(-(num_samples * seq_length + 1) // tokens)
     order_ED = np.empty((epochs, len(lengths)), smallest_int(first + len(lengths)))
     bounds = np.zeros(order_ED.size + 1, np.int64)
-    for epoch, (order_D, ends_D) in enumerate(zip(order_ED, bounds[1:].reshape(order_ED.shape))):
+    for epoch, (order_D, ends_D) in enumerate(
+        zip(order_ED, bounds[1:].reshape(order_ED.shape))
+    ):
         order_D[:] = np.arange(len(lengths))
         if shuffle:
             random.shuffle(order_D)

@@ -50,14 +50,23 @@ from megatron.tokenizer.base import Tokenizer, digest
 
 LOGGER = logging.getLogger("megatron")
 CHUNK_BYTES = 1 << 20  # small: the first samples come soon
-LOOKAHEAD_TOKENS = 64 << 20  # made before anybody asks; bounds what a run that is ended early has done in vain
+LOOKAHEAD_TOKENS = (
+    64 << 20
+)  # made before anybody asks; bounds what a run that is ended early has done in vain
 MOST_SOURCES = 32  # each takes a process
 POLL_SECONDS, PAUSE_SECONDS, RETRY_SECONDS, GRACE_SECONDS = 0.02, 0.1, 1.0, 10.0
 SAY_AFTER_SECONDS, SAY_EVERY_SECONDS = 5.0, 60.0
 ERROR_BYTES, ERROR_KEPT_SECONDS = 4096, 86400.0
-FLAGS = (("--input", "--streaming-data-path"), ("--json-keys", "--streaming-json-key"),
-         ("choose another output prefix", "set another --data-cache-path"), ("--output-prefix", "--data-cache-path"),
-         ("leave such records out: --on-error skip", "leave such records out with tools/preprocess_data.py"))
+FLAGS = (
+    ("--input", "--streaming-data-path"),
+    ("--json-keys", "--streaming-json-key"),
+    ("choose another output prefix", "set another --data-cache-path"),
+    ("--output-prefix", "--data-cache-path"),
+    (
+        "leave such records out: --on-error skip",
+        "leave such records out with tools/preprocess_data.py",
+    ),
+)
 """what messages of preprocessing name, and what there is instead"""
 
 
@@ -90,7 +99,9 @@ class Stream:
 
     @property
     def job(self) -> Job:
-        return Job([self.entry], self.prefix, Recipe(self.tokenizer, (self.key,), append_eod=True))
+        return Job(
+            [self.entry], self.prefix, Recipe(self.tokenizer, (self.key,), append_eod=True)
+        )
 
     @property
     def pair(self) -> str:
@@ -121,7 +132,9 @@ class Stream:
         """Ask for so many. Another reader's larger number may get lost in it; who waits, asks again."""
         if self.is_complete:
             return
-        with open(os.open(self.prefix + ".wanted", os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+        with open(
+            os.open(self.prefix + ".wanted", os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0
+        ) as file:
             written = file.read(8)
             if not written or int.from_bytes(written, "little") < tokens:
                 file.seek(0)
@@ -134,13 +147,23 @@ def cache_folder(path: str, entries: Sequence[str]) -> str:
     Raises:
         ValueError: there is nothing to put it beside, or a source would read its own cache as text.
     """
-    require(bool(path) or not entries[0].startswith("hf:"), "--data-cache-path", path,
-            f"a folder for the tokens, because there is none beside {entries[0]}")
-    cache = path or str(Path(os.path.abspath(_searched(entries[0]) or entries[0])).parent / "stream_cache")
+    require(
+        bool(path) or not entries[0].startswith("hf:"),
+        "--data-cache-path",
+        path,
+        f"a folder for the tokens, because there is none beside {entries[0]}",
+    )
+    cache = path or str(
+        Path(os.path.abspath(_searched(entries[0]) or entries[0])).parent / "stream_cache"
+    )
     for entry in entries:
-        if (root := _searched(entry)) and Path(cache).resolve().is_relative_to(Path(root).resolve()):
-            raise ValueError(f"the tokens of {entry} would be kept in {cache}, which is searched for text itself. Set "
-                             f"--data-cache-path to a folder elsewhere")
+        if (root := _searched(entry)) and Path(cache).resolve().is_relative_to(
+            Path(root).resolve()
+        ):
+            raise ValueError(
+                f"the tokens of {entry} would be kept in {cache}, which is searched for text itself. Set "
+                f"--data-cache-path to a folder elsewhere"
+            )
     return cache
 
 
@@ -156,7 +179,9 @@ def _searched(entry: str) -> str:
     return "" if folder == Path(entry).parent and "**" not in entry else str(folder)
 
 
-def find_stream(entry: str, cache: str, key: str, tokenizer: Tokenizer, production: Production) -> Stream:
+def find_stream(
+    entry: str, cache: str, key: str, tokenizer: Tokenizer, production: Production
+) -> Stream:
     """Where the tokens of a source are, or will be. Writes nothing.
 
     Raises:
@@ -168,26 +193,55 @@ def find_stream(entry: str, cache: str, key: str, tokenizer: Tokenizer, producti
     except (ValueError, OSError) as error:
         raise type(error)(_translate(error)) from None
     for source in sources:
-        require(source.resumable, "--streaming-data-path", entry,
-                "files, patterns, folders and hf:NAME; a pipe can only be read once")
+        require(
+            source.resumable,
+            "--streaming-data-path",
+            entry,
+            "files, patterns, folders and hf:NAME; a pipe can only be read once",
+        )
     inputs = _identify(sources)
     place = entry if entry.startswith("hf:") else os.path.abspath(entry)
-    told = digest(LAYOUT, place, inputs, tokenizer.name, tokenizer.fingerprint, digest_of_files(production.tokenizer),
-                  key)
+    told = digest(
+        LAYOUT,
+        place,
+        inputs,
+        tokenizer.name,
+        tokenizer.fingerprint,
+        digest_of_files(production.tokenizer),
+        key,
+    )
     name = re.sub(r"[^\w.-]+", "_", os.path.basename(place))[-40:]
     sizes = [source.size for source in sources]
-    return Stream(entry, inputs, sum(sizes) if all(sizes) else 0, os.path.join(cache, f"{name}-{told[:16]}"), key,
-                  production.tokenizer, production.run)
+    return Stream(
+        entry,
+        inputs,
+        sum(sizes) if all(sizes) else 0,
+        os.path.join(cache, f"{name}-{told[:16]}"),
+        key,
+        production.tokenizer,
+        production.run,
+    )
 
 
-def open_streams(data: DataConfig, entries: Sequence[str], tokenizer: Tokenizer, production: Production,
-                 ) -> tuple[str, list[Stream]]:
+def open_streams(
+    data: DataConfig,
+    entries: Sequence[str],
+    tokenizer: Tokenizer,
+    production: Production,
+) -> tuple[str, list[Stream]]:
     """(folder of the cache, the stream of each source). Raises as `find_stream` and `cache_folder` do."""
-    require(len(entries) <= MOST_SOURCES, "number of sources in --streaming-data-path", len(entries),
-            f"up to {MOST_SOURCES}, because each is tokenised by a process of its own",
-            "Quote a pattern, or give the folder: all its files are one source")
+    require(
+        len(entries) <= MOST_SOURCES,
+        "number of sources in --streaming-data-path",
+        len(entries),
+        f"up to {MOST_SOURCES}, because each is tokenised by a process of its own",
+        "Quote a pattern, or give the folder: all its files are one source",
+    )
     cache = cache_folder(data.data_cache_path, entries)
-    return cache, [find_stream(entry, cache, data.streaming_json_key, tokenizer, production) for entry in entries]
+    return cache, [
+        find_stream(entry, cache, data.streaming_json_key, tokenizer, production)
+        for entry in entries
+    ]
 
 
 def _identify(sources: Sequence) -> str:
@@ -219,11 +273,25 @@ class StreamSamples:
         ValueError: from `[i]`: the producer stopped before it had made the tokens, or the text is shorter than S + 1.
     """
 
-    def __init__(self, stream: Stream, vocab_size: int, seq_length: int, num_samples: int, seed: int, window: int):
-        for name, value in (("seq_length", seq_length), ("num_samples", num_samples), ("window", window)):
+    def __init__(
+        self,
+        stream: Stream,
+        vocab_size: int,
+        seq_length: int,
+        num_samples: int,
+        seed: int,
+        window: int,
+    ):
+        for name, value in (
+            ("seq_length", seq_length),
+            ("num_samples", num_samples),
+            ("window", window),
+        ):
             require(value > 0, name, value, "a positive integer")
         self._arguments = (stream, vocab_size, seq_length, num_samples, seed, window)
-        self._stream, _, self._seq_length, self._size, self._seed, self._window_size = self._arguments
+        self._stream, _, self._seq_length, self._size, self._seed, self._window_size = (
+            self._arguments
+        )
         self._tokens = GrowingTokens(stream, dtype_for_vocab(vocab_size))
         self._window, self._order = -1, np.empty(0, np.int64)
 
@@ -233,17 +301,23 @@ class StreamSamples:
     def __getitem__(self, i: int) -> np.ndarray:
         """int64 [S + 1]: sample i. IndexError beyond the end."""
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {self._stream.entry}: allowed 0 to {len(self) - 1}")
+            raise IndexError(
+                f"sample {i} of {self._stream.entry}: allowed 0 to {len(self) - 1}"
+            )
         size, length = self._window_size, self._seq_length + 1
         window, place = divmod(i, size)
         if window != self._window:  # numpy's RandomState, because its streams are frozen
             self._order = np.random.RandomState([self._seed % 2**32, window]).permutation(size)
             self._window = window
         start = (window * size + int(self._order[place])) * self._seq_length
-        sample = self._tokens.read(start, start + length, (window + 1) * size * self._seq_length + 1)
+        sample = self._tokens.read(
+            start, start + length, (window + 1) * size * self._seq_length + 1
+        )
         if (total := self._tokens.total) is not None and total < length:
-            raise ValueError(f"{self._stream.entry} has {total} tokens; one sample takes {length}. Give more text or a "
-                             f"smaller --seq-length")
+            raise ValueError(
+                f"{self._stream.entry} has {total} tokens; one sample takes {length}. Give more text or a "
+                f"smaller --seq-length"
+            )
         return sample
 
     def __reduce__(self) -> tuple:
@@ -268,9 +342,16 @@ class StreamSamples:
         if self._tokens.total is not None:
             LOGGER.info("%s: all its %d tokens are in %s", stream.entry, cached, stream.pair)
             return
-        LOGGER.info("%s: %d of the %d tokens for this run are in %s.partial%s", stream.entry, cached, needed,
-                    stream.prefix, "" if cached >= needed else "; a process of its own makes the others, or as many as "
-                    "there are")
+        LOGGER.info(
+            "%s: %d of the %d tokens for this run are in %s.partial%s",
+            stream.entry,
+            cached,
+            needed,
+            stream.prefix,
+            ""
+            if cached >= needed
+            else "; a process of its own makes the others, or as many as there are",
+        )
         if cached >= needed:
             return
         lookahead = max(lookahead, 2 * self._window_size * self._seq_length)
@@ -315,7 +396,10 @@ class GrowingTokens:
             return self.total
         folder = f"{self._stream.prefix}.partial"
         # A state without its file, or with a shorter one, is about to be replaced: by the finished pair or a new begin.
-        with suppress(FileNotFoundError, ValueError), open(os.path.join(folder, STATE), encoding="utf-8") as file:
+        with (
+            suppress(FileNotFoundError, ValueError),
+            open(os.path.join(folder, STATE), encoding="utf-8") as file,
+        ):
             stat = os.fstat(file.fileno())
             if self._state == (stat.st_ino, stat.st_mtime_ns):
                 return len(self._tokens)
@@ -329,9 +413,13 @@ class GrowingTokens:
     def _wait(self, stop: int, ahead: int) -> None:
         """Until there are `stop` tokens, or all. Raises ValueError when nobody makes them any more."""
         say_at = time.monotonic() + SAY_AFTER_SECONDS
-        trainer = multiprocessing.parent_process()  # of a worker that reads ahead: the training process
+        trainer = (
+            multiprocessing.parent_process()
+        )  # of a worker that reads ahead: the training process
         while True:
-            produced = os.path.exists(self._stream.error_file)  # looked at first: it goes when all is there
+            produced = os.path.exists(
+                self._stream.error_file
+            )  # looked at first: it goes when all is there
             if self.refresh() >= stop or self.total is not None:
                 return
             if error := self._stream.error():
@@ -342,9 +430,14 @@ class GrowingTokens:
             self._stream.want(ahead)
             if time.monotonic() >= say_at:
                 say_at += SAY_EVERY_SECONDS
-                LOGGER.info("waiting for %s: %d tokens are made, the next sample ends with the %dth; the others are "
-                            "made by %s", self._stream.entry, len(self._tokens), stop,
-                            owner(self._stream.prefix) or "nobody yet")
+                LOGGER.info(
+                    "waiting for %s: %d tokens are made, the next sample ends with the %dth; the others are "
+                    "made by %s",
+                    self._stream.entry,
+                    len(self._tokens),
+                    stop,
+                    owner(self._stream.prefix) or "nobody yet",
+                )
             time.sleep(POLL_SECONDS)
 
 
@@ -364,13 +457,27 @@ def start_producer(stream: Stream, needed: int, lookahead: int) -> subprocess.Po
         os.makedirs(os.path.dirname(stream.prefix), exist_ok=True)
     stream.want(0)
     errors = _create_error_file(stream)
-    order = json.dumps({"stream": dataclasses.asdict(stream), "needed": needed, "lookahead": lookahead,
-                        "errors": errors})
-    program = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r}); " \
-              f"from megatron.data.streaming.producer import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", program, order], stdin=subprocess.PIPE, pass_fds=[errors],
-                               start_new_session=True)
-    os.register_at_fork(after_in_child=process.stdin.close)  # a worker that holds it would keep the producer alive
+    order = json.dumps(
+        {
+            "stream": dataclasses.asdict(stream),
+            "needed": needed,
+            "lookahead": lookahead,
+            "errors": errors,
+        }
+    )
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r}); "
+        f"from megatron.data.streaming.producer import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, order],
+        stdin=subprocess.PIPE,
+        pass_fds=[errors],
+        start_new_session=True,
+    )
+    os.register_at_fork(
+        after_in_child=process.stdin.close
+    )  # a worker that holds it would keep the producer alive
     threading.Thread(target=_watch, args=(process, stream, errors), daemon=True).start()
     return process
 
@@ -394,14 +501,25 @@ def _watch(process: subprocess.Popen, stream: Stream, errors: int) -> None:
     """Wait for the producer's end, and say why where it could not."""
     code = process.wait()
     if code and os.pread(errors, 1, 0) == b"\0":
-        how = f"by signal {-code} (killed, or out of memory?)" if code < 0 else f"with exit code {code}"
-        _report(errors, f"the process that tokenises {stream.entry} ended {how}. Run the program again: it goes on "
-                        f"where that process stopped")
+        how = (
+            f"by signal {-code} (killed, or out of memory?)"
+            if code < 0
+            else f"with exit code {code}"
+        )
+        _report(
+            errors,
+            f"the process that tokenises {stream.entry} ended {how}. Run the program again: it goes on "
+            f"where that process stopped",
+        )
     os.close(errors)
 
 
 def _report(errors: int, message: str) -> None:
-    os.pwrite(errors, message.encode(errors="backslashreplace")[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0"), 0)
+    os.pwrite(
+        errors,
+        message.encode(errors="backslashreplace")[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0"),
+        0,
+    )
 
 
 def _stop(process: subprocess.Popen, owner: int) -> None:
@@ -420,7 +538,9 @@ def main() -> None:
     log.setup()
     order = json.loads(sys.argv[1])
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    stream = Stream(**{**order["stream"], "tokenizer": TokenizerConfig(**order["stream"]["tokenizer"])})
+    stream = Stream(
+        **{**order["stream"], "tokenizer": TokenizerConfig(**order["stream"]["tokenizer"])}
+    )
     stop, errors, code = threading.Event(), order["errors"], 0
     threading.Thread(target=_listen, args=(stream, errors, stop), daemon=True).start()
     try:
@@ -430,7 +550,9 @@ def main() -> None:
         _report(errors, _translate(error))
         code = 2
     sys.stdout.flush()
-    os._exit(code)  # threads of libraries that read hf: sources abort the process in the interpreter's teardown
+    os._exit(
+        code
+    )  # threads of libraries that read hf: sources abort the process in the interpreter's teardown
 
 
 def _leave(stream: Stream, errors: int) -> None:
@@ -444,7 +566,9 @@ def _listen(stream: Stream, errors: int, stop: threading.Event) -> None:
     if not (told := os.read(0, 1)):
         _report(errors, f"the process that had {stream.entry} tokenised ended")
     stop.set()
-    time.sleep(GRACE_SECONDS)  # for the chunk at hand and the commit; then it hangs in a read from a network
+    time.sleep(
+        GRACE_SECONDS
+    )  # for the chunk at hand and the commit; then it hangs in a read from a network
     _leave(stream, errors)
     os._exit(0 if told else 1)
 
@@ -459,9 +583,13 @@ def produce(stream: Stream, needed: int, lookahead: int, stop: threading.Event) 
     """
     while not (stop.is_set() or stream.is_complete):
         try:
-            WorkFolder(stream.prefix).release()  # whether it is free: cheaper than building a tokenizer to find out
+            WorkFolder(
+                stream.prefix
+            ).release()  # whether it is free: cheaper than building a tokenizer to find out
             if _identify(open_sources([stream.entry])) != stream.inputs:
-                raise ValueError(f"{stream.entry} has changed since this run started. Start the run again")
+                raise ValueError(
+                    f"{stream.entry} has changed since this run started. Start the run again"
+                )
             with Preprocessing(stream.job, chunk_bytes=CHUNK_BYTES) as work:
                 # Another process may have been at it while this one prepared.
                 if not stream.is_complete and (work.tokens < needed or work.published):
@@ -471,7 +599,9 @@ def produce(stream: Stream, needed: int, lookahead: int, stop: threading.Event) 
             stop.wait(RETRY_SECONDS)
 
 
-def _tokenise(work: Preprocessing, stream: Stream, needed: int, lookahead: int, stop: threading.Event) -> None:
+def _tokenise(
+    work: Preprocessing, stream: Stream, needed: int, lookahead: int, stop: threading.Event
+) -> None:
     committed = work.tokens
     for _ in work:
         while True:

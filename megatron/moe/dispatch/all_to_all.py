@@ -27,11 +27,23 @@ class Transfer:
     grads: tuple[Tensor, ...] = ()
     """gradients on their way back"""
 
-    def start(self, tensors: tuple[Tensor, ...], send: list[int], receive: list[int]) -> tuple[Tensor, ...]:
+    def start(
+        self, tensors: tuple[Tensor, ...], send: list[int], receive: list[int]
+    ) -> tuple[Tensor, ...]:
         received = []
         for t in tensors:
-            out, t = buffers.empty((sum(receive), *t.shape[1:]), t.dtype, t.device), t.contiguous()
-            self.pending.append((dist.all_to_all_single(out, t, receive, send, group=self.group, async_op=True), t))
+            out, t = (
+                buffers.empty((sum(receive), *t.shape[1:]), t.dtype, t.device),
+                t.contiguous(),
+            )
+            self.pending.append(
+                (
+                    dist.all_to_all_single(
+                        out, t, receive, send, group=self.group, async_op=True
+                    ),
+                    t,
+                )
+            )
             received.append(out)
         return tuple(received)
 
@@ -86,7 +98,13 @@ class Exchange:
         send, receive: rows to and from each rank.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], send: list[int], receive: list[int], group: dist.ProcessGroup):
+    def __init__(
+        self,
+        tensors: tuple[Tensor, ...],
+        send: list[int],
+        receive: list[int],
+        group: dist.ProcessGroup,
+    ):
         self.transfer = Transfer(send, receive, group)
         self.unfinished = _Start.apply(self.transfer, *tensors)
 
@@ -101,7 +119,9 @@ def arrived_rows(sizes: Sizes) -> Rows:
     places_R = torch.arange(num_rows + 1, device=received_PE.device)
     starts_EP = starts(received_PE.flatten()).view_as(received_PE).t().flatten()
     lengths_EP = received_PE.t().flatten()
-    shift_R = torch.repeat_interleave(starts_EP - starts(lengths_EP), lengths_EP, output_size=num_rows)
+    shift_R = torch.repeat_interleave(
+        starts_EP - starts(lengths_EP), lengths_EP, output_size=num_rows
+    )
     order_R = shift_R + places_R[:-1]
     inverse_R = torch.empty_like(order_R).scatter_(0, order_R, places_R[:-1])
     return Rows(order_R, order_R, inverse_R, places_R, received_PE.sum(0).cumsum(0))

@@ -15,7 +15,9 @@ from megatron import buffers
 from megatron.moe.dispatch.plan import Rows
 
 
-def segment_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = None) -> Tensor:
+def segment_sum(
+    rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Sum rows[order] (times weights) within consecutive bags: a parallel, ragged, deterministic segment sum.
 
     Args:
@@ -29,12 +31,16 @@ def segment_sum(rows: Tensor, order: Tensor, bags: Tensor, weights: Tensor | Non
     if order.device.type != "cpu":
         # There the last bag goes to the end of `order`, whatever its offset says: what lies beyond gets its own.
         bags = F.pad(bags, (0, 1), value=len(order))
-        return F.embedding_bag(order, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)[:-1]
+        return F.embedding_bag(
+            order, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )[:-1]
     if len(order) > (length := int(bags[-1])):
         order, weights = order[:length], None if weights is None else weights[:length]
         if not length:
             return rows.new_zeros(len(bags) - 1, rows.shape[1])
-    return F.embedding_bag(order, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    return F.embedding_bag(
+        order, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
 
 
 class Gather(torch.autograd.Function):
@@ -61,7 +67,9 @@ class Combine(torch.autograd.Function):
         if weight_S is None:
             return segment_sum(rows_SD, by_token_S, rows.bags_T1)
         ctx.save_for_backward(rows_SD, weight_S)
-        return segment_sum(rows_SD, by_token_S, rows.bags_T1, weight_S[by_token_S].to(rows_SD.dtype))
+        return segment_sum(
+            rows_SD, by_token_S, rows.bags_T1, weight_S[by_token_S].to(rows_SD.dtype)
+        )
 
     @staticmethod
     @once_differentiable
@@ -70,7 +78,11 @@ class Combine(torch.autograd.Function):
         if not saved:
             return grad_SD, None, None
         rows_SD, weight_S = saved
-        grad_weight_S = (grad_SD * rows_SD).sum(-1, dtype=weight_S.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight_S = (
+            (grad_SD * rows_SD).sum(-1, dtype=weight_S.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         return grad_SD.mul_(weight_S.to(grad_SD.dtype).unsqueeze(1)), grad_weight_S, None
 
 
@@ -87,12 +99,12 @@ class Weights(torch.autograd.Function):
     def backward(ctx, grad_S: Tensor) -> tuple:
         rows = ctx.rows
         place_S = torch.arange(len(grad_S), device=grad_S.device)
-        grad_S = torch.where(place_S < rows.ends_E[-1:], grad_S, 0)  # what lies beyond the last end is no row
+        grad_S = torch.where(
+            place_S < rows.ends_E[-1:], grad_S, 0
+        )  # what lies beyond the last end is no row
         return grad_S.new_zeros(ctx.size).scatter_(0, rows.assignment_S, grad_S), None
 
 
 def _select(x_TD: Tensor, token_S: Tensor) -> Tensor:
     out = buffers.empty((len(token_S), x_TD.shape[1]), x_TD.dtype, x_TD.device)
     return torch.index_select(x_TD, 0, token_S, out=out)
-
-

@@ -76,7 +76,9 @@ class Plan:
     def as_listed(routing: Routing, num_tokens: int, num_experts: int) -> Plan:
         """For experts that need no sorted rows, when nothing is dropped."""
         wanted_C = count(routing.expert_A, num_experts)
-        return Plan(None, None, [], None, wanted_C, wanted_C, count(routing.token_A, num_tokens))
+        return Plan(
+            None, None, [], None, wanted_C, wanted_C, count(routing.token_A, num_tokens)
+        )
 
 
 def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> int | None:
@@ -86,9 +88,15 @@ def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> 
     return min(num_tokens, max(minimum, math.ceil(num_tokens / num_experts * factor)))
 
 
-def make_plan(routing: Routing, num_tokens: int, num_experts: int, num_local_paths: int = 0,
-              limit: int | Tensor | None = None, num_zero_paths: int = 0,
-              group: dist.ProcessGroup | None = None) -> Plan:
+def make_plan(
+    routing: Routing,
+    num_tokens: int,
+    num_experts: int,
+    num_local_paths: int = 0,
+    limit: int | Tensor | None = None,
+    num_zero_paths: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> Plan:
     """Sort assignments by choice and drop what is over capacity.
 
     Survivors are the `limit` highest priorities of each choice, ties by position in the gate's list; the rest is
@@ -159,19 +167,27 @@ class _Order:
         inside_A = (self.position_A >= first) & (self.position_A < first + last)
         by_token_S = _first(self.position_A, inside_A)[:length] - first
         assignment_S = self.order_A[first:][:length]
-        return Rows(assignment_S, self.token_A[assignment_S], by_token_S, self.bags(inside_A), ends_G)
+        return Rows(
+            assignment_S, self.token_A[assignment_S], by_token_S, self.bags(inside_A), ends_G
+        )
 
     def bags(self, inside_A: Tensor) -> Tensor:
         """Where each token's rows start among the rows that are inside."""
         counts_T = torch.zeros(self.num_tokens, dtype=torch.int64, device=inside_A.device)
-        return F.pad(counts_T.scatter_add_(0, self.sorted_token_A, inside_A.long()).cumsum(0), (1, 0))
+        return F.pad(
+            counts_T.scatter_add_(0, self.sorted_token_A, inside_A.long()).cumsum(0), (1, 0)
+        )
 
 
-def _to_host(kept_C: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> tuple[Sizes | None, int, list[int]]:
+def _to_host(
+    kept_C: Tensor, num_experts: int, group: dist.ProcessGroup | None
+) -> tuple[Sizes | None, int, list[int]]:
     """(what an exchange must know, rows for routed experts, rows of each local path): one exchange, one copy."""
     kept_E, num_paths = kept_C[:num_experts], len(kept_C) - num_experts
     if group is None:
-        num_routed, *local_counts = torch.cat([kept_E.sum(0, keepdim=True), kept_C[num_experts:]]).tolist()
+        num_routed, *local_counts = torch.cat(
+            [kept_E.sum(0, keepdim=True), kept_C[num_experts:]]
+        ).tolist()
         return None, num_routed, local_counts
     sent_PE = kept_E.view(dist.get_world_size(group), -1)
     received_PE = torch.empty_like(sent_PE)
@@ -182,14 +198,17 @@ def _to_host(kept_C: Tensor, num_experts: int, group: dist.ProcessGroup | None) 
     return Sizes(send, receive, received_PE), sum(send), local_counts
 
 
-def _survivors_first(routing: Routing, wanted_C: Tensor, limit: int | Tensor,
-                     num_experts: int) -> tuple[Tensor, Tensor]:
+def _survivors_first(
+    routing: Routing, wanted_C: Tensor, limit: int | Tensor, num_experts: int
+) -> tuple[Tensor, Tensor]:
     """(assignments sorted by choice, those over the limit after all others; survivors per choice)."""
     limit_C = limit
     if isinstance(limit, int):
         limit_C = torch.full_like(wanted_C, len(routing.expert_A))
         limit_C[:num_experts] = limit
-    priority_A = routing.weight_A.detach().abs() if routing.priority_A is None else routing.priority_A
+    priority_A = (
+        routing.weight_A.detach().abs() if routing.priority_A is None else routing.priority_A
+    )
     by_priority = priority_A.argsort(descending=True, stable=True)
     order_A = by_priority[routing.expert_A[by_priority].argsort(stable=True)]
     choice_A = routing.expert_A[order_A]

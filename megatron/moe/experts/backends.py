@@ -16,8 +16,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @cache
-def choose_backend(requested: str, device: str, dtype: torch.dtype,
-                   features: tuple[int, ...] = ()) -> tuple[str, str]:
+def choose_backend(
+    requested: str, device: str, dtype: torch.dtype, features: tuple[int, ...] = ()
+) -> tuple[str, str]:
     """(backend, why) for tensors of this device type and dtype.
 
     Args:
@@ -29,7 +30,10 @@ def choose_backend(requested: str, device: str, dtype: torch.dtype,
     if requested == "auto":
         if device == "cpu":
             return "cpu", "rows stay in the cache between the products of one expert"
-        obstacles = [(name, _obstacle(name, device, dtype, features)) for name in ("triton", "grouped_mm")]
+        obstacles = [
+            (name, _obstacle(name, device, dtype, features))
+            for name in ("triton", "grouped_mm")
+        ]
         reasons = [f"{name}: {why}" for name, why in obstacles if why]
         if not reasons:
             return "triton", "a CUDA device, and triton is installed"
@@ -41,7 +45,9 @@ def choose_backend(requested: str, device: str, dtype: torch.dtype,
     return requested, "--moe-backend says so"
 
 
-def _obstacle(backend: str, device: str, dtype: torch.dtype, features: tuple[int, ...]) -> str | None:
+def _obstacle(
+    backend: str, device: str, dtype: torch.dtype, features: tuple[int, ...]
+) -> str | None:
     """Why the backend cannot be used, or None."""
     if backend == "cpu" and device != "cpu":
         return f"the tensors are on {device}"

@@ -31,9 +31,20 @@ class GroupedExperts(nn.Module):
 
     initialises_itself = True
 
-    def __init__(self, num_local: int, hidden_size: int, ffn_size: int, activation: str, *, first: int = 0,
-                 seed: int = 0, layer: int = 0, init_std: float = 0.02, output_std: float | None = None,
-                 backend: str = "auto"):
+    def __init__(
+        self,
+        num_local: int,
+        hidden_size: int,
+        ffn_size: int,
+        activation: str,
+        *,
+        first: int = 0,
+        seed: int = 0,
+        layer: int = 0,
+        init_std: float = 0.02,
+        output_std: float | None = None,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.num_local, self.activation, self.backend = num_local, activation, backend
         self.w1 = nn.Parameter(torch.empty(num_local, ffn_size, hidden_size))
@@ -45,7 +56,9 @@ class GroupedExperts(nn.Module):
         output_std = init_std if output_std is None else output_std
         with torch.no_grad():
             for local in range(num_local):
-                generator = torch.Generator().manual_seed(_expert_seed(seed, layer, first + local))
+                generator = torch.Generator().manual_seed(
+                    _expert_seed(seed, layer, first + local)
+                )
                 for name, std in (("w1", init_std), ("w2", output_std), ("w3", init_std)):
                     if is_gated(activation) or name != "w3":
                         getattr(self, name).data[local].normal_(0, std, generator=generator)
@@ -53,7 +66,9 @@ class GroupedExperts(nn.Module):
     def forward(self, x_TD: Tensor, weight_S: Tensor, rows: Rows) -> Tensor:
         """Weighted sum of each token's experts: [T, D]; see `expert_mlp`."""
         w3 = self.w3 if is_gated(self.activation) else None
-        return expert_mlp(x_TD, weight_S, self.w1, w3, self.w2, rows, self.activation, self.backend)
+        return expert_mlp(
+            x_TD, weight_S, self.w1, w3, self.w2, rows, self.activation, self.backend
+        )
 
 
 def _expert_seed(seed: int, layer: int, expert: int) -> int:

@@ -19,7 +19,9 @@ from megatron import buffers
 from megatron.moe.experts.backends import choose_backend
 
 
-def grouped_linear(x_ND: Tensor, weight_EHD: Tensor, ends_E: Tensor, backend: str = "auto") -> Tensor:
+def grouped_linear(
+    x_ND: Tensor, weight_EHD: Tensor, ends_E: Tensor, backend: str = "auto"
+) -> Tensor:
     """y_n = weight_e @ x_n for the rows n of expert e: [N, H].
 
     Args:
@@ -41,7 +43,8 @@ def grouped_linear(x_ND: Tensor, weight_EHD: Tensor, ends_E: Tensor, backend: st
         if len(x_ND) == 0:  # F.grouped_mm refuses
             return _Loop.apply(x_ND, weight_EHD, [0] * len(weight_EHD))
         return _ContiguousGradient.apply(
-            F.grouped_mm(x_ND, weight_EHD.transpose(1, 2), offs=ends_E.to(torch.int32)))
+            F.grouped_mm(x_ND, weight_EHD.transpose(1, 2), offs=ends_E.to(torch.int32))
+        )
     from megatron.moe.experts.triton_mlp import GroupedLinear
 
     return GroupedLinear.apply(x_ND, weight_EHD, ends_E)
@@ -60,7 +63,9 @@ class _Loop(torch.autograd.Function):
         ctx.save_for_backward(x_ND, weight_EHD)
         ctx.counts = counts
         y_NH = buffers.empty((len(x_ND), weight_EHD.shape[1]), x_ND.dtype, x_ND.device)
-        for x_nD, weight_HD, out in zip(x_ND.split(counts), weight_EHD, y_NH.split(counts), strict=True):
+        for x_nD, weight_HD, out in zip(
+            x_ND.split(counts), weight_EHD, y_NH.split(counts), strict=True
+        ):
             torch.mm(x_nD, weight_HD.t(), out=out)
         return y_NH
 
@@ -71,11 +76,17 @@ class _Loop(torch.autograd.Function):
         grad_x_ND = grad_weight_EHD = None
         if ctx.needs_input_grad[0]:
             grad_x_ND = buffers.empty(x_ND.shape, x_ND.dtype, x_ND.device)
-            for grad_nH, weight_HD, out in zip(grad_NH.split(ctx.counts), weight_EHD, grad_x_ND.split(ctx.counts)):
+            for grad_nH, weight_HD, out in zip(
+                grad_NH.split(ctx.counts), weight_EHD, grad_x_ND.split(ctx.counts)
+            ):
                 torch.mm(grad_nH, weight_HD, out=out)
         if ctx.needs_input_grad[1]:
-            grad_weight_EHD = buffers.empty(weight_EHD.shape, weight_EHD.dtype, weight_EHD.device)
-            for grad_nH, x_nD, out in zip(grad_NH.split(ctx.counts), x_ND.split(ctx.counts), grad_weight_EHD):
+            grad_weight_EHD = buffers.empty(
+                weight_EHD.shape, weight_EHD.dtype, weight_EHD.device
+            )
+            for grad_nH, x_nD, out in zip(
+                grad_NH.split(ctx.counts), x_ND.split(ctx.counts), grad_weight_EHD
+            ):
                 torch.mm(grad_nH.t(), x_nD, out=out)  # without rows: zeros
         return grad_x_ND, grad_weight_EHD, None
 

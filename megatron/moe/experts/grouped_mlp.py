@@ -26,8 +26,16 @@ from megatron.moe.experts.backends import choose_backend
 from megatron.moe.experts.grouped_linear import grouped_linear
 
 
-def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2: Tensor, rows: Rows, activation: str,
-               backend: str = "auto") -> Tensor:
+def expert_mlp(
+    x_TD: Tensor,
+    weight_S: Tensor,
+    w1: Tensor,
+    w3: Tensor | None,
+    w2: Tensor,
+    rows: Rows,
+    activation: str,
+    backend: str = "auto",
+) -> Tensor:
     """The formula above: [T, D] in x's dtype, deterministic.
 
     Args:
@@ -63,13 +71,24 @@ class _CpuMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2: Tensor, rows: Rows,
-                activation: str) -> Tensor:
+    def forward(
+        ctx,
+        x_TD: Tensor,
+        weight_S: Tensor,
+        w1: Tensor,
+        w3: Tensor | None,
+        w2: Tensor,
+        rows: Rows,
+        activation: str,
+    ) -> Tensor:
         ctx.rows, ctx.activation, ctx.counts = rows, activation, rows.counts()
         num_rows, (_, width, hidden_size) = sum(ctx.counts), w1.shape
         gate_SH = _empty(x_TD, num_rows, width)
         up_SH = None if w3 is None else _empty(x_TD, num_rows, width)
-        y_SD, x_buffer = _empty(x_TD, num_rows, hidden_size), _empty(x_TD, max(ctx.counts), hidden_size)
+        y_SD, x_buffer = (
+            _empty(x_TD, num_rows, hidden_size),
+            _empty(x_TD, max(ctx.counts), hidden_size),
+        )
         factor_S1 = weight_S.to(x_TD.dtype).unsqueeze(1)
         for e, s in _experts(ctx.counts):
             x_nD = _gather(x_TD, rows.token_S[s], x_buffer)
@@ -85,8 +104,10 @@ class _CpuMLP(torch.autograd.Function):
     def backward(ctx, grad_TD: Tensor) -> tuple:
         x_TD, weight_S, w1, w3, w2, gate_SH, up_SH = ctx.saved_tensors
         need_x, need_weight, *need_stacks = ctx.needs_input_grad[:5]
-        grads = [buffers.empty(w.shape, w.dtype, w.device) if need else None
-                 for w, need in zip((w1, w3, w2), need_stacks)]
+        grads = [
+            buffers.empty(w.shape, w.dtype, w.device) if need else None
+            for w, need in zip((w1, w3, w2), need_stacks)
+        ]
         grad_x_SD = _empty(x_TD, len(gate_SH), x_TD.shape[1]) if need_x else None
         grad_weight_S = torch.zeros_like(weight_S) if need_weight else None
         x_buffer, grad_buffer = (_empty(x_TD, max(ctx.counts), x_TD.shape[1]) for _ in range(2))
@@ -94,9 +115,15 @@ class _CpuMLP(torch.autograd.Function):
         for e, s in _experts(ctx.counts):
             token_n, stacks = ctx.rows.token_S[s], [None if g is None else g[e] for g in grads]
             grad_gate_nH, grad_up_nH = _backward_hidden(
-                ctx.activation, _gather(grad_TD, token_n, grad_buffer), w2[e], gate_SH[s],
-                None if up_SH is None else up_SH[s], factor_S1[s], stacks[2],
-                None if grad_weight_S is None else grad_weight_S[s])
+                ctx.activation,
+                _gather(grad_TD, token_n, grad_buffer),
+                w2[e],
+                gate_SH[s],
+                None if up_SH is None else up_SH[s],
+                factor_S1[s],
+                stacks[2],
+                None if grad_weight_S is None else grad_weight_S[s],
+            )
             if need_x:
                 torch.mm(grad_gate_nH, w1[e], out=grad_x_SD[s])
                 if w3 is not None:
@@ -110,13 +137,22 @@ class _CpuMLP(torch.autograd.Function):
             for grad in grads:
                 if grad is not None:
                     grad[empty].zero_()
-        grad_x_TD = segment_sum(grad_x_SD, ctx.rows.by_token_S, ctx.rows.bags_T1) if need_x else None
+        grad_x_TD = (
+            segment_sum(grad_x_SD, ctx.rows.by_token_S, ctx.rows.bags_T1) if need_x else None
+        )
         return grad_x_TD, grad_weight_S, *grads, None, None
 
 
-def _backward_hidden(activation: str, grad_nD: Tensor, w2_DH: Tensor, gate_nH: Tensor, up_nH: Tensor | None,
-                     factor_n1: Tensor, grad_w2_DH: Tensor | None,
-                     grad_weight_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _backward_hidden(
+    activation: str,
+    grad_nD: Tensor,
+    w2_DH: Tensor,
+    gate_nH: Tensor,
+    up_nH: Tensor | None,
+    factor_n1: Tensor,
+    grad_w2_DH: Tensor | None,
+    grad_weight_n: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """One expert's gradients of the pre-activations (gate, up); those of w2 and of the weights go where they belong."""
     act_nH = nonlinearity(activation, gate_nH)
     hidden_nH = act_nH if up_nH is None else act_nH * up_nH

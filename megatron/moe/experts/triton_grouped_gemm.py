@@ -49,12 +49,18 @@ class Tile:
 
 PLAIN_TILE = Tile(64, 64, 32, 4, 2)
 """for products without matrix units: exact ones of fp32, and what Triton makes of fp16 before Ampere"""
-TILES = ((200 * 2**10, Tile(128, 256, 64, 8, 3)), (96 * 2**10, Tile(128, 128, 64, 8, 3)), (0, PLAIN_TILE))
+TILES = (
+    (200 * 2**10, Tile(128, 256, 64, 8, 3)),
+    (96 * 2**10, Tile(128, 128, 64, 8, 3)),
+    (0, PLAIN_TILE),
+)
 """(bytes of shared memory at least, tile) for 16-bit numbers: Hopper and later, Ampere, older. The first two spill
 no registers, by what ptxas says of sm_90, sm_80 and sm_86; they were not timed"""
 
 
-def choose_tile(dtype: torch.dtype, rows: int, columns: int, depth: int, shared_bytes: int) -> Tile:
+def choose_tile(
+    dtype: torch.dtype, rows: int, columns: int, depth: int, shared_bytes: int
+) -> Tile:
     """The tile for a product of rows x columns x depth: what the device has room for, smaller for small sizes.
 
     A table and not `triton.autotune`: the winner of a timing can differ from run to run, and with it the order of a sum
@@ -64,19 +70,33 @@ def choose_tile(dtype: torch.dtype, rows: int, columns: int, depth: int, shared_
         rows: those that share one matrix, on average.
         shared_bytes: shared memory that a program can have.
     """
-    tile = PLAIN_TILE if dtype == torch.float32 else next(tile for least, tile in TILES if shared_bytes >= least)
-    sizes = {name: min(getattr(tile, name), max(16, triton.next_power_of_2(size)))
-             for name, size in (("rows", rows), ("columns", columns), ("depth", depth))}
-    return replace(tile, **sizes, warps=8 if sizes["rows"] * sizes["columns"] >= 128 * 128 else 4)
+    tile = (
+        PLAIN_TILE
+        if dtype == torch.float32
+        else next(tile for least, tile in TILES if shared_bytes >= least)
+    )
+    sizes = {
+        name: min(getattr(tile, name), max(16, triton.next_power_of_2(size)))
+        for name, size in (("rows", rows), ("columns", columns), ("depth", depth))
+    }
+    return replace(
+        tile, **sizes, warps=8 if sizes["rows"] * sizes["columns"] >= 128 * 128 else 4
+    )
 
 
 @cache
 def _shared_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+    return (
+        torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if device.type == "cuda"
+        else 0
+    )
 
 
 @triton.jit
-def _accumulate(acc, x_ptrs, weight_ptrs, weight_stride_k, depth, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+def _accumulate(
+    acc, x_ptrs, weight_ptrs, weight_stride_k, depth, BLOCK_K: tl.constexpr, EVEN: tl.constexpr
+):
     """acc + x @ weight, BLOCK_K of the depth at a time."""
     k = tl.arange(0, BLOCK_K)
     for first in range(0, depth, BLOCK_K):
@@ -96,10 +116,30 @@ def _accumulate(acc, x_ptrs, weight_ptrs, weight_stride_k, depth, BLOCK_K: tl.co
 
 
 @triton.jit(do_not_specialize=["row_tiles"])
-def _product_kernel(x_ptr, weight_ptr, x2_ptr, weight2_ptr, out_ptr, gather_ptr, ends_ptr, num_experts, row_tiles,
-                    columns, depth, x_stride, x2_stride, weight_stride_e, weight_stride_n, weight_stride_k,
-                    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-                    GROUP: tl.constexpr, EVEN: tl.constexpr):
+def _product_kernel(
+    x_ptr,
+    weight_ptr,
+    x2_ptr,
+    weight2_ptr,
+    out_ptr,
+    gather_ptr,
+    ends_ptr,
+    num_experts,
+    row_tiles,
+    columns,
+    depth,
+    x_stride,
+    x2_stride,
+    weight_stride_e,
+    weight_stride_n,
+    weight_stride_k,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """out[s, n] = sum_k x[gather[s], k] weight[e, n, k], plus the same of x2 and weight2 where they are given."""
     # Neighbouring programs share rows and columns: GROUP row tiles go through all columns before the next rows.
     column_tiles = (columns + BLOCK_N - 1) // BLOCK_N
@@ -129,42 +169,93 @@ def _product_kernel(x_ptr, weight_ptr, x2_ptr, weight2_ptr, out_ptr, gather_ptr,
     if gather_ptr is not None:
         source = tl.load(gather_ptr + source)
     k = tl.arange(0, BLOCK_K)
-    offset = (expert.to(tl.int64) * weight_stride_e + k.to(tl.int64)[:, None] * weight_stride_k
-              + (column % columns).to(tl.int64)[None, :] * weight_stride_n)
+    offset = (
+        expert.to(tl.int64) * weight_stride_e
+        + k.to(tl.int64)[:, None] * weight_stride_k
+        + (column % columns).to(tl.int64)[None, :] * weight_stride_n
+    )
     acc = tl.full((BLOCK_S, BLOCK_N), 0.0, tl.float32)
-    acc = _accumulate(acc, x_ptr + source[:, None] * x_stride + k[None, :], weight_ptr + offset, weight_stride_k, depth,
-                      BLOCK_K, EVEN)
+    acc = _accumulate(
+        acc,
+        x_ptr + source[:, None] * x_stride + k[None, :],
+        weight_ptr + offset,
+        weight_stride_k,
+        depth,
+        BLOCK_K,
+        EVEN,
+    )
     if x2_ptr is not None:
-        acc = _accumulate(acc, x2_ptr + source[:, None] * x2_stride + k[None, :], weight2_ptr + offset,
-                          weight_stride_k, depth, BLOCK_K, EVEN)
-    tl.store(out_ptr + row[:, None] * columns + column[None, :], acc.to(out_ptr.dtype.element_ty),
-             mask=(row < end)[:, None] & (column < columns)[None, :])
+        acc = _accumulate(
+            acc,
+            x2_ptr + source[:, None] * x2_stride + k[None, :],
+            weight2_ptr + offset,
+            weight_stride_k,
+            depth,
+            BLOCK_K,
+            EVEN,
+        )
+    tl.store(
+        out_ptr + row[:, None] * columns + column[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(row < end)[:, None] & (column < columns)[None, :],
+    )
 
 
-def _product(x_MK: Tensor, weight_ENK: Tensor, ends_E: Tensor, gather_S: Tensor | None,
-             plus: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def _product(
+    x_MK: Tensor,
+    weight_ENK: Tensor,
+    ends_E: Tensor,
+    gather_S: Tensor | None,
+    plus: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """y[s] = weight[e(s)] @ x[gather[s]] for weights of any strides; `plus` is a second such pair of the same sizes."""
     x_MK = _rows(x_MK)
     x2_MK, weight2_ENK = (None, None) if plus is None else (_rows(plus[0]), plus[1])
     for x, weight in ((x_MK, weight_ENK), (x2_MK, weight2_ENK)):
         if x is not None:
             assert x.dtype == weight.dtype, f"rows are {x.dtype}, weights {weight.dtype}"
-            assert x.shape == x_MK.shape and x.shape[1] == weight.shape[2], f"rows {x.shape}, weights {weight.shape}"
-            assert weight.shape == weight_ENK.shape, f"weights {weight.shape} and {weight_ENK.shape}"
+            assert x.shape == x_MK.shape and x.shape[1] == weight.shape[2], (
+                f"rows {x.shape}, weights {weight.shape}"
+            )
+            assert weight.shape == weight_ENK.shape, (
+                f"weights {weight.shape} and {weight_ENK.shape}"
+            )
     num_experts, columns, depth = weight_ENK.shape
     num_rows = len(x_MK) if gather_S is None else len(gather_S)
     out_SN = x_MK.new_empty(num_rows, columns)
-    tile = choose_tile(x_MK.dtype, num_rows // num_experts, columns, depth, _shared_bytes(x_MK.device))
+    tile = choose_tile(
+        x_MK.dtype, num_rows // num_experts, columns, depth, _shared_bytes(x_MK.device)
+    )
     row_tiles = num_rows // tile.rows + num_experts
     _product_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
-        x_MK, weight_ENK, x2_MK, weight2_ENK, out_SN, gather_S, ends_E, num_experts, row_tiles, columns, depth,
-        x_MK.stride(0), 0 if x2_MK is None else x2_MK.stride(0), *weight_ENK.stride(),
-        BLOCK_S=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, BLOCK_E=triton.next_power_of_2(num_experts),
-        GROUP=8, EVEN=depth % tile.depth == 0, **tile.options)
+        x_MK,
+        weight_ENK,
+        x2_MK,
+        weight2_ENK,
+        out_SN,
+        gather_S,
+        ends_E,
+        num_experts,
+        row_tiles,
+        columns,
+        depth,
+        x_MK.stride(0),
+        0 if x2_MK is None else x2_MK.stride(0),
+        *weight_ENK.stride(),
+        BLOCK_S=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        GROUP=8,
+        EVEN=depth % tile.depth == 0,
+        **tile.options,
+    )
     return out_SN
 
 
-def grouped_linear(x_MD: Tensor, weight_EHD: Tensor, ends_E: Tensor, gather_S: Tensor | None = None) -> Tensor:
+def grouped_linear(
+    x_MD: Tensor, weight_EHD: Tensor, ends_E: Tensor, gather_S: Tensor | None = None
+) -> Tensor:
     """y[s] = weight[e(s)] @ x[gather[s]], accumulated in fp32; without `gather`, of x[s].
 
     Args:
@@ -180,8 +271,13 @@ def grouped_linear(x_MD: Tensor, weight_EHD: Tensor, ends_E: Tensor, gather_S: T
     return _product(x_MD, weight_EHD, ends_E, gather_S)
 
 
-def grouped_data_grad(grad_MH: Tensor, weight_EHD: Tensor, ends_E: Tensor, gather_S: Tensor | None = None,
-                      plus: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def grouped_data_grad(
+    grad_MH: Tensor,
+    weight_EHD: Tensor,
+    ends_E: Tensor,
+    gather_S: Tensor | None = None,
+    plus: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """The gradient of `grouped_linear`'s gathered rows: weight[e(s)]^T @ grad[gather[s]].
 
     Args:
@@ -192,14 +288,29 @@ def grouped_data_grad(grad_MH: Tensor, weight_EHD: Tensor, ends_E: Tensor, gathe
     Raises:
         ValueError: fp64.
     """
-    _check(grad_MH, (ends_E, gather_S), (weight_EHD,) if plus is None else (weight_EHD, plus[1]))
+    _check(
+        grad_MH, (ends_E, gather_S), (weight_EHD,) if plus is None else (weight_EHD, plus[1])
+    )
     plus = plus and (plus[0], plus[1].transpose(1, 2))
     return _product(grad_MH, weight_EHD.transpose(1, 2), ends_E, gather_S, plus)
 
 
 @triton.jit
-def _weight_grad_kernel(grad_ptr, x_ptr, out_ptr, grad_gather_ptr, gather_ptr, ends_ptr, height, columns, grad_stride,
-                        x_stride, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+def _weight_grad_kernel(
+    grad_ptr,
+    x_ptr,
+    out_ptr,
+    grad_gather_ptr,
+    gather_ptr,
+    ends_ptr,
+    height,
+    columns,
+    grad_stride,
+    x_stride,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """out[e, h, d] = sum over the rows s of e of grad[grad_gather[s], h] x[gather[s], d], all by one program."""
     column_tiles = (columns + BLOCK_D - 1) // BLOCK_D
     tiles = (height + BLOCK_H - 1) // BLOCK_H * column_tiles
@@ -221,18 +332,34 @@ def _weight_grad_kernel(grad_ptr, x_ptr, out_ptr, grad_gather_ptr, gather_ptr, e
         x_row = row
         if gather_ptr is not None:
             x_row = tl.load(gather_ptr + row, mask=inside, other=0)
-        grad = tl.load(grad_ptr + grad_row[None, :] * grad_stride + h_inside[:, None], mask=inside[None, :], other=0.0)
-        x = tl.load(x_ptr + x_row[:, None] * x_stride + d_inside[None, :], mask=inside[:, None], other=0.0)
+        grad = tl.load(
+            grad_ptr + grad_row[None, :] * grad_stride + h_inside[:, None],
+            mask=inside[None, :],
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + x_row[:, None] * x_stride + d_inside[None, :],
+            mask=inside[:, None],
+            other=0.0,
+        )
         if INTERPRETED:  # as above
             grad = grad.to(tl.float32)
             x = x.to(tl.float32)
         acc = tl.dot(grad, x, acc, input_precision="ieee")
-    tl.store(out_ptr + (expert.to(tl.int64) * height + h)[:, None] * columns + d[None, :],
-             acc.to(out_ptr.dtype.element_ty), mask=(h < height)[:, None] & (d < columns)[None, :])
+    tl.store(
+        out_ptr + (expert.to(tl.int64) * height + h)[:, None] * columns + d[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(h < height)[:, None] & (d < columns)[None, :],
+    )
 
 
-def grouped_weight_grad(grad_MH: Tensor, x_MD: Tensor, ends_E: Tensor, gather_S: Tensor | None = None,
-                        grad_gather_S: Tensor | None = None) -> Tensor:
+def grouped_weight_grad(
+    grad_MH: Tensor,
+    x_MD: Tensor,
+    ends_E: Tensor,
+    gather_S: Tensor | None = None,
+    grad_gather_S: Tensor | None = None,
+) -> Tensor:
     """The gradient of `grouped_linear`'s weight: per expert, the sum over its rows of grad times x; zeros without rows.
 
     Args:
@@ -244,22 +371,50 @@ def grouped_weight_grad(grad_MH: Tensor, x_MD: Tensor, ends_E: Tensor, gather_S:
         ValueError: fp64.
     """
     _check(grad_MH, (ends_E, gather_S, grad_gather_S))
-    assert x_MD.dtype == grad_MH.dtype, f"the gradient is {grad_MH.dtype}, the rows are {x_MD.dtype}"
+    assert x_MD.dtype == grad_MH.dtype, (
+        f"the gradient is {grad_MH.dtype}, the rows are {x_MD.dtype}"
+    )
     grad_MH, x_MD = _rows(grad_MH), _rows(x_MD)
     num_rows, num_experts = len(x_MD) if gather_S is None else len(gather_S), len(ends_E)
-    assert num_rows == len(grad_MH if grad_gather_S is None else grad_gather_S), "gradient and x differ in rows"
+    assert num_rows == len(grad_MH if grad_gather_S is None else grad_gather_S), (
+        "gradient and x differ in rows"
+    )
     height, columns = grad_MH.shape[1], x_MD.shape[1]
     out_EHD = x_MD.new_empty(num_experts, height, columns)
-    tile = choose_tile(x_MD.dtype, height, columns, num_rows // num_experts, _shared_bytes(x_MD.device))
+    tile = choose_tile(
+        x_MD.dtype, height, columns, num_rows // num_experts, _shared_bytes(x_MD.device)
+    )
     grid = (num_experts * triton.cdiv(height, tile.rows) * triton.cdiv(columns, tile.columns),)
-    _weight_grad_kernel[grid](grad_MH, x_MD, out_EHD, grad_gather_S, gather_S, ends_E, height, columns,
-                              grad_MH.stride(0), x_MD.stride(0), BLOCK_H=tile.rows, BLOCK_D=tile.columns,
-                              BLOCK_S=tile.depth, **tile.options)
+    _weight_grad_kernel[grid](
+        grad_MH,
+        x_MD,
+        out_EHD,
+        grad_gather_S,
+        gather_S,
+        ends_E,
+        height,
+        columns,
+        grad_MH.stride(0),
+        x_MD.stride(0),
+        BLOCK_H=tile.rows,
+        BLOCK_D=tile.columns,
+        BLOCK_S=tile.depth,
+        **tile.options,
+    )
     return out_EHD
 
 
 @triton.jit
-def _combine_kernel(rows_ptr, order_ptr, bags_ptr, weight_ptr, out_ptr, columns, rows_stride, BLOCK: tl.constexpr):
+def _combine_kernel(
+    rows_ptr,
+    order_ptr,
+    bags_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    rows_stride,
+    BLOCK: tl.constexpr,
+):
     """out[t] = sum over the bag of t of weight[i] rows[order[i]]: one program per token and tile of columns."""
     column_tiles = (columns + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // column_tiles).to(tl.int64)
@@ -267,14 +422,22 @@ def _combine_kernel(rows_ptr, order_ptr, bags_ptr, weight_ptr, out_ptr, columns,
     acc = tl.full((BLOCK,), 0.0, tl.float32)
     for i in range(tl.load(bags_ptr + token), tl.load(bags_ptr + token + 1)):
         row = tl.load(order_ptr + i)
-        value = tl.load(rows_ptr + row * rows_stride + column, mask=column < columns, other=0.0).to(tl.float32)
+        value = tl.load(
+            rows_ptr + row * rows_stride + column, mask=column < columns, other=0.0
+        ).to(tl.float32)
         if weight_ptr is not None:
             value *= tl.load(weight_ptr + i).to(tl.float32)
         acc += value
-    tl.store(out_ptr + token * columns + column, acc.to(out_ptr.dtype.element_ty), mask=column < columns)
+    tl.store(
+        out_ptr + token * columns + column,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=column < columns,
+    )
 
 
-def weighted_combine(rows_SD: Tensor, order_S: Tensor, bags_T1: Tensor, weight_S: Tensor | None = None) -> Tensor:
+def weighted_combine(
+    rows_SD: Tensor, order_S: Tensor, bags_T1: Tensor, weight_S: Tensor | None = None
+) -> Tensor:
     """y_t = sum over i in bag t of weight_i * rows[order_i], accumulated in fp32: `dispatch.bag_sum` as a kernel.
 
     Args:
@@ -288,13 +451,16 @@ def weighted_combine(rows_SD: Tensor, order_S: Tensor, bags_T1: Tensor, weight_S
         ValueError: fp64.
     """
     _check(rows_SD, (order_S, bags_T1))
-    assert weight_S is None or weight_S.is_contiguous() and len(weight_S) == len(order_S), "one weight per entry"
+    assert weight_S is None or weight_S.is_contiguous() and len(weight_S) == len(order_S), (
+        "one weight per entry"
+    )
     rows_SD = _rows(rows_SD)
     num_tokens, columns = len(bags_T1) - 1, rows_SD.shape[1]
     out_TD = rows_SD.new_empty(num_tokens, columns)
     block = min(1024, triton.next_power_of_2(columns))
     _combine_kernel[(num_tokens * triton.cdiv(columns, block),)](
-        rows_SD, order_S, bags_T1, weight_S, out_TD, columns, rows_SD.stride(0), BLOCK=block)
+        rows_SD, order_S, bags_T1, weight_S, out_TD, columns, rows_SD.stride(0), BLOCK=block
+    )
     return out_TD
 
 
@@ -315,7 +481,9 @@ def _slope(gate, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         slope = tl.where(gate <= 0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
-        slope = 0.5 * (1 + tl.erf(gate * RSQRT_2)) + gate * tl.exp(-0.5 * gate * gate) * RSQRT_2_PI
+        slope = (
+            0.5 * (1 + tl.erf(gate * RSQRT_2)) + gate * tl.exp(-0.5 * gate * gate) * RSQRT_2_PI
+        )
     else:
         sigmoid = 1 / (1 + tl.exp(-gate))
         slope = sigmoid * (1 + gate * (1 - sigmoid))
@@ -323,8 +491,18 @@ def _slope(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _activation_kernel(gate_ptr, up_ptr, weight_ptr, out_ptr, ends_ptr, num_experts, columns,
-                       ACTIVATION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr):
+def _activation_kernel(
+    gate_ptr,
+    up_ptr,
+    weight_ptr,
+    out_ptr,
+    ends_ptr,
+    num_experts,
+    columns,
+    ACTIVATION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """out = weight act(gate) [up], for the rows before the last end."""
     num_rows = tl.load(ends_ptr + num_experts - 1)
     row = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -333,16 +511,31 @@ def _activation_kernel(gate_ptr, up_ptr, weight_ptr, out_ptr, ends_ptr, num_expe
         column = first + tl.arange(0, BLOCK_H)
         at = row[:, None] * columns + column[None, :]
         mask = (row < num_rows)[:, None] & (column < columns)[None, :]
-        hidden = _activate(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+        hidden = _activate(
+            tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION
+        )
         if up_ptr is not None:
             hidden *= tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, (hidden * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _activation_grad_kernel(grad_ptr, gate_ptr, up_ptr, weight_ptr, grad_gate_ptr, grad_up_ptr, grad_weight_ptr,
-                            ends_ptr, num_experts, space, columns, ACTIVATION: tl.constexpr, BLOCK_S: tl.constexpr,
-                            BLOCK_H: tl.constexpr):
+def _activation_grad_kernel(
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    weight_ptr,
+    grad_gate_ptr,
+    grad_up_ptr,
+    grad_weight_ptr,
+    ends_ptr,
+    num_experts,
+    space,
+    columns,
+    ACTIVATION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """Its gradients. `space` is the length of the arrays: beyond the last end the weight's gradient is 0."""
     num_rows = tl.load(ends_ptr + num_experts - 1)
     row = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -367,15 +560,22 @@ def _activation_grad_kernel(grad_ptr, gate_ptr, up_ptr, weight_ptr, grad_gate_pt
     tl.store(grad_weight_ptr + row, tl.sum(grad_weight, 1), mask=row < space)
 
 
-def _activation_grid(gate_SH: Tensor, activation: str) -> tuple[tuple[int], dict[str, int | str]]:
+def _activation_grid(
+    gate_SH: Tensor, activation: str
+) -> tuple[tuple[int], dict[str, int | str]]:
     """(grid, constants): a program takes 16 rows, 128 columns at a time."""
     base = {"swiglu": "silu", "geglu": "gelu"}.get(activation, activation)
     block = min(128, triton.next_power_of_2(gate_SH.shape[1]))
-    return (triton.cdiv(len(gate_SH), 16),), {"ACTIVATION": base, "BLOCK_S": 16, "BLOCK_H": block}
+    return (triton.cdiv(len(gate_SH), 16),), {
+        "ACTIVATION": base,
+        "BLOCK_S": 16,
+        "BLOCK_H": block,
+    }
 
 
-def weighted_activation(gate_SH: Tensor, up_SH: Tensor | None, weight_S: Tensor, ends_E: Tensor,
-                        activation: str) -> Tensor:
+def weighted_activation(
+    gate_SH: Tensor, up_SH: Tensor | None, weight_S: Tensor, ends_E: Tensor, activation: str
+) -> Tensor:
     """weight_s * act(gate_s), times up_s where given: computed in fp32, returned in the dtype of the gate.
 
     Args:
@@ -383,23 +583,46 @@ def weighted_activation(gate_SH: Tensor, up_SH: Tensor | None, weight_S: Tensor,
         weight_S: fp32, contiguous.
         activation: its gated kinds mean what is applied to the gate.
     """
-    assert all(t is None or t.is_contiguous() for t in (gate_SH, up_SH, weight_S)), "rows must be contiguous"
+    assert all(t is None or t.is_contiguous() for t in (gate_SH, up_SH, weight_S)), (
+        "rows must be contiguous"
+    )
     out_SH = torch.empty_like(gate_SH)
     grid, constants = _activation_grid(gate_SH, activation)
-    _activation_kernel[grid](gate_SH, up_SH, weight_S, out_SH, ends_E, len(ends_E), gate_SH.shape[1], **constants)
+    _activation_kernel[grid](
+        gate_SH, up_SH, weight_S, out_SH, ends_E, len(ends_E), gate_SH.shape[1], **constants
+    )
     return out_SH
 
 
-def weighted_activation_grad(grad_SH: Tensor, gate_SH: Tensor, up_SH: Tensor | None, weight_S: Tensor, ends_E: Tensor,
-                             activation: str) -> tuple[Tensor, Tensor | None, Tensor]:
+def weighted_activation_grad(
+    grad_SH: Tensor,
+    gate_SH: Tensor,
+    up_SH: Tensor | None,
+    weight_S: Tensor,
+    ends_E: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of `weighted_activation`'s gate, up (None without one) and weight: fp32 [S], 0 beyond the last end."""
-    assert all(t is None or t.is_contiguous() for t in (grad_SH, gate_SH, up_SH, weight_S)), "rows must be contiguous"
+    assert all(t is None or t.is_contiguous() for t in (grad_SH, gate_SH, up_SH, weight_S)), (
+        "rows must be contiguous"
+    )
     grad_gate_SH = torch.empty_like(gate_SH)
     grad_up_SH = None if up_SH is None else torch.empty_like(up_SH)
     grad_weight_S = torch.empty_like(weight_S)
     grid, constants = _activation_grid(gate_SH, activation)
-    _activation_grad_kernel[grid](grad_SH, gate_SH, up_SH, weight_S, grad_gate_SH, grad_up_SH, grad_weight_S, ends_E,
-                                  len(ends_E), *gate_SH.shape, **constants)
+    _activation_grad_kernel[grid](
+        grad_SH,
+        gate_SH,
+        up_SH,
+        weight_S,
+        grad_gate_SH,
+        grad_up_SH,
+        grad_weight_S,
+        ends_E,
+        len(ends_E),
+        *gate_SH.shape,
+        **constants,
+    )
     return grad_gate_SH, grad_up_SH, grad_weight_S
 
 
@@ -408,10 +631,19 @@ def _rows(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _check(rows: Tensor, indices: tuple[Tensor | None, ...], weights: tuple[Tensor, ...] = ()) -> None:
-    require(rows.dtype in DTYPES, "the dtype of Triton's expert kernels", rows.dtype, " ".join(map(str, DTYPES)))
+def _check(
+    rows: Tensor, indices: tuple[Tensor | None, ...], weights: tuple[Tensor, ...] = ()
+) -> None:
+    require(
+        rows.dtype in DTYPES,
+        "the dtype of Triton's expert kernels",
+        rows.dtype,
+        " ".join(map(str, DTYPES)),
+    )
     for index in indices:
-        assert index is None or index.dtype == torch.int64, f"indices are int64, not {index.dtype}"
+        assert index is None or index.dtype == torch.int64, (
+            f"indices are int64, not {index.dtype}"
+        )
         assert index is None or index.is_contiguous(), "indices must be contiguous"
     for weight in weights:
         assert weight.is_contiguous(), "stacked weights must be contiguous"

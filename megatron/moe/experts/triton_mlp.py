@@ -28,8 +28,15 @@ from megatron.moe.experts.triton_grouped_gemm import (
 )
 
 
-def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2: Tensor, rows: Rows,
-               activation: str) -> Tensor:
+def expert_mlp(
+    x_TD: Tensor,
+    weight_S: Tensor,
+    w1: Tensor,
+    w3: Tensor | None,
+    w2: Tensor,
+    rows: Rows,
+    activation: str,
+) -> Tensor:
     """Weighted sum of each token's experts, repeatable bit for bit. Nothing waits for the device.
 
     Args:
@@ -44,10 +51,24 @@ def expert_mlp(x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2
         ValueError: unknown activation, or fp64.
     """
     require(activation in ACTIVATIONS, "activation", activation, " ".join(ACTIVATIONS))
-    assert (w3 is not None) == is_gated(activation), f"{activation} and the up projection do not go together"
-    assert weight_S.dtype == torch.float32, f"the weights of the rows are fp32, not {weight_S.dtype}"
-    return _ExpertMLP.apply(x_TD, weight_S, w1, w3, w2, rows.token_S, rows.by_token_S, rows.bags_T1, rows.ends_E,
-                            activation)
+    assert (w3 is not None) == is_gated(activation), (
+        f"{activation} and the up projection do not go together"
+    )
+    assert weight_S.dtype == torch.float32, (
+        f"the weights of the rows are fp32, not {weight_S.dtype}"
+    )
+    return _ExpertMLP.apply(
+        x_TD,
+        weight_S,
+        w1,
+        w3,
+        w2,
+        rows.token_S,
+        rows.by_token_S,
+        rows.bags_T1,
+        rows.ends_E,
+        activation,
+    )
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -69,12 +90,25 @@ class GroupedLinear(torch.autograd.Function):
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_S: Tensor, w1: Tensor, w3: Tensor | None, w2: Tensor, token_S: Tensor,
-                by_token_S: Tensor, bags_T1: Tensor, ends_E: Tensor, activation: str) -> Tensor:
+    def forward(
+        ctx,
+        x_TD: Tensor,
+        weight_S: Tensor,
+        w1: Tensor,
+        w3: Tensor | None,
+        w2: Tensor,
+        token_S: Tensor,
+        by_token_S: Tensor,
+        bags_T1: Tensor,
+        ends_E: Tensor,
+        activation: str,
+    ) -> Tensor:
         weight_S = weight_S.contiguous()
         gate_SH = grouped_linear(x_TD, w1, ends_E, token_S)
         up_SH = None if w3 is None else grouped_linear(x_TD, w3, ends_E, token_S)
-        ctx.save_for_backward(x_TD, weight_S, w1, w3, w2, token_S, by_token_S, bags_T1, ends_E, gate_SH, up_SH)
+        ctx.save_for_backward(
+            x_TD, weight_S, w1, w3, w2, token_S, by_token_S, bags_T1, ends_E, gate_SH, up_SH
+        )
         ctx.activation = activation
         hidden_SH = weighted_activation(gate_SH, up_SH, weight_S, ends_E, activation)
         return weighted_combine(grouped_linear(hidden_SH, w2, ends_E), by_token_S, bags_T1)
@@ -82,7 +116,9 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD: Tensor) -> tuple:
-        x_TD, weight_S, w1, w3, w2, token_S, by_token_S, bags_T1, ends_E, gate_SH, up_SH = ctx.saved_tensors
+        x_TD, weight_S, w1, w3, w2, token_S, by_token_S, bags_T1, ends_E, gate_SH, up_SH = (
+            ctx.saved_tensors
+        )
         need_x, need_weight, need_w1, need_w3, need_w2 = ctx.needs_input_grad[:5]
         grad_x = grad_weight = grad_w1 = grad_w3 = grad_w2 = None
         grad_TD = grad_TD.contiguous()
@@ -92,7 +128,13 @@ class _ExpertMLP(torch.autograd.Function):
             del hidden_SH
         if need_x or need_weight or need_w1 or need_w3:
             grad_gate_SH, grad_up_SH, grad_weight_S = weighted_activation_grad(
-                grouped_data_grad(grad_TD, w2, ends_E, token_S), gate_SH, up_SH, weight_S, ends_E, ctx.activation)
+                grouped_data_grad(grad_TD, w2, ends_E, token_S),
+                gate_SH,
+                up_SH,
+                weight_S,
+                ends_E,
+                ctx.activation,
+            )
             if need_weight:
                 grad_weight = grad_weight_S
             if need_x:

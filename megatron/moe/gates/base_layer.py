@@ -67,8 +67,11 @@ class BaseGate(Gate, name="base"):
             expert_A=expert_T,
             weight_A=logits_TE.gather(1, expert_T[:, None])[:, 0].sigmoid(),
             aux_loss=logits_TE.new_zeros(()),
-            stats={"favourite_expert_fraction": (expert_T == favourite_T).sum() / max(1, num_tokens),
-                   "auction_rounds": logits_TE.new_tensor(float(rounds))},
+            stats={
+                "favourite_expert_fraction": (expert_T == favourite_T).sum()
+                / max(1, num_tokens),
+                "auction_rounds": logits_TE.new_tensor(float(rounds)),
+            },
         )
 
 
@@ -102,8 +105,13 @@ def balanced_assignment(score_TE: Tensor, max_rounds: int = MAX_ROUNDS) -> tuple
     start_E = score_TE.new_zeros(num_experts)
     if rows % num_experts == 0:
         start_E = soft_prices((score_TE / spread).float()).double() * spread
-    worst = (range_T.max() + start_E.max() - start_E.min()).clamp_min(1e-12)  # what one token in a wrong place can cost
-    few, epsilon = int(TOLERANCE / 4 * num_tokens * spread / worst), TOLERANCE * 3 / 4 * spread * num_tokens / rows
+    worst = (range_T.max() + start_E.max() - start_E.min()).clamp_min(
+        1e-12
+    )  # what one token in a wrong place can cost
+    few, epsilon = (
+        int(TOLERANCE / 4 * num_tokens * spread / worst),
+        TOLERANCE * 3 / 4 * spread * num_tokens / rows,
+    )
     price_E, bid_T = start_E, score_TE.new_zeros(rows)
     all_E, all_T = torch.arange(num_experts, device=device), torch.arange(rows, device=device)
     expert_T, nobody = torch.full_like(all_T, num_experts), num_experts
@@ -115,7 +123,9 @@ def balanced_assignment(score_TE: Tensor, max_rounds: int = MAX_ROUNDS) -> tuple
         expert_T[free_F] = choice_F2[:, 0]
         bid_T[free_F] = price_E[choice_F2[:, 0]] + value_F2[:, 0] - value_F2[:, 1] + epsilon
         order_T = bid_T.argsort(descending=True, stable=True)
-        order_T = order_T[expert_T[order_T].argsort(stable=True)]  # by expert, then from the highest bid
+        order_T = order_T[
+            expert_T[order_T].argsort(stable=True)
+        ]  # by expert, then from the highest bid
         holder_T = expert_T[order_T]
         first_E = torch.searchsorted(holder_T, all_E)
         last_E = (first_E + places - 1).clamp_max(rows - 1)
@@ -129,7 +139,10 @@ def balanced_assignment(score_TE: Tensor, max_rounds: int = MAX_ROUNDS) -> tuple
 
 def soft_prices(score_TE: Tensor) -> Tensor:
     """Prices [E] at which the softmax of (score - price) / SOFTNESS is nearly balanced (Sinkhorn's iteration)."""
-    price_E, wanted = score_TE.new_zeros(score_TE.shape[1]), score_TE.shape[0] / score_TE.shape[1]
+    price_E, wanted = (
+        score_TE.new_zeros(score_TE.shape[1]),
+        score_TE.shape[0] / score_TE.shape[1],
+    )
     for _ in range(SOFT_STEPS):
         load_E = ((score_TE - price_E) / SOFTNESS).softmax(-1).sum(0)
         price_E = price_E + SOFTNESS * (load_E / wanted).clamp_min(1e-9).log()

@@ -39,7 +39,9 @@ class CosineGate(Gate, name="cosine"):
     class Config(LossConfig):
         topk: int = 2
         """experts per token"""
-        score_function: str = field(default="softmax", metadata={"choices": ("softmax", "sigmoid")})
+        score_function: str = field(
+            default="softmax", metadata={"choices": ("softmax", "sigmoid")}
+        )
         """score of an expert from its logit"""
         proj_dim: int = 0
         """dimensions of the space where cosines are taken; 0: half the number of experts, at least 2"""
@@ -56,11 +58,18 @@ class CosineGate(Gate, name="cosine"):
             super().__post_init__()
             for name, ok, allowed in (
                 ("topk", self.topk >= 1, "1 to the number of experts"),
-                ("score_function", self.score_function in ("softmax", "sigmoid"), "softmax sigmoid"),
+                (
+                    "score_function",
+                    self.score_function in ("softmax", "sigmoid"),
+                    "softmax sigmoid",
+                ),
                 ("proj_dim", self.proj_dim >= 0, "0 (half the number of experts) or more"),
                 ("min_temperature", self.min_temperature > 0, "a positive number"),
-                ("init_temperature", self.init_temperature == 0 or self.init_temperature >= self.min_temperature,
-                 f"0 (by the score function), or --min-temperature, which is {self.min_temperature}, and more"),
+                (
+                    "init_temperature",
+                    self.init_temperature == 0 or self.init_temperature >= self.min_temperature,
+                    f"0 (by the score function), or --min-temperature, which is {self.min_temperature}, and more",
+                ),
             ):
                 require_field(self, name, ok, allowed)
 
@@ -75,29 +84,45 @@ class CosineGate(Gate, name="cosine"):
         self.embeddings_EP = nn.Parameter(torch.empty(place.num_experts, dims))
         nn.init.normal_(self.embeddings_EP, std=place.init_std, generator=generator)
         usual = 0.3 if config.score_function == "softmax" else 0.07
-        self.temperature = nn.Parameter(torch.full((1,), config.init_temperature or max(config.min_temperature, usual)))
+        self.temperature = nn.Parameter(
+            torch.full((1,), config.init_temperature or max(config.min_temperature, usual))
+        )
 
     def forward(self, inp: GateInput) -> Routing:
         c, num_tokens = self.config, inp.x_TD.shape[0]
         tau = self.temperature.float()
         tau = tau + (tau.clamp_min(c.min_temperature) - tau).detach()
         logits_TE = self.cosines(inp.x_TD) / tau
-        score_Tk, expert_Tk, probs_TE = top_scores(logits_TE, c.topk, c.score_function, c.norm_topk_prob)
-        token_A, expert_A = torch.arange(num_tokens, device=tau.device).repeat_interleave(c.topk), expert_Tk.flatten()
-        balance = Balance.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope)
+        score_Tk, expert_Tk, probs_TE = top_scores(
+            logits_TE, c.topk, c.score_function, c.norm_topk_prob
+        )
+        token_A, expert_A = (
+            torch.arange(num_tokens, device=tau.device).repeat_interleave(c.topk),
+            expert_Tk.flatten(),
+        )
+        balance = Balance.of(
+            inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope
+        )
         return Routing(
             token_A=token_A,
             token_major=True,
             expert_A=expert_A,
             weight_A=(score_Tk * c.routed_scaling_factor).flatten(),
-            **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
-            stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
-                   "temperature": tau.detach()[0]},
+            **losses(
+                balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
+            ),
+            stats={
+                "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
+                "temperature": tau.detach()[0],
+            },
         )
 
     def cosines(self, x_TD: Tensor) -> Tensor:
         """Between every projected token and every expert's embedding: fp32 [T, E]."""
-        token_TP, expert_EP = unit(linear_fp32(x_TD, self.projection)), unit(self.embeddings_EP.float())
+        token_TP, expert_EP = (
+            unit(linear_fp32(x_TD, self.projection)),
+            unit(self.embeddings_EP.float()),
+        )
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(token_TP, expert_EP)
 

@@ -67,7 +67,11 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
         c, num_tokens = self.config, len(inp.x_TD)
         logits_TE = linear_fp32(inp.x_TD, self.router)
         probs_TE = logits_TE.softmax(-1)
-        expert_Tk = in_best_groups(probs_TE.detach(), c.n_group, c.topk_group, best=1).topk(c.topk, dim=-1).indices
+        expert_Tk = (
+            in_best_groups(probs_TE.detach(), c.n_group, c.topk_group, best=1)
+            .topk(c.topk, dim=-1)
+            .indices
+        )
         weight_Tk = probs_TE.gather(-1, expert_Tk)
         if c.norm_topk_prob:
             weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -81,21 +85,41 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
             token_major=True,
             expert_A=expert_Tk.flatten(),
             weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
-            **losses(*terms, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
+            **losses(
+                *terms, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
+            ),
             stats=stats,
         )
 
-    def _balance(self, inp: GateInput, probs_TE: Tensor, token_A: Tensor, expert_A: Tensor) -> list[Balance]:
+    def _balance(
+        self, inp: GateInput, probs_TE: Tensor, token_A: Tensor, expert_A: Tensor
+    ) -> list[Balance]:
         """The losses over experts, over groups' choices, and over the tokens that groups receive, in this order."""
         c, scope = self.config, self.config.balance_scope
         terms = [Balance.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=scope)]
         if c.n_group > 1:
             size = self.num_experts // c.n_group
-            probs_TG, group_A = probs_TE.unflatten(-1, (c.n_group, size)).sum(-1), expert_A // size
+            probs_TG, group_A = (
+                probs_TE.unflatten(-1, (c.n_group, size)).sum(-1),
+                expert_A // size,
+            )
             reached_TG = torch.zeros_like(probs_TG, dtype=torch.bool)
             reached_TG[token_A, group_A] = True
-            sent_A, to_A = reached_TG.nonzero(as_tuple=True)  # one choice per token and group, however many experts
-            terms += [Balance.of(inp, probs_TG, token_A, group_A, coeff=c.device_loss_coeff, scope=scope),
-                      Balance.of(inp, probs_TG, sent_A, to_A, coeff=c.communication_loss_coeff / c.topk_group,
-                                 scope=scope, per_token=True)]
+            sent_A, to_A = reached_TG.nonzero(
+                as_tuple=True
+            )  # one choice per token and group, however many experts
+            terms += [
+                Balance.of(
+                    inp, probs_TG, token_A, group_A, coeff=c.device_loss_coeff, scope=scope
+                ),
+                Balance.of(
+                    inp,
+                    probs_TG,
+                    sent_A,
+                    to_A,
+                    coeff=c.communication_loss_coeff / c.topk_group,
+                    scope=scope,
+                    per_token=True,
+                ),
+            ]
         return terms

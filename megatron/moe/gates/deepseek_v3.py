@@ -70,26 +70,45 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
         c, num_tokens = self.config, len(inp.x_TD)
         logits_TE = linear_fp32(inp.x_TD, self.router)
         biased_TE = logits_TE.detach().sigmoid() + self.expert_bias
-        expert_Tk = in_best_groups(biased_TE, c.n_group, c.topk_group, best=2).topk(c.topk, dim=-1).indices
+        expert_Tk = (
+            in_best_groups(biased_TE, c.n_group, c.topk_group, best=2)
+            .topk(c.topk, dim=-1)
+            .indices
+        )
         logit_Tk = logits_TE.gather(-1, expert_Tk)
         weight_Tk = shares(logit_Tk, "sigmoid") if c.norm_topk_prob else logit_Tk.sigmoid()
         token_A = torch.arange(num_tokens, device=expert_Tk.device).repeat_interleave(c.topk)
         probs_TE = shares(logits_TE, "sigmoid")
         highest_Tk = logits_TE.detach().topk(c.topk, dim=-1).indices
-        balance = Balance.of(inp, probs_TE, token_A, highest_Tk.flatten(), coeff=c.loss_coeff, scope=c.balance_scope)
+        balance = Balance.of(
+            inp,
+            probs_TE,
+            token_A,
+            highest_Tk.flatten(),
+            coeff=c.loss_coeff,
+            scope=c.balance_scope,
+        )
         moved_Tk = (expert_Tk[:, :, None] != highest_Tk[:, None]).all(-1)
         return Routing(
             token_A=token_A,
             token_major=True,
             expert_A=expert_Tk.flatten(),
             weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
-            **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
-            stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
-                   # share of the choices that bias and groups moved away from the k highest scores
-                   "moved_fraction": moved_Tk.sum() / max(1, moved_Tk.numel()),
-                   "expert_bias_max_minus_min": self.expert_bias.amax() - self.expert_bias.amin()},
+            **losses(
+                balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
+            ),
+            stats={
+                "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
+                # share of the choices that bias and groups moved away from the k highest scores
+                "moved_fraction": moved_Tk.sum() / max(1, moved_Tk.numel()),
+                "expert_bias_max_minus_min": self.expert_bias.amax() - self.expert_bias.amin(),
+            },
         )
 
     def post_step(self, load_E: Tensor, num_tokens: Tensor) -> None:
-        load_E = load_E.double()  # the mean of equal loads is exactly their value, and moves nothing
-        self.expert_bias.add_((load_E.mean() - load_E).sign().float(), alpha=self.config.bias_update_speed)
+        load_E = (
+            load_E.double()
+        )  # the mean of equal loads is exactly their value, and moves nothing
+        self.expert_bias.add_(
+            (load_E.mean() - load_E).sign().float(), alpha=self.config.bias_update_speed
+        )

@@ -58,9 +58,12 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
     def forward(self, inp: GateInput) -> Routing:
         if not self._silent:
             self._silent = True
-            warnings.warn("gate expert_choice looks at all tokens of the micro-batch, in a causal model at the future: "
-                          "its loss is lower than generation can reach; use it for encoders and analysis, or choose "
-                          "another --gate", stacklevel=2)
+            warnings.warn(
+                "gate expert_choice looks at all tokens of the micro-batch, in a causal model at the future: "
+                "its loss is lower than generation can reach; use it for encoders and analysis, or choose "
+                "another --gate",
+                stacklevel=2,
+            )
         num_tokens = inp.x_TD.shape[0]
         taken = min(num_tokens, max(1, -(-num_tokens * self.config.topk // self.num_experts)))
         probs_TE = linear_fp32(inp.x_TD, self.router).softmax(-1)
@@ -69,9 +72,13 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
         chosen_T = torch.zeros(num_tokens, device=token_A.device).index_fill_(0, token_A, 1.0)
         return Routing(
             token_A=token_A,
-            expert_A=torch.arange(self.num_experts, device=token_A.device).repeat_interleave(taken),
+            expert_A=torch.arange(self.num_experts, device=token_A.device).repeat_interleave(
+                taken
+            ),
             weight_A=weight_EC.flatten(),
             aux_loss=probs_TE.new_zeros(()),
-            stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
-                   "untaken_token_fraction": (1 - chosen_T).sum() / max(1, num_tokens)},
+            stats={
+                "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
+                "untaken_token_fraction": (1 - chosen_T).sum() / max(1, num_tokens),
+            },
         )

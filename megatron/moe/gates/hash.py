@@ -34,9 +34,14 @@ class HashGate(Gate, name="hash"):
     def __init__(self, config, place):
         super().__init__(config, place)
         if place.vocab_size is None:
-            raise ValueError("--gate is hash and vocab_size is None; allowed: the number of token ids; "
-                             "pass vocab_size= to gates.create, or choose a gate that needs no token ids")
-        table_V = torch.randperm(place.vocab_size, generator=place.generator(), device="cpu") % place.num_experts
+            raise ValueError(
+                "--gate is hash and vocab_size is None; allowed: the number of token ids; "
+                "pass vocab_size= to gates.create, or choose a gate that needs no token ids"
+            )
+        table_V = (
+            torch.randperm(place.vocab_size, generator=place.generator(), device="cpu")
+            % place.num_experts
+        )
         self.register_buffer("table_V", table_V.to(torch.empty(0).device))
 
     @classmethod
@@ -45,13 +50,17 @@ class HashGate(Gate, name="hash"):
 
     def forward(self, inp: GateInput) -> Routing:
         if inp.token_ids_T is None:
-            raise ValueError("--gate is hash and the layer was given no token ids; allowed: int64 ids of every token; "
-                             "pass FFNContext(token_ids_BS=...) to the layer or token_ids_T= to GateInput")
+            raise ValueError(
+                "--gate is hash and the layer was given no token ids; allowed: int64 ids of every token; "
+                "pass FFNContext(token_ids_BS=...) to the layer or token_ids_T= to GateInput"
+            )
         num_tokens, device = inp.x_TD.shape[0], inp.x_TD.device
         return Routing(
             token_A=torch.arange(num_tokens, device=device),
             token_major=True,
-            expert_A=self.table_V.index_select(0, inp.token_ids_T),  # unlike table_V[ids], refuses negative ids
+            expert_A=self.table_V.index_select(
+                0, inp.token_ids_T
+            ),  # unlike table_V[ids], refuses negative ids
             weight_A=torch.ones(num_tokens, device=device),
             aux_loss=torch.zeros((), device=device),
         )

@@ -44,7 +44,9 @@ class Constant(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         share_T2 = linear_fp32(x_TD, self.mix).softmax(-1)
-        return (share_T2[:, :1] * x_TD.float() + share_T2[:, 1:] * self.vector.float()).to(x_TD.dtype)
+        return (share_T2[:, :1] * x_TD.float() + share_T2[:, 1:] * self.vector.float()).to(
+            x_TD.dtype
+        )
 
 
 class Zero(nn.Module):
@@ -76,39 +78,59 @@ class MoEPlusPlusGate(Gate, name="moepp"):
 
         def __post_init__(self):
             super().__post_init__()
-            for name, least in (("topk", 1), ("num_zero_experts", 0), ("num_copy_experts", 0),
-                                ("num_constant_experts", 0)):
+            for name, least in (
+                ("topk", 1),
+                ("num_zero_experts", 0),
+                ("num_copy_experts", 0),
+                ("num_constant_experts", 0),
+            ):
                 require_field(self, name, getattr(self, name) >= least, f"{least} or more")
             require_field(self, "tau", self.tau > 0, "above 0")
 
         def constants(self, num_experts: int) -> int:
             return self.num_constant_experts or max(
-                num_experts // 4 - self.num_zero_experts - self.num_copy_experts, 1)
+                num_experts // 4 - self.num_zero_experts - self.num_copy_experts, 1
+            )
 
         def zero_computation(self, num_experts: int) -> int:
             """Number of experts without computation."""
             return self.constants(num_experts) + self.num_copy_experts + self.num_zero_experts
 
         def check(self, num_experts: int) -> None:
-            check_topk(self.topk, num_experts + self.zero_computation(num_experts), what="the number of choices")
+            check_topk(
+                self.topk,
+                num_experts + self.zero_computation(num_experts),
+                what="the number of choices",
+            )
 
     def __init__(self, config, place):
         super().__init__(config, place)
-        generator, choices = place.generator(), place.num_experts + config.zero_computation(place.num_experts)
+        generator, choices = (
+            place.generator(),
+            place.num_experts + config.zero_computation(place.num_experts),
+        )
         self.router = self.make_router(choices, generator)
-        self.residual = make_linear(choices, choices, place.init_std, generator) if place.layer else None
-        self.local_paths.extend(Constant(place, generator) for _ in range(config.constants(place.num_experts)))
+        self.residual = (
+            make_linear(choices, choices, place.init_std, generator) if place.layer else None
+        )
+        self.local_paths.extend(
+            Constant(place, generator) for _ in range(config.constants(place.num_experts))
+        )
         self.local_paths.extend(nn.Identity() for _ in range(config.num_copy_experts))
         self.local_paths.extend(Zero() for _ in range(config.num_zero_experts))
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
-        return max(0, config.topk - config.zero_computation(num_experts)), min(config.topk, num_experts)
+        return max(0, config.topk - config.zero_computation(num_experts)), min(
+            config.topk, num_experts
+        )
 
     def capacities(self, num_tokens: int, factor: float, minimum: int) -> list[int]:
         experts, others, c = self.num_experts, len(self.local_paths), self.config
         even = factor * c.topk * num_tokens / (c.tau * experts + others)
-        expert, other = (min(num_tokens, max(minimum, math.ceil(rows))) for rows in (c.tau * even, even))
+        expert, other = (
+            min(num_tokens, max(minimum, math.ceil(rows))) for rows in (c.tau * even, even)
+        )
         return [expert] * experts + [other] * others
 
     def forward(self, inp: GateInput) -> Routing:
@@ -122,8 +144,15 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         token_A = torch.arange(num_tokens, device=choice_A.device).repeat_interleave(c.topk)
         weighted_TC = torch.cat([probs_TC[:, :experts], c.tau * probs_TC[:, experts:]], -1)
         # Balance multiplies by the number of choices, which this paper does not.
-        balance = Balance.of(inp, weighted_TC, token_A, choice_A, coeff=c.loss_coeff / probs_TC.shape[1],
-                             scope=c.balance_scope, per_token=True)
+        balance = Balance.of(
+            inp,
+            weighted_TC,
+            token_A,
+            choice_A,
+            coeff=c.loss_coeff / probs_TC.shape[1],
+            scope=c.balance_scope,
+            per_token=True,
+        )
         constants_end = experts + c.constants(experts)
         copies_end = constants_end + c.num_copy_experts
         return Routing(
@@ -131,10 +160,17 @@ class MoEPlusPlusGate(Gate, name="moepp"):
             token_major=True,
             expert_A=choice_A,
             weight_A=prob_Tk.flatten(),
-            **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TC) if c.z_loss_coeff else 0.0),
+            **losses(
+                balance, extra=c.z_loss_coeff * z_loss(logits_TC) if c.z_loss_coeff else 0.0
+            ),
             carry=logits_TC,
-            stats={f"{name}_fraction": ((choice_A >= first) & (choice_A < end)).sum() / max(1, len(choice_A))
-                   for name, first, end in (("constant", experts, constants_end),
-                                            ("copy", constants_end, copies_end),
-                                            ("zero", copies_end, probs_TC.shape[1]))},
+            stats={
+                f"{name}_fraction": ((choice_A >= first) & (choice_A < end)).sum()
+                / max(1, len(choice_A))
+                for name, first, end in (
+                    ("constant", experts, constants_end),
+                    ("copy", constants_end, copies_end),
+                    ("zero", copies_end, probs_TC.shape[1]),
+                )
+            },
         )

@@ -45,7 +45,9 @@ class ReMoEGate(Gate, name="remoe"):
             super().__post_init__()
             require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
             require_field(self, "lambda_init", self.lambda_init > 0, "above 0")
-            require_field(self, "lambda_factor", self.lambda_factor >= 1, "1 (constant) or more")
+            require_field(
+                self, "lambda_factor", self.lambda_factor >= 1, "1 (constant) or more"
+            )
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
@@ -56,7 +58,9 @@ class ReMoEGate(Gate, name="remoe"):
     def __init__(self, config, place):
         super().__init__(config, place)
         self.router = self.make_router()
-        self.register_buffer("reg_lambda", torch.tensor(config.lambda_init, dtype=torch.float32))
+        self.register_buffer(
+            "reg_lambda", torch.tensor(config.lambda_init, dtype=torch.float32)
+        )
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
@@ -67,16 +71,25 @@ class ReMoEGate(Gate, name="remoe"):
         c = self.config
         relu_TE = linear_fp32(inp.x_TD, self.router).relu()
         token_A, expert_A = relu_TE.nonzero(as_tuple=True)
-        penalty = Balance.of(inp, relu_TE, token_A, expert_A, coeff=self.reg_lambda / c.topk, scope=c.balance_scope,
-                             per_token=True)
+        penalty = Balance.of(
+            inp,
+            relu_TE,
+            token_A,
+            expert_A,
+            coeff=self.reg_lambda / c.topk,
+            scope=c.balance_scope,
+            per_token=True,
+        )
         return Routing(
             token_A=token_A,
             token_major=True,
             expert_A=expert_A,
             weight_A=relu_TE[token_A, expert_A],
             **losses(penalty),
-            stats={"sparsity": 1 - (relu_TE.detach() > 0).sum() / max(1, relu_TE.numel()),
-                   "lambda": self.reg_lambda.clone()},
+            stats={
+                "sparsity": 1 - (relu_TE.detach() > 0).sum() / max(1, relu_TE.numel()),
+                "lambda": self.reg_lambda.clone(),
+            },
         )
 
     def post_step(self, load_E: Tensor, num_tokens: Tensor) -> None:
@@ -91,4 +104,6 @@ class ReMoEGate(Gate, name="remoe"):
     def _step(self, load_LE: Tensor, num_tokens: Tensor) -> None:
         # (1 - k/E) - S has the sign of what was chosen less what k per token and layer would be; no tokens: no step.
         surplus = load_LE.double().sum() - self.config.topk * len(load_LE) * num_tokens.double()
-        self.reg_lambda.mul_((self.config.lambda_factor ** surplus.sign()).float()).clamp_(1e-30, 1e30)
+        self.reg_lambda.mul_((self.config.lambda_factor ** surplus.sign()).float()).clamp_(
+            1e-30, 1e30
+        )

@@ -64,20 +64,24 @@ class TCMoEGate(Gate, name="tcmoe"):
 
     def forward(self, inp: GateInput) -> Routing:
         c, experts, num_tokens = self.config, self.num_experts, len(inp.x_TD)
-        plus_TE, minus_TE, null_TK = linear_fp32(inp.x_TD, self.router).split([experts, experts, self.num_nulls], -1)
+        plus_TE, minus_TE, null_TK = linear_fp32(inp.x_TD, self.router).split(
+            [experts, experts, self.num_nulls], -1
+        )
         logits_TC = torch.cat([plus_TE, minus_TE + NEGATIVE_BIAS, null_TK + NULL_BIAS], -1)
         probs_TC = logits_TC.softmax(-1)
         prob_Tk, choice_Tk = probs_TC.topk(c.topk, dim=-1)
         real_Tk = choice_Tk < 2 * experts
-        null_T = probs_TC[:, 2 * experts:].sum(-1)
+        null_T = probs_TC[:, 2 * experts :].sum(-1)
         total_T = (prob_Tk * real_Tk).sum(-1) + null_T
         sign_Tk = torch.where(choice_Tk < experts, 1.0, -1.0)
         weight_Tk = sign_Tk * prob_Tk / total_T[:, None]
         token_A, slot_A = real_Tk.nonzero(as_tuple=True)
         expert_A = choice_Tk[token_A, slot_A] % experts
         # softmax over the non-null logits is p / (sum of non-null p), also where that sum underflows.
-        share_TE = logits_TC[:, :2 * experts].softmax(-1).view(num_tokens, 2, experts).sum(1)
-        balance = Balance.of(inp, share_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope)
+        share_TE = logits_TC[:, : 2 * experts].softmax(-1).view(num_tokens, 2, experts).sum(1)
+        balance = Balance.of(
+            inp, share_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope
+        )
         extra = -c.reward_coeff * null_T.sum() / max(1, num_tokens)
         if c.z_loss_coeff:
             extra = extra + c.z_loss_coeff * z_loss(logits_TC)
@@ -88,6 +92,8 @@ class TCMoEGate(Gate, name="tcmoe"):
             expert_A=expert_A,
             weight_A=weight_Tk[token_A, slot_A],
             **losses(balance, extra=extra),
-            stats={"null_fraction": (~real_Tk).sum() / choices,
-                   "negative_fraction": (real_Tk & (choice_Tk >= experts)).sum() / choices},
+            stats={
+                "null_fraction": (~real_Tk).sum() / choices,
+                "negative_fraction": (real_Tk & (choice_Tk >= experts)).sum() / choices,
+            },
         )

@@ -41,7 +41,9 @@ class ThresholdGate(Gate, name="threshold"):
 
         def __post_init__(self):
             super().__post_init__()
-            require_field(self, "threshold", 0 <= self.threshold <= 1, "0 (one expert) to 1 (all of them)")
+            require_field(
+                self, "threshold", 0 <= self.threshold <= 1, "0 (one expert) to 1 (all of them)"
+            )
             require_field(self, "topk", self.topk >= 0, "0 (no cap) to the number of experts")
 
         def check(self, num_experts: int) -> None:
@@ -63,22 +65,30 @@ class ThresholdGate(Gate, name="threshold"):
         sorted_TR, expert_TR = probs_TE.sort(dim=-1, descending=True, stable=True)
         # Threshold 1 asks for every expert: rounding of the running sum may not decide who is left out.
         before_TR = sorted_TR.detach().cumsum(-1) - sorted_TR.detach()
-        keep_TR = before_TR < c.threshold if c.threshold < 1 else torch.ones_like(before_TR, dtype=torch.bool)
+        keep_TR = (
+            before_TR < c.threshold
+            if c.threshold < 1
+            else torch.ones_like(before_TR, dtype=torch.bool)
+        )
         keep_TR[:, 0] = True
         if c.topk:
-            keep_TR[:, c.topk:] = False
+            keep_TR[:, c.topk :] = False
         weight_TR = sorted_TR
         if c.norm_topk_prob:
             weight_TR = sorted_TR / (sorted_TR * keep_TR).sum(-1, keepdim=True).clamp_min(1e-20)
         token_A, rank_A = keep_TR.nonzero(as_tuple=True)
         all_T = torch.arange(num_tokens, device=token_A.device)
-        balance = Balance.of(inp, probs_TE, all_T, expert_TR[:, 0], coeff=c.loss_coeff, scope=c.balance_scope)
+        balance = Balance.of(
+            inp, probs_TE, all_T, expert_TR[:, 0], coeff=c.loss_coeff, scope=c.balance_scope
+        )
         return Routing(
             token_A=token_A,
             token_major=True,
             expert_A=expert_TR[token_A, rank_A],
             weight_A=weight_TR[token_A, rank_A] * c.routed_scaling_factor,
-            **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
+            **losses(
+                balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
+            ),
             # float64: rank and probability share one number and neither may round the other away.
             priority_A=sorted_TR.detach()[token_A, rank_A].double() - rank_A,
             stats={"top1_probability": sorted_TR[:, 0].detach().sum() / max(1, num_tokens)},

@@ -31,7 +31,9 @@ class TopKGate(Gate, name="topk"):
     class Config(LossConfig):
         topk: int = 2
         """experts per token"""
-        score_function: str = field(default="softmax", metadata={"choices": ("softmax", "sigmoid")})
+        score_function: str = field(
+            default="softmax", metadata={"choices": ("softmax", "sigmoid")}
+        )
         """score of an expert from its logit"""
         norm_topk_prob: bool = False
         """divide the chosen scores by their sum"""
@@ -43,7 +45,12 @@ class TopKGate(Gate, name="topk"):
         def __post_init__(self):
             super().__post_init__()
             require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
-            require_field(self, "score_function", self.score_function in ("softmax", "sigmoid"), "softmax sigmoid")
+            require_field(
+                self,
+                "score_function",
+                self.score_function in ("softmax", "sigmoid"),
+                "softmax sigmoid",
+            )
             require_field(self, "jitter", 0 <= self.jitter < 1, "0 <= jitter < 1")
 
         def check(self, num_experts: int) -> None:
@@ -59,14 +66,23 @@ class TopKGate(Gate, name="topk"):
         if self.training and c.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - c.jitter, 1 + c.jitter)
         logits_TE = linear_fp32(x_TD, self.router)
-        score_Tk, expert_Tk, probs_TE = top_scores(logits_TE, c.topk, c.score_function, c.norm_topk_prob)
-        token_A, expert_A = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(c.topk), expert_Tk.flatten()
-        balance = Balance.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope)
+        score_Tk, expert_Tk, probs_TE = top_scores(
+            logits_TE, c.topk, c.score_function, c.norm_topk_prob
+        )
+        token_A, expert_A = (
+            torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(c.topk),
+            expert_Tk.flatten(),
+        )
+        balance = Balance.of(
+            inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope
+        )
         return Routing(
             token_A=token_A,
             token_major=True,
             expert_A=expert_A,
             weight_A=(score_Tk * c.routed_scaling_factor).flatten(),
-            **losses(balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0),
+            **losses(
+                balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
+            ),
             stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, len(x_TD))},
         )

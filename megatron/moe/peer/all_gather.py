@@ -28,7 +28,9 @@ class Shared:
     """tokens of each rank"""
 
 
-def share_tokens(x_TD: Tensor, rows: Rows, weight_A: Tensor, kept_E: Tensor, group: dist.ProcessGroup) -> Shared:
+def share_tokens(
+    x_TD: Tensor, rows: Rows, weight_A: Tensor, kept_E: Tensor, group: dist.ProcessGroup
+) -> Shared:
     """Gather all ranks' tokens, once each, and send each assignment to the rank that holds its expert.
 
     For experts so small that a token's row outweighs them: with k assignments a token this moves P rows instead of k.
@@ -39,18 +41,25 @@ def share_tokens(x_TD: Tensor, rows: Rows, weight_A: Tensor, kept_E: Tensor, gro
     """
     ep_size = dist.get_world_size(group)
     kept_PE = kept_E.view(ep_size, -1)
-    sent_P2 = torch.stack([kept_PE.sum(1), torch.full((ep_size,), len(x_TD), device=kept_E.device)], 1)
+    sent_P2 = torch.stack(
+        [kept_PE.sum(1), torch.full((ep_size,), len(x_TD), device=kept_E.device)], 1
+    )
     received_P2 = torch.empty_like(sent_P2)
     dist.all_to_all_single(received_P2, sent_P2, group=group)
     (send, _), (receive, tokens) = torch.stack([sent_P2, received_P2]).transpose(1, 2).tolist()
     # The same for all assignments at once: an int64 per assignment is little beside a row per token.
     token_S, weight_S = rows.token_S[: sum(send)], Weights.apply(weight_A, rows)[: sum(send)]
-    expert_S = torch.repeat_interleave(torch.arange(kept_PE.shape[1], device=kept_E.device).repeat(ep_size), kept_E,
-                                       output_size=sum(send))
+    expert_S = torch.repeat_interleave(
+        torch.arange(kept_PE.shape[1], device=kept_E.device).repeat(ep_size),
+        kept_E,
+        output_size=sum(send),
+    )
     tokens_sent = Exchange((x_TD.repeat(ep_size, 1),), [len(x_TD)] * ep_size, tokens, group)
     (weight_R,) = Exchange((weight_S,), send, receive, group).finish()
     (ids_R2,) = Exchange((torch.stack([token_S, expert_S], 1),), send, receive, group).finish()
-    first_R = torch.repeat_interleave(starts(received_P2[:, 1]), received_P2[:, 0], output_size=len(ids_R2))
+    first_R = torch.repeat_interleave(
+        starts(received_P2[:, 1]), received_P2[:, 0], output_size=len(ids_R2)
+    )
     (x_all_TD,) = tokens_sent.finish()
     return Shared(x_all_TD, ids_R2[:, 0] + first_R, ids_R2[:, 1], weight_R, tokens)
 

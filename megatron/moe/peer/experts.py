@@ -73,24 +73,60 @@ class NeuronExperts(nn.Module):
 
     initialises_itself = True
 
-    def __init__(self, num_experts: int, num_local: int, hidden_size: int, width: int, activation: str, *,
-                 first: int = 0, seed: int = 0, layer: int = 0, init_std: float = 0.02, output_std: float = 0.02,
-                 sparse_gradients: bool = False, backend: str = "auto"):
+    def __init__(
+        self,
+        num_experts: int,
+        num_local: int,
+        hidden_size: int,
+        width: int,
+        activation: str,
+        *,
+        first: int = 0,
+        seed: int = 0,
+        layer: int = 0,
+        init_std: float = 0.02,
+        output_std: float = 0.02,
+        sparse_gradients: bool = False,
+        backend: str = "auto",
+    ):
         super().__init__()
         require(activation in ACTIVATIONS, "activation", activation, " ".join(ACTIVATIONS))
         self.num_local, self.width, self.activation = num_local, width, activation
         self.num_blocks, ranks = number_of_blocks(num_experts), num_experts // num_local
-        require(self.num_blocks % ranks == 0, "--moe-expert-parallel-size", ranks,
-                f"a divisor of {self.num_blocks}, the blocks that {num_experts} experts are kept in")
-        require(backend in BACKENDS, "--moe-backend", backend, f"{' '.join(BACKENDS)} for tables of neurons")
+        require(
+            self.num_blocks % ranks == 0,
+            "--moe-expert-parallel-size",
+            ranks,
+            f"a divisor of {self.num_blocks}, the blocks that {num_experts} experts are kept in",
+        )
+        require(
+            backend in BACKENDS,
+            "--moe-backend",
+            backend,
+            f"{' '.join(BACKENDS)} for tables of neurons",
+        )
         self.sparse_gradients, self.backend = sparse_gradients, backend
         per_block = num_experts // self.num_blocks
-        stds = {"w1": init_std, "w2": output_std, **({"w3": init_std} if is_gated(activation) else {})}
+        stds = {
+            "w1": init_std,
+            "w2": output_std,
+            **({"w3": init_std} if is_gated(activation) else {}),
+        }
         for table, (name, std) in enumerate(stds.items()):
-            stack = nn.Parameter(torch.empty(num_local // per_block, per_block * width, hidden_size))
+            stack = nn.Parameter(
+                torch.empty(num_local // per_block, per_block * width, hidden_size)
+            )
             self.register_parameter(name, stack)
-            for block, rows in enumerate(() if stack.is_meta else stack.data, first // per_block):
-                rows.normal_(0, std, generator=torch.Generator().manual_seed(_block_seed(seed, layer, table, block)))
+            for block, rows in enumerate(
+                () if stack.is_meta else stack.data, first // per_block
+            ):
+                rows.normal_(
+                    0,
+                    std,
+                    generator=torch.Generator().manual_seed(
+                        _block_seed(seed, layer, table, block)
+                    ),
+                )
 
     @property
     def w_in(self) -> Tensor:
@@ -102,9 +138,13 @@ class NeuronExperts(nn.Module):
 
     @property
     def w_up(self) -> Tensor | None:
-        return self.w3.view(self.num_local, self.width, -1) if is_gated(self.activation) else None
+        return (
+            self.w3.view(self.num_local, self.width, -1) if is_gated(self.activation) else None
+        )
 
-    def forward(self, x_TD: Tensor, token_A: Tensor, expert_A: Tensor, weight_A: Tensor) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, token_A: Tensor, expert_A: Tensor, weight_A: Tensor
+    ) -> Tensor:
         """Weighted sum of each token's experts; the list may be empty, in any order, and repeats add up.
 
         Args:
@@ -115,11 +155,16 @@ class NeuronExperts(nn.Module):
         Returns:
             [T, D] in x's dtype, repeatable bit for bit.
         """
-        how = _How(*(_triton_kernels() if self._on_triton() else (_dots, _bag_sum)), self.sparse_gradients)
+        how = _How(
+            *(_triton_kernels() if self._on_triton() else (_dots, _bag_sum)),
+            self.sparse_gradients,
+        )
         rows_TD = x_TD.to(self.w1.dtype).contiguous()
         pairs = Pairs.of(token_A, expert_A, len(x_TD), self.num_local, self.width)
-        inner = [_Dots.apply(rows_TD, stack, how, *pairs).view(-1, self.width)
-                 for stack in ([self.w1, self.w3] if is_gated(self.activation) else [self.w1])]
+        inner = [
+            _Dots.apply(rows_TD, stack, how, *pairs).view(-1, self.width)
+            for stack in ([self.w1, self.w3] if is_gated(self.activation) else [self.w1])
+        ]
         scale_AW = activate(self.activation, *inner) * weight_A.unsqueeze(1)
         return _WeightedRows.apply(self.w2, scale_AW.flatten(), how, *pairs).to(x_TD.dtype)
 
@@ -133,9 +178,16 @@ def choose_backend(requested: str, device: str, dtype: torch.dtype) -> tuple[str
     Raises:
         ValueError: unknown, or not possible here.
     """
-    require(requested in BACKENDS, "--moe-backend", requested, f"{' '.join(BACKENDS)} for tables of neurons")
+    require(
+        requested in BACKENDS,
+        "--moe-backend",
+        requested,
+        f"{' '.join(BACKENDS)} for tables of neurons",
+    )
     name, why = backends.choose_backend(requested, device, dtype)
-    return (name, why) if name == "triton" else ("reference", "torch's own operations on tables")
+    return (
+        (name, why) if name == "triton" else ("reference", "torch's own operations on tables")
+    )
 
 
 class Pairs(NamedTuple):
@@ -155,19 +207,39 @@ class Pairs(NamedTuple):
     """where each token's pairs start in by_token_P; the last entry is P"""
 
     @staticmethod
-    def of(token_A: Tensor, expert_A: Tensor, num_tokens: int, num_local: int, width: int) -> Pairs:
+    def of(
+        token_A: Tensor, expert_A: Tensor, num_tokens: int, num_local: int, width: int
+    ) -> Pairs:
         token_P, row_P = token_A, expert_A
         if width > 1:
             token_P = token_A.repeat_interleave(width, output_size=len(token_A) * width)
-            row_P = (expert_A.unsqueeze(1) * width + torch.arange(width, device=expert_A.device)).flatten()
+            row_P = (
+                expert_A.unsqueeze(1) * width + torch.arange(width, device=expert_A.device)
+            ).flatten()
         sorted_row_P, by_row_P = _sort(row_P)
         sorted_token_P, by_token_P = (token_P, None) if _is_sorted(token_P) else _sort(token_P)
-        if len(token_P) and not token_P.is_cuda:  # here it costs nothing, and the dot products do not look
-            for numbers, size in ((sorted_token_P, num_tokens), (sorted_row_P, num_local * width)):
+        if (
+            len(token_P) and not token_P.is_cuda
+        ):  # here it costs nothing, and the dot products do not look
+            for numbers, size in (
+                (sorted_token_P, num_tokens),
+                (sorted_row_P, num_local * width),
+            ):
                 low, high = numbers[[0, -1]].tolist()
-                assert low >= 0 and high < size, f"token or row numbers span [{low}, {high}], allowed [0, {size})"
-        bags_T1 = torch.searchsorted(sorted_token_P, torch.arange(num_tokens + 1, device=token_P.device))
-        return Pairs(by_row_P, sorted_row_P, token_P[by_row_P], by_token_P, _take(row_P, by_token_P), bags_T1)
+                assert low >= 0 and high < size, (
+                    f"token or row numbers span [{low}, {high}], allowed [0, {size})"
+                )
+        bags_T1 = torch.searchsorted(
+            sorted_token_P, torch.arange(num_tokens + 1, device=token_P.device)
+        )
+        return Pairs(
+            by_row_P,
+            sorted_row_P,
+            token_P[by_row_P],
+            by_token_P,
+            _take(row_P, by_token_P),
+            bags_T1,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +264,16 @@ class _How:
 
     def token_sums(self, stack: Tensor, scale_P: Tensor, pairs: Pairs) -> Tensor:
         """sum over the token's pairs of scale * table[row]: [T, D]."""
-        return self.bag_sum(stack.flatten(0, -2), pairs.row_by_token_P, pairs.bags_T1,
-                            _take(scale_P, pairs.by_token_P))
+        return self.bag_sum(
+            stack.flatten(0, -2),
+            pairs.row_by_token_P,
+            pairs.bags_T1,
+            _take(scale_P, pairs.by_token_P),
+        )
 
-    def row_sums(self, rows_TD: Tensor, scale_P: Tensor, pairs: Pairs, shape: torch.Size) -> Tensor:
+    def row_sums(
+        self, rows_TD: Tensor, scale_P: Tensor, pairs: Pairs, shape: torch.Size
+    ) -> Tensor:
         """sum over the row's pairs of scale * rows[token]: the gradient of a table of this shape."""
         blocks, per_block, _ = shape
         scale_P = scale_P[pairs.by_row_P]
@@ -207,7 +285,9 @@ class _How:
         index_2U = row_U.new_empty(2, len(row_U))
         torch.div(row_U, per_block, rounding_mode="floor", out=index_2U[0])
         torch.remainder(row_U, per_block, out=index_2U[1])
-        return torch.sparse_coo_tensor(index_2U, values_UD, shape, is_coalesced=True, check_invariants=False)
+        return torch.sparse_coo_tensor(
+            index_2U, values_UD, shape, is_coalesced=True, check_invariants=False
+        )
 
 
 class _Dots(torch.autograd.Function):
@@ -228,7 +308,9 @@ class _Dots(torch.autograd.Function):
         rows_TD, stack, *pairs = ctx.saved_tensors
         pairs, (need_rows, need_stack, *_) = Pairs(*pairs), ctx.needs_input_grad
         grad_rows = ctx.how.token_sums(stack, grad_P, pairs) if need_rows else None
-        grad_stack = ctx.how.row_sums(rows_TD, grad_P, pairs, stack.shape) if need_stack else None
+        grad_stack = (
+            ctx.how.row_sums(rows_TD, grad_P, pairs, stack.shape) if need_stack else None
+        )
         return grad_rows, grad_stack, *(None,) * (1 + len(pairs))
 
 
@@ -247,15 +329,21 @@ class _WeightedRows(torch.autograd.Function):
         stack, scale_P, *pairs = ctx.saved_tensors
         pairs, (need_stack, need_scale, *_) = Pairs(*pairs), ctx.needs_input_grad
         grad_TD = grad_TD.contiguous()
-        grad_scale = ctx.how.pair_dots(grad_TD, stack, pairs).to(scale_P.dtype) if need_scale else None
-        grad_stack = ctx.how.row_sums(grad_TD, scale_P, pairs, stack.shape) if need_stack else None
+        grad_scale = (
+            ctx.how.pair_dots(grad_TD, stack, pairs).to(scale_P.dtype) if need_scale else None
+        )
+        grad_stack = (
+            ctx.how.row_sums(grad_TD, scale_P, pairs, stack.shape) if need_stack else None
+        )
         return grad_stack, grad_scale, *(None,) * (1 + len(pairs))
 
 
 def _dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tensor) -> Tensor:
     """[P] in the dtype of both, accumulated in fp32. This is what torch has for the gradient of a bag's weights, and it
     reads both rows where they lie. The public sampled_addmm takes nearly twice its time, and no bf16."""
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows_TD, table_RD, row_P, row_P, token_P, mode=0)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows_TD, table_RD, row_P, row_P, token_P, mode=0
+    )
 
 
 def _bag_sum(rows: Tensor, order_P: Tensor, bags_G1: Tensor, weight_P: Tensor) -> Tensor:
@@ -270,13 +358,17 @@ def _bag_sum(rows: Tensor, order_P: Tensor, bags_G1: Tensor, weight_P: Tensor) -
     if rows.is_cuda or not exact or num_bags * size * rows.itemsize < IN_PLACE_BYTES:
         return permute.segment_sum(rows, order_P, bags_G1, weight_P)
     out_GD = buffers.empty((num_bags, size), rows.dtype, rows.device)
-    return torch.addmm(out_GD, _csr(bags_G1, order_P, weight_P, len(rows)), rows, beta=0, out=out_GD)
+    return torch.addmm(
+        out_GD, _csr(bags_G1, order_P, weight_P, len(rows)), rows, beta=0, out=out_GD
+    )
 
 
 def _csr(bags_G1: Tensor, order_P: Tensor, weight_P: Tensor, num_rows: int) -> Tensor:
     """The bags as a sparse matrix [G, rows]."""
     _announce_csr()
-    return torch.sparse_csr_tensor(bags_G1, order_P, weight_P, (len(bags_G1) - 1, num_rows), check_invariants=False)
+    return torch.sparse_csr_tensor(
+        bags_G1, order_P, weight_P, (len(bags_G1) - 1, num_rows), check_invariants=False
+    )
 
 
 @cache
@@ -327,4 +419,6 @@ def _triton_kernels() -> tuple[Callable, Callable]:
 
 def _block_seed(seed: int, layer: int, table: int, block: int) -> int:
     """Of all blocks of a model no two agree in the low 32 bits, which are all that torch's CPU generator uses."""
-    return (((seed * 1_000_003 + layer) * 65_537 + block) * 3 + table + 1) * 2_654_435_761 % 2**63
+    return (
+        (((seed * 1_000_003 + layer) * 65_537 + block) * 3 + table + 1) * 2_654_435_761 % 2**63
+    )

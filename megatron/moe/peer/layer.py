@@ -32,14 +32,22 @@ class NeuronLayer(MoELayer):
             return Plan.as_listed(routing, len(x_TD), self.gate.num_experts)
         return make_plan(routing, len(x_TD), self.gate.num_experts, limit=limit)
 
-    def _mix(self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]) -> tuple[Tensor, T]:
+    def _mix(
+        self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]
+    ) -> tuple[Tensor, T]:
         group, rows = self.groups.ep_group, plan.routed
         if rows is None:
-            return self.experts(x_TD, routing.token_A, routing.expert_A, routing.weight_A), beside()
+            return self.experts(
+                x_TD, routing.token_A, routing.expert_A, routing.weight_A
+            ), beside()
         if group is None:
             kept_S = rows.assignment_S[: sum(rows.counts())]
-            return self.experts(x_TD, routing.token_A[kept_S], routing.expert_A[kept_S],
-                                Weights.apply(routing.weight_A, rows)[: len(kept_S)]), beside()
+            return self.experts(
+                x_TD,
+                routing.token_A[kept_S],
+                routing.expert_A[kept_S],
+                Weights.apply(routing.weight_A, rows)[: len(kept_S)],
+            ), beside()
         shared = share_tokens(x_TD, rows, routing.weight_A, plan.kept_C, group)
         y_TD = self.experts(shared.x_TD, shared.token_S, shared.expert_S, shared.weight_S)
         return sum_shared(y_TD, shared, group), beside()

@@ -22,8 +22,17 @@ PAIRS, COLUMNS = 16, 128
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def _dots_kernel(rows_ptr, table_ptr, token_ptr, row_ptr, out_ptr, num_pairs, columns, BLOCK_P: tl.constexpr,
-                 BLOCK_D: tl.constexpr):
+def _dots_kernel(
+    rows_ptr,
+    table_ptr,
+    token_ptr,
+    row_ptr,
+    out_ptr,
+    num_pairs,
+    columns,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """out[p] = sum over d of rows[token[p], d] * table[row[p], d]: BLOCK_P pairs by one program."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     listed = pair < num_pairs
@@ -50,11 +59,28 @@ def dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tensor) -> T
     Raises:
         ValueError: fp64.
     """
-    require(rows_TD.dtype in DTYPES, "the dtype of Triton's kernels", rows_TD.dtype, " ".join(map(str, DTYPES)))
-    assert rows_TD.dtype == table_RD.dtype, f"rows are {rows_TD.dtype}, the table {table_RD.dtype}"
-    assert rows_TD.is_contiguous() and table_RD.is_contiguous(), "rows and table must be contiguous"
+    require(
+        rows_TD.dtype in DTYPES,
+        "the dtype of Triton's kernels",
+        rows_TD.dtype,
+        " ".join(map(str, DTYPES)),
+    )
+    assert rows_TD.dtype == table_RD.dtype, (
+        f"rows are {rows_TD.dtype}, the table {table_RD.dtype}"
+    )
+    assert rows_TD.is_contiguous() and table_RD.is_contiguous(), (
+        "rows and table must be contiguous"
+    )
     out_P = torch.empty(len(token_P), dtype=torch.float32, device=rows_TD.device)
     _dots_kernel[(triton.cdiv(len(token_P), PAIRS),)](
-        rows_TD, table_RD, token_P.contiguous(), row_P.contiguous(), out_P, len(token_P), rows_TD.shape[1],
-        BLOCK_P=PAIRS, BLOCK_D=COLUMNS)
+        rows_TD,
+        table_RD,
+        token_P.contiguous(),
+        row_P.contiguous(),
+        out_P,
+        len(token_P),
+        rows_TD.shape[1],
+        BLOCK_P=PAIRS,
+        BLOCK_D=COLUMNS,
+    )
     return out_P

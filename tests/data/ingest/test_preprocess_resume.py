@@ -37,7 +37,9 @@ def test_a_run_continues_where_it_was_committed(bad, tmp_path, caplog, at_once):
     names, whole = bad
     this, counts = job(names, tmp_path / "x", skip_errors=True), []
     for n in range(1, 9):
-        with Preprocessing(replace(this, workers=1 + n % 2), commit_seconds=1e9, chunk_bytes=700) as work:
+        with Preprocessing(
+            replace(this, workers=1 + n % 2), commit_seconds=1e9, chunk_bytes=700
+        ) as work:
             assert work.resumed == (n > 1)
             stop_after(work, 3)
             work.commit()
@@ -48,7 +50,9 @@ def test_a_run_continues_where_it_was_committed(bad, tmp_path, caplog, at_once):
     assert caplog.text.count("continuing the unfinished run") == 7
     preprocess(this, chunk_bytes=700)
     assert content(tmp_path / "x") == content(whole)
-    assert (tmp_path / "x.rejected.jsonl").read_bytes() == Path(f"{whole}.rejected.jsonl").read_bytes()
+    assert (tmp_path / "x.rejected.jsonl").read_bytes() == Path(
+        f"{whole}.rejected.jsonl"
+    ).read_bytes()
     assert not (tmp_path / "x.partial").exists()
 
 
@@ -58,16 +62,26 @@ def interrupt(this: Job) -> None:
         work.commit()
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (lambda j: replace(j, recipe=replace(j.recipe, append_eod=False)), "append eod"),
-    (lambda j: replace(j, recipe=replace(j.recipe, keys=("text",))), "keys"),
-    (lambda j: replace(j, recipe=replace(j.recipe, tokenizer=TokenizerConfig("NullTokenizer", tokenizer_model="9"))),
-     "tokenizer"),
-    (lambda j: replace(j, max_documents=3), "max documents"),
-    (lambda j: replace(j, inputs=j.inputs[:1]), "inputs"),
-    (lambda j: os.utime(j.inputs[0], (1, 1)) or j, "inputs"),
-    (lambda j: replace(j, skip_errors=False), "--on-error, and records were skipped"),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda j: replace(j, recipe=replace(j.recipe, append_eod=False)), "append eod"),
+        (lambda j: replace(j, recipe=replace(j.recipe, keys=("text",))), "keys"),
+        (
+            lambda j: replace(
+                j,
+                recipe=replace(
+                    j.recipe, tokenizer=TokenizerConfig("NullTokenizer", tokenizer_model="9")
+                ),
+            ),
+            "tokenizer",
+        ),
+        (lambda j: replace(j, max_documents=3), "max documents"),
+        (lambda j: replace(j, inputs=j.inputs[:1]), "inputs"),
+        (lambda j: os.utime(j.inputs[0], (1, 1)) or j, "inputs"),
+        (lambda j: replace(j, skip_errors=False), "--on-error, and records were skipped"),
+    ],
+)
 def test_another_job_starts_again(tmp_path, caplog, change, named):
     names = corpus(tmp_path / "in", bad=True)
     this = job(names, tmp_path / "x", skip_errors=True)
@@ -78,22 +92,44 @@ def test_another_job_starts_again(tmp_path, caplog, change, named):
     assert not list(tmp_path.glob("x*"))
 
 
-@pytest.mark.parametrize(("harm", "said"), [
-    (lambda folder: os.truncate(folder / "x_title_document.bin", 5), "files that were cut off or replaced"),
-    (lambda folder: (folder / "x_title_document.lengths").unlink(), "files that were cut off or replaced"),
-    (lambda folder: (folder / "rejected.jsonl").unlink(), "files that were cut off or replaced"),
-    (lambda folder: (folder / "state.json").write_text("{"), "its state, which cannot be read"),
-    (lambda folder: (folder / "state.json").write_text("[]"), "its state, which cannot be read"),
-    (lambda folder: (folder / "state.json").write_text('{"job": {"layout": 0}}'), "layout"),
-])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (
+            lambda folder: os.truncate(folder / "x_title_document.bin", 5),
+            "files that were cut off or replaced",
+        ),
+        (
+            lambda folder: (folder / "x_title_document.lengths").unlink(),
+            "files that were cut off or replaced",
+        ),
+        (
+            lambda folder: (folder / "rejected.jsonl").unlink(),
+            "files that were cut off or replaced",
+        ),
+        (
+            lambda folder: (folder / "state.json").write_text("{"),
+            "its state, which cannot be read",
+        ),
+        (
+            lambda folder: (folder / "state.json").write_text("[]"),
+            "its state, which cannot be read",
+        ),
+        (lambda folder: (folder / "state.json").write_text('{"job": {"layout": 0}}'), "layout"),
+    ],
+)
 def test_work_that_is_damaged_starts_again(bad, tmp_path, caplog, harm, said):
     names, whole = bad
     this = job(names, tmp_path / "x", skip_errors=True)
     interrupt(this)
     harm(tmp_path / "x.partial")
     preprocess(this)
-    assert f"differs in: {said}. Starting again" in caplog.text and content(tmp_path / "x") == content(whole)
-    assert (tmp_path / "x.rejected.jsonl").read_bytes() == Path(f"{whole}.rejected.jsonl").read_bytes()
+    assert f"differs in: {said}. Starting again" in caplog.text and content(
+        tmp_path / "x"
+    ) == content(whole)
+    assert (tmp_path / "x.rejected.jsonl").read_bytes() == Path(
+        f"{whole}.rejected.jsonl"
+    ).read_bytes()
 
 
 def test_a_tokenizer_that_splits_otherwise_starts_again(tmp_path, caplog):
@@ -102,7 +138,9 @@ def test_a_tokenizer_that_splits_otherwise_starts_again(tmp_path, caplog):
 
     t = Tokenizer(models.BPE({"<|endoftext|>": 0, "a": 1, "A": 2}, []))
     t.save(str(tmp_path / "t.json"))
-    recipe = Recipe(TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json")))
+    recipe = Recipe(
+        TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json"))
+    )
     this = Job([str(jsonl(tmp_path / "a.jsonl", ["A"] * 100))], str(tmp_path / "x"), recipe)
     with Preprocessing(this, chunk_bytes=50) as work:
         stop_after(work, 2)
@@ -110,7 +148,10 @@ def test_a_tokenizer_that_splits_otherwise_starts_again(tmp_path, caplog):
     t.normalizer = normalizers.Lowercase()
     t.save(str(tmp_path / "t.json"))
     preprocess(this)
-    assert "differs in: tokenizer" in caplog.text and documents(tmp_path / "x_text_document") == [[1]] * 100
+    assert (
+        "differs in: tokenizer" in caplog.text
+        and documents(tmp_path / "x_text_document") == [[1]] * 100
+    )
 
 
 @pytest.mark.parametrize("when", ["commit", "finish", "next file"])
@@ -136,7 +177,9 @@ def die_at(this: Job, step: int) -> None:
     real, steps = os.replace, []
 
     def dying(source, target):
-        if str(target).startswith(f"{this.output_prefix}_") or str(target).endswith("rejected.jsonl"):
+        if str(target).startswith(f"{this.output_prefix}_") or str(target).endswith(
+            "rejected.jsonl"
+        ):
             steps.append(target)
             if len(steps) > step:
                 os._exit(9)
@@ -160,12 +203,16 @@ def test_killed_while_publishing(bad, tmp_path, step):
         assert documents(path.with_suffix("")) in known
     (totals, _) = preprocess(this)
     assert totals.documents == 400 and content(tmp_path / "x") == content(whole)
-    assert (tmp_path / "x.rejected.jsonl").read_bytes() == Path(f"{whole}.rejected.jsonl").read_bytes()
+    assert (tmp_path / "x.rejected.jsonl").read_bytes() == Path(
+        f"{whole}.rejected.jsonl"
+    ).read_bytes()
     assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("step", [1, 3, 6])
-def test_a_publication_whose_files_are_gone_or_replaced_starts_again(bad, tmp_path, step, caplog):
+def test_a_publication_whose_files_are_gone_or_replaced_starts_again(
+    bad, tmp_path, step, caplog
+):
     names, whole = bad
     this = job(names, tmp_path / "x", skip_errors=True)
     die_at(this, step)
@@ -197,8 +244,11 @@ if __name__ == "__main__":
 def victim(folder: Path, names: list[str], prefix: Path, workers: int) -> subprocess.Popen:
     program = folder / "victim.py"
     program.write_text(VICTIM)
-    process = subprocess.Popen([sys.executable, str(program), json.dumps([names, str(prefix), workers])],
-                               stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPO)})
+    process = subprocess.Popen(
+        [sys.executable, str(program), json.dumps([names, str(prefix), workers])],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
     assert process.stdout.readline() == b"start\n"
     return process
 
@@ -210,7 +260,9 @@ def compressed(names: list[str], folder: Path, suffix: str) -> list[str]:
     return [str(folder / f"{Path(name).name}{suffix}") for name in names] if suffix else names
 
 
-@pytest.mark.parametrize(("suffix", "workers", "times"), [("", 1, 20), ("", 2, 5), (".gz", 1, 5), (".zst", 2, 5)])
+@pytest.mark.parametrize(
+    ("suffix", "workers", "times"), [("", 1, 20), ("", 2, 5), (".gz", 1, 5), (".zst", 2, 5)]
+)
 def test_killed_again_and_again(bad, tmp_path, suffix, workers, times):
     """At random moments, committing after every chunk; between two lives nothing that looks finished is wrong."""
     plain, whole = bad
@@ -225,10 +277,13 @@ def test_killed_again_and_again(bad, tmp_path, suffix, workers, times):
             assert documents(path.with_suffix("")) == loop(plain, path.stem.split("_")[1])
     assert victim(tmp_path, names, tmp_path / "x", workers).wait() == 0
     assert content(tmp_path / "x", (".bin", ".idx")) == content(whole, (".bin", ".idx"))
-    rejected, expected = ([json.loads(line) for line in Path(f"{prefix}.rejected.jsonl").read_text().splitlines()]
-                          for prefix in (tmp_path / "x", whole))
+    rejected, expected = (
+        [json.loads(line) for line in Path(f"{prefix}.rejected.jsonl").read_text().splitlines()]
+        for prefix in (tmp_path / "x", whole)
+    )
     assert [{**r, "file": Path(r["file"]).name.removesuffix(suffix)} for r in rejected] == [
-        {**r, "file": Path(r["file"]).name} for r in expected]
+        {**r, "file": Path(r["file"]).name} for r in expected
+    ]
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -243,10 +298,14 @@ def children(pid: int) -> set[int]:
     return found
 
 
-def test_workers_end_with_a_killed_parent_and_a_killed_worker_ends_the_run(bad, tmp_path, at_once):
+def test_workers_end_with_a_killed_parent_and_a_killed_worker_ends_the_run(
+    bad, tmp_path, at_once
+):
     names, whole = bad
     process = victim(tmp_path, names, tmp_path / "x", 2)
-    while len(workers := children(process.pid)) < 3:  # two, and the one that cleans up after multiprocessing
+    while (
+        len(workers := children(process.pid)) < 3
+    ):  # two, and the one that cleans up after multiprocessing
         time.sleep(0.02)
     time.sleep(1.0)
     process.send_signal(signal.SIGKILL)
@@ -255,8 +314,12 @@ def test_workers_end_with_a_killed_parent_and_a_killed_worker_ends_the_run(bad, 
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    others = {child.pid for child in multiprocessing.active_children()}  # pools of ranks of other tests
-    with Preprocessing(job(names, tmp_path / "x", skip_errors=True, workers=2), chunk_bytes=60) as work:
+    others = {
+        child.pid for child in multiprocessing.active_children()
+    }  # pools of ranks of other tests
+    with Preprocessing(
+        job(names, tmp_path / "x", skip_errors=True, workers=2), chunk_bytes=60
+    ) as work:
         with pytest.raises(OSError, match="a worker process ended before its work was done"):
             for _ in work:
                 for worker in multiprocessing.active_children():
@@ -269,14 +332,20 @@ def test_workers_end_with_a_killed_parent_and_a_killed_worker_ends_the_run(bad, 
 
 def test_a_second_run_on_a_prefix_is_refused(bad, tmp_path):
     names, _ = bad
-    with WorkFolder(tmp_path / "x"), pytest.raises(ValueError, match=rf"x is being written by process {os.getpid()}"):
+    with (
+        WorkFolder(tmp_path / "x"),
+        pytest.raises(ValueError, match=rf"x is being written by process {os.getpid()}"),
+    ):
         preprocess(job(names, tmp_path / "x"))
 
 
 @pytest.mark.parametrize("pair", ["x_text_document", "x_title_document"])
 def test_a_pair_that_somebody_else_writes_is_refused(bad, tmp_path, pair):
     """By merging, or from another output prefix."""
-    with WorkFolder(tmp_path / pair), pytest.raises(ValueError, match=rf"{pair} is being written by process"):
+    with (
+        WorkFolder(tmp_path / pair),
+        pytest.raises(ValueError, match=rf"{pair} is being written by process"),
+    ):
         preprocess(job(bad[0], tmp_path / "x"))
     assert os.listdir(tmp_path) == []
 

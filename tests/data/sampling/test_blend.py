@@ -20,7 +20,12 @@ from megatron.data.splits import build_splits, check_sidecar
 from megatron.tokenizer.byte import ByteTokenizer
 from megatron.tokenizer.null import NullTokenizer
 
-SIDECAR = {"tokenizer": "ByteTokenizer", "vocab_hash": ByteTokenizer().fingerprint, "vocab_size": 257, "eod": 256}
+SIDECAR = {
+    "tokenizer": "ByteTokenizer",
+    "vocab_hash": ByteTokenizer().fingerprint,
+    "vocab_size": 257,
+    "eod": 256,
+}
 
 
 class Numbers:
@@ -40,7 +45,9 @@ class Numbers:
         return f"numbers{self.name}"
 
 
-def write(prefix: Path, documents: int, length: int = 10, first: int = 0, sidecar: dict | None = None) -> str:
+def write(
+    prefix: Path, documents: int, length: int = 10, first: int = 0, sidecar: dict | None = None
+) -> str:
     """Documents of `length` tokens, each with its own number (from `first`) as every token."""
     with IndexedWriter(prefix, np.int32) as writer:
         numbers = np.repeat(np.arange(first, first + documents), length)
@@ -50,8 +57,15 @@ def write(prefix: Path, documents: int, length: int = 10, first: int = 0, sideca
 
 
 def splits(data: DataConfig, train: int = 5, valid: int = 0, test: int = 0, **options):
-    return build_splits(data, seq_length=8, train_samples=train, valid_samples=valid, test_samples=test, seed=1,
-                        **options)
+    return build_splits(
+        data,
+        seq_length=8,
+        train_samples=train,
+        valid_samples=valid,
+        test_samples=test,
+        seed=1,
+        **options,
+    )
 
 
 def rows(samples) -> list[list[int]]:
@@ -62,31 +76,46 @@ def documents_in(samples) -> set[int]:
     return {t for row in rows(samples) for t in row}
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    ((), []),
-    (("a",), [(None, "a")]),
-    (("a", "b", "c"), [(None, "a"), (None, "b"), (None, "c")]),
-    (("0.7", "a", "3", "b"), [(0.7, "a"), (3.0, "b")]),
-    (("1", "./7"), [(1.0, "./7")]),
-])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), []),
+        (("a",), [(None, "a")]),
+        (("a", "b", "c"), [(None, "a"), (None, "b"), (None, "c")]),
+        (("0.7", "a", "3", "b"), [(0.7, "a"), (3.0, "b")]),
+        (("1", "./7"), [(1.0, "./7")]),
+    ],
+)
 def test_parse_blend(words, expected):
     assert parse_blend(words) == expected
 
 
-@pytest.mark.parametrize(("words", "match"), [
-    (("1",), "weight prefix weight prefix"), (("1", "a", "b"), "weight prefix"), (("a", "1"), "weight prefix"),
-    (("1", "a", "b", "2"), "weight prefix"), (("1", "2"), "written as ./7"), (("1", "a", "b", "c"), "weight prefix"),
-    (("0", "a"), "a weight of --data-path is 0.0"), (("-1", "a"), "is -1.0"), (("nan", "a"), "a positive number"),
-    (("inf", "a"), "a positive number"),
-])
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("1",), "weight prefix weight prefix"),
+        (("1", "a", "b"), "weight prefix"),
+        (("a", "1"), "weight prefix"),
+        (("1", "a", "b", "2"), "weight prefix"),
+        (("1", "2"), "written as ./7"),
+        (("1", "a", "b", "c"), "weight prefix"),
+        (("0", "a"), "a weight of --data-path is 0.0"),
+        (("-1", "a"), "is -1.0"),
+        (("nan", "a"), "a positive number"),
+        (("inf", "a"), "a positive number"),
+    ],
+)
 def test_malformed_blends(words, match):
     with pytest.raises(ValueError, match=match):
         parse_blend(words)
 
 
 @settings(max_examples=100, deadline=None)
-@given(weights=st.lists(st.floats(1e-3, 1e3) | st.integers(1, 10**12), min_size=1, max_size=9),
-       count=st.integers(1, 400), seed=st.integers(0, 2**33))
+@given(
+    weights=st.lists(st.floats(1e-3, 1e3) | st.integers(1, 10**12), min_size=1, max_size=9),
+    count=st.integers(1, 400),
+    seed=st.integers(0, 2**33),
+)
 def test_no_dataset_is_ever_ahead_or_behind_by_a_sample(weights, count, seed):
     needed = quotas(weights, count)
     blend = Blend([Numbers(k, n) for k, n in enumerate(needed)], weights, count, seed)
@@ -112,19 +141,29 @@ def test_the_interleaving_of_small_cases_is_right():
 
 def test_a_blend_is_cached_and_travels_by_name(tmp_path, monkeypatch):
     d = IndexedDataset(write(tmp_path / "d", 20))
-    parts = [SampleIndex(d, (0, 10), 4, 40, 1, cache_dir=str(tmp_path)), SampleIndex(d, (10, 20), 4, 20, 1)]
+    parts = [
+        SampleIndex(d, (0, 10), 4, 40, 1, cache_dir=str(tmp_path)),
+        SampleIndex(d, (10, 20), 4, 20, 1),
+    ]
     blend = Blend(parts, [2, 1], 60, 1, cache_dir=str(tmp_path))
     monkeypatch.setattr(module, "build_blend", None)
-    for other in (Blend(parts, [4, 2], 60, 1, cache_dir=str(tmp_path)), pickle.loads(pickle.dumps(blend))):
+    for other in (
+        Blend(parts, [4, 2], 60, 1, cache_dir=str(tmp_path)),
+        pickle.loads(pickle.dumps(blend)),
+    ):
         assert [other[i].tolist() for i in range(60)] == [blend[i].tolist() for i in range(60)]
 
 
 def test_blends_that_make_no_sense():
     one = Numbers(0, 3)
-    with pytest.raises(ValueError, match="dataset 1 of the blend has 3 samples; its weight 3 takes 6 of 8"):
+    with pytest.raises(
+        ValueError, match="dataset 1 of the blend has 3 samples; its weight 3 takes 6 of 8"
+    ):
         Blend([Numbers(0, 3), one], [1, 3], 8, 0)
     for weights in ([], [1, 2], [0], [-1], [float("inf")]):
-        with pytest.raises(ValueError, match="weights of a blend is .*one positive number per dataset"):
+        with pytest.raises(
+            ValueError, match="weights of a blend is .*one positive number per dataset"
+        ):
             Blend([one], weights, 1, 0)
     blend = Blend([one], [1], 3, 0)
     for i in (-1, 3):
@@ -140,12 +179,18 @@ def test_splits_of_one_dataset_take_their_own_documents(tmp_path):
     assert documents_in(made["valid"]) == set(range(80, 95))
     assert documents_in(made["test"]) == set(range(95, 100))
     assert list((tmp_path / "index_cache").glob("samples-*.cache"))
-    assert splits(data, 5, 0, 0) | {"train": None} == {"train": None, "valid": None, "test": None}
+    assert splits(data, 5, 0, 0) | {"train": None} == {
+        "train": None,
+        "valid": None,
+        "test": None,
+    }
 
 
 def test_splits_of_a_blend(tmp_path):
     a, b = write(tmp_path / "a", 50), write(tmp_path / "b", 50, first=1000)
-    data = DataConfig(data_path=("3", a, "1", b), split="8,2", data_cache_path=str(tmp_path / "cache"))
+    data = DataConfig(
+        data_path=("3", a, "1", b), split="8,2", data_cache_path=str(tmp_path / "cache")
+    )
     made = splits(data, 80, 40)
     from_b = sum(made["train"].source(i) == b for i in range(80))
     assert from_b == 20 and not (tmp_path / "index_cache").exists()
@@ -161,11 +206,18 @@ def test_without_weights_a_blend_goes_by_size(tmp_path):
 
 def test_splits_from_paths_of_their_own(tmp_path):
     a, b, c = (write(tmp_path / name, 30, first=100 * n) for n, name in enumerate("abc"))
-    made = splits(DataConfig(train_data_path=(a,), valid_data_path=(b,), test_data_path=(c,)), 50, 50, 50)
+    made = splits(
+        DataConfig(train_data_path=(a,), valid_data_path=(b,), test_data_path=(c,)), 50, 50, 50
+    )
     assert [documents_in(made[name]) for name in ("train", "valid", "test")] == [
-        set(range(30)), set(range(100, 130)), set(range(200, 230))]
+        set(range(30)),
+        set(range(100, 130)),
+        set(range(200, 230)),
+    ]
     made = splits(DataConfig(data_path=(a,), valid_data_path=(b,), split="1"), 50, 50)
-    assert documents_in(made["train"]) == set(range(30)) and documents_in(made["valid"]) == set(range(100, 130))
+    assert documents_in(made["train"]) == set(range(30)) and documents_in(made["valid"]) == set(
+        range(100, 130)
+    )
 
 
 def test_single_and_cyclic_training_splits(tmp_path):
@@ -176,25 +228,45 @@ def test_single_and_cyclic_training_splits(tmp_path):
     cyclic = splits(DataConfig(**options, dataloader_type="cyclic"), 3 * 39, 12, 12)
     for which in ("valid", "test"):
         assert rows(cyclic[which]) == rows(single[which])
-    passes = [sorted(rows(cyclic["train"])[39 * p:39 * p + 39]) for p in range(3)]
+    passes = [sorted(rows(cyclic["train"])[39 * p : 39 * p + 39]) for p in range(3)]
     assert passes[0] == passes[1] == passes[2] and len(cyclic["train"]) == 3 * 39
-    several = [sorted(rows(single["train"])[39 * p:39 * p + 39]) for p in range(3)]
-    assert several[0] != several[1] and documents_in(cyclic["train"]) == documents_in(single["train"])
+    several = [sorted(rows(single["train"])[39 * p : 39 * p + 39]) for p in range(3)]
+    assert several[0] != several[1] and documents_in(cyclic["train"]) == documents_in(
+        single["train"]
+    )
     longer = splits(DataConfig(**options, dataloader_type="cyclic"), 200)["train"]
     assert rows(longer)[:117] == rows(cyclic["train"])
-    with pytest.raises(ValueError, match="--dataloader-type is 'random'; allowed: single cyclic"):
+    with pytest.raises(
+        ValueError, match="--dataloader-type is 'random'; allowed: single cyclic"
+    ):
         DataConfig(dataloader_type="random")
 
 
 def test_a_cyclic_blend_cycles_each_dataset_under_its_weight(tmp_path):
-    a, b = write(tmp_path / "a", 10), write(tmp_path / "b", 50, first=1000)  # 12 and 62 samples of 8
-    data = DataConfig(data_path=("1", a, "1", b), split="1", dataloader_type="cyclic", data_cache_path=str(tmp_path))
+    a, b = (
+        write(tmp_path / "a", 10),
+        write(tmp_path / "b", 50, first=1000),
+    )  # 12 and 62 samples of 8
+    data = DataConfig(
+        data_path=("1", a, "1", b),
+        split="1",
+        dataloader_type="cyclic",
+        data_cache_path=str(tmp_path),
+    )
     blend = splits(data, 100)["train"]
-    taken = {prefix: [row for i, row in enumerate(rows(blend)) if blend.source(i) == prefix] for prefix in (a, b)}
+    taken = {
+        prefix: [row for i, row in enumerate(rows(blend)) if blend.source(i) == prefix]
+        for prefix in (a, b)
+    }
     assert {prefix: len(part) for prefix, part in taken.items()} == {a: 50, b: 50}
-    passes = [taken[a][n:n + 12] for n in range(0, 48, 12)]
-    assert len({str(sorted(part)) for part in passes}) == 1 and len({str(part) for part in passes}) == 4
-    assert len({str(row) for row in passes[0]}) == 12 and len({str(row) for row in taken[b]}) == 50
+    passes = [taken[a][n : n + 12] for n in range(0, 48, 12)]
+    assert (
+        len({str(sorted(part)) for part in passes}) == 1
+        and len({str(part) for part in passes}) == 4
+    )
+    assert (
+        len({str(row) for row in passes[0]}) == 12 and len({str(row) for row in taken[b]}) == 50
+    )
     counts = np.cumsum([blend.source(i) == a for i in range(100)])
     assert np.abs(counts - np.arange(1, 101) / 2).max() < 1
     longer = splits(data, 300)["train"]
@@ -202,31 +274,45 @@ def test_a_cyclic_blend_cycles_each_dataset_under_its_weight(tmp_path):
     assert rows(pickle.loads(pickle.dumps(blend))) == rows(blend)
 
 
-@pytest.mark.parametrize("flag", ["reset_position_ids", "reset_attention_mask", "eod_mask_loss"])
+@pytest.mark.parametrize(
+    "flag", ["reset_position_ids", "reset_attention_mask", "eod_mask_loss"]
+)
 def test_an_option_that_needs_eod_in_data_without_it(flag, tmp_path):
     eod, name = ByteTokenizer().eod, f"--{flag.replace('_', '-')}"
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_documents(np.repeat(np.array([1, eod, 2]), [9, 1, 90]), [10, 0, 90])
     data = {"train_data_path": (str(tmp_path / "d"),)}
-    with pytest.raises(ValueError, match=rf"^{name} is set, but document 2 of .*d ends with token 2, not with the "
-                                         rf"end-of-document token 256; .*--append-eod, or leave the flag out$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name} is set, but document 2 of .*d ends with token 2, not with the "
+        rf"end-of-document token 256; .*--append-eod, or leave the flag out$",
+    ):
         splits(DataConfig(**data, **{flag: True}), tokenizer=ByteTokenizer())
     assert splits(DataConfig(**data), tokenizer=ByteTokenizer())["train"] is not None
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
         for n in range(100):
             writer.add_document([*range(n % 7), eod])
-    assert splits(DataConfig(**data, **{flag: True}), tokenizer=ByteTokenizer())["train"] is not None
+    assert (
+        splits(DataConfig(**data, **{flag: True}), tokenizer=ByteTokenizer())["train"]
+        is not None
+    )
 
 
 def test_splits_that_cannot_be_made(tmp_path):
     d, empty = write(tmp_path / "d", 10), write(tmp_path / "empty", 0)
-    with pytest.raises(ValueError, match=r"the valid split of .*d is empty: --split 969,30,1 of 10 documents \(100 "
-                                         r"tokens\) gives 10 train, 0 valid, 0 test documents.*--valid-data-path, or "
-                                         r"--eval-iters 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"the valid split of .*d is empty: --split 969,30,1 of 10 documents \(100 "
+        r"tokens\) gives 10 train, 0 valid, 0 test documents.*--valid-data-path, or "
+        r"--eval-iters 0",
+    ):
         splits(DataConfig(data_path=(d,)), 5, 5)
     with pytest.raises(ValueError, match="documents 0 to 0 of .*empty .* hold 0 tokens"):
         splits(DataConfig(train_data_path=(empty, empty)))
-    with pytest.raises(ValueError, match="--train-data-path and --data-path are both empty, and 5 train samples"):
+    with pytest.raises(
+        ValueError,
+        match="--train-data-path and --data-path are both empty, and 5 train samples",
+    ):
         splits(DataConfig())
     with pytest.raises(ValueError, match="--test-data-path and .*or --eval-iters 0"):
         splits(DataConfig(train_data_path=(d,)), 5, 0, 3)
@@ -240,15 +326,22 @@ def test_the_sidecar_must_agree_with_the_tokenizer(tmp_path):
     prefix = write(tmp_path / "d", 10, sidecar=SIDECAR)
     data = DataConfig(data_path=(prefix,), split="1")
     assert len(splits(data, tokenizer=ByteTokenizer(), vocab_size=257)["train"]) == 5
-    with pytest.raises(ValueError, match="d.json records vocab_hash .* of ByteTokenizer, this run's NullTokenizer has"):
+    with pytest.raises(
+        ValueError,
+        match="d.json records vocab_hash .* of ByteTokenizer, this run's NullTokenizer has",
+    ):
         splits(data, tokenizer=NullTokenizer(300))
-    with pytest.raises(ValueError, match="records a vocabulary of 257 tokens; allowed in this run: 256"):
+    with pytest.raises(
+        ValueError, match="records a vocabulary of 257 tokens; allowed in this run: 256"
+    ):
         splits(data, vocab_size=256)
     write(tmp_path / "d", 10, sidecar={**SIDECAR, "vocab_size": "big"})
     with pytest.raises(ValueError, match="records a vocabulary of big tokens"):
         splits(data, vocab_size=256)
     write(tmp_path / "d", 10, sidecar={**SIDECAR, "eod": 0})
-    with pytest.raises(ValueError, match="records eod 0 of ByteTokenizer, this run's ByteTokenizer has 256"):
+    with pytest.raises(
+        ValueError, match="records eod 0 of ByteTokenizer, this run's ByteTokenizer has 256"
+    ):
         splits(data, tokenizer=ByteTokenizer())
     (tmp_path / "d.json").unlink()
     check_sidecar(IndexedDataset(prefix), NullTokenizer(5), 5)

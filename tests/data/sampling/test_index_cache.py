@@ -20,7 +20,11 @@ KEY = {"seed": 3}
 
 def arrays() -> Arrays:
     random = np.random.RandomState(3)
-    return {"order": random.permutation(50_000).astype(np.int32), "bounds": np.arange(50_001), "none": np.empty(0)}
+    return {
+        "order": random.permutation(50_000).astype(np.int32),
+        "bounds": np.arange(50_001),
+        "none": np.empty(0),
+    }
 
 
 def assert_right(found: Arrays) -> None:
@@ -48,11 +52,16 @@ def build_at_once(folder: str, barrier, results) -> None:
 @pytest.mark.parametrize("locks", [True, False])
 def test_eight_processes_build_at_once(tmp_path, locks, monkeypatch):
     if not locks:
+
         def refuse(*args):
             raise OSError("no locks here")
+
         monkeypatch.setattr(index_cache.fcntl, "flock", refuse)
     barrier, results = CONTEXT.Barrier(8), CONTEXT.Queue()
-    processes = [CONTEXT.Process(target=build_at_once, args=(str(tmp_path), barrier, results)) for _ in range(8)]
+    processes = [
+        CONTEXT.Process(target=build_at_once, args=(str(tmp_path), barrier, results))
+        for _ in range(8)
+    ]
     for p in processes:
         p.start()
     answers = [results.get(timeout=30) for _ in processes]
@@ -92,7 +101,9 @@ def test_a_builder_that_is_killed_is_in_nobodys_way(tmp_path, stop):
     waiting = CONTEXT.Process(target=build_at_once, args=(str(tmp_path), barrier, results))
     waiting.start()
     time.sleep(0.2)
-    assert results.empty() and len(list(tmp_path.glob(".*.tmp"))) == (stop is stop_while_writing)
+    assert results.empty() and len(list(tmp_path.glob(".*.tmp"))) == (
+        stop is stop_while_writing
+    )
     os.kill(victim.pid, signal.SIGKILL)
     found, builds = results.get(timeout=30)
     waiting.join(30)

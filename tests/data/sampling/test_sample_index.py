@@ -30,7 +30,9 @@ def dataset(prefix: Path, lengths: list[int]) -> IndexedDataset:
 def stream_samples(d: IndexedDataset, order: list[int], seq_length: int) -> list[list[int]]:
     """The dumb way: one list of all tokens, cut by slices."""
     stream = [int(t) for doc in order for t in d.read(doc)]
-    return [stream[i:i + seq_length + 1] for i in range(0, len(stream) - seq_length, seq_length)]
+    return [
+        stream[i : i + seq_length + 1] for i in range(0, len(stream) - seq_length, seq_length)
+    ]
 
 
 def rows(index: SampleIndex | Cycle) -> list[list[int]]:
@@ -38,8 +40,14 @@ def rows(index: SampleIndex | Cycle) -> list[list[int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10), seq_length=st.integers(1, 7), data=st.data())
-def test_without_shuffling_samples_are_slices_of_the_stream(tmp_path_factory, lengths, seq_length, data):
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10),
+    seq_length=st.integers(1, 7),
+    data=st.data(),
+)
+def test_without_shuffling_samples_are_slices_of_the_stream(
+    tmp_path_factory, lengths, seq_length, data
+):
     d = dataset(tmp_path_factory.mktemp("d") / "d", lengths)
     start = data.draw(st.integers(0, len(lengths)))
     stop = data.draw(st.integers(start, len(lengths)))
@@ -51,14 +59,20 @@ def test_without_shuffling_samples_are_slices_of_the_stream(tmp_path_factory, le
     index = SampleIndex(d, (start, stop), seq_length, count, 0, shuffle=False)
     epochs = 1 if count is None else 60
     expected = stream_samples(d, [*range(start, stop)] * epochs, seq_length)
-    assert rows(index) == expected[:len(expected) if count is None else count]
+    assert rows(index) == expected[: len(expected) if count is None else count]
     assert index[0].dtype == np.int64 and index.source(0) == d.prefix
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10), seq_length=st.integers(1, 7),
-       count=st.none() | st.integers(1, 60), seed=st.integers(-5, 2**40))
-def test_shuffled_samples_are_those_of_shuffled_epochs(tmp_path_factory, lengths, seq_length, count, seed):
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10),
+    seq_length=st.integers(1, 7),
+    count=st.none() | st.integers(1, 60),
+    seed=st.integers(-5, 2**40),
+)
+def test_shuffled_samples_are_those_of_shuffled_epochs(
+    tmp_path_factory, lengths, seq_length, count, seed
+):
     d = dataset(tmp_path_factory.mktemp("d") / "d", [*lengths, 8])
     tokens, documents = sum(lengths) + 8, len(lengths) + 1
     index = SampleIndex(d, None, seq_length, count, seed)
@@ -67,13 +81,21 @@ def test_shuffled_samples_are_those_of_shuffled_epochs(tmp_path_factory, lengths
     assert all(sorted(epoch) == [*range(documents)] for epoch in order.tolist())
     stream = stream_samples(d, index._order.tolist(), seq_length)
     assert rows(index) == [stream[i] for i in index._samples]
-    assert len(set(index._samples.tolist())) == len(index) == (count or (tokens - 1) // seq_length)
+    assert (
+        len(set(index._samples.tolist())) == len(index) == (count or (tokens - 1) // seq_length)
+    )
     assert epochs == 1 or (epochs - 1) * tokens < len(index) * seq_length + 1 <= epochs * tokens
 
 
-@pytest.mark.parametrize(("needed", "apart"), [(1, True), (79, True), (80, False), (100, False)])
-def test_the_last_epoch_is_apart_when_less_than_80_percent_of_it_is_needed(tmp_path, needed, apart):
-    d = dataset(tmp_path / "d", [101] * 10)  # 1010 tokens: 100 samples of 10 in an epoch, and 9 tokens over
+@pytest.mark.parametrize(
+    ("needed", "apart"), [(1, True), (79, True), (80, False), (100, False)]
+)
+def test_the_last_epoch_is_apart_when_less_than_80_percent_of_it_is_needed(
+    tmp_path, needed, apart
+):
+    d = dataset(
+        tmp_path / "d", [101] * 10
+    )  # 1010 tokens: 100 samples of 10 in an epoch, and 9 tokens over
     before = (3 * 1010 - 1) // 10
     taken = SampleIndex(d, None, 10, before + needed, 1)._samples
     assert (set(taken[:before].tolist()) == set(range(before))) == apart
@@ -90,32 +112,49 @@ def test_each_epoch_shows_every_token_about_once(tmp_path):
     d = dataset(tmp_path / "d", [7, 0, 30, 1, 12])
     index = SampleIndex(d, None, 5, 50, 3)  # 5 epochs of 50 tokens, and one more token
     counts = Counter(t for i in range(len(index)) for t in index[i][:-1].tolist())
-    assert sum(counts.values()) == 250 and min(counts.values()) >= 4 and max(counts.values()) <= 6
+    assert (
+        sum(counts.values()) == 250 and min(counts.values()) >= 4 and max(counts.values()) <= 6
+    )
 
 
 def test_the_order_is_pinned_and_depends_on_the_seed(tmp_path):
     """A resumed run continues in this order: a change of it needs another ALGORITHM."""
     d = dataset(tmp_path / "d", [3, 5, 4])
-    assert rows(SampleIndex(d, None, 3, 4, 1234)) == [[6, 7, 8, 9], [3, 4, 5, 6], [0, 1, 2, 3], [9, 10, 11, 3]]
-    assert rows(SampleIndex(d, None, 3, 4, 1234)) == rows(SampleIndex(d, None, 3, 4, 1234 + 2**32))
+    assert rows(SampleIndex(d, None, 3, 4, 1234)) == [
+        [6, 7, 8, 9],
+        [3, 4, 5, 6],
+        [0, 1, 2, 3],
+        [9, 10, 11, 3],
+    ]
+    assert rows(SampleIndex(d, None, 3, 4, 1234)) == rows(
+        SampleIndex(d, None, 3, 4, 1234 + 2**32)
+    )
     assert len({str(rows(SampleIndex(d, None, 3, 4, seed))) for seed in range(8)}) > 4
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10), seq_length=st.integers(1, 5),
-       count=st.integers(1, 60), seed=st.integers(-5, 2**40))
-def test_a_cycle_shows_one_epochs_samples_once_per_pass(tmp_path_factory, lengths, seq_length, count, seed):
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10),
+    seq_length=st.integers(1, 5),
+    count=st.integers(1, 60),
+    seed=st.integers(-5, 2**40),
+)
+def test_a_cycle_shows_one_epochs_samples_once_per_pass(
+    tmp_path_factory, lengths, seq_length, count, seed
+):
     d = dataset(tmp_path_factory.mktemp("d") / "d", [*lengths, 6])
     epoch = SampleIndex(d, None, seq_length, None, seed)
     cycle, n = Cycle(epoch, count, seed), len(epoch)
     taken = rows(cycle)
     assert len(taken) == len(cycle) == count
     for start in range(0, count, n):
-        part = taken[start:start + n]
+        part = taken[start : start + n]
         assert len(part) < n or sorted(part) == sorted(rows(epoch))
         assert len({str(row) for row in part}) == len(part)
-    assert taken == [epoch[int(np.random.RandomState([seed % 2**32, i // n]).permutation(n)[i % n])].tolist()
-                     for i in range(count)]
+    assert taken == [
+        epoch[int(np.random.RandomState([seed % 2**32, i // n]).permutation(n)[i % n])].tolist()
+        for i in range(count)
+    ]
 
 
 def test_the_passes_of_a_cycle_differ_and_stay_when_it_grows(tmp_path):
@@ -123,21 +162,29 @@ def test_the_passes_of_a_cycle_differ_and_stay_when_it_grows(tmp_path):
     epoch = SampleIndex(d, None, 4, None, 1)
     n = len(epoch)
     taken = rows(Cycle(epoch, 4 * n, 1))
-    passes = [taken[n * p:n * p + n] for p in range(4)]
+    passes = [taken[n * p : n * p + n] for p in range(4)]
     assert len({str(p) for p in passes}) == 4 and rows(epoch) not in passes
     assert rows(Cycle(epoch, 4 * n, 2)) != taken
-    assert rows(Cycle(epoch, 2 * n + 5, 1)) == taken[:2 * n + 5]
-    middle = Cycle(epoch, 4 * n, 1)  # another process, which starts in the second pass and goes on to the third
-    assert [middle[i].tolist() for i in range(n + n // 2, 2 * n + 7)] == taken[n + n // 2:2 * n + 7]
+    assert rows(Cycle(epoch, 2 * n + 5, 1)) == taken[: 2 * n + 5]
+    middle = Cycle(
+        epoch, 4 * n, 1
+    )  # another process, which starts in the second pass and goes on to the third
+    assert [middle[i].tolist() for i in range(n + n // 2, 2 * n + 7)] == taken[
+        n + n // 2 : 2 * n + 7
+    ]
     assert middle[0].tolist() == taken[0] and middle.source(0) == d.prefix
-    assert [len(middle._order), middle._order.dtype] == [n, np.int32], "the order of one pass at a time"
+    assert [len(middle._order), middle._order.dtype] == [n, np.int32], (
+        "the order of one pass at a time"
+    )
     data = pickle.dumps(middle)
     assert len(data) < 1000 and rows(pickle.loads(data)) == taken
 
 
 def test_the_order_of_a_cycle_is_pinned(tmp_path):
     """A resumed run continues in this order."""
-    cycle = Cycle(SampleIndex(dataset(tmp_path / "d", [9] * 2), None, 3, None, 0, shuffle=False), 12, 1234)
+    cycle = Cycle(
+        SampleIndex(dataset(tmp_path / "d", [9] * 2), None, 3, None, 0, shuffle=False), 12, 1234
+    )
     assert [row[0] // 3 for row in rows(cycle)] == [4, 3, 1, 2, 0, 3, 1, 4, 2, 0, 3, 2]
 
 
@@ -152,11 +199,18 @@ def test_cycles_that_make_no_sense(tmp_path):
 
 def test_requests_that_make_no_sense(tmp_path):
     d = dataset(tmp_path / "d", [3, 5])
-    for arguments, match in (((None, 0, None, 0), "seq_length is 0"), ((None, 3, 0, 0), "num_samples is 0"),
-                             (((0, 3), 3, None, 0), "ranges within 0 to 2"), (((2, 1), 3, None, 0), "ranges within"),
-                             ((None, 8, None, 0), r"documents 0 to 2 of .*d \(2 documents, 8 tokens\) hold 8 tokens; "
-                                                  r"one sample takes 9"),
-                             (((1, 1), 3, None, 0), "hold 0 tokens; one sample takes 4")):
+    for arguments, match in (
+        ((None, 0, None, 0), "seq_length is 0"),
+        ((None, 3, 0, 0), "num_samples is 0"),
+        (((0, 3), 3, None, 0), "ranges within 0 to 2"),
+        (((2, 1), 3, None, 0), "ranges within"),
+        (
+            (None, 8, None, 0),
+            r"documents 0 to 2 of .*d \(2 documents, 8 tokens\) hold 8 tokens; "
+            r"one sample takes 9",
+        ),
+        (((1, 1), 3, None, 0), "hold 0 tokens; one sample takes 4"),
+    ):
         with pytest.raises(ValueError, match=match):
             SampleIndex(d, *arguments)
     index = SampleIndex(d, None, 7, None, 0)
@@ -170,7 +224,11 @@ def test_the_kernel_is_told_not_to_read_ahead(tmp_path):
 
     def advice() -> str:
         """Flags of the mapping of .bin; `rr` is random reading."""
-        mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        mappings = re.split(
+            r"^(?=[0-9a-f]+-[0-9a-f]+ )",
+            Path("/proc/self/smaps").read_text(),
+            flags=re.MULTILINE,
+        )
         (mine,) = [m for m in mappings if str(tmp_path / "d.bin") in m]
         return re.search("VmFlags: (.*)", mine)[1]
 
@@ -178,19 +236,24 @@ def test_the_kernel_is_told_not_to_read_ahead(tmp_path):
     assert len(SampleIndex(d, None, 3, None, 0)) and " rr " in advice()
 
 
-@pytest.mark.parametrize(("split", "documents", "expected"), [
-    ("969,30,1", 1000, [(0, 969), (969, 999), (999, 1000)]),
-    ("969,30,1", 10, [(0, 10), (10, 10), (10, 10)]),
-    ("1", 7, [(0, 7), (7, 7), (7, 7)]),
-    ("0.5, 0.5", 4, [(0, 2), (2, 4), (4, 4)]),
-    ("0,0,3", 4, [(0, 0), (0, 0), (0, 4)]),
-    ("1,1,1", 0, [(0, 0)] * 3),
-])
+@pytest.mark.parametrize(
+    ("split", "documents", "expected"),
+    [
+        ("969,30,1", 1000, [(0, 969), (969, 999), (999, 1000)]),
+        ("969,30,1", 10, [(0, 10), (10, 10), (10, 10)]),
+        ("1", 7, [(0, 7), (7, 7), (7, 7)]),
+        ("0.5, 0.5", 4, [(0, 2), (2, 4), (4, 4)]),
+        ("0,0,3", 4, [(0, 0), (0, 0), (0, 4)]),
+        ("1,1,1", 0, [(0, 0)] * 3),
+    ],
+)
 def test_split_documents(split, documents, expected):
     assert split_documents(documents, split) == expected
 
 
-@given(st.integers(0, 10**12), st.lists(st.integers(0, 1000), min_size=1, max_size=3).filter(any))
+@given(
+    st.integers(0, 10**12), st.lists(st.integers(0, 1000), min_size=1, max_size=3).filter(any)
+)
 def test_splits_cover_all_documents_in_proportion(documents, shares):
     ranges = split_documents(documents, ",".join(map(str, shares)))
     assert ranges[0][0] == 0 and ranges[2][1] == documents
@@ -199,7 +262,9 @@ def test_splits_cover_all_documents_in_proportion(documents, shares):
         assert abs((stop - start) - documents * share / sum(shares)) <= 1.001
 
 
-@pytest.mark.parametrize("split", ["", "a", "1,2,3,4", "0,0", "-1,2", "1,,2", "nan", "1/0", "inf"])
+@pytest.mark.parametrize(
+    "split", ["", "a", "1,2,3,4", "0,0", "-1,2", "1,,2", "nan", "1/0", "inf"]
+)
 def test_malformed_splits(split):
     with pytest.raises(ValueError, match="--split is .*The usual one is 969,30,1"):
         parse_split(split)
@@ -208,7 +273,9 @@ def test_malformed_splits(split):
 def test_the_cache_gives_the_same_and_is_used(tmp_path, monkeypatch):
     d = dataset(tmp_path / "d", [7, 30, 1, 12])
     plain = SampleIndex(d, None, 5, 33, 3)
-    assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "a" / "b"))) == rows(plain)
+    assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "a" / "b"))) == rows(
+        plain
+    )
     (file,) = (tmp_path / "a" / "b").glob("*.cache")
     monkeypatch.setattr(sample_index, "build_order", None)
     again = SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "a" / "b"))
@@ -221,16 +288,27 @@ def test_the_cache_gives_the_same_and_is_used(tmp_path, monkeypatch):
 def test_the_cache_is_keyed_by_content_and_parameters(tmp_path):
     folder = str(tmp_path / "cache")
     d = dataset(tmp_path / "d", [7, 30, 1, 12])
-    variants = [(None, 5, 33, 3), ((0, 2), 5, 33, 3), (None, 6, 33, 3), (None, 5, 34, 3), (None, 5, 33, 4),
-                (None, 5, None, 3), (None, 5, 33, 3, False)]
+    variants = [
+        (None, 5, 33, 3),
+        ((0, 2), 5, 33, 3),
+        (None, 6, 33, 3),
+        (None, 5, 34, 3),
+        (None, 5, 33, 4),
+        (None, 5, None, 3),
+        (None, 5, 33, 3, False),
+    ]
     for n, arguments in enumerate(variants, 1):
-        assert rows(SampleIndex(d, *arguments, cache_dir=folder)) == rows(SampleIndex(d, *arguments))
+        assert rows(SampleIndex(d, *arguments, cache_dir=folder)) == rows(
+            SampleIndex(d, *arguments)
+        )
         assert len(list(Path(folder).glob("*.cache"))) == n
     os.utime(tmp_path / "d.bin", ns=(1, 1))
     SampleIndex(d, *variants[0], cache_dir=folder)
     assert len(list(Path(folder).glob("*.cache"))) == len(variants) + 1
     changed = dataset(tmp_path / "d", [30, 7, 1, 12])
-    assert rows(SampleIndex(changed, *variants[0], cache_dir=folder)) == rows(SampleIndex(changed, *variants[0]))
+    assert rows(SampleIndex(changed, *variants[0], cache_dir=folder)) == rows(
+        SampleIndex(changed, *variants[0])
+    )
 
 
 def test_a_damaged_cache_is_built_again(tmp_path, caplog):
@@ -238,9 +316,19 @@ def test_a_damaged_cache_is_built_again(tmp_path, caplog):
     right = rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path)))
     (file,) = tmp_path.glob("*.cache")
     whole = file.read_bytes()
-    for damaged in (b"", whole[:5], whole[:-1], whole[:200], b"X" + whole[1:], whole[:100] + b"\xff" + whole[101:],
-                    whole[:12] + b"\xff\xff\xff\xff" + whole[16:], whole + b"\0",
-                    whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:]):
+    for damaged in (
+        b"",
+        whole[:5],
+        whole[:-1],
+        whole[:200],
+        b"X" + whole[1:],
+        whole[:100] + b"\xff" + whole[101:],
+        whole[:12] + b"\xff\xff\xff\xff" + whole[16:],
+        whole + b"\0",
+        whole[: len(whole) // 2]
+        + bytes([whole[len(whole) // 2] ^ 1])
+        + whole[len(whole) // 2 + 1 :],
+    ):
         caplog.clear()
         file.write_bytes(damaged)
         with caplog.at_level(logging.WARNING, "megatron"):
@@ -258,6 +346,7 @@ def test_a_folder_that_cannot_be_written_costs_memory_only(tmp_path, caplog, mon
 
     def full(*args):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "replace", full)
     assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path))) == right
     assert "No space left on device" in caplog.text and not list(tmp_path.glob(".*.tmp"))

@@ -47,7 +47,9 @@ from megatron.data.streaming.producer import StreamSamples, cache_folder, produc
 
 
 def no_producer(monkeypatch) -> None:
-    monkeypatch.setattr(module, "start_producer", lambda *_: pytest.fail("a producer was started"))
+    monkeypatch.setattr(
+        module, "start_producer", lambda *_: pytest.fail("a producer was started")
+    )
 
 
 # Order and content
@@ -62,10 +64,12 @@ def test_samples_equal_a_loop_over_the_tokens(tmp_path, window, epochs):
     assert len(got) == number and read(got) == loop(tokens, number, window)
     assert got.source(0) == str(tmp_path / "a.jsonl")
     for beyond in (-1, number):
-        with pytest.raises(IndexError, match=rf"sample {beyond} of .*: allowed 0 to {number - 1}"):
+        with pytest.raises(
+            IndexError, match=rf"sample {beyond} of .*: allowed 0 to {number - 1}"
+        ):
             got[beyond]
     if window == 1 and epochs < 1:
-        assert read(got) == [tokens[k * S:k * S + S + 1] for k in range(number)]
+        assert read(got) == [tokens[k * S : k * S + S + 1] for k in range(number)]
     elif window > 1:
         assert read(got) != loop(tokens, number, 1), "shuffled"
         assert sorted(read(got)[:window]) == sorted(loop(tokens, window, 1))
@@ -77,13 +81,17 @@ def test_every_kind_of_source(tmp_path, monkeypatch, kind):
     folder.mkdir()
     tokens = corpus(folder / "a.jsonl")
     text = (folder / "a.jsonl").read_bytes()
-    entry = {"folder": str(folder), "pattern": f"{folder}/*.jsonl", "hf": "hf:in"}.get(kind, f"{folder}/a.{kind}")
+    entry = {"folder": str(folder), "pattern": f"{folder}/*.jsonl", "hf": "hf:in"}.get(
+        kind, f"{folder}/a.{kind}"
+    )
     if kind == "gz":
         Path(entry).write_bytes(gzip.compress(text))
     elif kind == "zst":
         Path(entry).write_bytes(zstandard.compress(text))
     elif kind == "parquet":
-        pq.write_table(pa.Table.from_pylist([json.loads(line) for line in text.splitlines()]), entry)
+        pq.write_table(
+            pa.Table.from_pylist([json.loads(line) for line in text.splitlines()]), entry
+        )
     elif kind == "hf":
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -91,7 +99,9 @@ def test_every_kind_of_source(tmp_path, monkeypatch, kind):
     else:
         tokens += corpus(folder / "b.jsonl")
     number = 3 * len(tokens) // S  # to the end and beyond
-    assert read(open_samples(entry, samples=number, cache=tmp_path / "cache")) == loop(tokens, number, 4)
+    assert read(open_samples(entry, samples=number, cache=tmp_path / "cache")) == loop(
+        tokens, number, 4
+    )
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
@@ -104,30 +114,48 @@ def test_ranks_micro_batches_workers_and_resuming_change_nothing(tmp_path):
         got: dict[int, list[int]] = {}
         for rank in range(world):
             batches = BatchLoader(
-                open_samples(tmp_path / "a.jsonl", samples=32, window=8, starts=rank == 0), micro_batch_size=micro,
-                global_batch_size=8, rank=rank, world_size=world, consumed_samples=consumed,
-                data=DataConfig(num_workers=workers), eod=256, vocab_size=257)
+                open_samples(tmp_path / "a.jsonl", samples=32, window=8, starts=rank == 0),
+                micro_batch_size=micro,
+                global_batch_size=8,
+                rank=rank,
+                world_size=world,
+                consumed_samples=consumed,
+                data=DataConfig(num_workers=workers),
+                eod=256,
+                vocab_size=257,
+            )
             for step in range((32 - consumed) // (micro * world)):
                 tokens_BS = next(batches).tokens_BS.tolist()
                 for b, row in enumerate(tokens_BS):
                     got[consumed + (step * world + rank) * micro + b] = row
         return [row for _, row in sorted(got.items())]
 
-    for consumed, world, micro, workers in ((0, 1, 4, 0), (0, 2, 2, 0), (16, 2, 1, 0), (8, 1, 8, 1), (24, 4, 2, 1)):
+    for consumed, world, micro, workers in (
+        (0, 1, 4, 0),
+        (0, 2, 2, 0),
+        (16, 2, 1, 0),
+        (8, 1, 8, 1),
+        (24, 4, 2, 1),
+    ):
         assert taken(consumed, world, micro, workers) == [row[:-1] for row in want[consumed:]]
 
 
 def test_blends_hold_their_weights(tmp_path):
     folder = tmp_path / "b"
     folder.mkdir()
-    tokens = {tmp_path / "a.jsonl": corpus(tmp_path / "a.jsonl", 300), folder: corpus(folder / "x.jsonl", 100)}
+    tokens = {
+        tmp_path / "a.jsonl": corpus(tmp_path / "a.jsonl", 300),
+        folder: corpus(folder / "x.jsonl", 100),
+    }
     blend = open_samples("0.25", tmp_path / "a.jsonl", "0.75", folder, samples=80)
     got: dict[str, list] = {}
     for i in range(80):
         got.setdefault(blend.source(i), []).append(blend[i].tolist())
         share = len(got.get(str(folder), ())) / (i + 1)
         assert abs(share - 0.75) * (i + 1) < 1
-    assert got == {str(entry): loop(tokens[entry], count, 4) for entry, count in zip(tokens, (20, 60))}
+    assert got == {
+        str(entry): loop(tokens[entry], count, 4) for entry, count in zip(tokens, (20, 60))
+    }
 
 
 @pytest.mark.parametrize("second", ["b.jsonl", "empty.jsonl", "hf:name"])
@@ -137,8 +165,15 @@ def test_without_weights_the_sizes_count_or_all_count_the_same(tmp_path, second)
     (tmp_path / "empty.jsonl").touch()
     other = second if second.startswith("hf:") else str(tmp_path / second)
     blend = open_samples(tmp_path / "a.jsonl", other, samples=100, starts=False)
-    size = [os.path.getsize(tmp_path / name) for name in ("a.jsonl", "b.jsonl")] if second == "b.jsonl" else [1, 1]
-    counts = [sum(blend.source(i) == entry for i in range(100)) for entry in (str(tmp_path / "a.jsonl"), other)]
+    size = (
+        [os.path.getsize(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+        if second == "b.jsonl"
+        else [1, 1]
+    )
+    counts = [
+        sum(blend.source(i) == entry for i in range(100))
+        for entry in (str(tmp_path / "a.jsonl"), other)
+    ]
     assert all(abs(count - 100 * s / sum(size)) < 1 for count, s in zip(counts, size))
     assert [len(d) for d in blend.datasets] == quotas(size, 100)
 
@@ -152,34 +187,50 @@ def test_a_finished_cache_is_read_and_nothing_is_made_again(tmp_path, monkeypatc
     read(open_samples(tmp_path / "a.jsonl", samples=number))
     cache = tmp_path / "stream_cache"
     until(lambda: {path.suffix for path in cache.iterdir()} == {".bin", ".idx", ".json"})
-    preprocess(Job([str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), Recipe(BYTES, append_eod=True)))
+    preprocess(
+        Job(
+            [str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), Recipe(BYTES, append_eod=True)
+        )
+    )
     for suffix in (".bin", ".idx", ".json"):
         (made,) = cache.glob("*" + suffix)
         assert made.read_bytes() == (tmp_path / f"whole_text_document{suffix}").read_bytes()
     no_producer(monkeypatch)
     assert read(open_samples(tmp_path / "a.jsonl", samples=number)) == loop(tokens, number, 4)
-    assert read(open_samples(tmp_path / "a.jsonl", samples=7, window=3, seed=9)) == loop(tokens, 7, 3, seed=9)
+    assert read(open_samples(tmp_path / "a.jsonl", samples=7, window=3, seed=9)) == loop(
+        tokens, 7, 3, seed=9
+    )
 
 
 def test_only_what_is_needed_is_made_and_a_longer_run_goes_on(tmp_path, monkeypatch):
     tokens = large(tmp_path / "a.jsonl")
     cache = tmp_path / "c"
-    assert read(open_samples(tmp_path / "a.jsonl", samples=2000, window=100, cache=cache)) == loop(tokens, 2000, 100)
+    assert read(
+        open_samples(tmp_path / "a.jsonl", samples=2000, window=100, cache=cache)
+    ) == loop(tokens, 2000, 100)
     until(lambda: is_free(cache))
     made, (file,) = cached_tokens(cache), cache.glob("*.partial/*.bin")
-    assert 2000 * S < made < 2000 * S + (3 << 20) < len(tokens) and not list(cache.glob("*.error"))
+    assert 2000 * S < made < 2000 * S + (3 << 20) < len(tokens) and not list(
+        cache.glob("*.error")
+    )
     with monkeypatch.context() as patch:
         no_producer(patch)
-        assert read(open_samples(tmp_path / "a.jsonl", samples=1900, window=100, cache=cache)) == \
-            loop(tokens, 1900, 100)
+        assert read(
+            open_samples(tmp_path / "a.jsonl", samples=1900, window=100, cache=cache)
+        ) == loop(tokens, 1900, 100)
     inode, state_then = file.stat().st_ino, state(cache)
     assert state_then["read"] < (tmp_path / "a.jsonl").stat().st_size / 2
     longer = len(tokens) // S + 50
-    assert read(open_samples(tmp_path / "a.jsonl", samples=longer, window=1, cache=cache), longer - 100) == \
-        loop(tokens, longer, 1, start=longer - 100)
+    assert read(
+        open_samples(tmp_path / "a.jsonl", samples=longer, window=1, cache=cache), longer - 100
+    ) == loop(tokens, longer, 1, start=longer - 100)
     (pair,) = cache.glob("*.bin")
     assert pair.stat().st_ino == inode, "the same file, added to"
-    preprocess(Job([str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), Recipe(BYTES, append_eod=True)))
+    preprocess(
+        Job(
+            [str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), Recipe(BYTES, append_eod=True)
+        )
+    )
     assert pair.read_bytes() == (tmp_path / "whole_text_document.bin").read_bytes()
     assert documents(str(pair)[:-4]) == documents(tmp_path / "whole_text_document")
 
@@ -196,7 +247,9 @@ def test_the_producer_stays_near_what_was_asked_for(tmp_path):
     at = 3_000_000 // S // 4 * 4
     assert [samples[i].tolist() for i in range(at, at + 4)] == loop(tokens, at + 4, 4, start=at)
     until(lambda: 4_000_000 < cached_tokens(cache) < 3_100_000 + (3 << 20))
-    if not os.fork():  # as a worker process of a loader: its copy of the samples is not the producer's
+    if (
+        not os.fork()
+    ):  # as a worker process of a loader: its copy of the samples is not the producer's
         del samples
         gc.collect()
         os._exit(0)
@@ -220,14 +273,20 @@ def test_what_another_cache_takes(tmp_path):
 
     first = prefix()
     assert prefix() == prefix(run="other") == prefix(os.path.relpath(path)) == first
-    others = [prefix(key="body"), prefix(tmp_path), prefix(config=TokenizerConfig("NullTokenizer", "", "", "9"))]
+    others = [
+        prefix(key="body"),
+        prefix(tmp_path),
+        prefix(config=TokenizerConfig("NullTokenizer", "", "", "9")),
+    ]
     path.write_bytes(path.read_bytes()[:-1])
     os.utime(path, ns=(0, 1000))
     others.append(prefix())
     os.utime(path, ns=(0, 2000))
     others.append(prefix())
     assert len({first, *others}) == 6
-    assert first.startswith("/c/a.jsonl-") and prefix("hf:name/set:train").startswith("/c/set_train-")
+    assert first.startswith("/c/a.jsonl-") and prefix("hf:name/set:train").startswith(
+        "/c/set_train-"
+    )
 
 
 def test_a_tokenizer_that_splits_otherwise_takes_another_cache(tmp_path):
@@ -266,14 +325,29 @@ def test_the_place_of_the_cache(tmp_path, monkeypatch):
         Path(name).mkdir(parents=True)
     Path("d[1]/a.jsonl").touch()
     here = str(tmp_path)
-    for entry, place in (("in/a.jsonl", "in"), ("in/*.jsonl", "in"), ("in", ""), ("in/", ""), ("in/*/a.jsonl", ""),
-                         ("in/**", ""), ("d[1]/a.jsonl", "d[1]"), (f"{here}/in/a.jsonl", "in")):
-        assert cache_folder("", [entry, "hf:x"]) == os.path.join(here, place, "stream_cache"), entry
+    for entry, place in (
+        ("in/a.jsonl", "in"),
+        ("in/*.jsonl", "in"),
+        ("in", ""),
+        ("in/", ""),
+        ("in/*/a.jsonl", ""),
+        ("in/**", ""),
+        ("d[1]/a.jsonl", "d[1]"),
+        (f"{here}/in/a.jsonl", "in"),
+    ):
+        assert cache_folder("", [entry, "hf:x"]) == os.path.join(here, place, "stream_cache"), (
+            entry
+        )
         assert cache_folder("c", [entry]) == "c"
-    with pytest.raises(ValueError, match="--data-cache-path is ''; allowed: a folder.* none beside hf:x"):
+    with pytest.raises(
+        ValueError, match="--data-cache-path is ''; allowed: a folder.* none beside hf:x"
+    ):
         cache_folder("", ["hf:x", "in"])
     for entry in ("in", "in/**/*.jsonl", "in/*/a.jsonl"):
-        with pytest.raises(ValueError, match=r"tokens of in.* kept in in/c, .*searched for text.* Set --data-cache-p"):
+        with pytest.raises(
+            ValueError,
+            match=r"tokens of in.* kept in in/c, .*searched for text.* Set --data-cache-p",
+        ):
             cache_folder("in/c", ["d[1]/a.jsonl", entry])
 
 
@@ -294,7 +368,9 @@ def test_a_cache_that_was_cut_off_is_made_again(tmp_path):
     (file,) = cache.glob("*.partial/*.bin")
     with open(file, "r+b") as opened:
         opened.truncate(1000)
-    assert read(open_samples(tmp_path / "a.jsonl", samples=100, cache=cache)) == loop(tokens, 100, 4)
+    assert read(open_samples(tmp_path / "a.jsonl", samples=100, cache=cache)) == loop(
+        tokens, 100, 4
+    )
 
 
 # Other processes
@@ -308,8 +384,19 @@ def test_readers_in_other_processes_wait_for_the_one_producer(tmp_path):
     tokens = corpus(tmp_path / "a.jsonl", 100)
     corpus(tmp_path / "b.jsonl", 100)
     number = 2 * len(tokens) // S
-    readers = [open_samples(tmp_path / "a.jsonl", samples=number, starts=False) for _ in range(2)]
-    readers.append(open_samples("1", tmp_path / "a.jsonl", "1", tmp_path / "b.jsonl", samples=2 * number, starts=False))
+    readers = [
+        open_samples(tmp_path / "a.jsonl", samples=number, starts=False) for _ in range(2)
+    ]
+    readers.append(
+        open_samples(
+            "1",
+            tmp_path / "a.jsonl",
+            "1",
+            tmp_path / "b.jsonl",
+            samples=2 * number,
+            starts=False,
+        )
+    )
     context, pipes = multiprocessing.get_context("fork"), []
     for n, samples in enumerate(readers):
         ours, theirs = multiprocessing.Pipe()
@@ -332,14 +419,20 @@ def test_another_run_makes_the_tokens_and_ends_half_way(tmp_path):
         steps = iter(work)
         next(steps)
         work.commit()
-        assert samples[100].tolist() == tokens[100 * S:101 * S + 1]
+        assert samples[100].tolist() == tokens[100 * S : 101 * S + 1]
         (other,) = module.glob.glob(f"{cache}/*.error")
-        assert other == module.dataclasses.replace(stream, run="this").error_file != stream.error_file
+        assert (
+            other
+            == module.dataclasses.replace(stream, run="this").error_file
+            != stream.error_file
+        )
         Path(stream.error_file).write_text("of the other run")
         time.sleep(0.2)
-        assert work.tokens == cached_tokens(cache) < 2_000_000, "this run's producer keeps its hands off"
+        assert work.tokens == cached_tokens(cache) < 2_000_000, (
+            "this run's producer keeps its hands off"
+        )
         next(steps)
-    assert samples[150_000].tolist() == tokens[150_000 * S:150_001 * S + 1]
+    assert samples[150_000].tolist() == tokens[150_000 * S : 150_001 * S + 1]
 
 
 def test_waiting_says_what_for(tmp_path, monkeypatch, caplog):
@@ -355,8 +448,11 @@ def test_waiting_says_what_for(tmp_path, monkeypatch, caplog):
     thread = threading.Thread(target=wait)
     thread.start()
     until(lambda: "waiting" in caplog.text)
-    assert caplog.messages[-1] == f"waiting for {tmp_path}/a.jsonl: 0 tokens are made, the next sample ends with the " \
-                                  f"{4 * S + 1}th; the others are made by nobody yet"
+    assert (
+        caplog.messages[-1]
+        == f"waiting for {tmp_path}/a.jsonl: 0 tokens are made, the next sample ends with the "
+        f"{4 * S + 1}th; the others are made by nobody yet"
+    )
     Path(samples._stream.error_file).write_text("enough")
     thread.join(10)
     assert not thread.is_alive()
@@ -369,13 +465,28 @@ def test_resumed_runs_on_streamed_text_are_bit_identical(tmp_path, data, ranks2)
     """Two epochs and more on two ranks; the second half on a new cache, whose producer starts from nothing."""
     tokens = corpus(tmp_path / "a.jsonl", 15, name="the quick brown fox")
     assert len(tokens) < 8 * 8 * 32 / 2
-    ranks2.run(runs.train, streaming_flags(tmp_path / "a.jsonl", tmp_path / "whole", data), timeout=100)
+    ranks2.run(
+        runs.train, streaming_flags(tmp_path / "a.jsonl", tmp_path / "whole", data), timeout=100
+    )
     halves = streaming_flags(tmp_path / "a.jsonl", tmp_path / "halves", data)
     ranks2.run(runs.train, [*halves, "--exit-interval", "4"], timeout=100)
-    ranks2.run(runs.train, [*halves, "--load", str(tmp_path / "halves/checkpoints"), "--data-cache-path",
-                            str(tmp_path / "new")], timeout=100)
+    ranks2.run(
+        runs.train,
+        [
+            *halves,
+            "--load",
+            str(tmp_path / "halves/checkpoints"),
+            "--data-cache-path",
+            str(tmp_path / "new"),
+        ],
+        timeout=100,
+    )
     whole, half = (runs.metrics(tmp_path / name) for name in ("whole", "halves"))
-    assert [m["iteration"] for m in whole] == [m["iteration"] for m in half] == list(range(1, 9))
-    assert [(m["loss"], m["grad_norm"]) for m in whole] == [(m["loss"], m["grad_norm"]) for m in half]
+    assert (
+        [m["iteration"] for m in whole] == [m["iteration"] for m in half] == list(range(1, 9))
+    )
+    assert [(m["loss"], m["grad_norm"]) for m in whole] == [
+        (m["loss"], m["grad_norm"]) for m in half
+    ]
     assert whole[-1]["loss"] < whole[0]["loss"] - 0.5
     assert not list((tmp_path / "new").glob("*.partial"))

@@ -51,24 +51,43 @@ def first_error(entry, cache: Path, **options) -> str:
     return messages[0]
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("{", r"a.jsonl:4: not a JSON object .*Correct or remove it, or leave such records out with tools/preprocess_d"),
-    ('{"body": "x"}', r"a.jsonl:4: no key 'text'; there are: body. Set --streaming-json-key\. "),
-    ('{"text": 1}', r"a.jsonl:4: 'text' is a JSON int; allowed: a string"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "{",
+            r"a.jsonl:4: not a JSON object .*Correct or remove it, or leave such records out with tools/preprocess_d",
+        ),
+        (
+            '{"body": "x"}',
+            r"a.jsonl:4: no key 'text'; there are: body. Set --streaming-json-key\. ",
+        ),
+        ('{"text": 1}', r"a.jsonl:4: 'text' is a JSON int; allowed: a string"),
+    ],
+)
 def test_a_record_that_cannot_be_used_ends_the_run_with_its_line(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "good"}) + "\n\n" + json.dumps({"text": "good"}) + f"\n{line}\n")
+    path.write_text(
+        json.dumps({"text": "good"}) + "\n\n" + json.dumps({"text": "good"}) + f"\n{line}\n"
+    )
     assert re.search(message, first_error(path, tmp_path / "c"))
     path.write_text(json.dumps({"text": "now it is correct"}) + "\n")
-    assert read(open_samples(path, cache=tmp_path / "c")) == loop([*b"now it is correct", 256], 20, 4)
+    assert read(open_samples(path, cache=tmp_path / "c")) == loop(
+        [*b"now it is correct", 256], 20, 4
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", r"--streaming-data-path .*a.jsonl has no documents"),
-    ('{"text": "short"}\n', rf"a.jsonl has 6 tokens; one sample takes {S + 1}. Give more text or a smaller --seq-l"),
-    ('{"text": ""}\n', rf"a.jsonl has 0 tokens; one sample takes {S + 1}"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"--streaming-data-path .*a.jsonl has no documents"),
+        (
+            '{"text": "short"}\n',
+            rf"a.jsonl has 6 tokens; one sample takes {S + 1}. Give more text or a smaller --seq-l",
+        ),
+        ('{"text": ""}\n', rf"a.jsonl has 0 tokens; one sample takes {S + 1}"),
+    ],
+)
 def test_too_little_text(tmp_path, text, message):
     (tmp_path / "a.jsonl").write_text(text)
     assert re.search(message, first_error(tmp_path / "a.jsonl", tmp_path / "c"))
@@ -78,11 +97,15 @@ def test_a_full_disk(tmp_path, monkeypatch):
     """The kernel refuses to let a file grow beyond 1 MB; the message fits into a file that is there already."""
     large(tmp_path / "a.jsonl")
     wrapper = tmp_path / "python"
-    wrapper.write_text(f'#!/bin/sh\nulimit -f 2000\nexec {sys.executable} "$@"\n')  # blocks of 512 bytes
+    wrapper.write_text(
+        f'#!/bin/sh\nulimit -f 2000\nexec {sys.executable} "$@"\n'
+    )  # blocks of 512 bytes
     wrapper.chmod(0o755)
     monkeypatch.setattr(module.sys, "executable", str(wrapper))
     message = first_error(tmp_path / "a.jsonl", tmp_path / "c", samples=100_000, window=100_000)
-    assert re.search(r"_text_document.bin cannot be written: File too large. Raise the limit", message)
+    assert re.search(
+        r"_text_document.bin cannot be written: File too large. Raise the limit", message
+    )
 
 
 def test_a_cache_that_cannot_be_made(tmp_path):
@@ -98,18 +121,30 @@ def test_a_killed_producer_ends_the_run_and_the_next_run_goes_on(tmp_path):
     with WorkFolder(stream_of(tmp_path / "a.jsonl", cache).prefix):
         real, started = module.start_producer, []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "start_producer", lambda *args: started.append(real(*args)) or started[0])
+            patch.setattr(
+                module,
+                "start_producer",
+                lambda *args: started.append(real(*args)) or started[0],
+            )
             samples = open_samples(tmp_path / "a.jsonl", cache=cache)
         os.kill(started[0].pid, signal.SIGKILL)
         for reader in (samples, pickle.loads(pickle.dumps(samples))):
-            with pytest.raises(ValueError, match=r"^the process that tokenises .*a.jsonl ended by signal 9 \(killed, "
-                                                 r"or out of memory\?\). Run the program again: it goes on where"):
+            with pytest.raises(
+                ValueError,
+                match=r"^the process that tokenises .*a.jsonl ended by signal 9 \(killed, "
+                r"or out of memory\?\). Run the program again: it goes on where",
+            ):
                 reader[0]
-    left, going = (stream_of(tmp_path / "a.jsonl", cache, run=run).error_file for run in ("this", "of another"))
+    left, going = (
+        stream_of(tmp_path / "a.jsonl", cache, run=run).error_file
+        for run in ("this", "of another")
+    )
     Path(going).write_bytes(bytes(4096))
     for path in (left, going):
         os.utime(path, (0, 0))  # messages of other runs go after a day
-    assert read(open_samples(tmp_path / "a.jsonl", cache=cache, run="next")) == loop(tokens, 20, 4)
+    assert read(open_samples(tmp_path / "a.jsonl", cache=cache, run="next")) == loop(
+        tokens, 20, 4
+    )
     assert os.path.exists(going) and not os.path.exists(left)
 
 
@@ -138,8 +173,13 @@ def test_the_producer_ends_with_the_training_process(tmp_path, how):
     """Killed: what was made is kept. Ctrl-C, which a terminal sends to the process group: no word of the producer."""
     tokens = large(tmp_path / "a.jsonl")
     path = [str(REPO), str(REPO / "tests")]
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), *path],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), *path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     first = json.loads(parent.stdout.readline())
     assert first == loop(tokens, 1, 4)[0]
     os.killpg(parent.pid, how)
@@ -148,16 +188,22 @@ def test_the_producer_ends_with_the_training_process(tmp_path, how):
     assert cached_tokens(tmp_path / "c") >= 4 * S + 1
     assert err.count("Traceback") == (how == signal.SIGINT) and out == ""
     errors = [path.read_text().rstrip("\0") for path in (tmp_path / "c").glob("*.error")]
-    assert errors == [f"the process that had {tmp_path}/a.jsonl tokenised ended"] * (how == signal.SIGKILL)
+    assert errors == [f"the process that had {tmp_path}/a.jsonl tokenised ended"] * (
+        how == signal.SIGKILL
+    )
 
 
 def test_a_reader_does_not_wait_when_the_process_that_started_the_producer_has_ended(tmp_path):
     """Rank 0 ends by an error of its own: its producer is told to stop, and the other ranks see that it has."""
     large(tmp_path / "a.jsonl")
-    first, other = (StreamSamples(stream_of(tmp_path / "a.jsonl", tmp_path / "c"), 257, S, 10**6, 5, 4)
-                    for _ in range(2))
+    first, other = (
+        StreamSamples(stream_of(tmp_path / "a.jsonl", tmp_path / "c"), 257, S, 10**6, 5, 4)
+        for _ in range(2)
+    )
     first.start(lookahead=1000)
-    other = pickle.loads(pickle.dumps(other))  # another rank opens it when the producer has been started
+    other = pickle.loads(
+        pickle.dumps(other)
+    )  # another rank opens it when the producer has been started
     assert first[0].tolist() == other[0].tolist()
     del first
     with pytest.raises(ValueError, match="a.jsonl tokenised ended$"):
@@ -168,7 +214,9 @@ def test_a_reader_does_not_wait_when_the_process_that_started_the_producer_has_e
 
 def test_a_forked_worker_does_not_keep_the_producer_alive(tmp_path):
     large(tmp_path / "a.jsonl")
-    samples = StreamSamples(stream_of(tmp_path / "a.jsonl", tmp_path / "c"), 257, S, 10**6, 5, 4)
+    samples = StreamSamples(
+        stream_of(tmp_path / "a.jsonl", tmp_path / "c"), 257, S, 10**6, 5, 4
+    )
     samples.start(lookahead=1000)
     assert len(samples[0]) == S + 1 and not is_free(tmp_path / "c")
     if not (worker := os.fork()):
@@ -198,7 +246,9 @@ def test_inputs_that_change_before_the_producer_reads_them(tmp_path):
     corpus(tmp_path / "a.jsonl")
     stream = stream_of(tmp_path / "a.jsonl", tmp_path)
     corpus(tmp_path / "a.jsonl", 41)
-    with pytest.raises(ValueError, match=r"a.jsonl has changed since this run started. Start the run again"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl has changed since this run started. Start the run again"
+    ):
         produce(stream, 100, 100, threading.Event())
     stop = threading.Event()
     stop.set()
@@ -209,47 +259,103 @@ def test_inputs_that_change_before_the_producer_reads_them(tmp_path):
 def test_inputs_that_make_no_sense(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for words, match in (
-            ([tmp_path / "nowhere.jsonl"], r"^--streaming-data-path .*nowhere.jsonl does not exist$"),
-            ([f"{tmp_path}/*.gz"], r"^--streaming-data-path .*\*.gz matches no file$"),
-            ([tmp_path / "pipe"], r"--streaming-data-path is '.*pipe'; allowed: files, patterns.* only be read once"),
-            (["0.5", "a", "b"], r"--streaming-data-path is '0.5 a b'; allowed: weight prefix weight prefix"),
-            (["-1", "a"], r"a weight of --streaming-data-path is -1.0; allowed: a positive number"),
-            ([f"{i}.jsonl" for i in range(33)], r"--streaming-data-path is 33; allowed: up to 32.* Quote a pattern")):
+        (
+            [tmp_path / "nowhere.jsonl"],
+            r"^--streaming-data-path .*nowhere.jsonl does not exist$",
+        ),
+        ([f"{tmp_path}/*.gz"], r"^--streaming-data-path .*\*.gz matches no file$"),
+        (
+            [tmp_path / "pipe"],
+            r"--streaming-data-path is '.*pipe'; allowed: files, patterns.* only be read once",
+        ),
+        (
+            ["0.5", "a", "b"],
+            r"--streaming-data-path is '0.5 a b'; allowed: weight prefix weight prefix",
+        ),
+        (["-1", "a"], r"a weight of --streaming-data-path is -1.0; allowed: a positive number"),
+        (
+            [f"{i}.jsonl" for i in range(33)],
+            r"--streaming-data-path is 33; allowed: up to 32.* Quote a pattern",
+        ),
+    ):
         with pytest.raises((ValueError, FileNotFoundError), match=match):
             open_samples(*words)
     stream = stream_of("hf:x", "c")
-    for name, sizes in (("seq_length", (0, 1, 1)), ("num_samples", (1, 0, 1)), ("window", (1, 1, -1))):
+    for name, sizes in (
+        ("seq_length", (0, 1, 1)),
+        ("num_samples", (1, 0, 1)),
+        ("window", (1, 1, -1)),
+    ):
         with pytest.raises(ValueError, match=f"{name} is .*; allowed: a positive integer"):
             StreamSamples(stream, 257, *sizes[:2], 1, sizes[2])
 
 
 def test_flags_that_contradict_each_other(tmp_path):
     for options, match in (
-            ({"data_path": ("p",)}, r"--streaming-data-path is \['a'\]; allowed: only without --data-path and --tr"),
-            ({"train_data_path": ("p",)}, r"--streaming-data-path .* Validation has --valid-data-path"),
-            ({"dataloader_type": "cyclic"}, r"--dataloader-type is 'cyclic'; allowed: single with --streaming-data-"),
-            ({"streaming_shuffle_samples": 0}, r"--streaming-shuffle-samples is 0; allowed: a positive integer")):
+        (
+            {"data_path": ("p",)},
+            r"--streaming-data-path is \['a'\]; allowed: only without --data-path and --tr",
+        ),
+        (
+            {"train_data_path": ("p",)},
+            r"--streaming-data-path .* Validation has --valid-data-path",
+        ),
+        (
+            {"dataloader_type": "cyclic"},
+            r"--dataloader-type is 'cyclic'; allowed: single with --streaming-data-",
+        ),
+        (
+            {"streaming_shuffle_samples": 0},
+            r"--streaming-shuffle-samples is 0; allowed: a positive integer",
+        ),
+    ):
         with pytest.raises(ValueError, match=match):
             DataConfig(streaming_data_path=("a",), **options)
     corpus(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"^--valid-data-path and --data-path are both empty, and 3 valid samples are "
-                                         r"asked for. Give --valid-data-path, or --eval-iters 0$"):
-        build_splits(DataConfig(streaming_data_path=(str(tmp_path / "a.jsonl"),)), seq_length=S, train_samples=1,
-                     valid_samples=3, test_samples=0, seed=1, tokenizer=TOKENIZER,
-                     production=Production(BYTES, "", False))
+    with pytest.raises(
+        ValueError,
+        match=r"^--valid-data-path and --data-path are both empty, and 3 valid samples are "
+        r"asked for. Give --valid-data-path, or --eval-iters 0$",
+    ):
+        build_splits(
+            DataConfig(streaming_data_path=(str(tmp_path / "a.jsonl"),)),
+            seq_length=S,
+            train_samples=1,
+            valid_samples=3,
+            test_samples=0,
+            seed=1,
+            tokenizer=TOKENIZER,
+            production=Production(BYTES, "", False),
+        )
 
 
 def test_an_error_in_the_text_ends_every_rank(tmp_path, data):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 9}) + '\n{"text": 3}\n')
     port = str(free_port())
     argv = streaming_flags(tmp_path / "a.jsonl", tmp_path, data, "--num-workers", "1")
-    ranks = [subprocess.Popen(
-        [sys.executable, "pretrain_gpt.py", *argv], cwd=REPO, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2",
-                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"})
-        for r in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "pretrain_gpt.py", *argv],
+            cwd=REPO,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+        for r in range(2)
+    ]
     for rank, process in enumerate(ranks):
         _, err = process.communicate(timeout=100)
         assert process.returncode == 2 and "Traceback" not in err, err
         (line,) = [line for line in err.splitlines() if "error:" in line]
-        assert line.startswith(f"{f'[rank {rank}] ' if rank else ''}error: {tmp_path}/a.jsonl:2: 'text' is a JSON int")
+        assert line.startswith(
+            f"{f'[rank {rank}] ' if rank else ''}error: {tmp_path}/a.jsonl:2: 'text' is a JSON int"
+        )

@@ -14,10 +14,15 @@ from megatron.moe.dispatch.plan import make_plan
 @pytest.mark.parametrize("limit", [None, 2])
 def test_gather_and_combine_against_a_loop_with_gradients(limit):
     torch.manual_seed(1)
-    tokens, experts = [0, 0, 1, 3, 3, 3, 0], [2, 0, 1, 1, 1, 2, 2]  # token 2 has none, (3, 1) and (0, 2) repeat
+    tokens, experts = (
+        [0, 0, 1, 3, 3, 3, 0],
+        [2, 0, 1, 1, 1, 2, 2],
+    )  # token 2 has none, (3, 1) and (0, 2) repeat
     weights = torch.tensor([3.0, 2, 5, 4, 1, 6, 7])
     rows = make_plan(make_routing(tokens, experts, weights), 4, 3, limit=limit).routed
-    kept = [a for a in range(7) if limit is None or a not in (0, 4)]  # the smallest of those at experts 1 and 2
+    kept = [
+        a for a in range(7) if limit is None or a not in (0, 4)
+    ]  # the smallest of those at experts 1 and 2
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     w = weights.double().requires_grad_()
     grad = torch.randn(4, 5, dtype=torch.float64)
@@ -30,13 +35,20 @@ def test_gather_and_combine_against_a_loop_with_gradients(limit):
         expected[tokens[a]] = expected[tokens[a]] + w[a] * (x[tokens[a]] * 2)
     expected = torch.stack(expected)
     torch.testing.assert_close(ours(x, w), expected)
-    for name, a, b in zip("xw", torch.autograd.grad(ours(x, w), (x, w), grad),
-                          torch.autograd.grad(expected, (x, w), grad)):
+    for name, a, b in zip(
+        "xw",
+        torch.autograd.grad(ours(x, w), (x, w), grad),
+        torch.autograd.grad(expected, (x, w), grad),
+    ):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
     assert torch.autograd.gradcheck(ours, (x, w))
     plain = Combine.apply(Gather.apply(x, rows), None, rows)
-    torch.testing.assert_close(plain, torch.stack([x[t] * sum(tokens[a] == t for a in kept) for t in range(4)]))
-    assert torch.autograd.gradcheck(lambda x: Combine.apply(Gather.apply(x, rows), None, rows), (x,))
+    torch.testing.assert_close(
+        plain, torch.stack([x[t] * sum(tokens[a] == t for a in kept) for t in range(4)])
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: Combine.apply(Gather.apply(x, rows), None, rows), (x,)
+    )
 
 
 def test_weights_of_dropped_assignments_have_no_gradient():
@@ -70,16 +82,24 @@ def test_no_rows():
 def test_bags_may_end_before_the_order_does():
     x, order = torch.arange(6.0).view(3, 2), torch.tensor([2, 0, 1, 1])
     assert segment_sum(x, order, torch.tensor([0, 2, 2])).tolist() == [[4, 6], [0, 0]]
-    assert segment_sum(x, order, torch.tensor([0, 2, 3]), torch.tensor([1.0, 2, 3, 4])).tolist() == [[4, 7], [6, 9]]
+    assert segment_sum(
+        x, order, torch.tensor([0, 2, 3]), torch.tensor([1.0, 2, 3, 4])
+    ).tolist() == [[4, 7], [6, 9]]
     assert segment_sum(x, order, torch.tensor([0, 0])).tolist() == [[0, 0]]
 
 
 def test_elsewhere_the_last_bag_would_go_to_the_end(monkeypatch):
     """CUDA's embedding_bag ignores the last offset: what lies beyond must not be added to the last token."""
+
     def embedding_bag(order, rows, bags, mode, per_sample_weights, include_last_offset):
         ends = [*bags[1:-1].tolist(), len(order)]
         weights = torch.ones(len(order)) if per_sample_weights is None else per_sample_weights
-        return torch.stack([(rows[order[a:b]] * weights[a:b, None]).sum(0) for a, b in zip(bags.tolist(), ends)])
+        return torch.stack(
+            [
+                (rows[order[a:b]] * weights[a:b, None]).sum(0)
+                for a, b in zip(bags.tolist(), ends)
+            ]
+        )
 
     class Elsewhere(torch.Tensor):
         device = torch.device("cuda")
@@ -88,7 +108,12 @@ def test_elsewhere_the_last_bag_would_go_to_the_end(monkeypatch):
     x = torch.tensor([[1.0], [2], [float("nan")]])
     order = torch.tensor([1, 0, 2, 2])
     for weights, expected in ((None, [[2], [1]]), (torch.tensor([3.0, 5, 1, 1]), [[6], [5]])):
-        assert segment_sum(x, order.as_subclass(Elsewhere), torch.tensor([0, 1, 2]), weights).tolist() == expected
+        assert (
+            segment_sum(
+                x, order.as_subclass(Elsewhere), torch.tensor([0, 1, 2]), weights
+            ).tolist()
+            == expected
+        )
 
 
 def _exchange(ep_size, case):
@@ -102,22 +127,42 @@ def _exchange(ep_size, case):
     if case == 2:
         kept.zero_()
         kept[-1] = 3  # everyone to the last expert
-    rows = torch.tensor([[groups.rank, e, n] for e in range(num_experts) for n in range(int(kept[e]))],
-                        dtype=torch.float64).reshape(-1, 3).requires_grad_()
+    rows = (
+        torch.tensor(
+            [[groups.rank, e, n] for e in range(num_experts) for n in range(int(kept[e]))],
+            dtype=torch.float64,
+        )
+        .reshape(-1, 3)
+        .requires_grad_()
+    )
     weights = (rows.detach()[:, 2] + 10).requires_grad_()
     experts = [e for e in range(num_experts) for _ in range(int(kept[e]))]
-    sizes = make_plan(make_routing(list(range(len(experts))), experts), len(experts), num_experts,
-                      group=groups.ep_group).sizes
+    sizes = make_plan(
+        make_routing(list(range(len(experts))), experts),
+        len(experts),
+        num_experts,
+        group=groups.ep_group,
+    ).sizes
     exchange = Exchange((rows, weights), sizes.send, sizes.receive, groups.ep_group)
     beside = (rows * 0.5).sum()  # its backward runs while gradients travel
     received, received_weights = exchange.finish()
     arrived = arrived_rows(sizes)
     there = Gather.apply(received, arrived)
-    out = Combine.apply(there * (1 + groups.rank), Weights.apply(received_weights, arrived), arrived)
+    out = Combine.apply(
+        there * (1 + groups.rank), Weights.apply(received_weights, arrived), arrived
+    )
     (back,) = Exchange((out,), sizes.receive, sizes.send, groups.ep_group).finish()
     (back.square().sum() + beside).backward()
-    return {"kept": kept.tolist(), "sent": rows.detach(), "received": there.detach(), "counts": arrived.counts(),
-            "back": back.detach(), "grad": rows.grad, "weights": weights.detach(), "weights_grad": weights.grad}
+    return {
+        "kept": kept.tolist(),
+        "sent": rows.detach(),
+        "received": there.detach(),
+        "counts": arrived.counts(),
+        "back": back.detach(),
+        "grad": rows.grad,
+        "weights": weights.detach(),
+        "weights_grad": weights.grad,
+    }
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])
@@ -127,14 +172,20 @@ def test_exchange_against_a_loop(world, case, request):
     for rank, a in enumerate(answers):
         expected, counts = [], []
         for expert in (2 * rank, 2 * rank + 1):
-            rows = [[src, expert, n] for src in range(world) for n in range(answers[src]["kept"][expert])]
+            rows = [
+                [src, expert, n]
+                for src in range(world)
+                for n in range(answers[src]["kept"][expert])
+            ]
             expected += rows
             counts.append(len(rows))
         assert a["received"].tolist() == expected and a["counts"] == counts
         factor = ((1 + a["sent"][:, 1] // 2) * a["weights"]).unsqueeze(1)
         torch.testing.assert_close(a["back"], a["sent"] * factor)
         torch.testing.assert_close(a["grad"], 2 * a["sent"] * factor**2 + 0.5)
-        torch.testing.assert_close(a["weights_grad"], (2 * a["sent"] ** 2 * factor**2).sum(1) / a["weights"])
+        torch.testing.assert_close(
+            a["weights_grad"], (2 * a["sent"] ** 2 * factor**2).sum(1) / a["weights"]
+        )
 
 
 def _overlap(ep_size):
@@ -163,6 +214,7 @@ def _overlap(ep_size):
             def wait(self):
                 log.append("wait")
                 work.wait()
+
         return Work()
 
     dist.all_to_all_single = all_to_all_single
@@ -193,8 +245,13 @@ def _host_copies(ep_size):
     waits, originals = [], {}
     for name in ("tolist", "item", "__bool__", "__int__"):
         originals[name] = getattr(torch.Tensor, name)
-        setattr(torch.Tensor, name, lambda self, *a, name=name: waits.append((name, self.numel())) or
-                originals[name](self, *a))
+        setattr(
+            torch.Tensor,
+            name,
+            lambda self, *a, name=name: (
+                waits.append((name, self.numel())) or originals[name](self, *a)
+            ),
+        )
     try:
         layer(x)
     finally:
@@ -207,4 +264,7 @@ def test_one_copy_to_the_host_for_everything(ranks2):
     """3 local paths (zero, copy, constant), rows to and from 2 ranks; then the CPU's own loop over 2 experts."""
     for waits in ranks2.run(_host_copies, 2):
         # bag_sum asks for a length, on the CPU only.
-        assert [w for w in waits if w != ("__int__", 1)] == [("tolist", 3 + 2 + 2), ("tolist", 2)]
+        assert [w for w in waits if w != ("__int__", 1)] == [
+            ("tolist", 3 + 2 + 2),
+            ("tolist", 2),
+        ]

@@ -14,10 +14,14 @@ from megatron.moe.experts.grouped_experts import GroupedExperts, expert_output_s
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_the_module_gives_its_weights_to_the_mlp(activation, backend):
     torch.manual_seed(0)
-    experts = GroupedExperts(3, 4, 6, activation, init_std=0.5, output_std=0.5, backend=backend).double()
+    experts = GroupedExperts(
+        3, 4, 6, activation, init_std=0.5, output_std=0.5, backend=backend
+    ).double()
     x, weights = torch.randn(5, 4, dtype=torch.float64), torch.rand(4).double()
     assignments = [(0, 2), (1, 0), (1, 2), (4, 0)]
-    rows = make_plan(make_routing([t for t, _ in assignments], [e for _, e in assignments]), 5, 3).routed
+    rows = make_plan(
+        make_routing([t for t, _ in assignments], [e for _, e in assignments]), 5, 3
+    ).routed
     y = experts(x, weights[rows.assignment_S], rows)
     stacks = dict(experts.named_parameters())
     assert list(stacks) == (["w1", "w2", "w3"] if is_gated(activation) else ["w1", "w2"])
@@ -32,7 +36,11 @@ def test_weights_do_not_depend_on_sharding():
 
 
 def test_no_two_experts_start_equal():
-    stacks = [GroupedExperts(4, 8, 6, "gelu", seed=s, layer=layer).w1 for s in (0, 1) for layer in (0, 1)]
+    stacks = [
+        GroupedExperts(4, 8, 6, "gelu", seed=s, layer=layer).w1
+        for s in (0, 1)
+        for layer in (0, 1)
+    ]
     flat = torch.cat(stacks).flatten(1)
     assert (torch.pdist(flat) > 1e-3).all()
 

@@ -14,7 +14,9 @@ from megatron.moe.routing import GateInput
 
 
 def make(num_experts=4, seed=0, std=0.5, **where):
-    return create_gate("base", hidden_size=6, num_experts=num_experts, seed=seed, init_std=std, **where)
+    return create_gate(
+        "base", hidden_size=6, num_experts=num_experts, seed=seed, init_std=std, **where
+    )
 
 
 def draw(tokens, seed=0, columns=6):
@@ -30,7 +32,7 @@ def best_total(score):
         for loads, total in best.items():
             for e in range(E):
                 if loads[e] < math.ceil(T / E):
-                    key = loads[:e] + (loads[e] + 1,) + loads[e + 1:]
+                    key = loads[:e] + (loads[e] + 1,) + loads[e + 1 :]
                     following[key] = max(following.get(key, -math.inf), total + row[e])
         best = following
     return max(best.values())
@@ -76,28 +78,41 @@ def slack(score):
 
 def assert_balanced(expert, tokens, experts):
     loads = torch.bincount(expert, minlength=experts)
-    assert len(expert) == tokens and len(loads) == experts and loads.max() <= math.ceil(tokens / experts)
+    assert (
+        len(expert) == tokens
+        and len(loads) == experts
+        and loads.max() <= math.ceil(tokens / experts)
+    )
     if tokens % experts == 0:
         assert loads.tolist() == [tokens // experts] * experts
 
 
 KINDS = {
     "normal": lambda T, E, seed: draw(T, seed, E),
-    "one expert is best for all": lambda T, E, seed: draw(T, seed, E) + 5 * (torch.arange(E) == 1),
+    "one expert is best for all": lambda T, E, seed: (
+        draw(T, seed, E) + 5 * (torch.arange(E) == 1)
+    ),
     "biased": lambda T, E, seed: draw(T, seed, E) + 4 * draw(1, seed + 1, E),
     "all equal": lambda T, E, seed: torch.full((T, E), float(seed % 7 - 3)),
     "one row for all": lambda T, E, seed: draw(1, seed, E).expand(T, E),
-    "few different rows": lambda T, E, seed: 3 * draw(3, seed, E)[draw(T, seed, 1)[:, 0].long() % 3],
+    "few different rows": lambda T, E, seed: (
+        3 * draw(3, seed, E)[draw(T, seed, 1)[:, 0].long() % 3]
+    ),
     "integers": lambda T, E, seed: (3 * draw(T, seed, E)).round(),
     "plus minus 1e4": lambda T, E, seed: 1e4 * draw(T, seed, E).sign(),
-    "one token shouts": lambda T, E, seed: draw(T, seed, E).index_put((torch.tensor([0]),), torch.tensor(1e4))
-    if T else draw(T, seed, E),
+    "one token shouts": lambda T, E, seed: (
+        draw(T, seed, E).index_put((torch.tensor([0]),), torch.tensor(1e4))
+        if T
+        else draw(T, seed, E)
+    ),
     "tiny differences": lambda T, E, seed: 1000 + 1e-3 * draw(T, seed, E),
 }
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 9), st.integers(1, 4), st.sampled_from(sorted(KINDS)))
+@given(
+    st.integers(0, 10**6), st.integers(0, 9), st.integers(1, 4), st.sampled_from(sorted(KINDS))
+)
 def test_assignment_against_every_other(seed, tokens, experts, kind):
     """Few tokens, fewer than experts, and none: balanced, and within T epsilon of the best of all assignments."""
     score = KINDS[kind](tokens, experts, seed)
@@ -109,10 +124,14 @@ def test_assignment_against_every_other(seed, tokens, experts, kind):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 10), st.integers(1, 4), st.sampled_from(sorted(KINDS)))
+@given(
+    st.integers(0, 10**6), st.integers(1, 10), st.integers(1, 4), st.sampled_from(sorted(KINDS))
+)
 def test_the_two_references_agree(seed, tokens, experts, kind):
     score = KINDS[kind](tokens, experts, seed)
-    assert best_total_of_many(score) == pytest.approx(best_total(score.double()), rel=1e-6, abs=1e-6)
+    assert best_total_of_many(score) == pytest.approx(
+        best_total(score.double()), rel=1e-6, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -163,27 +182,45 @@ def test_a_balanced_first_choice_is_left_alone():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 8), st.booleans(), st.sampled_from([0.1, 1.0]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(0, 8),
+    st.booleans(),
+    st.sampled_from([0.1, 1.0]),
+)
 def test_against_the_formula(seed, experts, tokens, training, std):
     """Choices, weights, and their gradients with respect to x and the router, in training and evaluation."""
     gate = make(experts, seed, std).train(training)
     x = draw(tokens, seed).requires_grad_()
     out = gate(GateInput(x))
     out.check(tokens, experts)
-    x64, W64 = x.detach().double().requires_grad_(), gate.router.weight.detach().double().requires_grad_()
+    x64, W64 = (
+        x.detach().double().requires_grad_(),
+        gate.router.weight.detach().double().requires_grad_(),
+    )
     z = [[sum(W64[e][d] * row[d] for d in range(6)) for e in range(experts)] for row in x64]
-    score = torch.tensor([[float(v.detach()) for v in row] for row in z], dtype=torch.float64).view(tokens, experts)
+    score = torch.tensor(
+        [[float(v.detach()) for v in row] for row in z], dtype=torch.float64
+    ).view(tokens, experts)
     assert out.token_A.tolist() == list(range(tokens)) and out.aux_loss.item() == 0
     if not training:
-        assert total(score, out.expert_A) == pytest.approx(score.amax(-1).sum().item(), abs=1e-5)
+        assert total(score, out.expert_A) == pytest.approx(
+            score.amax(-1).sum().item(), abs=1e-5
+        )
     elif tokens:
         assert_balanced(out.expert_A, tokens, experts)
         assert total(score, out.expert_A) >= best_total(score) - slack(score) - 1e-5
     want = [1 / (1 + torch.exp(-z[t][e])) for t, e in enumerate(out.expert_A.tolist())]
     assert out.weight_A.tolist() == pytest.approx([float(w.detach()) for w in want], rel=1e-4)
     if tokens:
-        got = torch.autograd.grad(sum(math.sin(1 + t) * w for t, w in enumerate(out.weight_A)), (x, gate.router.weight))
-        ref = torch.autograd.grad(sum(math.sin(1 + t) * w for t, w in enumerate(want)), (x64, W64))
+        got = torch.autograd.grad(
+            sum(math.sin(1 + t) * w for t, w in enumerate(out.weight_A)),
+            (x, gate.router.weight),
+        )
+        ref = torch.autograd.grad(
+            sum(math.sin(1 + t) * w for t, w in enumerate(want)), (x64, W64)
+        )
         for a, b in zip(got, ref):
             torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-4)
 
@@ -194,9 +231,14 @@ def test_loads_are_equal_in_training_even_if_all_tokens_want_one_expert():
     x = gate.router.weight.detach()[2] * 3 + 0.1 * draw(40)
     out = gate(GateInput(x))
     assert torch.bincount(out.expert_A).tolist() == [10] * 4
-    assert out.stats["favourite_expert_fraction"].item() == 0.25 and out.stats["auction_rounds"].item() >= 1
+    assert (
+        out.stats["favourite_expert_fraction"].item() == 0.25
+        and out.stats["auction_rounds"].item() >= 1
+    )
     out = gate.eval()(GateInput(x))
-    assert out.expert_A.tolist() == [2] * 40 and out.stats["favourite_expert_fraction"].item() == 1
+    assert (
+        out.expert_A.tolist() == [2] * 40 and out.stats["favourite_expert_fraction"].item() == 1
+    )
 
 
 def test_evaluation_looks_at_one_token_at_a_time():
@@ -230,4 +272,7 @@ def test_logits_of_1e4_have_finite_gradients_and_bf16_is_scored_in_fp32(training
     x = draw(9).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = gate(GateInput(x))
-    assert torch.equal(out.weight_A, gate(GateInput(x.float())).weight_A) and out.weight_A.dtype == torch.float32
+    assert (
+        torch.equal(out.weight_A, gate(GateInput(x.float())).weight_A)
+        and out.weight_A.dtype == torch.float32
+    )

@@ -13,7 +13,14 @@ from megatron.moe.routing import GateInput
 
 
 def make(num_experts=5, hidden=4, seed=0, std=0.5, **options):
-    return create_gate("cosine", hidden_size=hidden, num_experts=num_experts, seed=seed, init_std=std, **options)
+    return create_gate(
+        "cosine",
+        hidden_size=hidden,
+        num_experts=num_experts,
+        seed=seed,
+        init_std=std,
+        **options,
+    )
 
 
 def draw(tokens, seed=0, hidden=4):
@@ -32,19 +39,36 @@ def dumb(c, x, p):
     logits = []
     for row in x:
         h = [dot(line, row) for line in P]
-        logits.append([dot(h, v) / torch.sqrt(dot(h, h)) / torch.sqrt(dot(v, v)) / tau for v in V])
+        logits.append(
+            [dot(h, v) / torch.sqrt(dot(h, h)) / torch.sqrt(dot(v, v)) / tau for v in V]
+        )
     return dumb_top_k(c, logits)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 5), st.sampled_from(["softmax", "sigmoid"]), st.booleans(),
-       st.sampled_from([0, 3]), st.sampled_from([0.0, 0.5]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 5),
+    st.sampled_from(["softmax", "sigmoid"]),
+    st.booleans(),
+    st.sampled_from([0, 3]),
+    st.sampled_from([0.0, 0.5]),
+)
 def test_against_the_formula(seed, k, score, norm, dims, start):
     """Choices, weights, aux loss, and the gradients of x, projection, embeddings and temperature through both."""
     if k == 1 and norm:
         return
-    gate = make(seed=seed, topk=k, score_function=score, norm_topk_prob=norm, routed_scaling_factor=1.5, proj_dim=dims,
-                init_temperature=start, loss_coeff=0.3, z_loss_coeff=0.1)
+    gate = make(
+        seed=seed,
+        topk=k,
+        score_function=score,
+        norm_topk_prob=norm,
+        routed_scaling_factor=1.5,
+        proj_dim=dims,
+        init_temperature=start,
+        loss_coeff=0.3,
+        z_loss_coeff=0.1,
+    )
     x = draw(3, seed).requires_grad_()
     out = gate(GateInput(x))
     out.check(3, 5)
@@ -59,12 +83,20 @@ def test_against_the_formula(seed, k, score, norm, dims, start):
     seen = [{} for _ in x]
     for t, e, w in zip(out.token_A.tolist(), out.expert_A.tolist(), out.weight_A):
         seen[t][e] = float(w.detach())
-        ours, theirs = ours + math.sin(1 + 3 * t + 7 * e) * w, theirs + math.sin(1 + 3 * t + 7 * e) * weights[t][e]
-    assert seen == [pytest.approx({e: float(w.detach()) for e, w in row.items()}, rel=1e-4) for row in weights]
+        ours, theirs = (
+            ours + math.sin(1 + 3 * t + 7 * e) * w,
+            theirs + math.sin(1 + 3 * t + 7 * e) * weights[t][e],
+        )
+    assert seen == [
+        pytest.approx({e: float(w.detach()) for e, w in row.items()}, rel=1e-4)
+        for row in weights
+    ]
     got = torch.autograd.grad(ours, (x, *params.values()))
     want = torch.autograd.grad(theirs, (x64, *p64.values()))
     for name, a, b in zip(("x", *params), got, want):
-        torch.testing.assert_close(a, b.float(), atol=2e-4, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a, b.float(), atol=2e-4, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert set(params) == {"projection.weight", "embeddings_EP", "temperature"}
 
 
@@ -102,13 +134,20 @@ def test_one_softmax():
         gate.projection.weight.copy_(torch.eye(3))
         gate.embeddings_EP.copy_(torch.tensor([[1.0, 0, 0]] + [[-1.0, 0, 0]] * 4))
     out = gate(GateInput(torch.tensor([[2.0, 0, 0]])))
-    assert out.expert_A[0] == 0 and out.weight_A[0].item() == pytest.approx(1) and out.weight_A[1].item() < 1e-6
+    assert (
+        out.expert_A[0] == 0
+        and out.weight_A[0].item() == pytest.approx(1)
+        and out.weight_A[1].item() < 1e-6
+    )
 
 
 @pytest.mark.parametrize("score, start", [("softmax", 0.3), ("sigmoid", 0.07)])
 def test_defaults_of_the_paper(score, start):
     gate = make(16, score_function=score)
-    assert gate.temperature.tolist() == pytest.approx([start]) and gate.temperature.dtype == torch.float32
+    assert (
+        gate.temperature.tolist() == pytest.approx([start])
+        and gate.temperature.dtype == torch.float32
+    )
     assert gate.embeddings_EP.shape == (16, 8) and gate.projection.weight.shape == (8, 4)
     assert gate.config.loss_coeff == 0.01
     assert [len(make(e, topk=1).projection.weight) for e in (1, 3, 4, 7)] == [2, 2, 2, 3]
@@ -145,18 +184,30 @@ def test_rows_without_length_have_no_direction_and_no_nan(score):
         gate.embeddings_EP[1] = 0
     x = torch.cat([torch.zeros(2, 4), draw(3), torch.full((1, 4), 1e-30)]).requires_grad_()
     out = gate(GateInput(x))
-    assert torch.equal(gate.cosines(x)[:2], torch.zeros(2, 5)) and torch.equal(gate.cosines(x)[:, 1], torch.zeros(6))
+    assert torch.equal(gate.cosines(x)[:2], torch.zeros(2, 5)) and torch.equal(
+        gate.cosines(x)[:, 1], torch.zeros(6)
+    )
     (out.weight_A.sum() + out.aux_loss).backward()
     for t in (x, *gate.parameters()):
         assert torch.isfinite(t.grad).all() and t.grad.abs().max() < 1e6
-    assert x.grad[:2].abs().sum() == 0 and x.grad[5].abs().sum() == 0 and (x.grad[2:5].abs().sum(-1) > 0).all()
+    assert (
+        x.grad[:2].abs().sum() == 0
+        and x.grad[5].abs().sum() == 0
+        and (x.grad[2:5].abs().sum(-1) > 0).all()
+    )
     assert gate.embeddings_EP.grad[1].abs().sum() == 0
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_hostile_sizes_are_finite(scale, score):
-    gate = make(std=100.0, score_function=score, norm_topk_prob=True, min_temperature=1e-4, init_temperature=1e-4)
+    gate = make(
+        std=100.0,
+        score_function=score,
+        norm_topk_prob=True,
+        min_temperature=1e-4,
+        init_temperature=1e-4,
+    )
     x = (scale * draw(9)).requires_grad_()
     out = gate(GateInput(x))
     (out.weight_A.sum() + out.aux_loss).backward()
@@ -169,7 +220,10 @@ def test_bf16_is_scored_in_fp32(score):
     gate, x = make(score_function=score), draw(9).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = gate(GateInput(x))
-    assert torch.equal(under.weight_A, gate(GateInput(x.float())).weight_A) and under.weight_A.dtype == torch.float32
+    assert (
+        torch.equal(under.weight_A, gate(GateInput(x.float())).weight_A)
+        and under.weight_A.dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("tokens, experts, k", [(0, 5, 2), (1, 5, 5), (3, 1, 1)])
@@ -182,21 +236,32 @@ def test_no_token_one_token_one_expert(tokens, experts, k):
 def test_the_balance_scopes_are_handed_on():
     x, sequence = draw(12), torch.arange(3).repeat_interleave(4)
     inp = GateInput(x, None, sequence, num_sequences=3)
-    parts = [make(loss_coeff=1.0)(GateInput(x[sequence == n])).aux_loss.item() for n in range(3)]
+    parts = [
+        make(loss_coeff=1.0)(GateInput(x[sequence == n])).aux_loss.item() for n in range(3)
+    ]
     by_sequence = make(loss_coeff=1.0, balance_scope="sequence")(inp)
-    assert by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5) and not by_sequence.balance
+    assert (
+        by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5)
+        and not by_sequence.balance
+    )
     whole = make(loss_coeff=1.0, z_loss_coeff=0.1)(inp)
     later = make(loss_coeff=1.0, z_loss_coeff=0.1, balance_scope="global-batch")(inp)
-    term, = later.balance
-    assert (later.aux_loss + term.loss()).item() == pytest.approx(whole.aux_loss.item(), rel=1e-5)
+    (term,) = later.balance
+    assert (later.aux_loss + term.loss()).item() == pytest.approx(
+        whole.aux_loss.item(), rel=1e-5
+    )
     assert term.count_NG.sum() == 24 and 0 < later.aux_loss < whole.aux_loss
 
 
 def test_state_round_trip_and_parameters_from_seed_and_layer():
     a, b = make(seed=1), make(seed=2)
     assert not torch.equal(a.embeddings_EP, b.embeddings_EP)
-    assert not torch.equal(a.embeddings_EP, create_gate("cosine", hidden_size=4, num_experts=5, layer=1, seed=1,
-                                                   init_std=0.5).embeddings_EP)
+    assert not torch.equal(
+        a.embeddings_EP,
+        create_gate(
+            "cosine", hidden_size=4, num_experts=5, layer=1, seed=1, init_std=0.5
+        ).embeddings_EP,
+    )
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), make(seed=1).parameters()))
     with torch.no_grad():
         a.temperature.fill_(0.123)
@@ -204,17 +269,23 @@ def test_state_round_trip_and_parameters_from_seed_and_layer():
     assert torch.equal(a(GateInput(draw(9))).weight_A, b(GateInput(draw(9))).weight_A)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
-    ({"topk": 6}, "--topk is 6; allowed: 1 to the number of experts, which is 5"),
-    ({"score_function": "tanh"}, "--score-function is 'tanh'; allowed: softmax sigmoid"),
-    ({"proj_dim": -1}, "--proj-dim is -1"),
-    ({"min_temperature": 0.0}, "--min-temperature is 0.0; allowed: a positive number"),
-    ({"init_temperature": -0.3}, "--init-temperature is -0.3"),
-    ({"init_temperature": 0.005}, "--init-temperature is 0.005; .* --min-temperature, which is 0.01"),
-    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1"),
-    ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
+        ({"topk": 6}, "--topk is 6; allowed: 1 to the number of experts, which is 5"),
+        ({"score_function": "tanh"}, "--score-function is 'tanh'; allowed: softmax sigmoid"),
+        ({"proj_dim": -1}, "--proj-dim is -1"),
+        ({"min_temperature": 0.0}, "--min-temperature is 0.0; allowed: a positive number"),
+        ({"init_temperature": -0.3}, "--init-temperature is -0.3"),
+        (
+            {"init_temperature": 0.005},
+            "--init-temperature is 0.005; .* --min-temperature, which is 0.01",
+        ),
+        ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1"),
+        ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

@@ -18,10 +18,12 @@ COEFFS = ("loss_coeff", "device_loss_coeff", "communication_loss_coeff", "z_loss
 def choose(c, s, E):
     """(experts of one token by falling probability, distance to the nearest other decision)."""
     size = E // c.n_group
-    groups = sorted(range(c.n_group), key=lambda g: -max(s[g * size:(g + 1) * size]))
-    best = [max(s[g * size:(g + 1) * size]) for g in groups]
+    groups = sorted(range(c.n_group), key=lambda g: -max(s[g * size : (g + 1) * size]))
+    best = [max(s[g * size : (g + 1) * size]) for g in groups]
     margin = best[c.topk_group - 1] - best[c.topk_group] if c.topk_group < c.n_group else 1.0
-    left = sorted((e for e in range(E) if e // size in groups[: c.topk_group]), key=lambda e: -s[e])
+    left = sorted(
+        (e for e in range(E) if e // size in groups[: c.topk_group]), key=lambda e: -s[e]
+    )
     if c.topk < len(left):
         margin = min(margin, s[left[c.topk - 1]] - s[left[c.topk]])
     return left[: c.topk], margin
@@ -34,7 +36,15 @@ def dumb(gate, x, sequence):
     """
     c, W = gate.config, gate.router.weight.detach().double().requires_grad_()
     x = x.detach().double().requires_grad_()
-    E, size, weights, chosen, scores, margin, lse = len(W), len(W) // c.n_group, {}, [], [], 1.0, 0.0
+    E, size, weights, chosen, scores, margin, lse = (
+        len(W),
+        len(W) // c.n_group,
+        {},
+        [],
+        [],
+        1.0,
+        0.0,
+    )
     for t in range(len(x)):
         z = [sum(W[e, d] * x[t, d] for d in range(D)) for e in range(E)]
         total = sum(torch.exp(v) for v in z)
@@ -58,8 +68,12 @@ def dumb(gate, x, sequence):
             members = range(d * size, (d + 1) * size)
             P_d = sum(P[e] for e in members)
             sent = sum(any(e in members for e in chosen[t]) for t in part)
-            loss = loss + c.device_loss_coeff * sum(f[e] for e in members) / size * P_d / len(parts)
-            loss = loss + c.communication_loss_coeff * c.n_group / (M * T) * sent * P_d / len(parts)
+            loss = loss + c.device_loss_coeff * sum(f[e] for e in members) / size * P_d / len(
+                parts
+            )
+            loss = loss + c.communication_loss_coeff * c.n_group / (M * T) * sent * P_d / len(
+                parts
+            )
     return weights, loss, margin, x, W
 
 
@@ -69,22 +83,50 @@ def total_loss(out):
 
 
 def make(E=8, std=0.6, seed=0, **options):
-    return create_gate("deepseek_v2", hidden_size=D, num_experts=E, seed=seed, init_std=std, **options)
+    return create_gate(
+        "deepseek_v2", hidden_size=D, num_experts=E, seed=seed, init_std=std, **options
+    )
 
 
 @settings(max_examples=250, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(SIZES), st.integers(1, 8), st.booleans(), st.integers(1, 3),
-       st.sampled_from(SCOPES), st.sampled_from([None, *COEFFS]), st.sampled_from([0.1, 0.6, 1.5]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(SIZES),
+    st.integers(1, 8),
+    st.booleans(),
+    st.integers(1, 3),
+    st.sampled_from(SCOPES),
+    st.sampled_from([None, *COEFFS]),
+    st.sampled_from([0.1, 0.6, 1.5]),
+)
 def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, only, std):
     """Experts, weights, loss, and the gradients of x and router through both; all four losses, or one of them alone."""
     E, n_group, topk_group = sizes
     k = min(k, topk_group * E // n_group)
-    coeffs = {name: value if only in (None, name) else 0.0 for name, value in zip(COEFFS, (0.3, 0.7, 0.5, 0.1))}
-    gate = make(E, std, seed, topk=k, n_group=n_group, topk_group=topk_group, norm_topk_prob=norm and k > 1,
-                routed_scaling_factor=1.5, balance_scope=scope, **coeffs)
+    coeffs = {
+        name: value if only in (None, name) else 0.0
+        for name, value in zip(COEFFS, (0.3, 0.7, 0.5, 0.1))
+    }
+    gate = make(
+        E,
+        std,
+        seed,
+        topk=k,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm and k > 1,
+        routed_scaling_factor=1.5,
+        balance_scope=scope,
+        **coeffs,
+    )
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(7, D, generator=g).requires_grad_()
-    sequence = sorted([*range(sequences), *torch.randint(0, sequences, (7 - sequences,), generator=g).tolist()])
+    sequence = sorted(
+        [
+            *range(sequences),
+            *torch.randint(0, sequences, (7 - sequences,), generator=g).tolist(),
+        ]
+    )
     weights, loss, margin, x64, W64 = dumb(gate, x, sequence)
     if margin < 1e-5:
         return
@@ -92,12 +134,16 @@ def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, only, std)
     out.check(7, E)
     pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist()))
     assert sorted(pairs) == sorted(weights)
-    torch.testing.assert_close(out.weight_A.double(), torch.stack([weights[p] for p in pairs]), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        out.weight_A.double(), torch.stack([weights[p] for p in pairs]), rtol=1e-4, atol=1e-7
+    )
     ours = total_loss(out)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-7)
     mix = torch.randn(len(pairs), generator=g)
     got = torch.autograd.grad((out.weight_A * mix).sum() + ours, (x, gate.router.weight))
-    expected = torch.autograd.grad(sum(weights[p] * m for p, m in zip(pairs, mix.tolist())) + loss, (x64, W64))
+    expected = torch.autograd.grad(
+        sum(weights[p] * m for p, m in zip(pairs, mix.tolist())) + loss, (x64, W64)
+    )
     for a, b in zip(got, expected):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)
 
@@ -110,13 +156,17 @@ def given_logits(gate, logits):
 
 def test_a_group_is_as_good_as_its_best_expert():
     """Group 0 has the larger sum, group 1 the larger maximum: V3's rule would choose the other one."""
-    gate = create_gate("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1)
+    gate = create_gate(
+        "deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1
+    )
     assert given_logits(gate, [[1.0, 1.0, 1.2, -9.0]]).expert_A.tolist() == [2]
 
 
 def test_closed_groups_are_never_chosen_even_when_probabilities_underflow():
     """Mistake: masking with 0. Expert 3 has probability 0 in fp32 and must still win over the closed group."""
-    gate = create_gate("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=2)
+    gate = create_gate(
+        "deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=2
+    )
     for logits in ([-200.0, -250.0, 0.0, -300.0], [-300.0, 0.0, -200.0, -250.0]):
         out = given_logits(gate, [logits])
         assert {e // 2 for e in out.expert_A.tolist()} == {logits.index(0.0) // 2}
@@ -125,57 +175,104 @@ def test_closed_groups_are_never_chosen_even_when_probabilities_underflow():
 
 def test_one_group_equals_topk_and_has_no_device_losses():
     """Property: zero effect equals absent. The coefficients of one group's constants change nothing."""
-    x, options = torch.randn(9, D), {"topk": 3, "loss_coeff": 0.2, "balance_scope": "micro-batch"}
-    plain = create_gate("topk", hidden_size=D, num_experts=8, init_std=0.6, **options)(GateInput(x))
+    x, options = (
+        torch.randn(9, D),
+        {"topk": 3, "loss_coeff": 0.2, "balance_scope": "micro-batch"},
+    )
+    plain = create_gate("topk", hidden_size=D, num_experts=8, init_std=0.6, **options)(
+        GateInput(x)
+    )
     out = make(**options)(GateInput(x))
     loud = make(**options, device_loss_coeff=9.0, communication_loss_coeff=9.0)(GateInput(x))
     for other in (out, loud):
-        assert torch.equal(other.expert_A, plain.expert_A) and torch.equal(other.weight_A, plain.weight_A)
+        assert torch.equal(other.expert_A, plain.expert_A) and torch.equal(
+            other.weight_A, plain.weight_A
+        )
         assert torch.equal(other.aux_loss, plain.aux_loss)
 
 
 def test_open_groups_equal_no_groups():
     x = torch.randn(30, D)
-    free, grouped = make(topk=3)(GateInput(x)), make(topk=3, n_group=4, topk_group=4)(GateInput(x))
-    assert torch.equal(free.expert_A, grouped.expert_A) and torch.equal(free.weight_A, grouped.weight_A)
+    free, grouped = (
+        make(topk=3)(GateInput(x)),
+        make(topk=3, n_group=4, topk_group=4)(GateInput(x)),
+    )
+    assert torch.equal(free.expert_A, grouped.expert_A) and torch.equal(
+        free.weight_A, grouped.weight_A
+    )
 
 
 @pytest.mark.parametrize("topk_group, reached", [(1, 1), (2, 2), (4, 2)])
 def test_losses_are_their_coefficients_when_uniform(topk_group, reached):
     """Equal probabilities: the communication loss is its coefficient when a token reaches all the groups it may."""
-    gate = make(std=0.0, topk=2, n_group=4, topk_group=topk_group, loss_coeff=0.0, device_loss_coeff=0.0,
-                communication_loss_coeff=0.4)
+    gate = make(
+        std=0.0,
+        topk=2,
+        n_group=4,
+        topk_group=topk_group,
+        loss_coeff=0.0,
+        device_loss_coeff=0.0,
+        communication_loss_coeff=0.4,
+    )
     out = gate(GateInput(torch.randn(6, D)))
     groups = [len({int(e) // 2 for e in pair}) for pair in out.expert_A.view(6, 2)]
     assert max(groups) <= reached
     assert out.aux_loss.item() == pytest.approx(0.4 * sum(groups) / 6 / topk_group)
     assert out.stats["groups_per_token"].item() == pytest.approx(sum(groups) / 6)
-    gate = make(std=0.0, topk=2, n_group=4, topk_group=topk_group, loss_coeff=0.1, device_loss_coeff=0.2,
-                communication_loss_coeff=0.0)
+    gate = make(
+        std=0.0,
+        topk=2,
+        n_group=4,
+        topk_group=topk_group,
+        loss_coeff=0.1,
+        device_loss_coeff=0.2,
+        communication_loss_coeff=0.0,
+    )
     assert gate(GateInput(torch.randn(6, D))).aux_loss.item() == pytest.approx(0.3)
 
 
 def test_two_experts_in_one_group_are_sent_once():
     """Mistake: counting choices instead of tokens sent. Group 0 gets both choices of token 0, one of token 1's."""
-    gate = create_gate("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=2, topk=2, loss_coeff=0.0,
-                  device_loss_coeff=0.0, communication_loss_coeff=1.0)
+    gate = create_gate(
+        "deepseek_v2",
+        hidden_size=4,
+        num_experts=4,
+        n_group=2,
+        topk_group=2,
+        topk=2,
+        loss_coeff=0.0,
+        device_loss_coeff=0.0,
+        communication_loss_coeff=1.0,
+    )
     logits = [[2.0, 1.0, 0.0, 0.0], [2.0, 0.0, 1.0, 0.0]]
     out = given_logits(gate, logits)
-    P = [sum(sum(math.exp(v) for v in row[2 * d:2 * d + 2]) / sum(math.exp(v) for v in row) for row in logits) / 2
-         for d in range(2)]
+    P = [
+        sum(
+            sum(math.exp(v) for v in row[2 * d : 2 * d + 2]) / sum(math.exp(v) for v in row)
+            for row in logits
+        )
+        / 2
+        for d in range(2)
+    ]
     # f'' = D / (M T) * tokens: group 0 receives 2 tokens, group 1 receives 1
     assert out.aux_loss.item() == pytest.approx(2 / (2 * 2) * (2 * P[0] + 1 * P[1]), rel=1e-5)
 
 
 def test_losses_are_means_over_sequences_by_default():
     """Mistake: one loss over the micro-batch. Two skewed sequences that balance each other still cost."""
-    gate = create_gate("deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1)
+    gate = create_gate(
+        "deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1
+    )
     assert gate.config.balance_scope == "sequence"
     gate.router.weight = torch.nn.Parameter(torch.eye(4))
     x = torch.tensor([[9.0, 8.0, 0, 0], [8.0, 9.0, 0, 0], [0, 0, 9.0, 8.0], [0, 0, 8.0, 9.0]])
     together = gate(GateInput(x)).aux_loss.item()
-    apart = gate(GateInput(x, None, torch.tensor([0, 0, 1, 1]), num_sequences=2)).aux_loss.item()
-    assert together == pytest.approx(0.003 + 0.05 + 0.02, rel=1e-3) and apart == pytest.approx(2 * together, rel=1e-3)
+    apart = gate(
+        GateInput(x, None, torch.tensor([0, 0, 1, 1]), num_sequences=2)
+    ).aux_loss.item()
+    assert together == pytest.approx(0.003 + 0.05 + 0.02, rel=1e-3) and apart == pytest.approx(
+        2 * together, rel=1e-3
+    )
 
 
 def test_global_batch_terms_are_handed_on_and_add_up_over_ranks():
@@ -183,11 +280,15 @@ def test_global_batch_terms_are_handed_on_and_add_up_over_ranks():
     gate = make(topk=3, n_group=4, topk_group=2, balance_scope="global-batch", z_loss_coeff=0.5)
     x = torch.randn(12, D)
     whole, a, b = (gate(GateInput(rows)) for rows in (x, x[:6], x[6:]))
-    assert len(whole.balance) == 3 and all(term.scope == "global-batch" for term in whole.balance)
+    assert len(whole.balance) == 3 and all(
+        term.scope == "global-batch" for term in whole.balance
+    )
     for term, u, v in zip(whole.balance, a.balance, b.balance, strict=True):
         count, total = u.count_NG + v.count_NG, u.total_N + v.total_N
         assert torch.equal(count, term.count_NG)
-        torch.testing.assert_close((u.loss(count, total) + v.loss(count, total)) / 2, term.loss())
+        torch.testing.assert_close(
+            (u.loss(count, total) + v.loss(count, total)) / 2, term.loss()
+        )
     z = 0.5 * (x @ gate.router.weight.t()).logsumexp(-1).square().mean()
     torch.testing.assert_close(whole.aux_loss, z)
 
@@ -201,7 +302,11 @@ def test_the_published_size():
     p = (x @ gate.router.weight.t()).softmax(-1)
     torch.testing.assert_close(out.weight_A, 16 * p[out.token_A, out.expert_A])
     c = type(gate).Config
-    assert (c().loss_coeff, c().device_loss_coeff, c().communication_loss_coeff) == (0.003, 0.05, 0.02)
+    assert (c().loss_coeff, c().device_loss_coeff, c().communication_loss_coeff) == (
+        0.003,
+        0.05,
+        0.02,
+    )
 
 
 @pytest.mark.parametrize("n_group, topk_group, k", [(1, 1, 3), (4, 2, 3), (2, 1, 4), (8, 3, 2)])
@@ -212,15 +317,26 @@ def test_same_choice_as_transformers(n_group, topk_group, k):
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
     gate = make(topk=k, n_group=n_group, topk_group=topk_group, routed_scaling_factor=16.0)
-    router = DeepseekV2TopkRouter(DeepseekV2Config(
-        hidden_size=D, num_attention_heads=1, n_routed_experts=8, num_experts_per_tok=k, n_group=n_group,
-        topk_group=topk_group, routed_scaling_factor=16.0, topk_method="group_limited_greedy"))
+    router = DeepseekV2TopkRouter(
+        DeepseekV2Config(
+            hidden_size=D,
+            num_attention_heads=1,
+            n_routed_experts=8,
+            num_experts_per_tok=k,
+            n_group=n_group,
+            topk_group=topk_group,
+            routed_scaling_factor=16.0,
+            topk_method="group_limited_greedy",
+        )
+    )
     router.weight.data = gate.router.weight.data
     x = torch.randn(64, D)
     out = gate(GateInput(x))
     _, weight_Tk, expert_Tk = router(x)
     theirs = torch.zeros(64, 8).scatter(1, expert_Tk, weight_Tk)
-    torch.testing.assert_close(torch.zeros(64, 8).index_put((out.token_A, out.expert_A), out.weight_A), theirs)
+    torch.testing.assert_close(
+        torch.zeros(64, 8).index_put((out.token_A, out.expert_A), out.weight_A), theirs
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 6])
@@ -231,7 +347,10 @@ def test_finite_answers_and_gradients(tokens, scale):
     out = gate(GateInput(x, None, torch.zeros(tokens, dtype=torch.int64), num_sequences=1))
     out.check(tokens, 8)
     grads = torch.autograd.grad(out.weight_A.sum() + out.aux_loss, (x, gate.router.weight))
-    assert all(torch.isfinite(t).all() for t in (out.weight_A, out.aux_loss, *out.stats.values(), *grads))
+    assert all(
+        torch.isfinite(t).all()
+        for t in (out.weight_A, out.aux_loss, *out.stats.values(), *grads)
+    )
 
 
 def test_no_state_beside_the_router():
@@ -246,19 +365,37 @@ def test_no_state_beside_the_router():
     assert torch.equal(other(GateInput(x)).weight_A, first)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
-    ({"topk": 9}, "--topk is 9; allowed: 1 to the number of experts in --topk-group groups, which is 8"),
-    ({"topk": 5, "n_group": 4, "topk_group": 2}, "--topk is 5; allowed: 1 to .* --topk-group groups, which is 4"),
-    ({"n_group": 0}, "--n-group is 0; allowed: a positive divisor"),
-    ({"n_group": 3}, "--n-group is 3; allowed: a divisor of the number of experts, which is 8"),
-    ({"topk_group": 0}, "--topk-group is 0; allowed: 1 to --n-group, which is 1"),
-    ({"n_group": 4, "topk_group": 5}, "--topk-group is 5; allowed: 1 to --n-group, which is 4"),
-    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1"),
-    ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
-    ({"device_loss_coeff": -1.0}, "--device-loss-coeff is -1.0; allowed: 0 or more"),
-    ({"communication_loss_coeff": -1.0}, "--communication-loss-coeff is -1.0; allowed: 0 or more"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
+        (
+            {"topk": 9},
+            "--topk is 9; allowed: 1 to the number of experts in --topk-group groups, which is 8",
+        ),
+        (
+            {"topk": 5, "n_group": 4, "topk_group": 2},
+            "--topk is 5; allowed: 1 to .* --topk-group groups, which is 4",
+        ),
+        ({"n_group": 0}, "--n-group is 0; allowed: a positive divisor"),
+        (
+            {"n_group": 3},
+            "--n-group is 3; allowed: a divisor of the number of experts, which is 8",
+        ),
+        ({"topk_group": 0}, "--topk-group is 0; allowed: 1 to --n-group, which is 1"),
+        (
+            {"n_group": 4, "topk_group": 5},
+            "--topk-group is 5; allowed: 1 to --n-group, which is 4",
+        ),
+        ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1"),
+        ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
+        ({"device_loss_coeff": -1.0}, "--device-loss-coeff is -1.0; allowed: 0 or more"),
+        (
+            {"communication_loss_coeff": -1.0},
+            "--communication-loss-coeff is -1.0; allowed: 0 or more",
+        ),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

@@ -22,12 +22,14 @@ SIZES = [(4, 1, 1), (6, 2, 1), (6, 3, 2), (8, 4, 2), (8, 2, 2), (3, 3, 2), (7, 1
 def choose(c, biased, E):
     """(experts of one token by falling biased score, distance to the nearest other decision)."""
     size = E // c.n_group
-    best = [sum(sorted(biased[g * size:(g + 1) * size])[-2:]) for g in range(c.n_group)]
+    best = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(c.n_group)]
     groups = sorted(range(c.n_group), key=lambda g: -best[g])
     margin = 1.0
     if c.topk_group < c.n_group:
         margin = best[groups[c.topk_group - 1]] - best[groups[c.topk_group]]
-    left = sorted((e for e in range(E) if e // size in groups[: c.topk_group]), key=lambda e: -biased[e])
+    left = sorted(
+        (e for e in range(E) if e // size in groups[: c.topk_group]), key=lambda e: -biased[e]
+    )
     if c.topk < len(left):
         margin = min(margin, biased[left[c.topk - 1]] - biased[left[c.topk]])
     return left[: c.topk], margin
@@ -38,7 +40,11 @@ def dumb(gate, x, sequence):
 
     As in the paper: eq. 13-16 with the node limit, loss eq. 17-20.
     """
-    c, W, b = gate.config, gate.router.weight.detach().double().requires_grad_(), gate.expert_bias.tolist()
+    c, W, b = (
+        gate.config,
+        gate.router.weight.detach().double().requires_grad_(),
+        gate.expert_bias.tolist(),
+    )
     x = x.detach().double().requires_grad_()
     E, weights, highest, shares, margin, lse = len(W), {}, [], [], 1.0, 0.0
     for t in range(len(x)):
@@ -61,21 +67,33 @@ def dumb(gate, x, sequence):
     for part in parts:
         for e in range(E):
             f = E / (c.topk * len(part)) * sum(e in highest[t] for t in part)
-            loss = loss + c.loss_coeff * f * sum(shares[t][e] for t in part) / len(part) / len(parts)
+            loss = loss + c.loss_coeff * f * sum(shares[t][e] for t in part) / len(part) / len(
+                parts
+            )
     return weights, loss, margin, x, W
 
 
 def make(E=8, std=0.8, seed=0, bias=None, **options):
-    gate = create_gate("deepseek_v3", hidden_size=D, num_experts=E, seed=seed, init_std=std, **options)
+    gate = create_gate(
+        "deepseek_v3", hidden_size=D, num_experts=E, seed=seed, init_std=std, **options
+    )
     if bias is not None:
         gate.expert_bias.copy_(torch.as_tensor(bias))
     return gate
 
 
 @settings(max_examples=250, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(SIZES), st.integers(1, 8), st.booleans(), st.integers(1, 3),
-       st.sampled_from(SCOPES), st.sampled_from([0.0, 0.05, 0.5, 2.0]), st.sampled_from([-2.0, 0.0]),
-       st.sampled_from([3, 7, 8]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(SIZES),
+    st.integers(1, 8),
+    st.booleans(),
+    st.integers(1, 3),
+    st.sampled_from(SCOPES),
+    st.sampled_from([0.0, 0.05, 0.5, 2.0]),
+    st.sampled_from([-2.0, 0.0]),
+    st.sampled_from([3, 7, 8]),
+)
 def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, spread, shift, tokens):
     """Experts, weights, loss, and the gradients of x and router through both, for biases of both signs.
 
@@ -86,11 +104,26 @@ def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, spread, sh
     E, n_group, topk_group = sizes
     k = min(k, topk_group * E // n_group)
     g = torch.Generator().manual_seed(seed)
-    gate = make(E, 0.8, seed, torch.randn(E, generator=g) * spread + shift, topk=k, n_group=n_group,
-                topk_group=topk_group, norm_topk_prob=norm and k > 1, balance_scope=scope, loss_coeff=0.3,
-                z_loss_coeff=0.1)
+    gate = make(
+        E,
+        0.8,
+        seed,
+        torch.randn(E, generator=g) * spread + shift,
+        topk=k,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm and k > 1,
+        balance_scope=scope,
+        loss_coeff=0.3,
+        z_loss_coeff=0.1,
+    )
     x = torch.randn(tokens, D, generator=g).requires_grad_()
-    sequence = sorted([*range(sequences), *torch.randint(0, sequences, (tokens - sequences,), generator=g).tolist()])
+    sequence = sorted(
+        [
+            *range(sequences),
+            *torch.randint(0, sequences, (tokens - sequences,), generator=g).tolist(),
+        ]
+    )
     weights, loss, margin, x64, W64 = dumb(gate, x, sequence)
     if margin < 1e-5:
         return
@@ -98,12 +131,16 @@ def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, spread, sh
     out.check(tokens, E)
     pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist()))
     assert sorted(pairs) == sorted(weights)
-    torch.testing.assert_close(out.weight_A.double(), torch.stack([weights[p] for p in pairs]), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        out.weight_A.double(), torch.stack([weights[p] for p in pairs]), rtol=1e-4, atol=1e-7
+    )
     ours = out.aux_loss + sum(term.loss() for term in out.balance)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-4)
     mix = torch.randn(len(pairs), generator=g)
     got = torch.autograd.grad((out.weight_A * mix).sum() + ours, (x, gate.router.weight))
-    expected = torch.autograd.grad(sum(weights[p] * m for p, m in zip(pairs, mix.tolist())) + loss, (x64, W64))
+    expected = torch.autograd.grad(
+        sum(weights[p] * m for p, m in zip(pairs, mix.tolist())) + loss, (x64, W64)
+    )
     for a, b in zip(got, expected):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)
 
@@ -118,7 +155,15 @@ def given_scores(gate, scores):
 
 
 def four(topk, bias=(0.0, 0.0, 0.0, 0.0), **options):
-    gate = create_gate("deepseek_v3", hidden_size=4, num_experts=4, topk=topk, n_group=2, topk_group=1, **options)
+    gate = create_gate(
+        "deepseek_v3",
+        hidden_size=4,
+        num_experts=4,
+        topk=topk,
+        n_group=2,
+        topk_group=1,
+        **options,
+    )
     gate.expert_bias.copy_(torch.tensor(bias))
     return gate
 
@@ -156,15 +201,29 @@ def test_same_choice_as_transformers(n_group, topk_group, k, shift):
 
     bias = torch.randn(8) * 0.3 + shift
     gate = make(topk=k, n_group=n_group, topk_group=topk_group, bias=bias)
-    router = DeepseekV3TopkRouter(DeepseekV3Config(
-        hidden_size=D, num_attention_heads=1, n_routed_experts=8, num_experts_per_tok=k, n_group=n_group,
-        topk_group=topk_group, routed_scaling_factor=2.5, norm_topk_prob=True))
-    router.weight.data, router.e_score_correction_bias.data = gate.router.weight.data, gate.expert_bias.data
+    router = DeepseekV3TopkRouter(
+        DeepseekV3Config(
+            hidden_size=D,
+            num_attention_heads=1,
+            n_routed_experts=8,
+            num_experts_per_tok=k,
+            n_group=n_group,
+            topk_group=topk_group,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+        )
+    )
+    router.weight.data, router.e_score_correction_bias.data = (
+        gate.router.weight.data,
+        gate.expert_bias.data,
+    )
     x = torch.randn(64, D)
     out = gate(GateInput(x))
     _, weight_Tk, expert_Tk = router(x)
     theirs = torch.zeros(64, 8).scatter(1, expert_Tk, weight_Tk)
-    torch.testing.assert_close(torch.zeros(64, 8).index_put((out.token_A, out.expert_A), out.weight_A), theirs)
+    torch.testing.assert_close(
+        torch.zeros(64, 8).index_put((out.token_A, out.expert_A), out.weight_A), theirs
+    )
 
 
 def test_the_published_size():
@@ -181,14 +240,18 @@ def test_the_published_size():
 
 
 def test_the_loss_is_per_sequence_and_does_not_see_the_bias():
-    gate = create_gate("deepseek_v3", hidden_size=4, num_experts=4, topk=1, norm_topk_prob=False)
+    gate = create_gate(
+        "deepseek_v3", hidden_size=4, num_experts=4, topk=1, norm_topk_prob=False
+    )
     gate.router.weight = nn.Parameter(torch.eye(4))
     x = torch.tensor([[9.0, -9, -9, -9], [9, -9, -9, -9], [-9, -9, 9, -9], [-9, -9, 9, -9]])
     apart = gate(GateInput(x, None, torch.tensor([0, 0, 1, 1]), num_sequences=2)).aux_loss
     assert apart.item() == pytest.approx(1e-4 * 4, rel=1e-2)
     assert gate(GateInput(x)).aux_loss.item() == pytest.approx(1e-4 * 2, rel=1e-2)
     gate.expert_bias.copy_(torch.tensor([-9.0, 0, 9, 9]))
-    assert torch.equal(gate(GateInput(x, None, torch.tensor([0, 0, 1, 1]), num_sequences=2)).aux_loss, apart)
+    assert torch.equal(
+        gate(GateInput(x, None, torch.tensor([0, 0, 1, 1]), num_sequences=2)).aux_loss, apart
+    )
 
 
 def test_global_batch_terms_are_handed_on_and_add_up_over_ranks():
@@ -231,7 +294,12 @@ def test_bias_is_an_fp32_buffer_without_gradient_and_survives_a_round_trip():
 
 def make_layer(seed=0, groups=None, **options):
     options = {"bias_update_speed": 0.02, "topk": 2, **options}
-    return MoELayer(make(seed=seed, **options), GroupedExperts(8, D, 4, "gelu", seed=0), 8, groups=groups or Groups())
+    return MoELayer(
+        make(seed=seed, **options),
+        GroupedExperts(8, D, 4, "gelu", seed=0),
+        8,
+        groups=groups or Groups(),
+    )
 
 
 def skewed(rows=40, seed=0, shift=1.0):
@@ -267,8 +335,10 @@ def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
     layer, biases, loads = make_layer(), [], []
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     post_step = layer.gate.post_step
-    layer.gate.post_step = lambda load_E, tokens: (loads.append((load_E.tolist(), tokens.item())),
-                                                   post_step(load_E, tokens))
+    layer.gate.post_step = lambda load_E, tokens: (
+        loads.append((load_E.tolist(), tokens.item())),
+        post_step(load_E, tokens),
+    )
     for step in range(steps):
         for i in range(micro_batches):
             x = skewed(seed=10 * step + i)
@@ -276,14 +346,22 @@ def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
                 before = layer.gate.expert_bias.clone()
                 layer.eval()(skewed(seed=99))
                 layer.train()
-                assert torch.equal(layer.gate.expert_bias, before), "an evaluation moved the bias"
+                assert torch.equal(layer.gate.expert_bias, before), (
+                    "an evaluation moved the bias"
+                )
             if recompute:
-                with set_checkpoint_early_stop(False):  # the repetition goes on to where the layer counts
-                    out = checkpoint(layer, x, use_reentrant=False, context_fn=layer.recompute_contexts)
+                with set_checkpoint_early_stop(
+                    False
+                ):  # the repetition goes on to where the layer counts
+                    out = checkpoint(
+                        layer, x, use_reentrant=False, context_fn=layer.recompute_contexts
+                    )
             else:
                 out = layer(x)
             (out.y.square().sum() + out.aux_loss).backward()
-            assert torch.equal(layer.gate.expert_bias, biases[-1] if biases else torch.zeros(8)), "a forward moved it"
+            assert torch.equal(
+                layer.gate.expert_bias, biases[-1] if biases else torch.zeros(8)
+            ), "a forward moved it"
         metrics.after_step()
         biases.append(layer.gate.expert_bias.clone())
     return biases, loads
@@ -293,8 +371,12 @@ def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_neither_recompute_nor_evaluation_changes_bias_or_loads(recompute, evaluate):
     plain, expected = train(), train(recompute, evaluate)
-    assert plain[1] == expected[1] and all(torch.equal(a, b) for a, b in zip(plain[0], expected[0], strict=True))
-    assert len(plain[1]) == 3 and all(tokens == 80 and sum(load) == 160 for load, tokens in plain[1])
+    assert plain[1] == expected[1] and all(
+        torch.equal(a, b) for a, b in zip(plain[0], expected[0], strict=True)
+    )
+    assert len(plain[1]) == 3 and all(
+        tokens == 80 and sum(load) == 160 for load, tokens in plain[1]
+    )
     b = torch.zeros(8)
     for bias, (load, _) in zip(*plain, strict=True):
         b = b + 0.02 * torch.sign(sum(load) / 8 - torch.tensor(load))
@@ -316,6 +398,7 @@ def _steps(seeds):
 
 def test_one_update_from_the_sum_over_ranks_and_micro_batches(ranks2):
     """Mistakes: an update per rank, or per micro-batch: both would give another bias here."""
+
     def update(loads):
         return 0.02 * torch.sign(loads.double().mean() - loads).float()
 
@@ -324,7 +407,9 @@ def test_one_update_from_the_sum_over_ranks_and_micro_batches(ranks2):
     expected = update(sum(loads))
     assert all(torch.equal(bias, expected) for _, bias in answers)
     for mine, _ in answers:
-        assert not torch.equal(update(sum(mine)), expected), "the ranks' own loads say something else"
+        assert not torch.equal(update(sum(mine)), expected), (
+            "the ranks' own loads say something else"
+        )
     assert not torch.equal(sum(update(load) for load in loads), expected)
 
 
@@ -340,7 +425,10 @@ def test_finite_answers_and_gradients(tokens, scale, norm):
     out = gate(GateInput(x, None, torch.zeros(tokens, dtype=torch.int64), num_sequences=1))
     out.check(tokens, 8)
     grads = torch.autograd.grad(out.weight_A.sum() + out.aux_loss, (x, gate.router.weight))
-    assert all(torch.isfinite(t).all() for t in (out.weight_A, out.aux_loss, *out.stats.values(), *grads))
+    assert all(
+        torch.isfinite(t).all()
+        for t in (out.weight_A, out.aux_loss, *out.stats.values(), *grads)
+    )
 
 
 def test_one_expert_needs_no_options():
@@ -349,18 +437,33 @@ def test_one_expert_needs_no_options():
     assert gate(GateInput(torch.randn(3, D))).weight_A.tolist() == pytest.approx([2.5] * 3)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
-    ({"topk": 9}, "--topk is 9; allowed: 1 to the number of experts in --topk-group groups, which is 8"),
-    ({"topk": 5, "n_group": 4, "topk_group": 2}, "--topk is 5; allowed: 1 to .* --topk-group groups, which is 4"),
-    ({"n_group": 0}, "--n-group is 0; allowed: a positive divisor"),
-    ({"n_group": 3}, "--n-group is 3; allowed: a divisor of the number of experts, which is 8"),
-    ({"topk_group": 0}, "--topk-group is 0; allowed: 1 to --n-group, which is 1"),
-    ({"n_group": 4, "topk_group": 5}, "--topk-group is 5; allowed: 1 to --n-group, which is 4"),
-    ({"topk": 1}, "--norm-topk-prob is on with --topk 1.*--no-norm-topk-prob"),
-    ({"bias_update_speed": -0.1}, "--bias-update-speed is -0.1; allowed: 0 or more"),
-    ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
+        (
+            {"topk": 9},
+            "--topk is 9; allowed: 1 to the number of experts in --topk-group groups, which is 8",
+        ),
+        (
+            {"topk": 5, "n_group": 4, "topk_group": 2},
+            "--topk is 5; allowed: 1 to .* --topk-group groups, which is 4",
+        ),
+        ({"n_group": 0}, "--n-group is 0; allowed: a positive divisor"),
+        (
+            {"n_group": 3},
+            "--n-group is 3; allowed: a divisor of the number of experts, which is 8",
+        ),
+        ({"topk_group": 0}, "--topk-group is 0; allowed: 1 to --n-group, which is 1"),
+        (
+            {"n_group": 4, "topk_group": 5},
+            "--topk-group is 5; allowed: 1 to --n-group, which is 4",
+        ),
+        ({"topk": 1}, "--norm-topk-prob is on with --topk 1.*--no-norm-topk-prob"),
+        ({"bias_update_speed": -0.1}, "--bias-update-speed is -0.1; allowed: 0 or more"),
+        ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

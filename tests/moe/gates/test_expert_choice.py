@@ -15,7 +15,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:gate expert_choice")
 
 
 def make(num_experts=4, hidden=6, seed=0, std=1.0, **options):
-    return create_gate("expert_choice", hidden_size=hidden, num_experts=num_experts, seed=seed, init_std=std, **options)
+    return create_gate(
+        "expert_choice",
+        hidden_size=hidden,
+        num_experts=num_experts,
+        seed=seed,
+        init_std=std,
+        **options,
+    )
 
 
 def draw(tokens, seed=0, hidden=6):
@@ -37,38 +44,63 @@ def dumb(gate, x, W):
     for e in range(E):
         order = sorted(range(T), key=lambda t: -float(p[t][e].detach()))
         if capacity < T:
-            margin = min(margin, float((p[order[capacity - 1]][e] - p[order[capacity]][e]).detach()))
+            margin = min(
+                margin, float((p[order[capacity - 1]][e] - p[order[capacity]][e]).detach())
+            )
         for t in order[:capacity]:
             chosen[t, e] = p[t][e]
     return chosen, margin
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 7), st.sampled_from([0.1, 1.0]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 7),
+    st.sampled_from([0.1, 1.0]),
+)
 def test_against_the_formula(seed, experts, k, tokens, std):
     """Choices, weights, and their gradients with respect to x and the router."""
     gate = make(experts, hidden=3, seed=seed, std=std, topk=min(k, experts))
     x = draw(tokens, seed, hidden=3).requires_grad_()
     out = gate(GateInput(x))
     out.check(tokens, experts)
-    x64, W64 = x.detach().double().requires_grad_(), gate.router.weight.detach().double().requires_grad_()
+    x64, W64 = (
+        x.detach().double().requires_grad_(),
+        gate.router.weight.detach().double().requires_grad_(),
+    )
     chosen, margin = dumb(gate, x64, W64)
     if margin < 1e-6:
         return  # a tie in float32
     ours = dict(zip(zip(out.token_A.tolist(), out.expert_A.tolist()), out.weight_A))
-    assert len(ours) == len(out.token_A) and set(ours) == set(chosen) and out.aux_loss.item() == 0
+    assert (
+        len(ours) == len(out.token_A) and set(ours) == set(chosen) and out.aux_loss.item() == 0
+    )
     for key, weight in ours.items():
         assert weight.item() == pytest.approx(float(chosen[key].detach()), rel=1e-4)
     if tokens:
         mix = {key: math.sin(1 + 3 * key[0] + 7 * key[1]) for key in ours}
-        got = torch.autograd.grad(sum(mix[key] * ours[key] for key in mix), (x, gate.router.weight))
+        got = torch.autograd.grad(
+            sum(mix[key] * ours[key] for key in mix), (x, gate.router.weight)
+        )
         want = torch.autograd.grad(sum(mix[key] * chosen[key] for key in mix), (x64, W64))
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("tokens, k, experts, expected", [
-    (8, 2, 4, 4), (9, 2, 4, 5), (1, 1, 4, 1), (2, 1, 4, 1), (5, 4, 4, 5), (0, 2, 4, 0), (7, 1, 1, 7)])
+@pytest.mark.parametrize(
+    "tokens, k, experts, expected",
+    [
+        (8, 2, 4, 4),
+        (9, 2, 4, 5),
+        (1, 1, 4, 1),
+        (2, 1, 4, 1),
+        (5, 4, 4, 5),
+        (0, 2, 4, 0),
+        (7, 1, 1, 7),
+    ],
+)
 def test_every_expert_takes_the_same_number_of_tokens(tokens, k, experts, expected):
     out = make(experts, topk=k)(GateInput(draw(tokens)))
     assert torch.bincount(out.expert_A, minlength=experts).tolist() == [expected] * experts
@@ -96,7 +128,9 @@ def test_some_tokens_are_taken_by_none_and_some_by_several():
     out = make(topk=1)(GateInput(draw(64)))
     taken = torch.bincount(out.token_A, minlength=64)
     assert taken.min() == 0 and taken.max() > 1
-    assert out.stats["untaken_token_fraction"].item() == pytest.approx((taken == 0).float().mean().item())
+    assert out.stats["untaken_token_fraction"].item() == pytest.approx(
+        (taken == 0).float().mean().item()
+    )
     cls = gate_class("expert_choice")
     assert cls.experts_per_token(cls.Config(topk=1), 4) == (0, 4)
 
@@ -110,7 +144,10 @@ def test_a_later_token_changes_the_experts_of_an_earlier_one():
     first = gate(GateInput(x))
     x[3] = 10 * (W[1] - W[0])  # now expert 1's
     second = gate(GateInput(x))
-    early = [{(t, e) for t, e in zip(o.token_A.tolist(), o.expert_A.tolist()) if t < 3} for o in (first, second)]
+    early = [
+        {(t, e) for t, e in zip(o.token_A.tolist(), o.expert_A.tolist()) if t < 3}
+        for o in (first, second)
+    ]
     assert early[0] != early[1] and len(early[0]) == len(early[1]) == 3
     assert gate_class("expert_choice").sees_other_tokens
 
@@ -148,7 +185,9 @@ def test_training_equals_evaluation_and_nothing_is_changed():
     assert all(torch.equal(before[n], t) for n, t in gate.state_dict().items())
 
 
-@pytest.mark.parametrize("topk, message", [(0, "--topk is 0"), (5, "--topk is 5; allowed: 1 to .*, which is 4")])
+@pytest.mark.parametrize(
+    "topk, message", [(0, "--topk is 0"), (5, "--topk is 5; allowed: 1 to .*, which is 4")]
+)
 def test_refusals(topk, message):
     with pytest.raises(ValueError, match=message):
         make(topk=topk)

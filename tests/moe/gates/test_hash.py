@@ -14,16 +14,31 @@ from megatron.parallel.groups import Groups
 
 
 def make(vocab_size=50, num_experts=4, **where):
-    return create_gate("hash", hidden_size=6, num_experts=num_experts, vocab_size=vocab_size, **where)
+    return create_gate(
+        "hash", hidden_size=6, num_experts=num_experts, vocab_size=vocab_size, **where
+    )
 
 
 def make_layer(seed=0):
     model = ModelConfig(num_layers=1, hidden_size=6, num_attention_heads=1, ffn_hidden_size=8)
-    return make_moe_layer(make(), model, MoEConfig(num_experts=4, gate="hash"), layer=0, seed=seed, groups=Groups())
+    return make_moe_layer(
+        make(),
+        model,
+        MoEConfig(num_experts=4, gate="hash"),
+        layer=0,
+        seed=seed,
+        groups=Groups(),
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 40), st.integers(1, 300), st.integers(1, 17), st.integers(0, 30))
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 40),
+    st.integers(1, 300),
+    st.integers(1, 17),
+    st.integers(0, 30),
+)
 def test_against_the_formula(seed, layer, vocab, experts, tokens):
     """expert = table[id], weight 1, one per token; ids are dealt out so that counts differ by at most 1."""
     gate = make(vocab, experts, seed=seed, layer=layer)
@@ -50,7 +65,10 @@ def test_the_table_depends_on_seed_and_layer_only():
 
 def test_the_hidden_state_does_not_matter_and_evaluation_equals_training():
     gate, ids = make(), torch.arange(20)
-    a, b = gate(GateInput(torch.randn(20, 6), ids)), gate.eval()(GateInput(1e4 * torch.randn(20, 6).bfloat16(), ids))
+    a, b = (
+        gate(GateInput(torch.randn(20, 6), ids)),
+        gate.eval()(GateInput(1e4 * torch.randn(20, 6).bfloat16(), ids)),
+    )
     assert torch.equal(a.expert_A, b.expert_A) and b.weight_A.dtype == torch.float32
 
 
@@ -60,7 +78,9 @@ def test_no_parameters_and_the_table_is_part_of_the_state():
     assert not torch.equal(a.table_V, b.table_V)
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.table_V, b.table_V)
-    assert a.post_step(torch.ones(4), torch.tensor(4.0)) is None and torch.equal(a.table_V, b.table_V)
+    assert a.post_step(torch.ones(4), torch.tensor(4.0)) is None and torch.equal(
+        a.table_V, b.table_V
+    )
 
 
 def test_experts_and_their_inputs_learn_without_a_router():
@@ -94,9 +114,13 @@ def test_on_meta_and_the_size_of_a_token():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="--gate is hash and vocab_size is None; allowed: .* pass vocab_size="):
+    with pytest.raises(
+        ValueError, match="--gate is hash and vocab_size is None; allowed: .* pass vocab_size="
+    ):
         create_gate("hash", hidden_size=6, num_experts=4)
-    with pytest.raises(ValueError, match="--gate is hash and the layer was given no token ids; .*token_ids_BS"):
+    with pytest.raises(
+        ValueError, match="--gate is hash and the layer was given no token ids; .*token_ids_BS"
+    ):
         make()(GateInput(torch.zeros(3, 6)))
     with pytest.raises(ValueError, match="no token ids"):
         make_layer()(torch.zeros(1, 3, 6))

@@ -45,44 +45,81 @@ def dumb(gate, leaves, sequences):
         for i in range(C):
             eta = 1 if i < E else c.tau
             f = sum(i in chosen[t] for t in mine) / len(mine)
-            balance = balance + eta * f * sum(probs[t][i] for t in mine) / len(mine) / len(sequences)
+            balance = balance + eta * f * sum(probs[t][i] for t in mine) / len(mine) / len(
+                sequences
+            )
     return weights, c.loss_coeff * balance + c.z_loss_coeff * sum(squares) / T, margin
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4), st.tuples(*[st.integers(0, 2)] * 3),
-       st.sampled_from([0.1, 0.75, 1.0, 1.5]), st.booleans(), st.booleans(), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.tuples(*[st.integers(0, 2)] * 3),
+    st.sampled_from([0.1, 0.75, 1.0, 1.5]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_against_the_formula(seed, k, experts, kinds, tau, later, carried, by_sequence):
     """Choices, weights, loss, and the gradients of input, carry, router and W_g. In particular f sums to k, the loss
     has no factor C, and weights are not renormalised."""
     zero, copy, constant = kinds[0], kinds[1], kinds[2] + 1
     C = experts + sum(kinds) + 1
-    gate = create_gate("moepp", hidden_size=4, num_experts=experts, layer=int(later), seed=seed, init_std=0.6,
-                  topk=min(k, C), num_zero_experts=zero, num_copy_experts=copy, num_constant_experts=constant, tau=tau,
-                  loss_coeff=0.7, z_loss_coeff=0.1, balance_scope="sequence" if by_sequence else "micro-batch")
+    gate = create_gate(
+        "moepp",
+        hidden_size=4,
+        num_experts=experts,
+        layer=int(later),
+        seed=seed,
+        init_std=0.6,
+        topk=min(k, C),
+        num_zero_experts=zero,
+        num_copy_experts=copy,
+        num_constant_experts=constant,
+        tau=tau,
+        loss_coeff=0.7,
+        z_loss_coeff=0.1,
+        balance_scope="sequence" if by_sequence else "micro-batch",
+    )
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 4, generator=g).requires_grad_()
     carry = torch.randn(5, C, generator=g).requires_grad_() if carried else None
-    ours = {"x": x, "carry": carry, "router": gate.router.weight,
-            "residual": gate.residual.weight if later else None}
+    ours = {
+        "x": x,
+        "carry": carry,
+        "router": gate.router.weight,
+        "residual": gate.residual.weight if later else None,
+    }
     ours = {n: t for n, t in ours.items() if t is not None}
     theirs = {n: t.detach().double().requires_grad_() for n, t in ours.items()}
-    weights, aux, margin = dumb(gate, theirs, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)])
+    weights, aux, margin = dumb(
+        gate, theirs, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)]
+    )
     if margin < 1e-5:
         return
-    out = gate(GateInput(x, sequence_T=torch.tensor([0, 0, 0, 1, 1]), carry=carry, num_sequences=2))
+    out = gate(
+        GateInput(x, sequence_T=torch.tensor([0, 0, 0, 1, 1]), carry=carry, num_sequences=2)
+    )
     pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist()))
     assert sorted(pairs) == sorted(weights)
     expected_A = torch.stack([weights[pair] for pair in pairs])
     torch.testing.assert_close(out.weight_A.double(), expected_A, rtol=1e-4, atol=1e-6)
     assert out.aux_loss.item() == pytest.approx(aux.item(), rel=1e-4)
     pull_A = torch.randn(len(pairs), generator=g)
-    got = torch.autograd.grad((out.weight_A * pull_A).sum() + out.aux_loss, list(ours.values()), allow_unused=True)
-    want = torch.autograd.grad((expected_A * pull_A).sum() + aux, list(theirs.values()), allow_unused=True)
+    got = torch.autograd.grad(
+        (out.weight_A * pull_A).sum() + out.aux_loss, list(ours.values()), allow_unused=True
+    )
+    want = torch.autograd.grad(
+        (expected_A * pull_A).sum() + aux, list(theirs.values()), allow_unused=True
+    )
     for name, a, b in zip(ours, got, want, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
-            torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                a.double(), b, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,14 +134,18 @@ def test_a_constant_expert_against_its_formula(dtype):
         a, b = (torch.exp(W[i] @ row) for i in (0, 1))
         rows.append(a / (a + b) * row + b / (a + b) * v)
     y, expected = path(x), torch.stack(rows)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    )
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected, **tolerance)
     grad = torch.randn(5, 6)
     got = torch.autograd.grad((y.float() * grad).sum(), (x, path.mix.weight, path.vector))
     want = torch.autograd.grad((expected * grad).sum(), (x64, W, v))
     for a, b in zip(got, want):
-        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=5e-2 if dtype != torch.float32 else 1e-5)
+        torch.testing.assert_close(
+            a.double(), b, rtol=2e-2, atol=5e-2 if dtype != torch.float32 else 1e-5
+        )
 
 
 def steer(layer, choice, strength=9.0):
@@ -130,22 +171,30 @@ def test_the_special_experts_really_run():
 
 def test_order_of_the_paths_and_their_number():
     """Constant, copy, zero; the number of constant experts of the paper's table 2 and equation 10."""
-    layer = make_layer("moepp", options={"num_zero_experts": 2, "num_copy_experts": 1, "num_constant_experts": 3})
+    layer = make_layer(
+        "moepp",
+        options={"num_zero_experts": 2, "num_copy_experts": 1, "num_constant_experts": 3},
+    )
     kinds = [type(path).__name__ for path in layer.gate.local_paths]
     assert kinds == ["Constant"] * 3 + ["Identity"] + ["Zero"] * 2
     for experts, constants in ((1, 1), (8, 1), (16, 2), (32, 6)):
         gate = create_gate("moepp", hidden_size=4, num_experts=experts)
-        assert len(gate.local_paths) - 2 == constants and len(gate.router.weight) == experts + constants + 2
+        assert (
+            len(gate.local_paths) - 2 == constants
+            and len(gate.router.weight) == experts + constants + 2
+        )
 
 
 def count_rows(layer):
     """Rows that reach the MLP experts and each local path, and a layer that tells."""
     seen = {"experts": 0, "paths": [0] * len(layer.gate.local_paths)}
     layer.experts.register_forward_pre_hook(
-        lambda m, args: seen.update(experts=seen["experts"] + sum(args[2].counts())))
+        lambda m, args: seen.update(experts=seen["experts"] + sum(args[2].counts()))
+    )
     for i, path in enumerate(layer.gate.local_paths):
         path.register_forward_pre_hook(
-            lambda m, args, i=i: seen["paths"].__setitem__(i, seen["paths"][i] + len(args[0])))
+            lambda m, args, i=i: seen["paths"].__setitem__(i, seen["paths"][i] + len(args[0]))
+        )
     return seen
 
 
@@ -161,8 +210,14 @@ def test_work_is_really_saved():
     assert seen["paths"] == [(expert_A == E).sum(), (expert_A == E + 1).sum(), 0, 0]
     assert (expert_A >= E + 2).sum() > 0, "zero experts were chosen"
     got = MoEMetrics(nn.ModuleList([layer]), Groups()).read()
-    share = {name: ((expert_A >= a) & (expert_A < b)).sum().item() / 80
-             for name, a, b in (("constant", E, E + 1), ("copy", E + 1, E + 2), ("zero", E + 2, E + 4))}
+    share = {
+        name: ((expert_A >= a) & (expert_A < b)).sum().item() / 80
+        for name, a, b in (
+            ("constant", E, E + 1),
+            ("copy", E + 1, E + 2),
+            ("zero", E + 2, E + 4),
+        )
+    }
     assert got["local_fraction"] == pytest.approx(1 - seen["experts"] / 80)
     assert {n: got[f"{n}_fraction"] for n in share} == pytest.approx(share)
 
@@ -218,8 +273,17 @@ def test_a_rank_without_rows_for_a_path_still_has_a_gradient_for_it():
 @pytest.mark.parametrize("tau", [0.25, 1.0])
 def test_tau_shifts_load(tau):
     """Trained on the balance loss alone, zero-computation experts get about 1 / tau times the tokens of the others."""
-    gate = create_gate("moepp", hidden_size=16, num_experts=4, seed=1, init_std=0.02, topk=2, num_constant_experts=2,
-                  tau=tau, loss_coeff=1.0)
+    gate = create_gate(
+        "moepp",
+        hidden_size=16,
+        num_experts=4,
+        seed=1,
+        init_std=0.02,
+        topk=2,
+        num_constant_experts=2,
+        tau=tau,
+        loss_coeff=1.0,
+    )
     x = torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 3  # what a bias would be
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.2)
@@ -236,15 +300,21 @@ def test_tau_shifts_load(tau):
 
 def test_capacities_by_hand():
     """gamma tau k T / (tau E + N) for MLPs, without tau for the others, within [minimum, T]."""
-    gate = create_gate("moepp", hidden_size=4, num_experts=8, topk=2, tau=0.5, num_constant_experts=2)
-    assert gate.capacities(100, 1.1, 4) == [14] * 8 + [28] * 4  # 1.1 * 200 / 8 = 27.5, half of it 13.75
+    gate = create_gate(
+        "moepp", hidden_size=4, num_experts=8, topk=2, tau=0.5, num_constant_experts=2
+    )
+    assert (
+        gate.capacities(100, 1.1, 4) == [14] * 8 + [28] * 4
+    )  # 1.1 * 200 / 8 = 27.5, half of it 13.75
     assert gate.capacities(100, 1.1, 20) == [20] * 8 + [28] * 4
     assert gate.capacities(10, 9.0, 4) == [10] * 12
     assert gate.capacities(0, 1.1, 4) == [0] * 12
 
 
 def test_capacity_holds_for_local_paths_too():
-    layer = make_layer("moepp", options={"topk": 1}, moe_train_capacity_factor=1.0, moe_min_capacity=1)
+    layer = make_layer(
+        "moepp", options={"topk": 1}, moe_train_capacity_factor=1.0, moe_min_capacity=1
+    )
     x, _ = make_input(30)
     x[..., 0] = 1
     limit = math.ceil(30 / (0.75 * E + 3))
@@ -252,14 +322,20 @@ def test_capacity_holds_for_local_paths_too():
         steer(layer, choice)
         layer.counters[True].clear()
         layer(x)
-        assert layer.counters[True]["wanted_C"][choice] == 30 and layer.counters[True]["kept_C"][choice] == limit
+        assert (
+            layer.counters[True]["wanted_C"][choice] == 30
+            and layer.counters[True]["kept_C"][choice] == limit
+        )
     steer(layer, E + 1)
     routing = layer.gate(GateInput(x[0]))
     torch.testing.assert_close(layer(x).y[0], dumb_layer(layer, x[0], routing, range(limit)))
 
 
 def test_the_carry_is_the_logits_and_its_gradient_reaches_the_earlier_router():
-    first, second = (create_gate("moepp", hidden_size=6, num_experts=4, layer=i, init_std=0.5) for i in (0, 1))
+    first, second = (
+        create_gate("moepp", hidden_size=6, num_experts=4, layer=i, init_std=0.5)
+        for i in (0, 1)
+    )
     x, later = torch.randn(7, 6), torch.randn(7, 6)
     out = first(GateInput(x.bfloat16()))
     assert out.carry.dtype == torch.float32 and not hasattr(first.residual, "weight")
@@ -268,35 +344,64 @@ def test_the_carry_is_the_logits_and_its_gradient_reaches_the_earlier_router():
     expected = later @ second.router.weight.t() + out.carry @ second.residual.weight.t()
     torch.testing.assert_close(next_out.carry, expected)
     next_out.weight_A.sum().backward()
-    assert first.router.weight.grad.abs().sum() > 0 and second.residual.weight.grad.abs().sum() > 0
+    assert (
+        first.router.weight.grad.abs().sum() > 0 and second.residual.weight.grad.abs().sum() > 0
+    )
     alone = second(GateInput(later))
     torch.testing.assert_close(alone.carry, later @ second.router.weight.t())
 
 
 def run_model(recompute, cut=False):
     """Gradients of a model of two mixtures and a dense block between them, and what its gates saw and answered."""
-    config = ModelConfig(num_layers=3, hidden_size=8, num_attention_heads=2, seq_length=6, ffn_hidden_size=12,
-                         init_method_std=0.4)
+    config = ModelConfig(
+        num_layers=3,
+        hidden_size=8,
+        num_attention_heads=2,
+        seq_length=6,
+        ffn_hidden_size=12,
+        init_method_std=0.4,
+    )
     moe = MoEConfig(num_experts=4, gate="moepp", moe_layers=(0, 2), moe_ffn_hidden_size=8)
-    model = build_model(config, moe, {"loss_coeff": 0.5}, vocab_size=20, seed=1, groups=Groups(), recompute=recompute)
+    model = build_model(
+        config,
+        moe,
+        {"loss_coeff": 0.5},
+        vocab_size=20,
+        seed=1,
+        groups=Groups(),
+        recompute=recompute,
+    )
     tokens = torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(0))
     gates, seen = [model.layers[i].mlp.gate for i in (0, 2)], []
     for gate in gates:
         gate.register_forward_hook(lambda gate, args, out: seen.append((args[0], out)))
     if cut:
         gates[1].register_forward_pre_hook(
-            lambda gate, args: GateInput(args[0].x_TD, carry=args[0].carry.detach(), num_sequences=2))
+            lambda gate, args: GateInput(
+                args[0].x_TD, carry=args[0].carry.detach(), num_sequences=2
+            )
+        )
     model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
-    return model, seen[:2], {
-        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return (
+        model,
+        seen[:2],
+        {
+            n: torch.zeros_like(p) if p.grad is None else p.grad
+            for n, p in model.named_parameters()
+        },
+    )
 
 
 def test_the_carry_passes_through_a_model_with_and_without_recompute():
     """Past a dense block, to the second mixture's W_g; the gradient runs back through it, recomputed or not."""
     model, ((first, a), (second, b)), grads = run_model(False)
-    assert first.carry is None and torch.equal(second.carry, a.carry) and a.carry.shape == (12, 7)
+    assert (
+        first.carry is None and torch.equal(second.carry, a.carry) and a.carry.shape == (12, 7)
+    )
     gate = model.layers[2].mlp.gate
-    torch.testing.assert_close(b.carry, second.x_TD @ gate.router.weight.t() + a.carry @ gate.residual.weight.t())
+    torch.testing.assert_close(
+        b.carry, second.x_TD @ gate.router.weight.t() + a.carry @ gate.residual.weight.t()
+    )
     recomputed = run_model(True)[2]
     for n, grad in grads.items():
         torch.testing.assert_close(recomputed[n], grad, msg=lambda m, n=n: f"{n}: {m}")
@@ -306,21 +411,34 @@ def test_the_carry_passes_through_a_model_with_and_without_recompute():
 
 
 def test_balance_of_the_global_batch_is_handed_on():
-    gate = create_gate("moepp", hidden_size=4, num_experts=4, tau=0.5, loss_coeff=0.3, balance_scope="global-batch")
+    gate = create_gate(
+        "moepp",
+        hidden_size=4,
+        num_experts=4,
+        tau=0.5,
+        loss_coeff=0.3,
+        balance_scope="global-batch",
+    )
     same = create_gate("moepp", hidden_size=4, num_experts=4, tau=0.5, loss_coeff=0.3)
     x = torch.randn(9, 4)
     out, expected = gate(GateInput(x)), same(GateInput(x))
     (term,) = out.balance
-    assert out.aux_loss.item() == 0 and term.loss().item() == pytest.approx(expected.aux_loss.item())
+    assert out.aux_loss.item() == 0 and term.loss().item() == pytest.approx(
+        expected.aux_loss.item()
+    )
     assert term.count_NG.sum() == 18 and term.total_N.tolist() == [9] and not expected.balance
 
 
 def test_parameters_depend_on_seed_and_layer_and_have_the_scales_of_the_released_code():
-    gate, again, other = (create_gate("moepp", hidden_size=64, num_experts=16, layer=layer, init_std=0.02)
-                          for layer in (1, 1, 2))
+    gate, again, other = (
+        create_gate("moepp", hidden_size=64, num_experts=16, layer=layer, init_std=0.02)
+        for layer in (1, 1, 2)
+    )
     for (n, p), q, r in zip(gate.named_parameters(), again.parameters(), other.parameters()):
         assert torch.equal(p, q) and not torch.equal(p, r), n
-        assert p.std().item() == pytest.approx(1.0 if n.endswith("vector") else 0.02, rel=0.4), n
+        assert p.std().item() == pytest.approx(
+            1.0 if n.endswith("vector") else 0.02, rel=0.4
+        ), n
     vectors = [path.vector for path in gate.local_paths[:2]]
     assert not torch.equal(*vectors)
 
@@ -339,19 +457,25 @@ def test_a_token_may_take_every_choice():
     layer = make_layer("moepp", num_experts=2, options={"topk": 5})
     x, ids = make_input(4)
     layer(x, FFNContext(ids))
-    assert gate(GateInput(torch.randn(3, 4))).expert_A.view(3, 5).sort().values.tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert (
+        gate(GateInput(torch.randn(3, 4))).expert_A.view(3, 5).sort().values.tolist()
+        == [[0, 1, 2, 3, 4]] * 3
+    )
     assert layer.counters[True]["kept_histogram"].tolist() == [0, 0, 0, 0, 0, 4]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"topk": 0}, "--topk is 0; allowed: 1 or more"),
-    ({"topk": 8}, "--topk is 8; allowed: 1 to the number of choices, which is 7"),
-    ({"num_zero_experts": -1}, "--num-zero-experts is -1; allowed: 0 or more"),
-    ({"num_copy_experts": -1}, "--num-copy-experts is -1"),
-    ({"num_constant_experts": -1}, "--num-constant-experts is -1"),
-    ({"tau": 0.0}, "--tau is 0.0; allowed: above 0"),
-    ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"topk": 0}, "--topk is 0; allowed: 1 or more"),
+        ({"topk": 8}, "--topk is 8; allowed: 1 to the number of choices, which is 7"),
+        ({"num_zero_experts": -1}, "--num-zero-experts is -1; allowed: 0 or more"),
+        ({"num_copy_experts": -1}, "--num-copy-experts is -1"),
+        ({"num_constant_experts": -1}, "--num-constant-experts is -1"),
+        ({"tau": 0.0}, "--tau is 0.0; allowed: above 0"),
+        ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("moepp", hidden_size=4, num_experts=4, **options)

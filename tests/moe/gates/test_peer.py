@@ -26,7 +26,14 @@ NORMS = ["batch", "layer", "none"]
 
 def make(num_experts=12, hidden_size=D, init_std=0.5, seed=0, **options):
     options = {"peer_num_heads": 2, "peer_topk": 3, "peer_query_size": 12, **options}
-    return create_gate("peer", hidden_size=hidden_size, num_experts=num_experts, init_std=init_std, seed=seed, **options)
+    return create_gate(
+        "peer",
+        hidden_size=hidden_size,
+        num_experts=num_experts,
+        init_std=init_std,
+        seed=seed,
+        **options,
+    )
 
 
 def tokens(number, seed=0, hidden_size=D):
@@ -43,7 +50,9 @@ def totals(gate, *batches):
 
 def brute_force(scores, k):
     """Every combination of one score per dimension, written out."""
-    every = [sum(combination) for combination in itertools.product(*(s.tolist() for s in scores))]
+    every = [
+        sum(combination) for combination in itertools.product(*(s.tolist() for s in scores))
+    ]
     order = sorted(range(len(every)), key=lambda i: -every[i])[:k]
     return [every[i] for i in order], order
 
@@ -52,7 +61,11 @@ def brute_force(scores, k):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 40), st.integers(0, 10**6))
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.integers(0, 10**6),
+)
 def test_retrieval_equals_brute_force(sizes, k, seed):
     g = torch.Generator().manual_seed(seed)
     scores = [torch.randn(2, 1, size, generator=g, dtype=torch.float64) for size in sizes]
@@ -66,8 +79,11 @@ def test_retrieval_equals_brute_force(sizes, k, seed):
 
 def test_keeping_the_nth_root_of_k_per_dimension_would_miss_experts():
     """The four best all lie in column 0: with ceil(sqrt(4)) rows kept, two of them are lost."""
-    rows, columns = torch.tensor([4.0, 3.9, 3.8, 3.7, 0.0]), torch.tensor([5.0, 0.0, -1.0, -2.0, -3.0])
-    kept = [scores.topk(math.ceil(4 ** 0.5)).indices.tolist() for scores in (rows, columns)]
+    rows, columns = (
+        torch.tensor([4.0, 3.9, 3.8, 3.7, 0.0]),
+        torch.tensor([5.0, 0.0, -1.0, -2.0, -3.0]),
+    )
+    kept = [scores.topk(math.ceil(4**0.5)).indices.tolist() for scores in (rows, columns)]
     naive = {i * 5 + j for i in kept[0] for j in kept[1]}
     index = retrieve([rows, columns], 4)[1].tolist()
     assert index == brute_force([rows, columns], 4)[1] == [0, 5, 10, 15]
@@ -78,8 +94,15 @@ def test_keeping_the_nth_root_of_k_per_dimension_would_miss_experts():
 def test_every_expert_is_the_first_choice_of_some_token(dims):
     """Keys and query projection are identities; expert (j_1, .., j_n) is sought by one-hot vectors for each j_i."""
     part, experts = max(dims), math.prod(dims)
-    gate = make(experts, hidden_size=part * len(dims), peer_product_key_dim=dims, peer_num_heads=1, peer_topk=1,
-                peer_query_size=part * len(dims), peer_query_norm="none")
+    gate = make(
+        experts,
+        hidden_size=part * len(dims),
+        peer_product_key_dim=dims,
+        peer_num_heads=1,
+        peer_topk=1,
+        peer_query_size=part * len(dims),
+        peer_query_norm="none",
+    )
     for linear in (gate.query, *gate.keys):
         torch.nn.init.eye_(linear.weight)
     places = list(itertools.product(*map(range, dims)))
@@ -87,11 +110,22 @@ def test_every_expert_is_the_first_choice_of_some_token(dims):
     assert gate(GateInput(x)).expert_A.tolist() == list(range(experts))
 
 
-@pytest.mark.parametrize("experts, dims", [(1024**2, (1024, 1024)), (12, (3, 4)), (7, (1, 7)), (1, (1, 1)), (2, (1, 2)),
-                                           (48, (6, 8))])
+@pytest.mark.parametrize(
+    "experts, dims",
+    [
+        (1024**2, (1024, 1024)),
+        (12, (3, 4)),
+        (7, (1, 7)),
+        (1, (1, 1)),
+        (2, (1, 2)),
+        (48, (6, 8)),
+    ],
+)
 def test_two_dimensions_as_square_as_can_be(experts, dims):
     assert gate_class("peer").Config().dims(experts) == dims
-    assert gate_class("peer").Config(peer_product_key_dim=dims[::-1]).dims(experts) == dims[::-1]
+    assert (
+        gate_class("peer").Config(peer_product_key_dim=dims[::-1]).dims(experts) == dims[::-1]
+    )
 
 
 # The gate
@@ -108,7 +142,7 @@ def dumb(gate, x, p):
         query = p["query.weight"] @ row
         heads = []
         for h in range(c.peer_num_heads):
-            q = query[h * c.peer_query_size:(h + 1) * c.peer_query_size]
+            q = query[h * c.peer_query_size : (h + 1) * c.peer_query_size]
             if c.peer_query_norm == "batch":
                 mean, variance = gate.query_mean[h].double(), gate.query_variance[h].double()
                 q = (q - mean) / variance.clamp_min(1e-5).sqrt()
@@ -120,12 +154,19 @@ def dumb(gate, x, p):
                 for size in reversed(dims):
                     rest, j = divmod(rest, size)
                     place.insert(0, j)
-                score[e] = sum(p[f"keys.{i}.weight"][j] @ q[i * part:(i + 1) * part] for i, j in enumerate(place))
+                score[e] = sum(
+                    p[f"keys.{i}.weight"][j] @ q[i * part : (i + 1) * part]
+                    for i, j in enumerate(place)
+                )
             best = sorted(score, key=lambda e: -score[e].item())
-            chosen, others = best[:c.peer_topk], best[c.peer_topk:]
+            chosen, others = best[: c.peer_topk], best[c.peer_topk :]
             clear = not others or score[chosen[-1]] - score[others[0]] > 1e-4
-            raw = [torch.exp(score[e] - score[best[0]].detach()) if c.score_function == "softmax"
-                   else 1 / (1 + torch.exp(-score[e])) for e in chosen]
+            raw = [
+                torch.exp(score[e] - score[best[0]].detach())
+                if c.score_function == "softmax"
+                else 1 / (1 + torch.exp(-score[e]))
+                for e in chosen
+            ]
             total = sum(raw) if c.score_function == "softmax" else 1.0
             heads.append(({e: r / total for e, r in zip(chosen, raw)}, clear))
         answer.append(heads)
@@ -133,13 +174,26 @@ def dumb(gate, x, p):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([(4, 3), (2, 3, 2), (12,), (1, 12)]), st.integers(1, 14),
-       st.sampled_from(["softmax", "sigmoid"]), st.sampled_from(NORMS), st.integers(1, 3), st.integers(0, 2))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([(4, 3), (2, 3, 2), (12,), (1, 12)]),
+    st.integers(1, 14),
+    st.sampled_from(["softmax", "sigmoid"]),
+    st.sampled_from(NORMS),
+    st.integers(1, 3),
+    st.integers(0, 2),
+)
 def test_against_the_formula(seed, dims, k, score, norm, heads, steps):
     """Experts, weights, and the gradients of x, of the query projection and of every table of keys. The mistake to
     catch: keys that are read without gradient and never learn."""
-    gate = make(seed=seed, peer_product_key_dim=dims, peer_topk=k, score_function=score, peer_query_norm=norm,
-                peer_num_heads=heads)
+    gate = make(
+        seed=seed,
+        peer_product_key_dim=dims,
+        peer_topk=k,
+        score_function=score,
+        peer_query_norm=norm,
+        peer_num_heads=heads,
+    )
     for step in range(steps):
         gate.after_step(totals(gate, tokens(5, seed + step) + 1))
     x = tokens(4, seed).requires_grad_()
@@ -150,31 +204,53 @@ def test_against_the_formula(seed, dims, k, score, norm, heads, steps):
     answer = dumb(gate, x64, dict(zip(params, rest)))
     assert out.token_A.tolist() == [t for t in range(4) for _ in range(heads * k)]
     assert out.aux_loss == 0
-    experts, weights = out.expert_A.view(4, heads, k).tolist(), out.weight_A.view(4, heads, k).tolist()
+    experts, weights = (
+        out.expert_A.view(4, heads, k).tolist(),
+        out.weight_A.view(4, heads, k).tolist(),
+    )
     ours, theirs = 0.0, 0.0
     for t, per_head in enumerate(answer):
         for h, (expected, clear) in enumerate(per_head):
-            if clear:  # rounding to fp32 may exchange experts whose scores are equal but for rounding
+            if (
+                clear
+            ):  # rounding to fp32 may exchange experts whose scores are equal but for rounding
                 got = dict(zip(experts[t][h], weights[t][h]))
-                assert got == pytest.approx({e: w.item() for e, w in expected.items()}, rel=1e-3)
+                assert got == pytest.approx(
+                    {e: w.item() for e, w in expected.items()}, rel=1e-3
+                )
                 mix = {e: math.sin(1 + 3 * t + 5 * h + 7 * e) for e in expected}
-                ours = ours + sum(mix[e] * out.weight_A.view(4, heads, k)[t, h, i] for i, e in enumerate(experts[t][h]))
+                ours = ours + sum(
+                    mix[e] * out.weight_A.view(4, heads, k)[t, h, i]
+                    for i, e in enumerate(experts[t][h])
+                )
                 theirs = theirs + sum(mix[e] * w for e, w in expected.items())
     if any(clear for per_head in answer for _, clear in per_head):
-        got, want = torch.autograd.grad(ours, (x, *params.values())), torch.autograd.grad(theirs, (x64, *rest))
+        got, want = (
+            torch.autograd.grad(ours, (x, *params.values())),
+            torch.autograd.grad(theirs, (x64, *rest)),
+        )
         for name, a, b in zip(("x", *params), got, want, strict=True):
-            torch.testing.assert_close(a, b.float(), atol=1e-4, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                a, b.float(), atol=1e-4, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dims", [(4, 3), (2, 3, 2), (2, 2, 2, 2)])
 def test_query_and_every_table_of_keys_get_a_gradient(dims, score, norm):
-    gate = make(math.prod(dims), peer_product_key_dim=dims, score_function=score, peer_query_norm=norm)
+    gate = make(
+        math.prod(dims), peer_product_key_dim=dims, score_function=score, peer_query_norm=norm
+    )
     out = gate(GateInput(tokens(20)))
-    (out.weight_A * torch.randn(out.weight_A.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    (
+        out.weight_A
+        * torch.randn(out.weight_A.shape, generator=torch.Generator().manual_seed(0))
+    ).sum().backward()
     for name, p in gate.named_parameters():
-        assert p.grad is not None and (p.grad.abs().sum(-1) > 0).all(), f"a row of {name} got no gradient"
+        assert p.grad is not None and (p.grad.abs().sum(-1) > 0).all(), (
+            f"a row of {name} got no gradient"
+        )
 
 
 def test_initial_scales():
@@ -183,19 +259,26 @@ def test_initial_scales():
     assert gate.query.weight.std().item() == pytest.approx(0.02, rel=0.02)
     for table in gate.keys:
         assert table.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
-        assert (torch.randn(500, 64) @ table.weight.t()).std().item() == pytest.approx(1, rel=0.1)
+        assert (torch.randn(500, 64) @ table.weight.t()).std().item() == pytest.approx(
+            1, rel=0.1
+        )
 
 
 def test_heads_share_the_keys():
     gate = make(peer_num_heads=3, peer_query_norm="none")
     assert {n: tuple(p.shape) for n, p in gate.named_parameters()} == {
-        "query.weight": (36, D), "keys.0.weight": (3, 6), "keys.1.weight": (4, 6)}
+        "query.weight": (36, D),
+        "keys.0.weight": (3, 6),
+        "keys.1.weight": (4, 6),
+    }
     with torch.no_grad():  # equal queries find equal experts
         gate.query.weight.copy_(gate.query.weight[:12].repeat(3, 1))
     out = gate(GateInput(tokens(5)))
     experts = out.expert_A.view(5, 3, 3)
     assert (experts == experts[:, :1]).all()
-    torch.testing.assert_close(out.weight_A.view(5, 3, 3), out.weight_A.view(5, 3, 3)[:, :1].expand(5, 3, 3))
+    torch.testing.assert_close(
+        out.weight_A.view(5, 3, 3), out.weight_A.view(5, 3, 3)[:, :1].expand(5, 3, 3)
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -208,10 +291,20 @@ def test_a_token_does_not_depend_on_the_others(norm):
     torch.testing.assert_close(whole.weight_A.view(5, -1)[2], alone.weight_A)
 
 
-@pytest.mark.parametrize("number, experts, options", [
-    (1, 12, {}), (0, 12, {}), (5, 1, {}), (5, 7, {}), (5, 12, {"peer_topk": 100}), (0, 1, {"peer_topk": 100}),
-    (5, 12, {"peer_query_norm": "layer"}), (0, 12, {"peer_query_norm": "layer"}), (0, 7, {"peer_query_norm": "none"}),
-])
+@pytest.mark.parametrize(
+    "number, experts, options",
+    [
+        (1, 12, {}),
+        (0, 12, {}),
+        (5, 1, {}),
+        (5, 7, {}),
+        (5, 12, {"peer_topk": 100}),
+        (0, 1, {"peer_topk": 100}),
+        (5, 12, {"peer_query_norm": "layer"}),
+        (0, 12, {"peer_query_norm": "layer"}),
+        (0, 7, {"peer_query_norm": "none"}),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_tokens_few_experts_and_bf16(number, experts, options, dtype):
     gate = make(experts, **options)
@@ -230,7 +323,9 @@ def test_bf16_input_is_scored_in_fp32_also_under_autocast():
     exact = gate(GateInput(x.float()))
     with torch.autocast("cpu", torch.bfloat16):
         out = gate(GateInput(x))
-    assert torch.equal(out.expert_A, exact.expert_A) and torch.equal(out.weight_A, exact.weight_A)
+    assert torch.equal(out.expert_A, exact.expert_A) and torch.equal(
+        out.weight_A, exact.weight_A
+    )
 
 
 def test_experts_per_token():
@@ -243,9 +338,25 @@ def test_experts_per_token():
 @pytest.mark.parametrize("score, width", [("softmax", 1), ("sigmoid", 3)])
 def test_the_layer_starts_with_the_variance_of_a_dense_one(score, width):
     hidden, std = 64, 0.02
-    gate = make(32**2, hidden_size=hidden, init_std=std, score_function=score, peer_expert_hidden_size=width,
-                peer_num_heads=4, peer_topk=8, peer_query_size=32)
-    neurons = NeuronExperts(32**2, 32**2, hidden, width, "gelu", init_std=std, output_std=std * gate.output_gain(width))
+    gate = make(
+        32**2,
+        hidden_size=hidden,
+        init_std=std,
+        score_function=score,
+        peer_expert_hidden_size=width,
+        peer_num_heads=4,
+        peer_topk=8,
+        peer_query_size=32,
+    )
+    neurons = NeuronExperts(
+        32**2,
+        32**2,
+        hidden,
+        width,
+        "gelu",
+        init_std=std,
+        output_std=std * gate.output_gain(width),
+    )
     x = tokens(200, hidden_size=hidden)
     out = gate(GateInput(x))
     ours = neurons(x, out.token_A, out.expert_A, out.weight_A).std()
@@ -267,7 +378,9 @@ def test_statistics_are_those_of_all_tokens_of_the_step():
     torch.testing.assert_close(gate.query_variance, raw.var(0, unbiased=False))
     normal = gate.normalise(raw)
     torch.testing.assert_close(normal.mean(0), torch.zeros(2, 12), atol=1e-5, rtol=0)
-    torch.testing.assert_close(normal.var(0, unbiased=False), torch.ones(2, 12), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        normal.var(0, unbiased=False), torch.ones(2, 12), atol=1e-4, rtol=0
+    )
 
 
 def test_later_steps_are_weighted_by_their_age():
@@ -279,9 +392,13 @@ def test_later_steps_are_weighted_by_their_age():
         squares.append(raw.square().mean(0))
         gate.after_step(totals(gate, x))
         ages = [0.9**age for age in range(step, -1, -1)]
-        mean, square = (sum(a * v for a, v in zip(ages, values)) / sum(ages) for values in (means, squares))
+        mean, square = (
+            sum(a * v for a, v in zip(ages, values)) / sum(ages) for values in (means, squares)
+        )
         torch.testing.assert_close(gate.query_mean, mean)
-        torch.testing.assert_close(gate.query_variance, square - mean**2)  # within steps and between them
+        torch.testing.assert_close(
+            gate.query_variance, square - mean**2
+        )  # within steps and between them
     assert gate.stat_weight.item() == pytest.approx(1 - 0.9**4, rel=1e-5)
 
 
@@ -315,8 +432,14 @@ def test_a_step_of_two_micro_batches_in_the_layer():
     """Through the layer's counters: one update per optimizer step, with all its tokens; metrics by layer."""
     gate = make()
     model = ModelConfig(num_layers=1, hidden_size=D, num_attention_heads=1)
-    layer = make_moe_layer(gate, model, MoEConfig(num_experts=12, gate="peer", moe_ffn_hidden_size=1), layer=0, seed=0,
-                           groups=Groups())
+    layer = make_moe_layer(
+        gate,
+        model,
+        MoEConfig(num_experts=12, gate="peer", moe_ffn_hidden_size=1),
+        layer=0,
+        seed=0,
+        groups=Groups(),
+    )
     metrics = MoEMetrics(layer, Groups())
     x, y = tokens(4, 1)[None], tokens(6, 2)[None]
     expected = make()
@@ -366,61 +489,141 @@ def test_weights_of_experts_are_added_up_for_usage(training):
     for e, w in zip(out.expert_A.tolist(), out.weight_A.tolist()):
         by_hand[e] += abs(w)
     assert out.sums["expert_weight"].tolist() == pytest.approx(by_hand, rel=1e-5)
-    assert not any(t.requires_grad for t in out.sums.values()) and out.sums["expert_weight"].dtype == torch.float32
+    assert (
+        not any(t.requires_grad for t in out.sums.values())
+        and out.sums["expert_weight"].dtype == torch.float32
+    )
     share, unevenness = usage(torch.tensor(by_hand))
     assert gate.summarise({name: t.double() for name, t in out.sums.items()}) == {
-        "expert_usage": share, "expert_unevenness_nats": pytest.approx(unevenness, abs=1e-6)}
+        "expert_usage": share,
+        "expert_unevenness_nats": pytest.approx(unevenness, abs=1e-6),
+    }
 
 
 # Refusals, and what the flags say of the mixture
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"peer_num_heads": 0}, "--peer-num-heads is 0; allowed: 1 or more"),
-    ({"peer_topk": 0}, "--peer-topk is 0; allowed: 1 or more"),
-    ({"peer_expert_hidden_size": -1}, "--peer-expert-hidden-size is -1; allowed: 0 or more"),
-    ({"peer_query_size": 0}, "--peer-query-size is 0; allowed: 1 or more"),
-    ({"peer_query_size": 7}, "--peer-query-size is 7; allowed: a multiple of the 2 dimensions"),
-    ({"peer_query_size": 8, "peer_product_key_dim": (2, 2, 3)}, "--peer-query-size is 8; .* of the 3 dimensions"),
-    ({"peer_product_key_dim": (-3, -4)}, r"--peer-product-key-dim is \(-3, -4\); allowed: positive integers"),
-    ({"peer_product_key_dim": (3, 5)}, r"--peer-product-key-dim is \(3, 5\); allowed: product 12, the number of exp"),
-    ({"peer_num_experts": 13}, "--peer-num-experts is 13; allowed: 0 or 12, the number of experts"),
-    ({"peer_query_norm": "group"}, "--peer-query-norm is 'group'; allowed: batch layer none"),
-    ({"score_function": "tanh"}, "--score-function is 'tanh'; allowed: softmax sigmoid"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"peer_num_heads": 0}, "--peer-num-heads is 0; allowed: 1 or more"),
+        ({"peer_topk": 0}, "--peer-topk is 0; allowed: 1 or more"),
+        (
+            {"peer_expert_hidden_size": -1},
+            "--peer-expert-hidden-size is -1; allowed: 0 or more",
+        ),
+        ({"peer_query_size": 0}, "--peer-query-size is 0; allowed: 1 or more"),
+        (
+            {"peer_query_size": 7},
+            "--peer-query-size is 7; allowed: a multiple of the 2 dimensions",
+        ),
+        (
+            {"peer_query_size": 8, "peer_product_key_dim": (2, 2, 3)},
+            "--peer-query-size is 8; .* of the 3 dimensions",
+        ),
+        (
+            {"peer_product_key_dim": (-3, -4)},
+            r"--peer-product-key-dim is \(-3, -4\); allowed: positive integers",
+        ),
+        (
+            {"peer_product_key_dim": (3, 5)},
+            r"--peer-product-key-dim is \(3, 5\); allowed: product 12, the number of exp",
+        ),
+        (
+            {"peer_num_experts": 13},
+            "--peer-num-experts is 13; allowed: 0 or 12, the number of experts",
+        ),
+        (
+            {"peer_query_norm": "group"},
+            "--peer-query-norm is 'group'; allowed: batch layer none",
+        ),
+        ({"score_function": "tanh"}, "--score-function is 'tanh'; allowed: softmax sigmoid"),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
 
 
-@pytest.mark.parametrize("options, moe, expected", [
-    ({"peer_num_experts": 16}, {}, {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (2,)}),
-    ({"peer_layers": (0, 4)}, {"num_experts": 16}, {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (0, 4)}),
-    ({"peer_product_key_dim": (3, 5), "peer_expert_hidden_size": 4}, {"num_experts": 0},
-     {"num_experts": 15, "moe_ffn_hidden_size": 4, "moe_layers": (2,)}),
-    ({"peer_num_experts": 16, "peer_product_key_dim": (2, 8)}, {"num_experts": 16},
-     {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (2,)}),
-])
+@pytest.mark.parametrize(
+    "options, moe, expected",
+    [
+        (
+            {"peer_num_experts": 16},
+            {},
+            {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (2,)},
+        ),
+        (
+            {"peer_layers": (0, 4)},
+            {"num_experts": 16},
+            {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (0, 4)},
+        ),
+        (
+            {"peer_product_key_dim": (3, 5), "peer_expert_hidden_size": 4},
+            {"num_experts": 0},
+            {"num_experts": 15, "moe_ffn_hidden_size": 4, "moe_layers": (2,)},
+        ),
+        (
+            {"peer_num_experts": 16, "peer_product_key_dim": (2, 8)},
+            {"num_experts": 16},
+            {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (2,)},
+        ),
+    ],
+)
 def test_mixture(options, moe, expected):
     assert gate_class("peer").Config(**options).mixture(moe, 5) == expected
 
 
 def test_mixture_of_a_command_line():
     """The number of experts, their width and the block come from PEER's own flags."""
-    run = parse(["--gate", "peer", "--peer-product-key-dim", "3", "4", "--peer-expert-hidden-size", "2",
-                 "--num-layers", "3"], gate_config_class, available_gates)
+    run = parse(
+        [
+            "--gate",
+            "peer",
+            "--peer-product-key-dim",
+            "3",
+            "4",
+            "--peer-expert-hidden-size",
+            "2",
+            "--num-layers",
+            "3",
+        ],
+        gate_config_class,
+        available_gates,
+    )
     assert run.gate_options["peer_product_key_dim"] == (3, 4)
-    assert (run.moe.num_experts, run.moe.moe_ffn_hidden_size, run.moe.moe_layers) == (12, 2, (1,))
+    assert (run.moe.num_experts, run.moe.moe_ffn_hidden_size, run.moe.moe_layers) == (
+        12,
+        2,
+        (1,),
+    )
     assert [run.moe.is_moe_layer(i) for i in range(3)] == [False, True, False]
 
 
 def test_the_mixtures_own_flags_count_where_peers_are_silent():
     argv = ["--gate", "peer", "--num-experts", "16", "--num-layers", "4"]
-    run = parse([*argv, "--moe-ffn-hidden-size", "3", "--expert-interval", "2"], gate_config_class, available_gates)
-    assert run.moe.moe_ffn_hidden_size == 3 and [run.moe.is_moe_layer(i) for i in range(4)] == [0, 1, 0, 1]
-    assert parse([*argv, "--moe-layers", "0", "3"], gate_config_class, available_gates).moe.moe_layers == (0, 3)
-    for flag, own in (("--moe-ffn-hidden-size", "--peer-expert-hidden-size"), ("--moe-layers", "--peer-layers")):
-        with pytest.raises(ValueError, match=rf"{flag} is .*3.*; allowed: .*2.*, as --gate peer and its flags say"):
+    run = parse(
+        [*argv, "--moe-ffn-hidden-size", "3", "--expert-interval", "2"],
+        gate_config_class,
+        available_gates,
+    )
+    assert run.moe.moe_ffn_hidden_size == 3 and [run.moe.is_moe_layer(i) for i in range(4)] == [
+        0,
+        1,
+        0,
+        1,
+    ]
+    assert parse(
+        [*argv, "--moe-layers", "0", "3"], gate_config_class, available_gates
+    ).moe.moe_layers == (0, 3)
+    for flag, own in (
+        ("--moe-ffn-hidden-size", "--peer-expert-hidden-size"),
+        ("--moe-layers", "--peer-layers"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"{flag} is .*3.*; allowed: .*2.*, as --gate peer and its flags say",
+        ):
             parse([*argv, flag, "3", own, "2"], gate_config_class, available_gates)
 
 
@@ -433,29 +636,75 @@ def test_flags_overrule_what_a_stored_run_derived(tmp_path, caplog):
 
     argv = ["--gate", "peer", "--peer-product-key-dim", "8", "8", "--num-layers", "4"]
     write_run_json(parse(argv, gate_config_class, available_gates), stored)
-    assert (again().num_experts, again().moe_layers, again().moe_ffn_hidden_size) == (64, (2,), 1)
-    assert again("--peer-layers", "1").moe_layers == (1,) and again("--num-layers", "6").moe_layers == (3,)
+    assert (again().num_experts, again().moe_layers, again().moe_ffn_hidden_size) == (
+        64,
+        (2,),
+        1,
+    )
+    assert again("--peer-layers", "1").moe_layers == (1,) and again(
+        "--num-layers", "6"
+    ).moe_layers == (3,)
     assert again("--peer-expert-hidden-size", "2").moe_ffn_hidden_size == 2
     assert again("--peer-product-key-dim", "4", "4").num_experts == 16
     changed = again("--gate", "topk", "--num-experts", "4")
     assert (changed.num_experts, changed.moe_layers, changed.moe_ffn_hidden_size) == (4, (), 0)
-    assert "with the --num-experts --moe-ffn-hidden-size --moe-layers that came from them" in caplog.text
-    Path(stored).write_text(Path(stored).read_text().replace('"gate": "peer"', '"gate": "gone"'))
-    assert again("--gate", "topk", "--num-experts", "4").num_experts == 4, "a gate that is gone may be replaced"
-    told = ["--gate", "peer", "--num-experts", "16", "--moe-ffn-hidden-size", "3", "--moe-layers", "0", "3",
-            "--num-layers", "4"]
+    assert (
+        "with the --num-experts --moe-ffn-hidden-size --moe-layers that came from them"
+        in caplog.text
+    )
+    Path(stored).write_text(
+        Path(stored).read_text().replace('"gate": "peer"', '"gate": "gone"')
+    )
+    assert again("--gate", "topk", "--num-experts", "4").num_experts == 4, (
+        "a gate that is gone may be replaced"
+    )
+    told = [
+        "--gate",
+        "peer",
+        "--num-experts",
+        "16",
+        "--moe-ffn-hidden-size",
+        "3",
+        "--moe-layers",
+        "0",
+        "3",
+        "--num-layers",
+        "4",
+    ]
     write_run_json(parse(told, gate_config_class, available_gates), stored)
-    assert again() == parse(told, gate_config_class, available_gates).moe and again("--seed", "1").moe_ffn_hidden_size == 3
+    assert (
+        again() == parse(told, gate_config_class, available_gates).moe
+        and again("--seed", "1").moe_ffn_hidden_size == 3
+    )
 
 
-@pytest.mark.parametrize("options, moe, message", [
-    ({}, {}, "--peer-num-experts is 0; allowed: a positive integer without --num-experts"),
-    ({"peer_num_experts": -4}, {}, "--peer-num-experts is -4; allowed: a positive integer"),
-    ({"peer_num_experts": 16}, {"num_experts": 8}, "--peer-num-experts is 16; allowed: 0 or 8, the number of experts"),
-    ({"peer_product_key_dim": (3, 5)}, {"num_experts": 8}, r"--peer-product-key-dim is \(3, 5\); allowed: product 8"),
-    ({"peer_layers": (1, 5)}, {"num_experts": 8}, r"--peer-layers is \(1, 5\); allowed: numbers of blocks, 0 to 4"),
-    ({"peer_layers": (-1,)}, {"num_experts": 8}, r"--peer-layers is \(-1,\); allowed: numbers of blocks, 0 to 4"),
-])
+@pytest.mark.parametrize(
+    "options, moe, message",
+    [
+        ({}, {}, "--peer-num-experts is 0; allowed: a positive integer without --num-experts"),
+        ({"peer_num_experts": -4}, {}, "--peer-num-experts is -4; allowed: a positive integer"),
+        (
+            {"peer_num_experts": 16},
+            {"num_experts": 8},
+            "--peer-num-experts is 16; allowed: 0 or 8, the number of experts",
+        ),
+        (
+            {"peer_product_key_dim": (3, 5)},
+            {"num_experts": 8},
+            r"--peer-product-key-dim is \(3, 5\); allowed: product 8",
+        ),
+        (
+            {"peer_layers": (1, 5)},
+            {"num_experts": 8},
+            r"--peer-layers is \(1, 5\); allowed: numbers of blocks, 0 to 4",
+        ),
+        (
+            {"peer_layers": (-1,)},
+            {"num_experts": 8},
+            r"--peer-layers is \(-1,\); allowed: numbers of blocks, 0 to 4",
+        ),
+    ],
+)
 def test_mixtures_that_make_no_sense(options, moe, message):
     with pytest.raises(ValueError, match=message):
         gate_class("peer").Config(**options).mixture(moe, 5)

@@ -12,7 +12,14 @@ from megatron.parallel.groups import Groups
 
 def make_layer_of_queries(groups):
     """(gate, one optimizer step with given micro-batches) of a layer whose tokens are their own queries."""
-    gate = create_gate("peer", hidden_size=12, num_experts=12, peer_num_heads=1, peer_topk=3, peer_query_size=12)
+    gate = create_gate(
+        "peer",
+        hidden_size=12,
+        num_experts=12,
+        peer_num_heads=1,
+        peer_topk=3,
+        peer_query_size=12,
+    )
     torch.nn.init.eye_(gate.query.weight)
     model = ModelConfig(num_layers=1, hidden_size=12, num_attention_heads=1)
     moe = MoEConfig(num_experts=12, gate="peer", moe_ffn_hidden_size=1)
@@ -42,7 +49,9 @@ def pooled(steps, ranks):
         means.append(q.mean(0))
         squares.append(q.square().mean(0))
     ages = [0.9**age for age in range(steps - 1, -1, -1)]
-    mean, square = (sum(a * v for a, v in zip(ages, values)) / sum(ages) for values in (means, squares))
+    mean, square = (
+        sum(a * v for a, v in zip(ages, values)) / sum(ages) for values in (means, squares)
+    )
     return mean, square - mean**2
 
 

@@ -40,12 +40,22 @@ def dumb(gate, x, W, sequences):
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 4), st.booleans())
 def test_against_the_formula(seed, experts, rank, by_sequence):
     """Chosen experts, weights, loss, and the gradients of input and router."""
-    gate = create_gate("remoe", hidden_size=4, num_experts=experts, seed=seed, init_std=0.8, topk=1 + rank % experts,
-                  lambda_init=0.3, balance_scope="sequence" if by_sequence else "micro-batch")
+    gate = create_gate(
+        "remoe",
+        hidden_size=4,
+        num_experts=experts,
+        seed=seed,
+        init_std=0.8,
+        topk=1 + rank % experts,
+        lambda_init=0.3,
+        balance_scope="sequence" if by_sequence else "micro-batch",
+    )
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 4, generator=g).requires_grad_()
     x64, W64 = (t.detach().double().requires_grad_() for t in (x, gate.router.weight))
-    weights, aux, margin = dumb(gate, x64, W64, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)])
+    weights, aux, margin = dumb(
+        gate, x64, W64, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)]
+    )
     if margin < 1e-5:
         return
     out = gate(GateInput(x, sequence_T=torch.tensor([0, 0, 0, 1, 1]), num_sequences=2))
@@ -59,7 +69,9 @@ def test_against_the_formula(seed, experts, rank, by_sequence):
     expected_A = torch.stack([weights[pair] for pair in pairs])
     torch.testing.assert_close(out.weight_A.double(), expected_A, rtol=1e-4, atol=1e-6)
     pull_A = torch.randn(len(pairs), generator=g)
-    got = torch.autograd.grad((out.weight_A * pull_A).sum() + out.aux_loss, (x, gate.router.weight))
+    got = torch.autograd.grad(
+        (out.weight_A * pull_A).sum() + out.aux_loss, (x, gate.router.weight)
+    )
     want = torch.autograd.grad((expected_A * pull_A).sum() + aux, (x64, W64))
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)
@@ -87,17 +99,22 @@ def step_of(gate, active, tokens, layers=1):
 
 def test_lambda_takes_one_step_towards_the_target():
     """Too dense: times 1.2; too sparse: divided by it; exactly k on average, or no tokens: unchanged."""
+
     def gate():
         return create_gate("remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5)
 
-    assert step_of(gate(), 21, 10) == pytest.approx(0.6) and step_of(gate(), 19, 10) == pytest.approx(0.5 / 1.2)
+    assert step_of(gate(), 21, 10) == pytest.approx(0.6) and step_of(
+        gate(), 19, 10
+    ) == pytest.approx(0.5 / 1.2)
     assert step_of(gate(), 20, 10) == 0.5 and step_of(gate(), 0, 0) == 0.5
     assert step_of(gate(), 41, 10, layers=2) == pytest.approx(0.6), "S is the mean over layers"
     assert step_of(gate(), 39, 10, layers=2) == pytest.approx(0.5 / 1.2)
     alone = gate()
     alone.post_step(torch.tensor([8.0, 5.0, 5.0, 3.0]), torch.tensor(10.0))
     assert alone.reg_lambda.item() == pytest.approx(0.6)
-    constant = create_gate("remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5, lambda_factor=1.0)
+    constant = create_gate(
+        "remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5, lambda_factor=1.0
+    )
     assert step_of(constant, 40, 10) == 0.5
 
 
@@ -119,7 +136,9 @@ def test_k_equal_to_the_number_of_experts_wants_no_sparsity():
 
 def two_layers(groups=None):
     """A dense layer and a sparse one; together they have more than k experts per token, the second alone fewer."""
-    layers = nn.ModuleList(make_layer("remoe", groups, options={"lambda_init": 0.5}) for _ in range(2))
+    layers = nn.ModuleList(
+        make_layer("remoe", groups, options={"lambda_init": 0.5}) for _ in range(2)
+    )
     with torch.no_grad():
         for layer, active in zip(layers, (4, 1)):
             layer.gate.router.weight.zero_()
@@ -151,7 +170,9 @@ def test_all_layers_take_the_same_step():
     metrics.after_step()
     assert lambdas(layers) == pytest.approx([0.6, 0.6]), "evaluation is no step"
     got = metrics.read()
-    assert got["sparsity"] == pytest.approx((0 + 3 / 4) / 2) and got["lambda"] == pytest.approx(0.5)
+    assert got["sparsity"] == pytest.approx((0 + 3 / 4) / 2) and got["lambda"] == pytest.approx(
+        0.5
+    )
     assert got["sparsity_by_layer"] == pytest.approx([0, 3 / 4])
 
 
@@ -176,23 +197,35 @@ def test_lambda_is_saved_with_the_layer_as_fp32_and_is_no_parameter():
     a, b = make_layer("remoe"), make_layer("remoe")
     step_of(a.gate, 100, 1)
     b.load_state_dict(a.state_dict())
-    assert b.gate.reg_lambda.item() == pytest.approx(1.2e-8) and b.gate.reg_lambda.dtype == torch.float32
-    assert "gate.reg_lambda" in a.state_dict() and [n for n, _ in a.gate.named_parameters()] == ["router.weight"]
+    assert (
+        b.gate.reg_lambda.item() == pytest.approx(1.2e-8)
+        and b.gate.reg_lambda.dtype == torch.float32
+    )
+    assert "gate.reg_lambda" in a.state_dict() and [
+        n for n, _ in a.gate.named_parameters()
+    ] == ["router.weight"]
 
 
 def test_everything_dense_works():
     """Early in training every R is positive: k = E rows per token, within and without capacity, forward and back."""
     for factor in (0.0, 1.0):
-        layer = make_layer("remoe", options={"topk": 1}, moe_train_capacity_factor=factor, moe_min_capacity=1)
+        layer = make_layer(
+            "remoe", options={"topk": 1}, moe_train_capacity_factor=factor, moe_min_capacity=1
+        )
         with torch.no_grad():
             layer.gate.router.weight.abs_()
         x, _ = make_input(12)
         x = x.abs().requires_grad_()
         out = layer(x)
         (out.y.sum() + out.aux_loss).backward()
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in [x, *layer.parameters()])
+        assert all(
+            p.grad is not None and torch.isfinite(p.grad).all()
+            for p in [x, *layer.parameters()]
+        )
         got = MoEMetrics(nn.ModuleList([layer]), Groups()).read()
-        assert got["experts_per_token_wanted"] == E and got["experts_per_token_kept"] == (1 if factor else E)
+        assert got["experts_per_token_wanted"] == E and got["experts_per_token_kept"] == (
+            1 if factor else E
+        )
         assert len(got["kept_experts_histogram"]) == E + 1 and got["sparsity"] == 0
 
 
@@ -211,8 +244,15 @@ def test_all_silent_works():
 @pytest.mark.parametrize("k", [1, 3])
 def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda_init, k):
     """A router pulled towards positive logits, trained with the penalty: sparsity settles at 1 - k/E."""
-    gate = create_gate("remoe", hidden_size=9, num_experts=8, topk=k, init_std=0.3, lambda_init=lambda_init,
-                  lambda_factor=1.05)
+    gate = create_gate(
+        "remoe",
+        hidden_size=9,
+        num_experts=8,
+        topk=k,
+        init_std=0.3,
+        lambda_init=lambda_init,
+        lambda_factor=1.05,
+    )
     x = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 1
     with torch.no_grad():
@@ -221,7 +261,9 @@ def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda
     tokens, sparsity = torch.tensor(64.0), []
     for _ in range(600):
         out = gate(GateInput(x))
-        pull = (x @ gate.router.weight.t() - 1).square().mean()  # a task that likes all logits at 1
+        pull = (
+            (x @ gate.router.weight.t() - 1).square().mean()
+        )  # a task that likes all logits at 1
         optimizer.zero_grad()
         (pull + out.aux_loss).backward()
         optimizer.step()
@@ -233,7 +275,9 @@ def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda
 
 def test_balance_of_the_global_batch_is_handed_on():
     def gate(**options):
-        return create_gate("remoe", hidden_size=4, num_experts=4, lambda_init=0.3, init_std=0.5, **options)
+        return create_gate(
+            "remoe", hidden_size=4, num_experts=4, lambda_init=0.3, init_std=0.5, **options
+        )
 
     x = torch.randn(9, 4)
     out, expected = gate(balance_scope="global-batch")(GateInput(x)), gate()(GateInput(x))
@@ -250,13 +294,19 @@ def test_active_experts_and_options():
     assert names == {"topk", "lambda_init", "lambda_factor", "balance_scope"}
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
-    ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
-    ({"lambda_init": 0.0}, "--lambda-init is 0.0; allowed: above 0"),
-    ({"lambda_factor": 0.9}, "--lambda-factor is 0.9; allowed: 1 .constant. or more"),
-    ({"balance_scope": "world"}, "--moe-balance-scope is 'world'; allowed: micro-batch sequence global-batch"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
+        ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
+        ({"lambda_init": 0.0}, "--lambda-init is 0.0; allowed: above 0"),
+        ({"lambda_factor": 0.9}, "--lambda-factor is 0.9; allowed: 1 .constant. or more"),
+        (
+            {"balance_scope": "world"},
+            "--moe-balance-scope is 'world'; allowed: micro-batch sequence global-batch",
+        ),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("remoe", hidden_size=4, num_experts=4, **options)

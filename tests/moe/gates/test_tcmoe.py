@@ -27,7 +27,7 @@ def dumb(gate, x, W, sequences):
         p = [torch.exp(v) / total for v in z]
         order = sorted(range(C), key=lambda i: -p[i].item())
         margin = min(margin, (p[order[c.topk - 1]] - p[order[c.topk]]).item())
-        nulls = sum(p[2 * E:])
+        nulls = sum(p[2 * E :])
         real = [i for i in order[: c.topk] if i < 2 * E]
         D = nulls
         for i in real:
@@ -43,12 +43,24 @@ def dumb(gate, x, W, sequences):
         rows = [e for t in mine for e in chosen[t]]
         for e in range(E):
             f = rows.count(e) / max(1, len(rows))
-            balance = balance + E * f * sum(shares[t][e] for t in mine) / len(mine) / len(sequences)
-    return weights, c.loss_coeff * balance - c.reward_coeff * reward + c.z_loss_coeff * sum(squares) / T, margin
+            balance = balance + E * f * sum(shares[t][e] for t in mine) / len(mine) / len(
+                sequences
+            )
+    return (
+        weights,
+        c.loss_coeff * balance - c.reward_coeff * reward + c.z_loss_coeff * sum(squares) / T,
+        margin,
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 3), st.integers(0, 4), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(0, 4),
+    st.booleans(),
+)
 def test_against_the_formula(seed, experts, rank, nulls, by_sequence):
     """Choices, signed weights, loss, and the gradients of input and router.
 
@@ -57,22 +69,37 @@ def test_against_the_formula(seed, experts, rank, nulls, by_sequence):
     so that nulls compete.
     """
     k = 1 + rank % experts
-    gate = create_gate("tcmoe", hidden_size=4, num_experts=experts, seed=seed, init_std=0.8, topk=k, num_null_experts=nulls,
-                  loss_coeff=0.7, reward_coeff=0.3, z_loss_coeff=0.1,
-                  balance_scope="sequence" if by_sequence else "micro-batch")
+    gate = create_gate(
+        "tcmoe",
+        hidden_size=4,
+        num_experts=experts,
+        seed=seed,
+        init_std=0.8,
+        topk=k,
+        num_null_experts=nulls,
+        loss_coeff=0.7,
+        reward_coeff=0.3,
+        z_loss_coeff=0.1,
+        balance_scope="sequence" if by_sequence else "micro-batch",
+    )
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 4, generator=g)
     x[:, 0] = 1
     with torch.no_grad():
-        gate.router.weight[2 * experts:, 0] += 10 * (seed % 2)
-        gate.router.weight[experts: 2 * experts, 0] += 1
+        gate.router.weight[2 * experts :, 0] += 10 * (seed % 2)
+        gate.router.weight[experts : 2 * experts, 0] += 1
     x.requires_grad_()
     x64, W64 = (t.detach().double().requires_grad_() for t in (x, gate.router.weight))
-    weights, aux, margin = dumb(gate, x64, W64, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)])
+    weights, aux, margin = dumb(
+        gate, x64, W64, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)]
+    )
     if margin < 1e-5:
         return
     out = gate(GateInput(x, sequence_T=torch.tensor([0, 0, 0, 1, 1]), num_sequences=2))
-    slots = [e if w > 0 else e + experts for e, w in zip(out.expert_A.tolist(), out.weight_A.tolist())]
+    slots = [
+        e if w > 0 else e + experts
+        for e, w in zip(out.expert_A.tolist(), out.weight_A.tolist())
+    ]
     pairs = list(zip(out.token_A.tolist(), slots))
     assert sorted(pairs) == sorted(weights)
     assert out.aux_loss.item() == pytest.approx(aux.item(), rel=1e-4, abs=1e-6)
@@ -81,12 +108,20 @@ def test_against_the_formula(seed, experts, rank, nulls, by_sequence):
         expected_A = torch.stack([weights[pair] for pair in pairs])
         torch.testing.assert_close(out.weight_A.double(), expected_A, rtol=1e-4, atol=1e-6)
         pull_A = torch.randn(len(pairs), generator=g)
-        ours, theirs = ours + (out.weight_A * pull_A).sum(), theirs + (expected_A * pull_A).sum()
-    got, want = torch.autograd.grad(ours, (x, gate.router.weight)), torch.autograd.grad(theirs, (x64, W64))
+        ours, theirs = (
+            ours + (out.weight_A * pull_A).sum(),
+            theirs + (expected_A * pull_A).sum(),
+        )
+    got, want = (
+        torch.autograd.grad(ours, (x, gate.router.weight)),
+        torch.autograd.grad(theirs, (x64, W64)),
+    )
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)
     assert out.stats["null_fraction"].item() == pytest.approx(1 - len(pairs) / (5 * k))
-    assert out.stats["negative_fraction"].item() == pytest.approx(sum(s >= experts for s in slots) / (5 * k))
+    assert out.stats["negative_fraction"].item() == pytest.approx(
+        sum(s >= experts for s in slots) / (5 * k)
+    )
 
 
 def steered(wanted, **options):
@@ -112,8 +147,12 @@ def test_a_negative_choice_subtracts():
     plus, minus = steered({2: 5.0, 0: 4.0})(x).y[0], steered({E + 2: 5.0, 0: 4.0})(x).y[0]
     layer = steered({2: 5.0})
     p = torch.tensor([5.0, 4.0]).softmax(0)
-    torch.testing.assert_close(plus, p[0] * dumb_expert(layer, 2, x[0]) + p[1] * dumb_expert(layer, 0, x[0]))
-    torch.testing.assert_close(minus, -p[0] * dumb_expert(layer, 2, x[0]) + p[1] * dumb_expert(layer, 0, x[0]))
+    torch.testing.assert_close(
+        plus, p[0] * dumb_expert(layer, 2, x[0]) + p[1] * dumb_expert(layer, 0, x[0])
+    )
+    torch.testing.assert_close(
+        minus, -p[0] * dumb_expert(layer, 2, x[0]) + p[1] * dumb_expert(layer, 0, x[0])
+    )
 
 
 def test_an_expert_and_its_negative_are_two_rows_that_add_up():
@@ -128,7 +167,9 @@ def test_an_expert_and_its_negative_are_two_rows_that_add_up():
 
 def rows_of(layer, x):
     rows = []
-    handle = layer.experts.register_forward_pre_hook(lambda m, args: rows.append(sum(args[2].counts())))
+    handle = layer.experts.register_forward_pre_hook(
+        lambda m, args: rows.append(sum(args[2].counts()))
+    )
     y = layer(x).y[0]
     handle.remove()
     return sum(rows), y
@@ -163,7 +204,10 @@ def test_a_token_without_any_row_passes_no_gradient_to_experts_and_one_to_the_ro
     out = layer(one())
     (out.y.sum() + out.aux_loss).backward()
     assert all(not p.grad.any() for p in layer.experts.parameters())
-    assert layer.gate.router.weight.grad.any() and torch.isfinite(layer.gate.router.weight.grad).all()
+    assert (
+        layer.gate.router.weight.grad.any()
+        and torch.isfinite(layer.gate.router.weight.grad).all()
+    )
 
 
 def test_the_reward_makes_nulls_more_likely():
@@ -171,7 +215,14 @@ def test_the_reward_makes_nulls_more_likely():
     x[:, 0] = 1
     shares = []
     for reward in (0.0, 1.0):
-        gate = create_gate("tcmoe", hidden_size=8, num_experts=4, init_std=0.3, loss_coeff=0.0, reward_coeff=reward)
+        gate = create_gate(
+            "tcmoe",
+            hidden_size=8,
+            num_experts=4,
+            init_std=0.3,
+            loss_coeff=0.0,
+            reward_coeff=reward,
+        )
         with torch.no_grad():
             gate.router.weight[8:, 0] += 10
         optimizer = torch.optim.SGD(gate.parameters(), lr=1.0)
@@ -194,9 +245,16 @@ def test_as_many_nulls_as_choices_unless_told_otherwise():
     def gate(**options):
         return create_gate("tcmoe", hidden_size=4, num_experts=4, **options)
 
-    assert gate(topk=3).router.weight.shape == (11, 4) and gate(topk=3, num_null_experts=1).num_nulls == 1
-    active = {options: gate().experts_per_token(type(gate().config)(topk=options[0], num_null_experts=options[1]), 4)
-              for options in ((2, 0), (2, 1), (4, 1), (4, 4))}
+    assert (
+        gate(topk=3).router.weight.shape == (11, 4)
+        and gate(topk=3, num_null_experts=1).num_nulls == 1
+    )
+    active = {
+        options: gate().experts_per_token(
+            type(gate().config)(topk=options[0], num_null_experts=options[1]), 4
+        )
+        for options in ((2, 0), (2, 1), (4, 1), (4, 4))
+    }
     assert active == {(2, 0): (0, 2), (2, 1): (1, 2), (4, 1): (2, 4), (4, 4): (0, 4)}
 
 
@@ -216,7 +274,9 @@ def test_extreme_logits_of_nulls_and_experts(null):
 
 def test_balance_of_the_global_batch_is_handed_on():
     def gate(**options):
-        return create_gate("tcmoe", hidden_size=4, num_experts=4, loss_coeff=0.3, reward_coeff=0.2, **options)
+        return create_gate(
+            "tcmoe", hidden_size=4, num_experts=4, loss_coeff=0.3, reward_coeff=0.2, **options
+        )
 
     x = torch.randn(9, 4)
     out, expected = gate(balance_scope="global-batch")(GateInput(x)), gate()(GateInput(x))
@@ -234,13 +294,16 @@ def test_evaluation_is_deterministic_and_state_survives():
     assert torch.equal(layer(x).y, other(x).y)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"topk": 0}, "--topk is 0; allowed: 1 or more"),
-    ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
-    ({"num_null_experts": -1}, "--num-null-experts is -1; allowed: 0 or more"),
-    ({"reward_coeff": -1e-5}, "--reward-coeff is -1e-05; allowed: 0 or more"),
-    ({"z_loss_coeff": -1.0}, "--moe-z-loss-coeff is -1.0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"topk": 0}, "--topk is 0; allowed: 1 or more"),
+        ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
+        ({"num_null_experts": -1}, "--num-null-experts is -1; allowed: 0 or more"),
+        ({"reward_coeff": -1e-5}, "--reward-coeff is -1e-05; allowed: 0 or more"),
+        ({"z_loss_coeff": -1.0}, "--moe-z-loss-coeff is -1.0"),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("tcmoe", hidden_size=4, num_experts=4, **options)

@@ -30,7 +30,9 @@ def dumb(gate, x):
         before = 0.0
         for rank, e in enumerate(order):
             margin = min(margin, abs(before - c.threshold))
-            if (rank == 0 or before < c.threshold or c.threshold == 1) and (not c.topk or rank < c.topk):
+            if (rank == 0 or before < c.threshold or c.threshold == 1) and (
+                not c.topk or rank < c.topk
+            ):
                 kept.append((t, e, rank, p[e]))
             before += p[e]
         first[order[0]] += 1
@@ -40,21 +42,34 @@ def dumb(gate, x):
 
 
 def run(threshold, seed=0, experts=6, tokens=9, std=1.0, **options):
-    gate = create_gate("threshold", hidden_size=8, num_experts=experts, seed=seed, init_std=std, threshold=threshold,
-                  **options)
+    gate = create_gate(
+        "threshold",
+        hidden_size=8,
+        num_experts=experts,
+        seed=seed,
+        init_std=std,
+        threshold=threshold,
+        **options,
+    )
     x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
     return gate, x, gate(GateInput(x))
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.2, 0.5, 0.9, 0.99, 1.0]), st.integers(0, 3),
-       st.sampled_from([0.05, 0.5, 2.0]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.2, 0.5, 0.9, 0.99, 1.0]),
+    st.integers(0, 3),
+    st.sampled_from([0.05, 0.5, 2.0]),
+)
 def test_against_the_formula(seed, threshold, cap, std):
     gate, x, out = run(threshold, seed, topk=cap, std=std, loss_coeff=0.2)
     kept, aux, margin = dumb(gate, x)
     if margin < EPS and threshold not in (0.0, 1.0):
         return  # the running sum touches the threshold: float32 and float64 may differ
-    assert sorted(zip(out.token_A.tolist(), out.expert_A.tolist())) == sorted((t, e) for t, e, _, _ in kept)
+    assert sorted(zip(out.token_A.tolist(), out.expert_A.tolist())) == sorted(
+        (t, e) for t, e, _, _ in kept
+    )
     expected = {(t, e): p for t, e, _, p in kept}
     for t, e, w in zip(out.token_A.tolist(), out.expert_A.tolist(), out.weight_A.tolist()):
         assert w == pytest.approx(expected[t, e], rel=1e-4)
@@ -69,7 +84,9 @@ def dumb_loss(gate, x, W, kept):
         exp = [torch.exp(sum(W[e][d] * row[d] for d in range(len(row)))) for e in range(E)]
         p.append([v / sum(exp) for v in exp])
         lse = lse + torch.log(sum(exp)) ** 2 / T
-    norm = [sum(p[u][e] for u, e in kept if u == t) if c.norm_topk_prob else 1.0 for t in range(T)]
+    norm = [
+        sum(p[u][e] for u, e in kept if u == t) if c.norm_topk_prob else 1.0 for t in range(T)
+    ]
     weights = {(t, e): c.routed_scaling_factor * p[t][e] / norm[t] for t, e in kept}
     first = [max(range(E), key=lambda e: float(row[e].detach())) for row in p]
     balance = E * sum(first.count(e) / T * sum(row[e] for row in p) / T for e in range(E))
@@ -77,43 +94,89 @@ def dumb_loss(gate, x, W, kept):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.integers(0, 3), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    st.integers(0, 3),
+    st.booleans(),
+)
 def test_gradients_against_the_formula(seed, threshold, cap, norm):
     """Of x and of the router, through weights and aux loss; which experts are kept has no gradient."""
     if norm and (threshold == 0 or cap == 1):
         return  # refused, see below
-    gate, x, _ = run(threshold, seed, experts=4, tokens=3, std=0.5, topk=cap, norm_topk_prob=norm, loss_coeff=0.3,
-                     routed_scaling_factor=1.5, z_loss_coeff=0.1)
+    gate, x, _ = run(
+        threshold,
+        seed,
+        experts=4,
+        tokens=3,
+        std=0.5,
+        topk=cap,
+        norm_topk_prob=norm,
+        loss_coeff=0.3,
+        routed_scaling_factor=1.5,
+        z_loss_coeff=0.1,
+    )
     kept, _, margin = dumb(gate, x)
     if margin < EPS and threshold not in (0.0, 1.0):
         return
     x.requires_grad_()
     out = gate(GateInput(x))
-    x64, W64 = x.detach().double().requires_grad_(), gate.router.weight.detach().double().requires_grad_()
+    x64, W64 = (
+        x.detach().double().requires_grad_(),
+        gate.router.weight.detach().double().requires_grad_(),
+    )
     weights, aux = dumb_loss(gate, x64, W64, [(t, e) for t, e, _, _ in kept])
     assert out.aux_loss.item() == pytest.approx(float(aux.detach()), rel=1e-4)
     pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist()))
-    assert out.weight_A.tolist() == pytest.approx([float(weights[pair].detach()) for pair in pairs], rel=1e-4)
+    assert out.weight_A.tolist() == pytest.approx(
+        [float(weights[pair].detach()) for pair in pairs], rel=1e-4
+    )
     mix = [math.sin(1 + 3 * t + 7 * e) for t, e in pairs]
     ours = 2 * out.aux_loss + sum(m * w for m, w in zip(mix, out.weight_A))
     theirs = 2 * aux + sum(m * weights[pair] for m, pair in zip(mix, pairs))
-    got, want = torch.autograd.grad(ours, (x, gate.router.weight)), torch.autograd.grad(theirs, (x64, W64))
+    got, want = (
+        torch.autograd.grad(ours, (x, gate.router.weight)),
+        torch.autograd.grad(theirs, (x64, W64)),
+    )
     for name, a, b in zip(("x", "router"), got, want):
-        torch.testing.assert_close(a, b.float(), atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a, b.float(), atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 20), st.sampled_from([0.05, 0.5, 2.0]), st.integers(0, 3))
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 20),
+    st.sampled_from([0.05, 0.5, 2.0]),
+    st.integers(0, 3),
+)
 def test_the_rows_that_experts_compute_follow_demand(seed, tokens, std, cap):
     """Compute is what tokens ask for, at every threshold. The mistake to catch: released code runs a full capacity of
     rows for every expert, whatever the tokens want, and starts all experts identical."""
     rows, x = [], torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(seed))
     for threshold in (0.0, 0.5, 0.9, 1.0):
-        gate = create_gate("threshold", hidden_size=8, num_experts=6, seed=seed, init_std=std, threshold=threshold, topk=cap)
-        layer = make_moe_layer(gate, ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, ffn_hidden_size=4),
-                               MoEConfig(num_experts=6, gate="threshold"), layer=0, seed=seed, groups=Groups())
+        gate = create_gate(
+            "threshold",
+            hidden_size=8,
+            num_experts=6,
+            seed=seed,
+            init_std=std,
+            threshold=threshold,
+            topk=cap,
+        )
+        layer = make_moe_layer(
+            gate,
+            ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, ffn_hidden_size=4),
+            MoEConfig(num_experts=6, gate="threshold"),
+            layer=0,
+            seed=seed,
+            groups=Groups(),
+        )
         seen = []
-        layer.experts.register_forward_hook(lambda module, args, out, seen=seen: seen.append(args[2].counts()))
+        layer.experts.register_forward_hook(
+            lambda module, args, out, seen=seen: seen.append(args[2].counts())
+        )
         layer(x)
         wanted = torch.bincount(gate(GateInput(x[0])).expert_A, minlength=6).tolist()
         assert seen == [wanted]
@@ -133,8 +196,12 @@ def test_chosen_mass_reaches_the_threshold_and_would_not_without_the_last(thresh
 def test_threshold_zero_is_top1_and_one_is_dense():
     gate, x, out = run(0.0)
     top1 = create_gate("topk", hidden_size=8, num_experts=6, init_std=1.0, topk=1)(GateInput(x))
-    assert out.expert_A.tolist() == top1.expert_A.tolist() and torch.equal(out.weight_A, top1.weight_A)
-    gate, x, out = run(1.0, std=5.0)  # a sharp softmax: most of the tail is below fp32's resolution of 1
+    assert out.expert_A.tolist() == top1.expert_A.tolist() and torch.equal(
+        out.weight_A, top1.weight_A
+    )
+    gate, x, out = run(
+        1.0, std=5.0
+    )  # a sharp softmax: most of the tail is below fp32's resolution of 1
     dense = torch.zeros(9, 6).index_put((out.token_A, out.expert_A), out.weight_A)
     assert len(out.token_A) == 54
     torch.testing.assert_close(dense, (x @ gate.router.weight.t()).softmax(-1))
@@ -150,7 +217,9 @@ def test_weights_are_not_renormalised_unless_asked():
     sums = torch.zeros(9).index_add(0, out.token_A, out.weight_A)
     assert (sums < 0.999).any()
     _, _, out = run(0.5, norm_topk_prob=True)
-    torch.testing.assert_close(torch.zeros(9).index_add(0, out.token_A, out.weight_A), torch.ones(9))
+    torch.testing.assert_close(
+        torch.zeros(9).index_add(0, out.token_A, out.weight_A), torch.ones(9)
+    )
 
 
 def test_capacity_keeps_better_ranks_first_then_higher_probability():
@@ -167,25 +236,51 @@ def test_capacity_keeps_better_ranks_first_then_higher_probability():
 
 def test_the_balance_scopes_are_handed_on():
     gate, x, whole = run(0.5, tokens=12, loss_coeff=1.0, z_loss_coeff=0.1)
-    later = run(0.5, tokens=12, loss_coeff=1.0, z_loss_coeff=0.1, balance_scope="global-batch")[2]
-    term, = later.balance
-    assert (later.aux_loss + term.loss()).item() == pytest.approx(whole.aux_loss.item(), rel=1e-5)
-    assert term.count_NG.sum() == 12 and 0 < later.aux_loss < whole.aux_loss  # first choices only
+    later = run(0.5, tokens=12, loss_coeff=1.0, z_loss_coeff=0.1, balance_scope="global-batch")[
+        2
+    ]
+    (term,) = later.balance
+    assert (later.aux_loss + term.loss()).item() == pytest.approx(
+        whole.aux_loss.item(), rel=1e-5
+    )
+    assert (
+        term.count_NG.sum() == 12 and 0 < later.aux_loss < whole.aux_loss
+    )  # first choices only
     sequence = torch.arange(3).repeat_interleave(4)
-    by_sequence = run(0.5, loss_coeff=1.0, balance_scope="sequence")[0](GateInput(x, None, sequence, num_sequences=3))
-    parts = [run(0.5, loss_coeff=1.0)[0](GateInput(x[sequence == n])).aux_loss.item() for n in range(3)]
-    assert by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5) and not by_sequence.balance
+    by_sequence = run(0.5, loss_coeff=1.0, balance_scope="sequence")[0](
+        GateInput(x, None, sequence, num_sequences=3)
+    )
+    parts = [
+        run(0.5, loss_coeff=1.0)[0](GateInput(x[sequence == n])).aux_loss.item()
+        for n in range(3)
+    ]
+    assert (
+        by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5)
+        and not by_sequence.balance
+    )
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"threshold": 1.5}, "--threshold is 1.5"),
-    ({"threshold": -0.1}, "--threshold is -0.1"),
-    ({"topk": -1}, "--topk is -1"),
-    ({"topk": 7}, "--topk is 7; allowed: 0 to the number of experts, which is 6"),
-    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1: .*choose a larger --topk"),
-    ({"threshold": 0, "norm_topk_prob": True}, "--norm-topk-prob is on with --threshold 0: .*choose a larger --thresh"),
-    ({"threshold": 0.0, "topk": 3, "norm_topk_prob": True}, "--norm-topk-prob is on with --threshold 0: "),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"threshold": 1.5}, "--threshold is 1.5"),
+        ({"threshold": -0.1}, "--threshold is -0.1"),
+        ({"topk": -1}, "--topk is -1"),
+        ({"topk": 7}, "--topk is 7; allowed: 0 to the number of experts, which is 6"),
+        (
+            {"topk": 1, "norm_topk_prob": True},
+            "--norm-topk-prob is on with --topk 1: .*choose a larger --topk",
+        ),
+        (
+            {"threshold": 0, "norm_topk_prob": True},
+            "--norm-topk-prob is on with --threshold 0: .*choose a larger --thresh",
+        ),
+        (
+            {"threshold": 0.0, "topk": 3, "norm_topk_prob": True},
+            "--norm-topk-prob is on with --threshold 0: ",
+        ),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("threshold", hidden_size=8, num_experts=6, **options)
@@ -193,5 +288,7 @@ def test_refusals(options, message):
 
 @pytest.mark.parametrize("options", [{"topk": 1}, {"threshold": 0.0}])
 def test_normalising_the_weight_of_the_only_expert_is_no_mistake(options):
-    gate = create_gate("threshold", hidden_size=8, num_experts=1, norm_topk_prob=True, **options)
+    gate = create_gate(
+        "threshold", hidden_size=8, num_experts=1, norm_topk_prob=True, **options
+    )
     assert gate(GateInput(torch.randn(3, 8))).weight_A.tolist() == [1.0] * 3

@@ -22,20 +22,41 @@ def draw(tokens, seed=0, hidden=6):
 
 def dumb(c, x, W):
     """`dumb_top_k` of x W^T, one product at a time."""
-    return dumb_top_k(c, [[sum(w[d] * row[d] for d in range(len(row))) for w in W] for row in x])
+    return dumb_top_k(
+        c, [[sum(w[d] * row[d] for d in range(len(row))) for w in W] for row in x]
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 5), st.sampled_from(["softmax", "sigmoid"]), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 5),
+    st.sampled_from(["softmax", "sigmoid"]),
+    st.booleans(),
+)
 def test_against_the_formula(seed, k, score, norm):
     """Choices, weights, aux loss, and the gradients of x and of the router through both."""
     if k == 1 and norm:
         return
-    gate = create_gate("topk", hidden_size=6, num_experts=5, seed=seed, init_std=0.5, topk=k, score_function=score,
-                  norm_topk_prob=norm, routed_scaling_factor=1.5, loss_coeff=0.3, z_loss_coeff=0.1)
+    gate = create_gate(
+        "topk",
+        hidden_size=6,
+        num_experts=5,
+        seed=seed,
+        init_std=0.5,
+        topk=k,
+        score_function=score,
+        norm_topk_prob=norm,
+        routed_scaling_factor=1.5,
+        loss_coeff=0.3,
+        z_loss_coeff=0.1,
+    )
     x = draw(4, seed).requires_grad_()
     out = gate(GateInput(x))
-    x64, W64 = x.detach().double().requires_grad_(), gate.router.weight.detach().double().requires_grad_()
+    x64, W64 = (
+        x.detach().double().requires_grad_(),
+        gate.router.weight.detach().double().requires_grad_(),
+    )
     weights, aux, margin = dumb(gate.config, x64, W64)
     if margin < 1e-6:
         return  # a tie in float32
@@ -43,34 +64,66 @@ def test_against_the_formula(seed, k, score, norm):
     seen, ours, theirs = [{} for _ in x], 2 * out.aux_loss, 2 * aux
     for t, e, w in zip(out.token_A.tolist(), out.expert_A.tolist(), out.weight_A):
         seen[t][e] = float(w.detach())
-        ours, theirs = ours + math.sin(1 + 3 * t + 7 * e) * w, theirs + math.sin(1 + 3 * t + 7 * e) * weights[t][e]
-    assert seen == [pytest.approx({e: float(w.detach()) for e, w in row.items()}, rel=1e-4) for row in weights]
-    got, want = torch.autograd.grad(ours, (x, gate.router.weight)), torch.autograd.grad(theirs, (x64, W64))
+        ours, theirs = (
+            ours + math.sin(1 + 3 * t + 7 * e) * w,
+            theirs + math.sin(1 + 3 * t + 7 * e) * weights[t][e],
+        )
+    assert seen == [
+        pytest.approx({e: float(w.detach()) for e, w in row.items()}, rel=1e-4)
+        for row in weights
+    ]
+    got, want = (
+        torch.autograd.grad(ours, (x, gate.router.weight)),
+        torch.autograd.grad(theirs, (x64, W64)),
+    )
     for name, a, b in zip(("x", "router"), got, want):
-        torch.testing.assert_close(a, b.float(), atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a, b.float(), atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def of_transformers(model, k, norm):
     """(router for 8 experts and hidden size 6, balance loss of logits) as transformers has them."""
-    transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="the reference implementation is not installed"
+    )
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     name = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "olmoe": "Olmoe"}[model]
     number = "num_local_experts" if model == "mixtral" else "num_experts"
     own = {} if model == "mixtral" else {"norm_topk_prob": norm}
-    config = getattr(transformers, f"{name}Config")(hidden_size=6, num_experts_per_tok=k, **{number: 8}, **own)
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=6, num_experts_per_tok=k, **{number: 8}, **own
+    )
     return getattr(module, f"{name}TopKRouter")(config), module.load_balancing_loss_func
 
 
-@pytest.mark.parametrize("model, k, norm", [
-    ("mixtral", 2, True), ("mixtral", 3, True), ("qwen2_moe", 4, False), ("qwen2_moe", 4, True), ("olmoe", 8, False),
-    ("olmoe", 1, False), ("olmoe", 3, True)])
+@pytest.mark.parametrize(
+    "model, k, norm",
+    [
+        ("mixtral", 2, True),
+        ("mixtral", 3, True),
+        ("qwen2_moe", 4, False),
+        ("qwen2_moe", 4, True),
+        ("olmoe", 8, False),
+        ("olmoe", 1, False),
+        ("olmoe", 3, True),
+    ],
+)
 def test_same_as_the_routers_of_transformers(model, k, norm):
     """Mixtral, Qwen2-MoE and OLMoE on the same weights: experts, weights, balance loss, and all their gradients.
 
     Their balance loss divides counts by the tokens, ours by the choices, k per token: theirs is k times ours. (And with
     several layers theirs pools the layers' counts before it multiplies, ours averages the layers' losses.)
     """
-    gate = create_gate("topk", hidden_size=6, num_experts=8, topk=k, norm_topk_prob=norm, init_std=0.5, loss_coeff=1.0)
+    gate = create_gate(
+        "topk",
+        hidden_size=6,
+        num_experts=8,
+        topk=k,
+        norm_topk_prob=norm,
+        init_std=0.5,
+        loss_coeff=1.0,
+    )
     theirs, balance_loss = of_transformers(model, k, norm)
     theirs.weight.data.copy_(gate.router.weight.data)
     x = draw(40)
@@ -80,8 +133,10 @@ def test_same_as_the_routers_of_transformers(model, k, norm):
     loss = balance_loss((logits,), num_experts=8, top_k=k)
     torch.testing.assert_close(k * out.aux_loss, loss)
     mix = torch.randn(40, k, generator=torch.Generator().manual_seed(1))
-    a, = torch.autograd.grad((out.weight_A.view(40, k) * mix).sum() + k * out.aux_loss, gate.router.weight)
-    b, = torch.autograd.grad((weight_Tk * mix).sum() + loss, theirs.weight)
+    (a,) = torch.autograd.grad(
+        (out.weight_A.view(40, k) * mix).sum() + k * out.aux_loss, gate.router.weight
+    )
+    (b,) = torch.autograd.grad((weight_Tk * mix).sum() + loss, theirs.weight)
     torch.testing.assert_close(a, b)
 
 
@@ -110,16 +165,26 @@ def test_jitter_acts_in_training_only():
 
 def test_the_balance_scopes_are_handed_on():
     def run(inp, **options):
-        return create_gate("topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0, **options)(inp)
+        return create_gate(
+            "topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0, **options
+        )(inp)
 
     x, sequence = draw(12), torch.arange(3).repeat_interleave(4)
     inp = GateInput(x, None, sequence, num_sequences=3)
     parts = [run(GateInput(x[sequence == n])).aux_loss.item() for n in range(3)]
     by_sequence = run(inp, balance_scope="sequence")
-    assert by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5) and not by_sequence.balance
-    whole, later = run(inp, z_loss_coeff=0.1), run(inp, z_loss_coeff=0.1, balance_scope="global-batch")
-    term, = later.balance
-    assert (later.aux_loss + term.loss()).item() == pytest.approx(whole.aux_loss.item(), rel=1e-5)
+    assert (
+        by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5)
+        and not by_sequence.balance
+    )
+    whole, later = (
+        run(inp, z_loss_coeff=0.1),
+        run(inp, z_loss_coeff=0.1, balance_scope="global-batch"),
+    )
+    (term,) = later.balance
+    assert (later.aux_loss + term.loss()).item() == pytest.approx(
+        whole.aux_loss.item(), rel=1e-5
+    )
     assert term.count_NG.sum() == 24 and 0 < later.aux_loss < whole.aux_loss
 
 
@@ -128,8 +193,12 @@ def test_the_loss_counts_what_tokens_wanted_not_what_capacity_left():
     losses = []
     for factor in (0.0, 0.1):
         gate = create_gate("topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0)
-        model = ModelConfig(num_layers=1, hidden_size=6, num_attention_heads=1, ffn_hidden_size=8)
-        moe = MoEConfig(num_experts=4, gate="topk", moe_train_capacity_factor=factor, moe_min_capacity=1)
+        model = ModelConfig(
+            num_layers=1, hidden_size=6, num_attention_heads=1, ffn_hidden_size=8
+        )
+        moe = MoEConfig(
+            num_experts=4, gate="topk", moe_train_capacity_factor=factor, moe_min_capacity=1
+        )
         layer = make_moe_layer(gate, model, moe, layer=0, seed=0, groups=Groups())
         losses.append(layer(draw(32)[None] + 1).aux_loss.item())
         assert (layer.counters[True]["kept_C"].sum() < 64) == bool(factor)
@@ -140,23 +209,32 @@ def test_same_choice_as_deepspeed_top2():
     """Against a gate users trust, on the same logits: experts and (renormalised) weights."""
     from deepspeed.moe.sharded_moe import topkgating
 
-    gate = create_gate("topk", hidden_size=8, num_experts=4, topk=2, norm_topk_prob=True, init_std=0.7)
+    gate = create_gate(
+        "topk", hidden_size=8, num_experts=4, topk=2, norm_topk_prob=True, init_std=0.7
+    )
     x = torch.randn(16, 8)
     out = gate(GateInput(x))
-    _, combine_TEC, *_ = topkgating(x @ gate.router.weight.t(), 2, capacity_factor=4.0, min_capacity=16,
-                                    drop_tokens=False)
+    _, combine_TEC, *_ = topkgating(
+        x @ gate.router.weight.t(), 2, capacity_factor=4.0, min_capacity=16, drop_tokens=False
+    )
     dense = torch.zeros(16, 4).index_put((out.token_A, out.expert_A), out.weight_A)
     torch.testing.assert_close(dense, combine_TEC.sum(-1))
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"topk": 0}, "--topk is 0"),
-    ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
-    ({"score_function": "tanh"}, "--score-function is 'tanh'; allowed: softmax sigmoid"),
-    ({"topk": 1, "norm_topk_prob": True}, "--norm-topk-prob is on with --topk 1: .*--no-norm-topk-prob"),
-    ({"jitter": 1.0}, "--jitter is 1.0"),
-    ({"jitter": -0.1}, "--jitter is -0.1"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"topk": 0}, "--topk is 0"),
+        ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
+        ({"score_function": "tanh"}, "--score-function is 'tanh'; allowed: softmax sigmoid"),
+        (
+            {"topk": 1, "norm_topk_prob": True},
+            "--norm-topk-prob is on with --topk 1: .*--no-norm-topk-prob",
+        ),
+        ({"jitter": 1.0}, "--jitter is 1.0"),
+        ({"jitter": -0.1}, "--jitter is -0.1"),
+    ],
+)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("topk", hidden_size=6, num_experts=4, **options)

@@ -16,15 +16,26 @@ from megatron.config.schema import ACTIVATIONS
 from megatron.moe.experts.activations import is_gated
 from megatron.moe.experts.backends import choose_backend as choose
 from megatron.moe.peer import experts as peer_experts
-from megatron.moe.peer.experts import MOST_BLOCKS, NeuronExperts, choose_backend, number_of_blocks
+from megatron.moe.peer.experts import (
+    MOST_BLOCKS,
+    NeuronExperts,
+    choose_backend,
+    number_of_blocks,
+)
 
 D = 5
 MKL = torch.backends.mkl.is_available()
 
 
 def make(num_local=4, width=1, activation="gelu", hidden_size=D, num_experts=None, **options):
-    return NeuronExperts(num_experts or num_local, num_local, hidden_size, width, activation,
-                         **{"init_std": 0.7, "output_std": 0.5, **options})
+    return NeuronExperts(
+        num_experts or num_local,
+        num_local,
+        hidden_size,
+        width,
+        activation,
+        **{"init_std": 0.7, "output_std": 0.5, **options},
+    )
 
 
 def in_place(size):
@@ -47,7 +58,13 @@ def make_inputs(tokens, assignments, experts, seed=0, dtype=torch.float64, hidde
 def dumb_activation(name, g, u):
     sigmoid = 1 / (1 + torch.exp(-g))
     gelu = g * 0.5 * (1 + torch.erf(g / 2**0.5))
-    return {"relu": g * (g > 0), "gelu": gelu, "silu": g * sigmoid, "swiglu": g * sigmoid * u, "geglu": gelu * u}[name]
+    return {
+        "relu": g * (g > 0),
+        "gelu": gelu,
+        "silu": g * sigmoid,
+        "swiglu": g * sigmoid * u,
+        "geglu": gelu * u,
+    }[name]
 
 
 def dumb(experts, x, token, expert, weight):
@@ -67,32 +84,54 @@ def compare(experts, inputs, **tolerance):
     exact = make(experts.num_local, experts.width, experts.activation).double()
     exact.load_state_dict(experts.state_dict())
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    ours, expected = experts(x, token, expert, weight), dumb(exact, x64, token, expert, weight64)
+    ours, expected = (
+        experts(x, token, expert, weight),
+        dumb(exact, x64, token, expert, weight64),
+    )
     assert ours.dtype == x.dtype and ours.shape == x.shape
     torch.testing.assert_close(ours.double(), expected, **tolerance)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     names, tables = zip(*experts.named_parameters())
     got = torch.autograd.grad(ours, (x, weight, *tables), grad.to(x.dtype))
-    want = torch.autograd.grad(expected, (x64, weight64, *exact.parameters()), grad, allow_unused=True)
+    want = torch.autograd.grad(
+        expected, (x64, weight64, *exact.parameters()), grad, allow_unused=True
+    )
     for name, a, b in zip(("x", "weight", *names), got, want, strict=True):
-        assert a.layout is (torch.sparse_coo if experts.sparse_gradients and name in names else torch.strided), name
+        assert a.layout is (
+            torch.sparse_coo if experts.sparse_gradients and name in names else torch.strided
+        ), name
         a = a.to_dense().double()
         b = torch.zeros_like(a) if b is None else b
-        torch.testing.assert_close(a, b.double(), **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a, b.double(), **tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("width", [1, 3])
 def test_against_a_loop(activation, width):
     experts = make(4, width, activation).double()
-    assert [n for n, _ in experts.named_parameters()] == ["w1", "w2", "w3"][:3 if is_gated(activation) else 2]
+    assert [n for n, _ in experts.named_parameters()] == ["w1", "w2", "w3"][
+        : 3 if is_gated(activation) else 2
+    ]
     compare(experts, make_inputs(6, 20, 4))
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 6), st.integers(0, 25), st.integers(1, 7), st.integers(1, 3),
-       st.sampled_from(ACTIVATIONS), st.sampled_from([0, 300, 2**30]), st.booleans(), st.booleans())
-def test_random_lists(seed, tokens, assignments, num_local, width, activation, size, sparse, mkl):
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 6),
+    st.integers(0, 25),
+    st.integers(1, 7),
+    st.integers(1, 3),
+    st.sampled_from(ACTIVATIONS),
+    st.sampled_from([0, 300, 2**30]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_random_lists(
+    seed, tokens, assignments, num_local, width, activation, size, sparse, mkl
+):
     experts = make(num_local, width, activation, sparse_gradients=sparse).double()
     with in_place(size), mock.patch("torch.backends.mkl.is_available", lambda: mkl and MKL):
         compare(experts, make_inputs(tokens, assignments, num_local, seed))
@@ -106,7 +145,12 @@ def test_repeats_add_up_and_idle_experts_get_zero_gradients(width):
     weight = torch.tensor([0.5, -1.0, 0.25, 2.0], dtype=torch.float64, requires_grad=True)
     compare(experts, (x, token, expert, weight))
     y = experts(x, token, expert, weight)
-    once = experts(x, torch.tensor([2, 0]), torch.tensor([1, 3]), torch.tensor([2.75, -1.0], dtype=torch.float64))
+    once = experts(
+        x,
+        torch.tensor([2, 0]),
+        torch.tensor([1, 3]),
+        torch.tensor([2.75, -1.0], dtype=torch.float64),
+    )
     torch.testing.assert_close(y, once)
     assert (y[1] == 0).all()
     y.sum().backward()
@@ -132,7 +176,9 @@ def test_gradcheck(activation):
     x, token, expert, weight = make_inputs(3, 7, 3)
 
     def run(x, weight, *tables):
-        return torch.func.functional_call(experts, dict(zip(names, tables)), (x, token, expert, weight))
+        return torch.func.functional_call(
+            experts, dict(zip(names, tables)), (x, token, expert, weight)
+        )
 
     names, tables = zip(*experts.named_parameters())
     assert torch.autograd.gradcheck(run, (x, weight, *tables))
@@ -141,7 +187,12 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_half_precision(activation, dtype, tolerance):
-    compare(make(4, 3, activation).to(dtype), make_inputs(6, 20, 4, dtype=dtype), atol=tolerance, rtol=0.02)
+    compare(
+        make(4, 3, activation).to(dtype),
+        make_inputs(6, 20, 4, dtype=dtype),
+        atol=tolerance,
+        rtol=0.02,
+    )
 
 
 def test_bf16_dot_products_are_added_up_in_fp32():
@@ -172,10 +223,15 @@ def test_between_bf16_sums_everything_is_fp32():
     for table in experts.parameters():
         torch.nn.init.ones_(table)
     zero = torch.zeros(1, dtype=torch.int64)
-    assert experts(torch.ones(1, 1, dtype=torch.bfloat16), zero, zero, torch.tensor([1.3738])) == 1 + 2**-7
+    assert (
+        experts(torch.ones(1, 1, dtype=torch.bfloat16), zero, zero, torch.tensor([1.3738]))
+        == 1 + 2**-7
+    )
 
 
-@pytest.mark.parametrize("rows, tables", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "rows, tables", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
 def test_rows_and_tables_of_different_precision(rows, tables):
     """The answer has the rows' dtype; each gradient has that of its own tensor."""
     experts = make(4, 2, "swiglu").to(tables)
@@ -195,13 +251,20 @@ def test_gradients_that_nobody_asks_for():
     for i, name in enumerate(names):
         for t in tables:
             t.requires_grad_(t is tables[i])
-        alone, = torch.autograd.grad(experts(x, token, expert, weight).square().sum(), tables[i])
+        (alone,) = torch.autograd.grad(
+            experts(x, token, expert, weight).square().sum(), tables[i]
+        )
         assert torch.equal(alone, whole[i]), name
 
 
-@pytest.mark.parametrize("wanted, made", [(("x", "weight"), {"token_sums": 3, "row_sums": 0, "pair_dots": 3}),
-                                          (("w1",), {"token_sums": 1, "row_sums": 1, "pair_dots": 3}),
-                                          (("w2",), {"token_sums": 1, "row_sums": 1, "pair_dots": 2})])
+@pytest.mark.parametrize(
+    "wanted, made",
+    [
+        (("x", "weight"), {"token_sums": 3, "row_sums": 0, "pair_dots": 3}),
+        (("w1",), {"token_sums": 1, "row_sums": 1, "pair_dots": 3}),
+        (("w2",), {"token_sums": 1, "row_sums": 1, "pair_dots": 2}),
+    ],
+)
 def test_what_nobody_asks_for_is_not_computed(wanted, made):
     """Two passes of dots and one of sums are the forward pass."""
     experts, calls = make(4, 1, "swiglu"), dict.fromkeys(made, 0)
@@ -213,9 +276,12 @@ def test_what_nobody_asks_for_is_not_computed(wanted, made):
         def call(*args):
             calls[name] += 1
             return original(*args)
+
         return call
 
-    with mock.patch.multiple(experts._How, **{name: counted(name, getattr(experts._How, name)) for name in made}):
+    with mock.patch.multiple(
+        experts._How, **{name: counted(name, getattr(experts._How, name)) for name in made}
+    ):
         experts(x, token, expert, weight).sum().backward()
     assert calls == made
 
@@ -228,14 +294,18 @@ def test_without_gradients_and_with_recompute():
         assert torch.equal(experts(x, token, expert, weight), plain)
     again = checkpoint(experts, x, token, expert, weight, use_reentrant=False)
     wanted = (x, weight, *experts.parameters())
-    for a, b in zip(torch.autograd.grad(again.sum(), wanted), torch.autograd.grad(plain.sum(), wanted)):
+    for a, b in zip(
+        torch.autograd.grad(again.sum(), wanted), torch.autograd.grad(plain.sum(), wanted)
+    ):
         assert torch.equal(a, b)
 
 
 def test_a_second_derivative_is_refused():
     experts = make().double()
     x, token, expert, weight = make_inputs(3, 4, 4)
-    grad, = torch.autograd.grad(experts(x, token, expert, weight).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        experts(x, token, expert, weight).square().sum(), x, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -271,7 +341,11 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.layout is torch.strided and t.numel() not in self.allowed:
+            if (
+                isinstance(t, torch.Tensor)
+                and t.layout is torch.strided
+                and t.numel() not in self.allowed
+            ):
                 self.bytes = max(self.bytes, t.numel() * t.element_size())
         return out
 
@@ -283,18 +357,26 @@ def test_rows_are_never_laid_side_by_side(dtype, width, activation, sparse):
     """The rows of 2,000 assignments of width 64 are 256 KB or more a table; what appears is lists of two or three
     numbers for each pair."""
     tokens, assignments, num_local, hidden = 10, 2000, 20, 64
-    experts = make(num_local, width, activation, hidden_size=hidden, sparse_gradients=sparse).to(dtype)
-    x, token, expert, weight = make_inputs(tokens, assignments, num_local, dtype=dtype, hidden_size=hidden)
+    experts = make(
+        num_local, width, activation, hidden_size=hidden, sparse_gradients=sparse
+    ).to(dtype)
+    x, token, expert, weight = make_inputs(
+        tokens, assignments, num_local, dtype=dtype, hidden_size=hidden
+    )
     with Largest() as seen:
         torch.einsum("ad,awd->aw", x[token], experts.w_in[expert])
-    assert seen.bytes >= assignments * width * hidden * dtype.itemsize, "the probe sees the rows of all assignments"
+    assert seen.bytes >= assignments * width * hidden * dtype.itemsize, (
+        "the probe sees the rows of all assignments"
+    )
     with Largest() as seen:
         y = experts(x, token, expert, weight)
         torch.autograd.grad(y.float().square().sum(), (x, weight, *experts.parameters()))
     assert 8 * assignments * width <= seen.bytes <= 3 * 8 * assignments * width
 
 
-@pytest.mark.skipif(not MKL, reason="this torch has no product that writes sums of rows to a given place")
+@pytest.mark.skipif(
+    not MKL, reason="this torch has no product that writes sums of rows to a given place"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_large_gradient_is_made_in_memory_that_is_used_again(dtype):
     """Which holds anything at all, here NaN."""
@@ -307,9 +389,19 @@ def test_a_large_gradient_is_made_in_memory_that_is_used_again(dtype):
         return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
     for size in (2**30, 100_000):
-        with in_place(size), mock.patch.object(experts.buffers, "empty", used_memory), Largest() as seen:
-            results.append(torch.autograd.grad(experts(*inputs).square().sum(), tuple(experts.parameters())))
-        assert seen.bytes == num_local * hidden * dtype.itemsize, "nothing is larger than the gradient"
+        with (
+            in_place(size),
+            mock.patch.object(experts.buffers, "empty", used_memory),
+            Largest() as seen,
+        ):
+            results.append(
+                torch.autograd.grad(
+                    experts(*inputs).square().sum(), tuple(experts.parameters())
+                )
+            )
+        assert seen.bytes == num_local * hidden * dtype.itemsize, (
+            "nothing is larger than the gradient"
+        )
     assert asked == [(num_local, hidden)] * 2
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
@@ -321,9 +413,13 @@ def test_sparse_gradients(width, activation):
     experts = make(384, width, activation)  # 192 blocks of 2 experts
     x, token, _, weight = make_inputs(6, 40, 384, dtype=torch.float32)
     expert = torch.randint(0, 100, (40,)) * 3
-    dense = torch.autograd.grad(experts(x, token, expert, weight).square().sum(), tuple(experts.parameters()))
+    dense = torch.autograd.grad(
+        experts(x, token, expert, weight).square().sum(), tuple(experts.parameters())
+    )
     experts.sparse_gradients = True
-    sparse = torch.autograd.grad(experts(x, token, expert, weight).square().sum(), tuple(experts.parameters()))
+    sparse = torch.autograd.grad(
+        experts(x, token, expert, weight).square().sum(), tuple(experts.parameters())
+    )
     used = (expert.unique()[:, None] * width + torch.arange(width)).flatten()
     for (name, p), a, b in zip(experts.named_parameters(), sparse, dense, strict=True):
         assert a.is_coalesced() and a.shape == p.shape and a.dtype == p.dtype, name
@@ -343,7 +439,9 @@ def test_sparse_gradients_add_up_and_an_optimizer_takes_them():
             experts(*make_inputs(6, 12, 20, seed)).square().sum().backward()
         grads = [p.grad.to_dense().clone() for p in experts.parameters()]
         optimizer(list(experts.parameters()), lr=0.1, eps=1e-30).step()
-        results.append([*grads, *(a.detach() - b for a, b in zip(experts.parameters(), before))])
+        results.append(
+            [*grads, *(a.detach() - b for a, b in zip(experts.parameters(), before))]
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
         assert (a == 0).any() and (a != 0).any()
@@ -370,7 +468,10 @@ def test_a_gradient_that_is_taken_is_gone_before_the_next_is_made():
 def test_one_expert_with_everything(size, sparse):
     x, token, expert, weight = make_inputs(4, 60, 9)
     with in_place(size):
-        compare(make(9, 2, "silu", sparse_gradients=sparse).double(), (x, token, expert * 0 + 7, weight))
+        compare(
+            make(9, 2, "silu", sparse_gradients=sparse).double(),
+            (x, token, expert * 0 + 7, weight),
+        )
 
 
 def test_rows_beyond_two_to_the_31_numbers():
@@ -385,7 +486,9 @@ def test_rows_beyond_two_to_the_31_numbers():
     assert y.shape == (1, hidden) and (y == 0).all()
 
 
-@pytest.mark.parametrize("name, value", [("token", -1), ("token", 3), ("expert", -1), ("expert", 4)])
+@pytest.mark.parametrize(
+    "name, value", [("token", -1), ("token", 3), ("expert", -1), ("expert", 4)]
+)
 def test_numbers_out_of_range_are_not_looked_up(name, value):
     x, token, expert, weight = make_inputs(3, 5, 4, dtype=torch.float32)
     {"token": token, "expert": expert}[name][2] = value
@@ -393,9 +496,18 @@ def test_numbers_out_of_range_are_not_looked_up(name, value):
         make(4)(x, token, expert, weight)
 
 
-@pytest.mark.parametrize("num_experts, ranks", [(4, 4), (191, 191), (12, 3), (192 * 20, 64), (2**10, 16), (3**6, 3)])
+@pytest.mark.parametrize(
+    "num_experts, ranks", [(4, 4), (191, 191), (12, 3), (192 * 20, 64), (2**10, 16), (3**6, 3)]
+)
 def test_values_do_not_depend_on_sharding(num_experts, ranks):
-    options = {"seed": 3, "layer": 2, "hidden_size": 4, "width": 2, "activation": "swiglu", "num_experts": num_experts}
+    options = {
+        "seed": 3,
+        "layer": 2,
+        "hidden_size": 4,
+        "width": 2,
+        "activation": "swiglu",
+        "num_experts": num_experts,
+    }
     whole, local = make(num_experts, **options), num_experts // ranks
     for rank in {0, 1, ranks - 1}:
         part = make(local, first=rank * local, **options)
@@ -407,25 +519,36 @@ def test_values_do_not_depend_on_sharding(num_experts, ranks):
         for name in ("w_in", "w_out", "w_up"):
             table = getattr(part, name)
             assert table.shape == (local, 2, 4)
-            assert torch.equal(table, getattr(whole, name)[rank * local:(rank + 1) * local]), name
+            assert torch.equal(
+                table, getattr(whole, name)[rank * local : (rank + 1) * local]
+            ), name
 
 
-@pytest.mark.parametrize("num_experts, blocks", [(1, 1), (7, 7), (192, 192), (193, 1), (1024**2, 64), (10**6, 64),
-                                                 (3 * 2**20, 192)])
+@pytest.mark.parametrize(
+    "num_experts, blocks",
+    [(1, 1), (7, 7), (192, 192), (193, 1), (1024**2, 64), (10**6, 64), (3 * 2**20, 192)],
+)
 def test_number_of_blocks(num_experts, blocks):
     assert number_of_blocks(num_experts) == blocks <= MOST_BLOCKS and num_experts % blocks == 0
 
 
 def test_blocks_that_cannot_be_shared_out():
-    with pytest.raises(ValueError, match="--moe-expert-parallel-size is 5; allowed: a divisor of 64, the blocks that "
-                                         "1000000 experts are kept in"):
+    with pytest.raises(
+        ValueError,
+        match="--moe-expert-parallel-size is 5; allowed: a divisor of 64, the blocks that "
+        "1000000 experts are kept in",
+    ):
         make(200_000, num_experts=10**6)
 
 
 def test_no_two_rows_start_equal():
     """Of neighbouring seeds, layers, tables and blocks."""
-    tables = [p[:, 0] for seed in (0, 1) for layer in (0, 1)
-              for p in make(4, 1, "swiglu", seed=seed, layer=layer, output_std=0.7).parameters()]
+    tables = [
+        p[:, 0]
+        for seed in (0, 1)
+        for layer in (0, 1)
+        for p in make(4, 1, "swiglu", seed=seed, layer=layer, output_std=0.7).parameters()
+    ]
     assert (torch.pdist(torch.cat(tables)) > 1e-3).all()
 
 
@@ -436,13 +559,18 @@ def test_against_the_published_formula(sparse):
     x, _, expert, weight = make_inputs(6, 24, 30, dtype=torch.float32)
     token = torch.arange(6).repeat_interleave(4)
     tables = [t.detach().squeeze(1).requires_grad_() for t in (experts.w_in, experts.w_out)]
-    ours, theirs = experts(x, token, expert, weight), peer.reference(x, expert, weight, *tables, sparse)
+    ours, theirs = (
+        experts(x, token, expert, weight),
+        peer.reference(x, expert, weight, *tables, sparse),
+    )
     torch.testing.assert_close(ours, theirs)
     got = torch.autograd.grad(ours.square().sum(), (x, weight, experts.w1, experts.w2))
     want = torch.autograd.grad(theirs.square().sum(), (x, weight, *tables))
     for name, a, b in zip(("x", "weight", "w1", "w2"), got, want, strict=True):
         assert a.is_sparse == b.is_sparse, name
-        torch.testing.assert_close(a.to_dense().view(b.shape), b.to_dense(), msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a.to_dense().view(b.shape), b.to_dense(), msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_initial_scales_and_independence_of_global_random_state():
@@ -454,7 +582,10 @@ def test_initial_scales_and_independence_of_global_random_state():
         table = getattr(experts, name)
         assert torch.equal(table, getattr(again, name))
         assert table.shape == (5000, 2, 16)
-        assert table.std().item() == pytest.approx(std, rel=0.01) and abs(table.mean().item()) < std / 100
+        assert (
+            table.std().item() == pytest.approx(std, rel=0.01)
+            and abs(table.mean().item()) < std / 100
+        )
     assert experts.initialises_itself and experts.num_local == 5000 and experts.width == 2
 
 
@@ -465,17 +596,29 @@ def test_meta_device_allocates_and_draws_nothing():
 
 def test_which_backend_and_why(monkeypatch):
     for name in ("cpu", "grouped_mm"):
-        with pytest.raises(ValueError, match=f"--moe-backend is '{name}'; allowed: auto reference triton for tables"):
+        with pytest.raises(
+            ValueError,
+            match=f"--moe-backend is '{name}'; allowed: auto reference triton for tables",
+        ):
             make(backend=name)
-        with pytest.raises(ValueError, match=f"--moe-backend is '{name}'; allowed: auto reference triton for tables"):
+        with pytest.raises(
+            ValueError,
+            match=f"--moe-backend is '{name}'; allowed: auto reference triton for tables",
+        ):
             choose_backend(name, "cpu", torch.float32)
     for name in ("auto", "reference"):
-        assert choose_backend(name, "cpu", torch.float32) == ("reference", "torch's own operations on tables")
+        assert choose_backend(name, "cpu", torch.float32) == (
+            "reference",
+            "torch's own operations on tables",
+        )
         assert make(backend=name)._on_triton() is False
     choose.cache_clear()
     with monkeypatch.context() as m:
         m.setattr(importlib.util, "find_spec", lambda name: name)
-        assert choose_backend("auto", "cuda", torch.bfloat16) == ("triton", "a CUDA device, and triton is installed")
+        assert choose_backend("auto", "cuda", torch.bfloat16) == (
+            "triton",
+            "a CUDA device, and triton is installed",
+        )
         assert choose_backend("auto", "cuda", torch.float64)[0] == "reference"
         choose.cache_clear()
         m.setattr(importlib.util, "find_spec", lambda name: None)
