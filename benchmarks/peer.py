@@ -95,9 +95,9 @@ def choose(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def make_experts(size: Size):
-    from megatron.moe.peer.experts import NeuronExperts
+    from megatron.moe.peer.experts import PEERExperts
 
-    experts = NeuronExperts(size.keys**2, size.keys**2, size.hidden_size, 1, "gelu")
+    experts = PEERExperts(size.keys**2, size.keys**2, size.hidden_size, 1, "gelu")
     return experts.bfloat16() if size.bf16 else experts
 
 

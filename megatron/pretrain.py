@@ -142,11 +142,11 @@ def _vocab_size(config: RunConfig, tokenizer) -> int:
 
 def _say_backend(config: RunConfig, groups) -> None:
     """What multiplies the experts' rows, and why, before anything is built for a choice that is not possible here."""
-    from megatron.model.builder import choose_backend
+    from megatron.model.builder import choose_moe_backend
     from megatron.moe.experts.backends import DTYPES
 
     if config.moe.num_experts:
-        backend, why = choose_backend(
+        backend, why = choose_moe_backend(
             config.model, config.moe, groups.device, DTYPES[config.optimizer.precision]
         )
         log.get_logger().info("experts run on the %s backend: %s", backend, why)

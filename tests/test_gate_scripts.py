@@ -12,7 +12,7 @@ import torch
 
 from megatron.config import cli
 from megatron.model.builder import build_model
-from megatron.model.parameter_count import count
+from megatron.model.parameter_count import count_parameters
 from megatron.moe.gate import available_gates, gate_class, gate_config_class
 from megatron.parallel.groups import Groups
 
@@ -54,7 +54,7 @@ def size(config):
             groups=Groups(),
         )
     gate = gate_class(config.moe.gate)
-    return count(
+    return count_parameters(
         model,
         gate.experts_per_token(gate.Config(**config.gate_options), config.moe.num_experts),
     )

@@ -42,9 +42,9 @@ def missing_packages() -> list[str]:
 def build_operators() -> None:
     """Compile DeepSpeed's CPU communication operator into the environment's cache; nothing to do with CUDA."""
     from megatron.engine.distributed import prepare_deepspeed
-    from megatron.parallel.groups import choose_backend
+    from megatron.parallel.groups import choose_comm_backend
 
-    backend, device, reason = choose_backend()
+    backend, device, reason = choose_comm_backend()
     prepare_deepspeed(device)
     if backend == "gloo":
         from deepspeed.comm.torch import build_shm_op

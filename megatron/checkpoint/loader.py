@@ -27,7 +27,7 @@ from megatron.engine.zero_shards import MOMENTS, Layout, load_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.background import Job
-from megatron.parallel.groups import Groups, from_first, gather
+from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_rank0
 
 
 class Source:
@@ -173,14 +173,14 @@ def find(options: CheckpointConfig, groups: Groups) -> Source | None:
     """
     if not options.load:
         return None
-    listed = from_first(lambda: directory.choose(options), groups)
+    listed = broadcast_from_rank0(lambda: directory.choose(options), groups)
     damaged: list[Path] = []
     for path, manifest in listed:
         names = sorted(manifest["files"])[groups.rank :: groups.world_size]
         job = Job(f"verifying {path}", partial(_problem, path, names, manifest))
         job.start()
         job.wait_for_all(groups)
-        problems = [p for p in gather(job.error or job.result, groups) if p]
+        problems = [p for p in all_gather_objects(job.error or job.result, groups) if p]
         if not problems:
             return Source(path, options, damaged)
         damaged.append(path)

@@ -29,7 +29,7 @@ from megatron.io.staging_dir import Busy, WorkFolder, owner
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.background import Job
-from megatron.parallel.groups import Groups, from_first, gather
+from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_rank0
 
 ALIGNMENT = 64
 
@@ -70,7 +70,7 @@ class Checkpoints:
         self._work: WorkFolder | None = None
         if options.save:
             engine.partitions().check()  # what cannot be saved is to be known now, not at the first save
-            from_first(lambda: self._open(goes_on), groups)
+            broadcast_from_rank0(lambda: self._open(goes_on), groups)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -161,9 +161,9 @@ class Checkpoints:
         )
         size = sum(e.nbytes for e in entries)
         owned = [(p.name, p.start, p.length) for p in parts.pieces] if self._owns(parts) else []
-        told = gather((owned, size), self.groups)
+        told = all_gather_objects((owned, size), self.groups)
         partial = Path(
-            from_first(
+            broadcast_from_rank0(
                 lambda: str(self._prepare(progress, sum(size for _, size in told))), self.groups
             )
         )
@@ -228,7 +228,7 @@ class Checkpoints:
     def _advance(self) -> None:
         """On all ranks, when none is busy any more: when each has written rank 0 publishes, and then all are told."""
         now = self._pending
-        results = gather((now.name, now.job.result, now.job.error), self.groups)
+        results = all_gather_objects((now.name, now.job.result, now.job.error), self.groups)
         errors = [error for _, _, error in results if error]
         if errors:
             self._pending = None

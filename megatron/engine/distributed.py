@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron import log
 from megatron.config.schema import require
 from megatron.engine.startup_patches import settle_triton
-from megatron.parallel.groups import Groups, choose_backend
+from megatron.parallel.groups import Groups, choose_comm_backend
 
 
 def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
@@ -43,7 +43,7 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         f"a divisor of the {world_size} ranks",
         "Start another number of ranks or change it.",
     )
-    backend, device, reason = choose_backend()
+    backend, device, reason = choose_comm_backend()
     prepare_deepspeed(device)
     import deepspeed
     from deepspeed.utils import groups as ds_groups

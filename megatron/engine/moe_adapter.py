@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron.moe.layer import MoELayer
 from megatron.moe.metrics import moe_layers
-from megatron.moe.peer.layer import NeuronLayer
+from megatron.moe.peer.layer import PEERLayer
 from megatron.parallel.groups import Groups
 
 
@@ -38,7 +38,7 @@ class DeepSpeedMoELayer(MoELayer, _Recognised):
     """A `MoELayer` for the engine."""
 
 
-class DeepSpeedNeuronLayer(NeuronLayer, _Recognised):
+class DeepSpeedNeuronLayer(PEERLayer, _Recognised):
     """A `NeuronLayer` for the engine."""
 
 
@@ -51,7 +51,7 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
     """
     for layer in moe_layers(model):
         layer.__class__ = (
-            DeepSpeedNeuronLayer if isinstance(layer, NeuronLayer) else DeepSpeedMoELayer
+            DeepSpeedNeuronLayer if isinstance(layer, PEERLayer) else DeepSpeedMoELayer
         )
         local = layer.num_experts // groups.ep_size
         layer.ep_size, layer.ep_rank, layer.num_local_experts = (

@@ -10,14 +10,14 @@ from torch import nn
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
-from megatron.model.parameter_count import count, table
+from megatron.model.parameter_count import count_parameters, parameter_table
 from megatron.moe.experts import backends
 from megatron.moe.experts.grouped_experts import GroupedExperts, expert_output_std
 from megatron.moe.gate import Gate, create_gate, gate_class
 from megatron.moe.layer import MoELayer
 from megatron.moe.peer import experts as peer_experts
-from megatron.moe.peer.experts import NeuronExperts
-from megatron.moe.peer.layer import NeuronLayer
+from megatron.moe.peer.experts import PEERExperts
+from megatron.moe.peer.layer import PEERLayer
 from megatron.parallel.groups import Groups
 
 
@@ -67,14 +67,14 @@ def build_model(
 def size_table(model: GPT, moe: MoEConfig, gate_options: dict[str, Any]) -> str:
     """The model's parameters by part, in all and active per token, as text."""
     gate = gate_class(moe.gate)
-    return table(
-        count(
+    return parameter_table(
+        count_parameters(
             model, gate.experts_per_token(gate.Config(**gate_options), max(1, moe.num_experts))
         )
     )
 
 
-def choose_backend(
+def choose_moe_backend(
     model: ModelConfig, moe: MoEConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
     """(what multiplies the rows of a run's experts, why).
@@ -83,9 +83,9 @@ def choose_backend(
         ValueError: --moe-backend asks for one that is not possible here.
     """
     if gate_class(moe.gate).neurons:
-        return peer_experts.choose_backend(moe.moe_backend, device.type, dtype)
+        return peer_experts.choose_peer_backend(moe.moe_backend, device.type, dtype)
     features = (model.hidden_size, moe.moe_ffn_hidden_size or model.ffn_size)
-    return backends.choose_backend(moe.moe_backend, device.type, dtype, features)
+    return backends.choose_expert_backend(moe.moe_backend, device.type, dtype, features)
 
 
 def make_moe_layer(
@@ -113,7 +113,7 @@ def make_moe_layer(
         "min_capacity": moe.moe_min_capacity,
     }
     if gate.neurons:
-        tables = NeuronExperts(
+        tables = PEERExperts(
             moe.num_experts,
             local,
             model.hidden_size,
@@ -123,7 +123,7 @@ def make_moe_layer(
             output_std=output_std * gate.output_gain(width),
             backend=moe.moe_backend,
         )
-        return NeuronLayer(gate, tables, tables.num_blocks, **options)
+        return PEERLayer(gate, tables, tables.num_blocks, **options)
     experts = GroupedExperts(
         local,
         model.hidden_size,

@@ -21,7 +21,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Size:
+class ParameterCount:
     """Numbers of parameters of the whole model, whatever slice of it this rank holds."""
 
     total: int
@@ -33,7 +33,7 @@ class Size:
     """the same for the most experts"""
 
 
-def count(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> Size:
+def count_parameters(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> ParameterCount:
     """Count the parameters of a model, on any device (`meta` too) and before ZeRO shards them.
 
     Routed experts are stacks [stacks here, ...] in the module `experts` of a layer with the attributes `num_experts`,
@@ -55,10 +55,10 @@ def count(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> Size
             shares = tuple(k / layer.gate.num_experts for k in experts_per_token)
         parts[part] += number
         active = [a + round(number * share) for a, share in zip(active, shares)]
-    return Size(sum(parts.values()), parts, *active)
+    return ParameterCount(sum(parts.values()), parts, *active)
 
 
-def table(size: Size) -> str:
+def parameter_table(size: ParameterCount) -> str:
     """The counts as text: one line for each part that has parameters, then the total."""
     outside = size.total - size.parts["routed experts"]
     lines = [f"{'parameters':<16}{'all':>12}   active per token"]

@@ -31,7 +31,7 @@ _registry: dict[str, type[Gate]] = {}
 
 
 @dataclass(frozen=True)
-class Place:
+class GateContext:
     """Where a gate stands: sizes, and which mixture layer of how many. The same for every gate."""
 
     hidden_size: int
@@ -78,7 +78,7 @@ class Gate(nn.Module):
         cls.name = name
         _registry[name] = cls
 
-    def __init__(self, config: Any, place: Place):
+    def __init__(self, config: Any, place: GateContext):
         super().__init__()
         self.config, self.place = config, place
         self.num_experts = place.num_experts
@@ -180,7 +180,7 @@ def create_gate(
         )
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; a gate needs at least 1 expert")
-    place = Place(hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std)
+    place = GateContext(hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std)
     config = cls.Config(**options)
     check = getattr(
         config, "check", None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def in_best_groups(score_TE: Tensor, n_group: int, topk_group: int, best: int) -> Tensor:
+def group_limited_scores(score_TE: Tensor, n_group: int, topk_group: int, best: int) -> Tensor:
     """The scores in the `topk_group` groups whose `best` highest scores have the largest sum, -inf elsewhere.
 
     Not 0: a score may be negative, or have underflowed to 0.
@@ -34,7 +34,7 @@ def linear_fp32(x_TD: Tensor, linear: nn.Linear) -> Tensor:
         return F.linear(x_TD.float(), linear.weight.float())
 
 
-def moments(rows_TN: Tensor) -> tuple[Tensor, Tensor]:
+def sum_and_square_sum(rows_TN: Tensor) -> tuple[Tensor, Tensor]:
     """fp64 sums over tokens of fp32 values and of their squares, so exact that the variance can be had from them.
 
     Without an fp64 copy of the rows: squared in fp32 is what is left of them without their mean.
@@ -45,7 +45,7 @@ def moments(rows_TN: Tensor) -> tuple[Tensor, Tensor]:
     return total_N, square_N + mean_N.double() * (2 * total_N - number * mean_N.double())
 
 
-def shares(logits_TE: Tensor, score_function: str) -> Tensor:
+def normalized_scores(logits_TE: Tensor, score_function: str) -> Tensor:
     """Scores, softmax or sigmoid of the logits, divided by their sum.
 
     For sigmoid as softmax(log sigmoid(z)), which is the same, also where the scores themselves underflow to 0.
@@ -53,7 +53,7 @@ def shares(logits_TE: Tensor, score_function: str) -> Tensor:
     return (logits_TE if score_function == "softmax" else F.logsigmoid(logits_TE)).softmax(-1)
 
 
-def top_scores(
+def select_topk(
     logits_TE: Tensor, k: int, score_function: str, norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(scores [T, k] of the k best experts, with `norm` divided by their sum; the experts; the shares of all [T, E]).
@@ -61,9 +61,9 @@ def top_scores(
     The best by logit, which orders experts as scores do and does not saturate.
     """
     logit_Tk, expert_Tk = logits_TE.topk(k, dim=-1)
-    shares_TE = shares(logits_TE, score_function)
+    shares_TE = normalized_scores(logits_TE, score_function)
     if norm:
-        score_Tk = shares(logit_Tk, score_function)
+        score_Tk = normalized_scores(logit_Tk, score_function)
     else:
         score_Tk = (
             shares_TE.gather(-1, expert_Tk)

@@ -13,9 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.dispatch.all_to_all import Exchange, arrived_rows
-from megatron.moe.dispatch.permute import Combine, Gather, Weights
-from megatron.moe.dispatch.plan import Plan, capacity, count, make_plan
+from megatron.moe.dispatch.all_to_all import AllToAll, sort_received_by_expert
+from megatron.moe.dispatch.permute import GatherWeights, PermuteTokens, UnpermuteTokens
+from megatron.moe.dispatch.plan import (
+    DispatchPlan,
+    bincount_static,
+    build_dispatch_plan,
+    expert_capacity,
+)
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.ffn import FFNContext, FFNOutput
 from megatron.moe.gate import Gate
@@ -84,10 +89,10 @@ class MoELayer(nn.Module):
             self._count(routing, plan, aux_loss)
         return FFNOutput(y_TD.view_as(x_BSD), aux_loss, routing.carry)
 
-    def _plan(self, routing: Routing, x_TD: Tensor) -> Plan:
+    def _plan(self, routing: Routing, x_TD: Tensor) -> DispatchPlan:
         paths = self.gate.local_paths
         zero_paths = sum(getattr(path, "returns_zero", False) for path in paths)
-        return make_plan(
+        return build_dispatch_plan(
             routing,
             len(x_TD),
             self.gate.num_experts,
@@ -98,36 +103,36 @@ class MoELayer(nn.Module):
         )
 
     def _mix(
-        self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]
+        self, x_TD: Tensor, routing: Routing, plan: DispatchPlan, beside: Callable[[], T]
     ) -> tuple[Tensor, T]:
         """(weighted sum of the routed experts' outputs [T, D], what `beside` returns).
 
         `beside` is called while rows are on their way to other ranks.
         """
-        weight_S = Weights.apply(routing.weight_A, plan.routed)
+        weight_S = GatherWeights.apply(routing.weight_A, plan.routed)
         if plan.sizes is None:
             return self.experts(x_TD, weight_S, plan.routed), beside()
         send, receive, group = plan.sizes.send, plan.sizes.receive, self.groups.ep_group
-        exchange = Exchange((Gather.apply(x_TD, plan.routed), weight_S), send, receive, group)
+        exchange = AllToAll((PermuteTokens.apply(x_TD, plan.routed), weight_S), send, receive, group)
         there = beside()
         x_RD, weight_R = exchange.finish()
-        rows = arrived_rows(plan.sizes)
-        y_RD = self.experts(x_RD, Weights.apply(weight_R, rows), rows)
-        (y_SD,) = Exchange((y_RD,), receive, send, group).finish()
-        return Combine.apply(y_SD, None, plan.routed), there
+        rows = sort_received_by_expert(plan.sizes)
+        y_RD = self.experts(x_RD, GatherWeights.apply(weight_R, rows), rows)
+        (y_SD,) = AllToAll((y_RD,), receive, send, group).finish()
+        return UnpermuteTokens.apply(y_SD, None, plan.routed), there
 
     def _beside(
-        self, x_BSD: Tensor, routing: Routing, plan: Plan, context: FFNContext
+        self, x_BSD: Tensor, routing: Routing, plan: DispatchPlan, context: FFNContext
     ) -> list[Tensor]:
         """What needs no other rank, as [T, D] each: local paths, whose rows never leave it, and the shared experts."""
         x_TD, parts = x_BSD.flatten(0, -2), []
         if plan.local is not None:
-            inputs = Gather.apply(x_TD, plan.local).split(plan.local_counts)
+            inputs = PermuteTokens.apply(x_TD, plan.local).split(plan.local_counts)
             # Without rows too: ZeRO 2 needs a gradient of every parameter on every rank, if only zeros.
             outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True)]
             parts.append(
-                Combine.apply(
-                    torch.cat(outputs), Weights.apply(routing.weight_A, plan.local), plan.local
+                UnpermuteTokens.apply(
+                    torch.cat(outputs), GatherWeights.apply(routing.weight_A, plan.local), plan.local
                 )
             )
         if self.shared is not None:
@@ -139,7 +144,7 @@ class MoELayer(nn.Module):
         own = self.gate.capacities(num_tokens, factor, self.min_capacity) if factor else None
         if own is not None:
             return torch.tensor(own, device=x_TD.device)
-        return capacity(num_tokens, self.gate.num_experts, factor, self.min_capacity)
+        return expert_capacity(num_tokens, self.gate.num_experts, factor, self.min_capacity)
 
     def _gate_input(self, x_BSD: Tensor, context: FFNContext) -> GateInput:
         ids = context.token_ids_BS
@@ -205,13 +210,13 @@ class MoELayer(nn.Module):
         The repetition counts nothing, exchanges no loads, and has the aux loss of the first time.
         """
         memory: dict[str, Any] = {}
-        return _Pass(self, memory, again=False), _Pass(self, memory, again=True)
+        return _RecomputeContext(self, memory, again=False), _RecomputeContext(self, memory, again=True)
 
     @torch.no_grad()
-    def _count(self, routing: Routing, plan: Plan, aux_loss: Tensor) -> None:
+    def _count(self, routing: Routing, plan: DispatchPlan, aux_loss: Tensor) -> None:
         """Add this forward to the counters."""
         num_tokens = len(plan.kept_T)
-        wanted_T = count(routing.token_A, num_tokens)
+        wanted_T = bincount_static(routing.token_A, num_tokens)
         one, bins = torch.ones((), device=wanted_T.device), self._most_choices() + 1
         step = {
             "tokens": one * num_tokens,
@@ -223,7 +228,7 @@ class MoELayer(nn.Module):
             "wanted_C": plan.wanted_C,
             "kept_C": plan.kept_C,
             "lost_tokens": (plan.kept_T < wanted_T).sum(),
-            "kept_histogram": count(plan.kept_T.clamp_max(bins - 1), bins),
+            "kept_histogram": bincount_static(plan.kept_T.clamp_max(bins - 1), bins),
             "forwards": one,
             "aux_loss": aux_loss,
             **{f"stat/{name}": value for name, value in routing.stats.items()},
@@ -242,7 +247,7 @@ class MoELayer(nn.Module):
         )
 
 
-class _Pass(AbstractContextManager):
+class _RecomputeContext(AbstractContextManager):
     """A forward pass of a layer: the first, which fills the memory, or one of its repetitions. May be entered again."""
 
     def __init__(self, layer: MoELayer, memory: dict[str, Any], again: bool):

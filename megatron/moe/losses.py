@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.moe.routing import Balance
+from megatron.moe.routing import LoadBalancingLoss
 
 
-def losses(*terms: Balance, extra: Tensor | float = 0.0) -> dict[str, Any]:
+def aux_losses(*terms: LoadBalancingLoss, extra: Tensor | float = 0.0) -> dict[str, Any]:
     """The fields `aux_loss` and `balance` of a `Routing`: what is known on this rank is added up, the rest handed on.
 
     Args:

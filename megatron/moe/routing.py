@@ -39,7 +39,7 @@ class GateInput:
 
 
 @dataclass(frozen=True, slots=True)
-class Balance:
+class LoadBalancingLoss:
     """A balance loss, coeff * G * mean_n sum_g f_ng P_ng, as its two factors. Made by `Balance.of`.
 
     f = count / total has no gradient, so it may count tokens that are not here: the layer adds what other ranks and
@@ -66,7 +66,7 @@ class Balance:
         coeff: float | Tensor,
         scope: str = "micro-batch",
         per_token: bool = False,
-    ) -> Balance:
+    ) -> LoadBalancingLoss:
         """The loss of scores [T, G] and choices.
 
         Args:
@@ -87,7 +87,7 @@ class Balance:
         member_NT = (row_T == torch.arange(rows, device=device)[:, None]).to(score_TG.dtype)
         tokens_N = member_NT.sum(-1)
         score_NG = (member_NT @ score_TG) / tokens_N.clamp_min(1)[:, None]
-        return Balance(
+        return LoadBalancingLoss(
             count_NG, tokens_N if per_token else count_NG.sum(-1), score_NG, coeff, scope
         )
 
@@ -130,7 +130,7 @@ class Routing:
     """token_A is in ascending order, as the layer likes it: that saves it a sort"""
     stats: dict[str, Tensor] = field(default_factory=dict)
     """detached 0-d extras, means over this rank's tokens; loads, drops and experts per token come for free"""
-    balance: tuple[Balance, ...] = ()
+    balance: tuple[LoadBalancingLoss, ...] = ()
     """losses of scope global-batch: the layer adds the other ranks' loads, then the loss"""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """detached fp32 or fp64 sums over this rank's tokens, in training added up over micro-batches and ranks for

@@ -36,7 +36,7 @@ class Groups:
         return self.rank == 0
 
 
-def choose_backend() -> tuple[str, torch.device, str]:
+def choose_comm_backend() -> tuple[str, torch.device, str]:
     """(backend, device, why): NCCL on CUDA when there is a device for this rank, gloo on the CPU otherwise."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if os.environ.get("DS_ACCELERATOR") == "cpu":
@@ -67,7 +67,7 @@ def all_reduce_mean(value: float, groups: Groups) -> float:
     return all_reduce_sum(t, groups).item() / groups.world_size
 
 
-def gather(value: Any, groups: Groups) -> list[Any]:
+def all_gather_objects(value: Any, groups: Groups) -> list[Any]:
     """Every rank's value, on all ranks. It is pickled: for small things, between our own processes."""
     if groups.world_size == 1:
         return [value]
@@ -76,7 +76,7 @@ def gather(value: Any, groups: Groups) -> list[Any]:
     return values
 
 
-def from_first(ask: Callable[[], Any], groups: Groups) -> Any:
+def broadcast_from_rank0(ask: Callable[[], Any], groups: Groups) -> Any:
     """Rank 0's answer, on all ranks. Its ValueError or OSError is raised on all of them."""
     answer: list[Any] = [None]
     if groups.is_first:

@@ -16,7 +16,7 @@ from helpers import engines, handmade
 from megatron.checkpoint import directory, inspect, reader
 from megatron.io import sha256
 from megatron.model.builder import build_model
-from megatron.model.parameter_count import count
+from megatron.model.parameter_count import count_parameters
 from megatron.parallel.groups import Groups
 
 TOOL = "inspect_checkpoint.py"
@@ -126,7 +126,7 @@ def test_of_a_real_checkpoint(ranks2, tmp_path):
     model = build_model(
         config.model, config.moe, config.gate_options, vocab_size=61, seed=0, groups=Groups()
     )
-    size = count(model)
+    size = count_parameters(model)
     assert (
         found["parameters"] == {"total": size.total, "parts": size.parts}
         and found["faults"] == []

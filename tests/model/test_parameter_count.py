@@ -5,7 +5,7 @@ import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import build_model
-from megatron.model.parameter_count import Size, count, table
+from megatron.model.parameter_count import ParameterCount, count_parameters, parameter_table
 from megatron.parallel.groups import Groups
 
 CONFIG = ModelConfig(
@@ -45,14 +45,14 @@ def test_parts_by_hand():
         "output layer": 0,
         "other": 0,
     }
-    size = count(build(), (1, 3))
+    size = count_parameters(build(), (1, 3))
     assert size.parts == parts and size.total == sum(parts.values())
     assert size.active_min == size.total - parts["routed experts"] + 2 * 1 * expert
     assert size.active_max == size.total - parts["routed experts"] + 2 * 3 * expert
-    assert count(build(rank=1, world_size=4, ep_size=4), (1, 3)) == size, (
+    assert count_parameters(build(rank=1, world_size=4, ep_size=4), (1, 3)) == size, (
         "a slice counts as all experts"
     )
-    assert count(build(device="cpu"), (1, 3)) == size
+    assert count_parameters(build(device="cpu"), (1, 3)) == size
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
@@ -62,7 +62,7 @@ def test_dense_model(position, untied):
         CONFIG, position_embedding_type=position, untie_embeddings_and_output_weights=untied
     )
     model = build(config, MoEConfig())
-    size = count(model)
+    size = count_parameters(model)
     assert (
         size.total
         == size.active_min
@@ -76,17 +76,17 @@ def test_dense_model(position, untied):
 def test_a_parameter_elsewhere_is_counted_as_other():
     model = build(moe=MoEConfig())
     model.temperature = torch.nn.Parameter(torch.ones(3))
-    assert count(model).parts["other"] == 3
+    assert count_parameters(model).parts["other"] == 3
 
 
 def test_table():
-    size = Size(
+    size = ParameterCount(
         3_512_000_000,
         {"embedding": 12_000_000, "routed experts": 3_500_000_000, "router": 0},
         112_000_000,
         1_512_000_000,
     )
-    assert table(size).splitlines() == [
+    assert parameter_table(size).splitlines() == [
         "parameters               all   active per token",
         "embedding            12.00 M   12.00 M",
         "routed experts        3.50 B   100.00 M to 1.50 B",

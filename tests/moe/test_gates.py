@@ -19,11 +19,11 @@ from helpers.moe_layers import (
     make_layer,
 )
 from helpers.spawn import groups_for
-from megatron.moe.dispatch.plan import capacity
+from megatron.moe.dispatch.plan import expert_capacity
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import (
     Gate,
-    Place,
+    GateContext,
     available_gates,
     create_gate,
     gate_class,
@@ -242,7 +242,7 @@ def test_state_round_trip(name):
 def survivors(layer, routing, tokens, factor):
     """Positions in the gate's list that stay under the limit: the highest priorities of each choice, by hand."""
     limits = layer.gate.capacities(tokens, factor, 1)
-    limits = limits or [capacity(tokens, E, factor, 1)] * E + [tokens] * len(
+    limits = limits or [expert_capacity(tokens, E, factor, 1)] * E + [tokens] * len(
         layer.gate.local_paths
     )
     priority = (
@@ -471,7 +471,7 @@ def test_a_gate_without_forward_says_so():
         Config = dict
 
     with pytest.raises(NotImplementedError, match="gate Empty has no forward"):
-        Empty({}, Place(D, E))(GateInput(torch.zeros(1, D)))
+        Empty({}, GateContext(D, E))(GateInput(torch.zeros(1, D)))
 
 
 def test_local_paths_stay_on_the_rank_and_are_not_counted_against_capacity():
@@ -479,7 +479,7 @@ def test_local_paths_stay_on_the_rank_and_are_not_counted_against_capacity():
 
     class Local(Gate):
         def __init__(self):
-            super().__init__(None, Place(D, 2))
+            super().__init__(None, GateContext(D, 2))
             self.local_paths = nn.ModuleList([nn.Identity(), Negative()])
 
         def forward(self, inp):

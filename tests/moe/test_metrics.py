@@ -6,7 +6,7 @@ from torch import nn
 
 from helpers.spawn import groups_for
 from megatron.moe.experts.grouped_experts import GroupedExperts
-from megatron.moe.gate import Gate, Place
+from megatron.moe.gate import Gate, GateContext
 from megatron.moe.layer import MoELayer
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import Routing
@@ -17,7 +17,7 @@ class Scripted(Gate):
     """Answers what it is told: a list of experts per token."""
 
     def __init__(self, choices):
-        super().__init__(None, Place(4, 3))
+        super().__init__(None, GateContext(4, 3))
         self.choices, self.steps = choices, []
 
     def forward(self, inp):

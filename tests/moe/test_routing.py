@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moe.losses import losses, z_loss
-from megatron.moe.routing import SCOPES, Balance, GateInput, Routing
+from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
 
 
 def routing(**changes):
@@ -56,10 +56,10 @@ def arange(n):
 
 def test_balance_loss_is_the_coefficient_when_uniform_and_grows_when_skewed():
     inp = GateInput(torch.zeros(8, 1))
-    uniform = Balance.of(inp, torch.full((8, 4), 0.25), arange(8), arange(8) % 4, coeff=0.3)
+    uniform = LoadBalancingLoss.of(inp, torch.full((8, 4), 0.25), arange(8), arange(8) % 4, coeff=0.3)
     assert uniform.loss().item() == pytest.approx(0.3)
     scores = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(8, 4)
-    assert Balance.of(
+    assert LoadBalancingLoss.of(
         inp, scores, arange(8), arange(8) * 0, coeff=1.0
     ).loss().item() == pytest.approx(4 * 0.7)
 
@@ -82,7 +82,7 @@ def test_balance_against_loops(seed, tokens, sequences, per_token, scope):
     choice = torch.randint(0, size, (choices,), generator=g)
     scores = logits.softmax(-1)
     inp = GateInput(torch.zeros(tokens, 1), None, sequence, num_sequences=sequences)
-    ours = Balance.of(
+    ours = LoadBalancingLoss.of(
         inp, scores, token, choice, coeff=0.7, scope=scope, per_token=per_token
     ).loss()
     parts = [[t for t in range(tokens) if sequence[t] == n] for n in range(sequences)]
@@ -108,7 +108,7 @@ def test_balance_against_loops(seed, tokens, sequences, per_token, scope):
 
 def test_sequences_are_counted_when_their_number_is_not_given():
     inp = GateInput(torch.zeros(4, 1), None, torch.tensor([0, 0, 1, 2]))
-    term = Balance.of(
+    term = LoadBalancingLoss.of(
         inp, torch.full((4, 2), 0.5), arange(4), arange(4) % 2, coeff=1.0, scope="sequence"
     )
     assert term.count_NG.tolist() == [[1, 1], [1, 0], [0, 1]] and term.total_N.tolist() == [
@@ -116,7 +116,7 @@ def test_sequences_are_counted_when_their_number_is_not_given():
         1,
         1,
     ]
-    alone = Balance.of(
+    alone = LoadBalancingLoss.of(
         GateInput(torch.zeros(4, 1)),
         torch.full((4, 2), 0.5),
         arange(4),
@@ -129,7 +129,7 @@ def test_sequences_are_counted_when_their_number_is_not_given():
 
 def test_what_others_must_add_to_is_handed_on_and_the_rest_added_up():
     def term(scope):
-        return Balance.of(
+        return LoadBalancingLoss.of(
             GateInput(torch.zeros(2, 1)),
             torch.tensor([[0.9, 0.1], [0.6, 0.4]]),
             arange(2),
@@ -139,10 +139,10 @@ def test_what_others_must_add_to_is_handed_on_and_the_rest_added_up():
         )
 
     local, shared = term("micro-batch"), term("global-batch")
-    got = losses(local, shared, extra=torch.tensor(2.0))
+    got = aux_losses(local, shared, extra=torch.tensor(2.0))
     assert got["balance"] == (shared,)
     assert got["aux_loss"].item() == pytest.approx(2 + 0.5 * 2 * 0.75)
-    assert losses(shared)["aux_loss"].item() == 0
+    assert aux_losses(shared)["aux_loss"].item() == 0
     # another rank chose expert 1 six times: f = 2/8 and 6/8
     total = shared.loss(shared.count_NG + torch.tensor([[0.0, 6.0]]), shared.total_N + 6)
     assert total.item() == pytest.approx(0.5 * 2 * (2 / 8 * 0.75 + 6 / 8 * 0.25))

@@ -18,14 +18,14 @@ from megatron.parallel.groups import Groups
 
 def test_cpu_is_chosen_and_says_why(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert parallel.choose_backend() == (
+    assert parallel.choose_comm_backend() == (
         "gloo",
         torch.device("cpu"),
         "DS_ACCELERATOR=cpu is set",
     )
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert parallel.choose_backend()[2] == "torch finds no CUDA device"
+    assert parallel.choose_comm_backend()[2] == "torch finds no CUDA device"
 
 
 def test_cuda_is_chosen_when_there_and_ranks_must_fit(monkeypatch):
@@ -33,14 +33,14 @@ def test_cuda_is_chosen_when_there_and_ranks_must_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert parallel.choose_backend() == (
+    assert parallel.choose_comm_backend() == (
         "nccl",
         torch.device("cuda", 1),
         "torch finds 2 CUDA device(s)",
     )
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="LOCAL_RANK is 2; allowed: below the 2 CUDA devices"):
-        parallel.choose_backend()
+        parallel.choose_comm_backend()
 
 
 def test_expert_parallel_size_must_divide_the_ranks(monkeypatch):
@@ -106,7 +106,7 @@ def _exchange(fails):
         return {"a": g.rank}
 
     try:
-        return parallel.gather(g.rank * 2, g), parallel.from_first(ask, g)
+        return parallel.all_gather_objects(g.rank * 2, g), parallel.broadcast_from_rank0(ask, g)
     except OSError as error:
         return error.errno, error.filename
 

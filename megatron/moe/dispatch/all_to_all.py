@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron import buffers
-from megatron.moe.dispatch.plan import Rows, Sizes, starts
+from megatron.moe.dispatch.plan import AllToAllSplits, PermutedTokens, exclusive_cumsum
 
 
 @dataclass
-class Transfer:
+class AllToAllState:
     """Tensors on their way to other ranks and, in the backward pass, their gradients on the way back."""
 
     send: list[int]
@@ -57,7 +57,7 @@ class _Start(torch.autograd.Function):
     """Send rows off. What it returns is not there before `_Finish` has waited for it."""
 
     @staticmethod
-    def forward(ctx, transfer: Transfer, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, transfer: AllToAllState, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.transfer = transfer
         return transfer.start(tensors, transfer.send, transfer.receive)
 
@@ -74,7 +74,7 @@ class _Finish(torch.autograd.Function):
     """Wait for what `_Start` sent off. Backward sends the gradients off, for `_Start`'s to wait for."""
 
     @staticmethod
-    def forward(ctx, transfer: Transfer, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, transfer: AllToAllState, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.transfer = transfer
         transfer.wait()
         return tuple(t.view_as(t) for t in tensors)
@@ -88,7 +88,7 @@ class _Finish(torch.autograd.Function):
         return None, *grads
 
 
-class Exchange:
+class AllToAll:
     """An all-to-all of tensors' rows with uneven splits: starts when made, ends with `finish`.
 
     What is computed in between overlaps with it, and so does its backward pass with the gradients' way back.
@@ -105,7 +105,7 @@ class Exchange:
         receive: list[int],
         group: dist.ProcessGroup,
     ):
-        self.transfer = Transfer(send, receive, group)
+        self.transfer = AllToAllState(send, receive, group)
         self.unfinished = _Start.apply(self.transfer, *tensors)
 
     def finish(self) -> tuple[Tensor, ...]:
@@ -113,15 +113,15 @@ class Exchange:
         return _Finish.apply(self.transfer, *self.unfinished)
 
 
-def arrived_rows(sizes: Sizes) -> Rows:
+def sort_received_by_expert(sizes: AllToAllSplits) -> PermutedTokens:
     """Rows as they came from the other ranks, as (source rank, expert), to be run through experts."""
     received_PE, num_rows = sizes.received_PE, sum(sizes.receive)
     places_R = torch.arange(num_rows + 1, device=received_PE.device)
-    starts_EP = starts(received_PE.flatten()).view_as(received_PE).t().flatten()
+    starts_EP = exclusive_cumsum(received_PE.flatten()).view_as(received_PE).t().flatten()
     lengths_EP = received_PE.t().flatten()
     shift_R = torch.repeat_interleave(
-        starts_EP - starts(lengths_EP), lengths_EP, output_size=num_rows
+        starts_EP - exclusive_cumsum(lengths_EP), lengths_EP, output_size=num_rows
     )
     order_R = shift_R + places_R[:-1]
     inverse_R = torch.empty_like(order_R).scatter_(0, order_R, places_R[:-1])
-    return Rows(order_R, order_R, inverse_R, places_R, received_PE.sum(0).cumsum(0))
+    return PermutedTokens(order_R, order_R, inverse_R, places_R, received_PE.sum(0).cumsum(0))

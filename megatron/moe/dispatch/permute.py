@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron import buffers
-from megatron.moe.dispatch.plan import Rows
+from megatron.moe.dispatch.plan import PermutedTokens
 
 
 def segment_sum(
@@ -43,13 +43,13 @@ def segment_sum(
     )
 
 
-class Gather(torch.autograd.Function):
+class PermuteTokens(torch.autograd.Function):
     """rows_S = x_T[token_S]. Backward is a segment sum in token order: no atomics, so it is deterministic."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx, x_TD: Tensor, rows: PermutedTokens) -> Tensor:
         ctx.rows = rows
-        return _select(x_TD, rows.token_S)
+        return gather_rows(x_TD, rows.token_S)
 
     @staticmethod
     @once_differentiable
@@ -57,11 +57,11 @@ class Gather(torch.autograd.Function):
         return segment_sum(grad_SD.contiguous(), ctx.rows.by_token_S, ctx.rows.bags_T1), None
 
 
-class Combine(torch.autograd.Function):
+class UnpermuteTokens(torch.autograd.Function):
     """y_t = sum of the token's rows, times their weights if there are any, accumulated in fp32 inside the op."""
 
     @staticmethod
-    def forward(ctx, rows_SD: Tensor, weight_S: Tensor | None, rows: Rows) -> Tensor:
+    def forward(ctx, rows_SD: Tensor, weight_S: Tensor | None, rows: PermutedTokens) -> Tensor:
         ctx.rows, ctx.length = rows, len(rows_SD)
         by_token_S = rows.by_token_S[: ctx.length]
         if weight_S is None:
@@ -74,7 +74,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD: Tensor) -> tuple:
-        grad_SD, saved = _select(grad_TD, ctx.rows.token_S[: ctx.length]), ctx.saved_tensors
+        grad_SD, saved = gather_rows(grad_TD, ctx.rows.token_S[: ctx.length]), ctx.saved_tensors
         if not saved:
             return grad_SD, None, None
         rows_SD, weight_S = saved
@@ -86,11 +86,11 @@ class Combine(torch.autograd.Function):
         return grad_SD.mul_(weight_S.to(grad_SD.dtype).unsqueeze(1)), grad_weight_S, None
 
 
-class Weights(torch.autograd.Function):
+class GatherWeights(torch.autograd.Function):
     """weight_S = weight_A[assignment_S]. Each assignment is one row at most: the gradient is a copy, without sums."""
 
     @staticmethod
-    def forward(ctx, weight_A: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx, weight_A: Tensor, rows: PermutedTokens) -> Tensor:
         ctx.rows, ctx.size = rows, len(weight_A)
         return weight_A.index_select(0, rows.assignment_S)
 
@@ -105,6 +105,6 @@ class Weights(torch.autograd.Function):
         return grad_S.new_zeros(ctx.size).scatter_(0, rows.assignment_S, grad_S), None
 
 
-def _select(x_TD: Tensor, token_S: Tensor) -> Tensor:
+def gather_rows(x_TD: Tensor, token_S: Tensor) -> Tensor:
     out = buffers.empty((len(token_S), x_TD.shape[1]), x_TD.dtype, x_TD.device)
     return torch.index_select(x_TD, 0, token_S, out=out)

@@ -18,7 +18,7 @@ from megatron.moe.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class PermutedTokens:
     """Rows to gather, to give to experts and to combine, sorted by expert.
 
     The arrays may be longer than the last of `ends_E` says. What lies beyond is no row: nobody waits for the device to
@@ -42,7 +42,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class AllToAllSplits:
     """What the host must know to exchange rows with the other ranks; from `exchange_sizes`."""
 
     send: list[int]
@@ -54,16 +54,16 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DispatchPlan:
     """Which rows go where; made by `make_plan`, read by the layer and its counters."""
 
-    routed: Rows | None
+    routed: PermutedTokens | None
     """rows for routed experts; None: all of the gate's list, in its order"""
-    local: Rows | None
+    local: PermutedTokens | None
     """rows for local paths, sorted by path; None without any. Paths that return zeros have no rows"""
     local_counts: list[int]
     """rows of each local path, 0 for those that return zeros"""
-    sizes: Sizes | None
+    sizes: AllToAllSplits | None
     """None when experts are not sharded"""
     wanted_C: Tensor
     """assignments per choice before capacity"""
@@ -73,22 +73,22 @@ class Plan:
     """assignments per token after capacity"""
 
     @staticmethod
-    def as_listed(routing: Routing, num_tokens: int, num_experts: int) -> Plan:
+    def as_listed(routing: Routing, num_tokens: int, num_experts: int) -> DispatchPlan:
         """For experts that need no sorted rows, when nothing is dropped."""
-        wanted_C = count(routing.expert_A, num_experts)
-        return Plan(
-            None, None, [], None, wanted_C, wanted_C, count(routing.token_A, num_tokens)
+        wanted_C = bincount_static(routing.expert_A, num_experts)
+        return DispatchPlan(
+            None, None, [], None, wanted_C, wanted_C, bincount_static(routing.token_A, num_tokens)
         )
 
 
-def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> int | None:
+def expert_capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> int | None:
     """Rows one expert takes: min(T, max(minimum, ceil(T / E * factor))); None (no limit) for factor 0."""
     if factor == 0:
         return None
     return min(num_tokens, max(minimum, math.ceil(num_tokens / num_experts * factor)))
 
 
-def make_plan(
+def build_dispatch_plan(
     routing: Routing,
     num_tokens: int,
     num_experts: int,
@@ -96,7 +96,7 @@ def make_plan(
     limit: int | Tensor | None = None,
     num_zero_paths: int = 0,
     group: dist.ProcessGroup | None = None,
-) -> Plan:
+) -> DispatchPlan:
     """Sort assignments by choice and drop what is over capacity.
 
     Survivors are the `limit` highest priorities of each choice, ties by position in the gate's list; the rest is
@@ -108,7 +108,7 @@ def make_plan(
         num_zero_paths: how many of the last local paths return zeros: counted, but no rows are made for them.
         group: the ranks that share the routed experts; None: this rank has all of them.
     """
-    wanted_C = count(routing.expert_A, num_experts + num_local_paths)
+    wanted_C = bincount_static(routing.expert_A, num_experts + num_local_paths)
     if limit is None:
         order_A, kept_C = routing.expert_A.argsort(stable=True), wanted_C
     else:
@@ -118,19 +118,19 @@ def make_plan(
     if limit is None and not num_local_paths:
         sizes, _, _ = _to_host(kept_C, num_experts, group) if group else (None, 0, [])
         routed = order.all_rows(ends_C)
-        return Plan(routed, None, [], sizes, wanted_C, kept_C, routed.bags_T1.diff())
+        return DispatchPlan(routed, None, [], sizes, wanted_C, kept_C, routed.bags_T1.diff())
     kept_T = order.bags(order.position_A < ends_C[-1]).diff()
     if not num_local_paths and group is None:
-        return Plan(order.rows(0, ends_C), None, [], None, wanted_C, kept_C, kept_T)
+        return DispatchPlan(order.rows(0, ends_C), None, [], None, wanted_C, kept_C, kept_T)
     sizes, num_routed, local_counts = _to_host(kept_C, num_experts, group)
     routed = order.rows(0, ends_C[:num_experts], num_routed)
     if not num_local_paths:
-        return Plan(routed, None, [], sizes, wanted_C, kept_C, kept_T)
+        return DispatchPlan(routed, None, [], sizes, wanted_C, kept_C, kept_T)
     if num_zero_paths:
         local_counts[-num_zero_paths:] = [0] * num_zero_paths
     ends_L = ends_C[num_experts : len(ends_C) - num_zero_paths] - num_routed
     local = order.rows(num_routed, ends_L, sum(local_counts))
-    return Plan(routed, local, local_counts, sizes, wanted_C, kept_C, kept_T)
+    return DispatchPlan(routed, local, local_counts, sizes, wanted_C, kept_C, kept_T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +156,18 @@ class _Order:
             position_A = position_A[by_token_A]
         return _Order(order_A, position_A, token_A, sorted_token_A, num_tokens)
 
-    def all_rows(self, ends_E: Tensor) -> Rows:
+    def all_rows(self, ends_E: Tensor) -> PermutedTokens:
         """Every assignment as a row."""
-        bags_T1 = F.pad(count(self.token_A, self.num_tokens).cumsum(0), (1, 0))
-        return Rows(self.order_A, self.token_A[self.order_A], self.position_A, bags_T1, ends_E)
+        bags_T1 = F.pad(bincount_static(self.token_A, self.num_tokens).cumsum(0), (1, 0))
+        return PermutedTokens(self.order_A, self.token_A[self.order_A], self.position_A, bags_T1, ends_E)
 
-    def rows(self, first: int, ends_G: Tensor, length: int | None = None) -> Rows:
+    def rows(self, first: int, ends_G: Tensor, length: int | None = None) -> PermutedTokens:
         """The rows from place `first` on, whose groups end at `first` + `ends_G`; `length` is the last end if known."""
         last = ends_G[-1:] if len(ends_G) else 0
         inside_A = (self.position_A >= first) & (self.position_A < first + last)
         by_token_S = _first(self.position_A, inside_A)[:length] - first
         assignment_S = self.order_A[first:][:length]
-        return Rows(
+        return PermutedTokens(
             assignment_S, self.token_A[assignment_S], by_token_S, self.bags(inside_A), ends_G
         )
 
@@ -181,7 +181,7 @@ class _Order:
 
 def _to_host(
     kept_C: Tensor, num_experts: int, group: dist.ProcessGroup | None
-) -> tuple[Sizes | None, int, list[int]]:
+) -> tuple[AllToAllSplits | None, int, list[int]]:
     """(what an exchange must know, rows for routed experts, rows of each local path): one exchange, one copy."""
     kept_E, num_paths = kept_C[:num_experts], len(kept_C) - num_experts
     if group is None:
@@ -195,7 +195,7 @@ def _to_host(
     numbers = torch.cat([kept_C[num_experts:], sent_PE.sum(1), received_PE.sum(1)]).tolist()
     local_counts, numbers = numbers[:num_paths], numbers[num_paths:]
     send, receive = numbers[: len(sent_PE)], numbers[len(sent_PE) :]
-    return Sizes(send, receive, received_PE), sum(send), local_counts
+    return AllToAllSplits(send, receive, received_PE), sum(send), local_counts
 
 
 def _survivors_first(
@@ -212,7 +212,7 @@ def _survivors_first(
     by_priority = priority_A.argsort(descending=True, stable=True)
     order_A = by_priority[routing.expert_A[by_priority].argsort(stable=True)]
     choice_A = routing.expert_A[order_A]
-    place_A = torch.arange(len(order_A), device=order_A.device) - starts(wanted_C)[choice_A]
+    place_A = torch.arange(len(order_A), device=order_A.device) - exclusive_cumsum(wanted_C)[choice_A]
     return _first(order_A, place_A < limit_C[choice_A]), torch.minimum(wanted_C, limit_C)
 
 
@@ -223,12 +223,12 @@ def _first(values: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(0, place, values)
 
 
-def count(index: Tensor, size: int) -> Tensor:
+def bincount_static(index: Tensor, size: int) -> Tensor:
     """How often each of 0 .. size - 1 occurs: int64 [size]. Unlike bincount it never waits for the device."""
     counts = torch.zeros(size, dtype=torch.int64, device=index.device)
     return counts.scatter_add_(0, index, torch.ones_like(index))
 
 
-def starts(counts: Tensor) -> Tensor:
+def exclusive_cumsum(counts: Tensor) -> Tensor:
     """Where consecutive groups of these sizes start."""
     return counts.cumsum(0) - counts

@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @cache
-def choose_backend(
+def choose_expert_backend(
     requested: str, device: str, dtype: torch.dtype, features: tuple[int, ...] = ()
 ) -> tuple[str, str]:
     """(backend, why) for tensors of this device type and dtype.

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.dispatch.plan import Rows
+from megatron.moe.dispatch.plan import PermutedTokens
 from megatron.moe.experts.activations import is_gated
-from megatron.moe.experts.grouped_mlp import expert_mlp
+from megatron.moe.experts.grouped_mlp import grouped_mlp
 
 
 class GroupedExperts(nn.Module):
@@ -63,10 +63,10 @@ class GroupedExperts(nn.Module):
                     if is_gated(activation) or name != "w3":
                         getattr(self, name).data[local].normal_(0, std, generator=generator)
 
-    def forward(self, x_TD: Tensor, weight_S: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x_TD: Tensor, weight_S: Tensor, rows: PermutedTokens) -> Tensor:
         """Weighted sum of each token's experts: [T, D]; see `expert_mlp`."""
         w3 = self.w3 if is_gated(self.activation) else None
-        return expert_mlp(
+        return grouped_mlp(
             x_TD, weight_S, self.w1, w3, self.w2, rows, self.activation, self.backend
         )
 

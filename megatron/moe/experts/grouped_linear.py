@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron import buffers
-from megatron.moe.experts.backends import choose_backend
+from megatron.moe.experts.backends import choose_expert_backend
 
 
 def grouped_linear(
@@ -32,7 +32,7 @@ def grouped_linear(
     Raises:
         ValueError: a backend that is not possible here.
     """
-    name, _ = choose_backend(backend, x_ND.device.type, x_ND.dtype, tuple(weight_EHD.shape[1:]))
+    name, _ = choose_expert_backend(backend, x_ND.device.type, x_ND.dtype, tuple(weight_EHD.shape[1:]))
     if name == "reference":
         # unbind once: indexing a stacked weight in the loop would zero-fill the whole stack in every backward.
         pieces = zip(x_ND.split(counts_of(ends_E)), weight_EHD.unbind(), strict=True)
@@ -45,9 +45,9 @@ def grouped_linear(
         return _ContiguousGradient.apply(
             F.grouped_mm(x_ND, weight_EHD.transpose(1, 2), offs=ends_E.to(torch.int32))
         )
-    from megatron.moe.experts.triton_mlp import GroupedLinear
+    from megatron.moe.experts.triton_mlp import TritonGroupedLinear
 
-    return GroupedLinear.apply(x_ND, weight_EHD, ends_E)
+    return TritonGroupedLinear.apply(x_ND, weight_EHD, ends_E)
 
 
 def counts_of(ends_E: Tensor) -> list[int]:

@@ -19,20 +19,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron import buffers
-from megatron.moe.dispatch.permute import Combine, Gather, segment_sum
-from megatron.moe.dispatch.plan import Rows
+from megatron.moe.dispatch.permute import PermuteTokens, UnpermuteTokens, segment_sum
+from megatron.moe.dispatch.plan import PermutedTokens
 from megatron.moe.experts.activations import activate, nonlinearity, nonlinearity_backward
-from megatron.moe.experts.backends import choose_backend
+from megatron.moe.experts.backends import choose_expert_backend
 from megatron.moe.experts.grouped_linear import grouped_linear
 
 
-def expert_mlp(
+def grouped_mlp(
     x_TD: Tensor,
     weight_S: Tensor,
     w1: Tensor,
     w3: Tensor | None,
     w2: Tensor,
-    rows: Rows,
+    rows: PermutedTokens,
     activation: str,
     backend: str = "auto",
 ) -> Tensor:
@@ -46,21 +46,21 @@ def expert_mlp(
     Raises:
         ValueError: a backend that is not possible here.
     """
-    name, _ = choose_backend(backend, x_TD.device.type, x_TD.dtype, tuple(w1.shape[1:]))
+    name, _ = choose_expert_backend(backend, x_TD.device.type, x_TD.dtype, tuple(w1.shape[1:]))
     if name == "cpu":
         return _CpuMLP.apply(x_TD, weight_S, w1, w3, w2, rows, activation)
     if name == "triton":
         from megatron.moe.experts import triton_mlp
 
-        return triton_mlp.expert_mlp(x_TD, weight_S, w1, w3, w2, rows, activation)
-    ends_E, x_SD = rows.ends_E, Gather.apply(x_TD, rows)
+        return triton_mlp.triton_mlp(x_TD, weight_S, w1, w3, w2, rows, activation)
+    ends_E, x_SD = rows.ends_E, PermuteTokens.apply(x_TD, rows)
     if name == "reference":
         num_rows = int(ends_E[-1])
         x_SD, weight_S = x_SD[:num_rows], weight_S[:num_rows]
     gate_SH = grouped_linear(x_SD, w1, ends_E, name)
     up_SH = None if w3 is None else grouped_linear(x_SD, w3, ends_E, name)
     hidden_SH = activate(activation, gate_SH, up_SH) * weight_S.to(x_TD.dtype).unsqueeze(1)
-    return Combine.apply(grouped_linear(hidden_SH, w2, ends_E, name), None, rows)
+    return UnpermuteTokens.apply(grouped_linear(hidden_SH, w2, ends_E, name), None, rows)
 
 
 class _CpuMLP(torch.autograd.Function):
@@ -78,7 +78,7 @@ class _CpuMLP(torch.autograd.Function):
         w1: Tensor,
         w3: Tensor | None,
         w2: Tensor,
-        rows: Rows,
+        rows: PermutedTokens,
         activation: str,
     ) -> Tensor:
         ctx.rows, ctx.activation, ctx.counts = rows, activation, rows.counts()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron.config.schema import require
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 RSQRT_2 = tl.constexpr(0.5**0.5)
 RSQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -253,7 +253,7 @@ def _product(
     return out_SN
 
 
-def grouped_linear(
+def triton_grouped_gemm(
     x_MD: Tensor, weight_EHD: Tensor, ends_E: Tensor, gather_S: Tensor | None = None
 ) -> Tensor:
     """y[s] = weight[e(s)] @ x[gather[s]], accumulated in fp32; without `gather`, of x[s].
@@ -635,10 +635,10 @@ def _check(
     rows: Tensor, indices: tuple[Tensor | None, ...], weights: tuple[Tensor, ...] = ()
 ) -> None:
     require(
-        rows.dtype in DTYPES,
+        rows.dtype in TRITON_DTYPES,
         "the dtype of Triton's expert kernels",
         rows.dtype,
-        " ".join(map(str, DTYPES)),
+        " ".join(map(str, TRITON_DTYPES)),
     )
     for index in indices:
         assert index is None or index.dtype == torch.int64, (

@@ -16,25 +16,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.config.schema import ACTIVATIONS, require
-from megatron.moe.dispatch.plan import Rows
+from megatron.moe.dispatch.plan import PermutedTokens
 from megatron.moe.experts.activations import is_gated
 from megatron.moe.experts.triton_grouped_gemm import (
     grouped_data_grad,
-    grouped_linear,
     grouped_weight_grad,
+    triton_grouped_gemm,
     weighted_activation,
     weighted_activation_grad,
     weighted_combine,
 )
 
 
-def expert_mlp(
+def triton_mlp(
     x_TD: Tensor,
     weight_S: Tensor,
     w1: Tensor,
     w3: Tensor | None,
     w2: Tensor,
-    rows: Rows,
+    rows: PermutedTokens,
     activation: str,
 ) -> Tensor:
     """Weighted sum of each token's experts, repeatable bit for bit. Nothing waits for the device.
@@ -71,13 +71,13 @@ def expert_mlp(
     )
 
 
-class GroupedLinear(torch.autograd.Function):
+class TritonGroupedLinear(torch.autograd.Function):
     """`grouped_linear` of x [S, D], weight [E, H, D] and ends_E."""
 
     @staticmethod
     def forward(ctx, x_SD: Tensor, weight_EHD: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_SD, weight_EHD, ends_E)
-        return grouped_linear(x_SD, weight_EHD, ends_E)
+        return triton_grouped_gemm(x_SD, weight_EHD, ends_E)
 
     @staticmethod
     @once_differentiable
@@ -104,14 +104,14 @@ class _ExpertMLP(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         weight_S = weight_S.contiguous()
-        gate_SH = grouped_linear(x_TD, w1, ends_E, token_S)
-        up_SH = None if w3 is None else grouped_linear(x_TD, w3, ends_E, token_S)
+        gate_SH = triton_grouped_gemm(x_TD, w1, ends_E, token_S)
+        up_SH = None if w3 is None else triton_grouped_gemm(x_TD, w3, ends_E, token_S)
         ctx.save_for_backward(
             x_TD, weight_S, w1, w3, w2, token_S, by_token_S, bags_T1, ends_E, gate_SH, up_SH
         )
         ctx.activation = activation
         hidden_SH = weighted_activation(gate_SH, up_SH, weight_S, ends_E, activation)
-        return weighted_combine(grouped_linear(hidden_SH, w2, ends_E), by_token_S, bags_T1)
+        return weighted_combine(triton_grouped_gemm(hidden_SH, w2, ends_E), by_token_S, bags_T1)
 
     @staticmethod
     @once_differentiable

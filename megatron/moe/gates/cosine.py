@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.moe.gate import Gate
-from megatron.moe.gate_functional import linear_fp32, top_scores
+from megatron.moe.gate_functional import linear_fp32, select_topk
 from megatron.moe.gate_options import LossConfig, check_norm, check_topk, require_field
-from megatron.moe.losses import losses, z_loss
-from megatron.moe.routing import Balance, GateInput, Routing
+from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
 SHORTEST = 1e-8  # a length that counts as 0; its square is far above what fp32 rounds to 0
 
@@ -93,14 +93,14 @@ class CosineGate(Gate, name="cosine"):
         tau = self.temperature.float()
         tau = tau + (tau.clamp_min(c.min_temperature) - tau).detach()
         logits_TE = self.cosines(inp.x_TD) / tau
-        score_Tk, expert_Tk, probs_TE = top_scores(
+        score_Tk, expert_Tk, probs_TE = select_topk(
             logits_TE, c.topk, c.score_function, c.norm_topk_prob
         )
         token_A, expert_A = (
             torch.arange(num_tokens, device=tau.device).repeat_interleave(c.topk),
             expert_Tk.flatten(),
         )
-        balance = Balance.of(
+        balance = LoadBalancingLoss.of(
             inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope
         )
         return Routing(
@@ -108,7 +108,7 @@ class CosineGate(Gate, name="cosine"):
             token_major=True,
             expert_A=expert_A,
             weight_A=(score_Tk * c.routed_scaling_factor).flatten(),
-            **losses(
+            **aux_losses(
                 balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
             stats={

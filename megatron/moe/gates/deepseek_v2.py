@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from megatron.moe.gate import Gate
-from megatron.moe.gate_functional import in_best_groups, linear_fp32
+from megatron.moe.gate_functional import group_limited_scores, linear_fp32
 from megatron.moe.gate_options import GroupConfig, require_field
-from megatron.moe.losses import losses, z_loss
-from megatron.moe.routing import SCOPES, Balance, GateInput, Routing
+from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
 
 
 class DeepSeekV2Gate(Gate, name="deepseek_v2"):
@@ -68,7 +68,7 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
         logits_TE = linear_fp32(inp.x_TD, self.router)
         probs_TE = logits_TE.softmax(-1)
         expert_Tk = (
-            in_best_groups(probs_TE.detach(), c.n_group, c.topk_group, best=1)
+            group_limited_scores(probs_TE.detach(), c.n_group, c.topk_group, best=1)
             .topk(c.topk, dim=-1)
             .indices
         )
@@ -85,7 +85,7 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
             token_major=True,
             expert_A=expert_Tk.flatten(),
             weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
-            **losses(
+            **aux_losses(
                 *terms, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
             stats=stats,
@@ -93,10 +93,10 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
 
     def _balance(
         self, inp: GateInput, probs_TE: Tensor, token_A: Tensor, expert_A: Tensor
-    ) -> list[Balance]:
+    ) -> list[LoadBalancingLoss]:
         """The losses over experts, over groups' choices, and over the tokens that groups receive, in this order."""
         c, scope = self.config, self.config.balance_scope
-        terms = [Balance.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=scope)]
+        terms = [LoadBalancingLoss.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=scope)]
         if c.n_group > 1:
             size = self.num_experts // c.n_group
             probs_TG, group_A = (
@@ -109,10 +109,10 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
                 as_tuple=True
             )  # one choice per token and group, however many experts
             terms += [
-                Balance.of(
+                LoadBalancingLoss.of(
                     inp, probs_TG, token_A, group_A, coeff=c.device_loss_coeff, scope=scope
                 ),
-                Balance.of(
+                LoadBalancingLoss.of(
                     inp,
                     probs_TG,
                     sent_A,

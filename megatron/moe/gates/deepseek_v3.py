@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from megatron.moe.gate import Gate
-from megatron.moe.gate_functional import in_best_groups, linear_fp32, shares
+from megatron.moe.gate_functional import group_limited_scores, linear_fp32, normalized_scores
 from megatron.moe.gate_options import GroupConfig, require_field
-from megatron.moe.losses import losses, z_loss
-from megatron.moe.routing import SCOPES, Balance, GateInput, Routing
+from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
 
 
 class DeepSeekV3Gate(Gate, name="deepseek_v3"):
@@ -71,16 +71,16 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
         logits_TE = linear_fp32(inp.x_TD, self.router)
         biased_TE = logits_TE.detach().sigmoid() + self.expert_bias
         expert_Tk = (
-            in_best_groups(biased_TE, c.n_group, c.topk_group, best=2)
+            group_limited_scores(biased_TE, c.n_group, c.topk_group, best=2)
             .topk(c.topk, dim=-1)
             .indices
         )
         logit_Tk = logits_TE.gather(-1, expert_Tk)
-        weight_Tk = shares(logit_Tk, "sigmoid") if c.norm_topk_prob else logit_Tk.sigmoid()
+        weight_Tk = normalized_scores(logit_Tk, "sigmoid") if c.norm_topk_prob else logit_Tk.sigmoid()
         token_A = torch.arange(num_tokens, device=expert_Tk.device).repeat_interleave(c.topk)
-        probs_TE = shares(logits_TE, "sigmoid")
+        probs_TE = normalized_scores(logits_TE, "sigmoid")
         highest_Tk = logits_TE.detach().topk(c.topk, dim=-1).indices
-        balance = Balance.of(
+        balance = LoadBalancingLoss.of(
             inp,
             probs_TE,
             token_A,
@@ -94,7 +94,7 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
             token_major=True,
             expert_A=expert_Tk.flatten(),
             weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
-            **losses(
+            **aux_losses(
                 balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
             stats={

@@ -26,17 +26,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.gate import Gate, Place
+from megatron.moe.gate import Gate, GateContext
 from megatron.moe.gate_functional import linear_fp32, make_linear
 from megatron.moe.gate_options import LossConfig, check_topk, require_field
-from megatron.moe.losses import losses, z_loss
-from megatron.moe.routing import Balance, GateInput, Routing
+from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
 
 class Constant(nn.Module):
     """a_0 x + a_1 v with a = softmax(W_c x): a learned vector replaces a part of the token that depends on it."""
 
-    def __init__(self, place: Place, generator: torch.Generator):
+    def __init__(self, place: GateContext, generator: torch.Generator):
         super().__init__()
         self.mix = make_linear(place.hidden_size, 2, place.init_std, generator)
         self.vector = nn.Parameter(torch.empty(place.hidden_size))
@@ -144,7 +144,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         token_A = torch.arange(num_tokens, device=choice_A.device).repeat_interleave(c.topk)
         weighted_TC = torch.cat([probs_TC[:, :experts], c.tau * probs_TC[:, experts:]], -1)
         # Balance multiplies by the number of choices, which this paper does not.
-        balance = Balance.of(
+        balance = LoadBalancingLoss.of(
             inp,
             weighted_TC,
             token_A,
@@ -160,7 +160,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
             token_major=True,
             expert_A=choice_A,
             weight_A=prob_Tk.flatten(),
-            **losses(
+            **aux_losses(
                 balance, extra=c.z_loss_coeff * z_loss(logits_TC) if c.z_loss_coeff else 0.0
             ),
             carry=logits_TC,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.moe.gate import Gate
-from megatron.moe.gate_functional import linear_fp32, make_linear, moments
+from megatron.moe.gate_functional import linear_fp32, make_linear, sum_and_square_sum
 from megatron.moe.gate_options import require_field
 from megatron.moe.routing import GateInput, Routing, StepTotals
 
@@ -185,7 +185,7 @@ class PEERGate(Gate, name="peer"):
             )
         }
         if self.training and c.peer_query_norm == "batch":
-            sums["query_sum"], sums["query_square"] = moments(raw_THQ.detach())
+            sums["query_sum"], sums["query_square"] = sum_and_square_sum(raw_THQ.detach())
         return Routing(
             token_A,
             expert_A,

@@ -25,8 +25,8 @@ from torch import Tensor
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import ScopeConfig, check_topk, require_field
-from megatron.moe.losses import losses
-from megatron.moe.routing import Balance, GateInput, Routing, StepTotals
+from megatron.moe.losses import aux_losses
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
 
 
 class ReMoEGate(Gate, name="remoe"):
@@ -71,7 +71,7 @@ class ReMoEGate(Gate, name="remoe"):
         c = self.config
         relu_TE = linear_fp32(inp.x_TD, self.router).relu()
         token_A, expert_A = relu_TE.nonzero(as_tuple=True)
-        penalty = Balance.of(
+        penalty = LoadBalancingLoss.of(
             inp,
             relu_TE,
             token_A,
@@ -85,7 +85,7 @@ class ReMoEGate(Gate, name="remoe"):
             token_major=True,
             expert_A=expert_A,
             weight_A=relu_TE[token_A, expert_A],
-            **losses(penalty),
+            **aux_losses(penalty),
             stats={
                 "sparsity": 1 - (relu_TE.detach() > 0).sum() / max(1, relu_TE.numel()),
                 "lambda": self.reg_lambda.clone(),

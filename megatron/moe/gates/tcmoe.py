@@ -24,8 +24,8 @@ import torch
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import LossConfig, check_topk, require_field
-from megatron.moe.losses import losses, z_loss
-from megatron.moe.routing import Balance, GateInput, Routing
+from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
 NEGATIVE_BIAS, NULL_BIAS = -1.0, -10.0
 """added to the logits of -e and of nulls: at first almost all choices are +e"""
@@ -79,7 +79,7 @@ class TCMoEGate(Gate, name="tcmoe"):
         expert_A = choice_Tk[token_A, slot_A] % experts
         # softmax over the non-null logits is p / (sum of non-null p), also where that sum underflows.
         share_TE = logits_TC[:, : 2 * experts].softmax(-1).view(num_tokens, 2, experts).sum(1)
-        balance = Balance.of(
+        balance = LoadBalancingLoss.of(
             inp, share_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope
         )
         extra = -c.reward_coeff * null_T.sum() / max(1, num_tokens)
@@ -91,7 +91,7 @@ class TCMoEGate(Gate, name="tcmoe"):
             token_major=True,
             expert_A=expert_A,
             weight_A=weight_Tk[token_A, slot_A],
-            **losses(balance, extra=extra),
+            **aux_losses(balance, extra=extra),
             stats={
                 "null_fraction": (~real_Tk).sum() / choices,
                 "negative_fraction": (real_Tk & (choice_Tk >= experts)).sum() / choices,

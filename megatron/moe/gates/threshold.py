@@ -21,8 +21,8 @@ import torch
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import LossConfig, check_norm, check_topk, require_field
-from megatron.moe.losses import losses, z_loss
-from megatron.moe.routing import Balance, GateInput, Routing
+from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
 
 class ThresholdGate(Gate, name="threshold"):
@@ -78,7 +78,7 @@ class ThresholdGate(Gate, name="threshold"):
             weight_TR = sorted_TR / (sorted_TR * keep_TR).sum(-1, keepdim=True).clamp_min(1e-20)
         token_A, rank_A = keep_TR.nonzero(as_tuple=True)
         all_T = torch.arange(num_tokens, device=token_A.device)
-        balance = Balance.of(
+        balance = LoadBalancingLoss.of(
             inp, probs_TE, all_T, expert_TR[:, 0], coeff=c.loss_coeff, scope=c.balance_scope
         )
         return Routing(
@@ -86,7 +86,7 @@ class ThresholdGate(Gate, name="threshold"):
             token_major=True,
             expert_A=expert_TR[token_A, rank_A],
             weight_A=weight_TR[token_A, rank_A] * c.routed_scaling_factor,
-            **losses(
+            **aux_losses(
                 balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
             # float64: rank and probability share one number and neither may round the other away.

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron.moe.gate import Gate
-from megatron.moe.gate_functional import linear_fp32, top_scores
+from megatron.moe.gate_functional import linear_fp32, select_topk
 from megatron.moe.gate_options import LossConfig, check_norm, check_topk, require_field
-from megatron.moe.losses import losses, z_loss
-from megatron.moe.routing import Balance, GateInput, Routing
+from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
 
 class TopKGate(Gate, name="topk"):
@@ -66,14 +66,14 @@ class TopKGate(Gate, name="topk"):
         if self.training and c.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - c.jitter, 1 + c.jitter)
         logits_TE = linear_fp32(x_TD, self.router)
-        score_Tk, expert_Tk, probs_TE = top_scores(
+        score_Tk, expert_Tk, probs_TE = select_topk(
             logits_TE, c.topk, c.score_function, c.norm_topk_prob
         )
         token_A, expert_A = (
             torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(c.topk),
             expert_Tk.flatten(),
         )
-        balance = Balance.of(
+        balance = LoadBalancingLoss.of(
             inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope
         )
         return Routing(
@@ -81,7 +81,7 @@ class TopKGate(Gate, name="topk"):
             token_major=True,
             expert_A=expert_A,
             weight_A=(score_Tk * c.routed_scaling_factor).flatten(),
-            **losses(
+            **aux_losses(
                 balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
             stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, len(x_TD))},

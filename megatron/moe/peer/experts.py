@@ -32,13 +32,13 @@ from torch.autograd.function import once_differentiable
 from megatron import buffers
 from megatron.config.schema import ACTIVATIONS, require
 from megatron.moe.dispatch import permute
-from megatron.moe.dispatch.plan import count
+from megatron.moe.dispatch.plan import bincount_static
 from megatron.moe.experts import backends
 from megatron.moe.experts.activations import activate, is_gated
 
 MOST_BLOCKS = 192
 """blocks of a larger number of experts; as 64 x 3 it can be shared out to 2, 3, 4, 6, 8, ... ranks"""
-BACKENDS = ("auto", "reference", "triton")
+PEER_BACKENDS = ("auto", "reference", "triton")
 """of `--moe-backend`: there are no grouped products here"""
 IN_PLACE_BYTES = 8 * 2**20
 """sums of rows of this size and more are made in memory that is used again"""
@@ -49,7 +49,7 @@ def number_of_blocks(num_experts: int) -> int:
     return num_experts if num_experts <= MOST_BLOCKS else math.gcd(num_experts, MOST_BLOCKS)
 
 
-class NeuronExperts(nn.Module):
+class PEERExperts(nn.Module):
     """All tiny experts of one rank: one row of D numbers per table, expert and hidden unit.
 
     `w_in` [N_local, W, D] and, for swiglu and geglu, `w_up` [N_local, W, D] read the token; `w_out` [N_local, W, D]
@@ -100,10 +100,10 @@ class NeuronExperts(nn.Module):
             f"a divisor of {self.num_blocks}, the blocks that {num_experts} experts are kept in",
         )
         require(
-            backend in BACKENDS,
+            backend in PEER_BACKENDS,
             "--moe-backend",
             backend,
-            f"{' '.join(BACKENDS)} for tables of neurons",
+            f"{' '.join(PEER_BACKENDS)} for tables of neurons",
         )
         self.sparse_gradients, self.backend = sparse_gradients, backend
         per_block = num_experts // self.num_blocks
@@ -160,7 +160,7 @@ class NeuronExperts(nn.Module):
             self.sparse_gradients,
         )
         rows_TD = x_TD.to(self.w1.dtype).contiguous()
-        pairs = Pairs.of(token_A, expert_A, len(x_TD), self.num_local, self.width)
+        pairs = TokenExpertPairs.of(token_A, expert_A, len(x_TD), self.num_local, self.width)
         inner = [
             _Dots.apply(rows_TD, stack, how, *pairs).view(-1, self.width)
             for stack in ([self.w1, self.w3] if is_gated(self.activation) else [self.w1])
@@ -169,28 +169,28 @@ class NeuronExperts(nn.Module):
         return _WeightedRows.apply(self.w2, scale_AW.flatten(), how, *pairs).to(x_TD.dtype)
 
     def _on_triton(self) -> bool:
-        return choose_backend(self.backend, self.w1.device.type, self.w1.dtype)[0] == "triton"
+        return choose_peer_backend(self.backend, self.w1.device.type, self.w1.dtype)[0] == "triton"
 
 
-def choose_backend(requested: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+def choose_peer_backend(requested: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     """(reference or triton, why) for tables on this device type and of this dtype.
 
     Raises:
         ValueError: unknown, or not possible here.
     """
     require(
-        requested in BACKENDS,
+        requested in PEER_BACKENDS,
         "--moe-backend",
         requested,
-        f"{' '.join(BACKENDS)} for tables of neurons",
+        f"{' '.join(PEER_BACKENDS)} for tables of neurons",
     )
-    name, why = backends.choose_backend(requested, device, dtype)
+    name, why = backends.choose_expert_backend(requested, device, dtype)
     return (
         (name, why) if name == "triton" else ("reference", "torch's own operations on tables")
     )
 
 
-class Pairs(NamedTuple):
+class TokenExpertPairs(NamedTuple):
     """Which token's row meets which row of a table, sorted by row and sorted by token."""
 
     by_row_P: Tensor
@@ -209,7 +209,7 @@ class Pairs(NamedTuple):
     @staticmethod
     def of(
         token_A: Tensor, expert_A: Tensor, num_tokens: int, num_local: int, width: int
-    ) -> Pairs:
+    ) -> TokenExpertPairs:
         token_P, row_P = token_A, expert_A
         if width > 1:
             token_P = token_A.repeat_interleave(width, output_size=len(token_A) * width)
@@ -232,7 +232,7 @@ class Pairs(NamedTuple):
         bags_T1 = torch.searchsorted(
             sorted_token_P, torch.arange(num_tokens + 1, device=token_P.device)
         )
-        return Pairs(
+        return TokenExpertPairs(
             by_row_P,
             sorted_row_P,
             token_P[by_row_P],
@@ -246,13 +246,13 @@ class Pairs(NamedTuple):
 class _How:
     """With what the two operations are computed, and how gradients of tables are stored."""
 
-    dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    triton_dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(rows [T, D], table [R, D], token_P, row_P) -> [P]"""
     bag_sum: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(rows, order_P, bags_G1, weight_P) -> [G, D] in the dtype of the rows: as dispatch.bag_sum"""
     sparse: bool
 
-    def pair_dots(self, rows_TD: Tensor, stack: Tensor, pairs: Pairs) -> Tensor:
+    def pair_dots(self, rows_TD: Tensor, stack: Tensor, pairs: TokenExpertPairs) -> Tensor:
         """rows[token_p] . table[row_p]: [P] in the order of the list, fp32 or wider.
 
         Computed row by row of the table: the second pair of a row finds it in the cache, and rows that lie near each
@@ -262,7 +262,7 @@ class _How:
         sorted_P = sorted_P.to(torch.promote_types(sorted_P.dtype, torch.float32))
         return torch.empty_like(sorted_P).index_copy_(0, pairs.by_row_P, sorted_P)
 
-    def token_sums(self, stack: Tensor, scale_P: Tensor, pairs: Pairs) -> Tensor:
+    def token_sums(self, stack: Tensor, scale_P: Tensor, pairs: TokenExpertPairs) -> Tensor:
         """sum over the token's pairs of scale * table[row]: [T, D]."""
         return self.bag_sum(
             stack.flatten(0, -2),
@@ -272,13 +272,13 @@ class _How:
         )
 
     def row_sums(
-        self, rows_TD: Tensor, scale_P: Tensor, pairs: Pairs, shape: torch.Size
+        self, rows_TD: Tensor, scale_P: Tensor, pairs: TokenExpertPairs, shape: torch.Size
     ) -> Tensor:
         """sum over the row's pairs of scale * rows[token]: the gradient of a table of this shape."""
         blocks, per_block, _ = shape
         scale_P = scale_P[pairs.by_row_P]
         if not self.sparse:
-            bags_R1 = _bags(count(pairs.row_P, blocks * per_block))
+            bags_R1 = _bags(bincount_static(pairs.row_P, blocks * per_block))
             return self.bag_sum(rows_TD, pairs.token_P, bags_R1, scale_P).view(shape)
         row_U, count_U = pairs.row_P.unique_consecutive(return_counts=True)
         values_UD = self.bag_sum(rows_TD, pairs.token_P, _bags(count_U), scale_P)
@@ -300,13 +300,13 @@ class _Dots(torch.autograd.Function):
     def forward(ctx, rows_TD: Tensor, stack: Tensor, how: _How, *pairs: Tensor) -> Tensor:
         ctx.how = how
         ctx.save_for_backward(rows_TD, stack, *pairs)
-        return how.pair_dots(rows_TD, stack, Pairs(*pairs))
+        return how.pair_dots(rows_TD, stack, TokenExpertPairs(*pairs))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_P: Tensor) -> tuple:
         rows_TD, stack, *pairs = ctx.saved_tensors
-        pairs, (need_rows, need_stack, *_) = Pairs(*pairs), ctx.needs_input_grad
+        pairs, (need_rows, need_stack, *_) = TokenExpertPairs(*pairs), ctx.needs_input_grad
         grad_rows = ctx.how.token_sums(stack, grad_P, pairs) if need_rows else None
         grad_stack = (
             ctx.how.row_sums(rows_TD, grad_P, pairs, stack.shape) if need_stack else None
@@ -321,13 +321,13 @@ class _WeightedRows(torch.autograd.Function):
     def forward(ctx, stack: Tensor, scale_P: Tensor, how: _How, *pairs: Tensor) -> Tensor:
         ctx.how = how
         ctx.save_for_backward(stack, scale_P, *pairs)
-        return how.token_sums(stack, scale_P, Pairs(*pairs))
+        return how.token_sums(stack, scale_P, TokenExpertPairs(*pairs))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD: Tensor) -> tuple:
         stack, scale_P, *pairs = ctx.saved_tensors
-        pairs, (need_stack, need_scale, *_) = Pairs(*pairs), ctx.needs_input_grad
+        pairs, (need_stack, need_scale, *_) = TokenExpertPairs(*pairs), ctx.needs_input_grad
         grad_TD = grad_TD.contiguous()
         grad_scale = (
             ctx.how.pair_dots(grad_TD, stack, pairs).to(scale_P.dtype) if need_scale else None
@@ -412,9 +412,9 @@ def _bags(counts: Tensor) -> Tensor:
 
 def _triton_kernels() -> tuple[Callable, Callable]:
     from megatron.moe.experts.triton_grouped_gemm import weighted_combine
-    from megatron.moe.peer.triton_lookup import dots
+    from megatron.moe.peer.triton_lookup import triton_dots
 
-    return dots, weighted_combine
+    return triton_dots, weighted_combine
 
 
 def _block_seed(seed: int, layer: int, table: int, block: int) -> int:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megatron.moe.dispatch.permute import Weights
-from megatron.moe.dispatch.plan import Plan, make_plan
+from megatron.moe.dispatch.permute import GatherWeights
+from megatron.moe.dispatch.plan import DispatchPlan, build_dispatch_plan
 from megatron.moe.layer import MoELayer, T
-from megatron.moe.peer.all_gather import share_tokens, sum_shared
-from megatron.moe.peer.experts import NeuronExperts
+from megatron.moe.peer.all_gather import all_gather_tokens, reduce_scatter_outputs
+from megatron.moe.peer.experts import PEERExperts
 from megatron.moe.routing import Routing
 
 
-class NeuronLayer(MoELayer):
+class PEERLayer(MoELayer):
     """A mixture layer whose experts are single neurons or tiny MLPs in tables (PEER).
 
     Rows of tokens are not sent to experts: the experts' rows are looked up. With sharded experts every rank gets all
@@ -24,16 +24,16 @@ class NeuronLayer(MoELayer):
         experts: this rank's slice of the tables.
     """
 
-    experts: NeuronExperts
+    experts: PEERExperts
 
-    def _plan(self, routing: Routing, x_TD: Tensor) -> Plan:
+    def _plan(self, routing: Routing, x_TD: Tensor) -> DispatchPlan:
         limit, sharded = self._limit(x_TD), self.groups.ep_group is not None
         if limit is None and not sharded:
-            return Plan.as_listed(routing, len(x_TD), self.gate.num_experts)
-        return make_plan(routing, len(x_TD), self.gate.num_experts, limit=limit)
+            return DispatchPlan.as_listed(routing, len(x_TD), self.gate.num_experts)
+        return build_dispatch_plan(routing, len(x_TD), self.gate.num_experts, limit=limit)
 
     def _mix(
-        self, x_TD: Tensor, routing: Routing, plan: Plan, beside: Callable[[], T]
+        self, x_TD: Tensor, routing: Routing, plan: DispatchPlan, beside: Callable[[], T]
     ) -> tuple[Tensor, T]:
         group, rows = self.groups.ep_group, plan.routed
         if rows is None:
@@ -46,8 +46,8 @@ class NeuronLayer(MoELayer):
                 x_TD,
                 routing.token_A[kept_S],
                 routing.expert_A[kept_S],
-                Weights.apply(routing.weight_A, rows)[: len(kept_S)],
+                GatherWeights.apply(routing.weight_A, rows)[: len(kept_S)],
             ), beside()
-        shared = share_tokens(x_TD, rows, routing.weight_A, plan.kept_C, group)
+        shared = all_gather_tokens(x_TD, rows, routing.weight_A, plan.kept_C, group)
         y_TD = self.experts(shared.x_TD, shared.token_S, shared.expert_S, shared.weight_S)
-        return sum_shared(y_TD, shared, group), beside()
+        return reduce_scatter_outputs(y_TD, shared, group), beside()

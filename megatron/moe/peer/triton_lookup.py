@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron.config.schema import require
-from megatron.moe.experts.triton_grouped_gemm import DTYPES
+from megatron.moe.experts.triton_grouped_gemm import TRITON_DTYPES
 
 PAIRS, COLUMNS = 16, 128
 """what a program has of a product at a time: 2,048 numbers in fp32, 16 registers of each of its 128 threads"""
@@ -48,7 +48,7 @@ def _dots_kernel(
     tl.store(out_ptr + pair, tl.sum(acc, 1), mask=listed)
 
 
-def dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tensor) -> Tensor:
+def triton_dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tensor) -> Tensor:
     """rows[token_p] . table[row_p], in any order of the list, repeatable bit for bit. Nothing waits for the device.
 
     Args:
@@ -60,10 +60,10 @@ def dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tensor) -> T
         ValueError: fp64.
     """
     require(
-        rows_TD.dtype in DTYPES,
+        rows_TD.dtype in TRITON_DTYPES,
         "the dtype of Triton's kernels",
         rows_TD.dtype,
-        " ".join(map(str, DTYPES)),
+        " ".join(map(str, TRITON_DTYPES)),
     )
     assert rows_TD.dtype == table_RD.dtype, (
         f"rows are {rows_TD.dtype}, the table {table_RD.dtype}"

@@ -6,9 +6,14 @@ import torch.distributed as dist
 
 from helpers.routings import make_routing
 from helpers.spawn import groups_for
-from megatron.moe.dispatch.all_to_all import Exchange, arrived_rows
-from megatron.moe.dispatch.permute import Combine, Gather, Weights, segment_sum
-from megatron.moe.dispatch.plan import make_plan
+from megatron.moe.dispatch.all_to_all import AllToAll, sort_received_by_expert
+from megatron.moe.dispatch.permute import (
+    GatherWeights,
+    PermuteTokens,
+    UnpermuteTokens,
+    segment_sum,
+)
+from megatron.moe.dispatch.plan import build_dispatch_plan
 
 
 @pytest.mark.parametrize("limit", [None, 2])
@@ -19,7 +24,7 @@ def test_gather_and_combine_against_a_loop_with_gradients(limit):
         [2, 0, 1, 1, 1, 2, 2],
     )  # token 2 has none, (3, 1) and (0, 2) repeat
     weights = torch.tensor([3.0, 2, 5, 4, 1, 6, 7])
-    rows = make_plan(make_routing(tokens, experts, weights), 4, 3, limit=limit).routed
+    rows = build_dispatch_plan(make_routing(tokens, experts, weights), 4, 3, limit=limit).routed
     kept = [
         a for a in range(7) if limit is None or a not in (0, 4)
     ]  # the smallest of those at experts 1 and 2
@@ -28,7 +33,7 @@ def test_gather_and_combine_against_a_loop_with_gradients(limit):
     grad = torch.randn(4, 5, dtype=torch.float64)
 
     def ours(x, w):
-        return Combine.apply(Gather.apply(x, rows) * 2, Weights.apply(w, rows), rows)
+        return UnpermuteTokens.apply(PermuteTokens.apply(x, rows) * 2, GatherWeights.apply(w, rows), rows)
 
     expected = [torch.zeros(5, dtype=torch.float64) for _ in range(4)]
     for a in kept:
@@ -42,20 +47,20 @@ def test_gather_and_combine_against_a_loop_with_gradients(limit):
     ):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
     assert torch.autograd.gradcheck(ours, (x, w))
-    plain = Combine.apply(Gather.apply(x, rows), None, rows)
+    plain = UnpermuteTokens.apply(PermuteTokens.apply(x, rows), None, rows)
     torch.testing.assert_close(
         plain, torch.stack([x[t] * sum(tokens[a] == t for a in kept) for t in range(4)])
     )
     assert torch.autograd.gradcheck(
-        lambda x: Combine.apply(Gather.apply(x, rows), None, rows), (x,)
+        lambda x: UnpermuteTokens.apply(PermuteTokens.apply(x, rows), None, rows), (x,)
     )
 
 
 def test_weights_of_dropped_assignments_have_no_gradient():
     """Whatever an expert function leaves in the places that are no rows."""
     weights = torch.tensor([1.0, 2, 3], requires_grad=True)
-    rows = make_plan(make_routing([0, 1, 2], [0, 0, 1], weights), 3, 2, limit=1).routed
-    weight_S = Weights.apply(weights, rows)
+    rows = build_dispatch_plan(make_routing([0, 1, 2], [0, 0, 1], weights), 3, 2, limit=1).routed
+    weight_S = GatherWeights.apply(weights, rows)
     assert weight_S[:2].tolist() == [2, 3]
     weight_S.backward(torch.tensor([5.0, 7.0, float("nan")]))
     assert weights.grad.tolist() == [0, 5, 7]
@@ -63,17 +68,17 @@ def test_weights_of_dropped_assignments_have_no_gradient():
 
 def test_bf16_combine_accumulates_in_fp32():
     """512 equal terms: a bf16 running sum would stop growing at 256."""
-    rows = make_plan(make_routing([0] * 512, [0] * 512), 1, 1).routed
+    rows = build_dispatch_plan(make_routing([0] * 512, [0] * 512), 1, 1).routed
     for weights in (None, torch.ones(512)):
-        y = Combine.apply(torch.ones(512, 8, dtype=torch.bfloat16), weights, rows)
+        y = UnpermuteTokens.apply(torch.ones(512, 8, dtype=torch.bfloat16), weights, rows)
         assert y.tolist() == [[512.0] * 8]
 
 
 def test_no_rows():
-    rows = make_plan(make_routing([], []), 3, 4).routed
+    rows = build_dispatch_plan(make_routing([], []), 3, 4).routed
     x = torch.randn(3, 5, requires_grad=True)
     w = torch.empty(0, requires_grad=True)
-    y = Combine.apply(Gather.apply(x, rows), Weights.apply(w, rows), rows)
+    y = UnpermuteTokens.apply(PermuteTokens.apply(x, rows), GatherWeights.apply(w, rows), rows)
     assert y.tolist() == torch.zeros(3, 5).tolist()
     y.sum().backward()
     assert x.grad.abs().sum() == 0 and w.grad.shape == (0,)
@@ -137,21 +142,21 @@ def _exchange(ep_size, case):
     )
     weights = (rows.detach()[:, 2] + 10).requires_grad_()
     experts = [e for e in range(num_experts) for _ in range(int(kept[e]))]
-    sizes = make_plan(
+    sizes = build_dispatch_plan(
         make_routing(list(range(len(experts))), experts),
         len(experts),
         num_experts,
         group=groups.ep_group,
     ).sizes
-    exchange = Exchange((rows, weights), sizes.send, sizes.receive, groups.ep_group)
+    exchange = AllToAll((rows, weights), sizes.send, sizes.receive, groups.ep_group)
     beside = (rows * 0.5).sum()  # its backward runs while gradients travel
     received, received_weights = exchange.finish()
-    arrived = arrived_rows(sizes)
-    there = Gather.apply(received, arrived)
-    out = Combine.apply(
-        there * (1 + groups.rank), Weights.apply(received_weights, arrived), arrived
+    arrived = sort_received_by_expert(sizes)
+    there = PermuteTokens.apply(received, arrived)
+    out = UnpermuteTokens.apply(
+        there * (1 + groups.rank), GatherWeights.apply(received_weights, arrived), arrived
     )
-    (back,) = Exchange((out,), sizes.receive, sizes.send, groups.ep_group).finish()
+    (back,) = AllToAll((out,), sizes.receive, sizes.send, groups.ep_group).finish()
     (back.square().sum() + beside).backward()
     return {
         "kept": kept.tolist(),
@@ -220,7 +225,7 @@ def _overlap(ep_size):
     dist.all_to_all_single = all_to_all_single
     try:
         x = torch.ones(2, 3, requires_grad=True)
-        exchange = Exchange((x,), [1, 1], [1, 1], groups.ep_group)
+        exchange = AllToAll((x,), [1, 1], [1, 1], groups.ep_group)
         beside = Beside.apply(x)
         (received,) = exchange.finish()
         (received * 2 + beside).sum().backward()

@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.routings import make_routing
-from megatron.moe.dispatch.plan import Plan, capacity, make_plan
+from megatron.moe.dispatch.plan import DispatchPlan, build_dispatch_plan, expert_capacity
 
 
 def test_capacity_formula():
-    assert capacity(100, 8, 0.0, 4) is None
-    assert capacity(100, 8, 1.25, 4) == 16  # ceil(100 / 8 * 1.25) = ceil(15.625)
-    assert capacity(100, 64, 1.0, 4) == 4  # the minimum
-    assert capacity(100, 8, 100.0, 4) == 100  # never above the tokens
-    assert capacity(3, 8, 1.0, 4) == 3
-    assert capacity(0, 8, 1.0, 4) == 0
+    assert expert_capacity(100, 8, 0.0, 4) is None
+    assert expert_capacity(100, 8, 1.25, 4) == 16  # ceil(100 / 8 * 1.25) = ceil(15.625)
+    assert expert_capacity(100, 64, 1.0, 4) == 4  # the minimum
+    assert expert_capacity(100, 8, 100.0, 4) == 100  # never above the tokens
+    assert expert_capacity(3, 8, 1.0, 4) == 3
+    assert expert_capacity(0, 8, 1.0, 4) == 0
 
 
 assignments = st.lists(
@@ -42,7 +42,7 @@ def test_plan_against_a_loop(triples, limit, choices, token_major):
     routing = make_routing(
         tokens, experts, torch.tensor(weights, dtype=torch.float32), token_major=token_major
     )
-    plan = make_plan(routing, 7, num_experts, num_local, limit)
+    plan = build_dispatch_plan(routing, 7, num_experts, num_local, limit)
     kept = []
     for expert in range(6):
         mine = [a for a in range(len(triples)) if experts[a] == expert]
@@ -85,11 +85,11 @@ def test_paths_that_return_zeros_have_no_rows_and_each_choice_may_have_its_own_l
     routing = make_routing(
         [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 0, 0, 3, 3, 1, 4, 4, 2], torch.arange(9.0)
     )
-    plan = make_plan(routing, 3, 2, 3, num_zero_paths=1)
+    plan = build_dispatch_plan(routing, 3, 2, 3, num_zero_paths=1)
     assert plan.kept_C.tolist() == [3, 1, 1, 2, 2] and plan.kept_T.tolist() == [3, 3, 3]
     assert plan.local_counts == [1, 2, 0] and plan.local.assignment_S.tolist() == [8, 3, 4]
     assert plan.local.counts() == [1, 2]
-    plan = make_plan(routing, 3, 2, 3, torch.tensor([2, 9, 0, 1, 1]), num_zero_paths=1)
+    plan = build_dispatch_plan(routing, 3, 2, 3, torch.tensor([2, 9, 0, 1, 1]), num_zero_paths=1)
     assert plan.wanted_C.tolist() == [3, 1, 1, 2, 2] and plan.kept_C.tolist() == [2, 1, 0, 1, 1]
     assert plan.routed.assignment_S.tolist() == [2, 1, 5] and plan.routed.counts() == [2, 1]
     assert plan.local.counts() == [0, 1] and plan.local.assignment_S.tolist() == [4]
@@ -97,7 +97,7 @@ def test_paths_that_return_zeros_have_no_rows_and_each_choice_may_have_its_own_l
 
 def test_local_paths_that_all_return_zeros():
     for limit in (None, 1):
-        plan = make_plan(
+        plan = build_dispatch_plan(
             make_routing([0, 0, 1, 1], [0, 2, 1, 3]), 2, 2, 2, limit, num_zero_paths=2
         )
         assert (
@@ -109,7 +109,7 @@ def test_local_paths_that_all_return_zeros():
 
 
 def test_priority_decides_who_survives():
-    plan = make_plan(
+    plan = build_dispatch_plan(
         make_routing([0, 1, 2], [0, 0, 0], torch.tensor([9.0, 1.0, 5.0]), [1.0, 3.0, 2.0]),
         3,
         1,
@@ -121,7 +121,7 @@ def test_priority_decides_who_survives():
 
 def test_a_list_that_needs_no_order():
     routing = make_routing([2, 0, 0], [1, 1, 3])
-    plan = Plan.as_listed(routing, 3, 5)
+    plan = DispatchPlan.as_listed(routing, 3, 5)
     assert plan.routed is None and plan.local is None and plan.sizes is None
     assert plan.wanted_C.tolist() == plan.kept_C.tolist() == [0, 2, 0, 1, 0]
     assert plan.kept_T.tolist() == [2, 0, 1]
@@ -142,7 +142,7 @@ def test_how_often_the_host_waits(limit, num_local, most, monkeypatch):
                 waits.append(name) or original(self, *a)
             ),
         )
-    plan = make_plan(
+    plan = build_dispatch_plan(
         make_routing([0, 0, 1, 1], [0, 4, 0, 5]), 2, 6 - num_local, num_local, limit
     )
     monkeypatch.undo()

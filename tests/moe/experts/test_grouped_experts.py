@@ -5,7 +5,7 @@ import torch
 
 from helpers.reference_mlp import reference_mlp
 from helpers.routings import make_routing
-from megatron.moe.dispatch.plan import make_plan
+from megatron.moe.dispatch.plan import build_dispatch_plan
 from megatron.moe.experts.activations import activate, is_gated
 from megatron.moe.experts.grouped_experts import GroupedExperts, expert_output_std
 
@@ -19,7 +19,7 @@ def test_the_module_gives_its_weights_to_the_mlp(activation, backend):
     ).double()
     x, weights = torch.randn(5, 4, dtype=torch.float64), torch.rand(4).double()
     assignments = [(0, 2), (1, 0), (1, 2), (4, 0)]
-    rows = make_plan(
+    rows = build_dispatch_plan(
         make_routing([t for t, _ in assignments], [e for _, e in assignments]), 5, 3
     ).routed
     y = experts(x, weights[rows.assignment_S], rows)

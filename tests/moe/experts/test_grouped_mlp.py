@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from helpers.reference_mlp import reference_mlp
 from helpers.routings import make_routing
-from megatron.moe.dispatch.permute import Weights
-from megatron.moe.dispatch.plan import make_plan
-from megatron.moe.experts.backends import choose_backend
+from megatron.moe.dispatch.permute import GatherWeights
+from megatron.moe.dispatch.plan import build_dispatch_plan
+from megatron.moe.experts.backends import choose_expert_backend
 from megatron.moe.experts.grouped_linear import grouped_linear
-from megatron.moe.experts.grouped_mlp import expert_mlp
+from megatron.moe.experts.grouped_mlp import grouped_mlp
 
 BACKENDS = ("reference", "cpu", "grouped_mm")
 WITH_TRITON = (*BACKENDS, "triton")
@@ -44,7 +44,7 @@ def check_mlp(backend, dtype, activation, assignments, num_tokens, limit=None):
     x = torch.randn(num_tokens, D, generator=g).to(dtype).requires_grad_()
     weight = torch.rand(len(assignments), generator=g).requires_grad_()
     stacks = make_stacks(dtype, activation in ("swiglu", "geglu"))
-    plan = make_plan(
+    plan = build_dispatch_plan(
         make_routing([t for t, _ in assignments], [e for _, e in assignments], weight),
         num_tokens,
         E,
@@ -52,9 +52,9 @@ def check_mlp(backend, dtype, activation, assignments, num_tokens, limit=None):
     )
     rows = plan.routed
     kept = rows.assignment_S[: sum(rows.counts())].tolist()
-    y = expert_mlp(
+    y = grouped_mlp(
         x,
-        Weights.apply(weight, rows),
+        GatherWeights.apply(weight, rows),
         stacks["w1"],
         stacks.get("w3"),
         stacks["w2"],
@@ -123,7 +123,7 @@ def test_every_activation_and_one_expert_with_everything(backend, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradients_by_finite_differences(backend, activation):
-    plan = make_plan(make_routing([0, 0, 1, 2, 2], [0, 1, 1, 3, 1], torch.rand(5)), 3, 4)
+    plan = build_dispatch_plan(make_routing([0, 0, 1, 2, 2], [0, 1, 1, 3, 1], torch.rand(5)), 3, 4)
     g = torch.Generator().manual_seed(1)
     x = torch.randn(3, 2, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(5, generator=g, dtype=torch.float64, requires_grad=True)
@@ -134,11 +134,11 @@ def test_gradients_by_finite_differences(backend, activation):
     w2 = torch.randn(4, 2, 3, generator=g, dtype=torch.float64, requires_grad=True)
     if activation in ("swiglu", "geglu"):
         assert torch.autograd.gradcheck(
-            lambda *a: expert_mlp(*a, plan.routed, activation, backend), (x, weight, w1, w3, w2)
+            lambda *a: grouped_mlp(*a, plan.routed, activation, backend), (x, weight, w1, w3, w2)
         )
     else:
         assert torch.autograd.gradcheck(
-            lambda x, weight, w1, w2: expert_mlp(
+            lambda x, weight, w1, w2: grouped_mlp(
                 x, weight, w1, None, w2, plan.routed, activation, backend
             ),
             (x, weight, w1, w2),
@@ -149,7 +149,7 @@ def test_gradients_by_finite_differences(backend, activation):
 def test_only_what_needs_a_gradient_gets_one(backend):
     """Each input alone, and the same gradient as with all of them."""
     assignments = [(t % 6, (t * t) % E) for t in range(20)]
-    rows = make_plan(
+    rows = build_dispatch_plan(
         make_routing([t for t, _ in assignments], [e for _, e in assignments]), 6, E
     ).routed
     stacks = make_stacks(torch.float32, True)
@@ -162,7 +162,7 @@ def test_only_what_needs_a_gradient_gets_one(backend):
     def run(**given):
         t = {**tensors, **given}
         return (
-            expert_mlp(t["x"], t["weight"], t["w1"], t["w3"], t["w2"], rows, "swiglu", backend)
+            grouped_mlp(t["x"], t["weight"], t["w1"], t["w3"], t["w2"], rows, "swiglu", backend)
             .square()
             .sum()
         )
@@ -178,7 +178,7 @@ def test_only_what_needs_a_gradient_gets_one(backend):
 def test_the_cpu_backend_saves_no_row_of_a_token():
     """What lives between forward and backward: inputs and pre-activations, never [S, D]."""
     assignments = [(t, e) for t in range(6) for e in range(E)]
-    rows = make_plan(
+    rows = build_dispatch_plan(
         make_routing([t for t, _ in assignments], [e for _, e in assignments]), 6, E
     ).routed
     x, weight, saved = (
@@ -190,7 +190,7 @@ def test_the_cpu_backend_saves_no_row_of_a_token():
         lambda t: saved.append(tuple(t.shape)) or t, lambda t: t
     ):
         stacks = make_stacks(torch.float32, True)
-        expert_mlp(x, weight, stacks["w1"], stacks["w3"], stacks["w2"], rows, "swiglu", "cpu")
+        grouped_mlp(x, weight, stacks["w1"], stacks["w3"], stacks["w2"], rows, "swiglu", "cpu")
     assert sorted(saved) == sorted(
         [(6, D), (30,), (E, H, D), (E, H, D), (E, D, H), (30, H), (30, H)]
     )
@@ -246,27 +246,27 @@ def test_grouped_linear_by_finite_differences(backend):
 
 def test_which_backend_and_why(monkeypatch):
     installed, no_triton = importlib.util.find_spec, lambda name: None
-    assert choose_backend("auto", "cpu", torch.bfloat16)[0] == "cpu"
+    assert choose_expert_backend("auto", "cpu", torch.bfloat16)[0] == "cpu"
     for name in ("reference", "cpu", "grouped_mm"):
-        assert choose_backend(name, "cpu", torch.bfloat16) == (name, "--moe-backend says so")
+        assert choose_expert_backend(name, "cpu", torch.bfloat16) == (name, "--moe-backend says so")
     with monkeypatch.context() as m:
         m.setattr(importlib.util, "find_spec", lambda name: name)
-        choose_backend.cache_clear()
-        assert choose_backend("auto", "cuda", torch.bfloat16) == (
+        choose_expert_backend.cache_clear()
+        assert choose_expert_backend("auto", "cuda", torch.bfloat16) == (
             "triton",
             "a CUDA device, and triton is installed",
         )
         m.setattr(importlib.util, "find_spec", no_triton)
-        choose_backend.cache_clear()
-        name, why = choose_backend("auto", "cuda", torch.bfloat16)
+        choose_expert_backend.cache_clear()
+        name, why = choose_expert_backend("auto", "cuda", torch.bfloat16)
         assert name == "grouped_mm" and "triton is not installed" in why
-        name, why = choose_backend("auto", "cuda", torch.float64)
+        name, why = choose_expert_backend("auto", "cuda", torch.float64)
         assert (
             name == "reference"
             and "triton is not installed" in why
             and "no torch.float64" in why
         )
-    choose_backend.cache_clear()
+    choose_expert_backend.cache_clear()
     assert importlib.util.find_spec is installed
 
 
@@ -288,33 +288,33 @@ def test_which_backend_and_why(monkeypatch):
 )
 def test_backends_that_are_not_possible(requested, device, dtype, what):
     with pytest.raises(ValueError, match=f"--moe-backend is '{requested}'.*{what}"):
-        choose_backend(requested, device, dtype, (16, 18))
+        choose_expert_backend(requested, device, dtype, (16, 18))
 
 
 def test_sizes_that_grouped_mm_cannot_do(monkeypatch):
     """auto takes another one, and the one that was asked for says so before torch does."""
     with monkeypatch.context() as m:
         m.setattr(importlib.util, "find_spec", lambda name: None)
-        choose_backend.cache_clear()
-        assert choose_backend("auto", "cuda", torch.bfloat16, (64, 8))[0] == "grouped_mm"
-        name, why = choose_backend("auto", "cuda", torch.bfloat16, (64, 20))
+        choose_expert_backend.cache_clear()
+        assert choose_expert_backend("auto", "cuda", torch.bfloat16, (64, 8))[0] == "grouped_mm"
+        name, why = choose_expert_backend("auto", "cuda", torch.bfloat16, (64, 20))
         assert name == "reference" and "a row of 20 numbers" in why
-    choose_backend.cache_clear()
+    choose_expert_backend.cache_clear()
     with pytest.raises(ValueError, match="a row of 3 numbers"):
         grouped_linear(torch.randn(2, 3), torch.randn(1, 4, 3), torch.tensor([2]), "grouped_mm")
 
 
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
-    choose_backend.cache_clear()
+    choose_expert_backend.cache_clear()
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        choose_backend("triton", "cpu", torch.float32)
-    choose_backend.cache_clear()
+        choose_expert_backend("triton", "cpu", torch.float32)
+    choose_expert_backend.cache_clear()
 
 
 def test_grouped_mm_of_an_older_torch(monkeypatch):
     monkeypatch.delattr(torch.nn.functional, "grouped_mm")
-    choose_backend.cache_clear()
+    choose_expert_backend.cache_clear()
     with pytest.raises(ValueError, match="has no F.grouped_mm"):
-        choose_backend("grouped_mm", "cpu", torch.float32)
-    choose_backend.cache_clear()
+        choose_expert_backend("grouped_mm", "cpu", torch.float32)
+    choose_expert_backend.cache_clear()

@@ -20,7 +20,7 @@ if not CUDA:  # before Triton is imported: its library of functions is made for 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from megatron.moe.dispatch.plan import Rows, make_plan  # noqa: E402
+from megatron.moe.dispatch.plan import PermutedTokens, build_dispatch_plan  # noqa: E402
 from megatron.moe.experts import triton_grouped_gemm, triton_mlp  # noqa: E402
 from megatron.moe.routing import Routing  # noqa: E402
 
@@ -141,7 +141,7 @@ def test_linear(case):
         else torch.zeros(0, H, dtype=torch.float64, device=DEVICE)
     )
     assert_close(
-        "y", triton_grouped_gemm.grouped_linear(x, weight, ends_of(counts), index), expected
+        "y", triton_grouped_gemm.triton_grouped_gemm(x, weight, ends_of(counts), index), expected
     )
 
 
@@ -271,7 +271,7 @@ def test_a_nan_stays_one(activation):
     )
 
 
-def routed(token, expert, num_tokens, num_experts, limit=None) -> Rows:
+def routed(token, expert, num_tokens, num_experts, limit=None) -> PermutedTokens:
     token, expert = (
         torch.tensor(token, dtype=torch.int64),
         torch.tensor(expert, dtype=torch.int64),
@@ -282,7 +282,7 @@ def routed(token, expert, num_tokens, num_experts, limit=None) -> Rows:
         torch.linspace(-1, 2, len(token), device=DEVICE),
         torch.zeros((), device=DEVICE),
     )
-    return make_plan(routing, num_tokens, num_experts, limit=limit).routed
+    return build_dispatch_plan(routing, num_tokens, num_experts, limit=limit).routed
 
 
 def leaves(rows, activation, D, H, dtype, num_tokens=None):
@@ -307,7 +307,7 @@ def leaves(rows, activation, D, H, dtype, num_tokens=None):
 
 def run(inputs, rows, activation):
     args = (inputs.get(name) for name in NAMES)
-    return triton_mlp.expert_mlp(*args, rows, activation)
+    return triton_mlp.triton_mlp(*args, rows, activation)
 
 
 def dumb_mlp(inputs, rows, activation):
@@ -483,7 +483,7 @@ def test_grouped_linear_as_a_function():
         [wide[1][e] @ row for e, row in zip(expert_of_rows(counts), wide[0], strict=True)]
     )
     x, weight = x.requires_grad_(), weight.requires_grad_()
-    y = triton_mlp.GroupedLinear.apply(x, weight, ends_of(counts))
+    y = triton_mlp.TritonGroupedLinear.apply(x, weight, ends_of(counts))
     assert_close("y", y[:5].detach(), expected.detach())
     grad_x, grad_weight = torch.autograd.grad(y[:5].square().sum(), (x, weight))
     wide_x, wide_weight = torch.autograd.grad(expected.square().sum(), wide)
@@ -517,7 +517,7 @@ def test_offsets_have_64_bits():
     assert near.stride() == (16, 1)
     for gather in (None, index):
         for operation in (
-            triton_grouped_gemm.grouped_linear,
+            triton_grouped_gemm.triton_grouped_gemm,
             triton_grouped_gemm.grouped_data_grad,
         ):
             assert torch.equal(
@@ -550,7 +550,7 @@ def test_what_it_cannot_do_is_refused():
         torch.zeros(2, 2).double(),
     )
     calls = (
-        lambda: triton_grouped_gemm.grouped_linear(wide, wide[None], ends),
+        lambda: triton_grouped_gemm.triton_grouped_gemm(wide, wide[None], ends),
         lambda: triton_grouped_gemm.grouped_data_grad(wide, wide[None], ends),
         lambda: triton_grouped_gemm.grouped_weight_grad(wide, wide, ends),
         lambda: triton_grouped_gemm.weighted_combine(wide, ends, ends),
@@ -572,20 +572,20 @@ def test_what_it_cannot_do_is_refused():
         ),
         (
             "rows are torch.float32, weights torch.float16",
-            lambda: triton_grouped_gemm.grouped_linear(x, w1.half(), ends),
+            lambda: triton_grouped_gemm.triton_grouped_gemm(x, w1.half(), ends),
         ),
         (
             "rows .*9, 24.*, weights .*20, 23",
-            lambda: triton_grouped_gemm.grouped_linear(x, w1[..., :-1].contiguous(), ends),
+            lambda: triton_grouped_gemm.triton_grouped_gemm(x, w1[..., :-1].contiguous(), ends),
         ),
         (
             "must be contiguous",
-            lambda: triton_grouped_gemm.grouped_linear(x, w1[..., :-1], ends),
+            lambda: triton_grouped_gemm.triton_grouped_gemm(x, w1[..., :-1], ends),
         ),
-        ("5 experts, 2 ends", lambda: triton_grouped_gemm.grouped_linear(x, w1, ends[:2])),
+        ("5 experts, 2 ends", lambda: triton_grouped_gemm.triton_grouped_gemm(x, w1, ends[:2])),
         (
             "indices are int64, not torch.int32",
-            lambda: triton_grouped_gemm.grouped_linear(x, w1, ends.int()),
+            lambda: triton_grouped_gemm.triton_grouped_gemm(x, w1, ends.int()),
         ),
         (
             "indices must be contiguous",

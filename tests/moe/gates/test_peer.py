@@ -16,7 +16,7 @@ from megatron.moe.experts.activations import activate
 from megatron.moe.gate import available_gates, create_gate, gate_class, gate_config_class
 from megatron.moe.gates.peer import retrieve, usage
 from megatron.moe.metrics import MoEMetrics
-from megatron.moe.peer.experts import NeuronExperts
+from megatron.moe.peer.experts import PEERExperts
 from megatron.moe.routing import GateInput, StepTotals
 from megatron.parallel.groups import Groups
 
@@ -348,7 +348,7 @@ def test_the_layer_starts_with_the_variance_of_a_dense_one(score, width):
         peer_topk=8,
         peer_query_size=32,
     )
-    neurons = NeuronExperts(
+    neurons = PEERExperts(
         32**2,
         32**2,
         hidden,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import make_moe_layer
-from megatron.moe.dispatch.plan import make_plan
+from megatron.moe.dispatch.plan import build_dispatch_plan
 from megatron.moe.gate import create_gate
 from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
@@ -226,7 +226,7 @@ def test_capacity_keeps_better_ranks_first_then_higher_probability():
     """A token's weak first choice beats another token's strong second choice."""
     gate, x, out = run(0.95, seed=4, tokens=30)
     kept, _, _ = dumb(gate, x)
-    plan = make_plan(out, 30, 6, 0, limit=4)
+    plan = build_dispatch_plan(out, 30, 6, 0, limit=4)
     kept_A = plan.routed.assignment_S[: plan.kept_C.sum()]
     survivors = set(zip(out.token_A[kept_A].tolist(), out.expert_A[kept_A].tolist()))
     for expert in range(6):

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import peer
 from megatron.config.schema import ACTIVATIONS
 from megatron.moe.experts.activations import is_gated
-from megatron.moe.experts.backends import choose_backend as choose
+from megatron.moe.experts.backends import choose_expert_backend as choose
 from megatron.moe.peer import experts as peer_experts
 from megatron.moe.peer.experts import (
     MOST_BLOCKS,
-    NeuronExperts,
-    choose_backend,
+    PEERExperts,
+    choose_peer_backend,
     number_of_blocks,
 )
 
@@ -28,7 +28,7 @@ MKL = torch.backends.mkl.is_available()
 
 
 def make(num_local=4, width=1, activation="gelu", hidden_size=D, num_experts=None, **options):
-    return NeuronExperts(
+    return PEERExperts(
         num_experts or num_local,
         num_local,
         hidden_size,
@@ -605,9 +605,9 @@ def test_which_backend_and_why(monkeypatch):
             ValueError,
             match=f"--moe-backend is '{name}'; allowed: auto reference triton for tables",
         ):
-            choose_backend(name, "cpu", torch.float32)
+            choose_peer_backend(name, "cpu", torch.float32)
     for name in ("auto", "reference"):
-        assert choose_backend(name, "cpu", torch.float32) == (
+        assert choose_peer_backend(name, "cpu", torch.float32) == (
             "reference",
             "torch's own operations on tables",
         )
@@ -615,16 +615,16 @@ def test_which_backend_and_why(monkeypatch):
     choose.cache_clear()
     with monkeypatch.context() as m:
         m.setattr(importlib.util, "find_spec", lambda name: name)
-        assert choose_backend("auto", "cuda", torch.bfloat16) == (
+        assert choose_peer_backend("auto", "cuda", torch.bfloat16) == (
             "triton",
             "a CUDA device, and triton is installed",
         )
-        assert choose_backend("auto", "cuda", torch.float64)[0] == "reference"
+        assert choose_peer_backend("auto", "cuda", torch.float64)[0] == "reference"
         choose.cache_clear()
         m.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="--moe-backend is 'triton'.*pip install triton"):
-            choose_backend("triton", "cuda", torch.bfloat16)
-        assert choose_backend("auto", "cuda", torch.bfloat16)[0] == "reference"
+            choose_peer_backend("triton", "cuda", torch.bfloat16)
+        assert choose_peer_backend("auto", "cuda", torch.bfloat16)[0] == "reference"
     choose.cache_clear()
 
 

@@ -11,15 +11,15 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 from megatron.config.schema import ACTIVATIONS  # noqa: E402
-from megatron.moe.peer.experts import NeuronExperts  # noqa: E402
-from megatron.moe.peer.triton_lookup import COLUMNS, PAIRS, dots  # noqa: E402
+from megatron.moe.peer.experts import PEERExperts  # noqa: E402
+from megatron.moe.peer.triton_lookup import COLUMNS, PAIRS, triton_dots  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """relative to the largest number: what is rounded to the dtype is sums, or the two halves of one, alone"""
 
 
 def make(num_local, width, activation, hidden_size, dtype=torch.float32, **options):
-    experts = NeuronExperts(
+    experts = PEERExperts(
         num_local,
         num_local,
         hidden_size,
@@ -122,7 +122,7 @@ def test_dots(dtype, pairs, columns):
         torch.randint(0, 3, (pairs,), generator=g),
         torch.randint(0, 5, (pairs,), generator=g),
     )
-    got = dots(*(t.to(DEVICE) for t in (rows, table, token, row)))
+    got = triton_dots(*(t.to(DEVICE) for t in (rows, table, token, row)))
     assert got.dtype == torch.float32 and got.shape == (pairs,)
     torch.testing.assert_close(
         got.cpu().double(),
@@ -178,7 +178,7 @@ def test_rows_beyond_two_to_the_31_numbers(swap):
         torch.tensor([rows - 1, 0], device=DEVICE),
         torch.zeros(2, dtype=torch.int64, device=DEVICE),
     )
-    assert dots(*((table, x, row, token) if swap else (x, table, token, row))).tolist() == [
+    assert triton_dots(*((table, x, row, token) if swap else (x, table, token, row))).tolist() == [
         1024,
         -512,
     ]
@@ -197,6 +197,6 @@ def test_float64_is_refused_by_triton_and_not_sent_there():
         ValueError,
         match="the dtype of Triton's kernels is torch.float64; allowed: torch.bfloat16",
     ):
-        dots(table, table, index, index)
+        triton_dots(table, table, index, index)
     experts.backend = "auto"
     assert not experts._on_triton() and experts.float()._on_triton() == (DEVICE == "cuda")
