@@ -5,7 +5,7 @@ import time
 STARTED = time.time()  # before torch is imported
 
 if __name__ == "__main__":
-    from megatron.exit_codes import leave
+    from megatron.exit_codes import exit_process
     from megatron.pretrain import main
 
-    leave(main(started=STARTED))
+    exit_process(main(started=STARTED))

@@ -78,23 +78,23 @@ class Run:
     """An engine and its checkpoints in a folder."""
 
     def __init__(self, groups: Any, config: Any):
-        from megatron.checkpoint.metadata import Progress
+        from megatron.checkpoint.metadata import TrainingProgress
         from megatron.engine.engine import Engine
         from megatron.model.builder import build_model
 
-        self.groups, self.config, self.progress = groups, config, Progress()
+        self.groups, self.config, self.progress = groups, config, TrainingProgress()
         model = build_model(
             config.model, config.moe, {}, vocab_size=8192, seed=1, groups=groups
         )
         self.engine = Engine(model, config.optimizer, config.train, groups)
 
     def checkpoints(self, folder: Path, async_save: bool) -> Any:
-        from megatron.checkpoint.metadata import Record
-        from megatron.checkpoint.saver import Checkpoints
+        from megatron.checkpoint.metadata import RunMetadata
+        from megatron.checkpoint.saver import Checkpointer
 
         config = configuration(True, str(folder), async_save)
-        return Checkpoints(
-            config.train, self.engine, Record(self.config, {}, {"ranks": RANKS}), self.groups
+        return Checkpointer(
+            config.train, self.engine, RunMetadata(self.config, {}, {"ranks": RANKS}), self.groups
         )
 
     def step(self) -> None:
@@ -153,7 +153,7 @@ def restore(run: Run, folder: Path) -> None:
     from megatron.checkpoint import loader
     from megatron.config.checkpoints import CheckpointConfig
 
-    source = loader.find(CheckpointConfig(load=str(folder)), run.groups)
+    source = loader.find_checkpoint(CheckpointConfig(load=str(folder)), run.groups)
     source.restore(run.engine, run.groups)
 
 

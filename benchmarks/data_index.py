@@ -114,7 +114,7 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
     from megatron.engine.engine import Engine
     from megatron.model.builder import build_model
 
-    groups = parallel.init(1)
+    groups = parallel.init_distributed(1)
     model, moe, optimizer, train = configs()
     train, size = (
         replace(train, global_batch_size=train.micro_batch_size),
@@ -150,7 +150,7 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
             next(loader) for _ in range(TIMES * DEMO_RANKS)
         ]
     seconds = report.interleave(functions, rounds, warmup=1)
-    parallel.shutdown()
+    parallel.destroy()
     return seconds, size * model.seq_length
 
 

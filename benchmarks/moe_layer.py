@@ -312,7 +312,7 @@ def main() -> int:
             processes,
             MEMORY_BAR if barred else None,
         )
-    parallel.shutdown()
+    parallel.destroy()
     print()
     return report.finish(rows, args)
 

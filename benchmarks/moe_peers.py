@@ -267,7 +267,7 @@ def deepspeed_moe(problem: Problem, groups: Groups | None = None) -> Layer:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).y
 
-    groups = groups or parallel.init(1)
+    groups = groups or parallel.init_distributed(1)
     size = problem.size
     moe = MoE(
         size.hidden,

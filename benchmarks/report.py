@@ -145,7 +145,7 @@ def _rank(
     torch.set_num_threads(1)
     from megatron.engine import distributed as parallel
 
-    answer = job(parallel.init(number), *args)
+    answer = job(parallel.init_distributed(number), *args)
     if rank == 0:
         answers.put(answer)
-    parallel.shutdown()
+    parallel.destroy()

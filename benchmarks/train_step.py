@@ -251,7 +251,7 @@ def our_step(s: Shape, batch) -> Callable[[], float]:
     """A training step that returns its loss."""
     from megatron.engine import distributed as parallel
 
-    groups = parallel.init(1)
+    groups = parallel.init_distributed(1)
     from megatron.engine.engine import (
         Engine,
     )  # imports DeepSpeed: only after `groups` prepared its environment
@@ -407,7 +407,7 @@ def profile_step(step: Callable[[], float]) -> dict[str, float]:
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         in_range(profile_report.STEP, step)()
-    took = profile_report.account(profile_report.spans_of(profiler)).host_ms
+    took = profile_report.break_down_step(profile_report.spans_of(profiler)).host_ms
     return {part: sum(took[part, phase] for phase in profile_report.PHASES) for part in PARTS}
 
 

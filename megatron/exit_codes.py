@@ -26,29 +26,29 @@ def exit_code(program: Callable[[], None]) -> int:
         )
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        line, code = explain(error)
+        line, code = classify_error(error)
         if line is None:
             raise
         log.report_error(line)
         return code
-    from megatron.engine.distributed import shutdown
+    from megatron.engine.distributed import destroy
 
-    shutdown()
+    destroy()
     return 0
 
 
-def explain(error: ValueError | OSError | RuntimeError) -> tuple[Exception | None, int]:
+def classify_error(error: ValueError | OSError | RuntimeError) -> tuple[Exception | None, int]:
     """(what to tell the user in one line, exit code); None: it is not the user's, and its traceback is needed."""
-    from megatron.data.loader import lost_worker
+    from megatron.data.loader import worker_exited_error
 
-    for line, code in ((lost_rank(error), 1), (hung_rank(error), 3), (lost_worker(error), 2)):
+    for line, code in ((peer_exited_error(error), 1), (collective_timeout_error(error), 3), (worker_exited_error(error), 2)):
         if line:
             return line, code
     ours = isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error))
     return (error, 2) if ours else (None, 1)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process with this exit code: exit handlers run, the interpreter's own teardown does not.
 
     Gloo's threads take the GIL to let go of the last collective's tensors. One that comes late, while the interpreter
@@ -63,7 +63,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def lost_rank(error: BaseException) -> RuntimeError | None:
+def peer_exited_error(error: BaseException) -> RuntimeError | None:
     """One line for the long error of a collective whose other side is gone; None for any other error."""
     ended = (
         "Connection closed by peer",
@@ -79,7 +79,7 @@ def lost_rank(error: BaseException) -> RuntimeError | None:
     return None
 
 
-def hung_rank(error: BaseException) -> TimeoutError | None:
+def collective_timeout_error(error: BaseException) -> TimeoutError | None:
     """One line for a collective that gloo gave up; None for any other error."""
     if isinstance(error, OSError) or not (
         found := re.search(r"Timed out waiting (\d+)ms", str(error))

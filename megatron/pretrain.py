@@ -45,34 +45,34 @@ def train(config: RunConfig, started: float | None = None) -> None:
     from megatron.parallel import rng
     from megatron.tokenizer.build import build_tokenizer
     from megatron.training.profiler import StepProfiler
-    from megatron.training.startup_timer import StartUp
+    from megatron.training.startup_timer import StartupTimer
 
-    start_up = StartUp(started)
+    start_up = StartupTimer(started)
     start_up.mark("torch")
     tokenizer = build_tokenizer(config.tokenizer)
     start_up.mark("tokenizer")
-    groups = parallel.init(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    groups = parallel.init_distributed(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
     from megatron.checkpoint import (
         loader,
     )  # imports DeepSpeed: only after `groups` prepared its environment
-    from megatron.checkpoint.metadata import Record
-    from megatron.checkpoint.saver import Checkpoints
+    from megatron.checkpoint.metadata import RunMetadata
+    from megatron.checkpoint.saver import Checkpointer
     from megatron.engine.engine import Engine
-    from megatron.training.graceful_stop import Stop
-    from megatron.training.lr_schedule import Schedule
-    from megatron.training.metric_writers import build_sinks
-    from megatron.training.trainer import Plan, Trainer, announce
+    from megatron.training.graceful_stop import GracefulStop
+    from megatron.training.lr_schedule import LRSchedule
+    from megatron.training.metric_writers import build_metric_writers
+    from megatron.training.trainer import Trainer, TrainingPlan, log_run_summary
 
     start_up.mark("DeepSpeed and process groups")
-    _say_backend(config, groups)
-    source, config, progress = loader.begin(config, groups)
+    _log_expert_backend(config, groups)
+    source, config, progress = loader.load_for_run(config, groups)
     t = config.train
-    plan = Plan.of(t, config.model.seq_length, groups.world_size, progress)
-    schedule = Schedule(
+    plan = TrainingPlan.of(t, config.model.seq_length, groups.world_size, progress)
+    schedule = LRSchedule(
         config.optimizer, iterations=plan.iterations, tokens_per_iteration=plan.tokens
     )
     vocab_size = _vocab_size(config, tokenizer)
-    record = Record.of(config, groups, tokenizer, plan.global_batch, plan.iterations)
+    record = RunMetadata.of(config, groups, tokenizer, plan.global_batch, plan.iterations)
     if source:
         source.check(record)
     splits = _build_splits(config, plan, tokenizer, vocab_size, groups)
@@ -98,14 +98,14 @@ def train(config: RunConfig, started: float | None = None) -> None:
     profiler = (
         StepProfiler(t, groups, progress.iteration, plan.iterations) if t.profile else None
     )
-    announce(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
+    log_run_summary(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
     batches = partial(_loader, config, plan, groups, tokenizer, vocab_size)
-    sinks = build_sinks(t, groups.rank, plan.iterations)
+    sinks = build_metric_writers(t, groups.rank, plan.iterations)
     start_up.mark("engine")
     with (
         contextlib.closing(sinks),
-        Checkpoints(t, engine, record, groups, source) as checkpoints,
+        Checkpointer(t, engine, record, groups, source) as checkpoints,
     ):
         Trainer(
             engine,
@@ -123,7 +123,7 @@ def train(config: RunConfig, started: float | None = None) -> None:
             checkpoints,
             progress,
             start_up,
-            Stop(t, groups, started),
+            GracefulStop(t, groups, started),
             profiler,
         ).run()
 
@@ -140,7 +140,7 @@ def _vocab_size(config: RunConfig, tokenizer) -> int:
     return size
 
 
-def _say_backend(config: RunConfig, groups) -> None:
+def _log_expert_backend(config: RunConfig, groups) -> None:
     """What multiplies the experts' rows, and why, before anything is built for a choice that is not possible here."""
     from megatron.model.builder import choose_moe_backend
     from megatron.moe.experts.backends import DTYPES

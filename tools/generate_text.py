@@ -59,23 +59,23 @@ def run(args: argparse.Namespace) -> None:
     from megatron.model.builder import build_model
     from megatron.tokenizer.build import build_tokenizer
 
-    groups = parallel.init()
+    groups = parallel.init_distributed()
     from megatron.checkpoint import (
         loader,
     )  # imports DeepSpeed: only after `groups` prepared its environment
-    from megatron.checkpoint.metadata import Record
+    from megatron.checkpoint.metadata import RunMetadata
     from megatron.engine.engine import Engine
 
-    source = loader.find(
+    source = loader.find_checkpoint(
         CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True), groups
     )
     config = source.record.config
     ep_size = config.moe.moe_expert_parallel_size
-    groups = parallel.init(
+    groups = parallel.init_distributed(
         ep_size if groups.world_size % ep_size == 0 else 1, config.train.timeout_minutes
     )
     tokenizer = build_tokenizer(config.tokenizer)
-    source.check(Record.of(config, groups, tokenizer))
+    source.check(RunMetadata.of(config, groups, tokenizer))
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     # Dropless: under a capacity, the prompts beside it would decide which experts a token gets.
     moe = replace(config.moe, moe_eval_capacity_factor=0.0)

@@ -45,10 +45,10 @@ def inspect(a: argparse.Namespace) -> int:
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         if a.other:
             both = [
-                i.facts(i.one_of(Path(p)), verify=a.verify, progress=bar.update)
+                i.summarize_checkpoint(i.one_of(Path(p)), verify=a.verify, progress=bar.update)
                 for p in (a.path, a.other)
             ]
-            found = i.differences(*both, tensors=a.tensors, progress=bar.update)
+            found = i.compare_checkpoints(*both, tensors=a.tensors, progress=bar.update)
             found["faults"] = [fault for facts in both for fault in facts["faults"]]
             lines, faults = i.describe_differences(found), found["faults"]
         else:
@@ -65,14 +65,14 @@ def look_at(path: Path, a: argparse.Namespace, progress) -> tuple[dict, list[str
     from megatron.checkpoint import inspect as i
 
     if path.is_dir() and directory.is_checkpoint(path):
-        found = i.facts(path.resolve(), verify=a.verify, tensors=a.tensors, progress=progress)
+        found = i.summarize_checkpoint(path.resolve(), verify=a.verify, tensors=a.tensors, progress=progress)
         return found, describe(found, a), found["faults"]
-    rows = i.listing(path, a.verify, progress)
+    rows = i.summarize_directory(path, a.verify, progress)
     found, lines = {"folder": str(path), "checkpoints": rows}, i.describe_listing(path, rows)
     faults = [fault for row in rows for fault in row["faults"]]
     for row in rows:
         if row["newest"]:
-            newest = i.facts(path / row["name"], tensors=a.tensors, progress=progress) | {
+            newest = i.summarize_checkpoint(path / row["name"], tensors=a.tensors, progress=progress) | {
                 "verified": a.verify
             }
             found["newest"] = newest
@@ -84,7 +84,7 @@ def look_at(path: Path, a: argparse.Namespace, progress) -> tuple[dict, list[str
 def describe(found: dict, a: argparse.Namespace) -> list[str]:
     from megatron.checkpoint import inspect as i
 
-    return i.describe(found) + (["", *i.describe_tensors(found)] if a.tensors else [])
+    return i.describe_checkpoint(found) + (["", *i.describe_tensors(found)] if a.tensors else [])
 
 
 def main() -> int:

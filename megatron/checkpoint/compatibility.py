@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.metadata import Record
+from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.schema import RunConfig
 from megatron.log import get_logger
 from megatron.moe.gate import create_gate
 
-IDENTITY = {
+MODEL_FIELDS = {
     "tokenizer_name": "the tokenizer",
     "tokenizer_vocab_size": "the vocabulary size",
     "tokenizer_fingerprint": "the hash of the vocabulary",
 }
 
 # What the learning rate of an iteration follows from; the length of the run as well.
-SCHEDULE = (
+SCHEDULE_FIELDS = (
     "lr",
     "min_lr",
     "lr_decay_style",
@@ -31,7 +31,7 @@ SCHEDULE = (
 )
 
 # What decides the order of the samples: a change is allowed, and said.
-ORDER = {
+DATA_ORDER_FIELDS = {
     "model": ("seq_length",),
     "data": (
         "data_path",
@@ -46,9 +46,9 @@ ORDER = {
 }
 
 
-def check_same_run(saved: Record, current: Record, where: str) -> None:
+def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None:
     """Raise ValueError naming the first thing in which a checkpoint contradicts the run that wants its weights."""
-    for key, what in IDENTITY.items():
+    for key, what in MODEL_FIELDS.items():
         _same(saved.identity.get(key), current.identity[key], what, where)
     theirs, ours = _shape(saved), _shape(current)
     for what in ours:
@@ -67,7 +67,7 @@ def check_same_run(saved: Record, current: Record, where: str) -> None:
         )
 
 
-def _shape(run: Record) -> dict[str, Any]:
+def _shape(run: RunMetadata) -> dict[str, Any]:
     """What must be equal between a checkpoint and the run that loads it, however it was said: by flag."""
     model, moe = run.config.model, run.config.moe
     plain = (
@@ -102,11 +102,11 @@ def _shape(run: Record) -> dict[str, Any]:
     return shape
 
 
-def check_same_schedule(saved: Record, current: Record, where: str) -> None:
+def check_same_schedule(saved: RunMetadata, current: RunMetadata, where: str) -> None:
     """Raise ValueError when a run that goes on would have other learning rates than it would have had."""
     old, new = saved.config.optimizer, current.config.optimizer
     advice = "use the checkpoint's value, or add --override-lr-schedule to go on with this one"
-    for name in SCHEDULE:
+    for name in SCHEDULE_FIELDS:
         _same(
             getattr(old, name), getattr(new, name), "--" + name.replace("_", "-"), where, advice
         )
@@ -134,13 +134,13 @@ def check_same_schedule(saved: Record, current: Record, where: str) -> None:
         )
 
 
-def warn_of_changes(saved: Record, current: Record) -> None:
+def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
     """Log in what a run that goes on differs from the one that was saved without contradicting it."""
     # The order of streamed text does not depend on the run's length.
     fixed = ("train_iters", "train_tokens") if current.config.data.streaming_data_path else ()
     changed = [
         f"--{name.replace('_', '-')}"
-        for section, names in ORDER.items()
+        for section, names in DATA_ORDER_FIELDS.items()
         for name in names
         if name not in fixed
         and getattr(getattr(saved.config, section), name)

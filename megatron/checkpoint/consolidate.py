@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import directory
-from megatron.checkpoint.reader import Shards
+from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.schema import require
 from megatron.io.atomic_write import sync_folder
-from megatron.io.safetensors_writer import Entry, SafetensorsWriter
+from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec
 from megatron.io.staging_dir import WorkFolder
 
 FORMAT = "moe-megatron consolidated 1"
@@ -43,7 +43,7 @@ Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class Options:
+class ConsolidateOptions:
     """What is written."""
 
     dtype: torch.dtype = torch.float32
@@ -55,7 +55,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Result:
+class ConsolidateResult:
     """What was written."""
 
     files: dict[str, int]
@@ -83,7 +83,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-def find(
+def find_valid_checkpoint(
     path: Path, step: int = 0, progress: Progress = lambda read: None
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """The checkpoint that is meant, its files verified.
@@ -116,14 +116,14 @@ def find(
         manifest = directory.read_manifest(path)
         _verify(path, manifest, progress)
         return path, manifest, []
-    good, bad = directory.candidates(path)
+    good, bad = directory.list_checkpoints(path)
     if step:
         good = [found for found in good if found[1]["iteration"] == step]
-        bad = [text for text in bad if directory.tag(step) in text]
+        bad = [text for text in bad if directory.checkpoint_name(step) in text]
     for candidate, manifest in good:
         try:
             _verify(candidate, manifest, progress)
-        except directory.Broken as error:
+        except directory.CorruptCheckpointError as error:
             bad.append(str(error))
             continue
         return candidate, manifest, bad
@@ -140,17 +140,17 @@ def _verify(path: Path, manifest: dict[str, Any], progress: Progress) -> None:
         progress(size)
 
 
-class Plan:
+class ConsolidatedLayout:
     """Which tensors of a checkpoint go into which files.
 
     Raises:
         ValueError: the moments are asked for and there are none.
     """
 
-    def __init__(self, source: Path, options: Options):
-        self.source, self.options, self.shards = source, options, Shards(source)
+    def __init__(self, source: Path, options: ConsolidateOptions):
+        self.source, self.options, self.shards = source, options, CheckpointReader(source)
         shapes = self.shards.shapes
-        model = [Entry(name, options.dtype, shape) for name, shape in shapes.items()]
+        model = [TensorSpec(name, options.dtype, shape) for name, shape in shapes.items()]
         model += [self.shards.buffer_entry(name) for name in self.shards.buffers]
         self.tensors = len(model)
         self.groups = {"model": _split(model, options.max_shard_bytes)}
@@ -164,7 +164,7 @@ class Plan:
                 f"{source} was saved before the first optimizer step.",
             )
             entries = [
-                Entry(f"{kind}/{name}", self.shards.dtype(kind, name), shape)
+                TensorSpec(f"{kind}/{name}", self.shards.dtype(kind, name), shape)
                 for kind in moments
                 for name, shape in shapes.items()
             ]
@@ -199,7 +199,7 @@ class Plan:
                 )
         return written
 
-    def _slices(self, entry: Entry, moment: bool, progress: Progress) -> Iterator[Tensor]:
+    def _slices(self, entry: TensorSpec, moment: bool, progress: Progress) -> Iterator[Tensor]:
         if entry.name in self.shards.buffers:
             yield self.shards.buffer(entry.name)
             progress(entry.nbytes)
@@ -210,9 +210,9 @@ class Plan:
             progress(len(values) * entry.dtype.itemsize)
 
 
-def _split(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+def _split(entries: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     """Consecutive tensors, as many to a file as fit; one that fits nowhere has its own. One file if there are none."""
-    files: list[list[Entry]] = [[]]
+    files: list[list[TensorSpec]] = [[]]
     size = 0
     for entry in entries:
         if files[-1] and size + entry.nbytes > limit:
@@ -223,7 +223,7 @@ def _split(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return files
 
 
-def _cast(values: Tensor, entry: Entry) -> Tensor:
+def _cast(values: Tensor, entry: TensorSpec) -> Tensor:
     cast = values.to(entry.dtype)
     if cast is not values and bool((cast.isinf() & values.isfinite()).any()):
         largest = values[values.isfinite()].abs().max().item()
@@ -255,10 +255,10 @@ def consolidate(
     source: Path,
     manifest: dict[str, Any],
     output: str | Path,
-    options: Options,
+    options: ConsolidateOptions,
     progress: Progress = lambda written: None,
     planned: Progress = lambda total: None,
-) -> Result:
+) -> ConsolidateResult:
     """Write the tensors of a checkpoint, whole, to a folder, which appears when all is in it.
 
     Args:
@@ -272,7 +272,7 @@ def consolidate(
     """
     output = Path(output).resolve()
     check_output(output)
-    plan = Plan(source, options)
+    plan = ConsolidatedLayout(source, options)
     require_space(output, plan.nbytes + SMALL_FILES)
     planned(plan.nbytes)
     with WorkFolder(output) as work:
@@ -298,7 +298,7 @@ def consolidate(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     sync_folder(output.parent)
-    return Result({name: size for name, (size, _) in files.items()}, plan.tensors)
+    return ConsolidateResult({name: size for name, (size, _) in files.items()}, plan.tensors)
 
 
 def require_space(output: Path, needed: int) -> None:
@@ -312,7 +312,7 @@ def require_space(output: Path, needed: int) -> None:
         )
 
 
-def _about(source: Path, manifest: dict[str, Any], options: Options) -> dict[str, Any]:
+def _about(source: Path, manifest: dict[str, Any], options: ConsolidateOptions) -> dict[str, Any]:
     """Content of consolidated.json."""
     return {
         "format": FORMAT,

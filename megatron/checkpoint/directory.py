@@ -36,11 +36,11 @@ FORMAT = "moe-megatron checkpoint 1"
 MANIFEST, LATEST, REPLACED = "manifest.json", "latest", ".replaced"
 
 
-class Broken(ValueError):
+class CorruptCheckpointError(ValueError):
     """A checkpoint that is incomplete or damaged; the message names the file and what is wrong with it."""
 
 
-def tag(iteration: int) -> str:
+def checkpoint_name(iteration: int) -> str:
     """Folder name of the checkpoint of an iteration."""
     return f"iter_{iteration:07d}"
 
@@ -68,9 +68,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Broken(f"{path} is missing") from None
+        raise CorruptCheckpointError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
-        raise Broken(f"{path} cannot be read: {error}") from None
+        raise CorruptCheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -80,19 +80,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
         Broken: there is none, or it was changed after it was written.
     """
     if not (path / MANIFEST).exists() and any(path.glob("*_model_states.pt")):
-        raise Broken(
+        raise CorruptCheckpointError(
             f"{path} has DeepSpeed's own files and no {MANIFEST}: it is of an earlier version of this program "
             "or of another one, and cannot be read"
         )
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise Broken(f"{path / MANIFEST} is not the manifest of a {FORMAT!r}")
+        raise CorruptCheckpointError(f"{path / MANIFEST} is not the manifest of a {FORMAT!r}")
     if manifest.get("checksum") != _checksum(manifest):
-        raise Broken(f"{path / MANIFEST} is damaged: its checksum does not fit")
+        raise CorruptCheckpointError(f"{path / MANIFEST} is damaged: its checksum does not fit")
     if not _is_well_formed(manifest):
-        raise Broken(f"{path / MANIFEST} says what no manifest says")
+        raise CorruptCheckpointError(f"{path / MANIFEST} says what no manifest says")
     if iteration_of(path) not in (None, manifest["iteration"]):
-        raise Broken(
+        raise CorruptCheckpointError(
             f"{path} is the checkpoint of iteration {manifest['iteration']} under another name"
         )
     return manifest
@@ -134,18 +134,18 @@ def check_files(
         try:
             there = (path / name).stat().st_size
             if there != size:
-                raise Broken(f"{path / name} has {there} bytes, {size} were written")
+                raise CorruptCheckpointError(f"{path / name} has {there} bytes, {size} were written")
             if hashes and file_sha256(path / name) != sha256:
-                raise Broken(
+                raise CorruptCheckpointError(
                     f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
                 )
         except FileNotFoundError:
-            raise Broken(f"{path / name} is missing") from None
+            raise CorruptCheckpointError(f"{path / name} is missing") from None
         except OSError as error:
-            raise Broken(f"{path / name} cannot be read: {error.strerror}") from None
+            raise CorruptCheckpointError(f"{path / name} cannot be read: {error.strerror}") from None
 
 
-def candidates(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+def list_checkpoints(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
     """(checkpoints of a folder with their manifests, completed last first; what is wrong with the others)."""
     good, bad = [], []
     paths = (
@@ -156,7 +156,7 @@ def candidates(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], l
     for path in paths:
         try:
             good.append((path, read_manifest(path)))
-        except (Broken, OSError) as error:
+        except (CorruptCheckpointError, OSError) as error:
             bad.append(str(error))
     good.sort(key=lambda found: found[1]["serial"], reverse=True)
     return good, bad
@@ -164,10 +164,10 @@ def candidates(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], l
 
 def next_serial(folder: str | Path) -> int:
     """The serial of the next checkpoint of a folder."""
-    return max((manifest["serial"] for _, manifest in candidates(folder)[0]), default=0) + 1
+    return max((manifest["serial"] for _, manifest in list_checkpoints(folder)[0]), default=0) + 1
 
 
-def publish(
+def commit_checkpoint(
     partial: Path, folder: Path, iteration: int, files: dict[str, tuple[int, str]]
 ) -> Path:
     """Turn a finished work folder into the checkpoint of an iteration, and name it in `latest`.
@@ -179,7 +179,7 @@ def publish(
     """
     try:
         check_files(partial, files, {"files": files}, hashes=False)
-    except Broken as error:
+    except CorruptCheckpointError as error:
         raise OSError(f"{error}: the disk lost what it took") from None
     manifest = {
         "format": FORMAT,
@@ -190,7 +190,7 @@ def publish(
     manifest["checksum"] = _checksum(manifest)
     atomic_write.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     sync_folder(partial)
-    target = folder / tag(iteration)
+    target = folder / checkpoint_name(iteration)
     old = target.with_name(target.name + REPLACED)
     if target.exists():
         _remove(old)
@@ -203,7 +203,7 @@ def publish(
     return target
 
 
-def prune(
+def apply_retention(
     folder: Path, keep_last: int, keep_every: int, damaged: Iterable[str] = ()
 ) -> list[str]:
     """Delete complete checkpoints: all but the `keep_last` newest (0: keep all) and those of iterations divisible by
@@ -214,7 +214,7 @@ def prune(
     """
     if not keep_last:
         return []
-    whole = [found for found in candidates(folder)[0] if found[0].name not in damaged]
+    whole = [found for found in list_checkpoints(folder)[0] if found[0].name not in damaged]
     old = [
         path
         for path, manifest in whole[keep_last:]
@@ -223,7 +223,7 @@ def prune(
     return [path.name for path in old if _remove(path)]
 
 
-def sweep(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Delete what a killed run left half deleted or half written."""
     for doomed in folder.glob(".iter_*.deleted"):
         _delete(doomed)
@@ -251,7 +251,7 @@ def _delete(path: Path, doomed: Path | None = None) -> bool:
     return True
 
 
-def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
+def select_checkpoints(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
     """The checkpoints (with their manifests) that --load and --load-step may mean, the wanted one first. None with
     --load-or-init when there is nothing at all. Other files than manifests are not looked at yet.
 
@@ -269,11 +269,11 @@ def choose(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
             f"{path} is one checkpoint.",
         )
         return [(path, read_manifest(path.resolve()))]
-    good, bad = candidates(path)
+    good, bad = list_checkpoints(path)
     if options.load_step:
         chosen = [found for found in good if found[1]["iteration"] == options.load_step]
         if not chosen:
-            broken = [text for text in bad if tag(options.load_step) in text]
+            broken = [text for text in bad if checkpoint_name(options.load_step) in text]
             there = ", ".join(str(m["iteration"]) for _, m in sorted(good)) or "none"
             raise ValueError(
                 f"--load-step is {options.load_step}; "

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint import directory
-from megatron.checkpoint.reader import Shards
+from megatron.checkpoint.reader import CheckpointReader
 from megatron.model.parameter_count import PARTS, part_of
 
 NOT_THERE = "(not there)"
@@ -29,7 +29,7 @@ def one_of(path: Path) -> Path:
     """
     if path.is_dir() and directory.is_checkpoint(path):
         return path.resolve()
-    rows = listing(path)
+    rows = summarize_directory(path)
     for row in rows:
         if row["newest"]:
             return path / row["name"]
@@ -57,13 +57,13 @@ def faults_of(
             directory.check_files(
                 path, [name], manifest, hashes=verify or name.endswith(".json")
             )
-        except directory.Broken as error:
+        except directory.CorruptCheckpointError as error:
             faults.append(str(error))
         progress(size)
     return faults
 
 
-def listing(
+def summarize_directory(
     folder: Path, verify: bool = False, progress: Progress = lambda read: None
 ) -> list[dict[str, Any]]:
     """What there is of each checkpoint in a folder, completed last first, the broken ones without a manifest at the
@@ -72,7 +72,7 @@ def listing(
     Raises:
         FileNotFoundError: there are none.
     """
-    good, bad = directory.candidates(folder)
+    good, bad = directory.list_checkpoints(folder)
     if not good and not bad:
         raise FileNotFoundError(
             f"{folder} is not a folder of checkpoints. Give the folder of --save of a run, or one "
@@ -102,7 +102,7 @@ def _bytes(manifest: dict[str, Any]) -> int:
     return sum(size for size, _ in manifest["files"].values())
 
 
-def facts(
+def summarize_checkpoint(
     path: Path,
     *,
     verify: bool = False,
@@ -127,7 +127,7 @@ def facts(
         path, [name for name in manifest["files"] if name.endswith(".json")], manifest
     )
     state = directory.read_json(path / "state.json")
-    shards = Shards(path)
+    shards = CheckpointReader(path)
     names = {
         name: {"shape": list(shape), "pieces": shards.num_pieces(name)}
         for name, shape in shards.shapes.items()
@@ -170,7 +170,7 @@ def facts(
     return found
 
 
-def _values(shards: Shards, name: str) -> Iterator[Tensor]:
+def _values(shards: CheckpointReader, name: str) -> Iterator[Tensor]:
     """The weight or buffer of a name, slice after slice, flattened."""
     if name in shards.buffers:
         yield shards.buffer(name).flatten()
@@ -178,7 +178,7 @@ def _values(shards: Shards, name: str) -> Iterator[Tensor]:
         yield from shards.slices("weight", name)
 
 
-def _statistics(shards: Shards, name: str, progress: Progress) -> dict[str, Any]:
+def _statistics(shards: CheckpointReader, name: str, progress: Progress) -> dict[str, Any]:
     """dtype; min and max (None: no values) and norm of the finite values; how many are not finite."""
     buffer = name in shards.buffers
     dtype = shards.buffer_entry(name).dtype if buffer else shards.dtype("weight", name)
@@ -199,7 +199,7 @@ def _statistics(shards: Shards, name: str, progress: Progress) -> dict[str, Any]
     }
 
 
-def differences(
+def compare_checkpoints(
     a: dict[str, Any],
     b: dict[str, Any],
     *,
@@ -248,7 +248,7 @@ def differences(
         },
     }
     if tensors and whole:
-        shards = [Shards(f["path"]) for f in (a, b)]
+        shards = [CheckpointReader(f["path"]) for f in (a, b)]
         found["tensors"]["values"] = {
             name: _distance(*shards, name, progress)
             for name in first
@@ -271,7 +271,7 @@ def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _distance(a: Shards, b: Shards, name: str, progress: Progress) -> float | None:
+def _distance(a: CheckpointReader, b: CheckpointReader, name: str, progress: Progress) -> float | None:
     apart, sizes = 0.0, [0.0, 0.0]
     for x, y in zip(_values(a, name), _values(b, name), strict=True):
         progress(x.nbytes + y.nbytes)
@@ -300,7 +300,7 @@ def describe_listing(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def describe(found: dict[str, Any]) -> list[str]:
+def describe_checkpoint(found: dict[str, Any]) -> list[str]:
     """What `facts` found, as lines of text."""
     moe, topology, progress = found["config"]["moe"], found["topology"], found["progress"]
     gate = {

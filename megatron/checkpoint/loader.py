@@ -17,20 +17,20 @@ from megatron.checkpoint.compatibility import (
     check_same_schedule,
     warn_of_changes,
 )
-from megatron.checkpoint.metadata import Progress, Record, progress_of
-from megatron.checkpoint.reader import Shards
+from megatron.checkpoint.metadata import RunMetadata, TrainingProgress, progress_of
+from megatron.checkpoint.reader import CheckpointReader
 from megatron.config import cli
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.config.schema import RunConfig, require
 from megatron.engine.engine import Engine
-from megatron.engine.zero_shards import MOMENTS, Layout, load_weights
+from megatron.engine.zero_shards import MOMENTS, GlobalLayout, load_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
-from megatron.parallel.background import Job
+from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_rank0
 
 
-class Source:
+class LoadedCheckpoint:
     """A checkpoint whose files were found whole. Made by `find`.
 
     Args:
@@ -44,15 +44,15 @@ class Source:
         self.path, self.options, self.damaged = path, options, damaged
         try:
             state = directory.read_json(path / "state.json")
-            self.record = Record.from_state(cli.read_run_json(path / "run.json"), state)
-            self.progress = Progress() if options.finetune else progress_of(state)
+            self.record = RunMetadata.from_state(cli.read_run_json(path / "run.json"), state)
+            self.progress = TrainingProgress() if options.finetune else progress_of(state)
             optimizer = state["optimizer"]
             self.steps, self.scaler, self.counters = (
                 optimizer[n] for n in ("steps", "scaler", "counters")
             )
-            self.shards = Shards(path)
+            self.shards = CheckpointReader(path)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise directory.Broken(
+            raise directory.CorruptCheckpointError(
                 f"{path} is not a checkpoint that this version can read: {error!r}"
             ) from None
 
@@ -84,7 +84,7 @@ class Source:
         )
         return replace(config, train=replace(train, global_batch_size=batch))
 
-    def check(self, record: Record) -> None:
+    def check(self, record: RunMetadata) -> None:
         """Whether the run that `record` describes can go on from here: to be asked before anything is built.
 
         Raises:
@@ -103,7 +103,7 @@ class Source:
         Raises:
             Broken: the checkpoint's tensors have other names or shapes than the model's.
         """
-        layout = Layout.of(model, groups)
+        layout = GlobalLayout.of(model, groups)
         if self.shards.shapes != layout.shapes or set(self.shards.buffers) != set(
             layout.buffers
         ):
@@ -111,7 +111,7 @@ class Source:
                 *self.shards.shapes.items(),
                 *self.shards.buffers,
             }
-            raise directory.Broken(
+            raise directory.CorruptCheckpointError(
                 f"{self.path / 'index.json'} does not fit the model: {sorted(map(str, differ))[0]}"
             )
         load_weights(model, layout, self._weight, self.shards.buffer)
@@ -119,7 +119,7 @@ class Source:
     def _weight(self, name: str, start: int, length: int) -> torch.Tensor:
         return self.shards.read("weight", name, start, length)
 
-    def restore(self, engine: Engine, groups: Groups) -> Progress:
+    def restore(self, engine: Engine, groups: Groups) -> TrainingProgress:
         """Everything but the model's own weights: fp32 copies, moments, counters, random state; returns how far the run
         is. With --finetune the fp32 copies alone: the run begins.
         """
@@ -148,20 +148,20 @@ class Source:
         return self.progress
 
 
-def begin(config: RunConfig, groups: Groups) -> tuple[Source | None, RunConfig, Progress]:
+def load_for_run(config: RunConfig, groups: Groups) -> tuple[LoadedCheckpoint | None, RunConfig, TrainingProgress]:
     """(the checkpoint that a run begins with, if any; the configuration that the run then has; how far it is).
 
     Raises as `find` and `Source.adopt` do.
     """
-    source = find(config.train, groups)
+    source = find_checkpoint(config.train, groups)
     return (
         (source, source.adopt(config, groups), source.progress)
         if source
-        else (None, config, Progress())
+        else (None, config, TrainingProgress())
     )
 
 
-def find(options: CheckpointConfig, groups: Groups) -> Source | None:
+def find_checkpoint(options: CheckpointConfig, groups: Groups) -> LoadedCheckpoint | None:
     """The checkpoint that --load and --load-step ask for, verified: the newest whole one, with a warning for each that
     is not. None without --load, or with --load-or-init when there is no checkpoint.
 
@@ -173,16 +173,16 @@ def find(options: CheckpointConfig, groups: Groups) -> Source | None:
     """
     if not options.load:
         return None
-    listed = broadcast_from_rank0(lambda: directory.choose(options), groups)
+    listed = broadcast_from_rank0(lambda: directory.select_checkpoints(options), groups)
     damaged: list[Path] = []
     for path, manifest in listed:
         names = sorted(manifest["files"])[groups.rank :: groups.world_size]
-        job = Job(f"verifying {path}", partial(_problem, path, names, manifest))
+        job = BackgroundTask(f"verifying {path}", partial(_problem, path, names, manifest))
         job.start()
         job.wait_for_all(groups)
         problems = [p for p in all_gather_objects(job.error or job.result, groups) if p]
         if not problems:
-            return Source(path, options, damaged)
+            return LoadedCheckpoint(path, options, damaged)
         damaged.append(path)
         if options.load_step:
             raise ValueError(
@@ -206,6 +206,6 @@ def find(options: CheckpointConfig, groups: Groups) -> Source | None:
 def _problem(path: Path, names: list[str], manifest: dict[str, Any]) -> str:
     try:
         directory.check_files(path, names, manifest)
-    except directory.Broken as error:
+    except directory.CorruptCheckpointError as error:
         return f"{error} (seen by {socket.gethostname()})"
     return ""

@@ -19,7 +19,7 @@ from megatron.tokenizer.base import Tokenizer
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run is."""
 
     iteration: int = 0
@@ -31,7 +31,7 @@ PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
-class Record:
+class RunMetadata:
     """What a run is."""
 
     config: RunConfig
@@ -52,7 +52,7 @@ class Record:
         tokenizer: Tokenizer,
         global_batch_size: int = 0,
         iterations: int = 0,
-    ) -> Record:
+    ) -> RunMetadata:
         identity = {
             f"tokenizer_{n}": getattr(tokenizer, n)
             for n in ("name", "vocab_size", "fingerprint")
@@ -63,7 +63,7 @@ class Record:
             "zero_stage": config.optimizer.zero_stage,
             "precision": config.optimizer.precision,
         }
-        return Record(
+        return RunMetadata(
             config, identity, topology, global_batch_size, iterations, describe_data(config)
         )
 
@@ -80,9 +80,9 @@ class Record:
         }
 
     @staticmethod
-    def from_state(config: RunConfig, state: dict[str, Any]) -> Record:
+    def from_state(config: RunConfig, state: dict[str, Any]) -> RunMetadata:
         """The inverse of `state`."""
-        return Record(
+        return RunMetadata(
             config,
             *(
                 state[f]
@@ -118,6 +118,6 @@ def describe_data(config: RunConfig) -> dict[str, Any]:
     return described
 
 
-def progress_of(state: dict[str, Any]) -> Progress:
+def progress_of(state: dict[str, Any]) -> TrainingProgress:
     """The progress that state.json tells."""
-    return Progress(**{name: state["progress"][name] for name in asdict(Progress())})
+    return TrainingProgress(**{name: state["progress"][name] for name in asdict(TrainingProgress())})

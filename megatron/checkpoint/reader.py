@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.io.safetensors_writer import BY_NAME, Entry, SafetensorsWriter, read_header
+from megatron.io.safetensors_writer import BY_NAME, SafetensorsWriter, TensorSpec, read_header
 
 SLICE = 1 << 20  # elements of a tensor that is read in slices
 
@@ -29,7 +29,7 @@ def shard_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-class Shards:
+class CheckpointReader:
     """The tensors of a checkpoint's folder, whole or in ranges. What is read is ordinary memory, never a mapped file.
 
     Args:
@@ -94,10 +94,10 @@ class Shards:
         """Of a tensor."""
         return len(self._pieces[name])
 
-    def buffer_entry(self, name: str) -> Entry:
+    def buffer_entry(self, name: str) -> TensorSpec:
         """What a buffer is."""
         stored = self._header(0)[0][f"buffer/{name}"]
-        return Entry(name, BY_NAME[stored["dtype"]], tuple(stored["shape"]))
+        return TensorSpec(name, BY_NAME[stored["dtype"]], tuple(stored["shape"]))
 
     def buffer(self, name: str) -> Tensor:
         """A buffer of the model, whole."""
@@ -160,7 +160,7 @@ def make_index(
 
 def write_tensors(
     path: str | Path,
-    entries: Sequence[Entry],
+    entries: Sequence[TensorSpec],
     get: Callable[[str], Tensor],
     metadata: dict[str, str] | None = None,
 ) -> tuple[int, str]:

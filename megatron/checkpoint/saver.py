@@ -17,24 +17,24 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import directory
-from megatron.checkpoint.loader import Source
-from megatron.checkpoint.metadata import Progress, Record
+from megatron.checkpoint.loader import LoadedCheckpoint
+from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
 from megatron.checkpoint.reader import make_index, shard_name, write_tensors
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.engine.engine import Engine
-from megatron.engine.zero_shards import Partitions
+from megatron.engine.zero_shards import ZeroShards
 from megatron.io.atomic_write import sync_folder
-from megatron.io.safetensors_writer import Entry, in_file_order
+from megatron.io.safetensors_writer import TensorSpec, in_file_order
 from megatron.io.staging_dir import Busy, WorkFolder, owner
 from megatron.log import get_logger
 from megatron.parallel import rng
-from megatron.parallel.background import Job
+from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_rank0
 
 ALIGNMENT = 64
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of a run. A context manager: nobody else may write to the folder until it is left.
 
     Args:
@@ -53,9 +53,9 @@ class Checkpoints:
         self,
         options: CheckpointConfig,
         engine: Engine,
-        record: Record,
+        record: RunMetadata,
         groups: Groups,
-        source: Source | None = None,
+        source: LoadedCheckpoint | None = None,
     ):
         self.options, self.engine, self.record, self.groups = options, engine, record, groups
         self.folder = Path(options.save)
@@ -66,13 +66,13 @@ class Checkpoints:
         self._damaged = {path.name for path in source.damaged} if source else set()
         self._pending: _Pending | None = None
         self._must = True
-        self._memory = _HostMemory(groups.device)
+        self._memory = PinnedStagingBuffer(groups.device)
         self._work: WorkFolder | None = None
         if options.save:
             engine.partitions().check()  # what cannot be saved is to be known now, not at the first save
             broadcast_from_rank0(lambda: self._open(goes_on), groups)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,7 +82,7 @@ class Checkpoints:
 
     def _open(self, goes_on: Path | None) -> None:
         """On rank 0: take the folder, and remove what a killed run left half done."""
-        there = directory.candidates(self.folder)[0]
+        there = directory.list_checkpoints(self.folder)[0]
         if there and (goes_on is None or goes_on.resolve().parent != self.folder.resolve()):
             raise ValueError(
                 f"--save is {self.options.save!r}, which has {there[0][0].name}; allowed: a folder "
@@ -99,7 +99,7 @@ class Checkpoints:
         sync_folder(self.folder.resolve().parent)
         for half in self._work.path.glob("iter_*"):
             shutil.rmtree(half)
-        directory.sweep(self.folder)
+        directory.remove_stale(self.folder)
 
     @property
     def writing(self) -> bool:
@@ -114,7 +114,7 @@ class Checkpoints:
             else "no checkpoint was saved"
         )
 
-    def save(self, progress: Progress, last: bool = False) -> None:
+    def save(self, progress: TrainingProgress, last: bool = False) -> None:
         """Write a checkpoint; with --async-save return as soon as the state is copied.
 
         Args:
@@ -153,11 +153,11 @@ class Checkpoints:
             self._pending.job.wait_for_all(self.groups)
             self._advance()
 
-    def _begin(self, progress: Progress) -> _Pending:
+    def _begin(self, progress: TrainingProgress) -> _Pending:
         parts = self.engine.partitions()
         tensors = self._tensors(parts)
         entries = in_file_order(
-            [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+            [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
         )
         size = sum(e.nbytes for e in entries)
         owned = [(p.name, p.start, p.length) for p in parts.pieces] if self._owns(parts) else []
@@ -190,14 +190,14 @@ class Checkpoints:
         if self.options.async_save:
             tensors = self._memory.copy(tensors, entries)
         name = shard_name(self.groups.rank)
-        job = Job(f"writing {partial / name}", lambda: _write(partial, name, entries, tensors))
+        job = BackgroundTask(f"writing {partial / name}", lambda: _write(partial, name, entries, tensors))
         return _Pending(partial, progress.iteration, name, texts, job)
 
-    def _owns(self, parts: Partitions) -> bool:
+    def _owns(self, parts: ZeroShards) -> bool:
         """Whether this rank's pieces are to be written: of what all ranks have, only rank 0's."""
         return self.groups.is_first or not parts.replicated
 
-    def _tensors(self, parts: Partitions) -> dict[str, Tensor]:
+    def _tensors(self, parts: ZeroShards) -> dict[str, Tensor]:
         """What this rank writes, by name in its file."""
         tensors = {f"rng/{device}": state for device, state in rng.get_state().items()}
         if self._owns(parts):
@@ -211,9 +211,9 @@ class Checkpoints:
             tensors |= {f"buffer/{name}": buffers[name] for name in self.engine.layout.buffers}
         return tensors
 
-    def _prepare(self, progress: Progress, size: int) -> Path:
+    def _prepare(self, progress: TrainingProgress, size: int) -> Path:
         """On rank 0: room on the disk, and an empty folder."""
-        partial = self._work.path / directory.tag(progress.iteration)
+        partial = self._work.path / directory.checkpoint_name(progress.iteration)
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free
         if size > free:
@@ -239,7 +239,7 @@ class Checkpoints:
             files = {name: result for name, result, _ in results}
             now.publishing, now.job = (
                 True,
-                Job(f"publishing {now.partial}", lambda: self._publish(now, files)),
+                BackgroundTask(f"publishing {now.partial}", lambda: self._publish(now, files)),
             )
             if self.groups.is_first:
                 now.job.start()
@@ -250,7 +250,7 @@ class Checkpoints:
         """On rank 0; returns where the checkpoint is."""
         for name, text in pending.texts.items():
             files[name] = directory.write_text(pending.partial / name, text + "\n")
-        target = directory.publish(pending.partial, self.folder, pending.iteration, files)
+        target = directory.commit_checkpoint(pending.partial, self.folder, pending.iteration, files)
         self._damaged -= {target.name}
         get_logger().info(
             "saved %s: %.1f MB in %.1f s",
@@ -258,7 +258,7 @@ class Checkpoints:
             sum(size for size, _ in files.values()) / 1e6,
             time.monotonic() - pending.started,
         )
-        gone = directory.prune(
+        gone = directory.apply_retention(
             self.folder, self.options.keep_last, self.options.keep_every, self._damaged
         )
         if gone:
@@ -285,13 +285,13 @@ class _Pending:
     """of this rank's file"""
     texts: dict[str, str]
     """rank 0's small files"""
-    job: Job
+    job: BackgroundTask
     publishing: bool = False
     started: float = field(default_factory=time.monotonic)
 
 
 def _write(
-    partial: Path, name: str, entries: list[Entry], tensors: dict[str, Tensor]
+    partial: Path, name: str, entries: list[TensorSpec], tensors: dict[str, Tensor]
 ) -> tuple[int, str]:
     """Write a rank's file and sync it to the disk; its bytes and SHA-256."""
     if not partial.is_dir():
@@ -304,13 +304,13 @@ def _write(
     return result
 
 
-class _HostMemory:
+class PinnedStagingBuffer:
     """Where the state is copied to before it is written beside the training: kept from one checkpoint to the next."""
 
     def __init__(self, device: torch.device):
         self.device, self._bytes = device, torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, tensors: dict[str, Tensor], entries: list[Entry]) -> dict[str, Tensor]:
+    def copy(self, tensors: dict[str, Tensor], entries: list[TensorSpec]) -> dict[str, Tensor]:
         """The same tensors on the host, as they are now."""
         places, end = {}, 0
         for e in entries:

@@ -192,7 +192,7 @@ class BatchLoader:
                     worker.join(1.0)
         except RuntimeError as later:  # torch's own, which comes at any time
             error = later
-        if lost := lost_worker(error):
+        if lost := worker_exited_error(error):
             raise lost from None
         for worker in workers:
             if code := worker.exitcode:
@@ -269,7 +269,7 @@ def _wait_for_sigterm(rank: int) -> None:
     os._exit(0)
 
 
-def lost_worker(error: BaseException) -> OSError | None:
+def worker_exited_error(error: BaseException) -> OSError | None:
     """One line for torch's error when a worker process ended; None for any other error.
 
     torch raises it wherever the main thread is, in the middle of a step, too; while that waits for a batch, it makes

@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from megatron import log
 from megatron.config.schema import require
-from megatron.engine.startup_patches import settle_triton
+from megatron.engine.startup_patches import skip_triton_probe
 from megatron.parallel.groups import Groups, choose_comm_backend
 
 
-def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
+def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     """Start torch.distributed through DeepSpeed and make the expert-parallel groups.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher sets them; without them this is a
@@ -49,7 +49,7 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     from deepspeed.utils import groups as ds_groups
 
     if device.type == "cpu":
-        settle_triton()
+        skip_triton_probe()
 
     log.quiet_deepspeed()
     if device.type == "cuda":
@@ -67,7 +67,7 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "connectFullMesh" not in str(error):
             raise
-        raise ConnectionError(_not_joined(error, timeout_minutes)) from None
+        raise ConnectionError(_rendezvous_error(error, timeout_minutes)) from None
     for group in (
         ds_groups._get_expert_parallel_group(name),
         ds_groups._get_expert_data_parallel_group(name),
@@ -86,7 +86,7 @@ def init(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     )
 
 
-def _not_joined(error: RuntimeError, timeout_minutes: float) -> str:
+def _rendezvous_error(error: RuntimeError, timeout_minutes: float) -> str:
     """One line for the many that torch has when ranks do not find each other."""
     joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
     why = (
@@ -114,7 +114,7 @@ def prepare_deepspeed(device: torch.device) -> None:
         )
 
 
-def shutdown() -> None:
+def destroy() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

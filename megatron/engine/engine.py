@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from megatron.config.schema import OptimizerConfig, TrainConfig, require
 from megatron.data.loader import Batch
 from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
-from megatron.engine.moe_adapter import attach
-from megatron.engine.optimizer import AdamW, CheckedAdamW, parameter_groups, prepare_zero
-from megatron.engine.startup_patches import few_objects_to_collect
-from megatron.engine.zero_shards import Layout, Partitions
+from megatron.engine.moe_adapter import wrap_moe_layers
+from megatron.engine.optimizer import (
+    AdamW,
+    CheckedAdamW,
+    parameter_groups,
+    register_optimizer_with_zero,
+)
+from megatron.engine.startup_patches import freeze_gc
+from megatron.engine.zero_shards import GlobalLayout, ZeroShards
 from megatron.log import get_logger
 from megatron.model.block import Block
 from megatron.moe.metrics import MoEMetrics
@@ -67,8 +72,8 @@ class Engine:
             # ZeRO 3's hooks see tensors in tuples only, and a gate uses its router's weight without calling the
             # router: gather a block at once instead of module by module.
             set_z3_leaf_modules(model, [Block])
-        self.layout = Layout.of(model, groups)
-        attach(model, groups, keep_gate_fp32=keep_gate_fp32)
+        self.layout = GlobalLayout.of(model, groups)
+        wrap_moe_layers(model, groups, keep_gate_fp32=keep_gate_fp32)
         unwatched = optimizer.zero_stage == 0 and optimizer.precision == "fp32"
         adamw = (CheckedAdamW if unwatched else AdamW)(
             parameter_groups(model, optimizer.weight_decay),
@@ -77,9 +82,9 @@ class Engine:
             eps=optimizer.adam_eps,
             fused=True,
         )
-        prepare_zero()
+        register_optimizer_with_zero()
         # BF16_Optimizer prints memory figures, three lines a group.
-        with few_objects_to_collect(), contextlib.redirect_stdout(io.StringIO()):
+        with freeze_gc(), contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=adamw, config=config, dist_init_required=False
             )
@@ -137,9 +142,9 @@ class Engine:
         self.deepspeed.train()
         return torch.stack(losses).mean()
 
-    def partitions(self) -> Partitions:
+    def partitions(self) -> ZeroShards:
         """What this rank's optimizer holds, for checkpoints."""
-        return Partitions(self.deepspeed, self.layout)
+        return ZeroShards(self.deepspeed, self.layout)
 
     def counters(self) -> dict[str, int]:
         """DeepSpeed's counts of steps, for checkpoints."""

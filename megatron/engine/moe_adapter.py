@@ -19,7 +19,7 @@ from megatron.moe.peer.layer import PEERLayer
 from megatron.parallel.groups import Groups
 
 
-class _Recognised(AutoEPMoELayer):
+class _AutoEPMixin(AutoEPMoELayer):
     """What makes a mixture layer one that DeepSpeed's engine recognises. Made by `attach`, never constructed."""
 
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
@@ -34,15 +34,15 @@ class _Recognised(AutoEPMoELayer):
         self.fp32_gate_state = []
 
 
-class DeepSpeedMoELayer(MoELayer, _Recognised):
+class DeepSpeedMoELayer(MoELayer, _AutoEPMixin):
     """A `MoELayer` for the engine."""
 
 
-class DeepSpeedNeuronLayer(PEERLayer, _Recognised):
+class DeepSpeedPEERLayer(PEERLayer, _AutoEPMixin):
     """A `NeuronLayer` for the engine."""
 
 
-def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> None:
+def wrap_moe_layers(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> None:
     """Turn every mixture layer of `model`, in place, into one that the engine recognises, and mark its experts.
 
     Args:
@@ -51,7 +51,7 @@ def attach(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> 
     """
     for layer in moe_layers(model):
         layer.__class__ = (
-            DeepSpeedNeuronLayer if isinstance(layer, PEERLayer) else DeepSpeedMoELayer
+            DeepSpeedPEERLayer if isinstance(layer, PEERLayer) else DeepSpeedMoELayer
         )
         local = layer.num_experts // groups.ep_size
         layer.ep_size, layer.ep_rank, layer.num_local_experts = (

@@ -51,7 +51,7 @@ class CheckedAdamW(AdamW):
             super().step()
 
 
-def prepare_zero() -> None:
+def register_optimizer_with_zero() -> None:
     """Let DeepSpeed's ZeRO take our optimizer, and import its Muon, which it does whatever the optimizer is, without
     torch.compile on its functions: the compiler takes another second to import, and no run uses Muon."""
     if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:

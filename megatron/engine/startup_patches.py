@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def few_objects_to_collect() -> Iterator[None]:
+def freeze_gc() -> Iterator[None]:
     """Garbage collections look at new objects only: DeepSpeed collects before it prints a memory figure, and each of
     those ten times all objects of torch would be looked at, for 0.2 s."""
     if gc.get_freeze_count():  # somebody else's, and not ours to undo
@@ -23,7 +23,7 @@ def few_objects_to_collect() -> Iterator[None]:
         gc.unfreeze()
 
 
-def settle_triton() -> None:
+def skip_triton_probe() -> None:
     """Have DeepSpeed find that its own Triton kernels are of no use here, as it would, but without importing Triton.
 
     Its expert-parallel layer asks at import, and the answer without a GPU is always no.

@@ -20,12 +20,12 @@ from megatron.moe.metrics import moe_layers
 from megatron.parallel.groups import Groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)
+STATE_KEYS = ("weight", *MOMENTS)
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
-class Layout:
+class GlobalLayout:
     """Whole shapes of a model's tensors. To be made of a finished model, before the engine gets it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Layout:
     buffers: tuple[str, ...]
 
     @staticmethod
-    def of(model: nn.Module, groups: Groups) -> Layout:
+    def of(model: nn.Module, groups: Groups) -> GlobalLayout:
         experts = {id(p) for layer in moe_layers(model) for p in layer.experts.parameters()}
         shapes, first = {}, {}
         for name, p in model.named_parameters():
@@ -52,13 +52,13 @@ class Layout:
             )
             first[name] = groups.ep_rank * p.numel() if sharded else 0
         parameters = set(shapes)
-        return Layout(
+        return GlobalLayout(
             shapes, first, tuple(n for n in model.state_dict() if n not in parameters)
         )
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """A contiguous range of a flattened parameter, of which this rank's optimizer has the fp32 copy and the moments."""
 
     name: str
@@ -78,7 +78,7 @@ class Piece:
         return self.weight.numel()
 
 
-class Partitions:
+class ZeroShards:
     """The optimizer's state on this rank, by piece.
 
     Args:
@@ -89,7 +89,7 @@ class Partitions:
         ValueError: the optimizer's state is on NVMe, which this cannot read.
     """
 
-    def __init__(self, engine: Any, layout: Layout):
+    def __init__(self, engine: Any, layout: GlobalLayout):
         self.zero, self.stage = engine.optimizer, engine.zero_optimization_stage()
         # At stage 0 in fp32 DeepSpeed uses torch's optimizer as it is.
         self.torch = (
@@ -116,7 +116,7 @@ class Partitions:
             self._stage_3 if self.stage == 3 else self._flattened if self.stage else self._whole
         )
         self.pieces = [
-            Piece(name, layout.first[name] + start, weight, owner, offset, model)
+            TensorShard(name, layout.first[name] + start, weight, owner, offset, model)
             for name, start, weight, owner, offset, model in find(named)
             if weight.numel()
         ]
@@ -192,7 +192,7 @@ class Partitions:
                     "zero_optimization in --deepspeed_config one by one"
                 )
 
-    def moment(self, piece: Piece, kind: str) -> Tensor:
+    def moment(self, piece: TensorShard, kind: str) -> Tensor:
         """1-D view of a moment of a piece.
 
         Args:
@@ -231,9 +231,9 @@ class Partitions:
 
     def kinds(self) -> tuple[str, ...]:
         """What there is to save of each piece."""
-        return KINDS if self.steps else KINDS[:1]
+        return STATE_KEYS if self.steps else STATE_KEYS[:1]
 
-    def get(self, piece: Piece, kind: str) -> Tensor:
+    def get(self, piece: TensorShard, kind: str) -> Tensor:
         """1-D view of the fp32 weight or a moment of a piece."""
         return piece.weight if kind == "weight" else self.moment(piece, kind)
 
@@ -260,7 +260,7 @@ class Partitions:
         return scaler if dynamic else None
 
 
-def load_weights(model: nn.Module, layout: Layout, read: Any, buffer: Any) -> None:
+def load_weights(model: nn.Module, layout: GlobalLayout, read: Any, buffer: Any) -> None:
     """Fill a finished model, which the engine has not got yet: its own experts, everything else whole.
 
     Args:

@@ -18,7 +18,7 @@ from megatron.io.atomic_write import named_errors
 
 CHUNK = 16 << 20
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -31,11 +31,11 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 
-BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+BY_NAME = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """A tensor of a file that is to be written."""
 
     name: str
@@ -61,14 +61,14 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, path: str | Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None
+        self, path: str | Path, entries: Sequence[TensorSpec], metadata: dict[str, str] | None = None
     ):
         self.path, self.entries = str(path), in_file_order(entries)
         self._next, self._sha256, self.nbytes = 0, hashlib.sha256(), 0
         header, offset = {"__metadata__": metadata} if metadata else {}, 0
         for e in self.entries:
             header[e.name] = {
-                "dtype": DTYPES[e.dtype],
+                "dtype": SAFETENSORS_DTYPES[e.dtype],
                 "shape": list(e.shape),
                 "data_offsets": [offset, offset + e.nbytes],
             }
@@ -129,7 +129,7 @@ class SafetensorsWriter:
         self._file.close()
 
 
-def in_file_order(entries: Sequence[Entry]) -> list[Entry]:
+def in_file_order(entries: Sequence[TensorSpec]) -> list[TensorSpec]:
     """Wide elements first, so that every tensor of a file is aligned."""
     return sorted(entries, key=lambda e: -e.dtype.itemsize)
 

@@ -13,7 +13,7 @@ from megatron.parallel.groups import Groups, all_reduce_sum
 PATIENCE_SECONDS = 1.0
 
 
-class Job:
+class BackgroundTask:
     """Work of this rank in a thread. What goes wrong is kept, for all ranks to hear.
 
     Args:

@@ -36,7 +36,7 @@ REPEAT_SECONDS = 2.0  # what comes sooner is the same signal on two ways: from t
 
 
 @dataclass(frozen=True)
-class Agreement:
+class StepConsensus:
     """What every rank knows after a step."""
 
     lm_loss: float
@@ -48,7 +48,7 @@ class Agreement:
     """why the run ends here; empty: it goes on"""
 
 
-class Stop:
+class GracefulStop:
     """Knows whether to stop. A context manager: within, signals are wishes; afterwards they are what they were.
 
     Args:
@@ -67,8 +67,8 @@ class Stop:
         self._neighbours: dict[int, int] = {}
         self._undo: list[tuple] = []
 
-    def __enter__(self) -> Stop:
-        self._neighbours = neighbours(self.groups)
+    def __enter__(self) -> GracefulStop:
+        self._neighbours = local_peer_pids(self.groups)
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._thread = threading.Thread(
@@ -100,7 +100,7 @@ class Stop:
         self._thread.join()
         os.close(self._writer)
 
-    def agree(self, lm_loss: Tensor, aux_loss: Tensor) -> Agreement:
+    def agree(self, lm_loss: Tensor, aux_loss: Tensor) -> StepConsensus:
         """Exchange what ranks must decide alike, after each step: one small all-reduce; none for one rank.
 
         Args:
@@ -126,7 +126,7 @@ class Stop:
             (name for name, ranks in zip(names, wishes, strict=True) if ranks), ""
         )
         ranks = self.groups.world_size
-        return Agreement(lm_loss / ranks, aux_loss / ranks, int(bad_ranks), self._reason)
+        return StepConsensus(lm_loss / ranks, aux_loss / ranks, int(bad_ranks), self._reason)
 
     def _listen(self, reader: int) -> None:
         """The thread: each byte is the number of a signal, or says that it is enough."""
@@ -170,7 +170,7 @@ class Stop:
         os._exit(code)
 
 
-def neighbours(groups: Groups) -> dict[int, int]:
+def local_peer_pids(groups: Groups) -> dict[int, int]:
     """The other ranks on this machine, by their process ids: those that can be seen from here."""
     if groups.world_size == 1:
         return {}

@@ -7,7 +7,7 @@ import math
 from megatron.config.schema import OptimizerConfig, require
 
 
-class Schedule:
+class LRSchedule:
     """Linear warm-up, then a decay to the minimum.
 
     With w warm-up iterations, a decay that ends at d (warm-up is part of it) and i the 0-based index of the step about

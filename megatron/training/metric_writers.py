@@ -23,22 +23,22 @@ from typing import Any, Protocol
 from megatron.config.schema import TrainConfig
 from megatron.log import get_logger
 
-Record = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 
-class Sink(Protocol):
-    def write(self, record: Record) -> None: ...
+class MetricsWriter(Protocol):
+    def write(self, record: MetricsRow) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Sinks:
+class MetricsWriters:
     """Several sinks as one; none on ranks other than 0."""
 
-    def __init__(self, sinks: list[Sink]):
+    def __init__(self, sinks: list[MetricsWriter]):
         self.sinks = sinks
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRow) -> None:
         for sink in self.sinks:
             sink.write(record)
 
@@ -47,28 +47,28 @@ class Sinks:
             sink.close()
 
 
-def build_sinks(train: TrainConfig, rank: int, iterations: int) -> Sinks:
+def build_metric_writers(train: TrainConfig, rank: int, iterations: int) -> MetricsWriters:
     """The console, and what the flags ask for: metrics.jsonl (also with --save), TensorBoard, Weights & Biases.
 
     Raises:
         ValueError: --wandb-project without the package.
     """
     if rank != 0:
-        return Sinks([])
-    sinks: list[Sink] = [ConsoleSink(iterations)]
+        return MetricsWriters([])
+    sinks: list[MetricsWriter] = [ConsoleWriter(iterations)]
     metrics_file = train.metrics_file or (
         str(Path(train.save) / "metrics.jsonl") if train.save else ""
     )
     if metrics_file:
-        sinks.append(JsonlSink(metrics_file))
+        sinks.append(JsonlWriter(metrics_file))
     if train.tensorboard_dir:
-        sinks.append(TensorboardSink(train.tensorboard_dir))
+        sinks.append(TensorboardWriter(train.tensorboard_dir))
     if train.wandb_project:
-        sinks.append(WandbSink(train.wandb_project, train.wandb_exp_name))
-    return Sinks(sinks)
+        sinks.append(WandbWriter(train.wandb_project, train.wandb_exp_name))
+    return MetricsWriters(sinks)
 
 
-class JsonlSink:
+class JsonlWriter:
     """One JSON object a line, appended and flushed; not-a-number as NaN, infinities as Infinity, as Python reads them.
 
     Floats keep 9 significant digits: enough to tell any two fp32 values apart, and still readable.
@@ -83,7 +83,7 @@ class JsonlSink:
             if self.file.read(1) != b"\n":  # the last run died inside a line
                 self.file.write(b"\n")
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRow) -> None:
         self.file.write(
             json.dumps({name: _rounded(value) for name, value in record.items()}).encode()
             + b"\n"
@@ -94,7 +94,7 @@ class JsonlSink:
         self.file.close()
 
 
-class TensorboardSink:
+class TensorboardWriter:
     """Scalars `kind/name`; a list becomes `kind/name/0`, `kind/name/1`, ..."""
 
     def __init__(self, folder: str | Path):
@@ -102,7 +102,7 @@ class TensorboardSink:
 
         self.writer = SummaryWriter(str(folder))
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRow) -> None:
         for tag, value in _scalars(record):
             self.writer.add_scalar(tag, value, record["iteration"])
         self.writer.flush()
@@ -111,7 +111,7 @@ class TensorboardSink:
         self.writer.close()
 
 
-class WandbSink:
+class WandbWriter:
     """The same scalars in a Weights & Biases run.
 
     Raises:
@@ -128,14 +128,14 @@ class WandbSink:
             ) from None
         self.run = wandb.init(project=project, name=name or None)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRow) -> None:
         self.run.log(dict(_scalars(record)), step=record["iteration"])
 
     def close(self) -> None:
         self.run.finish()
 
 
-class ConsoleSink:
+class ConsoleWriter:
     """One log line a record, with the fields it has."""
 
     # name, form; {} is the number with its width, so that lines stand in columns
@@ -156,7 +156,7 @@ class ConsoleSink:
     def __init__(self, iterations: int):
         self.iterations = iterations
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRow) -> None:
         width = len(str(self.iterations))
         kind, iteration = record["kind"], record["iteration"]
         words = [
@@ -219,7 +219,7 @@ class ProgressBar:
         self.close()
 
 
-def _scalars(record: Record) -> Iterator[tuple[str, float]]:
+def _scalars(record: MetricsRow) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, (list, tuple)):
             yield from (

@@ -53,7 +53,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class StepBreakdown:
     """Milliseconds of one step, the mean of some, by (part, phase). The host's sum up to the step's time."""
 
     steps: int
@@ -80,7 +80,7 @@ def spans_of(profiler: torch.profiler.profile) -> list[Span]:
     ]
 
 
-def account(spans: Iterable[Span]) -> Account:
+def break_down_step(spans: Iterable[Span]) -> StepBreakdown:
     """Share out the time of the steps: each moment belongs to the innermost range or operation that says of which part
     it is, so no time counts twice.
 
@@ -121,7 +121,7 @@ def account(spans: Iterable[Span]) -> Account:
         device[key] += span.device / 1000 / len(steps)
         open_spans.append((min(span.end, end), key))
     advance(float("inf"))
-    return Account(
+    return StepBreakdown(
         len(steps), sum(s.end - s.start for s in steps) / 1000 / len(steps), host, device
     )
 
@@ -145,7 +145,7 @@ def _key(
     return part, phase
 
 
-def table(a: Account, start: int, end: int, rank: int, before_ms: float) -> str:
+def profile_table(a: StepBreakdown, start: int, end: int, rank: int, before_ms: float) -> str:
     """The account as text.
 
     Args:

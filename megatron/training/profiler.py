@@ -26,7 +26,13 @@ from megatron.model.attention import Attention
 from megatron.model.gpt import GPT
 from megatron.moe.layer import MoELayer
 from megatron.parallel.groups import Groups
-from megatron.training.profile_report import PART, STEP, account, spans_of, table
+from megatron.training.profile_report import (
+    PART,
+    STEP,
+    break_down_step,
+    profile_table,
+    spans_of,
+)
 
 if TYPE_CHECKING:
     from megatron.training.trainer import Trainer
@@ -113,8 +119,8 @@ class StepProfiler:
         """Write what was measured, and say so on the first rank."""
         if self._profiler is not None:
             self._attached.close()
-            text = table(
-                account(spans_of(self._profiler)),
+            text = profile_table(
+                break_down_step(spans_of(self._profiler)),
                 self.start,
                 self.end,
                 self.rank,

@@ -7,7 +7,7 @@ import time
 from megatron.log import get_logger
 
 
-class StartUp:
+class StartupTimer:
     """The stages from the start of the process to the end of the first step, in seconds.
 
     Args:

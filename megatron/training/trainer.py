@@ -9,24 +9,24 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
-from megatron.checkpoint.metadata import Progress
-from megatron.checkpoint.saver import Checkpoints
+from megatron.checkpoint.metadata import TrainingProgress
+from megatron.checkpoint.saver import Checkpointer
 from megatron.config.schema import TrainConfig
 from megatron.data.loader import Batch
 from megatron.engine.engine import Engine
 from megatron.log import get_logger
 from megatron.parallel.groups import Groups, all_reduce_mean
-from megatron.training.graceful_stop import Agreement, Stop
+from megatron.training.graceful_stop import GracefulStop, StepConsensus
 from megatron.training.loss_spikes import Spike, SpikeDetector
-from megatron.training.lr_schedule import Schedule
-from megatron.training.metric_writers import ProgressBar, Sinks
+from megatron.training.lr_schedule import LRSchedule
+from megatron.training.metric_writers import MetricsWriters, ProgressBar
 from megatron.training.profiler import StepProfiler
-from megatron.training.startup_timer import StartUp
+from megatron.training.startup_timer import StartupTimer
 from megatron.training.watchdog import Watchdog
 
 
 @dataclass
-class Plan:
+class TrainingPlan:
     """Sizes of the run that the loop needs."""
 
     iterations: int
@@ -36,7 +36,7 @@ class Plan:
     seq_length: int
 
     @staticmethod
-    def of(train: TrainConfig, seq_length: int, world_size: int, done: Progress) -> Plan:
+    def of(train: TrainConfig, seq_length: int, world_size: int, done: TrainingProgress) -> TrainingPlan:
         """The plan of a run that has done so much already, perhaps with another global batch.
 
         Raises:
@@ -49,7 +49,7 @@ class Plan:
             if train.train_tokens
             else train.iterations(seq_length, world_size)
         )
-        return Plan(
+        return TrainingPlan(
             iterations, batch, batch // (train.micro_batch_size * world_size), seq_length
         )
 
@@ -75,16 +75,16 @@ class Trainer:
         self,
         engine: Engine,
         train: TrainConfig,
-        plan: Plan,
-        schedule: Schedule,
+        plan: TrainingPlan,
+        schedule: LRSchedule,
         groups: Groups,
         train_batches: Iterable[Batch],
         eval_batches: dict[str, Callable[[], Iterable[Batch]]],
-        sinks: Sinks,
-        checkpoints: Checkpoints,
-        progress: Progress,
-        start_up: StartUp,
-        stop: Stop,
+        sinks: MetricsWriters,
+        checkpoints: Checkpointer,
+        progress: TrainingProgress,
+        start_up: StartupTimer,
+        stop: GracefulStop,
         profiler: StepProfiler | None = None,
     ):
         self.engine, self.config, self.plan, self.schedule, self.groups = (
@@ -100,7 +100,7 @@ class Trainer:
         self.watchdog = Watchdog(train.timeout_minutes)
         self.spikes = SpikeDetector(train.loss_spike_threshold, train.loss_spike_window)
         self.started = time.monotonic()
-        self._interval = Interval()
+        self._interval = LogWindow()
         self.bad_steps = 0
         """in a row, up to now"""
         self._good_steps = 0
@@ -191,7 +191,7 @@ class Trainer:
             if spike := self.spikes.see(agreed.lm_loss):
                 self._take_spike(agreed.lm_loss, spike)
 
-    def _take_bad(self, agreed: Agreement) -> None:
+    def _take_bad(self, agreed: StepConsensus) -> None:
         """A step was skipped: weights, moments and gates are as before it; iteration and schedule went on."""
         p, most, bad_ranks = self.progress, self.config.max_bad_steps, agreed.bad_ranks
         self.bad_steps += 1
@@ -282,7 +282,7 @@ class Trainer:
             "elapsed_s": time.monotonic() - self.started,
             **self.engine.metrics.read(training=True),
         }
-        self._interval = Interval()
+        self._interval = LogWindow()
         self.sinks.write(record)
 
     def evaluate(self, split: str) -> None:
@@ -309,7 +309,7 @@ class Trainer:
         )
 
 
-class Interval:
+class LogWindow:
     """What happened since the last log line. Losses are means over the steps that were not skipped; if all were, over
     those, so that a NaN is seen."""
 
@@ -318,7 +318,7 @@ class Interval:
         self.seconds, self.lr = 0.0, 0.0
         self._sums = {bad: [0.0, 0.0] for bad in (False, True)}
 
-    def add(self, agreed: Agreement, lr: float, seconds: float, bad: bool) -> None:
+    def add(self, agreed: StepConsensus, lr: float, seconds: float, bad: bool) -> None:
         self.steps, self.bad_steps = self.steps + 1, self.bad_steps + bad
         self.seconds, self.lr = self.seconds + seconds, lr
         for i, loss in enumerate((agreed.lm_loss, agreed.aux_loss)):
@@ -330,8 +330,8 @@ class Interval:
         return self._sums[not good][i] / (good or self.bad_steps)
 
 
-def announce(
-    plan: Plan, groups: Groups, precision: str, num_experts: int, progress: Progress
+def log_run_summary(
+    plan: TrainingPlan, groups: Groups, precision: str, num_experts: int, progress: TrainingProgress
 ) -> None:
     """Say on what this run runs, and why."""
     experts = (

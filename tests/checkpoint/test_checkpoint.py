@@ -17,7 +17,7 @@ import torch
 from helpers import engines
 from megatron import log
 from megatron.checkpoint import directory, loader
-from megatron.checkpoint.reader import Shards
+from megatron.checkpoint.reader import CheckpointReader
 from megatron.io import sha256
 from megatron.parallel.groups import Groups
 
@@ -29,7 +29,7 @@ def config_of(folder: Path, **options):
 
 
 def iterations(folder: Path) -> list[int]:
-    return sorted(m["iteration"] for _, m in directory.candidates(folder)[0])
+    return sorted(m["iteration"] for _, m in directory.list_checkpoints(folder)[0])
 
 
 def _saves(config, number: int) -> list[str]:
@@ -91,7 +91,7 @@ def test_what_is_written_beside_the_training_is_the_state_at_the_save(stage, ran
         _slow_save, config_of(tmp_path, async_save=True, stage=stage)
     )
     assert there == ["checkpoint.partial"], "nothing may be published before all is written"
-    shards = Shards(tmp_path / "iter_0000002")
+    shards = CheckpointReader(tmp_path / "iter_0000002")
     for name, weight in before.items():
         assert not torch.equal(weight, after[name])
         assert torch.equal(shards.read("weight", name), weight), name
@@ -293,14 +293,14 @@ def test_damage_is_named_and_the_one_before_is_used(
     config = engines.loading(config_of("", ep_size=2), folder)
     assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2
     log.setup()
-    assert loader.find(config.train, Groups()).path.name == "iter_0000002"
+    assert loader.find_checkpoint(config.train, Groups()).path.name == "iter_0000002"
     assert re.search(
         f"WARNING .*iter_0000003/{name} .*(falling back|not used)", capsys.readouterr().out
     )
     with pytest.raises(RuntimeError, match=f"--load-step is 3.*iter_0000003/{name}"):
         ranks2.run(_load, replace(config, train=replace(config.train, load_step=3)))
     for iteration in (1, 2):
-        damage(folder / directory.tag(iteration) / "rank_00001.safetensors", "flipped")
+        damage(folder / directory.checkpoint_name(iteration) / "rank_00001.safetensors", "flipped")
     with pytest.raises(
         RuntimeError,
         match="no checkpoint is whole: .*rank_00001.safetensors is damaged.*Restore",
@@ -339,7 +339,7 @@ def test_finetuning_takes_the_weights_only(precision, three, ranks1):
     )
     ((none, iteration, steps, weights),) = ranks1.run(_start, finetune)
     assert (none, iteration, steps) == (False, 0, 0)
-    saved = Shards(three / engines.latest(three))
+    saved = CheckpointReader(three / engines.latest(three))
     assert all(torch.equal(w, saved.read("weight", name)) for name, w in weights.items())
     other = replace(finetune, model=replace(finetune.model, hidden_size=32))
     with pytest.raises(
@@ -428,8 +428,8 @@ def test_nothing_there_with_load_or_init(ranks2, tmp_path):
 def _adopted(config):
     from megatron.engine import distributed as parallel
 
-    groups = parallel.init(1)
-    return loader.find(config.train, groups).adopt(config, groups).train.global_batch_size
+    groups = parallel.init_distributed(1)
+    return loader.find_checkpoint(config.train, groups).adopt(config, groups).train.global_batch_size
 
 
 @pytest.mark.parametrize(
@@ -481,7 +481,7 @@ def test_stage_0_is_written_once_and_goes_on_exactly(precision, ranks2, tmp_path
     """Dense models only. Every rank has everything; rank 0 writes it."""
     config = engines.config_of("", 1, 0, precision, save=str(tmp_path))
     went_on = ranks2.run(engines.train, config, 3, 3)
-    index = Shards(tmp_path / "iter_0000003")._pieces
+    index = CheckpointReader(tmp_path / "iter_0000003")._pieces
     assert {piece[0] for pieces in index.values() for piece in pieces} == {0}
     resumed = ranks2.run(engines.train, engines.loading(config, tmp_path), 0, 3, 8)
     for a, b in zip(went_on, resumed, strict=True):

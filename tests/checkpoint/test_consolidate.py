@@ -22,7 +22,7 @@ from helpers import engines, handmade
 from megatron.checkpoint import consolidate as c
 from megatron.checkpoint import directory, reader
 from megatron.config import cli
-from megatron.io.safetensors_writer import Entry
+from megatron.io.safetensors_writer import TensorSpec
 from megatron.model.builder import build_model
 from megatron.parallel.groups import Groups
 
@@ -46,8 +46,8 @@ def consolidate(
     source: Path, output: Path, progress=lambda written: None, **options
 ) -> dict[str, torch.Tensor]:
     """All tensors of the model's files."""
-    path, manifest, _ = c.find(source)
-    c.consolidate(path, manifest, output, c.Options(**options), progress)
+    path, manifest, _ = c.find_valid_checkpoint(source)
+    c.consolidate(path, manifest, output, c.ConsolidateOptions(**options), progress)
     return contents(output)
 
 
@@ -192,7 +192,7 @@ def test_files_are_split_as_asked(made, tmp_path):
 
 @given(sizes=st.lists(st.integers(0, 10), max_size=12), limit=st.integers(1, 15))
 def test_no_file_is_larger_than_allowed_or_smaller_than_needed(sizes, limit):
-    entries = [Entry(str(i), torch.int8, (size,)) for i, size in enumerate(sizes)]
+    entries = [TensorSpec(str(i), torch.int8, (size,)) for i, size in enumerate(sizes)]
     files = c._split(entries, limit)
     assert [e for file in files for e in file] == entries
     totals = [sum(e.nbytes for e in file) for file in files]
@@ -224,12 +224,12 @@ def test_one_file_needs_no_index_and_everything_has_its_hash(made, tmp_path):
 
 def test_progress_counts_every_byte(made, tmp_path):
     planned, written, read = [], [], []
-    path, manifest, _ = c.find(made[0], progress=read.append)
+    path, manifest, _ = c.find_valid_checkpoint(made[0], progress=read.append)
     c.consolidate(
         path,
         manifest,
         tmp_path / "out",
-        c.Options(optimizer=True),
+        c.ConsolidateOptions(optimizer=True),
         written.append,
         planned.append,
     )
@@ -274,16 +274,16 @@ def several(tmp_path):
 
 
 def test_the_newest_is_what_was_completed_last(several):
-    assert c.find(several)[0].name == "iter_0000004"
-    assert c.find(several, 5)[0].name == "iter_0000005"
+    assert c.find_valid_checkpoint(several)[0].name == "iter_0000004"
+    assert c.find_valid_checkpoint(several, 5)[0].name == "iter_0000005"
     (several / "link").symlink_to(several / "iter_0000002")
-    assert c.find(several / "link")[0] == several / "iter_0000002"
+    assert c.find_valid_checkpoint(several / "link")[0] == several / "iter_0000002"
 
 
 def test_broken_ones_are_passed_over_and_said(several):
     handmade.damage(several / "iter_0000004/rank_00001.safetensors")
     (several / "iter_0000002/manifest.json").unlink()
-    path, manifest, passed_over = c.find(several)
+    path, manifest, passed_over = c.find_valid_checkpoint(several)
     assert path.name == "iter_0000005" and manifest["iteration"] == 5
     assert len(passed_over) == 2 and "iter_0000002/manifest.json is missing" in passed_over[0]
     assert "iter_0000004/rank_00001.safetensors is damaged" in passed_over[1]
@@ -294,33 +294,33 @@ def test_broken_ones_are_passed_over_and_said(several):
         with pytest.raises(
             FileNotFoundError, match=f"no whole checkpoint of iteration {step}: [^;]*{reason}"
         ):
-            c.find(several, step)
-        with pytest.raises(directory.Broken, match=reason):
-            c.find(several / directory.tag(step))
+            c.find_valid_checkpoint(several, step)
+        with pytest.raises(directory.CorruptCheckpointError, match=reason):
+            c.find_valid_checkpoint(several / directory.checkpoint_name(step))
     shutil.rmtree(several / "iter_0000005")
     with pytest.raises(
         FileNotFoundError, match="has no whole checkpoint: .*missing; .*damaged"
     ):
-        c.find(several)
+        c.find_valid_checkpoint(several)
 
 
 def test_what_is_not_there(several, tmp_path):
     with pytest.raises(
         FileNotFoundError, match="nowhere is not a folder; allowed: the folder of --save"
     ):
-        c.find(tmp_path / "nowhere")
+        c.find_valid_checkpoint(tmp_path / "nowhere")
     with pytest.raises(
         FileNotFoundError, match=r"has no whole checkpoint\. Give the folder of --save"
     ):
-        c.find(tmp_path)
+        c.find_valid_checkpoint(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"has no whole checkpoint of iteration 3\. Give"
     ):
-        c.find(several, 3)
+        c.find_valid_checkpoint(several, 3)
     with pytest.raises(
         ValueError, match="--load-step is 5; allowed: only with the folder of the checkpoints"
     ):
-        c.find(several / "iter_0000005", 5)
+        c.find_valid_checkpoint(several / "iter_0000005", 5)
 
 
 def test_a_checkpoint_without_moments(tmp_path):

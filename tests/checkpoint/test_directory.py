@@ -22,13 +22,13 @@ CONTENT = {
 
 
 def make(folder: Path, iteration: int) -> Path:
-    partial = folder / "checkpoint.partial" / directory.tag(iteration)
+    partial = folder / "checkpoint.partial" / directory.checkpoint_name(iteration)
     partial.mkdir(parents=True)
     files = {}
     for name, content in CONTENT.items():
         (partial / name).write_bytes(content)
         files[name] = (len(content), sha256.file_sha256(partial / name))
-    return directory.publish(partial, folder, iteration, files)
+    return directory.commit_checkpoint(partial, folder, iteration, files)
 
 
 def check(path: Path) -> None:
@@ -57,7 +57,7 @@ def test_the_newest_is_the_one_completed_last(tmp_path):
     """After a return to an earlier iteration the abandoned ones have higher numbers."""
     for iteration in (100, 200, 300, 150):
         make(tmp_path, iteration)
-    assert [m["iteration"] for _, m in directory.candidates(tmp_path)[0]] == [
+    assert [m["iteration"] for _, m in directory.list_checkpoints(tmp_path)[0]] == [
         150,
         300,
         200,
@@ -109,10 +109,10 @@ def test_killed_at_any_rename_a_whole_checkpoint_is_found(fails_at, tmp_path, mo
     assert died == (calls >= fails_at) and calls >= min(fails_at, 11), (
         "everything that can be interrupted is"
     )
-    path, manifest = directory.candidates(tmp_path)[0][0]
+    path, manifest = directory.list_checkpoints(tmp_path)[0][0]
     assert manifest["iteration"] == 100 and check(path) is None
     directory.shutil.rmtree(tmp_path / "checkpoint.partial/iter_0000100", ignore_errors=True)
-    directory.sweep(tmp_path)
+    directory.remove_stale(tmp_path)
     make(tmp_path, 100)
     assert names(tmp_path) == ["iter_0000050", "iter_0000100", "latest"]
 
@@ -138,7 +138,7 @@ def flip(path: Path, position: int) -> None:
 def test_damage_names_the_file(name, damage, message, tmp_path):
     path = make(tmp_path, 7)
     damage(path / name)
-    with pytest.raises(directory.Broken, match=message.format(name)):
+    with pytest.raises(directory.CorruptCheckpointError, match=message.format(name)):
         check(path)
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     manifest = directory.read_manifest(path)
     size = os.stat(path / "index.json").st_size
     manifest["files"]["index.json"][0] = size
-    with pytest.raises(directory.Broken, match="index.json cannot be read: Is a directory"):
+    with pytest.raises(directory.CorruptCheckpointError, match="index.json cannot be read: Is a directory"):
         directory.check_files(path, ["index.json"], manifest)
 
 
@@ -160,7 +160,7 @@ def test_every_byte_of_the_manifest_counts(tmp_path):
         flip(path, position)
         try:
             manifest = directory.read_manifest(path.parent)
-        except directory.Broken:
+        except directory.CorruptCheckpointError:
             continue
         finally:
             path.write_bytes(content)
@@ -184,16 +184,16 @@ def test_broken_manifests(content, message, tmp_path):
     path.mkdir()
     if content is not None:
         (path / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(directory.Broken, match=message):
+    with pytest.raises(directory.CorruptCheckpointError, match=message):
         directory.read_manifest(path)
-    good, bad = directory.candidates(tmp_path)
+    good, bad = directory.list_checkpoints(tmp_path)
     assert not good and len(bad) == 1 and "iter_0000001" in bad[0]
 
 
 def test_a_renamed_checkpoint_and_one_of_deepspeed_are_named(tmp_path):
     make(tmp_path, 1).rename(tmp_path / "iter_0000002")
     with pytest.raises(
-        directory.Broken,
+        directory.CorruptCheckpointError,
         match="iter_0000002 is the checkpoint of iteration 1 under another name",
     ):
         directory.read_manifest(tmp_path / "iter_0000002")
@@ -201,7 +201,7 @@ def test_a_renamed_checkpoint_and_one_of_deepspeed_are_named(tmp_path):
     other.mkdir()
     (other / "mp_rank_00_model_states.pt").touch()
     with pytest.raises(
-        directory.Broken,
+        directory.CorruptCheckpointError,
         match="has DeepSpeed's own files and no manifest.json: it is of an earlier",
     ):
         directory.read_manifest(other)
@@ -214,7 +214,7 @@ def test_a_file_that_lost_its_end_is_not_published(tmp_path):
     with pytest.raises(
         OSError, match="run.json has 1 bytes, 2 were written: the disk lost what it took"
     ):
-        directory.publish(partial, tmp_path, 7, {"run.json": (2, "?")})
+        directory.commit_checkpoint(partial, tmp_path, 7, {"run.json": (2, "?")})
     assert not (tmp_path / "iter_0000007").exists()
 
 
@@ -235,7 +235,7 @@ def test_a_manifest_that_somebody_made_up(change, tmp_path):
     path = make(tmp_path, 7) / "manifest.json"
     manifest = {**json.loads(path.read_text()), **change}
     path.write_text(json.dumps({**manifest, "checksum": directory._checksum(manifest)}))
-    with pytest.raises(directory.Broken, match="manifest.json says what no manifest says"):
+    with pytest.raises(directory.CorruptCheckpointError, match="manifest.json says what no manifest says"):
         directory.read_manifest(path.parent)
 
 
@@ -250,7 +250,7 @@ def test_one_unreadable_folder_does_not_hide_the_others(tmp_path, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(directory, "read_manifest", forbidden)
-    good, bad = directory.candidates(tmp_path)
+    good, bad = directory.list_checkpoints(tmp_path)
     assert [path.name for path, _ in good] == ["iter_0000001"] and "Permission denied" in bad[0]
 
 
@@ -264,21 +264,21 @@ def test_what_cannot_be_deleted_is_said_and_left(tmp_path, monkeypatch, capsys):
             "rmtree",
             lambda path: (_ for _ in ()).throw(OSError(39, "Directory not empty")),
         )
-        assert directory.prune(tmp_path, 1, 0) == []
-        directory.sweep(tmp_path)
+        assert directory.apply_retention(tmp_path, 1, 0) == []
+        directory.remove_stale(tmp_path)
     assert (
         "cannot be deleted: [Errno 39] Directory not empty. Delete it by hand"
         in capsys.readouterr().out
     )
     (tmp_path / "latest.12.tmp").touch()
-    directory.sweep(tmp_path)
+    directory.remove_stale(tmp_path)
     assert names(tmp_path) == ["iter_0000002", "latest"]
 
 
 def test_damaged_ones_do_not_count(tmp_path):
     for iteration in (1, 2, 3, 4):
         make(tmp_path, iteration)
-    assert directory.prune(tmp_path, 2, 0, {"iter_0000004"}) == ["iter_0000001"]
+    assert directory.apply_retention(tmp_path, 2, 0, {"iter_0000004"}) == ["iter_0000001"]
     assert names(tmp_path) == ["iter_0000002", "iter_0000003", "iter_0000004", "latest"]
 
 
@@ -298,10 +298,10 @@ def test_retention(last, every, kept, tmp_path):
         make(tmp_path, iteration)
     broken = tmp_path / "iter_0000005"
     broken.mkdir()
-    gone = directory.prune(tmp_path, last, every)
-    assert [m["iteration"] for _, m in reversed(directory.candidates(tmp_path)[0])] == kept
+    gone = directory.apply_retention(tmp_path, last, every)
+    assert [m["iteration"] for _, m in reversed(directory.list_checkpoints(tmp_path)[0])] == kept
     assert sorted(gone) == sorted(
-        directory.tag(i) for i in (10, 20, 30, 40, 50) if i not in kept
+        directory.checkpoint_name(i) for i in (10, 20, 30, 40, 50) if i not in kept
     )
     assert broken.exists(), "somebody may want to look at it"
 
@@ -313,19 +313,19 @@ def test_a_latest_that_names_nothing(tmp_path, capsys):
         make(tmp_path, iteration)
     directory.shutil.rmtree(tmp_path / "iter_0000002")
     options = CheckpointConfig(load=str(tmp_path), load_or_init=True)
-    assert [m["iteration"] for _, m in directory.choose(options)] == [1]
+    assert [m["iteration"] for _, m in directory.select_checkpoints(options)] == [1]
     assert "latest names iter_0000002, which is not there; not used" in capsys.readouterr().out
     directory.shutil.rmtree(tmp_path / "iter_0000001")
     with pytest.raises(
         FileNotFoundError,
         match="cannot be used: .*latest names iter_0000002, which is not there",
     ):
-        directory.choose(options)
+        directory.select_checkpoints(options)
 
 
 def test_a_copy_may_have_another_name(tmp_path):
     path = make(tmp_path, 7).rename(tmp_path / "best")
-    assert directory.choose(CheckpointConfig(load=str(path)))[0][1]["iteration"] == 7
+    assert directory.select_checkpoints(CheckpointConfig(load=str(path)))[0][1]["iteration"] == 7
 
 
 def test_choosing(tmp_path, capsys):
@@ -334,9 +334,9 @@ def test_choosing(tmp_path, capsys):
     with pytest.raises(
         FileNotFoundError, match="holds no checkpoint. Point --load at .* or add --load-or-init"
     ):
-        directory.choose(options)
+        directory.select_checkpoints(options)
     anyway = CheckpointConfig(load=options.load, load_or_init=True)
-    assert directory.choose(anyway) == []
+    assert directory.select_checkpoints(anyway) == []
     broken = tmp_path / "c/iter_0000009"
     broken.mkdir(parents=True)
     for o in (options, anyway):  # something is there: to start anew would be a silent loss
@@ -344,30 +344,30 @@ def test_choosing(tmp_path, capsys):
             FileNotFoundError,
             match="what is there cannot be used: .*0009/manifest.json is missing",
         ):
-            directory.choose(o)
+            directory.select_checkpoints(o)
     for iteration in (10, 20):
         make(tmp_path / "c", iteration)
     capsys.readouterr()
-    assert [m["iteration"] for _, m in directory.choose(options)] == [20, 10]
+    assert [m["iteration"] for _, m in directory.select_checkpoints(options)] == [20, 10]
     assert "iter_0000009/manifest.json is missing; not used" in capsys.readouterr().out
-    step = [directory.choose(CheckpointConfig(load=options.load, load_step=10))]
+    step = [directory.select_checkpoints(CheckpointConfig(load=options.load, load_step=10))]
     assert [m["iteration"] for _, m in step[0]] == [10]
     with pytest.raises(ValueError, match="--load-step is 15; whole checkpoints in .*: 10, 20"):
-        directory.choose(CheckpointConfig(load=options.load, load_step=15))
+        directory.select_checkpoints(CheckpointConfig(load=options.load, load_step=15))
     with pytest.raises(
         ValueError, match="--load-step is 9; .*iter_0000009/manifest.json is missing"
     ):
-        directory.choose(CheckpointConfig(load=options.load, load_step=9))
+        directory.select_checkpoints(CheckpointConfig(load=options.load, load_step=9))
 
 
 def test_one_checkpoint_can_be_chosen_by_its_own_folder(tmp_path):
     make(tmp_path, 10)
     path = make(tmp_path, 20).with_name("iter_0000010")
-    assert [found for found, _ in directory.choose(CheckpointConfig(load=str(path)))] == [path]
+    assert [found for found, _ in directory.select_checkpoints(CheckpointConfig(load=str(path)))] == [path]
     with pytest.raises(
         ValueError, match="--load-step is 10; allowed: only with the folder of the checkpoints"
     ):
-        directory.choose(CheckpointConfig(load=str(path), load_step=10))
+        directory.select_checkpoints(CheckpointConfig(load=str(path), load_step=10))
     (path / "manifest.json").unlink()
     with pytest.raises(ValueError, match="iter_0000010/manifest.json is missing"):
-        directory.choose(CheckpointConfig(load=str(path)))
+        directory.select_checkpoints(CheckpointConfig(load=str(path)))

@@ -50,7 +50,7 @@ def lines(done: SimpleNamespace) -> list[str]:
 
 def test_facts(folder):
     path = folder / "iter_0000005"
-    found = inspect.facts(path, verify=True)
+    found = inspect.summarize_checkpoint(path, verify=True)
     assert json.loads(json.dumps(found)) == found
     assert (found["iteration"], found["serial"], found["kinds"]) == (
         5,
@@ -98,7 +98,7 @@ def test_values_of_tensors(slice_, tmp_path, monkeypatch):
     tensors["strange"][:] = float("nan")
     path = handmade.checkpoint(tmp_path / "save", tensors, 3, buffers=BUFFERS)
     read = []
-    found = inspect.facts(path, tensors=True, progress=read.append)
+    found = inspect.summarize_checkpoint(path, tensors=True, progress=read.append)
     for name, tensor in (tensors | BUFFERS).items():
         entry = (found["tensors"] | found["buffers"])[name]
         finite = tensor[tensor.isfinite()].double()
@@ -122,7 +122,7 @@ def test_of_a_real_checkpoint(ranks2, tmp_path):
     """Experts that ranks share are counted whole."""
     config = engines.config_of("deepseek_v3", 2, 3, "bf16", save=str(tmp_path))
     ranks2.run(engines.train, config, 1)
-    found = inspect.facts(inspect.one_of(tmp_path), verify=True, tensors=True)
+    found = inspect.summarize_checkpoint(inspect.one_of(tmp_path), verify=True, tensors=True)
     model = build_model(
         config.model, config.moe, config.gate_options, vocab_size=61, seed=0, groups=Groups()
     )
@@ -134,7 +134,7 @@ def test_of_a_real_checkpoint(ranks2, tmp_path):
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
     assert {n: t["shape"] for n, t in (found["tensors"] | found["buffers"]).items()} == shapes
     assert {t["dtype"] for t in found["tensors"].values()} == {"float32"}
-    text = "\n".join(inspect.describe(found))
+    text = "\n".join(inspect.describe_checkpoint(found))
     assert (
         "2 ranks, experts shared by 2, ZeRO 3, bf16" in text
         and "bias_update_speed 0.07" in text
@@ -145,10 +145,10 @@ def test_what_is_printed(folder):
     done = handmade.run(TOOL, folder, "--tensors")
     text = lines(done)
     (size,) = {
-        f"{inspect.facts(folder / directory.tag(i))['bytes'] / 1e6:,.1f} MB" for i in (2, 4, 5)
+        f"{inspect.summarize_checkpoint(folder / directory.checkpoint_name(i))['bytes'] / 1e6:,.1f} MB" for i in (2, 4, 5)
     }
     saved = {
-        i: json.loads((folder / directory.tag(i) / "state.json").read_text())["saved_at"]
+        i: json.loads((folder / directory.checkpoint_name(i) / "state.json").read_text())["saved_at"]
         for i in (2, 4, 5)
     }
     assert text[:4] == [
@@ -205,7 +205,7 @@ def test_a_dense_model_at_its_beginning(tmp_path):
     path = handmade.checkpoint(
         tmp_path, handmade.weights(norm__weight=(3,)), config=config, moments=False, data={}
     )
-    text = [" ".join(line.split()) for line in inspect.describe(inspect.facts(path))]
+    text = [" ".join(line.split()) for line in inspect.describe_checkpoint(inspect.summarize_checkpoint(path))]
     assert "none on record" in text and not [line for line in text if line.startswith("gate")]
     assert any(line.startswith("holds weights of 1 parameters, ") for line in text)
 
@@ -217,9 +217,9 @@ def test_json(folder):
         ("iter_0000005", False),
         ("iter_0000002", False),
     ]
-    assert found["newest"] == inspect.facts(folder / "iter_0000004", verify=True, tensors=True)
+    assert found["newest"] == inspect.summarize_checkpoint(folder / "iter_0000004", verify=True, tensors=True)
     path = folder / "iter_0000002"
-    assert json.loads(handmade.run(TOOL, path, "--json").stdout) == inspect.facts(path)
+    assert json.loads(handmade.run(TOOL, path, "--json").stdout) == inspect.summarize_checkpoint(path)
     found = json.loads(handmade.run(TOOL, path, folder, "--json").stdout)
     assert found["progress"]["iteration"] == [2, 4] and "values" not in found["tensors"]
 
@@ -287,8 +287,8 @@ def test_verify_finds_a_changed_byte(folder):
 def test_a_damaged_description_is_found_without_verify(name, folder):
     path = folder / "iter_0000004"
     handmade.damage(path / name)
-    with pytest.raises(directory.Broken, match=name):
-        inspect.facts(path)
+    with pytest.raises(directory.CorruptCheckpointError, match=name):
+        inspect.summarize_checkpoint(path)
     done = handmade.run(TOOL, path, code=2)
     assert (
         len(done.stderr.splitlines()) == 1 and f"{TOOL}: error: {path}/{name} " in done.stderr
@@ -319,8 +319,8 @@ def test_where_there_is_nothing(path, tmp_path):
 
 
 def test_a_checkpoint_does_not_differ_from_itself(folder):
-    found = inspect.facts(folder / "iter_0000002")
-    told = inspect.differences(found, found, tensors=True)
+    found = inspect.summarize_checkpoint(folder / "iter_0000002")
+    told = inspect.compare_checkpoints(found, found, tensors=True)
     assert (
         set(told.pop("tensors")["values"].values()) == {0.0}
         and told.pop("paths") == [found["path"]] * 2
@@ -350,8 +350,8 @@ def test_every_difference_is_named(folder, tmp_path):
         iterations=50,
         saved_at="then",
     )
-    first = inspect.facts(folder / "iter_0000002")
-    told = inspect.differences(first, inspect.facts(tmp_path / "b/iter_0000009"), tensors=True)
+    first = inspect.summarize_checkpoint(folder / "iter_0000002")
+    told = inspect.compare_checkpoints(first, inspect.summarize_checkpoint(tmp_path / "b/iter_0000009"), tensors=True)
     missing = inspect.NOT_THERE
     assert told["configuration"] == {
         "model.num_layers": [4, 7],
@@ -417,7 +417,7 @@ def test_how_far_apart_weights_are(slice_, tmp_path, monkeypatch):
         for name, tensors, ranks in (("a", a, 3), ("b", b, 2))
     ]
     read = []
-    told = inspect.differences(*map(inspect.facts, paths), tensors=True, progress=read.append)[
+    told = inspect.compare_checkpoints(*map(inspect.summarize_checkpoint, paths), tensors=True, progress=read.append)[
         "tensors"
     ]["values"]
     expected = (

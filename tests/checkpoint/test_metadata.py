@@ -11,13 +11,13 @@ import pytest
 from megatron import log
 from megatron.checkpoint import compatibility as records
 from megatron.checkpoint.compatibility import (
-    ORDER,
-    SCHEDULE,
+    DATA_ORDER_FIELDS,
+    SCHEDULE_FIELDS,
     check_same_run,
     check_same_schedule,
     warn_of_changes,
 )
-from megatron.checkpoint.metadata import Record
+from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.schema import (
     DataConfig,
     ModelConfig,
@@ -32,29 +32,29 @@ IDENTITY = {"tokenizer_name": "a", "tokenizer_vocab_size": 10, "tokenizer_finger
 
 
 def test_what_is_compared_are_fields_of_the_configuration():
-    for table in (ORDER, {"optimizer": SCHEDULE}):
+    for table in (DATA_ORDER_FIELDS, {"optimizer": SCHEDULE_FIELDS}):
         for section, names in table.items():
             assert all(hasattr(getattr(RunConfig(), section), name) for name in names)
 
 
 def test_contradictions_are_named():
-    saved = Record(RunConfig(), IDENTITY)
-    assert check_same_run(saved, Record(RunConfig(), dict(IDENTITY)), "x") is None
+    saved = RunMetadata(RunConfig(), IDENTITY)
+    assert check_same_run(saved, RunMetadata(RunConfig(), dict(IDENTITY)), "x") is None
     with pytest.raises(
         ValueError,
         match=r"--num-layers is 8 but checkpoint x was made with 4; use the checkpoint's",
     ):
-        check_same_run(saved, Record(RunConfig(model=ModelConfig(num_layers=8)), IDENTITY), "x")
-    for key, what in records.IDENTITY.items():
+        check_same_run(saved, RunMetadata(RunConfig(model=ModelConfig(num_layers=8)), IDENTITY), "x")
+    for key, what in records.MODEL_FIELDS.items():
         with pytest.raises(ValueError, match=f"{what} is 'other'"):
-            check_same_run(saved, Record(RunConfig(), {**IDENTITY, key: "other"}), "x")
+            check_same_run(saved, RunMetadata(RunConfig(), {**IDENTITY, key: "other"}), "x")
 
 
 def test_changing_the_length_or_rate_of_the_run_is_allowed():
     other = RunConfig(
         optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9)
     )
-    assert check_same_run(Record(RunConfig(), IDENTITY), Record(other, IDENTITY), "x") is None
+    assert check_same_run(RunMetadata(RunConfig(), IDENTITY), RunMetadata(other, IDENTITY), "x") is None
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_changing_the_length_or_rate_of_the_run_is_allowed():
 def test_the_same_model_in_other_words(saved, same):
     assert (
         check_same_run(
-            Record(RunConfig(saved), IDENTITY), Record(RunConfig(same), IDENTITY), "x"
+            RunMetadata(RunConfig(saved), IDENTITY), RunMetadata(RunConfig(same), IDENTITY), "x"
         )
         is None
     )
@@ -80,7 +80,7 @@ def test_the_same_model_in_other_words(saved, same):
 
 def test_mixture_layers_are_compared_as_what_they_are():
     def record(**moe):
-        return Record(RunConfig(moe=MoEConfig(num_experts=4, **moe)), IDENTITY)
+        return RunMetadata(RunConfig(moe=MoEConfig(num_experts=4, **moe)), IDENTITY)
 
     assert (
         check_same_run(
@@ -95,7 +95,7 @@ def test_mixture_layers_are_compared_as_what_they_are():
 
 
 def test_tokens_of_the_schedule_are_counted_in_global_batches():
-    saved = Record(
+    saved = RunMetadata(
         RunConfig(optimizer=OptimizerConfig(lr_decay_tokens=5000)),
         IDENTITY,
         global_batch_size=8,
@@ -110,7 +110,7 @@ def test_tokens_of_the_schedule_are_counted_in_global_batches():
 
 def test_other_options_of_the_gate_are_said(capsys):
     log.setup()
-    saved = Record(RunConfig(gate_options={"topk": 2, "loss_coeff": 0.1}), IDENTITY)
+    saved = RunMetadata(RunConfig(gate_options={"topk": 2, "loss_coeff": 0.1}), IDENTITY)
     warn_of_changes(
         saved, replace(saved, config=RunConfig(gate_options={"topk": 1, "loss_coeff": 0.1}))
     )
@@ -122,7 +122,7 @@ def test_other_options_of_the_gate_are_said(capsys):
 
 def test_a_new_order_of_samples_is_said(capsys):
     log.setup()
-    saved = Record(RunConfig(), IDENTITY, global_batch_size=8, data={"a": {"bin_bytes": 1}})
+    saved = RunMetadata(RunConfig(), IDENTITY, global_batch_size=8, data={"a": {"bin_bytes": 1}})
     warn_of_changes(saved, replace(saved, config=RunConfig(optimizer=OptimizerConfig(lr=1.0))))
     assert capsys.readouterr().out == ""
     warn_of_changes(
@@ -137,7 +137,7 @@ def test_a_new_order_of_samples_is_said(capsys):
 
 def test_another_topology_is_said(capsys):
     log.setup()
-    saved = Record(RunConfig(), IDENTITY, {"ranks": 2, "zero_stage": 1})
+    saved = RunMetadata(RunConfig(), IDENTITY, {"ranks": 2, "zero_stage": 1})
     warn_of_changes(saved, replace(saved, topology={"ranks": 4, "zero_stage": 3}))
     assert (
         "made with ranks 2, zero stage 1; the run goes on with ranks 4, zero stage 3"
@@ -155,7 +155,7 @@ def test_another_topology_is_said(capsys):
     ],
 )
 def test_another_schedule_is_refused(changes, message):
-    saved = Record(RunConfig(), IDENTITY, iterations=100)
+    saved = RunMetadata(RunConfig(), IDENTITY, iterations=100)
     assert (
         check_same_schedule(
             saved, replace(saved, config=RunConfig(train=TrainConfig(train_iters=7))), "x"
@@ -181,7 +181,7 @@ def test_another_schedule_is_refused(changes, message):
 def test_a_longer_run_is_another_schedule_only_where_the_rates_follow_its_length(
     options, follows
 ):
-    saved = Record(RunConfig(optimizer=OptimizerConfig(**options)), IDENTITY, iterations=100)
+    saved = RunMetadata(RunConfig(optimizer=OptimizerConfig(**options)), IDENTITY, iterations=100)
     if not follows:
         assert check_same_schedule(saved, replace(saved, iterations=200), "x") is None
         return
@@ -201,9 +201,9 @@ def test_a_record_survives_json(data):
         data=DataConfig(data_path=("0.5", data, "0.5", "nowhere")),
         optimizer=OptimizerConfig(bf16=True),
     )
-    record = Record.of(config, Groups(world_size=4, ep_size=2), Words(), 8, 100)
+    record = RunMetadata.of(config, Groups(world_size=4, ep_size=2), Words(), 8, 100)
     state = json.loads(json.dumps(record.state()))
-    assert Record.from_state(config, state) == record
+    assert RunMetadata.from_state(config, state) == record
     assert record.topology == {
         "ranks": 4,
         "expert_parallel_size": 2,
@@ -225,7 +225,7 @@ def test_a_record_survives_json(data):
 
 def test_learned_positions_must_be_as_many():
     def learned(n):
-        return Record(
+        return RunMetadata(
             RunConfig(
                 model=ModelConfig(position_embedding_type="learned", max_position_embeddings=n)
             ),
@@ -252,7 +252,7 @@ def test_learned_positions_must_be_as_many():
 def test_options_that_shape_the_gate_cannot_change(gate, option, old, new):
     def record(value):
         moe = MoEConfig(num_experts=16, gate=gate)
-        return Record(RunConfig(moe=moe, gate_options={option: value}), IDENTITY)
+        return RunMetadata(RunConfig(moe=moe, gate_options={option: value}), IDENTITY)
 
     flag = "--" + option.replace("_", "-")
     with pytest.raises(
@@ -265,7 +265,7 @@ def test_options_that_shape_the_gate_cannot_change(gate, option, old, new):
 
 def test_options_that_leave_the_gates_shape_alone_may_change():
     def record(**options):
-        return Record(
+        return RunMetadata(
             RunConfig(moe=MoEConfig(num_experts=4, gate="topk"), gate_options=options), IDENTITY
         )
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.reader import Shards, make_index, shard_name, write_tensors
+from megatron.checkpoint.reader import CheckpointReader, make_index, shard_name, write_tensors
 from megatron.io.safetensors_writer import (
-    DTYPES,
-    Entry,
+    SAFETENSORS_DTYPES,
     SafetensorsWriter,
+    TensorSpec,
     in_file_order,
     read_header,
 )
@@ -44,7 +44,7 @@ def values(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.T
 def write(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    entries = [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    entries = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
     return write_tensors(path, entries, tensors.__getitem__, metadata)
 
 
@@ -60,7 +60,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SAFETENSORS_DTYPES, ids=str)
 def test_the_package_reads_what_we_write(dtype, tmp_path):
     tensors = {f"a/{i} é": values(dtype, shape, i) for i, shape in enumerate(SHAPES)}
     write(tmp_path / "x", tensors)
@@ -75,7 +75,7 @@ def test_a_file_of_all_types_is_aligned_and_has_metadata(more, tmp_path):
     """However long the names are."""
     tensors = {
         f"{dtype}{'x' * more if i else ''}": values(dtype, (3,), i)
-        for i, dtype in enumerate(reversed(DTYPES))
+        for i, dtype in enumerate(reversed(SAFETENSORS_DTYPES))
     }
     nbytes, sha256 = write(tmp_path / "x", tensors, {"format": "pt", "what": "ü"})
     assert all(same_bits(t, tensors[name]) for name, t in load_file(tmp_path / "x").items())
@@ -124,7 +124,7 @@ def test_tensors_may_be_views_with_any_strides(tmp_path):
 @given(
     data=st.data(),
     shape=st.lists(st.integers(0, 5), max_size=3),
-    dtype=st.sampled_from(list(DTYPES)),
+    dtype=st.sampled_from(list(SAFETENSORS_DTYPES)),
 )
 def test_a_tensor_may_come_in_parts(data, shape, dtype, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
@@ -134,7 +134,7 @@ def test_a_tensor_may_come_in_parts(data, shape, dtype, tmp_path_factory):
         *sorted(data.draw(st.lists(st.integers(0, tensor.numel()), max_size=5))),
         tensor.numel(),
     ]
-    entry = Entry("a", dtype, tuple(shape))
+    entry = TensorSpec("a", dtype, tuple(shape))
     with SafetensorsWriter(folder / "parts", [entry]) as writer:
         writer.write_parts(tensor.flatten()[low:high] for low, high in zip(cuts, cuts[1:]))
         told = writer.finish()
@@ -143,7 +143,7 @@ def test_a_tensor_may_come_in_parts(data, shape, dtype, tmp_path_factory):
 
 
 def test_what_was_not_announced_is_not_written(tmp_path):
-    entry = Entry("a", torch.float32, (2, 3))
+    entry = TensorSpec("a", torch.float32, (2, 3))
     for tensors, message in (
         ([torch.zeros(3, 2)], "is not what"),
         ([torch.zeros(2, 3).double()], "is not what"),
@@ -155,7 +155,7 @@ def test_what_was_not_announced_is_not_written(tmp_path):
             pytest.raises(AssertionError, match=message),
         ):
             writer.write(*tensors) if message == "is not what" else writer.write_parts(tensors)
-    with SafetensorsWriter(tmp_path / "x", [entry, Entry("b", torch.int8, ())]) as writer:
+    with SafetensorsWriter(tmp_path / "x", [entry, TensorSpec("b", torch.int8, ())]) as writer:
         writer.write(torch.zeros(2, 3))
         with pytest.raises(AssertionError, match="1 announced tensors are missing"):
             writer.finish()
@@ -165,7 +165,7 @@ def test_what_was_not_announced_is_not_written(tmp_path):
 
 def test_wide_elements_come_first_and_else_the_order_stays():
     entries = [
-        Entry(str(i), dtype, ())
+        TensorSpec(str(i), dtype, ())
         for i, dtype in enumerate(
             [torch.int8, torch.float32, torch.int8, torch.float64, torch.bfloat16, torch.int32]
         )
@@ -178,7 +178,7 @@ def test_wide_elements_come_first_and_else_the_order_stays():
 
 def store_pieces(
     folder: Path, tensors: dict[str, torch.Tensor], pieces: list[list[tuple[str, int, int]]]
-) -> Shards:
+) -> CheckpointReader:
     for rank, owned in enumerate(pieces):
         write(
             folder / shard_name(rank),
@@ -189,7 +189,7 @@ def store_pieces(
         )
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     (folder / "index.json").write_text(json.dumps(make_index(pieces, shapes, ["weight"], [])))
-    return Shards(folder)
+    return CheckpointReader(folder)
 
 
 @settings(max_examples=60, deadline=None)
@@ -262,10 +262,10 @@ def test_buffers_and_random_states(tmp_path):
     (tmp_path / "index.json").write_text(
         json.dumps(make_index([[], []], {}, ["weight"], list(buffers)))
     )
-    shards = Shards(tmp_path)
+    shards = CheckpointReader(tmp_path)
     for name, tensor in buffers.items():
         assert same_bits(shards.buffer(name), tensor)
-        assert shards.buffer_entry(name) == Entry(name, tensor.dtype, tuple(tensor.shape))
+        assert shards.buffer_entry(name) == TensorSpec(name, tensor.dtype, tuple(tensor.shape))
     assert {d: t.tolist() for d, t in shards.rng(1).items()} == {
         "cpu": [1, 1, 1],
         "cuda": [0, 0],
@@ -316,7 +316,7 @@ def test_pieces_that_are_not_a_tensor_are_no_index(pieces, message):
 
 
 def test_a_full_disk_is_named():
-    entry = Entry("a", torch.float32, (1000,))
+    entry = TensorSpec("a", torch.float32, (1000,))
     with pytest.raises(
         OSError,
         match=r"^/dev/full cannot be written: No space left on device\. Free some space",

@@ -15,7 +15,7 @@ from torch import nn
 
 from helpers import runs
 from megatron.config.schema import OptimizerConfig, TrainConfig
-from megatron.exit_codes import lost_rank
+from megatron.exit_codes import peer_exited_error
 from megatron.parallel.groups import Groups
 
 
@@ -47,9 +47,9 @@ def test_what_deepspeed_refuses_is_one_line(tmp_path):
 
 def test_a_lost_rank_is_told_from_other_errors():
     assert "another rank ended" in str(
-        lost_rank(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"))
+        peer_exited_error(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"))
     )
-    assert lost_rank(RuntimeError("size mismatch")) is None
+    assert peer_exited_error(RuntimeError("size mismatch")) is None
 
 
 def test_our_adamw_is_torchs():
@@ -92,10 +92,10 @@ def test_our_adamw_is_torchs():
 
 
 def test_collections_skip_what_was_there_before():
-    from megatron.engine.startup_patches import few_objects_to_collect
+    from megatron.engine.startup_patches import freeze_gc
 
     before = gc.get_freeze_count()
-    with pytest.raises(KeyError), few_objects_to_collect():
+    with pytest.raises(KeyError), freeze_gc():
         assert gc.get_freeze_count() > before + 10_000
         raise KeyError
     assert gc.get_freeze_count() == 0

@@ -100,14 +100,14 @@ def count_loads(engine):
 def _run(stage, precision, deepspeed_config, folder):
     """In a rank: steps, an evaluation, a checkpoint, one step more; and a second engine that resumes."""
     from megatron.checkpoint import loader
-    from megatron.checkpoint.metadata import Progress, Record
-    from megatron.checkpoint.saver import Checkpoints
+    from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
+    from megatron.checkpoint.saver import Checkpointer
     from megatron.engine import distributed as parallel
 
     os.environ.update(
         RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
     )
-    groups = parallel.init(min(2, dist.get_world_size()))
+    groups = parallel.init_distributed(min(2, dist.get_world_size()))
     engine = make_engine(groups, stage, precision, deepspeed_config)
     answer = {
         "start": biases(engine),
@@ -121,12 +121,12 @@ def _run(stage, precision, deepspeed_config, folder):
     answer["loads"] = loads
     engine.evaluate(micro_batches(50, groups.rank), 0.0)
     answer["evaluated"] = biases(engine)
-    record = Record(RunConfig(), {}, {"ranks": groups.world_size})
-    with Checkpoints(CheckpointConfig(save=folder), engine, record, groups) as checkpoints:
-        checkpoints.save(Progress(iteration=STEPS))
+    record = RunMetadata(RunConfig(), {}, {"ranks": groups.world_size})
+    with Checkpointer(CheckpointConfig(save=folder), engine, record, groups) as checkpoints:
+        checkpoints.save(TrainingProgress(iteration=STEPS))
     engine.step(micro_batches(STEPS, groups.rank), 0.02, 0.0)
     answer["went_on"] = biases(engine)
-    source = loader.find(CheckpointConfig(load=folder), groups)
+    source = loader.find_checkpoint(CheckpointConfig(load=folder), groups)
     resumed = make_engine(groups, stage, precision, deepspeed_config, seed=8, source=source)
     assert source.restore(resumed, groups).iteration == STEPS
     answer["loaded"] = biases(resumed)
@@ -205,7 +205,7 @@ def _skip(stage, precision):
     os.environ.update(
         RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
     )
-    groups = parallel.init(min(2, dist.get_world_size()))
+    groups = parallel.init_distributed(min(2, dist.get_world_size()))
     engine = make_engine(groups, stage, precision, "")
     infinite = next(p for n, p in engine.model.named_parameters() if "o_proj" in n)
     hook = infinite.register_hook(lambda grad: grad * float("inf"))

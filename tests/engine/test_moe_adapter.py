@@ -101,7 +101,7 @@ def _train(gate, stage, precision="fp32", activation="swiglu"):
     os.environ.update(
         RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
     )
-    groups = distributed.init(min(2, dist.get_world_size()))
+    groups = distributed.init_distributed(min(2, dist.get_world_size()))
     model = build(gate, groups, activation)
     optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", **OPTIMIZER)
     engine = Engine(
@@ -175,11 +175,11 @@ def test_bf16_keeps_the_router_in_fp32_where_zero_allows(stage, ranks2):
 
 
 def test_parameter_groups_by_name():
-    from megatron.engine.moe_adapter import attach
+    from megatron.engine.moe_adapter import wrap_moe_layers
     from megatron.engine.optimizer import parameter_groups
 
     model = build("topk", Groups())
-    attach(model, Groups())
+    wrap_moe_layers(model, Groups())
     names = {id(p): n for n, p in model.named_parameters()}
     got = {
         g["name"]: ({names[id(p)] for p in g["params"]}, g["weight_decay"])

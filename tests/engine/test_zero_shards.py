@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from helpers import engines
-from megatron.engine.zero_shards import Layout, Partitions
+from megatron.engine.zero_shards import GlobalLayout, ZeroShards
 from megatron.parallel.groups import Groups
 
 SCALE = {"cur_scale": 128.0, "cur_iter": 7, "last_overflow_iter": 3, "cur_hysteresis": 1}
@@ -29,14 +29,14 @@ def test_nvme_is_refused():
         ValueError,
         match="offload_optimizer.device is 'nvme'; allowed: none or cpu, with --save and",
     ):
-        Partitions(stage_0(nn.Linear(1, 1), zero), Layout({}, {}, ()))
+        ZeroShards(stage_0(nn.Linear(1, 1), zero), GlobalLayout({}, {}, ()))
 
 
 def test_a_frozen_parameter_is_refused():
     model = nn.Linear(2, 2)
     model.bias.requires_grad = False
     with pytest.raises(AssertionError, match="bias is not trained"):
-        Layout.of(model, Groups())
+        GlobalLayout.of(model, Groups())
 
 
 def scalers():
@@ -70,7 +70,7 @@ def test_the_dynamic_loss_scale_is_kept(kind, dynamic):
         fp16_groups=[list(model.parameters())],
         fp32_groups=[list(model.parameters())],
     )
-    parts = Partitions(stage_0(model, zero), Layout.of(model, Groups()))
+    parts = ZeroShards(stage_0(model, zero), GlobalLayout.of(model, Groups()))
     before = parts.scaler()
     parts.set_scaler({name: value for name, value in SCALE.items() if name in before} or SCALE)
     if dynamic:

@@ -16,7 +16,7 @@ from megatron.checkpoint import directory
 
 def whole(folder: Path) -> list[int]:
     """Iterations of the checkpoints, all of which must be whole."""
-    good, bad = directory.candidates(folder)
+    good, bad = directory.list_checkpoints(folder)
     assert not bad
     for path, manifest in good:
         directory.check_files(path, manifest["files"], manifest)

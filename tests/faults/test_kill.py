@@ -60,7 +60,7 @@ def start_and_kill(argv: list[str], out: Path, delay: float) -> bool:
 
 def newest(folder: Path) -> int:
     """Iteration of the newest checkpoint; every one that has its name must be whole."""
-    good, bad = directory.candidates(folder)
+    good, bad = directory.list_checkpoints(folder)
     assert not bad
     for path, manifest in good:
         directory.check_files(path, manifest["files"], manifest)

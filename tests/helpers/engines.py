@@ -82,8 +82,8 @@ class Run:
 
     def __init__(self, config: RunConfig, seed: int = 7):
         from megatron.checkpoint import loader
-        from megatron.checkpoint.metadata import Progress, Record
-        from megatron.checkpoint.saver import Checkpoints
+        from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
+        from megatron.checkpoint.saver import Checkpointer
         from megatron.engine import distributed as parallel
         from megatron.engine.engine import Engine
         from megatron.model.builder import build_model
@@ -92,8 +92,8 @@ class Run:
             RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
         )
         self.config = config
-        self.groups = groups = parallel.init(config.moe.moe_expert_parallel_size)
-        self.source = loader.find(config.train, groups)
+        self.groups = groups = parallel.init_distributed(config.moe.moe_expert_parallel_size)
+        self.source = loader.find_checkpoint(config.train, groups)
         model = build_model(
             config.model,
             config.moe,
@@ -108,13 +108,13 @@ class Run:
             "zero_stage": config.optimizer.zero_stage,
             "precision": config.optimizer.precision,
         }
-        record = Record(config, IDENTITY, topology, GLOBAL_BATCH, 100)
+        record = RunMetadata(config, IDENTITY, topology, GLOBAL_BATCH, 100)
         if self.source:
             self.source.check(record)
             self.source.load_weights(model, groups)
         self.engine = Engine(model, config.optimizer, config.train, groups)
-        self.progress = self.source.restore(self.engine, groups) if self.source else Progress()
-        self.checkpoints = Checkpoints(config.train, self.engine, record, groups, self.source)
+        self.progress = self.source.restore(self.engine, groups) if self.source else TrainingProgress()
+        self.checkpoints = Checkpointer(config.train, self.engine, record, groups, self.source)
 
     def steps(self, number: int) -> list[float]:
         """Mean losses over ranks of so many more steps."""
@@ -162,14 +162,14 @@ def latest(folder: str | Path) -> str:
     """Name of the checkpoint of a folder that was completed last."""
     from megatron.checkpoint import directory
 
-    return directory.candidates(folder)[0][0][0].name
+    return directory.list_checkpoints(folder)[0][0][0].name
 
 
 def whole(folder: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint of a folder: "<kind>/<name>" and "buffer/<name>"."""
-    from megatron.checkpoint.reader import Shards
+    from megatron.checkpoint.reader import CheckpointReader
 
-    shards = Shards(Path(folder) / latest(folder))
+    shards = CheckpointReader(Path(folder) / latest(folder))
     tensors = {
         f"{kind}/{name}": shards.read(kind, name).view(shards.shapes[name])
         for kind in shards.kinds

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import directory
-from megatron.checkpoint.metadata import Record
+from megatron.checkpoint.metadata import RunMetadata
 from megatron.checkpoint.reader import make_index, shard_name, write_tensors
 from megatron.config.schema import MoEConfig, RunConfig
 from megatron.io import sha256
-from megatron.io.safetensors_writer import Entry
+from megatron.io.safetensors_writer import TensorSpec
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = RunConfig(
@@ -66,7 +66,7 @@ def write_pieces(
         }
         if rank == 0:
             stored |= {f"buffer/{name}": tensor for name, tensor in buffers.items()}
-        entries = [Entry(name, t.dtype, tuple(t.shape)) for name, t in stored.items()]
+        entries = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in stored.items()]
         files[shard_name(rank)] = write_tensors(
             folder / shard_name(rank), entries, stored.__getitem__
         )
@@ -96,7 +96,7 @@ def checkpoint(
     files = write_pieces(
         partial, tensors, pieces or evenly(tensors, ranks), kinds, buffers or {}
     )
-    record = Record(
+    record = RunMetadata(
         config,
         IDENTITY,
         {"ranks": ranks, "expert_parallel_size": 1, "zero_stage": 2, "precision": "bf16"},
@@ -119,7 +119,7 @@ def checkpoint(
     (partial / "state.json").write_text(json.dumps(content))
     for name in ("run.json", "state.json", "index.json"):
         files[name] = ((partial / name).stat().st_size, sha256.file_sha256(partial / name))
-    return directory.publish(partial, folder, iteration, files)
+    return directory.commit_checkpoint(partial, folder, iteration, files)
 
 
 def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:

@@ -16,13 +16,13 @@ def preload() -> None:
     import torch
 
     from megatron.engine.distributed import prepare_deepspeed
-    from megatron.engine.startup_patches import settle_triton
+    from megatron.engine.startup_patches import skip_triton_probe
 
     torch.set_num_threads(1)
     prepare_deepspeed(torch.device("cpu"))
     import deepspeed  # noqa: F401
 
-    settle_triton()
+    skip_triton_probe()
     import megatron.training.trainer  # noqa: F401
 
 
@@ -42,7 +42,7 @@ def run(argv: list[str], rank: int, ranks: int, port: int, output: str) -> None:
     )
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    exit_codes.leave(pretrain.main(argv))
+    exit_codes.exit_process(pretrain.main(argv))
 
 
 def server() -> multiprocessing.context.BaseContext:

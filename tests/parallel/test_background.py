@@ -9,7 +9,7 @@ import time
 import pytest
 
 from helpers.spawn import groups_for
-from megatron.parallel.background import Job
+from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups
 
 
@@ -18,7 +18,7 @@ def test_results_and_expected_errors():
         (lambda: 3, 3, ""),
         (lambda: os.listdir("/nowhere"), None, "No such file"),
     ):
-        job = Job("reading", work)
+        job = BackgroundTask("reading", work)
         assert not job.is_busy
         job.start()
         job.wait_for_all(Groups())
@@ -27,7 +27,7 @@ def test_results_and_expected_errors():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_mistake_of_ours_is_told_too():
-    job = Job("counting", lambda: {}["x"])
+    job = BackgroundTask("counting", lambda: {}["x"])
     job.start()
     job.wait_for_all(Groups())
     assert job.error == "counting failed: KeyError('x')"
@@ -37,7 +37,7 @@ def _wait_for_the_slow_one(seconds):
     from megatron.parallel import background
 
     groups, patience, asked = groups_for(1), background.PATIENCE_SECONDS, []
-    ask = Job.is_busy_anywhere
+    ask = BackgroundTask.is_busy_anywhere
 
     def timed(self, groups):
         start = time.monotonic()
@@ -45,13 +45,13 @@ def _wait_for_the_slow_one(seconds):
         asked.append(time.monotonic() - start)
         return busy
 
-    job = Job("sleeping", lambda: threading.Event().wait(seconds * groups.rank))
-    background.PATIENCE_SECONDS, Job.is_busy_anywhere = 0.05, timed
+    job = BackgroundTask("sleeping", lambda: threading.Event().wait(seconds * groups.rank))
+    background.PATIENCE_SECONDS, BackgroundTask.is_busy_anywhere = 0.05, timed
     try:
         job.start()
         job.wait_for_all(groups)
     finally:
-        background.PATIENCE_SECONDS, Job.is_busy_anywhere = patience, ask
+        background.PATIENCE_SECONDS, BackgroundTask.is_busy_anywhere = patience, ask
     return len(asked), max(asked)
 
 

@@ -50,7 +50,7 @@ def test_expert_parallel_size_must_divide_the_ranks(monkeypatch):
     with pytest.raises(
         ValueError, match="--moe-expert-parallel-size is 3; allowed: a divisor of the 4 ranks"
     ):
-        distributed.init(3)
+        distributed.init_distributed(3)
 
 
 def test_deepspeeds_operator_cache_goes_into_the_environment(monkeypatch, tmp_path):
@@ -69,7 +69,7 @@ def _init(ep_size):
     os.environ.update(
         RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
     )
-    g = distributed.init(ep_size, timeout_minutes=0.5)
+    g = distributed.init_distributed(ep_size, timeout_minutes=0.5)
     seconds = g.ep_group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     assert seconds == 30, "the expert group has the run's timeout"
     return g.rank, g.ep_rank, dist.get_process_group_ranks(g.ep_group), g.backend, g.is_first
@@ -173,7 +173,7 @@ def test_gloos_error_of_connecting_is_one_line(monkeypatch):
     error = RuntimeError(
         "Gloo connectFullMesh failed with [x] Connection refused\nException raised from ..."
     )
-    line = distributed._not_joined(error, 5.0)
+    line = distributed._rendezvous_error(error, 5.0)
     assert "connectFullMesh failed" in line and "which is not set" in line and "\n" not in line
 
 
@@ -185,7 +185,7 @@ def _fail_to_start():
         RuntimeError("something else")
     )
     try:
-        distributed.init(1)
+        distributed.init_distributed(1)
     finally:
         deepspeed.init_distributed = original
 

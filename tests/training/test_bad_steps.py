@@ -90,7 +90,7 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
 
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
-    groups = parallel.init(2 if experts else 1)
+    groups = parallel.init_distributed(2 if experts else 1)
     moe = (
         MoEConfig(
             num_experts=experts,

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.faults import FaultConfig
-from megatron.exit_codes import exit_code, explain
+from megatron.exit_codes import classify_error, exit_code
 from megatron.log import report_error
 from megatron.parallel.groups import Groups
-from megatron.training.graceful_stop import SIGNALS, Stop
+from megatron.training.graceful_stop import SIGNALS, GracefulStop
 from megatron.training.watchdog import Watchdog
 
 NO_LOSS = torch.tensor(0.0)
@@ -23,7 +23,7 @@ NO_LOSS = torch.tensor(0.0)
 
 def test_one_rank_listens_and_restores(capfd):
     before = [signal.getsignal(number) for number in SIGNALS]
-    with Stop(FaultConfig(), Groups()) as stop:
+    with GracefulStop(FaultConfig(), Groups()) as stop:
         assert stop.agree(torch.tensor(2.0), torch.tensor(0.5)).reason == ""
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGCHLD)
@@ -40,7 +40,7 @@ def test_an_ignored_signal_stays_ignored():
     """As a shell's background job has it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Stop(FaultConfig(), Groups()) as stop:
+        with GracefulStop(FaultConfig(), Groups()) as stop:
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
@@ -56,7 +56,7 @@ def test_an_ignored_signal_stays_ignored():
 def _agree(minutes: list[float], losses: list[float]) -> tuple:
     rank = dist.get_rank()
     groups = Groups(rank=rank, world_size=dist.get_world_size())
-    stop = Stop(FaultConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600)
+    stop = GracefulStop(FaultConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600)
     agreed = stop.agree(torch.tensor(losses[rank]), torch.tensor(2.0 * rank))
     return agreed.lm_loss, agreed.aux_loss, agreed.bad_ranks, bool(agreed.reason)
 
@@ -70,7 +70,7 @@ def test_ranks_agree(ranks2):
 
 
 def test_without_a_duration_a_run_has_all_the_time():
-    assert Stop(FaultConfig(), Groups(), time.time() - 1e9).agree(NO_LOSS, NO_LOSS).reason == ""
+    assert GracefulStop(FaultConfig(), Groups(), time.time() - 1e9).agree(NO_LOSS, NO_LOSS).reason == ""
 
 
 def test_the_watchdog_barks_at_a_batch_that_does_not_come_and_at_nothing_else(capfd):
@@ -169,7 +169,7 @@ def test_what_a_thread_of_any_rank_has_to_say_is_said_at_once(monkeypatch, capsy
     ],
 )
 def test_what_an_error_is_to_the_user(error, said, code):
-    line, got = explain(_raised(error))
+    line, got = classify_error(_raised(error))
     assert got == code and (line is None if said is None else re.search(said, str(line)))
 
 

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.config.schema import DECAY_STYLES, OptimizerConfig
-from megatron.training.lr_schedule import Schedule
+from megatron.training.lr_schedule import LRSchedule
 
 
 def lrs(iterations, steps=None, tokens_per_iteration=10, **options):
-    schedule = Schedule(
+    schedule = LRSchedule(
         OptimizerConfig(lr=1.0, **options),
         iterations=iterations,
         tokens_per_iteration=tokens_per_iteration,
@@ -80,7 +80,7 @@ def test_positive_until_the_end_and_monotone_on_either_side_of_the_peak(
 
 
 def test_it_has_no_state():
-    schedule = Schedule(
+    schedule = LRSchedule(
         OptimizerConfig(lr_warmup_iters=5), iterations=20, tokens_per_iteration=1
     )
     forward = [schedule.lr(i) for i in range(20)]

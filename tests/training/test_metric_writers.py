@@ -12,13 +12,13 @@ import pytest
 from megatron import log
 from megatron.config.schema import TrainConfig
 from megatron.training.metric_writers import (
-    ConsoleSink,
-    JsonlSink,
+    ConsoleWriter,
+    JsonlWriter,
+    MetricsWriters,
     ProgressBar,
-    Sinks,
-    TensorboardSink,
-    WandbSink,
-    build_sinks,
+    TensorboardWriter,
+    WandbWriter,
+    build_metric_writers,
 )
 
 TRAIN = {
@@ -62,7 +62,7 @@ def printed(monkeypatch, capsys):
 
 
 def test_console_lines(printed):
-    sink = ConsoleSink(1000)
+    sink = ConsoleWriter(1000)
     sink.write(TRAIN)
     sink.write(EVAL)
     sink.write({"kind": "test", "iteration": 1000, "loss": 4.0})
@@ -77,7 +77,7 @@ def test_console_lines(printed):
 
 
 def test_console_shows_what_is_not_a_number(printed):
-    sink = ConsoleSink(1000)
+    sink = ConsoleWriter(1000)
     broken = {
         **TRAIN,
         "loss": math.nan,
@@ -102,11 +102,11 @@ def test_console_shows_what_is_not_a_number(printed):
 
 def test_jsonl_appends_a_flushed_line_a_record(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
-    sink = JsonlSink(path)
+    sink = JsonlWriter(path)
     sink.write(TRAIN)
     assert json.loads(path.read_text()) == TRAIN, "readable before the file is closed"
     sink.close()
-    sink = JsonlSink(path)
+    sink = JsonlWriter(path)
     sink.write(EVAL)
     sink.close()
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == [
@@ -116,7 +116,7 @@ def test_jsonl_appends_a_flushed_line_a_record(tmp_path):
 
 
 def test_jsonl_numbers(tmp_path):
-    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink = JsonlWriter(tmp_path / "m.jsonl")
     loss = struct.unpack("f", struct.pack("f", 5.1234567))[0]  # an fp32 value
     sink.write(
         {
@@ -142,7 +142,7 @@ def test_jsonl_numbers(tmp_path):
 def test_jsonl_does_not_continue_a_broken_line(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"kind": "tra')
-    sink = JsonlSink(path)
+    sink = JsonlWriter(path)
     sink.write(EVAL)
     sink.close()
     assert [line[:8] for line in path.read_text().splitlines()] == ['{"kind":', '{"kind":']
@@ -152,7 +152,7 @@ def test_jsonl_does_not_continue_a_broken_line(tmp_path):
 def test_tensorboard_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sink = TensorboardSink(tmp_path)
+    sink = TensorboardWriter(tmp_path)
     sink.write(TRAIN)
     sink.write(EVAL)
     sink.close()
@@ -180,7 +180,7 @@ def test_wandb_gets_the_same_scalars(monkeypatch):
         return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    sink = WandbSink("project", "name")
+    sink = WandbWriter("project", "name")
     sink.write({"kind": "train", "iteration": 3, "loss": 1.0, "x_by_layer": [1.0, 2.0]})
     sink.close()
     assert calls == [
@@ -196,12 +196,12 @@ def test_wandb_is_needed_at_use_only(monkeypatch):
         ValueError,
         match="--wandb-project is 'p', but the package wandb is not installed; pip install",
     ):
-        build_sinks(TrainConfig(wandb_project="p"), 0, 10)
+        build_metric_writers(TrainConfig(wandb_project="p"), 0, 10)
 
 
 def test_build_sinks(tmp_path, monkeypatch):
     def kinds(rank=0, **options):
-        sinks = build_sinks(TrainConfig(**options), rank, 10)
+        sinks = build_metric_writers(TrainConfig(**options), rank, 10)
         sinks.close()
         return [type(sink) for sink in sinks.sinks]
 
@@ -212,14 +212,14 @@ def test_build_sinks(tmp_path, monkeypatch):
     }
     run = types.SimpleNamespace(finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
-    assert kinds() == [ConsoleSink]
+    assert kinds() == [ConsoleWriter]
     assert kinds(rank=1, **everything) == []
     assert not (tmp_path / "run").exists()
-    assert kinds(**everything) == [ConsoleSink, JsonlSink, TensorboardSink, WandbSink]
+    assert kinds(**everything) == [ConsoleWriter, JsonlWriter, TensorboardWriter, WandbWriter]
     assert (tmp_path / "run" / "metrics.jsonl").exists()
     assert kinds(metrics_file=str(tmp_path / "m.jsonl"), save=str(tmp_path / "other")) == [
-        ConsoleSink,
-        JsonlSink,
+        ConsoleWriter,
+        JsonlWriter,
     ]
     assert (tmp_path / "m.jsonl").exists() and not (tmp_path / "other").exists()
 
@@ -236,7 +236,7 @@ def test_sinks_hand_on_every_record():
             self.seen.append("closed")
 
     fakes = [Fake(), Fake()]
-    sinks = Sinks(fakes)
+    sinks = MetricsWriters(fakes)
     sinks.write(TRAIN)
     sinks.close()
     assert [f.seen for f in fakes] == [[TRAIN, "closed"]] * 2
@@ -277,7 +277,7 @@ def test_evaluations_say_how_many_experts_each_layer_uses(capsys):
         "experts_per_token_kept": 2.5,
         "experts_per_token_kept_by_layer": [1.25, float("nan")],
     }
-    ConsoleSink(10).write(record)
-    ConsoleSink(10).write({**record, "kind": "train"})
+    ConsoleWriter(10).write(record)
+    ConsoleWriter(10).write({**record, "kind": "train"})
     first, second = capsys.readouterr().out.splitlines()
     assert "kept  2.500 | by layer 1.25  NaN" in first and "by layer" not in second

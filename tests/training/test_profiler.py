@@ -25,11 +25,11 @@ from megatron.training.profile_report import (
     PHASES,
     STEP,
     Span,
-    account,
-    table,
+    break_down_step,
+    profile_table,
 )
 from megatron.training.profiler import StepProfiler, profile_folder, write_trace
-from megatron.training.startup_timer import StartUp
+from megatron.training.startup_timer import StartupTimer
 
 PROFILE = ("--profile", "--profile-step-start", "2", "--profile-step-end", "4")
 
@@ -153,7 +153,7 @@ def test_every_moment_belongs_to_the_innermost_range_that_names_a_part(seed):
         if inside and inside[0].name == STEP:
             key = dumb_part(inside[-1], inside[:-1], spans)
             expected[key] = expected.get(key, 0) + 1 / 1000 / 2
-    got = account(spans)
+    got = break_down_step(spans)
     assert got.steps == 2 and got.step_ms == pytest.approx(0.8)
     assert {k: v for k, v in got.host_ms.items() if v} == pytest.approx(expected)
     assert sum(got.host_ms.values()) == pytest.approx(got.step_ms)
@@ -173,7 +173,7 @@ def test_a_backward_pass_on_a_thread_of_its_own_and_the_devices_kernels():
         Span(f"{NODE}torch::autograd::AccumulateGrad", 80_000, 95_000, 2),
         Span("gloo:all_reduce", 0, 100_000, 3),
     ]
-    got = account(spans)
+    got = break_down_step(spans)
     assert {k: v for k, v in got.host_ms.items() if v} == {
         ("attention", "forward"): 20,
         ("the rest", "forward"): 20,
@@ -185,7 +185,7 @@ def test_a_backward_pass_on_a_thread_of_its_own_and_the_devices_kernels():
         ("attention", "forward"): 5,
         ("attention", "backward"): 50,
     }
-    text = table(got, 10, 11, 0, 0.0).splitlines()
+    text = profile_table(got, 10, 11, 0, 0.0).splitlines()
     assert text[1].endswith("GPU") and text[2].split() == [
         "attention",
         "20.0",
@@ -194,9 +194,9 @@ def test_a_backward_pass_on_a_thread_of_its_own_and_the_devices_kernels():
         "40.0%",
         "55.0",
     ]
-    assert "GPU" not in table(account([Span(STEP, 0, 1000, 1)]), 10, 11, 0, 0.0)
+    assert "GPU" not in profile_table(break_down_step([Span(STEP, 0, 1000, 1)]), 10, 11, 0, 0.0)
     with pytest.raises(AssertionError, match="no training step"):
-        account(spans[1:])
+        break_down_step(spans[1:])
 
 
 # Runs
@@ -538,7 +538,7 @@ def test_start_up_says_its_stages_once(monkeypatch, capsys):
     log.setup()
     moments = iter([101.5, 103.75, 104.0, 999.0])
     monkeypatch.setattr(time, "time", lambda: next(moments, 1000.0))
-    start_up = StartUp(100.0)
+    start_up = StartupTimer(100.0)
     start_up.mark("torch")
     start_up.mark("data, and model")
     start_up.end("first step")

@@ -13,9 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from helpers import runs
-from megatron.checkpoint.metadata import Progress
+from megatron.checkpoint.metadata import TrainingProgress
 from megatron.config.schema import TrainConfig
-from megatron.training.trainer import Plan
+from megatron.training.trainer import TrainingPlan
 
 MICRO_STEPS = 2
 SHORT = ["--eval-iters", "0"]
@@ -32,9 +32,9 @@ def _train(
     """
     from megatron.data.loader import BatchLoader
     from megatron.log import get_logger
-    from megatron.training.graceful_stop import Stop
+    from megatron.training.graceful_stop import GracefulStop
 
-    said, handler, read, agree = [], logging.Handler(), BatchLoader.__next__, Stop.agree
+    said, handler, read, agree = [], logging.Handler(), BatchLoader.__next__, GracefulStop.agree
     handler.emit = lambda record: said.append(record.getMessage())
     batches, steps = itertools.count(), itertools.count(1)
 
@@ -48,13 +48,13 @@ def _train(
         agreed = agree(self, *losses)
         return replace(agreed, lm_loss=agreed.lm_loss + 9.0 * (next(steps) in high))
 
-    BatchLoader.__next__, Stop.agree = reading, agreeing
+    BatchLoader.__next__, GracefulStop.agree = reading, agreeing
     get_logger().addHandler(handler)
     get_logger().setLevel(logging.INFO)
     try:
         runs.train(argv)
     finally:
-        BatchLoader.__next__, Stop.agree = read, agree
+        BatchLoader.__next__, GracefulStop.agree = read, agree
         get_logger().removeHandler(handler)
         get_logger().setLevel(logging.NOTSET)
     return said
@@ -220,18 +220,18 @@ def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp
 @pytest.mark.parametrize(
     "train, done, iterations",
     [
-        (TrainConfig(train_iters=7), Progress(3, 12, 384), 7),
-        (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(), 20),
-        (TrainConfig(micro_batch_size=2, train_tokens=2561), Progress(), 21),
-        (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(10, 40, 1280), 20),
+        (TrainConfig(train_iters=7), TrainingProgress(3, 12, 384), 7),
+        (TrainConfig(micro_batch_size=2, train_tokens=2560), TrainingProgress(), 20),
+        (TrainConfig(micro_batch_size=2, train_tokens=2561), TrainingProgress(), 21),
+        (TrainConfig(micro_batch_size=2, train_tokens=2560), TrainingProgress(10, 40, 1280), 20),
         (
             TrainConfig(micro_batch_size=2, global_batch_size=8, train_tokens=2560),
-            Progress(10, 40, 1280),
+            TrainingProgress(10, 40, 1280),
             15,
         ),
-        (TrainConfig(micro_batch_size=2, train_tokens=2560), Progress(20, 80, 2560), 20),
+        (TrainConfig(micro_batch_size=2, train_tokens=2560), TrainingProgress(20, 80, 2560), 20),
     ],
 )
 def test_tokens_are_counted_from_where_the_run_is(train, done, iterations):
     """Two ranks, 32 tokens a sample: 128 tokens a step, and after the global batch was doubled 256."""
-    assert Plan.of(train, 32, 2, done).iterations == iterations
+    assert TrainingPlan.of(train, 32, 2, done).iterations == iterations
