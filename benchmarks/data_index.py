@@ -159,7 +159,7 @@ def make_loader(folder: str, micro_batch: int, seq_length: int, vocab_size: int,
     from megatron.data.indexed.reader import IndexedDataset
     from megatron.data.indexed.writer import IndexedWriter
     from megatron.data.loader import BatchLoader
-    from megatron.data.sampling.sample_index import Cycle, SampleIndex
+    from megatron.data.sampling.sample_index import RepeatedEpochs, SampleIndex
     from megatron.tokenizer.byte import ByteTokenizer
 
     prefix = str(Path(folder) / "text")
@@ -171,7 +171,7 @@ def make_loader(folder: str, micro_batch: int, seq_length: int, vocab_size: int,
                 )
     samples = SampleIndex(IndexedDataset(prefix), None, seq_length, None, 1, cache_dir=folder)
     return BatchLoader(
-        Cycle(samples, 10**9, 1),
+        RepeatedEpochs(samples, 10**9, 1),
         micro_batch_size=micro_batch,
         global_batch_size=micro_batch,
         rank=0,

@@ -155,7 +155,7 @@ def _log_expert_backend(config: RunConfig, groups) -> None:
 def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):
     """Open the data; the first rank of each node builds the sample indices, the others find them cached."""
     from megatron.data.splits import build_splits
-    from megatron.data.streaming.producer import Production
+    from megatron.data.streaming.producer import StreamingContext
 
     run = "-".join(
         [os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]]
@@ -173,7 +173,7 @@ def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):
         seed=config.train.seed,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        production=Production(config.tokenizer, run, starts=groups.local_rank == 0),
+        production=StreamingContext(config.tokenizer, run, starts=groups.local_rank == 0),
     )
     if groups.world_size == 1:
         return build()

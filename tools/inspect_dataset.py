@@ -94,21 +94,21 @@ def inspect(prefix: str, a: argparse.Namespace, tokenizer: Tokenizer | None) -> 
     """What is found in one pair: printed, and returned for JSON."""
     from tqdm import tqdm
 
-    from megatron.data.indexed.inspect import describe, facts, open_pair, repair, scan
+    from megatron.data.indexed.inspect import describe, open_dataset, repair, scan, summarize
     from megatron.data.indexed.reader import prefix_of
 
     def bar(total: int) -> tqdm:
         return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
-    pair = open_pair(prefix, tokenizer)
+    pair = open_dataset(prefix, tokenizer)
     size = pair.dataset.tokens.nbytes
     if a.repair:
         out = prefix_of(a.repair)
         with bar(2 * size) as b:
             eod = repair(pair, out, tokenizer, b.update)
         print(f"{prefix} -> {out}: {pair.uncounted} documents end with {eod} now")
-        pair = open_pair(out, tokenizer)
-    found = facts(pair, tokenizer, a.documents, a.tokens)
+        pair = open_dataset(out, tokenizer)
+    found = summarize(pair, tokenizer, a.documents, a.tokens)
     if a.full:
         with bar(size) as b:
             found["full"], faults = scan(pair, tokenizer, b.update)

@@ -113,21 +113,21 @@ def run(a: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megatron.config.schema import TokenizerConfig, require
-    from megatron.data.ingest.encode import Recipe, usable_cores
-    from megatron.data.ingest.preprocess import Job, Preprocessing
+    from megatron.data.ingest.encode import EncodeConfig, usable_cores
+    from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun
 
     start = time.monotonic()
     require(
         a.lang is None or a.split_sentences, "--lang", a.lang, "only with --split-sentences"
     )
     tokenizer = TokenizerConfig(a.tokenizer_type, a.vocab_file, a.merge_file, a.tokenizer_model)
-    recipe = Recipe(
+    recipe = EncodeConfig(
         tokenizer,
         tuple(dict.fromkeys(a.json_keys)),
         a.append_eod,
         (a.lang or "english") if a.split_sentences else "",
     )
-    job = Job(
+    job = PreprocessConfig(
         a.input,
         a.output_prefix,
         recipe,
@@ -136,7 +136,7 @@ def run(a: argparse.Namespace) -> None:
         a.workers or usable_cores(),
     )
     with (
-        Preprocessing(job) as work,
+        PreprocessRun(job) as work,
         tqdm(
             total=work.size or None,
             initial=work.read,

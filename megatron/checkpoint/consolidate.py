@@ -25,9 +25,9 @@ from torch import Tensor
 from megatron.checkpoint import directory
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.schema import require
-from megatron.io.atomic_write import sync_folder
+from megatron.io.atomic_write import fsync_directory
 from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec
-from megatron.io.staging_dir import WorkFolder
+from megatron.io.staging_dir import StagingDir
 
 FORMAT = "moe-megatron consolidated 1"
 SUMS = "SHA256SUMS"
@@ -275,7 +275,7 @@ def consolidate(
     plan = ConsolidatedLayout(source, options)
     require_space(output, plan.nbytes + SMALL_FILES)
     planned(plan.nbytes)
-    with WorkFolder(output) as work:
+    with StagingDir(output) as work:
         partial = work.path / "folder"
         shutil.rmtree(partial, ignore_errors=True)  # of a killed program
         partial.mkdir()
@@ -293,11 +293,11 @@ def consolidate(
                 partial / SUMS,
                 "".join(f"{sha}  {name}\n" for name, (_, sha) in sorted(files.items())),
             )
-            sync_folder(partial)
+            fsync_directory(partial)
             os.rename(partial, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    sync_folder(output.parent)
+    fsync_directory(output.parent)
     return ConsolidateResult({name: size for name, (size, _) in files.items()}, plan.tensors)
 
 

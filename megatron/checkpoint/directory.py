@@ -28,7 +28,7 @@ from typing import Any
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.config.fields import require
 from megatron.io import atomic_write
-from megatron.io.atomic_write import sync_folder
+from megatron.io.atomic_write import fsync_directory
 from megatron.io.sha256 import file_sha256
 
 LOGGER = logging.getLogger("megatron")
@@ -189,16 +189,16 @@ def commit_checkpoint(
     }
     manifest["checksum"] = _checksum(manifest)
     atomic_write.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    sync_folder(partial)
+    fsync_directory(partial)
     target = folder / checkpoint_name(iteration)
     old = target.with_name(target.name + REPLACED)
     if target.exists():
         _remove(old)
         os.rename(target, old)
     os.rename(partial, target)
-    sync_folder(folder)
+    fsync_directory(folder)
     atomic_write.write_text(folder / LATEST, target.name)
-    sync_folder(folder)
+    fsync_directory(folder)
     _remove(old)
     return target
 

@@ -23,9 +23,9 @@ from megatron.checkpoint.reader import make_index, shard_name, write_tensors
 from megatron.config.checkpoints import CheckpointConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import ZeroShards
-from megatron.io.atomic_write import sync_folder
+from megatron.io.atomic_write import fsync_directory
 from megatron.io.safetensors_writer import TensorSpec, in_file_order
-from megatron.io.staging_dir import Busy, WorkFolder, owner
+from megatron.io.staging_dir import StagingDir, StagingDirLocked, lock_holder
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask
@@ -67,7 +67,7 @@ class Checkpointer:
         self._pending: _Pending | None = None
         self._must = True
         self._memory = PinnedStagingBuffer(groups.device)
-        self._work: WorkFolder | None = None
+        self._work: StagingDir | None = None
         if options.save:
             engine.partitions().check()  # what cannot be saved is to be known now, not at the first save
             broadcast_from_rank0(lambda: self._open(goes_on), groups)
@@ -89,14 +89,14 @@ class Checkpointer:
                 "without checkpoints, or the one that the run goes on from. Add --load, or choose another"
             )
         try:
-            self._work = WorkFolder(self.folder / "checkpoint")
-        except Busy:
-            other = owner(str(self.folder / "checkpoint"))
+            self._work = StagingDir(self.folder / "checkpoint")
+        except StagingDirLocked:
+            other = lock_holder(str(self.folder / "checkpoint"))
             raise ValueError(
                 f"--save is {self.options.save!r}, to which another run writes, {other}; wait for it, or "
                 "choose another folder"
             ) from None
-        sync_folder(self.folder.resolve().parent)
+        fsync_directory(self.folder.resolve().parent)
         for half in self._work.path.glob("iter_*"):
             shutil.rmtree(half)
         directory.remove_stale(self.folder)
@@ -300,7 +300,7 @@ def _write(
             "folder that all nodes see"
         )
     result = write_tensors(partial / name, entries, tensors.__getitem__, {"format": "pt"})
-    sync_folder(partial)
+    fsync_directory(partial)
     return result
 
 

@@ -10,8 +10,13 @@ import numpy as np
 from megatron.config.schema import DataConfig
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.sampling.blend import Blend, Samples, parse_blend, quotas
-from megatron.data.sampling.sample_index import Cycle, SampleIndex, parse_split, split_documents
-from megatron.data.streaming.producer import Production, StreamSamples, open_streams
+from megatron.data.sampling.sample_index import (
+    RepeatedEpochs,
+    SampleIndex,
+    parse_split,
+    split_documents,
+)
+from megatron.data.streaming.producer import StreamingContext, StreamSamples, open_streams
 from megatron.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "valid", "test")
@@ -29,7 +34,7 @@ def build_splits(
     seed: int,
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
-    production: Production | None = None,
+    production: StreamingContext | None = None,
 ) -> dict[str, Samples | None]:
     """The samples of a run: {"train", "valid", "test"} -> that many samples, or None where 0 are asked for.
 
@@ -88,7 +93,7 @@ def build_splits(
             needed = max(1, needed)
             if which == "train" and data.dataloader_type == "cyclic":
                 drawn.append(
-                    Cycle(
+                    RepeatedEpochs(
                         SampleIndex(*part, seq_length, None, seed, cache_dir=cache),
                         needed,
                         seed,
@@ -110,7 +115,7 @@ def _stream(
     num_samples: int,
     seed: int,
     tokenizer: Tokenizer,
-    production: Production,
+    production: StreamingContext,
 ) -> Samples:
     """The samples of `--streaming-data-path`, whose producers are started if this process is the one to do so."""
     weights, entries = zip(*parse_blend(data.streaming_data_path, "--streaming-data-path"))

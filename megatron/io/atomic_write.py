@@ -41,7 +41,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 @contextmanager
-def named_errors(path: str) -> Iterator[None]:
+def errors_with_path(path: str) -> Iterator[None]:
     """Errors of writing name the file (the system's own do so only at opening) and say what to do."""
     try:
         yield
@@ -58,7 +58,7 @@ def named_errors(path: str) -> Iterator[None]:
         ) from error
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_directory(folder: Path) -> None:
     """Make renames in a folder survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.io.atomic_write import named_errors
+from megatron.io.atomic_write import errors_with_path
 
 CHUNK = 16 << 20
 
@@ -76,7 +76,7 @@ class SafetensorsWriter:
         assert len(header) == len(self.entries) + bool(metadata), "two tensors of one name"
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with named_errors(self.path):
+        with errors_with_path(self.path):
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by close)
         self._put(memoryview(struct.pack("<Q", len(text)) + text))
 
@@ -104,7 +104,7 @@ class SafetensorsWriter:
         assert left == 0, f"{left} elements of {entry} are missing"
 
     def _put(self, data: memoryview) -> None:
-        with named_errors(self.path):
+        with errors_with_path(self.path):
             for start in range(0, len(data), CHUNK):
                 chunk = data[start : start + CHUNK]
                 self._sha256.update(chunk)
@@ -117,7 +117,7 @@ class SafetensorsWriter:
         assert self._next == len(self.entries), (
             f"{len(self.entries) - self._next} announced tensors are missing"
         )
-        with named_errors(self.path):
+        with errors_with_path(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
         return self.nbytes, self._sha256.hexdigest()

@@ -10,16 +10,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megatron.io.atomic_write import named_errors
+from megatron.io.atomic_write import errors_with_path
 
 LOGGER = logging.getLogger("megatron")
 
 
-class Busy(ValueError):
+class StagingDirLocked(ValueError):
     """Another process holds the work folder."""
 
 
-class WorkFolder:
+class StagingDir:
     """Holds `<prefix>.partial/` for one process, until it is released. A context manager.
 
     The lock is the kernel's: it ends with its process, however that ends, and what the process left is found again.
@@ -39,7 +39,7 @@ class WorkFolder:
         # Forked processes (which read data ahead, say) would keep the lock after the death of this one.
         os.register_at_fork(after_in_child=self._lock.close)
 
-    def __enter__(self) -> WorkFolder:
+    def __enter__(self) -> StagingDir:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,8 +100,8 @@ class WorkFolder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise Busy(
-                f"{self.prefix} is being written by {owner(self.prefix) or 'another process'}. Wait for it, or "
+            raise StagingDirLocked(
+                f"{self.prefix} is being written by {lock_holder(self.prefix) or 'another process'}. Wait for it, or "
                 f"choose another output prefix"
             ) from None
         except OSError as error:
@@ -114,7 +114,7 @@ class WorkFolder:
         if not same_file(lock.fileno(), self.file("lock")):
             return False
         try:
-            with named_errors(self.file("lock")):
+            with errors_with_path(self.file("lock")):
                 lock.truncate(0)
                 lock.write(
                     f"process {os.getpid()} on {socket.gethostname()}, which started "
@@ -128,7 +128,7 @@ class WorkFolder:
         return True
 
 
-def owner(prefix: str) -> str:
+def lock_holder(prefix: str) -> str:
     """The process that holds the work folder of a prefix, or held it last; empty: nobody."""
     with suppress(OSError):
         return Path(f"{prefix}.partial", "lock").read_text(encoding="utf-8").strip()

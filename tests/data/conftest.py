@@ -8,7 +8,7 @@ import pytest
 
 from helpers.corpora import corpus, job
 from megatron.data.ingest import encode as encode_module
-from megatron.data.ingest.encode import Encoders
+from megatron.data.ingest.encode import EncoderPool
 from megatron.data.ingest.preprocess import preprocess
 
 
@@ -16,13 +16,13 @@ from megatron.data.ingest.preprocess import preprocess
 def at_once(monkeypatch) -> None:
     """Start the workers without waiting, and leave the first chunks to them."""
     monkeypatch.setattr(encode_module, "ALONE_SECONDS", 0)
-    real = Encoders._submit
+    real = EncoderPool._submit
 
     def wait(self, chunk):
         future = real(self, chunk)
         return future if chunk else future.result() or future
 
-    monkeypatch.setattr(Encoders, "_submit", wait)
+    monkeypatch.setattr(EncoderPool, "_submit", wait)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.ingest.encode import Recipe
-from megatron.data.ingest.preprocess import Job
+from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.preprocess import PreprocessConfig
 
 BYTES = TokenizerConfig(tokenizer_type="ByteTokenizer")
 PAIR = (".bin", ".idx", ".json")
@@ -54,8 +54,8 @@ def loop(names: list[str], key: str, limit: int = 0) -> list[list[int]]:
     return out[:limit] if limit else out
 
 
-def job(names: list[str], prefix: Path, **changes) -> Job:
-    return Job(names, str(prefix), Recipe(BYTES, ("text", "title"), append_eod=True), **changes)
+def job(names: list[str], prefix: Path, **changes) -> PreprocessConfig:
+    return PreprocessConfig(names, str(prefix), EncodeConfig(BYTES, ("text", "title"), append_eod=True), **changes)
 
 
 def content(prefix: Path, suffixes=(".bin", ".idx", ".json")) -> list[bytes]:

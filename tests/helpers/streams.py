@@ -14,8 +14,8 @@ from helpers import runs
 from megatron.config.schema import DataConfig, TokenizerConfig
 from megatron.data.sampling.blend import Samples
 from megatron.data.splits import build_splits
-from megatron.data.streaming.producer import Production, Stream, find_stream
-from megatron.io.staging_dir import WorkFolder
+from megatron.data.streaming.producer import StreamingContext, TokenStream, find_stream
+from megatron.io.staging_dir import StagingDir
 from megatron.tokenizer.build import build_tokenizer
 
 BYTES = TokenizerConfig(tokenizer_type="ByteTokenizer")
@@ -63,7 +63,7 @@ def open_samples(
         test_samples=0,
         seed=seed,
         tokenizer=TOKENIZER,
-        production=Production(BYTES, run, starts),
+        production=StreamingContext(BYTES, run, starts),
     )["train"]
 
 
@@ -73,9 +73,9 @@ def stream_of(
     run: str = "this",
     key: str = "text",
     config: TokenizerConfig = BYTES,
-) -> Stream:
+) -> TokenStream:
     return find_stream(
-        str(entry), str(cache), key, build_tokenizer(config), Production(config, run, True)
+        str(entry), str(cache), key, build_tokenizer(config), StreamingContext(config, run, True)
     )
 
 
@@ -118,7 +118,7 @@ def is_free(cache: Path) -> bool:
     prefixes = {str(path).rpartition(".partial")[0] for path in cache.glob("*.partial")}
     try:
         for prefix in prefixes:
-            WorkFolder(prefix).release()
+            StagingDir(prefix).release()
     except ValueError:
         return False
     return True

@@ -13,23 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from megatron.io.atomic_write import named_errors
-from megatron.io.staging_dir import WorkFolder
+from megatron.io.atomic_write import errors_with_path
+from megatron.io.staging_dir import StagingDir
 
 REPO = Path(__file__).resolve().parents[2]
 
 
 def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
     prefix = tmp_path / "new/folder/x"
-    with WorkFolder(prefix) as first:
+    with StagingDir(prefix) as first:
         assert first.path == tmp_path / "new/folder/x.partial"
         with pytest.raises(
             ValueError,
             match=rf"new/folder/x is being written by process {os.getpid()} on .*Wait",
         ):
-            WorkFolder(prefix)
+            StagingDir(prefix)
     assert os.listdir(tmp_path / "new/folder") == []
-    with WorkFolder(prefix):
+    with StagingDir(prefix):
         pass
 
 
@@ -43,12 +43,12 @@ def test_what_a_killed_holder_left_is_found_and_can_be_cleared(tmp_path):
     )
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match=f"process {holder.pid} on"):
-        WorkFolder(tmp_path / "x")
+        StagingDir(tmp_path / "x")
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with WorkFolder(tmp_path / "x") as folder:
+    with StagingDir(tmp_path / "x") as folder:
         assert os.path.exists(folder.file("half"))
-    with WorkFolder(tmp_path / "x") as folder:  # a folder with something in it stays
+    with StagingDir(tmp_path / "x") as folder:  # a folder with something in it stays
         folder.clear()
         assert os.listdir(folder.path) == ["lock"]
     folder.release()
@@ -84,7 +84,7 @@ def test_without_file_locks_a_warning_is_all_there_is(tmp_path, monkeypatch, cap
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with WorkFolder(tmp_path / "x"):
+    with StagingDir(tmp_path / "x"):
         pass
     assert "has no file locks (No locks available)" in caplog.text
 
@@ -100,11 +100,11 @@ def test_without_file_locks_a_warning_is_all_there_is(tmp_path, monkeypatch, cap
 )
 def test_errors_of_writing_name_the_file(code, advice):
     match = rf"^a/b cannot be written: .*{advice}.*run the program again"
-    with pytest.raises(OSError, match=match), named_errors("a/b"):
+    with pytest.raises(OSError, match=match), errors_with_path("a/b"):
         raise OSError(code, os.strerror(code))
     with (
         pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere/x'"),
-        named_errors("a/b"),
+        errors_with_path("a/b"),
     ):
         os.open("/nowhere/x", os.O_RDONLY)
 
@@ -115,12 +115,12 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path):
     with pytest.raises(
         ValueError, match=r"x.partial has files of somebody else \(thesis.txt, ...\)"
     ):
-        WorkFolder(tmp_path / "x")
+        StagingDir(tmp_path / "x")
     (tmp_path / "y.partial").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="y.partial is a link to nothing"):
-        WorkFolder(tmp_path / "y")
+        StagingDir(tmp_path / "y")
     (tmp_path / "z.partial").mkdir()
-    with WorkFolder(tmp_path / "z"):
+    with StagingDir(tmp_path / "z"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["x.partial", "y.partial"]
     assert os.listdir(tmp_path / "x.partial") == ["thesis.txt"]
@@ -128,7 +128,7 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path):
 
 def test_a_forked_process_does_not_keep_the_lock_of_a_killed_one(tmp_path):
     """As those that read data ahead do, for seconds after their rank was killed."""
-    held = WorkFolder(tmp_path / "x")
+    held = StagingDir(tmp_path / "x")
     reader, writer = os.pipe()
     there, forked = os.pipe()
     child = os.fork()
@@ -140,7 +140,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_a_killed_one(tmp_path):
     os.read(there, 1)
     try:
         held._lock.close()  # what the kernel does for a process that is killed
-        with WorkFolder(tmp_path / "x") as ours:
+        with StagingDir(tmp_path / "x") as ours:
             assert ours._lock is not held._lock
     finally:
         os.close(writer)
@@ -148,7 +148,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_a_killed_one(tmp_path):
 
 
 def test_a_folder_that_was_deleted_can_be_released(tmp_path):
-    held = WorkFolder(tmp_path / "x")
+    held = StagingDir(tmp_path / "x")
     shutil.rmtree(tmp_path / "x.partial")
     held.release()
     assert held._lock.closed

@@ -37,7 +37,7 @@ Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class Pair:
+class OpenedDataset:
     """A pair that can be read."""
 
     index: Index
@@ -48,7 +48,7 @@ class Pair:
     """last tokens of documents that are in `.bin` but not counted by `.idx`"""
 
 
-def open_pair(prefix: str, tokenizer: Tokenizer | None = None) -> Pair:
+def open_dataset(prefix: str, tokenizer: Tokenizer | None = None) -> OpenedDataset:
     """Open a pair also when its index leaves the last token of each document uncounted.
 
     Raises:
@@ -59,7 +59,7 @@ def open_pair(prefix: str, tokenizer: Tokenizer | None = None) -> Pair:
     uncounted = uncounted_ends(index, os.path.getsize(path)) if os.path.isfile(path) else 0
     dataset = IndexedDataset(prefix, repaired(index) if uncounted else index)
     check_sidecar(dataset, tokenizer)
-    return Pair(index, dataset, uncounted)
+    return OpenedDataset(index, dataset, uncounted)
 
 
 def repaired(index: Index) -> Index:
@@ -73,7 +73,7 @@ def repaired(index: Index) -> Index:
 
 
 def repair(
-    pair: Pair,
+    pair: OpenedDataset,
     out: str,
     tokenizer: Tokenizer | None = None,
     progress: Progress = lambda read: None,
@@ -144,8 +144,8 @@ def _common_last_token(dataset: IndexedDataset, progress: Progress) -> int:
     return eod
 
 
-def facts(
-    pair: Pair, tokenizer: Tokenizer | None = None, documents: int = 3, tokens: int = 64
+def summarize(
+    pair: OpenedDataset, tokenizer: Tokenizer | None = None, documents: int = 3, tokens: int = 64
 ) -> dict[str, Any]:
     """What a pair holds, without reading all of it, ready for JSON. Lengths are those that `.idx` says.
 
@@ -215,7 +215,7 @@ def _document(
     }
 
 
-def _faults(pair: Pair) -> list[str]:
+def _faults(pair: OpenedDataset) -> list[str]:
     dataset, record = pair.dataset, pair.dataset.sidecar or {}
     found = []
     if pair.uncounted:
@@ -256,7 +256,7 @@ def _recorded(dataset: IndexedDataset, entry: str) -> int | None:
 
 
 def scan(
-    pair: Pair,
+    pair: OpenedDataset,
     tokenizer: Tokenizer | None = None,
     progress: Progress = lambda read: None,
 ) -> tuple[dict[str, Any], list[str]]:
@@ -292,19 +292,19 @@ def scan(
         "bin_sha256": digest.hexdigest(),
         "idx_sha256": _sha256(dataset.prefix + ".idx"),
     }
-    faults = []
+    problems = []
     if ids.outside:
         first = found["first_outside"]
-        faults.append(
+        problems.append(
             f"{ids.outside} ids are outside the vocabulary, 0 to {ids.vocab_size - 1}: the first, "
             f"{first['id']}, is token {first['position']} of document {first['document']}"
         )
     if record.get("append_eod") and found["documents_not_ending_with_eod"]:
-        faults.append(
+        problems.append(
             f"{found['documents_not_ending_with_eod']} documents do not end with the end-of-document id "
             f"{eod}, though {dataset.prefix}.json records append_eod"
         )
-    return found, faults
+    return found, problems
 
 
 class _Ids:

@@ -18,8 +18,8 @@ import numpy as np
 
 from megatron import __version__
 from megatron.data.indexed.reader import CODES, HEADER, MAGIC, VERSION, IndexedDataset
-from megatron.io.atomic_write import named_errors, sync_folder
-from megatron.io.staging_dir import WorkFolder
+from megatron.io.atomic_write import errors_with_path, fsync_directory
+from megatron.io.staging_dir import StagingDir
 
 LONGEST_SEQUENCE = np.iinfo(np.int32).max  # lengths are i32
 COPY_BYTES = 256 << 20  # copied at once, between two calls of a progress bar
@@ -53,14 +53,14 @@ class IndexedWriter:
         self,
         prefix: str | os.PathLike,
         dtype: np.dtype | type,
-        folder: WorkFolder | None = None,
+        folder: StagingDir | None = None,
         resume: dict[str, int] | None = None,
     ):
         self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype)
         if self.dtype not in CODES or self.dtype.kind == "f":
             allowed = ", ".join(d.name for d in CODES if d.kind != "f")
             raise ValueError(f"dtype of {self.prefix} is {self.dtype}; allowed: {allowed}")
-        self._folder, self._owned = folder or WorkFolder(self.prefix), folder is None
+        self._folder, self._owned = folder or StagingDir(self.prefix), folder is None
         if self._owned:
             self._folder.clear()
         at = resume or {"documents": 0, "tokens": 0}
@@ -152,7 +152,7 @@ class IndexedWriter:
                 f"dtype. Preprocess one of them again"
             )
         target = self._files[".bin"]
-        with named_errors(self._temp(".bin")), open(dataset.prefix + ".bin", "rb") as source:
+        with errors_with_path(self._temp(".bin")), open(dataset.prefix + ".bin", "rb") as source:
             target.flush()
             _copy(source, target, self.num_tokens * self.dtype.itemsize, progress)
         self._count(dataset.lengths, np.diff(dataset.document_index))
@@ -160,7 +160,7 @@ class IndexedWriter:
     def commit(self) -> dict[str, int]:
         """Make everything added so far durable. Returns where the writing stands, for `resume`."""
         for part, file in self._files.items():
-            with named_errors(self._temp(part)):
+            with errors_with_path(self._temp(part)):
                 file.flush()
                 os.fsync(file.fileno())
         sizes = {part: file.tell() for part, file in self._files.items()}
@@ -237,7 +237,7 @@ class IndexedWriter:
         self.num_tokens += int(lengths.sum(dtype=np.int64))
 
     def _write(self, part: str, data: np.ndarray) -> None:
-        with named_errors(self._temp(part)):
+        with errors_with_path(self._temp(part)):
             self._files[part].write(data.data)
 
     def _temp(self, suffix: str) -> str:
@@ -260,7 +260,7 @@ def require_space(prefix: str, datasets: Sequence[IndexedDataset]) -> None:
         )
 
 
-def is_resumable(prefix: str, folder: WorkFolder, state: dict[str, int]) -> bool:
+def is_resumable(prefix: str, folder: StagingDir, state: dict[str, int]) -> bool:
     """Whether the files of a writer hold at least what `commit` said."""
     try:
         return all(
@@ -271,7 +271,7 @@ def is_resumable(prefix: str, folder: WorkFolder, state: dict[str, int]) -> bool
         return False
 
 
-def publish(prefix: str, folder: WorkFolder) -> None:
+def publish(prefix: str, folder: StagingDir) -> None:
     """Rename what `IndexedWriter.prepare` wrote; calling it again completes a call that was interrupted.
 
     `.idx` comes last and an older `.idx` goes first, so that no moment pairs it with other tokens.
@@ -283,7 +283,7 @@ def publish(prefix: str, folder: WorkFolder) -> None:
     for suffix in PUBLISHED:
         if os.path.exists(temp + suffix):
             os.replace(temp + suffix, final + suffix)
-    sync_folder(Path(prefix).parent)
+    fsync_directory(Path(prefix).parent)
 
 
 def _copy(source, target, at: int, progress: Callable[[int], object]) -> None:
@@ -323,7 +323,7 @@ def _running_sums(path: str, scale: int = 1) -> Iterator[memoryview]:
 
 
 def _write(path: str, parts) -> None:
-    with named_errors(path), open(path, "wb") as file:
+    with errors_with_path(path), open(path, "wb") as file:
         for part in parts:
             file.write(part)
         file.flush()

@@ -56,7 +56,7 @@ def usable_cores() -> int:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EncodeConfig:
     """What is done to every text."""
 
     tokenizer: TokenizerConfig
@@ -92,7 +92,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedChunk:
     """What became of one chunk."""
 
     chunk: Chunk
@@ -108,7 +108,7 @@ class Encoded:
         return len(next(iter(self.keys.values())).sizes)
 
 
-class Encoders:
+class EncoderPool:
     """Encodes chunks in `workers` processes; in this one while those start, and when there is little to do.
 
     Starting a process takes about half a second of its core, in which 80 MB of text could be encoded.
@@ -119,7 +119,7 @@ class Encoders:
         ValueError: the tokenizer's files or those of the sentence splitter are missing or wrong.
     """
 
-    def __init__(self, recipe: Recipe, workers: int):
+    def __init__(self, recipe: EncodeConfig, workers: int):
         self.recipe, self.workers = recipe, workers
         self.tokenizer = build_tokenizer(recipe.tokenizer, threads=1)
         self.split = build_splitter(recipe.split_sentences)
@@ -128,14 +128,14 @@ class Encoders:
         self._started: Future | None = None
         """done as soon as a worker is ready"""
 
-    def __enter__(self) -> Encoders:
+    def __enter__(self) -> EncoderPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def map(self, chunks: Iterable[Chunk], size: int = 0) -> Iterator[Encoded]:
+    def map(self, chunks: Iterable[Chunk], size: int = 0) -> Iterator[EncodedChunk]:
         """Each chunk's result, in order. With `use_reference` set the fast encoder is not used.
 
         Args:
@@ -185,7 +185,7 @@ class Encoders:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-    def _result(self, running: deque[tuple[Chunk, Future]]) -> Encoded:
+    def _result(self, running: deque[tuple[Chunk, Future]]) -> EncodedChunk:
         chunk, future = running.popleft()
         with _unbroken():
             encoded = future.result()
@@ -197,7 +197,7 @@ class Encoders:
                 running[i] = later, self._submit(later)
         return encoded
 
-    def _checked(self, chunk: Chunk, encoded: Encoded) -> Encoded:
+    def _checked(self, chunk: Chunk, encoded: EncodedChunk) -> EncodedChunk:
         """The same, or, when the fast encoder failed, what the reference makes of the chunk, which stays in use."""
         if not encoded.difference or self.use_reference:
             return encoded
@@ -221,7 +221,7 @@ _OWN: dict[str, object] = {}
 """of a worker process: its recipe, tokenizer and sentence splitter, made once"""
 
 
-def _start_worker(recipe: Recipe) -> None:
+def _start_worker(recipe: EncodeConfig) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("megatron").setLevel(logging.ERROR)  # the parent says it, once
     _OWN.update(
@@ -236,7 +236,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(chunk: Chunk | None, use_reference: bool) -> Encoded | None:
+def _work(chunk: Chunk | None, use_reference: bool) -> EncodedChunk | None:
     return chunk and encode(
         chunk, _OWN["recipe"], _OWN["tokenizer"], _OWN["split"], use_reference
     )
@@ -244,11 +244,11 @@ def _work(chunk: Chunk | None, use_reference: bool) -> Encoded | None:
 
 def encode(
     chunk: Chunk,
-    recipe: Recipe,
+    recipe: EncodeConfig,
     tokenizer: Tokenizer,
     split: Splitter | None,
     use_reference: bool = False,
-) -> Encoded:
+) -> EncodedChunk:
     """Parse and encode one chunk.
 
     Raises:
@@ -270,14 +270,14 @@ def encode(
             f"{chunk.path}, between {chunk.unit if chunk.unit == 'row' else 'byte'} {chunk.start} and "
             f"{chunk.end}: {error}"
         ) from None
-    return Encoded(
+    return EncodedChunk(
         replace(chunk, data=None), parsed.lines, parsed.rejected, keys, tokenizer.difference
     )
 
 
 def _tokens(
     texts: list[str],
-    recipe: Recipe,
+    recipe: EncodeConfig,
     tokenizer: Tokenizer,
     split: Splitter | None,
     compared: int,

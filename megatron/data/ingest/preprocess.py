@@ -21,11 +21,11 @@ from typing import Any
 from megatron.config.schema import TokenizerConfig, require
 from megatron.data.indexed.reader import dtype_for_vocab
 from megatron.data.indexed.writer import PUBLISHED, IndexedWriter, is_resumable, publish
-from megatron.data.ingest.encode import Encoded, Encoders, Recipe
-from megatron.data.ingest.records import CHUNK_BYTES, Chunk, Rejected, no_documents
+from megatron.data.ingest.encode import EncodeConfig, EncodedChunk, EncoderPool
+from megatron.data.ingest.records import CHUNK_BYTES, Chunk, RejectedRecord, no_documents
 from megatron.data.ingest.sources import open_sources
-from megatron.io.atomic_write import named_errors, write_text
-from megatron.io.staging_dir import WorkFolder
+from megatron.io.atomic_write import errors_with_path, write_text
+from megatron.io.staging_dir import StagingDir
 
 LOGGER = logging.getLogger("megatron")
 COMMIT_SECONDS = 10.0
@@ -35,13 +35,13 @@ LAYOUT = 1  # of the work folder; part of a job's identity: raise it when a chan
 
 
 @dataclass(frozen=True)
-class Job:
+class PreprocessConfig:
     """What to preprocess, and where to."""
 
     inputs: Sequence[str]
     """as `open_sources` takes them"""
     output_prefix: str
-    recipe: Recipe
+    recipe: EncodeConfig
     skip_errors: bool = False
     """records that cannot be used are written to `<output prefix>.rejected.jsonl` instead of ending the work"""
     max_documents: int = 0
@@ -70,7 +70,7 @@ class Job:
 
 
 @dataclass
-class Totals:
+class OutputStats:
     """What became of one key of the input."""
 
     prefix: str
@@ -80,7 +80,7 @@ class Totals:
     """of the texts in UTF-8"""
 
 
-class Preprocessing:
+class PreprocessRun:
     """One job, from wherever an earlier run of it stopped. A context manager, which holds the output prefix.
 
     Iterating it does the work: every step is a chunk, already written; `finish` then publishes. Leaving it early keeps
@@ -106,21 +106,21 @@ class Preprocessing:
     """
 
     def __init__(
-        self, job: Job, commit_seconds: float = COMMIT_SECONDS, chunk_bytes: int = CHUNK_BYTES
+        self, job: PreprocessConfig, commit_seconds: float = COMMIT_SECONDS, chunk_bytes: int = CHUNK_BYTES
     ):
         self.job, self._chunk_bytes = job, chunk_bytes
         self._commit_seconds, self._committed = commit_seconds, time.monotonic()
         self._sources = open_sources(job.inputs)
         self.size = sum(source.size for source in self._sources)
         with ExitStack() as stack:
-            self._encoders = stack.enter_context(Encoders(job.recipe, job.workers))
+            self._encoders = stack.enter_context(EncoderPool(job.recipe, job.workers))
             self._tokenizer = self._encoders.tokenizer
             self._refuse_own_outputs()
-            self._folder = stack.enter_context(WorkFolder(job.output_prefix))
+            self._folder = stack.enter_context(StagingDir(job.output_prefix))
             for prefix in (
                 self._prefixes().values()
             ):  # others may get there from another output prefix, or by merging
-                stack.enter_context(WorkFolder(prefix))
+                stack.enter_context(StagingDir(prefix))
             self._identity = self._describe()
             state = self._earlier_state()
             self.resumed = state is not None
@@ -141,7 +141,7 @@ class Preprocessing:
             self._restore(state, stack)
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> Preprocessing:
+    def __enter__(self) -> PreprocessRun:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,7 +149,7 @@ class Preprocessing:
             self._folder.clear()
         self._stack.close()
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[EncodedChunk]:
         if self._at_end():
             return
         for encoded in self._encoders.map(self._chunks(), self.size - self.read):
@@ -193,12 +193,12 @@ class Preprocessing:
         )
         self._committed = time.monotonic()
 
-    def finish(self) -> list[Totals]:
+    def finish(self) -> list[OutputStats]:
         """Publish every key's pair, and the rejected records if there are any."""
         if not self.documents:
             raise no_documents(self.job.inputs, self.skipped)
         totals = [
-            Totals(writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key])
+            OutputStats(writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key])
             for key, writer in self._writers.items()
         ]
         if not self.published:
@@ -380,7 +380,7 @@ class Preprocessing:
             self._source, self._line = chunk.source, 0
         self._position = position
 
-    def _take(self, encoded: Encoded) -> None:
+    def _take(self, encoded: EncodedChunk) -> None:
         """Write what came of one chunk."""
         self._move_to(encoded.chunk, encoded.chunk.start)
         room = (
@@ -399,7 +399,7 @@ class Preprocessing:
         self._line += encoded.lines
         self._move_to(encoded.chunk, encoded.chunk.end)
 
-    def _reject(self, chunk: Chunk, rejected: Rejected) -> None:
+    def _reject(self, chunk: Chunk, rejected: RejectedRecord) -> None:
         number = self._line + rejected.line
         if not self.job.skip_errors:
             raise chunk.refusal(rejected, number)
@@ -412,7 +412,7 @@ class Preprocessing:
             "reason": rejected.reason,
             "record": rejected.raw.decode(errors="backslashreplace"),
         }
-        with named_errors(self._rejected.name):
+        with errors_with_path(self._rejected.name):
             self._rejected.write(
                 json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
             )
@@ -446,7 +446,7 @@ class Preprocessing:
         return f"{self.job.output_prefix}.rejected.jsonl"
 
     def _sync_rejected(self) -> None:
-        with named_errors(self._rejected.name):
+        with errors_with_path(self._rejected.name):
             self._rejected.flush()
             os.fsync(self._rejected.fileno())
 
@@ -495,9 +495,9 @@ def digest_of_files(tokenizer: TokenizerConfig) -> str:
     ).hexdigest()
 
 
-def preprocess(job: Job, **options) -> list[Totals]:
+def preprocess(job: PreprocessConfig, **options) -> list[OutputStats]:
     """Do a job from beginning, or where an earlier run stopped, to end. Takes and raises what `Preprocessing` does."""
-    with Preprocessing(job, **options) as work:
+    with PreprocessRun(job, **options) as work:
         for _ in work:
             pass
         return work.finish()

@@ -24,7 +24,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedRecord:
     """A record that cannot be used.
 
     Attributes:
@@ -52,7 +52,7 @@ class Parsed:
 
     texts: dict[str, list[str]]
     lines: int
-    rejected: list[Rejected]
+    rejected: list[RejectedRecord]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Chunk:
             else f"{self.path}, {self.unit} {number}"
         )
 
-    def refusal(self, rejected: Rejected, number: int) -> ValueError:
+    def refusal(self, rejected: RejectedRecord, number: int) -> ValueError:
         """The error of a record that is not to be skipped; `number` as for `place`."""
         return ValueError(
             f"{self.place(number)}: {rejected.reason}. Correct or remove it, or leave such records out: "
@@ -124,7 +124,7 @@ class Chunk:
 
 def _parse_lines(data: bytes, keys: Sequence[str]) -> Parsed:
     usable: list[dict[str, str]] = []
-    rejected: list[Rejected] = []
+    rejected: list[RejectedRecord] = []
     add, loads, number = usable.append, orjson.loads, 0
     for line in io.BytesIO(
         data
@@ -142,7 +142,7 @@ def _parse_lines(data: bytes, keys: Sequence[str]) -> Parsed:
             _require_memory(error, line)
         if not line.isspace():
             rejected.append(
-                Rejected(
+                RejectedRecord(
                     number,
                     len(usable),
                     _why_not_line(line.rstrip(), keys),
@@ -180,7 +180,7 @@ def _require_memory(error: Exception, line: bytes) -> None:
 
 def _parse_rows(columns: dict[str, list], keys: Sequence[str]) -> Parsed:
     usable: list[tuple[str, ...]] = []
-    rejected: list[Rejected] = []
+    rejected: list[RejectedRecord] = []
     number = 0
     for number, row in enumerate(zip(*(columns[key] for key in keys)), 1):
         if reason := next(
@@ -189,7 +189,7 @@ def _parse_rows(columns: dict[str, list], keys: Sequence[str]) -> Parsed:
             raw = json.dumps(
                 dict(zip(keys, row)), default=repr
             ).encode()  # orjson refuses lone surrogates
-            rejected.append(Rejected(number, len(usable), reason, raw))
+            rejected.append(RejectedRecord(number, len(usable), reason, raw))
         else:
             usable.append(row)
     return Parsed(

@@ -28,7 +28,6 @@ from megatron.data.ingest.records import (
     LARGEST_RECORD,
     Chunk,
     Parsed,
-    Rejected,
     listed,
 )
 from megatron.tokenizer.base import one_line
@@ -44,7 +43,7 @@ BATCH_ROWS = 1024
 """rows of a parquet file decoded at once, at most: rows can be much longer than their average"""
 
 
-class Source(ABC):
+class DocumentSource(ABC):
     """A file or stream of documents.
 
     Attributes:
@@ -81,7 +80,7 @@ class Source(ABC):
         return [self.path, 0, 0]
 
 
-class FileSource(Source):
+class FileSource(DocumentSource):
     """A regular file."""
 
     def __init__(self, number: int, path: str):
@@ -188,7 +187,7 @@ class CompressedLines(FileSource):
             ) from None
 
 
-class Stream(Source):
+class PipeSource(DocumentSource):
     """JSON lines on standard input (path "-") or in a named pipe, such as the shell's <(...)."""
 
     resumable = False
@@ -259,7 +258,7 @@ class Parquet(FileSource):
                 start = max(0, start - len(batch))
 
 
-class HuggingFace(Source):
+class HuggingFace(DocumentSource):
     """A dataset of the Hugging Face Hub, or in a local folder, streamed: `hf:NAME[@CONFIG][:SPLIT]`.
 
     Its identity is its name, and the state of the files if that is a local folder: a new revision of a dataset of the
@@ -316,7 +315,7 @@ class HuggingFace(Source):
                 yield tuple(row.get(key) for key in keys)
 
 
-def open_sources(inputs: Sequence[str]) -> list[Source]:
+def open_sources(inputs: Sequence[str]) -> list[DocumentSource]:
     """The sources that `--input` names, in that order.
 
     Args:
@@ -419,7 +418,7 @@ def _reraise(error: OSError) -> None:
     raise error  # os.walk would leave out a folder that it cannot list
 
 
-def _open(number: int, path: str) -> Source:
+def _open(number: int, path: str) -> DocumentSource:
     if path.startswith("hf:"):
         return HuggingFace(number, path)
     if path == "-":
@@ -427,11 +426,11 @@ def _open(number: int, path: str) -> Source:
             raise ValueError(
                 "--input - is standard input, which is closed. Send it a file or the output of a program"
             )
-        return Stream(number, path)
+        return PipeSource(number, path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"--input {path} does not exist")
     if not os.path.isfile(path):
-        return Stream(number, path)
+        return PipeSource(number, path)
     return KINDS.get(_suffix(path), JsonLines)(number, path)
 
 

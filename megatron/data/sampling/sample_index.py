@@ -178,7 +178,7 @@ def _expect_random_reads(tokens: np.ndarray) -> None:
         base.madvise(mmap.MADV_RANDOM)
 
 
-class Cycle:
+class RepeatedEpochs:
     """The samples of one epoch again and again, each pass over them in a new order.
 
     `cycle[i]` is a sample of pass i // n, n being what one epoch gives. The order of a pass depends on the seed and the
@@ -205,7 +205,7 @@ class Cycle:
         return self._samples[self._locate(i)]
 
     def __reduce__(self) -> tuple:
-        return Cycle, self._arguments  # without the order: a worker process draws it itself
+        return RepeatedEpochs, self._arguments  # without the order: a worker process draws it itself
 
     def source(self, i: int) -> str:
         """Prefix of the dataset that sample i comes from, for messages."""

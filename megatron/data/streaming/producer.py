@@ -41,11 +41,17 @@ import numpy as np
 from megatron import log
 from megatron.config.schema import DataConfig, TokenizerConfig, require
 from megatron.data.indexed.reader import IndexedDataset, dtype_for_vocab
-from megatron.data.ingest.encode import Recipe
-from megatron.data.ingest.preprocess import LAYOUT, STATE, Job, Preprocessing, digest_of_files
+from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.preprocess import (
+    LAYOUT,
+    STATE,
+    PreprocessConfig,
+    PreprocessRun,
+    digest_of_files,
+)
 from megatron.data.ingest.sources import open_sources
-from megatron.io.atomic_write import named_errors
-from megatron.io.staging_dir import Busy, WorkFolder, owner, same_file
+from megatron.io.atomic_write import errors_with_path
+from megatron.io.staging_dir import StagingDir, StagingDirLocked, lock_holder, same_file
 from megatron.tokenizer.base import Tokenizer, digest
 
 LOGGER = logging.getLogger("megatron")
@@ -71,7 +77,7 @@ FLAGS = (
 
 
 @dataclass(frozen=True)
-class Production:
+class StreamingContext:
     """What streaming needs to know of a run."""
 
     tokenizer: TokenizerConfig
@@ -82,7 +88,7 @@ class Production:
 
 
 @dataclass(frozen=True)
-class Stream:
+class TokenStream:
     """One source, and the files through which its tokens come. Equal in all processes of a node."""
 
     entry: str
@@ -98,9 +104,9 @@ class Stream:
     run: str
 
     @property
-    def job(self) -> Job:
-        return Job(
-            [self.entry], self.prefix, Recipe(self.tokenizer, (self.key,), append_eod=True)
+    def job(self) -> PreprocessConfig:
+        return PreprocessConfig(
+            [self.entry], self.prefix, EncodeConfig(self.tokenizer, (self.key,), append_eod=True)
         )
 
     @property
@@ -180,8 +186,8 @@ def _searched(entry: str) -> str:
 
 
 def find_stream(
-    entry: str, cache: str, key: str, tokenizer: Tokenizer, production: Production
-) -> Stream:
+    entry: str, cache: str, key: str, tokenizer: Tokenizer, production: StreamingContext
+) -> TokenStream:
     """Where the tokens of a source are, or will be. Writes nothing.
 
     Raises:
@@ -212,7 +218,7 @@ def find_stream(
     )
     name = re.sub(r"[^\w.-]+", "_", os.path.basename(place))[-40:]
     sizes = [source.size for source in sources]
-    return Stream(
+    return TokenStream(
         entry,
         inputs,
         sum(sizes) if all(sizes) else 0,
@@ -227,8 +233,8 @@ def open_streams(
     data: DataConfig,
     entries: Sequence[str],
     tokenizer: Tokenizer,
-    production: Production,
-) -> tuple[str, list[Stream]]:
+    production: StreamingContext,
+) -> tuple[str, list[TokenStream]]:
     """(folder of the cache, the stream of each source). Raises as `find_stream` and `cache_folder` do."""
     require(
         len(entries) <= MOST_SOURCES,
@@ -275,7 +281,7 @@ class StreamSamples:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: TokenStream,
         vocab_size: int,
         seq_length: int,
         num_samples: int,
@@ -366,7 +372,7 @@ class GrowingTokens:
         total: T, once the source has come to its end.
     """
 
-    def __init__(self, stream: Stream, dtype: np.dtype):
+    def __init__(self, stream: TokenStream, dtype: np.dtype):
         self._stream, self._dtype = stream, dtype.newbyteorder("<")
         self._tokens = np.empty(0, dtype)
         self._state: tuple[int, int] | None = None
@@ -436,7 +442,7 @@ class GrowingTokens:
                     self._stream.entry,
                     len(self._tokens),
                     stop,
-                    owner(self._stream.prefix) or "nobody yet",
+                    lock_holder(self._stream.prefix) or "nobody yet",
                 )
             time.sleep(POLL_SECONDS)
 
@@ -444,7 +450,7 @@ class GrowingTokens:
 # The producer, seen from the training process that started it
 
 
-def start_producer(stream: Stream, needed: int, lookahead: int) -> subprocess.Popen:
+def start_producer(stream: TokenStream, needed: int, lookahead: int) -> subprocess.Popen:
     """Start the process that makes the first `needed` tokens of a stream, never `lookahead` more than wanted.
 
     It is no `multiprocessing` one, which daemonic processes may not start and which would import the training program
@@ -453,7 +459,7 @@ def start_producer(stream: Stream, needed: int, lookahead: int) -> subprocess.Po
     Raises:
         OSError: the cache cannot be written.
     """
-    with named_errors(os.path.dirname(stream.prefix)):
+    with errors_with_path(os.path.dirname(stream.prefix)):
         os.makedirs(os.path.dirname(stream.prefix), exist_ok=True)
     stream.want(0)
     errors = _create_error_file(stream)
@@ -482,7 +488,7 @@ def start_producer(stream: Stream, needed: int, lookahead: int) -> subprocess.Po
     return process
 
 
-def _create_error_file(stream: Stream) -> int:
+def _create_error_file(stream: TokenStream) -> int:
     """Descriptor of a new file, with room for a message: the disk may be full by then. The producer of an earlier
     start keeps the file it was given, so that its last words do not end this run. Old messages of others are removed;
     a file without one may be that of a run that still goes on."""
@@ -491,13 +497,13 @@ def _create_error_file(stream: Stream) -> int:
             old = time.time() - path.stat().st_mtime > ERROR_KEPT_SECONDS
             if str(path) == stream.error_file or (old and path.read_bytes().strip(b"\0")):
                 path.unlink()
-    with named_errors(stream.error_file):
+    with errors_with_path(stream.error_file):
         errors = os.open(stream.error_file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         os.write(errors, bytes(ERROR_BYTES))
     return errors
 
 
-def _watch(process: subprocess.Popen, stream: Stream, errors: int) -> None:
+def _watch(process: subprocess.Popen, stream: TokenStream, errors: int) -> None:
     """Wait for the producer's end, and say why where it could not."""
     code = process.wait()
     if code and os.pread(errors, 1, 0) == b"\0":
@@ -524,7 +530,7 @@ def _report(errors: int, message: str) -> None:
 
 def _stop(process: subprocess.Popen, owner: int) -> None:
     """Let a producer commit and end. Not from a forked worker process, which also has this object."""
-    if os.getpid() == owner:
+    if os.getpid() == lock_holder:
         with suppress(OSError):  # it has ended
             process.stdin.write(b"q")
             process.stdin.close()
@@ -538,7 +544,7 @@ def main() -> None:
     log.setup()
     order = json.loads(sys.argv[1])
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    stream = Stream(
+    stream = TokenStream(
         **{**order["stream"], "tokenizer": TokenizerConfig(**order["stream"]["tokenizer"])}
     )
     stop, errors, code = threading.Event(), order["errors"], 0
@@ -555,13 +561,13 @@ def main() -> None:
     )  # threads of libraries that read hf: sources abort the process in the interpreter's teardown
 
 
-def _leave(stream: Stream, errors: int) -> None:
+def _leave(stream: TokenStream, errors: int) -> None:
     """Tell those who still wait that no more will come, if nothing worse has been told."""
     if same_file(errors, stream.error_file) and os.pread(errors, 1, 0) == b"\0":
         os.remove(stream.error_file)
 
 
-def _listen(stream: Stream, errors: int, stop: threading.Event) -> None:
+def _listen(stream: TokenStream, errors: int, stop: threading.Event) -> None:
     """Wait until told to stop, or until the training process is gone, which other ranks may have to be told."""
     if not (told := os.read(0, 1)):
         _report(errors, f"the process that had {stream.entry} tokenised ended")
@@ -573,7 +579,7 @@ def _listen(stream: Stream, errors: int, stop: threading.Event) -> None:
     os._exit(0 if told else 1)
 
 
-def produce(stream: Stream, needed: int, lookahead: int, stop: threading.Event) -> None:
+def produce(stream: TokenStream, needed: int, lookahead: int, stop: threading.Event) -> None:
     """Tokenise a stream, as far as it is needed, when no other process does.
 
     Raises:
@@ -583,24 +589,24 @@ def produce(stream: Stream, needed: int, lookahead: int, stop: threading.Event) 
     """
     while not (stop.is_set() or stream.is_complete):
         try:
-            WorkFolder(
+            StagingDir(
                 stream.prefix
             ).release()  # whether it is free: cheaper than building a tokenizer to find out
             if _identify(open_sources([stream.entry])) != stream.inputs:
                 raise ValueError(
                     f"{stream.entry} has changed since this run started. Start the run again"
                 )
-            with Preprocessing(stream.job, chunk_bytes=CHUNK_BYTES) as work:
+            with PreprocessRun(stream.job, chunk_bytes=CHUNK_BYTES) as work:
                 # Another process may have been at it while this one prepared.
                 if not stream.is_complete and (work.tokens < needed or work.published):
                     _tokenise(work, stream, needed, lookahead, stop)
             return
-        except Busy:
+        except StagingDirLocked:
             stop.wait(RETRY_SECONDS)
 
 
 def _tokenise(
-    work: Preprocessing, stream: Stream, needed: int, lookahead: int, stop: threading.Event
+    work: PreprocessRun, stream: TokenStream, needed: int, lookahead: int, stop: threading.Event
 ) -> None:
     committed = work.tokens
     for _ in work:

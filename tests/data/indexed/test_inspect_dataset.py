@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from helpers.programs import BYTES, CODES, by_hand, documents, one_line_error, run
 from megatron.data.indexed import inspect
-from megatron.data.indexed.inspect import describe, facts, open_pair, repair, scan
+from megatron.data.indexed.inspect import describe, open_dataset, repair, scan, summarize
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import IndexedWriter, require_space
 from megatron.tokenizer.byte import ByteTokenizer
@@ -51,8 +51,8 @@ def record(prefix: str, **entries) -> None:
 
 def inspect_all(prefix: str, tokenizer=None) -> dict:
     """As the program does it with --full."""
-    opened = open_pair(prefix, tokenizer)
-    found = facts(opened, tokenizer)
+    opened = open_dataset(prefix, tokenizer)
+    found = summarize(opened, tokenizer)
     found["full"], faults = scan(opened, tokenizer)
     return {**found, "faults": found["faults"] + faults}
 
@@ -165,7 +165,7 @@ def test_what_is_printed(tmp_path, monkeypatch):
         "sound as far as read (--full reads all tokens)",
     ]
     (found,) = json.loads((tmp_path / "d.out").read_text())
-    assert found == {**facts(open_pair(str(tmp_path / "d"), t), t, tokens=4), "prefix": "d"}
+    assert found == {**summarize(open_dataset(str(tmp_path / "d"), t), t, tokens=4), "prefix": "d"}
     assert found["first_documents"][0] == {
         "document": 0,
         "length": 6,
@@ -291,7 +291,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(inspect, "BLOCK", 2)
     prefix = pair(tmp_path / "d", [[[1, 2, 3, 4]]])
     with pytest.raises(ValueError, match="d.bin became shorter while it was read"):
-        scan(open_pair(prefix), progress=lambda read: os.truncate(f"{prefix}.bin", 5))
+        scan(open_dataset(prefix), progress=lambda read: os.truncate(f"{prefix}.bin", 5))
 
 
 CONTENT = st.lists(st.lists(st.lists(st.integers(0, 8), max_size=3), max_size=3), max_size=6)
@@ -309,8 +309,8 @@ def test_repair_gives_the_pair_that_should_have_been(tmp_path_factory, docs, blo
         uncounted(folder / "bad", docs, dtype=dtype),
         pair(folder / "good", with_eod(docs), dtype=dtype),
     )
-    opened = open_pair(bad)
-    found = facts(opened)
+    opened = open_dataset(bad)
+    found = summarize(opened)
     assert found["uncounted_tokens"] == sum(map(any, docs)) and found["tokens"] == sum(
         len(s) for d in docs for s in d
     )
@@ -368,7 +368,7 @@ def test_repair_as_a_program(tmp_path):
 def test_repairs_that_are_refused(tmp_path, monkeypatch):
     def refused(match: str, prefix: str, out: str = "out", tokenizer=None) -> None:
         with pytest.raises(ValueError, match=match):
-            repair(open_pair(prefix, tokenizer), str(tmp_path / out), tokenizer)
+            repair(open_dataset(prefix, tokenizer), str(tmp_path / out), tokenizer)
 
     docs = [[], [[1, 2]], [], [[3], [4, 5]]]
     refused(

@@ -22,14 +22,14 @@ from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.ingest import encode as encode_module
 from megatron.data.ingest.encode import (
-    Encoders,
-    Recipe,
+    EncodeConfig,
+    EncoderPool,
     build_splitter,
     encode,
     usable_cores,
     with_eod,
 )
-from megatron.data.ingest.preprocess import Job, Preprocessing, preprocess
+from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun, preprocess
 from megatron.data.ingest.sources import open_sources
 from megatron.tokenizer.base import flatten
 from megatron.tokenizer.byte import ByteTokenizer
@@ -72,7 +72,7 @@ def test_chunks_of_any_size_give_the_same(bad, tmp_path, chunk_bytes):
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_workers_gives_the_same(bad, tmp_path, workers, at_once):
     names, whole = bad
-    with Preprocessing(
+    with PreprocessRun(
         job(names, tmp_path / "x", skip_errors=True, workers=workers), chunk_bytes=500
     ) as work:
         assert len([*work]) > 20 and work.read == work.size
@@ -103,11 +103,11 @@ def test_the_first_documents_only(bad, tmp_path, limit):
 def test_an_error_behind_the_first_documents_is_not_reached(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"}\n{\n')
-    recipe = Recipe(BYTES)
-    (totals,) = preprocess(Job([str(path)], str(tmp_path / "x"), recipe, max_documents=2))
+    recipe = EncodeConfig(BYTES)
+    (totals,) = preprocess(PreprocessConfig([str(path)], str(tmp_path / "x"), recipe, max_documents=2))
     assert totals.documents == 2 and (totals.tokens, totals.bytes) == (2, 2)
     with pytest.raises(ValueError, match="a.jsonl:3: not a JSON object"):
-        preprocess(Job([str(path)], str(tmp_path / "y"), recipe, max_documents=3))
+        preprocess(PreprocessConfig([str(path)], str(tmp_path / "y"), recipe, max_documents=3))
     assert not list(tmp_path.glob("y*"))
 
 
@@ -115,10 +115,10 @@ def test_all_records_unusable(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n[\n")
     with pytest.raises(ValueError, match="has no documents: all 2 records were skipped"):
         preprocess(
-            Job(
+            PreprocessConfig(
                 [str(tmp_path / "a.jsonl")],
                 str(tmp_path / "x"),
-                Recipe(BYTES),
+                EncodeConfig(BYTES),
                 skip_errors=True,
             )
         )
@@ -147,7 +147,7 @@ def test_the_first_rejections_are_shown_and_old_ones_removed(bad, tmp_path, capl
         ),
         *(
             (
-                {"recipe": Recipe(BYTES, (key,))},
+                {"recipe": EncodeConfig(BYTES, (key,))},
                 "--json-keys is '.*'; allowed: .* without a slash",
             )
             for key in ("", "a/b", "/../../c", "a\0")
@@ -200,7 +200,7 @@ def test_a_fast_encoder_that_errs_is_left_from_that_file_on(tmp_path, monkeypatc
     monkeypatch.setattr(encode_module, "build_tokenizer", lambda config, threads: Doubtful())
     a = jsonl(tmp_path / "a.jsonl", ["plain"] * 20 + ["é"])
     b = jsonl(tmp_path / "b.jsonl", ["plain", "é", "éé"] * 9)
-    preprocess(Job([str(a), str(b)], str(tmp_path / "x"), Recipe(BYTES)))
+    preprocess(PreprocessConfig([str(a), str(b)], str(tmp_path / "x"), EncodeConfig(BYTES)))
     texts = [bytes(ids).decode() for ids in documents(tmp_path / "x_text_document")]
     assert texts == ["plain"] * 20 + ["e"] + ["plain", "é", "éé"] * 9
     said = [r.message for r in caplog.records if r.name == "megatron"]
@@ -221,7 +221,7 @@ def test_a_fault_found_late_in_a_pipe_loses_nothing(tmp_path, monkeypatch, at_on
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(lines,))
     writer.start()
     preprocess(
-        Job([str(tmp_path / "pipe")], str(tmp_path / "x"), Recipe(BYTES), workers=workers),
+        PreprocessConfig([str(tmp_path / "pipe")], str(tmp_path / "x"), EncodeConfig(BYTES), workers=workers),
         chunk_bytes=60,
     )
     writer.join()
@@ -255,7 +255,7 @@ def test_a_token_outside_the_vocabulary_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="a.jsonl.*gives the token id 70000, outside its vocabulary of 257"
     ):
-        preprocess(Job([str(path)], str(tmp_path / "x"), Recipe(BYTES)))
+        preprocess(PreprocessConfig([str(path)], str(tmp_path / "x"), EncodeConfig(BYTES)))
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
@@ -263,7 +263,7 @@ def test_text_that_the_tokenizer_refuses_is_named(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ["1 2", "3 x"])
     null = TokenizerConfig("NullTokenizer", tokenizer_model="5")
     with pytest.raises(ValueError, match="a.jsonl.*'x' is no token id for NullTokenizer"):
-        preprocess(Job([str(path)], str(tmp_path / "x"), Recipe(null)))
+        preprocess(PreprocessConfig([str(path)], str(tmp_path / "x"), EncodeConfig(null)))
 
 
 @given(st.lists(st.lists(st.lists(st.integers(1, 9), max_size=3), max_size=3), max_size=5))
@@ -314,8 +314,8 @@ def punkt(tmp_path, monkeypatch) -> None:
 def test_sentences_become_sequences(tmp_path, punkt):
     texts = ["Dr. Smith is here. How are you?  Fine.\n\nYes. ", "", "One", " \n"]
     path = jsonl(tmp_path / "a.jsonl", texts)
-    recipe = Recipe(BYTES, append_eod=True, split_sentences="english")
-    (totals,) = preprocess(Job([str(path)], str(tmp_path / "x"), recipe))
+    recipe = EncodeConfig(BYTES, append_eod=True, split_sentences="english")
+    (totals,) = preprocess(PreprocessConfig([str(path)], str(tmp_path / "x"), recipe))
     assert totals.prefix == str(tmp_path / "x_text_sentence") and totals.documents == 4
     d = IndexedDataset(totals.prefix)
     assert [bytes(s[s < 256].tolist()).decode() for s in d] == [
@@ -344,7 +344,7 @@ def test_a_begin_token_comes_once_per_document_also_with_sentences(tmp_path, pun
     (chunk,) = open_sources(
         [str(jsonl(tmp_path / "a.jsonl", ["A cat. A dog. It", "One. Two"]))]
     )[0].chunks(["text"])
-    recipe = Recipe(BYTES, split_sentences="english")
+    recipe = EncodeConfig(BYTES, split_sentences="english")
     tokens = encode(chunk, recipe, WithBos(), build_splitter("english")).keys["text"]
     assert tokens.ids.tolist() == [255, *b"A cat. A dog. It", 255, *b"One. Two"]
     assert tokens.lengths.tolist() == [7, 7, 3, 5, 4] and tokens.counts.tolist() == [3, 2]
@@ -355,4 +355,4 @@ def test_sentence_splitters_that_are_not_there(monkeypatch, punkt):
         build_splitter("klingon")
     monkeypatch.setitem(sys.modules, "nltk.tokenize.punkt", None)
     with pytest.raises(ValueError, match="needs the package nltk, which is not installed"):
-        Encoders(Recipe(BYTES, split_sentences="english"), 1)
+        EncoderPool(EncodeConfig(BYTES, split_sentences="english"), 1)

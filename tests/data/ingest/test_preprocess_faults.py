@@ -13,7 +13,7 @@ import pytest
 
 from helpers.namespaces import in_namespace, needs_namespace
 from helpers.programs import BYTES, REPO, documents, jsonl, one_line_error, run
-from megatron.io.staging_dir import WorkFolder
+from megatron.io.staging_dir import StagingDir
 
 TEXTS = [f"document {i} " * 40 for i in range(1500)]  # 750 KB, 1.5 MB of uint16
 
@@ -150,7 +150,7 @@ def test_a_second_run_on_a_prefix_is_refused(tmp_path, tool):
     if tool == "merge_datasets":
         run("tools/preprocess_data.py", *arguments, "--output-prefix", "part", cwd=tmp_path)
         arguments = ("--input", "part_text_document")
-    with WorkFolder(tmp_path / "x"):
+    with StagingDir(tmp_path / "x"):
         line = run(
             f"tools/{tool}.py", *arguments, "--output-prefix", "x", cwd=tmp_path, code=2
         ).stderr

@@ -21,12 +21,12 @@ import zstandard
 from helpers.corpora import content, corpus, job, loop
 from helpers.programs import REPO, documents, jsonl
 from megatron.config.schema import TokenizerConfig
-from megatron.data.ingest.encode import Recipe
-from megatron.data.ingest.preprocess import Job, Preprocessing, preprocess
-from megatron.io.staging_dir import WorkFolder
+from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun, preprocess
+from megatron.io.staging_dir import StagingDir
 
 
-def stop_after(work: Preprocessing, chunks: int) -> None:
+def stop_after(work: PreprocessRun, chunks: int) -> None:
     for _ in zip(range(chunks), work):
         pass
 
@@ -37,7 +37,7 @@ def test_a_run_continues_where_it_was_committed(bad, tmp_path, caplog, at_once):
     names, whole = bad
     this, counts = job(names, tmp_path / "x", skip_errors=True), []
     for n in range(1, 9):
-        with Preprocessing(
+        with PreprocessRun(
             replace(this, workers=1 + n % 2), commit_seconds=1e9, chunk_bytes=700
         ) as work:
             assert work.resumed == (n > 1)
@@ -56,8 +56,8 @@ def test_a_run_continues_where_it_was_committed(bad, tmp_path, caplog, at_once):
     assert not (tmp_path / "x.partial").exists()
 
 
-def interrupt(this: Job) -> None:
-    with Preprocessing(this, chunk_bytes=700) as work:
+def interrupt(this: PreprocessConfig) -> None:
+    with PreprocessRun(this, chunk_bytes=700) as work:
         stop_after(work, 6)
         work.commit()
 
@@ -86,7 +86,7 @@ def test_another_job_starts_again(tmp_path, caplog, change, named):
     names = corpus(tmp_path / "in", bad=True)
     this = job(names, tmp_path / "x", skip_errors=True)
     interrupt(this)
-    with Preprocessing(change(this)) as work:
+    with PreprocessRun(change(this)) as work:
         assert not work.resumed and work.documents == 0 and work.read == 0
     assert f"differs in: {named}. Starting again" in caplog.text
     assert not list(tmp_path.glob("x*"))
@@ -138,11 +138,11 @@ def test_a_tokenizer_that_splits_otherwise_starts_again(tmp_path, caplog):
 
     t = Tokenizer(models.BPE({"<|endoftext|>": 0, "a": 1, "A": 2}, []))
     t.save(str(tmp_path / "t.json"))
-    recipe = Recipe(
+    recipe = EncodeConfig(
         TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json"))
     )
-    this = Job([str(jsonl(tmp_path / "a.jsonl", ["A"] * 100))], str(tmp_path / "x"), recipe)
-    with Preprocessing(this, chunk_bytes=50) as work:
+    this = PreprocessConfig([str(jsonl(tmp_path / "a.jsonl", ["A"] * 100))], str(tmp_path / "x"), recipe)
+    with PreprocessRun(this, chunk_bytes=50) as work:
         stop_after(work, 2)
         work.commit()
     t.normalizer = normalizers.Lowercase()
@@ -159,7 +159,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path, when):
     names = corpus(tmp_path / "in")
     changed = 0 if when == "next file" else 1
     refused = pytest.raises(ValueError, match=f"{changed}.jsonl changed while it was read")
-    with refused, Preprocessing(job(names, tmp_path / "x"), chunk_bytes=700) as work:
+    with refused, PreprocessRun(job(names, tmp_path / "x"), chunk_bytes=700) as work:
         for encoded in work:
             if encoded.chunk.source == changed:
                 os.utime(names[changed], (1, 1))
@@ -169,7 +169,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path, when):
     assert os.listdir(tmp_path) == ["in"]
 
 
-def die_at(this: Job, step: int) -> None:
+def die_at(this: PreprocessConfig, step: int) -> None:
     """Do the job in a child that ends, as a killed one does, at the publishing rename of this number."""
     if pid := os.fork():
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (9 if step < 7 else 0)
@@ -317,7 +317,7 @@ def test_workers_end_with_a_killed_parent_and_a_killed_worker_ends_the_run(
     others = {
         child.pid for child in multiprocessing.active_children()
     }  # pools of ranks of other tests
-    with Preprocessing(
+    with PreprocessRun(
         job(names, tmp_path / "x", skip_errors=True, workers=2), chunk_bytes=60
     ) as work:
         with pytest.raises(OSError, match="a worker process ended before its work was done"):
@@ -333,7 +333,7 @@ def test_workers_end_with_a_killed_parent_and_a_killed_worker_ends_the_run(
 def test_a_second_run_on_a_prefix_is_refused(bad, tmp_path):
     names, _ = bad
     with (
-        WorkFolder(tmp_path / "x"),
+        StagingDir(tmp_path / "x"),
         pytest.raises(ValueError, match=rf"x is being written by process {os.getpid()}"),
     ):
         preprocess(job(names, tmp_path / "x"))
@@ -343,7 +343,7 @@ def test_a_second_run_on_a_prefix_is_refused(bad, tmp_path):
 def test_a_pair_that_somebody_else_writes_is_refused(bad, tmp_path, pair):
     """By merging, or from another output prefix."""
     with (
-        WorkFolder(tmp_path / pair),
+        StagingDir(tmp_path / pair),
         pytest.raises(ValueError, match=rf"{pair} is being written by process"),
     ):
         preprocess(job(bad[0], tmp_path / "x"))

@@ -20,8 +20,8 @@ import zstandard
 from helpers.programs import BYTES, REPO, jsonl, one_line_error, run
 from megatron.config.schema import TokenizerConfig
 from megatron.data.ingest import sources
-from megatron.data.ingest.encode import Recipe
-from megatron.data.ingest.preprocess import Job, preprocess
+from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.preprocess import PreprocessConfig, preprocess
 from megatron.data.ingest.records import Chunk
 from megatron.data.ingest.sources import open_sources
 
@@ -181,10 +181,10 @@ def test_a_line_that_is_too_long_cannot_be_skipped(tmp_path, monkeypatch):
         match="a.json: the line that begins at byte 0 of the text is longer than 300000",
     ):
         preprocess(
-            Job(
+            PreprocessConfig(
                 [str(tmp_path / "a.json")],
                 str(tmp_path / "x"),
-                Recipe(TokenizerConfig(BYTES[1])),
+                EncodeConfig(TokenizerConfig(BYTES[1])),
                 True,
             )
         )

@@ -20,7 +20,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.ingest.sources import CHUNK_BYTES, Chunk, Rejected, Source, open_sources
+from megatron.data.ingest.sources import (
+    CHUNK_BYTES,
+    Chunk,
+    DocumentSource,
+    Rejected,
+    open_sources,
+)
 
 KEYS = ["text", "title"]
 BOM = b"\xef\xbb\xbf"
@@ -49,13 +55,13 @@ def write(folder: str | Path, kind: str, data: bytes) -> str:
     return kind if kind == "-" else str(path)
 
 
-def only(path: str | Path) -> Source:
+def only(path: str | Path) -> DocumentSource:
     (source,) = open_sources([str(path)])
     return source
 
 
 def read(
-    source: Source, keys=("text",), **arguments
+    source: DocumentSource, keys=("text",), **arguments
 ) -> tuple[list[tuple], list[tuple[int, int, str]], int]:
     """(values of each document, (number, documents before, reason) of each rejected record, records)."""
     documents, rejected, lines = [], [], 0
@@ -72,7 +78,7 @@ def read(
     return documents, rejected, lines
 
 
-def texts(source: Source, **arguments) -> list[str]:
+def texts(source: DocumentSource, **arguments) -> list[str]:
     documents, rejected, _ = read(source, **arguments)
     assert not rejected
     return [text for (text,) in documents]

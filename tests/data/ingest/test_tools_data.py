@@ -15,8 +15,8 @@ from dataset.make_corpus import read_documents
 from helpers.programs import BYTES, REPO, SHARED, TEXTS, documents, jsonl, one_line_error, run
 from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed.reader import IndexedDataset
-from megatron.data.ingest.encode import Recipe
-from megatron.data.ingest.preprocess import Job, preprocess
+from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.preprocess import PreprocessConfig, preprocess
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.byte import ByteTokenizer
 
@@ -137,10 +137,10 @@ def test_a_line_that_cannot_be_used(tmp_path, line, match):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
     with pytest.raises(ValueError) as info:
         preprocess(
-            Job(
+            PreprocessConfig(
                 [str(tmp_path / "bad.jsonl")],
                 str(tmp_path / "out/x"),
-                Recipe(TokenizerConfig(BYTES[1])),
+                EncodeConfig(TokenizerConfig(BYTES[1])),
             )
         )
     assert match in str(info.value) and "\n" not in str(info.value)

@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import IndexedWriter
 from megatron.data.sampling import sample_index
-from megatron.data.sampling.sample_index import Cycle, SampleIndex, parse_split, split_documents
+from megatron.data.sampling.sample_index import (
+    RepeatedEpochs,
+    SampleIndex,
+    parse_split,
+    split_documents,
+)
 
 
 def dataset(prefix: Path, lengths: list[int]) -> IndexedDataset:
@@ -35,7 +40,7 @@ def stream_samples(d: IndexedDataset, order: list[int], seq_length: int) -> list
     ]
 
 
-def rows(index: SampleIndex | Cycle) -> list[list[int]]:
+def rows(index: SampleIndex | RepeatedEpochs) -> list[list[int]]:
     return [index[i].tolist() for i in range(len(index))]
 
 
@@ -144,7 +149,7 @@ def test_a_cycle_shows_one_epochs_samples_once_per_pass(
 ):
     d = dataset(tmp_path_factory.mktemp("d") / "d", [*lengths, 6])
     epoch = SampleIndex(d, None, seq_length, None, seed)
-    cycle, n = Cycle(epoch, count, seed), len(epoch)
+    cycle, n = RepeatedEpochs(epoch, count, seed), len(epoch)
     taken = rows(cycle)
     assert len(taken) == len(cycle) == count
     for start in range(0, count, n):
@@ -161,12 +166,12 @@ def test_the_passes_of_a_cycle_differ_and_stay_when_it_grows(tmp_path):
     d = dataset(tmp_path / "d", [10] * 30)
     epoch = SampleIndex(d, None, 4, None, 1)
     n = len(epoch)
-    taken = rows(Cycle(epoch, 4 * n, 1))
+    taken = rows(RepeatedEpochs(epoch, 4 * n, 1))
     passes = [taken[n * p : n * p + n] for p in range(4)]
     assert len({str(p) for p in passes}) == 4 and rows(epoch) not in passes
-    assert rows(Cycle(epoch, 4 * n, 2)) != taken
-    assert rows(Cycle(epoch, 2 * n + 5, 1)) == taken[: 2 * n + 5]
-    middle = Cycle(
+    assert rows(RepeatedEpochs(epoch, 4 * n, 2)) != taken
+    assert rows(RepeatedEpochs(epoch, 2 * n + 5, 1)) == taken[: 2 * n + 5]
+    middle = RepeatedEpochs(
         epoch, 4 * n, 1
     )  # another process, which starts in the second pass and goes on to the third
     assert [middle[i].tolist() for i in range(n + n // 2, 2 * n + 7)] == taken[
@@ -182,7 +187,7 @@ def test_the_passes_of_a_cycle_differ_and_stay_when_it_grows(tmp_path):
 
 def test_the_order_of_a_cycle_is_pinned(tmp_path):
     """A resumed run continues in this order."""
-    cycle = Cycle(
+    cycle = RepeatedEpochs(
         SampleIndex(dataset(tmp_path / "d", [9] * 2), None, 3, None, 0, shuffle=False), 12, 1234
     )
     assert [row[0] // 3 for row in rows(cycle)] == [4, 3, 1, 2, 0, 3, 1, 4, 2, 0, 3, 2]
@@ -191,10 +196,10 @@ def test_the_order_of_a_cycle_is_pinned(tmp_path):
 def test_cycles_that_make_no_sense(tmp_path):
     epoch = SampleIndex(dataset(tmp_path / "d", [9]), None, 3, None, 0)
     with pytest.raises(ValueError, match="num_samples is 0; allowed: a positive integer"):
-        Cycle(epoch, 0, 1)
+        RepeatedEpochs(epoch, 0, 1)
     for i in (-1, 5):
         with pytest.raises(IndexError, match=f"sample {i} of a cycle: allowed 0 to 4"):
-            Cycle(epoch, 5, 1)[i]
+            RepeatedEpochs(epoch, 5, 1)[i]
 
 
 def test_requests_that_make_no_sense(tmp_path):

@@ -38,8 +38,8 @@ from helpers.streams import (
 )
 from megatron.config.schema import DataConfig, TokenizerConfig
 from megatron.data.ingest import preprocess as preprocess_module
-from megatron.data.ingest.encode import Recipe
-from megatron.data.ingest.preprocess import Job, Preprocessing, preprocess
+from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun, preprocess
 from megatron.data.loader import BatchLoader
 from megatron.data.sampling.blend import quotas
 from megatron.data.streaming import producer as module
@@ -188,8 +188,8 @@ def test_a_finished_cache_is_read_and_nothing_is_made_again(tmp_path, monkeypatc
     cache = tmp_path / "stream_cache"
     until(lambda: {path.suffix for path in cache.iterdir()} == {".bin", ".idx", ".json"})
     preprocess(
-        Job(
-            [str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), Recipe(BYTES, append_eod=True)
+        PreprocessConfig(
+            [str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), EncodeConfig(BYTES, append_eod=True)
         )
     )
     for suffix in (".bin", ".idx", ".json"):
@@ -227,8 +227,8 @@ def test_only_what_is_needed_is_made_and_a_longer_run_goes_on(tmp_path, monkeypa
     (pair,) = cache.glob("*.bin")
     assert pair.stat().st_ino == inode, "the same file, added to"
     preprocess(
-        Job(
-            [str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), Recipe(BYTES, append_eod=True)
+        PreprocessConfig(
+            [str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), EncodeConfig(BYTES, append_eod=True)
         )
     )
     assert pair.read_bytes() == (tmp_path / "whole_text_document.bin").read_bytes()
@@ -414,7 +414,7 @@ def test_another_run_makes_the_tokens_and_ends_half_way(tmp_path):
     tokens = large(tmp_path / "a.jsonl")
     cache = tmp_path / "c"
     stream = stream_of(tmp_path / "a.jsonl", cache, run="other")
-    with Preprocessing(stream.job, chunk_bytes=1 << 20) as work:
+    with PreprocessRun(stream.job, chunk_bytes=1 << 20) as work:
         samples = open_samples(tmp_path / "a.jsonl", samples=200_000, window=1, cache=cache)
         steps = iter(work)
         next(steps)

@@ -35,8 +35,8 @@ from helpers.streams import (
 from megatron.config.schema import DataConfig
 from megatron.data.splits import build_splits
 from megatron.data.streaming import producer as module
-from megatron.data.streaming.producer import Production, StreamSamples, produce
-from megatron.io.staging_dir import WorkFolder
+from megatron.data.streaming.producer import StreamingContext, StreamSamples, produce
+from megatron.io.staging_dir import StagingDir
 
 
 def first_error(entry, cache: Path, **options) -> str:
@@ -118,7 +118,7 @@ def test_a_cache_that_cannot_be_made(tmp_path):
 def test_a_killed_producer_ends_the_run_and_the_next_run_goes_on(tmp_path):
     tokens = large(tmp_path / "a.jsonl")
     cache = tmp_path / "c"
-    with WorkFolder(stream_of(tmp_path / "a.jsonl", cache).prefix):
+    with StagingDir(stream_of(tmp_path / "a.jsonl", cache).prefix):
         real, started = module.start_producer, []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -325,7 +325,7 @@ def test_flags_that_contradict_each_other(tmp_path):
             test_samples=0,
             seed=1,
             tokenizer=TOKENIZER,
-            production=Production(BYTES, "", False),
+            production=StreamingContext(BYTES, "", False),
         )
 
 
