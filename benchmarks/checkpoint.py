@@ -94,7 +94,10 @@ class Run:
 
         config = configuration(True, str(folder), async_save)
         return Checkpointer(
-            config.train, self.engine, RunMetadata(self.config, {}, {"ranks": RANKS}), self.groups
+            config.train,
+            self.engine,
+            RunMetadata(self.config, {}, {"ranks": RANKS}),
+            self.groups,
         )
 
     def step(self) -> None:
@@ -178,10 +181,10 @@ def measure(
             source = here / "sync" / (here / "sync/latest").read_text()
             for name in (COPY, BARE):
                 job = partial(copy, source, here / name, name == COPY)
-                now[name] = timed(groups, job if groups.is_first else int)
+                now[name] = timed(groups, job if groups.is_rank0 else int)
             now[LOAD] = timed(groups, lambda: restore(run, here / "sync"))
             size = sum(path.stat().st_size for path in source.iterdir())
-            timed(groups, lambda: groups.is_first and clear(here))
+            timed(groups, lambda: groups.is_rank0 and clear(here))
             for name, value in now.items():
                 seconds.setdefault(name, []).append(value)
     return {name: values[1:] for name, values in seconds.items()}, size

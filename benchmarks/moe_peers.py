@@ -1,6 +1,6 @@
 """Mixture layers of other systems, and what they are measured against, behind one interface: tokens in, tokens out.
 
-Letters: T tokens, D hidden, E experts, H expert width, k experts per token, S rows (T x k).
+Shape suffixes: T tokens, D hidden, E experts, H expert width, k experts per token, S rows (T x k).
 
 Every layer gets the same weights, all of them numbers that bf16 can hold, and the same tokens. Tokens are drawn so that
 every system chooses the same experts for them: their k-th and (k+1)-th logits differ by more than what a router in bf16

@@ -135,7 +135,7 @@ def make_engines(groups, batch):
         groups,
     )
     mixture.step([batch], 0.0, 0.0)
-    kept = MoEMetrics(mixture.model, groups).read()["experts_per_token_kept_by_layer"]
+    kept = MoEMetrics(mixture.model, groups).read()["experts_per_token_by_layer"]
     widths = iter([round(k * WIDTH / 16) * 16 for k in kept])
     twin = GPT(
         model,

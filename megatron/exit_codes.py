@@ -41,7 +41,11 @@ def classify_error(error: ValueError | OSError | RuntimeError) -> tuple[Exceptio
     """(what to tell the user in one line, exit code); None: it is not the user's, and its traceback is needed."""
     from megatron.data.loader import worker_exited_error
 
-    for line, code in ((peer_exited_error(error), 1), (collective_timeout_error(error), 3), (worker_exited_error(error), 2)):
+    for line, code in (
+        (peer_exited_error(error), 1),
+        (collective_timeout_error(error), 3),
+        (worker_exited_error(error), 2),
+    ):
         if line:
             return line, code
     ours = isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error))

@@ -51,7 +51,9 @@ def train(config: RunConfig, started: float | None = None) -> None:
     start_up.mark("torch")
     tokenizer = build_tokenizer(config.tokenizer)
     start_up.mark("tokenizer")
-    groups = parallel.init_distributed(config.moe.moe_expert_parallel_size, config.train.timeout_minutes)
+    groups = parallel.init_distributed(
+        config.moe.moe_expert_parallel_size, config.train.timeout_minutes
+    )
     from megatron.checkpoint import (
         loader,
     )  # imports DeepSpeed: only after `groups` prepared its environment

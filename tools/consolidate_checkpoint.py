@@ -62,10 +62,14 @@ def run(a: argparse.Namespace, prog: str) -> None:
         return tqdm(desc=what, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
     require(a.load_step >= 0, "--load-step", a.load_step, "0 or more")
-    options = c.ConsolidateOptions(c.DTYPES[a.dtype], a.optimizer, c.parse_size(a.max_shard_size))
+    options = c.ConsolidateOptions(
+        c.DTYPES[a.dtype], a.optimizer, c.parse_size(a.max_shard_size)
+    )
     c.check_output(Path(a.output).resolve())
     with bar("verify") as b:
-        source, manifest, passed_over = c.find_valid_checkpoint(Path(a.folder), a.load_step, b.update)
+        source, manifest, passed_over = c.find_valid_checkpoint(
+            Path(a.folder), a.load_step, b.update
+        )
     for problem in passed_over:
         print(f"{prog}: warning: {problem}; not used", file=sys.stderr)
     with bar("write") as b:

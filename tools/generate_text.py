@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         vocab_size=tokenizer.vocab_size,
     )
-    if groups.is_first:
+    if groups.is_rank0:
         for prompt, ids in zip(args.prompt, outputs, strict=True):
             print(f"> {prompt}|{tokenizer.decode(ids)}".replace("\n", "\\n"), flush=True)
 

@@ -65,16 +65,18 @@ def look_at(path: Path, a: argparse.Namespace, progress) -> tuple[dict, list[str
     from megatron.checkpoint import inspect as i
 
     if path.is_dir() and directory.is_checkpoint(path):
-        found = i.summarize_checkpoint(path.resolve(), verify=a.verify, tensors=a.tensors, progress=progress)
+        found = i.summarize_checkpoint(
+            path.resolve(), verify=a.verify, tensors=a.tensors, progress=progress
+        )
         return found, describe(found, a), found["faults"]
     rows = i.summarize_directory(path, a.verify, progress)
     found, lines = {"folder": str(path), "checkpoints": rows}, i.describe_listing(path, rows)
     faults = [fault for row in rows for fault in row["faults"]]
     for row in rows:
         if row["newest"]:
-            newest = i.summarize_checkpoint(path / row["name"], tensors=a.tensors, progress=progress) | {
-                "verified": a.verify
-            }
+            newest = i.summarize_checkpoint(
+                path / row["name"], tensors=a.tensors, progress=progress
+            ) | {"verified": a.verify}
             found["newest"] = newest
             lines += ["", *describe(newest, a)]
             faults += newest["faults"]
@@ -84,7 +86,9 @@ def look_at(path: Path, a: argparse.Namespace, progress) -> tuple[dict, list[str
 def describe(found: dict, a: argparse.Namespace) -> list[str]:
     from megatron.checkpoint import inspect as i
 
-    return i.describe_checkpoint(found) + (["", *i.describe_tensors(found)] if a.tensors else [])
+    return i.describe_checkpoint(found) + (
+        ["", *i.describe_tensors(found)] if a.tensors else []
+    )
 
 
 def main() -> int:

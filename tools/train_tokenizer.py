@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from megatron.data.ingest.sources import Chunk, Parsed
+    from megatron.data.ingest.records import Chunk, Parsed
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST = {

@@ -312,7 +312,9 @@ def require_space(output: Path, needed: int) -> None:
         )
 
 
-def _about(source: Path, manifest: dict[str, Any], options: ConsolidateOptions) -> dict[str, Any]:
+def _about(
+    source: Path, manifest: dict[str, Any], options: ConsolidateOptions
+) -> dict[str, Any]:
     """Content of consolidated.json."""
     return {
         "format": FORMAT,

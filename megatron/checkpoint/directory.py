@@ -134,7 +134,9 @@ def check_files(
         try:
             there = (path / name).stat().st_size
             if there != size:
-                raise CorruptCheckpointError(f"{path / name} has {there} bytes, {size} were written")
+                raise CorruptCheckpointError(
+                    f"{path / name} has {there} bytes, {size} were written"
+                )
             if hashes and file_sha256(path / name) != sha256:
                 raise CorruptCheckpointError(
                     f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
@@ -142,7 +144,9 @@ def check_files(
         except FileNotFoundError:
             raise CorruptCheckpointError(f"{path / name} is missing") from None
         except OSError as error:
-            raise CorruptCheckpointError(f"{path / name} cannot be read: {error.strerror}") from None
+            raise CorruptCheckpointError(
+                f"{path / name} cannot be read: {error.strerror}"
+            ) from None
 
 
 def list_checkpoints(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
@@ -164,7 +168,9 @@ def list_checkpoints(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any
 
 def next_serial(folder: str | Path) -> int:
     """The serial of the next checkpoint of a folder."""
-    return max((manifest["serial"] for _, manifest in list_checkpoints(folder)[0]), default=0) + 1
+    return (
+        max((manifest["serial"] for _, manifest in list_checkpoints(folder)[0]), default=0) + 1
+    )
 
 
 def commit_checkpoint(

@@ -271,7 +271,9 @@ def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _distance(a: CheckpointReader, b: CheckpointReader, name: str, progress: Progress) -> float | None:
+def _distance(
+    a: CheckpointReader, b: CheckpointReader, name: str, progress: Progress
+) -> float | None:
     apart, sizes = 0.0, [0.0, 0.0]
     for x, y in zip(_values(a, name), _values(b, name), strict=True):
         progress(x.nbytes + y.nbytes)

@@ -148,7 +148,9 @@ class LoadedCheckpoint:
         return self.progress
 
 
-def load_for_run(config: RunConfig, groups: Groups) -> tuple[LoadedCheckpoint | None, RunConfig, TrainingProgress]:
+def load_for_run(
+    config: RunConfig, groups: Groups
+) -> tuple[LoadedCheckpoint | None, RunConfig, TrainingProgress]:
     """(the checkpoint that a run begins with, if any; the configuration that the run then has; how far it is).
 
     Raises as `find` and `Source.adopt` do.

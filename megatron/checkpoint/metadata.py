@@ -120,4 +120,6 @@ def describe_data(config: RunConfig) -> dict[str, Any]:
 
 def progress_of(state: dict[str, Any]) -> TrainingProgress:
     """The progress that state.json tells."""
-    return TrainingProgress(**{name: state["progress"][name] for name in asdict(TrainingProgress())})
+    return TrainingProgress(
+        **{name: state["progress"][name] for name in asdict(TrainingProgress())}
+    )

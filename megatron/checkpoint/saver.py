@@ -77,7 +77,7 @@ class Checkpointer:
 
     def __exit__(self, *_: object) -> None:
         # A rank that fails does not wait for its writing, which ends with the process, as the lock does.
-        if self._work is not None and not (self._pending and self._pending.job.is_busy):
+        if self._work is not None and not (self._pending and self._pending.job.is_running):
             self._work.release()
 
     def _open(self, goes_on: Path | None) -> None:
@@ -106,7 +106,7 @@ class Checkpointer:
         """Whether a checkpoint has been begun and not yet been published."""
         return self._pending is not None
 
-    def last_good(self) -> str:
+    def last_saved_message(self) -> str:
         """For messages: the newest checkpoint that this run wrote or started from."""
         return (
             f"the last good checkpoint is {self.newest}"
@@ -144,7 +144,7 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Once per step, on all ranks: see to a checkpoint that is being written. Raises as `save` does."""
-        if self._pending is not None and not self._pending.job.is_busy_anywhere(self.groups):
+        if self._pending is not None and not self._pending.job.running_on_any_rank(self.groups):
             self._advance()
 
     def finish(self) -> None:
@@ -169,7 +169,7 @@ class Checkpointer:
         )
         layout = self.engine.layout
         texts = {}
-        if self.groups.is_first:
+        if self.groups.is_rank0:
             index = make_index(
                 [pieces for pieces, _ in told], layout.shapes, parts.kinds(), layout.buffers
             )
@@ -190,12 +190,14 @@ class Checkpointer:
         if self.options.async_save:
             tensors = self._memory.copy(tensors, entries)
         name = shard_name(self.groups.rank)
-        job = BackgroundTask(f"writing {partial / name}", lambda: _write(partial, name, entries, tensors))
+        job = BackgroundTask(
+            f"writing {partial / name}", lambda: _write(partial, name, entries, tensors)
+        )
         return _Pending(partial, progress.iteration, name, texts, job)
 
     def _owns(self, parts: ZeroShards) -> bool:
         """Whether this rank's pieces are to be written: of what all ranks have, only rank 0's."""
-        return self.groups.is_first or not parts.replicated
+        return self.groups.is_rank0 or not parts.replicated
 
     def _tensors(self, parts: ZeroShards) -> dict[str, Tensor]:
         """What this rank writes, by name in its file."""
@@ -206,7 +208,7 @@ class Checkpointer:
                 for kind in parts.kinds()
                 for p in parts.pieces
             }
-        if self.groups.is_first:
+        if self.groups.is_rank0:
             buffers = dict(self.engine.model.named_buffers())
             tensors |= {f"buffer/{name}": buffers[name] for name in self.engine.layout.buffers}
         return tensors
@@ -232,7 +234,7 @@ class Checkpointer:
         errors = [error for _, _, error in results if error]
         if errors:
             self._pending = None
-            if self.groups.is_first:
+            if self.groups.is_rank0:
                 shutil.rmtree(now.partial, ignore_errors=True)
             self._failed(OSError(errors[0]))
         elif not now.publishing:
@@ -241,7 +243,7 @@ class Checkpointer:
                 True,
                 BackgroundTask(f"publishing {now.partial}", lambda: self._publish(now, files)),
             )
-            if self.groups.is_first:
+            if self.groups.is_rank0:
                 now.job.start()
         else:
             self._pending, self.newest = None, results[0][1]
@@ -250,7 +252,9 @@ class Checkpointer:
         """On rank 0; returns where the checkpoint is."""
         for name, text in pending.texts.items():
             files[name] = directory.write_text(pending.partial / name, text + "\n")
-        target = directory.commit_checkpoint(pending.partial, self.folder, pending.iteration, files)
+        target = directory.commit_checkpoint(
+            pending.partial, self.folder, pending.iteration, files
+        )
         self._damaged -= {target.name}
         get_logger().info(
             "saved %s: %.1f MB in %.1f s",
@@ -269,9 +273,11 @@ class Checkpointer:
         """What --on-save-error says; every rank has the same error here."""
         self.failures += 1
         if self._must:
-            raise OSError(f"{error}; {self.last_good()}") from None
+            raise OSError(f"{error}; {self.last_saved_message()}") from None
         get_logger().error(
-            "%s. The training goes on, as --on-save-error says; %s", error, self.last_good()
+            "%s. The training goes on, as --on-save-error says; %s",
+            error,
+            self.last_saved_message(),
         )
 
 

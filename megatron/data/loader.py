@@ -1,6 +1,6 @@
 """Micro-batches of one rank, in an order that does not depend on how many ranks there are.
 
-Letters: B micro-batch size, S sequence length, W ranks, G global batch size.
+Shape suffixes: B micro-batch size, S sequence length, W ranks, G global batch size.
 
 Micro-step m of the run takes samples m*B*W to (m+1)*B*W, and rank r its r-th slice of B: an optimizer step of G
 samples sees the same samples for any B and W that divide it.

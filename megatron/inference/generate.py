@@ -1,6 +1,6 @@
 """Text generation without a cache: every new token runs the model over the whole window.
 
-Letters: B rows, S window, V vocabulary.
+Shape suffixes: B rows, S window, V vocabulary.
 """
 
 from __future__ import annotations

@@ -61,7 +61,10 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, path: str | Path, entries: Sequence[TensorSpec], metadata: dict[str, str] | None = None
+        self,
+        path: str | Path,
+        entries: Sequence[TensorSpec],
+        metadata: dict[str, str] | None = None,
     ):
         self.path, self.entries = str(path), in_file_order(entries)
         self._next, self._sha256, self.nbytes = 0, hashlib.sha256(), 0

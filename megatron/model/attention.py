@@ -1,6 +1,6 @@
 """Causal self-attention with grouped queries.
 
-Letters: B batch, S sequence, D hidden, H query heads, G key/value heads, K head width.
+Shape suffixes: B batch, S sequence, D hidden, H query heads, G key/value heads, K head width.
 """
 
 from __future__ import annotations

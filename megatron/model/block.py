@@ -1,6 +1,6 @@
 """One pre-norm transformer block around any feed-forward layer.
 
-Letters: B batch, S sequence, D hidden.
+Shape suffixes: B batch, S sequence, D hidden.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The output layer and the cross-entropy of its logits as one operation that never has all logits.
 
-Letters: N tokens, D hidden, V vocabulary (padded), n the tokens of one piece.
+Shape suffixes: N tokens, D hidden, V vocabulary (padded), n the tokens of one piece.
 """
 
 from __future__ import annotations

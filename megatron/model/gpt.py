@@ -1,6 +1,6 @@
 """The decoder-only transformer: embeddings, blocks, final norm, output layer and loss.
 
-Letters: B batch, S sequence, D hidden, V vocabulary (padded), N tokens of a batch (B x S).
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary (padded), N tokens of a batch (B x S).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The dense feed-forward layer; with another width, also the shared expert inside a mixture layer.
 
-Letters: D hidden, H width of the layer.
+Shape suffixes: D hidden, H width of the layer.
 """
 
 from __future__ import annotations

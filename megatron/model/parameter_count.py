@@ -33,7 +33,9 @@ class ParameterCount:
     """the same for the most experts"""
 
 
-def count_parameters(model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)) -> ParameterCount:
+def count_parameters(
+    model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)
+) -> ParameterCount:
     """Count the parameters of a model, on any device (`meta` too) and before ZeRO shards them.
 
     Routed experts are stacks [stacks here, ...] in the module `experts` of a layer with the attributes `num_experts`,

@@ -1,6 +1,6 @@
 """Rotary position embeddings (Su et al. 2021), in the rotate-half layout of Hugging Face's Llama.
 
-Letters: B batch, S sequence, H heads, K head width, P largest position + 1.
+Shape suffixes: B batch, S sequence, H heads, K head width, P largest position + 1.
 """
 
 from __future__ import annotations

@@ -180,7 +180,9 @@ def create_gate(
         )
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; a gate needs at least 1 expert")
-    place = GateContext(hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std)
+    place = GateContext(
+        hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std
+    )
     config = cls.Config(**options)
     check = getattr(
         config, "check", None

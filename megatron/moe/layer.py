@@ -66,8 +66,8 @@ class MoELayer(nn.Module):
         self.step_sums: dict[str, Tensor] = {}
         """sums since the last optimizer step, on this rank"""
         self._step_loads: list[tuple[Tensor, Tensor]] = []
-        self._memory: dict[str, Any] | None = None
-        self._again = False
+        self._recompute_cache: dict[str, Any] | None = None
+        self._is_recompute = False
         self._checked = False
 
     def forward(self, x_BSD: Tensor, context: FFNContext | None = None) -> FFNOutput:
@@ -79,13 +79,13 @@ class MoELayer(nn.Module):
             routing.check(len(x_TD), self.gate.num_experts + len(self.gate.local_paths))
             self._checked = True
         plan = self._plan(routing, x_TD)
-        y_TD, beside = self._mix(
-            x_TD, routing, plan, lambda: self._beside(x_BSD, routing, plan, context)
+        y_TD, beside = self._dispatch_and_compute(
+            x_TD, routing, plan, lambda: self._local_outputs(x_BSD, routing, plan, context)
         )
         for part in beside:
             y_TD = y_TD + part
         aux_loss = self._aux_loss(routing)
-        if not self._again:
+        if not self._is_recompute:
             self._count(routing, plan, aux_loss)
         return FFNOutput(y_TD.view_as(x_BSD), aux_loss, routing.carry)
 
@@ -97,12 +97,12 @@ class MoELayer(nn.Module):
             len(x_TD),
             self.gate.num_experts,
             len(paths),
-            self._limit(x_TD),
+            self._expert_capacity(x_TD),
             zero_paths,
             self.groups.ep_group,
         )
 
-    def _mix(
+    def _dispatch_and_compute(
         self, x_TD: Tensor, routing: Routing, plan: DispatchPlan, beside: Callable[[], T]
     ) -> tuple[Tensor, T]:
         """(weighted sum of the routed experts' outputs [T, D], what `beside` returns).
@@ -113,7 +113,9 @@ class MoELayer(nn.Module):
         if plan.sizes is None:
             return self.experts(x_TD, weight_S, plan.routed), beside()
         send, receive, group = plan.sizes.send, plan.sizes.receive, self.groups.ep_group
-        exchange = AllToAll((PermuteTokens.apply(x_TD, plan.routed), weight_S), send, receive, group)
+        exchange = AllToAll(
+            (PermuteTokens.apply(x_TD, plan.routed), weight_S), send, receive, group
+        )
         there = beside()
         x_RD, weight_R = exchange.finish()
         rows = sort_received_by_expert(plan.sizes)
@@ -121,7 +123,7 @@ class MoELayer(nn.Module):
         (y_SD,) = AllToAll((y_RD,), receive, send, group).finish()
         return UnpermuteTokens.apply(y_SD, None, plan.routed), there
 
-    def _beside(
+    def _local_outputs(
         self, x_BSD: Tensor, routing: Routing, plan: DispatchPlan, context: FFNContext
     ) -> list[Tensor]:
         """What needs no other rank, as [T, D] each: local paths, whose rows never leave it, and the shared experts."""
@@ -132,14 +134,16 @@ class MoELayer(nn.Module):
             outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True)]
             parts.append(
                 UnpermuteTokens.apply(
-                    torch.cat(outputs), GatherWeights.apply(routing.weight_A, plan.local), plan.local
+                    torch.cat(outputs),
+                    GatherWeights.apply(routing.weight_A, plan.local),
+                    plan.local,
                 )
             )
         if self.shared is not None:
             parts.append(self.shared(x_BSD, context).y.flatten(0, -2))
         return parts
 
-    def _limit(self, x_TD: Tensor) -> int | Tensor | None:
+    def _expert_capacity(self, x_TD: Tensor) -> int | Tensor | None:
         num_tokens, factor = len(x_TD), self.capacity_factors[self.training]
         own = self.gate.capacities(num_tokens, factor, self.min_capacity) if factor else None
         if own is not None:
@@ -169,12 +173,12 @@ class MoELayer(nn.Module):
             return routing.aux_loss
         if not self.training:  # nothing to train, nobody to ask
             return routing.aux_loss + sum(term.loss() for term in routing.balance)
-        if self._again:
-            loads = self._memory["loads"]
+        if self._is_recompute:
+            loads = self._recompute_cache["loads"]
         else:
             loads = self._global_loads(routing)
-            if self._memory is not None:
-                self._memory["loads"] = loads
+            if self._recompute_cache is not None:
+                self._recompute_cache["loads"] = loads
         return routing.aux_loss + sum(
             term.loss(*load) for term, load in zip(routing.balance, loads, strict=True)
         )
@@ -210,25 +214,27 @@ class MoELayer(nn.Module):
         The repetition counts nothing, exchanges no loads, and has the aux loss of the first time.
         """
         memory: dict[str, Any] = {}
-        return _RecomputeContext(self, memory, again=False), _RecomputeContext(self, memory, again=True)
+        return _RecomputeContext(self, memory, again=False), _RecomputeContext(
+            self, memory, again=True
+        )
 
     @torch.no_grad()
     def _count(self, routing: Routing, plan: DispatchPlan, aux_loss: Tensor) -> None:
         """Add this forward to the counters."""
-        num_tokens = len(plan.kept_T)
+        num_tokens = len(plan.dispatched_T)
         wanted_T = bincount_static(routing.token_A, num_tokens)
         one, bins = torch.ones((), device=wanted_T.device), self._most_choices() + 1
         step = {
             "tokens": one * num_tokens,
-            "load_E": plan.wanted_C[: self.gate.num_experts],
+            "load_E": plan.assigned_C[: self.gate.num_experts],
             **{f"sum/{name}": value for name, value in routing.sums.items()},
         }
         seen = {
             "tokens": one * num_tokens,
-            "wanted_C": plan.wanted_C,
-            "kept_C": plan.kept_C,
-            "lost_tokens": (plan.kept_T < wanted_T).sum(),
-            "kept_histogram": bincount_static(plan.kept_T.clamp_max(bins - 1), bins),
+            "assigned_C": plan.assigned_C,
+            "dispatched_C": plan.dispatched_C,
+            "lost_tokens": (plan.dispatched_T < wanted_T).sum(),
+            "kept_histogram": bincount_static(plan.dispatched_T.clamp_max(bins - 1), bins),
             "forwards": one,
             "aux_loss": aux_loss,
             **{f"stat/{name}": value for name, value in routing.stats.items()},
@@ -254,10 +260,10 @@ class _RecomputeContext(AbstractContextManager):
         self.layer, self.memory, self.again = layer, memory, again
 
     def __enter__(self) -> None:
-        self.layer._memory, self.layer._again = self.memory, self.again
+        self.layer._recompute_cache, self.layer._is_recompute = self.memory, self.again
 
     def __exit__(self, *error: object) -> None:
-        self.layer._memory, self.layer._again = None, False
+        self.layer._recompute_cache, self.layer._is_recompute = None, False
 
 
 def _add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:

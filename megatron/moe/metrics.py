@@ -69,11 +69,11 @@ class MoEMetrics:
         """Means over ranks and over all forwards since the last reading, which is then forgotten.
 
         Returns:
-            experts_per_token_wanted / _kept (routed and local choices a token asked for / got), drop_fraction (of
-            assignments), lost_token_fraction (tokens that lost a choice), load_imbalance_max_over_mean (of routed
+            experts_per_token_before_capacity / _kept (routed and local choices a token asked for / got), dropped_assignment_fraction (of
+            assignments), tokens_with_drops_fraction (tokens that lost a choice), load_imbalance_max_over_mean (of routed
             experts, kept, mean over layers), local_fraction (of the kept choices, those on local paths; with such
             paths), moe_aux_loss (mean over layers), the gate's stats and what it makes of its sums, each also as a
-            list `..._by_layer`, and kept_experts_histogram (share of tokens that got 0, 1, 2, ... experts). Empty
+            list `..._by_layer`, and experts_per_token_histogram (share of tokens that got 0, 1, 2, ... experts). Empty
             without mixture layers or forwards.
         """
         if not self.layers or not self.layers[0].counters[training]:
@@ -86,13 +86,13 @@ class MoEMetrics:
 
 def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
     """Ratios of one layer's sums."""
-    tokens, wanted, kept = sums["tokens"], sums["wanted_C"].sum(), sums["kept_C"].sum()
-    load = sums["kept_C"][: layer.gate.num_experts]
+    tokens, wanted, kept = sums["tokens"], sums["assigned_C"].sum(), sums["dispatched_C"].sum()
+    load = sums["dispatched_C"][: layer.gate.num_experts]
     values = {
-        "experts_per_token_wanted": wanted / tokens,
-        "experts_per_token_kept": kept / tokens,
-        "drop_fraction": (wanted - kept) / wanted.clamp_min(1),
-        "lost_token_fraction": sums["lost_tokens"] / tokens,
+        "experts_per_token_before_capacity": wanted / tokens,
+        "experts_per_token": kept / tokens,
+        "dropped_assignment_fraction": (wanted - kept) / wanted.clamp_min(1),
+        "tokens_with_drops_fraction": sums["lost_tokens"] / tokens,
         "load_imbalance_max_over_mean": load.max() / load.mean().clamp_min(1 / len(load)),
         "moe_aux_loss": sums["aux_loss"] / sums["forwards"],
     }
@@ -124,6 +124,6 @@ def _summarise(
     means = {name: sum(v) / len(v) for name, v in by_layer.items()}
     return {
         **means,
-        "kept_experts_histogram": (histogram / histogram.sum()).tolist(),
+        "experts_per_token_histogram": (histogram / histogram.sum()).tolist(),
         **{f"{name}_by_layer": v for name, v in by_layer.items()},
     }

@@ -1,6 +1,6 @@
 """The gate contract: what a gate is given, what it answers, and the losses most gates share.
 
-Letters: T tokens on this rank, D hidden size, E routed experts, A assignments of a token to an expert, k experts
+Shape suffixes: T tokens on this rank, D hidden size, E routed experts, A assignments of a token to an expert, k experts
 per token, G what a balance loss balances (experts, or groups of them), N sequences.
 
 A gate's answer is a ragged list of assignments, not a dense mask and not a fixed k. That one choice covers a variable

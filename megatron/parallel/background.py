@@ -41,13 +41,13 @@ class BackgroundTask:
             raise
 
     @property
-    def is_busy(self) -> bool:
+    def is_running(self) -> bool:
         """Whether it has been started and has not ended."""
         return self._thread is not None and self._thread.is_alive()
 
-    def is_busy_anywhere(self, groups: Groups) -> bool:
+    def running_on_any_rank(self, groups: Groups) -> bool:
         """Whether any rank's is. All ranks must ask."""
-        busy = torch.tensor(float(self.is_busy), device=groups.device)
+        busy = torch.tensor(float(self.is_running), device=groups.device)
         return all_reduce_sum(busy, groups).item() > 0
 
     def wait_for_all(self, groups: Groups) -> None:
@@ -56,5 +56,5 @@ class BackgroundTask:
         while True:
             if self._thread is not None:
                 self._thread.join(PATIENCE_SECONDS)
-            if not self.is_busy_anywhere(groups):
+            if not self.running_on_any_rank(groups):
                 return

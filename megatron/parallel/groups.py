@@ -32,7 +32,7 @@ class Groups:
         return self.rank % self.ep_size
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
 
@@ -79,7 +79,7 @@ def all_gather_objects(value: Any, groups: Groups) -> list[Any]:
 def broadcast_from_rank0(ask: Callable[[], Any], groups: Groups) -> Any:
     """Rank 0's answer, on all ranks. Its ValueError or OSError is raised on all of them."""
     answer: list[Any] = [None]
-    if groups.is_first:
+    if groups.is_rank0:
         try:
             answer = [ask()]
         except (ValueError, OSError) as error:

@@ -138,7 +138,7 @@ class GracefulStop:
                     continue
                 first = seen.setdefault(byte[0], now)
                 if first == now:
-                    self._wish(signal.Signals(byte[0]))
+                    self._request_stop(signal.Signals(byte[0]))
                 elif now - first >= REPEAT_SECONDS:
                     name = signal.Signals(byte[0]).name
                     self._end(
@@ -146,7 +146,7 @@ class GracefulStop:
                         128 + byte[0],
                     )
 
-    def _wish(self, number: signal.Signals) -> None:
+    def _request_stop(self, number: signal.Signals) -> None:
         gone = [rank for rank, process in self._neighbours.items() if not _is_alive(process)]
         if number == signal.SIGTERM and gone and not self._reason:
             self._end(
@@ -156,7 +156,7 @@ class GracefulStop:
             )
         if self.signal is None:
             self.signal = number
-            if self.groups.is_first:
+            if self.groups.is_rank0:
                 get_logger().info(
                     "%s: the step ends, a checkpoint is saved if there is --save, then the run exits 0; "
                     "%s again after %g s ends it at once",

@@ -21,7 +21,7 @@ class Spike:
     deviation: float
     row: int
     """how many steps in a row, with this one, were spikes"""
-    new_level: bool
+    level_shift: bool
     """there were so many in a row that from now on losses are compared with these"""
 
 
@@ -63,4 +63,4 @@ class SpikeDetector:
             self._usual.extend(self._row)
             self._row.clear()
         z = (loss - mean) / deviation if deviation else float("inf")
-        return Spike(z, mean, deviation, row, new_level=row == self.needed)
+        return Spike(z, mean, deviation, row, level_shift=row == self.needed)

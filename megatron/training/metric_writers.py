@@ -3,8 +3,8 @@
 A record is a flat dict: `kind` (train, eval, test), `iteration`, and metrics with their units in their names, as
 scalars or, per layer, as lists. The same names everywhere:
 
-    loss perplexity aux_loss lr grad_norm tokens_per_s consumed_samples consumed_tokens experts_per_token_wanted
-    experts_per_token_kept load_imbalance_max_over_mean drop_fraction lost_token_fraction top1_probability
+    loss perplexity aux_loss lr grad_norm tokens_per_s consumed_samples consumed_tokens experts_per_token_before_capacity
+    experts_per_token load_imbalance_max_over_mean dropped_assignment_fraction tokens_with_drops_fraction top1_probability
     skipped_steps bad_steps loss_spikes elapsed_s step_time_ms, and <name>_by_layer
 """
 
@@ -146,10 +146,10 @@ class ConsoleWriter:
         ("lr", "lr {:9.3e}"),
         ("grad_norm", "grad norm {:7.3f}"),
         ("tokens_per_s", "{:9,.0f} tokens/s"),
-        ("experts_per_token_wanted", "experts/token {:6.3f}"),
-        ("experts_per_token_kept", "kept {:6.3f}"),
+        ("experts_per_token_before_capacity", "experts/token {:6.3f}"),
+        ("experts_per_token", "kept {:6.3f}"),
         ("load_imbalance_max_over_mean", "load max/mean {:6.2f}"),
-        ("drop_fraction", "dropped {:6.2%}"),
+        ("dropped_assignment_fraction", "dropped {:6.2%}"),
         ("skipped_steps", "skipped {:3.0f}"),
     )
 
@@ -163,12 +163,10 @@ class ConsoleWriter:
             f"{'iteration' if kind == 'train' else kind + ' at'} {iteration:{width}d}/{self.iterations}"
         ]
         words += [_form(form, record[name]) for name, form in self.FIELDS if name in record]
-        if kind != "train" and "experts_per_token_kept_by_layer" in record:
+        if kind != "train" and "experts_per_token_by_layer" in record:
             words.append(
                 "by layer "
-                + " ".join(
-                    _form("{:.2f}", k) for k in record["experts_per_token_kept_by_layer"]
-                )
+                + " ".join(_form("{:.2f}", k) for k in record["experts_per_token_by_layer"])
             )
         if "elapsed_s" in record:
             words.append(f"elapsed {_clock(record['elapsed_s'])}")

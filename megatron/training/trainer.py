@@ -36,7 +36,9 @@ class TrainingPlan:
     seq_length: int
 
     @staticmethod
-    def of(train: TrainConfig, seq_length: int, world_size: int, done: TrainingProgress) -> TrainingPlan:
+    def of(
+        train: TrainConfig, seq_length: int, world_size: int, done: TrainingProgress
+    ) -> TrainingPlan:
         """The plan of a run that has done so much already, perhaps with another global batch.
 
         Raises:
@@ -185,13 +187,13 @@ class Trainer:
         bad = self.engine.skipped_steps > skipped
         self._interval.add(agreed, lr, time.monotonic() - start, bad)
         if bad:
-            self._take_bad(agreed)
+            self._on_skipped_step(agreed)
         else:
             self.bad_steps, self._good_steps = 0, self._good_steps + 1
             if spike := self.spikes.see(agreed.lm_loss):
-                self._take_spike(agreed.lm_loss, spike)
+                self._on_loss_spike(agreed.lm_loss, spike)
 
-    def _take_bad(self, agreed: StepConsensus) -> None:
+    def _on_skipped_step(self, agreed: StepConsensus) -> None:
         """A step was skipped: weights, moments and gates are as before it; iteration and schedule went on."""
         p, most, bad_ranks = self.progress, self.config.max_bad_steps, agreed.bad_ranks
         self.bad_steps += 1
@@ -205,13 +207,13 @@ class Trainer:
             f"in a row (samples {p.consumed_samples - self.plan.global_batch} to {p.consumed_samples - 1})"
         )
         if 0 < most <= self.bad_steps:
-            self._give_up(
+            self._abort(
                 f"the gradients of {self.bad_steps} steps in a row, up to iteration {p.iteration}, were NaN "
                 f"or infinite and the steps were skipped; allowed: fewer than --max-bad-steps {most}. Lower "
                 "--lr, or look at the data"
             )
 
-    def _take_spike(self, loss: float, spike: Spike) -> None:
+    def _on_loss_spike(self, loss: float, spike: Spike) -> None:
         """Count and log a spike; raise if it ends the run. Of several in a row the first and the last are logged."""
         self._interval.loss_spikes += 1
         what = (
@@ -219,18 +221,18 @@ class Trainer:
             f"{spike.deviation:.3g} above {spike.mean:.5f}, the mean of the steps before"
         )
         if self.config.loss_spike_action == "stop":
-            self._give_up(
+            self._abort(
                 f"{what}; allowed: --loss-spike-threshold {self.config.loss_spike_threshold:g}. Its batch "
                 "may be bad, or --lr too high; --loss-spike-action log goes on"
             )
-        if spike.new_level:
+        if spike.level_shift:
             self._warn(
                 f"{what}, like {spike.row - 1} before it: that is a new level, and no spike from now on"
             )
         elif spike.row == 1:
             self._warn(what)
 
-    def _give_up(self, why: str) -> NoReturn:
+    def _abort(self, why: str) -> NoReturn:
         """End the run, as all ranks have decided alike. A checkpoint that is still being written is completed first."""
         self.log()
         failed = ""
@@ -238,7 +240,7 @@ class Trainer:
             self.checkpoints.finish()
         except OSError as error:
             failed = f"; {error}"
-        raise ValueError(f"{why}; {self.checkpoints.last_good()}{failed}")
+        raise ValueError(f"{why}; {self.checkpoints.last_saved_message()}{failed}")
 
     def _is_worth_saving(self, ends: bool) -> bool:
         """Not while steps are being skipped, for the weights may be why; but at the end, if any step was good."""
@@ -247,13 +249,13 @@ class Trainer:
         if ends and not self._good_steps:
             self._warn(
                 "no checkpoint is saved, because every step of this run was skipped; "
-                f"{self.checkpoints.last_good()}"
+                f"{self.checkpoints.last_saved_message()}"
             )
         return ends and self._good_steps > 0
 
     def _warn(self, message: str) -> None:
         """Of what all ranks know: said once."""
-        if self.groups.is_first:
+        if self.groups.is_rank0:
             get_logger().warning("%s", message)
 
     @property
@@ -331,7 +333,11 @@ class LogWindow:
 
 
 def log_run_summary(
-    plan: TrainingPlan, groups: Groups, precision: str, num_experts: int, progress: TrainingProgress
+    plan: TrainingPlan,
+    groups: Groups,
+    precision: str,
+    num_experts: int,
+    progress: TrainingProgress,
 ) -> None:
     """Say on what this run runs, and why."""
     experts = (

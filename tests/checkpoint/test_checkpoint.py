@@ -35,14 +35,14 @@ def iterations(folder: Path) -> list[int]:
 def _saves(config, number: int) -> list[str]:
     """In a rank: a save after each step; what the run says of its last good checkpoint then."""
     run = engines.Run(config)
-    said = [run.checkpoints.last_good()]
+    said = [run.checkpoints.last_saved_message()]
     try:
         for _ in range(number):
             run.steps(1)
             run.checkpoints.save(run.progress)
-            said.append(run.checkpoints.last_good())
+            said.append(run.checkpoints.last_saved_message())
         run.checkpoints.finish()
-        return [*said, run.checkpoints.last_good()]
+        return [*said, run.checkpoints.last_saved_message()]
     finally:
         run.close()
 
@@ -140,11 +140,11 @@ def _fails_once(config, rank, when):
         for _ in range(3):
             run.steps(1)
             run.save()
-            if run.groups.is_first:
+            if run.groups.is_rank0:
                 assert not list(Path(config.train.save, "checkpoint.partial").glob("iter_*")), (
                     "half of one is left"
                 )
-        return run.checkpoints.failures, run.checkpoints.last_good()
+        return run.checkpoints.failures, run.checkpoints.last_saved_message()
     finally:
         saver.write_tensors = original
         run.close()
@@ -300,7 +300,9 @@ def test_damage_is_named_and_the_one_before_is_used(
     with pytest.raises(RuntimeError, match=f"--load-step is 3.*iter_0000003/{name}"):
         ranks2.run(_load, replace(config, train=replace(config.train, load_step=3)))
     for iteration in (1, 2):
-        damage(folder / directory.checkpoint_name(iteration) / "rank_00001.safetensors", "flipped")
+        damage(
+            folder / directory.checkpoint_name(iteration) / "rank_00001.safetensors", "flipped"
+        )
     with pytest.raises(
         RuntimeError,
         match="no checkpoint is whole: .*rank_00001.safetensors is damaged.*Restore",
@@ -429,7 +431,11 @@ def _adopted(config):
     from megatron.engine import distributed as parallel
 
     groups = parallel.init_distributed(1)
-    return loader.find_checkpoint(config.train, groups).adopt(config, groups).train.global_batch_size
+    return (
+        loader.find_checkpoint(config.train, groups)
+        .adopt(config, groups)
+        .train.global_batch_size
+    )
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     manifest = directory.read_manifest(path)
     size = os.stat(path / "index.json").st_size
     manifest["files"]["index.json"][0] = size
-    with pytest.raises(directory.CorruptCheckpointError, match="index.json cannot be read: Is a directory"):
+    with pytest.raises(
+        directory.CorruptCheckpointError, match="index.json cannot be read: Is a directory"
+    ):
         directory.check_files(path, ["index.json"], manifest)
 
 
@@ -235,7 +237,9 @@ def test_a_manifest_that_somebody_made_up(change, tmp_path):
     path = make(tmp_path, 7) / "manifest.json"
     manifest = {**json.loads(path.read_text()), **change}
     path.write_text(json.dumps({**manifest, "checksum": directory._checksum(manifest)}))
-    with pytest.raises(directory.CorruptCheckpointError, match="manifest.json says what no manifest says"):
+    with pytest.raises(
+        directory.CorruptCheckpointError, match="manifest.json says what no manifest says"
+    ):
         directory.read_manifest(path.parent)
 
 
@@ -299,7 +303,9 @@ def test_retention(last, every, kept, tmp_path):
     broken = tmp_path / "iter_0000005"
     broken.mkdir()
     gone = directory.apply_retention(tmp_path, last, every)
-    assert [m["iteration"] for _, m in reversed(directory.list_checkpoints(tmp_path)[0])] == kept
+    assert [
+        m["iteration"] for _, m in reversed(directory.list_checkpoints(tmp_path)[0])
+    ] == kept
     assert sorted(gone) == sorted(
         directory.checkpoint_name(i) for i in (10, 20, 30, 40, 50) if i not in kept
     )
@@ -325,7 +331,9 @@ def test_a_latest_that_names_nothing(tmp_path, capsys):
 
 def test_a_copy_may_have_another_name(tmp_path):
     path = make(tmp_path, 7).rename(tmp_path / "best")
-    assert directory.select_checkpoints(CheckpointConfig(load=str(path)))[0][1]["iteration"] == 7
+    assert (
+        directory.select_checkpoints(CheckpointConfig(load=str(path)))[0][1]["iteration"] == 7
+    )
 
 
 def test_choosing(tmp_path, capsys):
@@ -363,7 +371,9 @@ def test_choosing(tmp_path, capsys):
 def test_one_checkpoint_can_be_chosen_by_its_own_folder(tmp_path):
     make(tmp_path, 10)
     path = make(tmp_path, 20).with_name("iter_0000010")
-    assert [found for found, _ in directory.select_checkpoints(CheckpointConfig(load=str(path)))] == [path]
+    assert [
+        found for found, _ in directory.select_checkpoints(CheckpointConfig(load=str(path)))
+    ] == [path]
     with pytest.raises(
         ValueError, match="--load-step is 10; allowed: only with the folder of the checkpoints"
     ):

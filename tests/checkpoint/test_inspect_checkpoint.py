@@ -145,10 +145,13 @@ def test_what_is_printed(folder):
     done = handmade.run(TOOL, folder, "--tensors")
     text = lines(done)
     (size,) = {
-        f"{inspect.summarize_checkpoint(folder / directory.checkpoint_name(i))['bytes'] / 1e6:,.1f} MB" for i in (2, 4, 5)
+        f"{inspect.summarize_checkpoint(folder / directory.checkpoint_name(i))['bytes'] / 1e6:,.1f} MB"
+        for i in (2, 4, 5)
     }
     saved = {
-        i: json.loads((folder / directory.checkpoint_name(i) / "state.json").read_text())["saved_at"]
+        i: json.loads((folder / directory.checkpoint_name(i) / "state.json").read_text())[
+            "saved_at"
+        ]
         for i in (2, 4, 5)
     }
     assert text[:4] == [
@@ -205,7 +208,10 @@ def test_a_dense_model_at_its_beginning(tmp_path):
     path = handmade.checkpoint(
         tmp_path, handmade.weights(norm__weight=(3,)), config=config, moments=False, data={}
     )
-    text = [" ".join(line.split()) for line in inspect.describe_checkpoint(inspect.summarize_checkpoint(path))]
+    text = [
+        " ".join(line.split())
+        for line in inspect.describe_checkpoint(inspect.summarize_checkpoint(path))
+    ]
     assert "none on record" in text and not [line for line in text if line.startswith("gate")]
     assert any(line.startswith("holds weights of 1 parameters, ") for line in text)
 
@@ -217,9 +223,13 @@ def test_json(folder):
         ("iter_0000005", False),
         ("iter_0000002", False),
     ]
-    assert found["newest"] == inspect.summarize_checkpoint(folder / "iter_0000004", verify=True, tensors=True)
+    assert found["newest"] == inspect.summarize_checkpoint(
+        folder / "iter_0000004", verify=True, tensors=True
+    )
     path = folder / "iter_0000002"
-    assert json.loads(handmade.run(TOOL, path, "--json").stdout) == inspect.summarize_checkpoint(path)
+    assert json.loads(
+        handmade.run(TOOL, path, "--json").stdout
+    ) == inspect.summarize_checkpoint(path)
     found = json.loads(handmade.run(TOOL, path, folder, "--json").stdout)
     assert found["progress"]["iteration"] == [2, 4] and "values" not in found["tensors"]
 
@@ -351,7 +361,9 @@ def test_every_difference_is_named(folder, tmp_path):
         saved_at="then",
     )
     first = inspect.summarize_checkpoint(folder / "iter_0000002")
-    told = inspect.compare_checkpoints(first, inspect.summarize_checkpoint(tmp_path / "b/iter_0000009"), tensors=True)
+    told = inspect.compare_checkpoints(
+        first, inspect.summarize_checkpoint(tmp_path / "b/iter_0000009"), tensors=True
+    )
     missing = inspect.NOT_THERE
     assert told["configuration"] == {
         "model.num_layers": [4, 7],
@@ -417,9 +429,9 @@ def test_how_far_apart_weights_are(slice_, tmp_path, monkeypatch):
         for name, tensors, ranks in (("a", a, 3), ("b", b, 2))
     ]
     read = []
-    told = inspect.compare_checkpoints(*map(inspect.summarize_checkpoint, paths), tensors=True, progress=read.append)[
-        "tensors"
-    ]["values"]
+    told = inspect.compare_checkpoints(
+        *map(inspect.summarize_checkpoint, paths), tensors=True, progress=read.append
+    )["tensors"]["values"]
     expected = (
         (a["w"] - b["w"]).double().norm() / max(a["w"].double().norm(), b["w"].double().norm())
     ).item()

@@ -44,7 +44,9 @@ def test_contradictions_are_named():
         ValueError,
         match=r"--num-layers is 8 but checkpoint x was made with 4; use the checkpoint's",
     ):
-        check_same_run(saved, RunMetadata(RunConfig(model=ModelConfig(num_layers=8)), IDENTITY), "x")
+        check_same_run(
+            saved, RunMetadata(RunConfig(model=ModelConfig(num_layers=8)), IDENTITY), "x"
+        )
     for key, what in records.MODEL_FIELDS.items():
         with pytest.raises(ValueError, match=f"{what} is 'other'"):
             check_same_run(saved, RunMetadata(RunConfig(), {**IDENTITY, key: "other"}), "x")
@@ -54,7 +56,10 @@ def test_changing_the_length_or_rate_of_the_run_is_allowed():
     other = RunConfig(
         optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9)
     )
-    assert check_same_run(RunMetadata(RunConfig(), IDENTITY), RunMetadata(other, IDENTITY), "x") is None
+    assert (
+        check_same_run(RunMetadata(RunConfig(), IDENTITY), RunMetadata(other, IDENTITY), "x")
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,9 @@ def test_other_options_of_the_gate_are_said(capsys):
 
 def test_a_new_order_of_samples_is_said(capsys):
     log.setup()
-    saved = RunMetadata(RunConfig(), IDENTITY, global_batch_size=8, data={"a": {"bin_bytes": 1}})
+    saved = RunMetadata(
+        RunConfig(), IDENTITY, global_batch_size=8, data={"a": {"bin_bytes": 1}}
+    )
     warn_of_changes(saved, replace(saved, config=RunConfig(optimizer=OptimizerConfig(lr=1.0))))
     assert capsys.readouterr().out == ""
     warn_of_changes(
@@ -181,7 +188,9 @@ def test_another_schedule_is_refused(changes, message):
 def test_a_longer_run_is_another_schedule_only_where_the_rates_follow_its_length(
     options, follows
 ):
-    saved = RunMetadata(RunConfig(optimizer=OptimizerConfig(**options)), IDENTITY, iterations=100)
+    saved = RunMetadata(
+        RunConfig(optimizer=OptimizerConfig(**options)), IDENTITY, iterations=100
+    )
     if not follows:
         assert check_same_schedule(saved, replace(saved, iterations=200), "x") is None
         return

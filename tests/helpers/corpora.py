@@ -55,7 +55,9 @@ def loop(names: list[str], key: str, limit: int = 0) -> list[list[int]]:
 
 
 def job(names: list[str], prefix: Path, **changes) -> PreprocessConfig:
-    return PreprocessConfig(names, str(prefix), EncodeConfig(BYTES, ("text", "title"), append_eod=True), **changes)
+    return PreprocessConfig(
+        names, str(prefix), EncodeConfig(BYTES, ("text", "title"), append_eod=True), **changes
+    )
 
 
 def content(prefix: Path, suffixes=(".bin", ".idx", ".json")) -> list[bytes]:

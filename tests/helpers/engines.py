@@ -113,7 +113,9 @@ class Run:
             self.source.check(record)
             self.source.load_weights(model, groups)
         self.engine = Engine(model, config.optimizer, config.train, groups)
-        self.progress = self.source.restore(self.engine, groups) if self.source else TrainingProgress()
+        self.progress = (
+            self.source.restore(self.engine, groups) if self.source else TrainingProgress()
+        )
         self.checkpoints = Checkpointer(config.train, self.engine, record, groups, self.source)
 
     def steps(self, number: int) -> list[float]:

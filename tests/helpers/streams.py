@@ -75,7 +75,11 @@ def stream_of(
     config: TokenizerConfig = BYTES,
 ) -> TokenStream:
     return find_stream(
-        str(entry), str(cache), key, build_tokenizer(config), StreamingContext(config, run, True)
+        str(entry),
+        str(cache),
+        key,
+        build_tokenizer(config),
+        StreamingContext(config, run, True),
     )
 
 

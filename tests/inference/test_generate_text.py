@@ -95,6 +95,6 @@ def test_the_demo_from_corpus_to_text_and_once_more(tmp_path):
     assert {r["kind"] for r in records} == {"train", "eval", "test"} and records[0][
         "iteration"
     ] == 0
-    assert 1 <= records[0]["experts_per_token_kept"] <= 16
+    assert 1 <= records[0]["experts_per_token"] <= 16
     corpus = (tmp_path / "data/corpus.jsonl").stat().st_size
     assert 20e6 < corpus < 60e6, "about 30 MB of real text"

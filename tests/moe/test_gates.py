@@ -276,7 +276,7 @@ def test_what_gates_follow_is_the_wanted_load(name):
     wanted = torch.bincount(route(layer, x, context).expert_A, minlength=E)[:E].tolist()
     layer(x, context)
     assert layer.step_sums["load_E"].tolist() == wanted and layer.step_sums["tokens"] == 11
-    assert layer.counters[True]["kept_C"][:E].sum() <= E < sum(wanted)
+    assert layer.counters[True]["dispatched_C"][:E].sum() <= E < sum(wanted)
 
 
 def chunked(name, chunks, spread=1.0, **moe):
@@ -515,8 +515,14 @@ def test_capacity_factors_differ_between_training_and_evaluation():
     layer(x)
     layer.eval()
     layer(x)
-    assert layer.counters[True]["kept_C"].max() <= 4 < layer.counters[True]["wanted_C"].max()
-    assert torch.equal(layer.counters[False]["kept_C"], layer.counters[False]["wanted_C"])
+    assert (
+        layer.counters[True]["dispatched_C"].max()
+        <= 4
+        < layer.counters[True]["assigned_C"].max()
+    )
+    assert torch.equal(
+        layer.counters[False]["dispatched_C"], layer.counters[False]["assigned_C"]
+    )
 
 
 def test_a_dropped_token_passes_through_the_residual_only():

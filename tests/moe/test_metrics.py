@@ -50,15 +50,15 @@ def test_values_by_hand():
     for _ in range(3):  # more forwards change no mean
         layer(x)
     got = metrics.read()
-    assert got["experts_per_token_wanted"] == pytest.approx(6 / 4)
-    assert got["experts_per_token_kept"] == pytest.approx(5 / 4)
-    assert got["drop_fraction"] == pytest.approx(1 / 6)
-    assert got["lost_token_fraction"] == pytest.approx(1 / 4)
+    assert got["experts_per_token_before_capacity"] == pytest.approx(6 / 4)
+    assert got["experts_per_token"] == pytest.approx(5 / 4)
+    assert got["dropped_assignment_fraction"] == pytest.approx(1 / 6)
+    assert got["tokens_with_drops_fraction"] == pytest.approx(1 / 4)
     assert got["load_imbalance_max_over_mean"] == pytest.approx(2 / (5 / 3))
     assert got["moe_aux_loss"] == pytest.approx(0.25)
     assert got["marker"] == pytest.approx(2.0)
-    assert got["experts_per_token_kept_by_layer"] == pytest.approx([5 / 4])
-    assert got["kept_experts_histogram"] == pytest.approx([1 / 4, 1 / 4, 2 / 4, 0])
+    assert got["experts_per_token_by_layer"] == pytest.approx([5 / 4])
+    assert got["experts_per_token_histogram"] == pytest.approx([1 / 4, 1 / 4, 2 / 4, 0])
     assert metrics.read() == {}, "a reading forgets"
 
 
@@ -69,8 +69,8 @@ def test_training_and_evaluation_are_counted_apart():
     layer.eval()
     layer.gate.choices = [[0, 1, 2], [1]]
     layer(torch.randn(1, 2, 4))
-    assert metrics.read(training=True)["experts_per_token_kept"] == 1
-    assert metrics.read(training=False)["experts_per_token_kept"] == 2
+    assert metrics.read(training=True)["experts_per_token"] == 1
+    assert metrics.read(training=False)["experts_per_token"] == 2
 
 
 def test_layers_without_forwards_or_no_layers_give_nothing():
@@ -117,6 +117,6 @@ def _reduced():
 
 def test_sums_over_ranks(ranks2):
     for got, steps in ranks2.run(_reduced):
-        assert got["experts_per_token_kept"] == pytest.approx(6 / 4)
+        assert got["experts_per_token"] == pytest.approx(6 / 4)
         assert got["load_imbalance_max_over_mean"] == pytest.approx(3 / 2)
         assert steps == [([3, 2, 1], 4)]

@@ -56,7 +56,9 @@ def arange(n):
 
 def test_balance_loss_is_the_coefficient_when_uniform_and_grows_when_skewed():
     inp = GateInput(torch.zeros(8, 1))
-    uniform = LoadBalancingLoss.of(inp, torch.full((8, 4), 0.25), arange(8), arange(8) % 4, coeff=0.3)
+    uniform = LoadBalancingLoss.of(
+        inp, torch.full((8, 4), 0.25), arange(8), arange(8) % 4, coeff=0.3
+    )
     assert uniform.loss().item() == pytest.approx(0.3)
     scores = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(8, 4)
     assert LoadBalancingLoss.of(

@@ -19,7 +19,7 @@ def test_results_and_expected_errors():
         (lambda: os.listdir("/nowhere"), None, "No such file"),
     ):
         job = BackgroundTask("reading", work)
-        assert not job.is_busy
+        assert not job.is_running
         job.start()
         job.wait_for_all(Groups())
         assert job.result == result and error in job.error and bool(error) == bool(job.error)
@@ -37,7 +37,7 @@ def _wait_for_the_slow_one(seconds):
     from megatron.parallel import background
 
     groups, patience, asked = groups_for(1), background.PATIENCE_SECONDS, []
-    ask = BackgroundTask.is_busy_anywhere
+    ask = BackgroundTask.running_on_any_rank
 
     def timed(self, groups):
         start = time.monotonic()
@@ -46,12 +46,12 @@ def _wait_for_the_slow_one(seconds):
         return busy
 
     job = BackgroundTask("sleeping", lambda: threading.Event().wait(seconds * groups.rank))
-    background.PATIENCE_SECONDS, BackgroundTask.is_busy_anywhere = 0.05, timed
+    background.PATIENCE_SECONDS, BackgroundTask.running_on_any_rank = 0.05, timed
     try:
         job.start()
         job.wait_for_all(groups)
     finally:
-        background.PATIENCE_SECONDS, BackgroundTask.is_busy_anywhere = patience, ask
+        background.PATIENCE_SECONDS, BackgroundTask.running_on_any_rank = patience, ask
     return len(asked), max(asked)
 
 

@@ -72,7 +72,7 @@ def _init(ep_size):
     g = distributed.init_distributed(ep_size, timeout_minutes=0.5)
     seconds = g.ep_group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     assert seconds == 30, "the expert group has the run's timeout"
-    return g.rank, g.ep_rank, dist.get_process_group_ranks(g.ep_group), g.backend, g.is_first
+    return g.rank, g.ep_rank, dist.get_process_group_ranks(g.ep_group), g.backend, g.is_rank0
 
 
 def test_consecutive_ranks_share_experts(ranks4):
@@ -100,7 +100,7 @@ def _exchange(fails):
     g = groups_for(1)
 
     def ask():
-        assert g.is_first, "only rank 0 is asked"
+        assert g.is_rank0, "only rank 0 is asked"
         if fails:
             raise OSError(28, "No space left on device", "x")
         return {"a": g.rank}

@@ -56,7 +56,9 @@ def test_an_ignored_signal_stays_ignored():
 def _agree(minutes: list[float], losses: list[float]) -> tuple:
     rank = dist.get_rank()
     groups = Groups(rank=rank, world_size=dist.get_world_size())
-    stop = GracefulStop(FaultConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600)
+    stop = GracefulStop(
+        FaultConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600
+    )
     agreed = stop.agree(torch.tensor(losses[rank]), torch.tensor(2.0 * rank))
     return agreed.lm_loss, agreed.aux_loss, agreed.bad_ranks, bool(agreed.reason)
 
@@ -70,7 +72,10 @@ def test_ranks_agree(ranks2):
 
 
 def test_without_a_duration_a_run_has_all_the_time():
-    assert GracefulStop(FaultConfig(), Groups(), time.time() - 1e9).agree(NO_LOSS, NO_LOSS).reason == ""
+    assert (
+        GracefulStop(FaultConfig(), Groups(), time.time() - 1e9).agree(NO_LOSS, NO_LOSS).reason
+        == ""
+    )
 
 
 def test_the_watchdog_barks_at_a_batch_that_does_not_come_and_at_nothing_else(capfd):

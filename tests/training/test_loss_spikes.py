@@ -55,7 +55,7 @@ def test_a_level_that_stays_is_a_new_level():
     for i in range(16):
         detector.see(2.0 + 0.01 * (i % 2))
     rows = [
-        (s.row, s.new_level) if (s := detector.see(loss)) else None
+        (s.row, s.level_shift) if (s := detector.see(loss)) else None
         for loss in (9.0, 9.1, 9.0, 2.0, 9.0, 9.1, 9.0, 9.1, 9.0, 9.1, 30.0)
     ]
     assert rows == [

@@ -31,14 +31,14 @@ TRAIN = {
     "tokens_per_s": 12345.6,
     "consumed_samples": 80,
     "consumed_tokens": 81920,
-    "experts_per_token_wanted": 3.25,
-    "experts_per_token_kept": 3.0,
+    "experts_per_token_before_capacity": 3.25,
+    "experts_per_token": 3.0,
     "load_imbalance_max_over_mean": 1.75,
-    "drop_fraction": 0.0125,
+    "dropped_assignment_fraction": 0.0125,
     "skipped_steps": 1,
     "elapsed_s": 65.4,
     "step_time_ms": 500.0,
-    "experts_per_token_kept_by_layer": [2.0, 4.0],
+    "experts_per_token_by_layer": [2.0, 4.0],
 }
 EVAL = {
     "kind": "eval",
@@ -83,7 +83,7 @@ def test_console_shows_what_is_not_a_number(printed):
         "loss": math.nan,
         "grad_norm": math.inf,
         "aux_loss": -math.inf,
-        "drop_fraction": math.nan,
+        "dropped_assignment_fraction": math.nan,
     }
     sink.write(TRAIN)
     sink.write(broken)
@@ -159,9 +159,9 @@ def test_tensorboard_scalars(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "eval/perplexity", "train/experts_per_token_kept_by_layer/1"} <= tags
+    assert {"train/loss", "eval/perplexity", "train/experts_per_token_by_layer/1"} <= tags
     assert not {t for t in tags if "kind" in t or t.endswith("/iteration")}
-    (event,) = events.Scalars("train/experts_per_token_kept_by_layer/1")
+    (event,) = events.Scalars("train/experts_per_token_by_layer/1")
     assert (event.step, event.value) == (10, 4.0)
 
 
@@ -274,8 +274,8 @@ def test_evaluations_say_how_many_experts_each_layer_uses(capsys):
         "kind": "eval",
         "iteration": 5,
         "loss": 1.0,
-        "experts_per_token_kept": 2.5,
-        "experts_per_token_kept_by_layer": [1.25, float("nan")],
+        "experts_per_token": 2.5,
+        "experts_per_token_by_layer": [1.25, float("nan")],
     }
     ConsoleWriter(10).write(record)
     ConsoleWriter(10).write({**record, "kind": "train"})

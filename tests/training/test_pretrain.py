@@ -39,8 +39,8 @@ def test_it_learns_and_says_so(finished):
     assert evals[-1]["loss"] < evals[0]["loss"] - 1.0
     for m in train:
         assert m["tokens_per_s"] == pytest.approx(8 * 32 / m["step_time_ms"] * 1000, rel=1e-3)
-        assert 1 <= m["experts_per_token_kept"] <= 4 and m["drop_fraction"] == 0
-        assert len(m["experts_per_token_kept_by_layer"]) == 1
+        assert 1 <= m["experts_per_token"] <= 4 and m["dropped_assignment_fraction"] == 0
+        assert len(m["experts_per_token_by_layer"]) == 1
         assert m["consumed_samples"] == 8 * m["iteration"] and m["skipped_steps"] == 0
         assert (
             m["grad_norm"] > 0 and m["load_imbalance_max_over_mean"] >= 1 and m["aux_loss"] > 0
@@ -87,7 +87,7 @@ def test_ten_plus_ten_is_twenty_bit_for_bit(finished, data, tmp_path, ranks2):
                 "lr",
                 "grad_norm",
                 "consumed_samples",
-                "experts_per_token_kept",
+                "experts_per_token",
             ):
                 assert m.get(key) == halves[i].get(key), f"{kind} {i} {key}"
 
@@ -116,11 +116,11 @@ def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
             runs.metrics(finished)[0]["grad_norm"], rel=0.02
         )
     else:
-        assert max(m["drop_fraction"] for m in got) > 0
+        assert max(m["dropped_assignment_fraction"] for m in got) > 0
         assert all(
-            m["experts_per_token_kept"] < m["experts_per_token_wanted"]
+            m["experts_per_token"] < m["experts_per_token_before_capacity"]
             for m in got
-            if m["drop_fraction"]
+            if m["dropped_assignment_fraction"]
         )
     assert got[-1]["loss"] < got[0]["loss"]
 
@@ -425,7 +425,7 @@ def test_a_gate_is_one_file(data, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     got = runs.metrics(tmp_path)
-    assert len(got) == 5 and all(m["experts_per_token_kept"] == 1 for m in got)
+    assert len(got) == 5 and all(m["experts_per_token"] == 1 for m in got)
     assert got[-1]["loss"] < got[0]["loss"]
     assert (tmp_path / "checkpoints/iter_0000005/rank_00000.safetensors").is_file()
 

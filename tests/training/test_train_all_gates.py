@@ -93,7 +93,10 @@ def test_trains(gate, data, tmp_path, ranks2):
     )
     lines = runs.metrics(tmp_path)
     assert lines[0]["loss"] - lines[-1]["loss"] > 1.0, (lines[0]["loss"], lines[-1]["loss"])
-    assert all(line["skipped_steps"] == 0 and line["drop_fraction"] == 0 for line in lines)
+    assert all(
+        line["skipped_steps"] == 0 and line["dropped_assignment_fraction"] == 0
+        for line in lines
+    )
     for rank, tables in enumerate(idle):
         assert len(tables) >= 2 and not any(tables.values()), f"rank {rank}: {tables}"
 

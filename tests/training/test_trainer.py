@@ -223,13 +223,21 @@ def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp
         (TrainConfig(train_iters=7), TrainingProgress(3, 12, 384), 7),
         (TrainConfig(micro_batch_size=2, train_tokens=2560), TrainingProgress(), 20),
         (TrainConfig(micro_batch_size=2, train_tokens=2561), TrainingProgress(), 21),
-        (TrainConfig(micro_batch_size=2, train_tokens=2560), TrainingProgress(10, 40, 1280), 20),
+        (
+            TrainConfig(micro_batch_size=2, train_tokens=2560),
+            TrainingProgress(10, 40, 1280),
+            20,
+        ),
         (
             TrainConfig(micro_batch_size=2, global_batch_size=8, train_tokens=2560),
             TrainingProgress(10, 40, 1280),
             15,
         ),
-        (TrainConfig(micro_batch_size=2, train_tokens=2560), TrainingProgress(20, 80, 2560), 20),
+        (
+            TrainConfig(micro_batch_size=2, train_tokens=2560),
+            TrainingProgress(20, 80, 2560),
+            20,
+        ),
     ],
 )
 def test_tokens_are_counted_from_where_the_run_is(train, done, iterations):

@@ -145,7 +145,10 @@ def _common_last_token(dataset: IndexedDataset, progress: Progress) -> int:
 
 
 def summarize(
-    pair: OpenedDataset, tokenizer: Tokenizer | None = None, documents: int = 3, tokens: int = 64
+    pair: OpenedDataset,
+    tokenizer: Tokenizer | None = None,
+    documents: int = 3,
+    tokens: int = 64,
 ) -> dict[str, Any]:
     """What a pair holds, without reading all of it, ready for JSON. Lengths are those that `.idx` says.
 

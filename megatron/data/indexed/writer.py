@@ -152,7 +152,10 @@ class IndexedWriter:
                 f"dtype. Preprocess one of them again"
             )
         target = self._files[".bin"]
-        with errors_with_path(self._temp(".bin")), open(dataset.prefix + ".bin", "rb") as source:
+        with (
+            errors_with_path(self._temp(".bin")),
+            open(dataset.prefix + ".bin", "rb") as source,
+        ):
             target.flush()
             _copy(source, target, self.num_tokens * self.dtype.itemsize, progress)
         self._count(dataset.lengths, np.diff(dataset.document_index))

@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed.reader import dtype_for_vocab
-from megatron.data.ingest.sources import Chunk, Rejected
+from megatron.data.ingest.records import Chunk, RejectedRecord
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 
@@ -98,7 +98,7 @@ class EncodedChunk:
     chunk: Chunk
     """without its data"""
     lines: int
-    rejected: list[Rejected]
+    rejected: list[RejectedRecord]
     keys: dict[str, Tokens]
     difference: str
     """the fast encoder's failed comparison; else empty"""

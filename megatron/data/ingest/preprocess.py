@@ -106,7 +106,10 @@ class PreprocessRun:
     """
 
     def __init__(
-        self, job: PreprocessConfig, commit_seconds: float = COMMIT_SECONDS, chunk_bytes: int = CHUNK_BYTES
+        self,
+        job: PreprocessConfig,
+        commit_seconds: float = COMMIT_SECONDS,
+        chunk_bytes: int = CHUNK_BYTES,
     ):
         self.job, self._chunk_bytes = job, chunk_bytes
         self._commit_seconds, self._committed = commit_seconds, time.monotonic()
@@ -198,7 +201,9 @@ class PreprocessRun:
         if not self.documents:
             raise no_documents(self.job.inputs, self.skipped)
         totals = [
-            OutputStats(writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key])
+            OutputStats(
+                writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key]
+            )
             for key, writer in self._writers.items()
         ]
         if not self.published:

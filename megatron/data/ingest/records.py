@@ -1,6 +1,6 @@
 """Chunks of documents and what is in them: JSON lines or rows -> the strings under some keys.
 
-Nothing is passed over in silence: a record that cannot be used is a `Rejected` with its place and reason.
+Nothing is passed over in silence: a record that cannot be used is a `RejectedRecord` with its place and reason.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Documents out of files and streams: the one place that reads them.
 
-A `Source` cuts its file into chunks, which is cheap and done by one process; `Chunk.parse` reads and parses, which is
+A `DocumentSource` cuts its file into chunks, which is cheap and done by one process; `Chunk.parse` reads and parses, which is
 not, and can be done by any process. A file that is damaged or cut short is an error, never just shorter.
 """
 
@@ -27,12 +27,9 @@ from megatron.data.ingest.records import (
     CHUNK_BYTES,
     LARGEST_RECORD,
     Chunk,
-    Parsed,
     listed,
 )
 from megatron.tokenizer.base import one_line
-
-__all__ = ["CHUNK_BYTES", "Chunk", "Parsed", "Rejected", "Source", "open_sources"]
 
 SEEK_BYTES = 1 << 16
 """read at once when looking for the end of a line"""

@@ -1,6 +1,6 @@
 """Samples of S + 1 tokens cut from a stream of shuffled documents.
 
-Letters: S sequence length, T tokens of one epoch, E epochs, D documents, N samples.
+Shape suffixes: S sequence length, T tokens of one epoch, E epochs, D documents, N samples.
 
 The stream is E epochs of the documents, each epoch in an order of its own. Sample i of it is tokens i*S to i*S+S: it
 shares its first token with the one before, because that token was only a label there. The samples are then shuffled:
@@ -205,7 +205,10 @@ class RepeatedEpochs:
         return self._samples[self._locate(i)]
 
     def __reduce__(self) -> tuple:
-        return RepeatedEpochs, self._arguments  # without the order: a worker process draws it itself
+        return (
+            RepeatedEpochs,
+            self._arguments,
+        )  # without the order: a worker process draws it itself
 
     def source(self, i: int) -> str:
         """Prefix of the dataset that sample i comes from, for messages."""

@@ -8,7 +8,7 @@ What one source becomes, in the cache folder; NAME contains a hash of everything
     NAME.wanted                how many tokens a reader has asked for: the producer commits at that, and stays ahead
     NAME.<run>.error           one for each run and node: the line its readers stop with
 
-Letters: S sequence length, T tokens of one epoch, N samples, W samples of a shuffle window.
+Shape suffixes: S sequence length, T tokens of one epoch, N samples, W samples of a shuffle window.
 
 The stream of a source is its documents in their order, again and again. Its sample k is tokens k*S to k*S+S, and of
 each W samples, one window, the order is drawn from the seed and the window's number. So the order depends on nothing
@@ -106,7 +106,9 @@ class TokenStream:
     @property
     def job(self) -> PreprocessConfig:
         return PreprocessConfig(
-            [self.entry], self.prefix, EncodeConfig(self.tokenizer, (self.key,), append_eod=True)
+            [self.entry],
+            self.prefix,
+            EncodeConfig(self.tokenizer, (self.key,), append_eod=True),
         )
 
     @property

@@ -1,6 +1,6 @@
 """Moving token rows: to their experts, between ranks, and back. The only MoE communication, but that of the sizes.
 
-Letters: T tokens on this rank, D hidden, E routed experts, A assignments of the gate, S rows (assignments that survive
+Shape suffixes: T tokens on this rank, D hidden, E routed experts, A assignments of the gate, S rows (assignments that survive
 capacity, sorted by expert), R rows this rank's experts receive, P ranks that share experts.
 """
 
@@ -54,7 +54,9 @@ class PermuteTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_SD: Tensor) -> tuple:
-        return segment_sum(grad_SD.contiguous(), ctx.rows.by_token_S, ctx.rows.bags_T1), None
+        return segment_sum(
+            grad_SD.contiguous(), ctx.rows.unpermute_index_S, ctx.rows.token_offsets_T1
+        ), None
 
 
 class UnpermuteTokens(torch.autograd.Function):
@@ -63,12 +65,15 @@ class UnpermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_SD: Tensor, weight_S: Tensor | None, rows: PermutedTokens) -> Tensor:
         ctx.rows, ctx.length = rows, len(rows_SD)
-        by_token_S = rows.by_token_S[: ctx.length]
+        unpermute_index_S = rows.unpermute_index_S[: ctx.length]
         if weight_S is None:
-            return segment_sum(rows_SD, by_token_S, rows.bags_T1)
+            return segment_sum(rows_SD, unpermute_index_S, rows.token_offsets_T1)
         ctx.save_for_backward(rows_SD, weight_S)
         return segment_sum(
-            rows_SD, by_token_S, rows.bags_T1, weight_S[by_token_S].to(rows_SD.dtype)
+            rows_SD,
+            unpermute_index_S,
+            rows.token_offsets_T1,
+            weight_S[unpermute_index_S].to(rows_SD.dtype),
         )
 
     @staticmethod
@@ -87,12 +92,12 @@ class UnpermuteTokens(torch.autograd.Function):
 
 
 class GatherWeights(torch.autograd.Function):
-    """weight_S = weight_A[assignment_S]. Each assignment is one row at most: the gradient is a copy, without sums."""
+    """weight_S = weight_A[source_index_S]. Each assignment is one row at most: the gradient is a copy, without sums."""
 
     @staticmethod
     def forward(ctx, weight_A: Tensor, rows: PermutedTokens) -> Tensor:
         ctx.rows, ctx.size = rows, len(weight_A)
-        return weight_A.index_select(0, rows.assignment_S)
+        return weight_A.index_select(0, rows.source_index_S)
 
     @staticmethod
     @once_differentiable
@@ -100,9 +105,9 @@ class GatherWeights(torch.autograd.Function):
         rows = ctx.rows
         place_S = torch.arange(len(grad_S), device=grad_S.device)
         grad_S = torch.where(
-            place_S < rows.ends_E[-1:], grad_S, 0
+            place_S < rows.expert_offsets_E[-1:], grad_S, 0
         )  # what lies beyond the last end is no row
-        return grad_S.new_zeros(ctx.size).scatter_(0, rows.assignment_S, grad_S), None
+        return grad_S.new_zeros(ctx.size).scatter_(0, rows.source_index_S, grad_S), None
 
 
 def gather_rows(x_TD: Tensor, token_S: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The plan: which assignments survive capacity, sorted by expert. No communication but that of the sizes.
 
-Letters: T tokens on this rank, E routed experts, C choices (E + local paths), A assignments of the gate, S rows (some
+Shape suffixes: T tokens on this rank, E routed experts, C choices (E + local paths), A assignments of the gate, S rows (some
 of the assignments, sorted by choice), P ranks that share experts.
 """
 
@@ -21,24 +21,24 @@ from megatron.moe.routing import Routing
 class PermutedTokens:
     """Rows to gather, to give to experts and to combine, sorted by expert.
 
-    The arrays may be longer than the last of `ends_E` says. What lies beyond is no row: nobody waits for the device to
+    The arrays may be longer than the last of `expert_offsets_E` says. What lies beyond is no row: nobody waits for the device to
     tell how many assignments were dropped.
     """
 
-    assignment_S: Tensor
+    source_index_S: Tensor
     """index into the gate's list, each once"""
     token_S: Tensor
     """token of each row"""
-    by_token_S: Tensor
+    unpermute_index_S: Tensor
     """rows sorted by token"""
-    bags_T1: Tensor
-    """where each token's rows start in by_token_S; the last entry is the number of rows"""
-    ends_E: Tensor
+    token_offsets_T1: Tensor
+    """where each token's rows start in unpermute_index_S; the last entry is the number of rows"""
+    expert_offsets_E: Tensor
     """where each expert's rows end"""
 
     def counts(self) -> list[int]:
         """Rows of each expert. Waits for the device."""
-        return self.ends_E.diff(prepend=self.ends_E.new_zeros(1)).tolist()
+        return self.expert_offsets_E.diff(prepend=self.expert_offsets_E.new_zeros(1)).tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +65,31 @@ class DispatchPlan:
     """rows of each local path, 0 for those that return zeros"""
     sizes: AllToAllSplits | None
     """None when experts are not sharded"""
-    wanted_C: Tensor
+    assigned_C: Tensor
     """assignments per choice before capacity"""
-    kept_C: Tensor
+    dispatched_C: Tensor
     """assignments per choice after capacity"""
-    kept_T: Tensor
+    dispatched_T: Tensor
     """assignments per token after capacity"""
 
     @staticmethod
     def as_listed(routing: Routing, num_tokens: int, num_experts: int) -> DispatchPlan:
         """For experts that need no sorted rows, when nothing is dropped."""
-        wanted_C = bincount_static(routing.expert_A, num_experts)
+        assigned_C = bincount_static(routing.expert_A, num_experts)
         return DispatchPlan(
-            None, None, [], None, wanted_C, wanted_C, bincount_static(routing.token_A, num_tokens)
+            None,
+            None,
+            [],
+            None,
+            assigned_C,
+            assigned_C,
+            bincount_static(routing.token_A, num_tokens),
         )
 
 
-def expert_capacity(num_tokens: int, num_experts: int, factor: float, minimum: int) -> int | None:
+def expert_capacity(
+    num_tokens: int, num_experts: int, factor: float, minimum: int
+) -> int | None:
     """Rows one expert takes: min(T, max(minimum, ceil(T / E * factor))); None (no limit) for factor 0."""
     if factor == 0:
         return None
@@ -108,29 +116,35 @@ def build_dispatch_plan(
         num_zero_paths: how many of the last local paths return zeros: counted, but no rows are made for them.
         group: the ranks that share the routed experts; None: this rank has all of them.
     """
-    wanted_C = bincount_static(routing.expert_A, num_experts + num_local_paths)
+    assigned_C = bincount_static(routing.expert_A, num_experts + num_local_paths)
     if limit is None:
-        order_A, kept_C = routing.expert_A.argsort(stable=True), wanted_C
+        order_A, dispatched_C = routing.expert_A.argsort(stable=True), assigned_C
     else:
-        order_A, kept_C = _survivors_first(routing, wanted_C, limit, num_experts)
+        order_A, dispatched_C = _survivors_first(routing, assigned_C, limit, num_experts)
     order = _Order.of(routing, order_A, num_tokens)
-    ends_C = kept_C.cumsum(0)
+    ends_C = dispatched_C.cumsum(0)
     if limit is None and not num_local_paths:
-        sizes, _, _ = _to_host(kept_C, num_experts, group) if group else (None, 0, [])
+        sizes, _, _ = _to_host(dispatched_C, num_experts, group) if group else (None, 0, [])
         routed = order.all_rows(ends_C)
-        return DispatchPlan(routed, None, [], sizes, wanted_C, kept_C, routed.bags_T1.diff())
-    kept_T = order.bags(order.position_A < ends_C[-1]).diff()
+        return DispatchPlan(
+            routed, None, [], sizes, assigned_C, dispatched_C, routed.token_offsets_T1.diff()
+        )
+    dispatched_T = order.bags(order.position_A < ends_C[-1]).diff()
     if not num_local_paths and group is None:
-        return DispatchPlan(order.rows(0, ends_C), None, [], None, wanted_C, kept_C, kept_T)
-    sizes, num_routed, local_counts = _to_host(kept_C, num_experts, group)
+        return DispatchPlan(
+            order.rows(0, ends_C), None, [], None, assigned_C, dispatched_C, dispatched_T
+        )
+    sizes, num_routed, local_counts = _to_host(dispatched_C, num_experts, group)
     routed = order.rows(0, ends_C[:num_experts], num_routed)
     if not num_local_paths:
-        return DispatchPlan(routed, None, [], sizes, wanted_C, kept_C, kept_T)
+        return DispatchPlan(routed, None, [], sizes, assigned_C, dispatched_C, dispatched_T)
     if num_zero_paths:
         local_counts[-num_zero_paths:] = [0] * num_zero_paths
     ends_L = ends_C[num_experts : len(ends_C) - num_zero_paths] - num_routed
     local = order.rows(num_routed, ends_L, sum(local_counts))
-    return DispatchPlan(routed, local, local_counts, sizes, wanted_C, kept_C, kept_T)
+    return DispatchPlan(
+        routed, local, local_counts, sizes, assigned_C, dispatched_C, dispatched_T
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,19 +170,31 @@ class _Order:
             position_A = position_A[by_token_A]
         return _Order(order_A, position_A, token_A, sorted_token_A, num_tokens)
 
-    def all_rows(self, ends_E: Tensor) -> PermutedTokens:
+    def all_rows(self, expert_offsets_E: Tensor) -> PermutedTokens:
         """Every assignment as a row."""
-        bags_T1 = F.pad(bincount_static(self.token_A, self.num_tokens).cumsum(0), (1, 0))
-        return PermutedTokens(self.order_A, self.token_A[self.order_A], self.position_A, bags_T1, ends_E)
+        token_offsets_T1 = F.pad(
+            bincount_static(self.token_A, self.num_tokens).cumsum(0), (1, 0)
+        )
+        return PermutedTokens(
+            self.order_A,
+            self.token_A[self.order_A],
+            self.position_A,
+            token_offsets_T1,
+            expert_offsets_E,
+        )
 
     def rows(self, first: int, ends_G: Tensor, length: int | None = None) -> PermutedTokens:
         """The rows from place `first` on, whose groups end at `first` + `ends_G`; `length` is the last end if known."""
         last = ends_G[-1:] if len(ends_G) else 0
         inside_A = (self.position_A >= first) & (self.position_A < first + last)
-        by_token_S = _first(self.position_A, inside_A)[:length] - first
-        assignment_S = self.order_A[first:][:length]
+        unpermute_index_S = _first(self.position_A, inside_A)[:length] - first
+        source_index_S = self.order_A[first:][:length]
         return PermutedTokens(
-            assignment_S, self.token_A[assignment_S], by_token_S, self.bags(inside_A), ends_G
+            source_index_S,
+            self.token_A[source_index_S],
+            unpermute_index_S,
+            self.bags(inside_A),
+            ends_G,
         )
 
     def bags(self, inside_A: Tensor) -> Tensor:
@@ -180,31 +206,33 @@ class _Order:
 
 
 def _to_host(
-    kept_C: Tensor, num_experts: int, group: dist.ProcessGroup | None
+    dispatched_C: Tensor, num_experts: int, group: dist.ProcessGroup | None
 ) -> tuple[AllToAllSplits | None, int, list[int]]:
     """(what an exchange must know, rows for routed experts, rows of each local path): one exchange, one copy."""
-    kept_E, num_paths = kept_C[:num_experts], len(kept_C) - num_experts
+    kept_E, num_paths = dispatched_C[:num_experts], len(dispatched_C) - num_experts
     if group is None:
         num_routed, *local_counts = torch.cat(
-            [kept_E.sum(0, keepdim=True), kept_C[num_experts:]]
+            [kept_E.sum(0, keepdim=True), dispatched_C[num_experts:]]
         ).tolist()
         return None, num_routed, local_counts
     sent_PE = kept_E.view(dist.get_world_size(group), -1)
     received_PE = torch.empty_like(sent_PE)
     dist.all_to_all_single(received_PE, sent_PE.contiguous(), group=group)
-    numbers = torch.cat([kept_C[num_experts:], sent_PE.sum(1), received_PE.sum(1)]).tolist()
+    numbers = torch.cat(
+        [dispatched_C[num_experts:], sent_PE.sum(1), received_PE.sum(1)]
+    ).tolist()
     local_counts, numbers = numbers[:num_paths], numbers[num_paths:]
     send, receive = numbers[: len(sent_PE)], numbers[len(sent_PE) :]
     return AllToAllSplits(send, receive, received_PE), sum(send), local_counts
 
 
 def _survivors_first(
-    routing: Routing, wanted_C: Tensor, limit: int | Tensor, num_experts: int
+    routing: Routing, assigned_C: Tensor, limit: int | Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor]:
     """(assignments sorted by choice, those over the limit after all others; survivors per choice)."""
     limit_C = limit
     if isinstance(limit, int):
-        limit_C = torch.full_like(wanted_C, len(routing.expert_A))
+        limit_C = torch.full_like(assigned_C, len(routing.expert_A))
         limit_C[:num_experts] = limit
     priority_A = (
         routing.weight_A.detach().abs() if routing.priority_A is None else routing.priority_A
@@ -212,8 +240,11 @@ def _survivors_first(
     by_priority = priority_A.argsort(descending=True, stable=True)
     order_A = by_priority[routing.expert_A[by_priority].argsort(stable=True)]
     choice_A = routing.expert_A[order_A]
-    place_A = torch.arange(len(order_A), device=order_A.device) - exclusive_cumsum(wanted_C)[choice_A]
-    return _first(order_A, place_A < limit_C[choice_A]), torch.minimum(wanted_C, limit_C)
+    place_A = (
+        torch.arange(len(order_A), device=order_A.device)
+        - exclusive_cumsum(assigned_C)[choice_A]
+    )
+    return _first(order_A, place_A < limit_C[choice_A]), torch.minimum(assigned_C, limit_C)
 
 
 def _first(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Grouped experts: the MLPs of all local experts as stacked weights.
 
-Letters: E_local experts on this rank, T tokens, S rows (tokens, once per expert they visit), D hidden, H expert width.
+Shape suffixes: E_local experts on this rank, T tokens, S rows (tokens, once per expert they visit), D hidden, H expert width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`grouped_linear`: one product per expert on consecutive rows, in four backends; and which backend to take.
 
-Letters: E experts, N rows sorted by expert, D inputs, H outputs.
+Shape suffixes: E experts, N rows sorted by expert, D inputs, H outputs.
 
     reference   a loop of plain linear layers: any dtype, any device, differentiable twice
     cpu         the loop that writes into one tensor, forward and backward
@@ -20,39 +20,43 @@ from megatron.moe.experts.backends import choose_expert_backend
 
 
 def grouped_linear(
-    x_ND: Tensor, weight_EHD: Tensor, ends_E: Tensor, backend: str = "auto"
+    x_ND: Tensor, weight_EHD: Tensor, expert_offsets_E: Tensor, backend: str = "auto"
 ) -> Tensor:
     """y_n = weight_e @ x_n for the rows n of expert e: [N, H].
 
     Args:
-        x_ND: rows sorted by expert; with the backends grouped_mm and triton there may be more than `ends_E` says, and
+        x_ND: rows sorted by expert; with the backends grouped_mm and triton there may be more than `expert_offsets_E` says, and
             what comes of them is undefined.
         weight_EHD: contiguous.
-        ends_E: int64, where each expert's rows end.
+        expert_offsets_E: int64, where each expert's rows end.
     Raises:
         ValueError: a backend that is not possible here.
     """
-    name, _ = choose_expert_backend(backend, x_ND.device.type, x_ND.dtype, tuple(weight_EHD.shape[1:]))
+    name, _ = choose_expert_backend(
+        backend, x_ND.device.type, x_ND.dtype, tuple(weight_EHD.shape[1:])
+    )
     if name == "reference":
         # unbind once: indexing a stacked weight in the loop would zero-fill the whole stack in every backward.
-        pieces = zip(x_ND.split(counts_of(ends_E)), weight_EHD.unbind(), strict=True)
+        pieces = zip(x_ND.split(counts_of(expert_offsets_E)), weight_EHD.unbind(), strict=True)
         return torch.cat([F.linear(x_nD, weight_HD) for x_nD, weight_HD in pieces])
     if name == "cpu":
-        return _Loop.apply(x_ND, weight_EHD, counts_of(ends_E))
+        return _Loop.apply(x_ND, weight_EHD, counts_of(expert_offsets_E))
     if name == "grouped_mm":
         if len(x_ND) == 0:  # F.grouped_mm refuses
             return _Loop.apply(x_ND, weight_EHD, [0] * len(weight_EHD))
         return _ContiguousGradient.apply(
-            F.grouped_mm(x_ND, weight_EHD.transpose(1, 2), offs=ends_E.to(torch.int32))
+            F.grouped_mm(
+                x_ND, weight_EHD.transpose(1, 2), offs=expert_offsets_E.to(torch.int32)
+            )
         )
     from megatron.moe.experts.triton_mlp import TritonGroupedLinear
 
-    return TritonGroupedLinear.apply(x_ND, weight_EHD, ends_E)
+    return TritonGroupedLinear.apply(x_ND, weight_EHD, expert_offsets_E)
 
 
-def counts_of(ends_E: Tensor) -> list[int]:
+def counts_of(expert_offsets_E: Tensor) -> list[int]:
     """Rows of each expert, on the host."""
-    return ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    return expert_offsets_E.diff(prepend=expert_offsets_E.new_zeros(1)).tolist()
 
 
 class _Loop(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The experts' MLPs from token rows to weighted sums of outputs, in one function with several backends.
 
-Letters: E experts, T tokens, S rows (tokens, once per expert they visit, sorted by expert), n rows of one expert,
+Shape suffixes: E experts, T tokens, S rows (tokens, once per expert they visit, sorted by expert), n rows of one expert,
 D hidden, H expert width.
 
     y_t = sum over the rows s of token t:  W2_e (weight_s * act(W1_e x_t) [* W3_e x_t])
@@ -53,14 +53,16 @@ def grouped_mlp(
         from megatron.moe.experts import triton_mlp
 
         return triton_mlp.triton_mlp(x_TD, weight_S, w1, w3, w2, rows, activation)
-    ends_E, x_SD = rows.ends_E, PermuteTokens.apply(x_TD, rows)
+    expert_offsets_E, x_SD = rows.expert_offsets_E, PermuteTokens.apply(x_TD, rows)
     if name == "reference":
-        num_rows = int(ends_E[-1])
+        num_rows = int(expert_offsets_E[-1])
         x_SD, weight_S = x_SD[:num_rows], weight_S[:num_rows]
-    gate_SH = grouped_linear(x_SD, w1, ends_E, name)
-    up_SH = None if w3 is None else grouped_linear(x_SD, w3, ends_E, name)
+    gate_SH = grouped_linear(x_SD, w1, expert_offsets_E, name)
+    up_SH = None if w3 is None else grouped_linear(x_SD, w3, expert_offsets_E, name)
     hidden_SH = activate(activation, gate_SH, up_SH) * weight_S.to(x_TD.dtype).unsqueeze(1)
-    return UnpermuteTokens.apply(grouped_linear(hidden_SH, w2, ends_E, name), None, rows)
+    return UnpermuteTokens.apply(
+        grouped_linear(hidden_SH, w2, expert_offsets_E, name), None, rows
+    )
 
 
 class _CpuMLP(torch.autograd.Function):
@@ -97,7 +99,7 @@ class _CpuMLP(torch.autograd.Function):
                 hidden_nH.mul_(torch.mm(x_nD, w3[e].t(), out=up_SH[s]))
             torch.mm(hidden_nH.mul_(factor_S1[s]), w2[e].t(), out=y_SD[s])
         ctx.save_for_backward(x_TD, weight_S, w1, w3, w2, gate_SH, up_SH)
-        return segment_sum(y_SD, rows.by_token_S, rows.bags_T1)
+        return segment_sum(y_SD, rows.unpermute_index_S, rows.token_offsets_T1)
 
     @staticmethod
     @once_differentiable
@@ -138,7 +140,9 @@ class _CpuMLP(torch.autograd.Function):
                 if grad is not None:
                     grad[empty].zero_()
         grad_x_TD = (
-            segment_sum(grad_x_SD, ctx.rows.by_token_S, ctx.rows.bags_T1) if need_x else None
+            segment_sum(grad_x_SD, ctx.rows.unpermute_index_S, ctx.rows.token_offsets_T1)
+            if need_x
+            else None
         )
         return grad_x_TD, grad_weight_S, *grads, None, None
 

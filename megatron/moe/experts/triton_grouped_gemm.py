@@ -1,9 +1,9 @@
 """Triton kernels for grouped experts: matrix products over rows sorted by expert, activation, segment sum.
 
-Letters: E experts, H and D output and input features of an expert's matrix [H, D] (N and K of any product), S rows
+Shape suffixes: E experts, H and D output and input features of an expert's matrix [H, D] (N and K of any product), S rows
 sorted by expert, M rows to gather from, T tokens.
 
-`ends_E` int64 says where each expert's rows end. The last may be less than S: what lies beyond is no row, is not read,
+`expert_offsets_E` int64 says where each expert's rows end. The last may be less than S: what lies beyond is no row, is not read,
 and is left as it was allocated where results have S rows.
 
 No kernel needs a number from the device. A grid has room for every split of S rows among E experts, and each program
@@ -204,7 +204,7 @@ def _product_kernel(
 def _product(
     x_MK: Tensor,
     weight_ENK: Tensor,
-    ends_E: Tensor,
+    expert_offsets_E: Tensor,
     gather_S: Tensor | None,
     plus: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -234,7 +234,7 @@ def _product(
         weight2_ENK,
         out_SN,
         gather_S,
-        ends_E,
+        expert_offsets_E,
         num_experts,
         row_tiles,
         columns,
@@ -254,7 +254,7 @@ def _product(
 
 
 def triton_grouped_gemm(
-    x_MD: Tensor, weight_EHD: Tensor, ends_E: Tensor, gather_S: Tensor | None = None
+    x_MD: Tensor, weight_EHD: Tensor, expert_offsets_E: Tensor, gather_S: Tensor | None = None
 ) -> Tensor:
     """y[s] = weight[e(s)] @ x[gather[s]], accumulated in fp32; without `gather`, of x[s].
 
@@ -267,14 +267,14 @@ def triton_grouped_gemm(
     Raises:
         ValueError: fp64.
     """
-    _check(x_MD, (ends_E, gather_S), (weight_EHD,))
-    return _product(x_MD, weight_EHD, ends_E, gather_S)
+    _check(x_MD, (expert_offsets_E, gather_S), (weight_EHD,))
+    return _product(x_MD, weight_EHD, expert_offsets_E, gather_S)
 
 
 def grouped_data_grad(
     grad_MH: Tensor,
     weight_EHD: Tensor,
-    ends_E: Tensor,
+    expert_offsets_E: Tensor,
     gather_S: Tensor | None = None,
     plus: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -289,10 +289,12 @@ def grouped_data_grad(
         ValueError: fp64.
     """
     _check(
-        grad_MH, (ends_E, gather_S), (weight_EHD,) if plus is None else (weight_EHD, plus[1])
+        grad_MH,
+        (expert_offsets_E, gather_S),
+        (weight_EHD,) if plus is None else (weight_EHD, plus[1]),
     )
     plus = plus and (plus[0], plus[1].transpose(1, 2))
-    return _product(grad_MH, weight_EHD.transpose(1, 2), ends_E, gather_S, plus)
+    return _product(grad_MH, weight_EHD.transpose(1, 2), expert_offsets_E, gather_S, plus)
 
 
 @triton.jit
@@ -356,7 +358,7 @@ def _weight_grad_kernel(
 def grouped_weight_grad(
     grad_MH: Tensor,
     x_MD: Tensor,
-    ends_E: Tensor,
+    expert_offsets_E: Tensor,
     gather_S: Tensor | None = None,
     grad_gather_S: Tensor | None = None,
 ) -> Tensor:
@@ -370,12 +372,15 @@ def grouped_weight_grad(
     Raises:
         ValueError: fp64.
     """
-    _check(grad_MH, (ends_E, gather_S, grad_gather_S))
+    _check(grad_MH, (expert_offsets_E, gather_S, grad_gather_S))
     assert x_MD.dtype == grad_MH.dtype, (
         f"the gradient is {grad_MH.dtype}, the rows are {x_MD.dtype}"
     )
     grad_MH, x_MD = _rows(grad_MH), _rows(x_MD)
-    num_rows, num_experts = len(x_MD) if gather_S is None else len(gather_S), len(ends_E)
+    num_rows, num_experts = (
+        len(x_MD) if gather_S is None else len(gather_S),
+        len(expert_offsets_E),
+    )
     assert num_rows == len(grad_MH if grad_gather_S is None else grad_gather_S), (
         "gradient and x differ in rows"
     )
@@ -391,7 +396,7 @@ def grouped_weight_grad(
         out_EHD,
         grad_gather_S,
         gather_S,
-        ends_E,
+        expert_offsets_E,
         height,
         columns,
         grad_MH.stride(0),
@@ -436,30 +441,37 @@ def _combine_kernel(
 
 
 def weighted_combine(
-    rows_SD: Tensor, order_S: Tensor, bags_T1: Tensor, weight_S: Tensor | None = None
+    rows_SD: Tensor, order_S: Tensor, token_offsets_T1: Tensor, weight_S: Tensor | None = None
 ) -> Tensor:
     """y_t = sum over i in bag t of weight_i * rows[order_i], accumulated in fp32: `dispatch.bag_sum` as a kernel.
 
     Args:
         rows_SD: bf16, fp16 or fp32; `order_S` may visit fewer or more than all of them.
         order_S: int64, which row each entry of the bags is.
-        bags_T1: int64, where each bag starts in `order_S`; the last entry is where the last one ends.
+        token_offsets_T1: int64, where each bag starts in `order_S`; the last entry is where the last one ends.
         weight_S: in the order of `order_S`, any of the dtypes; None: ones.
     Returns:
         [T, D] in the dtype of the rows.
     Raises:
         ValueError: fp64.
     """
-    _check(rows_SD, (order_S, bags_T1))
+    _check(rows_SD, (order_S, token_offsets_T1))
     assert weight_S is None or weight_S.is_contiguous() and len(weight_S) == len(order_S), (
         "one weight per entry"
     )
     rows_SD = _rows(rows_SD)
-    num_tokens, columns = len(bags_T1) - 1, rows_SD.shape[1]
+    num_tokens, columns = len(token_offsets_T1) - 1, rows_SD.shape[1]
     out_TD = rows_SD.new_empty(num_tokens, columns)
     block = min(1024, triton.next_power_of_2(columns))
     _combine_kernel[(num_tokens * triton.cdiv(columns, block),)](
-        rows_SD, order_S, bags_T1, weight_S, out_TD, columns, rows_SD.stride(0), BLOCK=block
+        rows_SD,
+        order_S,
+        token_offsets_T1,
+        weight_S,
+        out_TD,
+        columns,
+        rows_SD.stride(0),
+        BLOCK=block,
     )
     return out_TD
 
@@ -574,7 +586,11 @@ def _activation_grid(
 
 
 def weighted_activation(
-    gate_SH: Tensor, up_SH: Tensor | None, weight_S: Tensor, ends_E: Tensor, activation: str
+    gate_SH: Tensor,
+    up_SH: Tensor | None,
+    weight_S: Tensor,
+    expert_offsets_E: Tensor,
+    activation: str,
 ) -> Tensor:
     """weight_s * act(gate_s), times up_s where given: computed in fp32, returned in the dtype of the gate.
 
@@ -589,7 +605,14 @@ def weighted_activation(
     out_SH = torch.empty_like(gate_SH)
     grid, constants = _activation_grid(gate_SH, activation)
     _activation_kernel[grid](
-        gate_SH, up_SH, weight_S, out_SH, ends_E, len(ends_E), gate_SH.shape[1], **constants
+        gate_SH,
+        up_SH,
+        weight_S,
+        out_SH,
+        expert_offsets_E,
+        len(expert_offsets_E),
+        gate_SH.shape[1],
+        **constants,
     )
     return out_SH
 
@@ -599,7 +622,7 @@ def weighted_activation_grad(
     gate_SH: Tensor,
     up_SH: Tensor | None,
     weight_S: Tensor,
-    ends_E: Tensor,
+    expert_offsets_E: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of `weighted_activation`'s gate, up (None without one) and weight: fp32 [S], 0 beyond the last end."""
@@ -618,8 +641,8 @@ def weighted_activation_grad(
         grad_gate_SH,
         grad_up_SH,
         grad_weight_S,
-        ends_E,
-        len(ends_E),
+        expert_offsets_E,
+        len(expert_offsets_E),
         *gate_SH.shape,
         **constants,
     )

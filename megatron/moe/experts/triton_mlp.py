@@ -1,6 +1,6 @@
 """Autograd functions on the Triton kernels: a grouped product, and all experts' MLPs with the sum of their outputs.
 
-Letters: T tokens, D hidden, E experts, H expert width, S rows (assignments) sorted by expert.
+Shape suffixes: T tokens, D hidden, E experts, H expert width, S rows (assignments) sorted by expert.
 
     y_t = sum over the rows s of token t of  w2[e] (weight_s * act(w1[e] x_t) [* w3[e] x_t])
 
@@ -64,28 +64,32 @@ def triton_mlp(
         w3,
         w2,
         rows.token_S,
-        rows.by_token_S,
-        rows.bags_T1,
-        rows.ends_E,
+        rows.unpermute_index_S,
+        rows.token_offsets_T1,
+        rows.expert_offsets_E,
         activation,
     )
 
 
 class TritonGroupedLinear(torch.autograd.Function):
-    """`grouped_linear` of x [S, D], weight [E, H, D] and ends_E."""
+    """`grouped_linear` of x [S, D], weight [E, H, D] and expert_offsets_E."""
 
     @staticmethod
-    def forward(ctx, x_SD: Tensor, weight_EHD: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_SD, weight_EHD, ends_E)
-        return triton_grouped_gemm(x_SD, weight_EHD, ends_E)
+    def forward(ctx, x_SD: Tensor, weight_EHD: Tensor, expert_offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_SD, weight_EHD, expert_offsets_E)
+        return triton_grouped_gemm(x_SD, weight_EHD, expert_offsets_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_SH: Tensor) -> tuple:
-        x_SD, weight_EHD, ends_E = ctx.saved_tensors
+        x_SD, weight_EHD, expert_offsets_E = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
-        grad_x = grouped_data_grad(grad_SH, weight_EHD, ends_E) if need_x else None
-        return grad_x, grouped_weight_grad(grad_SH, x_SD, ends_E) if need_weight else None, None
+        grad_x = grouped_data_grad(grad_SH, weight_EHD, expert_offsets_E) if need_x else None
+        return (
+            grad_x,
+            grouped_weight_grad(grad_SH, x_SD, expert_offsets_E) if need_weight else None,
+            None,
+        )
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -98,52 +102,80 @@ class _ExpertMLP(torch.autograd.Function):
         w3: Tensor | None,
         w2: Tensor,
         token_S: Tensor,
-        by_token_S: Tensor,
-        bags_T1: Tensor,
-        ends_E: Tensor,
+        unpermute_index_S: Tensor,
+        token_offsets_T1: Tensor,
+        expert_offsets_E: Tensor,
         activation: str,
     ) -> Tensor:
         weight_S = weight_S.contiguous()
-        gate_SH = triton_grouped_gemm(x_TD, w1, ends_E, token_S)
-        up_SH = None if w3 is None else triton_grouped_gemm(x_TD, w3, ends_E, token_S)
+        gate_SH = triton_grouped_gemm(x_TD, w1, expert_offsets_E, token_S)
+        up_SH = None if w3 is None else triton_grouped_gemm(x_TD, w3, expert_offsets_E, token_S)
         ctx.save_for_backward(
-            x_TD, weight_S, w1, w3, w2, token_S, by_token_S, bags_T1, ends_E, gate_SH, up_SH
+            x_TD,
+            weight_S,
+            w1,
+            w3,
+            w2,
+            token_S,
+            unpermute_index_S,
+            token_offsets_T1,
+            expert_offsets_E,
+            gate_SH,
+            up_SH,
         )
         ctx.activation = activation
-        hidden_SH = weighted_activation(gate_SH, up_SH, weight_S, ends_E, activation)
-        return weighted_combine(triton_grouped_gemm(hidden_SH, w2, ends_E), by_token_S, bags_T1)
+        hidden_SH = weighted_activation(gate_SH, up_SH, weight_S, expert_offsets_E, activation)
+        return weighted_combine(
+            triton_grouped_gemm(hidden_SH, w2, expert_offsets_E),
+            unpermute_index_S,
+            token_offsets_T1,
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD: Tensor) -> tuple:
-        x_TD, weight_S, w1, w3, w2, token_S, by_token_S, bags_T1, ends_E, gate_SH, up_SH = (
-            ctx.saved_tensors
-        )
+        (
+            x_TD,
+            weight_S,
+            w1,
+            w3,
+            w2,
+            token_S,
+            unpermute_index_S,
+            token_offsets_T1,
+            expert_offsets_E,
+            gate_SH,
+            up_SH,
+        ) = ctx.saved_tensors
         need_x, need_weight, need_w1, need_w3, need_w2 = ctx.needs_input_grad[:5]
         grad_x = grad_weight = grad_w1 = grad_w3 = grad_w2 = None
         grad_TD = grad_TD.contiguous()
         if need_w2:
-            hidden_SH = weighted_activation(gate_SH, up_SH, weight_S, ends_E, ctx.activation)
-            grad_w2 = grouped_weight_grad(grad_TD, hidden_SH, ends_E, grad_gather_S=token_S)
+            hidden_SH = weighted_activation(
+                gate_SH, up_SH, weight_S, expert_offsets_E, ctx.activation
+            )
+            grad_w2 = grouped_weight_grad(
+                grad_TD, hidden_SH, expert_offsets_E, grad_gather_S=token_S
+            )
             del hidden_SH
         if need_x or need_weight or need_w1 or need_w3:
             grad_gate_SH, grad_up_SH, grad_weight_S = weighted_activation_grad(
-                grouped_data_grad(grad_TD, w2, ends_E, token_S),
+                grouped_data_grad(grad_TD, w2, expert_offsets_E, token_S),
                 gate_SH,
                 up_SH,
                 weight_S,
-                ends_E,
+                expert_offsets_E,
                 ctx.activation,
             )
             if need_weight:
                 grad_weight = grad_weight_S
             if need_x:
                 plus = None if w3 is None else (grad_up_SH, w3)
-                grad_SD = grouped_data_grad(grad_gate_SH, w1, ends_E, plus=plus)
-                grad_x = weighted_combine(grad_SD, by_token_S, bags_T1)
+                grad_SD = grouped_data_grad(grad_gate_SH, w1, expert_offsets_E, plus=plus)
+                grad_x = weighted_combine(grad_SD, unpermute_index_S, token_offsets_T1)
                 del grad_SD
             if need_w1:
-                grad_w1 = grouped_weight_grad(grad_gate_SH, x_TD, ends_E, token_S)
+                grad_w1 = grouped_weight_grad(grad_gate_SH, x_TD, expert_offsets_E, token_S)
             if need_w3:
-                grad_w3 = grouped_weight_grad(grad_up_SH, x_TD, ends_E, token_S)
+                grad_w3 = grouped_weight_grad(grad_up_SH, x_TD, expert_offsets_E, token_S)
         return grad_x, grad_weight, grad_w1, grad_w3, grad_w2, *(None,) * 5

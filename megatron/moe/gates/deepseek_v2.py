@@ -96,7 +96,11 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
     ) -> list[LoadBalancingLoss]:
         """The losses over experts, over groups' choices, and over the tokens that groups receive, in this order."""
         c, scope = self.config, self.config.balance_scope
-        terms = [LoadBalancingLoss.of(inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=scope)]
+        terms = [
+            LoadBalancingLoss.of(
+                inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=scope
+            )
+        ]
         if c.n_group > 1:
             size = self.num_experts // c.n_group
             probs_TG, group_A = (

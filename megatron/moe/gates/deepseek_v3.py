@@ -76,7 +76,9 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
             .indices
         )
         logit_Tk = logits_TE.gather(-1, expert_Tk)
-        weight_Tk = normalized_scores(logit_Tk, "sigmoid") if c.norm_topk_prob else logit_Tk.sigmoid()
+        weight_Tk = (
+            normalized_scores(logit_Tk, "sigmoid") if c.norm_topk_prob else logit_Tk.sigmoid()
+        )
         token_A = torch.arange(num_tokens, device=expert_Tk.device).repeat_interleave(c.topk)
         probs_TE = normalized_scores(logits_TE, "sigmoid")
         highest_Tk = logits_TE.detach().topk(c.topk, dim=-1).indices
@@ -100,7 +102,7 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
             stats={
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                 # share of the choices that bias and groups moved away from the k highest scores
-                "moved_fraction": moved_Tk.sum() / max(1, moved_Tk.numel()),
+                "bias_changed_fraction": moved_Tk.sum() / max(1, moved_Tk.numel()),
                 "expert_bias_max_minus_min": self.expert_bias.amax() - self.expert_bias.amin(),
             },
         )

@@ -29,7 +29,11 @@ class GatheredTokens:
 
 
 def all_gather_tokens(
-    x_TD: Tensor, rows: PermutedTokens, weight_A: Tensor, kept_E: Tensor, group: dist.ProcessGroup
+    x_TD: Tensor,
+    rows: PermutedTokens,
+    weight_A: Tensor,
+    kept_E: Tensor,
+    group: dist.ProcessGroup,
 ) -> GatheredTokens:
     """Gather all ranks' tokens, once each, and send each assignment to the rank that holds its expert.
 
@@ -48,7 +52,10 @@ def all_gather_tokens(
     dist.all_to_all_single(received_P2, sent_P2, group=group)
     (send, _), (receive, tokens) = torch.stack([sent_P2, received_P2]).transpose(1, 2).tolist()
     # The same for all assignments at once: an int64 per assignment is little beside a row per token.
-    token_S, weight_S = rows.token_S[: sum(send)], GatherWeights.apply(weight_A, rows)[: sum(send)]
+    token_S, weight_S = (
+        rows.token_S[: sum(send)],
+        GatherWeights.apply(weight_A, rows)[: sum(send)],
+    )
     expert_S = torch.repeat_interleave(
         torch.arange(kept_PE.shape[1], device=kept_E.device).repeat(ep_size),
         kept_E,
@@ -64,7 +71,9 @@ def all_gather_tokens(
     return GatheredTokens(x_all_TD, ids_R2[:, 0] + first_R, ids_R2[:, 1], weight_R, tokens)
 
 
-def reduce_scatter_outputs(y_TD: Tensor, shared: GatheredTokens, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter_outputs(
+    y_TD: Tensor, shared: GatheredTokens, group: dist.ProcessGroup
+) -> Tensor:
     """Sum up the ranks' parts of every token's output and hand each rank its own tokens: a reduce-scatter of uneven
     pieces, added in the order of ranks and in fp32, so that it is repeatable."""
     ep_size, mine = dist.get_world_size(group), shared.tokens[dist.get_rank(group)]

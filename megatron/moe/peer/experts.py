@@ -1,6 +1,6 @@
 """Tiny experts as tables that are looked up: PEER's single neurons, and small MLPs of a few hidden units.
 
-Letters: T tokens, D hidden, A assignments of a token to an expert, N_local experts on this rank, W hidden units of one
+Shape suffixes: T tokens, D hidden, A assignments of a token to an expert, N_local experts on this rank, W hidden units of one
 expert, R = N_local x W rows of a table, P = A x W pairs of a token and a row, U rows that are in any pair, G bags.
 
     y_t = sum over the assignments a of token t:  weight_a * sum_j act(w_in[e_a, j] . x_t) * w_out[e_a, j]
@@ -169,7 +169,9 @@ class PEERExperts(nn.Module):
         return _WeightedRows.apply(self.w2, scale_AW.flatten(), how, *pairs).to(x_TD.dtype)
 
     def _on_triton(self) -> bool:
-        return choose_peer_backend(self.backend, self.w1.device.type, self.w1.dtype)[0] == "triton"
+        return (
+            choose_peer_backend(self.backend, self.w1.device.type, self.w1.dtype)[0] == "triton"
+        )
 
 
 def choose_peer_backend(requested: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -203,7 +205,7 @@ class TokenExpertPairs(NamedTuple):
     """positions in the list, sorted by token; None: the list is, as from most gates"""
     row_by_token_P: Tensor
     """row of each"""
-    bags_T1: Tensor
+    token_offsets_T1: Tensor
     """where each token's pairs start in by_token_P; the last entry is P"""
 
     @staticmethod
@@ -229,7 +231,7 @@ class TokenExpertPairs(NamedTuple):
                 assert low >= 0 and high < size, (
                     f"token or row numbers span [{low}, {high}], allowed [0, {size})"
                 )
-        bags_T1 = torch.searchsorted(
+        token_offsets_T1 = torch.searchsorted(
             sorted_token_P, torch.arange(num_tokens + 1, device=token_P.device)
         )
         return TokenExpertPairs(
@@ -238,7 +240,7 @@ class TokenExpertPairs(NamedTuple):
             token_P[by_row_P],
             by_token_P,
             _take(row_P, by_token_P),
-            bags_T1,
+            token_offsets_T1,
         )
 
 
@@ -267,7 +269,7 @@ class _How:
         return self.bag_sum(
             stack.flatten(0, -2),
             pairs.row_by_token_P,
-            pairs.bags_T1,
+            pairs.token_offsets_T1,
             _take(scale_P, pairs.by_token_P),
         )
 

@@ -27,12 +27,12 @@ class PEERLayer(MoELayer):
     experts: PEERExperts
 
     def _plan(self, routing: Routing, x_TD: Tensor) -> DispatchPlan:
-        limit, sharded = self._limit(x_TD), self.groups.ep_group is not None
+        limit, sharded = self._expert_capacity(x_TD), self.groups.ep_group is not None
         if limit is None and not sharded:
             return DispatchPlan.as_listed(routing, len(x_TD), self.gate.num_experts)
         return build_dispatch_plan(routing, len(x_TD), self.gate.num_experts, limit=limit)
 
-    def _mix(
+    def _dispatch_and_compute(
         self, x_TD: Tensor, routing: Routing, plan: DispatchPlan, beside: Callable[[], T]
     ) -> tuple[Tensor, T]:
         group, rows = self.groups.ep_group, plan.routed
@@ -41,13 +41,13 @@ class PEERLayer(MoELayer):
                 x_TD, routing.token_A, routing.expert_A, routing.weight_A
             ), beside()
         if group is None:
-            kept_S = rows.assignment_S[: sum(rows.counts())]
+            kept_S = rows.source_index_S[: sum(rows.counts())]
             return self.experts(
                 x_TD,
                 routing.token_A[kept_S],
                 routing.expert_A[kept_S],
                 GatherWeights.apply(routing.weight_A, rows)[: len(kept_S)],
             ), beside()
-        shared = all_gather_tokens(x_TD, rows, routing.weight_A, plan.kept_C, group)
+        shared = all_gather_tokens(x_TD, rows, routing.weight_A, plan.dispatched_C, group)
         y_TD = self.experts(shared.x_TD, shared.token_S, shared.expert_S, shared.weight_S)
         return reduce_scatter_outputs(y_TD, shared, group), beside()

@@ -1,6 +1,6 @@
 """Triton kernel for PEER's tables: dot products of listed pairs of rows.
 
-Letters: T tokens, D hidden, R rows of a table, P pairs of a token and a row.
+Shape suffixes: T tokens, D hidden, R rows of a table, P pairs of a token and a row.
 
 The other operation of tiny experts, weighted sums of listed rows, is `grouped.weighted_combine`: by token for outputs
 and the tokens' gradients, and by touched row, after a sort and without atomics, for the tables' gradients. Forward and

@@ -165,7 +165,10 @@ def test_what_is_printed(tmp_path, monkeypatch):
         "sound as far as read (--full reads all tokens)",
     ]
     (found,) = json.loads((tmp_path / "d.out").read_text())
-    assert found == {**summarize(open_dataset(str(tmp_path / "d"), t), t, tokens=4), "prefix": "d"}
+    assert found == {
+        **summarize(open_dataset(str(tmp_path / "d"), t), t, tokens=4),
+        "prefix": "d",
+    }
     assert found["first_documents"][0] == {
         "document": 0,
         "length": 6,

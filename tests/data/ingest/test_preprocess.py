@@ -104,7 +104,9 @@ def test_an_error_behind_the_first_documents_is_not_reached(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"}\n{\n')
     recipe = EncodeConfig(BYTES)
-    (totals,) = preprocess(PreprocessConfig([str(path)], str(tmp_path / "x"), recipe, max_documents=2))
+    (totals,) = preprocess(
+        PreprocessConfig([str(path)], str(tmp_path / "x"), recipe, max_documents=2)
+    )
     assert totals.documents == 2 and (totals.tokens, totals.bytes) == (2, 2)
     with pytest.raises(ValueError, match="a.jsonl:3: not a JSON object"):
         preprocess(PreprocessConfig([str(path)], str(tmp_path / "y"), recipe, max_documents=3))
@@ -221,7 +223,9 @@ def test_a_fault_found_late_in_a_pipe_loses_nothing(tmp_path, monkeypatch, at_on
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(lines,))
     writer.start()
     preprocess(
-        PreprocessConfig([str(tmp_path / "pipe")], str(tmp_path / "x"), EncodeConfig(BYTES), workers=workers),
+        PreprocessConfig(
+            [str(tmp_path / "pipe")], str(tmp_path / "x"), EncodeConfig(BYTES), workers=workers
+        ),
         chunk_bytes=60,
     )
     writer.join()

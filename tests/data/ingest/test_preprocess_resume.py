@@ -141,7 +141,9 @@ def test_a_tokenizer_that_splits_otherwise_starts_again(tmp_path, caplog):
     recipe = EncodeConfig(
         TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json"))
     )
-    this = PreprocessConfig([str(jsonl(tmp_path / "a.jsonl", ["A"] * 100))], str(tmp_path / "x"), recipe)
+    this = PreprocessConfig(
+        [str(jsonl(tmp_path / "a.jsonl", ["A"] * 100))], str(tmp_path / "x"), recipe
+    )
     with PreprocessRun(this, chunk_bytes=50) as work:
         stop_after(work, 2)
         work.commit()

@@ -20,13 +20,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.ingest.sources import (
-    CHUNK_BYTES,
-    Chunk,
-    DocumentSource,
-    Rejected,
-    open_sources,
-)
+from megatron.data.ingest.records import CHUNK_BYTES, Chunk, RejectedRecord
+from megatron.data.ingest.sources import DocumentSource, open_sources
 
 KEYS = ["text", "title"]
 BOM = b"\xef\xbb\xbf"
@@ -379,9 +374,9 @@ def test_parquet_values_that_cannot_be_used(tmp_path):
     )
     (chunk,) = source.chunks(["n"])
     assert chunk.parse(["n"]).rejected == [
-        Rejected(1, 0, "'n' is int; allowed: a string", b'{"n": 1}'),
-        Rejected(2, 0, "'n' is int; allowed: a string", b'{"n": 2}'),
-        Rejected(3, 0, "'n' is NoneType; allowed: a string", b'{"n": null}'),
+        RejectedRecord(1, 0, "'n' is int; allowed: a string", b'{"n": 1}'),
+        RejectedRecord(2, 0, "'n' is int; allowed: a string", b'{"n": 2}'),
+        RejectedRecord(3, 0, "'n' is NoneType; allowed: a string", b'{"n": null}'),
     ]
     assert chunk.place(2) == f"{tmp_path}/a.parquet, row 2"
     with pytest.raises(

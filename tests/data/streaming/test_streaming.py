@@ -189,7 +189,9 @@ def test_a_finished_cache_is_read_and_nothing_is_made_again(tmp_path, monkeypatc
     until(lambda: {path.suffix for path in cache.iterdir()} == {".bin", ".idx", ".json"})
     preprocess(
         PreprocessConfig(
-            [str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), EncodeConfig(BYTES, append_eod=True)
+            [str(tmp_path / "a.jsonl")],
+            str(tmp_path / "whole"),
+            EncodeConfig(BYTES, append_eod=True),
         )
     )
     for suffix in (".bin", ".idx", ".json"):
@@ -228,7 +230,9 @@ def test_only_what_is_needed_is_made_and_a_longer_run_goes_on(tmp_path, monkeypa
     assert pair.stat().st_ino == inode, "the same file, added to"
     preprocess(
         PreprocessConfig(
-            [str(tmp_path / "a.jsonl")], str(tmp_path / "whole"), EncodeConfig(BYTES, append_eod=True)
+            [str(tmp_path / "a.jsonl")],
+            str(tmp_path / "whole"),
+            EncodeConfig(BYTES, append_eod=True),
         )
     )
     assert pair.read_bytes() == (tmp_path / "whole_text_document.bin").read_bytes()

@@ -33,7 +33,9 @@ def test_gather_and_combine_against_a_loop_with_gradients(limit):
     grad = torch.randn(4, 5, dtype=torch.float64)
 
     def ours(x, w):
-        return UnpermuteTokens.apply(PermuteTokens.apply(x, rows) * 2, GatherWeights.apply(w, rows), rows)
+        return UnpermuteTokens.apply(
+            PermuteTokens.apply(x, rows) * 2, GatherWeights.apply(w, rows), rows
+        )
 
     expected = [torch.zeros(5, dtype=torch.float64) for _ in range(4)]
     for a in kept:
@@ -59,7 +61,9 @@ def test_gather_and_combine_against_a_loop_with_gradients(limit):
 def test_weights_of_dropped_assignments_have_no_gradient():
     """Whatever an expert function leaves in the places that are no rows."""
     weights = torch.tensor([1.0, 2, 3], requires_grad=True)
-    rows = build_dispatch_plan(make_routing([0, 1, 2], [0, 0, 1], weights), 3, 2, limit=1).routed
+    rows = build_dispatch_plan(
+        make_routing([0, 1, 2], [0, 0, 1], weights), 3, 2, limit=1
+    ).routed
     weight_S = GatherWeights.apply(weights, rows)
     assert weight_S[:2].tolist() == [2, 3]
     weight_S.backward(torch.tensor([5.0, 7.0, float("nan")]))

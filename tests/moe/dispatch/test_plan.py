@@ -49,9 +49,9 @@ def test_plan_against_a_loop(triples, limit, choices, token_major):
         if limit is not None and expert < num_experts:
             mine = sorted(mine, key=lambda a: (-abs(weights[a]), a))[:limit]
         kept.append(mine)
-    assert plan.wanted_C.tolist() == [experts.count(e) for e in range(6)]
-    assert plan.kept_C.tolist() == [len(k) for k in kept]
-    assert plan.kept_T.tolist() == [
+    assert plan.assigned_C.tolist() == [experts.count(e) for e in range(6)]
+    assert plan.dispatched_C.tolist() == [len(k) for k in kept]
+    assert plan.dispatched_T.tolist() == [
         sum(tokens[a] == t for k in kept for a in k) for t in range(7)
     ]
     assert plan.local_counts == [len(k) for k in kept[num_experts:]]
@@ -66,17 +66,19 @@ def check_rows(rows, groups, tokens):
     assert rows.counts() == [len(g) for g in groups]
     length = sum(rows.counts())
     assert (
-        rows.assignment_S.unique().numel()
-        == len(rows.assignment_S)
+        rows.source_index_S.unique().numel()
+        == len(rows.source_index_S)
         == len(rows.token_S)
         >= length
     )
-    pieces = rows.assignment_S[:length].split(rows.counts())
+    pieces = rows.source_index_S[:length].split(rows.counts())
     assert [sorted(p.tolist()) for p in pieces] == [sorted(g) for g in groups]
-    assert rows.token_S.tolist() == [tokens[a] for a in rows.assignment_S.tolist()]
-    assert rows.bags_T1[0] == 0 and rows.bags_T1[-1] == length
+    assert rows.token_S.tolist() == [tokens[a] for a in rows.source_index_S.tolist()]
+    assert rows.token_offsets_T1[0] == 0 and rows.token_offsets_T1[-1] == length
     for t in range(7):
-        positions = rows.by_token_S[rows.bags_T1[t] : rows.bags_T1[t + 1]].tolist()
+        positions = rows.unpermute_index_S[
+            rows.token_offsets_T1[t] : rows.token_offsets_T1[t + 1]
+        ].tolist()
         assert sorted(positions) == [s for s in range(length) if rows.token_S[s] == t]
 
 
@@ -86,13 +88,25 @@ def test_paths_that_return_zeros_have_no_rows_and_each_choice_may_have_its_own_l
         [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 0, 0, 3, 3, 1, 4, 4, 2], torch.arange(9.0)
     )
     plan = build_dispatch_plan(routing, 3, 2, 3, num_zero_paths=1)
-    assert plan.kept_C.tolist() == [3, 1, 1, 2, 2] and plan.kept_T.tolist() == [3, 3, 3]
-    assert plan.local_counts == [1, 2, 0] and plan.local.assignment_S.tolist() == [8, 3, 4]
+    assert plan.dispatched_C.tolist() == [3, 1, 1, 2, 2] and plan.dispatched_T.tolist() == [
+        3,
+        3,
+        3,
+    ]
+    assert plan.local_counts == [1, 2, 0] and plan.local.source_index_S.tolist() == [8, 3, 4]
     assert plan.local.counts() == [1, 2]
-    plan = build_dispatch_plan(routing, 3, 2, 3, torch.tensor([2, 9, 0, 1, 1]), num_zero_paths=1)
-    assert plan.wanted_C.tolist() == [3, 1, 1, 2, 2] and plan.kept_C.tolist() == [2, 1, 0, 1, 1]
-    assert plan.routed.assignment_S.tolist() == [2, 1, 5] and plan.routed.counts() == [2, 1]
-    assert plan.local.counts() == [0, 1] and plan.local.assignment_S.tolist() == [4]
+    plan = build_dispatch_plan(
+        routing, 3, 2, 3, torch.tensor([2, 9, 0, 1, 1]), num_zero_paths=1
+    )
+    assert plan.assigned_C.tolist() == [3, 1, 1, 2, 2] and plan.dispatched_C.tolist() == [
+        2,
+        1,
+        0,
+        1,
+        1,
+    ]
+    assert plan.routed.source_index_S.tolist() == [2, 1, 5] and plan.routed.counts() == [2, 1]
+    assert plan.local.counts() == [0, 1] and plan.local.source_index_S.tolist() == [4]
 
 
 def test_local_paths_that_all_return_zeros():
@@ -103,9 +117,12 @@ def test_local_paths_that_all_return_zeros():
         assert (
             plan.local_counts == [0, 0]
             and plan.local.counts() == []
-            and plan.local.bags_T1.tolist() == [0, 0, 0]
+            and plan.local.token_offsets_T1.tolist() == [0, 0, 0]
         )
-        assert plan.kept_C.tolist() == [1, 1, 1, 1] and plan.routed.token_S.tolist() == [0, 1]
+        assert plan.dispatched_C.tolist() == [1, 1, 1, 1] and plan.routed.token_S.tolist() == [
+            0,
+            1,
+        ]
 
 
 def test_priority_decides_who_survives():
@@ -123,8 +140,8 @@ def test_a_list_that_needs_no_order():
     routing = make_routing([2, 0, 0], [1, 1, 3])
     plan = DispatchPlan.as_listed(routing, 3, 5)
     assert plan.routed is None and plan.local is None and plan.sizes is None
-    assert plan.wanted_C.tolist() == plan.kept_C.tolist() == [0, 2, 0, 1, 0]
-    assert plan.kept_T.tolist() == [2, 0, 1]
+    assert plan.assigned_C.tolist() == plan.dispatched_C.tolist() == [0, 2, 0, 1, 0]
+    assert plan.dispatched_T.tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -146,4 +163,4 @@ def test_how_often_the_host_waits(limit, num_local, most, monkeypatch):
         make_routing([0, 0, 1, 1], [0, 4, 0, 5]), 2, 6 - num_local, num_local, limit
     )
     monkeypatch.undo()
-    assert len(waits) == most and plan.kept_C.tolist() == [2, 0, 0, 0, 1, 1]
+    assert len(waits) == most and plan.dispatched_C.tolist() == [2, 0, 0, 0, 1, 1]

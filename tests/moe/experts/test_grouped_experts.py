@@ -22,7 +22,7 @@ def test_the_module_gives_its_weights_to_the_mlp(activation, backend):
     rows = build_dispatch_plan(
         make_routing([t for t, _ in assignments], [e for _, e in assignments]), 5, 3
     ).routed
-    y = experts(x, weights[rows.assignment_S], rows)
+    y = experts(x, weights[rows.source_index_S], rows)
     stacks = dict(experts.named_parameters())
     assert list(stacks) == (["w1", "w2", "w3"] if is_gated(activation) else ["w1", "w2"])
     torch.testing.assert_close(y, reference_mlp(x, weights, stacks, assignments, activation))

@@ -51,7 +51,7 @@ def check_mlp(backend, dtype, activation, assignments, num_tokens, limit=None):
         limit=limit,
     )
     rows = plan.routed
-    kept = rows.assignment_S[: sum(rows.counts())].tolist()
+    kept = rows.source_index_S[: sum(rows.counts())].tolist()
     y = grouped_mlp(
         x,
         GatherWeights.apply(weight, rows),
@@ -123,7 +123,9 @@ def test_every_activation_and_one_expert_with_everything(backend, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradients_by_finite_differences(backend, activation):
-    plan = build_dispatch_plan(make_routing([0, 0, 1, 2, 2], [0, 1, 1, 3, 1], torch.rand(5)), 3, 4)
+    plan = build_dispatch_plan(
+        make_routing([0, 0, 1, 2, 2], [0, 1, 1, 3, 1], torch.rand(5)), 3, 4
+    )
     g = torch.Generator().manual_seed(1)
     x = torch.randn(3, 2, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(5, generator=g, dtype=torch.float64, requires_grad=True)
@@ -134,7 +136,8 @@ def test_gradients_by_finite_differences(backend, activation):
     w2 = torch.randn(4, 2, 3, generator=g, dtype=torch.float64, requires_grad=True)
     if activation in ("swiglu", "geglu"):
         assert torch.autograd.gradcheck(
-            lambda *a: grouped_mlp(*a, plan.routed, activation, backend), (x, weight, w1, w3, w2)
+            lambda *a: grouped_mlp(*a, plan.routed, activation, backend),
+            (x, weight, w1, w3, w2),
         )
     else:
         assert torch.autograd.gradcheck(
@@ -248,7 +251,10 @@ def test_which_backend_and_why(monkeypatch):
     installed, no_triton = importlib.util.find_spec, lambda name: None
     assert choose_expert_backend("auto", "cpu", torch.bfloat16)[0] == "cpu"
     for name in ("reference", "cpu", "grouped_mm"):
-        assert choose_expert_backend(name, "cpu", torch.bfloat16) == (name, "--moe-backend says so")
+        assert choose_expert_backend(name, "cpu", torch.bfloat16) == (
+            name,
+            "--moe-backend says so",
+        )
     with monkeypatch.context() as m:
         m.setattr(importlib.util, "find_spec", lambda name: name)
         choose_expert_backend.cache_clear()

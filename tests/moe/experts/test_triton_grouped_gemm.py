@@ -1,6 +1,6 @@
 """The Triton kernels against float64 loops: compiled where there is a GPU, elsewhere in Triton's interpreter.
 
-Letters: T tokens, D hidden, E experts, H expert width, S rows sorted by expert.
+Shape suffixes: T tokens, D hidden, E experts, H expert width, S rows sorted by expert.
 """
 
 import ast
@@ -141,7 +141,9 @@ def test_linear(case):
         else torch.zeros(0, H, dtype=torch.float64, device=DEVICE)
     )
     assert_close(
-        "y", triton_grouped_gemm.triton_grouped_gemm(x, weight, ends_of(counts), index), expected
+        "y",
+        triton_grouped_gemm.triton_grouped_gemm(x, weight, ends_of(counts), index),
+        expected,
     )
 
 
@@ -287,7 +289,10 @@ def routed(token, expert, num_tokens, num_experts, limit=None) -> PermutedTokens
 
 def leaves(rows, activation, D, H, dtype, num_tokens=None):
     """The differentiable arguments by name."""
-    T, E = len(rows.bags_T1) - 1 if num_tokens is None else num_tokens, len(rows.ends_E)
+    T, E = (
+        len(rows.token_offsets_T1) - 1 if num_tokens is None else num_tokens,
+        len(rows.expert_offsets_E),
+    )
     shapes = {
         "x": (T, D),
         "weight": (len(rows.token_S),),
@@ -312,7 +317,7 @@ def run(inputs, rows, activation):
 
 def dumb_mlp(inputs, rows, activation):
     outputs, start = [0 * x for x in inputs["x"]], 0
-    for e, end in enumerate(rows.ends_E.tolist()):
+    for e, end in enumerate(rows.expert_offsets_E.tolist()):
         for s in range(start, end):
             t = int(rows.token_S[s])
             up = inputs["w3"][e] @ inputs["x"][t] if gated(activation) else None
@@ -546,7 +551,7 @@ def test_what_it_cannot_do_is_refused():
     rows = routed(*CHOICES, 9, 5)
     inputs, ends, wide = (
         leaves(rows, "swiglu", 24, 20, torch.float32),
-        rows.ends_E,
+        rows.expert_offsets_E,
         torch.zeros(2, 2).double(),
     )
     calls = (

@@ -187,7 +187,7 @@ def test_the_bias_chooses_and_does_not_weigh():
     out = given_scores(gate, [0.1, 0.8, 0.7, 0.3])
     assert out.expert_A.tolist() == [0, 3]
     assert out.weight_A.tolist() == pytest.approx([2.5 * 0.1 / 0.4, 2.5 * 0.3 / 0.4], rel=1e-5)
-    assert out.stats["moved_fraction"].item() == 1.0
+    assert out.stats["bias_changed_fraction"].item() == 1.0
     assert out.stats["expert_bias_max_minus_min"].item() == 5.0
 
 

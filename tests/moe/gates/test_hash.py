@@ -97,7 +97,7 @@ def test_the_layer_hands_the_ids_on():
     x, ids = torch.randn(2, 8, 6), torch.randint(0, 50, (2, 8))
     layer(x, FFNContext(ids))
     expected = torch.bincount(layer.gate.table_V[ids.flatten()], minlength=4)
-    assert layer.counters[True]["wanted_C"].tolist() == expected.tolist()
+    assert layer.counters[True]["assigned_C"].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("bad", [50, 10**6, -1])

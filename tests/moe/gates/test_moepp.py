@@ -323,8 +323,8 @@ def test_capacity_holds_for_local_paths_too():
         layer.counters[True].clear()
         layer(x)
         assert (
-            layer.counters[True]["wanted_C"][choice] == 30
-            and layer.counters[True]["kept_C"][choice] == limit
+            layer.counters[True]["assigned_C"][choice] == 30
+            and layer.counters[True]["dispatched_C"][choice] == limit
         )
     steer(layer, E + 1)
     routing = layer.gate(GateInput(x[0]))

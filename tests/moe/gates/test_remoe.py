@@ -223,10 +223,10 @@ def test_everything_dense_works():
             for p in [x, *layer.parameters()]
         )
         got = MoEMetrics(nn.ModuleList([layer]), Groups()).read()
-        assert got["experts_per_token_wanted"] == E and got["experts_per_token_kept"] == (
+        assert got["experts_per_token_before_capacity"] == E and got["experts_per_token"] == (
             1 if factor else E
         )
-        assert len(got["kept_experts_histogram"]) == E + 1 and got["sparsity"] == 0
+        assert len(got["experts_per_token_histogram"]) == E + 1 and got["sparsity"] == 0
 
 
 def test_all_silent_works():

@@ -186,8 +186,8 @@ def test_a_null_choice_is_no_row():
     rows, y = rows_of(layer, x)
     assert rows == 0 and not y.any()
     got = MoEMetrics(nn.ModuleList([layer]), Groups()).read()
-    assert got["null_fraction"] == 1 and got["experts_per_token_kept"] == 0
-    assert got["kept_experts_histogram"] == [1, 0, 0]
+    assert got["null_fraction"] == 1 and got["experts_per_token"] == 0
+    assert got["experts_per_token_histogram"] == [1, 0, 0]
 
 
 def test_the_weight_counts_nulls_that_were_not_chosen():

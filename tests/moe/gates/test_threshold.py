@@ -227,7 +227,7 @@ def test_capacity_keeps_better_ranks_first_then_higher_probability():
     gate, x, out = run(0.95, seed=4, tokens=30)
     kept, _, _ = dumb(gate, x)
     plan = build_dispatch_plan(out, 30, 6, 0, limit=4)
-    kept_A = plan.routed.assignment_S[: plan.kept_C.sum()]
+    kept_A = plan.routed.source_index_S[: plan.dispatched_C.sum()]
     survivors = set(zip(out.token_A[kept_A].tolist(), out.expert_A[kept_A].tolist()))
     for expert in range(6):
         mine = sorted((r, -p, t) for t, e, r, p in kept if e == expert)

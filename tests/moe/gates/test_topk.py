@@ -201,7 +201,7 @@ def test_the_loss_counts_what_tokens_wanted_not_what_capacity_left():
         )
         layer = make_moe_layer(gate, model, moe, layer=0, seed=0, groups=Groups())
         losses.append(layer(draw(32)[None] + 1).aux_loss.item())
-        assert (layer.counters[True]["kept_C"].sum() < 64) == bool(factor)
+        assert (layer.counters[True]["dispatched_C"].sum() < 64) == bool(factor)
     assert losses[0] == losses[1] > 1.05
 
 

@@ -178,7 +178,9 @@ def test_rows_beyond_two_to_the_31_numbers(swap):
         torch.tensor([rows - 1, 0], device=DEVICE),
         torch.zeros(2, dtype=torch.int64, device=DEVICE),
     )
-    assert triton_dots(*((table, x, row, token) if swap else (x, table, token, row))).tolist() == [
+    assert triton_dots(
+        *((table, x, row, token) if swap else (x, table, token, row))
+    ).tolist() == [
         1024,
         -512,
     ]
