@@ -1,7 +1,7 @@
 """Saving: each rank writes its pieces of the run's state, beside the training if asked to, and rank 0 publishes them.
 
 A checkpoint is complete or not there: megatron.checkpoint.directory. What a rank writes is safetensors, the rest is JSON:
-megatron.checkpoint.reader. Loading is megatron.training.resume.
+megatron.checkpoint.reader. Loading is megatron.checkpoint.loader.
 """
 
 from __future__ import annotations

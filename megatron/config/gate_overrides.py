@@ -1,6 +1,6 @@
 """Gates whose own options say how many experts there are, how wide, and in which layers (PEER).
 
-Such a gate's Config has a method `mixture(moe, num_layers) -> dict`: from the fields of MoEConfig that were set, those
+Such a gate's Config has a method `moe_overrides(moe, num_layers) -> dict`: from the fields of MoEConfig that were set, those
 that it decides.
 """
 
@@ -17,9 +17,9 @@ def apply(gate_config: Any, moe: dict[str, Any], num_layers: int, gate: str) -> 
     Raises:
         ValueError: they contradict what was set.
     """
-    if not hasattr(gate_config, "mixture"):
+    if not hasattr(gate_config, "moe_overrides"):
         return
-    for name, value in gate_config.mixture(moe, num_layers).items():
+    for name, value in gate_config.moe_overrides(moe, num_layers).items():
         told = moe.get(name) or value
         require(
             told == value,
@@ -41,16 +41,16 @@ def drop_derived(stored: dict[str, dict[str, Any]], gate_class: type) -> str:
         what was taken out, as the end of a sentence about the gate's options; empty if nothing was.
     """
     moe, options = stored.get("moe", {}), stored.get("gate_options", {})
-    if not hasattr(gate_class, "mixture") or not moe.get("num_experts"):
+    if not hasattr(gate_class, "moe_overrides") or not moe.get("num_experts"):
         return ""
     config = gate_class(
         **{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     )
     num_layers = stored.get("model", {}).get("num_layers", ModelConfig.num_layers)
     try:
-        said = config.mixture({}, num_layers)
+        said = config.moe_overrides({}, num_layers)
     except ValueError:  # the number of experts was --num-experts, which stays
-        said = config.mixture({"num_experts": moe["num_experts"]}, num_layers)
+        said = config.moe_overrides({"num_experts": moe["num_experts"]}, num_layers)
         del said["num_experts"]
     names = [name for name, value in said.items() if moe.get(name) == value]
     for name in names:

@@ -128,7 +128,7 @@ class Engine:
             self.deepspeed.step()
             lm_losses.append(out.lm_loss.detach())
             aux_losses.append(out.aux_loss.detach())
-        self.metrics.after_step(skipped=self.skipped_steps > skipped)
+        self.metrics.post_optimizer_step(skipped=self.skipped_steps > skipped)
         return torch.stack(lm_losses).mean(), torch.stack(aux_losses).mean()
 
     @torch.no_grad()

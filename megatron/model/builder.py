@@ -82,7 +82,7 @@ def choose_moe_backend(
     Raises:
         ValueError: --moe-backend asks for one that is not possible here.
     """
-    if gate_class(moe.gate).neurons:
+    if gate_class(moe.gate).expert_kind == "peer":
         return peer_experts.choose_peer_backend(moe.moe_backend, device.type, dtype)
     features = (model.hidden_size, moe.moe_ffn_hidden_size or model.ffn_size)
     return backends.choose_expert_backend(moe.moe_backend, device.type, dtype, features)
@@ -112,7 +112,7 @@ def make_moe_layer(
         "eval_capacity_factor": moe.moe_eval_capacity_factor,
         "min_capacity": moe.moe_min_capacity,
     }
-    if gate.neurons:
+    if gate.expert_kind == "peer":
         tables = PEERExperts(
             moe.num_experts,
             local,

@@ -9,7 +9,7 @@ A gate is one paper in one file of `megatron/moe/gates/`. A subclass of `Gate` w
 
 A gate may not communicate, apply capacity, multiply expert outputs, log, or read flags. Its forward changes no
 state, because activation recomputation runs it twice. State that outlives a step is an fp32 buffer, which
-`after_step` updates.
+`post_optimizer_step` updates.
 """
 
 from __future__ import annotations
@@ -54,13 +54,11 @@ class Gate(nn.Module):
     initialises_itself: ClassVar[bool] = True
     sees_other_tokens: ClassVar[bool] = False
     """whether a token's experts depend on the other tokens of its rank's micro-batch"""
-    neurons: ClassVar[bool] = False
-    """whether its experts are PEER's neurons in tables instead of grouped MLPs; then it has `output_gain(width)`"""
+    expert_kind: ClassVar[str] = "grouped"
+    """"grouped": stacked MLPs that run as grouped matrix products; "peer": PEER's tables of tiny experts, for
+    which the gate has `output_gain(width)`"""
     name: ClassVar[str]
     Config: ClassVar[type]
-    local_paths: nn.ModuleList
-    """experts [n, D] -> [n, D] that run on the token's own rank (MoE++), never dispatched. Those that return zeros come
-    last and have an attribute `returns_zero = True`: they are counted and do nothing"""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -78,30 +76,38 @@ class Gate(nn.Module):
         cls.name = name
         _registry[name] = cls
 
-    def __init__(self, config: Any, place: GateContext):
+    def __init__(self, config: Any, context: GateContext):
         super().__init__()
-        self.config, self.place = config, place
-        self.num_experts = place.num_experts
-        self.local_paths = nn.ModuleList()
+        self.config, self.context = config, context
+        self.num_experts = context.num_experts
+        self.zero_computation_experts = nn.ModuleList()
+
+    @property
+    def zero_computation_experts(self) -> nn.ModuleList:
+        """Experts [n, D] -> [n, D] that run on the token's own rank and are never dispatched (MoE++).
+
+        Those that return zeros come last and have an attribute `is_zero = True`: they are counted, but no rows
+        are made for them.
+        """
+        return self.local_paths
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Checkpoints know these modules as `local_paths`.
+        super().__setattr__("local_paths" if name == "zero_computation_experts" else name, value)
 
     def forward(self, inp: GateInput) -> Routing:
         """Choose experts for every token; see `megatron.moe.routing.Routing`."""
         raise NotImplementedError(f"gate {type(self).__name__} has no forward")
 
-    def post_step(self, load_E: Tensor, num_tokens: Tensor) -> None:
-        """Called once per optimizer step in training.
+    def post_optimizer_step(self, step: StepTotals) -> None:
+        """Update the gate's state from what an optimizer step counted. Called once per step in training.
 
         Args:
-            load_E: fp32 [E], wanted assignments per expert of this layer, summed over data ranks and micro-batches.
-            num_tokens: 0-d fp32, tokens behind them.
+            step: loads, tokens and the gate's own sums, over all ranks and micro-batches of the step.
         """
 
-    def after_step(self, step: StepTotals) -> None:
-        """As `post_step`, with all that was counted: the gate's own sums, and the loads of the other mixture layers."""
-        self.post_step(step.load_E, step.num_tokens)
-
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
-        """Metrics, with units in their names, from the sums of a log interval over ranks (`Routing.sums`)."""
+        """Metrics, with units in their names, from the sums of a log interval over ranks (`Routing.metric_sums`)."""
         return {}
 
     def capacities(self, num_tokens: int, factor: float, minimum: int) -> list[int] | None:
@@ -119,10 +125,10 @@ class Gate(nn.Module):
     ) -> nn.Linear:
         """A bias-free [rows, D] router, one row per expert unless said otherwise, drawn from N(0, init_std^2)."""
         return make_linear(
-            self.place.hidden_size,
+            self.context.hidden_size,
             self.num_experts if rows is None else rows,
-            self.place.init_std,
-            self.place.generator() if generator is None else generator,
+            self.context.init_std,
+            self.context.generator() if generator is None else generator,
         )
 
 
@@ -180,7 +186,7 @@ def create_gate(
         )
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; a gate needs at least 1 expert")
-    place = GateContext(
+    context = GateContext(
         hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std
     )
     config = cls.Config(**options)
@@ -189,7 +195,7 @@ def create_gate(
     )  # what can only be checked against the number of experts
     if check is not None:
         check(num_experts)
-    return cls(config, place)
+    return cls(config, context)
 
 
 def _discover() -> None:

@@ -76,7 +76,9 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, -2)
         routing = self.gate(self._gate_input(x_BSD, context))
         if not self._checked:
-            routing.check(len(x_TD), self.gate.num_experts + len(self.gate.local_paths))
+            routing.check(
+                len(x_TD), self.gate.num_experts + len(self.gate.zero_computation_experts)
+            )
             self._checked = True
         plan = self._plan(routing, x_TD)
         y_TD, beside = self._dispatch_and_compute(
@@ -90,8 +92,8 @@ class MoELayer(nn.Module):
         return FFNOutput(y_TD.view_as(x_BSD), aux_loss, routing.carry)
 
     def _plan(self, routing: Routing, x_TD: Tensor) -> DispatchPlan:
-        paths = self.gate.local_paths
-        zero_paths = sum(getattr(path, "returns_zero", False) for path in paths)
+        paths = self.gate.zero_computation_experts
+        zero_paths = sum(getattr(path, "is_zero", False) for path in paths)
         return build_dispatch_plan(
             routing,
             len(x_TD),
@@ -131,7 +133,10 @@ class MoELayer(nn.Module):
         if plan.local is not None:
             inputs = PermuteTokens.apply(x_TD, plan.local).split(plan.local_counts)
             # Without rows too: ZeRO 2 needs a gradient of every parameter on every rank, if only zeros.
-            outputs = [path(x) for path, x in zip(self.gate.local_paths, inputs, strict=True)]
+            outputs = [
+                path(x)
+                for path, x in zip(self.gate.zero_computation_experts, inputs, strict=True)
+            ]
             parts.append(
                 UnpermuteTokens.apply(
                     torch.cat(outputs),
@@ -227,7 +232,7 @@ class MoELayer(nn.Module):
         step = {
             "tokens": one * num_tokens,
             "load_E": plan.assigned_C[: self.gate.num_experts],
-            **{f"sum/{name}": value for name, value in routing.sums.items()},
+            **{f"sum/{name}": value for name, value in routing.metric_sums.items()},
         }
         seen = {
             "tokens": one * num_tokens,
@@ -237,8 +242,8 @@ class MoELayer(nn.Module):
             "kept_histogram": bincount_static(plan.dispatched_T.clamp_max(bins - 1), bins),
             "forwards": one,
             "aux_loss": aux_loss,
-            **{f"stat/{name}": value for name, value in routing.stats.items()},
-            **{f"sum/{name}": value for name, value in routing.sums.items()},
+            **{f"stat/{name}": value for name, value in routing.metric_means.items()},
+            **{f"sum/{name}": value for name, value in routing.metric_sums.items()},
         }
         _add(self.counters[self.training], seen)
         if self.training:
@@ -248,8 +253,8 @@ class MoELayer(nn.Module):
         """Choices a token can have kept, for the histogram."""
         most = type(self.gate).experts_per_token(self.gate.config, self.gate.num_experts)[1]
         return min(
-            max(most, 1) + len(self.gate.local_paths),
-            self.gate.num_experts + len(self.gate.local_paths),
+            max(most, 1) + len(self.gate.zero_computation_experts),
+            self.gate.num_experts + len(self.gate.zero_computation_experts),
         )
 
 

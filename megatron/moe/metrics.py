@@ -19,30 +19,30 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 class MoEMetrics:
     """Collects what the mixture layers of a model counted.
 
-    `after_step` once per optimizer step, `read` once per log line: one all-reduce each, and `after_step` has none
+    `post_optimizer_step` once per optimizer step, `read` once per log line: one all-reduce each, and `post_optimizer_step` has none
     when no gate asks for totals.
     """
 
     def __init__(self, model: nn.Module, groups: Groups):
         self.layers, self.groups = moe_layers(model), groups
-        self._asked = any(
-            getattr(type(m.gate), name) is not getattr(Gate, name)
-            for m in self.layers
-            for name in ("post_step", "after_step")
-        )
+        self._gates_with_state = [
+            layer.gate
+            for layer in self.layers
+            if type(layer.gate).post_optimizer_step is not Gate.post_optimizer_step
+        ]
 
     @torch.no_grad()
-    def after_step(self, skipped: bool = False) -> None:
+    def post_optimizer_step(self, skipped: bool = False) -> None:
         """End an optimizer step: give each gate what was counted since the last one, over ranks and micro-batches.
 
         Args:
             skipped: the step changed no weights, because a gradient overflowed; then it changes no gate's state either.
         """
-        if self._asked and not skipped and all(m.step_sums for m in self.layers):
+        if self._gates_with_state and not skipped and all(m.step_sums for m in self.layers):
             totals = self._reduce([m.step_sums for m in self.layers])
             load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
             for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
-                layer.gate.after_step(
+                layer.gate.post_optimizer_step(
                     StepTotals(load_E, sums["tokens"].float(), _named(sums, "sum/"), load_LE)
                 )
         for layer in self.layers:
@@ -96,7 +96,7 @@ def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor 
         "load_imbalance_max_over_mean": load.max() / load.mean().clamp_min(1 / len(load)),
         "moe_aux_loss": sums["aux_loss"] / sums["forwards"],
     }
-    if len(layer.gate.local_paths):
+    if len(layer.gate.zero_computation_experts):
         values["local_fraction"] = 1 - load.sum() / kept.clamp_min(1)
     stats = {name: value / sums["forwards"] for name, value in _named(sums, "stat/").items()}
     return {**values, **stats, **layer.gate.summarise(_named(sums, "sum/"))}

@@ -117,7 +117,7 @@ class Routing:
     token_A: Tensor
     """int64 in [0, T)"""
     expert_A: Tensor
-    """int64 in [0, E + len(local_paths)); E and above never leave the rank"""
+    """int64 in [0, E + len(zero_computation_experts)); E and above never leave the rank"""
     weight_A: Tensor
     """fp32, differentiable, may be negative; repeated (token, expert) rows add up"""
     aux_loss: Tensor
@@ -128,16 +128,16 @@ class Routing:
     """handed to the next mixture layer's gate"""
     token_major: bool = False
     """token_A is in ascending order, as the layer likes it: that saves it a sort"""
-    stats: dict[str, Tensor] = field(default_factory=dict)
+    metric_means: dict[str, Tensor] = field(default_factory=dict)
     """detached 0-d extras, means over this rank's tokens; loads, drops and experts per token come for free"""
     balance: tuple[LoadBalancingLoss, ...] = ()
     """losses of scope global-batch: the layer adds the other ranks' loads, then the loss"""
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    metric_sums: dict[str, Tensor] = field(default_factory=dict)
     """detached fp32 or fp64 sums over this rank's tokens, in training added up over micro-batches and ranks for
-    `Gate.after_step`, and over a log interval for `Gate.summarise`"""
+    `Gate.post_optimizer_step`, and over a log interval for `Gate.summarise`"""
 
     def check(self, num_tokens: int, num_choices: int) -> None:
-        """Raise AssertionError where the answer breaks the contract; `num_choices` is E + len(local_paths)."""
+        """Raise AssertionError where the answer breaks the contract; `num_choices` is E + len(zero_computation_experts)."""
         shape = self.token_A.shape
         assert len(shape) == 1, f"token_A must be one-dimensional, got shape {tuple(shape)}"
         for name, t, dtype in (
@@ -183,7 +183,7 @@ class StepTotals:
     """fp32, wanted assignments per routed expert"""
     num_tokens: Tensor
     """0-d fp32"""
-    sums: dict[str, Tensor]
+    metric_sums: dict[str, Tensor]
     """the gate's own, fp64"""
     load_LE: Tensor
     """fp32, the loads of all mixture layers that have such a gate, in order"""

@@ -191,7 +191,11 @@ def module_parts(model: GPT) -> dict[nn.Module, str]:
             parts[ffn] = "dense FFN"
             continue
         parts |= {ffn: "dispatch", ffn.gate: "gate", ffn.experts: "experts"}
-        parts |= {m: "experts" for m in (*ffn.gate.local_paths, ffn.shared) if m is not None}
+        parts |= {
+            m: "experts"
+            for m in (*ffn.gate.zero_computation_experts, ffn.shared)
+            if m is not None
+        }
     return parts
 
 

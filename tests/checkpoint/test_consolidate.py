@@ -401,14 +401,14 @@ def test_an_interrupted_program_leaves_nothing_and_a_killed_one_does_not_matter(
 MEMORY = """
 from pathlib import Path
 from safetensors.torch import load_file
-from megatron.training import consolidate as c
+from megatron.checkpoint import consolidate as c
 
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 
 def consolidate(name):
     path, manifest, _ = c.find(Path(name))
-    c.consolidate(path, manifest, name + "/out", c.Options())
+    c.consolidate(path, manifest, name + "/out", c.ConsolidateOptions())
 
 consolidate("small")  # what is loaded at first use
 before = peak()

@@ -326,10 +326,10 @@ def test_a_full_disk_is_named():
 
 def test_a_limit_of_file_sizes_is_named_and_a_folder_that_is_not_there(tmp_path):
     code = (
-        "import resource, sys, torch; from megatron.checkpoint.reader import Entry, write_tensors\n"
+        "import resource, sys, torch; from megatron.checkpoint.reader import TensorSpec, write_tensors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "for path in ('x', 'none/x'):\n"
-        "    try: write_tensors(path, [Entry('a', torch.float32, (50_000,))], lambda name: torch.zeros(50_000))\n"
+        "    try: write_tensors(path, [TensorSpec('a', torch.float32, (50_000,))], lambda name: torch.zeros(50_000))\n"
         "    except OSError as error: print(error)\n"
     )
     done = subprocess.run(

@@ -88,7 +88,7 @@ def plain(gate, activation="swiglu"):
         )
         adamw.step()
         adamw.zero_grad()
-        metrics.after_step()
+        metrics.post_optimizer_step()
     return losses, norms, {n: p.detach() for n, p in model.named_parameters()}
 
 

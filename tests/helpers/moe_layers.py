@@ -58,7 +58,10 @@ def make_input(tokens, seed=0, scale=1.0):
 def make_carry(gate, tokens, seed=0, scale=1.0):
     """What the previous mixture layer's gate may hand on: a number for each choice."""
     g = torch.Generator().manual_seed(seed + 1000)
-    return torch.randn(tokens, gate.num_experts + len(gate.local_paths), generator=g) * scale
+    return (
+        torch.randn(tokens, gate.num_experts + len(gate.zero_computation_experts), generator=g)
+        * scale
+    )
 
 
 def dumb_layer(layer, x_TD, routing, kept=None):
@@ -67,8 +70,8 @@ def dumb_layer(layer, x_TD, routing, kept=None):
     for a in range(len(routing.token_A)) if kept is None else kept:
         t, e, w = int(routing.token_A[a]), int(routing.expert_A[a]), routing.weight_A[a]
         if e >= layer.num_experts:
-            out = layer.gate.local_paths[e - layer.num_experts](x_TD[t : t + 1])[0]
-        elif layer.gate.neurons:
+            out = layer.gate.zero_computation_experts[e - layer.num_experts](x_TD[t : t + 1])[0]
+        elif layer.gate.expert_kind == "peer":
             n = layer.experts
             out = sum(
                 activate("swiglu", n.w_in[e, j] @ x_TD[t], n.w_up[e, j] @ x_TD[t])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron.moe.routing import Routing
+from megatron.moe.routing import Routing, StepTotals
 
 
 def make_routing(tokens, experts, weights=None, priority=None, token_major=False):
@@ -17,3 +17,8 @@ def make_routing(tokens, experts, weights=None, priority=None, token_major=False
         None if priority is None else torch.tensor(priority),
         token_major=token_major,
     )
+
+
+def step_totals(load_E, num_tokens, **metric_sums):
+    """What an optimizer step counted in the only MoE layer of a model."""
+    return StepTotals(load_E, num_tokens, metric_sums, load_E[None])

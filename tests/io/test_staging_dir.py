@@ -35,7 +35,7 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
 
 def test_what_a_killed_holder_left_is_found_and_can_be_cleared(tmp_path):
     program = (
-        "import os, sys, time; from megatron.io.staging_dir import WorkFolder; f = WorkFolder(sys.argv[1]); "
+        "import os, sys, time; from megatron.io.staging_dir import StagingDir; f = StagingDir(sys.argv[1]); "
         "open(f.file('half'), 'w').close(); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -60,11 +60,11 @@ def test_holders_never_overlap(tmp_path):
     """Four processes come and go 150 times each, while the folder appears and disappears."""
     program = """
 import os, sys
-from megatron.io.staging_dir import WorkFolder
+from megatron.io.staging_dir import StagingDir
 done = 0
 while done < 150:
     try:
-        with WorkFolder(sys.argv[1] + "/x") as folder:
+        with StagingDir(sys.argv[1] + "/x") as folder:
             os.close(os.open(sys.argv[1] + "/inside", os.O_CREAT | os.O_EXCL))
             os.remove(sys.argv[1] + "/inside")
             done += 1

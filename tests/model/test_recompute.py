@@ -36,7 +36,7 @@ def train(gate, recompute, options):
     for i, layer in enumerate(moe_layers(model)):
         assert layer.counters[True]["tokens"] == 2 * 24
         answer |= {f"{i} {name}": t for name, t in layer.step_sums.items()}
-    metrics.after_step()
+    metrics.post_optimizer_step()
     return answer | {f"buffer {name}": b for name, b in model.named_buffers()}
 
 

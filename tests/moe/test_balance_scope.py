@@ -136,7 +136,7 @@ def test_the_next_step_starts_counting_anew(name):
     second = layer(*_args(1)).aux_loss.item()
     assert second == pytest.approx(first, rel=1e-5), "the same loads twice are the same shares"
     third = layer(*_args(2)).aux_loss.item()
-    metrics.after_step()
+    metrics.post_optimizer_step()
     fresh = make_layer(name, options=options(name, "global-batch"))
     fresh.load_state_dict(layer.state_dict())
     alone = fresh(*_args(2)).aux_loss.item()

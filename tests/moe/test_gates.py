@@ -94,7 +94,7 @@ def test_contract_on_ordinary_and_hostile_input(name, tokens, num_experts, scale
                 make_carry(gate, tokens, scale=scale).requires_grad_(),
             )
             out = gate(GateInput(x_TD, ids[0], torch.zeros(tokens, dtype=torch.int64), carry))
-            out.check(tokens, num_experts + len(gate.local_paths))
+            out.check(tokens, num_experts + len(gate.zero_computation_experts))
             assert torch.isfinite(out.weight_A).all() and torch.isfinite(out.aux_loss)
             total = out.weight_A.sum() + out.aux_loss
             if total.requires_grad:
@@ -243,7 +243,7 @@ def survivors(layer, routing, tokens, factor):
     """Positions in the gate's list that stay under the limit: the highest priorities of each choice, by hand."""
     limits = layer.gate.capacities(tokens, factor, 1)
     limits = limits or [expert_capacity(tokens, E, factor, 1)] * E + [tokens] * len(
-        layer.gate.local_paths
+        layer.gate.zero_computation_experts
     )
     priority = (
         routing.weight_A.abs() if routing.priority_A is None else routing.priority_A
@@ -363,7 +363,7 @@ def test_sharded_equals_one_rank(name, world, chunks, spread, moe, request):
 
 @pytest.mark.parametrize("name", ALL)
 def test_forwards_change_no_state_and_recompute_counts_nothing_twice(name):
-    """Buffers move in after_step only; with recompute, outputs, gradients and counters are those without."""
+    """Buffers move in post_optimizer_step only; with recompute, outputs, gradients and counters are those without."""
     results = []
     for recompute in (False, True):
         layer = second_layer(name)
@@ -480,7 +480,7 @@ def test_local_paths_stay_on_the_rank_and_are_not_counted_against_capacity():
     class Local(Gate):
         def __init__(self):
             super().__init__(None, GateContext(D, 2))
-            self.local_paths = nn.ModuleList([nn.Identity(), Negative()])
+            self.zero_computation_experts = nn.ModuleList([nn.Identity(), Negative()])
 
         def forward(self, inp):
             from megatron.moe.routing import Routing

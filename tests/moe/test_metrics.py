@@ -1,4 +1,4 @@
-"""Counters and their reduction against sums done by hand; post_step's loads."""
+"""Counters and their reduction against sums done by hand; the loads that gates get."""
 
 import pytest
 import torch
@@ -25,11 +25,15 @@ class Scripted(Gate):
         token, expert = (torch.tensor(v, dtype=torch.int64) for v in zip(*pairs, strict=True))
         weight = torch.linspace(1, 0.1, len(pairs))
         return Routing(
-            token, expert, weight, torch.tensor(0.25), stats={"marker": torch.tensor(2.0)}
+            token,
+            expert,
+            weight,
+            torch.tensor(0.25),
+            metric_means={"marker": torch.tensor(2.0)},
         )
 
-    def post_step(self, load_E, num_tokens):
-        self.steps.append((load_E.tolist(), float(num_tokens)))
+    def post_optimizer_step(self, step):
+        self.steps.append((step.load_E.tolist(), float(step.num_tokens)))
 
 
 def make(choices, factor=0.0):
@@ -78,17 +82,17 @@ def test_layers_without_forwards_or_no_layers_give_nothing():
     assert MoEMetrics(nn.ModuleList([make([[0]])]), Groups()).read() == {}
 
 
-def test_post_step_gets_each_steps_load_once_whatever_is_logged_between():
+def test_gates_get_each_steps_load_once():
     layer = make([[0, 1], [0]])
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     x = torch.randn(1, 2, 4)
     layer(x)
-    metrics.after_step()
+    metrics.post_optimizer_step()
     layer(x), layer(x)  # two micro-batches
-    metrics.after_step()
+    metrics.post_optimizer_step()
     metrics.read()
     layer(x)
-    metrics.after_step()
+    metrics.post_optimizer_step()
     assert layer.gate.steps == [([2, 1, 0], 2), ([4, 2, 0], 4), ([2, 1, 0], 2)]
 
 
@@ -99,7 +103,7 @@ def test_an_evaluation_between_log_lines_does_not_repeat_loads():
     for _ in range(2):
         layer.train()
         layer(x)
-        metrics.after_step()
+        metrics.post_optimizer_step()
         layer.eval()
         layer(x)
         metrics.read(training=False)
@@ -111,7 +115,7 @@ def _reduced():
     layer = make([[0], [1]] if groups.rank == 0 else [[0, 1, 2], [0]])
     metrics = MoEMetrics(nn.ModuleList([layer]), groups)
     layer(torch.randn(1, 2, 4))
-    metrics.after_step()
+    metrics.post_optimizer_step()
     return metrics.read(), layer.gate.steps
 
 

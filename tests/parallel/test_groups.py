@@ -139,8 +139,8 @@ def test_a_rank_that_waits_in_vain_says_for_whom(rank, message):
     """Rank 0 alone counts who is there, rank 1 alone finds no one."""
     port = str(free_port())
     code = (
-        "from megatron.pretrain import exit_code, leave; from megatron.parallel import groups; "
-        "leave(exit_code(lambda: groups.init(1, 0.03)))"
+        "from megatron.exit_codes import exit_code, exit_process; from megatron.engine import distributed; "
+        "exit_process(exit_code(lambda: distributed.init_distributed(1, 0.03)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

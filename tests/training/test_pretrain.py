@@ -275,13 +275,13 @@ def test_leaving_runs_exit_handlers_and_skips_the_teardown(tmp_path):
     """A thread that asks for the GIL in the interpreter's teardown would abort the process: there is no teardown."""
     program = """
 import atexit, sys, threading, time
-from megatron.pretrain import leave
+from megatron.exit_codes import exit_process
 class Late:
     def __del__(self): print("torn down")
 late = Late()
 atexit.register(print, "handler", end=" ")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread", end=" "))).start()
-leave(int(sys.argv[1]))
+exit_process(int(sys.argv[1]))
 """
     for code in (0, 3):
         done = run([sys.executable, "-c", program, str(code)])
@@ -378,7 +378,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.moe.gates import Gate
+from megatron.moe.gate import Gate
 from megatron.moe.routing import GateInput, Routing
 
 

@@ -46,8 +46,8 @@ class BaseGate(Gate, name="base"):
     class Config:
         pass
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.router = self.make_router()
 
     @classmethod
@@ -67,7 +67,7 @@ class BaseGate(Gate, name="base"):
             expert_A=expert_T,
             weight_A=logits_TE.gather(1, expert_T[:, None])[:, 0].sigmoid(),
             aux_loss=logits_TE.new_zeros(()),
-            stats={
+            metric_means={
                 "favourite_expert_fraction": (expert_T == favourite_T).sum()
                 / max(1, num_tokens),
                 "auction_rounds": logits_TE.new_tensor(float(rounds)),

@@ -77,12 +77,15 @@ class CosineGate(Gate, name="cosine"):
             check_topk(self.topk, num_experts)
             check_norm(self, num_experts)
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
-        dims, generator = config.proj_dim or max(2, place.num_experts // 2), place.generator()
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        dims, generator = (
+            config.proj_dim or max(2, context.num_experts // 2),
+            context.generator(),
+        )
         self.projection = self.make_router(dims, generator)
-        self.embeddings_EP = nn.Parameter(torch.empty(place.num_experts, dims))
-        nn.init.normal_(self.embeddings_EP, std=place.init_std, generator=generator)
+        self.embeddings_EP = nn.Parameter(torch.empty(context.num_experts, dims))
+        nn.init.normal_(self.embeddings_EP, std=context.init_std, generator=generator)
         usual = 0.3 if config.score_function == "softmax" else 0.07
         self.temperature = nn.Parameter(
             torch.full((1,), config.init_temperature or max(config.min_temperature, usual))
@@ -111,7 +114,7 @@ class CosineGate(Gate, name="cosine"):
             **aux_losses(
                 balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
-            stats={
+            metric_means={
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                 "temperature": tau.detach()[0],
             },

@@ -59,8 +59,8 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
             for name in ("device_loss_coeff", "communication_loss_coeff"):
                 require_field(self, name, getattr(self, name) >= 0, "0 or more")
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.router = self.make_router()
 
     def forward(self, inp: GateInput) -> Routing:
@@ -88,7 +88,7 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
             **aux_losses(
                 *terms, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
-            stats=stats,
+            metric_means=stats,
         )
 
     def _balance(

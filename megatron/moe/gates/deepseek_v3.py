@@ -34,14 +34,14 @@ from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import group_limited_scores, linear_fp32, normalized_scores
 from megatron.moe.gate_options import GroupConfig, require_field
 from megatron.moe.losses import aux_losses, z_loss
-from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
+from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing, StepTotals
 
 
 class DeepSeekV3Gate(Gate, name="deepseek_v3"):
     """The k experts with the highest biased scores in the best groups, weighted by their unbiased scores."""
 
     expert_bias: Tensor
-    """fp32 [E], added to the scores for the choice only; `post_step` moves it"""
+    """fp32 [E], added to the scores for the choice only; `post_optimizer_step` moves it"""
 
     @dataclass(frozen=True)
     class Config(GroupConfig):
@@ -61,8 +61,8 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
             super().__post_init__()
             require_field(self, "bias_update_speed", self.bias_update_speed >= 0, "0 or more")
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.router = self.make_router()
         self.register_buffer("expert_bias", torch.zeros(self.num_experts))
 
@@ -99,7 +99,7 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
             **aux_losses(
                 balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
-            stats={
+            metric_means={
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                 # share of the choices that bias and groups moved away from the k highest scores
                 "bias_changed_fraction": moved_Tk.sum() / max(1, moved_Tk.numel()),
@@ -107,10 +107,8 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
             },
         )
 
-    def post_step(self, load_E: Tensor, num_tokens: Tensor) -> None:
-        load_E = (
-            load_E.double()
-        )  # the mean of equal loads is exactly their value, and moves nothing
-        self.expert_bias.add_(
-            (load_E.mean() - load_E).sign().float(), alpha=self.config.bias_update_speed
-        )
+    def post_optimizer_step(self, step: StepTotals) -> None:
+        # fp64, because the mean of equal loads must be exactly their value: such a bias does not move.
+        load_E = step.load_E.double()
+        direction_E = (load_E.mean() - load_E).sign().float()
+        self.expert_bias.add_(direction_E, alpha=self.config.bias_update_speed)

@@ -46,10 +46,10 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.router = self.make_router()
-        self._silent = place.layer > 0  # one layer speaks for all
+        self._silent = context.layer > 0  # one layer speaks for all
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
@@ -77,7 +77,7 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
             ),
             weight_A=weight_EC.flatten(),
             aux_loss=probs_TE.new_zeros(()),
-            stats={
+            metric_means={
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                 "untaken_token_fraction": (1 - chosen_T).sum() / max(1, num_tokens),
             },

@@ -31,16 +31,16 @@ class HashGate(Gate, name="hash"):
     class Config:
         pass
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
-        if place.vocab_size is None:
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        if context.vocab_size is None:
             raise ValueError(
                 "--gate is hash and vocab_size is None; allowed: the number of token ids; "
                 "pass vocab_size= to gates.create, or choose a gate that needs no token ids"
             )
         table_V = (
-            torch.randperm(place.vocab_size, generator=place.generator(), device="cpu")
-            % place.num_experts
+            torch.randperm(context.vocab_size, generator=context.generator(), device="cpu")
+            % context.num_experts
         )
         self.register_buffer("table_V", table_V.to(torch.empty(0).device))
 

@@ -36,10 +36,10 @@ from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 class Constant(nn.Module):
     """a_0 x + a_1 v with a = softmax(W_c x): a learned vector replaces a part of the token that depends on it."""
 
-    def __init__(self, place: GateContext, generator: torch.Generator):
+    def __init__(self, context: GateContext, generator: torch.Generator):
         super().__init__()
-        self.mix = make_linear(place.hidden_size, 2, place.init_std, generator)
-        self.vector = nn.Parameter(torch.empty(place.hidden_size))
+        self.mix = make_linear(context.hidden_size, 2, context.init_std, generator)
+        self.vector = nn.Parameter(torch.empty(context.hidden_size))
         nn.init.normal_(self.vector, generator=generator)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Constant(nn.Module):
 class Zero(nn.Module):
     """0; the layer makes no rows for it."""
 
-    returns_zero = True
+    is_zero = True
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return torch.zeros_like(x_TD)
@@ -103,21 +103,25 @@ class MoEPlusPlusGate(Gate, name="moepp"):
                 what="the number of choices",
             )
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         generator, choices = (
-            place.generator(),
-            place.num_experts + config.zero_computation(place.num_experts),
+            context.generator(),
+            context.num_experts + config.zero_computation(context.num_experts),
         )
         self.router = self.make_router(choices, generator)
         self.residual = (
-            make_linear(choices, choices, place.init_std, generator) if place.layer else None
+            make_linear(choices, choices, context.init_std, generator)
+            if context.layer
+            else None
         )
-        self.local_paths.extend(
-            Constant(place, generator) for _ in range(config.constants(place.num_experts))
+        self.zero_computation_experts.extend(
+            Constant(context, generator) for _ in range(config.constants(context.num_experts))
         )
-        self.local_paths.extend(nn.Identity() for _ in range(config.num_copy_experts))
-        self.local_paths.extend(Zero() for _ in range(config.num_zero_experts))
+        self.zero_computation_experts.extend(
+            nn.Identity() for _ in range(config.num_copy_experts)
+        )
+        self.zero_computation_experts.extend(Zero() for _ in range(config.num_zero_experts))
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
@@ -126,7 +130,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         )
 
     def capacities(self, num_tokens: int, factor: float, minimum: int) -> list[int]:
-        experts, others, c = self.num_experts, len(self.local_paths), self.config
+        experts, others, c = self.num_experts, len(self.zero_computation_experts), self.config
         even = factor * c.topk * num_tokens / (c.tau * experts + others)
         expert, other = (
             min(num_tokens, max(minimum, math.ceil(rows))) for rows in (c.tau * even, even)
@@ -164,7 +168,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
                 balance, extra=c.z_loss_coeff * z_loss(logits_TC) if c.z_loss_coeff else 0.0
             ),
             carry=logits_TC,
-            stats={
+            metric_means={
                 f"{name}_fraction": ((choice_A >= first) & (choice_A < end)).sum()
                 / max(1, len(choice_A))
                 for name, first, end in (

@@ -27,7 +27,7 @@ from megatron.moe.routing import GateInput, Routing, StepTotals
 class PEERGate(Gate, name="peer"):
     """The k experts of each head whose product keys match the head's query best."""
 
-    neurons = True
+    expert_kind = "peer"
 
     @dataclass(frozen=True)
     class Config:
@@ -108,7 +108,7 @@ class PEERGate(Gate, name="peer"):
                 self, "peer_product_key_dim", product == num_experts, f"product {total}"
             )
 
-        def mixture(self, moe: dict, num_layers: int) -> dict:
+        def moe_overrides(self, moe: dict, num_layers: int) -> dict:
             """What these flags say of the mixture: fields of MoEConfig, given those that were set."""
             total = (
                 moe.get("num_experts")
@@ -137,13 +137,13 @@ class PEERGate(Gate, name="peer"):
                 **({"moe_layers": layers} if layers else {}),
             }
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         dims, shape = (
-            config.dims(place.num_experts),
+            config.dims(context.num_experts),
             (config.peer_num_heads, config.peer_query_size),
         )
-        part, generator = config.peer_query_size // len(dims), place.generator()
+        part, generator = config.peer_query_size // len(dims), context.generator()
         self.query = self.make_router(math.prod(shape), generator)
         self.keys = nn.ModuleList(
             make_linear(part, size, part**-0.5, generator) for size in dims
@@ -192,7 +192,7 @@ class PEERGate(Gate, name="peer"):
             weight_A,
             aux_loss=weight_A.new_zeros(()),
             token_major=True,
-            sums=sums,
+            metric_sums=sums,
         )
 
     def output_gain(self, width: int) -> float:
@@ -201,7 +201,7 @@ class PEERGate(Gate, name="peer"):
         scale = (
             k if c.score_function == "softmax" else 2
         )  # over the weights, at first about 1 / k or 1 / 2
-        return scale * math.sqrt(4 * self.place.hidden_size / (c.peer_num_heads * k * width))
+        return scale * math.sqrt(4 * self.context.hidden_size / (c.peer_num_heads * k * width))
 
     def normalise(self, raw_THQ: Tensor) -> Tensor:
         if self.config.peer_query_norm == "batch":
@@ -212,10 +212,10 @@ class PEERGate(Gate, name="peer"):
             else raw_THQ
         )
 
-    def after_step(self, step: StepTotals) -> None:
+    def post_optimizer_step(self, step: StepTotals) -> None:
         if self.config.peer_query_norm == "batch":
             mean, square = (
-                step.sums[n].double() / step.num_tokens.clamp_min(1)
+                step.metric_sums[n].double() / step.num_tokens.clamp_min(1)
                 for n in ("query_sum", "query_square")
             )
             rate = 0.1 * (

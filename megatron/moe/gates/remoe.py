@@ -55,8 +55,8 @@ class ReMoEGate(Gate, name="remoe"):
     reg_lambda: Tensor
     """0-d fp32"""
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.router = self.make_router()
         self.register_buffer(
             "reg_lambda", torch.tensor(config.lambda_init, dtype=torch.float32)
@@ -86,24 +86,18 @@ class ReMoEGate(Gate, name="remoe"):
             expert_A=expert_A,
             weight_A=relu_TE[token_A, expert_A],
             **aux_losses(penalty),
-            stats={
+            metric_means={
                 "sparsity": 1 - (relu_TE.detach() > 0).sum() / max(1, relu_TE.numel()),
                 "lambda": self.reg_lambda.clone(),
             },
         )
 
-    def post_step(self, load_E: Tensor, num_tokens: Tensor) -> None:
-        """Step lambda by the sparsity of this layer alone."""
-        self._step(load_E[None], num_tokens)
-
-    def after_step(self, step: StepTotals) -> None:
-        """Step lambda by the sparsity of all mixture layers, so that their copies stay equal."""
-        self._step(step.load_LE, step.num_tokens)
-
     @torch.no_grad()
-    def _step(self, load_LE: Tensor, num_tokens: Tensor) -> None:
-        # (1 - k/E) - S has the sign of what was chosen less what k per token and layer would be; no tokens: no step.
-        surplus = load_LE.double().sum() - self.config.topk * len(load_LE) * num_tokens.double()
-        self.reg_lambda.mul_((self.config.lambda_factor ** surplus.sign()).float()).clamp_(
-            1e-30, 1e30
-        )
+    def post_optimizer_step(self, step: StepTotals) -> None:
+        """Step lambda by the sparsity of all MoE layers, so that their copies stay equal."""
+        # (1 - k/E) - S has the sign of the number of chosen experts minus k per token and layer. Without tokens the
+        # sign is 0 and lambda stays.
+        target = self.config.topk * len(step.load_LE) * step.num_tokens.double()
+        surplus = step.load_LE.double().sum() - target
+        self.reg_lambda.mul_((self.config.lambda_factor ** surplus.sign()).float())
+        self.reg_lambda.clamp_(1e-30, 1e30)

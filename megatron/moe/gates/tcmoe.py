@@ -51,10 +51,10 @@ class TCMoEGate(Gate, name="tcmoe"):
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.num_nulls = config.num_null_experts or config.topk
-        self.router = self.make_router(2 * place.num_experts + self.num_nulls)
+        self.router = self.make_router(2 * context.num_experts + self.num_nulls)
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class TCMoEGate(Gate, name="tcmoe"):
             expert_A=expert_A,
             weight_A=weight_Tk[token_A, slot_A],
             **aux_losses(balance, extra=extra),
-            stats={
+            metric_means={
                 "null_fraction": (~real_Tk).sum() / choices,
                 "negative_fraction": (real_Tk & (choice_Tk >= experts)).sum() / choices,
             },

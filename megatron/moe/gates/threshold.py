@@ -50,8 +50,8 @@ class ThresholdGate(Gate, name="threshold"):
             check_topk(self.topk, num_experts, least=0)
             check_norm(self, num_experts, topk=1, threshold=0)
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.router = self.make_router()
 
     @classmethod
@@ -91,5 +91,7 @@ class ThresholdGate(Gate, name="threshold"):
             ),
             # float64: rank and probability share one number and neither may round the other away.
             priority_A=sorted_TR.detach()[token_A, rank_A].double() - rank_A,
-            stats={"top1_probability": sorted_TR[:, 0].detach().sum() / max(1, num_tokens)},
+            metric_means={
+                "top1_probability": sorted_TR[:, 0].detach().sum() / max(1, num_tokens)
+            },
         )

@@ -57,8 +57,8 @@ class TopKGate(Gate, name="topk"):
             check_topk(self.topk, num_experts)
             check_norm(self, num_experts)
 
-    def __init__(self, config, place):
-        super().__init__(config, place)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.router = self.make_router()
 
     def forward(self, inp: GateInput) -> Routing:
@@ -84,5 +84,7 @@ class TopKGate(Gate, name="topk"):
             **aux_losses(
                 balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
             ),
-            stats={"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, len(x_TD))},
+            metric_means={
+                "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, len(x_TD))
+            },
         )

@@ -248,7 +248,7 @@ class TokenExpertPairs(NamedTuple):
 class _How:
     """With what the two operations are computed, and how gradients of tables are stored."""
 
-    triton_dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    dots: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(rows [T, D], table [R, D], token_P, row_P) -> [P]"""
     bag_sum: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(rows, order_P, bags_G1, weight_P) -> [G, D] in the dtype of the rows: as dispatch.bag_sum"""

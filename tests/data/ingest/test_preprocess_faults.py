@@ -167,11 +167,11 @@ def test_ctrl_c_is_one_line_and_the_same_command_continues(tmp_path, workers):
     text = jsonl(tmp_path / "a.jsonl", TEXTS)
     program = f"""
 import runpy, sys
-from megatron.data import encode, preprocess
+from megatron.data.ingest import encode, preprocess
 encode.ALONE_BYTES, preprocess.COMMIT_SECONDS = 0, 0
-real = preprocess.Preprocessing.__init__
+real = preprocess.PreprocessRun.__init__
 def small(self, job): real(self, job, commit_seconds=0, chunk_bytes=3000)
-preprocess.Preprocessing.__init__ = small
+preprocess.PreprocessRun.__init__ = small
 if __name__ == "__main__":
     print("started", flush=True)
     sys.argv = [{str(REPO / "tools/preprocess_data.py")!r}, *sys.argv[1:]]

@@ -230,16 +230,16 @@ def test_a_publication_whose_files_are_gone_or_replaced_starts_again(
 
 VICTIM = """
 import json, sys
-from megatron.data import encode
+from megatron.data.ingest import encode
 from megatron.config.schema import TokenizerConfig
-from megatron.data.encode import Recipe
-from megatron.data.preprocess import Job, preprocess
+from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.preprocess import PreprocessConfig, preprocess
 encode.ALONE_SECONDS = 0
 if __name__ == "__main__":
     names, prefix, workers = json.loads(sys.argv[1])
-    recipe = Recipe(TokenizerConfig(tokenizer_type="ByteTokenizer"), ("text", "title"), append_eod=True)
+    recipe = EncodeConfig(TokenizerConfig(tokenizer_type="ByteTokenizer"), ("text", "title"), append_eod=True)
     print("start", flush=True)
-    preprocess(Job(names, prefix, recipe, skip_errors=True, workers=workers), commit_seconds=0, chunk_bytes=60)
+    preprocess(PreprocessConfig(names, prefix, recipe, skip_errors=True, workers=workers), commit_seconds=0, chunk_bytes=60)
 """
 
 

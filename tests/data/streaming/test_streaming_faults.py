@@ -159,8 +159,8 @@ def test_a_producer_that_fails_by_our_fault_ends_the_run(tmp_path, monkeypatch, 
 PARENT = """
 import sys, time
 sys.path[:0] = sys.argv[2:]
-import streams as t
-from megatron.data.streaming import StreamSamples
+from helpers import streams as t
+from megatron.data.streaming.producer import StreamSamples
 samples = StreamSamples(t.stream_of(sys.argv[1] + "/a.jsonl", sys.argv[1] + "/c"), 257, t.S, 300_000, 5, 4)
 samples.start(lookahead=1 << 20)
 print(samples[0].tolist(), flush=True)

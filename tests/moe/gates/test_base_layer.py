@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.routings import step_totals
 from megatron.moe.gate import create_gate, gate_class
 from megatron.moe.gates.base_layer import TOLERANCE, balanced_assignment
 from megatron.moe.routing import GateInput
@@ -232,12 +233,13 @@ def test_loads_are_equal_in_training_even_if_all_tokens_want_one_expert():
     out = gate(GateInput(x))
     assert torch.bincount(out.expert_A).tolist() == [10] * 4
     assert (
-        out.stats["favourite_expert_fraction"].item() == 0.25
-        and out.stats["auction_rounds"].item() >= 1
+        out.metric_means["favourite_expert_fraction"].item() == 0.25
+        and out.metric_means["auction_rounds"].item() >= 1
     )
     out = gate.eval()(GateInput(x))
     assert (
-        out.expert_A.tolist() == [2] * 40 and out.stats["favourite_expert_fraction"].item() == 1
+        out.expert_A.tolist() == [2] * 40
+        and out.metric_means["favourite_expert_fraction"].item() == 1
     )
 
 
@@ -256,7 +258,7 @@ def test_training_is_repeatable_and_changes_no_state():
     gate, x = make(), draw(32)
     before = {n: t.clone() for n, t in gate.state_dict().items()}
     a, b = gate(GateInput(x)), gate(GateInput(x))
-    gate.post_step(torch.ones(4), torch.tensor(4.0))
+    gate.post_optimizer_step(step_totals(torch.ones(4), torch.tensor(4.0)))
     assert torch.equal(a.expert_A, b.expert_A) and torch.equal(a.weight_A, b.weight_A)
     assert all(torch.equal(before[n], t) for n, t in gate.state_dict().items())
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.moe_layers import dumb_top_k
+from helpers.routings import step_totals
 from megatron.moe.gate import create_gate
 from megatron.moe.routing import GateInput
 
@@ -121,7 +122,7 @@ def test_a_forward_changes_nothing():
         gate.train(training)
         for seed in range(3):
             gate(GateInput(draw(6, seed).requires_grad_())).weight_A.sum().backward()
-    gate.post_step(torch.ones(5), torch.tensor(5.0))
+    gate.post_optimizer_step(step_totals(torch.ones(5), torch.tensor(5.0)))
     assert all(torch.equal(before[n], t) for n, t in gate.state_dict().items())
     assert versions == {n: p._version for n, p in gate.named_parameters()}
 
@@ -171,7 +172,7 @@ def test_the_temperature_learns_and_is_clamped_but_can_come_back():
             gate.temperature.fill_(below)
         out = gate(GateInput(x))
         torch.testing.assert_close(out.weight_A, at_minimum)
-        assert out.stats["temperature"].item() == pytest.approx(0.01)
+        assert out.metric_means["temperature"].item() == pytest.approx(0.01)
         gate.temperature.grad = None
         out.weight_A.sum().backward()  # lower probabilities are better: it must warm up again
         assert gate.temperature.grad.item() < 0

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.routings import step_totals
 from megatron.moe.gate import create_gate
 from megatron.moe.routing import SCOPES, GateInput
 
@@ -218,7 +219,7 @@ def test_losses_are_their_coefficients_when_uniform(topk_group, reached):
     groups = [len({int(e) // 2 for e in pair}) for pair in out.expert_A.view(6, 2)]
     assert max(groups) <= reached
     assert out.aux_loss.item() == pytest.approx(0.4 * sum(groups) / 6 / topk_group)
-    assert out.stats["groups_per_token"].item() == pytest.approx(sum(groups) / 6)
+    assert out.metric_means["groups_per_token"].item() == pytest.approx(sum(groups) / 6)
     gate = make(
         std=0.0,
         topk=2,
@@ -349,7 +350,7 @@ def test_finite_answers_and_gradients(tokens, scale):
     grads = torch.autograd.grad(out.weight_A.sum() + out.aux_loss, (x, gate.router.weight))
     assert all(
         torch.isfinite(t).all()
-        for t in (out.weight_A, out.aux_loss, *out.stats.values(), *grads)
+        for t in (out.weight_A, out.aux_loss, *out.metric_means.values(), *grads)
     )
 
 
@@ -357,7 +358,7 @@ def test_no_state_beside_the_router():
     """Nothing to update after a step: the same answer before and after, and in evaluation."""
     gate, x = make(topk=2, n_group=2), torch.randn(4, D)
     first = gate(GateInput(x)).weight_A
-    gate.post_step(torch.arange(8.0), torch.tensor(14.0))
+    gate.post_optimizer_step(step_totals(torch.arange(8.0), torch.tensor(14.0)))
     assert torch.equal(gate.eval()(GateInput(x)).weight_A, first)
     assert list(gate.state_dict()) == ["router.weight"]
     other = make(seed=3, topk=2, n_group=2)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from helpers.routings import step_totals
 from helpers.spawn import groups_for
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.gate import create_gate
@@ -187,8 +188,8 @@ def test_the_bias_chooses_and_does_not_weigh():
     out = given_scores(gate, [0.1, 0.8, 0.7, 0.3])
     assert out.expert_A.tolist() == [0, 3]
     assert out.weight_A.tolist() == pytest.approx([2.5 * 0.1 / 0.4, 2.5 * 0.3 / 0.4], rel=1e-5)
-    assert out.stats["bias_changed_fraction"].item() == 1.0
-    assert out.stats["expert_bias_max_minus_min"].item() == 5.0
+    assert out.metric_means["bias_changed_fraction"].item() == 1.0
+    assert out.metric_means["expert_bias_max_minus_min"].item() == 5.0
 
 
 @pytest.mark.parametrize("n_group, topk_group, k", [(1, 1, 3), (4, 2, 3), (2, 1, 4), (4, 3, 6)])
@@ -268,16 +269,18 @@ def test_global_batch_terms_are_handed_on_and_add_up_over_ranks():
 
 def test_one_update_by_hand():
     gate = make(E=4, bias=[0.5, 0.0, 0.0, -0.5], bias_update_speed=0.25)
-    gate.post_step(torch.tensor([10.0, 5.0, 1.0, 4.0]), torch.tensor(10.0))  # mean 5
+    gate.post_optimizer_step(
+        step_totals(torch.tensor([10.0, 5.0, 1.0, 4.0]), torch.tensor(10.0))
+    )  # mean 5
     assert gate.expert_bias.tolist() == [0.25, 0.0, 0.25, -0.25]
-    gate.post_step(torch.zeros(4), torch.tensor(0.0))
+    gate.post_optimizer_step(step_totals(torch.zeros(4), torch.tensor(0.0)))
     assert gate.expert_bias.tolist() == [0.25, 0.0, 0.25, -0.25], "a step without tokens"
 
 
 def test_equal_loads_move_nothing_however_large():
     """The mean of fp32 counts is rounded; the sign of that rounding is no imbalance."""
     gate = make(E=7)
-    gate.post_step(torch.full((7,), 16777213.0), torch.tensor(1e8))
+    gate.post_optimizer_step(step_totals(torch.full((7,), 16777213.0), torch.tensor(1e8)))
     assert not gate.expert_bias.any()
 
 
@@ -313,7 +316,7 @@ def test_from_a_skewed_start_the_load_spread_falls():
     gate, x, spreads = make(bias_update_speed=0.01, topk=2), skewed(200)[0], []
     for _ in range(120):
         load = torch.bincount(gate(GateInput(x)).expert_A, minlength=8).float()
-        gate.post_step(load, torch.tensor(200.0))
+        gate.post_optimizer_step(step_totals(load, torch.tensor(200.0)))
         spreads.append((load.max() / load.mean()).item())
     assert spreads[0] > 2 and spreads[0] > spreads[10] > spreads[20] > spreads[40]
     assert max(spreads[60:]) < 1.25
@@ -325,7 +328,7 @@ def test_speed_zero_equals_no_bias():
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     for _ in range(3):
         layer(x)
-        metrics.after_step()
+        metrics.post_optimizer_step()
     assert not layer.gate.expert_bias.any()
     assert torch.equal(layer(x).y, fresh(x).y)
 
@@ -334,10 +337,10 @@ def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
     """(bias after each step, all loads that steps were given) of a layer in training."""
     layer, biases, loads = make_layer(), [], []
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
-    post_step = layer.gate.post_step
-    layer.gate.post_step = lambda load_E, tokens: (
-        loads.append((load_E.tolist(), tokens.item())),
-        post_step(load_E, tokens),
+    update = layer.gate.post_optimizer_step
+    layer.gate.post_optimizer_step = lambda step: (
+        loads.append((step.load_E.tolist(), step.num_tokens.item())),
+        update(step),
     )
     for step in range(steps):
         for i in range(micro_batches):
@@ -362,7 +365,7 @@ def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
             assert torch.equal(
                 layer.gate.expert_bias, biases[-1] if biases else torch.zeros(8)
             ), "a forward moved it"
-        metrics.after_step()
+        metrics.post_optimizer_step()
         biases.append(layer.gate.expert_bias.clone())
     return biases, loads
 
@@ -392,7 +395,7 @@ def _steps(seeds):
         x = skewed(7, seed, shift=0.0)
         loads.append(torch.bincount(layer.gate(GateInput(x[0].detach())).expert_A, minlength=8))
         layer(x)
-    metrics.after_step()
+    metrics.post_optimizer_step()
     return loads, layer.gate.expert_bias.clone()
 
 
@@ -427,7 +430,7 @@ def test_finite_answers_and_gradients(tokens, scale, norm):
     grads = torch.autograd.grad(out.weight_A.sum() + out.aux_loss, (x, gate.router.weight))
     assert all(
         torch.isfinite(t).all()
-        for t in (out.weight_A, out.aux_loss, *out.stats.values(), *grads)
+        for t in (out.weight_A, out.aux_loss, *out.metric_means.values(), *grads)
     )
 
 

@@ -128,7 +128,7 @@ def test_some_tokens_are_taken_by_none_and_some_by_several():
     out = make(topk=1)(GateInput(draw(64)))
     taken = torch.bincount(out.token_A, minlength=64)
     assert taken.min() == 0 and taken.max() > 1
-    assert out.stats["untaken_token_fraction"].item() == pytest.approx(
+    assert out.metric_means["untaken_token_fraction"].item() == pytest.approx(
         (taken == 0).float().mean().item()
     )
     cls = gate_class("expert_choice")

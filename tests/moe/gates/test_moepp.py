@@ -125,7 +125,9 @@ def test_against_the_formula(seed, k, experts, kinds, tau, later, carried, by_se
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_constant_expert_against_its_formula(dtype):
     """a_0 x + a_1 v, computed in fp32 from fp32 parameters and handed back in the compute dtype."""
-    path = create_gate("moepp", hidden_size=6, num_experts=4, init_std=0.8).local_paths[0]
+    path = create_gate(
+        "moepp", hidden_size=6, num_experts=4, init_std=0.8
+    ).zero_computation_experts[0]
     x = torch.randn(5, 6, dtype=dtype).requires_grad_()
     W, v = (p.detach().double().requires_grad_() for p in (path.mix.weight, path.vector))
     x64 = x.detach().double().requires_grad_()
@@ -161,7 +163,7 @@ def test_the_special_experts_really_run():
     x, _ = make_input(5)
     x[..., 0] = 1
     p = math.exp(9) / (math.exp(9) + E + 2)
-    constant = layer.gate.local_paths[0]
+    constant = layer.gate.zero_computation_experts[0]
     expected = {E: p * constant(x[0]), E + 1: p * x[0], E + 2: torch.zeros(5, 8)}
     for choice, value in expected.items():
         steer(layer, choice)
@@ -175,23 +177,23 @@ def test_order_of_the_paths_and_their_number():
         "moepp",
         options={"num_zero_experts": 2, "num_copy_experts": 1, "num_constant_experts": 3},
     )
-    kinds = [type(path).__name__ for path in layer.gate.local_paths]
+    kinds = [type(path).__name__ for path in layer.gate.zero_computation_experts]
     assert kinds == ["Constant"] * 3 + ["Identity"] + ["Zero"] * 2
     for experts, constants in ((1, 1), (8, 1), (16, 2), (32, 6)):
         gate = create_gate("moepp", hidden_size=4, num_experts=experts)
         assert (
-            len(gate.local_paths) - 2 == constants
+            len(gate.zero_computation_experts) - 2 == constants
             and len(gate.router.weight) == experts + constants + 2
         )
 
 
 def count_rows(layer):
     """Rows that reach the MLP experts and each local path, and a layer that tells."""
-    seen = {"experts": 0, "paths": [0] * len(layer.gate.local_paths)}
+    seen = {"experts": 0, "paths": [0] * len(layer.gate.zero_computation_experts)}
     layer.experts.register_forward_pre_hook(
         lambda m, args: seen.update(experts=seen["experts"] + sum(args[2].counts()))
     )
-    for i, path in enumerate(layer.gate.local_paths):
+    for i, path in enumerate(layer.gate.zero_computation_experts):
         path.register_forward_pre_hook(
             lambda m, args, i=i: seen["paths"].__setitem__(i, seen["paths"][i] + len(args[0]))
         )
@@ -266,7 +268,7 @@ def test_a_rank_without_rows_for_a_path_still_has_a_gradient_for_it():
     x[..., 0] = 1
     steer(layer, 0)
     layer(x).y.sum().backward()
-    grads = {n: p.grad for n, p in layer.gate.local_paths.named_parameters()}
+    grads = {n: p.grad for n, p in layer.gate.zero_computation_experts.named_parameters()}
     assert len(grads) == 4 and all(g is not None and not g.any() for g in grads.values())
 
 
@@ -439,7 +441,7 @@ def test_parameters_depend_on_seed_and_layer_and_have_the_scales_of_the_released
         assert p.std().item() == pytest.approx(
             1.0 if n.endswith("vector") else 0.02, rel=0.4
         ), n
-    vectors = [path.vector for path in gate.local_paths[:2]]
+    vectors = [path.vector for path in gate.zero_computation_experts[:2]]
     assert not torch.equal(*vectors)
 
 

@@ -42,7 +42,7 @@ def tokens(number, seed=0, hidden_size=D):
 
 def totals(gate, *batches):
     """What the layer hands back after a step of these micro-batches."""
-    parts = [gate(GateInput(x)).sums for x in batches]
+    parts = [gate(GateInput(x)).metric_sums for x in batches]
     sums = {name: sum(part[name].double() for part in parts) for name in parts[0]}
     load = torch.zeros(gate.num_experts)
     return StepTotals(load, torch.tensor(float(sum(len(x) for x in batches))), sums, load[None])
@@ -195,7 +195,7 @@ def test_against_the_formula(seed, dims, k, score, norm, heads, steps):
         peer_num_heads=heads,
     )
     for step in range(steps):
-        gate.after_step(totals(gate, tokens(5, seed + step) + 1))
+        gate.post_optimizer_step(totals(gate, tokens(5, seed + step) + 1))
     x = tokens(4, seed).requires_grad_()
     out = gate(GateInput(x))
     out.check(4, 12)
@@ -284,7 +284,7 @@ def test_heads_share_the_keys():
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_token_does_not_depend_on_the_others(norm):
     gate = make(peer_query_norm=norm)
-    gate.after_step(totals(gate, tokens(9, 1)))
+    gate.post_optimizer_step(totals(gate, tokens(9, 1)))
     x = tokens(5)
     whole, alone = gate(GateInput(x)), gate(GateInput(x[2:3]))
     assert whole.expert_A.view(5, -1)[2].tolist() == alone.expert_A.tolist()
@@ -313,7 +313,7 @@ def test_few_tokens_few_experts_and_bf16(number, experts, options, dtype):
     assert len(out.token_A) == number * 2 * min(gate.config.peer_topk, experts)
     assert torch.isfinite(out.weight_A).all() and (out.weight_A > 0).all()
     step = totals(gate, tokens(number).to(dtype))
-    gate.after_step(step)
+    gate.post_optimizer_step(step)
     assert all(torch.isfinite(b).all() for b in gate.buffers())
     assert out.weight_A.sum().item() == pytest.approx(number * 2, rel=1e-5)
 
@@ -372,7 +372,7 @@ def test_statistics_are_those_of_all_tokens_of_the_step():
     """After the first step the bias correction leaves the pooled mean and variance, whatever the decay."""
     gate = make()
     batches = tokens(7, 1) + 2, tokens(3, 2) * 3, tokens(0)
-    gate.after_step(totals(gate, *batches))
+    gate.post_optimizer_step(totals(gate, *batches))
     raw = (torch.cat(batches) @ gate.query.weight.detach().t()).view(10, 2, 12)
     torch.testing.assert_close(gate.query_mean, raw.mean(0))
     torch.testing.assert_close(gate.query_variance, raw.var(0, unbiased=False))
@@ -390,7 +390,7 @@ def test_later_steps_are_weighted_by_their_age():
         raw = (x @ gate.query.weight.detach().t()).view(-1, 2, 12)
         means.append(raw.mean(0))
         squares.append(raw.square().mean(0))
-        gate.after_step(totals(gate, x))
+        gate.post_optimizer_step(totals(gate, x))
         ages = [0.9**age for age in range(step, -1, -1)]
         mean, square = (
             sum(a * v for a, v in zip(ages, values)) / sum(ages) for values in (means, squares)
@@ -408,23 +408,23 @@ def test_before_the_first_step_queries_are_as_they_are():
     assert torch.equal(make(peer_query_norm="none").normalise(raw), raw)
 
 
-def test_only_after_step_changes_the_statistics():
+def test_only_post_optimizer_step_changes_the_statistics():
     """Not forwards, in training or evaluation; nor a step without tokens, or one that overflowed."""
     gate = make()
-    gate.after_step(totals(gate, tokens(9)))
+    gate.post_optimizer_step(totals(gate, tokens(9)))
     before = {name: b.clone() for name, b in gate.named_buffers()}
     gate(GateInput(tokens(5, 1)))
     empty, broken = totals(gate, tokens(0)), totals(gate, tokens(5) * math.inf)
-    gate.after_step(empty)
-    gate.after_step(broken)
+    gate.post_optimizer_step(empty)
+    gate.post_optimizer_step(broken)
     gate.eval()
-    assert set(gate(GateInput(tokens(5, 1))).sums) == {"expert_weight"}
+    assert set(gate(GateInput(tokens(5, 1))).metric_sums) == {"expert_weight"}
     assert sorted(before) == ["query_mean", "query_variance", "stat_weight"]
     for name, buffer in gate.named_buffers():
         assert torch.equal(buffer, before[name]), name
         assert buffer.dtype == torch.float32
     gate.train()
-    gate.after_step(totals(gate, tokens(5, 1)))
+    gate.post_optimizer_step(totals(gate, tokens(5, 1)))
     assert not torch.equal(gate.query_mean, before["query_mean"])
 
 
@@ -443,11 +443,11 @@ def test_a_step_of_two_micro_batches_in_the_layer():
     metrics = MoEMetrics(layer, Groups())
     x, y = tokens(4, 1)[None], tokens(6, 2)[None]
     expected = make()
-    expected.after_step(totals(expected, x[0], y[0]))
+    expected.post_optimizer_step(totals(expected, x[0], y[0]))
     layer(x)
     layer(y)
     assert gate.stat_weight == 0
-    metrics.after_step()
+    metrics.post_optimizer_step()
     for (name, ours), buffer in zip(gate.named_buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(ours, buffer, msg=lambda m, name=name: f"{name}: {m}")
     record = metrics.read()
@@ -455,7 +455,7 @@ def test_a_step_of_two_micro_batches_in_the_layer():
     layer.eval()
     layer(x)
     assert set(metrics.read(training=False)) >= {"expert_usage", "expert_unevenness_nats"}
-    metrics.after_step()
+    metrics.post_optimizer_step()
     assert torch.equal(gate.stat_weight, expected.stat_weight)
 
 
@@ -463,8 +463,8 @@ def test_a_step_of_two_micro_batches_in_the_layer():
 def test_other_norms_keep_no_statistics(norm):
     gate = make(peer_query_norm=norm)
     step = totals(gate, tokens(5))
-    assert set(step.sums) == {"expert_weight"}
-    gate.after_step(step)
+    assert set(step.metric_sums) == {"expert_weight"}
+    gate.post_optimizer_step(step)
     assert not list(gate.buffers())
 
 
@@ -488,13 +488,13 @@ def test_weights_of_experts_are_added_up_for_usage(training):
     by_hand = [0.0] * 12
     for e, w in zip(out.expert_A.tolist(), out.weight_A.tolist()):
         by_hand[e] += abs(w)
-    assert out.sums["expert_weight"].tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert out.metric_sums["expert_weight"].tolist() == pytest.approx(by_hand, rel=1e-5)
     assert (
-        not any(t.requires_grad for t in out.sums.values())
-        and out.sums["expert_weight"].dtype == torch.float32
+        not any(t.requires_grad for t in out.metric_sums.values())
+        and out.metric_sums["expert_weight"].dtype == torch.float32
     )
     share, unevenness = usage(torch.tensor(by_hand))
-    assert gate.summarise({name: t.double() for name, t in out.sums.items()}) == {
+    assert gate.summarise({name: t.double() for name, t in out.metric_sums.items()}) == {
         "expert_usage": share,
         "expert_unevenness_nats": pytest.approx(unevenness, abs=1e-6),
     }
@@ -570,8 +570,8 @@ def test_refusals(options, message):
         ),
     ],
 )
-def test_mixture(options, moe, expected):
-    assert gate_class("peer").Config(**options).mixture(moe, 5) == expected
+def test_moe_overrides(options, moe, expected):
+    assert gate_class("peer").Config(**options).moe_overrides(moe, 5) == expected
 
 
 def test_mixture_of_a_command_line():
@@ -707,4 +707,4 @@ def test_flags_overrule_what_a_stored_run_derived(tmp_path, caplog):
 )
 def test_mixtures_that_make_no_sense(options, moe, message):
     with pytest.raises(ValueError, match=message):
-        gate_class("peer").Config(**options).mixture(moe, 5)
+        gate_class("peer").Config(**options).moe_overrides(moe, 5)

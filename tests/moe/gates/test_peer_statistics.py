@@ -29,7 +29,7 @@ def make_layer_of_queries(groups):
     def step(*batches):
         for x in batches:
             layer(x[None])
-        metrics.after_step()
+        metrics.post_optimizer_step()
 
     return gate, step
 

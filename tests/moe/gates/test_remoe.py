@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers.moe_layers import E, make_input, make_layer
+from helpers.routings import step_totals
 from helpers.spawn import groups_for
 from megatron.moe.gate import create_gate
 from megatron.moe.metrics import MoEMetrics
@@ -62,8 +63,8 @@ def test_against_the_formula(seed, experts, rank, by_sequence):
     pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist()))
     assert sorted(pairs) == sorted(weights)
     assert out.aux_loss.item() == pytest.approx(aux.item(), rel=1e-4, abs=1e-9)
-    assert out.stats["sparsity"].item() == pytest.approx(1 - len(pairs) / (5 * experts))
-    assert out.stats["lambda"].item() == pytest.approx(0.3)
+    assert out.metric_means["sparsity"].item() == pytest.approx(1 - len(pairs) / (5 * experts))
+    assert out.metric_means["lambda"].item() == pytest.approx(0.3)
     if not pairs:
         return
     expected_A = torch.stack([weights[pair] for pair in pairs])
@@ -93,7 +94,7 @@ def step_of(gate, active, tokens, layers=1):
     """One optimizer step in which `active` choices were made in all."""
     load_LE = torch.zeros(layers, gate.num_experts)
     load_LE[0, 0] = active
-    gate.after_step(StepTotals(load_LE[0], torch.tensor(float(tokens)), {}, load_LE))
+    gate.post_optimizer_step(StepTotals(load_LE[0], torch.tensor(float(tokens)), {}, load_LE))
     return gate.reg_lambda.item()
 
 
@@ -110,7 +111,9 @@ def test_lambda_takes_one_step_towards_the_target():
     assert step_of(gate(), 41, 10, layers=2) == pytest.approx(0.6), "S is the mean over layers"
     assert step_of(gate(), 39, 10, layers=2) == pytest.approx(0.5 / 1.2)
     alone = gate()
-    alone.post_step(torch.tensor([8.0, 5.0, 5.0, 3.0]), torch.tensor(10.0))
+    alone.post_optimizer_step(
+        step_totals(torch.tensor([8.0, 5.0, 5.0, 3.0]), torch.tensor(10.0))
+    )
     assert alone.reg_lambda.item() == pytest.approx(0.6)
     constant = create_gate(
         "remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5, lambda_factor=1.0
@@ -162,12 +165,12 @@ def test_all_layers_take_the_same_step():
     layers, metrics = two_layers()
     run_step(layers, 6), run_step(layers, 5)  # two micro-batches
     assert lambdas(layers) == [0.5, 0.5], "nothing happens before the step is over"
-    metrics.after_step()
+    metrics.post_optimizer_step()
     assert lambdas(layers) == pytest.approx([0.6, 0.6])
     for layer in layers:
         layer.eval()
     run_step(layers, 6)
-    metrics.after_step()
+    metrics.post_optimizer_step()
     assert lambdas(layers) == pytest.approx([0.6, 0.6]), "evaluation is no step"
     got = metrics.read()
     assert got["sparsity"] == pytest.approx((0 + 3 / 4) / 2) and got["lambda"] == pytest.approx(
@@ -184,7 +187,7 @@ def _ranks_step():
             layer.gate.router.weight.zero_()
             layer.gate.router.weight[: 1 if groups.rank == 0 else 4, 0] = 1
     run_step(layers, 5 if groups.rank == 0 else 6)
-    metrics.after_step()
+    metrics.post_optimizer_step()
     return lambdas(layers)
 
 
@@ -267,8 +270,10 @@ def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda
         optimizer.zero_grad()
         (pull + out.aux_loss).backward()
         optimizer.step()
-        gate.post_step(torch.bincount(out.expert_A, minlength=8).float(), tokens)
-        sparsity.append(out.stats["sparsity"].item())
+        gate.post_optimizer_step(
+            step_totals(torch.bincount(out.expert_A, minlength=8).float(), tokens)
+        )
+        sparsity.append(out.metric_means["sparsity"].item())
     assert (sparsity[0] < 1 - k / 8) == (start > 0)
     assert sum(sparsity[-200:]) / 200 == pytest.approx(1 - k / 8, abs=0.05)
 

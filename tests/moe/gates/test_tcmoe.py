@@ -118,8 +118,8 @@ def test_against_the_formula(seed, experts, rank, nulls, by_sequence):
     )
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)
-    assert out.stats["null_fraction"].item() == pytest.approx(1 - len(pairs) / (5 * k))
-    assert out.stats["negative_fraction"].item() == pytest.approx(
+    assert out.metric_means["null_fraction"].item() == pytest.approx(1 - len(pairs) / (5 * k))
+    assert out.metric_means["negative_fraction"].item() == pytest.approx(
         sum(s >= experts for s in slots) / (5 * k)
     )
 
@@ -231,13 +231,13 @@ def test_the_reward_makes_nulls_more_likely():
             optimizer.zero_grad()
             out.aux_loss.backward()
             optimizer.step()
-        shares.append(gate(GateInput(x)).stats["null_fraction"].item())
+        shares.append(gate(GateInput(x)).metric_means["null_fraction"].item())
     assert shares[0] < 0.5 < shares[1]
 
 
 def test_at_the_start_almost_everything_is_positive():
     gate = create_gate("tcmoe", hidden_size=32, num_experts=8)
-    stats = gate(GateInput(torch.randn(200, 32))).stats
+    stats = gate(GateInput(torch.randn(200, 32))).metric_means
     assert stats["null_fraction"] == 0 and stats["negative_fraction"] < 0.05
 
 

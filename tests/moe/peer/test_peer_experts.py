@@ -280,7 +280,7 @@ def test_what_nobody_asks_for_is_not_computed(wanted, made):
         return call
 
     with mock.patch.multiple(
-        experts._How, **{name: counted(name, getattr(experts._How, name)) for name in made}
+        peer_experts._How, **{name: counted(name, getattr(peer_experts._How, name)) for name in made}
     ):
         experts(x, token, expert, weight).sum().backward()
     assert calls == made
@@ -391,7 +391,7 @@ def test_a_large_gradient_is_made_in_memory_that_is_used_again(dtype):
     for size in (2**30, 100_000):
         with (
             in_place(size),
-            mock.patch.object(experts.buffers, "empty", used_memory),
+            mock.patch.object(peer_experts.buffers, "empty", used_memory),
             Largest() as seen,
         ):
             results.append(
@@ -450,7 +450,7 @@ def test_sparse_gradients_add_up_and_an_optimizer_takes_them():
 def test_a_gradient_that_is_taken_is_gone_before_the_next_is_made():
     """So only one table's gradient is in memory when an optimizer takes each as it comes."""
     experts, events = make(6, 1, "swiglu", sparse_gradients=True), []
-    make_gradient = experts._How.row_sums
+    make_gradient = peer_experts._How.row_sums
 
     def note(how, rows, scale, pairs, shape):
         events.append("made")
@@ -458,7 +458,7 @@ def test_a_gradient_that_is_taken_is_gone_before_the_next_is_made():
 
     for p in experts.parameters():
         p.register_post_accumulate_grad_hook(lambda p: events.append("taken"))
-    with mock.patch.object(experts._How, "row_sums", note):
+    with mock.patch.object(peer_experts._How, "row_sums", note):
         experts(*make_inputs(4, 9, 6, dtype=torch.float32)).sum().backward()
     assert events == ["made", "taken"] * 3
 
@@ -481,8 +481,8 @@ def test_rows_beyond_two_to_the_31_numbers():
     table[-1], table[0] = 0.5, -0.25
     x = torch.ones(1, hidden, dtype=torch.bfloat16)
     row, token = torch.tensor([rows - 1, 0]), torch.tensor([0, 0])
-    assert experts._dots(x, table, token, row).tolist() == [1024, -512]
-    y = experts._bag_sum(table, row, torch.tensor([0, 2]), torch.tensor([2.0, 4.0]))
+    assert peer_experts._dots(x, table, token, row).tolist() == [1024, -512]
+    y = peer_experts._bag_sum(table, row, torch.tensor([0, 2]), torch.tensor([2.0, 4.0]))
     assert y.shape == (1, hidden) and (y == 0).all()
 
 
