@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ if not torch.cuda.is_available():
         "TRITON_INTERPRET", "1"
     )  # before anything imports triton, as transformers does
 sys.path.insert(0, str(Path(__file__).parent))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts background jobs with SIGINT ignored, and so would be the programs under test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from helpers import runs  # noqa: E402
 from helpers.spawn import Ranks  # noqa: E402

@@ -93,7 +93,9 @@ class Gate(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Checkpoints know these modules as `local_paths`.
-        super().__setattr__("local_paths" if name == "zero_computation_experts" else name, value)
+        super().__setattr__(
+            "local_paths" if name == "zero_computation_experts" else name, value
+        )
 
     def forward(self, inp: GateInput) -> Routing:
         """Choose experts for every token; see `megatron.moe.routing.Routing`."""

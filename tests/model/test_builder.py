@@ -42,7 +42,9 @@ def test_mixtures_stand_where_the_flags_say():
     assert kinds(expert_interval=2, moe_first_k_dense=2) == [False, False, False, True, False]
     assert kinds(num_experts=0) == [False] * 5
     gates = [
-        b.mlp.gate.context for b in build(expert_interval=2).layers if isinstance(b.mlp, MoELayer)
+        b.mlp.gate.context
+        for b in build(expert_interval=2).layers
+        if isinstance(b.mlp, MoELayer)
     ]
     assert [(p.layer, p.num_moe_layers, p.vocab_size) for p in gates] == [
         (0, 2, 100),

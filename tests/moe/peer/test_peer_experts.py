@@ -280,7 +280,8 @@ def test_what_nobody_asks_for_is_not_computed(wanted, made):
         return call
 
     with mock.patch.multiple(
-        peer_experts._How, **{name: counted(name, getattr(peer_experts._How, name)) for name in made}
+        peer_experts._How,
+        **{name: counted(name, getattr(peer_experts._How, name)) for name in made},
     ):
         experts(x, token, expert, weight).sum().backward()
     assert calls == made
