@@ -84,7 +84,7 @@ def run_layer(layer, x, ids) -> Callable[[], None]:
         layer.zero_grad(set_to_none=True)
         (out.y.float().sum() + out.aux_loss).backward()
         layer.counters[True].clear()
-        layer.end_step()
+        layer.reset_step_state()
 
     return step
 

@@ -215,7 +215,7 @@ def ours(problem: Problem, backend: str = "auto", groups: Groups | None = None) 
     layer = MoELayer(gate, experts, size.experts, groups=groups)
 
     def forward(x_TD: Tensor) -> Tensor:
-        layer.end_step()
+        layer.reset_step_state()
         return layer(x_TD).y
 
     return Layer(layer, forward, experts)

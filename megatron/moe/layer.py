@@ -1,25 +1,35 @@
-"""The mixture-of-experts layer: gate -> plan -> dispatch -> experts -> combine, plus shared experts and local paths.
+"""The MoE layer: gate -> plan -> dispatch -> experts -> combine.
 
-Plain torch: it imports no DeepSpeed, so inference, export and gate tests need none. `megatron.engine.moe_adapter.attach`
-adds the bookkeeping that DeepSpeed's engine looks for.
+Shared experts and zero-computation experts run on the token's own rank while rows are in
+flight to other ranks.
+
+The layer is plain torch and imports no DeepSpeed, so inference, export and gate tests need
+none. `megatron.engine.moe_adapter.wrap_moe_layers` adds the bookkeeping that DeepSpeed's
+engine looks for.
+
+Shape suffixes: B sequences, S positions, T = B x S tokens on this rank, D hidden, C choices
+(routed and zero-computation experts), E routed experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.dispatch.all_to_all import AllToAll, sort_received_by_expert
+from megatron.moe.dispatch.dispatchers import (
+    AllToAllDispatcher,
+    LocalDispatcher,
+    TokenDispatcher,
+)
 from megatron.moe.dispatch.permute import GatherWeights, PermuteTokens, UnpermuteTokens
 from megatron.moe.dispatch.plan import (
     DispatchPlan,
     bincount_static,
     build_dispatch_plan,
-    expert_capacity,
+    capacity_from_factor,
 )
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.ffn import FFNContext, FFNOutput
@@ -27,20 +37,22 @@ from megatron.moe.gate import Gate
 from megatron.moe.routing import GateInput, Routing
 from megatron.parallel.groups import Groups, all_reduce_sum
 
-T = TypeVar("T")
-
 
 class MoELayer(nn.Module):
     """A feed-forward layer in which a gate chooses the experts of each token.
 
     Args:
-        gate: answers which experts each token visits; owns the router.
+        gate: chooses the experts of each token; owns the router.
         experts: this rank's slice of the routed experts.
-        num_experts: stacked weights of `experts` over all ranks of the expert-parallel group, which is how checkpoints
-            count them; PEER's are blocks of many neurons.
+        num_experts: stacked weights of `experts` over all ranks of the expert-parallel
+            group, which is how checkpoints count them. For PEER these are blocks of many
+            experts.
         shared: an always-on MLP `(x, context) -> FFNOutput`, or None.
-        train_capacity_factor, eval_capacity_factor, min_capacity: see `plan.capacity`; factor 0 is dropless.
-        groups: who shares the experts, and whose loads a global balance loss adds up.
+        train_capacity_factor: capacity factor in training; 0 is dropless.
+        eval_capacity_factor: capacity factor in evaluation; 0 is dropless.
+        min_capacity: smallest capacity of an expert, see `capacity_from_factor`.
+        groups: the ranks that share the experts, and those whose loads a balance loss of
+            scope global-batch adds up.
     """
 
     def __init__(
@@ -56,127 +68,145 @@ class MoELayer(nn.Module):
         groups: Groups | None = None,
     ):
         super().__init__()
-        self.gate, self.experts, self.shared = gate, experts, shared
+        self.gate = gate
+        self.experts = experts
+        self.shared = shared
         self.num_experts = num_experts
         self.capacity_factors = {True: train_capacity_factor, False: eval_capacity_factor}
         self.min_capacity = min_capacity
         self.groups = groups or Groups()
+        self.dispatcher = self._make_dispatcher()
         self.counters: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
-        """sums since the last reading, by training mode; `megatron.moe.metrics` reads and clears them"""
+        """fp64 sums since the last reading, by training mode; `megatron.moe.metrics` reads
+        and clears them"""
         self.step_sums: dict[str, Tensor] = {}
-        """sums since the last optimizer step, on this rank"""
+        """fp64 sums since the last optimizer step, on this rank"""
         self._step_loads: list[tuple[Tensor, Tensor]] = []
         self._recompute_cache: dict[str, Any] | None = None
         self._is_recompute = False
-        self._checked = False
+        self._routing_checked = False
 
     def forward(self, x_BSD: Tensor, context: FFNContext | None = None) -> FFNOutput:
-        """Args: x_BSD: normalised hidden states. Returns: FFNOutput with y [B, S, D] and the gate's aux loss."""
+        """Run the layer.
+
+        Args:
+            x_BSD: normalised hidden states; leading dimensions other than [B, S] work too.
+            context: token ids, the previous MoE layer's carry and training progress.
+        Returns:
+            FFNOutput with y in the shape of x and the gate's auxiliary loss and carry.
+        """
         context = context or FFNContext()
         x_TD = x_BSD.flatten(0, -2)
         routing = self.gate(self._gate_input(x_BSD, context))
-        if not self._checked:
-            routing.check(
-                len(x_TD), self.gate.num_experts + len(self.gate.zero_computation_experts)
-            )
-            self._checked = True
-        plan = self._plan(routing, x_TD)
-        y_TD, beside = self._dispatch_and_compute(
-            x_TD, routing, plan, lambda: self._local_outputs(x_BSD, routing, plan, context)
-        )
-        for part in beside:
-            y_TD = y_TD + part
+        self._check_first(routing, len(x_TD))
+        plan = self._plan(routing, len(x_TD))
+        in_flight = self.dispatcher.start(x_TD, routing, plan)
+        local_outputs = self._local_outputs(x_BSD, routing, plan, context)  # overlaps
+        expert_inputs, metadata = self.dispatcher.finish(in_flight)
+        expert_output = self.experts(*expert_inputs)
+        y_TD = self.dispatcher.combine(expert_output, metadata)
+        for output_TD in local_outputs:
+            y_TD = y_TD + output_TD
         aux_loss = self._aux_loss(routing)
-        if not self._is_recompute:
-            self._count(routing, plan, aux_loss)
+        self._update_counters(routing, plan, aux_loss)
         return FFNOutput(y_TD.view_as(x_BSD), aux_loss, routing.carry)
 
-    def _plan(self, routing: Routing, x_TD: Tensor) -> DispatchPlan:
-        paths = self.gate.zero_computation_experts
-        zero_paths = sum(getattr(path, "is_zero", False) for path in paths)
-        return build_dispatch_plan(
-            routing,
-            len(x_TD),
-            self.gate.num_experts,
-            len(paths),
-            self._expert_capacity(x_TD),
-            zero_paths,
-            self.groups.ep_group,
-        )
-
-    def _dispatch_and_compute(
-        self, x_TD: Tensor, routing: Routing, plan: DispatchPlan, beside: Callable[[], T]
-    ) -> tuple[Tensor, T]:
-        """(weighted sum of the routed experts' outputs [T, D], what `beside` returns).
-
-        `beside` is called while rows are on their way to other ranks.
-        """
-        weight_S = GatherWeights.apply(routing.weight_A, plan.routed)
-        if plan.sizes is None:
-            return self.experts(x_TD, weight_S, plan.routed), beside()
-        send, receive, group = plan.sizes.send, plan.sizes.receive, self.groups.ep_group
-        exchange = AllToAll(
-            (PermuteTokens.apply(x_TD, plan.routed), weight_S), send, receive, group
-        )
-        there = beside()
-        x_RD, weight_R = exchange.finish()
-        rows = sort_received_by_expert(plan.sizes)
-        y_RD = self.experts(x_RD, GatherWeights.apply(weight_R, rows), rows)
-        (y_SD,) = AllToAll((y_RD,), receive, send, group).finish()
-        return UnpermuteTokens.apply(y_SD, None, plan.routed), there
-
-    def _local_outputs(
-        self, x_BSD: Tensor, routing: Routing, plan: DispatchPlan, context: FFNContext
-    ) -> list[Tensor]:
-        """What needs no other rank, as [T, D] each: local paths, whose rows never leave it, and the shared experts."""
-        x_TD, parts = x_BSD.flatten(0, -2), []
-        if plan.local is not None:
-            inputs = PermuteTokens.apply(x_TD, plan.local).split(plan.local_counts)
-            # Without rows too: ZeRO 2 needs a gradient of every parameter on every rank, if only zeros.
-            outputs = [
-                path(x)
-                for path, x in zip(self.gate.zero_computation_experts, inputs, strict=True)
-            ]
-            parts.append(
-                UnpermuteTokens.apply(
-                    torch.cat(outputs),
-                    GatherWeights.apply(routing.weight_A, plan.local),
-                    plan.local,
-                )
-            )
-        if self.shared is not None:
-            parts.append(self.shared(x_BSD, context).y.flatten(0, -2))
-        return parts
-
-    def _expert_capacity(self, x_TD: Tensor) -> int | Tensor | None:
-        num_tokens, factor = len(x_TD), self.capacity_factors[self.training]
-        own = self.gate.capacities(num_tokens, factor, self.min_capacity) if factor else None
-        if own is not None:
-            return torch.tensor(own, device=x_TD.device)
-        return expert_capacity(num_tokens, self.gate.num_experts, factor, self.min_capacity)
+    def _make_dispatcher(self) -> TokenDispatcher:
+        if self.groups.ep_group is None:
+            return LocalDispatcher()
+        return AllToAllDispatcher(self.groups.ep_group)
 
     def _gate_input(self, x_BSD: Tensor, context: FFNContext) -> GateInput:
-        ids = context.token_ids_BS
-        sequence_T, num_sequences = None, 1
+        token_ids_T = None
+        if context.token_ids_BS is not None:
+            token_ids_T = context.token_ids_BS.flatten()
+        sequence_T = None
+        num_sequences = 1
         if x_BSD.dim() == 3:
             num_sequences = len(x_BSD)
-            sequence_T = torch.arange(num_sequences, device=x_BSD.device).repeat_interleave(
-                x_BSD.shape[1]
-            )
+            sequence_B = torch.arange(num_sequences, device=x_BSD.device)
+            sequence_T = sequence_B.repeat_interleave(x_BSD.shape[1])
         return GateInput(
             x_BSD.flatten(0, -2),
-            None if ids is None else ids.flatten(),
+            token_ids_T,
             sequence_T,
             context.carry,
             context.progress,
             num_sequences,
         )
 
+    def _check_first(self, routing: Routing, num_tokens: int) -> None:
+        """Check the gate contract on the first forward only: it synchronises with the device."""
+        if self._routing_checked:
+            return
+        num_choices = self.gate.num_experts + len(self.gate.zero_computation_experts)
+        routing.check(num_tokens, num_choices)
+        self._routing_checked = True
+
+    def _plan(self, routing: Routing, num_tokens: int) -> DispatchPlan:
+        local_experts = self.gate.zero_computation_experts
+        return build_dispatch_plan(
+            routing,
+            num_tokens,
+            self.gate.num_experts,
+            num_zero_computation=len(local_experts),
+            capacity=self._expert_capacity(routing, num_tokens),
+            num_zero_output=sum(getattr(e, "is_zero", False) for e in local_experts),
+            group=self.groups.ep_group,
+        )
+
+    def _expert_capacity(self, routing: Routing, num_tokens: int) -> int | Tensor | None:
+        """Return the limit on rows per expert: the gate's own rule, or the common formula.
+
+        Returns:
+            The limit of every routed expert, int64 [C] from a gate with its own rule, or
+            None for no limit.
+        """
+        factor = self.capacity_factors[self.training]
+        if factor:
+            capacities = self.gate.capacities(num_tokens, factor, self.min_capacity)
+            if capacities is not None:
+                return torch.tensor(capacities, device=routing.token_A.device)
+        return capacity_from_factor(
+            num_tokens, self.gate.num_experts, factor, self.min_capacity
+        )
+
+    def _local_outputs(
+        self, x_BSD: Tensor, routing: Routing, plan: DispatchPlan, context: FFNContext
+    ) -> list[Tensor]:
+        """Compute what needs no other rank: zero-computation and shared experts, [T, D] each."""
+        outputs = []
+        if plan.zero_computation is not None:
+            outputs.append(self._zero_computation_output(x_BSD, routing, plan))
+        if self.shared is not None:
+            outputs.append(self.shared(x_BSD, context).y.flatten(0, -2))
+        return outputs
+
+    def _zero_computation_output(
+        self, x_BSD: Tensor, routing: Routing, plan: DispatchPlan
+    ) -> Tensor:
+        permuted = plan.zero_computation
+        x_SD = PermuteTokens.apply(x_BSD.flatten(0, -2), permuted)
+        inputs = x_SD.split(plan.zero_computation_counts)
+        # Experts without rows run too: ZeRO 2 needs a gradient of every parameter on every
+        # rank, if only zeros.
+        outputs = [
+            expert(x_nD)
+            for expert, x_nD in zip(self.gate.zero_computation_experts, inputs, strict=True)
+        ]
+        y_SD = torch.cat(outputs)
+        weight_S = GatherWeights.apply(routing.weight_A, permuted)
+        return UnpermuteTokens.apply(y_SD, weight_S, permuted)
+
     def _aux_loss(self, routing: Routing) -> Tensor:
-        """The gate's loss, and its global-batch terms with the loads of all ranks and of the step so far."""
+        """Return the gate's loss plus its balance losses of scope global-batch.
+
+        In training their loads are summed over all ranks and over the micro-batches of the
+        step so far. In evaluation each rank uses its own loads and no communication.
+        """
         if not routing.balance:
             return routing.aux_loss
-        if not self.training:  # nothing to train, nobody to ask
+        if not self.training:
             return routing.aux_loss + sum(term.loss() for term in routing.balance)
         if self._is_recompute:
             loads = self._recompute_cache["loads"]
@@ -190,89 +220,107 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def _global_loads(self, routing: Routing) -> list[tuple[Tensor, Tensor]]:
-        """(count, total) of each term, summed over all ranks and over the micro-batches of this step up to this one."""
-        flat = torch.cat(
-            [t.flatten() for term in routing.balance for t in (term.count_NG, term.total_N)]
-        ).double()
-        parts = iter(
-            all_reduce_sum(flat, self.groups)
-            .float()
-            .split(
-                [t.numel() for term in routing.balance for t in (term.count_NG, term.total_N)]
-            )
-        )
-        loads = [(next(parts).view_as(term.count_NG), next(parts)) for term in routing.balance]
-        if self._step_loads:
-            loads = [
-                (a + c, b + d) for (a, b), (c, d) in zip(loads, self._step_loads, strict=True)
-            ]
+        """Sum (count, total) of each balance loss over ranks and the step's micro-batches.
+
+        The sum includes this micro-batch and takes one all-reduce.
+        """
+        local = []
+        for term in routing.balance:
+            local += [term.count_NG, term.total_N]
+        flat = torch.cat([tensor.flatten() for tensor in local]).double()
+        flat = all_reduce_sum(flat, self.groups).float()
+        summed = flat.split([tensor.numel() for tensor in local])
+        loads = []
+        for i, term in enumerate(routing.balance):
+            count_NG = summed[2 * i].view_as(term.count_NG)
+            total_N = summed[2 * i + 1]
+            if self._step_loads:
+                previous_count_NG, previous_total_N = self._step_loads[i]
+                count_NG = count_NG + previous_count_NG
+                total_N = total_N + previous_total_N
+            loads.append((count_NG, total_N))
         self._step_loads = loads
         return loads
 
-    def end_step(self) -> None:
-        """Forget what belongs to the optimizer step that is over."""
-        self.step_sums, self._step_loads = {}, []
+    def reset_step_state(self) -> None:
+        """Clear the sums and loads of the finished optimizer step."""
+        self.step_sums = {}
+        self._step_loads = []
 
     def recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """For `torch.utils.checkpoint`: what goes around a forward pass, and around its repetition in the backward one.
+        """Return contexts for `torch.utils.checkpoint`: for the forward pass and its recompute.
 
-        The repetition counts nothing, exchanges no loads, and has the aux loss of the first time.
+        The recomputed pass updates no counters, communicates no loads and reuses the loads
+        of the first pass, so that its auxiliary loss is the same.
         """
-        memory: dict[str, Any] = {}
-        return _RecomputeContext(self, memory, again=False), _RecomputeContext(
-            self, memory, again=True
+        cache: dict[str, Any] = {}
+        return (
+            _RecomputeContext(self, cache, is_recompute=False),
+            _RecomputeContext(self, cache, is_recompute=True),
         )
 
     @torch.no_grad()
-    def _count(self, routing: Routing, plan: DispatchPlan, aux_loss: Tensor) -> None:
-        """Add this forward to the counters."""
+    def _update_counters(self, routing: Routing, plan: DispatchPlan, aux_loss: Tensor) -> None:
+        """Add this forward pass to the counters, unless it is a recomputed one."""
+        if self._is_recompute:
+            return
         num_tokens = len(plan.dispatched_T)
-        wanted_T = bincount_static(routing.token_A, num_tokens)
-        one, bins = torch.ones((), device=wanted_T.device), self._most_choices() + 1
-        step = {
+        assigned_T = bincount_static(routing.token_A, num_tokens)
+        one = torch.ones((), device=assigned_T.device)
+        gate_sums = {f"sum/{name}": value for name, value in routing.metric_sums.items()}
+        gate_means = {f"mean/{name}": value for name, value in routing.metric_means.items()}
+        num_bins = self._max_experts_per_token() + 1
+        forward_sums = {
+            "forwards": one,
             "tokens": one * num_tokens,
-            "load_E": plan.assigned_C[: self.gate.num_experts],
-            **{f"sum/{name}": value for name, value in routing.metric_sums.items()},
-        }
-        seen = {
-            "tokens": one * num_tokens,
+            "tokens_with_drops": (plan.dispatched_T < assigned_T).sum(),
             "assigned_C": plan.assigned_C,
             "dispatched_C": plan.dispatched_C,
-            "lost_tokens": (plan.dispatched_T < wanted_T).sum(),
-            "kept_histogram": bincount_static(plan.dispatched_T.clamp_max(bins - 1), bins),
-            "forwards": one,
+            "experts_per_token_histogram": bincount_static(
+                plan.dispatched_T.clamp_max(num_bins - 1), num_bins
+            ),
             "aux_loss": aux_loss,
-            **{f"stat/{name}": value for name, value in routing.metric_means.items()},
-            **{f"sum/{name}": value for name, value in routing.metric_sums.items()},
+            **gate_means,
+            **gate_sums,
         }
-        _add(self.counters[self.training], seen)
+        _add(self.counters[self.training], forward_sums)
         if self.training:
-            _add(self.step_sums, step)
+            load_E = plan.assigned_C[: self.gate.num_experts]
+            _add(self.step_sums, {"tokens": one * num_tokens, "load_E": load_E, **gate_sums})
 
-    def _most_choices(self) -> int:
-        """Choices a token can have kept, for the histogram."""
-        most = type(self.gate).experts_per_token(self.gate.config, self.gate.num_experts)[1]
-        return min(
-            max(most, 1) + len(self.gate.zero_computation_experts),
-            self.gate.num_experts + len(self.gate.zero_computation_experts),
-        )
+    def _max_experts_per_token(self) -> int:
+        """Return the most experts of either kind that a token can have, for the histogram."""
+        num_experts = self.gate.num_experts
+        num_local = len(self.gate.zero_computation_experts)
+        most = type(self.gate).experts_per_token(self.gate.config, num_experts)[1]
+        return min(max(most, 1) + num_local, num_experts + num_local)
 
 
 class _RecomputeContext(AbstractContextManager):
-    """A forward pass of a layer: the first, which fills the memory, or one of its repetitions. May be entered again."""
+    """Marks a forward pass of a layer as the first one or as a recomputed one.
 
-    def __init__(self, layer: MoELayer, memory: dict[str, Any], again: bool):
-        self.layer, self.memory, self.again = layer, memory, again
+    Reusable: with a retained graph the backward pass recomputes more than once.
+    """
+
+    def __init__(self, layer: MoELayer, cache: dict[str, Any], is_recompute: bool):
+        self.layer = layer
+        self.cache = cache
+        self.is_recompute = is_recompute
 
     def __enter__(self) -> None:
-        self.layer._recompute_cache, self.layer._is_recompute = self.memory, self.again
+        self.layer._recompute_cache = self.cache
+        self.layer._is_recompute = self.is_recompute
 
     def __exit__(self, *error: object) -> None:
-        self.layer._recompute_cache, self.layer._is_recompute = None, False
+        self.layer._recompute_cache = None
+        self.layer._is_recompute = False
 
 
-def _add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
-    """Sum up in fp64: counts of a long interval stay exact."""
-    for name, value in seen.items():
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add values to running sums in fp64, so that counts of a long interval stay exact."""
+    for name, value in values.items():
         value = value.detach().double()
-        sums[name] = sums[name] + value if name in sums else value.clone()
+        if name in sums:
+            sums[name] = sums[name] + value
+        else:
+            sums[name] = value.clone()

@@ -1,4 +1,8 @@
-"""Reads the layers' counters, reduces them over ranks, and gives gates their step's loads. The one place that does."""
+"""MoE metrics: the layers' counters, reduced over ranks, and the totals that gates follow.
+
+All reductions of counters are here: one all-reduce per logging interval, and one per
+optimizer step for gates that keep state.
+"""
 
 from __future__ import annotations
 
@@ -12,118 +16,148 @@ from megatron.parallel.groups import Groups, all_reduce_sum
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The mixture layers of a model, in order."""
-    return [m for m in model.modules() if isinstance(m, MoELayer)]
+    """Return the MoE layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
 class MoEMetrics:
-    """Collects what the mixture layers of a model counted.
+    """Collects the counters of a model's MoE layers.
 
-    `post_optimizer_step` once per optimizer step, `read` once per log line: one all-reduce each, and `post_optimizer_step` has none
-    when no gate asks for totals.
+    Call `post_optimizer_step` once per optimizer step and `read` once per log line. Each
+    takes one all-reduce; `post_optimizer_step` takes none when no gate keeps state.
     """
 
     def __init__(self, model: nn.Module, groups: Groups):
-        self.layers, self.groups = moe_layers(model), groups
-        self._gates_with_state = [
-            layer.gate
+        self.layers = moe_layers(model)
+        self.groups = groups
+        self._any_gate_with_state = any(
+            type(layer.gate).post_optimizer_step is not Gate.post_optimizer_step
             for layer in self.layers
-            if type(layer.gate).post_optimizer_step is not Gate.post_optimizer_step
-        ]
+        )
 
     @torch.no_grad()
     def post_optimizer_step(self, skipped: bool = False) -> None:
-        """End an optimizer step: give each gate what was counted since the last one, over ranks and micro-batches.
+        """Give each gate the step's totals over ranks and micro-batches, then clear them.
 
         Args:
-            skipped: the step changed no weights, because a gradient overflowed; then it changes no gate's state either.
+            skipped: the step changed no weights because a gradient overflowed; then it
+                changes no gate's state either.
         """
-        if self._gates_with_state and not skipped and all(m.step_sums for m in self.layers):
-            totals = self._reduce([m.step_sums for m in self.layers])
+        counted = all(layer.step_sums for layer in self.layers)
+        if self._any_gate_with_state and counted and not skipped:
+            totals = self._reduce([layer.step_sums for layer in self.layers])
             load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
             for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
+                metric_sums = _with_prefix(sums, "sum/")
+                num_tokens = sums["tokens"].float()
                 layer.gate.post_optimizer_step(
-                    StepTotals(load_E, sums["tokens"].float(), _named(sums, "sum/"), load_LE)
+                    StepTotals(load_E, num_tokens, metric_sums, load_LE)
                 )
         for layer in self.layers:
-            layer.end_step()
+            layer.reset_step_state()
+
+    @torch.no_grad()
+    def read(self, training: bool = True) -> dict[str, float | list[float]]:
+        """Return means over ranks and forward passes since the last reading, and reset them.
+
+        Args:
+            training: read the counters of training or those of evaluation.
+        Returns:
+            Empty without MoE layers or forward passes, else means over layers of
+
+            - experts_per_token, experts_per_token_before_capacity: routed and
+              zero-computation experts of a token after and before capacity,
+            - dropped_assignment_fraction: share of assignments over capacity,
+            - tokens_with_drops_fraction: share of tokens that lost an assignment,
+            - load_imbalance_max_over_mean: largest over mean load of the routed experts,
+              after capacity,
+            - zero_computation_fraction: share of dispatched assignments that went to
+              zero-computation experts; only for gates with such experts,
+            - moe_aux_loss,
+            - the gate's `metric_means`, and the metrics it makes of its `metric_sums`;
+
+            each also as a list `..._by_layer`; and experts_per_token_histogram, the share
+            of tokens with 0, 1, 2, ... experts after capacity, over all layers.
+        """
+        if not self.layers or not self.layers[0].counters[training]:
+            return {}
+        counters = [layer.counters[training] for layer in self.layers]
+        totals = self._reduce(counters, to_host=True)
+        for layer in self.layers:
+            layer.counters[training].clear()
+        return _summarize(self.layers, totals)
 
     def _reduce(
         self, sums: list[dict[str, Tensor]], *, to_host: bool = False
     ) -> list[dict[str, Tensor]]:
-        """The sums of each layer over all ranks: one all-reduce, in fp64, and one copy to the host if asked."""
-        names = list(sums[0])
-        shapes = [sums[0][n].shape for n in names]
-        rows = torch.stack([torch.cat([layer[n].flatten() for n in names]) for layer in sums])
-        rows = all_reduce_sum(rows, self.groups)
-        rows = (rows.cpu() if to_host else rows).split(
-            [shape.numel() for shape in shapes], dim=1
-        )
-        return [
-            {n: part[i].view(shape) for n, part, shape in zip(names, rows, shapes, strict=True)}
-            for i in range(len(sums))
-        ]
+        """Sum each layer's values over all ranks: one fp64 all-reduce.
 
-    @torch.no_grad()
-    def read(self, training: bool = True) -> dict[str, float | list[float]]:
-        """Means over ranks and over all forwards since the last reading, which is then forgotten.
-
-        Returns:
-            experts_per_token_before_capacity / _kept (routed and local choices a token asked for / got), dropped_assignment_fraction (of
-            assignments), tokens_with_drops_fraction (tokens that lost a choice), load_imbalance_max_over_mean (of routed
-            experts, kept, mean over layers), local_fraction (of the kept choices, those on local paths; with such
-            paths), moe_aux_loss (mean over layers), the gate's stats and what it makes of its sums, each also as a
-            list `..._by_layer`, and experts_per_token_histogram (share of tokens that got 0, 1, 2, ... experts). Empty
-            without mixture layers or forwards.
+        Args:
+            to_host: also copy the result to the CPU, in one copy.
         """
-        if not self.layers or not self.layers[0].counters[training]:
-            return {}
-        totals = self._reduce([m.counters[training] for m in self.layers], to_host=True)
-        for m in self.layers:
-            m.counters[training].clear()
-        return _summarise(self.layers, totals)
+        names = list(sums[0])
+        shapes = [sums[0][name].shape for name in names]
+        rows = [torch.cat([layer[name].flatten() for name in names]) for layer in sums]
+        stacked = all_reduce_sum(torch.stack(rows), self.groups)
+        if to_host:
+            stacked = stacked.cpu()
+        sizes = [shape.numel() for shape in shapes]
+        return [_unflatten(row.split(sizes), names, shapes) for row in stacked]
 
 
-def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
-    """Ratios of one layer's sums."""
-    tokens, wanted, kept = sums["tokens"], sums["assigned_C"].sum(), sums["dispatched_C"].sum()
-    load = sums["dispatched_C"][: layer.gate.num_experts]
-    values = {
-        "experts_per_token_before_capacity": wanted / tokens,
-        "experts_per_token": kept / tokens,
-        "dropped_assignment_fraction": (wanted - kept) / wanted.clamp_min(1),
-        "tokens_with_drops_fraction": sums["lost_tokens"] / tokens,
-        "load_imbalance_max_over_mean": load.max() / load.mean().clamp_min(1 / len(load)),
-        "moe_aux_loss": sums["aux_loss"] / sums["forwards"],
-    }
-    if len(layer.gate.zero_computation_experts):
-        values["local_fraction"] = 1 - load.sum() / kept.clamp_min(1)
-    stats = {name: value / sums["forwards"] for name, value in _named(sums, "stat/").items()}
-    return {**values, **stats, **layer.gate.summarise(_named(sums, "sum/"))}
-
-
-def _named(sums: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What a gate put in: its `stats` or its `sums`, under its own names."""
+def _unflatten(
+    parts: tuple[Tensor, ...], names: list[str], shapes: list[torch.Size]
+) -> dict[str, Tensor]:
+    """Return the parts of a flat row by name, each in its shape."""
     return {
-        name.removeprefix(prefix): value
-        for name, value in sums.items()
-        if name.startswith(prefix)
+        name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)
     }
 
 
-def _summarise(
+def _summarize(
     layers: list[MoELayer], totals: list[dict[str, Tensor]]
 ) -> dict[str, float | list[float]]:
-    """Per-layer values, and their means over layers."""
+    """Return values per layer and their means over layers."""
     by_layer: dict[str, list[float]] = {}
     histogram = torch.zeros(())
     for layer, sums in zip(layers, totals, strict=True):
         for name, value in _layer_values(layer, sums).items():
             by_layer.setdefault(name, []).append(float(value))
-        histogram = histogram + sums["kept_histogram"]
-    means = {name: sum(v) / len(v) for name, v in by_layer.items()}
+        histogram = histogram + sums["experts_per_token_histogram"]
+    means = {name: sum(values) / len(values) for name, values in by_layer.items()}
     return {
         **means,
         "experts_per_token_histogram": (histogram / histogram.sum()).tolist(),
-        **{f"{name}_by_layer": v for name, v in by_layer.items()},
+        **{f"{name}_by_layer": values for name, values in by_layer.items()},
+    }
+
+
+def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
+    """Return the metrics of one layer, which are ratios of its sums."""
+    tokens = sums["tokens"]
+    assigned = sums["assigned_C"].sum()
+    dispatched = sums["dispatched_C"].sum()
+    load_E = sums["dispatched_C"][: layer.gate.num_experts]
+    values = {
+        "experts_per_token_before_capacity": assigned / tokens,
+        "experts_per_token": dispatched / tokens,
+        "dropped_assignment_fraction": (assigned - dispatched) / assigned.clamp_min(1),
+        "tokens_with_drops_fraction": sums["tokens_with_drops"] / tokens,
+        "load_imbalance_max_over_mean": load_E.max() / load_E.mean().clamp_min(1 / len(load_E)),
+        "moe_aux_loss": sums["aux_loss"] / sums["forwards"],
+    }
+    if len(layer.gate.zero_computation_experts):
+        values["zero_computation_fraction"] = 1 - load_E.sum() / dispatched.clamp_min(1)
+    for name, value in _with_prefix(sums, "mean/").items():
+        values[name] = value / sums["forwards"]
+    values.update(layer.gate.summarise(_with_prefix(sums, "sum/")))
+    return values
+
+
+def _with_prefix(sums: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return a gate's own metrics (`metric_sums` or `metric_means`) without their prefix."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in sums.items()
+        if name.startswith(prefix)
     }

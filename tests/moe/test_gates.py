@@ -19,7 +19,7 @@ from helpers.moe_layers import (
     make_layer,
 )
 from helpers.spawn import groups_for
-from megatron.moe.dispatch.plan import expert_capacity
+from megatron.moe.dispatch.plan import capacity_from_factor
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import (
     Gate,
@@ -242,7 +242,7 @@ def test_state_round_trip(name):
 def survivors(layer, routing, tokens, factor):
     """Positions in the gate's list that stay under the limit: the highest priorities of each choice, by hand."""
     limits = layer.gate.capacities(tokens, factor, 1)
-    limits = limits or [expert_capacity(tokens, E, factor, 1)] * E + [tokens] * len(
+    limits = limits or [capacity_from_factor(tokens, E, factor, 1)] * E + [tokens] * len(
         layer.gate.zero_computation_experts
     )
     priority = (

@@ -1,7 +1,11 @@
-"""The plan: which assignments survive capacity, sorted by expert. No communication but that of the sizes.
+"""The dispatch plan: which assignments fit the experts' capacity, sorted by expert.
 
-Shape suffixes: T tokens on this rank, E routed experts, C choices (E + local paths), A assignments of the gate, S rows (some
-of the assignments, sorted by choice), P ranks that share experts.
+The plan moves no tokens. Its only communication is one exchange of row counts, and only
+when the experts are sharded.
+
+Shape suffixes: T tokens on this rank, E routed experts, C choices (E + zero-computation
+experts), A assignments of the gate, S rows (dispatched assignments, sorted by choice),
+P ranks that share the experts.
 """
 
 from __future__ import annotations
@@ -19,52 +23,53 @@ from megatron.moe.routing import Routing
 
 @dataclass(frozen=True, slots=True)
 class PermutedTokens:
-    """Rows to gather, to give to experts and to combine, sorted by expert.
+    """Index tensors that permute token rows to expert order and back.
 
-    The arrays may be longer than the last of `expert_offsets_E` says. What lies beyond is no row: nobody waits for the device to
-    tell how many assignments were dropped.
+    Entries of the S tensors past `expert_offsets_E[-1]` are padding: reading the true
+    length would force a device sync.
     """
 
     source_index_S: Tensor
-    """index into the gate's list, each once"""
+    """index of each row into the gate's assignments; every assignment at most once"""
     token_S: Tensor
     """token of each row"""
     unpermute_index_S: Tensor
-    """rows sorted by token"""
+    """row numbers sorted by token"""
     token_offsets_T1: Tensor
-    """where each token's rows start in unpermute_index_S; the last entry is the number of rows"""
+    """start of each token's rows in unpermute_index_S; the last entry is the number of rows"""
     expert_offsets_E: Tensor
-    """where each expert's rows end"""
+    """end of each expert's rows"""
 
     def counts(self) -> list[int]:
-        """Rows of each expert. Waits for the device."""
+        """Return the number of rows of each expert. Synchronises with the device."""
         return self.expert_offsets_E.diff(prepend=self.expert_offsets_E.new_zeros(1)).tolist()
 
 
 @dataclass(frozen=True, slots=True)
 class AllToAllSplits:
-    """What the host must know to exchange rows with the other ranks; from `exchange_sizes`."""
+    """Row counts of the all-to-all between the ranks that share the experts."""
 
-    send: list[int]
-    """rows to each rank"""
-    receive: list[int]
-    """rows from each rank"""
+    input_splits: list[int]
+    """rows sent to each rank"""
+    output_splits: list[int]
+    """rows received from each rank"""
     received_PE: Tensor
-    """rows from each rank for each of this rank's experts"""
+    """rows received from each rank for each of this rank's experts"""
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchPlan:
-    """Which rows go where; made by `make_plan`, read by the layer and its counters."""
+    """Where each assignment goes; made by `build_dispatch_plan`, read by the MoE layer."""
 
     routed: PermutedTokens | None
-    """rows for routed experts; None: all of the gate's list, in its order"""
-    local: PermutedTokens | None
-    """rows for local paths, sorted by path; None without any. Paths that return zeros have no rows"""
-    local_counts: list[int]
-    """rows of each local path, 0 for those that return zeros"""
-    sizes: AllToAllSplits | None
-    """None when experts are not sharded"""
+    """rows for routed experts; None: all of the gate's assignments, in the gate's order"""
+    zero_computation: PermutedTokens | None
+    """rows for zero-computation experts, sorted by expert; None if the gate has none.
+    Experts that return zeros have no rows"""
+    zero_computation_counts: list[int]
+    """rows of each zero-computation expert; 0 for those that return zeros"""
+    splits: AllToAllSplits | None
+    """None when the experts are not sharded"""
     assigned_C: Tensor
     """assignments per choice before capacity"""
     dispatched_C: Tensor
@@ -73,24 +78,27 @@ class DispatchPlan:
     """assignments per token after capacity"""
 
     @staticmethod
-    def as_listed(routing: Routing, num_tokens: int, num_experts: int) -> DispatchPlan:
-        """For experts that need no sorted rows, when nothing is dropped."""
+    def unpermuted(routing: Routing, num_tokens: int, num_experts: int) -> DispatchPlan:
+        """Build the plan of experts that need no sorted rows, when nothing is dropped."""
         assigned_C = bincount_static(routing.expert_A, num_experts)
         return DispatchPlan(
-            None,
-            None,
-            [],
-            None,
-            assigned_C,
-            assigned_C,
-            bincount_static(routing.token_A, num_tokens),
+            routed=None,
+            zero_computation=None,
+            zero_computation_counts=[],
+            splits=None,
+            assigned_C=assigned_C,
+            dispatched_C=assigned_C,
+            dispatched_T=bincount_static(routing.token_A, num_tokens),
         )
 
 
-def expert_capacity(
+def capacity_from_factor(
     num_tokens: int, num_experts: int, factor: float, minimum: int
 ) -> int | None:
-    """Rows one expert takes: min(T, max(minimum, ceil(T / E * factor))); None (no limit) for factor 0."""
+    """Return the rows that one expert accepts: min(T, max(minimum, ceil(T / E * factor))).
+
+    A factor of 0 means no limit and returns None.
+    """
     if factor == 0:
         return None
     return min(num_tokens, max(minimum, math.ceil(num_tokens / num_experts * factor)))
@@ -100,166 +108,212 @@ def build_dispatch_plan(
     routing: Routing,
     num_tokens: int,
     num_experts: int,
-    num_local_paths: int = 0,
-    limit: int | Tensor | None = None,
-    num_zero_paths: int = 0,
+    num_zero_computation: int = 0,
+    capacity: int | Tensor | None = None,
+    num_zero_output: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> DispatchPlan:
-    """Sort assignments by choice and drop what is over capacity.
+    """Sort assignments by choice and drop those over capacity.
 
-    Survivors are the `limit` highest priorities of each choice, ties by position in the gate's list; the rest is
-    dropped, never rerouted. One sort, and none by token for gates that answer token by token. Only with sharded experts
-    or local paths does the host wait for the device, once.
+    Each choice keeps its `capacity` assignments of highest priority, ties by position in
+    the gate's list; the others are dropped, never rerouted. This takes one sort, plus one
+    by token for gates whose list is not token-major. The host synchronises with the
+    device once, and only with sharded experts or zero-computation experts.
 
     Args:
-        limit: rows one routed expert takes (local paths then have no limit), or int64 [C], or None for no limit.
-        num_zero_paths: how many of the last local paths return zeros: counted, but no rows are made for them.
-        group: the ranks that share the routed experts; None: this rank has all of them.
+        routing: output of the gate.
+        num_zero_computation: number of zero-computation experts.
+        capacity: rows that each routed expert accepts (zero-computation experts then have
+            no limit), or int64 [C] with the limit of each choice, or None for no limit.
+        num_zero_output: how many of the last zero-computation experts return zeros: they
+            are counted, but no rows are made for them.
+        group: ranks that share the routed experts; None: this rank holds all of them.
     """
-    assigned_C = bincount_static(routing.expert_A, num_experts + num_local_paths)
-    if limit is None:
-        order_A, dispatched_C = routing.expert_A.argsort(stable=True), assigned_C
+    assigned_C = bincount_static(routing.expert_A, num_experts + num_zero_computation)
+    if capacity is None:
+        order_A = routing.expert_A.argsort(stable=True)
+        dispatched_C = assigned_C
     else:
-        order_A, dispatched_C = _survivors_first(routing, assigned_C, limit, num_experts)
-    order = _Order.of(routing, order_A, num_tokens)
+        order_A, dispatched_C = _apply_capacity(routing, assigned_C, capacity, num_experts)
+    assignments = _SortedAssignments.from_order(routing, order_A, num_tokens)
     ends_C = dispatched_C.cumsum(0)
-    if limit is None and not num_local_paths:
-        sizes, _, _ = _to_host(dispatched_C, num_experts, group) if group else (None, 0, [])
-        routed = order.all_rows(ends_C)
-        return DispatchPlan(
-            routed, None, [], sizes, assigned_C, dispatched_C, routed.token_offsets_T1.diff()
+
+    if capacity is None and not num_zero_computation:
+        splits = None
+        if group is not None:
+            splits = _read_counts(dispatched_C, num_experts, group).splits
+        routed = assignments.permute_all(ends_C)
+        dispatched_T = routed.token_offsets_T1.diff()
+        return DispatchPlan(routed, None, [], splits, assigned_C, dispatched_C, dispatched_T)
+
+    dispatched_T = assignments.token_offsets(assignments.position_A < ends_C[-1]).diff()
+    if not num_zero_computation and group is None:
+        routed = assignments.permute(0, ends_C)
+        return DispatchPlan(routed, None, [], None, assigned_C, dispatched_C, dispatched_T)
+
+    counts = _read_counts(dispatched_C, num_experts, group)
+    num_routed = counts.num_routed
+    routed = assignments.permute(0, ends_C[:num_experts], num_routed)
+    zero_computation = None
+    zero_computation_counts = counts.zero_computation
+    if num_zero_computation:
+        if num_zero_output:
+            zero_computation_counts[-num_zero_output:] = [0] * num_zero_output
+        last = len(ends_C) - num_zero_output
+        zero_computation = assignments.permute(
+            num_routed, ends_C[num_experts:last] - num_routed, sum(zero_computation_counts)
         )
-    dispatched_T = order.bags(order.position_A < ends_C[-1]).diff()
-    if not num_local_paths and group is None:
-        return DispatchPlan(
-            order.rows(0, ends_C), None, [], None, assigned_C, dispatched_C, dispatched_T
-        )
-    sizes, num_routed, local_counts = _to_host(dispatched_C, num_experts, group)
-    routed = order.rows(0, ends_C[:num_experts], num_routed)
-    if not num_local_paths:
-        return DispatchPlan(routed, None, [], sizes, assigned_C, dispatched_C, dispatched_T)
-    if num_zero_paths:
-        local_counts[-num_zero_paths:] = [0] * num_zero_paths
-    ends_L = ends_C[num_experts : len(ends_C) - num_zero_paths] - num_routed
-    local = order.rows(num_routed, ends_L, sum(local_counts))
     return DispatchPlan(
-        routed, local, local_counts, sizes, assigned_C, dispatched_C, dispatched_T
+        routed,
+        zero_computation,
+        zero_computation_counts,
+        counts.splits,
+        assigned_C,
+        dispatched_C,
+        dispatched_T,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """A permutation of the assignments, seen token by token."""
+class _SortedAssignments:
+    """Assignments sorted by choice, with their positions listed by token."""
 
     order_A: Tensor
-    """assignments by choice, those that were dropped last"""
+    """assignments by choice, dropped ones last"""
     position_A: Tensor
-    """places in order_A of all assignments, sorted by token"""
+    """positions in order_A of all assignments, sorted by token"""
     token_A: Tensor
-    """the gate's tokens"""
+    """token of each assignment, in the gate's order"""
     sorted_token_A: Tensor
+    """token of each assignment, ascending"""
     num_tokens: int
 
     @staticmethod
-    def of(routing: Routing, order_A: Tensor, num_tokens: int) -> _Order:
+    def from_order(routing: Routing, order_A: Tensor, num_tokens: int) -> _SortedAssignments:
+        """Invert the order and list the positions by token."""
         position_A = torch.empty_like(order_A)
         position_A[order_A] = torch.arange(len(order_A), device=order_A.device)
-        token_A = sorted_token_A = routing.token_A
+        token_A = routing.token_A
+        sorted_token_A = token_A
         if not routing.token_major:
             sorted_token_A, by_token_A = token_A.sort(stable=True)
             position_A = position_A[by_token_A]
-        return _Order(order_A, position_A, token_A, sorted_token_A, num_tokens)
+        return _SortedAssignments(order_A, position_A, token_A, sorted_token_A, num_tokens)
 
-    def all_rows(self, expert_offsets_E: Tensor) -> PermutedTokens:
-        """Every assignment as a row."""
-        token_offsets_T1 = F.pad(
-            bincount_static(self.token_A, self.num_tokens).cumsum(0), (1, 0)
-        )
+    def permute_all(self, expert_offsets_E: Tensor) -> PermutedTokens:
+        """Return all assignments as rows."""
+        counts_T = bincount_static(self.token_A, self.num_tokens)
         return PermutedTokens(
-            self.order_A,
-            self.token_A[self.order_A],
-            self.position_A,
-            token_offsets_T1,
-            expert_offsets_E,
+            source_index_S=self.order_A,
+            token_S=self.token_A[self.order_A],
+            unpermute_index_S=self.position_A,
+            token_offsets_T1=F.pad(counts_T.cumsum(0), (1, 0)),
+            expert_offsets_E=expert_offsets_E,
         )
 
-    def rows(self, first: int, ends_G: Tensor, length: int | None = None) -> PermutedTokens:
-        """The rows from place `first` on, whose groups end at `first` + `ends_G`; `length` is the last end if known."""
-        last = ends_G[-1:] if len(ends_G) else 0
-        inside_A = (self.position_A >= first) & (self.position_A < first + last)
-        unpermute_index_S = _first(self.position_A, inside_A)[:length] - first
+    def permute(self, first: int, ends_G: Tensor, length: int | None = None) -> PermutedTokens:
+        """Return the assignments from position `first` on as rows.
+
+        Args:
+            first: position in order_A of the first row.
+            ends_G: end of each expert's rows, relative to `first`.
+            length: value of `ends_G[-1]` where the host knows it; None leaves padding.
+        """
+        num_rows = ends_G[-1:] if len(ends_G) else 0
+        inside_A = (self.position_A >= first) & (self.position_A < first + num_rows)
         source_index_S = self.order_A[first:][:length]
         return PermutedTokens(
-            source_index_S,
-            self.token_A[source_index_S],
-            unpermute_index_S,
-            self.bags(inside_A),
-            ends_G,
+            source_index_S=source_index_S,
+            token_S=self.token_A[source_index_S],
+            unpermute_index_S=_stable_partition(self.position_A, inside_A)[:length] - first,
+            token_offsets_T1=self.token_offsets(inside_A),
+            expert_offsets_E=ends_G,
         )
 
-    def bags(self, inside_A: Tensor) -> Tensor:
-        """Where each token's rows start among the rows that are inside."""
+    def token_offsets(self, inside_A: Tensor) -> Tensor:
+        """Return where each token's rows start, counting rows inside the mask only: [T + 1]."""
         counts_T = torch.zeros(self.num_tokens, dtype=torch.int64, device=inside_A.device)
-        return F.pad(
-            counts_T.scatter_add_(0, self.sorted_token_A, inside_A.long()).cumsum(0), (1, 0)
-        )
+        counts_T.scatter_add_(0, self.sorted_token_A, inside_A.long())
+        return F.pad(counts_T.cumsum(0), (1, 0))
 
 
-def _to_host(
+@dataclass(frozen=True, slots=True)
+class _HostCounts:
+    """Row counts that the host needs before it can launch the dispatch."""
+
+    splits: AllToAllSplits | None
+    num_routed: int
+    """rows for routed experts"""
+    zero_computation: list[int]
+    """rows of each zero-computation expert"""
+
+
+def _read_counts(
     dispatched_C: Tensor, num_experts: int, group: dist.ProcessGroup | None
-) -> tuple[AllToAllSplits | None, int, list[int]]:
-    """(what an exchange must know, rows for routed experts, rows of each local path): one exchange, one copy."""
-    kept_E, num_paths = dispatched_C[:num_experts], len(dispatched_C) - num_experts
+) -> _HostCounts:
+    """Exchange row counts between ranks and copy them to the host, in one copy."""
+    dispatched_E = dispatched_C[:num_experts]
+    zero_computation_counts = dispatched_C[num_experts:]
     if group is None:
-        num_routed, *local_counts = torch.cat(
-            [kept_E.sum(0, keepdim=True), dispatched_C[num_experts:]]
+        num_routed, *on_host = torch.cat(
+            [dispatched_E.sum(0, keepdim=True), zero_computation_counts]
         ).tolist()
-        return None, num_routed, local_counts
-    sent_PE = kept_E.view(dist.get_world_size(group), -1)
+        return _HostCounts(None, num_routed, on_host)
+    sent_PE = dispatched_E.view(dist.get_world_size(group), -1)
     received_PE = torch.empty_like(sent_PE)
     dist.all_to_all_single(received_PE, sent_PE.contiguous(), group=group)
-    numbers = torch.cat(
-        [dispatched_C[num_experts:], sent_PE.sum(1), received_PE.sum(1)]
-    ).tolist()
-    local_counts, numbers = numbers[:num_paths], numbers[num_paths:]
-    send, receive = numbers[: len(sent_PE)], numbers[len(sent_PE) :]
-    return AllToAllSplits(send, receive, received_PE), sum(send), local_counts
+    sizes = [len(zero_computation_counts), len(sent_PE)]
+    numbers = torch.cat([zero_computation_counts, sent_PE.sum(1), received_PE.sum(1)]).tolist()
+    input_splits = numbers[sizes[0] : sum(sizes)]
+    splits = AllToAllSplits(input_splits, numbers[sum(sizes) :], received_PE)
+    return _HostCounts(splits, sum(input_splits), numbers[: sizes[0]])
 
 
-def _survivors_first(
-    routing: Routing, assigned_C: Tensor, limit: int | Tensor, num_experts: int
+def _apply_capacity(
+    routing: Routing, assigned_C: Tensor, capacity: int | Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """(assignments sorted by choice, those over the limit after all others; survivors per choice)."""
-    limit_C = limit
-    if isinstance(limit, int):
-        limit_C = torch.full_like(assigned_C, len(routing.expert_A))
-        limit_C[:num_experts] = limit
-    priority_A = (
-        routing.weight_A.detach().abs() if routing.priority_A is None else routing.priority_A
-    )
-    by_priority = priority_A.argsort(descending=True, stable=True)
-    order_A = by_priority[routing.expert_A[by_priority].argsort(stable=True)]
+    """Sort assignments by choice and move those over capacity behind all others.
+
+    Returns:
+        (sorted assignments [A], number of dispatched assignments per choice [C]).
+    """
+    if isinstance(capacity, int):
+        capacity_C = torch.full_like(assigned_C, len(routing.expert_A))
+        capacity_C[:num_experts] = capacity
+    else:
+        capacity_C = capacity
+    priority_A = routing.priority_A
+    if priority_A is None:
+        priority_A = routing.weight_A.detach().abs()
+    by_priority_A = priority_A.argsort(descending=True, stable=True)
+    order_A = by_priority_A[routing.expert_A[by_priority_A].argsort(stable=True)]
     choice_A = routing.expert_A[order_A]
-    place_A = (
-        torch.arange(len(order_A), device=order_A.device)
-        - exclusive_cumsum(assigned_C)[choice_A]
-    )
-    return _first(order_A, place_A < limit_C[choice_A]), torch.minimum(assigned_C, limit_C)
+    position_A = torch.arange(len(order_A), device=order_A.device)
+    rank_in_choice_A = position_A - exclusive_cumsum(assigned_C)[choice_A]
+    within_capacity_A = rank_in_choice_A < capacity_C[choice_A]
+    return _stable_partition(order_A, within_capacity_A), torch.minimum(assigned_C, capacity_C)
 
 
-def _first(values: Tensor, mask: Tensor) -> Tensor:
-    """The values where the mask is set, then the others, both in their order; without waiting for the device."""
+def _stable_partition(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the values where the mask is set, then the others, both in their order.
+
+    Unlike boolean indexing this does not synchronise with the device.
+    """
     rank = mask.cumsum(0)
-    place = torch.where(mask, rank - 1, rank[-1:] + (~mask).cumsum(0) - 1)
-    return torch.empty_like(values).scatter_(0, place, values)
+    position = torch.where(mask, rank - 1, rank[-1:] + (~mask).cumsum(0) - 1)
+    return torch.empty_like(values).scatter_(0, position, values)
 
 
 def bincount_static(index: Tensor, size: int) -> Tensor:
-    """How often each of 0 .. size - 1 occurs: int64 [size]. Unlike bincount it never waits for the device."""
+    """Count how often each of 0 .. size - 1 occurs: int64 [size].
+
+    Unlike torch.bincount its output shape is static, so it does not synchronise with the
+    device.
+    """
     counts = torch.zeros(size, dtype=torch.int64, device=index.device)
     return counts.scatter_add_(0, index, torch.ones_like(index))
 
 
 def exclusive_cumsum(counts: Tensor) -> Tensor:
-    """Where consecutive groups of these sizes start."""
+    """Return the start of each of consecutive groups with these sizes."""
     return counts.cumsum(0) - counts

@@ -24,7 +24,9 @@ def test_gather_and_combine_against_a_loop_with_gradients(limit):
         [2, 0, 1, 1, 1, 2, 2],
     )  # token 2 has none, (3, 1) and (0, 2) repeat
     weights = torch.tensor([3.0, 2, 5, 4, 1, 6, 7])
-    rows = build_dispatch_plan(make_routing(tokens, experts, weights), 4, 3, limit=limit).routed
+    rows = build_dispatch_plan(
+        make_routing(tokens, experts, weights), 4, 3, capacity=limit
+    ).routed
     kept = [
         a for a in range(7) if limit is None or a not in (0, 4)
     ]  # the smallest of those at experts 1 and 2
@@ -62,7 +64,7 @@ def test_weights_of_dropped_assignments_have_no_gradient():
     """Whatever an expert function leaves in the places that are no rows."""
     weights = torch.tensor([1.0, 2, 3], requires_grad=True)
     rows = build_dispatch_plan(
-        make_routing([0, 1, 2], [0, 0, 1], weights), 3, 2, limit=1
+        make_routing([0, 1, 2], [0, 0, 1], weights), 3, 2, capacity=1
     ).routed
     weight_S = GatherWeights.apply(weights, rows)
     assert weight_S[:2].tolist() == [2, 3]
@@ -146,21 +148,25 @@ def _exchange(ep_size, case):
     )
     weights = (rows.detach()[:, 2] + 10).requires_grad_()
     experts = [e for e in range(num_experts) for _ in range(int(kept[e]))]
-    sizes = build_dispatch_plan(
+    splits = build_dispatch_plan(
         make_routing(list(range(len(experts))), experts),
         len(experts),
         num_experts,
         group=groups.ep_group,
-    ).sizes
-    exchange = AllToAll((rows, weights), sizes.send, sizes.receive, groups.ep_group)
+    ).splits
+    exchange = AllToAll(
+        (rows, weights), splits.input_splits, splits.output_splits, groups.ep_group
+    )
     beside = (rows * 0.5).sum()  # its backward runs while gradients travel
     received, received_weights = exchange.finish()
-    arrived = sort_received_by_expert(sizes)
+    arrived = sort_received_by_expert(splits)
     there = PermuteTokens.apply(received, arrived)
     out = UnpermuteTokens.apply(
         there * (1 + groups.rank), GatherWeights.apply(received_weights, arrived), arrived
     )
-    (back,) = AllToAll((out,), sizes.receive, sizes.send, groups.ep_group).finish()
+    (back,) = AllToAll(
+        (out,), splits.output_splits, splits.input_splits, groups.ep_group
+    ).finish()
     (back.square().sum() + beside).backward()
     return {
         "kept": kept.tolist(),

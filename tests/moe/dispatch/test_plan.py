@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.routings import make_routing
-from megatron.moe.dispatch.plan import DispatchPlan, build_dispatch_plan, expert_capacity
+from megatron.moe.dispatch.plan import DispatchPlan, build_dispatch_plan, capacity_from_factor
 
 
 def test_capacity_formula():
-    assert expert_capacity(100, 8, 0.0, 4) is None
-    assert expert_capacity(100, 8, 1.25, 4) == 16  # ceil(100 / 8 * 1.25) = ceil(15.625)
-    assert expert_capacity(100, 64, 1.0, 4) == 4  # the minimum
-    assert expert_capacity(100, 8, 100.0, 4) == 100  # never above the tokens
-    assert expert_capacity(3, 8, 1.0, 4) == 3
-    assert expert_capacity(0, 8, 1.0, 4) == 0
+    assert capacity_from_factor(100, 8, 0.0, 4) is None
+    assert capacity_from_factor(100, 8, 1.25, 4) == 16  # ceil(100 / 8 * 1.25) = ceil(15.625)
+    assert capacity_from_factor(100, 64, 1.0, 4) == 4  # the minimum
+    assert capacity_from_factor(100, 8, 100.0, 4) == 100  # never above the tokens
+    assert capacity_from_factor(3, 8, 1.0, 4) == 3
+    assert capacity_from_factor(0, 8, 1.0, 4) == 0
 
 
 assignments = st.lists(
@@ -54,9 +54,12 @@ def test_plan_against_a_loop(triples, limit, choices, token_major):
     assert plan.dispatched_T.tolist() == [
         sum(tokens[a] == t for k in kept for a in k) for t in range(7)
     ]
-    assert plan.local_counts == [len(k) for k in kept[num_experts:]]
-    assert plan.sizes is None and (plan.local is None) == (num_local == 0)
-    for rows, groups in ((plan.routed, kept[:num_experts]), (plan.local, kept[num_experts:])):
+    assert plan.zero_computation_counts == [len(k) for k in kept[num_experts:]]
+    assert plan.splits is None and (plan.zero_computation is None) == (num_local == 0)
+    for rows, groups in (
+        (plan.routed, kept[:num_experts]),
+        (plan.zero_computation, kept[num_experts:]),
+    ):
         if rows is not None:
             check_rows(rows, groups, tokens)
 
@@ -87,16 +90,20 @@ def test_paths_that_return_zeros_have_no_rows_and_each_choice_may_have_its_own_l
     routing = make_routing(
         [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 0, 0, 3, 3, 1, 4, 4, 2], torch.arange(9.0)
     )
-    plan = build_dispatch_plan(routing, 3, 2, 3, num_zero_paths=1)
+    plan = build_dispatch_plan(routing, 3, 2, 3, num_zero_output=1)
     assert plan.dispatched_C.tolist() == [3, 1, 1, 2, 2] and plan.dispatched_T.tolist() == [
         3,
         3,
         3,
     ]
-    assert plan.local_counts == [1, 2, 0] and plan.local.source_index_S.tolist() == [8, 3, 4]
-    assert plan.local.counts() == [1, 2]
+    assert plan.zero_computation_counts == [
+        1,
+        2,
+        0,
+    ] and plan.zero_computation.source_index_S.tolist() == [8, 3, 4]
+    assert plan.zero_computation.counts() == [1, 2]
     plan = build_dispatch_plan(
-        routing, 3, 2, 3, torch.tensor([2, 9, 0, 1, 1]), num_zero_paths=1
+        routing, 3, 2, 3, torch.tensor([2, 9, 0, 1, 1]), num_zero_output=1
     )
     assert plan.assigned_C.tolist() == [3, 1, 1, 2, 2] and plan.dispatched_C.tolist() == [
         2,
@@ -106,18 +113,21 @@ def test_paths_that_return_zeros_have_no_rows_and_each_choice_may_have_its_own_l
         1,
     ]
     assert plan.routed.source_index_S.tolist() == [2, 1, 5] and plan.routed.counts() == [2, 1]
-    assert plan.local.counts() == [0, 1] and plan.local.source_index_S.tolist() == [4]
+    assert plan.zero_computation.counts() == [
+        0,
+        1,
+    ] and plan.zero_computation.source_index_S.tolist() == [4]
 
 
 def test_local_paths_that_all_return_zeros():
     for limit in (None, 1):
         plan = build_dispatch_plan(
-            make_routing([0, 0, 1, 1], [0, 2, 1, 3]), 2, 2, 2, limit, num_zero_paths=2
+            make_routing([0, 0, 1, 1], [0, 2, 1, 3]), 2, 2, 2, limit, num_zero_output=2
         )
         assert (
-            plan.local_counts == [0, 0]
-            and plan.local.counts() == []
-            and plan.local.token_offsets_T1.tolist() == [0, 0, 0]
+            plan.zero_computation_counts == [0, 0]
+            and plan.zero_computation.counts() == []
+            and plan.zero_computation.token_offsets_T1.tolist() == [0, 0, 0]
         )
         assert plan.dispatched_C.tolist() == [1, 1, 1, 1] and plan.routed.token_S.tolist() == [
             0,
@@ -138,8 +148,8 @@ def test_priority_decides_who_survives():
 
 def test_a_list_that_needs_no_order():
     routing = make_routing([2, 0, 0], [1, 1, 3])
-    plan = DispatchPlan.as_listed(routing, 3, 5)
-    assert plan.routed is None and plan.local is None and plan.sizes is None
+    plan = DispatchPlan.unpermuted(routing, 3, 5)
+    assert plan.routed is None and plan.zero_computation is None and plan.splits is None
     assert plan.assigned_C.tolist() == plan.dispatched_C.tolist() == [0, 2, 0, 1, 0]
     assert plan.dispatched_T.tolist() == [2, 0, 1]
 

@@ -48,7 +48,7 @@ def check_mlp(backend, dtype, activation, assignments, num_tokens, limit=None):
         make_routing([t for t, _ in assignments], [e for _, e in assignments], weight),
         num_tokens,
         E,
-        limit=limit,
+        capacity=limit,
     )
     rows = plan.routed
     kept = rows.source_index_S[: sum(rows.counts())].tolist()

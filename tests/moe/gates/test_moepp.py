@@ -220,7 +220,7 @@ def test_work_is_really_saved():
             ("zero", E + 2, E + 4),
         )
     }
-    assert got["local_fraction"] == pytest.approx(1 - seen["experts"] / 80)
+    assert got["zero_computation_fraction"] == pytest.approx(1 - seen["experts"] / 80)
     assert {n: got[f"{n}_fraction"] for n in share} == pytest.approx(share)
 
 
@@ -463,7 +463,7 @@ def test_a_token_may_take_every_choice():
         gate(GateInput(torch.randn(3, 4))).expert_A.view(3, 5).sort().values.tolist()
         == [[0, 1, 2, 3, 4]] * 3
     )
-    assert layer.counters[True]["kept_histogram"].tolist() == [0, 0, 0, 0, 0, 4]
+    assert layer.counters[True]["experts_per_token_histogram"].tolist() == [0, 0, 0, 0, 0, 4]
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_capacity_keeps_better_ranks_first_then_higher_probability():
     """A token's weak first choice beats another token's strong second choice."""
     gate, x, out = run(0.95, seed=4, tokens=30)
     kept, _, _ = dumb(gate, x)
-    plan = build_dispatch_plan(out, 30, 6, 0, limit=4)
+    plan = build_dispatch_plan(out, 30, 6, 0, capacity=4)
     kept_A = plan.routed.source_index_S[: plan.dispatched_C.sum()]
     survivors = set(zip(out.token_A[kept_A].tolist(), out.expert_A[kept_A].tolist()))
     for expert in range(6):
