@@ -105,9 +105,10 @@ class UnpermuteTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_TD: Tensor) -> tuple:
         grad_SD = gather_rows(grad_TD, ctx.permuted.token_S[: ctx.length])
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor only once
+        if not saved:
             return grad_SD, None, None
-        rows_SD, weight_S = ctx.saved_tensors
+        rows_SD, weight_S = saved
         grad_weight_S = None
         if ctx.needs_input_grad[1]:
             grad_weight_S = (grad_SD * rows_SD).sum(-1, dtype=weight_S.dtype)
