@@ -40,6 +40,7 @@ COPY, BARE, LOAD, STEP, BESIDE = (
 
 def configuration(quick: bool, folder: str, async_save: bool = False, load: str = "") -> Any:
     from megatron.config.schema import (
+        CheckpointConfig,
         ModelConfig,
         MoEConfig,
         OptimizerConfig,
@@ -64,8 +65,8 @@ def configuration(quick: bool, folder: str, async_save: bool = False, load: str 
             moe_expert_parallel_size=RANKS,
         ),
         optimizer=OptimizerConfig(bf16=True),
-        train=TrainConfig(
-            micro_batch_size=1,
+        train=TrainConfig(micro_batch_size=1),
+        checkpoint=CheckpointConfig(
             save=folder,
             async_save=async_save,
             load=load,
@@ -86,7 +87,7 @@ class Run:
         model = build_model(
             config.model, config.moe, {}, vocab_size=8192, seed=1, groups=groups
         )
-        self.engine = Engine(model, config.optimizer, config.train, groups)
+        self.engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
 
     def checkpoints(self, folder: Path, async_save: bool) -> Any:
         from megatron.checkpoint.metadata import RunMetadata
@@ -94,7 +95,7 @@ class Run:
 
         config = configuration(True, str(folder), async_save)
         return Checkpointer(
-            config.train,
+            config.checkpoint,
             self.engine,
             RunMetadata(self.config, {}, {"ranks": RANKS}),
             self.groups,
@@ -154,7 +155,7 @@ def torch_save(run: Run, path: Path) -> None:
 
 def restore(run: Run, folder: Path) -> None:
     from megatron.checkpoint import loader
-    from megatron.config.checkpoints import CheckpointConfig
+    from megatron.config.checkpoint import CheckpointConfig
 
     source = loader.find_checkpoint(CheckpointConfig(load=str(folder)), run.groups)
     source.restore(run.engine, run.groups)

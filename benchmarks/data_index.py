@@ -109,7 +109,7 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
 
     torch.set_num_threads(1)
     from benchmarks.train_step import THRESHOLD, VOCAB, configs
-    from megatron.config.schema import DataConfig
+    from megatron.config.schema import DataConfig, DeepSpeedConfig
     from megatron.engine import distributed as parallel
     from megatron.engine.engine import Engine
     from megatron.model.builder import build_model
@@ -130,6 +130,7 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
             groups=groups,
         ),
         optimizer,
+        DeepSpeedConfig(),
         train,
         groups,
     )

@@ -119,6 +119,7 @@ def configs():
 
 def make_engines(groups, batch):
     """(mixture engine, dense engine of equal active width, mean experts per token by layer)."""
+    from megatron.config.schema import DeepSpeedConfig
     from megatron.engine.engine import Engine
     from megatron.model.builder import build_model
     from megatron.model.gpt import GPT
@@ -131,6 +132,7 @@ def make_engines(groups, batch):
             model, moe, {"threshold": THRESHOLD}, vocab_size=VOCAB, seed=0, groups=groups
         ),
         optimizer,
+        DeepSpeedConfig(),
         train,
         groups,
     )
@@ -149,7 +151,13 @@ def make_engines(groups, batch):
     twin.init_weights(0)
     return (
         mixture,
-        Engine(twin, optimizer, train, replace(groups, ep_size=1, ep_group=None)),
+        Engine(
+            twin,
+            optimizer,
+            DeepSpeedConfig(),
+            train,
+            replace(groups, ep_size=1, ep_group=None),
+        ),
         kept,
     )
 
@@ -252,12 +260,14 @@ def our_step(s: Shape, batch) -> Callable[[], float]:
     from megatron.engine import distributed as parallel
 
     groups = parallel.init_distributed(1)
+    from megatron.config.schema import DeepSpeedConfig
     from megatron.engine.engine import (
         Engine,
     )  # imports DeepSpeed: only after `groups` prepared its environment
     from megatron.training import profile_report, profiler
 
-    engine = Engine(*our_model(s, groups), groups)
+    model, optimizer, train = our_model(s, groups)
+    engine = Engine(model, optimizer, DeepSpeedConfig(), train, groups)
     name_parts(
         engine.model,
         engine.model.norm,

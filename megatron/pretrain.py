@@ -44,7 +44,6 @@ def train(config: RunConfig, started: float | None = None) -> None:
     from megatron.model.builder import build_model, size_table
     from megatron.parallel import rng
     from megatron.tokenizer.build import build_tokenizer
-    from megatron.training.profiler import StepProfiler
     from megatron.training.startup_timer import StartupTimer
 
     start_up = StartupTimer(started)
@@ -52,7 +51,7 @@ def train(config: RunConfig, started: float | None = None) -> None:
     tokenizer = build_tokenizer(config.tokenizer)
     start_up.mark("tokenizer")
     groups = parallel.init_distributed(
-        config.moe.moe_expert_parallel_size, config.train.timeout_minutes
+        config.moe.moe_expert_parallel_size, config.fault_tolerance.timeout_minutes
     )
     from megatron.checkpoint import (
         loader,
@@ -93,25 +92,27 @@ def train(config: RunConfig, started: float | None = None) -> None:
     start_up.mark("model")
     if source:
         source.load_weights(model, groups)
-    engine = Engine(model, config.optimizer, t, groups)
+    engine = Engine(model, config.optimizer, config.deepspeed, t, groups)
     rng.seed_rank(t.seed, groups.rank)
     if source:
         source.restore(engine, groups)
-    profiler = (
-        StepProfiler(t, groups, progress.iteration, plan.iterations) if t.profile else None
-    )
+    profiler = _build_profiler(config, groups, progress.iteration, plan.iterations)
     log_run_summary(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
 
     batches = partial(_loader, config, plan, groups, tokenizer, vocab_size)
-    sinks = build_metric_writers(t, groups.rank, plan.iterations)
+    sinks = build_metric_writers(
+        config.logging, config.checkpoint.save, groups.rank, plan.iterations
+    )
     start_up.mark("engine")
     with (
         contextlib.closing(sinks),
-        Checkpointer(t, engine, record, groups, source) as checkpoints,
+        Checkpointer(config.checkpoint, engine, record, groups, source) as checkpoints,
     ):
         Trainer(
             engine,
             t,
+            config.checkpoint,
+            config.fault_tolerance,
             plan,
             schedule,
             groups,
@@ -125,9 +126,22 @@ def train(config: RunConfig, started: float | None = None) -> None:
             checkpoints,
             progress,
             start_up,
-            GracefulStop(t, groups, started),
+            GracefulStop(config.fault_tolerance, groups, started),
             profiler,
         ).run()
+
+
+def _build_profiler(config: RunConfig, groups, done: int, iterations: int):
+    """Build the profiler of --profile, or return None without it."""
+    from megatron.training.profiler import StepProfiler, profile_folder
+
+    if not config.profiling.profile:
+        return None
+    last = config.fault_tolerance.last_iteration(done, iterations)
+    folder = profile_folder(
+        config.profiling, config.checkpoint.save, config.logging.tensorboard_dir
+    )
+    return StepProfiler(config.profiling, folder, groups, done, last)
 
 
 def _vocab_size(config: RunConfig, tokenizer) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.config.schema import TrainConfig
+from megatron.config.schema import SECTIONS
 from megatron.moe.gate import _registry, available_gates, create_gate, gate_config_class
 from megatron.moe.routing import GateInput
 
@@ -27,7 +27,10 @@ def test_the_page_on_checkpoints_names_what_exists(finished):
     for name in re.findall(r"`((?:megatron|tests)/[\w./]+)`", CHECKPOINTS):
         assert (REPO / name).exists(), name
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9-]+)", CHECKPOINTS)}
-    assert flags <= {f.name for f in dataclasses.fields(TrainConfig)} | {"config"}
+    known = {"config"}
+    for section in SECTIONS.values():
+        known |= {f.name for f in dataclasses.fields(section)}
+    assert flags <= known
     folder = finished / "checkpoints/iter_0000020"
     named = set(re.findall(r"^    (\w+\.\w+)", CHECKPOINTS, re.MULTILINE))
     assert named | {"rank_00001.safetensors"} == {p.name for p in folder.iterdir()}

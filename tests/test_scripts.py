@@ -195,11 +195,14 @@ def test_every_variable_arrives(tmp_path):
         0,
         9,
     )
-    assert (o.lr, o.min_lr, o.lr_warmup_fraction, o.zero_stage) == (1e-3, 1e-5, 0.2, 2)
-    assert (t.log_interval, t.eval_interval, t.eval_iters, t.save_interval) == (5, 7, 3, 11)
+    assert (o.lr, o.min_lr, o.lr_warmup_fraction) == (1e-3, 1e-5, 0.2)
+    assert c.deepspeed.zero_stage == 2
+    assert (t.log_interval, t.eval_interval, t.eval_iters) == (5, 7, 3)
+    assert c.checkpoint.save_interval == 11
     assert t.recompute_activations and c.data.data_path == ("0.3", "a", "0.7", "b")
     assert (c.tokenizer.vocab_file, c.tokenizer.merge_file) == ("v.json", "m.txt")
-    assert (t.save, t.metrics_file, t.tensorboard_dir) == (
+    logging = c.logging
+    assert (c.checkpoint.save, logging.metrics_file, logging.tensorboard_dir) == (
         "o/checkpoints",
         "o/metrics.jsonl",
         "o/tensorboard",
@@ -512,15 +515,15 @@ def test_a_variable_that_makes_no_sense_is_an_error(tmp_path):
 
 def test_same_name_resumes(tmp_path):
     """With whatever is whole there; a folder that the caller names must hold a checkpoint."""
-    train = config_of(dry(tmp_path, OUTPUT_DIR="out")[0]).train
-    assert (train.load, train.save, train.load_or_init) == (
+    checkpoint = config_of(dry(tmp_path, OUTPUT_DIR="out")[0]).checkpoint
+    assert (checkpoint.load, checkpoint.save, checkpoint.load_or_init) == (
         "out/checkpoints",
         "out/checkpoints",
         True,
     )
     for words in (("--load", "elsewhere"), ("--load=elsewhere",)):
-        train = config_of(dry(tmp_path, *words, OUTPUT_DIR="out")[0]).train
-        assert (train.load, train.load_or_init) == ("elsewhere", False)
+        checkpoint = config_of(dry(tmp_path, *words, OUTPUT_DIR="out")[0]).checkpoint
+        assert (checkpoint.load, checkpoint.load_or_init) == ("elsewhere", False)
 
 
 def test_demo_trains_what_the_benchmark_measures():

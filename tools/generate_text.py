@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron.config.checkpoints import CheckpointConfig
+    from megatron.config.checkpoint import CheckpointConfig
     from megatron.engine import distributed as parallel
     from megatron.inference.generate import generate
     from megatron.model.builder import build_model
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
     config = source.record.config
     ep_size = config.moe.moe_expert_parallel_size
     groups = parallel.init_distributed(
-        ep_size if groups.world_size % ep_size == 0 else 1, config.train.timeout_minutes
+        ep_size if groups.world_size % ep_size == 0 else 1,
+        config.fault_tolerance.timeout_minutes,
     )
     tokenizer = build_tokenizer(config.tokenizer)
     source.check(RunMetadata.of(config, groups, tokenizer))
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
     )
 
     source.load_weights(model, groups)
-    engine = Engine(model, config.optimizer, replace(config.train, global_batch_size=0), groups)
+    train = replace(config.train, global_batch_size=0)
+    engine = Engine(model, config.optimizer, config.deepspeed, train, groups)
     prompts = [tokenizer.encode(p).tolist() for p in args.prompt]
     outputs = generate(
         engine.model,

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.fields import require
 from megatron.io import atomic_write
 from megatron.io.atomic_write import fsync_directory

@@ -20,7 +20,7 @@ from megatron.checkpoint.compatibility import (
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress, progress_of
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config import cli
-from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.schema import RunConfig, require
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import MOMENTS, GlobalLayout, load_weights
@@ -155,7 +155,7 @@ def load_for_run(
 
     Raises as `find` and `Source.adopt` do.
     """
-    source = find_checkpoint(config.train, groups)
+    source = find_checkpoint(config.checkpoint, groups)
     return (
         (source, source.adopt(config, groups), source.progress)
         if source

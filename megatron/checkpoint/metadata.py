@@ -60,7 +60,7 @@ class RunMetadata:
         topology = {
             "ranks": groups.world_size,
             "expert_parallel_size": groups.ep_size,
-            "zero_stage": config.optimizer.zero_stage,
+            "zero_stage": config.deepspeed.zero_stage,
             "precision": config.optimizer.precision,
         }
         return RunMetadata(

@@ -20,7 +20,7 @@ from megatron.checkpoint import directory
 from megatron.checkpoint.loader import LoadedCheckpoint
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
 from megatron.checkpoint.reader import make_index, shard_name, write_tensors
-from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import ZeroShards
 from megatron.io.atomic_write import fsync_directory

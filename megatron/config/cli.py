@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from megatron import __version__
 from megatron.config import gate_overrides
-from megatron.config.schema import SECTIONS, MoEConfig, RunConfig, require
+from megatron.config.schema import RUN_JSON_LAYOUT, SECTIONS, MoEConfig, RunConfig, require
 from megatron.io.atomic_write import write_text
 
 # XMoE's spellings of --gate.
@@ -125,8 +125,12 @@ def parse_with(
     if options is not None:
         classes["options"] = options
     if gate == stored_gate:
+        gate_flags = flags_of(classes["gate_options"], "gate_options")
         stored["gate_options"] = _typed(
-            stored.get("gate_options", {}), "gate_options", classes["gate_options"], path
+            stored.get("gate_options", {}),
+            "gate_options",
+            {flag.name: flag for flag in gate_flags},
+            path,
         )
     elif stored.pop("gate_options", {}):
         logging.getLogger(__name__).warning(
@@ -547,32 +551,38 @@ def _load_json(path: str | Path) -> Any:
 
 
 def _sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
-    """The sections with their values checked and typed; gate options are not: their gate may not be known yet."""
+    """Return the config sections stored in a run.json, with their values checked and typed.
+
+    Gate options are returned as they are: their gate may not be known yet.
+    """
     require(isinstance(content, dict), where, content, "a JSON object")
-    known = [*SECTIONS, "gate_options"]
-    for section, values in content.items():
-        if section not in known:
-            raise ValueError(_unknown_key(where, section, known))
-        require(isinstance(values, dict), f"{where}: {section}", values, "a JSON object")
-    return {
-        section: _typed(values, section, SECTIONS[section], where)
-        if section in SECTIONS
-        else values
-        for section, values in content.items()
-    }
+    for stored_section, values in content.items():
+        if stored_section not in RUN_JSON_LAYOUT:
+            raise ValueError(_unknown_key(where, stored_section, list(RUN_JSON_LAYOUT)))
+        require(isinstance(values, dict), f"{where}: {stored_section}", values, "a JSON object")
+    sections: dict[str, dict[str, Any]] = {}
+    for stored_section, values in content.items():
+        if stored_section == "gate_options":
+            sections["gate_options"] = values
+            continue
+        flags = {}
+        for section in RUN_JSON_LAYOUT[stored_section]:
+            flags.update({flag.name: flag for flag in flags_of(SECTIONS[section], section)})
+        for name, value in _typed(values, stored_section, flags, where).items():
+            sections.setdefault(flags[name].section, {})[name] = value
+    return sections
 
 
-def _typed(values: dict[str, Any], section: str, cls: type, where: str) -> dict[str, Any]:
-    flags = {flag.name: flag for flag in flags_of(cls, section)}
+def _typed(
+    values: dict[str, Any], stored_section: str, flags: dict[str, Flag], where: str
+) -> dict[str, Any]:
+    """Check the keys of one section of run.json and convert its values to their types."""
     for name in values:
         if name not in flags:
-            raise ValueError(
-                _unknown_key(
-                    where, f"{section}.{name}", [f"{section}.{known}" for known in flags]
-                )
-            )
+            known = [f"{stored_section}.{known}" for known in flags]
+            raise ValueError(_unknown_key(where, f"{stored_section}.{name}", known))
     return {
-        name: _value(flags[name], value, f"{where}: {section}.{name}")
+        name: _value(flags[name], value, f"{where}: {stored_section}.{name}")
         for name, value in values.items()
     }
 

@@ -1,35 +1,78 @@
-"""What config classes are made of: fields with extra spellings or choices, and checks with one form of message."""
+"""Building blocks of the config classes: field declarations and checks with one form of message."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
 
 
 def option(default: Any, *flags: str, choices: tuple | None = None) -> Any:
-    """A dataclass field with extra flag spellings or a closed set of values."""
+    """Declare a dataclass field with extra flag spellings or a closed set of values.
+
+    A list or tuple as default is copied to a tuple.
+    """
     metadata = {"flags": flags, "choices": choices}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+def flag_name(field_name: str) -> str:
+    """Return the flag of a config field: `train_iters` becomes `--train-iters`."""
+    return "--" + field_name.replace("_", "-")
+
+
 def require(ok: bool, what: str, value: Any, allowed: str, advice: str = "") -> None:
-    """Raise ValueError in the project's one form: what was set, to what, what is allowed, what to do next."""
-    if not ok:
-        raise ValueError(
-            f"{what} is {value!r}; allowed: {allowed}" + (f". {advice}" if advice else "")
-        )
+    """Raise ValueError in the project's one form unless `ok`.
+
+    The message says what was set, to which value, what is allowed and, with `advice`, what
+    to do next.
+    """
+    if ok:
+        return
+    message = f"{what} is {value!r}; allowed: {allowed}"
+    if advice:
+        message += f". {advice}"
+    raise ValueError(message)
+
+
+def require_field(config: Any, name: str, ok: bool, allowed: str, advice: str = "") -> None:
+    """Raise ValueError about the field `name` of a config unless `ok`; see `require`."""
+    value = getattr(config, name)
+    if isinstance(value, tuple):
+        value = list(value)
+    require(ok, flag_name(name), value, allowed, advice)
+
+
+def require_each(
+    config: Any, names: Iterable[str], is_allowed: Callable[[Any], bool], allowed: str
+) -> None:
+    """Raise ValueError for the first named field whose value is not allowed."""
+    for name in names:
+        require_field(config, name, is_allowed(getattr(config, name)), allowed)
+
+
+def require_positive_integers(config: Any, *names: str) -> None:
+    """Raise ValueError for the first named field that is not positive."""
+    require_each(config, names, lambda value: value > 0, "a positive integer")
+
+
+def require_positive_numbers(config: Any, *names: str) -> None:
+    """Raise ValueError for the first named field that is not positive."""
+    require_each(config, names, lambda value: value > 0, "a positive number")
+
+
+def require_not_negative(config: Any, *names: str) -> None:
+    """Raise ValueError for the first named field that is negative."""
+    require_each(config, names, lambda value: value >= 0, "0 or more")
 
 
 def require_choices(config: Any) -> None:
-    """Raise ValueError for a field whose value is not among its choices."""
+    """Raise ValueError for the first field whose value is not among its choices."""
     for f in dataclasses.fields(config):
-        choices, value = f.metadata.get("choices") or (), getattr(config, f.name)
-        require(
-            not choices or value in choices,
-            f"--{f.name.replace('_', '-')}",
-            value,
-            " ".join(map(str, choices)),
-        )
+        choices = f.metadata.get("choices")
+        if choices:
+            allowed = " ".join(map(str, choices))
+            require_field(config, f.name, getattr(config, f.name) in choices, allowed)

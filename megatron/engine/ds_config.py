@@ -8,7 +8,7 @@ from typing import Any
 
 import deepspeed
 
-from megatron.config.schema import OptimizerConfig, TrainConfig
+from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 
 # What flags decide: DeepSpeed's key -> our flag. A file may repeat these values or say "auto", not contradict them.
 DECIDED = {
@@ -27,9 +27,9 @@ REFUSED = {
 
 
 def deepspeed_config(
-    optimizer: OptimizerConfig, train: TrainConfig, world_size: int
+    optimizer: OptimizerConfig, options: DeepSpeedConfig, train: TrainConfig, world_size: int
 ) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize(config=...)`; `optimizer.deepspeed_config`, a JSON file, is merged into it.
+    """The dict for `deepspeed.initialize(config=...)`; `options.deepspeed_config`, a JSON file, is merged into it.
 
     Raises:
         ValueError: the batch does not divide over the ranks; the file is missing, not JSON, or contradicts a flag.
@@ -40,19 +40,19 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": batch // (train.micro_batch_size * world_size),
         "gradient_clipping": optimizer.clip_grad,
-        "zero_optimization": {"stage": optimizer.zero_stage},
+        "zero_optimization": {"stage": options.zero_stage},
         "bf16": {"enabled": optimizer.bf16},
         "fp16": {"enabled": optimizer.fp16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,  # the training loop logs, not DeepSpeed
     }
-    if optimizer.bf16 and optimizer.zero_stage > 0:
+    if optimizer.bf16 and options.zero_stage > 0:
         # Summing 64 micro-batches in bf16, DeepSpeed's default, puts gradients off by about 1 % (seen with 0.19.8).
         # Legal at stages 1 (where it selects BF16_Optimizer), 2 and 3; stage 0 raises NotImplementedError.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if not optimizer.deepspeed_config:
+    if not options.deepspeed_config:
         return config
-    path = optimizer.deepspeed_config
+    path = options.deepspeed_config
     return _merge(config, _read(path), path)
 
 

@@ -12,7 +12,7 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from megatron.config.schema import OptimizerConfig, TrainConfig, require
+from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig, require
 from megatron.data.loader import Batch
 from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
 from megatron.engine.moe_adapter import wrap_moe_layers
@@ -43,7 +43,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: OptimizerConfig, train: TrainConfig, groups: Groups
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        ds_options: DeepSpeedConfig,
+        train: TrainConfig,
+        groups: Groups,
     ):
         require(
             not (optimizer.fp16 and groups.device.type == "cpu"),
@@ -53,14 +58,14 @@ class Engine:
             "Use --bf16, or leave it out for fp32.",
         )
         self.groups = groups
-        config = deepspeed_config(optimizer, train, groups.world_size)
-        if optimizer.deepspeed_config:
-            check_deepspeed_config(config, optimizer.deepspeed_config)
+        config = deepspeed_config(optimizer, ds_options, train, groups.world_size)
+        if ds_options.deepspeed_config:
+            check_deepspeed_config(config, ds_options.deepspeed_config)
         # DeepSpeed calls collectives by the names that torch 2.13 announces to rename.
         warnings.filterwarnings(
             "ignore", category=FutureWarning, message=".*torch.distributed.*deprecated"
         )
-        keep_gate_fp32 = optimizer.zero_stage < 3
+        keep_gate_fp32 = ds_options.zero_stage < 3
         if optimizer.precision != "fp32":
             get_logger().info(
                 "router weights are stored in %s",
@@ -68,13 +73,13 @@ class Engine:
                 if keep_gate_fp32
                 else f"{optimizer.precision} with an fp32 master copy: ZeRO 3 partitions one dtype only",
             )
-        if optimizer.zero_stage == 3:
+        if ds_options.zero_stage == 3:
             # ZeRO 3's hooks see tensors in tuples only, and a gate uses its router's weight without calling the
             # router: gather a block at once instead of module by module.
             set_z3_leaf_modules(model, [Block])
         self.layout = GlobalLayout.of(model, groups)
         wrap_moe_layers(model, groups, keep_gate_fp32=keep_gate_fp32)
-        unwatched = optimizer.zero_stage == 0 and optimizer.precision == "fp32"
+        unwatched = ds_options.zero_stage == 0 and optimizer.precision == "fp32"
         adamw = (CheckedAdamW if unwatched else AdamW)(
             parameter_groups(model, optimizer.weight_decay),
             lr=optimizer.lr,

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config.faults import FaultConfig
+from megatron.config.fault_tolerance import FaultToleranceConfig
 from megatron.log import get_logger, report_error
 from megatron.parallel.groups import Groups, all_reduce_sum
 
@@ -55,7 +55,9 @@ class GracefulStop:
         started: when the process did, as `time.time`; None: now.
     """
 
-    def __init__(self, config: FaultConfig, groups: Groups, started: float | None = None):
+    def __init__(
+        self, config: FaultToleranceConfig, groups: Groups, started: float | None = None
+    ):
         self.groups, self.minutes = groups, config.exit_duration_in_mins
         passed = 0.0 if started is None else time.time() - started
         self._deadline = (

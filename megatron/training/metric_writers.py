@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.config.schema import TrainConfig
+from megatron.config.schema import LoggingConfig
 from megatron.log import get_logger
 
 MetricsRow = dict[str, Any]
@@ -47,24 +47,29 @@ class MetricsWriters:
             sink.close()
 
 
-def build_metric_writers(train: TrainConfig, rank: int, iterations: int) -> MetricsWriters:
-    """The console, and what the flags ask for: metrics.jsonl (also with --save), TensorBoard, Weights & Biases.
+def build_metric_writers(
+    logging: LoggingConfig, save: str, rank: int, iterations: int
+) -> MetricsWriters:
+    """Build the console writer, and as configured those for metrics.jsonl, TensorBoard and Weights & Biases.
 
+    Args:
+        save: directory of the checkpoints, the default place of metrics.jsonl; empty: none.
+        iterations: optimizer steps of the complete run.
     Raises:
         ValueError: --wandb-project without the package.
     """
     if rank != 0:
         return MetricsWriters([])
     sinks: list[MetricsWriter] = [ConsoleWriter(iterations)]
-    metrics_file = train.metrics_file or (
-        str(Path(train.save) / "metrics.jsonl") if train.save else ""
-    )
+    metrics_file = logging.metrics_file
+    if save and not metrics_file:
+        metrics_file = str(Path(save) / "metrics.jsonl")
     if metrics_file:
         sinks.append(JsonlWriter(metrics_file))
-    if train.tensorboard_dir:
-        sinks.append(TensorboardWriter(train.tensorboard_dir))
-    if train.wandb_project:
-        sinks.append(WandbWriter(train.wandb_project, train.wandb_exp_name))
+    if logging.tensorboard_dir:
+        sinks.append(TensorboardWriter(logging.tensorboard_dir))
+    if logging.wandb_project:
+        sinks.append(WandbWriter(logging.wandb_project, logging.wandb_exp_name))
     return MetricsWriters(sinks)
 
 

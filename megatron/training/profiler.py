@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
-from megatron.config.schema import TrainConfig, require
+from megatron.config.schema import ProfilingConfig, require
 from megatron.io import atomic_write
 from megatron.log import get_logger
 from megatron.model.attention import Attention
@@ -42,13 +42,21 @@ class StepProfiler:
     """Profiles iterations start + 1 to end of a run on some ranks; afterwards writes the trace and the table.
 
     Args:
-        done: iterations that are done when this run starts.
-        iterations: of the whole schedule.
+        folder: where traces and tables are written.
+        done: iterations completed when this run starts.
+        iterations: number of iterations after which this run ends.
     Raises:
         ValueError: a rank that there is not, or iterations that this run does not reach.
     """
 
-    def __init__(self, config: TrainConfig, groups: Groups, done: int, iterations: int):
+    def __init__(
+        self,
+        config: ProfilingConfig,
+        folder: Path,
+        groups: Groups,
+        done: int,
+        iterations: int,
+    ):
         self.start, self.end, self.rank = (
             config.profile_step_start,
             config.profile_step_end,
@@ -66,19 +74,14 @@ class StepProfiler:
                 "--profile: iteration %d is done already; nothing is profiled", self.start + 1
             )
             self.ranks = ()
-        exit_at = (
-            (done // config.exit_interval + 1) * config.exit_interval
-            if config.exit_interval
-            else iterations
-        )
         require(
-            not self.ranks or self.end <= min(iterations, exit_at),
+            not self.ranks or self.end <= iterations,
             "--profile-step-end",
             self.end,
-            f"at most {min(iterations, exit_at)}, where this run ends",
+            f"at most {iterations}, where this run ends",
             "Set it and --profile-step-start to iterations that it does.",
         )
-        self.folder = profile_folder(config)
+        self.folder = folder
         self._profiler: torch.profiler.profile | None = None
         self._attached = contextlib.ExitStack()
         self._before_ms = 0.0
@@ -139,9 +142,11 @@ class StepProfiler:
         )
 
 
-def profile_folder(config: TrainConfig) -> Path:
-    """--profile-dir, or `profile` beside the run's other outputs: in --save, in --tensorboard-dir, or here."""
-    return Path(config.profile_dir or Path(config.save or config.tensorboard_dir) / "profile")
+def profile_folder(config: ProfilingConfig, save: str, tensorboard_dir: str) -> Path:
+    """Return --profile-dir, or else `profile` in --save, in --tensorboard-dir or in the working directory."""
+    if config.profile_dir:
+        return Path(config.profile_dir)
+    return Path(save or tensorboard_dir) / "profile"
 
 
 def write_trace(profiler: torch.profiler.profile, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from megatron.checkpoint.metadata import TrainingProgress
 from megatron.checkpoint.saver import Checkpointer
-from megatron.config.schema import TrainConfig
+from megatron.config.schema import CheckpointConfig, FaultToleranceConfig, TrainConfig
 from megatron.data.loader import Batch
 from megatron.engine.engine import Engine
 from megatron.log import get_logger
@@ -77,6 +77,8 @@ class Trainer:
         self,
         engine: Engine,
         train: TrainConfig,
+        checkpoint: CheckpointConfig,
+        fault_tolerance: FaultToleranceConfig,
         plan: TrainingPlan,
         schedule: LRSchedule,
         groups: Groups,
@@ -99,8 +101,12 @@ class Trainer:
         self.train_batches, self.eval_batches = iter(train_batches), eval_batches
         self.sinks, self.checkpoints, self.progress = sinks, checkpoints, progress
         self.start_up, self.stop, self.profiler = start_up, stop, profiler
-        self.watchdog = Watchdog(train.timeout_minutes)
-        self.spikes = SpikeDetector(train.loss_spike_threshold, train.loss_spike_window)
+        self.checkpoint_config = checkpoint
+        self.fault_tolerance = fault_tolerance
+        self.watchdog = Watchdog(fault_tolerance.timeout_minutes)
+        self.spikes = SpikeDetector(
+            fault_tolerance.loss_spike_threshold, fault_tolerance.loss_spike_window
+        )
         self.started = time.monotonic()
         self._interval = LogWindow()
         self.bad_steps = 0
@@ -120,6 +126,8 @@ class Trainer:
 
     def _run(self) -> None:
         every, last = self.config, self.plan.iterations
+        save_interval = self.checkpoint_config.save_interval
+        exit_interval = self.fault_tolerance.exit_interval
         if self.progress.iteration == 0:
             self.evaluate("valid")
         self.start_up.mark("evaluation")
@@ -136,15 +144,10 @@ class Trainer:
                 self.checkpoints.poll()
                 hurry, due = (
                     bool(self._reason),
-                    due or bool(every.save_interval and i % every.save_interval == 0),
+                    due or bool(save_interval and i % save_interval == 0),
                 )
-                if (
-                    not hurry
-                    and i < last
-                    and every.exit_interval
-                    and i % every.exit_interval == 0
-                ):
-                    self._reason = f"--exit-interval {every.exit_interval}"
+                if not hurry and i < last and exit_interval and i % exit_interval == 0:
+                    self._reason = f"--exit-interval {exit_interval}"
                 ends = i == last or bool(self._reason)
                 if i % every.log_interval == 0 or ends:
                     self.log()
@@ -156,7 +159,11 @@ class Trainer:
                     ends or (every.eval_interval and i % every.eval_interval == 0)
                 ):
                     self.evaluate("valid")
-                if every.save and (ends or due) and self._is_worth_saving(ends):
+                if (
+                    self.checkpoint_config.save
+                    and (ends or due)
+                    and self._is_worth_saving(ends)
+                ):
                     self.checkpoints.save(self.progress, last=ends)
                     due = False
                 if ends:
@@ -195,7 +202,7 @@ class Trainer:
 
     def _on_skipped_step(self, agreed: StepConsensus) -> None:
         """A step was skipped: weights, moments and gates are as before it; iteration and schedule went on."""
-        p, most, bad_ranks = self.progress, self.config.max_bad_steps, agreed.bad_ranks
+        p, most, bad_ranks = self.progress, self.fault_tolerance.max_bad_steps, agreed.bad_ranks
         self.bad_steps += 1
         what = (
             f"the loss on {bad_ranks} of {self.groups.world_size} rank(s)"
@@ -220,9 +227,9 @@ class Trainer:
             f"the loss of iteration {self.progress.iteration} is {loss:.5f}, {spike.z:.1f} deviations of "
             f"{spike.deviation:.3g} above {spike.mean:.5f}, the mean of the steps before"
         )
-        if self.config.loss_spike_action == "stop":
+        if self.fault_tolerance.loss_spike_action == "stop":
             self._abort(
-                f"{what}; allowed: --loss-spike-threshold {self.config.loss_spike_threshold:g}. Its batch "
+                f"{what}; allowed: --loss-spike-threshold {self.fault_tolerance.loss_spike_threshold:g}. Its batch "
                 "may be bad, or --lr too high; --loss-spike-action log goes on"
             )
         if spike.level_shift:

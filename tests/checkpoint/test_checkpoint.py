@@ -74,7 +74,7 @@ def _slow_save(config):
         moments = {p.name: parts.moment(p, "exp_avg").clone() for p in parts.pieces}
         run.checkpoints.save(run.progress)
         run.steps(3)
-        there = os.listdir(config.train.save)
+        there = os.listdir(config.checkpoint.save)
         gate.set()
         run.checkpoints.finish()
         return before, moments, {p.name: p.weight.clone() for p in parts.pieces}, there
@@ -109,7 +109,7 @@ def _polls(config):
         run.checkpoints.save(run.progress)
         while run.checkpoints.writing:
             run.steps(1)
-        return engines.latest(config.train.save)
+        return engines.latest(config.checkpoint.save)
     finally:
         saver.write_tensors = write
         run.close()
@@ -141,9 +141,9 @@ def _fails_once(config, rank, when):
             run.steps(1)
             run.save()
             if run.groups.is_rank0:
-                assert not list(Path(config.train.save, "checkpoint.partial").glob("iter_*")), (
-                    "half of one is left"
-                )
+                assert not list(
+                    Path(config.checkpoint.save, "checkpoint.partial").glob("iter_*")
+                ), "half of one is left"
         return run.checkpoints.failures, run.checkpoints.last_saved_message()
     finally:
         saver.write_tensors = original
@@ -293,12 +293,12 @@ def test_damage_is_named_and_the_one_before_is_used(
     config = engines.loading(config_of("", ep_size=2), folder)
     assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2
     log.setup()
-    assert loader.find_checkpoint(config.train, Groups()).path.name == "iter_0000002"
+    assert loader.find_checkpoint(config.checkpoint, Groups()).path.name == "iter_0000002"
     assert re.search(
         f"WARNING .*iter_0000003/{name} .*(falling back|not used)", capsys.readouterr().out
     )
     with pytest.raises(RuntimeError, match=f"--load-step is 3.*iter_0000003/{name}"):
-        ranks2.run(_load, replace(config, train=replace(config.train, load_step=3)))
+        ranks2.run(_load, replace(config, checkpoint=replace(config.checkpoint, load_step=3)))
     for iteration in (1, 2):
         damage(
             folder / directory.checkpoint_name(iteration) / "rank_00001.safetensors", "flipped"
@@ -315,7 +315,7 @@ def test_an_earlier_step_can_be_chosen_and_the_branch_after_it_is_the_newest(
 ):
     folder = shutil.copytree(three, tmp_path / "c")
     config = engines.loading(config_of("", ep_size=2), folder, folder)
-    earlier = replace(config, train=replace(config.train, load_step=1))
+    earlier = replace(config, checkpoint=replace(config.checkpoint, load_step=1))
     assert ranks2.run(_load, earlier) == [("iter_0000001", 1)] * 2
     ranks2.run(_saves, earlier, 1)
     assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2, (
@@ -336,7 +336,7 @@ def test_finetuning_takes_the_weights_only(precision, three, ranks1):
     config = engines.loading(config_of("", precision=precision), three)
     finetune = replace(
         config,
-        train=replace(config.train, finetune=True),
+        checkpoint=replace(config.checkpoint, finetune=True),
         optimizer=replace(config.optimizer, lr=0.5, lr_decay_style="linear"),
     )
     ((none, iteration, steps, weights),) = ranks1.run(_start, finetune)
@@ -358,14 +358,16 @@ def test_a_run_that_begins_does_not_write_among_anothers_checkpoints(three, rank
             ranks1.run(_start, config)
     config = engines.loading(config_of(""), folder, folder)
     with pytest.raises(RuntimeError, match=message):
-        ranks1.run(_start, replace(config, train=replace(config.train, finetune=True)))
+        ranks1.run(
+            _start, replace(config, checkpoint=replace(config.checkpoint, finetune=True))
+        )
     assert ranks1.run(_start, config)[0][:2] == (False, 3)
 
 
 def _count(config):
     run = engines.Run(config)
     run.engine.deepspeed.skipped_steps += 5
-    if config.train.save:
+    if config.checkpoint.save:
         run.save()
     run.close()
     return run.engine.counters()
@@ -422,7 +424,7 @@ def test_nothing_there_with_load_or_init(ranks2, tmp_path):
     with pytest.raises(RuntimeError, match="holds no checkpoint"):
         ranks2.run(_start, config)
     answers = ranks2.run(
-        _start, replace(config, train=replace(config.train, load_or_init=True))
+        _start, replace(config, checkpoint=replace(config.checkpoint, load_or_init=True))
     )
     assert [a[:3] for a in answers] == [(True, 0, 0)] * 2
 
@@ -432,7 +434,7 @@ def _adopted(config):
 
     groups = parallel.init_distributed(1)
     return (
-        loader.find_checkpoint(config.train, groups)
+        loader.find_checkpoint(config.checkpoint, groups)
         .adopt(config, groups)
         .train.global_batch_size
     )
@@ -450,7 +452,13 @@ def _adopted(config):
 def test_the_global_batch_is_kept_unless_it_is_set(options, size, three, ranks1):
     """0 is a micro-batch of each rank: of one rank 1 or 4, where four samples were trained on at once."""
     config = engines.loading(config_of(""), three)
-    config = replace(config, train=replace(config.train, **{"global_batch_size": 0, **options}))
+    options = {"global_batch_size": 0, **options}
+    finetune = options.pop("finetune", False)
+    config = replace(
+        config,
+        train=replace(config.train, **options),
+        checkpoint=replace(config.checkpoint, finetune=finetune),
+    )
     assert ranks1.run(_adopted, config) == [size]
 
 
@@ -476,7 +484,8 @@ def test_another_schedule_needs_a_word(three, ranks1):
         ranks1.run(_load, other)
     assert (
         ranks1.run(
-            _load, replace(other, train=replace(other.train, override_lr_schedule=True))
+            _load,
+            replace(other, checkpoint=replace(other.checkpoint, override_lr_schedule=True)),
         )[0][1]
         == 3
     )

@@ -11,7 +11,7 @@ import pytest
 from helpers import engines
 from megatron import log
 from megatron.checkpoint import directory
-from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.io import sha256
 
 CONTENT = {

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron import __version__
 from megatron.config import cli
 from megatron.config.schema import (
+    RUN_JSON_LAYOUT,
     SECTIONS,
     ModelConfig,
     MoEConfig,
@@ -103,13 +104,13 @@ def test_argv_none_is_the_programs(monkeypatch):
         ("--lr 4.5e-4", "optimizer.lr", 4.5e-4),
         ("--layernorm-epsilon 1e-6", "model.norm_epsilon", 1e-6),
         ("--layernorm_epsilon 1e-6", "model.norm_epsilon", 1e-6),
-        ("--zero-stage 3", "optimizer.zero_stage", 3),
+        ("--zero-stage 3", "deepspeed.zero_stage", 3),
         ("--bf16", "optimizer.bf16", True),
         ("--bf16 --no-bf16", "optimizer.bf16", False),
-        ("--deepspeed_config a_b.json", "optimizer.deepspeed_config", "a_b.json"),
-        ("--deepspeed-config=a_b.json", "optimizer.deepspeed_config", "a_b.json"),
-        ("--save -x", "train.save", "-x"),
-        ("--save -h", "train.save", "-h"),
+        ("--deepspeed_config a_b.json", "deepspeed.deepspeed_config", "a_b.json"),
+        ("--deepspeed-config=a_b.json", "deepspeed.deepspeed_config", "a_b.json"),
+        ("--save -x", "checkpoint.save", "-x"),
+        ("--save -h", "checkpoint.save", "-h"),
         ("--data-path 0.7 a 0.3 -b", "data.data_path", ("0.7", "a", "0.3", "-b")),
         ("--data-path a --data-path b", "data.data_path", ("b",)),
         ("--data-path a --data-path=", "data.data_path", ()),
@@ -311,10 +312,10 @@ def test_help_lists_flags_by_section_with_defaults(capsys, monkeypatch):
     squeezed = " ".join(out.split())
     for text in (
         "--num-layers N number of transformer blocks (default: 4)",
-        "--norm-epsilon X, --layernorm-epsilon X epsilon inside the normalisation (default: 1e-05)",
+        "--norm-epsilon X, --layernorm-epsilon X epsilon of the normalisation layers (default: 1e-05)",
         "--bf16, --no-bf16 compute in bfloat16",
-        "--save TEXT folder for checkpoints",
-        "none are written (default: empty)",
+        "--save TEXT directory for checkpoints",
+        "no checkpoints are written (default: empty)",
         "--zero-stage {0,1,2,3}",
         "--topk N experts per token, 100% of them (default: 2)",
         "--levels N [N ...] (default: 1 2)",
@@ -478,12 +479,14 @@ def test_write_then_read(tmp_path):
     cli.write_run_json(config, path)
     assert cli.read_run_json(path) == config == parse("--config", str(path))
     assert os.listdir(tmp_path) == ["run.json"], "no temporary file stays"
-    assert list(json.loads(path.read_text())) == [*SECTIONS, "gate_options"]
+    assert list(json.loads(path.read_text())) == list(RUN_JSON_LAYOUT)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     cli.write_run_json(RunConfig(), tmp_path / "run.json")
-    monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        atomic_write.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         cli.write_run_json(parse("--num-layers", "9"), tmp_path / "run.json")
     assert cli.read_run_json(tmp_path / "run.json") == RunConfig() and os.listdir(tmp_path) == [
@@ -496,11 +499,15 @@ def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path, monkeypatch)
     with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}/folder'$"):
         atomic_write.write_text(tmp_path / "folder", "x")
     monkeypatch.setattr(
-        cli.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        atomic_write.os,
+        "fsync",
+        lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/x'$"):
         atomic_write.write_bytes(tmp_path / "x", b"x")
-    monkeypatch.setattr(cli.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        atomic_write.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         atomic_write.write_text(tmp_path / "x", "x")
     assert os.listdir(tmp_path) == ["folder"]
@@ -527,6 +534,167 @@ def test_from_dict():
         cli.from_dict({"model": {"num_layers": 0}}, "here")
     with pytest.raises(ValueError, match=r"^run\.json: unknown key 'a'"):
         cli.from_dict({"a": 1})
+
+
+# run.json of a run with a few flags set, as every version of this project has written it.
+RUN_JSON = """\
+{
+  "model": {
+    "num_layers": 6,
+    "hidden_size": 256,
+    "ffn_hidden_size": 0,
+    "num_attention_heads": 4,
+    "num_query_groups": 0,
+    "kv_channels": 0,
+    "seq_length": 256,
+    "max_position_embeddings": 0,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000.0,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-05,
+    "activation": "gelu",
+    "swiglu": false,
+    "untie_embeddings_and_output_weights": false,
+    "init_method_std": 0.02,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "make_vocab_size_divisible_by": 128,
+    "vocab_size": 0
+  },
+  "moe": {
+    "num_experts": 8,
+    "expert_interval": 1,
+    "moe_layers": [],
+    "gate": "topk",
+    "moe_ffn_hidden_size": 0,
+    "moe_train_capacity_factor": 0.0,
+    "moe_eval_capacity_factor": 0.0,
+    "moe_min_capacity": 4,
+    "moe_shared_experts": 0,
+    "moe_first_k_dense": 0,
+    "moe_expert_parallel_size": 1,
+    "moe_backend": "auto"
+  },
+  "tokenizer": {
+    "tokenizer_type": "NullTokenizer",
+    "vocab_file": "",
+    "merge_file": "",
+    "tokenizer_model": "100"
+  },
+  "data": {
+    "data_path": [
+      "0.7",
+      "a",
+      "0.3",
+      "b"
+    ],
+    "train_data_path": [],
+    "valid_data_path": [],
+    "test_data_path": [],
+    "streaming_data_path": [],
+    "streaming_json_key": "text",
+    "streaming_shuffle_samples": 1024,
+    "split": "969,30,1",
+    "data_cache_path": "",
+    "dataloader_type": "single",
+    "num_workers": 0,
+    "reset_position_ids": false,
+    "reset_attention_mask": false,
+    "eod_mask_loss": false
+  },
+  "optimizer": {
+    "lr": 0.001,
+    "min_lr": 0.0,
+    "lr_decay_style": "cosine",
+    "lr_warmup_iters": 0,
+    "lr_warmup_fraction": 0.0,
+    "lr_warmup_tokens": 0,
+    "lr_decay_iters": 0,
+    "lr_decay_tokens": 0,
+    "lr_wsd_decay_fraction": 0.2,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_eps": 1e-08,
+    "clip_grad": 1.0,
+    "bf16": true,
+    "fp16": false,
+    "zero_stage": 2,
+    "deepspeed_config": "ds.json"
+  },
+  "train": {
+    "exit_interval": 25,
+    "exit_duration_in_mins": 0.0,
+    "max_bad_steps": 3,
+    "loss_spike_threshold": 6.0,
+    "loss_spike_window": 100,
+    "loss_spike_action": "log",
+    "timeout_minutes": 10.0,
+    "save": "out",
+    "save_interval": 50,
+    "async_save": false,
+    "keep_last": 2,
+    "keep_every": 0,
+    "on_save_error": "stop",
+    "load": "out",
+    "load_step": 0,
+    "load_or_init": true,
+    "finetune": false,
+    "override_lr_schedule": false,
+    "micro_batch_size": 2,
+    "global_batch_size": 0,
+    "train_iters": 100,
+    "train_tokens": 0,
+    "seed": 5,
+    "eval_interval": 1000,
+    "eval_iters": 10,
+    "log_interval": 3,
+    "recompute_activations": true,
+    "tensorboard_dir": "tb",
+    "metrics_file": "",
+    "wandb_project": "w",
+    "wandb_exp_name": "",
+    "profile": true,
+    "profile_step_start": 10,
+    "profile_step_end": 12,
+    "profile_ranks": [
+      0,
+      1
+    ],
+    "profile_dir": ""
+  },
+  "gate_options": {
+    "topk": 3,
+    "score": "sigmoid",
+    "loss_coeff": 0.02,
+    "renormalise": true,
+    "levels": [
+      1,
+      2
+    ],
+    "limit": null,
+    "names": null
+  }
+}
+"""
+
+
+def test_run_json_layout_does_not_change(tmp_path):
+    """Checkpoints contain run.json: its sections, keys and their order stay as they are."""
+    path = tmp_path / "run.json"
+    path.write_text(RUN_JSON)
+    config = cli.read_run_json(path)
+    cli.write_run_json(config, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == RUN_JSON
+    assert parse("--config", str(path)) == config
+    assert config.checkpoint.keep_last == 2 and config.deepspeed.zero_stage == 2
+    assert config.fault_tolerance.max_bad_steps == 3 and config.train.seed == 5
+    assert config.logging.wandb_project == "w" and config.profiling.profile_ranks == (0, 1)
+
+
+def test_run_json_layout_names_each_section_once():
+    stored = [section for sections in RUN_JSON_LAYOUT.values() for section in sections]
+    assert sorted(stored) == sorted([*SECTIONS, "gate_options"])
 
 
 # Round trip

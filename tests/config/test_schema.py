@@ -5,8 +5,12 @@ import dataclasses
 import pytest
 
 from megatron.config.schema import (
+    RUN_JSON_LAYOUT,
     SECTIONS,
+    CheckpointConfig,
     DataConfig,
+    DeepSpeedConfig,
+    FaultToleranceConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
@@ -131,7 +135,7 @@ REFUSED = [
         {"lr_decay_style": "step"},
         "--lr-decay-style is 'step'; allowed: cosine linear constant wsd",
     ),
-    (OptimizerConfig, {"zero_stage": 4}, "--zero-stage is 4; allowed: 0 1 2 3"),
+    (DeepSpeedConfig, {"zero_stage": 4}, "--zero-stage is 4; allowed: 0 1 2 3"),
     (
         MoEConfig,
         {"moe_shared_experts": 1},
@@ -215,27 +219,44 @@ REFUSED = [
             "train_tokens",
             "eval_interval",
             "eval_iters",
-            "save_interval",
+        )
+    ],
+    (
+        CheckpointConfig,
+        {"save_interval": -1},
+        "--save-interval is -1; allowed: 0 or more",
+    ),
+    *[
+        (
+            FaultToleranceConfig,
+            {name: -1},
+            f"--{name.replace('_', '-')} is -1; allowed: 0 or more",
+        )
+        for name in (
             "exit_interval",
             "exit_duration_in_mins",
             "max_bad_steps",
             "loss_spike_threshold",
         )
     ],
-    (TrainConfig, {"loss_spike_window": 7}, "--loss-spike-window is 7; allowed: 8 or more"),
     (
-        TrainConfig,
+        FaultToleranceConfig,
+        {"loss_spike_window": 7},
+        "--loss-spike-window is 7; allowed: 8 or more",
+    ),
+    (
+        FaultToleranceConfig,
         {"loss_spike_action": "pray"},
         "--loss-spike-action is 'pray'; allowed: log stop",
     ),
     (
-        TrainConfig,
+        FaultToleranceConfig,
         {"loss_spike_action": "stop", "loss_spike_threshold": 0.0},
         "--loss-spike-action is 'stop'; allowed: log without --loss-spike-threshold. Set the threshold.",
     ),
     *[
         (
-            TrainConfig,
+            CheckpointConfig,
             {"load": "x", name: -1},
             f"--{name.replace('_', '-')} is -1; allowed: 0 or more",
         )
@@ -243,15 +264,19 @@ REFUSED = [
     ],
     *[
         (
-            TrainConfig,
+            CheckpointConfig,
             {name: 1},
             f"--{name.replace('_', '-')} is 1; allowed: only with --load. Name the folder",
         )
         for name in ("load_step", "load_or_init", "finetune", "override_lr_schedule")
     ],
-    (TrainConfig, {"keep_every": 100}, "--keep-every is 100; allowed: only with --keep-last"),
     (
-        TrainConfig,
+        CheckpointConfig,
+        {"keep_every": 100},
+        "--keep-every is 100; allowed: only with --keep-last",
+    ),
+    (
+        CheckpointConfig,
         {"on_save_error": "weep"},
         "--on-save-error is 'weep'; allowed: stop continue",
     ),
@@ -261,7 +286,7 @@ REFUSED = [
         "--train-tokens is 2; allowed: only without --train-iters",
     ),
     (
-        TrainConfig,
+        FaultToleranceConfig,
         {"timeout_minutes": 0.0},
         "--timeout-minutes is 0.0; allowed: a positive number",
     ),
@@ -357,20 +382,21 @@ def test_experts_need_zero():
             ValueError,
             match="--zero-stage is 0; allowed: 1, 2 or 3 with experts. DeepSpeed's ZeRO 0",
         ):
-            RunConfig(moe=moe, optimizer=OptimizerConfig(zero_stage=0))
-    assert RunConfig(optimizer=OptimizerConfig(zero_stage=0)).optimizer.zero_stage == 0
+            RunConfig(moe=moe, deepspeed=DeepSpeedConfig(zero_stage=0))
+    assert RunConfig(deepspeed=DeepSpeedConfig(zero_stage=0)).deepspeed.zero_stage == 0
 
 
 def test_to_dict_is_plain_and_complete():
     content = RunConfig(gate_options={"topk": 2}).to_dict()
-    assert list(content) == [*SECTIONS, "gate_options"] and content["gate_options"] == {
-        "topk": 2
-    }
+    assert list(content) == list(RUN_JSON_LAYOUT) and content["gate_options"] == {"topk": 2}
     assert content["model"]["num_layers"] == 4
 
 
 def test_experts_that_no_layer_would_have():
-    message = "--expert-interval is 5; allowed: what leaves a mixture layer among 2 layers, the first 0 dense"
+    message = (
+        "--expert-interval is 5; allowed: a value that leaves at least one MoE layer among "
+        "2 layers, the first 0 of which are dense"
+    )
     with pytest.raises(ValueError, match=message):
         RunConfig(
             model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, expert_interval=5)

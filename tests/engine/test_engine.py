@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from helpers import runs
-from megatron.config.schema import OptimizerConfig, TrainConfig
+from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from megatron.exit_codes import peer_exited_error
 from megatron.parallel.groups import Groups
 
@@ -25,7 +25,13 @@ def test_fp16_needs_a_gpu():
     with pytest.raises(
         ValueError, match="--fp16 is True; allowed: only with a GPU. Use --bf16"
     ):
-        Engine(nn.Linear(1, 1), OptimizerConfig(fp16=True), TrainConfig(), Groups())
+        Engine(
+            nn.Linear(1, 1),
+            OptimizerConfig(fp16=True),
+            DeepSpeedConfig(),
+            TrainConfig(),
+            Groups(),
+        )
 
 
 def test_what_deepspeed_refuses_is_one_line(tmp_path):
@@ -38,7 +44,8 @@ def test_what_deepspeed_refuses_is_one_line(tmp_path):
     ) as caught:
         Engine(
             nn.Linear(1, 1),
-            OptimizerConfig(deepspeed_config=str(path)),
+            OptimizerConfig(),
+            DeepSpeedConfig(deepspeed_config=str(path)),
             TrainConfig(),
             Groups(),
         )

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.schema import (
+    DeepSpeedConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
@@ -50,12 +51,11 @@ def make_engine(groups, stage, precision, deepspeed_config, seed=7, source=None)
     from megatron.engine.engine import Engine
 
     optimizer = OptimizerConfig(
-        zero_stage=stage,
         bf16=precision == "bf16",
         lr=0.02,
         adam_eps=1e-2,
-        deepspeed_config=deepspeed_config,
     )
+    ds_options = DeepSpeedConfig(zero_stage=stage, deepspeed_config=deepspeed_config)
     train = TrainConfig(micro_batch_size=1, global_batch_size=2 * groups.world_size)
     model = build(groups, seed)
     if source:
@@ -63,7 +63,7 @@ def make_engine(groups, stage, precision, deepspeed_config, seed=7, source=None)
             gate.expert_bias.any() for gate in (block.mlp.gate for block in model.layers)
         )
         source.load_weights(model, groups)
-    return Engine(model, optimizer, train, groups)
+    return Engine(model, optimizer, ds_options, train, groups)
 
 
 def micro_batches(step, rank):

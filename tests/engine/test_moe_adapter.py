@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from megatron.config.schema import (
+    DeepSpeedConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from megatron.moe.gate import available_gates
 from megatron.parallel.groups import Groups
 
@@ -103,9 +109,13 @@ def _train(gate, stage, precision="fp32", activation="swiglu"):
     )
     groups = distributed.init_distributed(min(2, dist.get_world_size()))
     model = build(gate, groups, activation)
-    optimizer = OptimizerConfig(zero_stage=stage, bf16=precision == "bf16", **OPTIMIZER)
+    optimizer = OptimizerConfig(bf16=precision == "bf16", **OPTIMIZER)
     engine = Engine(
-        model, optimizer, TrainConfig(micro_batch_size=1, global_batch_size=4), groups
+        model,
+        optimizer,
+        DeepSpeedConfig(zero_stage=stage),
+        TrainConfig(micro_batch_size=1, global_batch_size=4),
+        groups,
     )
     losses, norms = [], []
     for step in range(STEPS):

@@ -121,7 +121,8 @@ def test_an_option_that_moves_parameters_around_is_refused(ranks2, tmp_path):
     options = tmp_path / "ds.json"
     options.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
     config = engines.config_of("topk", 1, 1, save=str(tmp_path / "c"))
-    config = replace(config, optimizer=replace(config.optimizer, deepspeed_config=str(options)))
+    deepspeed = replace(config.deepspeed, deepspeed_config=str(options))
+    config = replace(config, deepspeed=deepspeed)
     with pytest.raises(
         RuntimeError,
         match="zero_optimization.round_robin_gradients is True; allowed: false, with",

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.schema import (
+    CheckpointConfig,
+    DeepSpeedConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
@@ -38,9 +40,9 @@ IDENTITY = {"tokenizer_name": "t", "tokenizer_vocab_size": 61, "tokenizer_finger
 
 
 def config_of(
-    gate: str, ep_size: int, stage: int, precision: str = "fp32", **train
+    gate: str, ep_size: int, stage: int, precision: str = "fp32", **checkpoint
 ) -> RunConfig:
-    """A dense model when `gate` is empty."""
+    """A dense model when `gate` is empty. `checkpoint` are fields of CheckpointConfig."""
     num_experts = 16 if gate == "peer" else 4
     moe = (
         MoEConfig(
@@ -53,15 +55,15 @@ def config_of(
         if gate
         else MoEConfig()
     )
-    optimizer = OptimizerConfig(
-        zero_stage=stage, bf16=precision == "bf16", lr=0.02, adam_eps=1e-3, clip_grad=0.5
-    )
+    optimizer = OptimizerConfig(bf16=precision == "bf16", lr=0.02, adam_eps=1e-3, clip_grad=0.5)
     return RunConfig(
         MODEL,
         moe,
         optimizer=optimizer,
+        deepspeed=DeepSpeedConfig(zero_stage=stage),
         gate_options=OPTIONS.get(gate, {}),
-        train=TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH, **train),
+        train=TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH),
+        checkpoint=CheckpointConfig(**checkpoint),
     )
 
 
@@ -78,7 +80,7 @@ def micro_batches(step: int, groups):
 
 
 class Run:
-    """An engine, where it is, and its checkpoints; loaded from `config.train.load` if that is set."""
+    """An engine, where it is, and its checkpoints; loaded from `config.checkpoint.load` if that is set."""
 
     def __init__(self, config: RunConfig, seed: int = 7):
         from megatron.checkpoint import loader
@@ -93,7 +95,7 @@ class Run:
         )
         self.config = config
         self.groups = groups = parallel.init_distributed(config.moe.moe_expert_parallel_size)
-        self.source = loader.find_checkpoint(config.train, groups)
+        self.source = loader.find_checkpoint(config.checkpoint, groups)
         model = build_model(
             config.model,
             config.moe,
@@ -105,18 +107,20 @@ class Run:
         topology = {
             "ranks": groups.world_size,
             "expert_parallel_size": groups.ep_size,
-            "zero_stage": config.optimizer.zero_stage,
+            "zero_stage": config.deepspeed.zero_stage,
             "precision": config.optimizer.precision,
         }
         record = RunMetadata(config, IDENTITY, topology, GLOBAL_BATCH, 100)
         if self.source:
             self.source.check(record)
             self.source.load_weights(model, groups)
-        self.engine = Engine(model, config.optimizer, config.train, groups)
+        self.engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
         self.progress = (
             self.source.restore(self.engine, groups) if self.source else TrainingProgress()
         )
-        self.checkpoints = Checkpointer(config.train, self.engine, record, groups, self.source)
+        self.checkpoints = Checkpointer(
+            config.checkpoint, self.engine, record, groups, self.source
+        )
 
     def steps(self, number: int) -> list[float]:
         """Mean losses over ranks of so many more steps."""
@@ -153,7 +157,7 @@ def train(config: RunConfig, steps: int = 0, more: int = 0, seed: int = 7):
     run = Run(config, seed)
     try:
         before = run.steps(steps)
-        if config.train.save:
+        if config.checkpoint.save:
             run.save()
         return before, run.steps(more), run.local_weights(), run.engine.grad_norm()
     finally:
@@ -181,4 +185,5 @@ def whole(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def loading(config: RunConfig, folder: str | Path, save: str | Path = "") -> RunConfig:
-    return replace(config, train=replace(config.train, load=str(folder), save=str(save)))
+    checkpoint = replace(config.checkpoint, load=str(folder), save=str(save))
+    return replace(config, checkpoint=checkpoint)

@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from megatron.config.schema import (
+    DeepSpeedConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -105,7 +111,8 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
     poison = Poison(model)
     engine = Engine(
         model,
-        OptimizerConfig(zero_stage=stage, bf16=bf16, clip_grad=0.5),
+        OptimizerConfig(bf16=bf16, clip_grad=0.5),
+        DeepSpeedConfig(zero_stage=stage),
         TrainConfig(micro_batch_size=1, global_batch_size=4),
         groups,
     )

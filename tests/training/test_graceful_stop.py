@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config.faults import FaultConfig
+from megatron.config.fault_tolerance import FaultToleranceConfig
 from megatron.exit_codes import classify_error, exit_code
 from megatron.log import report_error
 from megatron.parallel.groups import Groups
@@ -23,7 +23,7 @@ NO_LOSS = torch.tensor(0.0)
 
 def test_one_rank_listens_and_restores(capfd):
     before = [signal.getsignal(number) for number in SIGNALS]
-    with GracefulStop(FaultConfig(), Groups()) as stop:
+    with GracefulStop(FaultToleranceConfig(), Groups()) as stop:
         assert stop.agree(torch.tensor(2.0), torch.tensor(0.5)).reason == ""
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGCHLD)
@@ -40,7 +40,7 @@ def test_an_ignored_signal_stays_ignored():
     """As a shell's background job has it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with GracefulStop(FaultConfig(), Groups()) as stop:
+        with GracefulStop(FaultToleranceConfig(), Groups()) as stop:
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
@@ -57,7 +57,7 @@ def _agree(minutes: list[float], losses: list[float]) -> tuple:
     rank = dist.get_rank()
     groups = Groups(rank=rank, world_size=dist.get_world_size())
     stop = GracefulStop(
-        FaultConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600
+        FaultToleranceConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600
     )
     agreed = stop.agree(torch.tensor(losses[rank]), torch.tensor(2.0 * rank))
     return agreed.lm_loss, agreed.aux_loss, agreed.bad_ranks, bool(agreed.reason)
@@ -73,7 +73,9 @@ def test_ranks_agree(ranks2):
 
 def test_without_a_duration_a_run_has_all_the_time():
     assert (
-        GracefulStop(FaultConfig(), Groups(), time.time() - 1e9).agree(NO_LOSS, NO_LOSS).reason
+        GracefulStop(FaultToleranceConfig(), Groups(), time.time() - 1e9)
+        .agree(NO_LOSS, NO_LOSS)
+        .reason
         == ""
     )
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from helpers import runs
 from megatron import log
-from megatron.config.schema import TrainConfig
+from megatron.config.schema import FaultToleranceConfig, ProfilingConfig
 from megatron.parallel.groups import Groups
 from megatron.training.profile_report import (
     NODE,
@@ -432,7 +432,7 @@ def test_naps_are_found_where_they_are(data, tmp_path, ranks2):
 )
 def test_what_no_run_can_do(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(profile=True, **options)
+        ProfilingConfig(profile=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +460,11 @@ def test_what_no_run_can_do(options, message):
     ],
 )
 def test_what_this_run_cannot_do(options, done, iterations, message):
+    options = dict(options)
+    exit_interval = options.pop("exit_interval", 0)
+    last = FaultToleranceConfig(exit_interval).last_iteration(done, iterations)
     with pytest.raises(ValueError, match=message) as caught:
-        StepProfiler(TrainConfig(**options), Groups(world_size=2), done, iterations)
+        StepProfiler(ProfilingConfig(**options), Path(), Groups(world_size=2), done, last)
     assert "\n" not in str(caught.value)
 
 
@@ -476,9 +479,9 @@ def test_a_run_that_starts_again_behind_the_profiled_iterations_goes_on_without(
         def step(self):
             self.steps += 1
 
-    trainer, config = Trainer(), TrainConfig(profile_dir=str(tmp_path / "profile"))
+    trainer = Trainer()
     with caplog.at_level("WARNING", logger="megatron"):
-        profiler = StepProfiler(config, Groups(), 11, 11)
+        profiler = StepProfiler(ProfilingConfig(), tmp_path / "profile", Groups(), 11, 11)
     profiler.step(trainer)
     assert trainer.steps == 1 and not (tmp_path / "profile").exists()
     assert "iteration 11 is done already; nothing is profiled" in caplog.text
@@ -490,12 +493,11 @@ def test_the_last_iterations_of_a_run_can_be_profiled():
         ({"exit_interval": 4}, 8, 100),
         ({"exit_interval": 6}, 0, 13),
     ):
-        config = (
-            TrainConfig(**{"profile_step_start": 10, **options})
-            if done
-            else TrainConfig(profile_step_start=3, profile_step_end=6, **options)
-        )
-        assert StepProfiler(config, Groups(), done, iterations).end in (12, 6)
+        last = FaultToleranceConfig(**options).last_iteration(done, iterations)
+        config = ProfilingConfig(profile_step_start=10)
+        if not done:
+            config = ProfilingConfig(profile_step_start=3, profile_step_end=6)
+        assert StepProfiler(config, Path(), Groups(), done, last).end in (12, 6)
 
 
 def test_a_run_too_short_stops_before_it_trains(data, tmp_path, ranks1):
@@ -516,7 +518,9 @@ def test_where_profiles_go():
         ({"tensorboard_dir": "t"}, "t/profile"),
         ({}, "profile"),
     ):
-        assert profile_folder(TrainConfig(**options)) == Path(folder)
+        options = {"save": "", "tensorboard_dir": "", **options}
+        config = ProfilingConfig(profile_dir=options.pop("profile_dir", ""))
+        assert profile_folder(config, **options) == Path(folder)
 
 
 class _Broken:

@@ -1,0 +1,166 @@
+"""Config section `model`: shape of the decoder-only transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.fields import (
+    option,
+    require,
+    require_choices,
+    require_each,
+    require_field,
+    require_not_negative,
+    require_positive_integers,
+    require_positive_numbers,
+)
+
+ACTIVATIONS = ("gelu", "relu", "silu", "swiglu", "geglu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder-only transformer."""
+
+    num_layers: int = 4
+    """number of transformer blocks"""
+    hidden_size: int = 256
+    """width of the residual stream"""
+    ffn_hidden_size: int = 0
+    """hidden size of a dense feed-forward layer; 0: 4 x hidden size (8/3 of it, rounded up
+    to a multiple of 64, for swiglu and geglu)"""
+    num_attention_heads: int = 4
+    """number of query heads"""
+    num_query_groups: int = 0
+    """number of key/value heads (grouped-query attention); 0: as many as query heads"""
+    kv_channels: int = 0
+    """dimension of one attention head; 0: hidden size / heads"""
+    seq_length: int = 256
+    """tokens per training sample"""
+    max_position_embeddings: int = 0
+    """number of positions (rows of the table of learned positions); 0: the sequence
+    length"""
+    position_embedding_type: str = option("rope", choices=("rope", "learned"))
+    """rotary or learned absolute positions"""
+    rotary_base: float = 10000.0
+    """base of the rotary frequencies"""
+    normalization: str = option("RMSNorm", choices=("RMSNorm", "LayerNorm"))
+    """kind of normalisation layer"""
+    norm_epsilon: float = option(1e-5, "--layernorm-epsilon")
+    """epsilon of the normalisation layers"""
+    activation: str = option("gelu", choices=ACTIVATIONS)
+    """activation function of dense layers and experts; swiglu and geglu add a third weight
+    matrix"""
+    swiglu: bool = False
+    """the same as --activation swiglu"""
+    untie_embeddings_and_output_weights: bool = False
+    """give the output layer its own weights instead of the embedding's"""
+    init_method_std: float = 0.02
+    """standard deviation of the initial weights; divided by sqrt(2 x layers) for output
+    projections"""
+    attention_dropout: float = 0.0
+    """dropout probability of attention weights"""
+    hidden_dropout: float = 0.0
+    """dropout probability of the outputs of attention and feed-forward layers"""
+    make_vocab_size_divisible_by: int = 128
+    """the vocabulary size is padded to a multiple of this number"""
+    vocab_size: int = 0
+    """vocabulary size, at least the tokenizer's; 0: the tokenizer's"""
+
+    def __post_init__(self):
+        require_positive_integers(
+            self,
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "seq_length",
+            "make_vocab_size_divisible_by",
+        )
+        require_positive_numbers(self, "rotary_base", "norm_epsilon", "init_method_std")
+        require_not_negative(
+            self,
+            "ffn_hidden_size",
+            "num_query_groups",
+            "kv_channels",
+            "max_position_embeddings",
+            "vocab_size",
+        )
+        require_choices(self)
+        require_field(
+            self,
+            "activation",
+            not self.swiglu or self.activation in ("gelu", "swiglu"),
+            "only swiglu with --swiglu",
+            "Leave one of the two out.",
+        )
+        self._check_heads()
+        require_field(
+            self,
+            "max_position_embeddings",
+            self.max_positions >= self.seq_length,
+            f"at least the sequence length {self.seq_length}",
+        )
+        dropouts = ("attention_dropout", "hidden_dropout")
+        require_each(self, dropouts, lambda value: 0 <= value < 1, "0 <= p < 1")
+
+    def _check_heads(self) -> None:
+        """Raise ValueError if the sizes of the attention heads do not fit together."""
+        heads = self.num_attention_heads
+        require(
+            heads % self.query_groups == 0,
+            "--num-query-groups",
+            self.query_groups,
+            f"a divisor of the {heads} heads",
+        )
+        require_field(
+            self,
+            "num_attention_heads",
+            self.kv_channels > 0 or self.hidden_size % heads == 0,
+            f"a divisor of the hidden size {self.hidden_size}",
+            "Or set --kv-channels.",
+        )
+        require(
+            self.position_embedding_type != "rope" or self.head_size % 2 == 0,
+            "--kv-channels",
+            self.head_size,
+            "an even number with rotary positions",
+        )
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Dimension of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_positions(self) -> int:
+        """Number of positions that the model can represent."""
+        return self.max_position_embeddings or self.seq_length
+
+    @property
+    def act(self) -> str:
+        """Activation function, with `swiglu` taken into account."""
+        if self.swiglu:
+            return "swiglu"
+        return self.activation
+
+    @property
+    def ffn_size(self) -> int:
+        """Hidden size of a dense feed-forward layer."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        if self.act in ("swiglu", "geglu"):
+            return _round_up(-(-8 * self.hidden_size // 3), 64)
+        return 4 * self.hidden_size
+
+    def padded_vocab(self, vocab_size: int) -> int:
+        """Return `vocab_size` rounded up to the required multiple."""
+        return _round_up(vocab_size, self.make_vocab_size_divisible_by)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

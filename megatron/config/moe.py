@@ -1,0 +1,105 @@
+"""Config section `moe`: MoE layers and where they are; a gate's own options belong to the gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.fields import (
+    option,
+    require_choices,
+    require_field,
+    require_not_negative,
+    require_positive_integers,
+)
+
+MOE_BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The mixture-of-experts layers. The gate's own options are listed with the gate."""
+
+    num_experts: int = 0
+    """routed experts per MoE layer; 0: all layers are dense"""
+    expert_interval: int = 1
+    """every n-th layer is an MoE layer: 2 makes layers 2, 4, 6, ... MoE layers"""
+    moe_layers: tuple[int, ...] = option(())
+    """indices of the MoE layers, counted from 0; alternative to --expert-interval and
+    --moe-first-k-dense"""
+    gate: str = "topk"
+    """gate (router) of the MoE layers; --help together with --gate NAME also lists that
+    gate's own flags"""
+    moe_ffn_hidden_size: int = 0
+    """hidden size of one expert; 0: that of a dense feed-forward layer"""
+    moe_train_capacity_factor: float = 0.0
+    """capacity of an expert during training, as a multiple of tokens / experts (not
+    multiplied by k); 0: no limit (dropless)"""
+    moe_eval_capacity_factor: float = 0.0
+    """capacity of an expert during evaluation, as --moe-train-capacity-factor"""
+    moe_min_capacity: int = 4
+    """lower bound of an expert's capacity; ignored when dropless"""
+    moe_shared_experts: int = 0
+    """number of shared experts, which process every token; computed as one MLP of this many
+    times the expert hidden size"""
+    moe_first_k_dense: int = 0
+    """the first k layers are dense"""
+    moe_expert_parallel_size: int = 1
+    """expert-parallel size: number of ranks over which one set of experts is distributed"""
+    moe_backend: str = option("auto", choices=MOE_BACKENDS)
+    """implementation of the expert computation; auto: cpu on the CPU, and on a GPU the first
+    available of triton, grouped_mm, reference"""
+
+    def __post_init__(self):
+        require_not_negative(
+            self,
+            "num_experts",
+            "moe_shared_experts",
+            "moe_first_k_dense",
+            "moe_train_capacity_factor",
+            "moe_eval_capacity_factor",
+            "moe_min_capacity",
+            "moe_ffn_hidden_size",
+        )
+        require_positive_integers(self, "expert_interval", "moe_expert_parallel_size")
+        require_field(
+            self,
+            "moe_layers",
+            not self.moe_layers or (self.expert_interval == 1 and self.moe_first_k_dense == 0),
+            "only without --expert-interval and --moe-first-k-dense",
+            "Use one of the two.",
+        )
+        if self.num_experts == 0:
+            self._check_dense()
+        ep_size = self.moe_expert_parallel_size
+        require_field(
+            self,
+            "num_experts",
+            self.num_experts % ep_size == 0,
+            f"a multiple of --moe-expert-parallel-size, which is {ep_size}",
+            "Each rank holds the same number of experts.",
+        )
+        require_choices(self)
+
+    def _check_dense(self) -> None:
+        """Raise ValueError if a flag that needs experts is set without them."""
+        advice = "Set --num-experts."
+        ep_size = self.moe_expert_parallel_size
+        require_field(
+            self, "moe_expert_parallel_size", ep_size == 1, "1 without experts", advice
+        )
+        require_field(self, "moe_layers", not self.moe_layers, "only with experts", advice)
+        require_field(
+            self,
+            "moe_shared_experts",
+            self.moe_shared_experts == 0,
+            "0 without experts",
+            advice,
+        )
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Return whether block `layer`, counted from 0, has an MoE layer."""
+        if self.num_experts == 0:
+            return False
+        if self.moe_layers:
+            return layer in self.moe_layers
+        return layer >= self.moe_first_k_dense and (layer + 1) % self.expert_interval == 0

@@ -1,0 +1,55 @@
+"""Config sections `logging` and `profiling`: where metrics and profiles are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.fields import option, require_field, require_not_negative
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics are written, in addition to the console."""
+
+    tensorboard_dir: str = ""
+    """directory for TensorBoard event files; empty: none are written"""
+    metrics_file: str = ""
+    """JSON-lines file that metrics are appended to; empty: metrics.jsonl in the directory
+    of --save, if that is set"""
+    wandb_project: str = ""
+    """Weights & Biases project to log to; needs the wandb extra; empty: off"""
+    wandb_exp_name: str = ""
+    """name of this run in Weights & Biases"""
+
+
+@dataclass(frozen=True)
+class ProfilingConfig:
+    """Which iterations and ranks are profiled, and where the results are written."""
+
+    profile: bool = False
+    """profile a range of iterations: writes a Chrome trace, and a table that breaks down
+    the time of a step"""
+    profile_step_start: int = 10
+    """number of completed iterations at which profiling starts"""
+    profile_step_end: int = 12
+    """number of completed iterations at which profiling ends"""
+    profile_ranks: tuple[int, ...] = option((0,))
+    """ranks to profile"""
+    profile_dir: str = ""
+    """directory for traces and tables; empty: the subdirectory profile of --save, or else
+    of --tensorboard-dir, or else of the working directory"""
+
+    def __post_init__(self):
+        require_not_negative(self, "profile_step_start")
+        require_field(
+            self,
+            "profile_step_end",
+            self.profile_step_end > self.profile_step_start,
+            f"more than --profile-step-start, which is {self.profile_step_start}",
+        )
+        require_field(
+            self,
+            "profile_ranks",
+            len(self.profile_ranks) > 0 and min(self.profile_ranks) >= 0,
+            "one rank or more, each 0 or more",
+        )
