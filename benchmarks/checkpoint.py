@@ -108,7 +108,10 @@ class Run:
 
         tokens = torch.randint(0, 8192, (1, 65))
         self.engine.step(
-            [Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, 64), None, None)], 1e-4, 0.0
+            [Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, 64), None, None)],
+            NextTokenLoss(),
+            1e-4,
+            0.0,
         )
         self.progress.iteration += 1
 

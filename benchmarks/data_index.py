@@ -145,7 +145,7 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
         for name, data in kinds.items()
     }
     batch, functions = next(loaders["0 workers"]), {}
-    functions[STEP] = lambda: engine.step([batch], 0.0, 0.0)
+    functions[STEP] = lambda: engine.step([batch], NextTokenLoss(), 0.0, 0.0)
     for name, loader in loaders.items():
         functions[f"{TIMES * DEMO_RANKS} micro-batches, {name}"] = lambda loader=loader: [
             next(loader) for _ in range(TIMES * DEMO_RANKS)

@@ -136,7 +136,7 @@ def make_engines(groups, batch):
         train,
         groups,
     )
-    mixture.step([batch], 0.0, 0.0)
+    mixture.step([batch], NextTokenLoss(), 0.0, 0.0)
     kept = MoEMetrics(mixture.model, groups).read()["experts_per_token_by_layer"]
     widths = iter([round(k * WIDTH / 16) * 16 for k in kept])
     twin = GPT(
@@ -184,8 +184,8 @@ def measure_demo(groups, rounds: int):
     batch = make_batch(8, 256, VOCAB, seed=groups.rank)
     mixture, dense, kept = make_engines(groups, batch)
     functions = {
-        "mixture step": lambda: mixture.step([batch], 0.0, 0.0),
-        "dense step": lambda: dense.step([batch], 0.0, 0.0),
+        "mixture step": lambda: mixture.step([batch], NextTokenLoss(), 0.0, 0.0),
+        "dense step": lambda: dense.step([batch], NextTokenLoss(), 0.0, 0.0),
     }
     seconds = report.interleave(functions, rounds)
     return kept, seconds, {name: profile_kinds(f) for name, f in functions.items()}
@@ -278,7 +278,7 @@ def our_step(s: Shape, batch) -> Callable[[], float]:
         },
     )
     engine.deepspeed.step = in_range(profile_report.PART + "optimizer", engine.deepspeed.step)
-    return lambda: float(sum(engine.step([batch], 0.0, 0.0)))
+    return lambda: float(sum(engine.step([batch], NextTokenLoss(), 0.0, 0.0).values()))
 
 
 def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:

@@ -1,228 +1,202 @@
-"""Wiring of a training run: parse -> groups -> tokenizer -> data -> model -> engine -> loop. No logic of its own."""
+"""Pretraining: parse flags, initialize, build the task, train."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron import log
 from megatron.config import cli
-from megatron.config.schema import RunConfig, require
+from megatron.config.schema import RunConfig
+from megatron.data.sampling.blend import Samples
 from megatron.exit_codes import exit_code
+from megatron.initialize import (
+    Run,
+    build_engine,
+    build_run_model,
+    initialize_training,
+    restore_training_state,
+)
+from megatron.log import get_logger
 from megatron.moe.gate import available_gates, gate_config_class
+from megatron.training.plan import TrainingPlan
+from megatron.training.startup_timer import StartupTimer
+from megatron.training.task import PretrainingTask, Task
+
+if TYPE_CHECKING:
+    from megatron.checkpoint.saver import Checkpointer
+    from megatron.training.profiler import StepProfiler
+    from megatron.training.trainer import LoopServices
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """Train as the flags say.
 
+    Args:
+        argv: flags; None: those of the process.
+        started: when the process started, as `time.time`, so that the start-up line of the log
+            counts from there; None: now.
+
     Returns:
-        the exit code: 0, also when a signal asked the run to stop; after one clear line 2 for a mistake in what was set
-        or a fault of the machine, 1 when another rank ended first, 3 when a rank waited for longer than
-        --timeout-minutes, 130 when interrupted before the training began.
+        the exit code: 0, also when a signal asked the run to stop; after one clear line 2 for a
+        mistake in what was set or a fault of the machine, 1 when another rank ended first, 3
+        when a rank waited for longer than --timeout-minutes, 130 when interrupted before the
+        training began.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code(
+        lambda: train(cli.parse(arguments, gate_config_class, available_gates), started)
+    )
+
+
+def train(
+    config: RunConfig,
+    started: float | None = None,
+    build_task: Callable[[Run, TrainingPlan], Task] | None = None,
+) -> None:
+    """Run the training that `config` describes, on the ranks that the launcher started.
 
     Args:
-        started: when the process did, as `time.time`, for the log's line on what start-up took; None: now.
+        started: as in `main`.
+        build_task: what is trained; None: next-token prediction on the run's data.
+
+    Raises:
+        ValueError: flags, data or checkpoint do not fit each other, or the training failed.
+        OSError: a file cannot be read or written.
     """
-    return exit_code(
-        lambda: train(
-            cli.parse(
-                sys.argv[1:] if argv is None else argv, gate_config_class, available_gates
-            ),
-            started,
-        )
-    )
-
-
-def train(config: RunConfig, started: float | None = None) -> None:
-    """Run the whole training that `config` describes, on the ranks the launcher started; `started` as in `main`."""
-    from megatron.engine import distributed as parallel
-    from megatron.model.builder import build_model, size_table
-    from megatron.parallel import rng
-    from megatron.tokenizer.build import build_tokenizer
-    from megatron.training.startup_timer import StartupTimer
-
-    start_up = StartupTimer(started)
-    start_up.mark("torch")
-    tokenizer = build_tokenizer(config.tokenizer)
-    start_up.mark("tokenizer")
-    groups = parallel.init_distributed(
-        config.moe.moe_expert_parallel_size, config.fault_tolerance.timeout_minutes
-    )
-    from megatron.checkpoint import (
-        loader,
-    )  # imports DeepSpeed: only after `groups` prepared its environment
+    timer = StartupTimer(started)
+    timer.mark("torch")
+    run = initialize_training(config, timer)
     from megatron.checkpoint.metadata import RunMetadata
     from megatron.checkpoint.saver import Checkpointer
-    from megatron.engine.engine import Engine
+    from megatron.model.builder import size_table
+    from megatron.training.trainer import LoopConfig, Trainer, log_run_summary
+
+    config = run.config
+    seq_length = config.model.seq_length
+    plan = TrainingPlan.of(config.train, seq_length, run.groups.world_size, run.progress)
+    metadata = RunMetadata.of(
+        config, run.groups, run.tokenizer, plan.global_batch, plan.iterations
+    )
+    if run.checkpoint is not None:
+        run.checkpoint.check(metadata)
+    task = (build_task or build_pretraining_task)(run, plan)
+    timer.mark("data")
+    model = build_run_model(run)
+    get_logger().info("%s", size_table(model, config.moe, config.gate_options))
+    timer.mark("model")
+    engine = build_engine(run, model)
+    restore_training_state(run, engine)
+    num_experts = config.moe.num_experts
+    log_run_summary(plan, run.groups, config.optimizer.precision, num_experts, run.progress)
+    sections = LoopConfig(config.train, config.checkpoint, config.fault_tolerance)
+    with (
+        Checkpointer(
+            config.checkpoint, engine, metadata, run.groups, run.checkpoint
+        ) as checkpointer,
+        build_services(run, plan, checkpointer, timer, started) as services,
+    ):
+        timer.mark("engine")
+        Trainer(engine, task, plan, run.progress, run.groups, sections, services).run()
+
+
+@contextlib.contextmanager
+def build_services(
+    run: Run,
+    plan: TrainingPlan,
+    checkpointer: Checkpointer,
+    timer: StartupTimer,
+    started: float | None,
+) -> Iterator[LoopServices]:
+    """Build what the training loop calls around its steps; metric writers are closed at the end."""
     from megatron.training.graceful_stop import GracefulStop
     from megatron.training.lr_schedule import LRSchedule
     from megatron.training.metric_writers import build_metric_writers
-    from megatron.training.trainer import Trainer, TrainingPlan, log_run_summary
+    from megatron.training.trainer import LoopServices
 
-    start_up.mark("DeepSpeed and process groups")
-    _log_expert_backend(config, groups)
-    source, config, progress = loader.load_for_run(config, groups)
-    t = config.train
-    plan = TrainingPlan.of(t, config.model.seq_length, groups.world_size, progress)
+    config = run.config
     schedule = LRSchedule(
-        config.optimizer, iterations=plan.iterations, tokens_per_iteration=plan.tokens
+        config.optimizer,
+        iterations=plan.iterations,
+        tokens_per_iteration=plan.tokens_per_step,
     )
-    vocab_size = _vocab_size(config, tokenizer)
-    record = RunMetadata.of(config, groups, tokenizer, plan.global_batch, plan.iterations)
-    if source:
-        source.check(record)
-    splits = _build_splits(config, plan, tokenizer, vocab_size, groups)
-    start_up.mark("data")
-
-    model = build_model(
-        config.model,
-        config.moe,
-        config.gate_options,
-        vocab_size=vocab_size,
-        seed=t.seed,
-        groups=groups,
-        recompute=t.recompute_activations,
+    profiler = build_profiler(run, plan)
+    writers = build_metric_writers(
+        config.logging, config.checkpoint.save, run.groups.rank, plan.iterations
     )
-    log.get_logger().info("%s", size_table(model, config.moe, config.gate_options))
-    start_up.mark("model")
-    if source:
-        source.load_weights(model, groups)
-    engine = Engine(model, config.optimizer, config.deepspeed, t, groups)
-    rng.seed_rank(t.seed, groups.rank)
-    if source:
-        source.restore(engine, groups)
-    profiler = _build_profiler(config, groups, progress.iteration, plan.iterations)
-    log_run_summary(plan, groups, config.optimizer.precision, config.moe.num_experts, progress)
-
-    batches = partial(_loader, config, plan, groups, tokenizer, vocab_size)
-    sinks = build_metric_writers(
-        config.logging, config.checkpoint.save, groups.rank, plan.iterations
-    )
-    start_up.mark("engine")
-    with (
-        contextlib.closing(sinks),
-        Checkpointer(config.checkpoint, engine, record, groups, source) as checkpoints,
-    ):
-        Trainer(
-            engine,
-            t,
-            config.checkpoint,
-            config.fault_tolerance,
-            plan,
-            schedule,
-            groups,
-            batches(splits["train"], consumed_samples=progress.consumed_samples),
-            {
-                name: partial(batches, splits[name], evaluation=True)
-                for name in ("valid", "test")
-                if splits[name] is not None
-            },
-            sinks,
-            checkpoints,
-            progress,
-            start_up,
-            GracefulStop(config.fault_tolerance, groups, started),
-            profiler,
-        ).run()
+    with contextlib.closing(writers):
+        yield LoopServices(
+            schedule=schedule,
+            metric_writers=writers,
+            checkpointer=checkpointer,
+            stop=GracefulStop(config.fault_tolerance, run.groups, started),
+            startup_timer=timer,
+            profiler=profiler,
+        )
 
 
-def _build_profiler(config: RunConfig, groups, done: int, iterations: int):
-    """Build the profiler of --profile, or return None without it."""
+def build_profiler(run: Run, plan: TrainingPlan) -> StepProfiler | None:
+    """Build the profiler of --profile; None without it.
+
+    Raises:
+        ValueError: a rank or an iteration that the run does not have.
+    """
     from megatron.training.profiler import StepProfiler, profile_folder
 
+    config = run.config
     if not config.profiling.profile:
         return None
-    last = config.fault_tolerance.last_iteration(done, iterations)
+    done = run.progress.iteration
+    last = config.fault_tolerance.last_iteration(done, plan.iterations)
     folder = profile_folder(
         config.profiling, config.checkpoint.save, config.logging.tensorboard_dir
     )
-    return StepProfiler(config.profiling, folder, groups, done, last)
+    return StepProfiler(config.profiling, folder, run.groups, done, last)
 
 
-def _vocab_size(config: RunConfig, tokenizer) -> int:
-    size = config.model.vocab_size or tokenizer.vocab_size
-    require(
-        size >= tokenizer.vocab_size,
-        "--vocab-size",
-        size,
-        f"at least the tokenizer's {tokenizer.vocab_size}",
-        "Or leave it out.",
-    )
-    return size
+def build_pretraining_task(run: Run, plan: TrainingPlan) -> PretrainingTask:
+    """Open the data of a run, and make next-token prediction on it the task."""
+    splits = build_run_splits(run, plan)
+    return PretrainingTask(run.config, plan, run.tokenizer, run.vocab_size, splits, run.groups)
 
 
-def _log_expert_backend(config: RunConfig, groups) -> None:
-    """What multiplies the experts' rows, and why, before anything is built for a choice that is not possible here."""
-    from megatron.model.builder import choose_moe_backend
-    from megatron.moe.experts.backends import DTYPES
+def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
+    """Open the data of a run.
 
-    if config.moe.num_experts:
-        backend, why = choose_moe_backend(
-            config.model, config.moe, groups.device, DTYPES[config.optimizer.precision]
-        )
-        log.get_logger().info("experts run on the %s backend: %s", backend, why)
-
-
-def _build_splits(config: RunConfig, plan, tokenizer, vocab_size: int, groups):
-    """Open the data; the first rank of each node builds the sample indices, the others find them cached."""
+    Rank 0 of each node builds the sample indices; the others then find them in the cache.
+    """
     from megatron.data.splits import build_splits
     from megatron.data.streaming.producer import StreamingContext
 
-    run = "-".join(
-        [os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]]
-        if groups.world_size > 1
-        else [str(os.getpid())]
-    )
+    groups = run.groups
+    config = run.config
+    # Names the run among others on this node: producers of streamed text belong to one run.
+    run_id = str(os.getpid())
+    if groups.world_size > 1:
+        run_id = f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
     eval_samples = config.train.eval_iters * plan.global_batch
+    is_local_rank0 = groups.local_rank == 0
     build = partial(
         build_splits,
         config.data,
         seq_length=plan.seq_length,
-        train_samples=plan.iterations * plan.global_batch,
+        train_samples=plan.samples,
         valid_samples=eval_samples,
         test_samples=eval_samples,
         seed=config.train.seed,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        production=StreamingContext(config.tokenizer, run, starts=groups.local_rank == 0),
+        tokenizer=run.tokenizer,
+        vocab_size=run.vocab_size,
+        production=StreamingContext(config.tokenizer, run_id, starts=is_local_rank0),
     )
     if groups.world_size == 1:
         return build()
-    splits = build() if groups.local_rank == 0 else None
+    splits = build() if is_local_rank0 else None
     dist.barrier()
-    return splits or build()
-
-
-def _loader(
-    config: RunConfig,
-    plan,
-    groups,
-    tokenizer,
-    vocab_size: int,
-    dataset,
-    *,
-    consumed_samples: int = 0,
-    evaluation: bool = False,
-):
-    """Micro-batches of this rank from one split: from `consumed_samples` on, or those of one evaluation."""
-    from megatron.data.loader import BatchLoader
-
-    batches = BatchLoader(
-        dataset,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=plan.global_batch,
-        rank=groups.rank,
-        world_size=groups.world_size,
-        consumed_samples=consumed_samples,
-        data=config.data,
-        eod=tokenizer.eod,
-        vocab_size=vocab_size,
-    )
-    return (
-        islice(batches, config.train.eval_iters * plan.micro_steps) if evaluation else batches
-    )
+    if splits is None:
+        splits = build()
+    return splits

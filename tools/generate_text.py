@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,45 +52,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron.config.checkpoint import CheckpointConfig
-    from megatron.engine import distributed as parallel
     from megatron.inference.generate import generate
-    from megatron.model.builder import build_model
-    from megatron.tokenizer.build import build_tokenizer
+    from megatron.initialize import build_engine, build_run_model, initialize_inference
 
-    groups = parallel.init_distributed()
-    from megatron.checkpoint import (
-        loader,
-    )  # imports DeepSpeed: only after `groups` prepared its environment
-    from megatron.checkpoint.metadata import RunMetadata
-    from megatron.engine.engine import Engine
-
-    source = loader.find_checkpoint(
-        CheckpointConfig(load=args.load, load_step=args.load_step, finetune=True), groups
-    )
-    config = source.record.config
-    ep_size = config.moe.moe_expert_parallel_size
-    groups = parallel.init_distributed(
-        ep_size if groups.world_size % ep_size == 0 else 1,
-        config.fault_tolerance.timeout_minutes,
-    )
-    tokenizer = build_tokenizer(config.tokenizer)
-    source.check(RunMetadata.of(config, groups, tokenizer))
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    # Dropless: under a capacity, the prompts beside it would decide which experts a token gets.
-    moe = replace(config.moe, moe_eval_capacity_factor=0.0)
-    model = build_model(
-        config.model,
-        moe,
-        config.gate_options,
-        vocab_size=vocab_size,
-        seed=config.train.seed,
-        groups=groups,
-    )
-
-    source.load_weights(model, groups)
-    train = replace(config.train, global_batch_size=0)
-    engine = Engine(model, config.optimizer, config.deepspeed, train, groups)
+    run = initialize_inference(args.load, args.load_step)
+    engine = build_engine(run, build_run_model(run))
+    tokenizer = run.tokenizer
     prompts = [tokenizer.encode(p).tolist() for p in args.prompt]
     outputs = generate(
         engine.model,
@@ -104,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         vocab_size=tokenizer.vocab_size,
     )
-    if groups.is_rank0:
+    if run.groups.is_rank0:
         for prompt, ids in zip(args.prompt, outputs, strict=True):
             print(f"> {prompt}|{tokenizer.decode(ids)}".replace("\n", "\\n"), flush=True)
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,8 +14,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig, require
-from megatron.data.loader import Batch
 from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
+from megatron.engine.loss import LossFunction, means, term_weights
 from megatron.engine.moe_adapter import wrap_moe_layers
 from megatron.engine.optimizer import (
     AdamW,
@@ -110,42 +111,67 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
     def step(
-        self, batches: Iterable[Batch], lr: float, progress: float
-    ) -> tuple[Tensor, Tensor]:
-        """One optimizer step over its micro-batches. Unless it is skipped, the gates then learn what it counted.
+        self, batches: Iterable[Any], task: LossFunction, lr: float, progress: float
+    ) -> dict[str, Tensor]:
+        """Run one optimizer step over its micro-batches.
 
-        It is skipped when a gradient or the loss of any micro-batch on any rank is NaN or infinite.
+        It is skipped when a gradient or the loss of any micro-batch on any rank is NaN or
+        infinite. Otherwise the gates then update their state from what the step counted.
+
+        Args:
+            batches: this rank's micro-batches; each has a method `to(device)`.
+            task: computes their loss terms.
+            lr: learning rate of the step.
+            progress: share of the training that is done, for gates that change over time.
 
         Returns:
-            (language-model loss, auxiliary loss): 0-d fp32 means over this rank's micro-batches.
+            By term, this rank's part of the step's loss, 0-d fp32: the mean over ranks is the
+            sum over all target tokens of the global batch divided by their number.
         """
         self.deepspeed.train()
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        skipped, lm_losses, aux_losses = self.skipped_steps, [], []
-        for batch in batches:
-            out = self.deepspeed(**model_inputs(batch, self.groups), progress=progress)
-            # A loss that is not finite can have finite gradients. These are then made NaN, for which DeepSpeed skips
-            # the step on all ranks. A factor of 1 changes nothing.
-            self.deepspeed.backward(
-                out.loss * torch.where(out.loss.isfinite(), 1.0, float("nan"))
-            )
-            self.deepspeed.step()
-            lm_losses.append(out.lm_loss.detach())
-            aux_losses.append(out.aux_loss.detach())
-        self.metrics.post_optimizer_step(skipped=self.skipped_steps > skipped)
-        return torch.stack(lm_losses).mean(), torch.stack(aux_losses).mean()
+        skipped_before = self.skipped_steps
+        batches = [batch.to(self.groups.device) for batch in batches]
+        normalizers = [task.normalizers(batch) for batch in batches]
+        weights = term_weights(normalizers, self.groups)
+        losses = []
+        for batch, normalizer, weight in zip(batches, normalizers, weights, strict=True):
+            terms = means(task.loss_sums(self.deepspeed, batch, progress), normalizer)
+            weighted = {name: term * weight[name] for name, term in terms.items()}
+            self._backward(sum(weighted.values()))
+            losses.append({name: term.detach() for name, term in weighted.items()})
+        self.metrics.post_optimizer_step(skipped=self.skipped_steps > skipped_before)
+        return _mean_by_term(losses)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Run the backward pass of a micro-batch; the last one of a step updates the weights.
+
+        A loss that is not finite can have finite gradients. They are then made NaN, for which
+        DeepSpeed skips the step on all ranks. A factor of 1 changes nothing.
+        """
+        self.deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, float("nan")))
+        self.deepspeed.step()
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], progress: float) -> Tensor:
-        """Mean language-model loss over this rank's micro-batches, without dropout; 0-d fp32."""
+    def evaluate(
+        self, batches: Iterable[Any], task: LossFunction, progress: float
+    ) -> dict[str, Tensor]:
+        """Return the losses over micro-batches without dropout; arguments and result as `step`."""
         self.deepspeed.eval()
-        losses = [
-            self.deepspeed(**model_inputs(b, self.groups), progress=progress).lm_loss
-            for b in batches
-        ]
+        normalizers = []
+        losses = []
+        for batch in batches:
+            batch = batch.to(self.groups.device)
+            normalizers.append(task.normalizers(batch))
+            sums = task.loss_sums(self.deepspeed, batch, progress)
+            losses.append(means(sums, normalizers[-1]))
         self.deepspeed.train()
-        return torch.stack(losses).mean()
+        weights = term_weights(normalizers, self.groups)
+        for terms, weight in zip(losses, weights, strict=True):
+            for name in terms:
+                terms[name] = terms[name] * weight[name]
+        return _mean_by_term(losses)
 
     def partitions(self) -> ZeroShards:
         """What this rank's optimizer holds, for checkpoints."""
@@ -161,13 +187,9 @@ class Engine:
             setattr(self.deepspeed, name, counters[name])
 
 
-def model_inputs(batch: Batch, groups: Groups) -> dict[str, Tensor | None]:
-    """A micro-batch on this rank's device, as the model's keyword arguments."""
-    batch = batch.to(groups.device)
-    return {
-        "tokens_BS": batch.tokens_BS,
-        "labels_BS": batch.labels_BS,
-        "loss_mask_BS": batch.loss_mask_BS,
-        "position_ids_BS": batch.position_ids_BS,
-        "segments_BS": batch.segments_BS,
-    }
+def _mean_by_term(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Average each term over micro-batches."""
+    means_by_term = {}
+    for name in losses[0]:
+        means_by_term[name] = torch.stack([terms[name] for terms in losses]).mean()
+    return means_by_term

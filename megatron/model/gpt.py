@@ -28,17 +28,38 @@ from megatron.moe.ffn import FFNContext
 class GPTOutput(NamedTuple):
     """What a forward pass returns. Losses are 0-d fp32; without labels there are logits instead.
 
-    A tuple, because ZeRO 3's hooks find the tensors of a module's output in tuples, lists and dicts only.
+    A tuple, because ZeRO 3's hooks find the tensors of a module's output in tuples, lists and
+    dicts only. The language-model loss is a sum and its normalizer: how the sums of several
+    micro-batches and ranks are averaged is the training task's decision.
     """
 
-    loss: Tensor | None
-    """lm_loss + aux_loss"""
-    lm_loss: Tensor | None
-    """mean cross-entropy over the tokens of the loss mask; 0 if it holds none"""
+    lm_loss_sum: Tensor | None
+    """cross-entropy summed over the tokens, weighted by the loss mask"""
+    num_target_tokens: Tensor | None
+    """sum of the loss mask"""
     aux_loss: Tensor
-    """mean over the mixture layers; 0 without any"""
+    """mean of the auxiliary losses of the MoE layers; 0 without any"""
     logits: Tensor | None
     """[B, S, V] in the compute dtype"""
+
+    @property
+    def lm_loss(self) -> Tensor | None:
+        """Mean cross-entropy over the target tokens of this batch; 0 if it has none."""
+        if self.lm_loss_sum is None:
+            return None
+        return self.lm_loss_sum / at_least_one(self.num_target_tokens)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """lm_loss + aux_loss."""
+        if self.lm_loss_sum is None:
+            return None
+        return self.lm_loss + self.aux_loss
+
+
+def at_least_one(count: Tensor) -> Tensor:
+    """A normalizer to divide by: 1 where there is nothing to average."""
+    return torch.where(count > 0, count, 1)
 
 
 def project(
@@ -167,10 +188,8 @@ class GPT(nn.Module):
             if loss_mask_BS is None
             else loss_mask_BS.flatten().float()
         )
-        total = mask_N.sum()
-        loss = output(h_BSD.flatten(0, 1), labels_N=labels_BS.flatten(), mask_N=mask_N)
-        lm_loss = loss / torch.where(total > 0, total, 1)
-        return GPTOutput(lm_loss + aux_loss, lm_loss, aux_loss, None)
+        loss_sum = output(h_BSD.flatten(0, 1), labels_N=labels_BS.flatten(), mask_N=mask_N)
+        return GPTOutput(loss_sum, mask_N.sum(), aux_loss, None)
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
         h_BSD = self.embed_tokens(tokens_BS)

@@ -1,342 +1,338 @@
-"""The training loop: step, and by name what hangs off it: log, evaluate, save."""
+"""Training loop: optimizer steps with periodic logging, evaluation and checkpointing."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron.checkpoint.metadata import TrainingProgress
 from megatron.checkpoint.saver import Checkpointer
 from megatron.config.schema import CheckpointConfig, FaultToleranceConfig, TrainConfig
-from megatron.data.loader import Batch
 from megatron.engine.engine import Engine
 from megatron.log import get_logger
 from megatron.parallel.groups import Groups, all_reduce_mean
 from megatron.training.graceful_stop import GracefulStop, StepConsensus
+from megatron.training.log_window import LogWindow
 from megatron.training.loss_spikes import Spike, SpikeDetector
 from megatron.training.lr_schedule import LRSchedule
 from megatron.training.metric_writers import MetricsWriters, ProgressBar
+from megatron.training.plan import TrainingPlan
 from megatron.training.profiler import StepProfiler
 from megatron.training.startup_timer import StartupTimer
+from megatron.training.task import AUX_LOSS, LM_LOSS, Task
 from megatron.training.watchdog import Watchdog
 
+_LARGEST_EXPONENT = 700.0
+"""exp of more overflows an fp64 number: the perplexity of a diverged model stays finite."""
 
-@dataclass
-class TrainingPlan:
-    """Sizes of the run that the loop needs."""
 
-    iterations: int
-    global_batch: int
-    micro_steps: int
-    """micro-batches of one optimizer step on one rank"""
-    seq_length: int
+@dataclass(frozen=True)
+class LoopConfig:
+    """The sections of the configuration that the training loop reads."""
 
-    @staticmethod
-    def of(
-        train: TrainConfig, seq_length: int, world_size: int, done: TrainingProgress
-    ) -> TrainingPlan:
-        """The plan of a run that has done so much already, perhaps with another global batch.
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    fault_tolerance: FaultToleranceConfig
 
-        Raises:
-            ValueError: the global batch is not a multiple of micro-batch x ranks, or nothing says how long to train.
-        """
-        batch = train.global_batch(world_size)
-        left = train.train_tokens - done.consumed_tokens
-        iterations = (
-            done.iteration + max(0, -(-left // (batch * seq_length)))
-            if train.train_tokens
-            else train.iterations(seq_length, world_size)
-        )
-        return TrainingPlan(
-            iterations, batch, batch // (train.micro_batch_size * world_size), seq_length
-        )
 
-    @property
-    def tokens(self) -> int:
-        """Of one optimizer step."""
-        return self.global_batch * self.seq_length
+@dataclass(frozen=True)
+class LoopServices:
+    """What the training loop calls around its steps."""
+
+    schedule: LRSchedule
+    metric_writers: MetricsWriters
+    checkpointer: Checkpointer
+    stop: GracefulStop
+    startup_timer: StartupTimer
+    profiler: StepProfiler | None = None
 
 
 class Trainer:
-    """Runs the loop.
+    """Runs the training loop.
 
     Args:
-        train_batches: endless micro-batches of this rank, already positioned at `progress`.
-        eval_batches: by split name ("valid", "test"), a function that starts that split's micro-batches anew.
-        checkpoints: where `progress` and the engine's state are saved.
-        start_up: told when the first step is done.
-        stop: says after each step whether the run ends there.
-        profiler: does the steps; None: nothing is profiled.
+        engine: executes the steps.
+        task: gives micro-batches and loss terms.
+        plan: sizes of the run.
+        progress: how far the run is; updated after every step.
+        groups: the data-parallel ranks.
+        config: the sections of the configuration that the loop reads.
+        services: logging, checkpointing and what else happens around the steps.
     """
 
     def __init__(
         self,
         engine: Engine,
-        train: TrainConfig,
-        checkpoint: CheckpointConfig,
-        fault_tolerance: FaultToleranceConfig,
+        task: Task,
         plan: TrainingPlan,
-        schedule: LRSchedule,
-        groups: Groups,
-        train_batches: Iterable[Batch],
-        eval_batches: dict[str, Callable[[], Iterable[Batch]]],
-        sinks: MetricsWriters,
-        checkpoints: Checkpointer,
         progress: TrainingProgress,
-        start_up: StartupTimer,
-        stop: GracefulStop,
-        profiler: StepProfiler | None = None,
+        groups: Groups,
+        config: LoopConfig,
+        services: LoopServices,
     ):
-        self.engine, self.config, self.plan, self.schedule, self.groups = (
-            engine,
-            train,
-            plan,
-            schedule,
-            groups,
-        )
-        self.train_batches, self.eval_batches = iter(train_batches), eval_batches
-        self.sinks, self.checkpoints, self.progress = sinks, checkpoints, progress
-        self.start_up, self.stop, self.profiler = start_up, stop, profiler
-        self.checkpoint_config = checkpoint
-        self.fault_tolerance = fault_tolerance
-        self.watchdog = Watchdog(fault_tolerance.timeout_minutes)
-        self.spikes = SpikeDetector(
-            fault_tolerance.loss_spike_threshold, fault_tolerance.loss_spike_window
-        )
-        self.started = time.monotonic()
-        self._interval = LogWindow()
+        self.engine = engine
+        self.task = task
+        self.plan = plan
+        self.progress = progress
+        self.groups = groups
+        self.config = config
+        self.services = services
+        self.checkpointer = services.checkpointer
+        self.train_batches: Iterator[Any] = iter(task.train_batches(progress.consumed_samples))
+        faults = config.fault_tolerance
+        self.watchdog = Watchdog(faults.timeout_minutes)
+        self.spikes = SpikeDetector(faults.loss_spike_threshold, faults.loss_spike_window)
+        self.start_time = time.monotonic()
+        self._window = LogWindow()
         self.bad_steps = 0
-        """in a row, up to now"""
+        """consecutive skipped steps, including the last one"""
         self._good_steps = 0
-        self._reason = ""
-        """why the run ends before its schedule: what was agreed on after the last step"""
+        """steps of this run that were not skipped"""
+        self._stop_reason = ""
+        """why the run ends before its schedule; all ranks have the same"""
+        self._save_due = False
 
     def run(self) -> None:
-        """Train from `progress` to the end of the schedule, then test; or up to what ends the run before.
+        """Train from `progress` to the end of the schedule, then evaluate on the test split.
 
-        An exit interval ends it as its schedule does, but without a test. A signal or the end of the run's time do so
-        in a hurry: a checkpoint, no evaluation.
-        """
-        with self.stop, self.watchdog:
-            self._run()
-
-    def _run(self) -> None:
-        every, last = self.config, self.plan.iterations
-        save_interval = self.checkpoint_config.save_interval
-        exit_interval = self.fault_tolerance.exit_interval
-        if self.progress.iteration == 0:
-            self.evaluate("valid")
-        self.start_up.mark("evaluation")
-        due = False
-        with ProgressBar(total=last, initial=self.progress.iteration) as bar:
-            while self.progress.iteration < last:
-                if self.profiler is None:
-                    self.step()
-                else:
-                    self.profiler.step(self)
-                self.start_up.end("first step")
-                i = self.progress.iteration
-                bar.update()
-                self.checkpoints.poll()
-                hurry, due = (
-                    bool(self._reason),
-                    due or bool(save_interval and i % save_interval == 0),
-                )
-                if not hurry and i < last and exit_interval and i % exit_interval == 0:
-                    self._reason = f"--exit-interval {exit_interval}"
-                ends = i == last or bool(self._reason)
-                if i % every.log_interval == 0 or ends:
-                    self.log()
-                if self._reason:
-                    get_logger().info(
-                        "this run ends at iteration %d of %d: %s", i, last, self._reason
-                    )
-                if not hurry and (
-                    ends or (every.eval_interval and i % every.eval_interval == 0)
-                ):
-                    self.evaluate("valid")
-                if (
-                    self.checkpoint_config.save
-                    and (ends or due)
-                    and self._is_worth_saving(ends)
-                ):
-                    self.checkpoints.save(self.progress, last=ends)
-                    due = False
-                if ends:
-                    break
-        if self.progress.iteration >= last and not self._reason:
-            self.evaluate("test")
-        self.checkpoints.finish()
-
-    def step(self) -> None:
-        """One optimizer step, and what all ranks make of it.
+        An exit interval ends the run as its schedule does, but without the test. A signal or
+        the end of the run's time ends it with a checkpoint and without any evaluation.
 
         Raises:
-            ValueError: too many steps in a row were skipped, or the loss is a spike and is to end the run.
+            ValueError: see `step`.
+            OSError: a checkpoint cannot be written.
         """
-        p, start = self.progress, time.monotonic()
-        lr = self.schedule.lr(p.iteration)
+        with self.services.stop, self.watchdog:
+            self._train()
+            if not self._stop_reason:
+                self.evaluate("test")
+            self.checkpointer.finish()
+
+    def _train(self) -> None:
+        """Run steps until the schedule ends or all ranks agree to stop."""
+        last = self.plan.iterations
+        if self.progress.iteration == 0:
+            self.evaluate("valid")
+        self.services.startup_timer.mark("evaluation")
+        with ProgressBar(total=last, initial=self.progress.iteration) as bar:
+            while self.progress.iteration < last and not self._stop_reason:
+                if self.services.profiler is None:
+                    self.step()
+                else:
+                    self.services.profiler.step(self)
+                self.services.startup_timer.end("first step")
+                bar.update()
+                self.checkpointer.poll()
+                self._after_step()
+
+    def step(self) -> None:
+        """Run one optimizer step and react to its outcome, which all ranks agree on.
+
+        Raises:
+            ValueError: --max-bad-steps consecutive steps were skipped, or the loss is a spike
+                and --loss-spike-action is stop.
+        """
+        start = time.monotonic()
+        progress = self.progress
+        lr = self.services.schedule.lr(progress.iteration)
         batches = self.watchdog.reading(
             islice(self.train_batches, self.plan.micro_steps),
-            f"a batch of iteration {p.iteration + 1}",
+            f"a batch of iteration {progress.iteration + 1}",
         )
-        skipped = self.engine.skipped_steps
-        losses = self.engine.step(batches, lr, p.consumed_samples / self._total_samples)
-        agreed = self.stop.agree(*losses)
-        self._reason = agreed.reason
-        p.iteration += 1
-        p.consumed_samples += self.plan.global_batch
-        p.consumed_tokens += self.plan.tokens
-        bad = self.engine.skipped_steps > skipped
-        self._interval.add(agreed, lr, time.monotonic() - start, bad)
-        if bad:
-            self._on_skipped_step(agreed)
-        else:
-            self.bad_steps, self._good_steps = 0, self._good_steps + 1
-            if spike := self.spikes.see(agreed.lm_loss):
-                self._on_loss_spike(agreed.lm_loss, spike)
+        skipped_before = self.engine.skipped_steps
+        losses = self.engine.step(batches, self.task, lr, self._fraction_done())
+        consensus = self.services.stop.agree(losses[LM_LOSS], losses[AUX_LOSS])
+        self._stop_reason = consensus.reason
+        progress.iteration += 1
+        progress.consumed_samples += self.plan.global_batch
+        progress.consumed_tokens += self.plan.tokens_per_step
+        skipped = self.engine.skipped_steps > skipped_before
+        self._window.add(consensus, lr, time.monotonic() - start, skipped)
+        if skipped:
+            self._on_skipped_step(consensus)
+            return
+        self.bad_steps = 0
+        self._good_steps += 1
+        spike = self.spikes.see(consensus.lm_loss)
+        if spike is not None:
+            self._on_loss_spike(consensus.lm_loss, spike)
 
-    def _on_skipped_step(self, agreed: StepConsensus) -> None:
-        """A step was skipped: weights, moments and gates are as before it; iteration and schedule went on."""
-        p, most, bad_ranks = self.progress, self.fault_tolerance.max_bad_steps, agreed.bad_ranks
+    def _after_step(self) -> None:
+        """Log, evaluate and save as the intervals say, or because the run ends here."""
+        train = self.config.train
+        iteration = self.progress.iteration
+        completed = iteration == self.plan.iterations
+        stop_requested = bool(self._stop_reason)
+        exit_interval = self.config.fault_tolerance.exit_interval
+        may_exit = not completed and not stop_requested
+        if may_exit and _is_multiple(iteration, exit_interval):
+            self._stop_reason = f"--exit-interval {exit_interval}"
+        ends = completed or bool(self._stop_reason)
+        if ends or _is_multiple(iteration, train.log_interval):
+            self.log()
+        if self._stop_reason:
+            get_logger().info(
+                "the run ends at iteration %d of %d: %s",
+                iteration,
+                self.plan.iterations,
+                self._stop_reason,
+            )
+        if not stop_requested and (ends or _is_multiple(iteration, train.eval_interval)):
+            self.evaluate("valid")
+        self._save_if_due(ends)
+
+    def _save_if_due(self, ends: bool) -> None:
+        """Save at the save interval and at the end of the run.
+
+        No checkpoint is saved while steps are being skipped, because the weights may be the
+        cause. A checkpoint that was due then is saved after the next good step. At the end of
+        the run one is saved if any of its steps was good.
+        """
+        checkpoint = self.config.checkpoint
+        if not checkpoint.save:
+            return
+        if _is_multiple(self.progress.iteration, checkpoint.save_interval):
+            self._save_due = True
+        if self.bad_steps and not ends:
+            return
+        if self.bad_steps and not self._good_steps:
+            self._warn(
+                "no checkpoint is saved, because every step of this run was skipped; "
+                f"{self.checkpointer.last_saved_message()}"
+            )
+            return
+        if ends or self._save_due:
+            self.checkpointer.save(self.progress, last=ends)
+            self._save_due = False
+
+    def _on_skipped_step(self, consensus: StepConsensus) -> None:
+        """Count and log a skipped step; raise if there were too many in a row.
+
+        Weights, moments and gates are as before the step; iteration and schedule advanced.
+        """
+        progress = self.progress
+        allowed = self.config.fault_tolerance.max_bad_steps
         self.bad_steps += 1
-        what = (
-            f"the loss on {bad_ranks} of {self.groups.world_size} rank(s)"
-            if bad_ranks
-            else "a gradient"
-        )
+        if consensus.bad_ranks:
+            what = f"the loss on {consensus.bad_ranks} of {self.groups.world_size} rank(s)"
+        else:
+            what = "a gradient"
+        first_sample = progress.consumed_samples - self.plan.global_batch
         self._warn(
-            f"iteration {p.iteration}: {what} was NaN or infinite, so the step is skipped: {self.bad_steps} "
-            f"in a row (samples {p.consumed_samples - self.plan.global_batch} to {p.consumed_samples - 1})"
+            f"iteration {progress.iteration}: {what} was NaN or infinite, so the step is "
+            f"skipped ({self.bad_steps} consecutive; samples {first_sample} to "
+            f"{progress.consumed_samples - 1})"
         )
-        if 0 < most <= self.bad_steps:
+        if 0 < allowed <= self.bad_steps:
             self._abort(
-                f"the gradients of {self.bad_steps} steps in a row, up to iteration {p.iteration}, were NaN "
-                f"or infinite and the steps were skipped; allowed: fewer than --max-bad-steps {most}. Lower "
-                "--lr, or look at the data"
+                f"{self.bad_steps} consecutive steps up to iteration {progress.iteration} had "
+                "NaN or infinite gradients and were skipped; allowed: fewer than "
+                f"--max-bad-steps {allowed}. Lower --lr, or inspect the data"
             )
 
     def _on_loss_spike(self, loss: float, spike: Spike) -> None:
-        """Count and log a spike; raise if it ends the run. Of several in a row the first and the last are logged."""
-        self._interval.loss_spikes += 1
+        """Count a loss spike; log the first and the last of a row, or end the run."""
+        self._window.loss_spikes += 1
+        faults = self.config.fault_tolerance
         what = (
-            f"the loss of iteration {self.progress.iteration} is {loss:.5f}, {spike.z:.1f} deviations of "
-            f"{spike.deviation:.3g} above {spike.mean:.5f}, the mean of the steps before"
+            f"the loss of iteration {self.progress.iteration} is {loss:.5f}, "
+            f"{spike.z:.1f} standard deviations of {spike.deviation:.3g} above "
+            f"{spike.mean:.5f}, the mean of the previous steps"
         )
-        if self.fault_tolerance.loss_spike_action == "stop":
+        if faults.loss_spike_action == "stop":
             self._abort(
-                f"{what}; allowed: --loss-spike-threshold {self.fault_tolerance.loss_spike_threshold:g}. Its batch "
-                "may be bad, or --lr too high; --loss-spike-action log goes on"
+                f"{what}; allowed: --loss-spike-threshold {faults.loss_spike_threshold:g}. "
+                "Its batch may be bad, or --lr too high; --loss-spike-action log continues"
             )
         if spike.level_shift:
             self._warn(
-                f"{what}, like {spike.row - 1} before it: that is a new level, and no spike from now on"
+                f"{what}, like {spike.row - 1} before it: this is a new level of the loss, "
+                "and no spike from now on"
             )
         elif spike.row == 1:
             self._warn(what)
 
-    def _abort(self, why: str) -> NoReturn:
-        """End the run, as all ranks have decided alike. A checkpoint that is still being written is completed first."""
-        self.log()
-        failed = ""
-        try:
-            self.checkpoints.finish()
-        except OSError as error:
-            failed = f"; {error}"
-        raise ValueError(f"{why}; {self.checkpoints.last_saved_message()}{failed}")
+    def _abort(self, reason: str) -> NoReturn:
+        """End the run with an error that all ranks raise.
 
-    def _is_worth_saving(self, ends: bool) -> bool:
-        """Not while steps are being skipped, for the weights may be why; but at the end, if any step was good."""
-        if not self.bad_steps:
-            return True
-        if ends and not self._good_steps:
-            self._warn(
-                "no checkpoint is saved, because every step of this run was skipped; "
-                f"{self.checkpoints.last_saved_message()}"
-            )
-        return ends and self._good_steps > 0
+        A checkpoint that is still being written is completed first.
+        """
+        self.log()
+        save_error = ""
+        try:
+            self.checkpointer.finish()
+        except OSError as error:
+            save_error = f"; {error}"
+        raise ValueError(f"{reason}; {self.checkpointer.last_saved_message()}{save_error}")
 
     def _warn(self, message: str) -> None:
-        """Of what all ranks know: said once."""
+        """Log a warning on rank 0 only: every rank holds the same information."""
         if self.groups.is_rank0:
             get_logger().warning("%s", message)
 
-    @property
-    def _total_samples(self) -> int:
-        return self.plan.iterations * self.plan.global_batch
+    def _fraction_done(self) -> float:
+        """Share of the schedule's samples that the run has consumed."""
+        return self.progress.consumed_samples / self.plan.samples
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.start_time
 
     def log(self) -> None:
-        """Reduce and write what happened since the last log line."""
-        p, interval = self.progress, self._interval
-        tokens = interval.steps * self.plan.tokens
-        seconds = all_reduce_mean(interval.seconds, self.groups)
-        record = {
+        """Reduce and write the metrics of the steps since the last log line."""
+        window = self._window
+        seconds = all_reduce_mean(window.seconds, self.groups)
+        row = {
             "kind": "train",
-            "iteration": p.iteration,
-            "loss": interval.mean(0),
-            "aux_loss": interval.mean(1),
-            "lr": interval.lr,
+            "iteration": self.progress.iteration,
+            "loss": window.mean_lm_loss(),
+            "aux_loss": window.mean_aux_loss(),
+            "lr": window.lr,
             "grad_norm": self.engine.grad_norm(),
-            "tokens_per_s": tokens / seconds,
-            "step_time_ms": 1000 * seconds / interval.steps,
+            "tokens_per_s": window.steps * self.plan.tokens_per_step / seconds,
+            "step_time_ms": 1000 * seconds / window.steps,
             "skipped_steps": self.engine.skipped_steps,
-            "bad_steps": interval.bad_steps,
-            "loss_spikes": interval.loss_spikes,
-            "consumed_samples": p.consumed_samples,
-            "consumed_tokens": p.consumed_tokens,
-            "elapsed_s": time.monotonic() - self.started,
-            **self.engine.metrics.read(training=True),
+            "bad_steps": window.bad_steps,
+            "loss_spikes": window.loss_spikes,
+            "consumed_samples": self.progress.consumed_samples,
+            "consumed_tokens": self.progress.consumed_tokens,
+            "elapsed_s": self._elapsed(),
         }
-        self._interval = LogWindow()
-        self.sinks.write(record)
+        row |= self.engine.metrics.read(training=True)
+        self._window = LogWindow()
+        self.services.metric_writers.write(row)
 
     def evaluate(self, split: str) -> None:
-        """Mean loss on a split, always on the same samples; nothing if the run has no such split."""
-        if split not in self.eval_batches:
+        """Log the mean loss on a split, always on the same samples.
+
+        Does nothing if the run has no such split.
+        """
+        if split not in self.task.eval_splits():
             return
-        p = self.progress
         batches = self.watchdog.reading(
-            self.eval_batches[split](), f"a batch of split {split!r}"
+            self.task.eval_batches(split), f"a batch of split {split!r}"
         )
-        loss = self.engine.evaluate(batches, p.consumed_samples / self._total_samples)
-        loss = all_reduce_mean(float(loss), self.groups)
-        self.sinks.write(
-            {
-                "kind": {"valid": "eval"}.get(split, split),
-                "iteration": p.iteration,
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "consumed_samples": p.consumed_samples,
-                "consumed_tokens": p.consumed_tokens,
-                "elapsed_s": time.monotonic() - self.started,
-                **self.engine.metrics.read(training=False),
-            }
-        )
+        losses = self.engine.evaluate(batches, self.task, self._fraction_done())
+        loss = all_reduce_mean(float(losses[LM_LOSS]), self.groups)
+        row = {
+            "kind": "eval" if split == "valid" else split,
+            "iteration": self.progress.iteration,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, _LARGEST_EXPONENT)),
+            "consumed_samples": self.progress.consumed_samples,
+            "consumed_tokens": self.progress.consumed_tokens,
+            "elapsed_s": self._elapsed(),
+        }
+        row |= self.engine.metrics.read(training=False)
+        self.services.metric_writers.write(row)
 
 
-class LogWindow:
-    """What happened since the last log line. Losses are means over the steps that were not skipped; if all were, over
-    those, so that a NaN is seen."""
-
-    def __init__(self):
-        self.steps, self.bad_steps, self.loss_spikes = 0, 0, 0
-        self.seconds, self.lr = 0.0, 0.0
-        self._sums = {bad: [0.0, 0.0] for bad in (False, True)}
-
-    def add(self, agreed: StepConsensus, lr: float, seconds: float, bad: bool) -> None:
-        self.steps, self.bad_steps = self.steps + 1, self.bad_steps + bad
-        self.seconds, self.lr = self.seconds + seconds, lr
-        for i, loss in enumerate((agreed.lm_loss, agreed.aux_loss)):
-            self._sums[bad][i] += loss
-
-    def mean(self, i: int) -> float:
-        """Mean language-model (0) or auxiliary (1) loss."""
-        good = self.steps - self.bad_steps
-        return self._sums[not good][i] / (good or self.bad_steps)
+def _is_multiple(iteration: int, interval: int) -> bool:
+    """Whether an iteration ends an interval; an interval of 0 never ends."""
+    return interval > 0 and iteration % interval == 0
 
 
 def log_run_summary(
@@ -346,12 +342,10 @@ def log_run_summary(
     num_experts: int,
     progress: TrainingProgress,
 ) -> None:
-    """Say on what this run runs, and why."""
-    experts = (
-        f"{num_experts // groups.ep_size} of {num_experts} experts"
-        if num_experts
-        else "no experts"
-    )
+    """Log what the run runs on and why, and its sizes."""
+    experts = "no experts"
+    if num_experts:
+        experts = f"{num_experts // groups.ep_size} of {num_experts} experts"
     get_logger().info(
         "%d rank(s) on %s with %s, because %s; %s",
         groups.world_size,

@@ -17,6 +17,7 @@ from megatron.config.schema import (
     TrainConfig,
 )
 from megatron.parallel.groups import Groups
+from megatron.training.task import NextTokenLoss
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -116,21 +117,21 @@ def _run(stage, precision, deepspeed_config, folder):
     }
     loads = count_loads(engine)
     for step in range(STEPS):
-        engine.step(micro_batches(step, groups.rank), 0.02, 0.0)
+        engine.step(micro_batches(step, groups.rank), NextTokenLoss(), 0.02, 0.0)
         answer["after"].append(biases(engine))
     answer["loads"] = loads
-    engine.evaluate(micro_batches(50, groups.rank), 0.0)
+    engine.evaluate(micro_batches(50, groups.rank), NextTokenLoss(), 0.0)
     answer["evaluated"] = biases(engine)
     record = RunMetadata(RunConfig(), {}, {"ranks": groups.world_size})
     with Checkpointer(CheckpointConfig(save=folder), engine, record, groups) as checkpoints:
         checkpoints.save(TrainingProgress(iteration=STEPS))
-    engine.step(micro_batches(STEPS, groups.rank), 0.02, 0.0)
+    engine.step(micro_batches(STEPS, groups.rank), NextTokenLoss(), 0.02, 0.0)
     answer["went_on"] = biases(engine)
     source = loader.find_checkpoint(CheckpointConfig(load=folder), groups)
     resumed = make_engine(groups, stage, precision, deepspeed_config, seed=8, source=source)
     assert source.restore(resumed, groups).iteration == STEPS
     answer["loaded"] = biases(resumed)
-    resumed.step(micro_batches(STEPS, groups.rank), 0.02, 0.0)
+    resumed.step(micro_batches(STEPS, groups.rank), NextTokenLoss(), 0.02, 0.0)
     answer["resumed"] = biases(resumed)
     return answer
 
@@ -211,7 +212,7 @@ def _skip(stage, precision):
     hook = infinite.register_hook(lambda grad: grad * float("inf"))
     states = []
     for step in range(2):
-        engine.step(micro_batches(step, groups.rank), 0.02, 0.0)
+        engine.step(micro_batches(step, groups.rank), NextTokenLoss(), 0.02, 0.0)
         hook.remove()
         states.append(
             (

@@ -15,6 +15,7 @@ from megatron.config.schema import (
 )
 from megatron.moe.gate import available_gates
 from megatron.parallel.groups import Groups
+from megatron.training.task import LM_LOSS, NextTokenLoss
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -120,8 +121,8 @@ def _train(gate, stage, precision="fp32", activation="swiglu"):
     losses, norms = [], []
     for step in range(STEPS):
         mine = list(micro_batches(step))[groups.rank :: groups.world_size]
-        loss, _ = engine.step(mine, OPTIMIZER["lr"], 0.0)
-        losses.append(parallel.all_reduce_mean(float(loss), groups))
+        step_losses = engine.step(mine, NextTokenLoss(), OPTIMIZER["lr"], 0.0)
+        losses.append(parallel.all_reduce_mean(float(step_losses[LM_LOSS]), groups))
         norms.append(engine.grad_norm())
     weights = {}
     for name, p in engine.model.named_parameters():

@@ -125,13 +125,13 @@ class Run:
     def steps(self, number: int) -> list[float]:
         """Mean losses over ranks of so many more steps."""
         from megatron.parallel.groups import all_reduce_mean
+        from megatron.training.task import LM_LOSS, NextTokenLoss
 
         losses = []
         for _ in range(number):
-            loss, _ = self.engine.step(
-                micro_batches(self.progress.iteration, self.groups), 0.02, 0.0
-            )
-            losses.append(all_reduce_mean(float(loss), self.groups))
+            batches = micro_batches(self.progress.iteration, self.groups)
+            step_losses = self.engine.step(batches, NextTokenLoss(), 0.02, 0.0)
+            losses.append(all_reduce_mean(float(step_losses[LM_LOSS]), self.groups))
             self.progress.iteration += 1
             self.checkpoints.poll()
         return losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -76,15 +77,17 @@ def metrics(out: Path, kind: str = "train") -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def train(argv: list[str]) -> None:
-    """In a rank of the pool: a run, as the launcher would start it."""
+def train(argv: list[str], build_task: Callable | None = None) -> None:
+    """Train in a rank of the pool, as the launcher would start it.
+
+    Args:
+        build_task: as in `pretrain.train`.
+    """
     from megatron import pretrain
     from megatron.config import cli
     from megatron.moe.gate import available_gates, gate_config_class
 
-    os.environ.update(
-        RANK=str(dist.get_rank()),
-        WORLD_SIZE=str(dist.get_world_size()),
-        LOCAL_RANK=str(dist.get_rank()),
-    )
-    pretrain.train(cli.parse(argv, gate_config_class, available_gates))
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
+    config = cli.parse(argv, gate_config_class, available_gates)
+    pretrain.train(config, build_task=build_task)

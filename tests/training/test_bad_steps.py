@@ -16,6 +16,7 @@ from megatron.config.schema import (
     OptimizerConfig,
     TrainConfig,
 )
+from megatron.training.task import NextTokenLoss
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -43,8 +44,8 @@ class _Infinite(torch.autograd.Function):
         return grad
 
 
-class Poison:
-    """Spoils forward and backward passes while `kind` is set."""
+class FaultInjector:
+    """Makes a loss or gradients of forward and backward passes infinite while `kind` is set."""
 
     def __init__(self, model):
         self.kind = ""
@@ -55,13 +56,30 @@ class Poison:
 
     def _of_model(self, module, args, out):
         """Gradients stay what they were."""
-        return out._replace(loss=out.loss + float("inf")) if self.kind == "loss" else out
+        if self.kind == "loss":
+            return out._replace(lm_loss_sum=out.lm_loss_sum + float("inf"))
+        return out
 
     def _of_ffn(self, module, args, out):
         return replace(out, y=_Infinite.apply(out.y)) if self.kind == "gradient" else out
 
     def _of_expert(self, grad):
         return grad * float("nan") if self.kind == "expert" else None
+
+
+class FaultyTask(NextTokenLoss):
+    """Next-token prediction with a fault in the first micro-batch of a step on rank 1."""
+
+    def __init__(self, injector: FaultInjector, fault: str):
+        self.injector = injector
+        self.fault = fault
+        self.micro_batches = 0
+
+    def loss_sums(self, model, batch, progress):
+        first = self.micro_batches == 0
+        self.micro_batches += 1
+        self.injector.kind = self.fault if first and dist.get_rank() == 1 else ""
+        return super().loss_sums(model, batch, progress)
 
 
 def batches(step: int, rank: int):
@@ -88,8 +106,7 @@ def state(engine) -> dict[str, torch.Tensor]:
 
 
 def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
-    """In a rank: the state after each of these steps; a step with a name is one that this spoils, on one micro-batch of
-    rank 1."""
+    """Return the state after each step, in a rank; a step that is a name has this fault."""
     from megatron.engine import distributed as parallel
     from megatron.engine.engine import Engine
     from megatron.model.builder import build_model
@@ -108,7 +125,7 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
         else MoEConfig()
     )
     model = build_model(MODEL, moe, {}, vocab_size=VOCAB, seed=7, groups=groups)
-    poison = Poison(model)
+    injector = FaultInjector(model)
     engine = Engine(
         model,
         OptimizerConfig(bf16=bf16, clip_grad=0.5),
@@ -118,13 +135,10 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
     )
     states = []
 
-    def fed(step: int | str):
-        for i, batch in enumerate(batches(1 if isinstance(step, str) else step, rank)):
-            poison.kind = step if isinstance(step, str) and rank == 1 and i == 0 else ""
-            yield batch
-
     for step in steps:
-        engine.step(fed(step), LR, 0.0)
+        fault = step if isinstance(step, str) else ""
+        task = FaultyTask(injector, fault)
+        engine.step(batches(1 if fault else step, rank), task, LR, 0.0)
         states.append((engine.skipped_steps, state(engine)))
     return states
 
@@ -138,11 +152,11 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
     ],
 )
 def test_a_skipped_step_leaves_no_trace(stage, bf16, experts, ranks2):
-    """After spoilt steps the state is what it was before them, and after a good one what it is without them."""
+    """After skipped steps the state is that before them, after a good one that without them."""
     bad = ["loss", "gradient", *(["expert"] if experts else [])]
-    spoilt = ranks2.run(_train, stage, bf16, experts, [0, *bad, 2])
+    faulty = ranks2.run(_train, stage, bf16, experts, [0, *bad, 2])
     clean = ranks2.run(_train, stage, bf16, experts, [0, 2])
-    for states, ((none, before), (_, end)) in zip(spoilt, clean, strict=True):
+    for states, ((none, before), (_, end)) in zip(faulty, clean, strict=True):
         assert any("exp_avg " in name for name in before) and none == 0
         assert not experts or any("expert_bias" in name for name in before)
         assert [skipped for skipped, _ in states] == [0, *range(1, len(bad) + 1), len(bad)]

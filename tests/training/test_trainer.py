@@ -1,70 +1,76 @@
-"""What the loop makes of bad steps and spikes: whole runs on two ranks with some batches spoilt."""
+"""The training loop's reaction to skipped steps and loss spikes, in runs on two ranks."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from helpers import runs
+from megatron import pretrain
 from megatron.checkpoint.metadata import TrainingProgress
 from megatron.config.schema import TrainConfig
-from megatron.training.trainer import TrainingPlan
+from megatron.log import get_logger
+from megatron.training.plan import TrainingPlan
+from megatron.training.task import LM_LOSS, PretrainingTask
 
 MICRO_STEPS = 2
 SHORT = ["--eval-iters", "0"]
 
 
+class FaultyTask(PretrainingTask):
+    """Pretraining in which the losses of some iterations are NaN or high.
+
+    Args:
+        bad: iterations whose loss and gradients are NaN.
+        rank: the rank with the NaN; None: all.
+        high: iterations whose loss is 9 higher on all ranks, without effect on the gradients.
+    """
+
+    def __init__(self, run, plan, bad: set[int], rank: int | None, high: set[int]):
+        splits = pretrain.build_run_splits(run, plan)
+        super().__init__(run.config, plan, run.tokenizer, run.vocab_size, splits, run.groups)
+        self.bad = bad
+        self.rank = rank
+        self.high = high
+        self.micro_batches = itertools.count()
+
+    def loss_sums(self, model, batch, progress):
+        sums = super().loss_sums(model, batch, progress)
+        iteration = next(self.micro_batches) // MICRO_STEPS + 1
+        if iteration in self.bad and self.rank in (None, self.groups.rank):
+            sums[LM_LOSS] = sums[LM_LOSS] * float("nan")
+        if iteration in self.high:
+            sums[LM_LOSS] = sums[LM_LOSS] + 9.0 * batch.loss_mask_BS.sum()
+        return sums
+
+
 def _train(
     argv: list[str], bad: set[int], rank: int | None = None, high: set[int] = frozenset()
 ) -> list[str]:
-    """In a rank: what a run logs.
-
-    Args:
-        bad: iterations whose data makes the loss NaN, on this rank or (None) on all.
-        high: iterations after which all ranks are told of a loss that is 9 higher.
-    """
-    from megatron.data.loader import BatchLoader
-    from megatron.log import get_logger
-    from megatron.training.graceful_stop import GracefulStop
-
-    said, handler, read, agree = [], logging.Handler(), BatchLoader.__next__, GracefulStop.agree
-    handler.emit = lambda record: said.append(record.getMessage())
-    batches, steps = itertools.count(), itertools.count(1)
-
-    def reading(self):
-        batch = read(self)
-        if next(batches) // MICRO_STEPS + 1 in bad and rank in (None, dist.get_rank()):
-            return replace(batch, loss_mask_BS=batch.loss_mask_BS * float("nan"))
-        return batch
-
-    def agreeing(self, *losses):
-        agreed = agree(self, *losses)
-        return replace(agreed, lm_loss=agreed.lm_loss + 9.0 * (next(steps) in high))
-
-    BatchLoader.__next__, GracefulStop.agree = reading, agreeing
+    """Run a training with faults in a rank; arguments as of FaultyTask. Returns its log lines."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
     get_logger().addHandler(handler)
     get_logger().setLevel(logging.INFO)
     try:
-        runs.train(argv)
+        runs.train(argv, lambda run, plan: FaultyTask(run, plan, bad, rank, high))
     finally:
-        BatchLoader.__next__, GracefulStop.agree = read, agree
         get_logger().removeHandler(handler)
         get_logger().setLevel(logging.NOTSET)
-    return said
+    return messages
 
 
 def saved(out: Path) -> list[str]:
     return sorted(p.name for p in (out / "checkpoints").glob("iter_*"))
 
 
-def test_one_poisoned_batch_is_skipped_and_training_goes_on(finished, data, tmp_path, ranks2):
+def test_one_bad_batch_is_skipped(finished, data, tmp_path, ranks2):
     """One rank's, in step 3: said once, left out of the mean; the checkpoint that is due then is written after step 4."""
     argv = runs.flags(
         data,
@@ -82,8 +88,8 @@ def test_one_poisoned_batch_is_skipped_and_training_goes_on(finished, data, tmp_
     first, second = ranks2.run(_train, argv, {3}, 1, timeout=300)
     warned = [message for message in first if "NaN or infinite" in message]
     assert warned == [
-        "iteration 3: the loss on 1 of 2 rank(s) was NaN or infinite, so the step is skipped: 1 in a row "
-        "(samples 16 to 23)"
+        "iteration 3: the loss on 1 of 2 rank(s) was NaN or infinite, so the step is skipped "
+        "(1 consecutive; samples 16 to 23)"
     ]
     assert not [message for message in second if "NaN" in message]
     three, six = runs.metrics(tmp_path)
@@ -104,14 +110,14 @@ def test_one_poisoned_batch_is_skipped_and_training_goes_on(finished, data, tmp_
     assert saved(tmp_path) == ["iter_0000004", "iter_0000006"]
 
 
-def test_too_many_bad_steps_name_the_last_good_checkpoint_and_leave_it(data, tmp_path, ranks2):
+def test_too_many_bad_steps_end_run(data, tmp_path, ranks2):
     """Counted in a row: the one of step 2 does not count with those from step 5 on."""
     argv = runs.flags(
         data, tmp_path, 20, *runs.EP2, *SHORT, "--max-bad-steps", "3", "--save-interval", "1"
     )
     with pytest.raises(
         RuntimeError,
-        match=r"gradients of 3 steps in a row, up to iteration 7, .* allowed: fewer than "
+        match=r"3 consecutive steps up to iteration 7 had NaN .* allowed: fewer than "
         r"--max-bad-steps 3.* last good checkpoint is .*/iter_0000004",
     ):
         ranks2.run(_train, argv, {2, *range(5, 20)}, 0, timeout=300)
@@ -120,9 +126,7 @@ def test_too_many_bad_steps_name_the_last_good_checkpoint_and_leave_it(data, tmp
 
 
 @pytest.mark.parametrize("bad, expected", [({1, 2}, []), ({2}, ["iter_0000002"])])
-def test_a_run_that_ends_in_a_bad_step_is_saved_unless_all_were(
-    bad, expected, data, tmp_path, ranks2
-):
+def test_run_ending_in_bad_step_saved(bad, expected, data, tmp_path, ranks2):
     """Skipped steps leave good weights as they are; of weights without any good step nobody knows."""
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, *SHORT, "--exit-interval", "2")
     first, _ = ranks2.run(_train, argv, bad, timeout=300)
@@ -152,10 +156,10 @@ def test_spikes_are_logged_and_counted(data, tmp_path, ranks2):
     """Two in a row are a quarter of the window, and so a new level."""
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, *SHORT, *SPIKES)
     first, second = ranks2.run(_train, argv, set(), None, {5, 7, 8}, timeout=300)
-    warned = [message for message in first if "deviations of" in message]
+    warned = [message for message in first if "standard deviations of" in message]
     assert [message.split()[4] for message in warned] == ["5", "7", "8"]
     assert (
-        "that is a new level" in warned[2]
+        "this is a new level" in warned[2]
         and "like 1 before it" in warned[2]
         and "level" not in warned[1]
     )
@@ -170,7 +174,7 @@ def test_a_spike_can_end_the_run(data, tmp_path, ranks2):
     )
     with pytest.raises(
         RuntimeError,
-        match=r"the loss of iteration 5 is \d+\.\d+, \d+\.\d deviations of .* allowed: "
+        match=r"the loss of iteration 5 is \d+\.\d+, \d+\.\d standard deviations of .* allowed: "
         r"--loss-spike-threshold 3\. .*last good checkpoint is .*/iter_0000003",
     ):
         ranks2.run(_train, argv, set(), None, {5}, timeout=300)
@@ -197,7 +201,7 @@ def _save_slowly(argv: list[str], bad: set[int]) -> None:
         saver.write_tensors = write
 
 
-def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp_path, ranks2):
+def test_aborted_run_completes_its_checkpoint(data, tmp_path, ranks2):
     argv = runs.flags(
         data,
         tmp_path,
@@ -211,7 +215,7 @@ def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp
     )
     with pytest.raises(
         RuntimeError,
-        match="the gradients of 2 steps in a row.*the last good checkpoint is .*0000002",
+        match="2 consecutive steps .*the last good checkpoint is .*0000002",
     ):
         ranks2.run(_save_slowly, argv, {3, 4}, timeout=300)
     assert saved(tmp_path) == ["iter_0000002"]
@@ -240,6 +244,6 @@ def test_a_run_that_is_given_up_completes_the_checkpoint_it_is_writing(data, tmp
         ),
     ],
 )
-def test_tokens_are_counted_from_where_the_run_is(train, done, iterations):
+def test_plan_counts_remaining_tokens(train, done, iterations):
     """Two ranks, 32 tokens a sample: 128 tokens a step, and after the global batch was doubled 256."""
     assert TrainingPlan.of(train, 32, 2, done).iterations == iterations

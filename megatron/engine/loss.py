@@ -1,0 +1,63 @@
+"""The seam between a training task and the engine: losses as sums and normalizers.
+
+A step's loss is, for every term, the sum over all micro-batches and ranks divided by the sum
+of the normalizers. Micro-batches with different numbers of target tokens then count by their
+tokens, and a global batch of 8 gives the same step as 1 x 8, 2 x 4 or 8 x 1 micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron.parallel.groups import Groups, all_reduce_sum
+
+
+class LossFunction(Protocol):
+    """Computes the loss terms of one micro-batch. A training task is one."""
+
+    def normalizers(self, batch: Any) -> Mapping[str, Tensor]:
+        """Return what each term's sum is divided by, 0-d, from the batch alone.
+
+        It must be known before the forward pass: the backward pass of the first micro-batch
+        needs the normalizers of all.
+        """
+
+    def loss_sums(self, model: nn.Module, batch: Any, progress: float) -> Mapping[str, Tensor]:
+        """Return each term's sum over the micro-batch, 0-d and differentiable."""
+
+
+def term_weights(
+    normalizers: Sequence[Mapping[str, Tensor]], groups: Groups
+) -> list[dict[str, Tensor]]:
+    """Return the weight of each micro-batch's mean in the mean over all micro-batches and ranks.
+
+    With n_i the normalizer of micro-batch i, M micro-batches on each of W ranks and N the sum
+    of all M x W normalizers, the weight is n_i M W / N: exactly 1 when all are equal. The
+    average over micro-batches and ranks of weight x (sum / n_i) is then sum of sums / N, which
+    is what gradient accumulation and data-parallel averaging compute.
+
+    Args:
+        normalizers: of each micro-batch of this rank, by term. All ranks have as many.
+        groups: the ranks that average their gradients. One all-reduce.
+
+    Returns:
+        For each micro-batch, 0-d fp32 tensors by term; 0 for a term without any target.
+    """
+    names = list(normalizers[0])
+    rows = torch.stack([torch.stack(list(n.values())) for n in normalizers]).double()
+    totals = all_reduce_sum(rows.sum(0), groups)
+    num_terms = len(normalizers) * groups.world_size
+    weights = rows * num_terms / torch.where(totals > 0, totals, 1)
+    return [dict(zip(names, row.float(), strict=True)) for row in weights]
+
+
+def means(sums: Mapping[str, Tensor], normalizers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each term's mean over a micro-batch; 0 where its normalizer is 0."""
+    return {
+        name: loss_sum / torch.where(normalizers[name] > 0, normalizers[name], 1)
+        for name, loss_sum in sums.items()
+    }

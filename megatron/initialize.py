@@ -1,0 +1,178 @@
+"""Initialization shared by pretraining, generation and every other program with a model.
+
+Process groups, tokenizer, checkpoint and model are built here and nowhere else, and passed on
+in one record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from megatron.config.fields import require
+from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.log import get_logger
+from megatron.parallel.groups import Groups
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.build import build_tokenizer
+from megatron.training.startup_timer import StartupTimer
+
+if TYPE_CHECKING:
+    from megatron.checkpoint.loader import LoadedCheckpoint
+    from megatron.checkpoint.metadata import TrainingProgress
+    from megatron.engine.engine import Engine
+    from megatron.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a program has before it builds a model."""
+
+    config: RunConfig
+    """the flags, completed by the checkpoint (such as its global batch size)"""
+    groups: Groups
+    tokenizer: Tokenizer
+    vocab_size: int
+    """of the model, before padding: the tokenizer's or a larger --vocab-size"""
+    checkpoint: LoadedCheckpoint | None
+    """the checkpoint that the run starts from"""
+    progress: TrainingProgress
+    """how far the run is: at the start, or where the checkpoint was saved"""
+
+
+def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
+    """Start process groups, and find the tokenizer and the checkpoint to start from.
+
+    Args:
+        timer: its stages "tokenizer" and "DeepSpeed and process groups" end here.
+
+    Raises:
+        ValueError: a flag does not fit the ranks, the tokenizer or the checkpoint.
+        OSError: a file is missing, or the ranks do not find each other.
+    """
+    tokenizer = build_tokenizer(config.tokenizer)
+    timer.mark("tokenizer")
+    groups = _init_distributed(
+        config.moe.moe_expert_parallel_size, config.fault_tolerance.timeout_minutes
+    )
+    from megatron.checkpoint.loader import load_for_run
+
+    timer.mark("DeepSpeed and process groups")
+    log_expert_backend(config, groups)
+    checkpoint, config, progress = load_for_run(config, groups)
+    vocab_size = _vocab_size(config, tokenizer)
+    return Run(config, groups, tokenizer, vocab_size, checkpoint, progress)
+
+
+def initialize_inference(load: str, load_step: int = 0) -> Run:
+    """Start process groups, and take everything else from a checkpoint.
+
+    Experts are sharded as in training if that fits the number of ranks, otherwise every rank
+    holds all of them. The model is dropless: under a capacity, the other prompts of a batch
+    would decide which experts a token gets.
+
+    Args:
+        load: folder of checkpoints, or one checkpoint.
+        load_step: iteration of the checkpoint; 0: the newest.
+
+    Raises:
+        ValueError: the checkpoint does not fit the tokenizer that its flags name.
+        OSError: there is no valid checkpoint.
+    """
+    groups = _init_distributed(1)
+    from megatron.checkpoint.loader import find_checkpoint
+    from megatron.checkpoint.metadata import RunMetadata
+
+    options = CheckpointConfig(load=load, load_step=load_step, finetune=True)
+    checkpoint = find_checkpoint(options, groups)
+    config = checkpoint.record.config
+    ep_size = config.moe.moe_expert_parallel_size
+    if groups.world_size % ep_size:
+        ep_size = 1
+    groups = _init_distributed(ep_size, config.fault_tolerance.timeout_minutes)
+    tokenizer = build_tokenizer(config.tokenizer)
+    checkpoint.check(RunMetadata.of(config, groups, tokenizer))
+    config = replace(
+        config,
+        moe=replace(config.moe, moe_eval_capacity_factor=0.0),
+        # The batch of training need not divide over the ranks of this program.
+        train=replace(config.train, global_batch_size=0),
+    )
+    vocab_size = _vocab_size(config, tokenizer)
+    return Run(config, groups, tokenizer, vocab_size, checkpoint, checkpoint.progress)
+
+
+def build_run_model(run: Run) -> GPT:
+    """Build the model of a run, with the checkpoint's weights if there is one.
+
+    Raises:
+        ValueError: the gate refuses its options, or the checkpoint holds another model.
+    """
+    from megatron.model.builder import build_model
+
+    config = run.config
+    model = build_model(
+        config.model,
+        config.moe,
+        config.gate_options,
+        vocab_size=run.vocab_size,
+        seed=config.train.seed,
+        groups=run.groups,
+        recompute=config.train.recompute_activations,
+    )
+    if run.checkpoint is not None:
+        run.checkpoint.load_weights(model, run.groups)
+    return model
+
+
+def build_engine(run: Run, model: GPT) -> Engine:
+    """Give a model to the engine. Its weights must be loaded: the engine copies them."""
+    from megatron.engine.engine import Engine
+
+    config = run.config
+    return Engine(model, config.optimizer, config.deepspeed, config.train, run.groups)
+
+
+def restore_training_state(run: Run, engine: Engine) -> None:
+    """Seed this rank's random streams and restore the optimizer's and random state."""
+    from megatron.parallel import rng
+
+    rng.seed_rank(run.config.train.seed, run.groups.rank)
+    if run.checkpoint is not None:
+        run.checkpoint.restore(engine, run.groups)
+
+
+def _init_distributed(ep_size: int, timeout_minutes: float = 10.0) -> Groups:
+    """Start process groups: before any other module that imports DeepSpeed."""
+    from megatron.engine import distributed
+
+    return distributed.init_distributed(ep_size, timeout_minutes)
+
+
+def _vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
+    size = config.model.vocab_size or tokenizer.vocab_size
+    require(
+        size >= tokenizer.vocab_size,
+        "--vocab-size",
+        size,
+        f"at least the tokenizer's {tokenizer.vocab_size}",
+        "Or leave it out.",
+    )
+    return size
+
+
+def log_expert_backend(config: RunConfig, groups: Groups) -> None:
+    """Log which backend runs the experts and why.
+
+    Raises:
+        ValueError: the backend that --moe-backend names cannot run here; nothing has been
+            built yet.
+    """
+    from megatron.model.builder import choose_moe_backend
+    from megatron.moe.experts.backends import DTYPES
+
+    if not config.moe.num_experts:
+        return
+    dtype = DTYPES[config.optimizer.precision]
+    backend, reason = choose_moe_backend(config.model, config.moe, groups.device, dtype)
+    get_logger().info("experts run on the %s backend: %s", backend, reason)
