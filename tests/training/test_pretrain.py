@@ -1,4 +1,4 @@
-"""Whole runs on tiny data: through the scripts and the launcher, resumed, refused, killed, with a gate of one file."""
+"""Training runs on tiny data: through scripts and launcher, resumed, refused and killed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ import numpy as np
 import pytest
 
 from helpers import runs
+from helpers.spawn import free_port
 from megatron.data.indexed.writer import IndexedWriter
 from megatron.pretrain import main
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_it_learns_and_says_so(finished):
-    train, evals, test = (
-        runs.metrics(finished),
-        runs.metrics(finished, "eval"),
-        runs.metrics(finished, "test"),
-    )
+def test_run_learns_and_logs_metrics(finished):
+    train = runs.metrics(finished)
+    evals = runs.metrics(finished, "eval")
+    test = runs.metrics(finished, "test")
     assert [m["iteration"] for m in train] == list(range(1, 21))
     assert [m["iteration"] for m in evals] == [0, 10, 20] and [
         m["iteration"] for m in test
@@ -48,8 +47,8 @@ def test_it_learns_and_says_so(finished):
     assert train[0]["lr"] < train[1]["lr"] == 5e-3 and train[-1]["lr"] < 1e-3
 
 
-def test_each_rank_holds_half_of_the_experts(finished):
-    """And half of the optimizer: one file a rank, of tensors that together are the model once."""
+def test_each_rank_saves_half_of_experts(finished):
+    """Each rank also saves half of the optimizer state, in one file."""
     folder = finished / "checkpoints" / (finished / "checkpoints" / "latest").read_text()
     names = {p.name for p in folder.iterdir()}
     assert names == {
@@ -68,8 +67,8 @@ def test_each_rank_holds_half_of_the_experts(finished):
         assert stack["pieces"] == [[0, 0, half], [1, half, half]]
 
 
-def test_ten_plus_ten_is_twenty_bit_for_bit(finished, data, tmp_path, ranks2):
-    """Stopped at 10 and resumed: the same losses, learning rates, gradient norms and data, to the last bit."""
+def test_resumed_run_repeats_bit_for_bit(finished, data, tmp_path, ranks2):
+    """A run stopped at iteration 10 and resumed equals one without a stop, to the last bit."""
     argv = runs.flags(data, tmp_path, 20, *runs.EP2)
     ranks2.run(runs.train, [*argv, "--exit-interval", "10"], timeout=300)
     assert [m["iteration"] for m in runs.metrics(tmp_path)] == list(
@@ -102,8 +101,8 @@ def test_ten_plus_ten_is_twenty_bit_for_bit(finished, data, tmp_path, ranks2):
     ],
     ids=lambda o: " ".join(o),
 )
-def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
-    """Recomputation changes nothing; ZeRO 2 and 3 only rounding; capacity drops and shared experts train."""
+def test_other_options_train(options, finished, data, tmp_path, ranks2):
+    """Recomputation changes nothing, ZeRO 2 and 3 only rounding; a capacity drops tokens."""
     argv = runs.flags(data, tmp_path, 4, *runs.EP2, "--lr-warmup-fraction", "0.5", *options)
     ranks2.run(runs.train, argv, timeout=300)
     got = runs.metrics(tmp_path)
@@ -125,29 +124,29 @@ def test_other_ways_to_run(options, finished, data, tmp_path, ranks2):
     assert got[-1]["loss"] < got[0]["loss"]
 
 
-def _train_poisoned(argv: list[str]) -> None:
-    """In a rank: a run in which a weight became NaN."""
+def _train_with_nan_weight(argv: list[str]) -> None:
+    """Train in a rank with a weight that is NaN from the start."""
     from megatron.model.gpt import GPT
 
-    healthy = GPT.init_weights
+    original = GPT.init_weights
 
-    def poisoned(self, seed):
-        healthy(self, seed)
+    def with_nan(self, seed):
+        original(self, seed)
         self.norm.weight.data[0] = float("nan")
 
-    GPT.init_weights = poisoned
+    GPT.init_weights = with_nan
     try:
         runs.train(argv)
     finally:
-        GPT.init_weights = healthy
+        GPT.init_weights = original
 
 
-def test_nan_is_shown_counted_and_stops_the_run(data, tmp_path, ranks2):
+def test_nan_is_logged_and_stops_run(data, tmp_path, ranks2):
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, "--max-bad-steps", "3")
     with pytest.raises(
-        RuntimeError, match="the gradients of 3 steps in a row, up to iteration 3, were NaN"
+        RuntimeError, match="3 consecutive steps up to iteration 3 had NaN"
     ):
-        ranks2.run(_train_poisoned, argv, timeout=300)
+        ranks2.run(_train_with_nan_weight, argv, timeout=300)
     last = runs.metrics(tmp_path)[-1]
     assert last["iteration"] == 3 and last["skipped_steps"] == 3 and np.isnan(last["loss"])
     assert '"loss": NaN' in (tmp_path / "metrics.jsonl").read_text()
@@ -171,7 +170,7 @@ def test_nan_is_shown_counted_and_stops_the_run(data, tmp_path, ranks2):
         ),
     ],
 )
-def test_a_checkpoint_that_contradicts_the_flags(
+def test_checkpoint_contradicting_flags_is_refused(
     changes, message, finished, data, tmp_path, ranks2
 ):
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, "--load", str(finished / "checkpoints"))
@@ -223,8 +222,8 @@ def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
         (("--score-function", "sigmoid"), r"--score-function.*topk"),
     ],
 )
-def test_bad_input_is_one_clear_line(changes, message, data, tmp_path):
-    """Exit code 2, one line on stderr that names what and where, no traceback."""
+def test_bad_flag_is_one_line_error(changes, message, data, tmp_path):
+    """Exit code 2 and one line on stderr that names what was set and where; no traceback."""
     check_refused([*runs.flags(data, tmp_path, 2), *changes], message)
 
 
@@ -236,7 +235,7 @@ def check_refused(argv: list[str], message: str) -> None:
     assert len(errors) == 1 and re.search(message, errors[0]), done.stderr
 
 
-def test_a_token_outside_the_vocabulary_is_named(tmp_path):
+def test_token_outside_vocabulary_is_named(tmp_path):
     prefix = str(tmp_path / "foreign")
     with IndexedWriter(prefix, np.uint16) as writer:
         for _ in range(40):
@@ -245,8 +244,8 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
     check_refused(runs.flags(prefix, tmp_path, 2), r"foreign.*300.*0 to 256")
 
 
-def test_a_token_that_only_one_rank_meets_is_one_line_too(tmp_path):
-    """Rank 1's half of the first batch holds it; rank 0 stops without a traceback of its own."""
+def test_bad_token_on_one_rank(tmp_path):
+    """Only rank 1 meets the token. Rank 0 stops without a traceback, too."""
     prefix = str(tmp_path / "mixed")
     with IndexedWriter(prefix, np.uint16) as writer:
         for i in range(400):
@@ -260,7 +259,7 @@ def test_a_token_that_only_one_rank_meets_is_one_line_too(tmp_path):
             "--num_gpus",
             "2",
             "--master_port",
-            "29616",
+            str(free_port()),
             "pretrain_gpt.py",
             *argv,
         ]
@@ -271,8 +270,8 @@ def test_a_token_that_only_one_rank_meets_is_one_line_too(tmp_path):
     assert len(named) == 1 and "error:" in named[0]
 
 
-def test_leaving_runs_exit_handlers_and_skips_the_teardown(tmp_path):
-    """A thread that asks for the GIL in the interpreter's teardown would abort the process: there is no teardown."""
+def test_exit_skips_interpreter_teardown(tmp_path):
+    """Exit handlers run, the teardown does not: threads that need the GIL would abort in it."""
     program = """
 import atexit, sys, threading, time
 from megatron.exit_codes import exit_process
@@ -288,8 +287,8 @@ exit_process(int(sys.argv[1]))
         assert (done.returncode, done.stdout) == (code, "thread handler ")
 
 
-def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
-    """run.sh on two launched ranks: exit 0, log on screen and in the file; a second call resumes; a bad one fails."""
+def test_run_script_through_launcher(data, tmp_path):
+    """run.sh on two ranks logs to screen and file; a second call resumes; bad input fails."""
     out = tmp_path / "run"
     env = {
         "OUTPUT_DIR": str(out),
@@ -306,7 +305,7 @@ def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
         "TRAIN_ITERS": "4",
         "LOG_INTERVAL": "1",
         "EVAL_ITERS": "1",
-        "MASTER_PORT": "29611",
+        "MASTER_PORT": str(free_port()),
     }
     script = ["bash", "examples_deepspeed/MoE/run.sh", "--split", "80,15,5"]
     first = run([*script, "--exit-interval", "2"], **env)
@@ -330,13 +329,13 @@ def test_scripts_end_to_end_through_the_launcher(data, tmp_path):
     assert len([x for x in text.splitlines() if "/nowhere/y" in x and "error:" in x]) == 1
 
 
-def test_killing_one_rank_ends_the_run_within_a_minute(data, tmp_path):
+def test_killed_rank_ends_run(data, tmp_path):
     argv = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_gpus",
         "2",
         "--master_port",
-        "29612",
+        str(free_port()),
         "pretrain_gpt.py",
         *runs.flags(data, tmp_path, 100000, *runs.EP2),
     ]
@@ -397,8 +396,8 @@ class ModuloGate(Gate, name="modulo"):
 '''
 
 
-def test_a_gate_is_one_file(data, tmp_path):
-    """A gate file added to a copy of the tree: registered, its flag parsed, trained; no other file touched."""
+def test_gate_is_one_file(data, tmp_path):
+    """A gate file added to a copy of the tree is found and trained; no other file changes."""
     tree = tmp_path / "tree"
     tree.mkdir()
     shutil.copytree(
@@ -430,7 +429,7 @@ def test_a_gate_is_one_file(data, tmp_path):
     assert (tmp_path / "checkpoints/iter_0000005/rank_00000.safetensors").is_file()
 
 
-def test_help_explains_and_names_the_gates(capsys):
+def test_help_lists_gate_flags(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help", "--gate", "threshold"])
     text = " ".join(capsys.readouterr().out.split())

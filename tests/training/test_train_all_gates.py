@@ -1,4 +1,4 @@
-"""Every gate trains a tiny model on two ranks that share its experts, through the program's own flags."""
+"""Every gate trains a tiny model on two ranks that shard its experts, through the flags."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval",
 
 
 def _train(argv: list[str]) -> dict[str, int]:
-    """In a rank: the run, and how many of this rank's experts never moved. Without weight decay that takes gradients
-    that are zero in every step."""
+    """Train in a rank; return how many of its experts never changed, by parameter.
+
+    Without weight decay an expert stays as it is only if its gradients are 0 in every step.
+    """
     from megatron.moe.metrics import moe_layers
     from megatron.training.trainer import Trainer
 
-    original, idle = Trainer.run, {}
+    original, unchanged = Trainer.run, {}
 
     def watched(self: Trainer) -> None:
         tables = {
@@ -39,7 +41,7 @@ def _train(argv: list[str]) -> dict[str, int]:
         }
         before = {name: p.detach().clone() for name, p in tables.items()}
         original(self)
-        idle.update(
+        unchanged.update(
             {
                 name: int((p.detach() == before[name]).flatten(1).all(1).sum())
                 for name, p in tables.items()
@@ -51,7 +53,7 @@ def _train(argv: list[str]) -> dict[str, int]:
         runs.train(argv)
     finally:
         Trainer.run = original
-    return idle
+    return unchanged
 
 
 def flags(gate: str, data: str, out: Path, *more: str) -> list[str]:
@@ -84,9 +86,9 @@ def flags(gate: str, data: str, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:.*future:UserWarning")
 @pytest.mark.parametrize("gate", available_gates())
-def test_trains(gate, data, tmp_path, ranks2):
-    """The loss falls by a nat in 60 steps, and no expert stays without gradients."""
-    idle = ranks2.run(
+def test_every_gate_trains(gate, data, tmp_path, ranks2):
+    """The loss falls by a nat in 60 steps, and every expert receives gradients."""
+    unchanged = ranks2.run(
         _train,
         flags(gate, data, tmp_path, "--train-iters", "60", "--log-interval", "5"),
         timeout=300,
@@ -97,23 +99,23 @@ def test_trains(gate, data, tmp_path, ranks2):
         line["skipped_steps"] == 0 and line["dropped_assignment_fraction"] == 0
         for line in lines
     )
-    for rank, tables in enumerate(idle):
+    for rank, tables in enumerate(unchanged):
         assert len(tables) >= 2 and not any(tables.values()), f"rank {rank}: {tables}"
 
 
 @pytest.mark.parametrize("gate", ["deepseek_v3", "remoe", "peer"])
-def test_state_is_saved_and_restored(gate, data, tmp_path, ranks2):
-    """Three steps and three after a resume are six: the same losses and metrics of the state, to the last bit."""
+def test_gate_state_survives_resume(gate, data, tmp_path, ranks2):
+    """Three steps and three after a resume equal six: losses and metrics, to the last bit."""
     options = {
         "deepseek_v3": ["--bias-update-speed", "0.1"],
         "remoe": ["--lambda-init", "0.1"],
         "peer": [],
     }[gate]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    for folder in (whole, halves):
+    full, halves = tmp_path / "full", tmp_path / "halves"
+    for folder in (full, halves):
         folder.mkdir()
     always = ["--train-iters", "6", "--log-interval", "1", *options]
-    ranks2.run(runs.train, flags(gate, data, whole, *always), timeout=300)
+    ranks2.run(runs.train, flags(gate, data, full, *always), timeout=300)
     save = ["--save", str(halves / "checkpoints")]
     ranks2.run(
         runs.train,
@@ -124,7 +126,7 @@ def test_state_is_saved_and_restored(gate, data, tmp_path, ranks2):
         runs.train, flags(gate, data, halves, *always, *save, "--load", save[1]), timeout=300
     )
     timing = {"tokens_per_s", "step_time_ms", "elapsed_s"}
-    for a, b in zip(runs.metrics(whole), runs.metrics(halves), strict=True):
+    for a, b in zip(runs.metrics(full), runs.metrics(halves), strict=True):
         assert {k: v for k, v in a.items() if k not in timing} == {
             k: v for k, v in b.items() if k not in timing
         }
