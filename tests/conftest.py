@@ -27,7 +27,7 @@ from helpers.spawn import Ranks  # noqa: E402
 REPO = Path(__file__).resolve().parents[1]
 
 
-# Files whose few tests take long. They come first, or one of two processes would be left with them at the end.
+# Files with few, long tests run first; otherwise one of two workers would run them last, alone.
 LONG = (
     "tests/faults/",
     "tests/multinode/",

@@ -1,7 +1,8 @@
 """Print how dense the code of a folder is: `python tests/density.py [FOLDER]` (default: megatron).
 
-Measures: the 90th percentile of the width of non-empty lines; tuple assignments (`a, b = x, y`), conditional
-expressions and lines of code per 1,000 lines. `tests/test_structure.py` holds megatron/ to the bars below.
+Measures: the 90th percentile of the width of non-empty lines, and tuple assignments
+(`a, b = x, y`) and conditional expressions per 1,000 lines. `tests/test_structure.py` holds
+megatron/ to the bars below.
 """
 
 from __future__ import annotations

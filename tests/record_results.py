@@ -4,10 +4,10 @@
     python tests/record_results.py --repo .   --output after.json
     python tests/record_results.py --compare before.json after.json
 
-A recording holds, for every gate at ZeRO 1 and 2 in bf16 and fp32 on two ranks that share the experts, the losses of
-20 iterations and the SHA-256 of every tensor of the final checkpoint, and the SHA-256 of preprocessed files. Only
-interfaces that a user has are used: flags, `metrics.jsonl`, safetensors files. A refactoring must not change any of
-them, so the two recordings must be equal.
+A recording holds the losses of 20 iterations and the SHA-256 of every tensor of the final
+checkpoint, for every gate at ZeRO 1 and 2 in bf16 and fp32 on two ranks that shard the experts,
+and the SHA-256 of preprocessed files. It uses what a user has: flags, metrics.jsonl and
+safetensors files. A refactoring changes none of them, so the two recordings must be equal.
 """
 
 from __future__ import annotations
@@ -22,10 +22,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-SHAPE = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "32", "--ffn-hidden-size", "64", "--init-method-std", "0.1", "--tokenizer-type", "ByteTokenizer", "--make-vocab-size-divisible-by", "1", "--moe-expert-parallel-size", "2", "--split", "80,15,5", "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "20", "--lr", "5e-3", "--min-lr", "5e-4", "--lr-warmup-fraction", "0.1", "--eval-interval", "10", "--eval-iters", "2", "--log-interval", "1", "--hidden-dropout", "0.05"]
-MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval", "1"]
-PEER = ["--peer-num-experts", "64", "--peer-num-heads", "4", "--peer-topk", "4", "--peer-query-size", "16"]
-GATES = ["base", "cosine", "deepseek_v2", "deepseek_v3", "expert_choice", "hash", "moepp", "peer", "remoe", "tcmoe", "threshold", "topk"]
+SHAPE = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32
+    --ffn-hidden-size 64 --init-method-std 0.1 --tokenizer-type ByteTokenizer
+    --make-vocab-size-divisible-by 1 --moe-expert-parallel-size 2 --split 80,15,5
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 5e-3 --min-lr 5e-4
+    --lr-warmup-fraction 0.1 --eval-interval 10 --eval-iters 2 --log-interval 1
+    --hidden-dropout 0.05
+"""
+MOE = "--num-experts 4 --moe-ffn-hidden-size 32 --expert-interval 1"
+PEER = "--peer-num-experts 64 --peer-num-heads 4 --peer-topk 4 --peer-query-size 16"
+GATES = """
+    base cosine deepseek_v2 deepseek_v3 expert_choice hash moepp peer remoe tcmoe threshold topk
+"""
 FIELDS = ("loss", "aux_loss", "grad_norm", "lr")
 
 
@@ -61,20 +70,14 @@ def train_all(repo: Path, folder: Path, prefix: str) -> None:
 def configurations() -> dict[str, list[str]]:
     """Flags of every run, by its name."""
     runs = {}
-    for gate in GATES:
+    for gate in GATES.split():
         for stage in ("1", "2"):
             for precision in ("bf16", "fp32"):
-                flags = [
-                    *SHAPE,
-                    *(PEER if gate == "peer" else MOE),
-                    "--gate",
-                    gate,
-                    "--zero-stage",
-                    stage,
-                ]
-                runs[f"{gate}-zero{stage}-{precision}"] = flags + (
-                    ["--bf16"] if precision == "bf16" else []
-                )
+                experts = PEER if gate == "peer" else MOE
+                flags = f"{SHAPE} {experts} --gate {gate} --zero-stage {stage}".split()
+                if precision == "bf16":
+                    flags.append("--bf16")
+                runs[f"{gate}-zero{stage}-{precision}"] = flags
     return runs
 
 

@@ -1,4 +1,4 @@
-"""The training engine: DeepSpeed behind the few verbs the loop needs."""
+"""Training engine: the DeepSpeed engine behind the few operations that training needs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ COUNTERS = ("global_steps", "skipped_steps", "global_samples")
 
 
 class Engine:
-    """One model under DeepSpeed: forward and backward over micro-batches, one optimizer step, state in and out.
+    """One model under DeepSpeed: optimizer steps, evaluation, and state for checkpoints.
 
     Args:
-        model: a finished fp32 model on the CPU; it is moved and cast.
+        model: an initialized fp32 model on the CPU; it is moved to the device and cast.
+        optimizer: learning rate, precision and ZeRO stage.
+        train: batch sizes.
+        groups: the data-parallel ranks.
 
     Raises:
-        ValueError: fp16 on the CPU, or a --deepspeed_config that contradicts the flags or that DeepSpeed refuses.
+        ValueError: fp16 on the CPU, or a --deepspeed_config that contradicts the flags or that
+            DeepSpeed refuses.
     """
 
     def __init__(
@@ -75,8 +79,9 @@ class Engine:
                 else f"{optimizer.precision} with an fp32 master copy: ZeRO 3 partitions one dtype only",
             )
         if ds_options.zero_stage == 3:
-            # ZeRO 3's hooks see tensors in tuples only, and a gate uses its router's weight without calling the
-            # router: gather a block at once instead of module by module.
+            # ZeRO 3's hooks find tensors in tuples only, and a gate uses its router's weight
+            # without calling the router. So gather a block's weights together, not module by
+            # module.
             set_z3_leaf_modules(model, [Block])
         self.layout = GlobalLayout.of(model, groups)
         wrap_moe_layers(model, groups, keep_gate_fp32=keep_gate_fp32)

@@ -84,7 +84,7 @@ def test_every_topology_has_one_result(trained, tmp_path):
     first = None
     for i, (folder, _, _) in enumerate(trained.values()):
         found = consolidate(folder, tmp_path / str(i))
-        whole = engines.whole(folder)
+        whole = engines.full_tensors(folder)
         check_equal(
             found,
             {

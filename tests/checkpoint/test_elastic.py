@@ -110,7 +110,7 @@ def test_a_run_goes_on_elsewhere(
     config = engines.config_of("deepseek_v3", ep_size, new_stage, precision)
     pool = request.getfixturevalue(f"ranks{ranks}")
     answers = pool.run(engines.train, engines.loading(config, folder, tmp_path), 0, 5, 8)
-    check_same(engines.whole(tmp_path), engines.whole(folder))
+    check_same(engines.full_tensors(tmp_path), engines.full_tensors(folder))
     for _, losses, _, _ in answers:
         assert losses == answers[0][1]
         assert losses[0] == pytest.approx(expected[0], abs=TOLERANCE[precision][0])
@@ -123,7 +123,7 @@ def test_every_gate_goes_on_elsewhere(gate, saved, ranks4, tmp_path):
     answers = ranks4.run(
         engines.train, engines.loading(engines.config_of(gate, 4, 1), folder, tmp_path), 0, 5, 8
     )
-    check_same(engines.whole(tmp_path), engines.whole(folder))
+    check_same(engines.full_tensors(tmp_path), engines.full_tensors(folder))
     assert answers[0][1] == pytest.approx(expected, abs=1e-5)
 
 

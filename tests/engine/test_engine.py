@@ -1,5 +1,7 @@
-"""The engine's own refusals, its optimizer, and what its start leaves out; what it computes is in
-tests/engine/test_moe_adapter.py."""
+"""What the engine refuses, its optimizer, and what its start-up does not import.
+
+What it computes is tested in test_moe_adapter.py.
+"""
 
 import copy
 import gc
@@ -34,7 +36,7 @@ def test_fp16_needs_a_gpu():
         )
 
 
-def test_what_deepspeed_refuses_is_one_line(tmp_path):
+def test_deepspeed_config_error_is_one_line(tmp_path):
     from megatron.engine.engine import Engine
 
     path = tmp_path / "ds.json"
@@ -52,15 +54,15 @@ def test_what_deepspeed_refuses_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_lost_rank_is_told_from_other_errors():
+def test_peer_exit_differs_from_other_errors():
     assert "another rank ended" in str(
         peer_exited_error(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"))
     )
     assert peer_exited_error(RuntimeError("size mismatch")) is None
 
 
-def test_our_adamw_is_torchs():
-    """Bit for bit, with groups and a changing learning rate; states can be exchanged; nothing is recorded."""
+def test_adamw_equals_torch():
+    """Equal bit for bit, with groups and a changing learning rate; states can be exchanged."""
     from megatron.engine.optimizer import AdamW
 
     def train(cls, steps, state=None):
@@ -98,7 +100,7 @@ def test_our_adamw_is_torchs():
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_collections_skip_what_was_there_before():
+def test_freeze_gc_hides_existing_objects():
     from megatron.engine.startup_patches import freeze_gc
 
     before = gc.get_freeze_count()
@@ -108,13 +110,14 @@ def test_collections_skip_what_was_there_before():
     assert gc.get_freeze_count() == 0
 
 
-def test_a_run_on_the_cpu_imports_neither_the_compiler_nor_triton(data, tmp_path):
-    """They take 3 s and more of the start of a run, which uses neither; saving a checkpoint needs them no more."""
+def test_cpu_run_imports_no_compiler(data, tmp_path):
+    """Importing them takes 3 s and more, and neither a step nor saving uses them."""
     program = """
 import sys
 from megatron.pretrain import main
 assert main(sys.argv[1:]) == 0
-print("imported:", [name for name in ("torch._dynamo", "torch._inductor", "triton") if name in sys.modules])
+slow = ("torch._dynamo", "torch._inductor", "triton")
+print("imported:", [name for name in slow if name in sys.modules])
 """
     done = subprocess.run(
         [sys.executable, "-c", program, *runs.flags(data, tmp_path, 2, "--eval-iters", "0")],

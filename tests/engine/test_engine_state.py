@@ -1,4 +1,4 @@
-"""A gate's state under the real engine: DeepSeek-V3's bias, whatever the precision and the ZeRO stage."""
+"""A gate's state under the engine: DeepSeek-V3's bias in every precision and ZeRO stage."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def make_engine(groups, stage, precision, deepspeed_config, seed=7, source=None)
 
 
 def micro_batches(step, rank):
-    """This rank's two micro-batches of a step: other tokens on every rank."""
+    """Return this rank's two micro-batches of a step; every rank has different tokens."""
     from megatron.data.loader import Batch
 
     g = torch.Generator().manual_seed(100 * step + rank)
@@ -99,7 +99,7 @@ def count_loads(engine):
 
 
 def _run(stage, precision, deepspeed_config, folder):
-    """In a rank: steps, an evaluation, a checkpoint, one step more; and a second engine that resumes."""
+    """Train, evaluate, save and train on in a rank, and resume in a second engine."""
     from megatron.checkpoint import loader
     from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
     from megatron.checkpoint.saver import Checkpointer
@@ -140,13 +140,11 @@ def _run(stage, precision, deepspeed_config, folder):
     "precision, cast_buffers", [("fp32", False), ("bf16", False), ("bf16", True)]
 )
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bias_is_trained_saved_and_left_alone_as_it_should(
-    stage, precision, cast_buffers, ranks2, tmp_path
-):
-    """fp32 after the engine's casts; equal on all ranks; the update of the summed loads; checkpoint; evaluation.
+def test_bias_is_trained_and_restored(stage, precision, cast_buffers, ranks2, tmp_path):
+    """The bias is fp32, equal on all ranks, updated from summed loads, saved and restored.
 
-    Mistakes: a bias rounded to bf16 (0.07 is not a bf16 number), an update per rank or per micro-batch, an update in
-    evaluation, a buffer that the checkpoint forgets.
+    Errors that this would show: a bias rounded to bf16 (0.07 is not a bf16 number), an update
+    per rank, per micro-batch or in evaluation, and a buffer missing from the checkpoint.
     """
     config = tmp_path / "ds.json"
     config.write_text(json.dumps(CAST_BUFFERS if cast_buffers else {}))
@@ -176,8 +174,8 @@ def test_bias_is_trained_saved_and_left_alone_as_it_should(
             assert not torch.equal(a["went_on"][layer], after)
 
 
-def test_ranks_and_micro_batches_disagree_in_this_test():
-    """So that the test above would see an update from one rank's or one micro-batch's loads alone."""
+def test_loads_differ_between_ranks():
+    """The test above would show an update from the loads of one rank or micro-batch only."""
     model = build(Groups())
     loads = []
     model.layers[0].mlp.gate.register_forward_hook(
@@ -200,7 +198,7 @@ def test_ranks_and_micro_batches_disagree_in_this_test():
 
 
 def _skip(stage, precision):
-    """In a rank: a step in which one gradient is infinite, then an ordinary one; steps skipped and state after each."""
+    """Run a step with an infinite gradient and a normal one; return the state after each."""
     from megatron.engine import distributed as parallel
 
     os.environ.update(

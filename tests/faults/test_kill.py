@@ -104,5 +104,5 @@ def test_killed_again_and_again(times, data, tmp_path):
         for key in ("loss", "aux_loss", "lr", "grad_norm", "consumed_samples"):
             assert record[key] == expected[record["iteration"]][key], (record["iteration"], key)
     assert {record["iteration"] for record in compared} == set(range(1, last + 1))
-    a, b = engines.whole(tmp_path / "checkpoints"), engines.whole(whole / "checkpoints")
+    a, b = engines.full_tensors(tmp_path / "checkpoints"), engines.full_tensors(whole / "checkpoints")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

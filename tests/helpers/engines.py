@@ -1,4 +1,4 @@
-"""Engines of a tiny mixture in a rank of the pool, with what saving and resuming them needs."""
+"""Engines of a tiny MoE model in a rank of the pool, and what saving and resuming them needs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def micro_batches(step: int, groups):
 
 
 class Run:
-    """An engine, where it is, and its checkpoints; loaded from `config.checkpoint.load` if that is set."""
+    """An engine, its progress and its checkpoints; resumed if --load is set in `config`."""
 
     def __init__(self, config: RunConfig, seed: int = 7):
         from megatron.checkpoint import loader
@@ -153,7 +153,11 @@ class Run:
 
 
 def train(config: RunConfig, steps: int = 0, more: int = 0, seed: int = 7):
-    """In a rank: (losses of `steps`, losses of `more` after a save, local weights at the end, gradient norm)."""
+    """Train in a rank.
+
+    Returns:
+        (losses of `steps`, losses of `more` steps after a save, this rank's weights, gradient norm)
+    """
     run = Run(config, seed)
     try:
         before = run.steps(steps)
@@ -171,7 +175,7 @@ def latest(folder: str | Path) -> str:
     return directory.list_checkpoints(folder)[0][0][0].name
 
 
-def whole(folder: str | Path) -> dict[str, torch.Tensor]:
+def full_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint of a folder: "<kind>/<name>" and "buffer/<name>"."""
     from megatron.checkpoint.reader import CheckpointReader
 

@@ -1,4 +1,4 @@
-"""Tiny whole runs for tests: their flags, their metrics, and running one in a rank of the pool."""
+"""Tiny training runs for tests: their flags, their metrics, and running one in a rank."""
 
 from __future__ import annotations
 

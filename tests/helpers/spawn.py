@@ -1,4 +1,4 @@
-"""Gloo ranks for tests: started once per session, then handed functions to run together."""
+"""Gloo ranks for tests, started once per session and then given functions to run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _groups: dict[int, Groups] = {}
 
 
 def free_port() -> int:
-    """A port that nobody uses: other test processes run beside this one, so none may be written down."""
+    """Return a free port. Test processes run in parallel, so no port may be hard-coded."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def groups_for(ep_size: int) -> Groups:
-    """In a worker: the Groups record for this expert-parallel size (made on first use, by all ranks together)."""
+    """Return the Groups of an expert-parallel size in a rank; all ranks make it together."""
     if ep_size not in _groups:
         rank, world = dist.get_rank(), dist.get_world_size()
         mine = None
@@ -67,7 +67,7 @@ def _worker(rank: int, world_size: int, store: str, path: list[str], pipe: Any) 
 
 
 class Ranks:
-    """`world_size` processes joined by gloo. `run(f, *args)` runs f on all and returns their answers by rank."""
+    """Processes joined by gloo; `run(f, *args)` runs f on all and returns results by rank."""
 
     def __init__(self, world_size: int):
         context = multiprocessing.get_context("spawn")
@@ -92,7 +92,7 @@ class Ranks:
             self._processes.append(process)
 
     def run(self, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
-        """The ranks' answers; RuntimeError with the first rank's traceback, or when one does not answer in time."""
+        """Return the ranks' results; RuntimeError with a rank's traceback or at a timeout."""
         for pipe in self._pipes:
             pipe.send((function, args))
         answers = []
@@ -107,7 +107,7 @@ class Ranks:
         return [answer for _, answer in answers]
 
     def stop(self) -> None:
-        """End the ranks. They have nothing to finish, and would take seconds to leave their process groups."""
+        """Kill the ranks: leaving their process groups in order would take seconds."""
         for process in self._processes:
             process.kill()
         for process in self._processes:

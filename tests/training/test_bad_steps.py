@@ -1,4 +1,4 @@
-"""A NaN or infinite loss or gradient skips the step: as if it had not been, on every rank, under every ZeRO stage."""
+"""A NaN or infinite loss or gradient skips the step on every rank, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def batches(step: int, rank: int):
 
 
 def state(engine) -> dict[str, torch.Tensor]:
-    """All that a step may change: weights as the model has them, master weights, Adam's state, gates' buffers."""
+    """Return everything that a step may change: weights, master weights, Adam's state, buffers."""
     tensors = {
         f"weight {n}": getattr(p, "ds_tensor", p) for n, p in engine.model.named_parameters()
     }
@@ -151,7 +151,7 @@ def _train(stage: int, bf16: bool, experts: int, steps: list[int | str]):
         *[(stage, bf16, 4) for stage in (1, 2, 3) for bf16 in (False, True)],
     ],
 )
-def test_a_skipped_step_leaves_no_trace(stage, bf16, experts, ranks2):
+def test_skipped_step_changes_no_state(stage, bf16, experts, ranks2):
     """After skipped steps the state is that before them, after a good one that without them."""
     bad = ["loss", "gradient", *(["expert"] if experts else [])]
     faulty = ranks2.run(_train, stage, bf16, experts, [0, *bad, 2])

@@ -90,7 +90,7 @@ def results(short_documents, tmp_path_factory, ranks1, ranks2) -> dict:
         out = tmp_path_factory.mktemp(f"ranks{ranks}_micro{micro_batch}")
         pools[ranks].run(runs.train, flags(short_documents, out, micro_batch), timeout=300)
         rows = {kind: runs.metrics(out, kind) for kind in ("train", "eval")}
-        trained[ranks, micro_batch] = (rows, engines.whole(out / "checkpoints"))
+        trained[ranks, micro_batch] = (rows, engines.full_tensors(out / "checkpoints"))
     return trained
 
 

@@ -143,9 +143,7 @@ def _train_with_nan_weight(argv: list[str]) -> None:
 
 def test_nan_is_logged_and_stops_run(data, tmp_path, ranks2):
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, "--max-bad-steps", "3")
-    with pytest.raises(
-        RuntimeError, match="3 consecutive steps up to iteration 3 had NaN"
-    ):
+    with pytest.raises(RuntimeError, match="3 consecutive steps up to iteration 3 had NaN"):
         ranks2.run(_train_with_nan_weight, argv, timeout=300)
     last = runs.metrics(tmp_path)[-1]
     assert last["iteration"] == 3 and last["skipped_steps"] == 3 and np.isnan(last["loss"])
@@ -161,8 +159,8 @@ def test_nan_is_logged_and_stops_run(data, tmp_path, ranks2):
         (("--num-experts", "8"), r"--num-experts is 8 but checkpoint .* was made with 4"),
         (
             ("--lr", "4e-3"),
-            r"--lr is 0.004 but checkpoint .* was made with 0.005; use the checkpoint's value, or add "
-            r"--override-lr-schedule",
+            r"--lr is 0.004 but checkpoint .* was made with 0.005; use the checkpoint's value, or "
+            r"add --override-lr-schedule",
         ),
         (
             ("--train-iters", "30"),
@@ -391,8 +389,9 @@ class ModuloGate(Gate, name="modulo"):
 
     def forward(self, inp: GateInput) -> Routing:
         expert = (inp.token_ids_T + self.config.shift) % self.num_experts
-        token, one = torch.arange(len(expert), device=expert.device), torch.ones(len(expert), device=expert.device)
-        return Routing(token, expert, one, aux_loss=one.new_zeros(()))
+        token = torch.arange(len(expert), device=expert.device)
+        weight = torch.ones(len(expert), device=expert.device)
+        return Routing(token, expert, weight, aux_loss=weight.new_zeros(()))
 '''
 
 

@@ -71,7 +71,10 @@ def saved(out: Path) -> list[str]:
 
 
 def test_one_bad_batch_is_skipped(finished, data, tmp_path, ranks2):
-    """One rank's, in step 3: said once, left out of the mean; the checkpoint that is due then is written after step 4."""
+    """A NaN on one rank in step 3 is logged once and left out of the mean loss.
+
+    The checkpoint that is due at step 3 is written after step 4.
+    """
     argv = runs.flags(
         data,
         tmp_path,
@@ -93,9 +96,11 @@ def test_one_bad_batch_is_skipped(finished, data, tmp_path, ranks2):
     ]
     assert not [message for message in second if "NaN" in message]
     three, six = runs.metrics(tmp_path)
-    whole = runs.metrics(finished)
+    reference = runs.metrics(finished)
     for key in ("loss", "aux_loss"):
-        assert three[key] == pytest.approx((whole[0][key] + whole[1][key]) / 2, rel=1e-7)
+        assert three[key] == pytest.approx(
+            (reference[0][key] + reference[1][key]) / 2, rel=1e-7
+        )
     assert (
         three["bad_steps"],
         three["skipped_steps"],
@@ -104,14 +109,14 @@ def test_one_bad_batch_is_skipped(finished, data, tmp_path, ranks2):
     ) == (1, 1, 0, 1)
     assert (
         three["consumed_samples"] == 24
-        and three["lr"] == whole[2]["lr"]
+        and three["lr"] == reference[2]["lr"]
         and np.isfinite(six["loss"])
     )
     assert saved(tmp_path) == ["iter_0000004", "iter_0000006"]
 
 
 def test_too_many_bad_steps_end_run(data, tmp_path, ranks2):
-    """Counted in a row: the one of step 2 does not count with those from step 5 on."""
+    """Only consecutive steps count: that of step 2 does not add to those from step 5 on."""
     argv = runs.flags(
         data, tmp_path, 20, *runs.EP2, *SHORT, "--max-bad-steps", "3", "--save-interval", "1"
     )
@@ -127,13 +132,13 @@ def test_too_many_bad_steps_end_run(data, tmp_path, ranks2):
 
 @pytest.mark.parametrize("bad, expected", [({1, 2}, []), ({2}, ["iter_0000002"])])
 def test_run_ending_in_bad_step_saved(bad, expected, data, tmp_path, ranks2):
-    """Skipped steps leave good weights as they are; of weights without any good step nobody knows."""
+    """Skipped steps leave the weights as they were; a run without a good step saves nothing."""
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, *SHORT, "--exit-interval", "2")
     first, _ = ranks2.run(_train, argv, bad, timeout=300)
     assert saved(tmp_path) == expected
     assert (
-        "no checkpoint is saved, because every step of this run was skipped; no checkpoint was saved"
-        in first
+        "no checkpoint is saved, because every step of this run was skipped; no checkpoint was "
+        "saved" in first
     ) == (not expected)
     assert np.isnan(runs.metrics(tmp_path)[-1]["loss"]), (
         "shown when there is nothing else to show"
@@ -153,7 +158,7 @@ SPIKES = [
 
 
 def test_spikes_are_logged_and_counted(data, tmp_path, ranks2):
-    """Two in a row are a quarter of the window, and so a new level."""
+    """Two consecutive spikes are a quarter of the window, and so a new level of the loss."""
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, *SHORT, *SPIKES)
     first, second = ranks2.run(_train, argv, set(), None, {5, 7, 8}, timeout=300)
     warned = [message for message in first if "standard deviations of" in message]
@@ -245,5 +250,5 @@ def test_aborted_run_completes_its_checkpoint(data, tmp_path, ranks2):
     ],
 )
 def test_plan_counts_remaining_tokens(train, done, iterations):
-    """Two ranks, 32 tokens a sample: 128 tokens a step, and after the global batch was doubled 256."""
+    """Two ranks, 32 tokens per sample: 128 tokens per step, 256 after the batch doubled."""
     assert TrainingPlan.of(train, 32, 2, done).iterations == iterations
