@@ -53,7 +53,7 @@ def flags(data: str, out: Path, micro_batch: int, *more: str) -> list[str]:
             "0",
             "--eod-mask-loss",
             "--split",
-            "90,10,0",
+            "80,15,5",
         ],
         *[
             "--global-batch-size",
