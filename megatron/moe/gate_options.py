@@ -1,8 +1,11 @@
-"""Options that several gates share, and their checks."""
+"""Options that several gates share, and their checks.
+
+An error names the option by its flag. The config classes here are bases of gates'
+Configs.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +13,7 @@ from megatron.moe.routing import SCOPES
 
 
 def require_field(config: Any, name: str, ok: bool, allowed: str) -> None:
-    """Raise ValueError for an option of a gate's Config: its flag, its value, what is allowed."""
+    """Raise ValueError unless `ok`, naming the flag, its value and what is allowed."""
     if not ok:
         raise ValueError(
             f"--{name.replace('_', '-')} is {getattr(config, name)!r}; allowed: {allowed}"
@@ -19,11 +22,11 @@ def require_field(config: Any, name: str, ok: bool, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class ScopeConfig:
-    """The option of gates with a balance loss: a base of their Config."""
+    """Option of gates with a balance loss."""
 
     balance_scope: str = field(default="micro-batch", metadata={"choices": SCOPES})
-    """whose tokens the balance loss counts: each rank's micro-batch, each sequence, or those of all ranks and of the
-    step's micro-batches so far"""
+    """tokens over which the balance loss takes its loads: each rank's micro-batch, each
+    sequence, or all ranks' tokens of the optimizer step so far (global-batch)"""
 
     def __post_init__(self):
         if self.balance_scope not in SCOPES:
@@ -34,7 +37,7 @@ class ScopeConfig:
 
 @dataclass(frozen=True)
 class LossConfig(ScopeConfig):
-    """Options of gates with a balance loss and a z-loss with coefficients: a base of their Config."""
+    """Options of gates with a balance loss and a z-loss."""
 
     loss_coeff: float = 0.01
     """coefficient of the balance loss"""
@@ -44,63 +47,78 @@ class LossConfig(ScopeConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("loss_coeff", "z_loss_coeff"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"--moe-{name.replace('_', '-')} is {getattr(self, name)}; allowed: 0 or more"
-                )
+            value = getattr(self, name)
+            if value < 0:
+                flag = f"--moe-{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is {value}; allowed: 0 or more")
 
 
 def check_topk(
     topk: int, limit: int, *, what: str = "the number of experts", least: int = 1
 ) -> None:
-    """Raise ValueError unless `topk` is in [least, limit]."""
+    """Raise ValueError unless `topk` is in [least, limit].
+
+    Args:
+        what: description of the limit, for the message.
+    """
     if not least <= topk <= limit:
         raise ValueError(f"--topk is {topk}; allowed: {least} to {what}, which is {limit}")
 
 
-def check_norm(config: Any, num_experts: int, **one_each: float) -> None:
-    """Raise ValueError where norm_topk_prob would make all weights the same and leave the router without gradient.
+def check_norm(config: Any, num_experts: int, **single_expert_values: float) -> None:
+    """Raise ValueError where norm_topk_prob would make all weights equal to 1.
 
-    A single expert in all is no mistake: nothing is chosen, nothing is to be learnt.
+    A router whose weights are constant gets no gradient. With a single expert in all
+    this is no error, because there is nothing to learn.
 
     Args:
-        one_each: options with the values at which every token has one expert; topk=1 if not said.
+        single_expert_values: options with the values at which every token has one
+            expert; topk=1 by default.
     """
-    for name, value in (one_each or {"topk": 1}).items():
-        if config.norm_topk_prob and getattr(config, name) == value and num_experts > 1:
+    if not config.norm_topk_prob or num_experts <= 1:
+        return
+    for name, value in (single_expert_values or {"topk": 1}).items():
+        if getattr(config, name) == value:
             raise ValueError(
-                f"--norm-topk-prob is on with --{name} {value}: every weight would be the same and the "
-                f"router would get no gradient; add --no-norm-topk-prob or choose a larger --{name}"
+                f"--norm-topk-prob is on with --{name} {value}: every weight would be the same "
+                "and the router would get no gradient; add --no-norm-topk-prob or choose a "
+                f"larger --{name}"
             )
 
 
 @dataclass(frozen=True)
 class GroupConfig(LossConfig):
-    """Options of top-k gates whose experts stand in groups (DeepSeek): a base of their Config."""
+    """Options of top-k gates whose experts form groups (DeepSeek)."""
 
     topk: int = 2
     """experts per token"""
     n_group: int = 1
-    """equal groups of neighbouring experts, on a device or node each"""
+    """number of equal groups of consecutive experts; in DeepSeek each group is on one
+    device or node"""
     topk_group: int = 1
-    """groups that a token's experts may lie in"""
+    """groups from which a token's experts are selected"""
     norm_topk_prob: bool = False
-    """divide the chosen scores by their sum"""
+    """divide the selected scores by their sum"""
 
     def __post_init__(self):
         super().__post_init__()
-        for name, limit, allowed in (
-            ("topk", math.inf, "1 to the number of experts"),
-            ("n_group", math.inf, "a positive divisor of the number of experts"),
-            ("topk_group", self.n_group, f"1 to --n-group, which is {self.n_group}"),
-        ):
-            require_field(self, name, 1 <= getattr(self, name) <= limit, allowed)
+        require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
+        require_field(
+            self, "n_group", self.n_group >= 1, "a positive divisor of the number of experts"
+        )
+        require_field(
+            self,
+            "topk_group",
+            1 <= self.topk_group <= self.n_group,
+            f"1 to --n-group, which is {self.n_group}",
+        )
 
     def check(self, num_experts: int) -> None:
+        """Raise ValueError for options that do not fit the number of experts."""
         if num_experts % self.n_group:
             raise ValueError(
-                f"--n-group is {self.n_group}; allowed: a divisor of the number of experts, which is "
-                f"{num_experts}"
+                f"--n-group is {self.n_group}; allowed: a divisor of the number of experts, "
+                f"which is {num_experts}"
             )
         check_topk(
             self.topk,

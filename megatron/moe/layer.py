@@ -1,14 +1,15 @@
 """The MoE layer: gate -> plan -> dispatch -> experts -> combine.
 
-Shared experts and zero-computation experts run on the token's own rank while rows are in
-flight to other ranks.
+Shared experts and zero-computation experts run on the token's own rank while rows are
+in flight to other ranks.
 
-The layer is plain torch and imports no DeepSpeed, so inference, export and gate tests need
-none. `megatron.engine.moe_adapter.wrap_moe_layers` adds the bookkeeping that DeepSpeed's
-engine looks for.
+The layer is plain torch and imports no DeepSpeed, so inference, export and gate tests
+need none. `megatron.engine.moe_adapter.wrap_moe_layers` adds the bookkeeping that
+DeepSpeed's engine looks for.
 
-Shape suffixes: B sequences, S positions, T = B x S tokens on this rank, D hidden, C choices
-(routed and zero-computation experts), E routed experts.
+Shape suffixes: B sequences, S positions (of a hidden state) or sorted rows (elsewhere),
+T = B x S tokens on this rank, D hidden, C choices (routed and zero-computation experts),
+E routed experts, G and N as in `megatron.moe.routing`.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ class MoELayer(nn.Module):
         gate: chooses the experts of each token; owns the router.
         experts: this rank's slice of the routed experts.
         num_experts: stacked weights of `experts` over all ranks of the expert-parallel
-            group, which is how checkpoints count them. For PEER these are blocks of many
-            experts.
+            group, which is how checkpoints count them. For PEER these are blocks of
+            many experts.
         shared: an always-on MLP `(x, context) -> FFNOutput`, or None.
         train_capacity_factor: capacity factor in training; 0 is dropless.
         eval_capacity_factor: capacity factor in evaluation; 0 is dropless.
         min_capacity: smallest capacity of an expert, see `capacity_from_factor`.
-        groups: the ranks that share the experts, and those whose loads a balance loss of
-            scope global-batch adds up.
+        groups: the ranks that share the experts, and those whose loads a balance loss
+            of scope global-batch adds up.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class MoELayer(nn.Module):
         self.groups = groups or Groups()
         self.dispatcher = self._make_dispatcher()
         self.counters: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
-        """fp64 sums since the last reading, by training mode; `megatron.moe.metrics` reads
-        and clears them"""
+        """fp64 sums since the last reading, by training mode; `megatron.moe.metrics`
+        reads and clears them"""
         self.step_sums: dict[str, Tensor] = {}
         """fp64 sums since the last optimizer step, on this rank"""
         self._step_loads: list[tuple[Tensor, Tensor]] = []
@@ -90,7 +91,7 @@ class MoELayer(nn.Module):
         """Run the layer.
 
         Args:
-            x_BSD: normalised hidden states; leading dimensions other than [B, S] work too.
+            x_BSD: normalised hidden states; [T, D] is accepted as well.
             context: token ids, the previous MoE layer's carry and training progress.
         Returns:
             FFNOutput with y in the shape of x and the gate's auxiliary loss and carry.
@@ -136,7 +137,7 @@ class MoELayer(nn.Module):
         )
 
     def _check_first(self, routing: Routing, num_tokens: int) -> None:
-        """Check the gate contract on the first forward only: it synchronises with the device."""
+        """Check the gate contract once: the check synchronises with the device."""
         if self._routing_checked:
             return
         num_choices = self.gate.num_experts + len(self.gate.zero_computation_experts)
@@ -156,11 +157,11 @@ class MoELayer(nn.Module):
         )
 
     def _expert_capacity(self, routing: Routing, num_tokens: int) -> int | Tensor | None:
-        """Return the limit on rows per expert: the gate's own rule, or the common formula.
+        """Return the limit on rows per expert, by the gate's own rule or the formula.
 
         Returns:
-            The limit of every routed expert, int64 [C] from a gate with its own rule, or
-            None for no limit.
+            The limit of every routed expert, int64 [C] from a gate with its own rule,
+            or None for no limit.
         """
         factor = self.capacity_factors[self.training]
         if factor:
@@ -174,7 +175,7 @@ class MoELayer(nn.Module):
     def _local_outputs(
         self, x_BSD: Tensor, routing: Routing, plan: DispatchPlan, context: FFNContext
     ) -> list[Tensor]:
-        """Compute what needs no other rank: zero-computation and shared experts, [T, D] each."""
+        """Run the experts that need no communication; return [T, D] of each kind."""
         outputs = []
         if plan.zero_computation is not None:
             outputs.append(self._zero_computation_output(x_BSD, routing, plan))
@@ -188,8 +189,8 @@ class MoELayer(nn.Module):
         permuted = plan.zero_computation
         x_SD = PermuteTokens.apply(x_BSD.flatten(0, -2), permuted)
         inputs = x_SD.split(plan.zero_computation_counts)
-        # Experts without rows run too: ZeRO 2 needs a gradient of every parameter on every
-        # rank, if only zeros.
+        # Experts without rows run too: ZeRO 2 needs a gradient of every parameter on
+        # every rank, if only zeros.
         outputs = [
             expert(x_nD)
             for expert, x_nD in zip(self.gate.zero_computation_experts, inputs, strict=True)
@@ -201,8 +202,9 @@ class MoELayer(nn.Module):
     def _aux_loss(self, routing: Routing) -> Tensor:
         """Return the gate's loss plus its balance losses of scope global-batch.
 
-        In training their loads are summed over all ranks and over the micro-batches of the
-        step so far. In evaluation each rank uses its own loads and no communication.
+        In training their loads are summed over all ranks and over the micro-batches of
+        the step so far. In evaluation each rank uses its own loads and no
+        communication.
         """
         if not routing.balance:
             return routing.aux_loss
@@ -220,9 +222,10 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def _global_loads(self, routing: Routing) -> list[tuple[Tensor, Tensor]]:
-        """Sum (count, total) of each balance loss over ranks and the step's micro-batches.
+        """Sum (count, total) of each balance loss over ranks and micro-batches.
 
-        The sum includes this micro-batch and takes one all-reduce.
+        The sum covers the micro-batches of this step up to and including this one. It
+        takes one all-reduce.
         """
         local = []
         for term in routing.balance:
@@ -248,10 +251,10 @@ class MoELayer(nn.Module):
         self._step_loads = []
 
     def recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Return contexts for `torch.utils.checkpoint`: for the forward pass and its recompute.
+        """Return contexts for `torch.utils.checkpoint`: first pass and recomputed pass.
 
-        The recomputed pass updates no counters, communicates no loads and reuses the loads
-        of the first pass, so that its auxiliary loss is the same.
+        The recomputed pass updates no counters, communicates no loads and reuses the
+        loads of the first pass, so that its auxiliary loss is the same.
         """
         cache: dict[str, Any] = {}
         return (
@@ -289,7 +292,7 @@ class MoELayer(nn.Module):
             _add(self.step_sums, {"tokens": one * num_tokens, "load_E": load_E, **gate_sums})
 
     def _max_experts_per_token(self) -> int:
-        """Return the most experts of either kind that a token can have, for the histogram."""
+        """Return the most experts of both kinds that a token can have."""
         num_experts = self.gate.num_experts
         num_local = len(self.gate.zero_computation_experts)
         most = type(self.gate).experts_per_token(self.gate.config, num_experts)[1]
@@ -317,7 +320,7 @@ class _RecomputeContext(AbstractContextManager):
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Add values to running sums in fp64, so that counts of a long interval stay exact."""
+    """Add values to sums in fp64, so that counts of a long interval stay exact."""
     for name, value in values.items():
         value = value.detach().double()
         if name in sums:

@@ -10,25 +10,28 @@ from megatron.moe.routing import LoadBalancingLoss
 
 
 def aux_losses(*terms: LoadBalancingLoss, extra: Tensor | float = 0.0) -> dict[str, Any]:
-    """The fields `aux_loss` and `balance` of a `Routing`: what is known on this rank is added up, the rest handed on.
+    """Return the fields `aux_loss` and `balance` of a `Routing`.
+
+    Losses that this rank can compute alone are summed into `aux_loss`. Those of scope
+    global-batch go to `balance`: the layer adds the loads of other ranks first.
 
     Args:
-        terms: balance losses; at least one, or `extra` a 0-d tensor.
-        extra: other losses, coefficients applied.
+        terms: balance losses; at least one, unless `extra` is a tensor.
+        extra: 0-d sum of other losses, coefficients applied.
     """
-    aux = extra
+    aux_loss = extra
+    global_terms = []
     for term in terms:
-        aux = aux + (
-            term.loss() if term.scope != "global-batch" else term.count_NG.new_zeros(())
-        )
-    return {
-        "aux_loss": aux,
-        "balance": tuple(term for term in terms if term.scope == "global-batch"),
-    }
+        if term.scope == "global-batch":
+            global_terms.append(term)
+            aux_loss = aux_loss + term.count_NG.new_zeros(())
+        else:
+            aux_loss = aux_loss + term.loss()
+    return {"aux_loss": aux_loss, "balance": tuple(global_terms)}
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
-    """mean_t logsumexp(z_t)^2 (ST-MoE, eq. 5): keeps logits small.
+    """Compute mean_t logsumexp(z_t)^2 (ST-MoE, eq. 5), which keeps logits small.
 
     Args:
         logits_TE: fp32 [T, E].

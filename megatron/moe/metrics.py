@@ -1,4 +1,4 @@
-"""MoE metrics: the layers' counters, reduced over ranks, and the totals that gates follow.
+"""MoE metrics: counters of the layers, reduced over ranks, and totals for gates.
 
 All reductions of counters are here: one all-reduce per logging interval, and one per
 optimizer step for gates that keep state.
@@ -23,8 +23,9 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 class MoEMetrics:
     """Collects the counters of a model's MoE layers.
 
-    Call `post_optimizer_step` once per optimizer step and `read` once per log line. Each
-    takes one all-reduce; `post_optimizer_step` takes none when no gate keeps state.
+    Call `post_optimizer_step` once per optimizer step and `read` once per log line.
+    Each takes one all-reduce; `post_optimizer_step` takes none when no gate keeps
+    state.
     """
 
     def __init__(self, model: nn.Module, groups: Groups):
@@ -37,7 +38,7 @@ class MoEMetrics:
 
     @torch.no_grad()
     def post_optimizer_step(self, skipped: bool = False) -> None:
-        """Give each gate the step's totals over ranks and micro-batches, then clear them.
+        """Give gates the step's totals over ranks and micro-batches, then clear them.
 
         Args:
             skipped: the step changed no weights because a gradient overflowed; then it
@@ -58,7 +59,7 @@ class MoEMetrics:
 
     @torch.no_grad()
     def read(self, training: bool = True) -> dict[str, float | list[float]]:
-        """Return means over ranks and forward passes since the last reading, and reset them.
+        """Return means over ranks and forward passes since the last call, then reset.
 
         Args:
             training: read the counters of training or those of evaluation.
@@ -69,15 +70,15 @@ class MoEMetrics:
               zero-computation experts of a token after and before capacity,
             - dropped_assignment_fraction: share of assignments over capacity,
             - tokens_with_drops_fraction: share of tokens that lost an assignment,
-            - load_imbalance_max_over_mean: largest over mean load of the routed experts,
-              after capacity,
+            - load_imbalance_max_over_mean: largest over mean load of the routed
+              experts, after capacity,
             - zero_computation_fraction: share of dispatched assignments that went to
               zero-computation experts; only for gates with such experts,
             - moe_aux_loss,
             - the gate's `metric_means`, and the metrics it makes of its `metric_sums`;
 
-            each also as a list `..._by_layer`; and experts_per_token_histogram, the share
-            of tokens with 0, 1, 2, ... experts after capacity, over all layers.
+            each also as a list `..._by_layer`; and experts_per_token_histogram, the
+            share of tokens with 0, 1, 2, ... experts after capacity, over all layers.
         """
         if not self.layers or not self.layers[0].counters[training]:
             return {}
@@ -155,7 +156,7 @@ def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor 
 
 
 def _with_prefix(sums: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return a gate's own metrics (`metric_sums` or `metric_means`) without their prefix."""
+    """Return the gate's own entries by name: those with a prefix, without it."""
     return {
         name.removeprefix(prefix): value
         for name, value in sums.items()

@@ -1,11 +1,12 @@
-"""The gate contract: what a gate is given, what it answers, and the losses most gates share.
+"""The gate contract: what a gate receives and what it returns.
 
-Shape suffixes: T tokens on this rank, D hidden size, E routed experts, A assignments of a token to an expert, k experts
-per token, G what a balance loss balances (experts, or groups of them), N sequences.
+Shape suffixes: T tokens on this rank, D hidden, E routed experts, A assignments of a
+    token
+to an expert, G balanced units (experts, or groups of them), N sequences.
 
-A gate's answer is a ragged list of assignments, not a dense mask and not a fixed k. That one choice covers a variable
-number of experts per token (threshold, ReMoE), signed weights (TC-MoE), a million experts (PEER), routing by token id
-(hash) and expert choice.
+A gate returns a ragged list of assignments, not a dense mask and not a fixed k. This
+covers a variable number of experts per token (threshold, ReMoE), signed weights
+(TC-MoE), a million experts (PEER), routing by token id (hash) and expert choice.
 """
 
 from __future__ import annotations
@@ -16,43 +17,46 @@ import torch
 from torch import Tensor
 
 SCOPES = ("micro-batch", "sequence", "global-batch")
-"""what a balance loss takes its loads over: this rank's micro-batch, each sequence, or all ranks' tokens of this
-optimizer step so far"""
+"""Tokens over which a balance loss takes its loads: this rank's micro-batch, each
+sequence, or all ranks' tokens of the current optimizer step so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateInput:
-    """What a gate may look at."""
+    """Input of a gate."""
 
     x_TD: Tensor
-    """token rows in the compute dtype; a gate scores in fp32"""
+    """token rows in the compute dtype; gates compute scores in fp32"""
     token_ids_T: Tensor | None = None
-    """int64 token ids, for hash routing"""
+    """int64 token ids, for routing by token id"""
     sequence_T: Tensor | None = None
-    """int64 number of the sequence each token belongs to, for sequence-wise balance"""
+    """int64 sequence number of each token, for sequence-wise balance"""
     carry: Tensor | None = None
-    """what the previous mixture layer's gate returned (MoE++'s residual logits)"""
+    """carry returned by the previous MoE layer's gate (MoE++: residual logits)"""
     progress: float = 0.0
-    """consumed / total samples, in [0, 1]"""
+    """consumed / total training samples, in [0, 1]"""
     num_sequences: int | None = None
-    """N, so that nobody waits for the device to count them; None: the largest of sequence_T + 1"""
+    """N, given by the caller to avoid a device sync; None: the maximum of sequence_T +
+    1"""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadBalancingLoss:
-    """A balance loss, coeff * G * mean_n sum_g f_ng P_ng, as its two factors. Made by `Balance.of`.
+    """A balance loss, coeff * G * mean_n sum_g f_ng P_ng, stored as its two factors.
 
-    f = count / total has no gradient, so it may count tokens that are not here: the layer adds what other ranks and
-    earlier micro-batches of the step counted (scope global-batch) before it takes the `loss`. A gate communicates
-    nothing.
+    The load f = count / total has no gradient, so it may include tokens of other ranks.
+    A gate does not communicate: for scope global-batch the layer adds the counts of
+    other ranks and of earlier micro-batches of the step before it calls `loss`. Made by
+    `LoadBalancingLoss.of`.
     """
 
     count_NG: Tensor
-    """fp32, choices of g in sequence n; one row for all tokens unless the scope is sequence"""
+    """fp32, number of times that sequence n chose g; one row unless the scope is
+    sequence"""
     total_N: Tensor
-    """fp32, what the counts are divided by"""
+    """fp32, divisor of the counts"""
     score_NG: Tensor
-    """fp32, differentiable: mean score over the tokens behind the row"""
+    """fp32, differentiable mean score over the tokens of the row"""
     coeff: float | Tensor
     scope: str
 
@@ -67,123 +71,146 @@ class LoadBalancingLoss:
         scope: str = "micro-batch",
         per_token: bool = False,
     ) -> LoadBalancingLoss:
-        """The loss of scores [T, G] and choices.
+        """Count the choices and average the scores of each sequence or of all tokens.
 
         Args:
-            score_TG: fp32; they sum to 1 over G in most papers.
-            token_A, choice_A: int64, who chose which g.
-            per_token: f is choices / tokens instead of choices / all choices.
+            score_TG: fp32 scores; in most papers they sum to 1 over G.
+            token_A: int64, token of each choice.
+            choice_A: int64, chosen g of each choice.
+            per_token: divide counts by the number of tokens instead of that of choices.
         """
-        (num_tokens, size), device = score_TG.shape, score_TG.device
-        rows = _num_sequences(inp) if scope == "sequence" else 1
+        num_tokens, size = score_TG.shape
+        device = score_TG.device
+        num_rows = 1
         row_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        if scope == "sequence" and inp.sequence_T is not None:
-            row_T = inp.sequence_T
-        count_NG = torch.zeros(rows * size, device=device)
-        count_NG.scatter_add_(
-            0, row_T[token_A] * size + choice_A, torch.ones_like(choice_A, dtype=torch.float32)
-        )
-        count_NG = count_NG.view(rows, size)
-        member_NT = (row_T == torch.arange(rows, device=device)[:, None]).to(score_TG.dtype)
+        if scope == "sequence":
+            num_rows = _num_sequences(inp)
+            if inp.sequence_T is not None:
+                row_T = inp.sequence_T
+        count_NG = torch.zeros(num_rows * size, device=device)
+        ones_A = torch.ones_like(choice_A, dtype=torch.float32)
+        count_NG.scatter_add_(0, row_T[token_A] * size + choice_A, ones_A)
+        count_NG = count_NG.view(num_rows, size)
+        member_NT = (row_T == torch.arange(num_rows, device=device)[:, None]).to(score_TG.dtype)
         tokens_N = member_NT.sum(-1)
         score_NG = (member_NT @ score_TG) / tokens_N.clamp_min(1)[:, None]
-        return LoadBalancingLoss(
-            count_NG, tokens_N if per_token else count_NG.sum(-1), score_NG, coeff, scope
-        )
+        total_N = tokens_N if per_token else count_NG.sum(-1)
+        return LoadBalancingLoss(count_NG, total_N, score_NG, coeff, scope)
 
     def loss(self, count_NG: Tensor | None = None, total_N: Tensor | None = None) -> Tensor:
-        """0-d fp32, from this rank's own counts or from those given; 0 when there are no tokens."""
-        count_NG = self.count_NG if count_NG is None else count_NG
-        total_N = self.total_N if total_N is None else total_N
+        """Compute the loss from this rank's counts, or from the counts given.
+
+        Returns:
+            0-d fp32; 0 when there are no tokens.
+        """
+        if count_NG is None:
+            count_NG = self.count_NG
+        if total_N is None:
+            total_N = self.total_N
         load_NG = (count_NG / total_N.clamp_min(1)[:, None]).detach()
-        rows, size = load_NG.shape
-        return self.coeff * size / max(1, rows) * (load_NG * self.score_NG).sum()
+        num_rows, size = load_NG.shape
+        return self.coeff * size / max(1, num_rows) * (load_NG * self.score_NG).sum()
 
 
 def _num_sequences(inp: GateInput) -> int:
     if inp.num_sequences is not None:
         return inp.num_sequences
-    return (
-        1
-        if inp.sequence_T is None or not len(inp.sequence_T)
-        else int(inp.sequence_T.max()) + 1
-    )
+    if inp.sequence_T is None or len(inp.sequence_T) == 0:
+        return 1
+    return int(inp.sequence_T.max()) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What a gate answers. `check` states the rules."""
+    """Output of a gate. `check` verifies the rules."""
 
     token_A: Tensor
     """int64 in [0, T)"""
     expert_A: Tensor
-    """int64 in [0, E + len(zero_computation_experts)); E and above never leave the rank"""
+    """int64 in [0, E + len(zero_computation_experts)); numbers from E on are the
+    zero-computation experts, whose rows never leave the rank"""
     weight_A: Tensor
-    """fp32, differentiable, may be negative; repeated (token, expert) rows add up"""
+    """fp32, differentiable, may be negative; repeated (token, expert) pairs add up"""
     aux_loss: Tensor
-    """0-d fp32, coefficient applied; 0 if there is none. All that this rank knows; `balance` comes on top"""
+    """0-d fp32, coefficients applied, 0 if there is none: losses that this rank can
+    compute alone. Those in `balance` are added by the layer"""
     priority_A: Tensor | None = None
-    """who survives capacity, largest first; None: |weight|"""
+    """priority under capacity, largest first; None: |weight|"""
     carry: Tensor | None = None
-    """handed to the next mixture layer's gate"""
+    """passed to the next MoE layer's gate, threaded through the layers as in
+    jax.lax.scan"""
     token_major: bool = False
-    """token_A is in ascending order, as the layer likes it: that saves it a sort"""
+    """token_A is in ascending order, which saves the layer a sort"""
     metric_means: dict[str, Tensor] = field(default_factory=dict)
-    """detached 0-d extras, means over this rank's tokens; loads, drops and experts per token come for free"""
+    """detached 0-d metrics, means over this rank's tokens; the layer itself already
+    counts loads, drops and experts per token"""
     balance: tuple[LoadBalancingLoss, ...] = ()
-    """losses of scope global-batch: the layer adds the other ranks' loads, then the loss"""
+    """balance losses of scope global-batch: the layer adds the loads of other ranks to
+    them, and then the losses to aux_loss"""
     metric_sums: dict[str, Tensor] = field(default_factory=dict)
-    """detached fp32 or fp64 sums over this rank's tokens, in training added up over micro-batches and ranks for
-    `Gate.post_optimizer_step`, and over a log interval for `Gate.summarise`"""
+    """detached fp32 or fp64 sums over this rank's tokens. The layer sums them over
+    ranks and micro-batches for `Gate.post_optimizer_step` (training only), and over a
+    logging interval for `Gate.summarise`"""
 
     def check(self, num_tokens: int, num_choices: int) -> None:
-        """Raise AssertionError where the answer breaks the contract; `num_choices` is E + len(zero_computation_experts)."""
-        shape = self.token_A.shape
-        assert len(shape) == 1, f"token_A must be one-dimensional, got shape {tuple(shape)}"
-        for name, t, dtype in (
-            ("token_A", self.token_A, torch.int64),
-            ("expert_A", self.expert_A, torch.int64),
-            ("weight_A", self.weight_A, torch.float32),
-        ):
-            assert t.shape == shape, (
-                f"{name} has shape {tuple(t.shape)}, token_A {tuple(shape)}"
-            )
-            assert t.dtype == dtype, f"{name} is {t.dtype}, the contract says {dtype}"
-        for name in ("expert_A", "weight_A", "priority_A", "aux_loss"):
-            t = getattr(self, name)
-            assert t is None or t.device == self.token_A.device, (
-                f"{name} is on {t.device}, not on the token's device"
-            )
-        assert self.priority_A is None or self.priority_A.shape == shape, (
-            "priority_A must have one entry each"
-        )
-        assert self.aux_loss.dim() == 0 and self.aux_loss.dtype == torch.float32, (
-            "aux_loss must be a 0-d fp32 tensor"
-        )
-        for name, t, bound in (
-            ("token_A", self.token_A, num_tokens),
-            ("expert_A", self.expert_A, num_choices),
-        ):
-            if t.numel():
-                low, high = int(t.min()), int(t.max())
-                assert low >= 0 and high < bound, (
-                    f"{name} spans [{low}, {high}], allowed [0, {bound})"
-                )
+        """Verify the gate contract. Synchronises with the device.
+
+        Args:
+            num_choices: E + len(zero_computation_experts).
+        Raises:
+            AssertionError: the routing breaks the contract; the message names the
+                field.
+        """
+        self._check_shapes_and_dtypes()
+        _check_range("token_A", self.token_A, num_tokens)
+        _check_range("expert_A", self.expert_A, num_choices)
         if self.token_major:
             assert bool((self.token_A.diff() >= 0).all()), (
                 "token_major is set, but token_A is not in ascending order"
             )
 
+    def _check_shapes_and_dtypes(self) -> None:
+        shape = self.token_A.shape
+        assert len(shape) == 1, f"token_A must be one-dimensional, got shape {tuple(shape)}"
+        dtypes = {"token_A": torch.int64, "expert_A": torch.int64, "weight_A": torch.float32}
+        for name, dtype in dtypes.items():
+            tensor = getattr(self, name)
+            assert tensor.shape == shape, (
+                f"{name} has shape {tuple(tensor.shape)}, token_A has {tuple(shape)}"
+            )
+            assert tensor.dtype == dtype, f"{name} is {tensor.dtype}; allowed: {dtype}"
+        for name in ("expert_A", "weight_A", "priority_A", "aux_loss"):
+            tensor = getattr(self, name)
+            assert tensor is None or tensor.device == self.token_A.device, (
+                f"{name} is on {tensor.device}, token_A on {self.token_A.device}"
+            )
+        assert self.priority_A is None or self.priority_A.shape == shape, (
+            f"priority_A has shape {tuple(self.priority_A.shape)}, token_A has {tuple(shape)}"
+        )
+        assert self.aux_loss.dim() == 0 and self.aux_loss.dtype == torch.float32, (
+            f"aux_loss must be a 0-d fp32 tensor, got {self.aux_loss.dim()}-d "
+            f"{self.aux_loss.dtype}"
+        )
+
+
+def _check_range(name: str, tensor: Tensor, bound: int) -> None:
+    """Raise AssertionError unless all values are in [0, bound)."""
+    if tensor.numel() == 0:
+        return
+    low = int(tensor.min())
+    high = int(tensor.max())
+    assert low >= 0 and high < bound, f"{name} spans [{low}, {high}], allowed [0, {bound})"
+
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """What one optimizer step counted for one mixture layer, summed over ranks and micro-batches."""
+    """Totals of an MoE layer over the ranks and micro-batches of an optimizer step."""
 
     load_E: Tensor
-    """fp32, wanted assignments per routed expert"""
+    """fp32, assignments per routed expert before capacity"""
     num_tokens: Tensor
     """0-d fp32"""
     metric_sums: dict[str, Tensor]
-    """the gate's own, fp64"""
+    """fp64 sums of the gate's own `Routing.metric_sums`"""
     load_LE: Tensor
-    """fp32, the loads of all mixture layers that have such a gate, in order"""
+    """fp32, load_E of all MoE layers of the model, in order"""

@@ -33,7 +33,7 @@ class AllToAllState:
     def start(
         self, tensors: tuple[Tensor, ...], input_splits: list[int], output_splits: list[int]
     ) -> tuple[Tensor, ...]:
-        """Start sending the tensors' rows; return the tensors that will receive rows."""
+        """Start sending rows; return the tensors that receive those of other ranks."""
         received = []
         for tensor in tensors:
             shape = (sum(output_splits), *tensor.shape[1:])
@@ -54,12 +54,12 @@ class AllToAllState:
 
 
 # Autograd runs the backward of `_Finish` first and that of `_Start` last. So `_Finish`
-# starts sending the gradients back and `_Start` waits for them: what was computed between
-# the two overlaps with communication in the backward pass as well.
+# starts sending the gradients back and `_Start` waits for them: what was computed
+# between the two overlaps with communication in the backward pass as well.
 
 
 class _Start(torch.autograd.Function):
-    """Start sending rows. The outputs are undefined until `_Finish` has waited for them."""
+    """Start sending rows. The outputs are undefined until `_Finish` has waited."""
 
     @staticmethod
     def forward(ctx, state: AllToAllState, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,9 +88,9 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple:
-        # Autograd checks gradients against the shape of the received rows, but the tensors
-        # that `_Start` must return have the shape of the sent rows. So they travel in the
-        # state, and what is returned here only satisfies the shape check.
+        # Autograd checks gradients against the shape of the received rows, but the
+        # tensors that `_Start` must return have the shape of the sent rows. So they
+        # travel in the state, and what is returned here only satisfies the shape check.
         state = ctx.state
         state.grads = state.start(grads, state.output_splits, state.input_splits)
         return None, *grads
@@ -100,8 +100,8 @@ class AllToAll:
     """A differentiable all-to-all with uneven splits that overlaps with computation.
 
     The constructor starts the communication and `finish` waits for it. Computation in
-    between overlaps with it, and its backward pass overlaps with the communication of the
-    gradients.
+    between overlaps with it, and its backward pass overlaps with the communication of
+    the gradients.
 
     Args:
         tensors: each with sum(input_splits) rows, sorted by destination rank.
@@ -120,12 +120,12 @@ class AllToAll:
         self._in_flight = _Start.apply(self._state, *tensors)
 
     def finish(self) -> tuple[Tensor, ...]:
-        """Wait; return the rows of each tensor from all ranks, sorted by source rank."""
+        """Wait for the rows of each tensor, and return them sorted by source rank."""
         return _Finish.apply(self._state, *self._in_flight)
 
 
 def sort_received_by_expert(splits: AllToAllSplits) -> PermutedTokens:
-    """Return the permutation from received order (source rank, expert) to expert order."""
+    """Return the permutation from received order (rank, expert) to expert order."""
     received_PE = splits.received_PE
     num_rows = sum(splits.output_splits)
     row_R1 = torch.arange(num_rows + 1, device=received_PE.device)

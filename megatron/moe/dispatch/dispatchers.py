@@ -30,9 +30,9 @@ class TokenDispatcher(ABC):
         y_TD = dispatcher.combine(experts(*expert_inputs), metadata)
 
     A dispatcher keeps no state between calls: what `finish` needs is in the record that
-    `start` returns, and what `combine` needs is in `metadata`. Nothing else reads either.
-    The backward pass of what is computed between `start` and `finish` overlaps with the
-    communication of the gradients.
+    `start` returns, and what `combine` needs is in `metadata`. Nothing else reads
+    either. The backward pass of what is computed between `start` and `finish` overlaps
+    with the communication of the gradients.
     """
 
     @abstractmethod
@@ -41,19 +41,19 @@ class TokenDispatcher(ABC):
 
     @abstractmethod
     def finish(self, in_flight: Any) -> tuple[tuple, Any]:
-        """Wait for the tokens; return the experts' arguments and the record for `combine`."""
+        """Wait; return the experts' arguments and the record for `combine`."""
 
     @abstractmethod
     def combine(self, expert_output: Tensor, metadata: Any) -> Tensor:
-        """Return the weighted sum of the experts' outputs for this rank's tokens: [T, D]."""
+        """Return the weighted sum of expert outputs of this rank's tokens: [T, D]."""
 
 
 class LocalDispatcher(TokenDispatcher):
     """Dispatcher for experts that are all on this rank: no communication.
 
     The experts gather the rows, multiply them by their weights and sum them per token.
-    Fused with the experts' matrix products this needs no copy of the rows, so their output
-    is already combined.
+    Fused with the experts' matrix products this needs no copy of the rows, so their
+    output is already combined.
     """
 
     def start(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> tuple:
@@ -86,8 +86,8 @@ class _RowsInFlight:
 class AllToAllDispatcher(TokenDispatcher):
     """Dispatcher for sharded experts: one row per assignment goes to its expert's rank.
 
-    Weights travel with the rows, because the experts apply them between their two matrix
-    products.
+    Weights travel with the rows, because the experts apply them between their two
+    matrix products.
 
     Args:
         group: ranks that share the experts.

@@ -1,4 +1,4 @@
-"""Permute token rows to expert order and sum expert outputs back per token, on one rank.
+"""Permute token rows to expert order and sum expert outputs per token, on one rank.
 
 Shape suffixes: T tokens on this rank, D hidden, E routed experts, A assignments of the
 gate, S rows (dispatched assignments, sorted by expert), G segments.
@@ -35,8 +35,8 @@ def segment_sum(
     if len(index) == 0 or len(rows) == 0:
         return rows.new_zeros(num_segments, rows.shape[1])
     if index.device.type != "cpu":
-        # CUDA's embedding_bag ignores the last offset and extends the last bag to the end
-        # of `index`. An extra bag takes the padding, and its sum is discarded.
+        # CUDA's embedding_bag ignores the last offset and extends the last bag to the
+        # end of `index`. An extra bag takes the padding, and its sum is discarded.
         offsets = F.pad(offsets, (0, 1), value=len(index))
         return _embedding_bag(rows, index, offsets, weights)[:-1]
     length = int(offsets[-1])

@@ -36,7 +36,8 @@ class PermutedTokens:
     unpermute_index_S: Tensor
     """row numbers sorted by token"""
     token_offsets_T1: Tensor
-    """start of each token's rows in unpermute_index_S; the last entry is the number of rows"""
+    """start of each token's rows in unpermute_index_S; the last entry is the number of
+    rows"""
     expert_offsets_E: Tensor
     """end of each expert's rows"""
 
@@ -59,10 +60,11 @@ class AllToAllSplits:
 
 @dataclass(frozen=True, slots=True)
 class DispatchPlan:
-    """Where each assignment goes; made by `build_dispatch_plan`, read by the MoE layer."""
+    """Where each assignment goes. Made by `build_dispatch_plan`."""
 
     routed: PermutedTokens | None
-    """rows for routed experts; None: all of the gate's assignments, in the gate's order"""
+    """rows for routed experts; None: all of the gate's assignments, in the gate's
+    order"""
     zero_computation: PermutedTokens | None
     """rows for zero-computation experts, sorted by expert; None if the gate has none.
     Experts that return zeros have no rows"""
@@ -79,7 +81,7 @@ class DispatchPlan:
 
     @staticmethod
     def unpermuted(routing: Routing, num_tokens: int, num_experts: int) -> DispatchPlan:
-        """Build the plan of experts that need no sorted rows, when nothing is dropped."""
+        """Build a dropless plan for experts that need no sorted rows."""
         assigned_C = bincount_static(routing.expert_A, num_experts)
         return DispatchPlan(
             routed=None,
@@ -95,7 +97,7 @@ class DispatchPlan:
 def capacity_from_factor(
     num_tokens: int, num_experts: int, factor: float, minimum: int
 ) -> int | None:
-    """Return the rows that one expert accepts: min(T, max(minimum, ceil(T / E * factor))).
+    """Compute an expert's capacity: min(T, max(minimum, ceil(T / E * factor))) rows.
 
     A factor of 0 means no limit and returns None.
     """
@@ -115,18 +117,19 @@ def build_dispatch_plan(
 ) -> DispatchPlan:
     """Sort assignments by choice and drop those over capacity.
 
-    Each choice keeps its `capacity` assignments of highest priority, ties by position in
-    the gate's list; the others are dropped, never rerouted. This takes one sort, plus one
-    by token for gates whose list is not token-major. The host synchronises with the
-    device once, and only with sharded experts or zero-computation experts.
+    Each choice keeps its `capacity` assignments of highest priority, ties by position
+    in the gate's list; the others are dropped, never rerouted. This takes one sort,
+    plus one by token for gates whose list is not token-major. The host synchronises
+    with the device once, and only with sharded experts or zero-computation experts.
 
     Args:
         routing: output of the gate.
         num_zero_computation: number of zero-computation experts.
-        capacity: rows that each routed expert accepts (zero-computation experts then have
-            no limit), or int64 [C] with the limit of each choice, or None for no limit.
-        num_zero_output: how many of the last zero-computation experts return zeros: they
-            are counted, but no rows are made for them.
+        capacity: rows that each routed expert accepts (zero-computation experts then
+            have no limit), or int64 [C] with the limit of each choice, or None for no
+            limit.
+        num_zero_output: how many of the last zero-computation experts return zeros:
+            they are counted, but no rows are made for them.
         group: ranks that share the routed experts; None: this rank holds all of them.
     """
     assigned_C = bincount_static(routing.expert_A, num_experts + num_zero_computation)
@@ -231,7 +234,7 @@ class _SortedAssignments:
         )
 
     def token_offsets(self, inside_A: Tensor) -> Tensor:
-        """Return where each token's rows start, counting rows inside the mask only: [T + 1]."""
+        """Return where each token's rows start, counting masked rows only: [T + 1]."""
         counts_T = torch.zeros(self.num_tokens, dtype=torch.int64, device=inside_A.device)
         counts_T.scatter_add_(0, self.sorted_token_A, inside_A.long())
         return F.pad(counts_T.cumsum(0), (1, 0))
@@ -307,8 +310,8 @@ def _stable_partition(values: Tensor, mask: Tensor) -> Tensor:
 def bincount_static(index: Tensor, size: int) -> Tensor:
     """Count how often each of 0 .. size - 1 occurs: int64 [size].
 
-    Unlike torch.bincount its output shape is static, so it does not synchronise with the
-    device.
+    Unlike torch.bincount its output shape is static, so it does not synchronise with
+    the device.
     """
     counts = torch.zeros(size, dtype=torch.int64, device=index.device)
     return counts.scatter_add_(0, index, torch.ones_like(index))

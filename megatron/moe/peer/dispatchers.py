@@ -1,12 +1,13 @@
-"""Token dispatchers of PEER: assignments go to the experts' ranks, tokens go to all ranks.
+"""Token dispatchers of PEER: tokens go to all ranks, assignments to the experts' ranks.
 
 A PEER expert is so small that a token's row outweighs it. Rather than one row per
-assignment, as the all-to-all of other experts sends, each token travels once to every rank:
-with k assignments per token and P ranks this moves P rows per token instead of k.
+assignment, as the all-to-all of other experts sends, each token travels once to every
+rank: with k assignments per token and P ranks this moves P rows per token instead of k.
 
-Shape suffixes: T tokens on this rank, D hidden, E experts of all ranks, A assignments of
-the gate, S dispatched assignments sorted by expert, R assignments received by this rank,
-P ranks that share the experts.
+Shape suffixes: T tokens on this rank, D hidden, E experts of all ranks, A assignments
+    of
+the gate, S dispatched assignments sorted by expert, R assignments received by this
+rank, P ranks that share the experts.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from megatron.moe.routing import Routing
 class PEERLocalDispatcher(TokenDispatcher):
     """Dispatcher for PEER experts that are all on this rank: no communication.
 
-    The experts take the gate's assignments in any order, and their output is already the
-    weighted sum per token.
+    The experts take the gate's assignments in any order, and their output is already
+    the weighted sum per token.
     """
 
     def start(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> tuple[Tensor, ...]:
@@ -60,9 +61,10 @@ class _TokensInFlight:
 
 
 class AllGatherDispatcher(TokenDispatcher):
-    """Dispatcher for sharded PEER experts: all-gather of tokens, reduce-scatter of outputs.
+    """Dispatcher for sharded PEER experts: all-gather tokens, reduce-scatter outputs.
 
-    Both are implemented by all-to-alls, because ranks may hold different numbers of tokens.
+    Both are implemented by all-to-alls, because ranks may hold different numbers of
+    tokens.
 
     Args:
         group: ranks that share the experts.
@@ -72,7 +74,7 @@ class AllGatherDispatcher(TokenDispatcher):
         self.group = group
 
     def start(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> _TokensInFlight:
-        """Start gathering the tokens, then exchange the assignments, which are small."""
+        """Start gathering the tokens, then exchange the (small) assignments."""
         counts = _exchange_counts(plan.dispatched_C, len(x_TD), self.group)
         ep_size = len(counts.tokens_per_rank)
         tokens = AllToAll(
@@ -139,7 +141,7 @@ class _Counts:
 def _exchange_counts(
     dispatched_E: Tensor, num_tokens: int, group: dist.ProcessGroup
 ) -> _Counts:
-    """Exchange numbers of assignments and tokens: one all-to-all and one copy to the host."""
+    """Exchange numbers of assignments and tokens, with one copy to the host."""
     ep_size = dist.get_world_size(group)
     assignments_P = dispatched_E.view(ep_size, -1).sum(1)
     tokens_P = torch.full((ep_size,), num_tokens, device=dispatched_E.device)

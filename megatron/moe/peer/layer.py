@@ -13,9 +13,9 @@ from megatron.moe.routing import Routing
 class PEERLayer(MoELayer):
     """An MoE layer whose experts are single neurons or tiny MLPs in tables (PEER).
 
-    It differs from `MoELayer` in its dispatcher: token rows are not sorted by expert, the
-    experts look up their table rows for each assignment. With sharded experts every rank
-    gathers all tokens and computes its own experts' part of every output.
+    It differs from `MoELayer` in its dispatcher: token rows are not sorted by expert,
+    since the experts look up their table rows for each assignment. With sharded experts
+    every rank gathers all tokens and computes its own experts' part of every output.
 
     Args:
         experts: this rank's slice of the tables.
