@@ -1,8 +1,7 @@
 """The gate contract: what a gate receives and what it returns.
 
 Shape suffixes: T tokens on this rank, D hidden, E routed experts, A assignments of a
-    token
-to an expert, G balanced units (experts, or groups of them), N sequences.
+token to an expert, G balanced units (experts, or groups of them), N sequences.
 
 A gate returns a ragged list of assignments, not a dense mask and not a fixed k. This
 covers a variable number of experts per token (threshold, ReMoE), signed weights
