@@ -95,9 +95,10 @@ def choose(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def make_experts(size: Size):
-    from megatron.moe.peer.experts import PEERExperts
+    from megatron.moe.peer.experts import PEERExperts, PEERTableConfig
 
-    experts = PEERExperts(size.keys**2, size.keys**2, size.hidden_size, 1, "gelu")
+    config = PEERTableConfig(size.keys**2, size.keys**2, size.hidden_size, 1, "gelu")
+    experts = PEERExperts(config)
     return experts.bfloat16() if size.bf16 else experts
 
 

@@ -1,9 +1,10 @@
-"""The only file that knows DeepSpeed's mixture-of-experts bookkeeping (private API of 0.19.8).
+"""DeepSpeed's bookkeeping of MoE layers (private API of 0.19.8), all in this file.
 
-DeepSpeed's engine sees expert parallelism only in instances of its own layers. `attach` turns the layers of a
-finished model into a thin subclass of `AutoEPMoELayer` whose own forward, router and experts are not used: the class
-carries the attributes that engine and ZeRO read. What its checkpoint code would read as well is not there: checkpoints
-are megatron.checkpoint.saver's.
+DeepSpeed's engine recognises expert parallelism only in instances of its own layers.
+`wrap_moe_layers` turns the MoE layers of a finished model into a thin subclass of
+`AutoEPMoELayer` whose own forward, router and experts are not used: the subclass
+carries the attributes that the engine and ZeRO read. Attributes that only DeepSpeed's
+checkpoint code reads are left out: `megatron.checkpoint.saver` writes the checkpoints.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from megatron.parallel.groups import Groups
 
 
 class _AutoEPMixin(AutoEPMoELayer):
-    """What makes a mixture layer one that DeepSpeed's engine recognises. Made by `attach`, never constructed."""
+    """Makes DeepSpeed's engine recognise an MoE layer.
+
+    Instances are made by `wrap_moe_layers`; the constructor never runs.
+    """
 
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """Called by the engine after it cast the model and before it builds the optimizer.
+        """Restore the gate's fp32 parameters and buffers.
 
-        Which is the moment to give the gate its fp32 parameters and buffers back: ZeRO then flattens the parameters, in
-        their own parameter group, as fp32.
+        The engine calls this after it cast the model and before it builds the
+        optimizer. ZeRO then flattens the gate's parameters, which are in their own
+        parameter group, as fp32.
         """
         AutoEPMoELayer.set_deepspeed_parallelism(self, *args, **kwargs)
         for tensor, original in self.fp32_gate_state:
@@ -35,40 +40,50 @@ class _AutoEPMixin(AutoEPMoELayer):
 
 
 class DeepSpeedMoELayer(MoELayer, _AutoEPMixin):
-    """A `MoELayer` for the engine."""
+    """A `MoELayer` that DeepSpeed's engine recognises."""
 
 
 class DeepSpeedPEERLayer(PEERLayer, _AutoEPMixin):
-    """A `NeuronLayer` for the engine."""
+    """A `PEERLayer` that DeepSpeed's engine recognises."""
 
 
 def wrap_moe_layers(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = True) -> None:
-    """Turn every mixture layer of `model`, in place, into one that the engine recognises, and mark its experts.
+    """Turn every MoE layer of `model`, in place, into one that DeepSpeed recognises.
 
     Args:
-        keep_gate_fp32: False for ZeRO 3, which partitions parameters of one dtype only: gate parameters are then
-            stored in the engine's dtype (their master copy stays fp32) and still scored in fp32. Buffers stay fp32.
+        keep_gate_fp32: False for ZeRO 3, which partitions parameters of one dtype only:
+            gate parameters are then stored in the engine's dtype. Their master copy is
+            fp32, scores are computed in fp32, and buffers stay fp32.
     """
     for layer in moe_layers(model):
-        layer.__class__ = (
-            DeepSpeedPEERLayer if isinstance(layer, PEERLayer) else DeepSpeedMoELayer
-        )
-        local = layer.num_experts // groups.ep_size
-        layer.ep_size, layer.ep_rank, layer.num_local_experts = (
-            groups.ep_size,
-            groups.ep_rank,
-            local,
-        )
-        layer.ep_group_name, layer.ep_group = f"ep_size_{groups.ep_size}", None
-        layer.folding_group_handles = layer.tp_group = None
-        layer.combine_impl, layer.comm_backend = "weighted_sum", "comm"
-        for parameter in layer.experts.parameters():
-            parameter.allreduce, parameter.group_name, parameter.is_expert_group = (
-                False,
-                layer.ep_group_name,
-                True,
-            )
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = layer.ep_group_name
-        kept = [*layer.gate.buffers(), *(layer.gate.parameters() if keep_gate_fp32 else ())]
-        layer.fp32_gate_state = [(t, t.detach().clone()) for t in kept]
+        is_peer = isinstance(layer, PEERLayer)
+        layer.__class__ = DeepSpeedPEERLayer if is_peer else DeepSpeedMoELayer
+        _set_parallelism(layer, groups)
+        _mark_experts(layer)
+        fp32_state = list(layer.gate.buffers())
+        if keep_gate_fp32:
+            fp32_state += layer.gate.parameters()
+        layer.fp32_gate_state = [(tensor, tensor.detach().clone()) for tensor in fp32_state]
+
+
+def _set_parallelism(layer: MoELayer, groups: Groups) -> None:
+    """Set the attributes of `AutoEPMoELayer` that the engine reads from a layer."""
+    layer.ep_size = groups.ep_size
+    layer.ep_rank = groups.ep_rank
+    layer.num_local_experts = layer.num_experts // groups.ep_size
+    layer.ep_group_name = f"ep_size_{groups.ep_size}"
+    layer.ep_group = None
+    layer.folding_group_handles = None
+    layer.tp_group = None
+    layer.combine_impl = "weighted_sum"
+    layer.comm_backend = "comm"
+
+
+def _mark_experts(layer: MoELayer) -> None:
+    """Make ZeRO reduce the experts' gradients over their own group."""
+    for parameter in layer.experts.parameters():
+        parameter.allreduce = False
+        parameter.group_name = layer.ep_group_name
+        parameter.is_expert_group = True
+        parameter.ds_zero_placement_family = "autoep_expert"
+        parameter.ds_zero_partition_group_name = layer.ep_group_name

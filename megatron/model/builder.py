@@ -16,7 +16,7 @@ from megatron.moe.experts.grouped_experts import GroupedExperts, expert_output_s
 from megatron.moe.gate import Gate, create_gate, gate_class
 from megatron.moe.layer import MoELayer
 from megatron.moe.peer import experts as peer_experts
-from megatron.moe.peer.experts import PEERExperts
+from megatron.moe.peer.experts import PEERExperts, PEERTableConfig
 from megatron.moe.peer.layer import PEERLayer
 from megatron.parallel.groups import Groups
 
@@ -113,7 +113,7 @@ def make_moe_layer(
         "min_capacity": moe.moe_min_capacity,
     }
     if gate.expert_kind == "peer":
-        tables = PEERExperts(
+        tables = PEERTableConfig(
             moe.num_experts,
             local,
             model.hidden_size,
@@ -121,9 +121,9 @@ def make_moe_layer(
             model.act,
             **places,
             output_std=output_std * gate.output_gain(width),
-            backend=moe.moe_backend,
         )
-        return PEERLayer(gate, tables, tables.num_blocks, **options)
+        peer = PEERExperts(tables, backend=moe.moe_backend)
+        return PEERLayer(gate, peer, peer.num_blocks, **options)
     experts = GroupedExperts(
         local,
         model.hidden_size,

@@ -4,9 +4,9 @@ A PEER expert is so small that a token's row outweighs it. Rather than one row p
 assignment, as the all-to-all of other experts sends, each token travels once to every
 rank: with k assignments per token and P ranks this moves P rows per token instead of k.
 
-Shape suffixes: T tokens on this rank, D hidden, E experts of all ranks, A assignments of
-the gate, S dispatched assignments sorted by expert, R assignments received by this rank,
-P ranks that share the experts.
+Shape suffixes: T tokens on this rank, D hidden, E experts of all ranks, A assignments
+of the gate, S dispatched assignments sorted by expert, R assignments received by this
+rank, P ranks that share the experts.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 Shape suffixes: T tokens, D hidden, R rows of a table, P pairs of a token and a row.
 
-The other operation of tiny experts, weighted sums of listed rows, is `grouped.weighted_combine`: by token for outputs
-and the tokens' gradients, and by touched row, after a sort and without atomics, for the tables' gradients. Forward and
-backward are put together from the two in `megatron.moe.peer.experts`.
+The other operation on tables, weighted sums of listed rows, is `weighted_combine` of
+`megatron.moe.experts.triton_grouped_gemm`: by token for outputs and the tokens'
+gradients, and by table row, after a sort and without atomics, for the tables'
+gradients. `megatron.moe.peer.lookup` composes forward and backward of the two.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 from megatron.config.schema import require
 from megatron.moe.experts.triton_grouped_gemm import TRITON_DTYPES
 
-PAIRS, COLUMNS = 16, 128
-"""what a program has of a product at a time: 2,048 numbers in fp32, 16 registers of each of its 128 threads"""
+# Tile of one program: 2,048 fp32 numbers are 16 registers of each of its 128 threads.
+BLOCK_PAIRS = 16
+BLOCK_COLUMNS = 128
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -33,7 +35,10 @@ def _dots_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[p] = sum over d of rows[token[p], d] * table[row[p], d]: BLOCK_P pairs by one program."""
+    """out[p] = sum over d of rows[token[p], d] * table[row[p], d].
+
+    One program computes BLOCK_P pairs.
+    """
     pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     listed = pair < num_pairs
     token = tl.load(token_ptr + pair, mask=listed, other=0)
@@ -49,11 +54,15 @@ def _dots_kernel(
 
 
 def triton_dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tensor) -> Tensor:
-    """rows[token_p] . table[row_p], in any order of the list, repeatable bit for bit. Nothing waits for the device.
+    """Compute rows[token_p] . table[row_p] for pairs in any order.
+
+    The result is deterministic. Does not synchronise with the device.
 
     Args:
-        rows_TD, table_RD: bf16, fp16 or fp32, of one dtype, contiguous.
-        token_P, row_P: int64, in range: nobody checks.
+        rows_TD: bf16, fp16 or fp32, contiguous.
+        table_RD: contiguous, in the dtype of the rows.
+        token_P: int64 in [0, T), not checked.
+        row_P: int64 in [0, R), not checked.
     Returns:
         [P] fp32, accumulated in fp32.
     Raises:
@@ -66,13 +75,13 @@ def triton_dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tenso
         " ".join(map(str, TRITON_DTYPES)),
     )
     assert rows_TD.dtype == table_RD.dtype, (
-        f"rows are {rows_TD.dtype}, the table {table_RD.dtype}"
+        f"rows are {rows_TD.dtype}, the table is {table_RD.dtype}; they must be the same"
     )
     assert rows_TD.is_contiguous() and table_RD.is_contiguous(), (
         "rows and table must be contiguous"
     )
     out_P = torch.empty(len(token_P), dtype=torch.float32, device=rows_TD.device)
-    _dots_kernel[(triton.cdiv(len(token_P), PAIRS),)](
+    _dots_kernel[(triton.cdiv(len(token_P), BLOCK_PAIRS),)](
         rows_TD,
         table_RD,
         token_P.contiguous(),
@@ -80,7 +89,7 @@ def triton_dots(rows_TD: Tensor, table_RD: Tensor, token_P: Tensor, row_P: Tenso
         out_P,
         len(token_P),
         rows_TD.shape[1],
-        BLOCK_P=PAIRS,
-        BLOCK_D=COLUMNS,
+        BLOCK_P=BLOCK_PAIRS,
+        BLOCK_D=BLOCK_COLUMNS,
     )
     return out_P

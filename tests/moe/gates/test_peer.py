@@ -16,7 +16,7 @@ from megatron.moe.experts.activations import activate
 from megatron.moe.gate import available_gates, create_gate, gate_class, gate_config_class
 from megatron.moe.gates.peer import retrieve, usage
 from megatron.moe.metrics import MoEMetrics
-from megatron.moe.peer.experts import PEERExperts
+from megatron.moe.peer.experts import PEERExperts, PEERTableConfig
 from megatron.moe.routing import GateInput, StepTotals
 from megatron.parallel.groups import Groups
 
@@ -349,13 +349,15 @@ def test_the_layer_starts_with_the_variance_of_a_dense_one(score, width):
         peer_query_size=32,
     )
     neurons = PEERExperts(
-        32**2,
-        32**2,
-        hidden,
-        width,
-        "gelu",
-        init_std=std,
-        output_std=std * gate.output_gain(width),
+        PEERTableConfig(
+            32**2,
+            32**2,
+            hidden,
+            width,
+            "gelu",
+            init_std=std,
+            output_std=std * gate.output_gain(width),
+        )
     )
     x = tokens(200, hidden_size=hidden)
     out = gate(GateInput(x))

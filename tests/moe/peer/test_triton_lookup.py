@@ -1,4 +1,4 @@
-"""Triton's way through tiny experts against a float64 loop; without a GPU on CPU tensors, in Triton's interpreter."""
+"""PEER's Triton kernels against a float64 loop; on CPU tensors in Triton's interpreter."""
 
 import os
 
@@ -10,26 +10,27 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton")
 
+from helpers.reference_mlp import reference_activation  # noqa: E402
 from megatron.config.schema import ACTIVATIONS  # noqa: E402
-from megatron.moe.peer.experts import PEERExperts  # noqa: E402
-from megatron.moe.peer.triton_lookup import COLUMNS, PAIRS, triton_dots  # noqa: E402
+from megatron.moe.peer.experts import PEERExperts, PEERTableConfig  # noqa: E402
+from megatron.moe.peer.triton_lookup import (  # noqa: E402
+    BLOCK_COLUMNS,
+    BLOCK_PAIRS,
+    triton_dots,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""relative to the largest number: what is rounded to the dtype is sums, or the two halves of one, alone"""
+"""Relative to the largest number: only sums, or the two parts of a sum, are rounded to the
+dtype."""
 
 
-def make(num_local, width, activation, hidden_size, dtype=torch.float32, **options):
-    experts = PEERExperts(
-        num_local,
-        num_local,
-        hidden_size,
-        width,
-        activation,
-        init_std=0.5,
-        output_std=0.5,
-        backend="triton",
-        **options,
+def make_experts(
+    num_local, width, activation, hidden_size, dtype=torch.float32, sparse_gradients=False
+):
+    config = PEERTableConfig(
+        num_local, num_local, hidden_size, width, activation, init_std=0.5, output_std=0.5
     )
+    experts = PEERExperts(config, sparse_gradients=sparse_gradients, backend="triton")
     return experts.to(DEVICE, dtype)
 
 
@@ -47,46 +48,36 @@ def make_inputs(tokens, assignments, experts, hidden_size, dtype=torch.float32, 
     )
 
 
-def act(name, gate, up):
-    f = torch.nn.functional
-    kinds = {"gelu": f.gelu, "relu": f.relu, "silu": f.silu, "swiglu": f.silu, "geglu": f.gelu}
-    return kinds[name](gate) * up
-
-
-def dumb(experts, x, token, expert, weight, tables):
+def reference_output(experts, x, token, expert, weight, tables):
     """One assignment and one hidden unit at a time; tables by name, [N_local x W, D]."""
     y = [0 * row for row in x]
     for t, e, w in zip(token.tolist(), expert.tolist(), weight):
         for row in range(e * experts.width, (e + 1) * experts.width):
-            up = tables["w3"][row] @ x[t] if "w3" in tables else 1.0
-            y[t] = (
-                y[t]
-                + w * act(experts.activation, tables["w1"][row] @ x[t], up) * tables["w2"][row]
-            )
+            up = tables["w3"][row] @ x[t] if "w3" in tables else None
+            hidden = reference_activation(experts.activation, tables["w1"][row] @ x[t], up)
+            y[t] = y[t] + w * hidden * tables["w2"][row]
     return torch.stack(y) if y else x * 0
 
 
-def close(got, want, tolerance, name):
+def assert_close(got, want, tolerance, name):
     largest = want.detach().abs().max().item() if want.numel() else 0.0
     torch.testing.assert_close(
         got, want, rtol=0, atol=tolerance * largest, msg=lambda m: f"{name}: {m}"
     )
 
 
-def compare(experts, inputs, tolerance):
-    """Values, and gradients by name, against the loop in float64 on the CPU."""
+def assert_equals_reference(experts, inputs, tolerance):
+    """Compare values, and gradients by name, with the loop in float64 on the CPU."""
     x, token, expert, weight = inputs
     x64, weight64 = (t.detach().cpu().double().requires_grad_() for t in (x, weight))
     tables = {
         name: p.detach().cpu().double().flatten(0, 1).requires_grad_()
         for name, p in experts.named_parameters()
     }
-    ours, expected = (
-        experts(x, token, expert, weight),
-        dumb(experts, x64, token, expert, weight64, tables),
-    )
+    ours = experts(x, token, expert, weight)
+    expected = reference_output(experts, x64, token, expert, weight64, tables)
     assert ours.dtype == x.dtype and ours.shape == x.shape
-    close(ours.cpu().double(), expected, tolerance, "y")
+    assert_close(ours.cpu().double(), expected, tolerance, "y")
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     got = torch.autograd.grad(ours, (x, weight, *experts.parameters()), grad.to(DEVICE))
     want = torch.autograd.grad(
@@ -95,33 +86,32 @@ def compare(experts, inputs, tolerance):
     for name, a, b in zip(("x", "weight", *tables), got, want, strict=True):
         a = a.to_dense().cpu().double()
         b = torch.zeros_like(a) if b is None else b.view(a.shape)
-        close(a, b, tolerance, name)
+        assert_close(a, b, tolerance, name)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("width, sparse", [(1, True), (2, False)])
-def test_against_a_loop(activation, width, sparse):
-    compare(
-        make(5, width, activation, 7, sparse_gradients=sparse), make_inputs(4, 14, 5, 7), 1e-5
-    )
+def test_experts_equal_reference(activation, width, sparse):
+    experts = make_experts(5, width, activation, 7, sparse_gradients=sparse)
+    assert_equals_reference(experts, make_inputs(4, 14, 5, 7), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_precisions(dtype):
-    compare(make(6, 2, "swiglu", 33, dtype), make_inputs(5, 12, 6, 33, dtype), TOLERANCE[dtype])
+def test_precision_of_each_dtype(dtype):
+    experts = make_experts(6, 2, "swiglu", 33, dtype)
+    assert_equals_reference(experts, make_inputs(5, 12, 6, 33, dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("pairs", [0, 1, PAIRS, 2 * PAIRS + 1])
-@pytest.mark.parametrize("columns", [1, COLUMNS, COLUMNS + 3])
-def test_dots(dtype, pairs, columns):
-    """Repeated rows, numbers of pairs and columns on both sides of a program's: fp32 sums of unrounded products."""
+@pytest.mark.parametrize("pairs", [0, 1, BLOCK_PAIRS, 2 * BLOCK_PAIRS + 1])
+@pytest.mark.parametrize("columns", [1, BLOCK_COLUMNS, BLOCK_COLUMNS + 3])
+def test_dots_equal_float64_sums(dtype, pairs, columns):
+    """Rows repeat, and pairs and columns fill a program's tile exactly, partly or several
+    times. The results are fp32 sums of unrounded products."""
     g = torch.Generator().manual_seed(0)
     rows, table = (torch.randn(n, columns, generator=g).to(dtype) for n in (3, 5))
-    token, row = (
-        torch.randint(0, 3, (pairs,), generator=g),
-        torch.randint(0, 5, (pairs,), generator=g),
-    )
+    token = torch.randint(0, 3, (pairs,), generator=g)
+    row = torch.randint(0, 5, (pairs,), generator=g)
     got = triton_dots(*(t.to(DEVICE) for t in (rows, table, token, row)))
     assert got.dtype == torch.float32 and got.shape == (pairs,)
     torch.testing.assert_close(
@@ -133,8 +123,8 @@ def test_dots(dtype, pairs, columns):
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_an_empty_list(tokens):
-    experts = make(4, 2, "geglu", 5)
+def test_empty_list_gives_zeros(tokens):
+    experts = make_experts(4, 2, "geglu", 5)
     x, token, expert, weight = make_inputs(tokens, 0, 4, 5)
     y = experts(x, token, expert, weight)
     y.sum().backward()
@@ -144,50 +134,48 @@ def test_an_empty_list(tokens):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_one_expert_with_everything(sparse):
+def test_single_busy_expert_equals_reference(sparse):
     x, token, expert, weight = make_inputs(3, 40, 9, 6)
-    compare(
-        make(9, 1, "gelu", 6, sparse_gradients=sparse), (x, token, expert * 0 + 4, weight), 1e-5
-    )
+    experts = make_experts(9, 1, "gelu", 6, sparse_gradients=sparse)
+    assert_equals_reference(experts, (x, token, expert * 0 + 4, weight), 1e-5)
 
 
-def test_repeatable_bit_for_bit():
-    experts, inputs = make(6, 2, "swiglu", 40), make_inputs(5, 30, 6, 40)
-    wanted, runs = (inputs[0], inputs[3], *experts.parameters()), []
+def test_repeated_runs_are_bit_identical():
+    experts = make_experts(6, 2, "swiglu", 40)
+    inputs = make_inputs(5, 30, 6, 40)
+    differentiable = (inputs[0], inputs[3], *experts.parameters())
+    runs = []
     for _ in range(2):
         y = experts(*inputs)
-        runs.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+        runs.append([y, *torch.autograd.grad(y.square().sum(), differentiable)])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_rows_that_do_not_lie_side_by_side():
+def test_strided_rows_equal_reference():
     x, token, expert, weight = make_inputs(6, 12, 4, 6)
-    turned = x.detach().t().contiguous().t().requires_grad_()
-    assert not turned.is_contiguous()
-    compare(make(4, 1, "gelu", 6), (turned, token, expert, weight), 1e-5)
+    transposed = x.detach().t().contiguous().t().requires_grad_()
+    assert not transposed.is_contiguous()
+    experts = make_experts(4, 1, "gelu", 6)
+    assert_equals_reference(experts, (transposed, token, expert, weight), 1e-5)
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_rows_beyond_two_to_the_31_numbers(swap):
-    """Of a table of 4 GB of which two pages are ever touched on a CPU."""
+def test_table_offsets_exceed_32_bits(swap):
+    """The table has 4 GB, of which only two pages are touched on a CPU."""
     rows, hidden = 2**20 + 1, 2**11
     table = torch.empty(rows, hidden, dtype=torch.bfloat16, device=DEVICE)
-    table[-1], table[0] = 0.5, -0.25
+    table[-1] = 0.5
+    table[0] = -0.25
     x = torch.ones(1, hidden, dtype=torch.bfloat16, device=DEVICE)
-    row, token = (
-        torch.tensor([rows - 1, 0], device=DEVICE),
-        torch.zeros(2, dtype=torch.int64, device=DEVICE),
-    )
-    assert triton_dots(
-        *((table, x, row, token) if swap else (x, table, token, row))
-    ).tolist() == [
-        1024,
-        -512,
-    ]
+    row = torch.tensor([rows - 1, 0], device=DEVICE)
+    token = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    arguments = (table, x, row, token) if swap else (x, table, token, row)
+    assert triton_dots(*arguments).tolist() == [1024, -512]
 
 
-def test_float64_is_refused_by_triton_and_not_sent_there():
-    experts = make(4, 1, "gelu", 5, torch.float64)
+def test_float64_is_refused():
+    """An explicit request for Triton fails, and backend auto chooses another one."""
+    experts = make_experts(4, 1, "gelu", 5, torch.float64)
     with pytest.raises(
         ValueError,
         match="--moe-backend is 'triton'; allowed: not here .it has no torch.float64",
@@ -201,4 +189,4 @@ def test_float64_is_refused_by_triton_and_not_sent_there():
     ):
         triton_dots(table, table, index, index)
     experts.backend = "auto"
-    assert not experts._on_triton() and experts.float()._on_triton() == (DEVICE == "cuda")
+    assert not experts._uses_triton() and experts.float()._uses_triton() == (DEVICE == "cuda")
