@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import cli
+from megatron.config.flags import flags_of as config_flags_of
 from megatron.config.schema import SECTIONS
 
 REPO = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def test_what_is_inline_is_real(readme):
     known |= {
         flag
         for name, cls in SECTIONS.items()
-        for entry in cli.flags_of(cls, name)
+        for entry in config_flags_of(cls, name)
         for flag in entry.spellings
     }
     for inline in re.findall(r"`(--[^`]+)`", text):

@@ -19,8 +19,8 @@ from megatron.checkpoint.compatibility import (
 )
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress, progress_of
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.config import cli
 from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.run_json import read_run_json
 from megatron.config.schema import RunConfig, require
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import MOMENTS, GlobalLayout, load_weights
@@ -44,7 +44,7 @@ class LoadedCheckpoint:
         self.path, self.options, self.damaged = path, options, damaged
         try:
             state = directory.read_json(path / "state.json")
-            self.record = RunMetadata.from_state(cli.read_run_json(path / "run.json"), state)
+            self.record = RunMetadata.from_state(read_run_json(path / "run.json"), state)
             self.progress = TrainingProgress() if options.finetune else progress_of(state)
             optimizer = state["optimizer"]
             self.steps, self.scaler, self.counters = (

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from megatron.config.fields import (
     option,
     require_choices,
-    require_field,
     require_not_negative,
+    require_setting,
 )
 
 
@@ -52,14 +52,14 @@ class CheckpointConfig:
         require_not_negative(self, "save_interval", "keep_last", "keep_every", "load_step")
         require_choices(self)
         for name in ("load_step", "load_or_init", "finetune", "override_lr_schedule"):
-            require_field(
+            require_setting(
                 self,
                 name,
                 bool(self.load) or not getattr(self, name),
                 "only with --load",
                 "Name the folder of the checkpoints.",
             )
-        require_field(
+        require_setting(
             self,
             "keep_every",
             not self.keep_every or self.keep_last > 0,

@@ -8,9 +8,9 @@ from megatron.config.fields import (
     flag_name,
     option,
     require_choices,
-    require_field,
     require_not_negative,
     require_positive_integers,
+    require_setting,
 )
 
 
@@ -60,21 +60,21 @@ class DataConfig:
 
     def __post_init__(self):
         require_choices(self)
-        require_field(
+        require_setting(
             self,
             "train_data_path",
             not (self.data_path and self.train_data_path),
             "only without --data-path",
             "Use one of the two.",
         )
-        require_field(
+        require_setting(
             self,
             "streaming_data_path",
             not (self.streaming_data_path and (self.data_path or self.train_data_path)),
             "only without --data-path and --train-data-path",
             "Validation has --valid-data-path.",
         )
-        require_field(
+        require_setting(
             self,
             "dataloader_type",
             not self.streaming_data_path or self.dataloader_type == "single",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from megatron.config.fields import (
     option,
     require_choices,
-    require_field,
     require_not_negative,
     require_positive_numbers,
+    require_setting,
 )
 
 
@@ -47,8 +47,8 @@ class FaultToleranceConfig:
             "loss_spike_threshold",
         )
         require_choices(self)
-        require_field(self, "loss_spike_window", self.loss_spike_window >= 8, "8 or more")
-        require_field(
+        require_setting(self, "loss_spike_window", self.loss_spike_window >= 8, "8 or more")
+        require_setting(
             self,
             "loss_spike_action",
             self.loss_spike_action == "log" or self.loss_spike_threshold > 0,

@@ -38,7 +38,7 @@ def require(ok: bool, what: str, value: Any, allowed: str, advice: str = "") -> 
     raise ValueError(message)
 
 
-def require_field(config: Any, name: str, ok: bool, allowed: str, advice: str = "") -> None:
+def require_setting(config: Any, name: str, ok: bool, allowed: str, advice: str = "") -> None:
     """Raise ValueError about the field `name` of a config unless `ok`; see `require`."""
     value = getattr(config, name)
     if isinstance(value, tuple):
@@ -51,7 +51,7 @@ def require_each(
 ) -> None:
     """Raise ValueError for the first named field whose value is not allowed."""
     for name in names:
-        require_field(config, name, is_allowed(getattr(config, name)), allowed)
+        require_setting(config, name, is_allowed(getattr(config, name)), allowed)
 
 
 def require_positive_integers(config: Any, *names: str) -> None:
@@ -75,4 +75,4 @@ def require_choices(config: Any) -> None:
         choices = f.metadata.get("choices")
         if choices:
             allowed = " ".join(map(str, choices))
-            require_field(config, f.name, getattr(config, f.name) in choices, allowed)
+            require_setting(config, f.name, getattr(config, f.name) in choices, allowed)

@@ -1,62 +1,79 @@
-"""Gates whose own options say how many experts there are, how wide, and in which layers (PEER).
+"""Gates whose own options determine the number, size and position of the experts (PEER).
 
-Such a gate's Config has a method `moe_overrides(moe, num_layers) -> dict`: from the fields of MoEConfig that were set, those
-that it decides.
+The Config of such a gate has a method `moe_overrides(moe, num_layers) -> dict`. It takes the
+fields of MoEConfig that were set, and returns those that the gate's options determine.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron.config.schema import ModelConfig, require
+from megatron.config.fields import flag_name, require
+from megatron.config.model import ModelConfig
 
 
-def apply(gate_config: Any, moe: dict[str, Any], num_layers: int, gate: str) -> None:
-    """Put what the gate's options say into `moe`, the fields of MoEConfig that were set.
+def apply_gate_overrides(
+    gate_config: Any, moe: dict[str, Any], num_layers: int, gate: str
+) -> None:
+    """Set the fields in `moe` that the gate's options determine.
 
+    Args:
+        gate_config: options of the gate.
+        moe: fields of MoEConfig that were set; changed in place.
+        gate: name of the gate, for messages.
     Raises:
-        ValueError: they contradict what was set.
+        ValueError: a field was set to another value.
     """
     if not hasattr(gate_config, "moe_overrides"):
         return
     for name, value in gate_config.moe_overrides(moe, num_layers).items():
-        told = moe.get(name) or value
+        current = moe.get(name) or value
         require(
-            told == value,
-            f"--{name.replace('_', '-')}",
-            told,
+            current == value,
+            flag_name(name),
+            current,
             f"{value!r}, as --gate {gate} and its flags say",
             "Leave it out.",
         )
         moe[name] = value
 
 
-def drop_derived(stored: dict[str, dict[str, Any]], gate_class: type) -> str:
-    """Take out of a run.json what its gate's options said of the mixture, so that flags can say it anew.
+def drop_gate_overrides(stored: dict[str, dict[str, Any]], gate_class: type) -> list[str]:
+    """Remove the fields of MoEConfig that the stored gate's options determined.
+
+    Flags may then change these options, or replace the gate.
 
     Args:
-        stored: sections of run.json; the gate's options not checked yet.
-        gate_class: the Config of the gate stored there.
+        stored: sections of a run.json, whose gate options are not checked yet; changed in
+            place.
+        gate_class: Config of the gate stored there.
     Returns:
-        what was taken out, as the end of a sentence about the gate's options; empty if nothing was.
+        The flags of the removed fields.
     """
-    moe, options = stored.get("moe", {}), stored.get("gate_options", {})
+    moe = stored.get("moe", {})
     if not hasattr(gate_class, "moe_overrides") or not moe.get("num_experts"):
-        return ""
-    config = gate_class(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-    )
+        return []
     num_layers = stored.get("model", {}).get("num_layers", ModelConfig.num_layers)
-    try:
-        said = config.moe_overrides({}, num_layers)
-    except ValueError:  # the number of experts was --num-experts, which stays
-        said = config.moe_overrides({"num_experts": moe["num_experts"]}, num_layers)
-        del said["num_experts"]
-    names = [name for name, value in said.items() if moe.get(name) == value]
+    options = {}
+    for name, value in stored.get("gate_options", {}).items():
+        options[name] = tuple(value) if isinstance(value, list) else value
+    overrides = _overrides(gate_class(**options), moe["num_experts"], num_layers)
+    names = [name for name, value in overrides.items() if moe.get(name) == value]
     for name in names:
         del moe[name]
-    if "moe_layers" in names:  # then these are defaults that nobody set
-        for name in ("expert_interval", "moe_first_k_dense"):
-            moe.pop(name, None)
-    flags = " ".join(f"--{name.replace('_', '-')}" for name in names)
-    return f" with the {flags} that came from them" if names else ""
+    if "moe_layers" in names:
+        # Where --moe-layers is determined, these two can only have their defaults.
+        moe.pop("expert_interval", None)
+        moe.pop("moe_first_k_dense", None)
+    return [flag_name(name) for name in names]
+
+
+def _overrides(gate_config: Any, num_experts: int, num_layers: int) -> dict[str, Any]:
+    """Return the fields that a gate's options determine without the help of --num-experts."""
+    try:
+        return gate_config.moe_overrides({}, num_layers)
+    except ValueError:
+        # The options depend on --num-experts, which was therefore set by the user and stays.
+        overrides = gate_config.moe_overrides({"num_experts": num_experts}, num_layers)
+        del overrides["num_experts"]
+        return overrides

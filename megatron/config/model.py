@@ -9,10 +9,10 @@ from megatron.config.fields import (
     require,
     require_choices,
     require_each,
-    require_field,
     require_not_negative,
     require_positive_integers,
     require_positive_numbers,
+    require_setting,
 )
 
 ACTIVATIONS = ("gelu", "relu", "silu", "swiglu", "geglu")
@@ -86,7 +86,7 @@ class ModelConfig:
             "vocab_size",
         )
         require_choices(self)
-        require_field(
+        require_setting(
             self,
             "activation",
             not self.swiglu or self.activation in ("gelu", "swiglu"),
@@ -94,7 +94,7 @@ class ModelConfig:
             "Leave one of the two out.",
         )
         self._check_heads()
-        require_field(
+        require_setting(
             self,
             "max_position_embeddings",
             self.max_positions >= self.seq_length,
@@ -112,7 +112,7 @@ class ModelConfig:
             self.query_groups,
             f"a divisor of the {heads} heads",
         )
-        require_field(
+        require_setting(
             self,
             "num_attention_heads",
             self.kv_channels > 0 or self.hidden_size % heads == 0,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from megatron.config.fields import (
     option,
     require_choices,
-    require_field,
     require_not_negative,
     require_positive_integers,
+    require_setting,
 )
 
 MOE_BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
@@ -61,7 +61,7 @@ class MoEConfig:
             "moe_ffn_hidden_size",
         )
         require_positive_integers(self, "expert_interval", "moe_expert_parallel_size")
-        require_field(
+        require_setting(
             self,
             "moe_layers",
             not self.moe_layers or (self.expert_interval == 1 and self.moe_first_k_dense == 0),
@@ -71,7 +71,7 @@ class MoEConfig:
         if self.num_experts == 0:
             self._check_dense()
         ep_size = self.moe_expert_parallel_size
-        require_field(
+        require_setting(
             self,
             "num_experts",
             self.num_experts % ep_size == 0,
@@ -84,11 +84,11 @@ class MoEConfig:
         """Raise ValueError if a flag that needs experts is set without them."""
         advice = "Set --num-experts."
         ep_size = self.moe_expert_parallel_size
-        require_field(
+        require_setting(
             self, "moe_expert_parallel_size", ep_size == 1, "1 without experts", advice
         )
-        require_field(self, "moe_layers", not self.moe_layers, "only with experts", advice)
-        require_field(
+        require_setting(self, "moe_layers", not self.moe_layers, "only with experts", advice)
+        require_setting(
             self,
             "moe_shared_experts",
             self.moe_shared_experts == 0,

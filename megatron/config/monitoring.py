@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.config.fields import option, require_field, require_not_negative
+from megatron.config.fields import option, require_not_negative, require_setting
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class ProfilingConfig:
 
     def __post_init__(self):
         require_not_negative(self, "profile_step_start")
-        require_field(
+        require_setting(
             self,
             "profile_step_end",
             self.profile_step_end > self.profile_step_start,
             f"more than --profile-step-start, which is {self.profile_step_start}",
         )
-        require_field(
+        require_setting(
             self,
             "profile_ranks",
             len(self.profile_ranks) > 0 and min(self.profile_ranks) >= 0,

@@ -9,9 +9,9 @@ from megatron.config.fields import (
     require,
     require_choices,
     require_each,
-    require_field,
     require_not_negative,
     require_positive_numbers,
+    require_setting,
 )
 
 DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
@@ -58,7 +58,7 @@ class OptimizerConfig:
     def __post_init__(self):
         require_choices(self)
         require_positive_numbers(self, "lr", "adam_eps")
-        require_field(
+        require_setting(
             self, "min_lr", 0 <= self.min_lr <= self.lr, f"0 to --lr, which is {self.lr}"
         )
         require_not_negative(
@@ -81,14 +81,14 @@ class OptimizerConfig:
         warmups = ("lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_tokens")
         used = [name for name in warmups if getattr(self, name)]
         require(len(used) <= 1, "--lr-warmup-*", used, "one of iters, fraction, tokens")
-        require_field(
+        require_setting(
             self,
             "lr_decay_tokens",
             not (self.lr_decay_iters and self.lr_decay_tokens),
             "only without --lr-decay-iters",
             "Use one of the two.",
         )
-        require_field(
+        require_setting(
             self,
             "fp16",
             not (self.bf16 and self.fp16),

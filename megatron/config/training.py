@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from megatron.config.fields import (
     require,
-    require_field,
     require_not_negative,
     require_positive_integers,
+    require_setting,
 )
 
 
@@ -47,7 +47,7 @@ class TrainConfig:
             "eval_interval",
             "eval_iters",
         )
-        require_field(
+        require_setting(
             self,
             "train_tokens",
             not (self.train_iters and self.train_tokens),
@@ -77,7 +77,7 @@ class TrainConfig:
         Raises:
             ValueError: neither --train-iters nor --train-tokens is set.
         """
-        require_field(
+        require_setting(
             self,
             "train_iters",
             bool(self.train_iters or self.train_tokens),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from helpers import engines, handmade
 from megatron.checkpoint import consolidate as c
 from megatron.checkpoint import directory, reader
-from megatron.config import cli
+from megatron.config.run_json import read_run_json
 from megatron.io.safetensors_writer import TensorSpec
 from megatron.model.builder import build_model
 from megatron.parallel.groups import Groups
@@ -103,7 +103,7 @@ def test_every_topology_has_one_result(trained, tmp_path):
 def test_a_model_with_the_result_has_the_runs_loss(topology, trained, tmp_path):
     folder, config, expected = trained[topology]
     tensors = consolidate(folder, tmp_path / "out")
-    config = cli.read_run_json(tmp_path / "out/run.json")
+    config = read_run_json(tmp_path / "out/run.json")
     model = build_model(
         config.model, config.moe, config.gate_options, vocab_size=61, seed=99, groups=Groups()
     )
@@ -218,7 +218,7 @@ def test_one_file_needs_no_index_and_everything_has_its_hash(made, tmp_path):
     )
     assert about["manifest_checksum"] == directory.read_manifest(made[0])["checksum"]
     assert about["state"] == json.loads((made[0] / "state.json").read_text())
-    assert cli.read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
+    assert read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
     assert sorted(os.listdir(tmp_path)) == ["out", "save"], "no work folder is left"
 
 

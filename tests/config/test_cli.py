@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from megatron import __version__
 from megatron.config import cli
+from megatron.config.flags import flags_of
+from megatron.config.run_json import config_from_dict, read_run_json, write_run_json
 from megatron.config.schema import (
     RUN_JSON_LAYOUT,
     SECTIONS,
@@ -343,7 +345,7 @@ def test_version(capsys):
 
 def test_every_flag_of_the_schema_has_help():
     for section, cls in SECTIONS.items():
-        for flag in cli.flags_of(cls, section):
+        for flag in flags_of(cls, section):
             assert flag.help, flag.dest
 
 
@@ -353,13 +355,13 @@ def test_help_texts_are_inherited_and_may_be_out_of_reach():
         extra: int = 0
         """something more"""
 
-    docs = {flag.name: flag.help for flag in cli.flags_of(Child, "child")}
+    docs = {flag.name: flag.help for flag in flags_of(Child, "child")}
     assert (
         docs["extra"] == "something more"
         and docs["num_layers"] == "number of transformer blocks"
     )
     without_source = dataclasses.make_dataclass("Made", [("x", int, 1)])
-    assert cli.flags_of(without_source, "made")[0].help == ""
+    assert flags_of(without_source, "made")[0].help == ""
 
 
 # run.json
@@ -476,20 +478,20 @@ def test_write_then_read(tmp_path):
     config = parse("--data-path", "a", "b", "--levels", "4", "--swiglu", "--lr", "1e-5")
     path = tmp_path / "run.json"
     path.write_text("old")
-    cli.write_run_json(config, path)
-    assert cli.read_run_json(path) == config == parse("--config", str(path))
+    write_run_json(config, path)
+    assert read_run_json(path) == config == parse("--config", str(path))
     assert os.listdir(tmp_path) == ["run.json"], "no temporary file stays"
     assert list(json.loads(path.read_text())) == list(RUN_JSON_LAYOUT)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    cli.write_run_json(RunConfig(), tmp_path / "run.json")
+    write_run_json(RunConfig(), tmp_path / "run.json")
     monkeypatch.setattr(
         atomic_write.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
-        cli.write_run_json(parse("--num-layers", "9"), tmp_path / "run.json")
-    assert cli.read_run_json(tmp_path / "run.json") == RunConfig() and os.listdir(tmp_path) == [
+        write_run_json(parse("--num-layers", "9"), tmp_path / "run.json")
+    assert read_run_json(tmp_path / "run.json") == RunConfig() and os.listdir(tmp_path) == [
         "run.json"
     ]
 
@@ -521,19 +523,19 @@ def test_a_checkpoints_run_json(tmp_path):
     path = run_json(
         tmp_path, {"config": config.to_dict(), "tokenizer": {"name": "x"}, "world_size": 2}
     )
-    assert cli.read_run_json(path) == config == parse("--config", path)
+    assert read_run_json(path) == config == parse("--config", path)
 
 
 def test_from_dict():
     config = parse("--levels", "1", "--num-layers", "3")
-    assert cli.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert cli.from_dict({}) == RunConfig()
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_from_dict({}) == RunConfig()
     with pytest.raises(
         ValueError, match=r"^here: --num-layers is 0; allowed: a positive integer$"
     ):
-        cli.from_dict({"model": {"num_layers": 0}}, "here")
+        config_from_dict({"model": {"num_layers": 0}}, "here")
     with pytest.raises(ValueError, match=r"^run\.json: unknown key 'a'"):
-        cli.from_dict({"a": 1})
+        config_from_dict({"a": 1})
 
 
 # run.json of a run with a few flags set, as every version of this project has written it.
@@ -683,8 +685,8 @@ def test_run_json_layout_does_not_change(tmp_path):
     """Checkpoints contain run.json: its sections, keys and their order stay as they are."""
     path = tmp_path / "run.json"
     path.write_text(RUN_JSON)
-    config = cli.read_run_json(path)
-    cli.write_run_json(config, tmp_path / "again.json")
+    config = read_run_json(path)
+    write_run_json(config, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == RUN_JSON
     assert parse("--config", str(path)) == config
     assert config.checkpoint.keep_last == 2 and config.deepspeed.zero_stage == 2
@@ -710,13 +712,13 @@ def values(flag):
     one = {
         int: st.integers(-2, 2**63 - 1) | st.integers(0, 8),
         bool: st.booleans(),
-        str: WORD if flag.many else TEXT,
+        str: WORD if flag.type.is_list else TEXT,
         float: st.floats(0, 1) | st.floats(allow_nan=False, allow_infinity=False),
-    }[flag.kind]
-    value = st.lists(one, max_size=4).map(tuple) if flag.many else one
+    }[flag.type.base]
+    value = st.lists(one, max_size=4).map(tuple) if flag.type.is_list else one
     return (
         value.filter(lambda v: v not in ("none", ("none",))) | st.none()
-        if flag.optional
+        if flag.type.is_optional
         else value
     )
 
@@ -724,7 +726,7 @@ def values(flag):
 FIELDS = [
     (s, flag)
     for s, cls in {**SECTIONS, "gate_options": TopK}.items()
-    for flag in cli.flags_of(cls, s)
+    for flag in flags_of(cls, s)
     if flag.dest != "moe.gate"
 ]
 
@@ -745,7 +747,7 @@ def test_to_flags_and_json_round_trip(chosen, data):
         assume(False)
     flags = cli.to_flags(config)
     assert parse(*flags) == config
-    assert cli.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @given(st.integers(-(2**63) + 1, 2**63 - 1))

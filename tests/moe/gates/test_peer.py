@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config.cli import parse, write_run_json
+from megatron.config.cli import parse
+from megatron.config.run_json import write_run_json
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import make_moe_layer
 from megatron.moe.experts.activations import activate

@@ -1,0 +1,140 @@
+"""run.json: the configuration of a run as JSON, alone or inside a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron.config.fields import require
+from megatron.config.flags import Flag, flags_of
+from megatron.config.schema import RUN_JSON_LAYOUT, SECTIONS, RunConfig
+from megatron.config.values import parse_value
+from megatron.io.atomic_write import write_text
+
+
+def write_run_json(config: RunConfig, path: str | Path) -> None:
+    """Write a configuration as JSON, atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def read_run_json(path: str | Path) -> RunConfig:
+    """Read a configuration that `write_run_json` wrote, or that of a checkpoint's run.json.
+
+    Raises:
+        ValueError: the file cannot be read, or as `config_from_dict`.
+    """
+    return config_from_dict(load_config_json(path), str(path))
+
+
+def config_from_dict(content: dict[str, Any], where: str = "run.json") -> RunConfig:
+    """Build a configuration from the result of `RunConfig.to_dict`.
+
+    Missing keys take their defaults. Gate options are not checked: that is up to the gate's
+    own Config.
+
+    Args:
+        where: source of `content` in error messages.
+    Raises:
+        ValueError: an unknown key, or a value that its section refuses.
+    """
+    sections = parse_sections(content, where)
+    gate_options = {}
+    for name, value in sections.pop("gate_options", {}).items():
+        gate_options[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        parts = {section: SECTIONS[section](**values) for section, values in sections.items()}
+        return RunConfig(**parts, gate_options=gate_options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def load_config_json(path: str | Path) -> Any:
+    """Load the configuration from a run.json without checking it.
+
+    The run.json of a checkpoint also describes the tokenizer and the topology; its
+    configuration is under the key "config".
+
+    Raises:
+        ValueError: the file cannot be read or is not JSON.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); give the path of a run.json"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if isinstance(content, dict) and "config" in content:
+        return content["config"]
+    return content
+
+
+def parse_sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Return the fields of each config section stored in a run.json, checked and typed.
+
+    Gate options are returned as they are: their gate may not be known yet.
+
+    Args:
+        content: the parsed JSON.
+        where: its source in error messages.
+    Raises:
+        ValueError: a key is unknown, or a value has the wrong type.
+    """
+    require(isinstance(content, dict), where, content, "a JSON object")
+    for stored_section, values in content.items():
+        if stored_section not in RUN_JSON_LAYOUT:
+            raise ValueError(_unknown_key(where, stored_section, list(RUN_JSON_LAYOUT)))
+        require(isinstance(values, dict), f"{where}: {stored_section}", values, "a JSON object")
+    sections: dict[str, dict[str, Any]] = {}
+    for stored_section, values in content.items():
+        if stored_section == "gate_options":
+            sections["gate_options"] = values
+            continue
+        flags: list[Flag] = []
+        for section in RUN_JSON_LAYOUT[stored_section]:
+            flags += flags_of(SECTIONS[section], section)
+        section_of = {flag.name: flag.section for flag in flags}
+        typed = parse_stored_values(values, stored_section, flags, where)
+        for name, value in typed.items():
+            sections.setdefault(section_of[name], {})[name] = value
+    return sections
+
+
+def parse_stored_values(
+    values: dict[str, Any], stored_section: str, flags: Iterable[Flag], where: str
+) -> dict[str, Any]:
+    """Check the keys of one section of run.json and convert its values to their types.
+
+    Args:
+        flags: flags of all fields that the section may hold.
+        where: path of the file in error messages.
+    Raises:
+        ValueError: a key is unknown, or a value has the wrong type.
+    """
+    by_name = {flag.name: flag for flag in flags}
+    typed = {}
+    for name, value in values.items():
+        key = f"{stored_section}.{name}"
+        if name not in by_name:
+            known = [f"{stored_section}.{field}" for field in by_name]
+            raise ValueError(_unknown_key(where, key, known))
+        typed[name] = parse_value(by_name[name], value, f"{where}: {key}")
+    return typed
+
+
+def _unknown_key(where: str, key: str, known: list[str]) -> str:
+    """Return the message about an unknown key, with the most similar known one."""
+    similar = difflib.get_close_matches(key, known, n=1)
+    if similar:
+        advice = f"did you mean {similar[0]!r}?"
+    else:
+        advice = f"allowed: {' '.join(known)}"
+    return f"{where}: unknown key {key!r}; {advice}"
