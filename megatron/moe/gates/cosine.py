@@ -1,18 +1,28 @@
-"""Cosine routing: tokens and experts are compared by direction in a space of few dimensions.
+"""Cosine routing: compare tokens and experts by direction in a low-dimensional space.
 
-Paper: On the Representation Collapse of Sparse Mixture of Experts (X-MoE; Chi et al. 2022): a linear router pulls token
-representations towards the experts' embeddings; cosines in a small space pull less. Not the XMoE of gate `threshold`.
+Paper: On the Representation Collapse of Sparse Mixture of Experts (X-MoE; Chi et al.
+2022). A linear router pulls token representations towards the expert embeddings;
+cosines in a low-dimensional space pull less. This is not the XMoE of gate `threshold`.
 
-    z_e = cos(P x, v_e) / tau,  P x and the expert embeddings v_e in R^d, tau learnable, at least min_temperature
-    s = softmax(z)  or  sigmoid(z),  I = top-k(s),  w_i = scale * s_i  (/ sum_{j in I} s_j with norm_topk_prob)
+    z_e = cos(P x, v_e) / tau     P x and the expert embeddings v_e in R^d,
+                                  tau learnable and at least min_temperature
+    s = softmax(z) or sigmoid(z),  I = top-k(s)
+    w_i = scale * s_i                  (divided by sum_{j in I} s_j with norm_topk_prob)
     aux = loss_coeff * E * sum_e f_e P_e + z_loss_coeff * mean_t logsumexp(z_t)^2
 
-Defaults of the paper: d = E / 2 (here at least 2: in one dimension a cosine is a sign, without gradient), tau from 0.3
-(softmax) or 0.07 (sigmoid). Departures: the paper has k = 1. Released code rescales the embeddings in place in every
-forward pass and leaves the token's length in; re-implementations apply softmax twice, which makes the weights nearly
-equal. Here a forward changes nothing, both sides have length 1, and there is one softmax. A row of (almost) no length
-has no direction: its cosines are 0 and it gets no gradient. Below the minimum, tau keeps its gradient: a plain clamp
-would make it 0, and tau could never come back.
+Defaults of the paper: d = E / 2 (here at least 2: in one dimension a cosine is a sign
+and has no gradient), and tau starts at 0.3 (softmax) or 0.07 (sigmoid).
+
+Departures: the paper has k = 1. The released code rescales the embeddings in place in
+every forward pass and does not normalise the tokens; reimplementations apply softmax
+twice, which makes the weights nearly equal. Here the forward pass changes no state,
+both sides are normalised, and softmax is applied once. A vector of (almost) zero length
+has no direction: its cosines are 0 and it receives no gradient. Below the minimum tau
+keeps its gradient: a plain clamp would make the gradient 0, and tau could never
+recover.
+
+Shape suffixes: T tokens, D hidden, P dimensions of the projection, E experts, k experts
+per token, A assignments, N vectors.
 """
 
 from __future__ import annotations
@@ -29,11 +39,12 @@ from megatron.moe.gate_options import LossConfig, check_norm, check_topk, requir
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
-SHORTEST = 1e-8  # a length that counts as 0; its square is far above what fp32 rounds to 0
+_MIN_LENGTH = 1e-8
+"""Length up to which a vector counts as zero; its square does not underflow in fp32."""
 
 
 class CosineGate(Gate, name="cosine"):
-    """The k experts whose embeddings point most nearly where the projected token points."""
+    """Select the k experts with the largest cosine to the projected token."""
 
     @dataclass(frozen=True)
     class Config(LossConfig):
@@ -42,36 +53,36 @@ class CosineGate(Gate, name="cosine"):
         score_function: str = field(
             default="softmax", metadata={"choices": ("softmax", "sigmoid")}
         )
-        """score of an expert from its logit"""
+        """function that turns an expert's logit into its score"""
         proj_dim: int = 0
-        """dimensions of the space where cosines are taken; 0: half the number of experts, at least 2"""
+        """dimensions of the space in which cosines are computed; 0: half the number of
+        experts, at least 2"""
         init_temperature: float = 0.0
-        """temperature to start from, which is then learnt; 0: 0.3 for softmax, 0.07 for sigmoid"""
+        """initial value of the learned temperature; 0: 0.3 for softmax, 0.07 for
+        sigmoid"""
         min_temperature: float = 0.01
-        """the learnt temperature acts as no less than this"""
+        """lower bound of the temperature in the forward pass"""
         norm_topk_prob: bool = False
-        """divide the chosen scores by their sum"""
+        """divide the scores of the selected experts by their sum"""
         routed_scaling_factor: float = 1.0
-        """multiplies every weight"""
+        """factor applied to every weight"""
 
         def __post_init__(self):
             super().__post_init__()
-            for name, ok, allowed in (
-                ("topk", self.topk >= 1, "1 to the number of experts"),
-                (
-                    "score_function",
-                    self.score_function in ("softmax", "sigmoid"),
-                    "softmax sigmoid",
-                ),
-                ("proj_dim", self.proj_dim >= 0, "0 (half the number of experts) or more"),
-                ("min_temperature", self.min_temperature > 0, "a positive number"),
-                (
-                    "init_temperature",
-                    self.init_temperature == 0 or self.init_temperature >= self.min_temperature,
-                    f"0 (by the score function), or --min-temperature, which is {self.min_temperature}, and more",
-                ),
-            ):
-                require_field(self, name, ok, allowed)
+            require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
+            known = self.score_function in ("softmax", "sigmoid")
+            require_field(self, "score_function", known, "softmax sigmoid")
+            allowed = "0 (half the number of experts) or more"
+            require_field(self, "proj_dim", self.proj_dim >= 0, allowed)
+            require_field(
+                self, "min_temperature", self.min_temperature > 0, "a positive number"
+            )
+            minimum = self.min_temperature
+            usable = self.init_temperature == 0 or self.init_temperature >= minimum
+            allowed = (
+                f"0 (by the score function), or at least --min-temperature, which is {minimum}"
+            )
+            require_field(self, "init_temperature", usable, allowed)
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
@@ -79,41 +90,40 @@ class CosineGate(Gate, name="cosine"):
 
     def __init__(self, config, context):
         super().__init__(config, context)
-        dims, generator = (
-            config.proj_dim or max(2, context.num_experts // 2),
-            context.generator(),
-        )
+        dims = config.proj_dim or max(2, context.num_experts // 2)
+        generator = context.generator()
         self.projection = self.make_router(dims, generator)
         self.embeddings_EP = nn.Parameter(torch.empty(context.num_experts, dims))
         nn.init.normal_(self.embeddings_EP, std=context.init_std, generator=generator)
-        usual = 0.3 if config.score_function == "softmax" else 0.07
-        self.temperature = nn.Parameter(
-            torch.full((1,), config.init_temperature or max(config.min_temperature, usual))
-        )
+        default = {"softmax": 0.3, "sigmoid": 0.07}[config.score_function]
+        temperature = config.init_temperature or max(config.min_temperature, default)
+        self.temperature = nn.Parameter(torch.full((1,), temperature))
 
     def forward(self, inp: GateInput) -> Routing:
-        c, num_tokens = self.config, inp.x_TD.shape[0]
+        c = self.config
+        num_tokens = len(inp.x_TD)
         tau = self.temperature.float()
+        # Clamp the value only: the gradient passes through unchanged.
         tau = tau + (tau.clamp_min(c.min_temperature) - tau).detach()
         logits_TE = self.cosines(inp.x_TD) / tau
         score_Tk, expert_Tk, probs_TE = select_topk(
             logits_TE, c.topk, c.score_function, c.norm_topk_prob
         )
-        token_A, expert_A = (
-            torch.arange(num_tokens, device=tau.device).repeat_interleave(c.topk),
-            expert_Tk.flatten(),
-        )
+
+        token_A = torch.arange(num_tokens, device=tau.device).repeat_interleave(c.topk)
+        expert_A = expert_Tk.flatten()
         balance = LoadBalancingLoss.of(
             inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=c.balance_scope
         )
+        z_term = 0.0
+        if c.z_loss_coeff:
+            z_term = c.z_loss_coeff * z_loss(logits_TE)
         return Routing(
             token_A=token_A,
             token_major=True,
             expert_A=expert_A,
             weight_A=(score_Tk * c.routed_scaling_factor).flatten(),
-            **aux_losses(
-                balance, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
-            ),
+            **aux_losses(balance, extra=z_term),
             metric_means={
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                 "temperature": tau.detach()[0],
@@ -121,17 +131,16 @@ class CosineGate(Gate, name="cosine"):
         )
 
     def cosines(self, x_TD: Tensor) -> Tensor:
-        """Between every projected token and every expert's embedding: fp32 [T, E]."""
-        token_TP, expert_EP = (
-            unit(linear_fp32(x_TD, self.projection)),
-            unit(self.embeddings_EP.float()),
-        )
+        """Return cosines of projected tokens and expert embeddings: fp32 [T, E]."""
+        token_TP = _normalized(linear_fp32(x_TD, self.projection))
+        expert_EP = _normalized(self.embeddings_EP.float())
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(token_TP, expert_EP)
 
 
-def unit(rows_NP: Tensor) -> Tensor:
-    """Rows of length 1; those of (almost) no length become 0 and get no gradient."""
-    length_N1 = torch.linalg.vector_norm(rows_NP, dim=-1, keepdim=True)
-    long_N1 = length_N1 > SHORTEST
-    return torch.where(long_N1, rows_NP / torch.where(long_N1, length_N1, 1.0), 0.0)
+def _normalized(vectors_NP: Tensor) -> Tensor:
+    """Scale vectors to length 1; (almost) zero vectors become 0 without gradient."""
+    length_N1 = torch.linalg.vector_norm(vectors_NP, dim=-1, keepdim=True)
+    nonzero_N1 = length_N1 > _MIN_LENGTH
+    divisor_N1 = torch.where(nonzero_N1, length_N1, 1.0)
+    return torch.where(nonzero_N1, vectors_NP / divisor_N1, 0.0)

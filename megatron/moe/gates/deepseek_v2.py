@@ -1,26 +1,39 @@
-"""DeepSeek-V2 routing: each token's experts lie on at most topk_group devices, and three losses balance the load.
+"""DeepSeek-V2 routing: group-limited top-k with three balance losses.
 
-Paper: DeepSeek-V2 (DeepSeek-AI 2024), sections 2.2.2 and 2.2.3; the expert and device losses are from DeepSeekMoE (Dai
-et al. 2024). The experts stand in n_group equal groups, one on each of D = n_group devices; M = topk_group.
+Paper: DeepSeek-V2 (DeepSeek-AI 2024), sections 2.2.2 and 2.2.3; the expert and device
+losses are from DeepSeekMoE (Dai et al. 2024). The experts form n_group equal groups,
+one on each of D = n_group devices, and a token's experts lie in at most M = topk_group
+groups.
 
-    s = softmax(W x);  keep the M groups with the largest maximum of s, the others' scores become -inf;
-    I = top-k of what is left;  w_i = scale * s_i  (/ sum_{j in I} s_j with norm_topk_prob)
+    s = softmax(W x)
+    keep the M groups with the largest maximum of s; all other scores become -inf
+    I = top-k of the remaining scores
+    w_i = scale * s_i                  (divided by sum_{j in I} s_j with norm_topk_prob)
 
-    experts        loss_coeff * sum_e f_e P_e                     f_e = E / (k T) * #{choices of e},  P_e = mean_t s_te
-    devices        device_loss_coeff * sum_d f'_d P'_d            f'_d = mean_{e in d} f_e,  P'_d = sum_{e in d} P_e
-    communication  communication_loss_coeff * sum_d f''_d P'_d    f''_d = D / (M T) * #{tokens with a choice in d}
+    expert loss         loss_coeff * sum_e f_e P_e
+        f_e = E / (k T) * #{choices of e},         P_e = mean_t s_te
+    device loss         device_loss_coeff * sum_d f'_d P'_d
+        f'_d = mean_{e in d} f_e,                  P'_d = sum_{e in d} P_e
+    communication loss  communication_loss_coeff * sum_d f''_d P'_d
+        f''_d = D / (M T) * #{tokens with a choice in d}
 
-with sums and means over the T tokens of one sequence, then the mean over sequences (balance_scope sequence).
+Sums and means are over the T tokens of one sequence, and the losses are averaged over
+sequences (balance_scope sequence).
 
-Published: DeepSeek-V2 topk 6 of 160 experts, n_group 8, topk_group 3, routed_scaling_factor 16; V2-Lite 6 of 64 in one
-group, factor 1; both without norm_topk_prob. Shared experts and the dense first layer are the layer's and the model's
-options: --moe-shared-experts, --moe-first-k-dense.
+Published values: DeepSeek-V2 has topk 6 of 160 experts, n_group 8, topk_group 3 and
+routed_scaling_factor 16; V2-Lite has 6 of 64 in one group and factor 1; neither sets
+norm_topk_prob. Shared experts and the dense first layer are options of the layer and
+the model: --moe-shared-experts, --moe-first-k-dense.
 
-Departures: groups are configured, whatever the ranks are, so that a model does not change with the machine. In one
-group the device and communication losses are constants and left out. The released code has the expert loss only, masks
-with 0 (a probability underflows to 0 and then ties with a masked one), and scales only where it does not normalise;
-here routed_scaling_factor always applies. Dropping tokens over a device's budget is left to the layer's capacity, which
-is per expert.
+Departures: groups are configured independently of the ranks, so that a model does not
+depend on the machine. With one group the device and communication losses are constants
+and are left out. The released code has the expert loss only, masks with 0 (a
+probability that underflows to 0 then ties with a masked one), and scales only where it
+does not normalise; here routed_scaling_factor always applies. Dropping tokens over a
+device's budget is left to the layer's capacity, which is per expert.
+
+Shape suffixes: T tokens, D hidden, E experts, k experts per token, G groups, A
+assignments.
 """
 
 from __future__ import annotations
@@ -38,21 +51,23 @@ from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
 
 
 class DeepSeekV2Gate(Gate, name="deepseek_v2"):
-    """The k most probable experts of the groups with the most probable experts."""
+    """Select the k most probable experts of the groups with the highest maxima."""
 
     @dataclass(frozen=True)
     class Config(GroupConfig):
         routed_scaling_factor: float = 1.0
-        """multiplies every weight"""
+        """factor applied to every weight"""
         loss_coeff: float = 0.003
         """coefficient of the balance loss over experts"""
         device_loss_coeff: float = 0.05
-        """coefficient of the balance loss over groups' choices; without effect in one group"""
+        """coefficient of the balance loss over the assignments to groups; no effect
+        with one group"""
         communication_loss_coeff: float = 0.02
-        """coefficient of the balance loss over the tokens that groups receive; without effect in one group"""
+        """coefficient of the balance loss over the tokens that groups receive; no
+        effect with one group"""
         balance_scope: str = field(default="sequence", metadata={"choices": SCOPES})
-        """whose tokens the balance losses count: each rank's micro-batch, each sequence, or those of all ranks and of
-        the step's micro-batches so far"""
+        """tokens that the balance losses count: each rank's micro-batch, each sequence,
+        or those of all ranks and of the step's micro-batches so far"""
 
         def __post_init__(self):
             super().__post_init__()
@@ -64,66 +79,65 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
         self.router = self.make_router()
 
     def forward(self, inp: GateInput) -> Routing:
-        c, num_tokens = self.config, len(inp.x_TD)
+        c = self.config
+        num_tokens = len(inp.x_TD)
         logits_TE = linear_fp32(inp.x_TD, self.router)
         probs_TE = logits_TE.softmax(-1)
-        expert_Tk = (
-            group_limited_scores(probs_TE.detach(), c.n_group, c.topk_group, best=1)
-            .topk(c.topk, dim=-1)
-            .indices
-        )
+        limited_TE = group_limited_scores(probs_TE.detach(), c.n_group, c.topk_group, best=1)
+        expert_Tk = limited_TE.topk(c.topk, dim=-1).indices
         weight_Tk = probs_TE.gather(-1, expert_Tk)
         if c.norm_topk_prob:
             weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True).clamp_min(1e-20)
+
         token_A = torch.arange(num_tokens, device=expert_Tk.device).repeat_interleave(c.topk)
-        terms = self._balance(inp, probs_TE, token_A, expert_Tk.flatten())
-        stats = {"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens)}
+        expert_A = expert_Tk.flatten()
+        balance = self._balance_losses(inp, probs_TE, token_A, expert_A)
+        z_term = 0.0
+        if c.z_loss_coeff:
+            z_term = c.z_loss_coeff * z_loss(logits_TE)
+        means = {"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens)}
         if c.n_group > 1:
-            stats["groups_per_token"] = terms[-1].count_NG.sum() / max(1, num_tokens)
+            means["groups_per_token"] = balance[-1].count_NG.sum() / max(1, num_tokens)
         return Routing(
             token_A=token_A,
             token_major=True,
-            expert_A=expert_Tk.flatten(),
+            expert_A=expert_A,
             weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
-            **aux_losses(
-                *terms, extra=c.z_loss_coeff * z_loss(logits_TE) if c.z_loss_coeff else 0.0
-            ),
-            metric_means=stats,
+            **aux_losses(*balance, extra=z_term),
+            metric_means=means,
         )
 
-    def _balance(
+    def _balance_losses(
         self, inp: GateInput, probs_TE: Tensor, token_A: Tensor, expert_A: Tensor
     ) -> list[LoadBalancingLoss]:
-        """The losses over experts, over groups' choices, and over the tokens that groups receive, in this order."""
-        c, scope = self.config, self.config.balance_scope
-        terms = [
-            LoadBalancingLoss.of(
-                inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=scope
-            )
-        ]
-        if c.n_group > 1:
-            size = self.num_experts // c.n_group
-            probs_TG, group_A = (
-                probs_TE.unflatten(-1, (c.n_group, size)).sum(-1),
-                expert_A // size,
-            )
-            reached_TG = torch.zeros_like(probs_TG, dtype=torch.bool)
-            reached_TG[token_A, group_A] = True
-            sent_A, to_A = reached_TG.nonzero(
-                as_tuple=True
-            )  # one choice per token and group, however many experts
-            terms += [
-                LoadBalancingLoss.of(
-                    inp, probs_TG, token_A, group_A, coeff=c.device_loss_coeff, scope=scope
-                ),
-                LoadBalancingLoss.of(
-                    inp,
-                    probs_TG,
-                    sent_A,
-                    to_A,
-                    coeff=c.communication_loss_coeff / c.topk_group,
-                    scope=scope,
-                    per_token=True,
-                ),
-            ]
-        return terms
+        """Return the expert, device and communication losses, in this order.
+
+        With one group there is only the expert loss.
+        """
+        c = self.config
+        scope = c.balance_scope
+        expert_loss = LoadBalancingLoss.of(
+            inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=scope
+        )
+        if c.n_group == 1:
+            return [expert_loss]
+        group_size = self.num_experts // c.n_group
+        probs_TG = probs_TE.unflatten(-1, (c.n_group, group_size)).sum(-1)
+        group_A = expert_A // group_size
+        device_loss = LoadBalancingLoss.of(
+            inp, probs_TG, token_A, group_A, coeff=c.device_loss_coeff, scope=scope
+        )
+        # A group receives a token once, however many of the token's experts it holds.
+        receives_TG = torch.zeros_like(probs_TG, dtype=torch.bool)
+        receives_TG[token_A, group_A] = True
+        sent_token_A, sent_group_A = receives_TG.nonzero(as_tuple=True)
+        communication_loss = LoadBalancingLoss.of(
+            inp,
+            probs_TG,
+            sent_token_A,
+            sent_group_A,
+            coeff=c.communication_loss_coeff / c.topk_group,
+            scope=scope,
+            per_token=True,
+        )
+        return [expert_loss, device_loss, communication_loss]

@@ -1,19 +1,25 @@
-"""Expert choice: experts choose tokens instead of tokens experts, so every expert has the same load.
+"""Expert choice: experts choose tokens, not tokens experts, so all loads are equal.
 
 Paper: Mixture-of-Experts with Expert Choice Routing (Zhou et al. 2022).
 
-    p = softmax(W x) over the experts;  expert e takes the C tokens t with the highest p_te;  w = p_te
+    p = softmax(W x) over the experts
+    expert e takes the C tokens t with the highest p_te,  w = p_te
     C = min(T, max(1, ceil(T * k / E)))  with k the average number of experts per token
 
-A token may be taken by no expert (then it passes through the residual only) or by all of them. Load is balanced by
-construction: there is no balance loss.
+A token may be taken by no expert (it then passes through the residual connection only)
+or by all of them. The load is balanced by construction, so there is no balance loss.
 
-It sees the future: whether an expert takes a token depends on all tokens of the micro-batch, later ones of the same
-sequence included. A causal language model trained with it has a loss that no model reaches which writes token by
-token, and its choices depend on what else is in the batch. It is meant for encoders and for analysis, and says so once.
+Expert choice sees the future: whether an expert takes a token depends on all tokens of
+the micro-batch, including later tokens of the same sequence. A causal language model
+trained with it reports a loss that cannot be reached when generating token by token,
+and its routing depends on the rest of the batch. It is meant for encoders and for
+analysis; the gate warns about this once.
 
-Departures: C is rounded up and at least 1 (the paper divides evenly), so k is the least average, not the exact one. The
-paper's optional cap on the experts of a token, a linear program, is left out.
+Departures: C is rounded up and is at least 1 (the paper divides evenly), so k is a
+lower bound of the average, not its exact value. The paper's optional cap on the experts
+per token, a linear program, is not implemented.
+
+Shape suffixes: T tokens, D hidden, E experts, C tokens per expert, A assignments.
 """
 
 from __future__ import annotations
@@ -31,14 +37,15 @@ from megatron.moe.routing import GateInput, Routing
 
 
 class ExpertChoiceGate(Gate, name="expert_choice"):
-    """Each expert's C highest-scoring tokens."""
+    """Assign to each expert its C highest-scoring tokens."""
 
     sees_other_tokens: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config:
         topk: int = 2
-        """average number of experts per token; each expert takes ceil(tokens * topk / experts) tokens"""
+        """average number of experts per token: each expert takes
+        ceil(tokens * topk / experts) tokens"""
 
         def __post_init__(self):
             require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
@@ -49,36 +56,43 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
     def __init__(self, config, context):
         super().__init__(config, context)
         self.router = self.make_router()
-        self._silent = context.layer > 0  # one layer speaks for all
+        # Only the first MoE layer warns.
+        self._warned = context.layer > 0
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
         return 0, num_experts
 
     def forward(self, inp: GateInput) -> Routing:
-        if not self._silent:
-            self._silent = True
-            warnings.warn(
-                "gate expert_choice looks at all tokens of the micro-batch, in a causal model at the future: "
-                "its loss is lower than generation can reach; use it for encoders and analysis, or choose "
-                "another --gate",
-                stacklevel=2,
-            )
-        num_tokens = inp.x_TD.shape[0]
-        taken = min(num_tokens, max(1, -(-num_tokens * self.config.topk // self.num_experts)))
+        self._warn_once()
+        num_tokens = len(inp.x_TD)
+        per_expert = -(-num_tokens * self.config.topk // self.num_experts)
+        per_expert = min(num_tokens, max(1, per_expert))
         probs_TE = linear_fp32(inp.x_TD, self.router).softmax(-1)
-        weight_EC, token_EC = probs_TE.t().topk(taken, dim=-1)
+        weight_EC, token_EC = probs_TE.t().topk(per_expert, dim=-1)
+
         token_A = token_EC.flatten()
-        chosen_T = torch.zeros(num_tokens, device=token_A.device).index_fill_(0, token_A, 1.0)
+        device = token_A.device
+        expert_A = torch.arange(self.num_experts, device=device).repeat_interleave(per_expert)
+        taken_T = torch.zeros(num_tokens, device=device).index_fill_(0, token_A, 1.0)
         return Routing(
             token_A=token_A,
-            expert_A=torch.arange(self.num_experts, device=token_A.device).repeat_interleave(
-                taken
-            ),
+            expert_A=expert_A,
             weight_A=weight_EC.flatten(),
             aux_loss=probs_TE.new_zeros(()),
             metric_means={
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
-                "untaken_token_fraction": (1 - chosen_T).sum() / max(1, num_tokens),
+                "untaken_token_fraction": (1 - taken_T).sum() / max(1, num_tokens),
             },
+        )
+
+    def _warn_once(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "--gate is expert_choice: it looks at all tokens of the micro-batch, which in a "
+            "causal model includes the future, so its loss is lower than generation can reach; use it "
+            "for encoders and analysis, or choose another --gate",
+            stacklevel=3,
         )

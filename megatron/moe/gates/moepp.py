@@ -1,21 +1,34 @@
-"""MoE++: among a token's choices are experts that compute nothing: they discard, copy or replace it.
+"""MoE++: top-k over MLP experts and experts without computation (zero, copy, constant).
 
-Paper: MoE++ (Jin et al. 2024). A token that needs less computation visits fewer MLPs, and the next layer's router sees
-how it was routed in this one.
+Paper: MoE++ (Jin et al. 2024). A token that needs less computation visits fewer MLPs,
+and each layer's router sees how the previous layer's router scored the token.
 
-    z^l = W x + W_g z^{l-1} (from the second mixture layer on),  p = softmax(z) over all C choices,  w = top-k(p)
-    MLP experts come first; constant expert: a_0 x + a_1 v, a = softmax(W_c x);  copy expert: x;  zero expert: 0
-    aux = loss_coeff * sum_i eta_i f_i P_i + z_loss_coeff * mean_t logsumexp(z_t)^2,  f_i = choices of i / tokens,
-        P_i = mean_t p_ti,  eta_i = 1 for MLP experts, tau for the N others: these get 1 / tau times the tokens
-    capacity of an MLP expert: factor * tau * k T / (tau E + N), of one of the others: factor * k T / (tau E + N)
+    z^l = W x + W_g z^{l-1}  (W_g from the second MoE layer on)
+    p = softmax(z) over all C choices,  w = top-k(p)
+    choices: MLP experts first, then
+        constant experts: a_0 x + a_1 v, a = softmax(W_c x)
+        copy experts: x
+        zero experts: 0
+    aux = loss_coeff * sum_i eta_i f_i P_i + z_loss_coeff * mean_t logsumexp(z_t)^2
+        f_i = assignments to i / tokens,  P_i = mean_t p_ti
+        eta_i = 1 for MLP experts, tau for the N others, which therefore receive 1 / tau
+        times the tokens
+    capacity of an MLP expert:   factor * tau * k T / (tau E + N)
+    capacity of another choice:  factor * k T / (tau E + N)
 
-As in the paper, f sums to k and there is no factor C: when all is even the loss is about loss_coeff * k / C, where that
-of other gates is loss_coeff. The gradient runs through z^{l-1} into earlier routers; without a carry the residual is
-left out. The paper gives no initial weights; these are the released code's: N(0, init_std), and N(0, 1) for v.
+As in the paper, f sums to k and there is no factor C: with uniform routing the loss is
+about loss_coeff * k / C, where that of other gates is loss_coeff. The gradient flows
+through z^{l-1} into earlier routers; without a carry the residual is left out. The
+paper gives no initial weights; these are the released code's: N(0, init_std^2), and
+N(0, 1) for v.
 
-Departures: the paper's capacity has no k, so that its factor of 1.1 would drop almost half of the choices at k = 2.
-The released model divides the chosen p by their sum without the zero expert's, multiplies the input by k, and has a
-router of two layers; equations 1 and 6, kept here, do not.
+Departures: the paper's capacity has no k, so that its factor of 1.1 would drop almost
+half of the assignments at k = 2. The released model divides the selected p by their sum
+without the zero expert's, multiplies the input by k, and has a two-layer router;
+equations 1 and 6, which are implemented here, do not.
+
+Shape suffixes: T tokens, D hidden, E MLP experts, C choices, k choices per token,
+A assignments.
 """
 
 from __future__ import annotations
@@ -34,7 +47,7 @@ from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
 
 class Constant(nn.Module):
-    """a_0 x + a_1 v with a = softmax(W_c x): a learned vector replaces a part of the token that depends on it."""
+    """Return a_0 x + a_1 v with a = softmax(W_c x): v replaces part of the token."""
 
     def __init__(self, context: GateContext, generator: torch.Generator):
         super().__init__()
@@ -44,13 +57,12 @@ class Constant(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         share_T2 = linear_fp32(x_TD, self.mix).softmax(-1)
-        return (share_T2[:, :1] * x_TD.float() + share_T2[:, 1:] * self.vector.float()).to(
-            x_TD.dtype
-        )
+        y_TD = share_T2[:, :1] * x_TD.float() + share_T2[:, 1:] * self.vector.float()
+        return y_TD.to(x_TD.dtype)
 
 
 class Zero(nn.Module):
-    """0; the layer makes no rows for it."""
+    """Return zeros. The layer dispatches no rows to it."""
 
     is_zero = True
 
@@ -59,122 +71,124 @@ class Zero(nn.Module):
 
 
 class MoEPlusPlusGate(Gate, name="moepp"):
-    """Top-k over MLP experts and experts without computation, with a residual from the previous layer's logits."""
+    """Select the top k of MLP and zero-computation experts."""
 
     @dataclass(frozen=True)
     class Config(LossConfig):
         topk: int = 2
-        """choices per token: experts and zero-computation experts together"""
+        """choices per token: MLP experts and zero-computation experts together"""
         num_zero_experts: int = 1
-        """experts that return 0"""
+        """number of experts that return 0"""
         num_copy_experts: int = 1
-        """experts that return their input"""
+        """number of experts that return their input"""
         num_constant_experts: int = 0
-        """experts that mix their input with a learned vector; 0: a quarter of the number of experts, less zero and copy
-        experts, but at least 1 (the paper takes 2 for 8 experts)"""
+        """number of experts that mix their input with a learned vector; 0: a quarter of
+        the number of experts, less zero and copy experts, but at least 1 (the paper has
+        2 for 8 experts)"""
         tau: float = 0.75
-        """weight of zero-computation experts in the balance loss and of experts in the capacity: smaller sends more
-        tokens to zero-computation experts"""
+        """weight of zero-computation experts in the balance loss and of MLP experts in
+        the capacity: a smaller value sends more tokens to zero-computation experts"""
 
         def __post_init__(self):
             super().__post_init__()
-            for name, least in (
-                ("topk", 1),
-                ("num_zero_experts", 0),
-                ("num_copy_experts", 0),
-                ("num_constant_experts", 0),
-            ):
-                require_field(self, name, getattr(self, name) >= least, f"{least} or more")
+            require_field(self, "topk", self.topk >= 1, "1 or more")
+            for kind in ("zero", "copy", "constant"):
+                name = f"num_{kind}_experts"
+                require_field(self, name, getattr(self, name) >= 0, "0 or more")
             require_field(self, "tau", self.tau > 0, "above 0")
 
-        def constants(self, num_experts: int) -> int:
-            return self.num_constant_experts or max(
-                num_experts // 4 - self.num_zero_experts - self.num_copy_experts, 1
-            )
+        def num_constants(self, num_experts: int) -> int:
+            """Return the number of constant experts."""
+            others = self.num_zero_experts + self.num_copy_experts
+            return self.num_constant_experts or max(num_experts // 4 - others, 1)
 
-        def zero_computation(self, num_experts: int) -> int:
-            """Number of experts without computation."""
-            return self.constants(num_experts) + self.num_copy_experts + self.num_zero_experts
+        def num_zero_computation(self, num_experts: int) -> int:
+            """Return the number of zero-computation experts of all three kinds."""
+            constants = self.num_constants(num_experts)
+            return constants + self.num_copy_experts + self.num_zero_experts
 
         def check(self, num_experts: int) -> None:
-            check_topk(
-                self.topk,
-                num_experts + self.zero_computation(num_experts),
-                what="the number of choices",
-            )
+            num_choices = num_experts + self.num_zero_computation(num_experts)
+            check_topk(self.topk, num_choices, what="the number of choices")
 
     def __init__(self, config, context):
         super().__init__(config, context)
-        generator, choices = (
-            context.generator(),
-            context.num_experts + config.zero_computation(context.num_experts),
-        )
-        self.router = self.make_router(choices, generator)
-        self.residual = (
-            make_linear(choices, choices, context.init_std, generator)
-            if context.layer
-            else None
-        )
-        self.zero_computation_experts.extend(
-            Constant(context, generator) for _ in range(config.constants(context.num_experts))
-        )
-        self.zero_computation_experts.extend(
-            nn.Identity() for _ in range(config.num_copy_experts)
-        )
-        self.zero_computation_experts.extend(Zero() for _ in range(config.num_zero_experts))
+        num_experts = context.num_experts
+        num_choices = num_experts + config.num_zero_computation(num_experts)
+        generator = context.generator()
+        self.router = self.make_router(num_choices, generator)
+        self.residual = None
+        if context.layer > 0:
+            self.residual = make_linear(num_choices, num_choices, context.init_std, generator)
+        constants = config.num_constants(num_experts)
+        paths = [Constant(context, generator) for _ in range(constants)]
+        paths += [nn.Identity() for _ in range(config.num_copy_experts)]
+        paths += [Zero() for _ in range(config.num_zero_experts)]
+        self.zero_computation_experts.extend(paths)
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
-        return max(0, config.topk - config.zero_computation(num_experts)), min(
-            config.topk, num_experts
-        )
+        fewest = max(0, config.topk - config.num_zero_computation(num_experts))
+        return fewest, min(config.topk, num_experts)
 
     def capacities(self, num_tokens: int, factor: float, minimum: int) -> list[int]:
-        experts, others, c = self.num_experts, len(self.zero_computation_experts), self.config
-        even = factor * c.topk * num_tokens / (c.tau * experts + others)
-        expert, other = (
-            min(num_tokens, max(minimum, math.ceil(rows))) for rows in (c.tau * even, even)
-        )
-        return [expert] * experts + [other] * others
+        c = self.config
+        num_others = len(self.zero_computation_experts)
+        even = factor * c.topk * num_tokens / (c.tau * self.num_experts + num_others)
+
+        def rounded(rows: float) -> int:
+            return min(num_tokens, max(minimum, math.ceil(rows)))
+
+        return [rounded(c.tau * even)] * self.num_experts + [rounded(even)] * num_others
 
     def forward(self, inp: GateInput) -> Routing:
-        c, experts, num_tokens = self.config, self.num_experts, len(inp.x_TD)
+        c = self.config
+        num_experts = self.num_experts
         logits_TC = linear_fp32(inp.x_TD, self.router)
         if self.residual is not None and inp.carry is not None:
             logits_TC = logits_TC + linear_fp32(inp.carry, self.residual)
         probs_TC = logits_TC.softmax(-1)
+        num_tokens, num_choices = probs_TC.shape
         prob_Tk, choice_Tk = probs_TC.topk(c.topk, dim=-1)
+
         choice_A = choice_Tk.flatten()
         token_A = torch.arange(num_tokens, device=choice_A.device).repeat_interleave(c.topk)
-        weighted_TC = torch.cat([probs_TC[:, :experts], c.tau * probs_TC[:, experts:]], -1)
-        # Balance multiplies by the number of choices, which this paper does not.
+        weighted = [probs_TC[:, :num_experts], c.tau * probs_TC[:, num_experts:]]
         balance = LoadBalancingLoss.of(
             inp,
-            weighted_TC,
+            torch.cat(weighted, -1),
             token_A,
             choice_A,
-            coeff=c.loss_coeff / probs_TC.shape[1],
+            # LoadBalancingLoss multiplies by the number of choices; the paper does not.
+            coeff=c.loss_coeff / num_choices,
             scope=c.balance_scope,
             per_token=True,
         )
-        constants_end = experts + c.constants(experts)
-        copies_end = constants_end + c.num_copy_experts
+        z_term = 0.0
+        if c.z_loss_coeff:
+            z_term = c.z_loss_coeff * z_loss(logits_TC)
         return Routing(
             token_A=token_A,
             token_major=True,
             expert_A=choice_A,
             weight_A=prob_Tk.flatten(),
-            **aux_losses(
-                balance, extra=c.z_loss_coeff * z_loss(logits_TC) if c.z_loss_coeff else 0.0
-            ),
+            **aux_losses(balance, extra=z_term),
             carry=logits_TC,
-            metric_means={
-                f"{name}_fraction": ((choice_A >= first) & (choice_A < end)).sum()
-                / max(1, len(choice_A))
-                for name, first, end in (
-                    ("constant", experts, constants_end),
-                    ("copy", constants_end, copies_end),
-                    ("zero", copies_end, probs_TC.shape[1]),
-                )
-            },
+            metric_means=self._fractions(choice_A),
         )
+
+    def _fractions(self, choice_A: Tensor) -> dict[str, Tensor]:
+        """Return the fraction of assignments to each zero-computation kind."""
+        c = self.config
+        sizes = {
+            "constant": c.num_constants(self.num_experts),
+            "copy": c.num_copy_experts,
+            "zero": c.num_zero_experts,
+        }
+        fractions = {}
+        first = self.num_experts
+        for kind, size in sizes.items():
+            chosen_A = (choice_A >= first) & (choice_A < first + size)
+            fractions[f"{kind}_fraction"] = chosen_A.sum() / max(1, len(choice_A))
+            first += size
+        return fractions

@@ -1,18 +1,23 @@
-"""ReMoE: the weight of an expert is the ReLU of its logit, and those above 0 are the token's experts.
+"""ReMoE: an expert's weight is the ReLU of its logit; those above 0 are used.
 
-Paper: ReMoE (Wang et al. 2024), fully differentiable routing. How many experts there are per token is learned; an L1
-penalty whose strength follows the measured sparsity keeps their mean at k.
+Paper: ReMoE (Wang et al. 2024), fully differentiable routing. The number of experts per
+token is learned; an L1 penalty whose strength follows the measured sparsity keeps its
+mean at k.
 
-    R = relu(W x),  I = {e: R_e > 0},  w = R (no top-k, not renormalised)
-    aux = lambda * E / (k T^2) * sum_e (sum_t R_te) * #{t: R_te > 0}  =  lambda / k * E * sum_e f_e P_e
-    after each optimizer step: lambda *= factor^sign((1 - k/E) - S),  S = share of R that are 0, over all mixture
-    layers, ranks and micro-batches
+    R = relu(W x),  I = {e: R_e > 0},  w = R       (no top-k, not renormalised)
+    aux = lambda * E / (k T^2) * sum_e (sum_t R_te) * #{t: R_te > 0}
+        = lambda / k * E * sum_e f_e P_e
+    after each optimizer step: lambda *= factor^sign((1 - k/E) - S)
+        S: fraction of zeros in R over all MoE layers, ranks and micro-batches
 
-Training starts nearly dense, with every R of a token possibly above 0, and sparsifies once lambda has grown. One lambda
-serves all layers: each has a copy in a buffer, and all copies make the same steps.
+Training starts nearly dense, because any R of a token may be above 0, and becomes
+sparse once lambda has grown. One lambda serves all layers: each layer holds a copy in a
+buffer, and all copies are updated identically.
 
-Departures: lambda stays within [1e-30, 1e30], so that a long time at one side does not make it 0 or infinite, from
-where it could not come back; balance_scope says whose tokens f counts.
+Departures: lambda is limited to [1e-30, 1e30], because it could not recover from 0 or
+infinity after a long one-sided phase; balance_scope selects the tokens that f counts.
+
+Shape suffixes: T tokens, D hidden, E experts, A assignments, L MoE layers.
 """
 
 from __future__ import annotations
@@ -30,41 +35,43 @@ from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTota
 
 
 class ReMoEGate(Gate, name="remoe"):
-    """All experts with a positive logit, weighted by it; their number is steered towards topk."""
+    """Select all experts with a positive logit, which is also their weight."""
 
     @dataclass(frozen=True)
     class Config(ScopeConfig):
         topk: int = 2
-        """mean number of experts per token that lambda steers to"""
+        """target for the mean number of experts per token"""
         lambda_init: float = 1e-8
         """strength of the L1 penalty in the first step"""
         lambda_factor: float = 1.2
-        """what the strength is multiplied with after a step with too many experts, divided by after one with too few"""
+        """factor by which the penalty grows after a step with too many experts per
+        token and shrinks after one with too few"""
 
         def __post_init__(self):
             super().__post_init__()
             require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
             require_field(self, "lambda_init", self.lambda_init > 0, "above 0")
-            require_field(
-                self, "lambda_factor", self.lambda_factor >= 1, "1 (constant) or more"
-            )
+            allowed = "1 (constant) or more"
+            require_field(self, "lambda_factor", self.lambda_factor >= 1, allowed)
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
 
     reg_lambda: Tensor
-    """0-d fp32"""
+    """Strength of the L1 penalty: 0-d fp32."""
 
     def __init__(self, config, context):
         super().__init__(config, context)
         self.router = self.make_router()
-        self.register_buffer(
-            "reg_lambda", torch.tensor(config.lambda_init, dtype=torch.float32)
-        )
+        lambda_init = torch.tensor(config.lambda_init, dtype=torch.float32)
+        self.register_buffer("reg_lambda", lambda_init)
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
-        """A token may have none; the first number is the mean that training settles at, the second its dense start."""
+        """Return the mean number that training settles at, and the dense start.
+
+        A token may have no expert at all.
+        """
         return min(config.topk, num_experts), num_experts
 
     def forward(self, inp: GateInput) -> Routing:
@@ -80,6 +87,7 @@ class ReMoEGate(Gate, name="remoe"):
             scope=c.balance_scope,
             per_token=True,
         )
+        num_positive = (relu_TE.detach() > 0).sum()
         return Routing(
             token_A=token_A,
             token_major=True,
@@ -87,16 +95,16 @@ class ReMoEGate(Gate, name="remoe"):
             weight_A=relu_TE[token_A, expert_A],
             **aux_losses(penalty),
             metric_means={
-                "sparsity": 1 - (relu_TE.detach() > 0).sum() / max(1, relu_TE.numel()),
+                "sparsity": 1 - num_positive / max(1, relu_TE.numel()),
                 "lambda": self.reg_lambda.clone(),
             },
         )
 
     @torch.no_grad()
     def post_optimizer_step(self, step: StepTotals) -> None:
-        """Step lambda by the sparsity of all MoE layers, so that their copies stay equal."""
-        # (1 - k/E) - S has the sign of the number of chosen experts minus k per token and layer. Without tokens the
-        # sign is 0 and lambda stays.
+        """Update lambda by the sparsity of all layers, so that all copies agree."""
+        # (1 - k/E) - S has the sign of the number of assignments minus k per token and
+        # layer. Without tokens the sign is 0 and lambda does not change.
         target = self.config.topk * len(step.load_LE) * step.num_tokens.double()
         surplus = step.load_LE.double().sum() - target
         self.reg_lambda.mul_((self.config.lambda_factor ** surplus.sign()).float())

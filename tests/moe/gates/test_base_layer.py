@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.routings import step_totals
 from megatron.moe.gate import create_gate, gate_class
-from megatron.moe.gates.base_layer import TOLERANCE, balanced_assignment
+from megatron.moe.gates.base_layer import ASSIGNMENT_TOLERANCE, balanced_assignment
 from megatron.moe.routing import GateInput
 
 
@@ -74,7 +74,7 @@ def total(score, expert):
 def slack(score):
     """What the total may lack: T times the tolerance, in units of the spread."""
     score = score.double()
-    return TOLERANCE * (score.amax(-1) - score.amin(-1)).sum().item() + 1e-9
+    return ASSIGNMENT_TOLERANCE * (score.amax(-1) - score.amin(-1)).sum().item() + 1e-9
 
 
 def assert_balanced(expert, tokens, experts):

@@ -119,7 +119,7 @@ def test_refusals():
     ):
         create_gate("hash", hidden_size=6, num_experts=4)
     with pytest.raises(
-        ValueError, match="--gate is hash and the layer was given no token ids; .*token_ids_BS"
+        ValueError, match="--gate is hash and the layer received no token ids; .*token_ids_BS"
     ):
         make()(GateInput(torch.zeros(3, 6)))
     with pytest.raises(ValueError, match="no token ids"):

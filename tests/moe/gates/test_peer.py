@@ -123,9 +123,9 @@ def test_every_expert_is_the_first_choice_of_some_token(dims):
     ],
 )
 def test_two_dimensions_as_square_as_can_be(experts, dims):
-    assert gate_class("peer").Config().dims(experts) == dims
+    assert gate_class("peer").Config().key_sizes(experts) == dims
     assert (
-        gate_class("peer").Config(peer_product_key_dim=dims[::-1]).dims(experts) == dims[::-1]
+        gate_class("peer").Config(peer_product_key_dim=dims[::-1]).key_sizes(experts) == dims[::-1]
     )
 
 
@@ -136,7 +136,7 @@ def dumb(gate, x, p):
     """[(expert -> weight) of each head] of each token, from the formula, over all experts: float64 scalars that
     autograd follows to the tokens x and the parameters p."""
     c = gate.config
-    dims = c.dims(gate.num_experts)
+    dims = c.key_sizes(gate.num_experts)
     part = c.peer_query_size // len(dims)
     answer = []
     for row in x:
