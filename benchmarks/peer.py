@@ -160,7 +160,7 @@ def time_rows(size: Size, rounds: int, bars: dict[str, float] | None) -> list[re
     """Ratios of times; in print how many rows are chosen."""
     import torch
 
-    from megatron import buffers
+    from megatron import host_allocator
 
     torch.set_num_threads(THREADS)
     experts, inputs = make_experts(size), choose(size)
@@ -176,7 +176,7 @@ def time_rows(size: Size, rounds: int, bars: dict[str, float] | None) -> list[re
     }
     rows = []
     for versions in ((REFERENCE, OURS), (REFERENCE, REFERENCE_DENSE, OURS_DENSE)):
-        buffers.release()  # a process has the one kind of gradients or the other, and keeps memory of their size
+        host_allocator.release_idle()  # a process has the one kind of gradients or the other, and keeps memory of their size
         seconds = report.interleave(
             {version: steps[version] for version in versions}, rounds, warmup=2
         )
@@ -206,11 +206,11 @@ def peak_memory(size: Size, version: str) -> dict[str, int]:
 def _peak_of(step: Callable[[], None]) -> int:
     import torch
 
-    from megatron import buffers
+    from megatron import host_allocator
 
     cpu = torch.device("cpu")
     gc.collect()
-    buffers.release()
+    host_allocator.release_idle()
     reset_peak(cpu)
     before, _ = resident(cpu)
     step()

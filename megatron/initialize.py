@@ -169,10 +169,10 @@ def log_expert_backend(config: RunConfig, groups: Groups) -> None:
             built yet.
     """
     from megatron.model.builder import choose_moe_backend
-    from megatron.moe.experts.backends import DTYPES
+    from megatron.moe.experts.backends import COMPUTE_DTYPES
 
     if not config.moe.num_experts:
         return
-    dtype = DTYPES[config.optimizer.precision]
+    dtype = COMPUTE_DTYPES[config.optimizer.precision]
     backend, reason = choose_moe_backend(config.model, config.moe, groups.device, dtype)
     get_logger().info("experts run on the %s backend: %s", backend, reason)

@@ -29,6 +29,7 @@ MOST_CONSTRUCTOR_ARGUMENTS = 8
 LAYERS = {
     "megatron": 0,
     "megatron.io": 0,
+    "megatron.host_allocator": 0,
     "megatron.log": 0,
     "megatron.config": 1,
     "megatron.parallel": 2,

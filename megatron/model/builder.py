@@ -12,7 +12,8 @@ from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 from megatron.model.parameter_count import count_parameters, parameter_table
 from megatron.moe.experts import backends
-from megatron.moe.experts.grouped_experts import GroupedExperts, expert_output_std
+from megatron.moe.experts.expert_init import ExpertInit, expert_output_std
+from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.gate import Gate, create_gate, gate_class
 from megatron.moe.layer import MoELayer
 from megatron.moe.peer import experts as peer_experts
@@ -129,8 +130,13 @@ def make_moe_layer(
         model.hidden_size,
         width,
         model.act,
-        **places,
-        output_std=output_std,
+        init=ExpertInit(
+            seed=seed,
+            layer=layer,
+            first_expert=groups.ep_rank * local,
+            init_std=model.init_method_std,
+            output_std=output_std,
+        ),
         backend=moe.moe_backend,
     )
     return MoELayer(gate, experts, moe.num_experts, **options)

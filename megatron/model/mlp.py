@@ -1,4 +1,4 @@
-"""The dense feed-forward layer; with another width, also the shared expert inside a mixture layer.
+"""Dense feed-forward layer; with another width, also the shared expert of an MoE layer.
 
 Shape suffixes: D hidden, H width of the layer.
 """
@@ -12,7 +12,11 @@ from megatron.moe.ffn import FFNContext, FFNOutput
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) for the gated kinds, down(act(up(x))) otherwise. No biases."""
+    """Feed-forward layer without biases.
+
+    It computes down(act(gate(x)) * up(x)) for gated activations and down(act(up(x)))
+    otherwise.
+    """
 
     def __init__(self, hidden_size: int, ffn_size: int, activation: str):
         super().__init__()
@@ -23,11 +27,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(ffn_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: FFNContext | None = None) -> FFNOutput:
-        """[..., D] -> FFNOutput with y [..., D]; a dense layer does not use the context and has no aux loss."""
+        """Apply the layer to x [..., D].
+
+        A dense layer ignores the context and has no auxiliary loss.
+        """
         up_H = self.up_proj(x)
-        act_H = (
-            activate(self.activation, self.gate_proj(x), up_H)
-            if is_gated(self.activation)
-            else activate(self.activation, up_H, None)
-        )
-        return FFNOutput(self.down_proj(act_H))
+        if is_gated(self.activation):
+            hidden_H = activate(self.activation, self.gate_proj(x), up_H)
+        else:
+            hidden_H = activate(self.activation, up_H)
+        return FFNOutput(self.down_proj(hidden_H))

@@ -12,7 +12,7 @@ D, V = 6, 11
 
 @pytest.fixture(params=[(512, 64), (7, 3), (4, 4)])
 def small_pieces(request, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "pieces", lambda device: request.param)
+    monkeypatch.setattr(cross_entropy, "chunk_sizes", lambda device: request.param)
 
 
 def inputs(num_tokens, dtype, scale=1.0):

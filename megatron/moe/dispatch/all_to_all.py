@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron import buffers
+from megatron.host_allocator import empty_cached
 from megatron.moe.dispatch.plan import AllToAllSplits, PermutedTokens, exclusive_cumsum
 
 
@@ -37,7 +37,7 @@ class AllToAllState:
         received = []
         for tensor in tensors:
             shape = (sum(output_splits), *tensor.shape[1:])
-            out = buffers.empty(shape, tensor.dtype, tensor.device)
+            out = empty_cached(shape, tensor.dtype, tensor.device)
             source = tensor.contiguous()
             work = dist.all_to_all_single(
                 out, source, output_splits, input_splits, group=self.group, async_op=True

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron import buffers
+from megatron.host_allocator import empty_cached
 from megatron.moe.dispatch.plan import PermutedTokens
 
 
@@ -140,5 +140,5 @@ class GatherWeights(torch.autograd.Function):
 
 def gather_rows(x_TD: Tensor, token_S: Tensor) -> Tensor:
     """Return x_T[token_S], in reused memory where the result is large."""
-    out = buffers.empty((len(token_S), x_TD.shape[1]), x_TD.dtype, x_TD.device)
+    out = empty_cached((len(token_S), x_TD.shape[1]), x_TD.dtype, x_TD.device)
     return torch.index_select(x_TD, 0, token_S, out=out)

@@ -1,41 +1,92 @@
-"""The activation functions of feed-forward layers and experts, and their derivatives."""
+"""Activation functions of dense layers and experts: one registry of their properties.
+
+`_REGISTRY` is the only table of activations: the CPU path takes both functions from it,
+Triton kernels select their device code by `Nonlinearity.name`, and `megatron.config`
+lists the same names as choices of --activation (config does not import torch; a test
+compares the two lists).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.config.schema import ACTIVATIONS, require
+
+@dataclass(frozen=True, slots=True)
+class Nonlinearity:
+    """An elementwise function of the (gate) projection, and its derivative."""
+
+    name: str
+    """Name by which Triton kernels select their device code."""
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    """Gradient of the input, from the gradient of the output and the input."""
 
 
-def is_gated(activation: str) -> bool:
-    """Whether the activation multiplies a gate projection with an up projection (three matrices)."""
-    return activation in ("swiglu", "geglu")
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What --activation selects."""
+
+    nonlinearity: Nonlinearity
+    gated: bool
+    """Whether the result is multiplied with an up projection (a third matrix)."""
 
 
-def activate(activation: str, gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """act(gate), or act(gate) * up for the gated kinds.
+def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, x, 0)
+
+
+_GELU = Nonlinearity("gelu", F.gelu, torch.ops.aten.gelu_backward)
+_RELU = Nonlinearity("relu", F.relu, _relu_backward)
+_SILU = Nonlinearity("silu", F.silu, torch.ops.aten.silu_backward)
+_REGISTRY = {
+    "gelu": Activation(_GELU, gated=False),
+    "relu": Activation(_RELU, gated=False),
+    "silu": Activation(_SILU, gated=False),
+    "swiglu": Activation(_SILU, gated=True),
+    "geglu": Activation(_GELU, gated=True),
+}
+
+
+def available_activations() -> tuple[str, ...]:
+    """Return the names of all activations."""
+    return tuple(_REGISTRY)
+
+
+def get_activation(name: str) -> Activation:
+    """Look up an activation.
+
+    Raises:
+        ValueError: unknown activation; the message lists the known ones.
+    """
+    if name not in _REGISTRY:
+        known = " ".join(_REGISTRY)
+        raise ValueError(f"activation is {name!r}; allowed: {known}")
+    return _REGISTRY[name]
+
+
+def is_gated(name: str) -> bool:
+    """Return whether the activation multiplies a gate with an up projection.
 
     Raises:
         ValueError: unknown activation.
     """
-    require(activation in ACTIVATIONS, "activation", activation, " ".join(ACTIVATIONS))
-    if is_gated(activation):
-        assert up is not None, f"{activation} needs an up projection"
-        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
-    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[activation](gate)
+    return get_activation(name).gated
 
 
-def nonlinearity(activation: str, gate: Tensor) -> Tensor:
-    """act(gate) alone, of the gated kinds too."""
-    return activate({"swiglu": "silu", "geglu": "gelu"}.get(activation, activation), gate)
+def activate(name: str, gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """Return act(gate), times `up` for the gated activations.
 
-
-def nonlinearity_backward(activation: str, grad: Tensor, gate: Tensor) -> Tensor:
-    """grad * act'(gate)."""
-    if activation in ("swiglu", "silu"):
-        return torch.ops.aten.silu_backward(grad, gate)
-    if activation in ("geglu", "gelu"):
-        return torch.ops.aten.gelu_backward(grad, gate)
-    return torch.ops.aten.threshold_backward(grad, gate, 0)
+    Raises:
+        ValueError: unknown activation.
+    """
+    activation = get_activation(name)
+    hidden = activation.nonlinearity.forward(gate)
+    if not activation.gated:
+        return hidden
+    assert up is not None, f"{name} needs an up projection"
+    return hidden * up

@@ -1,11 +1,12 @@
-"""`grouped_linear`: one product per expert on consecutive rows, in four backends; and which backend to take.
+"""`grouped_linear`: one matrix product per expert on its rows, in four backends.
 
-Shape suffixes: E experts, N rows sorted by expert, D inputs, H outputs.
-
-    reference   a loop of plain linear layers: any dtype, any device, differentiable twice
-    cpu         the loop that writes into one tensor, forward and backward
-    grouped_mm  torch's own grouped product
+    reference   loop of plain linear layers: any dtype, any device, twice differentiable
+    cpu         loop that writes into one tensor, forward and backward
+    grouped_mm  torch's grouped matrix product
     triton      `megatron.moe.experts.triton_grouped_gemm`
+
+Shape suffixes: E experts, N rows sorted by expert, D inputs, H outputs, n rows of one
+expert.
 """
 
 from __future__ import annotations
@@ -15,88 +16,100 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron import buffers
+from megatron.host_allocator import empty_cached
 from megatron.moe.experts.backends import choose_expert_backend
 
 
 def grouped_linear(
     x_ND: Tensor, weight_EHD: Tensor, expert_offsets_E: Tensor, backend: str = "auto"
 ) -> Tensor:
-    """y_n = weight_e @ x_n for the rows n of expert e: [N, H].
+    """Return y_n = weight_e @ x_n for the rows n of each expert e: [N, H].
 
     Args:
-        x_ND: rows sorted by expert; with the backends grouped_mm and triton there may be more than `expert_offsets_E` says, and
-            what comes of them is undefined.
-        weight_EHD: contiguous.
-        expert_offsets_E: int64, where each expert's rows end.
+        x_ND: rows sorted by expert. With the backends grouped_mm and triton there may
+            be more rows than `expert_offsets_E` covers; results for them are undefined.
+        weight_EHD: contiguous stacked weights.
+        expert_offsets_E: int64, end of each expert's rows.
+        backend: one of the backends above, or auto.
     Raises:
-        ValueError: a backend that is not possible here.
+        ValueError: a backend that is unavailable here.
     """
-    name, _ = choose_expert_backend(
-        backend, x_ND.device.type, x_ND.dtype, tuple(weight_EHD.shape[1:])
-    )
+    features = tuple(weight_EHD.shape[1:])
+    name, _ = choose_expert_backend(backend, x_ND.device.type, x_ND.dtype, features)
     if name == "reference":
-        # unbind once: indexing a stacked weight in the loop would zero-fill the whole stack in every backward.
-        pieces = zip(x_ND.split(counts_of(expert_offsets_E)), weight_EHD.unbind(), strict=True)
-        return torch.cat([F.linear(x_nD, weight_HD) for x_nD, weight_HD in pieces])
+        return _reference(x_ND, weight_EHD, expert_offsets_E)
     if name == "cpu":
-        return _Loop.apply(x_ND, weight_EHD, counts_of(expert_offsets_E))
+        return _Loop.apply(x_ND, weight_EHD, rows_per_expert(expert_offsets_E))
     if name == "grouped_mm":
-        if len(x_ND) == 0:  # F.grouped_mm refuses
-            return _Loop.apply(x_ND, weight_EHD, [0] * len(weight_EHD))
-        return _ContiguousGradient.apply(
-            F.grouped_mm(
-                x_ND, weight_EHD.transpose(1, 2), offs=expert_offsets_E.to(torch.int32)
-            )
-        )
+        return _torch_grouped_mm(x_ND, weight_EHD, expert_offsets_E)
+    assert name == "triton", f"no grouped_linear for backend {name}"
     from megatron.moe.experts.triton_mlp import TritonGroupedLinear
 
     return TritonGroupedLinear.apply(x_ND, weight_EHD, expert_offsets_E)
 
 
-def counts_of(expert_offsets_E: Tensor) -> list[int]:
-    """Rows of each expert, on the host."""
+def rows_per_expert(expert_offsets_E: Tensor) -> list[int]:
+    """Return the number of rows of each expert. Synchronises with the device."""
     return expert_offsets_E.diff(prepend=expert_offsets_E.new_zeros(1)).tolist()
 
 
+def _reference(x_ND: Tensor, weight_EHD: Tensor, expert_offsets_E: Tensor) -> Tensor:
+    # unbind once: each weight[e] in the loop would zero-fill the full stack in
+    # backward.
+    weights = weight_EHD.unbind()
+    parts = x_ND.split(rows_per_expert(expert_offsets_E))
+    return torch.cat([F.linear(x, weight) for x, weight in zip(parts, weights, strict=True)])
+
+
+def _torch_grouped_mm(x_ND: Tensor, weight_EHD: Tensor, expert_offsets_E: Tensor) -> Tensor:
+    if len(x_ND) == 0:  # F.grouped_mm refuses empty inputs.
+        return _Loop.apply(x_ND, weight_EHD, [0] * len(weight_EHD))
+    offsets = expert_offsets_E.to(torch.int32)
+    y_NH = F.grouped_mm(x_ND, weight_EHD.transpose(1, 2), offs=offsets)
+    return _ContiguousGradient.apply(y_NH)
+
+
 class _Loop(torch.autograd.Function):
-    """One product per expert into a slice of one tensor: no list of pieces to copy together, forward or backward."""
+    """One matrix product per expert into a slice of a common tensor.
+
+    No list of parts has to be concatenated, forward or backward.
+    """
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_EHD: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x_ND, weight_EHD)
         ctx.counts = counts
-        y_NH = buffers.empty((len(x_ND), weight_EHD.shape[1]), x_ND.dtype, x_ND.device)
-        for x_nD, weight_HD, out in zip(
-            x_ND.split(counts), weight_EHD, y_NH.split(counts), strict=True
-        ):
-            torch.mm(x_nD, weight_HD.t(), out=out)
+        y_NH = empty_cached((len(x_ND), weight_EHD.shape[1]), x_ND.dtype, x_ND.device)
+        parts = zip(x_ND.split(counts), weight_EHD, y_NH.split(counts), strict=True)
+        for x_nD, weight_HD, y_nH in parts:
+            torch.mm(x_nD, weight_HD.t(), out=y_nH)
         return y_NH
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NH: Tensor) -> tuple:
         x_ND, weight_EHD = ctx.saved_tensors
-        grad_x_ND = grad_weight_EHD = None
+        grad_n = grad_NH.split(ctx.counts)
+        grad_x_ND = None
         if ctx.needs_input_grad[0]:
-            grad_x_ND = buffers.empty(x_ND.shape, x_ND.dtype, x_ND.device)
-            for grad_nH, weight_HD, out in zip(
-                grad_NH.split(ctx.counts), weight_EHD, grad_x_ND.split(ctx.counts)
-            ):
-                torch.mm(grad_nH, weight_HD, out=out)
+            grad_x_ND = empty_cached(x_ND.shape, x_ND.dtype, x_ND.device)
+            parts = zip(grad_n, weight_EHD, grad_x_ND.split(ctx.counts))
+            for grad_nH, weight_HD, grad_x_nD in parts:
+                torch.mm(grad_nH, weight_HD, out=grad_x_nD)
+        grad_weight_EHD = None
         if ctx.needs_input_grad[1]:
-            grad_weight_EHD = buffers.empty(
+            grad_weight_EHD = empty_cached(
                 weight_EHD.shape, weight_EHD.dtype, weight_EHD.device
             )
-            for grad_nH, x_nD, out in zip(
-                grad_NH.split(ctx.counts), x_ND.split(ctx.counts), grad_weight_EHD
-            ):
-                torch.mm(grad_nH.t(), x_nD, out=out)  # without rows: zeros
+            parts = zip(grad_n, x_ND.split(ctx.counts), grad_weight_EHD)
+            for grad_nH, x_nD, grad_weight_HD in parts:
+                # An expert without rows gets zeros.
+                torch.mm(grad_nH.t(), x_nD, out=grad_weight_HD)
         return grad_x_ND, grad_weight_EHD, None
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """The identity, for an operation whose backward wants a contiguous gradient."""
+    """Identity for an operation whose backward requires a contiguous gradient."""
 
     @staticmethod
     def forward(ctx, y: Tensor) -> Tensor:

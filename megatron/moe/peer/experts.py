@@ -229,7 +229,7 @@ def _check_backend(backend: str) -> None:
 
 def _triton_kernels() -> tuple[Callable, Callable]:
     """Import the kernels on first use: Triton is optional."""
-    from megatron.moe.experts.triton_grouped_gemm import weighted_combine
+    from megatron.moe.experts.triton_combine import weighted_combine
     from megatron.moe.peer.triton_lookup import triton_dots
 
     return triton_dots, weighted_combine

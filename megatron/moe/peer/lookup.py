@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron import buffers
+from megatron.host_allocator import empty_cached
 from megatron.moe.dispatch import permute
 from megatron.moe.dispatch.plan import bincount_static
 
@@ -227,7 +227,7 @@ def segment_sum_in_reused_memory(
     num_bytes = shape[0] * shape[1] * rows.itemsize
     if rows.is_cuda or not has_product or num_bytes < _REUSE_BYTES:
         return permute.segment_sum(rows, index_P, offsets_G1, weight_P)
-    out_GD = buffers.empty(shape, rows.dtype, rows.device)
+    out_GD = empty_cached(shape, rows.dtype, rows.device)
     matrix = _csr_matrix(offsets_G1, index_P, weight_P, len(rows))
     return torch.addmm(out_GD, matrix, rows, beta=0, out=out_GD)
 

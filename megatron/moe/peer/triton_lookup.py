@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, D hidden, R rows of a table, P pairs of a token and a row.
 
 The other operation on tables, weighted sums of listed rows, is `weighted_combine` of
-`megatron.moe.experts.triton_grouped_gemm`: by token for outputs and the tokens'
+`megatron.moe.experts.triton_combine`: by token for outputs and the tokens'
 gradients, and by table row, after a sort and without atomics, for the tables'
 gradients. `megatron.moe.peer.lookup` composes forward and backward of the two.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron.config.schema import require
-from megatron.moe.experts.triton_grouped_gemm import TRITON_DTYPES
+from megatron.moe.experts.triton_operands import TRITON_DTYPES
 
 # Tile of one program: 2,048 fp32 numbers are 16 registers of each of its 128 threads.
 BLOCK_PAIRS = 16

@@ -114,7 +114,7 @@ def test_large_gradient_uses_reused_memory(dtype):
     for size in (2**30, 100_000):
         with (
             reuse_memory_from(size),
-            mock.patch.object(lookup.buffers, "empty", used_memory),
+            mock.patch.object(lookup, "empty_cached", used_memory),
             LargestTensor() as largest,
         ):
             loss = experts(*inputs).square().sum()
