@@ -278,24 +278,24 @@ def test_without_ssh(tmp_path):
         (
             {"NUM_NODES": "2"},
             None,
-            "NUM_NODES is 2 but HOSTFILE is empty; set HOSTFILE to a file of lines 'name slots=1'",
+            "NUM_NODES is 2 but HOSTFILE is empty; set HOSTFILE to a file with a line 'name slots=1'",
         ),
-        ({"NUM_NODES": "two"}, None, "NUM_NODES is 'two'; allowed: a number from 1 on"),
-        ({"NUM_GPUS": "0"}, None, "NUM_GPUS is '0'; allowed: a number from 1 on"),
+        ({"NUM_NODES": "two"}, None, "NUM_NODES is 'two'; allowed: a positive integer"),
+        ({"NUM_GPUS": "0"}, None, "NUM_GPUS is '0'; allowed: a positive integer"),
         (
             {**NO_SSH, "MASTER_ADDR": ""},
             None,
-            "NODE_RANK is set, so set MASTER_ADDR to the address of node 0",
+            "NODE_RANK is set; also set MASTER_ADDR to the address of node 0",
         ),
         (
             {**NO_SSH, "NUM_GPUS": ""},
             None,
-            "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE",
+            "NODE_RANK is set; also set NUM_NODES and NUM_GPUS, or HOSTFILE",
         ),
         (
             {**NO_SSH, "NUM_NODES": ""},
             None,
-            "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE",
+            "NODE_RANK is set; also set NUM_NODES and NUM_GPUS, or HOSTFILE",
         ),
         (
             {**NO_SSH, "NODE_RANK": "2"},
@@ -315,42 +315,43 @@ def test_without_ssh(tmp_path):
         (
             {"HOSTFILE": "hosts"},
             None,
-            "HOSTFILE is 'hosts', which is not a file; write one with a line 'name slots=8' per",
+            "HOSTFILE is 'hosts', which is not a file; create one with a line 'name slots=8' per",
         ),
         (
             {"HOSTFILE": "hosts"},
             "\n# none\n",
-            "HOSTFILE is 'hosts': it has no line 'name slots=8'",
+            "HOSTFILE is 'hosts': it has no line of the form 'name slots=8'",
         ),
         (
             {"HOSTFILE": "hosts"},
             "a slots=4\nb 4\n",
-            "HOSTFILE is 'hosts': line 2 is 'b 4', not 'name slots=8'",
+            "HOSTFILE is 'hosts': line 2 is 'b 4'; allowed: 'name slots=8'",
         ),
         (
             {"HOSTFILE": "hosts"},
             "a slots=0\n",
-            "HOSTFILE is 'hosts': line 1 is 'a slots=0', not 'name slots=8'",
+            "HOSTFILE is 'hosts': line 1 is 'a slots=0'; allowed: 'name slots=8'",
         ),
         (
             {"HOSTFILE": "hosts"},
             "a slots=4\na slots=4\n",
-            "HOSTFILE is 'hosts': line 2 names a a second time",
+            "HOSTFILE is 'hosts': line 2 lists a twice",
         ),
         (
             {"HOSTFILE": "hosts"},
             "a slots=4\nb slots=2\nc slots=8\n",
-            "HOSTFILE is 'hosts': its nodes have 2 to 8 slots; all run as many ranks: set NUM_GPUS, at most 2",
+            "HOSTFILE is 'hosts': its nodes have 2 to 8 slots, but every node runs the same number of ranks; set "
+            "NUM_GPUS to at most 2",
         ),
         (
             {"HOSTFILE": "hosts", "NUM_GPUS": "3"},
             "a slots=4\nb slots=2\n",
-            "NUM_GPUS is 3; a node of HOSTFILE 'hosts' has 2 slots",
+            "NUM_GPUS is 3; allowed with HOSTFILE 'hosts': at most 2, the smallest number of slots",
         ),
         (
             {"HOSTFILE": "hosts", "NUM_NODES": "2"},
             "a slots=4\n",
-            "NUM_NODES is 2; HOSTFILE 'hosts' has 1",
+            "NUM_NODES is 2; allowed with HOSTFILE 'hosts': at most 1",
         ),
         (
             {"HOSTFILE": "hosts", "NODE_RANK": "1", "MASTER_ADDR": "a"},

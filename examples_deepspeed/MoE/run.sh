@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Trains a mixture-of-experts GPT. Every value is a variable, so nothing here needs editing:
+# Train a mixture-of-experts GPT. Every setting is an environment variable, so nothing here needs editing:
 #   EP_SIZE=64 TOPK=8 THRESHOLD=0.9 DATA_PATH=data/owt_text_document bash examples_deepspeed/MoE/run.sh
-# The defaults are XMoE's reference recipe, but dropless (MOE_DROP_TOKEN=true gives its capacity 8). The same NAME (or
-# OUTPUT_DIR) resumes. DRY_RUN=1 prints the command and the model's size. More flags of pretrain_gpt.py may follow the
-# script's name. Exit status: the run's.
+# EP_SIZE is the number of experts, as in Megatron-DeepSpeed's scripts; EP_PARALLEL_SIZE is the number of ranks that
+# share them. The defaults are XMoE's reference recipe without its capacity limit (MOE_DROP_TOKEN=true sets the
+# recipe's capacity factor 8.0). Running again with the same NAME or OUTPUT_DIR resumes. DRY_RUN=1 prints the command
+# and the size of the model. Arguments are passed on as flags of pretrain_gpt.py. The exit status is that of the run.
 #
-# Several nodes, in one of two ways. Both want one folder tree that all nodes see under the same paths: this repository,
-# the Python environment, the data and OUTPUT_DIR, where every rank writes its part of a checkpoint.
-#   HOSTFILE=hosts bash run.sh     once: the launcher reaches the nodes with pdsh over ssh. The file has a line
-#                                  'name slots=8' per node; NUM_NODES and NUM_GPUS, if set, use the first nodes and slots.
-#   NODE_RANK=0 MASTER_ADDR=10.0.0.1 NUM_NODES=2 NUM_GPUS=8 bash run.sh     on every node, each with its own NODE_RANK
-#                                  from 0 on; no ssh. MASTER_ADDR is node 0's. A HOSTFILE may stand for the two numbers.
-# On CPU nodes of several networks, GLOO_SOCKET_IFNAME names the interface that the nodes share.
+# Several nodes are launched in one of two ways. Both need a folder tree that every node sees under the same paths:
+# this repository, the Python environment, the data, and OUTPUT_DIR, where every rank writes its part of a checkpoint.
+#   HOSTFILE=hosts bash run.sh
+#       Run once. The launcher reaches the nodes with pdsh over ssh. The file has one line 'name slots=8' per node;
+#       NUM_NODES and NUM_GPUS, if set, limit the run to the first nodes and slots.
+#   NODE_RANK=0 MASTER_ADDR=10.0.0.1 NUM_NODES=2 NUM_GPUS=8 bash run.sh
+#       Run on every node, each with its own NODE_RANK, counted from 0; needs no ssh. MASTER_ADDR is the address of
+#       node 0. A HOSTFILE may replace NUM_NODES and NUM_GPUS.
+# On CPU nodes with several networks, GLOO_SOCKET_IFNAME names the network interface that the nodes share.
 set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
@@ -23,7 +26,7 @@ fail() {
     exit 2
 }
 
-# Machines. NUM_GPUS is ranks per node; without CUDA they are CPU processes.
+# Nodes. NUM_GPUS is the number of ranks per node; without CUDA the ranks are CPU processes.
 HOSTFILE=${HOSTFILE:-}
 NODE_RANK=${NODE_RANK:-}
 NUM_NODES=${NUM_NODES:-}
@@ -31,39 +34,40 @@ NUM_GPUS=${NUM_GPUS:-}
 MASTER_ADDR=${MASTER_ADDR:-}
 MASTER_PORT=${MASTER_PORT:-29500}
 for name in NUM_NODES NUM_GPUS; do
-    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || fail "$name is '${!name}'; allowed: a number from 1 on"
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || fail "$name is '${!name}'; allowed: a positive integer"
 done
-# Number of hosts in a hostfile, and the fewest and most slots of its first NUM_NODES hosts. The launcher's own format.
+# Print the number of hosts in a hostfile (DeepSpeed's format), and the smallest and largest number of slots of its
+# first NUM_NODES hosts.
 hosts_and_slots() {
     awk -v first="${NUM_NODES:-0}" '
         /^[ \t]*(#|$)/ { next }
-        !/^[ \t]*[^ \t]+[ \t]+slots=[1-9]/ { error = "is \047" $0 "\047, not \047name slots=8\047"; exit }
-        $1 in seen { error = "names " $1 " a second time"; exit }
+        !/^[ \t]*[^ \t]+[ \t]+slots=[1-9]/ { error = "is \047" $0 "\047; allowed: \047name slots=8\047"; exit }
+        $1 in seen { error = "lists " $1 " twice"; exit }
         { seen[$1]; hosts++; slots = substr($2, 7) + 0 }
         first == 0 || hosts <= first {
             if (hosts == 1 || slots < fewest) fewest = slots
             if (slots > most) most = slots
         }
         END {
-            if (error) print "line " NR " " error; else if (!hosts) print "it has no line \047name slots=8\047"
+            if (error) print "line " NR " " error; else if (!hosts) print "it has no line of the form \047name slots=8\047"
             else print hosts, fewest, most
             exit error || !hosts
         }' "$1"
 }
 if [ -n "$HOSTFILE" ]; then
-    [ -f "$HOSTFILE" ] || fail "HOSTFILE is '$HOSTFILE', which is not a file; write one with a line 'name slots=8' per node"
+    [ -f "$HOSTFILE" ] || fail "HOSTFILE is '$HOSTFILE', which is not a file; create one with a line 'name slots=8' per node"
     found=$(hosts_and_slots "$HOSTFILE") || fail "HOSTFILE is '$HOSTFILE': $found"
     read -r hosts fewest most <<<"$found"
     NUM_NODES=${NUM_NODES:-$hosts}
-    [ "$NUM_NODES" -le "$hosts" ] || fail "NUM_NODES is $NUM_NODES; HOSTFILE '$HOSTFILE' has $hosts"
+    [ "$NUM_NODES" -le "$hosts" ] || fail "NUM_NODES is $NUM_NODES; allowed with HOSTFILE '$HOSTFILE': at most $hosts"
     [ -n "$NUM_GPUS" ] || [ "$fewest" -eq "$most" ] ||
-        fail "HOSTFILE is '$HOSTFILE': its nodes have $fewest to $most slots; all run as many ranks: set NUM_GPUS, at most $fewest"
+        fail "HOSTFILE is '$HOSTFILE': its nodes have $fewest to $most slots, but every node runs the same number of ranks; set NUM_GPUS to at most $fewest"
     NUM_GPUS=${NUM_GPUS:-$fewest}
-    [ "$NUM_GPUS" -le "$fewest" ] || fail "NUM_GPUS is $NUM_GPUS; a node of HOSTFILE '$HOSTFILE' has $fewest slots"
+    [ "$NUM_GPUS" -le "$fewest" ] || fail "NUM_GPUS is $NUM_GPUS; allowed with HOSTFILE '$HOSTFILE': at most $fewest, the smallest number of slots of a node"
 fi
 if [ -n "$NODE_RANK" ]; then
-    [ -n "$NUM_NODES" ] && [ -n "$NUM_GPUS" ] || fail "NODE_RANK is set, so set NUM_NODES and NUM_GPUS, or HOSTFILE"
-    [ -n "$MASTER_ADDR" ] || fail "NODE_RANK is set, so set MASTER_ADDR to the address of node 0"
+    [ -n "$NUM_NODES" ] && [ -n "$NUM_GPUS" ] || fail "NODE_RANK is set; also set NUM_NODES and NUM_GPUS, or HOSTFILE"
+    [ -n "$MASTER_ADDR" ] || fail "NODE_RANK is set; also set MASTER_ADDR to the address of node 0"
     [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ ]] && [ "$NODE_RANK" -lt "$NUM_NODES" ] ||
         fail "NODE_RANK is '$NODE_RANK'; allowed with $NUM_NODES node(s): 0 to $((NUM_NODES - 1))"
 fi
@@ -73,7 +77,7 @@ NUM_NODES=${NUM_NODES:-1}
 RANKS=$((NUM_GPUS * NUM_NODES))
 BY_SSH=$([ -n "$HOSTFILE" ] && [ -z "$NODE_RANK" ] && echo yes || true)
 if [ "$GPUS_HERE" -eq 0 ]; then
-    [ -n "$BY_SSH" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # the nodes may have what this machine has not
+    [ -n "$BY_SSH" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # with ssh, the nodes may have GPUs that this machine lacks
     CORES=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES / NUM_GPUS > 0 ? CORES / NUM_GPUS : 1))}
 fi
@@ -86,8 +90,9 @@ NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-12}
 SEQ_LEN=${SEQ_LEN:-1024}
 INIT_STD=${INIT_STD:-0.014}
 
-# Mixture. EP_SIZE is the number of experts, as in Megatron-DeepSpeed's scripts; EP_PARALLEL_SIZE how many ranks share
-# them: as many as divide both experts and ranks.
+# MoE. EP_SIZE is the number of experts, not a parallel size: the name comes from Megatron-DeepSpeed's scripts.
+# EP_PARALLEL_SIZE is the number of ranks that share the experts; by default the largest number that divides both the
+# experts and the ranks.
 EP_SIZE=${EP_SIZE:-64}
 largest_common_divisor() { if [ "$2" -eq 0 ]; then echo "$1"; else largest_common_divisor "$2" $(($1 % $2)); fi; }
 EP_PARALLEL_SIZE=${EP_PARALLEL_SIZE:-$([ "$EP_SIZE" -gt 0 ] && largest_common_divisor "$EP_SIZE" "$RANKS" || echo 1)}
@@ -97,8 +102,8 @@ GATE=${GATE:-threshold}
 TOPK=${TOPK:-}
 THRESHOLD=${THRESHOLD:-$([ "$GATE" = threshold ] && echo 0.9 || true)}
 MLC=${MLC:-}
-# Capacity: 0 is dropless. MOE_DROP_TOKEN=true makes the recipe's 8.0 the default (1.1 for MoE++, whose factor is times
-# the choices per token), false overrules the factors.
+# Capacity factors: 0 is dropless. MOE_DROP_TOKEN=true changes their default to the recipe's 8.0 (to 1.1 for MoE++,
+# whose factor is also multiplied by k); MOE_DROP_TOKEN=false sets both to 0, whatever the other variables are.
 MOE_DROP_TOKEN=${MOE_DROP_TOKEN:-}
 MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-$([ "$MOE_DROP_TOKEN" != true ] && echo 0 || { [ "$GATE" = moepp ] && echo 1.1 || echo 8.0; })}
 MOE_EVAL_CAP_FACTOR=${MOE_EVAL_CAP_FACTOR:-$MOE_TRAIN_CAP_FACTOR}
@@ -107,7 +112,7 @@ MOE_MIN_CAP=${MOE_MIN_CAP:-4}
 
 # Training
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-256}
-# The micro-batch: the largest up to 16 that divides a rank's share.
+# Print the default micro-batch size: the largest size up to 16 that divides a rank's share of the global batch.
 largest_micro_batch() {
     local size=16
     while [ "$size" -gt 1 ] && [ $((GLOBAL_BATCH_SIZE % (size * RANKS))) -ne 0 ]; do size=$((size - 1)); done
@@ -130,8 +135,8 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 
 # Data and output
 DATA_PATH=${DATA_PATH:-dataset/corpus_text_document}
-STREAMING_DATA_PATH=${STREAMING_DATA_PATH:-} # text instead of DATA_PATH, encoded while training
-VALID_DATA_PATH=${VALID_DATA_PATH:-}         # with it: shards to evaluate on, unless EVAL_ITERS=0
+STREAMING_DATA_PATH=${STREAMING_DATA_PATH:-} # text files, tokenized during training; replaces DATA_PATH
+VALID_DATA_PATH=${VALID_DATA_PATH:-}         # with STREAMING_DATA_PATH: shards to evaluate on, unless EVAL_ITERS=0
 VOCAB_PATH=${VOCAB_PATH:-dataset/gpt2-vocab.json}
 MERGE_PATH=${MERGE_PATH:-dataset/gpt2-merges.txt}
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-GPT2BPETokenizer}
@@ -151,7 +156,8 @@ flags=(
     --tensorboard-dir "$OUTPUT_DIR/tensorboard" --metrics-file "$OUTPUT_DIR/metrics.jsonl"
     --tokenizer-type "$TOKENIZER_TYPE"
 )
-# These may hold several words: weights and prefixes (or files, patterns, folders) in turn. `read` expands no patterns.
+# A data path may hold several words: alternating weights and prefixes (or files, patterns, folders). `read` splits
+# them without expanding patterns.
 if [ -n "$STREAMING_DATA_PATH" ]; then
     read -ra words <<<"$STREAMING_DATA_PATH"
     flags+=(--streaming-data-path "${words[@]}")
@@ -164,7 +170,7 @@ fi
 if [ "$TOKENIZER_TYPE" = GPT2BPETokenizer ]; then
     flags+=(--vocab-file "$VOCAB_PATH" --merge-file "$MERGE_PATH")
 else
-    flags+=(${TOKENIZER_MODEL:+--tokenizer-model "$TOKENIZER_MODEL"}) # pdsh would lose an empty word
+    flags+=(${TOKENIZER_MODEL:+--tokenizer-model "$TOKENIZER_MODEL"}) # an empty word would be lost by pdsh
 fi
 if [ "$EP_SIZE" -gt 0 ]; then
     flags+=(
@@ -173,7 +179,7 @@ if [ "$EP_SIZE" -gt 0 ]; then
         --moe-train-capacity-factor "$MOE_TRAIN_CAP_FACTOR" --moe-eval-capacity-factor "$MOE_EVAL_CAP_FACTOR"
         --moe-min-capacity "$MOE_MIN_CAP"
     )
-    if [ "$GATE" = peer ]; then # its own flags say which layers are mixtures and how wide an expert is
+    if [ "$GATE" = peer ]; then # PEER has flags of its own for its layers and the width of an expert
         flags+=(${TOPK:+--peer-topk "$TOPK"})
     else
         flags+=(--expert-interval "$EP_INTERVAL" --moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE" ${TOPK:+--topk "$TOPK"})
@@ -182,12 +188,12 @@ fi
 if [ -n "$TRAIN_TOKENS" ]; then flags+=(--train-tokens "$TRAIN_TOKENS"); else flags+=(--train-iters "$TRAIN_ITERS"); fi
 [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
 [ "$ACTIVATION_CHECKPOINT" = true ] && flags+=(--recompute-activations)
-# Goes on from the newest whole checkpoint, if there is any; a --load of the caller's has to find one.
+# Resume from the newest valid checkpoint if there is one; a --load given by the caller must find one.
 [[ " $* " == *" --load"[\ =]* ]] || flags+=(--load "$OUTPUT_DIR/checkpoints" --load-or-init)
 flags+=("$@")
 
 launcher=(deepspeed --num_gpus "$NUM_GPUS" --num_nodes "$NUM_NODES" --master_port "$MASTER_PORT")
-# What a node writes alone carries its number: the folder is shared.
+# OUTPUT_DIR is shared, so files that each node writes for itself have the node's rank in their name.
 LOG=$OUTPUT_DIR/log.txt
 NODES=$HOSTFILE
 if [ -n "$NODE_RANK" ]; then
@@ -195,7 +201,7 @@ if [ -n "$NODE_RANK" ]; then
     NODES=${HOSTFILE:-$OUTPUT_DIR/hostfile.node-$NODE_RANK}
     launcher+=(--no_ssh --node_rank "$NODE_RANK")
 fi
-[ -n "$BY_SSH" ] && launcher+=(--force_multi) # or a file of one host would start here, whatever its name
+[ -n "$BY_SSH" ] && launcher+=(--force_multi) # otherwise a hostfile with one host would start on this machine, whatever the host is
 [ -n "$NODES" ] && launcher+=(--hostfile "$NODES")
 [ -n "$MASTER_ADDR" ] && launcher+=(--master_addr "$MASTER_ADDR")
 command=("${launcher[@]}" "$REPO/pretrain_gpt.py" "${flags[@]}")
@@ -206,18 +212,18 @@ if [ "${DRY_RUN:-0}" = 1 ]; then
     exec "$PYTHON" "$REPO/tools/model_size.py" "${flags[@]}"
 fi
 [ "$NUM_NODES" -eq 1 ] || [ -n "$NODES" ] ||
-    fail "NUM_NODES is $NUM_NODES but HOSTFILE is empty; set HOSTFILE to a file of lines 'name slots=$NUM_GPUS', or NODE_RANK"
+    fail "NUM_NODES is $NUM_NODES but HOSTFILE is empty; set HOSTFILE to a file with a line 'name slots=$NUM_GPUS' per node, or set NODE_RANK"
 mkdir -p "$OUTPUT_DIR"
-if [ "$NODES" != "$HOSTFILE" ]; then # without ssh, the launcher only counts the hosts; their names say nothing
+if [ "$NODES" != "$HOSTFILE" ]; then # without ssh the launcher only counts the hosts; their names are not used
     for ((node = 0; node < NUM_NODES; node++)); do echo "node-$node slots=$NUM_GPUS"; done >"$NODES"
 elif [ -n "$BY_SSH" ] && [ -z "${DS_ENV_FILE:-}" ]; then
-    # ssh hands on no environment. The launcher does for variables it knows and for those in this file.
+    # ssh does not pass on the environment. The launcher does, for variables that it knows and for those in this file.
     DS_ENV_FILE=$(cd "$OUTPUT_DIR" && pwd)/environment
     for name in PATH DS_ACCELERATOR OMP_NUM_THREADS GLOO_SOCKET_IFNAME; do
         [ -z "${!name:-}" ] || echo "$name=${!name}"
     done >"$DS_ENV_FILE"
-    grep -hs = ~/.deepspeed_env .deepspeed_env >>"$DS_ENV_FILE" || true # the files it replaces
+    grep -hs = ~/.deepspeed_env .deepspeed_env >>"$DS_ENV_FILE" || true # the files that it replaces
     export DS_ENV_FILE
 fi
-# What is said after Ctrl-C or a SIGTERM to all still reaches the screen and the log.
+# `tee` ignores signals, so that messages after Ctrl-C or SIGTERM still reach the screen and the log.
 "${command[@]}" 2>&1 | (trap '' INT TERM && exec tee -a "$LOG")

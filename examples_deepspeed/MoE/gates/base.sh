@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# BASE layers: a balanced assignment of tokens to experts, one per token.
+# BASE layers: balanced assignment of tokens to experts, one expert per token.
 # SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=base

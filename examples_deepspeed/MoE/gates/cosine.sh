@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# X-MoE: cosine similarity of a projected token and expert embeddings, with a learnable temperature.
+# X-MoE: cosine similarity of the projected token and the expert embeddings, with a learnable temperature.
 # SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=cosine

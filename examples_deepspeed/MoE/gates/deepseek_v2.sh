@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DeepSeek-V2: experts in groups (devices), shared experts, three balance losses per sequence.
+# DeepSeek-V2: device-limited routing, shared experts, and three balance losses per sequence.
 # SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=deepseek_v2

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# DeepSeek-V3: sigmoid scores, experts in groups, shared experts, a bias in place of a strong balance loss.
+# DeepSeek-V3: sigmoid scores, group-limited routing, shared experts, and a bias per expert instead of a strong balance
+# loss.
 # SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=deepseek_v3

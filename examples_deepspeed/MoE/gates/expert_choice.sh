@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Expert choice: each expert takes its best tokens. It sees the future: for analysis, not for language modelling.
+# Expert choice: each expert takes its best tokens. Not causal: for analysis, not for language modelling.
 # SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=expert_choice

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Hash layers: the token's id decides, one expert per token.
+# Hash layers: the token id selects the expert, one expert per token.
 # SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=hash

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MoE++: some experts return zero, the token or a constant, and routing scores remember the layer before.
+# MoE++: zero-computation experts (zero, copy, constant), and a residual connection between the gates of MoE layers.
 # SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=moepp

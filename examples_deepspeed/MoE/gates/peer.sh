@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# PEER: one middle layer of 1024^2 single neurons, of which 8 heads look up 16 each by product keys; the others are dense.
-# SCALE=demo (default: 128^2 neurons), 158m, 679m or xmoe: see scale.sh.
+# PEER: the middle layer has 1024^2 single-neuron experts, of which 8 heads retrieve 16 each by product keys; the other
+# layers are dense. SCALE=demo (default, with 128^2 experts), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=peer
 TOPK=${TOPK:-16}

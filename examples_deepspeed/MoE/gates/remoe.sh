@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ReMoE: every expert with a positive score, ReLU(W x); an adaptive L1 loss drives towards TOPK of them.
+# ReMoE: every expert with a positive score ReLU(W x); an adaptive L1 loss drives their number towards TOPK.
 # SCALE=demo (default), 158m, 679m or xmoe: see scale.sh.
 set -euo pipefail
 GATE=remoe

@@ -1,11 +1,12 @@
-# Sourced by the scripts beside it, after they have set GATE: run.sh's variables for SCALE, and `launch`, which starts the
-# training and takes more flags. Every variable of run.sh may be set from outside as well.
-#   demo   6 layers of hidden size 256, 16 experts, 4 per token, on text of this machine: minutes on two CPU cores
+# Sourced by the gate scripts in this folder after they have set GATE. Sets run.sh's variables for SCALE and defines
+# `launch`, which starts the training and accepts further flags. A variable of run.sh set by the caller takes precedence.
+#   demo   6 layers of hidden size 256, 16 experts, 4 per token, on text from this machine: minutes on two CPU cores
 #   158m   LibMoE's small shape: 16 layers, hidden 512, 66 experts of width 128, 8 per token
 #   679m   LibMoE's large shape: 18 layers, hidden 1024, 66 experts of width 256, 8 per token
 #   xmoe   XMoE's recipe, run.sh's defaults: 12 layers, hidden 768, 64 experts of width 384 in every 2nd layer, 8 per token
-# SHARED: how many of the experts, and of those per token, are always on. COARSE=1: for gates with one expert per token, as
-# many times fewer and wider experts as the others have per token. Both leave the active and the total size as they are.
+# SHARED=n replaces n of the experts, and n of the experts per token, by shared experts. COARSE=1 is for gates with one
+# expert per token: k times fewer experts, each k times as wide, where k is the others' experts per token. Both keep the
+# total and the active number of parameters.
 set -euo pipefail
 MOE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SHARED=${SHARED:-0}
@@ -36,7 +37,8 @@ xmoe) shape 12 768 12 64 384 8 ;;
     ;;
 esac
 export GATE
-# DeepSeek's groups of experts: 8, of which a token may use $1, where the experts that are not shared divide by 8.
+# Print the flags for DeepSeek's expert groups: 8 groups, of which a token may use $1, if the number of routed experts
+# is a multiple of 8; otherwise 2 groups, of which a token uses 1.
 grouped() { if [ $((EP_SIZE % 8)) = 0 ]; then echo --n-group 8 --topk-group "$1"; else echo --n-group 2 --topk-group 1; fi; }
 launch() {
     [ "$SHARED" = 0 ] || set -- --moe-shared-experts "$SHARED" "$@"
