@@ -1,5 +1,5 @@
-# make demo, make test and make lint each work alone from an empty clone: they create .venv and install into it.
-# VENV=/path uses an environment you already have: nothing is installed into it, what is missing is named.
+# Every target works from a fresh clone: it creates .venv and installs the project into it.
+# VENV=/path uses an existing environment instead: nothing is installed into it, and missing packages are listed.
 PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.moe-megatron
@@ -12,7 +12,7 @@ export PYTHONPATH := $(CURDIR)
 venv: $(STAMP)
 
 ifneq ($(filter command environment,$(firstword $(origin VENV))),)
-# An environment of the user's: check it, leave it as it is.
+# An environment of the user: check it and change nothing.
 $(STAMP): FORCE
 	@$(BIN)/python tools/check_environment.py
 .PHONY: FORCE
@@ -29,15 +29,19 @@ endif
 demo: venv
 	PYTHON=$(BIN)/python bash examples_deepspeed/MoE/demo.sh
 
-# Tests start up to four ranks: one thread each.
+# Tests start up to four ranks, with one thread each.
 test test-slow: export OMP_NUM_THREADS := 1
 
-# Two processes share the files, in the order of tests/conftest.py: most tests use one core. Pools of ranks are per process.
+# Most tests use one core, so two processes share the test files, in the order set by tests/conftest.py. A file is not
+# split, because each process has pools of ranks of its own.
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# The long tests, and the property tests again on random examples: `make test` repeats the same examples every time.
+test-slow: export HYPOTHESIS_PROFILE ?= random
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or hypothesis"
 
 lint: venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

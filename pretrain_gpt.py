@@ -1,8 +1,8 @@
-"""Train a mixture-of-experts GPT: `deepspeed pretrain_gpt.py --help`."""
+"""Train a mixture-of-experts GPT: `deepspeed pretrain_gpt.py --help` lists the flags."""
 
 import time
 
-STARTED = time.time()  # before torch is imported
+STARTED = time.time()  # before torch is imported, so that the start-up time includes the imports
 
 if __name__ == "__main__":
     from megatron.exit_codes import exit_process

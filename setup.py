@@ -1,4 +1,4 @@
-"""Thin shim: everything is in pyproject.toml."""
+"""Entry point for setuptools; the configuration is in pyproject.toml."""
 
 from setuptools import setup
 
