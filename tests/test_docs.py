@@ -1,103 +1,124 @@
-"""docs/: gates.md names every gate and its example works; what the pages name exists."""
+"""The pages in docs/, CONTRIBUTING.md and benchmarks/README.md name what exists, and the gate they show works."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from test_structure import AVOIDED
 
-from megatron.config.schema import SECTIONS
+from helpers import markdown
 from megatron.moe.gate import _registry, available_gates, create_gate, gate_config_class
 from megatron.moe.routing import GateInput
 
-REPO = Path(__file__).resolve().parents[1]
-TEXT = (REPO / "docs/gates.md").read_text()
+REPO = markdown.REPO
+PAGES = sorted(
+    [*REPO.glob("docs/*.md"), REPO / "CONTRIBUTING.md", REPO / "benchmarks/README.md"]
+)
+GUIDES = [REPO / "README.md", REPO / "dataset/README.md", *PAGES]
+COMMANDS = [
+    (page.relative_to(REPO).as_posix(), command)
+    for page in PAGES
+    for command in markdown.commands(page.read_text(encoding="utf-8"))
+]
+GATES = (REPO / "docs/gates.md").read_text(encoding="utf-8")
+CHECKPOINTS = (REPO / "docs/checkpoints.md").read_text(encoding="utf-8")
 
 
-CHECKPOINTS = (REPO / "docs/checkpoints.md").read_text()
+def page_name(page) -> str:
+    return page.relative_to(REPO).as_posix()
 
 
-def test_the_page_on_checkpoints_names_what_exists(finished):
-    """Files of this repository, flags, and the files of a checkpoint."""
-    for name in re.findall(r"`((?:megatron|tests)/[\w./]+)`", CHECKPOINTS):
-        assert (REPO / name).exists(), name
-    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9-]+)", CHECKPOINTS)}
-    known = {"config"}
-    for section in SECTIONS.values():
-        known |= {f.name for f in dataclasses.fields(section)}
-    assert flags <= known
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_docs_commands_are_valid(page, command, tmp_path):
+    markdown.check_command(command, tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_docs_name_what_exists(page):
+    """Paths, flags, links and examples of tools in inline code are valid."""
+    text = page.read_text(encoding="utf-8")
+    assert not markdown.missing_paths(text)
+    assert not markdown.unknown_flags(text)
+    assert not markdown.broken_links(page)
+    markdown.check_tool_examples(text)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=page_name)
+def test_docs_use_the_fields_words(page):
+    """Prose avoids the words that tests/test_structure.py forbids in docstrings; printed output is not checked."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not sorted({match[0] for match in AVOIDED.finditer(prose)})
+
+
+def test_readme_links_every_page():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    for page in REPO.glob("docs/*.md"):
+        assert f"(docs/{page.name})" in readme, page.name
+
+
+def test_contributing_names_existing_code():
+    """Every name of a class, function or constant that CONTRIBUTING.md mentions is defined in the package."""
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    source = "\n".join(path.read_text() for path in (REPO / "megatron").rglob("*.py"))
+    names = set(re.findall(r"`(_?[A-Z][A-Z_]+|[A-Z]\w+Config|build_\w+|metric_\w+)`", text))
+    assert len(names) >= 7
+    for name in names:
+        assert re.search(rf"^\s*(class |def )?{name}\b", source, re.MULTILINE), name
+
+
+def test_checkpoint_page_lists_the_files(finished):
+    """The page lists the files of a checkpoint as the training run `finished` wrote them."""
     folder = finished / "checkpoints/iter_0000020"
     named = set(re.findall(r"^    (\w+\.\w+)", CHECKPOINTS, re.MULTILINE))
-    assert named | {"rank_00001.safetensors"} == {p.name for p in folder.iterdir()}
+    assert named | {"rank_00001.safetensors"} == {path.name for path in folder.iterdir()}
+
+
+def test_gate_table_has_every_gate():
+    rows = [line for line in GATES.splitlines() if re.match(r"\| `\w+` \|", line)]
+    names = [re.match(r"\| `(\w+)` \|", row)[1] for row in rows]
+    assert sorted(names) == available_gates()
+    assert all(row.count("|") == 8 for row in rows)
 
 
 @pytest.fixture
-def example(tmp_path):
-    """The document's example as a module, registered as long as the test runs."""
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+def example_gate(tmp_path):
+    """Import the gate that docs/gates.md shows, and unregister it afterwards."""
+    (code,) = re.findall(r"```python\n(.*?)```", GATES, re.DOTALL)
     (tmp_path / "above_mean.py").write_text(code)
     spec = importlib.util.spec_from_file_location("above_mean", tmp_path / "above_mean.py")
-    module = sys.modules["above_mean"] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["above_mean"] = module
     spec.loader.exec_module(module)
     yield module
-    del _registry["above_mean"], sys.modules["above_mean"]
+    del _registry["above_mean"]
+    del sys.modules["above_mean"]
 
 
-def test_the_table_has_every_gate():
-    rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
-    assert sorted(rows) == available_gates()
-    assert all(
-        line.count("|") == 8 for line in TEXT.splitlines() if re.match(r"\| `\w+` \|", line)
-    )
-
-
-def test_what_it_names_exists():
-    for name in re.findall(
-        r"`((?:megatron|tests|benchmarks|examples_deepspeed)/[\w./]+)`", TEXT
-    ):
-        assert (REPO / name.replace("NAME", "topk")).exists(), name
-    flags = set(re.findall(r"`--([a-z0-9-]+)`", TEXT))
-    fields = {
-        f.replace("_", "-")
-        for name in available_gates()
-        for f in gate_config_class(name).__dataclass_fields__
-    }
-    known = fields | {
-        "gate",
-        "seed",
-        "margin",
-        "moe-loss-coeff",
-        "moe-z-loss-coeff",
-        "moe-balance-scope",
-    }
-    assert flags <= known, flags - known
-
-
-def test_the_example_is_a_gate(example):
+def test_example_gate_becomes_flags(example_gate):
     from megatron.config.cli import parse
 
-    assert (
-        parse(["--gate", "above_mean", "--margin", "0.5"], gate_config_class).gate_options[
-            "margin"
-        ]
-        == 0.5
-    )
+    config = parse(["--gate", "above_mean", "--margin", "0.5"], gate_config_class)
+    assert config.gate_options["margin"] == 0.5
+
+
+def test_example_gate_follows_its_formula(example_gate):
+    """Assignments and balance loss are compared with plain Python, and the router gets a gradient."""
     gate = create_gate(
         "above_mean", hidden_size=8, num_experts=4, init_std=1.0, margin=0.9, loss_coeff=0.1
     )
-    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
-    out = gate(GateInput(x))
-    out.check(20, 4)
-    probs = (x @ gate.router.weight.t()).softmax(-1)
-    expected = [(t, e) for t in range(20) for e in range(4) if probs[t, e] >= 0.9 / 4]
-    assert list(zip(out.token_A.tolist(), out.expert_A.tolist())) == expected
-    load = [sum(e == i for _, e in expected) / len(expected) for i in range(4)]
-    aux = 0.1 * 4 * sum(load[e] * probs[:, e].mean().item() for e in range(4))
-    assert out.aux_loss.item() == pytest.approx(aux, rel=1e-5)
-    (out.weight_A.sum() + out.aux_loss).backward()
+    x_TD = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    routing = gate(GateInput(x_TD))
+    routing.check(20, 4)
+    probs_TE = (x_TD @ gate.router.weight.t()).softmax(-1)
+    expected = [(t, e) for t in range(20) for e in range(4) if probs_TE[t, e] >= 0.9 / 4]
+    assert list(zip(routing.token_A.tolist(), routing.expert_A.tolist())) == expected
+    chosen = [expert for _, expert in expected]
+    load = [chosen.count(e) / len(chosen) for e in range(4)]
+    balance = 0.1 * 4 * sum(load[e] * probs_TE[:, e].mean().item() for e in range(4))
+    assert routing.aux_loss.item() == pytest.approx(balance, rel=1e-5)
+    (routing.weight_A.sum() + routing.aux_loss).backward()
     assert gate.router.weight.grad.abs().sum() > 0

@@ -1,176 +1,124 @@
-"""The commands of the READMEs exist and parse; what takes minutes is run elsewhere (the demo) or shrunk here."""
+"""The commands, flags, files and examples of README.md and dataset/README.md are valid."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron.config.flags import flags_of as config_flags_of
-from megatron.config.schema import SECTIONS
+from helpers import markdown
+from megatron.training import metric_writers
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = markdown.REPO
 READMES = {name: (REPO / name).read_text() for name in ("README.md", "dataset/README.md")}
 README = READMES["README.md"]
-HEREDOC = r"python - <<'EOF'\n(.*?)\nEOF\n"
-TOOLS = (
-    "tools/preprocess_data.py",
-    "tools/merge_datasets.py",
-    "tools/inspect_dataset.py",
-    "tools/train_tokenizer.py",
-    "tools/inspect_checkpoint.py",
-    "tools/consolidate_checkpoint.py",
-    "dataset/make_corpus.py",
-)
+COMMANDS = [
+    (readme, command) for readme, text in READMES.items() for command in markdown.commands(text)
+]
 
 
-def blocks(text: str) -> list[str]:
-    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+@pytest.mark.parametrize(("readme", "command"), COMMANDS)
+def test_readme_commands_are_valid(readme, command, tmp_path):
+    """`helpers.markdown` describes how each kind of command is checked."""
+    markdown.check_command(command, tmp_path)
 
 
-def commands(text: str) -> list[str]:
-    """Lines of all bash blocks, continuations joined, comments and programs in Python dropped."""
-    lines = []
-    for block in blocks(text):
-        for line in (
-            re.sub(HEREDOC, "", block, flags=re.DOTALL).replace("\\\n", " ").splitlines()
-        ):
-            line = re.sub(r"(^|\s)#.*", "", line).strip()
-            if line:
-                lines.append(line)
-    return lines
-
-
-def run(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", "-c", command],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=300,
-        env={
-            **os.environ,
-            "PYTHON": sys.executable,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            **env,
-        },
-    )
-
-
-def flags_of(tool: str) -> argparse.ArgumentParser:
-    return importlib.import_module(tool.removesuffix(".py").replace("/", ".")).parser()
-
-
-@pytest.mark.parametrize(
-    ("readme", "command"),
-    [(name, line) for name, text in READMES.items() for line in commands(text)],
-)
-def test_command(readme, command, tmp_path):
-    """make targets expand; training commands are dry-run; data tools parse their flags, and the README's preprocessing
-    is done; other programs answer --help."""
-    words = shlex.split(command)
-    if words[0] == "make":
-        done = run(f"make -n {' '.join(words[1:])}", REPO)
-        assert done.returncode == 0, done.stderr
-        return
-    if words[:2] == ["python", "-c"]:
-        assert compile(words[2], readme, "exec")
-        return
-    script = next(w for w in words if w.endswith((".sh", ".py")))
-    assert (REPO / script).exists()
-    if script in TOOLS:
-        assert words[0] == "python" and flags_of(script).parse_args(
-            words[words.index(script) + 1 :]
-        )
-        if readme != "README.md" or not script.endswith("preprocess_data.py"):
-            return
-    if script.endswith("download_vocab.sh"):  # needs a network
-        assert run(f"bash -n {script}", REPO).returncode == 0
-        return
-    if script.endswith("run.sh"):
-        done = run(f"DRY_RUN=1 {command}", REPO, OUTPUT_DIR=str(tmp_path))
-    elif (
-        "/gates/" in script
-    ):  # tests/test_gate_scripts.py parses the flags; the demo's tokenizer is not there yet
-        done = run(f"DRY_RUN=1 {command}", REPO, OUTPUT_DIR=str(tmp_path), PYTHON="/bin/echo")
-    elif script.endswith("preprocess_data.py"):
-        done = preprocess(command, tmp_path)
-    elif "--help" in words:
-        done = run(command, REPO)
-    else:
-        done = run(f"python {script} --help", REPO)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def preprocess(command: str, tmp_path: Path) -> subprocess.CompletedProcess:
-    """The README's preprocessing line on one document, with the GPT-2 vocabulary if the machine has it."""
-    shared = REPO.parent / "shared/data"
-    if not (shared / "gpt2-vocab.json").exists():
-        pytest.skip("no GPT-2 vocabulary beside the repository")
+def test_readme_preprocessing_writes_token_files(tmp_path):
+    """Run the README's preprocessing on one document, with the GPT-2 vocabulary if the machine has it."""
+    vocabulary = REPO.parent / "shared/data"
+    if not (vocabulary / "gpt2-vocab.json").exists():
+        pytest.skip("this machine has no GPT-2 vocabulary in ../shared/data")
+    (command,) = [c for c in markdown.commands(README) if "preprocess_data.py" in c]
+    for name in ("gpt2-vocab.json", "gpt2-merges.txt"):
+        command = command.replace(f"dataset/{name}", str(vocabulary / name))
     (tmp_path / "corpus.jsonl").write_text('{"text": "hello world"}\n')
-    for name in ("vocab.json", "merges.txt"):
-        command = command.replace(f"dataset/gpt2-{name}", str(shared / f"gpt2-{name}"))
-    done = run(command.replace("tools/", f"{REPO}/tools/"), tmp_path)
-    assert (tmp_path / "runs/mine/data/corpus_text_document.idx").exists(), done.stderr
-    return done
+    markdown.assert_success(markdown.run(command.replace("tools/", f"{REPO}/tools/"), tmp_path))
+    assert (tmp_path / "runs/mine/data/corpus_text_document.idx").exists()
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_what_is_inline_is_real(readme):
-    """Files, commands of the tools, and flags: of some tool, of training, or of pip."""
+def test_readme_inline_code_is_valid(readme):
+    """Paths exist, flags are known, links work, and examples of tools parse."""
     text = READMES[readme]
-    for name in re.findall(
-        r"`((?:megatron|tools|dataset|benchmarks|examples_deepspeed)/[\w./-]+)`", text
-    ):
-        assert (REPO / name).exists(), name
-    for tool, arguments in re.findall(rf"`({'|'.join(map(re.escape, TOOLS))}) ([^`]+)`", text):
-        assert flags_of(tool).parse_args(shlex.split(arguments))
-    known = {flag for tool in TOOLS for flag in flags_of(tool)._option_string_actions}
-    known |= {
-        flag
-        for name, cls in SECTIONS.items()
-        for entry in config_flags_of(cls, name)
-        for flag in entry.spellings
-    }
-    for inline in re.findall(r"`(--[^`]+)`", text):
-        for flag in re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", inline):
-            field = flag.removeprefix("--").replace("-", "_")  # of the gate that is shown
-            assert flag in known or f"    {field}: " in text, f"{readme}: {flag}"
+    assert not markdown.missing_paths(text)
+    assert not markdown.unknown_flags(text)
+    assert not markdown.broken_links(REPO / readme)
+    markdown.check_tool_examples(text)
 
 
-def test_programs_in_the_readmes_compile():
-    programs = [
-        p
-        for text in READMES.values()
-        for block in blocks(text)
-        for p in re.findall(HEREDOC, block, re.DOTALL)
-    ]
+def test_readme_python_programs_compile():
+    programs = []
+    for text in READMES.values():
+        programs += markdown.python_programs(text)
     assert len(programs) == sum(text.count("<<") for text in READMES.values()) > 0
     for program in programs:
         compile(program, "README", "exec")
 
 
-def test_figures_are_filled_in():
+def test_readme_has_no_placeholders():
     assert "@@" not in README
 
 
-def test_the_gates_it_names_are_the_gates_there_are():
+def test_readme_names_every_gate():
     from megatron.moe.gate import available_gates
 
     for name in available_gates():
         assert f"`{name}`" in README, name
 
 
-def test_the_gate_it_shows_is_the_gate_that_is_tested():
-    """The example in the README is the throw-away gate that tests/training/test_pretrain.py trains."""
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    tested = (REPO / "tests/training/test_pretrain.py").read_text()
-    body = example.split('mod E."""\n', 1)[1]
-    assert body.strip() in tested
+def test_readme_lists_every_folder():
+    """The table of folders has every package of megatron/ and every folder at the top."""
+    listed = re.findall(r"^\| `([\w/]+)/` \|", README, re.MULTILINE)
+    packages = [path.parent for path in (REPO / "megatron").glob("*/__init__.py")]
+    expected = {path.relative_to(REPO).as_posix() for path in packages}
+    expected |= {"tools", "examples_deepspeed/MoE", "dataset", "benchmarks", "docs", "tests"}
+    assert set(listed) == expected and len(listed) == len(expected)
+
+
+def test_readme_gate_is_the_tested_gate():
+    """The README shows exactly the gate that tests/training/test_pretrain.py adds to a copy of the tree and trains."""
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    tested = Path(REPO / "tests/training/test_pretrain.py").read_text()
+    assert f"GATE = '''{example}'''" in tested
+
+
+def test_readme_log_lines_have_console_format(monkeypatch):
+    """The sample log lines are what the console writer prints for these metrics."""
+    lines = []
+    logger = SimpleNamespace(info=lines.append)
+    monkeypatch.setattr(metric_writers, "get_logger", lambda: logger)
+    console = metric_writers.ConsoleWriter(200)
+    console.write(
+        {
+            "kind": "train",
+            "iteration": 200,
+            "loss": 4.49388,
+            "aux_loss": 0.01074,
+            "lr": 2.001e-4,
+            "grad_norm": 0.683,
+            "tokens_per_s": 2810.0,
+            "experts_per_token": 8.777,
+            "experts_per_token_before_capacity": 8.777,
+            "load_imbalance_max_over_mean": 1.45,
+            "dropped_assignment_fraction": 0.0,
+            "skipped_steps": 0,
+        }
+    )
+    console.write(
+        {
+            "kind": "test",
+            "iteration": 200,
+            "loss": 4.74514,
+            "perplexity": 115.024,
+            "experts_per_token": 8.814,
+            "experts_per_token_before_capacity": 8.814,
+            "load_imbalance_max_over_mean": 1.47,
+            "dropped_assignment_fraction": 0.0,
+            "experts_per_token_by_layer": [6.85, 10.09, 9.50],
+        }
+    )
+    assert len(lines) == 2
+    for line in lines:
+        assert f" {line}\n" in README, line

@@ -368,30 +368,28 @@ def test_killed_rank_ends_run(data, tmp_path):
             os.kill(pid, 0)
 
 
-GATE = '''
-"""Every token to the expert whose number is its id modulo E: a throw-away gate for the tests."""
+GATE = '''"""Modulo gate: the token id selects the expert."""
 
 from dataclasses import dataclass
 
 import torch
 
-from megatron.moe.gate import Gate
-from megatron.moe.routing import GateInput, Routing
+from megatron.moe import Gate, GateInput, Routing
 
 
 class ModuloGate(Gate, name="modulo"):
-    """expert = (id + shift) mod E."""
+    """Send each token to expert (token id + shift) mod E."""
 
     @dataclass(frozen=True)
     class Config:
         shift: int = 0
-        """added to the token's id"""
+        """offset added to the token id"""
 
     def forward(self, inp: GateInput) -> Routing:
-        expert = (inp.token_ids_T + self.config.shift) % self.num_experts
-        token = torch.arange(len(expert), device=expert.device)
-        weight = torch.ones(len(expert), device=expert.device)
-        return Routing(token, expert, weight, aux_loss=weight.new_zeros(()))
+        expert_A = (inp.token_ids_T + self.config.shift) % self.num_experts
+        token_A = torch.arange(len(expert_A), device=expert_A.device)
+        weight_A = torch.ones(len(expert_A), device=expert_A.device)
+        return Routing(token_A, expert_A, weight_A, aux_loss=weight_A.new_zeros(()))
 '''
 
 

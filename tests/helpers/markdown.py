@@ -1,0 +1,163 @@
+"""Check the commands, flags, files and links that the Markdown pages of the repository name.
+
+Nothing is trained: launch scripts print their command under DRY_RUN, tools only parse their flags, and every other
+program answers --help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from megatron.config.flags import flags_of
+from megatron.config.schema import SECTIONS
+from megatron.moe.gate import available_gates, gate_config_class
+
+REPO = Path(__file__).resolve().parents[2]
+PYTHON_HEREDOC = r"python - <<'EOF'\n(.*?)\nEOF\n"
+TOOLS = (
+    "tools/preprocess_data.py",
+    "tools/merge_datasets.py",
+    "tools/inspect_dataset.py",
+    "tools/train_tokenizer.py",
+    "tools/inspect_checkpoint.py",
+    "tools/consolidate_checkpoint.py",
+    "dataset/make_corpus.py",
+)
+GENERAL_FLAGS = {"--help", "--version", "--config"}
+"""Flags of pretrain_gpt.py that are not fields of its configuration"""
+
+PATH = r"(?:megatron|tools|dataset|benchmarks|examples_deepspeed|docs|tests)/[\w./-]*"
+"""A file or folder of the repository, as a page writes it"""
+
+
+def bash_blocks(text: str) -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+
+
+def python_programs(text: str) -> list[str]:
+    """List the Python programs that bash blocks pass to `python -`."""
+    programs = []
+    for block in bash_blocks(text):
+        programs += re.findall(PYTHON_HEREDOC, block, re.DOTALL)
+    return programs
+
+
+def commands(text: str) -> list[str]:
+    """List the commands of all bash blocks, without comments, with continued lines joined."""
+    lines = []
+    for block in bash_blocks(text):
+        shell = re.sub(PYTHON_HEREDOC, "", block, flags=re.DOTALL).replace("\\\n", " ")
+        for line in shell.splitlines():
+            command = re.sub(r"(^|\s)#.*", "", line).strip()
+            if command:
+                lines.append(command)
+    return lines
+
+
+def run(command: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run a command in bash with this Python first on the PATH."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=300,
+        env={**os.environ, "PYTHON": sys.executable, "PATH": path, **env},
+    )
+
+
+def tool_parser(tool: str) -> argparse.ArgumentParser:
+    return importlib.import_module(tool.removesuffix(".py").replace("/", ".")).parser()
+
+
+def check_command(command: str, folder: Path) -> None:
+    """Assert that a documented command is valid; launch scripts write to `folder`, if anywhere."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert_success(run(f"make -n {shlex.join(words[1:])}", REPO))
+        return
+    if words[:3] == ["python", "-m", "pytest"]:
+        paths = [word for word in words[3:] if "/" in word]
+        assert paths and all((REPO / path).exists() for path in paths), command
+        return
+    script = next(word for word in words if word.endswith((".sh", ".py")))
+    assert (REPO / script).exists(), script
+    if script in TOOLS:
+        assert words[0] == "python"
+        assert tool_parser(script).parse_args(words[words.index(script) + 1 :])
+    elif script.endswith("run.sh"):
+        hosts = folder / "hosts"
+        hosts.write_text("node-a slots=8\nnode-b slots=8\n")
+        command = command.replace("HOSTFILE=hosts", f"HOSTFILE={hosts}")
+        assert_success(run(f"DRY_RUN=1 {command}", REPO, OUTPUT_DIR=str(folder)))
+    elif "/gates/" in script:
+        # tests/test_gate_scripts.py parses the flags. The model's size would need the demo's tokenizer, so `echo`
+        # stands in for Python.
+        done = run(f"DRY_RUN=1 {command}", REPO, OUTPUT_DIR=str(folder), PYTHON="/bin/echo")
+        assert_success(done)
+    elif script.endswith(".sh"):  # downloads from the network
+        assert_success(run(f"bash -n {script}", REPO))
+    elif "--help" in words:
+        assert_success(run(command, REPO))
+    else:
+        assert_success(run(f"python {script} --help", REPO))
+
+
+def assert_success(done: subprocess.CompletedProcess) -> None:
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@cache
+def known_flags() -> frozenset[str]:
+    """Return the flags of training, of every gate, of the tools and of the benchmarks."""
+    flags = set(GENERAL_FLAGS)
+    for source in [*REPO.glob("benchmarks/*.py"), REPO / "tests/record_results.py"]:
+        flags |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source.read_text()))
+    for tool in TOOLS:
+        flags |= set(tool_parser(tool)._option_string_actions)
+    sections = [*SECTIONS.items()]
+    sections += [("gate_options", gate_config_class(name)) for name in available_gates()]
+    for section, cls in sections:
+        for flag in flags_of(cls, section):
+            flags |= set(flag.spellings)
+    return frozenset(flags)
+
+
+def unknown_flags(text: str) -> set[str]:
+    """Return flags in inline code that no program has; the fields of a gate shown on the page are flags, too."""
+    flags = set()
+    for inline in re.findall(r"`(--[^`]+)`", text):
+        flags |= set(re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", inline))
+    fields = set(re.findall(r"^        (\w+): ", text, re.MULTILINE))
+    fields |= set(re.findall(r"^    --([a-z-]+) ", text, re.MULTILINE))
+    shown = {"--" + field.replace("_", "-") for field in fields}
+    return flags - known_flags() - shown
+
+
+def missing_paths(text: str) -> list[str]:
+    """Return paths in inline code that do not exist; NAME in a path is the name of a gate."""
+    paths = re.findall(rf"`({PATH})`", text)
+    return [path for path in paths if not (REPO / path.replace("NAME", "topk")).exists()]
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return relative links to files that do not exist."""
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    return [link for link in local if not (page.parent / link).exists()]
+
+
+def check_tool_examples(text: str) -> None:
+    """Parse the flags of inline examples such as `tools/inspect_dataset.py PREFIX --full`."""
+    names = "|".join(map(re.escape, TOOLS))
+    for tool, arguments in re.findall(rf"`({names}) ([^`]+)`", text):
+        assert tool_parser(tool).parse_args(shlex.split(arguments))
