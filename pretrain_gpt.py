@@ -1,8 +1,8 @@
-"""Train a mixture-of-experts GPT: `deepspeed pretrain_gpt.py --help` lists the flags."""
+"""Train a mixture-of-experts GPT; `python pretrain_gpt.py --help` lists the flags."""
 
 import time
 
-STARTED = time.time()  # before torch is imported, so that the start-up time includes the imports
+STARTED = time.time()  # before the imports, so that the start-up time includes them
 
 if __name__ == "__main__":
     from megatron.exit_codes import exit_process

@@ -1,7 +1,8 @@
 """Fixtures and settings shared by all tests.
 
-Property tests (hypothesis) repeat the same examples in every run, so that `make test` draws no random numbers of its
-own. `make test-slow` sets HYPOTHESIS_PROFILE=random, which draws new examples and prints how to repeat a failure.
+Property tests (hypothesis) repeat the same examples in every run, so that `make test`
+draws no random numbers of its own. `make test-slow` sets HYPOTHESIS_PROFILE=random, which
+draws new examples and prints how to repeat a failure.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A shell starts background jobs with SIGINT ignored, and the programs under test would inherit that.
+    # A shell starts background jobs with SIGINT ignored, and the programs under test
+    # would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A test's own `@settings(max_examples=...)` keeps what its profile says about the rest.
+settings.register_profile("derandomized", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "derandomized"))
 
 from helpers import runs  # noqa: E402
 from helpers.spawn import Ranks  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 
-# A test's own `@settings(max_examples=...)` keeps what its profile says about the rest.
-settings.register_profile("derandomized", derandomize=True, deadline=None)
-settings.register_profile("random", deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "derandomized"))
 
 # Files with few, long tests run first; otherwise one of two workers would run them last, alone.
 LONG = (
@@ -83,7 +86,10 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> str:
-    """Write a .bin/.idx pair of 60 byte-level documents that a tiny model can learn; returns its prefix."""
+    """Write a .bin/.idx pair of 60 documents of bytes, which a tiny model can learn.
+
+    Returns its prefix.
+    """
     from megatron.config.schema import TokenizerConfig
     from megatron.data.indexed.writer import IndexedWriter
     from megatron.tokenizer.build import build_tokenizer
@@ -108,7 +114,7 @@ def data(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory, ranks2) -> Path:
-    """Train 20 iterations on two ranks that share the experts; returns the run's folder."""
+    """Train 20 iterations on two ranks that share the experts; returns the output folder."""
     out = tmp_path_factory.mktemp("finished")
     ranks2.run(runs.train, runs.flags(data, out, 20, *runs.EP2), timeout=300)
     return out

@@ -1,4 +1,7 @@
-"""The pages in docs/, CONTRIBUTING.md and benchmarks/README.md name what exists, and the gate they show works."""
+"""The documentation names commands, flags and files that exist, and its gate works.
+
+Checks docs/, CONTRIBUTING.md and benchmarks/README.md; tests/test_readme.py checks the rest.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def page_name(page) -> str:
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_docs_commands_are_valid(page, command, tmp_path):
-    markdown.check_command(command, tmp_path)
+    markdown.assert_command_is_valid(command, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -44,12 +47,12 @@ def test_docs_name_what_exists(page):
     assert not markdown.missing_paths(text)
     assert not markdown.unknown_flags(text)
     assert not markdown.broken_links(page)
-    markdown.check_tool_examples(text)
+    markdown.assert_tool_examples_parse(text)
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=page_name)
 def test_docs_use_the_fields_words(page):
-    """Prose avoids the words that tests/test_structure.py forbids in docstrings; printed output is not checked."""
+    """Prose avoids the words that tests/test_structure.py forbids; code blocks may use them."""
     prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert not sorted({match[0] for match in AVOIDED.finditer(prose)})
 
@@ -61,7 +64,7 @@ def test_readme_links_every_page():
 
 
 def test_contributing_names_existing_code():
-    """Every name of a class, function or constant that CONTRIBUTING.md mentions is defined in the package."""
+    """Classes, functions and constants in CONTRIBUTING.md are defined in the package."""
     text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
     source = "\n".join(path.read_text() for path in (REPO / "megatron").rglob("*.py"))
     names = set(re.findall(r"`(_?[A-Z][A-Z_]+|[A-Z]\w+Config|build_\w+|metric_\w+)`", text))
@@ -71,7 +74,7 @@ def test_contributing_names_existing_code():
 
 
 def test_checkpoint_page_lists_the_files(finished):
-    """The page lists the files of a checkpoint as the training run `finished` wrote them."""
+    """The page lists the files that the training run `finished` wrote."""
     folder = finished / "checkpoints/iter_0000020"
     named = set(re.findall(r"^    (\w+\.\w+)", CHECKPOINTS, re.MULTILINE))
     assert named | {"rank_00001.safetensors"} == {path.name for path in folder.iterdir()}
@@ -106,7 +109,7 @@ def test_example_gate_becomes_flags(example_gate):
 
 
 def test_example_gate_follows_its_formula(example_gate):
-    """Assignments and balance loss are compared with plain Python, and the router gets a gradient."""
+    """Assignments and balance loss equal plain Python, and the router gets a gradient."""
     gate = create_gate(
         "above_mean", hidden_size=8, num_experts=4, init_std=1.0, margin=0.9, loss_coeff=0.1
     )

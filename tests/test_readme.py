@@ -1,9 +1,8 @@
-"""The commands, flags, files and examples of README.md and dataset/README.md are valid."""
+"""The commands, flags, files and examples of both READMEs are valid."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,8 @@ from helpers import markdown
 from megatron.training import metric_writers
 
 REPO = markdown.REPO
-READMES = {name: (REPO / name).read_text() for name in ("README.md", "dataset/README.md")}
+NAMES = ("README.md", "dataset/README.md")
+READMES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
 README = READMES["README.md"]
 COMMANDS = [
     (readme, command) for readme, text in READMES.items() for command in markdown.commands(text)
@@ -22,11 +22,11 @@ COMMANDS = [
 @pytest.mark.parametrize(("readme", "command"), COMMANDS)
 def test_readme_commands_are_valid(readme, command, tmp_path):
     """`helpers.markdown` describes how each kind of command is checked."""
-    markdown.check_command(command, tmp_path)
+    markdown.assert_command_is_valid(command, tmp_path)
 
 
 def test_readme_preprocessing_writes_token_files(tmp_path):
-    """Run the README's preprocessing on one document, with the GPT-2 vocabulary if the machine has it."""
+    """Preprocess one document, with the GPT-2 vocabulary if the machine has it."""
     vocabulary = REPO.parent / "shared/data"
     if not (vocabulary / "gpt2-vocab.json").exists():
         pytest.skip("this machine has no GPT-2 vocabulary in ../shared/data")
@@ -45,7 +45,7 @@ def test_readme_inline_code_is_valid(readme):
     assert not markdown.missing_paths(text)
     assert not markdown.unknown_flags(text)
     assert not markdown.broken_links(REPO / readme)
-    markdown.check_tool_examples(text)
+    markdown.assert_tool_examples_parse(text)
 
 
 def test_readme_python_programs_compile():
@@ -69,7 +69,7 @@ def test_readme_names_every_gate():
 
 
 def test_readme_lists_every_folder():
-    """The table of folders has every package of megatron/ and every folder at the top."""
+    """The table has every package of megatron/ and every folder at the top."""
     listed = re.findall(r"^\| `([\w/]+)/` \|", README, re.MULTILINE)
     packages = [path.parent for path in (REPO / "megatron").glob("*/__init__.py")]
     expected = {path.relative_to(REPO).as_posix() for path in packages}
@@ -78,9 +78,9 @@ def test_readme_lists_every_folder():
 
 
 def test_readme_gate_is_the_tested_gate():
-    """The README shows exactly the gate that tests/training/test_pretrain.py adds to a copy of the tree and trains."""
+    """tests/training/test_pretrain.py adds exactly this gate to a copy of the tree."""
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    tested = Path(REPO / "tests/training/test_pretrain.py").read_text()
+    tested = (REPO / "tests/training/test_pretrain.py").read_text(encoding="utf-8")
     assert f"GATE = '''{example}'''" in tested
 
 

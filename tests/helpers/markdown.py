@@ -1,7 +1,7 @@
-"""Check the commands, flags, files and links that the Markdown pages of the repository name.
+"""Check the commands, flags, files and links in the Markdown pages of the repository.
 
-Nothing is trained: launch scripts print their command under DRY_RUN, tools only parse their flags, and every other
-program answers --help.
+Nothing is trained: launch scripts print their command under DRY_RUN, tools only parse
+their flags, and every other program answers --help.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def python_programs(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """List the commands of all bash blocks, without comments, with continued lines joined."""
+    """List the commands of all bash blocks, with continued lines joined."""
     lines = []
     for block in bash_blocks(text):
         shell = re.sub(PYTHON_HEREDOC, "", block, flags=re.DOTALL).replace("\\\n", " ")
@@ -79,8 +79,8 @@ def tool_parser(tool: str) -> argparse.ArgumentParser:
     return importlib.import_module(tool.removesuffix(".py").replace("/", ".")).parser()
 
 
-def check_command(command: str, folder: Path) -> None:
-    """Assert that a documented command is valid; launch scripts write to `folder`, if anywhere."""
+def assert_command_is_valid(command: str, folder: Path) -> None:
+    """Assert that a documented command is valid; `folder` is for its output."""
     words = shlex.split(command)
     if words[0] == "make":
         assert_success(run(f"make -n {shlex.join(words[1:])}", REPO))
@@ -100,8 +100,8 @@ def check_command(command: str, folder: Path) -> None:
         command = command.replace("HOSTFILE=hosts", f"HOSTFILE={hosts}")
         assert_success(run(f"DRY_RUN=1 {command}", REPO, OUTPUT_DIR=str(folder)))
     elif "/gates/" in script:
-        # tests/test_gate_scripts.py parses the flags. The model's size would need the demo's tokenizer, so `echo`
-        # stands in for Python.
+        # tests/test_gate_scripts.py parses the flags. `echo` replaces Python here, because
+        # printing the model's size would need the demo's tokenizer.
         done = run(f"DRY_RUN=1 {command}", REPO, OUTPUT_DIR=str(folder), PYTHON="/bin/echo")
         assert_success(done)
     elif script.endswith(".sh"):  # downloads from the network
@@ -118,7 +118,7 @@ def assert_success(done: subprocess.CompletedProcess) -> None:
 
 @cache
 def known_flags() -> frozenset[str]:
-    """Return the flags of training, of every gate, of the tools and of the benchmarks."""
+    """Return the flags of training, gates, tools and benchmarks."""
     flags = set(GENERAL_FLAGS)
     for source in [*REPO.glob("benchmarks/*.py"), REPO / "tests/record_results.py"]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source.read_text()))
@@ -133,7 +133,7 @@ def known_flags() -> frozenset[str]:
 
 
 def unknown_flags(text: str) -> set[str]:
-    """Return flags in inline code that no program has; the fields of a gate shown on the page are flags, too."""
+    """Return flags in inline code that no program and no gate shown on the page has."""
     flags = set()
     for inline in re.findall(r"`(--[^`]+)`", text):
         flags |= set(re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", inline))
@@ -144,7 +144,7 @@ def unknown_flags(text: str) -> set[str]:
 
 
 def missing_paths(text: str) -> list[str]:
-    """Return paths in inline code that do not exist; NAME in a path is the name of a gate."""
+    """Return paths in inline code that do not exist; NAME stands for a gate."""
     paths = re.findall(rf"`({PATH})`", text)
     return [path for path in paths if not (REPO / path.replace("NAME", "topk")).exists()]
 
@@ -156,8 +156,8 @@ def broken_links(page: Path) -> list[str]:
     return [link for link in local if not (page.parent / link).exists()]
 
 
-def check_tool_examples(text: str) -> None:
-    """Parse the flags of inline examples such as `tools/inspect_dataset.py PREFIX --full`."""
+def assert_tool_examples_parse(text: str) -> None:
+    """Parse inline examples such as `tools/inspect_dataset.py PREFIX --full`."""
     names = "|".join(map(re.escape, TOOLS))
     for tool, arguments in re.findall(rf"`({names}) ([^`]+)`", text):
         assert tool_parser(tool).parse_args(shlex.split(arguments))
