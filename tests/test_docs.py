@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from test_structure import AVOIDED
+from test_structure import AVOIDED, LAYERS
 
 from helpers import markdown
 from megatron.moe.gate import _registry, available_gates, create_gate, gate_config_class
@@ -71,6 +71,16 @@ def test_contributing_names_existing_code():
     assert len(names) >= 7
     for name in names:
         assert re.search(rf"^\s*(class |def )?{name}\b", source, re.MULTILINE), name
+
+
+def test_contributing_layers_are_enforced_layers():
+    """The table has every package, with the layer that tests/test_structure.py enforces."""
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `megatron/(\w+)/` \|", text, re.MULTILINE)
+    packages = {path.parent.name for path in (REPO / "megatron").glob("*/__init__.py")}
+    assert {name for _, name in rows} == packages
+    for layer, name in rows:
+        assert LAYERS[f"megatron.{name}"] == int(layer), name
 
 
 def test_checkpoint_page_lists_the_files(finished):
