@@ -6,11 +6,13 @@ Checks docs/, CONTRIBUTING.md and benchmarks/README.md; tests/test_readme.py che
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 
 import pytest
 import torch
+from hypothesis import settings
 from test_structure import AVOIDED, LAYERS
 
 from helpers import markdown
@@ -81,6 +83,16 @@ def test_contributing_layers_are_enforced_layers():
     assert {name for _, name in rows} == packages
     for layer, name in rows:
         assert LAYERS[f"megatron.{name}"] == int(layer), name
+
+
+def test_property_tests_repeat_their_examples():
+    """CONTRIBUTING.md promises it for `make test`; no test may choose for itself."""
+    profile = os.environ.get("HYPOTHESIS_PROFILE", "derandomized")
+    assert settings(max_examples=7).derandomize == (profile == "derandomized")
+    tests = [
+        path for path in (REPO / "tests").rglob("test_*.py") if path.name != "test_docs.py"
+    ]
+    assert not [path for path in tests if "derandomize" in path.read_text(encoding="utf-8")]
 
 
 def test_checkpoint_page_lists_the_files(finished):
