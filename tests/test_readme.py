@@ -77,6 +77,11 @@ def test_readme_lists_every_folder():
     assert set(listed) == expected and len(listed) == len(expected)
 
 
+def test_readme_lists_every_tool():
+    for path in (REPO / "tools").glob("*.py"):
+        assert f"`{path.name}`" in README, path.name
+
+
 def test_readme_gate_is_the_tested_gate():
     """tests/training/test_pretrain.py adds exactly this gate to a copy of the tree."""
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
