@@ -1,9 +1,11 @@
-"""The data side alone: indexing 10 million documents of 10 billion tokens, and feeding the demo's training.
+"""Data loading: indexing 10 million documents of 10 billion tokens, and feeding the demo's training.
 
-The big dataset has a real .idx and a sparse .bin (20 GB that take no disk; all tokens are 0), in a temporary folder
-that is removed. Its index is built, opened and read in fresh processes. The loader reads this Python's standard library
-as bytes and is compared, in one process, with the demo model's training step on one rank and one core, with all experts
-and hence no communication: the demo's two ranks do at most two micro-batches in that time.
+The large dataset has a real .idx and a sparse .bin (20 GB that take no disk space; all tokens are
+0) in a temporary folder. Its index is built, opened and read in fresh processes.
+
+The loader reads this Python's standard library as bytes. It is compared, in one process, with the
+training step of the demo's model on one rank and one core, with all experts and hence without
+communication: the demo's two ranks do at most two micro-batches in that time.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,45 +29,56 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
 
-DOCUMENTS, TOKENS, SEQ_LENGTH, QUICK = (
-    10_000_000,
-    10_000_000_000,
-    1024,
-    50,
-)  # --quick: 50 times smaller
-VISITED, VISITS = 3000, ("first visit", "again")
-DEMO_RANKS, TIMES = 2, 50  # the loader must be this many times faster than the demo's training
-STEP, OPEN, ACCESS = "1 training step of 1 rank", "1 second", "50 microseconds"
+if TYPE_CHECKING:
+    from megatron.config.schema import DataConfig
+    from megatron.data.loader import BatchLoader
+    from megatron.data.sampling.sample_index import SampleIndex
+
+DOCUMENTS = 10_000_000
+TOKENS = 10_000_000_000
+SEQ_LENGTH = 1024
+QUICK_DIVISOR = 50  # --quick makes the dataset this many times smaller
+VISITED = 3000  # random samples that are read
+VISITS = ("first visit", "again")
+DEMO_RANKS = 2
+TIMES = 50  # the loader must be this many times faster than the demo's training
+STEP = "1 training step of 1 rank"
+OPEN = "1 second"
+ACCESS = "50 microseconds"
 
 
 def write_dataset(prefix: str, documents: int, tokens: int) -> None:
-    """A pair of uint16 tokens whose documents have log-normal lengths that add up to `tokens`."""
-    from megatron.data.indexed.reader import CODES, HEADER, MAGIC, VERSION, byte_pointers
+    """Write a uint16 dataset whose document lengths are log-normal and add up to `tokens`."""
+    from megatron.data.indexed.reader import (
+        DTYPE_CODES,
+        INDEX_HEADER,
+        INDEX_MAGIC,
+        INDEX_VERSION,
+        byte_pointers,
+    )
 
     dtype = np.dtype(np.uint16)
     shape = np.random.RandomState(0).lognormal(0, 1, documents)
     lengths = 1 + (shape * ((tokens - documents) / shape.sum())).astype(np.int64)
-    lengths[: tokens - int(lengths.sum())] += 1  # what rounding down left, less than one each
+    lengths[: tokens - int(lengths.sum())] += 1  # the rest after rounding down
+    header = (INDEX_MAGIC, INDEX_VERSION, DTYPE_CODES[dtype], documents, documents + 1)
     with open(prefix + ".idx", "wb") as file:
-        file.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], documents, documents + 1))
-        for part, kind in (
-            (lengths, "<i4"),
-            (byte_pointers(lengths, dtype), "<i8"),
-            (np.arange(documents + 1), "<i8"),
-        ):
-            file.write(part.astype(kind).data)
+        file.write(INDEX_HEADER.pack(*header))
+        file.write(lengths.astype("<i4").data)
+        file.write(byte_pointers(lengths, dtype).astype("<i8").data)
+        file.write(np.arange(documents + 1).astype("<i8").data)
     with open(prefix + ".bin", "wb") as file:
         file.truncate(tokens * dtype.itemsize)
 
 
-def fresh(job: Callable[..., Any], *args: Any) -> Any:
-    """What `job` returns in a process of its own."""
+def run_in_fresh_process(job: Callable[..., Any], *args: Any) -> Any:
+    """Return the result of `job` in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(job, *args).result()
 
 
-def open_index(prefix: str, cache: str):
-    """(the sample index, seconds of opening the dataset, seconds of the index)."""
+def open_index(prefix: str, cache: str) -> tuple[SampleIndex, float, float]:
+    """Return (sample index, seconds to open the dataset, seconds to build or open the index)."""
     from megatron.data.indexed.reader import IndexedDataset
     from megatron.data.sampling.sample_index import SampleIndex
 
@@ -77,19 +90,23 @@ def open_index(prefix: str, cache: str):
 
 
 def build(prefix: str, cache: str) -> tuple[int, float, float]:
-    """(samples, seconds of the index, peak memory of the process in MB). Not ru_maxrss: that survives exec, so that it
-    would show the parent's."""
+    """Return (samples, seconds to build the index, peak memory of the process in MB).
+
+    The peak is VmHWM and not ru_maxrss, which survives exec and would be the parent's.
+    """
     index, _, seconds = open_index(prefix, cache)
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return len(index), seconds, int(peak[1]) * 1024 / 1e6
 
 
 def open_built(prefix: str, cache: str) -> tuple[float, float]:
-    return open_index(prefix, cache)[1:]
+    """Return the seconds to open the dataset and its cached index."""
+    _, dataset_seconds, index_seconds = open_index(prefix, cache)
+    return dataset_seconds, index_seconds
 
 
 def access(prefix: str, cache: str) -> list[list[float]]:
-    """Seconds of VISITED random samples, at the first visit and, with their tokens in memory, at the second."""
+    """Return the seconds of VISITED random samples, cold and with their tokens in memory."""
     index, *_ = open_index(prefix, cache)
     numbers = np.random.RandomState(2).randint(0, len(index), VISITED).tolist()
     seconds: list[list[float]] = [[], []]
@@ -102,8 +119,13 @@ def access(prefix: str, cache: str) -> list[list[float]]:
 
 
 def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """(seconds of a training step, and of as many micro-batches from each loader as TIMES the demo takes in that time;
-    tokens of a micro-batch). Workers have 4 of those 100 read ahead."""
+    """Time a training step against the micro-batches that TIMES the demo takes in that time.
+
+    Workers have read 4 of these 100 micro-batches ahead.
+
+    Returns:
+        Seconds of the step and of each loader, and the tokens of a micro-batch.
+    """
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     import torch
 
@@ -116,106 +138,102 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
 
     groups = parallel.init_distributed(1)
     model, moe, optimizer, train = configs()
-    train, size = (
-        replace(train, global_batch_size=train.micro_batch_size),
-        train.micro_batch_size,
+    micro_batch = train.micro_batch_size
+    train = replace(train, global_batch_size=micro_batch)
+    gpt = build_model(
+        model,
+        replace(moe, moe_expert_parallel_size=1),
+        {"threshold": THRESHOLD},
+        vocab_size=VOCAB,
+        seed=0,
+        groups=groups,
     )
-    engine = Engine(
-        build_model(
-            model,
-            replace(moe, moe_expert_parallel_size=1),
-            {"threshold": THRESHOLD},
-            vocab_size=VOCAB,
-            seed=0,
-            groups=groups,
-        ),
-        optimizer,
-        DeepSpeedConfig(),
-        train,
-        groups,
-    )
-    resets = DataConfig(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
+    engine = Engine(gpt, optimizer, DeepSpeedConfig(), train, groups)
     kinds = {
         "0 workers": DataConfig(),
         "2 workers": DataConfig(num_workers=2),
-        "0 workers, resets": resets,
+        "0 workers, resets": DataConfig(
+            reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True
+        ),
     }
     loaders = {
-        name: make_loader(folder, size, model.seq_length, VOCAB, data)
+        name: make_loader(folder, micro_batch, model.seq_length, VOCAB, data)
         for name, data in kinds.items()
     }
-    batch, functions = next(loaders["0 workers"]), {}
-    functions[STEP] = lambda: engine.step([batch], NextTokenLoss(), 0.0, 0.0)
+    batch = next(loaders["0 workers"])
+    count = TIMES * DEMO_RANKS
+    functions = {STEP: lambda: engine.step([batch], NextTokenLoss(), 0.0, 0.0)}
     for name, loader in loaders.items():
-        functions[f"{TIMES * DEMO_RANKS} micro-batches, {name}"] = lambda loader=loader: [
-            next(loader) for _ in range(TIMES * DEMO_RANKS)
+        functions[f"{count} micro-batches, {name}"] = lambda loader=loader: [
+            next(loader) for _ in range(count)
         ]
     seconds = report.interleave(functions, rounds, warmup=1)
     parallel.destroy()
-    return seconds, size * model.seq_length
+    return seconds, micro_batch * model.seq_length
 
 
-def make_loader(folder: str, micro_batch: int, seq_length: int, vocab_size: int, data):
-    """An endless loader over the standard library's text."""
+def make_loader(
+    folder: str, micro_batch: int, seq_length: int, vocab_size: int, data: DataConfig
+) -> BatchLoader:
+    """Return a loader of 10^9 samples over the text of the standard library."""
     from megatron.data.indexed.reader import IndexedDataset
-    from megatron.data.indexed.writer import IndexedWriter
-    from megatron.data.loader import BatchLoader
+    from megatron.data.loader import BatchLoader, DataParallelShard
     from megatron.data.sampling.sample_index import RepeatedEpochs, SampleIndex
     from megatron.tokenizer.byte import ByteTokenizer
 
     prefix = str(Path(folder) / "text")
     if not Path(prefix + ".idx").exists():
-        with IndexedWriter(prefix, np.uint16) as writer:
-            for path in sorted(Path(os.__file__).parent.glob("*.py")):
-                writer.add_document(
-                    np.append(np.frombuffer(path.read_bytes(), np.uint8), [ByteTokenizer.eod])
-                )
+        write_library_text(prefix)
     samples = SampleIndex(IndexedDataset(prefix), None, seq_length, None, 1, cache_dir=folder)
     return BatchLoader(
         RepeatedEpochs(samples, 10**9, 1),
-        micro_batch_size=micro_batch,
-        global_batch_size=micro_batch,
-        rank=0,
-        world_size=1,
-        consumed_samples=0,
+        DataParallelShard(micro_batch, micro_batch),
         data=data,
         eod=ByteTokenizer.eod,
         vocab_size=vocab_size,
     )
 
 
+def write_library_text(prefix: str) -> None:
+    """Write the source files of the standard library as a dataset of bytes."""
+    from megatron.data.indexed.writer import IndexedWriter
+    from megatron.tokenizer.byte import ByteTokenizer
+
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for path in sorted(Path(os.__file__).parent.glob("*.py")):
+            ids = np.frombuffer(path.read_bytes(), np.uint8)
+            writer.add_document(np.append(ids, [ByteTokenizer.eod]))
+
+
 def index_rows(folder: str, documents: int, tokens: int, rounds: int) -> list[report.Row]:
-    """Measure the index; print what has no baseline."""
-    prefix, cache = str(Path(folder) / "big"), str(Path(folder) / "cache")
+    """Measure the index, and print the figures that have no baseline."""
+    prefix = str(Path(folder) / "big")
+    cache = str(Path(folder) / "cache")
     write_dataset(prefix, documents, tokens)
-    samples, seconds, peak = fresh(build, prefix, cache)
+    samples, seconds, peak = run_in_fresh_process(build, prefix, cache)
     print(
         f"{documents:,} documents, {tokens:,} tokens: {samples:,} samples of {SEQ_LENGTH} + 1"
     )
     print(f"build the index: {seconds:.2f} s, peak memory of the process {peak:.0f} MB")
-    opened = [fresh(open_built, prefix, cache) for _ in range(rounds)]
+    opened = [run_in_fresh_process(open_built, prefix, cache) for _ in range(rounds)]
     dataset, index = (statistics.median(column) for column in zip(*opened))
     print(f"open what is built: {dataset:.3f} s the dataset and {index:.3f} s its index")
-    visits = fresh(access, prefix, cache)
-    for name, visit in zip(VISITS, visits):
-        median, p99 = np.percentile(visit, [50, 99]) * 1e6
-        print(f"a random sample, {name}: median {median:.1f} us, p99 {p99:.1f} us")
+    visits = run_in_fresh_process(access, prefix, cache)
     times = {f"a random sample, {name}": visit for name, visit in zip(VISITS, visits)}
+    for name, visit in times.items():
+        median, p99 = np.percentile(visit, [50, 99]) * 1e6
+        print(f"{name}: median {median:.1f} us, p99 {p99:.1f} us")
+    open_seconds = {OPEN: [1.0] * rounds, "open what is built": [sum(s) for s in opened]}
+    access_seconds = {ACCESS: [50e-6] * VISITED, **times}
     return [
-        *report.compare(
-            {OPEN: [1.0] * rounds, "open what is built": [sum(s) for s in opened]},
-            OPEN,
-            {"open what is built": 1.0},
-        ),
-        *report.compare(
-            {ACCESS: [50e-6] * VISITED, **times}, ACCESS, dict.fromkeys(times, 1.0)
-        ),
+        *report.compare(open_seconds, OPEN, {"open what is built": 1.0}),
+        *report.compare(access_seconds, ACCESS, dict.fromkeys(times, 1.0)),
     ]
 
 
 def loader_rows(folder: str, rounds: int) -> list[report.Row]:
-    """Measure the loader against training; print both in tokens per second."""
-    seconds, tokens = fresh(feed, folder, rounds)
+    """Measure the loader against training, and print both in tokens per second."""
+    seconds, tokens = run_in_fresh_process(feed, folder, rounds)
     step = statistics.median(seconds[STEP])
     demo = DEMO_RANKS * tokens / step
     print(
@@ -229,11 +247,16 @@ def loader_rows(folder: str, rounds: int) -> list[report.Row]:
 
 
 def main() -> int:
+    """Run the benchmark, and return its exit code."""
     args = report.parser(__doc__).parse_args()
-    small, rounds = (QUICK, 3) if args.quick else (1, 10)
+    divisor = 1
+    rounds = 10
+    if args.quick:
+        divisor = QUICK_DIVISOR
+        rounds = 3
     with tempfile.TemporaryDirectory() as folder:
         rows = [
-            *index_rows(folder, DOCUMENTS // small, TOKENS // small, rounds),
+            *index_rows(folder, DOCUMENTS // divisor, TOKENS // divisor, rounds),
             *loader_rows(folder, rounds),
         ]
     return report.finish(rows, args)

@@ -191,7 +191,7 @@ def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
         seed=config.train.seed,
         tokenizer=run.tokenizer,
         vocab_size=run.vocab_size,
-        production=StreamingContext(config.tokenizer, run_id, starts=is_local_rank0),
+        streaming=StreamingContext(config.tokenizer, run_id, starts=is_local_rank0),
     )
     if groups.world_size == 1:
         return build()

@@ -1,4 +1,4 @@
-"""Shows what token shards (.bin/.idx pairs) hold, finds faults in them, and repairs one kind."""
+"""Shows what token datasets (.bin/.idx pairs) hold, finds faults in them, and repairs one kind."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from megatron.tokenizer.base import Tokenizer
 
-EPILOG = """Exit code: 0 all sound, 1 a fault in files that can be read, 2 damaged or missing files, or a mistake in the
-flags. --repair is for shards of other tools whose index leaves the end-of-document token out of the lengths, so that
-document i starts i tokens early; it writes a correct pair. Examples:
+EPILOG = """Exit code: 0 all sound, 1 a fault in files that can be read, 2 corrupt or missing files, or a
+mistake in the flags. --repair is for shards of other tools whose index leaves the end-of-document
+token out of the lengths, so that document i starts i tokens early; it writes a correct pair. Examples:
   python tools/inspect_dataset.py data/corpus_text_document --full --tokenizer-type GPT2BPETokenizer
     --vocab-file dataset/gpt2-vocab.json --merge-file dataset/gpt2-merges.txt
   python tools/inspect_dataset.py old_text_document --repair new_text_document"""
 
 
 def parser() -> argparse.ArgumentParser:
-    from megatron.config.schema import TOKENIZERS
-
+    """Return the parser of the command line."""
     p = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=64,
         metavar="N",
-        help="the first N tokens of each (default: 64)",
+        help="show the first N tokens of each (default: 64)",
     )
     p.add_argument(
         "--full",
@@ -55,12 +56,20 @@ def parser() -> argparse.ArgumentParser:
         help="also write what was found to FILE: a list, an entry per PREFIX",
     )
     p.add_argument("--repair", metavar="OUT", help="write the corrected pair to this prefix")
+    add_tokenizer_flags(p)
+    return p
+
+
+def add_tokenizer_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of the tokenizer that decodes the documents shown."""
+    from megatron.config.schema import TOKENIZERS
+
     p.add_argument(
         "--tokenizer-type",
         default="",
         choices=TOKENIZERS,
-        help="to decode with and to compare with the record (default: GPT2BPETokenizer if its files are "
-        "given, else none)",
+        help="decode with this tokenizer and compare it with the record (default: "
+        "GPT2BPETokenizer if its files are given, else none)",
     )
     p.add_argument(
         "--vocab-file", default="", metavar="FILE", help="vocab.json of GPT2BPETokenizer"
@@ -71,91 +80,110 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tokenizer-model", default="", metavar="FILE", help="as in preprocess_data.py"
     )
-    return p
 
 
-def tokenizer_of(a: argparse.Namespace) -> Tokenizer | None:
+def build_tokenizer_of(args: argparse.Namespace) -> Tokenizer | None:
+    """Build the tokenizer that the flags describe; None if they describe none."""
     from megatron.config.schema import TokenizerConfig
     from megatron.tokenizer.build import build_tokenizer
 
-    if not (a.tokenizer_type or a.vocab_file or a.merge_file or a.tokenizer_model):
+    files = (args.vocab_file, args.merge_file, args.tokenizer_model)
+    if not args.tokenizer_type and not any(files):
         return None
-    return build_tokenizer(
-        TokenizerConfig(
-            a.tokenizer_type or "GPT2BPETokenizer",
-            a.vocab_file,
-            a.merge_file,
-            a.tokenizer_model,
-        )
-    )
+    return build_tokenizer(TokenizerConfig(args.tokenizer_type or "GPT2BPETokenizer", *files))
 
 
-def inspect(prefix: str, a: argparse.Namespace, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What is found in one pair: printed, and returned for JSON."""
+def progress_bar(total: int) -> tqdm:
+    """Return a progress bar in bytes, shown only on a terminal."""
     from tqdm import tqdm
 
-    from megatron.data.indexed.inspect import describe, open_dataset, repair, scan, summarize
-    from megatron.data.indexed.reader import prefix_of
+    return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
-    def bar(total: int) -> tqdm:
-        return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
-    pair = open_dataset(prefix, tokenizer)
-    size = pair.dataset.tokens.nbytes
-    if a.repair:
-        out = prefix_of(a.repair)
-        with bar(2 * size) as b:
-            eod = repair(pair, out, tokenizer, b.update)
-        print(f"{prefix} -> {out}: {pair.uncounted} documents end with {eod} now")
-        pair = open_dataset(out, tokenizer)
-    found = summarize(pair, tokenizer, a.documents, a.tokens)
-    if a.full:
-        with bar(size) as b:
-            found["full"], faults = scan(pair, tokenizer, b.update)
-        found["faults"] += faults
+def inspect(
+    prefix: str, args: argparse.Namespace, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Inspect one dataset, repairing it first if requested, and print what is found.
+
+    Returns:
+        What is found, as JSON values.
+    """
+    from megatron.data.indexed.describe import describe
+    from megatron.data.indexed.inspect import scan, summarize
+    from megatron.data.indexed.opened import open_dataset
+    from megatron.data.indexed.reader import dataset_prefix
+    from megatron.data.indexed.repair import repair
+
+    opened = open_dataset(prefix, tokenizer)
+    size = opened.dataset.tokens.nbytes
+    if args.repair:
+        out = dataset_prefix(args.repair)
+        with progress_bar(2 * size) as bar:
+            eod = repair(opened, out, tokenizer, bar.update)
+        print(f"{prefix} -> {out}: {opened.uncounted_tokens} documents end with {eod} now")
+        opened = open_dataset(out, tokenizer)
+    found = summarize(opened, tokenizer, args.documents, args.tokens)
+    if args.full:
+        with progress_bar(size) as bar:
+            found["full"], problems = scan(opened, tokenizer, bar.update)
+        found["faults"] += problems
     print(*describe(found), sep="\n", flush=True)
     return found
 
 
-def inspect_all(a: argparse.Namespace, prog: str) -> int:
-    """The exit code."""
-    import orjson
+def inspect_all(args: argparse.Namespace, prog: str) -> int:
+    """Inspect every dataset, and return the exit code.
 
+    An error in one dataset is printed and does not prevent the inspection of the others.
+    """
     from megatron.config.schema import require
-    from megatron.data.indexed.reader import prefix_of
-    from megatron.io.atomic_write import write_bytes
+    from megatron.data.indexed.reader import dataset_prefix
 
     for flag in ("documents", "tokens"):
-        require(getattr(a, flag) >= 0, f"--{flag}", getattr(a, flag), "0 or more")
-    require(not a.repair or len(a.prefix) == 1, "PREFIX with --repair", a.prefix, "one")
+        value = getattr(args, flag)
+        require(value >= 0, f"--{flag}", value, "0 or more")
     require(
-        not (a.json and os.path.isdir(a.json)), "--json", a.json, "a file; this is a folder"
+        not args.repair or len(args.prefix) == 1, "PREFIX with --repair", args.prefix, "one"
     )
-    tokenizer = tokenizer_of(a)
-    found, damaged = [], False
-    for prefix in map(prefix_of, a.prefix):
+    is_folder = bool(args.json) and os.path.isdir(args.json)
+    require(not is_folder, "--json", args.json, "a file; this is a folder")
+    tokenizer = build_tokenizer_of(args)
+    found = []
+    failed = False
+    for prefix in map(dataset_prefix, args.prefix):
         try:
-            found.append(inspect(prefix, a, tokenizer))
-        except BrokenPipeError:  # of our own output
+            found.append(inspect(prefix, args, tokenizer))
+        except BrokenPipeError:  # stdout was closed; `run_tool` handles it
             raise
-        except (ValueError, OSError) as error:  # the other pairs are still worth seeing
-            damaged = True
+        except (ValueError, OSError) as error:
+            failed = True
             found.append({"prefix": prefix, "error": str(error)})
             print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-    if a.json:
-        write_bytes(a.json, orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
-    return 2 if damaged else int(any(f["faults"] for f in found))
+    if args.json:
+        write_json(args.json, found)
+    if failed:
+        return 2
+    return int(any(entry["faults"] for entry in found))
+
+
+def write_json(path: str, found: list[dict[str, Any]]) -> None:
+    """Write the findings to a file."""
+    import orjson
+
+    from megatron.io.atomic_write import write_bytes
+
+    write_bytes(path, orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def main() -> int:
+    """Run the program, and return its exit code."""
     from megatron.log import run_tool
 
     p = parser()
-    a = p.parse_args()
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # documents have characters that a terminal may not have
-    return run_tool(p.prog, lambda: inspect_all(a, p.prog))
+    args = p.parse_args()
+    # Documents may hold characters that the terminal cannot show.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    return run_tool(p.prog, lambda: inspect_all(args, p.prog))
 
 
 if __name__ == "__main__":

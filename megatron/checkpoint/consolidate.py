@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron.checkpoint import directory
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.schema import require
 from megatron.io.atomic_write import fsync_directory
+from megatron.io.progress import ProgressCallback as Progress
 from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec
 from megatron.io.staging_dir import StagingDir
 
@@ -38,8 +39,6 @@ UNITS = {
     **{prefix + "B": 1000**i for i, prefix in enumerate(("", "K", "M", "G", "T"))},
     **{prefix + "iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)},
 }
-
-Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)

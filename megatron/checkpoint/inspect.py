@@ -6,7 +6,7 @@ A fault is something wrong in a checkpoint that can be read all the same. What c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from megatron.checkpoint import directory
 from megatron.checkpoint.reader import CheckpointReader
+from megatron.io.progress import ProgressCallback as Progress
 from megatron.model.parameter_count import PARTS, part_of
 
 NOT_THERE = "(not there)"
-
-Progress = Callable[[int], object]
 
 
 def one_of(path: Path) -> Path:

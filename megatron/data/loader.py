@@ -1,9 +1,9 @@
-"""Micro-batches of one rank, in an order that does not depend on how many ranks there are.
+"""Micro-batches of one data-parallel rank, in an order that does not depend on the number of ranks.
 
 Shape suffixes: B micro-batch size, S sequence length, W ranks, G global batch size.
 
-Micro-step m of the run takes samples m*B*W to (m+1)*B*W, and rank r its r-th slice of B: an optimizer step of G
-samples sees the same samples for any B and W that divide it.
+Micro-step m of the run takes samples m*B*W to (m+1)*B*W, and rank r takes the r-th slice of B of
+them: an optimizer step of G samples sees the same samples for every B and W that divide it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -23,6 +25,10 @@ from torch.utils.data import DataLoader, get_worker_info
 from megatron.config.schema import DataConfig, require
 from megatron.data.sampling.blend import Samples
 
+# Seconds until the exit code of a worker must be known after its connection was closed.
+_EXIT_SECONDS = 30.0
+_PARENT_POLL_SECONDS = 0.05
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -31,97 +37,144 @@ class Batch:
     tokens_BS: Tensor
     """int64 input ids"""
     labels_BS: Tensor
-    """int64 ids to predict: the tokens, one position on"""
+    """int64 ids to predict: the tokens, shifted by one position"""
     loss_mask_BS: Tensor
     """float32, 0 where there is no loss"""
     position_ids_BS: Tensor | None = None
-    """int64 positions that start again after each end of document; None: 0 to S-1"""
+    """int64 positions that restart after each end of document; None: 0 to S-1"""
     segments_BS: Tensor | None = None
-    """int64 number of the token's document within the sample; no attention between documents. None: everywhere"""
+    """int64 number of the token's document within the sample; attention stays within a
+    document. None: attention spans the sample"""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
+        """Return the batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{name: t.to(device) for name, t in tensors.items() if t is not None}
-        )
+        moved = {name: t.to(device) for name, t in tensors.items() if t is not None}
+        return replace(self, **moved)
 
 
 def make_batch(samples_BS1: np.ndarray, data: DataConfig, eod: int | None) -> Batch:
-    """Cut samples int64 [B, S+1] into inputs and labels, with what the options of `data` ask for.
+    """Cut samples, int64 [B, S+1], into inputs and labels, and apply the document options.
 
-    The end-of-document token belongs to the document it ends: it is the last of its segment, and the loss that
-    `--eod-mask-loss` removes is that of predicting, from it, the first token of the next document.
+    The end-of-document token belongs to the document that it ends: it is the last of its
+    segment, and `--eod-mask-loss` removes the loss of predicting from it the first token of the
+    next document.
+
+    Args:
+        data: its options eod_mask_loss, reset_position_ids and reset_attention_mask are used.
+        eod: the end-of-document id, which these options need.
     """
-    tokens_BS, labels_BS = samples_BS1[:, :-1], samples_BS1[:, 1:]
-    mask_BS = np.ones(tokens_BS.shape, np.float32)
-    positions_BS = segments_BS = None
+    tokens_BS = samples_BS1[:, :-1]
+    labels_BS = samples_BS1[:, 1:]
+    loss_mask_BS = np.ones(tokens_BS.shape, np.float32)
     if data.eod_mask_loss:
-        mask_BS[tokens_BS == eod] = 0.0
-    if data.reset_position_ids or data.reset_attention_mask:
-        first_BS = np.zeros(
-            tokens_BS.shape, np.int64
-        )  # 1 where a document starts within the sample
-        first_BS[:, 1:] = tokens_BS[:, :-1] == eod
-        if data.reset_position_ids:
-            index_S = np.arange(tokens_BS.shape[1])
-            positions_BS = index_S - np.maximum.accumulate(first_BS * index_S, axis=1)
-        if data.reset_attention_mask:
-            segments_BS = np.cumsum(first_BS, axis=1)
+        loss_mask_BS[tokens_BS == eod] = 0.0
+    positions_BS = None
+    if data.reset_position_ids:
+        index_S = np.arange(tokens_BS.shape[1])
+        start_index_BS = _document_starts(tokens_BS, eod) * index_S
+        positions_BS = index_S - np.maximum.accumulate(start_index_BS, axis=1)
+    segments_BS = None
+    if data.reset_attention_mask:
+        segments_BS = np.cumsum(_document_starts(tokens_BS, eod), axis=1)
     return Batch(
-        *(
-            None if a is None else torch.from_numpy(np.ascontiguousarray(a))
-            for a in (tokens_BS, labels_BS, mask_BS, positions_BS, segments_BS)
-        )
+        tokens_BS=_to_tensor(tokens_BS),
+        labels_BS=_to_tensor(labels_BS),
+        loss_mask_BS=_to_tensor(loss_mask_BS),
+        position_ids_BS=_to_tensor(positions_BS),
+        segments_BS=_to_tensor(segments_BS),
     )
 
 
-class BatchLoader:
-    """Iterator over this rank's micro-batches. Making one again with `consumed_samples` continues exactly there.
+def _document_starts(tokens_BS: np.ndarray, eod: int) -> np.ndarray:
+    """Return int64 [B, S]: 1 where a document starts after another one within the sample."""
+    starts_BS = np.zeros(tokens_BS.shape, np.int64)
+    starts_BS[:, 1:] = tokens_BS[:, :-1] == eod
+    return starts_BS
 
-    Args:
-        dataset: the samples: int64 [S+1] each.
-        micro_batch_size: B.
-        global_batch_size: G, a multiple of B * W.
-        rank: this rank, among `world_size` = W.
-        consumed_samples: samples that all ranks together have taken before.
-        data: its options reset_position_ids, reset_attention_mask, eod_mask_loss and num_workers are used.
-        eod: the end-of-document id; None: there is none, and the options that need it are refused.
-        vocab_size: ids from here on are an error.
 
-    Attributes:
-        consumed_samples: samples that all ranks together have taken, counting the batch handed out last.
+def _to_tensor(array: np.ndarray | None) -> Tensor | None:
+    if array is None:
+        return None
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+@dataclass(frozen=True)
+class DataParallelShard:
+    """Share of one data-parallel rank in every global batch.
 
     Raises:
-        ValueError: sizes do not divide; and, while iterating, less than a global batch is left or a token is outside
-            the vocabulary.
+        ValueError: a size is not positive, the rank is out of range, or `global_batch_size` is
+            not a multiple of `micro_batch_size * world_size`.
+    """
+
+    micro_batch_size: int
+    """B, samples of a micro-batch on one rank"""
+    global_batch_size: int
+    """G, samples of an optimizer step over all ranks"""
+    rank: int = 0
+    """Number of this rank, from 0 on"""
+    world_size: int = 1
+    """W, number of ranks"""
+
+    def __post_init__(self):
+        require(
+            self.micro_batch_size > 0,
+            "micro_batch_size",
+            self.micro_batch_size,
+            "a positive integer",
+        )
+        require(
+            0 <= self.rank < self.world_size, "rank", self.rank, f"0 to {self.world_size - 1}"
+        )
+        require(
+            self.global_batch_size > 0 and self.global_batch_size % self.micro_step_size == 0,
+            "global_batch_size",
+            self.global_batch_size,
+            f"a multiple of micro-batch size {self.micro_batch_size} x {self.world_size} ranks",
+        )
+
+    @property
+    def micro_step_size(self) -> int:
+        """Samples that all ranks together take in one micro-step, B * W."""
+        return self.micro_batch_size * self.world_size
+
+
+class BatchLoader:
+    """Iterator over the micro-batches of one rank.
+
+    Iteration ends with a ValueError when less than a global batch is left. A loader created with
+    the `consumed_samples` of another one continues exactly where that one stopped.
+
+    Args:
+        dataset: the samples, int64 [S+1] each.
+        shard: batch sizes and the rank.
+        consumed_samples: number of samples that all ranks together have taken before.
+        data: its options reset_position_ids, reset_attention_mask, eod_mask_loss and num_workers
+            are used.
+        eod: the end-of-document id; None: there is none, and options that need it are refused.
+        vocab_size: token ids from here on are an error.
+
+    Attributes:
+        consumed_samples: number of samples that all ranks together have taken, the last batch
+            returned included.
+
+    Raises:
+        ValueError: an argument is out of range; while iterating, less than a global batch is
+            left or a token is outside the vocabulary.
         OSError: while iterating, a worker process ended.
     """
 
     def __init__(
         self,
         dataset: Samples,
+        shard: DataParallelShard,
         *,
-        micro_batch_size: int,
-        global_batch_size: int,
-        rank: int,
-        world_size: int,
-        consumed_samples: int,
+        consumed_samples: int = 0,
         data: DataConfig,
         eod: int | None,
         vocab_size: int,
     ):
-        require(
-            micro_batch_size > 0, "micro_batch_size", micro_batch_size, "a positive integer"
-        )
-        require(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}")
-        self._step = micro_batch_size * world_size
-        require(
-            global_batch_size > 0 and global_batch_size % self._step == 0,
-            "global_batch_size",
-            global_batch_size,
-            f"a multiple of micro-batch size {micro_batch_size} x {world_size} ranks",
-        )
         require(consumed_samples >= 0, "consumed_samples", consumed_samples, "0 or more")
         require(len(dataset) > 0, "length of the dataset", len(dataset), "1 or more")
         for flag in data.eod_flags:
@@ -131,30 +184,14 @@ class BatchLoader:
                 True,
                 "only with a tokenizer that has an end-of-document token",
             )
-        self._size, self._global = len(dataset), global_batch_size
         self.consumed_samples = consumed_samples
-        whole = max(0, self._size - consumed_samples) // global_batch_size * global_batch_size
-        numbers = _Numbers(
-            consumed_samples + rank * micro_batch_size,
-            consumed_samples + whole,
-            self._step,
-            micro_batch_size,
+        self._shard = shard
+        self._num_samples = len(dataset)
+        self._batches = _start_reading(
+            _BatchDataset(dataset, data, eod, vocab_size),
+            _MicroBatchSampler(shard, consumed_samples, len(dataset)),
+            data.num_workers,
         )
-        # Workers inherit the mask, in all threads that they start: `_start_worker` says what for.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            self._batches = iter(
-                DataLoader(
-                    _Reader(dataset, data, eod, vocab_size),
-                    batch_size=None,
-                    sampler=numbers,
-                    num_workers=data.num_workers,
-                    worker_init_fn=_start_worker,
-                    generator=torch.Generator(),
-                )
-            )  # its own: drawing from the global one would change the model's run
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def __iter__(self) -> BatchLoader:
         return self
@@ -163,64 +200,70 @@ class BatchLoader:
         try:
             batch = next(self._batches, None)
         except (RuntimeError, OSError, EOFError) as error:
-            self._check_workers(error)
+            workers = getattr(self._batches, "_workers", ())
+            exited = worker_exited_error(error, workers)
+            if exited is not None:
+                raise exited from None
             raise
         if batch is None:
+            left = max(0, self._num_samples - self.consumed_samples)
             raise ValueError(
-                f"the data ends: {max(0, self._size - self.consumed_samples)} of {self._size} samples "
-                f"are left, an optimizer step takes {self._global}. Train for fewer steps, or build more "
-                f"samples"
+                f"the data ends: {left} of {self._num_samples} samples are left, an optimizer "
+                f"step takes {self._shard.global_batch_size}. Train for fewer steps, or build "
+                f"more samples"
             )
         if isinstance(batch, Exception):
             try:
                 raise batch
             finally:
-                del (
-                    batch
-                )  # else error -> this frame -> error would keep the worker processes alive
-        self.consumed_samples += self._step
+                # The cycle error -> this frame -> error would keep the worker processes alive.
+                del batch
+        self.consumed_samples += self._shard.micro_step_size
         return batch
 
-    def _check_workers(self, error: Exception) -> None:
-        """Raise OSError if torch's error while it waited for a worker is that one has ended."""
-        workers = getattr(self._batches, "_workers", ())
-        try:
-            if isinstance(
-                error, (OSError, EOFError)
-            ):  # a worker's end of a connection is closed before it is gone
-                for worker in workers:
-                    worker.join(1.0)
-        except RuntimeError as later:  # torch's own, which comes at any time
-            error = later
-        if lost := worker_exited_error(error):
-            raise lost from None
-        for worker in workers:
-            if code := worker.exitcode:
-                how = (
-                    f"was ended by signal {signal.strsignal(-code)}"
-                    if code < 0
-                    else f"ended with exit code {code}"
-                )
-                raise lost_process(worker.pid, how) from None
+
+def _start_reading(
+    batches: _BatchDataset, sampler: _MicroBatchSampler, num_workers: int
+) -> Iterator[Batch | Exception]:
+    """Start torch's loader, and its worker processes if there are any."""
+    # Workers inherit the signal mask, in all threads that they start: see `_start_worker`.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=num_workers,
+            worker_init_fn=_start_worker,
+            # Drawing seeds from the global generator would change the random state of the model.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(frozen=True)
-class _Numbers:
-    """The sampler that DataLoader asks for: lists of sample numbers, one per micro-batch of this rank."""
+class _MicroBatchSampler:
+    """Sampler that yields the sample numbers of each micro-batch of one rank."""
 
-    start: int
-    stop: int
-    step: int
-    micro: int
+    shard: DataParallelShard
+    consumed_samples: int
+    num_samples: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        for first in range(self.start, self.stop, self.step):
-            yield [*range(first, first + self.micro)]
+        size = self.shard.micro_batch_size
+        left = max(0, self.num_samples - self.consumed_samples)
+        full_batches = left // self.shard.global_batch_size
+        start = self.consumed_samples + self.shard.rank * size
+        stop = self.consumed_samples + full_batches * self.shard.global_batch_size
+        for first in range(start, stop, self.shard.micro_step_size):
+            yield list(range(first, first + size))
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Sample numbers -> Batch; runs in the worker processes when there are any."""
+class _BatchDataset:
+    """Dataset whose items are micro-batches; runs in the worker processes if there are any."""
 
     dataset: Samples
     data: DataConfig
@@ -228,67 +271,116 @@ class _Reader:
     vocab_size: int
 
     def __getitem__(self, numbers: list[int]) -> Batch | Exception:
-        """A worker hands back a user's error as a value: torch would bury its message under the worker's traceback."""
+        """Return the micro-batch of these samples.
+
+        A worker returns a user's error as a value: if it was raised, torch would bury its
+        message under the traceback of the worker.
+        """
         try:
             samples_BS1 = np.stack([self.dataset[i] for i in numbers])
-            self._check(samples_BS1, numbers)
+            self._check_ids(samples_BS1, numbers)
             return make_batch(samples_BS1, self.data, self.eod)
         except (ValueError, OSError) as error:
             if get_worker_info() is None:
                 raise
             return error
 
-    def _check(self, samples_BS1: np.ndarray, numbers: list[int]) -> None:
+    def _check_ids(self, samples_BS1: np.ndarray, numbers: list[int]) -> None:
         if samples_BS1.max() < self.vocab_size and samples_BS1.min() >= 0:
             return
         row, column = np.argwhere((samples_BS1 >= self.vocab_size) | (samples_BS1 < 0))[0]
         source = self.dataset.source(numbers[row])
         raise ValueError(
-            f"{source} holds the token id {samples_BS1[row, column]}; allowed with this run's vocabulary: "
-            f"0 to {self.vocab_size - 1}. Use the tokenizer that the data was made with, or preprocess "
-            f"the text again with this one"
+            f"{source} holds the token id {samples_BS1[row, column]}; allowed with this run's "
+            f"vocabulary: 0 to {self.vocab_size - 1}. Use the tokenizer that the data was made "
+            f"with, or preprocess the text again with this one"
         )
 
 
 def _start_worker(number: int) -> None:
-    """In a worker: live through the signals that ask the training to stop, for it needs batches to end its step.
+    """Make a worker survive the signals that stop the training, which still needs batches.
 
-    They reach workers too: Ctrl-C is for all processes of a terminal, and DeepSpeed's launcher sends SIGTERM to all
-    that a rank has started, and waits for all of them. So a worker ends when its rank says so, and after a SIGTERM of
-    somebody else's as soon as its rank has ended.
+    These signals reach workers too: Ctrl-C is sent to all processes of a terminal, and
+    DeepSpeed's launcher sends SIGTERM to all processes started by a rank and waits for them. So
+    a worker ignores SIGINT, and exits after a SIGTERM of its rank, or after a SIGTERM of another
+    process as soon as its rank has exited.
     """
-    signal.set_wakeup_fd(-1)  # the training's, if it had one when it forked this process
+    signal.set_wakeup_fd(-1)  # inherited from the training process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_wait_for_sigterm, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_after_sigterm, args=(os.getppid(),), daemon=True).start()
 
 
-def _wait_for_sigterm(rank: int) -> None:
-    told = signal.sigwaitinfo({signal.SIGTERM})
-    while os.getppid() == rank and (told is None or told.si_pid != rank):
-        told = signal.sigtimedwait({signal.SIGTERM}, 0.05)
+def _exit_after_sigterm(rank_pid: int) -> None:
+    received = signal.sigwaitinfo({signal.SIGTERM})
+    while os.getppid() == rank_pid and (received is None or received.si_pid != rank_pid):
+        received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_POLL_SECONDS)
     os._exit(0)
 
 
-def worker_exited_error(error: BaseException) -> OSError | None:
-    """One line for torch's error when a worker process ended; None for any other error.
+# torch's messages about a worker that ended; the last one lacks the signal and the exit code.
+_KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]+)\.")
+_EXITED = re.compile(
+    r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)"
+)
+_ENDED = re.compile(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited")
 
-    torch raises it wherever the main thread is, in the middle of a step, too; while that waits for a batch, it makes
-    the error the cause of another, which knows less.
+
+def worker_exited_error(
+    error: BaseException, workers: Sequence[BaseProcess] = ()
+) -> OSError | None:
+    """Return a one-line error if `error` is a consequence of the end of a worker process.
+
+    torch's SIGCHLD handler raises a RuntimeError with the signal or the exit code wherever the
+    main thread is, also in the middle of a training step. While the main thread waits for a
+    batch, torch may notice the end in other ways: an OSError of a closed connection, possibly
+    before the process has an exit code, or a check for live processes, which reaps the process
+    before the handler could read its status. The exit code then comes from `workers`.
+
+    Args:
+        workers: worker processes of the loader that raised `error`. If it does not name the
+            signal or the exit code, this function waits for one of them to exit.
+
+    Returns:
+        None if no worker ended.
     """
+    # torch makes the handler's error the cause of a later one without the exit code.
     text = f"{error.__cause__} {error}"
-    if found := re.search(r"DataLoader worker \(pid (\d+)\) is killed by signal: (\w+)", text):
-        return lost_process(found[1], f"was ended by signal {found[2]}")
-    if found := re.search(
-        r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)", text
-    ):
-        return lost_process(found[1], f"ended with exit code {found[2]}")
-    if found := re.search(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited", text):
-        return lost_process(found[1], "ended")
+    if found := _KILLED.search(text):
+        return _worker_error(found[1], f"was ended by signal {found[2]}")
+    if found := _EXITED.search(text):
+        return _worker_error(found[1], f"ended with exit code {found[2]}")
+    ended = _ENDED.search(text)
+    if ended or isinstance(error, (OSError, EOFError)):
+        try:
+            failed = _wait_for_failed_worker(workers)
+        except RuntimeError as later:  # torch's SIGCHLD handler
+            return worker_exited_error(later)
+        if failed is not None:
+            return _worker_error(failed.pid, _describe_exit(failed.exitcode))
+    if ended:
+        return _worker_error(ended[1], "ended")
     return None
 
 
-def lost_process(process: int | str, how: str) -> OSError:
+def _wait_for_failed_worker(workers: Sequence[BaseProcess]) -> BaseProcess | None:
+    """Wait until a worker exits. Return one with a non-zero exit code, if there is any."""
+    if not workers:
+        return None
+    exited = connection.wait([worker.sentinel for worker in workers], _EXIT_SECONDS)
+    for worker in workers:
+        if worker.sentinel in exited:
+            worker.join(_EXIT_SECONDS)
+    return next((worker for worker in workers if worker.exitcode), None)
+
+
+def _describe_exit(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"was ended by signal {signal.strsignal(-exit_code)}"
+    return f"ended with exit code {exit_code}"
+
+
+def _worker_error(pid: int | str, outcome: str) -> OSError:
     return OSError(
-        f"process {process}, which reads data for rank {os.environ.get('RANK', 0)}, {how}. If memory ran "
-        "out, lower --num-workers; then resume from the last checkpoint"
+        f"process {pid}, which reads data for rank {os.environ.get('RANK', 0)}, {outcome}. If "
+        f"memory ran out, lower --num-workers; then resume from the last checkpoint"
     )

@@ -1,14 +1,14 @@
-"""The training, validation and test samples of a run."""
+"""Training, validation and test samples of a run."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from megatron.config.schema import DataConfig
 from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.validation import check_eod, check_sidecar
 from megatron.data.sampling.blend import Blend, Samples, parse_blend, quotas
 from megatron.data.sampling.sample_index import (
     RepeatedEpochs,
@@ -21,8 +21,6 @@ from megatron.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "valid", "test")
 
-EOD_DOCUMENTS = 16  # how many documents, spread over a dataset, stand for all
-
 
 def build_splits(
     data: DataConfig,
@@ -34,174 +32,185 @@ def build_splits(
     seed: int,
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
-    production: StreamingContext | None = None,
+    streaming: StreamingContext | None = None,
 ) -> dict[str, Samples | None]:
-    """The samples of a run: {"train", "valid", "test"} -> that many samples, or None where 0 are asked for.
+    """Build the samples of the three splits.
 
-    A split comes from its own `--<split>-data-path`, or else from its share (`--split`) of the documents of each
-    prefix of `--data-path`; that of training may also come from `--streaming-data-path`. With `--dataloader-type
-    cyclic`, each training dataset is a `Cycle` of its own one epoch, also in a blend: the weights hold at any point of
-    the run, and a small dataset comes round more often.
+    A split comes from its own `--<split>-data-path`, or else from its share (`--split`) of the
+    documents of each dataset of `--data-path`. The training split may also come from
+    `--streaming-data-path`. With `--dataloader-type cyclic`, each training dataset repeats the
+    samples of its own epoch, also within a blend: the weights then hold at any point of the run,
+    and a small dataset is repeated more often.
 
     Args:
-        tokenizer: compared with what the datasets' sidecars record; None: not compared.
-        vocab_size: largest vocabulary a sidecar may record; None: not compared.
-        production: for `--streaming-data-path`, which also needs the tokenizer.
+        seq_length: S; samples have S + 1 tokens.
+        train_samples, valid_samples, test_samples: number of samples of each split.
+        tokenizer: compared with the sidecars of the datasets; None: not compared.
+        vocab_size: largest vocabulary that a sidecar may record; None: not compared.
+        streaming: context of `--streaming-data-path`, which also needs the tokenizer.
+
+    Returns:
+        The samples of "train", "valid" and "test"; None for a split of 0 samples.
 
     Raises:
         FileNotFoundError: a dataset is missing.
-        ValueError: a dataset is damaged, made by another tokenizer, or too small; a split has no documents; an option
-            needs end-of-document tokens that the data lacks.
+        ValueError: a dataset is corrupt, too small, or was made with another tokenizer; a split
+            has no documents; an option needs end-of-document tokens that the data lacks.
     """
-    parse_split(data.split)  # a malformed one is an error also when it is not needed
-    opened: dict[str, IndexedDataset] = {}
-    splits: dict[str, Samples | None] = {}
-    for which, samples in zip(SPLITS, (train_samples, valid_samples, test_samples)):
-        splits[which] = None
-        if samples == 0:
-            continue
-        if which == "train" and data.streaming_data_path:
-            splits[which] = _stream(data, seq_length, samples, seed, tokenizer, production)
-            continue
-        own = getattr(data, f"{which}_data_path")
-        blend = parse_blend(own or data.data_path)
+    parse_split(data.split)  # validated even if every split has its own path
+    builder = _SplitBuilder(data, seq_length, seed, tokenizer, vocab_size, streaming)
+    counts = {"train": train_samples, "valid": valid_samples, "test": test_samples}
+    return {split: builder.build(split, counts[split]) for split in SPLITS}
+
+
+@dataclass(frozen=True)
+class _SplitBuilder:
+    """Builds the splits of a run one by one; every dataset is opened once."""
+
+    data: DataConfig
+    seq_length: int
+    seed: int
+    tokenizer: Tokenizer | None
+    vocab_size: int | None
+    streaming: StreamingContext | None
+    _opened: dict[str, IndexedDataset] = field(default_factory=dict)
+
+    def build(self, split: str, num_samples: int) -> Samples | None:
+        """Build one split; None if it has no samples."""
+        if num_samples == 0:
+            return None
+        if split == "train" and self.data.streaming_data_path:
+            return self._from_streams(num_samples)
+        return self._from_datasets(split, num_samples)
+
+    def _from_datasets(self, split: str, num_samples: int) -> Samples:
+        """Build a split from token files."""
+        own_path = getattr(self.data, f"{split}_data_path")
+        blend = parse_blend(own_path or self.data.data_path)
         if not blend:
-            advice = f"--{which}-data-path" if data.streaming_data_path else "one of the two"
-            raise ValueError(
-                f"--{which}-data-path and --data-path are both empty, and {samples} {which} samples are "
-                f"asked for. Give {advice}"
-                + ("" if which == "train" else ", or --eval-iters 0")
-            )
-        for _, prefix in blend:
-            if prefix not in opened:
-                opened[prefix] = IndexedDataset(prefix)
-                check_sidecar(opened[prefix], tokenizer, vocab_size)
-                check_eod(opened[prefix], data, tokenizer)
-        parts = [
-            (opened[prefix], _documents(opened[prefix], which, "" if own else data.split))
-            for _, prefix in blend
-        ]
+            raise ValueError(self._no_data_message(split, num_samples))
+        datasets = [self._open(prefix) for _, prefix in blend]
+        if own_path:
+            documents = [(0, dataset.num_documents) for dataset in datasets]
+        else:
+            documents = [_documents_of(d, split, self.data.split) for d in datasets]
         weights = [weight for weight, _ in blend]
         if weights[0] is None:
-            weights = [
-                max(1, int(d.document_lengths()[start:stop].sum()))
-                for d, (start, stop) in parts
-            ]
-        cache = data.data_cache_path or str(Path(blend[0][1]).parent / "index_cache")
-        drawn = []
-        for part, needed in zip(parts, quotas(weights, samples)):
-            needed = max(1, needed)
-            if which == "train" and data.dataloader_type == "cyclic":
-                drawn.append(
-                    RepeatedEpochs(
-                        SampleIndex(*part, seq_length, None, seed, cache_dir=cache),
-                        needed,
-                        seed,
-                    )
-                )
+            weights = [_count_tokens(d, *part) for d, part in zip(datasets, documents)]
+        cache_dir = self.data.data_cache_path
+        if not cache_dir:
+            cache_dir = str(Path(datasets[0].prefix).parent / "index_cache")
+        cyclic = split == "train" and self.data.dataloader_type == "cyclic"
+        parts = []
+        for dataset, part, quota in zip(datasets, documents, quotas(weights, num_samples)):
+            needed = max(1, quota)
+            if cyclic:
+                epoch = self._sample_index(dataset, part, None, cache_dir)
+                parts.append(RepeatedEpochs(epoch, needed, self.seed))
             else:
-                drawn.append(SampleIndex(*part, seq_length, needed, seed, cache_dir=cache))
-        splits[which] = (
-            drawn[0]
-            if len(drawn) == 1
-            else Blend(drawn, weights, samples, seed, cache_dir=cache)
+                parts.append(self._sample_index(dataset, part, needed, cache_dir))
+        return _blend(parts, weights, num_samples, self.seed, cache_dir)
+
+    def _open(self, prefix: str) -> IndexedDataset:
+        """Open and check a dataset, once for all splits."""
+        if prefix not in self._opened:
+            dataset = IndexedDataset(prefix)
+            check_sidecar(dataset, self.tokenizer, self.vocab_size)
+            check_eod(dataset, self.data, self.tokenizer)
+            self._opened[prefix] = dataset
+        return self._opened[prefix]
+
+    def _sample_index(
+        self,
+        dataset: IndexedDataset,
+        documents: tuple[int, int],
+        num_samples: int | None,
+        cache_dir: str,
+    ) -> SampleIndex:
+        return SampleIndex(
+            dataset, documents, self.seq_length, num_samples, self.seed, cache_dir=cache_dir
         )
-    return splits
+
+    def _no_data_message(self, split: str, num_samples: int) -> str:
+        advice = "one of the two"
+        if self.data.streaming_data_path:
+            advice = f"--{split}-data-path"
+        return (
+            f"--{split}-data-path and --data-path are both empty, and {num_samples} {split} "
+            f"samples are requested. Give {advice}{_or_no_evaluation(split)}"
+        )
+
+    def _from_streams(self, num_samples: int) -> Samples:
+        """Build the training split from raw text, and start the producers if this process does."""
+        blend = parse_blend(self.data.streaming_data_path, "--streaming-data-path")
+        weights, entries = zip(*blend)
+        cache_dir, streams = open_streams(self.data, entries, self.tokenizer, self.streaming)
+        if weights[0] is None:
+            weights = [stream.size for stream in streams]
+            if not all(weights):  # the size of a source is unknown
+                weights = [1] * len(streams)
+        parts = [
+            StreamSamples(
+                stream,
+                self.tokenizer.vocab_size,
+                self.seq_length,
+                max(1, quota),
+                self.seed,
+                self.data.streaming_shuffle_samples,
+            )
+            for stream, quota in zip(streams, quotas(weights, num_samples))
+        ]
+        if self.streaming.starts:
+            for samples in parts:
+                samples.start()
+        return _blend(parts, weights, num_samples, self.seed, cache_dir)
 
 
-def _stream(
-    data: DataConfig,
-    seq_length: int,
+def _blend(
+    parts: Sequence[Samples],
+    weights: Sequence[float],
     num_samples: int,
     seed: int,
-    tokenizer: Tokenizer,
-    production: StreamingContext,
+    cache_dir: str,
 ) -> Samples:
-    """The samples of `--streaming-data-path`, whose producers are started if this process is the one to do so."""
-    weights, entries = zip(*parse_blend(data.streaming_data_path, "--streaming-data-path"))
-    cache, streams = open_streams(data, entries, tokenizer, production)
-    if weights[0] is None:
-        sizes = [stream.size for stream in streams]
-        weights = sizes if all(sizes) else [1] * len(sizes)
-    drawn = [
-        StreamSamples(
-            stream,
-            tokenizer.vocab_size,
-            seq_length,
-            max(1, needed),
-            seed,
-            data.streaming_shuffle_samples,
-        )
-        for stream, needed in zip(streams, quotas(weights, num_samples))
-    ]
-    if production.starts:
-        for samples in drawn:
-            samples.start()
-    return (
-        drawn[0]
-        if len(drawn) == 1
-        else Blend(drawn, weights, num_samples, seed, cache_dir=cache)
-    )
+    """Return the blend of several datasets, or the only one as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return Blend(parts, weights, num_samples, seed, cache_dir=cache_dir)
 
 
-def _documents(dataset: IndexedDataset, which: str, split: str) -> tuple[int, int]:
-    """The documents of one split of a dataset; all of them when `split` is empty."""
-    if not split:
-        return 0, dataset.num_documents
+def _count_tokens(dataset: IndexedDataset, start: int, stop: int) -> int:
+    """Return the number of tokens of a range of documents, at least 1 as a blend weight."""
+    return max(1, int(dataset.document_lengths()[start:stop].sum()))
+
+
+def _documents_of(dataset: IndexedDataset, name: str, split: str) -> tuple[int, int]:
+    """Return the documents (start, stop) of a dataset that belong to one of the splits.
+
+    Args:
+        name: the split, of `SPLITS`.
+        split: value of `--split`.
+
+    Raises:
+        ValueError: the split has no documents.
+    """
     ranges = split_documents(dataset.num_documents, split)
-    start, stop = ranges[SPLITS.index(which)]
+    start, stop = ranges[SPLITS.index(name)]
     if start == stop:
-        counts = ", ".join(f"{b - a} {name}" for name, (a, b) in zip(SPLITS, ranges))
+        counts = ", ".join(
+            f"{last - first} {other}" for other, (first, last) in zip(SPLITS, ranges)
+        )
         raise ValueError(
-            f"the {which} split of {dataset.prefix} is empty: --split {split} of {dataset.num_documents} "
-            f"documents ({dataset.num_tokens} tokens) gives {counts} documents. Give it a larger share, "
-            f"or its own --{which}-data-path"
-            + ("" if which == "train" else ", or --eval-iters 0")
+            f"the {name} split of {dataset.prefix} is empty: --split {split} of "
+            f"{dataset.num_documents} documents ({dataset.num_tokens} tokens) gives {counts} "
+            f"documents. Give it a larger share, or its own --{name}-data-path"
+            f"{_or_no_evaluation(name)}"
         )
     return start, stop
 
 
-def check_sidecar(
-    dataset: IndexedDataset, tokenizer: Tokenizer | None, vocab_size: int | None = None
-) -> None:
-    """Compare what a dataset's sidecar records with the run's tokenizer. A missing sidecar or entry is fine.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
-    record = dataset.sidecar or {}
-    path = os.fspath(dataset.prefix) + ".json"
-    for entry, ours in (
-        ("vocab_hash", tokenizer and tokenizer.fingerprint),
-        ("eod", tokenizer and tokenizer.eod),
-    ):
-        if tokenizer is not None and record.get(entry) not in (None, ours):
-            raise ValueError(
-                f"{path} records {entry} {record[entry]} of {record.get('tokenizer')}, this run's "
-                f"{tokenizer.name} has {ours}: the ids mean other tokens. Use the tokenizer of the "
-                f"data, or preprocess the text again with this one"
-            )
-    recorded = record.get("vocab_size", 0)
-    if vocab_size is not None and (not isinstance(recorded, int) or recorded > vocab_size):
-        raise ValueError(
-            f"{path} records a vocabulary of {record['vocab_size']} tokens; allowed in this run: "
-            f"{vocab_size}. Use the tokenizer of the data"
-        )
-
-
-def check_eod(dataset: IndexedDataset, data: DataConfig, tokenizer: Tokenizer | None) -> None:
-    """Look at the ends of a few documents when an option of `data` needs end-of-document tokens.
-
-    Raises:
-        ValueError: a document ends without one, so that the option would silently do nothing there.
-    """
-    if not data.eod_flags or tokenizer is None:
-        return
-    filled = np.flatnonzero(dataset.document_lengths())
-    for document in filled[:: max(1, len(filled) // EOD_DOCUMENTS)].tolist():
-        if (last := int(dataset.read(document)[-1])) != tokenizer.eod:
-            raise ValueError(
-                f"{data.eod_flags[0]} is set, but document {document} of {dataset.prefix} ends with token "
-                f"{last}, not with the end-of-document token {tokenizer.eod}; it would have no effect "
-                f"there. Preprocess the text again with --append-eod, or leave the flag out"
-            )
+def _or_no_evaluation(split: str) -> str:
+    """Return the additional advice for a split other than training."""
+    if split == "train":
+        return ""
+    return ", or --eval-iters 0"

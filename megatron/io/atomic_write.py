@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -38,6 +40,31 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+@contextmanager
+def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file for writing that appears under `path` when the block ends.
+
+    The file is synced and renamed when the block ends normally, and removed when it raises.
+    """
+    path = Path(path)
+    # The name is random: process ids repeat on other nodes that see the same directory.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def temporary_pattern(name: str) -> str:
+    """Return a glob pattern of the temporary names of a file, which a killed process leaves."""
+    return f".{name}.*.tmp"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import RunConfig
-from megatron.data.loader import Batch, BatchLoader
+from megatron.data.loader import Batch, BatchLoader, DataParallelShard
 from megatron.data.sampling.blend import Samples
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
@@ -117,12 +117,15 @@ class PretrainingTask(NextTokenLoss, Task):
         return islice(self._loader(split, consumed_samples=0), num_batches)
 
     def _loader(self, split: str, consumed_samples: int) -> BatchLoader:
-        return BatchLoader(
-            self.splits[split],
+        shard = DataParallelShard(
             micro_batch_size=self.config.train.micro_batch_size,
             global_batch_size=self.plan.global_batch,
             rank=self.groups.rank,
             world_size=self.groups.world_size,
+        )
+        return BatchLoader(
+            self.splits[split],
+            shard,
             consumed_samples=consumed_samples,
             data=self.config.data,
             eod=self.tokenizer.eod,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron.config.schema import DataConfig
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import IndexedWriter
-from megatron.data.loader import Batch, BatchLoader, make_batch
+from megatron.data.loader import Batch, BatchLoader, DataParallelShard, make_batch
 from megatron.data.sampling.sample_index import SampleIndex
 
 EOD = 0
@@ -61,10 +61,7 @@ def loader(
     dataset = Numbers(40) if dataset is None else dataset
     return BatchLoader(
         dataset,
-        micro_batch_size=micro,
-        global_batch_size=size,
-        rank=rank,
-        world_size=world,
+        DataParallelShard(micro, size, rank, world),
         consumed_samples=consumed,
         data=data or DataConfig(),
         eod=eod,

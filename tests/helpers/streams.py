@@ -63,7 +63,7 @@ def open_samples(
         test_samples=0,
         seed=seed,
         tokenizer=TOKENIZER,
-        production=StreamingContext(BYTES, run, starts),
+        streaming=StreamingContext(BYTES, run, starts),
     )["train"]
 
 

@@ -1,6 +1,7 @@
-"""Writing of token shards (see `indexed.py` for the format): in a work folder first, renamed at the end, `.idx` last.
+"""Writer of token files (format: see `reader.py`): staged in a folder, renamed at the end, `.idx` last.
 
-What is kept per document goes to disk as it comes, so that memory does not grow with the data.
+Sequence lengths and counts go to disk as they come, so that memory does not grow with the
+data.
 """
 
 from __future__ import annotations
@@ -8,45 +9,54 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from megatron import __version__
-from megatron.data.indexed.reader import CODES, HEADER, MAGIC, VERSION, IndexedDataset
+from megatron.data.indexed.reader import (
+    DTYPE_CODES,
+    INDEX_HEADER,
+    INDEX_MAGIC,
+    INDEX_VERSION,
+    IndexedDataset,
+)
 from megatron.io.atomic_write import errors_with_path, fsync_directory
+from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.staging_dir import StagingDir
 
-LONGEST_SEQUENCE = np.iinfo(np.int32).max  # lengths are i32
-COPY_BYTES = 256 << 20  # copied at once, between two calls of a progress bar
-BLOCK = 1 << 20  # entries of the index computed at once
-PARTS = (
-    ".bin",
-    ".lengths",
-    ".counts",
-)  # tokens; i32 tokens of each sequence; i32 sequences of each document
+_LONGEST_SEQUENCE = np.iinfo(np.int32).max  # lengths are stored as i32
+_COPY_BYTES = 256 << 20  # bytes copied between two progress reports
+_BLOCK_ENTRIES = 1 << 20  # index entries computed per step
+# Staged files: tokens; i32 tokens of each sequence; i32 sequences of each document.
+_STAGED_SUFFIXES = (".bin", ".lengths", ".counts")
 PUBLISHED = (".bin", ".json", ".idx")
+"""Suffixes of the published files, in the order of renaming"""
 
 
 class IndexedWriter:
-    """Writes a .bin/.idx pair and its sidecar in `<prefix>.partial/` and publishes them whole.
+    """Writes a .bin/.idx pair and its sidecar in `<prefix>.partial/` and publishes them complete.
 
-    A context manager: leaving it normally publishes (as `finish` does), leaving it by an exception removes everything.
+    A context manager: a normal exit publishes the pair (see `finish`), an exception discards it.
 
     Args:
-        prefix: the path without `.bin` and `.idx`; its folder is created, existing files are replaced at the end.
+        prefix: the path without `.bin` and `.idx`. Its folder is created; existing files are
+            replaced when the pair is published.
         dtype: integer dtype of the stored tokens, see `dtype_for_vocab`.
-        folder: a work folder that somebody else holds; then it is theirs to clear, and files of this writer stay in
-            it until `publish`. None: the writer's own.
-        resume: what `commit` returned; the files in `folder` are cut back to it and continued.
+        folder: staging directory held by the caller, who also clears it; files of this writer
+            stay there until `publish`. None: the writer creates and clears its own.
+        resume: a state returned by `commit`. The files in `folder` are truncated to it, and
+            writing continues from there.
 
     Raises:
-        ValueError: the dtype is not an integer one of the format, or another process writes this prefix.
-        OSError: a file cannot be written, here and in every method that writes; the message names it.
+        ValueError: the dtype is not an integer dtype of the format, or another process is
+            writing this prefix.
+        OSError: a file cannot be written (here or in any method that writes); the message
+            names the file.
     """
 
     def __init__(
@@ -56,19 +66,25 @@ class IndexedWriter:
         folder: StagingDir | None = None,
         resume: dict[str, int] | None = None,
     ):
-        self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype)
-        if self.dtype not in CODES or self.dtype.kind == "f":
-            allowed = ", ".join(d.name for d in CODES if d.kind != "f")
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in DTYPE_CODES or self.dtype.kind == "f":
+            allowed = ", ".join(d.name for d in DTYPE_CODES if d.kind != "f")
             raise ValueError(f"dtype of {self.prefix} is {self.dtype}; allowed: {allowed}")
-        self._folder, self._owned = folder or StagingDir(self.prefix), folder is None
-        if self._owned:
+        self._owns_folder = folder is None
+        self._folder = folder or StagingDir(self.prefix)
+        if self._owns_folder:
             self._folder.clear()
-        at = resume or {"documents": 0, "tokens": 0}
-        self.num_documents, self.num_tokens = at["documents"], at["tokens"]
-        mode = "r+b" if resume else "wb"
-        self._files = {part: open(self._temp(part), mode) for part in PARTS}  # noqa: SIM115 - closed by _close
-        for part, file in self._files.items():
-            file.truncate(at.get(part, 0))
+        state = resume or {"documents": 0, "tokens": 0}
+        self.num_documents = state["documents"]
+        self.num_tokens = state["tokens"]
+        self._files = {}
+        for suffix in _STAGED_SUFFIXES:
+            mode = "r+b" if resume else "wb"
+            file = open(self._staged(suffix), mode)  # noqa: SIM115 - closed by _close
+            self._files[suffix] = file
+        for suffix, file in self._files.items():
+            file.truncate(state.get(suffix, 0))
             file.seek(0, os.SEEK_END)
 
     def __enter__(self) -> IndexedWriter:
@@ -82,250 +98,309 @@ class IndexedWriter:
             self.discard()
 
     def add_document(self, ids: np.ndarray | list[int]) -> None:
-        """Append one document of one sequence (of none when it is empty). Raises like `add_documents`."""
-        ids = np.asarray(ids if len(ids) else np.empty(0, self.dtype))
-        self.add_documents(ids, np.array([len(ids)]))
+        """Append one document of one sequence, or of none if it is empty.
+
+        Raises:
+            ValueError: see `add_documents`.
+        """
+        if len(ids) == 0:
+            ids = np.empty(0, self.dtype)
+        self.add_documents(np.asarray(ids), np.array([len(ids)]))
 
     def add_documents(
         self, flat_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None
     ) -> None:
-        """Append documents given as one array.
+        """Append several documents given as one array.
 
         Args:
-            flat_ids: integers [sum of lengths], one sequence after the other.
+            flat_ids: integers [sum of lengths]: the tokens of consecutive sequences.
             lengths: tokens of each sequence; sequences of length 0 are not written.
             counts: sequences of each document; None: every sequence is a document.
 
         Raises:
-            ValueError: an id does not fit the dtype, a length is out of range, or the arrays do not fit each other.
+            ValueError: an id does not fit the dtype, a length is out of range, or the arrays
+                do not match.
         """
-        flat_ids, lengths = np.asarray(flat_ids), np.asarray(lengths, np.int64)
-        counts = (
-            np.ones(len(lengths), np.int64) if counts is None else np.asarray(counts, np.int64)
-        )
+        flat_ids = np.asarray(flat_ids)
+        lengths = np.asarray(lengths, np.int64)
+        if counts is None:
+            counts = np.ones(len(lengths), np.int64)
+        counts = np.asarray(counts, np.int64)
+        self._check_lengths(flat_ids, lengths, counts)
+        self._check_ids(flat_ids)
+        self._write(".bin", np.ascontiguousarray(flat_ids, self.dtype.newbyteorder("<")))
+        nonempty = lengths > 0
+        if not nonempty.all():
+            counts = _counts_of_nonempty(nonempty, counts)
+        self._write_counts(lengths[nonempty], counts)
+
+    def _check_lengths(
+        self, flat_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray
+    ) -> None:
         for length in (lengths.min(initial=0), lengths.max(initial=0)):
-            if not 0 <= length <= LONGEST_SEQUENCE:
+            if not 0 <= length <= _LONGEST_SEQUENCE:
                 raise ValueError(
-                    f"a document for {self.prefix} has {length} tokens; allowed: 0 to {LONGEST_SEQUENCE}. "
-                    f"Split long documents"
+                    f"a document for {self.prefix} has {length} tokens; allowed: 0 to "
+                    f"{_LONGEST_SEQUENCE}. Split long documents"
                 )
-        if (
-            flat_ids.ndim != 1
-            or flat_ids.dtype.kind not in "iu"
-            or lengths.sum() != len(flat_ids)
-        ):
+        is_flat = flat_ids.ndim == 1 and flat_ids.dtype.kind in "iu"
+        if not is_flat or lengths.sum() != len(flat_ids):
             raise ValueError(
-                f"documents for {self.prefix} are {flat_ids.dtype} of shape {flat_ids.shape} with lengths "
-                f"that add up to {lengths.sum()}; allowed: one row of integers of that length"
+                f"documents for {self.prefix} are {flat_ids.dtype} of shape {flat_ids.shape} "
+                f"with lengths that add up to {lengths.sum()}; allowed: a one-dimensional "
+                f"integer array of that length"
             )
         if counts.sum() != len(lengths) or counts.min(initial=0) < 0:
             raise ValueError(
-                f"documents for {self.prefix} have {counts.sum()} sequences and {len(lengths)} lengths; "
-                f"allowed: one length per sequence"
+                f"documents for {self.prefix} have {counts.sum()} sequences and {len(lengths)} "
+                f"lengths; allowed: one length per sequence"
             )
+
+    def _check_ids(self, flat_ids: np.ndarray) -> None:
+        largest = np.iinfo(self.dtype).max
         for token in (flat_ids.min(initial=0), flat_ids.max(initial=0)):
-            if not 0 <= token <= np.iinfo(self.dtype).max:
+            if not 0 <= token <= largest:
                 raise ValueError(
                     f"a token id for {self.prefix} is {token}; allowed in {self.dtype}: 0 to "
-                    f"{np.iinfo(self.dtype).max}. Give the writer the dtype of the whole vocabulary"
+                    f"{largest}. Choose the dtype by the size of the full vocabulary"
                 )
-        self._write(".bin", np.ascontiguousarray(flat_ids, self.dtype.newbyteorder("<")))
-        some = lengths > 0
-        if not some.all():
-            before = np.concatenate([np.zeros(1, np.int64), np.cumsum(some)])
-            counts = np.diff(before[np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])])
-        self._count(lengths[some], counts)
 
     def add_dataset(
-        self, dataset: IndexedDataset, progress: Callable[[int], object] = lambda copied: None
+        self, dataset: IndexedDataset, progress: ProgressCallback = no_progress
     ) -> None:
-        """Append all documents of another dataset, copying its .bin file to file.
+        """Append all documents of another dataset by copying its `.bin` file.
 
         Args:
             progress: called with the number of bytes just copied.
+
         Raises:
-            ValueError: it has another dtype.
+            ValueError: the dataset has another dtype.
         """
         if dataset.dtype != self.dtype:
             raise ValueError(
-                f"{dataset.prefix} holds {dataset.dtype}, {self.prefix} {self.dtype}; allowed: the same "
-                f"dtype. Preprocess one of them again"
+                f"{dataset.prefix} holds {dataset.dtype}, {self.prefix} {self.dtype}; allowed: "
+                f"the same dtype. Preprocess one of them again"
             )
         target = self._files[".bin"]
         with (
-            errors_with_path(self._temp(".bin")),
+            errors_with_path(self._staged(".bin")),
             open(dataset.prefix + ".bin", "rb") as source,
         ):
             target.flush()
-            _copy(source, target, self.num_tokens * self.dtype.itemsize, progress)
-        self._count(dataset.lengths, np.diff(dataset.document_index))
+            _append_file(source, target, self.num_tokens * self.dtype.itemsize, progress)
+        self._write_counts(dataset.lengths, np.diff(dataset.document_index))
 
     def commit(self) -> dict[str, int]:
-        """Make everything added so far durable. Returns where the writing stands, for `resume`."""
-        for part, file in self._files.items():
-            with errors_with_path(self._temp(part)):
+        """Make everything added so far durable.
+
+        Returns:
+            The state to pass as `resume`.
+        """
+        for suffix, file in self._files.items():
+            with errors_with_path(self._staged(suffix)):
                 file.flush()
                 os.fsync(file.fileno())
-        sizes = {part: file.tell() for part, file in self._files.items()}
+        sizes = {suffix: file.tell() for suffix, file in self._files.items()}
         return {**sizes, "documents": self.num_documents, "tokens": self.num_tokens}
 
     def finish(self, sidecar: dict[str, Any] | None = None) -> None:
-        """Publish, after `prepare` if that was not called. The sidecar has the given entries and the counts."""
+        """Publish the pair, calling `prepare` first unless that was done.
+
+        Args:
+            sidecar: entries of the sidecar in addition to the counts.
+        """
         if self._files:
             self.prepare(sidecar)
         publish(self.prefix, self._folder)
-        if self._owned:
+        if self._owns_folder:
             self._folder.clear()
             self._folder.release()
 
     def prepare(self, sidecar: dict[str, Any] | None = None) -> str:
-        """Write all that `publish` will rename; nothing can be added any more.
+        """Write all files that `publish` renames; nothing can be added afterwards.
 
         Returns:
-            The prefix by which it can be read, to check it before it is published.
+            The prefix of the staged pair, which can be read back before it is published.
         """
         sizes = self.commit()
         self._close()
-        if sizes[".bin"] != self.num_tokens * self.dtype.itemsize:
+        expected = self.num_tokens * self.dtype.itemsize
+        if sizes[".bin"] != expected:
             raise ValueError(
-                f"{self._temp('.bin')} has {sizes['.bin']} bytes, {self.num_tokens} tokens take "
-                f"{self.num_tokens * self.dtype.itemsize}: something else wrote to it, or to a file that "
-                f"was copied. Start again when nothing does"
+                f"{self._staged('.bin')} has {sizes['.bin']} bytes, {self.num_tokens} tokens "
+                f"take {expected}: another program wrote to it, or to a file that was copied. "
+                f"Start again when no other program writes there"
             )
         sequences = sizes[".lengths"] // 4
+        self._write_sidecar(sequences, sidecar or {})
+        self._write_index(sequences)
+        return self._staged("")
+
+    def _write_sidecar(self, sequences: int, entries: dict[str, Any]) -> None:
         record = {
-            **(sidecar or {}),
+            **entries,
             "dtype": self.dtype.name,
             "documents": self.num_documents,
             "sequences": sequences,
             "tokens": self.num_tokens,
             "version": __version__,
         }
-        _write(self._temp(".json"), [json.dumps(record, indent=1).encode() + b"\n"])
-        header = HEADER.pack(
-            MAGIC, VERSION, CODES[self.dtype], sequences, self.num_documents + 1
+        _write_durably(self._staged(".json"), [json.dumps(record, indent=1).encode() + b"\n"])
+
+    def _write_index(self, sequences: int) -> None:
+        header = INDEX_HEADER.pack(
+            INDEX_MAGIC,
+            INDEX_VERSION,
+            DTYPE_CODES[self.dtype],
+            sequences,
+            self.num_documents + 1,
         )
-        lengths, counts = self._temp(".lengths"), self._temp(".counts")
-        _write(
-            self._temp(".idx"),
-            chain(
-                [header],
-                (block.data for block in _blocks(lengths)),
-                _running_sums(lengths, self.dtype.itemsize),
-                _running_sums(counts),
-                [np.array(sequences, "<i8").data],
-            ),
+        lengths = self._staged(".lengths")
+        pointers = _exclusive_sums(lengths, self.dtype.itemsize)
+        document_index = _exclusive_sums(self._staged(".counts"))
+        end = np.array(sequences, "<i8").data
+        parts = chain(
+            [header],
+            (block.data for block in _read_i32(lengths)),
+            pointers,
+            document_index,
+            [end],
         )
-        return self._temp("")
+        _write_durably(self._staged(".idx"), parts)
 
     def discard(self) -> None:
-        """Stop writing. Files in the writer's own folder are removed, those in somebody else's are left to them."""
+        """Stop writing. Files in the writer's own staging directory are removed."""
         self._close()
-        if self._owned:
+        if self._owns_folder:
             self._folder.clear()
             self._folder.release()
 
     def _close(self) -> None:
         for file in self._files.values():
-            with suppress(
-                OSError
-            ):  # of a flush that failed before: the error that matters is on its way
+            # A flush that failed before fails again here; the first error is being raised.
+            with suppress(OSError):
                 file.close()
         self._files = {}
 
-    def _count(self, lengths: np.ndarray, counts: np.ndarray) -> None:
+    def _write_counts(self, lengths: np.ndarray, counts: np.ndarray) -> None:
         self._write(".lengths", np.ascontiguousarray(lengths, "<i4"))
         self._write(".counts", np.ascontiguousarray(counts, "<i4"))
         self.num_documents += len(counts)
         self.num_tokens += int(lengths.sum(dtype=np.int64))
 
-    def _write(self, part: str, data: np.ndarray) -> None:
-        with errors_with_path(self._temp(part)):
-            self._files[part].write(data.data)
+    def _write(self, suffix: str, data: np.ndarray) -> None:
+        with errors_with_path(self._staged(suffix)):
+            self._files[suffix].write(data.data)
 
-    def _temp(self, suffix: str) -> str:
+    def _staged(self, suffix: str) -> str:
         return self._folder.file(os.path.basename(self.prefix) + suffix)
 
 
-def require_space(prefix: str, datasets: Sequence[IndexedDataset]) -> None:
-    """Raise ValueError unless the datasets fit, joined to one, on the disk of a prefix."""
-    # Beside .bin and .idx lie, at the end, 4 bytes per sequence and per document that the writer makes the index from.
-    needed = sum(
-        d.tokens.nbytes + HEADER.size + (12 + 4) * len(d) + (8 + 4) * len(d.document_index)
-        for d in datasets
-    )
+def _counts_of_nonempty(nonempty: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the number of non-empty sequences of each document.
+
+    Args:
+        nonempty: bool [sequences].
+        counts: sequences of each document, empty ones included.
+    """
+    zero = np.zeros(1, np.int64)
+    nonempty_before = np.concatenate([zero, np.cumsum(nonempty)])
+    document_index = np.concatenate([zero, np.cumsum(counts)])
+    return np.diff(nonempty_before[document_index])
+
+
+def require_merge_space(prefix: str, datasets: Iterable[IndexedDataset]) -> None:
+    """Require disk space at `prefix` for the concatenation of the datasets.
+
+    Raises:
+        ValueError: there is not enough.
+    """
+    needed = sum(map(_bytes_to_write, datasets))
     folder = next(parent for parent in Path(os.path.abspath(prefix)).parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{prefix} needs {needed / 1e9:.3f} GB, the disk of {folder} has {free / 1e9:.3f} GB left. "
-            f"Make room there, or choose another disk"
+            f"{prefix} needs {needed / 1e9:.3f} GB, the disk of {folder} has {free / 1e9:.3f} GB "
+            f"left. Make room there, or choose another disk"
         )
 
 
+def _bytes_to_write(dataset: IndexedDataset) -> int:
+    """Return the disk space that writing a copy of a dataset takes at its peak."""
+    # The index takes 12 bytes per sequence and 8 per document boundary. The staged .lengths
+    # and .counts, from which it is written, take another 4 bytes each.
+    index = INDEX_HEADER.size + 12 * len(dataset) + 8 * len(dataset.document_index)
+    staged = 4 * len(dataset) + 4 * len(dataset.document_index)
+    return dataset.tokens.nbytes + index + staged
+
+
 def is_resumable(prefix: str, folder: StagingDir, state: dict[str, int]) -> bool:
-    """Whether the files of a writer hold at least what `commit` said."""
+    """Return whether the staged files hold at least what `commit` returned as `state`."""
+    name = os.path.basename(prefix)
     try:
         return all(
-            os.path.getsize(folder.file(os.path.basename(prefix) + part)) >= state[part]
-            for part in PARTS
+            os.path.getsize(folder.file(name + suffix)) >= state[suffix]
+            for suffix in _STAGED_SUFFIXES
         )
     except FileNotFoundError:
         return False
 
 
 def publish(prefix: str, folder: StagingDir) -> None:
-    """Rename what `IndexedWriter.prepare` wrote; calling it again completes a call that was interrupted.
+    """Rename the files written by `IndexedWriter.prepare` to their final names.
 
-    `.idx` comes last and an older `.idx` goes first, so that no moment pairs it with other tokens.
+    `.idx` is renamed last, and an older `.idx` is removed first, so that no index is ever
+    paired with other tokens. Calling this again completes an interrupted call.
     """
-    temp, final = folder.file(os.path.basename(prefix)), prefix
-    if os.path.exists(temp + ".bin"):
+    staged = folder.file(os.path.basename(prefix))
+    if os.path.exists(staged + ".bin"):
         with suppress(FileNotFoundError):
-            os.remove(final + ".idx")
+            os.remove(prefix + ".idx")
     for suffix in PUBLISHED:
-        if os.path.exists(temp + suffix):
-            os.replace(temp + suffix, final + suffix)
+        if os.path.exists(staged + suffix):
+            os.replace(staged + suffix, prefix + suffix)
     fsync_directory(Path(prefix).parent)
 
 
-def _copy(source, target, at: int, progress: Callable[[int], object]) -> None:
-    """Append a whole file at byte `at` of another: inside the kernel where the filesystem can."""
+def _append_file(
+    source: BinaryIO, target: BinaryIO, offset: int, progress: ProgressCallback
+) -> None:
+    """Copy a file to byte `offset` of another, inside the kernel where that is possible."""
     left = os.fstat(source.fileno()).st_size
-    with suppress(
-        OSError, AttributeError
-    ):  # across filesystems, or not Linux: the rest is copied below
+    # Fails across some filesystems and is Linux only: the rest is then copied below.
+    with suppress(OSError, AttributeError):
         while left:
             copied = os.copy_file_range(
-                source.fileno(), target.fileno(), min(left, COPY_BYTES), None, at
+                source.fileno(), target.fileno(), min(left, _COPY_BYTES), None, offset
             )
             if copied == 0:
                 break
-            left, at = left - copied, at + copied
+            left -= copied
+            offset += copied
             progress(copied)
     source.seek(-left, os.SEEK_END)
-    target.seek(at)
+    target.seek(offset)
     shutil.copyfileobj(source, target, 1 << 20)
     progress(left)
 
 
-def _blocks(path: str) -> Iterator[np.ndarray]:
-    """A file of i32, some at a time."""
+def _read_i32(path: str) -> Iterator[np.ndarray]:
+    """Yield the entries of a file of i32 in blocks."""
     with open(path, "rb") as file:
-        while data := file.read(4 * BLOCK):
+        while data := file.read(4 * _BLOCK_ENTRIES):
             yield np.frombuffer(data, "<i4")
 
 
-def _running_sums(path: str, scale: int = 1) -> Iterator[memoryview]:
-    """i64 bytes: the sum of all entries before each entry of a file of i32, times `scale`."""
+def _exclusive_sums(path: str, scale: int = 1) -> Iterator[memoryview]:
+    """Yield, as i64, `scale` times the sum of the entries before each entry of an i32 file."""
     total = 0
-    for block in _blocks(path):
+    for block in _read_i32(path):
         ends = np.cumsum(block, dtype=np.int64)
         yield ((total + ends - block) * scale).astype("<i8").data
         total += int(ends[-1])
 
 
-def _write(path: str, parts) -> None:
+def _write_durably(path: str, parts: Iterable[bytes | memoryview]) -> None:
     with errors_with_path(path), open(path, "wb") as file:
         for part in parts:
             file.write(part)

@@ -1,4 +1,4 @@
-"""Several datasets as one, in given proportions, and the three splits of a run."""
+"""Blend of several datasets in given proportions."""
 
 from __future__ import annotations
 
@@ -16,47 +16,56 @@ from megatron.data.sampling.sample_index import smallest_int
 
 
 class Samples(Protocol):
-    """What a loader reads: `SampleIndex`, `Cycle`, `StreamSamples` and `Blend`."""
+    """Samples that a loader reads: `SampleIndex`, `RepeatedEpochs`, `StreamSamples` or `Blend`."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of samples."""
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """int64 [S + 1]"""
+        """Return sample i, int64 [S + 1]."""
 
     def source(self, i: int) -> str:
-        """Prefix of the dataset that sample i comes from."""
+        """Return the prefix of the dataset that sample i comes from, for messages."""
 
 
 def parse_blend(
     words: Sequence[str], flag: str = "--data-path"
 ) -> list[tuple[float | None, str]]:
-    """`w1 p1 w2 p2 ...` or `p1 p2 ...` -> [(weight, prefix)]; the weight is None (by size) when none is given.
+    """Parse `weight prefix weight prefix ...` or `prefix prefix ...`.
+
+    Args:
+        flag: flag that `words` come from, for messages.
+
+    Returns:
+        (weight, prefix) of each dataset; the weight is None, which stands for the size of the
+        dataset, if no weights are given.
 
     Raises:
         ValueError: weights and prefixes do not alternate, or a weight is not a positive number.
     """
     words = list(words)
-    numbers = [_number(word) for word in words]
-    if all(n is None for n in numbers):
+    numbers = [_parse_number(word) for word in words]
+    if all(number is None for number in numbers):
         return [(None, word) for word in words]
-    paired = (
+    weights = numbers[::2]
+    alternating = (
         len(words) % 2 == 0
-        and None not in numbers[::2]
-        and not any(n is not None for n in numbers[1::2])
+        and None not in weights
+        and all(number is None for number in numbers[1::2])
     )
     require(
-        paired,
+        alternating,
         flag,
         " ".join(words),
         "weight prefix weight prefix ..., or prefixes alone",
         "A prefix that is itself a number is written as ./7",
     )
-    for weight in numbers[::2]:
+    for weight in weights:
         require(0 < weight < math.inf, f"a weight of {flag}", weight, "a positive number")
-    return list(zip(numbers[::2], words[1::2]))
+    return list(zip(weights, words[1::2]))
 
 
-def _number(word: str) -> float | None:
+def _parse_number(word: str) -> float | None:
     try:
         return float(word)
     except ValueError:
@@ -64,21 +73,21 @@ def _number(word: str) -> float | None:
 
 
 class Blend:
-    """Samples of several datasets, interleaved so that none is ever ahead or behind by a sample.
+    """Interleaved samples of several datasets whose proportions hold at every point.
 
-    Among the first t samples, dataset k has more than w_k * t - 1 and fewer than w_k * t + 1, w_k being its share. Each
-    dataset's samples come in their own order.
+    Among the first t samples, dataset k has more than w_k * t - 1 and fewer than w_k * t + 1,
+    where w_k is its share. The samples of a dataset come in their own order.
 
     Args:
-        datasets: what to draw from; dataset k must have `quotas(weights, num_samples)[k]` samples, or as many as fall
-            to it.
-        weights: positive numbers, in any unit.
-        num_samples: samples of the blend.
-        seed: decides which dataset goes first when several are due.
-        cache_dir: folder of the cached index; empty: none.
+        datasets: the datasets; dataset k needs as many samples as fall to it, for which
+            `quotas(weights, num_samples)[k]` suffice.
+        weights: positive numbers in any unit.
+        num_samples: number of samples of the blend.
+        seed: decides which dataset comes first when several are due.
+        cache_dir: folder of the cached index; empty: no cache.
 
     Raises:
-        ValueError: a dataset has too few samples.
+        ValueError: a weight is not positive, or a dataset has too few samples.
     """
 
     def __init__(
@@ -97,49 +106,55 @@ class Blend:
         )
         self.datasets = list(datasets)
         self._arguments = (self.datasets, weights, num_samples, seed, cache_dir)
-        units = _whole(weights)
-        key = {"units": units, "num_samples": num_samples, "seed": seed}
+        units = _integer_weights(weights)
         arrays = cached_arrays(
-            cache_dir, "blend", key, lambda: build_blend(units, num_samples, seed)
+            cache_dir,
+            "blend",
+            {"units": units, "num_samples": num_samples, "seed": seed},
+            lambda: build_blend(units, num_samples, seed),
         )
-        self._choice, self._position = arrays["choice"], arrays["position"]
+        self._choice = arrays["choice"]
+        self._position = arrays["position"]
         for k, (dataset, needed) in enumerate(zip(self.datasets, arrays["counts"])):
             if len(dataset) < needed:
                 raise ValueError(
-                    f"dataset {k} of the blend has {len(dataset)} samples; its weight {weights[k]} takes "
-                    f"{needed} of {num_samples}. Build it with that many"
+                    f"dataset {k} of the blend has {len(dataset)} samples; its weight "
+                    f"{weights[k]} takes {needed} of {num_samples}. Build it with that many"
                 )
 
     def __len__(self) -> int:
         return len(self._choice)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """int64 [S + 1]: sample i. IndexError beyond the end."""
+        """Return sample i, int64 [S + 1]. Raises IndexError beyond the end."""
         dataset, position = self._locate(i)
         return dataset[position]
 
     def __reduce__(self) -> tuple:
-        return (
-            Blend,
-            self._arguments,
-        )  # a worker process maps the cache again instead of receiving it
+        # A worker process maps the cache again instead of receiving the arrays.
+        return (Blend, self._arguments)
 
     def source(self, i: int) -> str:
-        """Prefix of the dataset that sample i comes from, for messages."""
+        """Return the prefix of the dataset that sample i comes from, for messages."""
         dataset, position = self._locate(i)
         return dataset.source(position)
 
     def _locate(self, i: int) -> tuple[Samples, int]:
+        """Return (dataset, number within the dataset) of sample i."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of a blend: allowed 0 to {len(self) - 1}")
         return self.datasets[self._choice[i]], int(self._position[i])
 
 
 def build_blend(units: Sequence[int], num_samples: int, seed: int) -> Arrays:
-    """The arrays behind a Blend: choice [N] (dataset of each sample), position [N] (its number there), counts [K]."""
-    choice = interleave(
-        units, num_samples, np.random.RandomState(seed % 2**32).permutation(len(units)).tolist()
-    )
+    """Build the arrays of a `Blend` of K datasets and N samples.
+
+    Returns:
+        choice: uint16 [N], dataset of each sample; position: [N], number of the sample within
+        its dataset; counts: int64 [K], samples taken from each dataset.
+    """
+    tie_ranks = np.random.RandomState(seed % 2**32).permutation(len(units)).tolist()
+    choice = interleave(units, num_samples, tie_ranks)
     position = np.empty(num_samples, smallest_int(num_samples))
     counts = np.bincount(choice, minlength=len(units))
     for k, count in enumerate(counts):
@@ -147,48 +162,63 @@ def build_blend(units: Sequence[int], num_samples: int, seed: int) -> Arrays:
     return {"choice": choice, "position": position, "counts": counts.astype(np.int64)}
 
 
-def interleave(units: Sequence[int], num_samples: int, rank: Sequence[int]) -> np.ndarray:
-    """uint16 [N]: which dataset each sample comes from.
+def interleave(units: Sequence[int], num_samples: int, tie_ranks: Sequence[int]) -> np.ndarray:
+    """Choose a dataset for each sample such that every count stays within 1 of its share.
 
-    The j-th sample of a dataset with share w is due between floor((j - 1) / w) and ceil(j / w): keeping all of these
-    windows is what keeps every count within 1 of w * t. Taking, among the samples whose window is open, the one that
-    closes first keeps them all whenever that is possible at all (unit jobs with release times and deadlines on one
-    machine), and shares that add up to 1 make it possible. Each step depends on the one before, so this is a loop and
-    not array code (sorting by deadline alone, or taking the largest deficit, drifts further than 1 with several
-    datasets); it takes 0.7 s for a million samples, once per node.
+    Sample j of a dataset with share w must come between floor((j - 1) / w) and ceil(j / w): if
+    all samples keep these windows, every count stays within 1 of w * t. Among the samples whose
+    window is open, the one whose window closes first is taken. This earliest-deadline-first rule
+    keeps all windows whenever that is possible (unit jobs with release times and deadlines on
+    one machine), and shares that add up to 1 make it possible. Sorting by deadline alone, or
+    taking the largest deficit, drifts by more than 1 with several datasets.
+
+    Every step depends on the previous one, so this is a loop and not array code: 0.7 s for a
+    million samples, once per node.
 
     Args:
-        units: positive whole numbers proportional to the shares; whole, so that no rounding adds up.
-        rank: breaks ties between equal deadlines.
+        units: positive integers proportional to the shares; integers accumulate no rounding
+            error.
+        tie_ranks: decides between equal deadlines; the smallest rank comes first.
+
+    Returns:
+        uint16 [num_samples]: the dataset of each sample.
     """
     total = sum(units)
-    choice, counts = np.empty(num_samples, np.uint16), [0] * len(units)
-    opening: list[tuple] = []  # heap of (time at which the window opens, entry of `due`)
-    due = [
-        (-(-total // unit), rank[k], k) for k, unit in enumerate(units)
-    ]  # heap of (time it closes, tie, dataset)
+    choice = np.empty(num_samples, np.uint16)
+    counts = [0] * len(units)
+    # Heap of (time at which the window of a dataset's next sample opens, entry of `due`).
+    upcoming: list[tuple] = []
+    # Heap of (time at which the window closes, tie rank, dataset), windows that are open.
+    due = [(_ceil_div(total, unit), tie_ranks[k], k) for k, unit in enumerate(units)]
     heapq.heapify(due)
     for t in range(num_samples):
-        while opening and opening[0][0] <= t:
-            heapq.heappush(due, heapq.heappop(opening)[1])
-        k = heapq.heappop(due)[2]
+        while upcoming and upcoming[0][0] <= t:
+            _, entry = heapq.heappop(upcoming)
+            heapq.heappush(due, entry)
+        _, _, k = heapq.heappop(due)
         choice[t] = k
-        counts[k] = j = counts[k] + 1
-        heapq.heappush(
-            opening, (j * total // units[k], (-(-(j + 1) * total // units[k]), rank[k], k))
-        )
+        counts[k] += 1
+        opens = counts[k] * total // units[k]
+        closes = _ceil_div((counts[k] + 1) * total, units[k])
+        heapq.heappush(upcoming, (opens, (closes, tie_ranks[k], k)))
     return choice
 
 
 def quotas(weights: Sequence[float], num_samples: int) -> list[int]:
-    """Samples that suffice from each dataset for a blend: its share, rounded up."""
-    units = _whole(weights)
-    return [-(-num_samples * unit // sum(units)) for unit in units]
+    """Return the number of samples that suffices from each dataset: its share, rounded up."""
+    units = _integer_weights(weights)
+    total = sum(units)
+    return [_ceil_div(num_samples * unit, total) for unit in units]
 
 
-def _whole(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers exactly proportional to the weights."""
-    exact = [Fraction(weight) for weight in weights]
-    scale = math.lcm(*(f.denominator for f in exact))
-    whole = [int(f * scale) for f in exact]
-    return [n // math.gcd(*whole) for n in whole]
+def _integer_weights(weights: Sequence[float]) -> list[int]:
+    """Return the smallest integers exactly proportional to the weights."""
+    fractions = [Fraction(weight) for weight in weights]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    integers = [int(fraction * scale) for fraction in fractions]
+    divisor = math.gcd(*integers)
+    return [integer // divisor for integer in integers]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

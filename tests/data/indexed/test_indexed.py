@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from helpers.programs import CODES, by_hand
 from megatron.data.indexed import reader
 from megatron.data.indexed import writer as writer_module
-from megatron.data.indexed.reader import Index, IndexedDataset, dtype_for_vocab
+from megatron.data.indexed.reader import DatasetIndex, IndexedDataset, dtype_for_vocab
 from megatron.data.indexed.writer import IndexedWriter
 
 
@@ -152,7 +152,7 @@ def test_the_sidecar(tmp_path):
     assert leftovers(tmp_path / "new") == ["d.bin", "d.idx", "d.json"]
     for damage in (b"{", b"[1]", b'"\xff"'):
         (tmp_path / "new" / "d.json").write_bytes(damage)
-        with pytest.raises(ValueError, match=r"d\.json is damaged"):
+        with pytest.raises(ValueError, match=r"d\.json is corrupt"):
             IndexedDataset(tmp_path / "new" / "d")
 
 
@@ -182,7 +182,7 @@ def test_a_failure_while_publishing_leaves_nothing_temporary(tmp_path, monkeypat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer_module, "_write", full)
+    monkeypatch.setattr(writer_module, "_write_durably", full)
     with pytest.raises(OSError), IndexedWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_document([2])
     assert leftovers(tmp_path) == []
@@ -251,7 +251,7 @@ def test_writers_of_wrong_dtypes(tmp_path):
         ({"version": 2}, "format version 2; allowed: 1"),
         ({"code": 9}, "dtype code 9"),
         ({"tail": b"\x00\x01"}, "modes section"),
-        ({"tail": b"\x00"}, "truncated or damaged"),
+        ({"tail": b"\x00"}, "truncated or corrupt"),
         ({"lengths": [-2, 4]}, "negative sequence lengths"),
         ({"pointers": [0, 2]}, "pointers are not the running sum"),
         ({"pointers": [4, 0]}, "pointers are not the running sum"),
@@ -276,7 +276,7 @@ def test_damaged_files_are_refused_at_opening(tmp_path, changes, match):
 def test_document_indices_that_do_not_rise_from_zero_to_the_end(
     tmp_path, monkeypatch, bounds, block
 ):
-    monkeypatch.setattr(reader, "BLOCK", block)
+    monkeypatch.setattr(reader, "_BLOCK_ENTRIES", block)
     with pytest.raises(
         ValueError, match="document index does not rise from 0 to the number of sequences, 2"
     ):
@@ -337,7 +337,7 @@ def test_a_flipped_bit_of_the_header_and_a_truncation_never_change_the_data(
 
 @pytest.mark.parametrize("part", ["lengths", "pointers"])
 def test_damage_is_seen_in_every_block_of_the_index(tmp_path, monkeypatch, part):
-    monkeypatch.setattr(reader, "BLOCK", 2)
+    monkeypatch.setattr(reader, "_BLOCK_ENTRIES", 2)
     sequences = [[1], [2, 3], [], [4], [5, 6]]
     right = {"lengths": [1, 2, 0, 1, 2], "pointers": [0, 2, 6, 6, 8]}
     by_hand(tmp_path / "d", sequences, [0, 5], **right)
@@ -354,7 +354,7 @@ def test_damage_is_seen_in_every_block_of_the_index(tmp_path, monkeypatch, part)
 
 def test_a_given_index_is_read_by_and_travels_too(tmp_path):
     prefix = by_hand(tmp_path / "d", [[1, 2], [3]], [0, 1, 2])
-    other = Index(
+    other = DatasetIndex(
         np.dtype(np.uint16), np.array([1, 2], np.int32), np.array([0, 2]), np.array([0, 0, 2])
     )
     d = pickle.loads(pickle.dumps(IndexedDataset(prefix, other)))

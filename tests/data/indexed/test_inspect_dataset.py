@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 
 from helpers.programs import BYTES, CODES, by_hand, documents, one_line_error, run
 from megatron.data.indexed import inspect
-from megatron.data.indexed.inspect import describe, open_dataset, repair, scan, summarize
+from megatron.data.indexed import repair as repair_module
+from megatron.data.indexed.describe import describe
+from megatron.data.indexed.inspect import scan, summarize
+from megatron.data.indexed.opened import open_dataset
 from megatron.data.indexed.reader import IndexedDataset
-from megatron.data.indexed.writer import IndexedWriter, require_space
+from megatron.data.indexed.repair import repair
+from megatron.data.indexed.writer import IndexedWriter, require_merge_space
 from megatron.tokenizer.byte import ByteTokenizer
 from megatron.tokenizer.null import NullTokenizer
 
@@ -65,7 +69,7 @@ DOCUMENTS = st.lists(st.lists(st.lists(st.integers(0, 12), max_size=5), max_size
 def test_facts_against_a_loop(tmp_path_factory, docs, dtype, block):
     prefix = pair(tmp_path_factory.mktemp("d") / "d", docs, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "BLOCK", block)
+        patch.setattr(inspect, "_BLOCK_TOKENS", block)
         found = inspect_all(prefix, NullTokenizer(EOD))
     flat = [[t for s in d for t in s] for d in docs]
     lengths, tokens = [len(d) for d in flat], [t for d in flat for t in d]
@@ -291,7 +295,7 @@ def test_entries_that_are_no_numbers(tmp_path, value):
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect, "BLOCK", 2)
+    monkeypatch.setattr(inspect, "_BLOCK_TOKENS", 2)
     prefix = pair(tmp_path / "d", [[[1, 2, 3, 4]]])
     with pytest.raises(ValueError, match="d.bin became shorter while it was read"):
         scan(open_dataset(prefix), progress=lambda read: os.truncate(f"{prefix}.bin", 5))
@@ -324,7 +328,7 @@ def test_repair_gives_the_pair_that_should_have_been(tmp_path_factory, docs, blo
     assert scan(opened)[0]["documents_ending_with_eod"] == sum(map(any, docs))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "BLOCK", block)
+        patch.setattr(repair_module, "_BLOCK_DOCUMENTS", block)
         assert repair(opened, str(folder / "out"), progress=seen.append) == EOD
     assert sum(seen) == 2 * os.path.getsize(f"{bad}.bin")
     for suffix in (".bin", ".idx"):
@@ -408,7 +412,7 @@ def test_the_space_of_a_pair_in_a_folder_that_is_not_there_yet(tmp_path, monkeyp
     usage, asked = shutil.disk_usage(tmp_path), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
     for out in ("d", "new/folder/d", str(tmp_path / "d")):
-        require_space(out, [IndexedDataset(pair(tmp_path / "d", [[[1]]]))])
+        require_merge_space(out, [IndexedDataset(pair(tmp_path / "d", [[[1]]]))])
     assert asked == [tmp_path] * 3
 
 

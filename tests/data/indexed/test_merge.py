@@ -264,7 +264,7 @@ def test_verification_refuses_a_wrong_result(tmp_path, monkeypatch, capsys, dama
 
 
 def test_verification_in_small_blocks_says_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_datasets, "BLOCK", 4)
+    monkeypatch.setattr(merge_datasets, "COMPARE_BYTES", 4)
     shard(tmp_path / "a", ["xyz"]), shard(tmp_path / "b", ["abcde"])
     datasets = [IndexedDataset(tmp_path / f"{name}_text_document") for name in "ab"]
     merge_here(monkeypatch, "--input", tmp_path, "--output-prefix", tmp_path / "all")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from helpers import runs
 from megatron.config.schema import DataConfig
 from megatron.data.indexed.writer import IndexedWriter
-from megatron.data.loader import BatchLoader
+from megatron.data.loader import BatchLoader, DataParallelShard
 from megatron.data.sampling.blend import Samples
 from megatron.data.splits import build_splits
 from megatron.tokenizer.byte import ByteTokenizer
@@ -62,10 +62,7 @@ def steps(
     loaders = [
         BatchLoader(
             samples,
-            micro_batch_size=micro,
-            global_batch_size=GLOBAL_BATCH,
-            rank=rank,
-            world_size=ranks,
+            DataParallelShard(micro, GLOBAL_BATCH, rank, ranks),
             consumed_samples=consumed,
             data=DataConfig(num_workers=workers),
             eod=None,

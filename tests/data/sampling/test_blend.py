@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from megatron.config.schema import DataConfig
 from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.validation import check_sidecar
 from megatron.data.indexed.writer import IndexedWriter
 from megatron.data.sampling import blend as module
 from megatron.data.sampling.blend import Blend, interleave, parse_blend, quotas
 from megatron.data.sampling.sample_index import SampleIndex
-from megatron.data.splits import build_splits, check_sidecar
+from megatron.data.splits import build_splits
 from megatron.tokenizer.byte import ByteTokenizer
 from megatron.tokenizer.null import NullTokenizer
 

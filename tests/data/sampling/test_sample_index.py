@@ -338,7 +338,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, caplog):
         file.write_bytes(damaged)
         with caplog.at_level(logging.WARNING, "megatron"):
             assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path))) == right
-        assert "is damaged" in caplog.text and file.read_bytes() == whole
+        assert "is corrupt" in caplog.text and file.read_bytes() == whole
 
 
 def test_a_folder_that_cannot_be_written_costs_memory_only(tmp_path, caplog, monkeypatch):

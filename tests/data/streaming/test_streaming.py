@@ -40,7 +40,7 @@ from megatron.config.schema import DataConfig, TokenizerConfig
 from megatron.data.ingest import preprocess as preprocess_module
 from megatron.data.ingest.encode import EncodeConfig
 from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun, preprocess
-from megatron.data.loader import BatchLoader
+from megatron.data.loader import BatchLoader, DataParallelShard
 from megatron.data.sampling.blend import quotas
 from megatron.data.streaming import producer as module
 from megatron.data.streaming.producer import StreamSamples, cache_folder, produce
@@ -115,10 +115,7 @@ def test_ranks_micro_batches_workers_and_resuming_change_nothing(tmp_path):
         for rank in range(world):
             batches = BatchLoader(
                 open_samples(tmp_path / "a.jsonl", samples=32, window=8, starts=rank == 0),
-                micro_batch_size=micro,
-                global_batch_size=8,
-                rank=rank,
-                world_size=world,
+                DataParallelShard(micro, 8, rank, world),
                 consumed_samples=consumed,
                 data=DataConfig(num_workers=workers),
                 eod=256,

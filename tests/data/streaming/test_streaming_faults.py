@@ -315,7 +315,7 @@ def test_flags_that_contradict_each_other(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"^--valid-data-path and --data-path are both empty, and 3 valid samples are "
-        r"asked for. Give --valid-data-path, or --eval-iters 0$",
+        r"requested. Give --valid-data-path, or --eval-iters 0$",
     ):
         build_splits(
             DataConfig(streaming_data_path=(str(tmp_path / "a.jsonl"),)),
@@ -325,7 +325,7 @@ def test_flags_that_contradict_each_other(tmp_path):
             test_samples=0,
             seed=1,
             tokenizer=TOKENIZER,
-            production=StreamingContext(BYTES, "", False),
+            streaming=StreamingContext(BYTES, "", False),
         )
 
 
