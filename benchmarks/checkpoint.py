@@ -105,6 +105,7 @@ class Run:
         import torch
 
         from megatron.data.loader import Batch
+        from megatron.training.task import NextTokenLoss
 
         tokens = torch.randint(0, 8192, (1, 65))
         self.engine.step(

@@ -135,6 +135,7 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
     from megatron.engine import distributed as parallel
     from megatron.engine.engine import Engine
     from megatron.model.builder import build_model
+    from megatron.training.task import NextTokenLoss
 
     groups = parallel.init_distributed(1)
     model, moe, optimizer, train = configs()
