@@ -1,4 +1,4 @@
-"""Exit codes of the programs: error classification, and exit without the interpreter's teardown."""
+"""Exit codes, classification of errors, and exit without interpreter teardown."""
 
 from __future__ import annotations
 
@@ -10,26 +10,39 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from megatron import log
 
+_PACKAGE = Path(__file__).parent
+_PEER_EXITED = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+)
+"""What the errors of a collective say when the process on the other side has ended."""
+
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Run a program to its exit code, as `main` describes it; errors that are not the user's keep their traceback."""
+    """Run a program and return its exit code, as `pretrain.main` describes it.
+
+    An error that the user can act on is reported as one line; any other is raised.
+    """
     log.setup()
     try:
         program()
     except KeyboardInterrupt:
         log.report_error(
-            InterruptedError("interrupted before the training began; nothing is saved")
+            InterruptedError("interrupted before training began; nothing was saved")
         )
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        line, code = classify_error(error)
-        if line is None:
+        message, code = classify_error(error)
+        if message is None:
             raise
-        log.report_error(line)
+        log.report_error(message)
         return code
     from megatron.engine.distributed import destroy
 
@@ -38,29 +51,40 @@ def exit_code(program: Callable[[], None]) -> int:
 
 
 def classify_error(error: ValueError | OSError | RuntimeError) -> tuple[Exception | None, int]:
-    """(what to tell the user in one line, exit code); None: it is not the user's, and its traceback is needed."""
+    """Decide whether an error is reported to the user as one line.
+
+    Returns:
+        (one-line error, exit code), or (None, 1) for an error whose traceback is
+        needed.
+    """
     from megatron.data.loader import worker_exited_error
 
-    for line, code in (
+    for message, code in (
         (peer_exited_error(error), 1),
         (collective_timeout_error(error), 3),
         (worker_exited_error(error), 2),
     ):
-        if line:
-            return line, code
-    ours = isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error))
-    return (error, 2) if ours else (None, 1)
+        if message:
+            return message, code
+    if isinstance(error, OSError):
+        return error, 2
+    if isinstance(error, ValueError) and _raised_by_this_package(error):
+        return error, 2
+    return None, 1
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process with this exit code: exit handlers run, the interpreter's own teardown does not.
+    """End the process: exit handlers run, but the interpreter is not torn down.
 
-    Gloo's threads take the GIL to let go of the last collective's tensors. One that comes late, while the interpreter
-    is being torn down, is ended inside C++ code that does not allow it, and the abort (seen once in a hundred runs of
-    two ranks on busy cores) would make a finished run a failed one. They live as long as DeepSpeed refers to its
-    groups, so they cannot be joined first.
+    Gloo's threads take the GIL to release the tensors of the last collective. A thread
+    that does so during teardown is ended inside C++ code that does not allow it, and
+    the process aborts (seen once in a hundred runs of two ranks on busy cores): a
+    finished run would count as failed. These threads live as long as DeepSpeed refers
+    to its process groups, so they cannot be joined first.
     """
-    threading._shutdown()  # waits for threads that are no daemons, as the interpreter does before its exit handlers
+    # Wait for threads that are not daemons, as the interpreter does before exit
+    # handlers.
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -68,45 +92,55 @@ def exit_process(code: int) -> NoReturn:
 
 
 def peer_exited_error(error: BaseException) -> RuntimeError | None:
-    """One line for the long error of a collective whose other side is gone; None for any other error."""
-    ended = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Connection refused",
+    """Condense the error of a collective whose other side has ended to one line.
+
+    Returns:
+        None for any other error.
+    """
+    if isinstance(error, OSError):
+        return None
+    if not any(words in str(error) for words in _PEER_EXITED):
+        return None
+    return RuntimeError(
+        "another rank ended, and its message says why, or it was killed (out of memory?); "
+        "this one stops with it"
     )
-    if not isinstance(error, OSError) and any(word in str(error) for word in ended):
-        return RuntimeError(
-            "another rank ended, and its message says why, or it was killed (out of memory?); this one "
-            "stops with it"
-        )
-    return None
 
 
 def collective_timeout_error(error: BaseException) -> TimeoutError | None:
-    """One line for a collective that gloo gave up; None for any other error."""
-    if isinstance(error, OSError) or not (
-        found := re.search(r"Timed out waiting (\d+)ms", str(error))
-    ):
+    """Condense the error of a collective that timed out in gloo to one line.
+
+    Returns:
+        None for any other error.
+    """
+    if isinstance(error, OSError):
         return None
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if Path(__file__).parent in Path(f.filename).parents
-    ]
-    where = (
-        f" ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})"
-        if frames
-        else ""
-    )
+    found = re.search(r"Timed out waiting (\d+)ms", str(error))
+    if not found:
+        return None
+    minutes = int(found[1]) / 60000
+    where = _innermost_frame(error.__traceback__)
     return TimeoutError(
-        f"a collective{where} took longer than --timeout-minutes {int(found[1]) / 60000:g}: another "
-        "rank hangs or is far behind, and may say why, or its host is down. If it only is slow, raise "
-        "--timeout-minutes"
+        f"a collective{where} took longer than --timeout-minutes {minutes:g}: another rank "
+        "hangs or is far behind, and may say why, or its host is down. If it is only slow, "
+        "raise --timeout-minutes"
     )
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error itself: then the message is written for the user, without a traceback."""
+def _innermost_frame(tb: TracebackType | None) -> str:
+    """Format the innermost frame of this package as ` (function, file:line)`, or ''."""
+    frames = [f for f in traceback.extract_tb(tb) if _in_this_package(f.filename)]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f" ({frame.name}, {Path(frame.filename).name}:{frame.lineno})"
+
+
+def _raised_by_this_package(error: BaseException) -> bool:
+    """Whether our code raised the error: then its message is for the user."""
     frames = traceback.extract_tb(error.__traceback__)
-    return Path(__file__).parent in Path(frames[-1].filename).parents
+    return _in_this_package(frames[-1].filename)
+
+
+def _in_this_package(filename: str) -> bool:
+    return _PACKAGE in Path(filename).parents

@@ -1,6 +1,7 @@
-"""The logger "megatron": rank 0 speaks, the other ranks only warn.
+"""The logger "megatron": rank 0 logs everything, the other ranks log warnings only.
 
-Modules log through `get_logger()` or `logging.getLogger(__name__)`, which is its child; only a program calls `setup`.
+Modules log through `get_logger()` or its child `logging.getLogger(__name__)`; only a
+program calls `setup`.
 """
 
 from __future__ import annotations
@@ -12,22 +13,26 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+_PEER_DELAY_SECONDS = 3
+"""How long other ranks wait before they report an error. DeepSpeed's launcher polls its
+processes once a second and ends them when one has failed."""
+
 
 class RankHandler(logging.StreamHandler):
-    """Writes to stdout, flushed line by line, in the form of this process's rank."""
+    """Writes to stdout, flushed line by line, in the format of this process's rank."""
 
     def __init__(self, rank: int):
-        logging.Handler.__init__(self)  # not StreamHandler's, which would keep the stream
+        logging.Handler.__init__(self)  # StreamHandler's would store the current stdout
         self.setFormatter(RankFormatter(rank))
 
     @property
     def stream(self) -> TextIO:
-        """The stdout of this moment: programs and tests redirect it."""
+        """The current stdout: programs and tests redirect it."""
         return sys.stdout
 
 
 class RankFormatter(logging.Formatter):
-    """`12:34:56 message`; a level other than INFO is named, and so is a rank other than 0."""
+    """Formats `12:34:56 message`, plus the level unless INFO and the rank unless 0."""
 
     def __init__(self, rank: int):
         super().__init__(datefmt="%H:%M:%S")
@@ -39,15 +44,16 @@ class RankFormatter(logging.Formatter):
 
 
 def get_logger() -> logging.Logger:
-    """The logger "megatron"."""
+    """Return the logger "megatron"."""
     return logging.getLogger("megatron")
 
 
 def setup(level: int | str = logging.INFO) -> logging.Logger:
-    """Send the logger to stdout: from `level` up on rank 0 (environment variable RANK), warnings and up elsewhere.
+    """Send the logger to stdout: from `level` up on rank 0, warnings on other ranks.
 
-    May be called again; the last call counts. Records then no longer reach the root logger, whose handlers (a library
-    may have made some) would print them a second time.
+    The rank is read from the environment variable RANK. A later call replaces the
+    setup. Records no longer reach the root logger, because a handler that some library
+    added there would print them a second time.
     """
     rank = _rank()
     logger = get_logger()
@@ -62,23 +68,56 @@ def setup(level: int | str = logging.INFO) -> logging.Logger:
 
 
 def quiet_deepspeed() -> None:
-    """Hold DeepSpeed's own logger to warnings. Call it after deepspeed is imported, which sets the level itself."""
+    """Restrict DeepSpeed's logger to warnings.
+
+    Call it after deepspeed is imported, because the import sets the level.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def report_error(error: BaseException, *, at_once: bool = False) -> None:
-    """Print a user's mistake as one line on stderr.
+def report_error(error: BaseException, *, immediately: bool = False) -> None:
+    """Print an error as one line on stderr.
 
-    Ranks other than 0 wait first, unless told not to: most mistakes are made by all ranks, rank 0 says so, and the
-    launcher ends the others before they repeat it. What only one rank sees is still said.
+    Ranks other than 0 wait first: most mistakes are made on all ranks, rank 0 reports
+    them, and the launcher ends the other ranks before they repeat the message. An error
+    of one rank alone is still printed.
+
+    Args:
+        immediately: do not wait, because only this rank knows of the error.
     """
     rank = _rank()
-    if rank and not at_once:
-        time.sleep(3)  # DeepSpeed's launcher looks at its processes once a second
-    sys.stderr.write(
-        f"{_prefix(rank)}error: {error}\n"
-    )  # in one piece: other ranks write to the same terminal
+    if rank and not immediately:
+        time.sleep(_PEER_DELAY_SECONDS)
+    # One write: other ranks write to the same terminal.
+    sys.stderr.write(f"{_prefix(rank)}error: {error}\n")
     sys.stderr.flush()
+
+
+def run_tool(prog: str, body: Callable[[], object]) -> int:
+    """Run a command-line tool and return its exit code.
+
+    The code is what `body` returns (None counts as 0), 2 after one line on stderr for a
+    ValueError or OSError, 130 after Ctrl-C, and 141 when the reader of its output is
+    gone (the shell's codes for SIGINT and SIGPIPE).
+
+    Args:
+        prog: the tool's name, which begins its error messages.
+    """
+    try:
+        code = body()
+        if sys.stdout:  # None if the shell closed it: >&-
+            sys.stdout.flush()
+        return code or 0
+    except BrokenPipeError:
+        # The interpreter flushes stdout when it exits, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _rank() -> int:
@@ -87,24 +126,3 @@ def _rank() -> int:
 
 def _prefix(rank: int) -> str:
     return f"[rank {rank}] " if rank else ""
-
-
-def run_tool(prog: str, body: Callable[[], object]) -> int:
-    """Run a command-line tool to its exit code: what `body` returns (None: 0), 2 after one line on stderr for a
-    ValueError or OSError, 130 after Ctrl-C, 141 when nobody reads its output any more (as the shell has them)."""
-    try:
-        code = body()
-        if sys.stdout:  # closed by the shell: >&-
-            sys.stdout.flush()
-        return code or 0
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter fails to flush at its end
-        return 141
-    except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130

@@ -23,7 +23,8 @@ from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.run_json import read_run_json
 from megatron.config.schema import RunConfig, require
 from megatron.engine.engine import Engine
-from megatron.engine.zero_shards import MOMENTS, GlobalLayout, load_weights
+from megatron.engine.optimizer import MOMENTS
+from megatron.engine.zero_shards import GlobalLayout, load_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask

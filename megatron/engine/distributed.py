@@ -16,24 +16,31 @@ from megatron.config.schema import require
 from megatron.engine.startup_patches import skip_triton_probe
 from megatron.parallel.groups import Groups, choose_comm_backend
 
+_LAUNCHER_DEFAULTS = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # any free port, which is enough for one process
+}
+
 
 def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
-    """Start torch.distributed through DeepSpeed and make the expert-parallel groups.
+    """Start torch.distributed through DeepSpeed and create the expert-parallel groups.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher sets them; without them this is a
-    run of one process.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher sets
+    them. Without them the run has one process.
+
+    Args:
+        ep_size: number of ranks that together hold every expert once.
+        timeout_minutes: time limit of every collective.
 
     Raises:
-        ValueError: `ep_size` does not divide the number of ranks, or there are more ranks than CUDA devices.
+        ValueError: `ep_size` does not divide the number of ranks, or there are more
+            ranks than CUDA devices.
         ConnectionError: the ranks did not find each other.
     """
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0"),
-    ):  # 0: a free port, enough for one process
+    for name, value in _LAUNCHER_DEFAULTS.items():
         os.environ.setdefault(name, value)
     world_size = int(os.environ["WORLD_SIZE"])
     require(
@@ -45,35 +52,23 @@ def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     )
     backend, device, reason = choose_comm_backend()
     prepare_deepspeed(device)
-    import deepspeed
-    from deepspeed.utils import groups as ds_groups
+    import deepspeed  # only now: it reads the environment when it is imported
 
     if device.type == "cpu":
         skip_triton_probe()
-
-    log.quiet_deepspeed()
-    if device.type == "cuda":
+    else:
         torch.cuda.set_device(device)
-    name = f"ep_size_{ep_size}"
+    log.quiet_deepspeed()
+    timeout = timedelta(minutes=timeout_minutes)
     try:
         deepspeed.init_distributed(
-            backend,
-            auto_mpi_discovery=False,
-            timeout=timedelta(minutes=timeout_minutes),
-            verbose=False,
+            backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
         )
-        if name not in ds_groups._get_expert_parallel_group_dict():
-            ds_groups._create_expert_and_data_parallel(ep_size)
+        ep_group = _expert_parallel_group(ep_size, timeout)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "connectFullMesh" not in str(error):
             raise
         raise ConnectionError(_rendezvous_error(error, timeout_minutes)) from None
-    for group in (
-        ds_groups._get_expert_parallel_group(name),
-        ds_groups._get_expert_data_parallel_group(name),
-    ):
-        # DeepSpeed makes them with torch's default of half an hour.
-        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
     return Groups(
         rank=dist.get_rank(),
         world_size=world_size,
@@ -82,29 +77,50 @@ def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         backend=backend,
         reason=reason,
         ep_size=ep_size,
-        ep_group=ds_groups._get_expert_parallel_group(name) if ep_size > 1 else None,
+        ep_group=ep_group if ep_size > 1 else None,
     )
+
+
+def _expert_parallel_group(ep_size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """This rank's expert-parallel group of DeepSpeed, created at the first call.
+
+    DeepSpeed keeps the groups as module globals and creates them with torch's default
+    timeout of half an hour.
+    """
+    from deepspeed.utils import groups as ds_groups
+
+    name = f"ep_size_{ep_size}"
+    if name not in ds_groups._get_expert_parallel_group_dict():
+        ds_groups._create_expert_and_data_parallel(ep_size)
+    ep_group = ds_groups._get_expert_parallel_group(name)
+    for group in (ep_group, ds_groups._get_expert_data_parallel_group(name)):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return ep_group
 
 
 def _rendezvous_error(error: RuntimeError, timeout_minutes: float) -> str:
-    """One line for the many that torch has when ranks do not find each other."""
+    """Condense torch's error of ranks that did not find each other to one line."""
     joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
-    why = (
-        f"{joined[1]} of {joined[2]} are there" if joined else str(error).splitlines()[0][:200]
-    )
-    network = os.environ.get("GLOO_SOCKET_IFNAME") or "not set"
+    if joined:
+        reason = f"{joined[1]} of {joined[2]} are there"
+    else:
+        reason = str(error).splitlines()[0][:200]
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    interface = os.environ.get("GLOO_SOCKET_IFNAME") or "not set"
     return (
-        f"the ranks did not find each other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
-        f"--timeout-minutes {timeout_minutes:g}: {why}. Start all of them; check MASTER_ADDR, MASTER_PORT, the "
-        f"firewall, and on CPU nodes GLOO_SOCKET_IFNAME, which is {network}"
+        f"the ranks did not find each other at {address} within --timeout-minutes "
+        f"{timeout_minutes:g}: {reason}. Start all of them; check MASTER_ADDR, "
+        "MASTER_PORT, the firewall, and on CPU nodes GLOO_SOCKET_IFNAME, which is "
+        f"{interface}"
     )
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Set what DeepSpeed reads from the environment, before its first import.
+    """Set the environment variables that DeepSpeed reads when it is imported.
 
-    Its CPU communication operator is compiled at first use into a cache keyed by name only, so the cache goes into
-    the virtual environment: another environment's torch would otherwise load a binary that does not fit it.
+    DeepSpeed compiles its CPU communication operator at first use into a cache keyed by
+    name only. The cache goes into the virtual environment, because another
+    environment's torch would otherwise load a binary that does not fit it.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -115,6 +131,6 @@ def prepare_deepspeed(device: torch.device) -> None:
 
 
 def destroy() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

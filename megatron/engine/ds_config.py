@@ -1,4 +1,4 @@
-"""From our configuration to DeepSpeed's. Does not import DeepSpeed."""
+"""DeepSpeed's configuration, from ours; imports DeepSpeed only to validate a file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-
 from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 
-# What flags decide: DeepSpeed's key -> our flag. A file may repeat these values or say "auto", not contradict them.
 DECIDED = {
     "train_batch_size": "--global-batch-size",
     "train_micro_batch_size_per_gpu": "--micro-batch-size",
@@ -20,19 +17,31 @@ DECIDED = {
     "bf16.enabled": "--bf16",
     "fp16.enabled": "--fp16",
 }
+"""DeepSpeed's keys that our flags set, each with its flag. The user's file may repeat
+our value or say "auto"; it may not contradict it."""
 REFUSED = {
-    "optimizer": "AdamW is built from --lr, --weight-decay and --adam-*, with parameter groups that skip decay",
-    "scheduler": "the learning rate is a pure function of the iteration, from --lr-decay-style and --lr-warmup-*",
+    "optimizer": (
+        "the optimizer is built from --lr, --weight-decay and --adam-*, with parameter "
+        "groups that skip weight decay"
+    ),
+    "scheduler": (
+        "the learning rate is a pure function of the iteration, from --lr-decay-style and "
+        "--lr-warmup-*"
+    ),
 }
+"""Sections that the user's file may not have, each with the reason."""
 
 
 def deepspeed_config(
     optimizer: OptimizerConfig, options: DeepSpeedConfig, train: TrainConfig, world_size: int
 ) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize(config=...)`; `options.deepspeed_config`, a JSON file, is merged into it.
+    """Build the dict for `deepspeed.initialize(config=...)`.
+
+    The JSON file `options.deepspeed_config`, if set, is merged into it.
 
     Raises:
-        ValueError: the batch does not divide over the ranks; the file is missing, not JSON, or contradicts a flag.
+        ValueError: the batch does not divide over the ranks, or the file is missing, is
+            not JSON, or contradicts a flag.
     """
     batch = train.global_batch(world_size)
     config: dict[str, Any] = {
@@ -44,19 +53,38 @@ def deepspeed_config(
         "bf16": {"enabled": optimizer.bf16},
         "fp16": {"enabled": optimizer.fp16},
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,  # the training loop logs, not DeepSpeed
+        "steps_per_print": 10**9,  # the trainer logs, not DeepSpeed
     }
     if optimizer.bf16 and options.zero_stage > 0:
-        # Summing 64 micro-batches in bf16, DeepSpeed's default, puts gradients off by about 1 % (seen with 0.19.8).
-        # Legal at stages 1 (where it selects BF16_Optimizer), 2 and 3; stage 0 raises NotImplementedError.
+        # DeepSpeed sums micro-batches in bf16 by default, which puts the gradients of
+        # 64 micro-batches off by about 1 % (measured with 0.19.8). fp32 is possible at
+        # stages 1 (where it selects BF16_Optimizer), 2 and 3; stage 0 raises
+        # NotImplementedError.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if not options.deepspeed_config:
-        return config
     path = options.deepspeed_config
+    if not path:
+        return config
     return _merge(config, _read(path), path)
 
 
+def check_deepspeed_config(config: dict[str, Any], path: str) -> None:
+    """Raise ValueError, in one line, if DeepSpeed's own schema refuses `config`.
+
+    Args:
+        path: the user's file, which the message names.
+    """
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--deepspeed_config: DeepSpeed refuses {path}: {reason}") from None
+
+
 def _read(path: str) -> dict[str, Any]:
+    """Read the user's file and refuse the sections that only flags may set."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -75,7 +103,8 @@ def _read(path: str) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: the section {key!r} is not allowed: {reason}; remove it from the file"
             )
-    if "bfloat16" in content:  # DeepSpeed's old name, which it ignores beside the new one
+    if "bfloat16" in content:
+        # The old name of bf16, which DeepSpeed ignores if both are there.
         content.setdefault("bf16", content.pop("bfloat16"))
     return content
 
@@ -83,7 +112,13 @@ def _read(path: str) -> dict[str, Any]:
 def _merge(
     ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str = ""
 ) -> dict[str, Any]:
-    """`theirs` over `ours`, deeply. "auto" leaves our value; a contradiction of a flag is an error."""
+    """Merge `theirs` into `ours`, section by section.
+
+    "auto" keeps our value.
+
+    Raises:
+        ValueError: a value contradicts a flag, or is not a section where ours is one.
+    """
     merged = dict(ours)
     for name, value in theirs.items():
         key = prefix + name
@@ -103,12 +138,3 @@ def _merge(
         else:
             merged[name] = value
     return merged
-
-
-def check_deepspeed_config(config: dict[str, Any], path: str) -> None:
-    """Raise ValueError, in one line, for what DeepSpeed's own schema refuses."""
-    try:
-        deepspeed.DeepSpeedConfig(config)
-    except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--deepspeed_config: DeepSpeed refuses {path}: {reason}") from None

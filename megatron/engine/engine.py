@@ -17,12 +17,7 @@ from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
 from megatron.engine.loss import LossFunction, means, term_weights
 from megatron.engine.moe_adapter import wrap_moe_layers
-from megatron.engine.optimizer import (
-    AdamW,
-    CheckedAdamW,
-    parameter_groups,
-    register_optimizer_with_zero,
-)
+from megatron.engine.optimizer import build_optimizer
 from megatron.engine.startup_patches import freeze_gc
 from megatron.engine.zero_shards import GlobalLayout, ZeroShards
 from megatron.log import get_logger
@@ -85,21 +80,12 @@ class Engine:
             set_z3_leaf_modules(model, [Block])
         self.layout = GlobalLayout.of(model, groups)
         wrap_moe_layers(model, groups, keep_gate_fp32=keep_gate_fp32)
-        unwatched = ds_options.zero_stage == 0 and optimizer.precision == "fp32"
-        adamw = (CheckedAdamW if unwatched else AdamW)(
-            parameter_groups(model, optimizer.weight_decay),
-            lr=optimizer.lr,
-            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-            eps=optimizer.adam_eps,
-            fused=True,
-        )
-        register_optimizer_with_zero()
+        self._optimizer = build_optimizer(model, optimizer, ds_options.zero_stage)
         # BF16_Optimizer prints memory figures, three lines a group.
         with freeze_gc(), contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=adamw, config=config, dist_init_required=False
+                model=model, optimizer=self._optimizer, config=config, dist_init_required=False
             )
-        self._adamw = adamw
         self.metrics = MoEMetrics(self.model, groups)
 
     @property
@@ -134,7 +120,7 @@ class Engine:
             sum over all target tokens of the global batch divided by their number.
         """
         self.deepspeed.train()
-        for group in self._adamw.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self.skipped_steps
         batches = [batch.to(self.groups.device) for batch in batches]

@@ -1,43 +1,36 @@
-"""The optimizer and its parameter groups."""
+"""The optimizer: its construction, its parameter groups and the state it keeps.
+
+A new optimizer is added here: build it in `build_optimizer` and, if its state differs,
+name the state tensors in `MOMENTS`. Its flags are fields of `OptimizerConfig`.
+"""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any
 
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
+from megatron.config.schema import OptimizerConfig
+from megatron.engine.startup_patches import UncompiledAdamMethods, import_muon_uncompiled
 from megatron.moe.metrics import moe_layers
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Keys of the optimizer's state that have the shape of the parameter. Checkpoints store
+them; besides these the state holds only the number of steps, under `step`."""
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW for programs that compile nothing.
 
-    torch keeps these methods out of compiled code, for which the first call imports the compiler: 1 to 2 s of the start
-    of a run. Here they are what is inside, with the same results.
-    """
-
-    add_param_group, zero_grad, state_dict, load_state_dict = (
-        inspect.unwrap(method)
-        for method in (
-            torch.optim.Optimizer.add_param_group,
-            torch.optim.Optimizer.zero_grad,
-            torch.optim.Optimizer.state_dict,
-            torch.optim.Optimizer.load_state_dict,
-        )
-    )
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+class AdamW(UncompiledAdamMethods, torch.optim.AdamW):
+    """torch's AdamW without imports of torch's compiler."""
 
 
 class CheckedAdamW(AdamW):
-    """Skips a step whose gradients are not finite, and says so in `overflow`, as DeepSpeed's own optimizers do.
+    """AdamW that skips a step with non-finite gradients and then sets `overflow`.
 
-    In fp32 without ZeRO, DeepSpeed uses the optimizer as it is, and looks at no gradient.
+    DeepSpeed's own optimizers do the same. In fp32 without ZeRO, DeepSpeed uses torch's
+    optimizer directly and checks no gradient.
     """
 
     overflow = False
@@ -51,23 +44,42 @@ class CheckedAdamW(AdamW):
             super().step()
 
 
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, zero_stage: int
+) -> torch.optim.Optimizer:
+    """Build the optimizer that is passed to `deepspeed.initialize`.
+
+    Args:
+        model: the model after its MoE layers were wrapped for DeepSpeed, because the
+            parameter groups depend on which parameters are sharded.
+    """
+    register_optimizer_with_zero()
+    optimizer_class = AdamW
+    if zero_stage == 0 and config.precision == "fp32":
+        optimizer_class = CheckedAdamW
+    return optimizer_class(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
 def register_optimizer_with_zero() -> None:
-    """Let DeepSpeed's ZeRO take our optimizer, and import its Muon, which it does whatever the optimizer is, without
-    torch.compile on its functions: the compiler takes another second to import, and no run uses Muon."""
+    """Make ZeRO accept our optimizer class, and import what ZeRO imports with it."""
     if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
-    compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = compile_
+    import_muon_uncompiled()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Named optimizer groups: matrices with weight decay, the rest without, gates apart, experts per expert group.
+    """Split parameters into named groups: matrices, vectors, gates, and experts.
 
-    Norms, biases, embeddings and everything in a gate have no weight decay. Gates are a group of their own because
-    their parameters are fp32 while the others are bf16: ZeRO flattens a group into one buffer of one dtype.
+    Only matrices have weight decay: norms, biases, embeddings and gate parameters have
+    none. Gate parameters have a group of their own because they are fp32 where the
+    others are bf16, and ZeRO flattens each group into one buffer of one dtype. Sharded
+    experts have one group per expert-parallel group, as DeepSpeed requires.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     gates = {id(p) for layer in moe_layers(model) for p in layer.gate.parameters()}
@@ -75,17 +87,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        plain = p.dim() < 2 or id(p) in embeddings
-        members["gates" if id(p) in gates else "vectors" if plain else "matrices"].append(p)
+        if id(p) in gates:
+            members["gates"].append(p)
+        elif p.dim() < 2 or id(p) in embeddings:
+            members["vectors"].append(p)
+        else:
+            members["matrices"].append(p)
+    decay = {"matrices": weight_decay}
     groups = [
-        {
-            "name": name,
-            "params": params,
-            "weight_decay": weight_decay if name == "matrices" else 0.0,
-        }
+        {"name": name, "params": params, "weight_decay": decay.get(name, 0.0)}
         for name, params in members.items()
         if params
     ]
-    return [
-        g for g in split_params_into_different_moe_groups_for_optimizer(groups) if g["params"]
-    ]
+    split = split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in split if group["params"]]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import require
+from megatron.engine.optimizer import MOMENTS
 from megatron.moe.metrics import moe_layers
 from megatron.parallel.groups import Groups
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KEYS = ("weight", *MOMENTS)
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

@@ -1,4 +1,4 @@
-"""Process groups and the device, found once and passed by argument as one `Groups` record."""
+"""Process groups and device of this rank, passed by argument as one record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from megatron.config.schema import require
 
 @dataclass(frozen=True)
 class Groups:
-    """Who this process is. Consecutive ranks share one set of experts: ep_rank = rank % ep_size."""
+    """This rank's place among all ranks, its device, and its process groups.
+
+    Consecutive ranks together hold every expert once: ep_rank = rank % ep_size.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -23,9 +26,10 @@ class Groups:
     device: torch.device = torch.device("cpu")
     backend: str = "none"
     reason: str = "one process, no process group"
+    """The reason for this backend and device."""
     ep_size: int = 1
     ep_group: dist.ProcessGroup | None = None
-    """ranks that together hold every expert once; None when experts are not sharded"""
+    """The ranks that together hold every expert once; None: experts not sharded."""
 
     @property
     def ep_rank(self) -> int:
@@ -37,7 +41,14 @@ class Groups:
 
 
 def choose_comm_backend() -> tuple[str, torch.device, str]:
-    """(backend, device, why): NCCL on CUDA when there is a device for this rank, gloo on the CPU otherwise."""
+    """Choose NCCL if this rank has a CUDA device, and gloo on the CPU otherwise.
+
+    Returns:
+        (backend, device, reason).
+
+    Raises:
+        ValueError: there are fewer CUDA devices on this machine than local ranks.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return "gloo", torch.device("cpu"), "DS_ACCELERATOR=cpu is set"
@@ -55,20 +66,26 @@ def choose_comm_backend() -> tuple[str, torch.device, str]:
 
 
 def all_reduce_sum(t: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Sum `t` in place over all ranks; a no-op for one rank."""
+    """Sum `t` in place over all ranks; does nothing for one rank."""
     if groups.world_size > 1:
         dist.all_reduce(t)
     return t
 
 
 def all_reduce_mean(value: float, groups: Groups) -> float:
-    """Mean of a number over all ranks, in fp64 so that the order of ranks cannot change printed digits."""
+    """Average a number over all ranks.
+
+    The sum is taken in fp64, so that the order of ranks cannot change printed digits.
+    """
     t = torch.tensor(value, dtype=torch.float64, device=groups.device)
     return all_reduce_sum(t, groups).item() / groups.world_size
 
 
 def all_gather_objects(value: Any, groups: Groups) -> list[Any]:
-    """Every rank's value, on all ranks. It is pickled: for small things, between our own processes."""
+    """Gather one small object per rank, on all ranks, ordered by rank.
+
+    Objects are pickled, which is safe between the processes of one run.
+    """
     if groups.world_size == 1:
         return [value]
     values: list[Any] = [None] * groups.world_size
@@ -76,16 +93,21 @@ def all_gather_objects(value: Any, groups: Groups) -> list[Any]:
     return values
 
 
-def broadcast_from_rank0(ask: Callable[[], Any], groups: Groups) -> Any:
-    """Rank 0's answer, on all ranks. Its ValueError or OSError is raised on all of them."""
-    answer: list[Any] = [None]
+def broadcast_from_rank0(compute: Callable[[], Any], groups: Groups) -> Any:
+    """Call `compute` on rank 0 only and return its result on all ranks.
+
+    Raises:
+        ValueError, OSError: `compute` raised it on rank 0; then all ranks raise it.
+    """
+    message: list[Any] = [None]
     if groups.is_rank0:
         try:
-            answer = [ask()]
+            message = [compute()]
         except (ValueError, OSError) as error:
-            answer = [error]
+            message = [error]
     if groups.world_size > 1:
-        dist.broadcast_object_list(answer, device=groups.device)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+        dist.broadcast_object_list(message, device=groups.device)
+    (result,) = message
+    if isinstance(result, Exception):
+        raise result
+    return result

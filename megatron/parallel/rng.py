@@ -1,4 +1,4 @@
-"""Random state: the same seed for weights everywhere, another stream per rank for dropout."""
+"""Random streams: the same weights on all ranks, different dropout on each rank."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 
 
 def seed_rank(seed: int, rank: int) -> None:
-    """Seed this rank's dropout and jitter stream; weights are drawn from generators of their own."""
+    """Seed this rank's stream for dropout and jitter.
+
+    Initial weights do not depend on it: they are drawn from generators of their own.
+    """
     torch.manual_seed(seed + 1_000_003 * (rank + 1))
 
 
 def get_state() -> dict[str, torch.Tensor]:
-    """State of the CPU and (if in use) CUDA generators of this process, as tensors."""
+    """Return the state of the CPU and, if in use, CUDA generator as tensors."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -19,7 +22,7 @@ def get_state() -> dict[str, torch.Tensor]:
 
 
 def set_state(state: dict[str, torch.Tensor]) -> None:
-    """Restore what `get_state` returned; a CUDA state is left alone on a machine without CUDA."""
+    """Restore a state of `get_state`; without CUDA, a CUDA state is ignored."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,4 @@
-"""Spikes of the loss: steps far above what the last steps were like."""
+"""Detection of loss spikes: steps whose loss is far above that of the steps before."""
 
 from __future__ import annotations
 
@@ -6,61 +6,67 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
-LEAST_DEVIATION = (
-    0.01  # of the mean: a loss that has become flat does not alarm at every ripple
-)
+LEAST_DEVIATION = 0.01
+"""Smallest standard deviation, as a share of the mean: a loss that has become flat does
+not raise an alarm at every ripple."""
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss, and what it was compared with."""
+    """A loss spike and the statistics it was compared with."""
 
     z: float
-    """deviations above the mean"""
+    """Distance of the loss from the mean, in standard deviations."""
     mean: float
+    """Mean loss of the window."""
     deviation: float
-    row: int
-    """how many steps in a row, with this one, were spikes"""
+    """Standard deviation in the window, at least `LEAST_DEVIATION` of the mean."""
+    consecutive: int
+    """Number of consecutive steps, this one included, that were spikes."""
     level_shift: bool
-    """there were so many in a row that from now on losses are compared with these"""
+    """Whether so many steps were spikes that later losses are compared with these."""
 
 
 class SpikeDetector:
-    """Compares each loss with the last `window` that were no spikes: a z-score, upwards only.
+    """Compares each loss with the last `window` losses that were not spikes.
 
-    Nothing is a spike before a quarter of the window is there. The same number of spikes in a row is no spike any more
-    but a new level (other data, another learning rate): the window starts again from them. The window is not part of a
-    checkpoint: a resumed run starts with an empty one.
+    A spike is a z-score above the threshold; a loss below the mean is never one. There
+    are no spikes before a quarter of the window is filled. The same number of
+    consecutive spikes is a level shift (other data, another learning rate): the window
+    restarts from them. The window is not part of a checkpoint, so a resumed run starts
+    with an empty one.
 
     Args:
-        threshold: deviations above the mean from which a loss is a spike; 0: never.
-        window: losses to compare with.
+        threshold: z-score above which a loss is a spike; 0: never.
+        window: number of losses to compare with.
     """
 
     def __init__(self, threshold: float, window: int):
-        self.threshold, self.needed = threshold, max(2, window // 4)
-        self._usual: deque[float] = deque(maxlen=window)
-        self._row: list[float] = []
+        self.threshold = threshold
+        self.min_losses = max(2, window // 4)
+        self._window: deque[float] = deque(maxlen=window)
+        self._consecutive: list[float] = []
 
-    def see(self, loss: float) -> Spike | None:
-        """Take the next finite loss; the answer says whether it is a spike."""
+    def update(self, loss: float) -> Spike | None:
+        """Add the next finite loss; returns the spike if it is one."""
         if not self.threshold:
             return None
-        if len(self._usual) >= self.needed:
-            mean = statistics.fmean(self._usual)
-            deviation = max(statistics.pstdev(self._usual, mean), LEAST_DEVIATION * abs(mean))
+        if len(self._window) >= self.min_losses:
+            mean = statistics.fmean(self._window)
+            deviation = max(statistics.pstdev(self._window, mean), LEAST_DEVIATION * abs(mean))
             if loss - mean > self.threshold * deviation:
-                return self._spike(loss, mean, deviation)
-        self._row.clear()
-        self._usual.append(loss)
+                return self._add_spike(loss, mean, deviation)
+        self._consecutive.clear()
+        self._window.append(loss)
         return None
 
-    def _spike(self, loss: float, mean: float, deviation: float) -> Spike:
-        self._row.append(loss)
-        row = len(self._row)
-        if row == self.needed:
-            self._usual.clear()
-            self._usual.extend(self._row)
-            self._row.clear()
+    def _add_spike(self, loss: float, mean: float, deviation: float) -> Spike:
+        self._consecutive.append(loss)
+        consecutive = len(self._consecutive)
+        level_shift = consecutive == self.min_losses
+        if level_shift:
+            self._window.clear()
+            self._window.extend(self._consecutive)
+            self._consecutive.clear()
         z = (loss - mean) / deviation if deviation else float("inf")
-        return Spike(z, mean, deviation, row, level_shift=row == self.needed)
+        return Spike(z, mean, deviation, consecutive, level_shift)

@@ -1,11 +1,14 @@
-"""Where metrics go: the console, metrics.jsonl, TensorBoard, Weights & Biases. Only rank 0 has sinks.
+"""Metric writers: the console, metrics.jsonl, TensorBoard and Weights & Biases.
 
-A record is a flat dict: `kind` (train, eval, test), `iteration`, and metrics with their units in their names, as
-scalars or, per layer, as lists. The same names everywhere:
+A row of metrics is a flat dict: `kind` (train, eval, test), `iteration`, and metrics
+with their units in their names, as scalars or, per layer, as lists:
 
-    loss perplexity aux_loss lr grad_norm tokens_per_s consumed_samples consumed_tokens experts_per_token_before_capacity
-    experts_per_token load_imbalance_max_over_mean dropped_assignment_fraction tokens_with_drops_fraction top1_probability
+    loss perplexity aux_loss lr grad_norm tokens_per_s consumed_samples consumed_tokens
+    experts_per_token_before_capacity experts_per_token load_imbalance_max_over_mean
+    dropped_assignment_fraction tokens_with_drops_fraction top1_probability
     skipped_steps bad_steps loss_spikes elapsed_s step_time_ms, and <name>_by_layer
+
+To add a writer, write a class like those below and add it to `_WRITERS`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,57 +30,85 @@ from megatron.log import get_logger
 MetricsRow = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class WriterSettings:
+    """What metrics writers are created from."""
+
+    logging: LoggingConfig
+    save: str
+    """directory of the checkpoints, the default place of metrics.jsonl; empty: none"""
+    iterations: int
+    """optimizer steps of the full run"""
+
+
 class MetricsWriter(Protocol):
-    def write(self, record: MetricsRow) -> None: ...
+    """What every writer of metrics does."""
+
+    @staticmethod
+    def create(settings: WriterSettings) -> MetricsWriter | None:
+        """Create the writer, or return None if no flag enables it."""
+
+    def write(self, row: MetricsRow) -> None: ...
 
     def close(self) -> None: ...
 
 
 class MetricsWriters:
-    """Several sinks as one; none on ranks other than 0."""
+    """Several writers that are used as one; there are none on ranks other than 0."""
 
-    def __init__(self, sinks: list[MetricsWriter]):
-        self.sinks = sinks
+    def __init__(self, writers: list[MetricsWriter]):
+        self.writers = writers
 
-    def write(self, record: MetricsRow) -> None:
-        for sink in self.sinks:
-            sink.write(record)
+    def write(self, row: MetricsRow) -> None:
+        for writer in self.writers:
+            writer.write(row)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        for writer in self.writers:
+            writer.close()
 
 
-def build_metric_writers(
-    logging: LoggingConfig, save: str, rank: int, iterations: int
-) -> MetricsWriters:
-    """Build the console writer, and as configured those for metrics.jsonl, TensorBoard and Weights & Biases.
+class ConsoleWriter:
+    """Logs one line per row, with the columns whose metrics the row has."""
 
-    Args:
-        save: directory of the checkpoints, the default place of metrics.jsonl; empty: none.
-        iterations: optimizer steps of the complete run.
-    Raises:
-        ValueError: --wandb-project without the package.
-    """
-    if rank != 0:
-        return MetricsWriters([])
-    sinks: list[MetricsWriter] = [ConsoleWriter(iterations)]
-    metrics_file = logging.metrics_file
-    if save and not metrics_file:
-        metrics_file = str(Path(save) / "metrics.jsonl")
-    if metrics_file:
-        sinks.append(JsonlWriter(metrics_file))
-    if logging.tensorboard_dir:
-        sinks.append(TensorboardWriter(logging.tensorboard_dir))
-    if logging.wandb_project:
-        sinks.append(WandbWriter(logging.wandb_project, logging.wandb_exp_name))
-    return MetricsWriters(sinks)
+    def __init__(self, iterations: int):
+        self.iterations = iterations
+
+    @staticmethod
+    def create(settings: WriterSettings) -> ConsoleWriter:
+        return ConsoleWriter(settings.iterations)
+
+    def write(self, row: MetricsRow) -> None:
+        fields = [self._position(row)]
+        fields += [column.text(row) for column in _COLUMNS if column.metric in row]
+        is_train = row["kind"] == "train"
+        if not is_train and "experts_per_token_by_layer" in row:
+            by_layer = [
+                _format(number, "{:.2f}") for number in row["experts_per_token_by_layer"]
+            ]
+            fields.append(f"by layer {' '.join(by_layer)}")
+        if "elapsed_s" in row:
+            fields.append(f"elapsed {_format_duration(row['elapsed_s'])}")
+        if is_train and "step_time_ms" in row:
+            left_s = (self.iterations - row["iteration"]) * row["step_time_ms"] / 1000
+            fields.append(f"left {_format_duration(left_s)}")
+        get_logger().info(" | ".join(fields))
+
+    def _position(self, row: MetricsRow) -> str:
+        """Format the row's kind and iteration, e.g. `iteration   10/1000`."""
+        label = "iteration" if row["kind"] == "train" else f"{row['kind']} at"
+        width = len(str(self.iterations))
+        return f"{label} {row['iteration']:{width}d}/{self.iterations}"
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
 
 
 class JsonlWriter:
-    """One JSON object a line, appended and flushed; not-a-number as NaN, infinities as Infinity, as Python reads them.
+    """Appends one JSON object per line to a file and flushes it.
 
-    Floats keep 9 significant digits: enough to tell any two fp32 values apart, and still readable.
+    NaN and infinities are written as NaN, Infinity and -Infinity, which Python's json
+    reads. Floats have 9 significant digits, enough to distinguish all fp32 values.
     """
 
     def __init__(self, path: str | Path):
@@ -84,15 +116,21 @@ class JsonlWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")  # noqa: SIM115  (closed by close)
         if self.file.tell() > 0:
-            self.file.seek(-1, 2)
-            if self.file.read(1) != b"\n":  # the last run died inside a line
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":  # the previous run was killed inside a line
                 self.file.write(b"\n")
 
-    def write(self, record: MetricsRow) -> None:
-        self.file.write(
-            json.dumps({name: _rounded(value) for name, value in record.items()}).encode()
-            + b"\n"
-        )
+    @staticmethod
+    def create(settings: WriterSettings) -> JsonlWriter | None:
+        if settings.logging.metrics_file:
+            return JsonlWriter(settings.logging.metrics_file)
+        if settings.save:
+            return JsonlWriter(Path(settings.save) / "metrics.jsonl")
+        return None
+
+    def write(self, row: MetricsRow) -> None:
+        rounded = {name: _round(value) for name, value in row.items()}
+        self.file.write(json.dumps(rounded).encode() + b"\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -100,16 +138,21 @@ class JsonlWriter:
 
 
 class TensorboardWriter:
-    """Scalars `kind/name`; a list becomes `kind/name/0`, `kind/name/1`, ..."""
+    """Writes scalars `kind/name`; a list becomes `kind/name/0`, `kind/name/1`, ..."""
 
     def __init__(self, folder: str | Path):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.writer = SummaryWriter(str(folder))
 
-    def write(self, record: MetricsRow) -> None:
-        for tag, value in _scalars(record):
-            self.writer.add_scalar(tag, value, record["iteration"])
+    @staticmethod
+    def create(settings: WriterSettings) -> TensorboardWriter | None:
+        folder = settings.logging.tensorboard_dir
+        return TensorboardWriter(folder) if folder else None
+
+    def write(self, row: MetricsRow) -> None:
+        for tag, value in _scalars(row):
+            self.writer.add_scalar(tag, value, row["iteration"])
         self.writer.flush()
 
     def close(self) -> None:
@@ -117,7 +160,7 @@ class TensorboardWriter:
 
 
 class WandbWriter:
-    """The same scalars in a Weights & Biases run.
+    """Writes the same scalars as `TensorboardWriter` to a Weights & Biases run.
 
     Raises:
         ValueError: the package wandb is not installed.
@@ -133,82 +176,71 @@ class WandbWriter:
             ) from None
         self.run = wandb.init(project=project, name=name or None)
 
-    def write(self, record: MetricsRow) -> None:
-        self.run.log(dict(_scalars(record)), step=record["iteration"])
+    @staticmethod
+    def create(settings: WriterSettings) -> WandbWriter | None:
+        logging = settings.logging
+        if not logging.wandb_project:
+            return None
+        return WandbWriter(logging.wandb_project, logging.wandb_exp_name)
+
+    def write(self, row: MetricsRow) -> None:
+        self.run.log(dict(_scalars(row)), step=row["iteration"])
 
     def close(self) -> None:
         self.run.finish()
 
 
-class ConsoleWriter:
-    """One log line a record, with the fields it has."""
+_WRITERS: tuple[type[MetricsWriter], ...] = (
+    ConsoleWriter,
+    JsonlWriter,
+    TensorboardWriter,
+    WandbWriter,
+)
 
-    # name, form; {} is the number with its width, so that lines stand in columns
-    FIELDS = (
-        ("loss", "loss {:8.5f}"),
-        ("perplexity", "perplexity {:10.3f}"),
-        ("aux_loss", "aux {:9.3e}"),
-        ("lr", "lr {:9.3e}"),
-        ("grad_norm", "grad norm {:7.3f}"),
-        ("tokens_per_s", "{:9,.0f} tokens/s"),
-        ("experts_per_token_before_capacity", "experts/token {:6.3f}"),
-        ("experts_per_token", "kept {:6.3f}"),
-        ("load_imbalance_max_over_mean", "load max/mean {:6.2f}"),
-        ("dropped_assignment_fraction", "dropped {:6.2%}"),
-        ("skipped_steps", "skipped {:3.0f}"),
-    )
 
-    def __init__(self, iterations: int):
-        self.iterations = iterations
+def build_metric_writers(
+    logging: LoggingConfig, save: str, rank: int, iterations: int
+) -> MetricsWriters:
+    """Create the console writer and the writers that flags enable, on rank 0 only.
 
-    def write(self, record: MetricsRow) -> None:
-        width = len(str(self.iterations))
-        kind, iteration = record["kind"], record["iteration"]
-        words = [
-            f"{'iteration' if kind == 'train' else kind + ' at'} {iteration:{width}d}/{self.iterations}"
-        ]
-        words += [_form(form, record[name]) for name, form in self.FIELDS if name in record]
-        if kind != "train" and "experts_per_token_by_layer" in record:
-            words.append(
-                "by layer "
-                + " ".join(_form("{:.2f}", k) for k in record["experts_per_token_by_layer"])
-            )
-        if "elapsed_s" in record:
-            words.append(f"elapsed {_clock(record['elapsed_s'])}")
-        if kind == "train" and "step_time_ms" in record:
-            words.append(
-                f"left {_clock((self.iterations - iteration) * record['step_time_ms'] / 1000)}"
-            )
-        get_logger().info(" | ".join(words))
+    Args:
+        save: directory of the checkpoints, the default place of metrics.jsonl; empty: none.
+        iterations: optimizer steps of the full run.
 
-    def close(self) -> None:
-        """Nothing is open."""
+    Raises:
+        ValueError: --wandb-project is set, but the package is not installed.
+    """
+    if rank != 0:
+        return MetricsWriters([])
+    settings = WriterSettings(logging, save, iterations)
+    created = [writer.create(settings) for writer in _WRITERS]
+    return MetricsWriters([writer for writer in created if writer is not None])
 
 
 class ProgressBar:
-    """A bar over the run's iterations on rank 0's stderr, if that is a terminal, and nothing otherwise.
+    """A bar over the run's iterations on rank 0's stderr, if that is a terminal.
 
-    While it is shown, our log lines and DeepSpeed's are written above it, so start it after `log.setup`.
+    While it is shown, the lines of our logger and of DeepSpeed's are written above it.
+    Their handlers must exist already, so create it after `log.setup`.
     """
 
     def __init__(self, total: int, initial: int = 0):
-        self._stack, self._bar = contextlib.ExitStack(), None
-        if sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0:
-            from tqdm import tqdm
-            from tqdm.contrib.logging import logging_redirect_tqdm
+        self._stack = contextlib.ExitStack()
+        self._bar = None
+        if not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) != 0:
+            return
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
-            self._bar = self._stack.enter_context(
-                tqdm(total=total, initial=initial, unit="step", file=sys.stderr)
-            )
-            loggers = [
-                logger
-                for logger in (get_logger(), logging.getLogger("DeepSpeed"))
-                if logger.handlers
-            ]
-            self._stack.enter_context(logging_redirect_tqdm(loggers))
+        self._bar = self._stack.enter_context(
+            tqdm(total=total, initial=initial, unit="step", file=sys.stderr)
+        )
+        loggers = (get_logger(), logging.getLogger("DeepSpeed"))
+        with_handlers = [logger for logger in loggers if logger.handlers]
+        self._stack.enter_context(logging_redirect_tqdm(with_handlers))
 
     def update(self, iterations: int = 1) -> None:
-        """So many more iterations are done."""
+        """Advance the bar by this many iterations."""
         if self._bar is not None:
             self._bar.update(iterations)
 
@@ -222,32 +254,79 @@ class ProgressBar:
         self.close()
 
 
-def _scalars(record: MetricsRow) -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
+@dataclass(frozen=True)
+class _Column:
+    """A metric on the console."""
+
+    metric: str
+    template: str
+    """Text with one {} field, whose width aligns the columns of consecutive lines."""
+    detail: _Column | None = None
+    """Another metric that follows in parentheses if the row has it."""
+
+    def text(self, row: MetricsRow) -> str:
+        text = _format(row[self.metric], self.template)
+        if self.detail is not None and self.detail.metric in row:
+            text += f" ({self.detail.text(row)})"
+        return text
+
+
+_COLUMNS = (
+    _Column("loss", "loss {:8.5f}"),
+    _Column("perplexity", "perplexity {:10.3f}"),
+    _Column("aux_loss", "aux {:9.3e}"),
+    _Column("lr", "lr {:9.3e}"),
+    _Column("grad_norm", "grad norm {:7.3f}"),
+    _Column("tokens_per_s", "{:9,.0f} tokens/s"),
+    _Column(
+        "experts_per_token",
+        "experts/token {:5.2f}",
+        _Column("experts_per_token_before_capacity", "before capacity {:5.2f}"),
+    ),
+    _Column("load_imbalance_max_over_mean", "load max/mean {:6.2f}"),
+    _Column("dropped_assignment_fraction", "dropped {:6.2%}"),
+    _Column("skipped_steps", "skipped {:3.0f}"),
+)
+
+
+def _scalars(row: MetricsRow) -> Iterator[tuple[str, float]]:
+    """Yield (tag, value) of every metric, one per element of a list."""
+    for name, value in row.items():
+        tag = f"{row['kind']}/{name}"
         if isinstance(value, (list, tuple)):
-            yield from (
-                (f"{record['kind']}/{name}/{i}", element) for i, element in enumerate(value)
-            )
+            for i, element in enumerate(value):
+                yield f"{tag}/{i}", element
         elif name not in ("kind", "iteration"):
-            yield f"{record['kind']}/{name}", value
+            yield tag, value
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
+    """Round floats, also inside a list, to 9 significant digits."""
     if isinstance(value, (list, tuple)):
-        return [_rounded(element) for element in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
+        return [_round(element) for element in value]
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    return value
 
 
-def _form(form: str, value: float) -> str:
-    """The number in its form; NaN and Infinity by these names, as wide as a number."""
+def _format(value: float, template: str) -> str:
+    """Format a number, or NaN and infinities by name, padded to a number's width."""
     if math.isfinite(value):
-        return form.format(value)
-    head, _, rest = form.partition("{")
-    tail = rest.partition("}")[2]
-    name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return head + name.rjust(len(form.format(0)) - len(head) - len(tail)) + tail
+        return template.format(value)
+    prefix, _, rest = template.partition("{")
+    suffix = rest.partition("}")[2]
+    width = len(template.format(0)) - len(prefix) - len(suffix)
+    if math.isnan(value):
+        name = "NaN"
+    elif value > 0:
+        name = "Infinity"
+    else:
+        name = "-Infinity"
+    return prefix + name.rjust(width) + suffix
 
 
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+def _format_duration(seconds: float) -> str:
+    """Format seconds as hours:minutes:seconds."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

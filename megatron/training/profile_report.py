@@ -1,4 +1,4 @@
-"""A table of a step's time by part of the model, from a trace."""
+"""A table of a training step's time by part of the model, computed from a trace."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch.autograd import DeviceType
 
 STEP = "training step"
+"""Name of the range around a training step."""
 
 PART = "part: "
+"""Prefix of the names of ranges around parts of a step."""
 
 PARTS = (
     "attention",
@@ -25,157 +27,196 @@ PARTS = (
     "data",
     "the rest",
 )
-"""Rows of the table. dispatch is a mixture layer without its gate and experts, experts what their module does (local
-paths and shared experts too), output and loss all that follows the final norm, communication what this rank spends on
-collectives, which is mostly waiting for the others. Gradients are accumulated in the rest's backward."""
+"""Rows of the table. `dispatch` is an MoE layer without its gate and experts; `experts`
+includes shared and zero-computation experts; `output and loss` is everything after the
+final norm; `communication` is this rank's time in collectives, mostly spent waiting for
+other ranks. Gradients are accumulated in the backward phase of `the rest`."""
 
 PHASES = ("forward", "backward", "other")
 
 NODE = "autograd::engine::evaluate_function: "
-"""how the profiler names the backward pass of one operation"""
+"""Prefix with which the profiler names the backward pass of one operation."""
+
+_REST = ("the rest", "other")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One range or operation that the profiler saw on a host thread."""
+    """One range or operation that the profiler recorded on a host thread."""
 
     name: str
     start: float
+    """Microseconds."""
     end: float
-    """microseconds"""
+    """Microseconds."""
     thread: int
     sequence: int = -1
-    """the number that autograd would give, or gave, to the operation's node; -1: none"""
+    """Sequence number of the autograd node that the operation creates or, in the
+    backward pass, runs; -1: none."""
     forward_thread: int = 0
-    """of a backward operation, the thread whose numbers these are"""
-    device: float = 0.0
-    """microseconds of the device's kernels that it launched itself"""
+    """For a backward operation, the thread that numbered the node."""
+    device_us: float = 0.0
+    """Microseconds of the device kernels that it launched itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBreakdown:
-    """Milliseconds of one step, the mean of some, by (part, phase). The host's sum up to the step's time."""
+    """Milliseconds of one step by (part, phase), averaged over the profiled steps."""
 
     steps: int
+    """Number of profiled steps."""
     step_ms: float
+    """Mean duration of a step."""
     host_ms: Counter
+    """Host time. Its values sum to `step_ms`."""
     device_ms: Counter
-    """of kernels, by what launched them; they run beside the host and each other"""
+    """Time of device kernels, by the operation that launched them. Kernels run
+    concurrently with the host and with each other."""
 
 
 def spans_of(profiler: torch.profiler.profile) -> list[Span]:
-    """All that a finished profiler saw on the host."""
+    """Collect the ranges and operations that a profiler recorded on the host."""
     return [
         Span(
-            e.name,
-            e.time_range.start,
-            e.time_range.end,
-            e.thread,
-            e.sequence_nr,
-            e.fwd_thread or 0,
-            sum(kernel.duration for kernel in e.kernels),
+            event.name,
+            event.time_range.start,
+            event.time_range.end,
+            event.thread,
+            event.sequence_nr,
+            event.fwd_thread or 0,
+            sum(kernel.duration for kernel in event.kernels),
         )
-        for e in profiler.events()
-        if e.device_type == DeviceType.CPU
+        for event in profiler.events()
+        if event.device_type == DeviceType.CPU
     ]
 
 
 def break_down_step(spans: Iterable[Span]) -> StepBreakdown:
-    """Share out the time of the steps: each moment belongs to the innermost range or operation that says of which part
-    it is, so no time counts twice.
+    """Attribute the time of the profiled steps to parts and phases.
 
-    The backward pass of an operation belongs to the operation's part: autograd numbers the nodes of a thread in the
-    order of their operations, and the profiler notes the number with both. What is computed again in the backward pass
-    counts as backward of its part.
+    Each moment belongs to the innermost range or operation whose part is known, so no
+    time counts twice.
+
+    The backward pass of an operation belongs to the operation's part: autograd numbers
+    the nodes of a thread in the order of their operations, and the profiler records the
+    number with both. Recomputation in the backward pass counts as backward of its part.
     """
     spans = list(spans)
-    steps = [s for s in spans if s.name == STEP]
+    steps = [span for span in spans if span.name == STEP]
     assert steps, "the profile has no training step"
-    # The device's backward pass has its own thread, while the step's waits for it.
-    threads = {steps[0].thread, *(s.thread for s in spans if s.name.startswith(NODE))}
-    host, device = Counter(), Counter()
-    parts: dict[tuple[int, int], str] = {}
-    open_spans: list[tuple[float, tuple[str, str]]] = []
-    now = 0.0
+    # On a device the backward pass has its own thread, while the step's thread waits.
+    threads = {span.thread for span in spans if span.name.startswith(NODE)}
+    threads.add(steps[0].thread)
+    relevant = [span for span in spans if span.thread in threads]
+    relevant.sort(key=lambda span: (span.start, -span.end))
+    open_spans = _OpenSpans(len(steps))
+    device_ms: Counter = Counter()
+    part_of_node: dict[tuple[int, int], str] = {}
+    for span in relevant:
+        open_spans.advance(span.start)
+        if span.name != STEP and not open_spans.stack:
+            continue  # between two steps
+        outer = open_spans.stack[-1] if open_spans.stack else (span.end, _REST)
+        outer_end, outer_key = outer
+        key = _key(span, outer_key, part_of_node)
+        device_ms[key] += span.device_us / 1000 / len(steps)
+        open_spans.stack.append((min(span.end, outer_end), key))
+    open_spans.advance(float("inf"))
+    step_ms = sum(step.end - step.start for step in steps) / 1000 / len(steps)
+    return StepBreakdown(len(steps), step_ms, open_spans.host_ms, device_ms)
 
-    def advance(to: float) -> None:
-        """Give the time up to `to` to the spans that are open until then."""
-        nonlocal now
-        while open_spans:
-            end, key = open_spans[-1]
-            host[key] += max(0.0, min(end, to) - now) / 1000 / len(steps)
-            now = max(now, min(end, to))
+
+class _OpenSpans:
+    """Spans that are open at the current moment, and the time of each key."""
+
+    def __init__(self, steps: int):
+        self.stack: list[tuple[float, tuple[str, str]]] = []
+        """(end, key) of the open spans, innermost last."""
+        self.host_ms: Counter = Counter()
+        self._steps = steps
+        self._now = 0.0
+
+    def advance(self, to: float) -> None:
+        """Attribute the time until `to` and close the spans that end before it."""
+        while self.stack:
+            end, key = self.stack[-1]
+            until = min(end, to)
+            self.host_ms[key] += max(0.0, until - self._now) / 1000 / self._steps
+            self._now = max(self._now, until)
             if end > to:
                 return
-            open_spans.pop()
-        now = to
-
-    for span in sorted(
-        (s for s in spans if s.thread in threads), key=lambda s: (s.start, -s.end)
-    ):
-        advance(span.start)
-        if not open_spans and span.name != STEP:
-            continue
-        end, key = open_spans[-1] if open_spans else (span.end, ("the rest", "other"))
-        key = _key(span, key, parts)
-        device[key] += span.device / 1000 / len(steps)
-        open_spans.append((min(span.end, end), key))
-    advance(float("inf"))
-    return StepBreakdown(
-        len(steps), sum(s.end - s.start for s in steps) / 1000 / len(steps), host, device
-    )
+            self.stack.pop()
+        self._now = to
 
 
 def _key(
-    span: Span, outer: tuple[str, str], parts: dict[tuple[int, int], str]
+    span: Span, outer: tuple[str, str], part_of_node: dict[tuple[int, int], str]
 ) -> tuple[str, str]:
-    """(part, phase) of a span within one of `outer`; `parts` learns whose the numbers of nodes are."""
+    """Determine (part, phase) of a span.
+
+    Args:
+        outer: (part, phase) of the span around it.
+        part_of_node: part by (thread, sequence number) of an autograd node; extended
+            here.
+    """
     part, phase = outer
-    name = span.name.removeprefix(PART)
-    if name in PHASES and name != span.name:
-        return "the rest", name
-    if name != span.name:
+    if span.name.startswith(PART):
+        name = span.name.removeprefix(PART)
+        if name in PHASES:
+            return "the rest", name
         part = name
     elif span.name.startswith("c10d::"):
         part = "communication"
     elif span.name.startswith(NODE):
-        return parts.get((span.forward_thread, span.sequence), part), "backward"
-    if span.sequence >= 0:  # the last operation with a number is the one whose node got it
-        parts[span.forward_thread or span.thread, span.sequence] = part
+        return part_of_node.get((span.forward_thread, span.sequence), part), "backward"
+    if span.sequence >= 0:
+        # Operations share a number until one of them creates the node: the last one.
+        part_of_node[span.forward_thread or span.thread, span.sequence] = part
     return part, phase
 
 
-def profile_table(a: StepBreakdown, start: int, end: int, rank: int, before_ms: float) -> str:
-    """The account as text.
+def profile_table(
+    breakdown: StepBreakdown, start: int, end: int, rank: int, unprofiled_ms: float
+) -> str:
+    """Format a breakdown as text.
 
     Args:
         start, end: iterations start + 1 to end were profiled.
-        before_ms: of the last step that was not; 0: none.
+        unprofiled_ms: duration of the step before the profiled ones; 0: there was none.
     """
-    before = f"; the step before took {before_ms:.1f} without" if before_ms else ""
-    lines = [
-        f"iterations {start + 1} to {end} on rank {rank}: {a.step_ms:.1f} ms each with the profiler on{before}",
-        f"{'ms a step':17s}"
-        + "".join(f"{phase:>10s}" for phase in PHASES)
-        + f"{'all':>10s}{'share':>8s}",
-    ]
-    gpu = sum(a.device_ms.values())
-    lines[1] += f"{'GPU':>10s}" if gpu else ""
-    for part in PARTS:
-        times = [a.host_ms[part, phase] for phase in PHASES]
-        line = f"{part:17s}" + "".join(f"{ms:10.1f}" if ms else " " * 10 for ms in times)
-        line += f"{sum(times):10.1f}{sum(times) / a.step_ms:8.1%}"
-        lines.append(
-            line + (f"{sum(a.device_ms[part, phase] for phase in PHASES):10.1f}" if gpu else "")
-        )
-    totals = [sum(a.host_ms[part, phase] for part in PARTS) for phase in PHASES]
-    line = f"{'the step':17s}" + "".join(f"{ms:10.1f}" for ms in totals)
-    lines.append(
-        line
-        + f"{sum(totals):10.1f}{sum(totals) / a.step_ms:8.1%}"
-        + (f"{gpu:10.1f}" if gpu else "")
+    title = (
+        f"iterations {start + 1} to {end} on rank {rank}: {breakdown.step_ms:.1f} ms each "
+        "with the profiler on"
     )
+    if unprofiled_ms:
+        title += f"; the step before took {unprofiled_ms:.1f} ms without it"
+    on_device = any(breakdown.device_ms.values())
+    columns = "".join(f"{phase:>10s}" for phase in PHASES)
+    header = f"{'ms per step':17s}{columns}{'all':>10s}{'share':>8s}"
+    if on_device:
+        header += f"{'GPU':>10s}"
+    lines = [title, header]
+    lines += [_table_row(breakdown, part, (part,), on_device) for part in PARTS]
+    lines.append(_table_row(breakdown, "total", PARTS, on_device))
     lines.append(
-        "dispatch: mixture layers without their gates and experts; communication: with waiting for the others"
+        "dispatch: MoE layers without their gates and experts; communication: includes "
+        "waiting for other ranks"
     )
     return "\n".join(lines)
+
+
+def _table_row(
+    breakdown: StepBreakdown, label: str, parts: tuple[str, ...], on_device: bool
+) -> str:
+    """Format the summed times of `parts` as one row of the table."""
+    row = f"{label:17s}"
+    total = 0.0
+    for phase in PHASES:
+        ms = sum(breakdown.host_ms[part, phase] for part in parts)
+        row += f"{ms:10.1f}" if ms else " " * 10
+        total += ms
+    row += f"{total:10.1f}{total / breakdown.step_ms:8.1%}"
+    if on_device:
+        keys = [(part, phase) for part in parts for phase in PHASES]
+        row += f"{sum(breakdown.device_ms[key] for key in keys):10.1f}"
+    return row

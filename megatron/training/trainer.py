@@ -123,7 +123,7 @@ class Trainer:
                 if self.services.profiler is None:
                     self.step()
                 else:
-                    self.services.profiler.step(self)
+                    self.services.profiler.step(self.progress.iteration, self.step, self.engine)
                 self.services.startup_timer.end("first step")
                 bar.update()
                 self.checkpointer.poll()
@@ -145,8 +145,8 @@ class Trainer:
         )
         skipped_before = self.engine.skipped_steps
         losses = self.engine.step(batches, self.task, lr, self._fraction_done())
-        consensus = self.services.stop.agree(losses[LM_LOSS], losses[AUX_LOSS])
-        self._stop_reason = consensus.reason
+        consensus = self.services.stop.all_reduce_step_status(losses[LM_LOSS], losses[AUX_LOSS])
+        self._stop_reason = consensus.stop_reason
         progress.iteration += 1
         progress.consumed_samples += self.plan.global_batch
         progress.consumed_tokens += self.plan.tokens_per_step
@@ -157,7 +157,7 @@ class Trainer:
             return
         self.bad_steps = 0
         self._good_steps += 1
-        spike = self.spikes.see(consensus.lm_loss)
+        spike = self.spikes.update(consensus.lm_loss)
         if spike is not None:
             self._on_loss_spike(consensus.lm_loss, spike)
 
@@ -250,10 +250,10 @@ class Trainer:
             )
         if spike.level_shift:
             self._warn(
-                f"{what}, like {spike.row - 1} before it: this is a new level of the loss, "
+                f"{what}, like {spike.consecutive - 1} before it: this is a new level of the loss, "
                 "and no spike from now on"
             )
-        elif spike.row == 1:
+        elif spike.consecutive == 1:
             self._warn(what)
 
     def _abort(self, reason: str) -> NoReturn:

@@ -1,9 +1,10 @@
-"""Ends a rank that waits for its data forever, as for a file on a network file system that does not answer.
+"""Ends a rank that waits for its data forever, e.g. on a hanging network file system.
 
-Only waiting for data is watched. Everything else that ranks wait for is a collective, and those have a time limit of
-their own, --timeout-minutes. Gloo's raises in the rank that waits, and megatron/pretrain.py makes one line of it.
-NCCL's is kept by a thread of torch, which aborts the process (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default).
-Evaluations, checkpoints and the first step's compilation take as long as they take.
+Only waiting for data is watched. All other waiting of ranks is in collectives, which
+have the time limit --timeout-minutes. Gloo raises the timeout in the rank that waits,
+and `megatron.exit_codes` condenses it to one line; NCCL's is detected by a thread of
+torch, which aborts the process (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default).
+Evaluations, checkpoints and the first step's compilation have no limit.
 """
 
 from __future__ import annotations
@@ -16,27 +17,31 @@ from collections.abc import Callable, Iterable, Iterator
 from megatron.data.loader import Batch
 from megatron.log import report_error
 
-SHARE = 0.8
-"""of --timeout-minutes: a rank says that it hangs before the others say that they waited for it"""
-CODE = 3
+_LIMIT_SHARE = 0.8
+"""Share of --timeout-minutes that a batch may take: a rank reports that it hangs before
+the others report that they waited for it."""
+_EXIT_CODE = 3
 
 
 class Watchdog:
-    """A thread that counts while the main thread waits for a batch. A context manager.
+    """A thread that ends the process when the main thread waits too long for a batch.
 
-    It counts its own ticks, so that a process that was stopped and goes on (Ctrl-Z, a suspended machine) is not taken
-    for one that hangs.
+    A context manager: the thread runs inside it. The thread counts its own ticks
+    instead of reading a clock, so that a process that was stopped and continued
+    (Ctrl-Z, a suspended machine) is not taken for one that hangs.
 
     Args:
         minutes: --timeout-minutes.
-        end: what is called with the exit code.
+        end: function that is called with the exit code.
     """
 
     def __init__(self, minutes: float, end: Callable[[int], object] = os._exit):
-        self.minutes, self.end = minutes, end
-        self._limit = 60 * SHARE * minutes
-        self._tick = min(1.0, self._limit / 20)
-        self._waiting, self._ticks = "", 0
+        self.minutes = minutes
+        self.end = end
+        self._limit_s = 60 * _LIMIT_SHARE * minutes
+        self._tick_s = min(1.0, self._limit_s / 20)
+        self._waiting_for = ""
+        self._ticks = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -49,30 +54,37 @@ class Watchdog:
         self._thread.join()
 
     def reading(self, batches: Iterable[Batch], what: str) -> Iterator[Batch]:
-        """The same batches; `what` says in the message what they are."""
+        """Yield the same batches while watching how long each takes to arrive.
+
+        Args:
+            what: name of a batch in the error message.
+        """
         batches = iter(batches)
         while True:
-            self._ticks, self._waiting = 0, what
+            self._ticks = 0
+            self._waiting_for = what
             try:
                 batch = next(batches, None)
             finally:
-                self._waiting = ""
+                self._waiting_for = ""
             if batch is None:
                 return
             yield batch
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._tick):
+        while not self._closed.wait(self._tick_s):
             self._ticks += 1
-            if (what := self._waiting) and self._ticks * self._tick >= self._limit:
-                report_error(
-                    TimeoutError(
-                        f"{what} did not come within {self._limit / 60:.3g} minutes, {SHARE:g} of --timeout-minutes "
-                        f"{self.minutes:g}: its file system may not answer. If reading takes so long, raise "
-                        "--timeout-minutes. What each thread of this rank does:"
-                    ),
-                    at_once=True,
-                )
+            what = self._waiting_for  # one read: the main thread may reset it
+            if what and self._ticks * self._tick_s >= self._limit_s:
+                report_error(self._timeout_error(what), immediately=True)
                 faulthandler.dump_traceback()
-                self.end(CODE)
+                self.end(_EXIT_CODE)
                 return
+
+    def _timeout_error(self, what: str) -> TimeoutError:
+        return TimeoutError(
+            f"{what} did not come within {self._limit_s / 60:.3g} minutes, "
+            f"{_LIMIT_SHARE:g} of --timeout-minutes {self.minutes:g}: its file system may "
+            "not answer. If reading takes that long, raise --timeout-minutes. What each "
+            "thread of this rank does:"
+        )

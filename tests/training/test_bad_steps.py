@@ -97,7 +97,7 @@ def state(engine) -> dict[str, torch.Tensor]:
         f"weight {n}": getattr(p, "ds_tensor", p) for n, p in engine.model.named_parameters()
     }
     tensors |= {f"buffer {n}": b for n, b in engine.model.named_buffers()}
-    for i, (param, moments) in enumerate(engine._adamw.state.items()):
+    for i, (param, moments) in enumerate(engine._optimizer.state.items()):
         tensors |= {
             f"master {i}": param,
             **{f"{key} {i}": value for key, value in moments.items()},
