@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -76,19 +77,20 @@ class StepBreakdown:
 
 def spans_of(profiler: torch.profiler.profile) -> list[Span]:
     """Collect the ranges and operations that a profiler recorded on the host."""
-    return [
-        Span(
-            event.name,
-            event.time_range.start,
-            event.time_range.end,
-            event.thread,
-            event.sequence_nr,
-            event.fwd_thread or 0,
-            sum(kernel.duration for kernel in event.kernels),
-        )
-        for event in profiler.events()
-        if event.device_type == DeviceType.CPU
-    ]
+    events = profiler.events()
+    return [_span(event) for event in events if event.device_type == DeviceType.CPU]
+
+
+def _span(event: Any) -> Span:
+    return Span(
+        event.name,
+        event.time_range.start,
+        event.time_range.end,
+        event.thread,
+        event.sequence_nr,
+        event.fwd_thread or 0,
+        sum(kernel.duration for kernel in event.kernels),
+    )
 
 
 def break_down_step(spans: Iterable[Span]) -> StepBreakdown:

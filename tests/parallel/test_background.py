@@ -36,7 +36,7 @@ def test_a_mistake_of_ours_is_told_too():
 def _wait_for_the_slow_one(seconds):
     from megatron.parallel import background
 
-    groups, patience, asked = groups_for(1), background.PATIENCE_SECONDS, []
+    groups, patience, asked = groups_for(1), background._POLL_SECONDS, []
     ask = BackgroundTask.running_on_any_rank
 
     def timed(self, groups):
@@ -46,12 +46,12 @@ def _wait_for_the_slow_one(seconds):
         return busy
 
     job = BackgroundTask("sleeping", lambda: threading.Event().wait(seconds * groups.rank))
-    background.PATIENCE_SECONDS, BackgroundTask.running_on_any_rank = 0.05, timed
+    background._POLL_SECONDS, BackgroundTask.running_on_any_rank = 0.05, timed
     try:
         job.start()
         job.wait_for_all(groups)
     finally:
-        background.PATIENCE_SECONDS, BackgroundTask.running_on_any_rank = patience, ask
+        background._POLL_SECONDS, BackgroundTask.running_on_any_rank = patience, ask
     return len(asked), max(asked)
 
 

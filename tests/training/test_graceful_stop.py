@@ -11,28 +11,28 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config.fault_tolerance import FaultToleranceConfig
+from megatron.config.faults import FaultConfig
 from megatron.exit_codes import classify_error, exit_code
 from megatron.log import report_error
 from megatron.parallel.groups import Groups
-from megatron.training.graceful_stop import SIGNALS, GracefulStop
+from megatron.training.graceful_stop import STOP_SIGNALS, GracefulStop
 from megatron.training.watchdog import Watchdog
 
 NO_LOSS = torch.tensor(0.0)
 
 
 def test_one_rank_listens_and_restores(capfd):
-    before = [signal.getsignal(number) for number in SIGNALS]
-    with GracefulStop(FaultToleranceConfig(), Groups()) as stop:
-        assert stop.agree(torch.tensor(2.0), torch.tensor(0.5)).reason == ""
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with GracefulStop(FaultConfig(), Groups()) as stop:
+        assert stop.all_reduce_step_status(torch.tensor(2.0), torch.tensor(0.5)).stop_reason == ""
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGCHLD)
         signal.raise_signal(signal.SIGINT)  # at once: the same, on another way
-        while stop.signal is None:
+        while stop.stop_signal is None:
             time.sleep(0.001)  # the thread has it in a moment
-        agreed = stop.agree(torch.tensor(2.0), torch.tensor(float("inf")))
-    assert (agreed.reason, agreed.lm_loss, agreed.bad_ranks) == ("SIGINT", 2.0, 1)
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+        agreed = stop.all_reduce_step_status(torch.tensor(2.0), torch.tensor(float("inf")))
+    assert (agreed.stop_reason, agreed.lm_loss, agreed.bad_ranks) == ("SIGINT", 2.0, 1)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1 and "error" not in capfd.readouterr().err
 
 
@@ -40,14 +40,14 @@ def test_an_ignored_signal_stays_ignored():
     """As a shell's background job has it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with GracefulStop(FaultToleranceConfig(), Groups()) as stop:
+        with GracefulStop(FaultConfig(), Groups()) as stop:
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
-            while stop.signal is None:
+            while stop.stop_signal is None:
                 time.sleep(0.001)
-            assert stop.signal == signal.SIGTERM
+            assert stop.stop_signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -57,10 +57,10 @@ def _agree(minutes: list[float], losses: list[float]) -> tuple:
     rank = dist.get_rank()
     groups = Groups(rank=rank, world_size=dist.get_world_size())
     stop = GracefulStop(
-        FaultToleranceConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600
+        FaultConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600
     )
-    agreed = stop.agree(torch.tensor(losses[rank]), torch.tensor(2.0 * rank))
-    return agreed.lm_loss, agreed.aux_loss, agreed.bad_ranks, bool(agreed.reason)
+    agreed = stop.all_reduce_step_status(torch.tensor(losses[rank]), torch.tensor(2.0 * rank))
+    return agreed.lm_loss, agreed.aux_loss, agreed.bad_ranks, bool(agreed.stop_reason)
 
 
 def test_ranks_agree(ranks2):
@@ -73,9 +73,7 @@ def test_ranks_agree(ranks2):
 
 def test_without_a_duration_a_run_has_all_the_time():
     assert (
-        GracefulStop(FaultToleranceConfig(), Groups(), time.time() - 1e9)
-        .agree(NO_LOSS, NO_LOSS)
-        .reason
+        GracefulStop(FaultConfig(), Groups(), time.time() - 1e9).all_reduce_step_status(NO_LOSS, NO_LOSS).stop_reason
         == ""
     )
 
@@ -130,14 +128,14 @@ def test_interrupted_before_the_training_begins(capsys):
     assert exit_code(program) == 130
     assert (
         capsys.readouterr().err
-        == "error: interrupted before the training began; nothing is saved\n"
+        == "error: interrupted before training began; nothing was saved\n"
     )
 
 
 def test_what_a_thread_of_any_rank_has_to_say_is_said_at_once(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("megatron.log.time.sleep", lambda seconds: pytest.fail("it waits"))
-    report_error(RuntimeError("what it is"), at_once=True)
+    report_error(RuntimeError("what it is"), immediately=True)
     assert capsys.readouterr().err == "[rank 1] error: what it is\n"
 
 

@@ -16,7 +16,7 @@ def test_a_z_score_against_the_last_losses_that_were_no_spikes():
     detector, usual, seen = SpikeDetector(threshold, window), [], 0
     for step in range(300):
         loss = rng.gauss(3.0, 0.2) + (4.0 if step % 29 == 28 else 0.0)
-        spike = detector.see(loss)
+        spike = detector.update(loss)
         if len(usual) >= window // 4:
             mean = statistics.mean(usual)
             deviation = max(statistics.pstdev(usual), LEAST_DEVIATION * mean)
@@ -34,10 +34,10 @@ def test_a_z_score_against_the_last_losses_that_were_no_spikes():
 
 def test_nothing_before_a_quarter_of_the_window_and_nothing_downwards():
     detector = SpikeDetector(3.0, 16)
-    assert [detector.see(loss) for loss in (1.0, 100.0, 1.0, 100.0)] == [None] * 4
+    assert [detector.update(loss) for loss in (1.0, 100.0, 1.0, 100.0)] == [None] * 4
     detector = SpikeDetector(3.0, 16)
-    assert [detector.see(loss) for loss in (5.0, 5.0, 5.0, 5.0, 0.1)] == [None] * 5
-    assert detector.see(50.0) is not None
+    assert [detector.update(loss) for loss in (5.0, 5.0, 5.0, 5.0, 0.1)] == [None] * 5
+    assert detector.update(50.0) is not None
 
 
 @pytest.mark.parametrize("level, spikes", [(2.05, False), (2.07, True)])
@@ -45,17 +45,17 @@ def test_ripples_of_a_flat_loss_are_no_spikes(level, spikes):
     """The floor is 1 % of the mean, and the threshold three of it."""
     detector = SpikeDetector(3.0, 8)
     for _ in range(8):
-        assert detector.see(2.0) is None
-    assert (detector.see(level) is not None) == spikes
+        assert detector.update(2.0) is None
+    assert (detector.update(level) is not None) == spikes
 
 
 def test_a_level_that_stays_is_a_new_level():
     """After a quarter of the window in a row; an interruption starts the count again."""
     detector = SpikeDetector(4.0, 16)
     for i in range(16):
-        detector.see(2.0 + 0.01 * (i % 2))
+        detector.update(2.0 + 0.01 * (i % 2))
     rows = [
-        (s.row, s.level_shift) if (s := detector.see(loss)) else None
+        (s.consecutive, s.level_shift) if (s := detector.update(loss)) else None
         for loss in (9.0, 9.1, 9.0, 2.0, 9.0, 9.1, 9.0, 9.1, 9.0, 9.1, 30.0)
     ]
     assert rows == [
@@ -76,7 +76,7 @@ def test_a_level_that_stays_is_a_new_level():
 def test_a_loss_of_zero_and_no_threshold():
     detector = SpikeDetector(4.0, 8)
     for _ in range(4):
-        assert detector.see(0.0) is None
-    assert detector.see(1e-9).z == math.inf
+        assert detector.update(0.0) is None
+    assert detector.update(1e-9).z == math.inf
     off = SpikeDetector(0.0, 8)
-    assert not any(off.see(loss) for loss in (1.0, 1.0, 1.0, 1.0, 1e9))
+    assert not any(off.update(loss) for loss in (1.0, 1.0, 1.0, 1.0, 1e9))
