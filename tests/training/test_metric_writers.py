@@ -1,4 +1,4 @@
-"""Metric sinks: what each writes."""
+"""What each metric writer writes."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import types
 import pytest
 
 from megatron import log
-from megatron.config.schema import LoggingConfig
+from megatron.config.schema import TrainConfig
 from megatron.training.metric_writers import (
     ConsoleWriter,
     JsonlWriter,
@@ -51,33 +51,37 @@ EVAL = {
 
 @pytest.fixture
 def printed(monkeypatch, capsys):
-    """Set up the logger; a function that returns what was printed since, without the times of day."""
+    """A function that returns what was logged since, without the time of day."""
     monkeypatch.setenv("RANK", "0")
     logger = log.get_logger()
     before = (logger.level, logger.propagate, list(logger.handlers))
     log.setup()
     yield lambda: re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", capsys.readouterr().out)
-    logger.setLevel(before[0])
-    logger.propagate, logger.handlers = before[1:]
+    level, propagate, handlers = before
+    logger.setLevel(level)
+    logger.propagate = propagate
+    logger.handlers = handlers
 
 
-def test_console_lines(printed):
-    sink = ConsoleWriter(1000)
-    sink.write(TRAIN)
-    sink.write(EVAL)
-    sink.write({"kind": "test", "iteration": 1000, "loss": 4.0})
-    sink.close()
+def test_console_formats_rows_in_columns(printed):
+    writer = ConsoleWriter(1000)
+    writer.write(TRAIN)
+    writer.write(EVAL)
+    writer.write({"kind": "test", "iteration": 1000, "loss": 4.0})
+    writer.close()
     assert printed().splitlines() == [
-        "iteration   10/1000 | loss  5.12500 | aux 1.000e-02 | lr 3.000e-04 | grad norm   1.500 |    12,346 tokens/s | "
-        "experts/token  3.250 | kept  3.000 | load max/mean   1.75 | dropped  1.25% | skipped   1 | elapsed 0:01:05 | "
-        "left 0:08:15",
+        "iteration   10/1000 | loss  5.12500 | aux 1.000e-02 | lr 3.000e-04 | "
+        "grad norm   1.500 |    12,346 tokens/s | "
+        "experts/token  3.00 (before capacity  3.25) | load max/mean   1.75 | dropped  1.25% | "
+        "skipped   1 | elapsed 0:01:05 | left 0:08:15",
         "eval at   10/1000 | loss  4.00000 | perplexity     54.598 | elapsed 1:01:40",
         "test at 1000/1000 | loss  4.00000",
     ]
 
 
-def test_console_shows_what_is_not_a_number(printed):
-    sink = ConsoleWriter(1000)
+def test_console_names_nan_and_infinity(printed):
+    """They are padded to the width of a number, so that columns stay aligned."""
+    writer = ConsoleWriter(1000)
     broken = {
         **TRAIN,
         "loss": math.nan,
@@ -85,40 +89,37 @@ def test_console_shows_what_is_not_a_number(printed):
         "aux_loss": -math.inf,
         "dropped_assignment_fraction": math.nan,
     }
-    sink.write(TRAIN)
-    sink.write(broken)
+    writer.write(TRAIN)
+    writer.write(broken)
     good, bad = printed().splitlines()
-    assert (
-        "| loss      NaN |" in bad
-        and "| grad norm Infinity |" in bad
-        and "| aux -Infinity |" in bad
-    )
-    assert (
-        "| dropped    NaN |" in bad
-        and [m.start() for m in re.finditer(r"\|", good)][:2]
-        == [m.start() for m in re.finditer(r"\|", bad)][:2]
-    )
+    assert "| loss      NaN |" in bad
+    assert "| grad norm Infinity |" in bad
+    assert "| aux -Infinity |" in bad
+    assert "| dropped    NaN |" in bad
+    good_bars = [match.start() for match in re.finditer(r"\|", good)]
+    bad_bars = [match.start() for match in re.finditer(r"\|", bad)]
+    assert good_bars[:2] == bad_bars[:2]
 
 
-def test_jsonl_appends_a_flushed_line_a_record(tmp_path):
+def test_jsonl_appends_and_flushes_each_row(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
-    sink = JsonlWriter(path)
-    sink.write(TRAIN)
+    writer = JsonlWriter(path)
+    writer.write(TRAIN)
     assert json.loads(path.read_text()) == TRAIN, "readable before the file is closed"
-    sink.close()
-    sink = JsonlWriter(path)
-    sink.write(EVAL)
-    sink.close()
+    writer.close()
+    writer = JsonlWriter(path)
+    writer.write(EVAL)
+    writer.close()
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == [
         "train",
         "eval",
     ]
 
 
-def test_jsonl_numbers(tmp_path):
-    sink = JsonlWriter(tmp_path / "m.jsonl")
+def test_jsonl_keeps_nine_significant_digits(tmp_path):
+    writer = JsonlWriter(tmp_path / "m.jsonl")
     loss = struct.unpack("f", struct.pack("f", 5.1234567))[0]  # an fp32 value
-    sink.write(
+    writer.write(
         {
             "kind": "train",
             "iteration": 1,
@@ -130,7 +131,7 @@ def test_jsonl_numbers(tmp_path):
             "consumed_tokens": 12345678901234,
         }
     )
-    sink.close()
+    writer.close()
     line = (tmp_path / "m.jsonl").read_text()
     assert line == (
         '{"kind": "train", "iteration": 1, "loss": 5.12345648, "lr": 0.0003, "grad_norm": NaN, '
@@ -139,23 +140,23 @@ def test_jsonl_numbers(tmp_path):
     assert struct.unpack("f", struct.pack("f", json.loads(line)["loss"]))[0] == loss
 
 
-def test_jsonl_does_not_continue_a_broken_line(tmp_path):
+def test_jsonl_ends_a_truncated_line_first(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"kind": "tra')
-    sink = JsonlWriter(path)
-    sink.write(EVAL)
-    sink.close()
+    writer = JsonlWriter(path)
+    writer.write(EVAL)
+    writer.close()
     assert [line[:8] for line in path.read_text().splitlines()] == ['{"kind":', '{"kind":']
     assert json.loads(path.read_text().splitlines()[1])["kind"] == "eval"
 
 
-def test_tensorboard_scalars(tmp_path):
+def test_tensorboard_gets_scalars_by_kind(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sink = TensorboardWriter(tmp_path)
-    sink.write(TRAIN)
-    sink.write(EVAL)
-    sink.close()
+    writer = TensorboardWriter(tmp_path)
+    writer.write(TRAIN)
+    writer.write(EVAL)
+    writer.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = set(events.Tags()["scalars"])
@@ -180,9 +181,9 @@ def test_wandb_gets_the_same_scalars(monkeypatch):
         return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    sink = WandbWriter("project", "name")
-    sink.write({"kind": "train", "iteration": 3, "loss": 1.0, "x_by_layer": [1.0, 2.0]})
-    sink.close()
+    writer = WandbWriter("project", "name")
+    writer.write({"kind": "train", "iteration": 3, "loss": 1.0, "x_by_layer": [1.0, 2.0]})
+    writer.close()
     assert calls == [
         {"project": "project", "name": "name"},
         ({"train/loss": 1.0, "train/x_by_layer/0": 1.0, "train/x_by_layer/1": 2.0}, 3),
@@ -190,20 +191,20 @@ def test_wandb_gets_the_same_scalars(monkeypatch):
     ]
 
 
-def test_wandb_is_needed_at_use_only(monkeypatch):
+def test_wandb_missing_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
         ValueError,
         match="--wandb-project is 'p', but the package wandb is not installed; pip install",
     ):
-        build_metric_writers(LoggingConfig(wandb_project="p"), "", 0, 10)
+        build_metric_writers(TrainConfig(wandb_project="p"), 0, 10)
 
 
-def test_build_sinks(tmp_path, monkeypatch):
-    def kinds(rank=0, save="", **options):
-        sinks = build_metric_writers(LoggingConfig(**options), save, rank, 10)
-        sinks.close()
-        return [type(sink) for sink in sinks.sinks]
+def test_flags_choose_the_writers(tmp_path, monkeypatch):
+    def kinds(rank=0, **options):
+        writers = build_metric_writers(TrainConfig(**options), rank, 10)
+        writers.close()
+        return [type(writer) for writer in writers.writers]
 
     everything = {
         "save": str(tmp_path / "run"),
@@ -224,25 +225,25 @@ def test_build_sinks(tmp_path, monkeypatch):
     assert (tmp_path / "m.jsonl").exists() and not (tmp_path / "other").exists()
 
 
-def test_sinks_hand_on_every_record():
+def test_writers_forward_every_row():
     class Fake:
         def __init__(self):
-            self.seen = []
+            self.calls = []
 
-        def write(self, record):
-            self.seen.append(record)
+        def write(self, row):
+            self.calls.append(row)
 
         def close(self):
-            self.seen.append("closed")
+            self.calls.append("closed")
 
     fakes = [Fake(), Fake()]
-    sinks = MetricsWriters(fakes)
-    sinks.write(TRAIN)
-    sinks.close()
-    assert [f.seen for f in fakes] == [[TRAIN, "closed"]] * 2
+    writers = MetricsWriters(fakes)
+    writers.write(TRAIN)
+    writers.close()
+    assert [fake.calls for fake in fakes] == [[TRAIN, "closed"]] * 2
 
 
-def test_no_progress_bar_without_a_terminal(printed, capsys):
+def test_progress_bar_needs_a_terminal(printed, capsys):
     handlers = list(log.get_logger().handlers)
     with ProgressBar(total=5) as bar:
         bar.update()
@@ -252,7 +253,7 @@ def test_no_progress_bar_without_a_terminal(printed, capsys):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_log_lines_stand_above_the_bar(printed, monkeypatch, capsys, rank):
+def test_log_lines_appear_above_the_bar(printed, monkeypatch, capsys, rank):
     handlers = list(log.get_logger().handlers)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -261,23 +262,27 @@ def test_log_lines_stand_above_the_bar(printed, monkeypatch, capsys, rank):
         log.get_logger().info("line")
         out, err = capsys.readouterr()
         assert out.endswith(" line\n")
-        # tqdm clears its line (on stderr) before the log line is written and draws it again afterwards.
-        assert ("2/5" in err and err.count("\r") > 2) if rank == 0 else err == ""
+        if rank == 0:
+            # tqdm clears its line before the log line is written and redraws it afterwards.
+            assert "2/5" in err and err.count("\r") > 2
+        else:
+            assert err == ""
         bar.update(2)
     assert "5/5" in capsys.readouterr().err or rank
     assert log.get_logger().handlers == handlers
 
 
-def test_evaluations_say_how_many_experts_each_layer_uses(capsys):
-    log.setup()
-    record = {
+def test_console_shows_experts_of_evaluated_layers(printed):
+    """By layer in evaluations only; without the count before capacity if a row has none."""
+    row = {
         "kind": "eval",
         "iteration": 5,
         "loss": 1.0,
         "experts_per_token": 2.5,
         "experts_per_token_by_layer": [1.25, float("nan")],
     }
-    ConsoleWriter(10).write(record)
-    ConsoleWriter(10).write({**record, "kind": "train"})
-    first, second = capsys.readouterr().out.splitlines()
-    assert "kept  2.500 | by layer 1.25  NaN" in first and "by layer" not in second
+    ConsoleWriter(10).write(row)
+    ConsoleWriter(10).write({**row, "kind": "train"})
+    evaluation, training = printed().splitlines()
+    assert evaluation.endswith("experts/token  2.50 | by layer 1.25  NaN")
+    assert "by layer" not in training
