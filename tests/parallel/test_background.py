@@ -1,4 +1,4 @@
-"""Work in threads of the ranks: errors are kept, and waiting for the slowest is many short collectives."""
+"""BackgroundTask: stored errors, and waiting for the slowest rank by short collectives."""
 
 from __future__ import annotations
 
@@ -13,49 +13,55 @@ from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups
 
 
-def test_results_and_expected_errors():
+def test_task_stores_result_or_oserror():
     for work, result, error in (
         (lambda: 3, 3, ""),
         (lambda: os.listdir("/nowhere"), None, "No such file"),
     ):
-        job = BackgroundTask("reading", work)
-        assert not job.is_running
-        job.start()
-        job.wait_for_all(Groups())
-        assert job.result == result and error in job.error and bool(error) == bool(job.error)
+        task = BackgroundTask("reading", work)
+        assert not task.is_running
+        task.start()
+        task.wait_for_all(Groups())
+        assert task.result == result
+        assert error in task.error and bool(error) == bool(task.error)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_mistake_of_ours_is_told_too():
-    job = BackgroundTask("counting", lambda: {}["x"])
-    job.start()
-    job.wait_for_all(Groups())
-    assert job.error == "counting failed: KeyError('x')"
+def test_task_stores_unexpected_errors():
+    task = BackgroundTask("counting", lambda: {}["x"])
+    task.start()
+    task.wait_for_all(Groups())
+    assert task.error == "counting failed: KeyError('x')"
 
 
-def _wait_for_the_slow_one(seconds):
+def _wait_for_slow_rank(seconds: float, poll_seconds: float) -> tuple[int, float]:
+    """On a rank: how many collectives waited for rank 1, and how long the longest took."""
     from megatron.parallel import background
 
-    groups, patience, asked = groups_for(1), background._POLL_SECONDS, []
-    ask = BackgroundTask.running_on_any_rank
+    groups = groups_for(1)
+    durations = []
+    original_poll = background._POLL_SECONDS
+    original_query = BackgroundTask.running_on_any_rank
 
-    def timed(self, groups):
+    def timed_query(self, groups):
         start = time.monotonic()
-        busy = ask(self, groups)
-        asked.append(time.monotonic() - start)
-        return busy
+        running = original_query(self, groups)
+        durations.append(time.monotonic() - start)
+        return running
 
-    job = BackgroundTask("sleeping", lambda: threading.Event().wait(seconds * groups.rank))
-    background._POLL_SECONDS, BackgroundTask.running_on_any_rank = 0.05, timed
+    task = BackgroundTask("sleeping", lambda: threading.Event().wait(seconds * groups.rank))
+    background._POLL_SECONDS = poll_seconds
+    BackgroundTask.running_on_any_rank = timed_query
     try:
-        job.start()
-        job.wait_for_all(groups)
+        task.start()
+        task.wait_for_all(groups)
     finally:
-        background._POLL_SECONDS, BackgroundTask.running_on_any_rank = patience, ask
-    return len(asked), max(asked)
+        background._POLL_SECONDS = original_poll
+        BackgroundTask.running_on_any_rank = original_query
+    return len(durations), max(durations)
 
 
-def test_no_collective_waits_for_the_slowest(ranks2):
-    """Rank 0 has nothing to do for two seconds, and a --timeout-minutes of less would not end it."""
-    for number, longest in ranks2.run(_wait_for_the_slow_one, 2.0):
-        assert number > 5 and longest < 1.5
+def test_waiting_is_many_short_collectives(ranks2):
+    """Rank 0 waits four seconds for rank 1, longer than any single collective takes."""
+    for count, longest in ranks2.run(_wait_for_slow_rank, 4.0, 0.05):
+        assert count > 5 and longest < 3.5

@@ -1,4 +1,4 @@
-"""Stop and Watchdog without a training: what they agree on, listen to, restore, and when they do nothing."""
+"""GracefulStop, Watchdog and exit codes without a training run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.waiting import LIMIT_SECONDS, wait_until
 from megatron.config.faults import FaultConfig
 from megatron.exit_codes import classify_error, exit_code
 from megatron.log import report_error
@@ -19,25 +20,41 @@ from megatron.training.graceful_stop import STOP_SIGNALS, GracefulStop
 from megatron.training.watchdog import Watchdog
 
 NO_LOSS = torch.tensor(0.0)
+WATCHDOG_MINUTES = 0.0125
+"""A limit of 0.6 s: long enough that a busy machine does not exceed it by itself."""
 
 
-def test_one_rank_listens_and_restores(capfd):
+def wait_for_signal(stop: GracefulStop) -> None:
+    wait_until(lambda: stop.stop_signal is not None, "the thread reads the signal")
+
+
+def wait_past_limit(watchdog: Watchdog) -> None:
+    """Wait until the watchdog has ticked for longer than its limit from now on."""
+    ticks = watchdog._ticks + 1.5 * watchdog._limit_s / watchdog._tick_s
+    wait_until(lambda: watchdog._ticks > ticks, "ticks past the limit")
+
+
+# Stop signals
+
+
+def test_stop_reads_signals_and_restores_handlers(capfd):
+    """Other signals are ignored, and a repetition within two seconds does not end the process."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with GracefulStop(FaultConfig(), Groups()) as stop:
-        assert stop.all_reduce_step_status(torch.tensor(2.0), torch.tensor(0.5)).stop_reason == ""
+        status = stop.all_reduce_step_status(torch.tensor(2.0), torch.tensor(0.5))
+        assert status.stop_reason == ""
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGCHLD)
-        signal.raise_signal(signal.SIGINT)  # at once: the same, on another way
-        while stop.stop_signal is None:
-            time.sleep(0.001)  # the thread has it in a moment
-        agreed = stop.all_reduce_step_status(torch.tensor(2.0), torch.tensor(float("inf")))
-    assert (agreed.stop_reason, agreed.lm_loss, agreed.bad_ranks) == ("SIGINT", 2.0, 1)
+        signal.raise_signal(signal.SIGINT)
+        wait_for_signal(stop)
+        status = stop.all_reduce_step_status(torch.tensor(2.0), torch.tensor(float("inf")))
+    assert (status.stop_reason, status.lm_loss, status.bad_ranks) == ("SIGINT", 2.0, 1)
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1 and "error" not in capfd.readouterr().err
 
 
-def test_an_ignored_signal_stays_ignored():
-    """As a shell's background job has it."""
+def test_stop_leaves_ignored_signals_ignored():
+    """A shell starts background jobs with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with GracefulStop(FaultConfig(), Groups()) as stop:
@@ -45,94 +62,97 @@ def test_an_ignored_signal_stays_ignored():
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
-            while stop.stop_signal is None:
-                time.sleep(0.001)
+            wait_for_signal(stop)
             assert stop.stop_signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _agree(minutes: list[float], losses: list[float]) -> tuple:
+def _step_status(minutes: list[float], losses: list[float]) -> tuple:
+    """On a rank of a run that started ten minutes ago: the status after a step."""
     rank = dist.get_rank()
     groups = Groups(rank=rank, world_size=dist.get_world_size())
-    stop = GracefulStop(
-        FaultConfig(exit_duration_in_mins=minutes[rank]), groups, time.time() - 600
-    )
-    agreed = stop.all_reduce_step_status(torch.tensor(losses[rank]), torch.tensor(2.0 * rank))
-    return agreed.lm_loss, agreed.aux_loss, agreed.bad_ranks, bool(agreed.stop_reason)
+    config = FaultConfig(exit_duration_in_mins=minutes[rank])
+    stop = GracefulStop(config, groups, time.time() - 600)
+    status = stop.all_reduce_step_status(torch.tensor(losses[rank]), torch.tensor(2.0 * rank))
+    return status.lm_loss, status.aux_loss, status.bad_ranks, bool(status.stop_reason)
 
 
-def test_ranks_agree(ranks2):
-    """Means over ranks; one rank that wants to stop is enough; one that has no loss does not hide the others' wish."""
-    assert ranks2.run(_agree, [11.0, 11.0], [1.0, 2.0]) == [(1.5, 1.0, 0, False)] * 2
-    assert ranks2.run(_agree, [11.0, 9.0], [1.0, 2.0]) == [(1.5, 1.0, 0, True)] * 2
-    for answer in ranks2.run(_agree, [0.0, 9.0], [float("nan"), 2.0]):
-        assert answer[0] != answer[0] and answer[1:] == (1.0, 1, True)
+def test_step_status_agrees_on_all_ranks(ranks2):
+    """Losses are means over ranks. A request of one rank stops all, also if one has no loss."""
+    assert ranks2.run(_step_status, [11.0, 11.0], [1.0, 2.0]) == [(1.5, 1.0, 0, False)] * 2
+    assert ranks2.run(_step_status, [11.0, 9.0], [1.0, 2.0]) == [(1.5, 1.0, 0, True)] * 2
+    for status in ranks2.run(_step_status, [0.0, 9.0], [float("nan"), 2.0]):
+        assert status[0] != status[0] and status[1:] == (1.0, 1, True)
 
 
-def test_without_a_duration_a_run_has_all_the_time():
-    assert (
-        GracefulStop(FaultConfig(), Groups(), time.time() - 1e9).all_reduce_step_status(NO_LOSS, NO_LOSS).stop_reason
-        == ""
-    )
+def test_stop_has_no_default_deadline():
+    stop = GracefulStop(FaultConfig(), Groups(), time.time() - 1e9)
+    assert stop.all_reduce_step_status(NO_LOSS, NO_LOSS).stop_reason == ""
 
 
-def test_the_watchdog_barks_at_a_batch_that_does_not_come_and_at_nothing_else(capfd):
-    """A limit of 0.24 s: using a batch for longer is no fault, waiting for one is."""
-    ended, woken = [], threading.Event()
+# Watchdog
+
+
+def test_watchdog_limits_waiting_for_a_batch(capfd):
+    """Using a batch for longer than the limit is no fault; waiting for one that long is."""
+    exit_codes = []
+    ended = threading.Event()
 
     def batches():
         yield 1
         yield 2
-        woken.wait(10)
+        ended.wait(LIMIT_SECONDS)
 
     def end(code: int) -> None:
-        ended.append(code)
-        woken.set()
+        exit_codes.append(code)
+        ended.set()
 
-    with Watchdog(0.005, end) as watchdog:
-        threading.Event().wait(0.4)
-        got = []
+    received = []
+    with Watchdog(WATCHDOG_MINUTES, end) as watchdog:
+        wait_past_limit(watchdog)
         for batch in watchdog.reading(batches(), "a batch of iteration 7"):
-            got.append(batch)
-            assert not woken.wait(0.4)
-    assert got == [1, 2] and ended == [3]
-    said = capfd.readouterr().err
-    assert (
-        said.startswith(
-            "error: a batch of iteration 7 did not come within 0.004 minutes, 0.8 of --timeout-minutes "
-            "0.005"
-        )
-        and "in batches" in said
+            received.append(batch)
+            wait_past_limit(watchdog)
+            assert not ended.is_set()
+    assert received == [1, 2] and exit_codes == [3]
+    message = capfd.readouterr().err
+    assert message.startswith(
+        "error: a batch of iteration 7 did not come within 0.01 minutes, 0.8 of "
+        "--timeout-minutes 0.0125"
     )
+    assert "in batches" in message
 
 
-def test_the_watchdog_lets_errors_of_the_data_pass():
+def test_watchdog_passes_on_data_errors():
     def broken():
         yield 1
         raise KeyError("x")
 
-    ended = []
-    with Watchdog(0.001, ended.append) as watchdog, pytest.raises(KeyError):
-        for _ in watchdog.reading(broken(), "a batch"):
-            pass
-        threading.Event().wait(0.2)
-    assert not ended
+    exit_codes = []
+    with Watchdog(WATCHDOG_MINUTES, exit_codes.append) as watchdog:
+        with pytest.raises(KeyError):
+            for _ in watchdog.reading(broken(), "a batch"):
+                pass
+        wait_past_limit(watchdog)
+    assert not exit_codes
 
 
-def test_interrupted_before_the_training_begins(capsys):
+# Exit codes
+
+
+def test_interrupt_before_training_exits_130(capsys):
     def program():
         raise KeyboardInterrupt
 
     assert exit_code(program) == 130
-    assert (
-        capsys.readouterr().err
-        == "error: interrupted before training began; nothing was saved\n"
-    )
+    error = capsys.readouterr().err
+    assert error == "error: interrupted before training began; nothing was saved\n"
 
 
-def test_what_a_thread_of_any_rank_has_to_say_is_said_at_once(monkeypatch, capsys):
+def test_immediate_report_does_not_wait(monkeypatch, capsys):
+    """What only one rank knows is printed without waiting for rank 0."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("megatron.log.time.sleep", lambda seconds: pytest.fail("it waits"))
     report_error(RuntimeError("what it is"), immediately=True)
@@ -140,7 +160,7 @@ def test_what_a_thread_of_any_rank_has_to_say_is_said_at_once(monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    "error, said, code",
+    "error, message, code",
     [
         (
             RuntimeError("[gloo] Connection closed by peer [::1]"),
@@ -170,15 +190,21 @@ def test_what_a_thread_of_any_rank_has_to_say_is_said_at_once(monkeypatch, capsy
         (BrokenPipeError(32, "Broken pipe"), "Broken pipe", 2),
         (OSError("Timed out waiting 1ms"), "Timed out waiting 1ms", 2),
         (RuntimeError("size mismatch"), None, 1),
-        (ValueError("not raised here"), None, 1),
+        (ValueError("not raised by this package"), None, 1),
     ],
 )
-def test_what_an_error_is_to_the_user(error, said, code):
-    line, got = classify_error(_raised(error))
-    assert got == code and (line is None if said is None else re.search(said, str(line)))
+def test_errors_become_lines_and_codes(error, message, code):
+    """No line stands for an error that keeps its traceback."""
+    line, actual_code = classify_error(_raised(error))
+    assert actual_code == code
+    if message is None:
+        assert line is None
+    else:
+        assert re.search(message, str(line))
 
 
 def _raised(error: Exception) -> Exception:
+    """The same error with a traceback."""
     try:
         raise error
     except Exception as raised:

@@ -1,4 +1,4 @@
-"""The spike detector against the definition, and on made-up losses."""
+"""SpikeDetector against its definition and on constructed losses."""
 
 from __future__ import annotations
 
@@ -11,28 +11,33 @@ import pytest
 from megatron.training.loss_spikes import LEAST_DEVIATION, SpikeDetector
 
 
-def test_a_z_score_against_the_last_losses_that_were_no_spikes():
-    rng, threshold, window = random.Random(0), 2.0, 40
-    detector, usual, seen = SpikeDetector(threshold, window), [], 0
+def test_spike_statistics_match_the_definition():
+    """A z-score against the last losses that were not spikes, recomputed at every step."""
+    rng = random.Random(0)
+    threshold = 2.0
+    window = 40
+    detector = SpikeDetector(threshold, window)
+    normal_losses: list[float] = []
+    spikes = 0
     for step in range(300):
         loss = rng.gauss(3.0, 0.2) + (4.0 if step % 29 == 28 else 0.0)
         spike = detector.update(loss)
-        if len(usual) >= window // 4:
-            mean = statistics.mean(usual)
-            deviation = max(statistics.pstdev(usual), LEAST_DEVIATION * mean)
+        if len(normal_losses) >= window // 4:
+            mean = statistics.mean(normal_losses)
+            deviation = max(statistics.pstdev(normal_losses), LEAST_DEVIATION * mean)
             z = (loss - mean) / deviation
             if z > threshold:
-                assert (spike.z, spike.mean, spike.deviation) == pytest.approx(
-                    (z, mean, deviation)
-                )
-                seen += 1
+                expected = pytest.approx((z, mean, deviation))
+                assert (spike.z, spike.mean, spike.deviation) == expected
+                spikes += 1
                 continue
         assert spike is None
-        usual = [*usual, loss][-window:]
-    assert seen > 10
+        normal_losses = [*normal_losses, loss][-window:]
+    assert spikes > 10
 
 
-def test_nothing_before_a_quarter_of_the_window_and_nothing_downwards():
+def test_early_and_low_losses_are_normal():
+    """There are no spikes before a quarter of the window is filled, and none downwards."""
     detector = SpikeDetector(3.0, 16)
     assert [detector.update(loss) for loss in (1.0, 100.0, 1.0, 100.0)] == [None] * 4
     detector = SpikeDetector(3.0, 16)
@@ -40,25 +45,23 @@ def test_nothing_before_a_quarter_of_the_window_and_nothing_downwards():
     assert detector.update(50.0) is not None
 
 
-@pytest.mark.parametrize("level, spikes", [(2.05, False), (2.07, True)])
-def test_ripples_of_a_flat_loss_are_no_spikes(level, spikes):
-    """The floor is 1 % of the mean, and the threshold three of it."""
+@pytest.mark.parametrize("loss, is_spike", [(2.05, False), (2.07, True)])
+def test_flat_losses_have_a_least_deviation(loss, is_spike):
+    """It is 1 % of the mean, and the threshold three times that."""
     detector = SpikeDetector(3.0, 8)
     for _ in range(8):
         assert detector.update(2.0) is None
-    assert (detector.update(level) is not None) == spikes
+    assert (detector.update(loss) is not None) == is_spike
 
 
-def test_a_level_that_stays_is_a_new_level():
-    """After a quarter of the window in a row; an interruption starts the count again."""
+def test_lasting_spikes_are_a_level_shift():
+    """After a quarter of the window; a normal loss in between restarts the count."""
     detector = SpikeDetector(4.0, 16)
     for i in range(16):
         detector.update(2.0 + 0.01 * (i % 2))
-    rows = [
-        (s.consecutive, s.level_shift) if (s := detector.update(loss)) else None
-        for loss in (9.0, 9.1, 9.0, 2.0, 9.0, 9.1, 9.0, 9.1, 9.0, 9.1, 30.0)
-    ]
-    assert rows == [
+    losses = (9.0, 9.1, 9.0, 2.0, 9.0, 9.1, 9.0, 9.1, 9.0, 9.1, 30.0)
+    spikes = [detector.update(loss) for loss in losses]
+    assert [s and (s.consecutive, s.level_shift) for s in spikes] == [
         (1, False),
         (2, False),
         (3, False),
@@ -73,7 +76,8 @@ def test_a_level_that_stays_is_a_new_level():
     ]
 
 
-def test_a_loss_of_zero_and_no_threshold():
+def test_spikes_without_deviation_or_threshold():
+    """With losses of zero the z-score is infinite; a threshold of zero finds nothing."""
     detector = SpikeDetector(4.0, 8)
     for _ in range(4):
         assert detector.update(0.0) is None

@@ -1,4 +1,4 @@
-"""The schedule, value by value."""
+"""LRSchedule, value by value."""
 
 import math
 
@@ -11,6 +11,7 @@ from megatron.training.lr_schedule import LRSchedule
 
 
 def lrs(iterations, steps=None, tokens_per_iteration=10, **options):
+    """Learning rates of the first `steps` steps, with a peak of 1."""
     schedule = LRSchedule(
         OptimizerConfig(lr=1.0, **options),
         iterations=iterations,
@@ -40,12 +41,12 @@ def lrs(iterations, steps=None, tokens_per_iteration=10, **options):
         ),
     ],
 )
-def test_values(options, expected):
+def test_schedule_has_the_expected_values(options, expected):
     assert lrs(4, 6, **options) == pytest.approx(expected)
 
 
-def test_warm_up_and_decay_in_other_units():
-    """The same schedule said in iterations, in tokens (rounded up) and as a share of the run."""
+def test_units_of_warmup_and_decay_agree():
+    """The same schedule in iterations, in tokens (rounded up) and as a share of the run."""
     expected = lrs(20, lr_warmup_iters=4, lr_decay_iters=10)
     assert lrs(20, lr_warmup_tokens=31, lr_decay_tokens=100) == expected
     assert lrs(20, lr_warmup_fraction=0.2, lr_decay_iters=10) == expected
@@ -53,33 +54,30 @@ def test_warm_up_and_decay_in_other_units():
     assert lrs(100, lr_warmup_fraction=0.07) == lrs(100, lr_warmup_iters=7)
 
 
-def test_the_reference_recipe():
-    got = lrs(60_000, lr_warmup_fraction=0.1, min_lr=0.01)
-    assert got[0] == 1 / 6000 and got[5999] == got[6000] == 1.0
-    assert got[33_000] == pytest.approx(0.505) and got[-1] == pytest.approx(0.01, abs=1e-6)
+def test_schedule_of_the_reference_recipe():
+    rates = lrs(60_000, lr_warmup_fraction=0.1, min_lr=0.01)
+    assert rates[0] == 1 / 6000 and rates[5999] == rates[6000] == 1.0
+    assert rates[33_000] == pytest.approx(0.505)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-6)
 
 
 @given(st.sampled_from(DECAY_STYLES), st.integers(1, 50), st.integers(0, 50), st.floats(0, 0.5))
-def test_positive_until_the_end_and_monotone_on_either_side_of_the_peak(
-    style, decay, warmup, fraction
-):
+def test_schedule_rises_then_falls(style, decay, warmup, fraction):
+    """It is positive at every step of the run and monotone on both sides of the peak."""
     options = {
         "lr_decay_style": style,
         "lr_warmup_iters": min(warmup, decay) // 2,
         "lr_wsd_decay_fraction": fraction,
     }
-    got = lrs(decay, decay + 3, **options)
-    peak = got.index(1.0)
-    assert all(0 < x <= 1 for x in got[:decay]), (
-        "no step of the run is taken with a rate of zero"
-    )
-    assert got[: peak + 1] == sorted(got[: peak + 1]) and got[peak:] == sorted(
-        got[peak:], reverse=True
-    )
-    assert got[decay:] == [1.0 if style == "constant" else 0.0] * 3
+    rates = lrs(decay, decay + 3, **options)
+    peak = rates.index(1.0)
+    assert all(0 < rate <= 1 for rate in rates[:decay])
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[decay:] == [1.0 if style == "constant" else 0.0] * 3
 
 
-def test_it_has_no_state():
+def test_schedule_has_no_state():
     schedule = LRSchedule(
         OptimizerConfig(lr_warmup_iters=5), iterations=20, tokens_per_iteration=1
     )
@@ -87,7 +85,7 @@ def test_it_has_no_state():
     assert [schedule.lr(i) for i in reversed(range(20))] == forward[::-1]
 
 
-def test_a_warm_up_longer_than_the_decay():
+def test_warmup_may_not_exceed_decay():
     with pytest.raises(
         ValueError,
         match=r"--lr-warmup-\* is 11; allowed: at most the 10 iterations of the decay",
@@ -100,7 +98,7 @@ def test_a_warm_up_longer_than_the_decay():
     assert lrs(10, lr_warmup_iters=10)[-1] == 1.0
 
 
-def test_wsd_needs_room_for_warm_up_and_decay():
+def test_wsd_fits_warmup_and_decay():
     with pytest.raises(
         ValueError,
         match="--lr-wsd-decay-fraction is 0.5; allowed: what the 6 warm-up iterations",
