@@ -1,10 +1,10 @@
-"""Our configuration as DeepSpeed's, value by value, and the merge with a user's file."""
+"""DeepSpeed's configuration, value by value, and the merge with a user's file."""
 
 import json
 
 import pytest
 
-from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from megatron.config.schema import OptimizerConfig, TrainConfig
 from megatron.engine.ds_config import DECIDED, REFUSED, deepspeed_config
 
 TRAIN = TrainConfig(micro_batch_size=2, global_batch_size=16)
@@ -13,14 +13,12 @@ TRAIN = TrainConfig(micro_batch_size=2, global_batch_size=16)
 def merged(tmp_path, content, **options):
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return deepspeed_config(
-        OptimizerConfig(**options), DeepSpeedConfig(deepspeed_config=str(path)), TRAIN, 4
-    )
+    return deepspeed_config(OptimizerConfig(deepspeed_config=str(path), **options), TRAIN, 4)
 
 
-def test_values():
+def test_config_has_the_expected_values():
     assert deepspeed_config(
-        OptimizerConfig(bf16=True, clip_grad=0.5), DeepSpeedConfig(zero_stage=2), TRAIN, 4
+        OptimizerConfig(bf16=True, zero_stage=2, clip_grad=0.5), TRAIN, 4
     ) == {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 2,
@@ -37,11 +35,9 @@ def test_values():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_precision_and_what_gradients_accumulate_in(stage, precision):
+def test_bf16_gradients_accumulate_in_fp32(stage, precision):
     options = {} if precision == "fp32" else {precision: True}
-    config = deepspeed_config(
-        OptimizerConfig(**options), DeepSpeedConfig(zero_stage=stage), TRAIN, 1
-    )
+    config = deepspeed_config(OptimizerConfig(zero_stage=stage, **options), TRAIN, 1)
     assert [config[p]["enabled"] for p in ("bf16", "fp16")] == [
         precision == "bf16",
         precision == "fp16",
@@ -52,14 +48,12 @@ def test_precision_and_what_gradients_accumulate_in(stage, precision):
     )
 
 
-def test_deepspeed_itself_accepts_it():
-    import deepspeed
+def test_deepspeed_accepts_the_config():
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     for stage in range(4):
-        config = deepspeed.DeepSpeedConfig(
-            deepspeed_config(
-                OptimizerConfig(bf16=True), DeepSpeedConfig(zero_stage=stage), TRAIN, 1
-            )
+        config = DeepSpeedConfig(
+            deepspeed_config(OptimizerConfig(bf16=True, zero_stage=stage), TRAIN, 1)
         )
         assert config.gradient_accumulation_steps == 8 and config.gradient_clipping == 1.0
         assert config.bfloat16_config.enabled and not config.float16_config.enabled
@@ -68,15 +62,15 @@ def test_deepspeed_itself_accepts_it():
         )
 
 
-def test_a_batch_that_does_not_divide():
+def test_global_batch_divides_over_ranks():
     with pytest.raises(
         ValueError,
         match="--global-batch-size is 16; allowed: a multiple of --micro-batch-size 2 x 3",
     ):
-        deepspeed_config(OptimizerConfig(), DeepSpeedConfig(), TRAIN, 3)
+        deepspeed_config(OptimizerConfig(), TRAIN, 3)
 
 
-def test_a_file_is_merged_deeply(tmp_path):
+def test_file_is_merged_by_section(tmp_path):
     config = merged(
         tmp_path,
         {
@@ -105,9 +99,9 @@ def test_a_file_is_merged_deeply(tmp_path):
 
 
 @pytest.mark.parametrize("key", DECIDED)
-def test_a_contradiction_names_key_file_values_and_flag(tmp_path, key):
+def test_contradiction_names_file_and_flag(tmp_path, key):
     outer, _, inner = key.partition(".")
-    ours = deepspeed_config(OptimizerConfig(), DeepSpeedConfig(), TRAIN, 4)[outer]
+    ours = deepspeed_config(OptimizerConfig(), TRAIN, 4)[outer]
     value = {inner: 3} if inner else 3
     with pytest.raises(ValueError) as caught:
         merged(tmp_path, {outer: value})
@@ -119,7 +113,7 @@ def test_a_contradiction_names_key_file_values_and_flag(tmp_path, key):
 
 
 @pytest.mark.parametrize("section", REFUSED)
-def test_sections_that_we_build_are_refused(tmp_path, section):
+def test_sections_of_flags_are_refused(tmp_path, section):
     with pytest.raises(
         ValueError, match=f"ds.json: the section '{section}' is not allowed: .*; remove it"
     ):
@@ -134,25 +128,29 @@ def test_sections_that_we_build_are_refused(tmp_path, section):
         ({"bf16": True}, r"ds\.json: bf16 is True; allowed: a JSON object"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path, content, message):
+def test_invalid_file_is_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         merged(tmp_path, content)
 
 
-def test_a_missing_file(tmp_path):
+def test_missing_file_is_refused(tmp_path):
     path = str(tmp_path / "none.json")
     with pytest.raises(
         ValueError,
         match="--deepspeed_config is '.*none.json', which cannot be read: No such file",
     ):
-        deepspeed_config(OptimizerConfig(), DeepSpeedConfig(deepspeed_config=path), TRAIN, 1)
+        deepspeed_config(OptimizerConfig(deepspeed_config=path), TRAIN, 1)
 
 
-def test_it_does_not_import_deepspeed(repo):
+def test_module_imports_neither_deepspeed_nor_torch(repo):
+    """So that a wrong file is refused before the slow imports."""
     import subprocess
     import sys
 
-    code = "import megatron.engine.ds_config, sys; print('deepspeed' in sys.modules or 'torch' in sys.modules)"
+    code = (
+        "import megatron.engine.ds_config, sys\n"
+        "print('deepspeed' in sys.modules or 'torch' in sys.modules)"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repo
     )

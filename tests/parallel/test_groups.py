@@ -16,7 +16,7 @@ from megatron.parallel import rng
 from megatron.parallel.groups import Groups
 
 
-def test_cpu_is_chosen_and_says_why(monkeypatch):
+def test_backend_is_gloo_without_cuda(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert parallel.choose_comm_backend() == (
         "gloo",
@@ -28,7 +28,7 @@ def test_cpu_is_chosen_and_says_why(monkeypatch):
     assert parallel.choose_comm_backend()[2] == "torch finds no CUDA device"
 
 
-def test_cuda_is_chosen_when_there_and_ranks_must_fit(monkeypatch):
+def test_backend_is_nccl_with_enough_devices(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -43,7 +43,7 @@ def test_cuda_is_chosen_when_there_and_ranks_must_fit(monkeypatch):
         parallel.choose_comm_backend()
 
 
-def test_expert_parallel_size_must_divide_the_ranks(monkeypatch):
+def test_expert_parallel_size_divides_the_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, os.environ.get(name, "0"))
@@ -53,7 +53,7 @@ def test_expert_parallel_size_must_divide_the_ranks(monkeypatch):
         distributed.init_distributed(3)
 
 
-def test_deepspeeds_operator_cache_goes_into_the_environment(monkeypatch, tmp_path):
+def test_operator_cache_is_in_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
@@ -66,13 +66,15 @@ def test_deepspeeds_operator_cache_goes_into_the_environment(monkeypatch, tmp_pa
 
 
 def _init(ep_size):
+    """On a rank: its place in the expert-parallel groups, which have the run's timeout."""
     os.environ.update(
         RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
     )
-    g = distributed.init_distributed(ep_size, timeout_minutes=0.5)
-    seconds = g.ep_group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-    assert seconds == 30, "the expert group has the run's timeout"
-    return g.rank, g.ep_rank, dist.get_process_group_ranks(g.ep_group), g.backend, g.is_rank0
+    groups = distributed.init_distributed(ep_size, timeout_minutes=0.5)
+    backend = groups.ep_group._get_backend(torch.device("cpu"))
+    assert backend.options._timeout.total_seconds() == 30
+    members = dist.get_process_group_ranks(groups.ep_group)
+    return groups.rank, groups.ep_rank, members, groups.backend, groups.is_rank0
 
 
 def test_consecutive_ranks_share_experts(ranks4):
@@ -85,43 +87,43 @@ def test_consecutive_ranks_share_experts(ranks4):
 
 
 def _reduce():
-    g = groups_for(1)
-    return parallel.all_reduce_mean(g.rank + 1.0, g), parallel.all_reduce_sum(
-        torch.tensor([g.rank, 1]), g
-    ).tolist()
+    groups = groups_for(1)
+    mean = parallel.all_reduce_mean(groups.rank + 1.0, groups)
+    total = parallel.all_reduce_sum(torch.tensor([groups.rank, 1]), groups)
+    return mean, total.tolist()
 
 
-def test_reductions(ranks4):
+def test_reductions_are_over_all_ranks(ranks4):
     assert ranks4.run(_reduce) == [(2.5, [6, 4])] * 4
     assert parallel.all_reduce_mean(3.0, Groups()) == 3.0
 
 
-def _exchange(fails):
-    g = groups_for(1)
+def _exchange_objects(fails):
+    """On a rank: what all ranks and rank 0 sent, or the fields of rank 0's error."""
+    groups = groups_for(1)
 
-    def ask():
-        assert g.is_rank0, "only rank 0 is asked"
+    def compute():
+        assert groups.is_rank0, "only rank 0 computes"
         if fails:
             raise OSError(28, "No space left on device", "x")
-        return {"a": g.rank}
+        return {"a": groups.rank}
 
+    gathered = parallel.all_gather_objects(groups.rank * 2, groups)
     try:
-        return parallel.all_gather_objects(g.rank * 2, g), parallel.broadcast_from_rank0(ask, g)
+        return gathered, parallel.broadcast_from_rank0(compute, groups)
     except OSError as error:
         return error.errno, error.filename
 
 
 @pytest.mark.parametrize("number", [1, 4])
-def test_objects_travel_and_so_do_errors_of_the_first(number, request):
+def test_objects_and_errors_reach_all_ranks(number, request):
     pool = request.getfixturevalue(f"ranks{number}")
-    assert (
-        pool.run(_exchange, False)
-        == [([2 * rank for rank in range(number)], {"a": 0})] * number
-    )
-    assert pool.run(_exchange, True) == [(28, "x")] * number
+    gathered = [2 * rank for rank in range(number)]
+    assert pool.run(_exchange_objects, False) == [(gathered, {"a": 0})] * number
+    assert pool.run(_exchange_objects, True) == [(28, "x")] * number
 
 
-def test_ranks_draw_different_numbers_and_state_comes_back():
+def test_random_streams_differ_and_are_restored():
     rng.seed_rank(1, 0)
     first = torch.rand(3)
     rng.seed_rank(1, 1)
@@ -135,18 +137,19 @@ def test_ranks_draw_different_numbers_and_state_comes_back():
 @pytest.mark.parametrize(
     "rank, message", [("0", "1 of 2 are there"), ("1", "client socket|connect")]
 )
-def test_a_rank_that_waits_in_vain_says_for_whom(rank, message):
-    """Rank 0 alone counts who is there, rank 1 alone finds no one."""
+def test_missing_rank_is_a_clear_error(rank, message):
+    """Rank 0 alone counts the ranks that joined; rank 1 alone finds no server."""
     port = str(free_port())
     code = (
-        "from megatron.exit_codes import exit_code, exit_process; from megatron.engine import distributed; "
+        "from megatron.exit_codes import exit_code, exit_process\n"
+        "from megatron.engine import distributed\n"
         "exit_process(exit_code(lambda: distributed.init_distributed(1, 0.03)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={
             **os.environ,
             "RANK": rank,
@@ -166,7 +169,7 @@ def test_a_rank_that_waits_in_vain_says_for_whom(rank, message):
     ), line
 
 
-def test_gloos_error_of_connecting_is_one_line(monkeypatch):
+def test_gloo_connection_error_is_one_line(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "a")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
@@ -180,16 +183,17 @@ def test_gloos_error_of_connecting_is_one_line(monkeypatch):
 def _fail_to_start():
     import deepspeed
 
+    def fail(*args, **kwargs):
+        raise RuntimeError("something else")
+
     original = deepspeed.init_distributed
-    deepspeed.init_distributed = lambda *args, **kwargs: (_ for _ in ()).throw(
-        RuntimeError("something else")
-    )
+    deepspeed.init_distributed = fail
     try:
         distributed.init_distributed(1)
     finally:
         deepspeed.init_distributed = original
 
 
-def test_other_errors_at_the_start_keep_their_traceback(ranks1):
+def test_other_start_errors_keep_their_traceback(ranks1):
     with pytest.raises(RuntimeError, match="RuntimeError: something else"):
         ranks1.run(_fail_to_start)
