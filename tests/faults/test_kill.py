@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, also inside a save, lose nothing but the steps since the last checkpoint."""
+"""Runs that are killed at random moments lose only the steps since the last checkpoint."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ import torch
 
 from helpers import engines, killable, runs
 from helpers.spawn import free_port
+from helpers.waiting import wait_until
 from megatron.checkpoint import directory
 
 
-def lines(out: Path) -> list[dict]:
-    """The training lines that are whole: a killed run may leave half of one."""
-    found = []
-    if (out / "metrics.jsonl").exists():
-        for line in (out / "metrics.jsonl").read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            found.append(record)
-    return [record for record in found if record["kind"] == "train"]
+def training_rows(out: Path) -> list[dict]:
+    """The training rows of metrics.jsonl, without a last line that a kill cut short."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if row["kind"] == "train"]
 
 
 def flags(data: str, out: Path, *more: str) -> list[str]:
+    """Flags of a run that saves after every step."""
     return [
         *runs.flags(data, out, 2000, *runs.EP2),
         "--eval-iters",
@@ -42,13 +45,20 @@ def flags(data: str, out: Path, *more: str) -> list[str]:
 
 
 def start_and_kill(argv: list[str], out: Path, delay: float) -> bool:
-    """Kill all ranks so many seconds after their first step; returns whether a checkpoint was being written then."""
-    seen = len(lines(out))
+    """Kill all ranks `delay` seconds after their first step.
+
+    Returns:
+        whether a checkpoint was being written at that moment.
+    """
+    rows_before = len(training_rows(out))
     processes = killable.start(argv, 2, free_port(), str(out / "log"))
+
+    def has_stepped() -> bool:
+        assert all(p.is_alive() for p in processes), (out / "log").read_text()[-3000:]
+        return len(training_rows(out)) > rows_before
+
     try:
-        while len(lines(out)) == seen:
-            assert all(p.is_alive() for p in processes), (out / "log").read_text()[-3000:]
-            time.sleep(0.02)
+        wait_until(has_stepped, "the first step", seconds=300)
         time.sleep(delay)
     finally:
         for process in processes:
@@ -59,50 +69,58 @@ def start_and_kill(argv: list[str], out: Path, delay: float) -> bool:
 
 
 def newest(folder: Path) -> int:
-    """Iteration of the newest checkpoint; every one that has its name must be whole."""
-    good, bad = directory.list_checkpoints(folder)
-    assert not bad
-    for path, manifest in good:
+    """Iteration of the newest checkpoint; all checkpoints must be valid."""
+    valid, corrupt = directory.list_checkpoints(folder)
+    assert not corrupt
+    for path, manifest in valid:
         directory.check_files(path, manifest["files"], manifest)
-    return good[0][1]["iteration"] if good else 0
+    return valid[0][1]["iteration"] if valid else 0
 
 
-def kill_again_and_again(data: str, out: Path, times: int) -> int:
-    """Check every resume; returns how many kills came inside a save."""
-    choose, inside = random.Random(times), 0
+def kill_repeatedly(data: str, out: Path, times: int) -> int:
+    """Kill a run, resume it and check that it continued from the newest checkpoint.
+
+    Returns:
+        how many kills came while a checkpoint was being written.
+    """
+    rng = random.Random(times)
+    inside_save = 0
     folder = out / "checkpoints"
     load = ["--load", str(folder), "--load-or-init"]
     for i in range(times):
-        before, seen = newest(folder), len(lines(out))
+        saved = newest(folder)
+        rows_before = len(training_rows(out))
         more = ["--async-save"] if i % 2 else []
-        inside += start_and_kill(flags(data, out, *load, *more), out, choose.uniform(0, 0.5))
-        new = lines(out)[seen:]
-        assert new[0]["iteration"] == before + 1, "it goes on right after the newest checkpoint"
-        assert newest(folder) >= new[-1]["iteration"] - 2, (
-            "no more is lost than what was being saved and trained"
-        )
-    return inside
+        argv = flags(data, out, *load, *more)
+        inside_save += start_and_kill(argv, out, rng.uniform(0, 0.5))
+        rows = training_rows(out)[rows_before:]
+        assert rows[0]["iteration"] == saved + 1, "it resumes after the newest checkpoint"
+        # Lost are at most the step that was being saved and the step being trained.
+        assert newest(folder) >= rows[-1]["iteration"] - 2
+    return inside_save
 
 
 @pytest.mark.parametrize("times", [5, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_again_and_again(times, data, tmp_path):
-    """Every line of every life is that of a run that was never killed, and so is the state at the end."""
-    inside = kill_again_and_again(data, tmp_path, times)
-    assert times < 30 or inside >= 3, "too few kills inside a save to say something about them"
+def test_killed_run_equals_uninterrupted_run(times, data, tmp_path):
+    """In every row of metrics of every life of the run, and in the state at the end."""
+    inside_save = kill_repeatedly(data, tmp_path, times)
+    assert times < 30 or inside_save >= 3, "too few kills inside a save to test them"
     last = newest(tmp_path / "checkpoints")
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    processes = killable.start(
-        flags(data, whole, "--exit-interval", str(last)), 2, free_port(), str(whole / "log")
-    )
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    argv = flags(data, reference, "--exit-interval", str(last))
+    processes = killable.start(argv, 2, free_port(), str(reference / "log"))
     for process in processes:
         process.join()
-    assert [p.exitcode for p in processes] == [0, 0], (whole / "log").read_text()[-3000:]
-    expected = {record["iteration"]: record for record in lines(whole)}
-    compared = [record for record in lines(tmp_path) if record["iteration"] <= last]
-    for record in compared:
+    log = (reference / "log").read_text()[-3000:]
+    assert [process.exitcode for process in processes] == [0, 0], log
+    expected = {row["iteration"]: row for row in training_rows(reference)}
+    compared = [row for row in training_rows(tmp_path) if row["iteration"] <= last]
+    for row in compared:
         for key in ("loss", "aux_loss", "lr", "grad_norm", "consumed_samples"):
-            assert record[key] == expected[record["iteration"]][key], (record["iteration"], key)
-    assert {record["iteration"] for record in compared} == set(range(1, last + 1))
-    a, b = engines.full_tensors(tmp_path / "checkpoints"), engines.full_tensors(whole / "checkpoints")
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+            assert row[key] == expected[row["iteration"]][key], (row["iteration"], key)
+    assert {row["iteration"] for row in compared} == set(range(1, last + 1))
+    state = engines.whole(tmp_path / "checkpoints")
+    expected_state = engines.whole(reference / "checkpoints")
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(state[name], expected_state[name]) for name in state)

@@ -1,4 +1,4 @@
-"""Ctrl-C, a scheduler's SIGTERM and a frozen rank under DeepSpeed's launcher, which has its own way with them."""
+"""Ctrl-C, a scheduler's SIGTERM and a frozen rank under DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -9,30 +9,41 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from helpers import runs
+from helpers.spawn import free_port
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def launch(
-    argv: list[str], port: int, act: Callable[[int, int, list[int]], object]
-) -> tuple[int, str, float]:
-    """Start two ranks in a session of their own; after the second step, `act` on the launcher's first process, the one
-    that started the ranks, and the ranks.
+@dataclass
+class Launched:
+    """Process ids of a launched run."""
+
+    launcher: int
+    """The launcher's first process, which leads the session."""
+    parent: int
+    """The launcher's process that started the ranks."""
+    ranks: list[int]
+
+
+def launch(argv: list[str], act: Callable[[Launched], object]) -> tuple[int, str, float]:
+    """Launch two ranks in a session of their own and call `act` after the second step.
 
     Returns:
-        exit code, output, seconds from then on. All processes that write to the output have ended.
+        exit code, output, and seconds since `act` was called, once all processes that
+        write to the output have ended.
     """
     command = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_gpus",
         "2",
         "--master_port",
-        str(port),
+        str(free_port()),
         "pretrain_gpt.py",
         *argv,
         "--num-workers",
@@ -49,57 +60,67 @@ def launch(
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    said, ranks, start = [], [], 0.0
+    output = []
+    ranks = []
+    start = 0.0
     try:
         for line in process.stdout:
-            said.append(line)
-            if found := re.search(r"process (\d+) spawned", line):
-                ranks.append(int(found[1]))
+            output.append(line)
+            spawned = re.search(r"process (\d+) spawned", line)
+            if spawned:
+                ranks.append(int(spawned[1]))
             if not start and re.search(r"iteration +2/", line):
-                parent = int(
-                    Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1]
-                )
                 start = time.monotonic()
-                act(process.pid, parent, ranks)
-        return process.wait(), "".join(said), time.monotonic() - start
+                act(Launched(process.pid, parent_of(ranks[0]), ranks))
+        return process.wait(), "".join(output), time.monotonic() - start
     finally:
-        with_session = subprocess.run(
-            ["ps", "-o", "pid=", "-s", str(process.pid)], capture_output=True, text=True
-        )
-        for pid in with_session.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
+        kill_session(process.pid)
 
 
-def check_saved(text: str, out: Path, why: str) -> None:
-    found = re.search(rf"this run ends at iteration (\d+) of 100000: {why}", text)
+def parent_of(pid: int) -> int:
+    """Process id of a process's parent."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def kill_session(leader: int) -> None:
+    """Kill all processes of a session that are left."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "-s", str(leader)], capture_output=True, text=True
+    )
+    for pid in listed.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def check_saved(text: str, out: Path, reason: str) -> None:
+    """Check that the run ended for this reason, with a checkpoint and without an error."""
+    found = re.search(rf"this run ends at iteration (\d+) of 100000: {reason}", text)
     assert found, text
-    ends = int(found[1])
-    assert (out / f"checkpoints/iter_{ends:07d}").exists() and runs.metrics(out)[-1][
-        "iteration"
-    ] == ends
+    last = int(found[1])
+    assert (out / f"checkpoints/iter_{last:07d}").exists()
+    assert runs.metrics(out)[-1]["iteration"] == last
     assert "error:" not in text
     assert "megatron" not in text.partition("this run ends")[2], "a traceback of ours"
 
 
-def test_ctrl_c(data, tmp_path):
-    """All processes get SIGINT, and the ranks SIGTERM from the launcher besides, one after the other."""
+def test_ctrl_c_saves_and_stops(data, tmp_path):
+    """All processes get SIGINT, and the launcher also sends SIGTERM to one rank after the other."""
     _, text, _ = launch(
         runs.flags(data, tmp_path, 100000, *runs.EP2),
-        29701,
-        lambda first, parent, ranks: os.killpg(first, signal.SIGINT),
+        lambda run: os.killpg(run.launcher, signal.SIGINT),
     )
     check_saved(text, tmp_path, "SIG(INT|TERM)")
-    assert (
-        text.count(
-            ": the step ends, a checkpoint is saved if there is --save, then the run exits 0"
-        )
-        == 1
-    )
+    announced = "the step ends, a checkpoint is saved if there is --save, then the run exits 0"
+    assert text.count(f": {announced}") == 1
 
 
-def to_all(first: int, parent: int, ranks: list[int]) -> None:
-    workers = [Path(f"/proc/{rank}/task/{rank}/children").read_text().split() for rank in ranks]
-    for pid in (first, parent, *ranks, *(int(pid) for pids in workers for pid in pids)):
+def terminate_all(run: Launched) -> None:
+    """Send SIGTERM to all processes, as a scheduler does that ends a job."""
+    pids = [run.launcher, run.parent, *run.ranks]
+    for rank in run.ranks:
+        workers = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
+        pids += [int(pid) for pid in workers]
+    for pid in pids:
         os.kill(pid, signal.SIGTERM)
 
 
@@ -107,36 +128,35 @@ def to_all(first: int, parent: int, ranks: list[int]) -> None:
 @pytest.mark.parametrize(
     "act, code",
     [
-        (lambda first, parent, ranks: os.kill(parent, signal.SIGTERM), 1),
-        (lambda first, parent, ranks: os.kill(ranks[1], signal.SIGTERM), 0),
-        (to_all, -15),
+        (lambda run: os.kill(run.parent, signal.SIGTERM), 1),
+        (lambda run: os.kill(run.ranks[1], signal.SIGTERM), 0),
+        (terminate_all, -15),
     ],
-    ids=["the one that started the ranks", "one rank", "all processes"],
+    ids=["the launcher's second process", "one rank", "all processes"],
 )
-def test_a_schedulers_sigterm(act, code, data, tmp_path):
-    """The launcher's exit code is its own: 0 only when nothing but ranks got the signal."""
-    got, text, _ = launch(runs.flags(data, tmp_path, 100000, *runs.EP2), 29702, act)
-    assert got == code
+def test_sigterm_saves_and_stops(act, code, data, tmp_path):
+    """The launcher's exit code is 0 only when no process but ranks got the signal."""
+    actual_code, text, _ = launch(runs.flags(data, tmp_path, 100000, *runs.EP2), act)
+    assert actual_code == code
     check_saved(text, tmp_path, "SIGTERM")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number, code, said",
+    "number, code, message",
     [
         (
             signal.SIGKILL,
             247,
             "error: rank 1 ended, and its message says why, or it was killed (out of memory?)",
         ),
-        (signal.SIGSTOP, 3, "took longer than --timeout-minutes 0.1: another rank hangs"),
+        (signal.SIGSTOP, 3, "took longer than --timeout-minutes 0.25: another rank hangs"),
     ],
 )
-def test_a_rank_that_is_killed_or_frozen_ends_the_launcher(number, code, said, data, tmp_path):
-    """It gives a frozen rank 30 s to end by itself."""
-    argv = runs.flags(data, tmp_path, 100000, *runs.EP2, "--timeout-minutes", "0.1")
-    got, text, seconds = launch(
-        argv, 29703, lambda first, parent, ranks: os.kill(ranks[1], number)
-    )
-    assert got == code and seconds < 60
-    assert text.count("error:") == 1 and said in text
+def test_lost_rank_ends_the_launcher(number, code, message, data, tmp_path):
+    """A killed or frozen one. The launcher gives a frozen rank 30 s to end by itself."""
+    argv = runs.flags(data, tmp_path, 100000, *runs.EP2, "--timeout-minutes", "0.25")
+    actual_code, text, seconds = launch(argv, lambda run: os.kill(run.ranks[1], number))
+    assert actual_code == code
+    assert seconds < 120, "15 s of timeout, 30 s of the launcher, and a busy machine"
+    assert text.count("error:") == 1 and message in text

@@ -1,4 +1,4 @@
-"""Runs in which something happens to a rank at a known moment: before it reads its n-th micro-batch."""
+"""Runs with a fault on a chosen rank, just before it reads its n-th micro-batch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from helpers import killable
 from helpers.spawn import free_port
+from helpers.waiting import LIMIT_SECONDS
 
 Fault = Callable[[], object]
 
@@ -28,31 +29,34 @@ def run(
     faults: dict[int, Fault],
     started: float | None,
 ) -> None:
-    """One rank, as `killable.run` is, with its faults."""
+    """In a forked process: one rank of a run, as in `killable.run`, with its faults."""
     from megatron import pretrain
     from megatron.data.loader import BatchLoader
 
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # as in any run: the server has made its own the default
-    read, count, main = BatchLoader.__next__, itertools.count(1), pretrain.main
+    # As in any run: the fork server has made its own start method the default.
+    multiprocessing.set_start_method("fork", force=True)
+    read = BatchLoader.__next__
+    main = pretrain.main
+    count = itertools.count(1)
 
-    def reading(self):
-        if fault := faults.get(next(count)):
+    def read_with_faults(self):
+        fault = faults.get(next(count))
+        if fault is not None:
             fault()
         return read(self)
 
-    BatchLoader.__next__ = reading
+    BatchLoader.__next__ = read_with_faults
     pretrain.main = lambda argv: main(argv, started)
     killable.run(argv, rank, ranks, port, output)
 
 
 class Run:
-    """A run, as a context manager: at its end its processes end.
+    """A run whose processes are killed when the context manager ends.
 
     Args:
-        faults: by rank and number of the micro-batch (counted from 1, evaluations included): what happens then.
-        started: when the process did, as the run is told.
+        faults: by rank and number of the micro-batch (counted from 1, evaluations
+            included), the function that is called then.
+        started: start of the process, which is passed to `pretrain.main`.
     """
 
     def __init__(
@@ -63,8 +67,10 @@ class Run:
         faults: dict[int, dict[int, Fault]] | None = None,
         started: float | None = None,
     ):
-        self.output, port = folder / "output.txt", free_port()
-        # no daemons: those may not start processes that read data
+        self.output = folder / "output.txt"
+        port = free_port()
+        faults = faults or {}
+        # Not daemons: those may not start processes that read data.
         self.ranks = [
             killable.server().Process(
                 target=run,
@@ -74,7 +80,7 @@ class Run:
                     ranks,
                     port,
                     str(self.output),
-                    (faults or {}).get(rank, {}),
+                    faults.get(rank, {}),
                     started,
                 ),
             )
@@ -91,8 +97,8 @@ class Run:
             process.kill()
             process.join()
 
-    def codes(self, timeout: float = 60) -> list[int]:
-        """Exit codes of all ranks, which must be there in time."""
+    def codes(self, timeout: float = LIMIT_SECONDS) -> list[int]:
+        """Wait for all ranks and return their exit codes; fails after `timeout` seconds."""
         end = time.monotonic() + timeout
         for process in self.ranks:
             process.join(max(0.0, end - time.monotonic()))
@@ -102,9 +108,11 @@ class Run:
 
     @property
     def text(self) -> str:
+        """Everything that the ranks have printed."""
         return self.output.read_text()
 
     def lines(self, pattern: str) -> list[str]:
+        """Printed lines in which the pattern is found."""
         return [line for line in self.text.splitlines() if re.search(pattern, line)]
 
 
@@ -115,7 +123,7 @@ def key_error() -> None:
     raise KeyError("a broken record")
 
 
-def exit_at_once() -> None:
+def exit_immediately() -> None:
     os._exit(7)
 
 
@@ -132,13 +140,13 @@ def hang() -> None:
 
 
 def terminate() -> None:
-    """SIGTERM, at once again (as when scheduler and launcher both send it), and SIGINT."""
+    """Send SIGTERM twice, as scheduler and launcher together do, and SIGINT."""
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
 
 
 def terminate_again() -> None:
-    """Twice, and the second one later; then nothing comes to an end by itself."""
+    """Send SIGTERM twice, the second as if after the repeat time, and then hang."""
     from megatron.training import graceful_stop
 
     graceful_stop.REPEAT_SECONDS = 0.0
@@ -148,12 +156,21 @@ def terminate_again() -> None:
 
 
 def kill_worker() -> None:
-    (worker,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
+    """Kill the process that reads this rank's data."""
+    os.kill(_worker_pid(), signal.SIGKILL)
 
 
 def stop_worker_too() -> None:
-    """As the launcher does: SIGTERM to the rank's processes, then to the rank. It matters that another sends it."""
-    (worker,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    for number, process in (("INT", worker), ("TERM", worker), ("TERM", os.getpid())):
-        subprocess.run(["kill", f"-{number}", str(process)], check=True)
+    """Send signals to the data process and this rank, from another process.
+
+    This is what the launcher does: SIGTERM to the rank's children, then to the rank.
+    """
+    worker = _worker_pid()
+    for number, pid in (("INT", worker), ("TERM", worker), ("TERM", os.getpid())):
+        subprocess.run(["kill", f"-{number}", str(pid)], check=True)
+
+
+def _worker_pid() -> int:
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (worker,) = children
+    return int(worker)

@@ -1,4 +1,7 @@
-"""Runs that tests can kill: forked from a server that has imported everything, so that each starts in a second."""
+"""Runs that tests can kill.
+
+They are forked from a server that has imported everything, so each starts in a second.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def preload() -> None:
-    """In the server. Threads would not survive a fork: nothing here starts one."""
+    """In the server: import what a run needs.
+
+    Nothing here may start a thread, because threads do not survive a fork.
+    """
     import torch
 
     from megatron.engine.distributed import prepare_deepspeed
@@ -27,7 +33,7 @@ def preload() -> None:
 
 
 def run(argv: list[str], rank: int, ranks: int, port: int, output: str) -> None:
-    """One rank of a run; its output goes to a file."""
+    """In a forked process: one rank of a run, with its output appended to a file."""
     inherited = set(sys.modules)
     from megatron import exit_codes, pretrain
 
@@ -46,20 +52,19 @@ def run(argv: list[str], rank: int, ranks: int, port: int, output: str) -> None:
 
 
 def server() -> multiprocessing.context.BaseContext:
-    """The server to start processes from, running."""
+    """The multiprocessing context of the server, which is started at the first call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.killable_preload"])
-    path, os.environ["PYTHONPATH"] = (
-        os.environ.get("PYTHONPATH", ""),
-        os.pathsep.join(filter(None, sys.path)),
-    )
-    forkserver.ensure_running()  # it does not hand sys.path on, and forgives that it cannot import what it should
+    path = os.environ.get("PYTHONPATH", "")
+    # The server does not inherit sys.path, and ignores a preload that it cannot import.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    forkserver.ensure_running()
     os.environ["PYTHONPATH"] = path
     return context
 
 
 def start(argv: list[str], ranks: int, port: int, output: str) -> list[BaseProcess]:
-    """The ranks of a run, as processes that can be killed and joined."""
+    """Start the ranks of a run as processes that can be killed and joined."""
     context = server()
     processes = [
         context.Process(target=run, args=(argv, rank, ranks, port, output), daemon=True)

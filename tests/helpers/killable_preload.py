@@ -1,4 +1,4 @@
-"""Imported by the server that tests/helpers/killable.py forks runs from."""
+"""Imported by the fork server that tests/helpers/killable.py starts."""
 
 from helpers import killable
 
