@@ -78,7 +78,7 @@ def _init(ep_size):
 
 
 def test_consecutive_ranks_share_experts(ranks4):
-    assert ranks4.run(_init, 2) == [
+    assert ranks4.run(_init, 2, timeout=300) == [
         (0, 0, [0, 1], "gloo", True),
         (1, 1, [0, 1], "gloo", False),
         (2, 0, [2, 3], "gloo", False),
