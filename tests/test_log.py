@@ -1,24 +1,30 @@
-"""The logger: what each rank prints."""
+"""The logger of each rank, and the exit codes of tools."""
 
+import fcntl
 import logging
 import os
 import re
+import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from helpers.waiting import LIMIT_SECONDS, wait_until
 from megatron import log
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def restored():
-    """Leave the loggers as other tests expect them."""
+def restored_loggers():
+    """Restore the loggers after each test."""
     loggers = [log.get_logger(), logging.getLogger("DeepSpeed")]
     before = [
         (logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers
@@ -26,10 +32,11 @@ def restored():
     yield
     for logger, level, propagate, handlers in before:
         logger.setLevel(level)
-        logger.propagate, logger.handlers = propagate, handlers
+        logger.propagate = propagate
+        logger.handlers = handlers
 
 
-def test_rank_0_prints_from_info_up(monkeypatch, capsys):
+def test_rank0_logs_from_info_up(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     logger = log.setup()
     logger.debug("quiet")
@@ -45,7 +52,7 @@ def test_rank_0_prints_from_info_up(monkeypatch, capsys):
     assert err == ""
 
 
-def test_other_ranks_print_warnings_with_their_rank(monkeypatch, capsys):
+def test_other_ranks_log_warnings_with_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     logger = log.setup(logging.DEBUG)
     logger.info("quiet")
@@ -53,7 +60,7 @@ def test_other_ranks_print_warnings_with_their_rank(monkeypatch, capsys):
     assert re.fullmatch(r"\[rank 3\] \d\d:\d\d:\d\d ERROR bad\n", capsys.readouterr().out)
 
 
-def test_setting_up_again_replaces(monkeypatch, capsys):
+def test_second_setup_replaces_the_first(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert log.setup() is log.setup("DEBUG") is log.get_logger()
     log.get_logger().debug("once")
@@ -83,7 +90,8 @@ def test_quiet_deepspeed():
     assert logger.level == logging.WARNING and not logger.isEnabledFor(logging.INFO)
 
 
-def test_an_error_is_one_line_and_other_ranks_wait(monkeypatch, capsys):
+def test_error_is_reported_in_one_line(monkeypatch, capsys):
+    """Ranks other than 0 wait before, so that the launcher can end them."""
     waits = []
     monkeypatch.setattr(log.time, "sleep", waits.append)
     monkeypatch.setenv("RANK", "0")
@@ -106,19 +114,20 @@ def test_an_error_is_one_line_and_other_ranks_wait(monkeypatch, capsys):
         ("raise BrokenPipeError", 141, "", ""),
     ],
 )
-def test_outcomes_of_a_tool(tmp_path, body, code, out, err):
+def test_tool_exit_codes_and_output(tmp_path, body, code, out, err):
     done = run_body(tmp_path, body)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
 def run_body(folder: Path, body: str, **arguments) -> subprocess.CompletedProcess:
+    """Run `body` as a tool in a process of its own."""
     program = f"import sys\nfrom megatron.log import run_tool\ndef body():\n    {body}\n"
     program += "sys.exit(run_tool('tool', body))"
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
         text=True,
-        timeout=60,
+        timeout=LIMIT_SECONDS,
         env={**os.environ, "PYTHONPATH": str(REPO)},
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **arguments},
     )
@@ -127,7 +136,7 @@ def run_body(folder: Path, body: str, **arguments) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     "body", ["print('x' * 10**6)", "print('x')"], ids=["while writing", "while flushing"]
 )
-def test_nobody_reads_the_output(tmp_path, body):
+def test_closed_output_exits_141(tmp_path, body):
     reading, writing = os.pipe()
     os.close(reading)
     done = run_body(tmp_path, body, stdout=writing)
@@ -135,7 +144,7 @@ def test_nobody_reads_the_output(tmp_path, body):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_bug_stays_a_traceback(tmp_path):
+def test_bug_keeps_its_traceback(tmp_path):
     done = run_body(tmp_path, "raise TypeError('bug')")
     assert done.returncode == 1 and "Traceback" in done.stderr
 
@@ -143,47 +152,80 @@ def test_a_bug_stays_a_traceback(tmp_path):
 TRAIN = ("tools/train_tokenizer.py", "--vocab-size", "300", "--output", "t", "--input")
 
 
-@pytest.mark.parametrize("more", [(), ("--max-bytes", "9"), ("--kind", "sentencepiece")])
-def test_ctrl_c_ends_a_tool_with_one_line(tmp_path, more):
-    """It reads a pipe that stays open."""
-    os.mkfifo(tmp_path / "pipe")
-    tool = subprocess.Popen(
-        [sys.executable, REPO / TRAIN[0], *TRAIN[1:], "pipe", *more],
-        cwd=tmp_path,
+def start_train_tokenizer(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, REPO / TRAIN[0], *TRAIN[1:], *arguments],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    with open(tmp_path / "pipe", "wb", buffering=0) as pipe:  # waits until it reads
+
+
+def unread_bytes(pipe: BinaryIO) -> int:
+    """Bytes that were written to a pipe and not read yet."""
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a running process, which does not depend on other programs."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    user_ticks, system_ticks = fields[11:13]
+    return (int(user_ticks) + int(system_ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def interrupt(process: subprocess.Popen) -> tuple[str, str]:
+    """Send SIGINT until the process ends, and return its output.
+
+    Python handles a signal between two bytecodes. One that arrives just before a blocking
+    system call is handled only when the call returns, so it is sent again after a while.
+    """
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while True:
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            assert time.monotonic() < deadline, "the tool does not end"
+
+
+@pytest.mark.parametrize("more", [(), ("--max-bytes", "9"), ("--kind", "sentencepiece")])
+def test_ctrl_c_ends_a_reading_tool(tmp_path, more):
+    """One that waits for more of a pipe that stays open."""
+    os.mkfifo(tmp_path / "pipe")
+    tool = start_train_tokenizer(tmp_path, "pipe", *more)
+    with open(tmp_path / "pipe", "wb", buffering=0) as pipe:  # waits for the tool to open it
         pipe.write(b'{"text": "a"}\n')
-        time.sleep(
-            0.5
-        )  # a signal in the moment before read() is heard at its end only, as in all of Python
-        tool.send_signal(signal.SIGINT)
-        out, err = tool.communicate(timeout=60)
+        wait_until(lambda: unread_bytes(pipe) == 0, "reading the line")
+        out, err = interrupt(tool)
     assert (tool.returncode, out, err) == (130, "", "train_tokenizer.py: interrupted\n")
     assert os.listdir(tmp_path) == ["pipe"]
 
 
-def test_ctrl_c_during_the_training_itself(tmp_path):
-    with open(tmp_path / "a.jsonl", "w") as file:
-        file.writelines(
-            f'{{"text": "{i * 7919 % 100003} {i * 104729 % 1000003}"}}\n'
-            for i in range(300_000)
-        )
-    tool = subprocess.Popen(
-        [sys.executable, REPO / TRAIN[0], *TRAIN[1:], "a.jsonl", "--vocab-size", "60000"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    time.sleep(4)
-    tool.send_signal(signal.SIGINT)
-    sent = time.monotonic()
-    out, err = tool.communicate(timeout=60)
+def test_ctrl_c_ends_tokenizer_training(tmp_path):
+    """It ends while the library's threads train, long before they would be done.
+
+    The tool trains once it has computed for a second after the end of its input.
+    """
+    os.mkfifo(tmp_path / "pipe")
+    cpu_before = cpu_of_children()
+    tool = start_train_tokenizer(tmp_path, "pipe", "--vocab-size", "60000")
+    with open(tmp_path / "pipe", "w") as pipe:
+        for i in range(300_000):
+            pipe.write(f'{{"text": "{i * 7919 % 100003} {i * 104729 % 1000003}"}}\n')
+    cpu_at_end_of_input = cpu_seconds(tool.pid)
+    wait_until(lambda: cpu_seconds(tool.pid) > cpu_at_end_of_input + 1, "training")
+    cpu_at_signal = cpu_seconds(tool.pid)
+    out, err = interrupt(tool)
     assert (tool.returncode, out, err) == (130, "", "train_tokenizer.py: interrupted\n")
-    assert time.monotonic() - sent < 5 and os.listdir(tmp_path) == ["a.jsonl"]
+    assert cpu_of_children() - cpu_before - cpu_at_signal < 5
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def cpu_of_children() -> float:
+    """CPU time of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize(
@@ -195,7 +237,7 @@ def test_ctrl_c_during_the_training_itself(tmp_path):
         "dataset/make_corpus.py",
     ],
 )
-def test_tools_whose_output_nobody_reads(tmp_path, script):
+def test_tools_exit_141_on_closed_output(tmp_path, script):
     import numpy as np
 
     from megatron.data.indexed.writer import IndexedWriter
@@ -217,7 +259,7 @@ def test_tools_whose_output_nobody_reads(tmp_path, script):
         stdout=writing,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=LIMIT_SECONDS,
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
