@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron.config.schema import OptimizerConfig, TrainConfig
+from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from megatron.engine.ds_config import DECIDED, REFUSED, deepspeed_config
 
 TRAIN = TrainConfig(micro_batch_size=2, global_batch_size=16)
@@ -13,12 +13,14 @@ TRAIN = TrainConfig(micro_batch_size=2, global_batch_size=16)
 def merged(tmp_path, content, **options):
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return deepspeed_config(OptimizerConfig(deepspeed_config=str(path), **options), TRAIN, 4)
+    return deepspeed_config(
+        OptimizerConfig(**options), DeepSpeedConfig(deepspeed_config=str(path)), TRAIN, 4
+    )
 
 
 def test_config_has_the_expected_values():
     assert deepspeed_config(
-        OptimizerConfig(bf16=True, zero_stage=2, clip_grad=0.5), TRAIN, 4
+        OptimizerConfig(bf16=True, clip_grad=0.5), DeepSpeedConfig(zero_stage=2), TRAIN, 4
     ) == {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 2,
@@ -37,7 +39,9 @@ def test_config_has_the_expected_values():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_bf16_gradients_accumulate_in_fp32(stage, precision):
     options = {} if precision == "fp32" else {precision: True}
-    config = deepspeed_config(OptimizerConfig(zero_stage=stage, **options), TRAIN, 1)
+    config = deepspeed_config(
+        OptimizerConfig(**options), DeepSpeedConfig(zero_stage=stage), TRAIN, 1
+    )
     assert [config[p]["enabled"] for p in ("bf16", "fp16")] == [
         precision == "bf16",
         precision == "fp16",
@@ -49,11 +53,13 @@ def test_bf16_gradients_accumulate_in_fp32(stage, precision):
 
 
 def test_deepspeed_accepts_the_config():
-    from deepspeed.runtime.config import DeepSpeedConfig
+    import deepspeed
 
     for stage in range(4):
-        config = DeepSpeedConfig(
-            deepspeed_config(OptimizerConfig(bf16=True, zero_stage=stage), TRAIN, 1)
+        config = deepspeed.DeepSpeedConfig(
+            deepspeed_config(
+                OptimizerConfig(bf16=True), DeepSpeedConfig(zero_stage=stage), TRAIN, 1
+            )
         )
         assert config.gradient_accumulation_steps == 8 and config.gradient_clipping == 1.0
         assert config.bfloat16_config.enabled and not config.float16_config.enabled
@@ -67,7 +73,7 @@ def test_global_batch_divides_over_ranks():
         ValueError,
         match="--global-batch-size is 16; allowed: a multiple of --micro-batch-size 2 x 3",
     ):
-        deepspeed_config(OptimizerConfig(), TRAIN, 3)
+        deepspeed_config(OptimizerConfig(), DeepSpeedConfig(), TRAIN, 3)
 
 
 def test_file_is_merged_by_section(tmp_path):
@@ -101,7 +107,7 @@ def test_file_is_merged_by_section(tmp_path):
 @pytest.mark.parametrize("key", DECIDED)
 def test_contradiction_names_file_and_flag(tmp_path, key):
     outer, _, inner = key.partition(".")
-    ours = deepspeed_config(OptimizerConfig(), TRAIN, 4)[outer]
+    ours = deepspeed_config(OptimizerConfig(), DeepSpeedConfig(), TRAIN, 4)[outer]
     value = {inner: 3} if inner else 3
     with pytest.raises(ValueError) as caught:
         merged(tmp_path, {outer: value})
@@ -139,7 +145,7 @@ def test_missing_file_is_refused(tmp_path):
         ValueError,
         match="--deepspeed_config is '.*none.json', which cannot be read: No such file",
     ):
-        deepspeed_config(OptimizerConfig(deepspeed_config=path), TRAIN, 1)
+        deepspeed_config(OptimizerConfig(), DeepSpeedConfig(deepspeed_config=path), TRAIN, 1)
 
 
 def test_module_imports_neither_deepspeed_nor_torch(repo):

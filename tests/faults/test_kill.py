@@ -120,7 +120,7 @@ def test_killed_run_equals_uninterrupted_run(times, data, tmp_path):
         for key in ("loss", "aux_loss", "lr", "grad_norm", "consumed_samples"):
             assert row[key] == expected[row["iteration"]][key], (row["iteration"], key)
     assert {row["iteration"] for row in compared} == set(range(1, last + 1))
-    state = engines.whole(tmp_path / "checkpoints")
-    expected_state = engines.whole(reference / "checkpoints")
+    state = engines.full_tensors(tmp_path / "checkpoints")
+    expected_state = engines.full_tensors(reference / "checkpoints")
     assert state.keys() == expected_state.keys()
     assert all(torch.equal(state[name], expected_state[name]) for name in state)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.waiting import LIMIT_SECONDS, wait_until
-from megatron.config.faults import FaultConfig
+from megatron.config.fault_tolerance import FaultToleranceConfig
 from megatron.exit_codes import classify_error, exit_code
 from megatron.log import report_error
 from megatron.parallel.groups import Groups
@@ -40,7 +40,7 @@ def wait_past_limit(watchdog: Watchdog) -> None:
 def test_stop_reads_signals_and_restores_handlers(capfd):
     """Other signals are ignored, and a repetition within two seconds does not end the process."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with GracefulStop(FaultConfig(), Groups()) as stop:
+    with GracefulStop(FaultToleranceConfig(), Groups()) as stop:
         status = stop.all_reduce_step_status(torch.tensor(2.0), torch.tensor(0.5))
         assert status.stop_reason == ""
         signal.raise_signal(signal.SIGINT)
@@ -57,7 +57,7 @@ def test_stop_leaves_ignored_signals_ignored():
     """A shell starts background jobs with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with GracefulStop(FaultConfig(), Groups()) as stop:
+        with GracefulStop(FaultToleranceConfig(), Groups()) as stop:
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
@@ -73,7 +73,7 @@ def _step_status(minutes: list[float], losses: list[float]) -> tuple:
     """On a rank of a run that started ten minutes ago: the status after a step."""
     rank = dist.get_rank()
     groups = Groups(rank=rank, world_size=dist.get_world_size())
-    config = FaultConfig(exit_duration_in_mins=minutes[rank])
+    config = FaultToleranceConfig(exit_duration_in_mins=minutes[rank])
     stop = GracefulStop(config, groups, time.time() - 600)
     status = stop.all_reduce_step_status(torch.tensor(losses[rank]), torch.tensor(2.0 * rank))
     return status.lm_loss, status.aux_loss, status.bad_ranks, bool(status.stop_reason)
@@ -88,7 +88,7 @@ def test_step_status_agrees_on_all_ranks(ranks2):
 
 
 def test_stop_has_no_default_deadline():
-    stop = GracefulStop(FaultConfig(), Groups(), time.time() - 1e9)
+    stop = GracefulStop(FaultToleranceConfig(), Groups(), time.time() - 1e9)
     assert stop.all_reduce_step_status(NO_LOSS, NO_LOSS).stop_reason == ""
 
 

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from megatron import log
-from megatron.config.schema import TrainConfig
+from megatron.config.schema import LoggingConfig
 from megatron.training.metric_writers import (
     ConsoleWriter,
     JsonlWriter,
@@ -197,12 +197,12 @@ def test_wandb_missing_is_an_error(monkeypatch):
         ValueError,
         match="--wandb-project is 'p', but the package wandb is not installed; pip install",
     ):
-        build_metric_writers(TrainConfig(wandb_project="p"), 0, 10)
+        build_metric_writers(LoggingConfig(wandb_project="p"), "", 0, 10)
 
 
 def test_flags_choose_the_writers(tmp_path, monkeypatch):
-    def kinds(rank=0, **options):
-        writers = build_metric_writers(TrainConfig(**options), rank, 10)
+    def kinds(rank=0, save="", **options):
+        writers = build_metric_writers(LoggingConfig(**options), save, rank, 10)
         writers.close()
         return [type(writer) for writer in writers.writers]
 

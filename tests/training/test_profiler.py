@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from helpers import runs
 from megatron import log
-from megatron.config.schema import TrainConfig
+from megatron.config.schema import FaultToleranceConfig, ProfilingConfig
 from megatron.parallel.groups import Groups
 from megatron.training.profile_report import (
     NODE,
@@ -448,7 +448,7 @@ def test_sleeps_appear_in_their_parts(data, tmp_path, ranks2):
 )
 def test_invalid_flags_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(profile=True, **options)
+        ProfilingConfig(profile=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -477,16 +477,18 @@ def test_invalid_flags_are_refused(options, message):
     ],
 )
 def test_flags_beyond_the_run_are_refused(options, done, iterations, message):
+    options = dict(options)
+    exit_interval = options.pop("exit_interval", 0)
+    last = FaultToleranceConfig(exit_interval).last_iteration(done, iterations)
     with pytest.raises(ValueError, match=message) as caught:
-        StepProfiler(TrainConfig(**options), Groups(world_size=2), done, iterations)
+        StepProfiler(ProfilingConfig(**options), Path(), Groups(world_size=2), done, last)
     assert "\n" not in str(caught.value)
 
 
 def test_restarted_run_continues_without_profile(caplog, tmp_path):
     """Its flags are those of the first start, so iterations done already are no error."""
-    config = TrainConfig(profile_dir=str(tmp_path / "profile"))
     with caplog.at_level("WARNING", logger="megatron"):
-        profiler = StepProfiler(config, Groups(), 11, 11)
+        profiler = StepProfiler(ProfilingConfig(), tmp_path / "profile", Groups(), 11, 11)
     steps = []
     profiler.step(11, lambda: steps.append(1), engine=None)
     assert steps == [1] and not (tmp_path / "profile").exists()
@@ -502,7 +504,11 @@ def test_restarted_run_continues_without_profile(caplog, tmp_path):
     ],
 )
 def test_last_iterations_can_be_profiled(options, done, iterations, end):
-    profiler = StepProfiler(TrainConfig(**options), Groups(), done, iterations)
+    options = dict(options)
+    exit_interval = options.pop("exit_interval", 0)
+    last = FaultToleranceConfig(exit_interval).last_iteration(done, iterations)
+    config = ProfilingConfig(**options)
+    profiler = StepProfiler(config, Path(), Groups(), done, last)
     assert profiler.ranks and profiler.end == end
 
 
@@ -524,7 +530,9 @@ def test_folder_is_with_the_other_outputs():
         ({"tensorboard_dir": "t"}, "t/profile"),
         ({}, "profile"),
     ):
-        assert profile_folder(TrainConfig(**options)) == Path(folder)
+        options = {"save": "", "tensorboard_dir": "", **options}
+        config = ProfilingConfig(profile_dir=options.pop("profile_dir", ""))
+        assert profile_folder(config, **options) == Path(folder)
 
 
 class _BrokenProfiler:
