@@ -169,7 +169,8 @@ def _key(
         part = name
     elif span.name.startswith("c10d::"):
         part = "communication"
-    elif span.name.startswith(NODE):
+    elif span.name.startswith(NODE) or (span.forward_thread and span.sequence >= 0):
+        # The profiler can miss the event of a node and record the operation inside it.
         return part_of_node.get((span.forward_thread, span.sequence), part), "backward"
     if span.sequence >= 0:
         # Operations share a number until one of them creates the node: the last one.
