@@ -125,6 +125,7 @@ def make_engines(groups, batch):
     from megatron.model.gpt import GPT
     from megatron.model.mlp import MLP
     from megatron.moe.metrics import MoEMetrics
+    from megatron.training.task import NextTokenLoss
 
     model, moe, optimizer, train = configs()
     mixture = Engine(
@@ -181,6 +182,8 @@ def profile_kinds(step) -> dict[str, float]:
 
 def measure_demo(groups, rounds: int):
     """(experts per token, seconds, milliseconds by kind of operation) on rank 0."""
+    from megatron.training.task import NextTokenLoss
+
     batch = make_batch(8, 256, VOCAB, seed=groups.rank)
     mixture, dense, kept = make_engines(groups, batch)
     functions = {
@@ -258,6 +261,7 @@ def our_model(s: Shape, groups):
 def our_step(s: Shape, batch) -> Callable[[], float]:
     """A training step that returns its loss."""
     from megatron.engine import distributed as parallel
+    from megatron.training.task import NextTokenLoss
 
     groups = parallel.init_distributed(1)
     from megatron.config.schema import DeepSpeedConfig
