@@ -1,4 +1,7 @@
-"""That the hosts of two_hosts.py are as it says, and its scenarios. Skipped with the reason where none can be made."""
+"""The hosts of two_hosts.py and its scenarios.
+
+Skipped, with the reason, where hosts cannot be created.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ from pathlib import Path
 import pytest
 from two_hosts import SCENARIOS, Host, command, missing, two_hosts
 
+from helpers.waiting import LIMIT_SECONDS
+
 HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def possible():
-    if why := missing():
-        pytest.skip(f"no hosts can be made here: {why}")
+def hosts_are_possible():
+    reason = missing()
+    if reason:
+        pytest.skip(f"no hosts can be created here: {reason}")
 
 
-def python(host: Host, program: str) -> subprocess.Popen:
+def start_python(host: Host, program: str) -> subprocess.Popen:
     return subprocess.Popen(
         [*host.enter(), sys.executable, "-uc", program], stdout=subprocess.PIPE, text=True
     )
@@ -46,21 +52,21 @@ with socket.create_connection(("10.77.0.2", 7000)) as server:
 """
 
 
-@pytest.mark.parametrize(("unplug", "seen"), [(False, "closed"), (True, "silent")])
-def test_a_killed_host_closes_its_connections_and_an_unplugged_one_does_not(unplug, seen):
+@pytest.mark.parametrize(("unplug", "connection"), [(False, "closed"), (True, "silent")])
+def test_only_unplugged_host_leaves_connections_open(unplug, connection):
     with two_hosts() as (first, second):
-        server = python(second, SERVER)
+        server = start_python(second, SERVER)
         assert server.stdout.readline() == "listening\n"
-        client = python(first, CLIENT)
+        client = start_python(first, CLIENT)
         assert client.stdout.readline() == "node-0 reached node-1\n"
         if unplug:
             second.unplug()
         second.kill()
-        assert client.communicate(timeout=30)[0] == seen + "\n"
-        assert server.wait(timeout=30) == -signal.SIGKILL
+        assert client.communicate(timeout=LIMIT_SECONDS)[0] == connection + "\n"
+        assert server.wait(timeout=LIMIT_SECONDS) == -signal.SIGKILL
 
 
-def test_an_interrupt_leaves_nothing_behind():
+def test_interrupt_removes_the_hosts():
     program = (
         "import signal\nfrom two_hosts import two_hosts\nwith two_hosts() as hosts:\n"
         "    print(*(host.init for host in hosts), flush=True)\n    signal.pause()"
@@ -76,14 +82,14 @@ def test_an_interrupt_leaves_nothing_behind():
     spaces = f"moe-{process.pid}-"
     assert len(pids) == 2 and command("ip", "netns", "list").count(spaces) == 2
     process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert "KeyboardInterrupt" in process.communicate(timeout=LIMIT_SECONDS)[1]
     assert spaces not in command("ip", "netns", "list")
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
 
-def test_without_root_it_says_why(monkeypatch):
+def test_missing_requirements_are_named(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert missing() == "not root"
     monkeypatch.undo()
@@ -96,7 +102,7 @@ def test_without_root_it_says_why(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_scenario(name):
+def test_scenario_passes(name):
     done = subprocess.run(
         [sys.executable, str(HERE / "two_hosts.py"), "--only", name],
         capture_output=True,
