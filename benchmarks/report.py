@@ -1,4 +1,8 @@
-"""Shared by all benchmarks: interleaved timing, ratios with their spread, one table, --json, --check, --quick."""
+"""Shared by all benchmarks: interleaved timing, ratios with their spread, one table.
+
+Every benchmark has the flags --json FILE (also write the rows), --check (exit 1 when a
+bar does not hold) and --quick (fewer rounds, under a minute).
+"""
 
 from __future__ import annotations
 
@@ -21,20 +25,24 @@ class Row:
     name: str
     baseline: str
     ratio: float
-    """median of the per-round ratios"""
+    """Median of the per-round ratios."""
     low: float
+    """First quartile of the per-round ratios."""
     high: float
-    """quartiles of the per-round ratios"""
+    """Third quartile of the per-round ratios."""
     bar: float | None = None
-    """largest ratio allowed; None: reported only"""
+    """Largest ratio allowed; None: reported only."""
 
     @property
     def holds(self) -> bool | None:
-        return None if self.bar is None else self.ratio <= self.bar
+        """Whether the ratio is within the bar; None: there is no bar."""
+        if self.bar is None:
+            return None
+        return self.ratio <= self.bar
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser with the flags every benchmark has."""
+    """Return an argument parser with the flags that every benchmark has."""
     p = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,16 +55,19 @@ def parser(description: str) -> argparse.ArgumentParser:
 def interleave(
     functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round; one call of each per round, so that slow phases of a shared machine
-    hit all of them alike."""
+    """Measure the seconds of each function in each round.
+
+    A round calls every function once, so that slow phases of a shared machine affect all
+    of them alike.
+    """
     for _ in range(warmup):
-        for f in functions.values():
-            f()
+        for function in functions.values():
+            function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, f in functions.items():
+        for name, function in functions.items():
             start = time.perf_counter()
-            f()
+            function()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -64,66 +75,80 @@ def interleave(
 def compare(
     seconds: dict[str, list[float]], baseline: str, bars: dict[str, float] | None = None
 ) -> list[Row]:
-    """Ratios of every function to the baseline, round by round."""
+    """Compute the ratios of every function to the baseline, round by round."""
+    bars = bars or {}
     rows = []
     for name, values in seconds.items():
         if name == baseline:
             continue
         ratios = [a / b for a, b in zip(values, seconds[baseline], strict=True)]
-        rows.append(row(name, baseline, ratios, (bars or {}).get(name)))
+        rows.append(row(name, baseline, ratios, bars.get(name)))
     return rows
 
 
 def row(name: str, baseline: str, ratios: list[float], bar: float | None = None) -> Row:
-    """Median and quartiles of ratios that were taken round by round."""
+    """Summarize per-round ratios by their median and quartiles."""
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Row(name, baseline, statistics.median(ratios), low, high, bar)
 
 
 def finish(rows: list[Row], args: argparse.Namespace) -> int:
-    """Print the table, write the JSON file if asked; the exit code."""
-    what, against = (
-        max([40, *(len(r.name) for r in rows)]),
-        max([30, *(len(r.baseline) for r in rows)]),
+    """Print the table, write the JSON file if --json is set, and return the exit code."""
+    name_width = max([40, *(len(r.name) for r in rows)])
+    baseline_width = max([30, *(len(r.baseline) for r in rows)])
+    print(
+        f"{'what':{name_width}s} {'against':{baseline_width}s} {'ratio':>6s}  "
+        f"{'quartiles':>13s}  bar"
     )
-    print(f"{'what':{what}s} {'against':{against}s} {'ratio':>6s}  {'quartiles':>13s}  bar")
     for r in rows:
-        bar = "" if r.bar is None else f"<= {r.bar:g} {'holds' if r.holds else 'MISSED'}"
+        bar = ""
+        if r.bar is not None:
+            bar = f"<= {r.bar:g} {'holds' if r.holds else 'MISSED'}"
         print(
-            f"{r.name:{what}s} {r.baseline:{against}s} {r.ratio:6.2f}  {r.low:5.2f} - {r.high:5.2f}  {bar}"
+            f"{r.name:{name_width}s} {r.baseline:{baseline_width}s} {r.ratio:6.2f}  "
+            f"{r.low:5.2f} - {r.high:5.2f}  {bar}"
         )
     if args.json:
         with open(args.json, "w") as f:
             json.dump([{**asdict(r), "holds": r.holds} for r in rows], f, indent=1)
-    return 1 if args.check and any(r.holds is False for r in rows) else 0
+    if args.check and any(r.holds is False for r in rows):
+        return 1
+    return 0
+
+
+def free_port() -> int:
+    """Return a port of this machine that is not in use."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def on_ranks(number: int, job: Callable[..., Any], *args: Any) -> Any:
-    """What `job(groups, *args)` returns on rank 0 of that many gloo ranks, fresh processes of one thread each.
+    """Run `job(groups, *args)` on gloo ranks and return what it returns on rank 0.
+
+    The ranks are new processes with one thread each.
 
     Raises:
         RuntimeError: a rank failed.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     processes = [
         context.Process(target=_rank, args=(rank, number, port, job, args, answers))
         for rank in range(number)
     ]
-    for p in processes:
-        p.start()
+    for process in processes:
+        process.start()
     while answers.empty():
         time.sleep(0.2)
-        if any(p.exitcode for p in processes):
-            for p in processes:
-                p.terminate()
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.terminate()
             raise RuntimeError("a rank failed; its message is above")
     answer = answers.get()
-    for p in processes:
-        p.join()
+    for process in processes:
+        process.join()
     return answer
 
 
@@ -138,14 +163,14 @@ def _rank(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR="cpu",
-        KINETO_LOG_LEVEL="99",
-    )  # or torch's profiler writes to stderr when it starts and stops
+        KINETO_LOG_LEVEL="99",  # silences torch's profiler, which would write to stderr
+    )
     import torch
 
     torch.set_num_threads(1)
-    from megatron.engine import distributed as parallel
+    from megatron.engine import distributed
 
-    answer = job(parallel.init_distributed(number), *args)
+    answer = job(distributed.init_distributed(number), *args)
     if rank == 0:
         answers.put(answer)
-    parallel.destroy()
+    distributed.destroy()

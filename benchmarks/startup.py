@@ -1,10 +1,13 @@
-"""From the launch of the demo to its first logged step, against a launch of two ranks that import torch and DeepSpeed.
+"""From the launch of the demo to its first logged step, against two ranks that import.
 
-Both go through the `deepspeed` launcher with the same environment, in turn, with the files in the page cache (one demo
-before the first round warms it). The demo is examples_deepspeed/MoE/demo.sh from its training on, with a log line every
-step; it is ended when the line of the first step is there. Until then it also evaluates the untrained model, which the
-second row leaves out. The baseline ends when its launcher does; in the third row, when both ranks have imported. Below
-the ratios stands what takes the time: the launcher up to the start of the ranks, and the stages that the run logs.
+The baseline is a launch of two ranks that import torch and DeepSpeed. Both go through the
+`deepspeed` launcher with the same environment, in turn, with the files in the page cache
+(one demo before the first round warms it). The demo is examples_deepspeed/MoE/demo.sh from
+its training on, with a log line per step. It is killed when the line of the first step is
+printed. Before that it also evaluates the untrained model, which the second row leaves
+out. The baseline ends when its launcher does; in the third row, when both ranks have
+imported. Below the ratios is where the time goes: the launcher up to the start of the
+ranks, and the stages that the run logs.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,20 +27,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import report
 
 REPO = Path(__file__).resolve().parent.parent
-RANKS, BAR = 2, 1.5
+RANKS = 2
+BAR = 1.5
 IMPORTS = "import torch, deepspeed\nprint('imported', flush=True)\n"
-FIRST_STEP, SPAWNED, IMPORTED = r"iteration +1/", r"process \d+ spawned", "imported"
+FIRST_STEP = r"iteration +1/"
+SPAWNED = r"process \d+ spawned"
+IMPORTED = "imported"
 STAGES = r"start-up: [\d.]+ s: (.*)"
+TOTAL = "launch to first logged step"
+BASELINE = f"{RANKS} ranks that import torch and DeepSpeed"
 
 
 def launch(command: list[str], until: str | None, **env: str) -> list[tuple[float, str]]:
-    """(seconds since the launch, line) of what a program printed up to a line with `until`, at which it is ended; None:
-    up to its end, which is the last entry.
+    """Run a program and time its output.
+
+    Args:
+        until: pattern; the program is killed when it prints a line that matches. None: it
+            runs to its end.
+        env: additional environment variables.
+
+    Returns:
+        (seconds since the launch, line) of each printed line; with `until` None, the end
+        of the program is the last entry, with an empty line.
 
     Raises:
-        RuntimeError: it ends in another way.
+        RuntimeError: the program ends before it prints the line, or fails.
     """
-    start, lines, found = time.perf_counter(), [], until is None
+    start = time.perf_counter()
+    lines: list[tuple[float, str]] = []
+    found = False
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -59,28 +76,19 @@ def launch(command: list[str], until: str | None, **env: str) -> list[tuple[floa
             lines.append((time.perf_counter() - start, ""))
     finally:
         if process.poll() is None:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # the launcher, its ranks and the shells: a session of their own
+            # The session has the launcher, its ranks and the shells.
+            os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
         code = process.wait()
-    if not found or until is None and code:
-        raise RuntimeError(
-            "\n".join(
-                [
-                    f"{' '.join(command)} did not do what it should:",
-                    *(line for _, line in lines),
-                ]
-            )
-        )
+    succeeded = code == 0 if until is None else found
+    if not succeeded:
+        printed = "\n".join(line for _, line in lines)
+        raise RuntimeError(f"{' '.join(command)} did not do what it should:\n{printed}")
     return lines
 
 
 def environment() -> dict[str, str]:
-    """As run.sh has it on two cores without a GPU, with this Python first."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    """The environment of run.sh on two cores without a GPU, with this Python first."""
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -88,43 +96,29 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": str(REPO),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(report.free_port()),
         "NUM_GPUS": str(RANKS),
         "PYTHONUNBUFFERED": "1",
     }
 
 
 def prepare(data: Path) -> None:
-    """The demo's corpus and shards, with a tokenizer of the demo's size from a fifth of the text."""
+    """Make the demo's corpus and token files.
+
+    The tokenizer has the demo's size and is trained on a fifth of the text.
+    """
     data.mkdir()
-    for command in (
-        ["dataset/make_corpus.py", "--output", "corpus.jsonl"],
-        [
-            "tools/train_tokenizer.py",
-            "--input",
-            "corpus.jsonl",
-            "--vocab-size",
-            "8192",
-            "--max-bytes",
-            "6000000",
-            "--output",
-            "tokenizer.json",
-        ],
-        [
-            "tools/preprocess_data.py",
-            "--input",
-            "corpus.jsonl",
-            "--output-prefix",
-            "corpus",
-            "--append-eod",
-            "--tokenizer-type",
-            "HuggingFaceTokenizer",
-            "--tokenizer-model",
-            "tokenizer.json",
-        ],
-    ):
+    make_corpus = ["dataset/make_corpus.py", "--output", "corpus.jsonl"]
+    train_tokenizer = ["tools/train_tokenizer.py", "--input", "corpus.jsonl"]
+    train_tokenizer += ["--vocab-size", "8192", "--max-bytes", "6000000"]
+    train_tokenizer += ["--output", "tokenizer.json"]
+    preprocess = ["tools/preprocess_data.py", "--input", "corpus.jsonl"]
+    preprocess += ["--output-prefix", "corpus", "--append-eod"]
+    preprocess += ["--tokenizer-type", "HuggingFaceTokenizer"]
+    preprocess += ["--tokenizer-model", "tokenizer.json"]
+    for script, *arguments in (make_corpus, train_tokenizer, preprocess):
         subprocess.run(
-            [sys.executable, REPO / command[0], *command[1:]],
+            [sys.executable, REPO / script, *arguments],
             check=True,
             cwd=data,
             env=environment(),
@@ -133,7 +127,7 @@ def prepare(data: Path) -> None:
 
 
 def demo(folder: Path) -> dict[str, float]:
-    """Seconds of each stage of one launch of the demo; their sum is the time to its first logged step."""
+    """Launch the demo and return the seconds of each stage up to its first logged step."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         lines = launch(
             ["bash", "examples_deepspeed/MoE/demo.sh"],
@@ -146,81 +140,81 @@ def demo(folder: Path) -> dict[str, float]:
 
 
 def stages(lines: list[tuple[float, str]]) -> dict[str, float]:
-    """The launcher, the stages in the run's line on its start-up, and what is left: starting Python, and printing."""
+    """Split the time of a launch into stages, whose sum is the time of the last line.
+
+    The stages are the launcher, those in the run's line on its start-up, and the rest:
+    starting Python, and printing.
+    """
     launcher = max(seconds for seconds, line in lines if re.search(SPAWNED, line))
+    seconds_of = {"launcher": launcher}
     logged = next(found[1] for _, line in lines if (found := re.search(STAGES, line)))
-    pairs = [
-        re.fullmatch(r"(.*) ([\d.]+)", stage).groups()
-        for stage in re.split(r"(?<=\d), ", logged)
-    ]
-    named = {"launcher": launcher, **{name: float(seconds) for name, seconds in pairs}}
-    return {**named, "the rest": lines[-1][0] - sum(named.values())}
+    for stage in re.split(r"(?<=\d), ", logged):
+        name, seconds = re.fullmatch(r"(.*) ([\d.]+)", stage).groups()
+        seconds_of[name] = float(seconds)
+    last, _ = lines[-1]
+    return {**seconds_of, "the rest": last - sum(seconds_of.values())}
 
 
 def imports(script: Path) -> tuple[float, float]:
-    """Seconds until both ranks have imported, and until the launcher has ended."""
-    lines = launch(
-        [
-            "deepspeed",
-            "--num_gpus",
-            str(RANKS),
-            "--master_port",
-            environment()["MASTER_PORT"],
-            str(script),
-        ],
-        None,
-    )
-    return max(seconds for seconds, line in lines if IMPORTED in line), lines[-1][0]
+    """Launch the baseline.
+
+    Returns:
+        seconds until both ranks have imported, and until the launcher has ended.
+    """
+    port = environment()["MASTER_PORT"]
+    command = ["deepspeed", "--num_gpus", str(RANKS), "--master_port", port, str(script)]
+    lines = launch(command, None)
+    end, _ = lines[-1]
+    return max(seconds for seconds, line in lines if IMPORTED in line), end
 
 
 def main() -> int:
     args = report.parser(__doc__).parse_args()
     rounds = 3 if args.quick else 7
-    ours, theirs = [], []
+    ours: list[dict[str, float]] = []
+    until_imported: list[float] = []
+    until_end: list[float] = []
     with tempfile.TemporaryDirectory() as temp:
-        folder, script = Path(temp), Path(temp) / "imports.py"
+        folder = Path(temp)
+        script = folder / "imports.py"
         script.write_text(IMPORTS)
         prepare(folder / "data")
         demo(folder)
         for _ in range(rounds):
-            theirs.append(imports(script))
+            imported, end = imports(script)
+            until_imported.append(imported)
+            until_end.append(end)
             ours.append(demo(folder))
-    total = [sum(one.values()) for one in ours]
-    whole, baseline = (
-        "launch to first logged step",
-        f"{RANKS} ranks that import torch and DeepSpeed",
-    )
+    total = [sum(launched.values()) for launched in ours]
+    trained = [t - launched["evaluation"] for t, launched in zip(total, ours, strict=True)]
     rows = [
-        report.row(
-            whole, baseline, [a / b for a, (_, b) in zip(total, theirs, strict=True)], BAR
-        ),
-        report.row(
-            f"{whole}, no evaluation",
-            baseline,
-            [
-                (a - one["evaluation"]) / b
-                for a, one, (_, b) in zip(total, ours, theirs, strict=True)
-            ],
-            BAR,
-        ),
-        report.row(
-            whole,
-            "the same, until they have",
-            [a / b for a, (b, _) in zip(total, theirs, strict=True)],
-        ),
+        report.row(TOTAL, BASELINE, ratios(total, until_end), BAR),
+        report.row(f"{TOTAL}, no evaluation", BASELINE, ratios(trained, until_end), BAR),
+        report.row(TOTAL, "the same, until they have", ratios(total, until_imported)),
     ]
     code = report.finish(rows, args)
-    print(f"\n{'seconds, median (lowest - highest)':48s}")
-    for name, values in {
-        **{stage: [one[stage] for one in ours] for stage in ours[0]},
-        whole: total,
-        "baseline, until both have imported": [a for a, _ in theirs],
-        "baseline, until its launcher ends": [b for _, b in theirs],
-    }.items():
-        print(
-            f"{name:42s}{statistics.median(values):6.2f}   ({min(values):.2f} - {max(values):.2f})"
-        )
+    print_seconds(
+        {
+            **{stage: [launched[stage] for launched in ours] for stage in ours[0]},
+            TOTAL: total,
+            "baseline, until both have imported": until_imported,
+            "baseline, until its launcher ends": until_end,
+        }
+    )
     return code
+
+
+def ratios(values: list[float], baseline: list[float]) -> list[float]:
+    """Divide by the baseline, round by round."""
+    return [a / b for a, b in zip(values, baseline, strict=True)]
+
+
+def print_seconds(seconds: dict[str, list[float]]) -> None:
+    """Print median, lowest and highest of each row."""
+    print(f"\n{'seconds, median (lowest - highest)':48s}")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:42s}{median:6.2f}   ({min(values):.2f} - {max(values):.2f})")
 
 
 if __name__ == "__main__":

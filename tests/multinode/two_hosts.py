@@ -1,4 +1,4 @@
-"""Two hosts on one machine: training on both, one of them killed, resumed on the other with half the ranks.
+"""Two hosts on one machine: train on both, kill one, resume on the other.
 
     sudo -E python tests/multinode/two_hosts.py                  # all scenarios
     sudo -E python tests/multinode/two_hosts.py --only killed

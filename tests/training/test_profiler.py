@@ -395,7 +395,7 @@ def _train_with_sleeps(argv: list[str]) -> None:
         patch.setattr(
             gpt, "linear_cross_entropy", lambda *args: _Sleep.apply(loss(*args), 0.07, 0.08)
         )
-        sleep_before(Engine, "step", 0.3, on_rank0=False)
+        sleep_before(Engine, "step", 1.0, on_rank0=False)
         runs.train(argv)
 
 
@@ -417,11 +417,12 @@ def test_sleeps_appear_in_their_parts(data, tmp_path, ranks2):
         ("output and loss", "forward"): 140,
         ("output and loss", "backward"): 160,
     }
+    waited_ms = rows["communication"]["all"]
+    assert waited_ms >= 500, "of the second by which rank 1 is late; rank 0 may be late, too"
     # What the model itself takes: 200 ms, or more on a busy machine.
-    slack_ms = max(200, step_ms - sum(slept_ms.values()) - 250)
+    slack_ms = max(200, step_ms - sum(slept_ms.values()) - waited_ms)
     for (part, phase), ms in slept_ms.items():
         assert ms <= rows[part][phase] <= ms + slack_ms, (part, phase, rows[part])
-    assert rows["communication"]["all"] >= 250
     assert rows["the rest"]["all"] < slack_ms and rows["gate"]["all"] < slack_ms
 
 
