@@ -57,8 +57,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Measure the seconds of each function in each round.
 
-    A round calls every function once, so that slow phases of a shared machine affect all
-    of them alike.
+    A round calls every function once, so that slow phases of a shared machine affect
+    all of them alike.
     """
     for _ in range(warmup):
         for function in functions.values():
@@ -93,7 +93,7 @@ def row(name: str, baseline: str, ratios: list[float], bar: float | None = None)
 
 
 def finish(rows: list[Row], args: argparse.Namespace) -> int:
-    """Print the table, write the JSON file if --json is set, and return the exit code."""
+    """Print the table, write --json, and return the exit code."""
     name_width = max([40, *(len(r.name) for r in rows)])
     baseline_width = max([30, *(len(r.baseline) for r in rows)])
     print(

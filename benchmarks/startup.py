@@ -1,13 +1,13 @@
 """From the launch of the demo to its first logged step, against two ranks that import.
 
-The baseline is a launch of two ranks that import torch and DeepSpeed. Both go through the
-`deepspeed` launcher with the same environment, in turn, with the files in the page cache
-(one demo before the first round warms it). The demo is examples_deepspeed/MoE/demo.sh from
-its training on, with a log line per step. It is killed when the line of the first step is
-printed. Before that it also evaluates the untrained model, which the second row leaves
-out. The baseline ends when its launcher does; in the third row, when both ranks have
-imported. Below the ratios is where the time goes: the launcher up to the start of the
-ranks, and the stages that the run logs.
+The baseline is a launch of two ranks that import torch and DeepSpeed. Both go through
+the `deepspeed` launcher with the same environment, in turn, with the files in the page
+cache (one demo before the first round warms it). The demo is
+examples_deepspeed/MoE/demo.sh from its training on, with a log line per step. It is
+killed when the line of the first step is printed. Before that it also evaluates the
+untrained model, which the second row leaves out. The baseline ends when its launcher
+does; in the third row, when both ranks have imported. Below the ratios is where the
+time goes: the launcher up to the start of the ranks, and the stages that the run logs.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def launch(command: list[str], until: str | None, **env: str) -> list[tuple[floa
     """Run a program and time its output.
 
     Args:
-        until: pattern; the program is killed when it prints a line that matches. None: it
-            runs to its end.
+        until: pattern; the program is killed when it prints a line that matches. None:
+            it runs to its end.
         env: additional environment variables.
 
     Returns:
-        (seconds since the launch, line) of each printed line; with `until` None, the end
-        of the program is the last entry, with an empty line.
+        (seconds since the launch, line) of each printed line; with `until` None, the
+        end of the program is the last entry, with an empty line.
 
     Raises:
         RuntimeError: the program ends before it prints the line, or fails.
@@ -127,7 +127,7 @@ def prepare(data: Path) -> None:
 
 
 def demo(folder: Path) -> dict[str, float]:
-    """Launch the demo and return the seconds of each stage up to its first logged step."""
+    """Launch the demo; return the seconds of each stage up to its first step."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         lines = launch(
             ["bash", "examples_deepspeed/MoE/demo.sh"],
@@ -193,14 +193,14 @@ def main() -> int:
         report.row(TOTAL, "the same, until they have", ratios(total, until_imported)),
     ]
     code = report.finish(rows, args)
-    print_seconds(
-        {
-            **{stage: [launched[stage] for launched in ours] for stage in ours[0]},
-            TOTAL: total,
-            "baseline, until both have imported": until_imported,
-            "baseline, until its launcher ends": until_end,
-        }
-    )
+    seconds: dict[str, list[float]] = {stage: [] for stage in ours[0]}
+    for launched in ours:
+        for stage, value in launched.items():
+            seconds[stage].append(value)
+    seconds[TOTAL] = total
+    seconds["baseline, until both have imported"] = until_imported
+    seconds["baseline, until its launcher ends"] = until_end
+    print_seconds(seconds)
     return code
 
 

@@ -1,21 +1,26 @@
-"""Whole training steps: the demo's mixture against dense, and a mixture against transformers' Mixtral.
+"""Full training steps: the demo's MoE model against dense, and ours against Mixtral.
 
-1. The demo model against the same model with dense layers of equal active width. Two gloo ranks with one thread each,
-   bf16, ZeRO 1, experts sharded over both, as in `make demo`. The dense twin's feed-forward width in each mixture layer
-   is that layer's measured mean number of experts per token times the expert width, so both do the same multiply-adds.
-2. A mixture of Mixtral's shape: `Engine.step` with the trainer's defaults (bf16, ZeRO 1, fp32 master weights and
-   gradients) against transformers' MixtralForCausalLM with grouped_mm experts and torch's fused AdamW. All have the
-   same weights, and their losses are compared first; all have the balance loss, and clip gradients to the same norm.
-   The bar is for the faster peer, in which everything is bf16, weights and both of Adam's moments included: it has no
-   master weights. The other one keeps fp32 weights and runs under autocast, which does not know grouped_mm, so that its
-   experts multiply in fp32. Each side is a process of its own with two threads; they take turns.
+1. The demo model against the same model with dense layers of equal active width. Two
+   gloo ranks with one thread each, bf16, ZeRO 1, experts sharded over both, as in `make
+   demo`. The feed-forward width of the dense model in each MoE layer is that layer's
+   measured mean number of experts per token times the expert width, so both do the same
+   multiply-adds.
+2. A model of Mixtral's shape: `Engine.step` with the trainer's defaults (bf16, ZeRO 1,
+   fp32 master weights and gradients) against transformers' MixtralForCausalLM with
+   grouped_mm experts and torch's fused AdamW. All have the same weights, and their
+   losses are compared first; all have the balance loss, and clip gradients to the same
+   norm. The bar is for the faster peer, in which everything is bf16, including both of
+   Adam's moments: it has no master weights. The other one keeps fp32 weights and runs
+   under autocast, which does not cover grouped_mm, so that its experts multiply in
+   fp32. Each side is a process of its own with two threads; they take turns.
 
-Learning rates are 0, so that the routing stays as it was measured; optimizers do all their work all the same. Below the
-ratios stands where the time goes, by kind of operation.
+Learning rates are 0, so that the routing stays as measured; optimizers do all their
+work nevertheless. Below the ratios is where the time goes, by kind of operation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -29,12 +34,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
 
-WIDTH, EXPERTS, THRESHOLD, VOCAB, RANKS = 256, 16, 0.9, 8192, 2
-DEMO_BAR, PEER_BAR = 1.25, 0.333
+WIDTH = 256
+EXPERTS = 16
+THRESHOLD = 0.9
+VOCAB = 8192
+RANKS = 2
+DEMO_BAR = 1.25
+PEER_BAR = 0.333
 TOLERANCE = 0.01
-"""largest difference of the first step's losses, in nats: bf16 moves them by less than 0.001"""
-KINDS = {  # the first kind one of whose words is in an operation's name
-    # _start and _finish are the two halves of an exchange, which wait for the other rank.
+"""Largest difference of the first losses, in nats. bf16 causes less than 0.001."""
+KINDS = {
+    # _start and _finish are the two halves of an exchange, which wait for the other
+    # rank.
     "communication": (
         "comm",
         "alltoall",
@@ -62,11 +73,12 @@ KINDS = {  # the first kind one of whose words is in an operation's name
     "attention": ("attention",),
     "optimizer": ("adam",),
 }
+"""Words in the names of operations, by kind. The first kind that has a match counts."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the mixture of the second comparison."""
+    """Sizes of the model in the second comparison."""
 
     layers: int = 4
     hidden: int = 256
@@ -84,18 +96,20 @@ class Shape:
 
 
 QUICK = Shape(layers=2, vocab=4096, length=128, sequences=2)
-OURS, THEIRS, AUTOCAST = "our step", "transformers, bf16", "transformers, fp32 weights"
+OURS = "our step"
+THEIRS = "transformers, bf16"
+AUTOCAST = "transformers, fp32 weights"
 PRECISIONS = {
     OURS: "bf16; master weights, gradients' sums and Adam's moments in fp32",
     THEIRS: "bf16 throughout; no master weights, Adam's moments in bf16",
     AUTOCAST: "bf16 under autocast, experts in fp32; weights, gradients and Adam's moments in fp32",
 }
 PARTS = ("output and loss", "attention", "gate", "dispatch", "experts", "the rest", "optimizer")
-"""rows of the profile; theirs do in `experts` what ours do in `dispatch`"""
+"""Rows of the profile. What ours does in `dispatch`, theirs does in `experts`."""
 
 
 def configs():
-    """The demo's shapes (examples_deepspeed/MoE/demo.sh)."""
+    """The demo's configuration (examples_deepspeed/MoE/demo.sh)."""
     from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 
     model = ModelConfig(
@@ -118,7 +132,11 @@ def configs():
 
 
 def make_engines(groups, batch):
-    """(mixture engine, dense engine of equal active width, mean experts per token by layer)."""
+    """Build the MoE engine and the dense engine of equal active width.
+
+    Returns:
+        (MoE engine, dense engine, mean experts per token by MoE layer).
+    """
     from megatron.config.schema import DeepSpeedConfig
     from megatron.engine.engine import Engine
     from megatron.model.builder import build_model
@@ -128,70 +146,69 @@ def make_engines(groups, batch):
     from megatron.training.task import NextTokenLoss
 
     model, moe, optimizer, train = configs()
-    mixture = Engine(
-        build_model(
-            model, moe, {"threshold": THRESHOLD}, vocab_size=VOCAB, seed=0, groups=groups
-        ),
-        optimizer,
-        DeepSpeedConfig(),
-        train,
-        groups,
-    )
-    mixture.step([batch], NextTokenLoss(), 0.0, 0.0)
-    kept = MoEMetrics(mixture.model, groups).read()["experts_per_token_by_layer"]
-    widths = iter([round(k * WIDTH / 16) * 16 for k in kept])
-    twin = GPT(
-        model,
-        VOCAB,
-        make_ffn=lambda i: MLP(
-            model.hidden_size,
-            next(widths) if moe.is_moe_layer(i) else model.ffn_size,
-            model.act,
-        ),
-    )
-    twin.init_weights(0)
+    options = {"threshold": THRESHOLD}
+    moe_model = build_model(model, moe, options, vocab_size=VOCAB, seed=0, groups=groups)
+    moe_engine = Engine(moe_model, optimizer, DeepSpeedConfig(), train, groups)
+    moe_engine.step([batch], NextTokenLoss(), 0.0, 0.0)
+    metrics = MoEMetrics(moe_engine.model, groups).read()
+    experts_per_token = metrics["experts_per_token_by_layer"]
+    widths = iter([round(k * WIDTH / 16) * 16 for k in experts_per_token])
+
+    def make_ffn(layer: int) -> MLP:
+        width = next(widths) if moe.is_moe_layer(layer) else model.ffn_size
+        return MLP(model.hidden_size, width, model.act)
+
+    dense_model = GPT(model, VOCAB, make_ffn=make_ffn)
+    dense_model.init_weights(0)
+    unsharded = replace(groups, ep_size=1, ep_group=None)
     return (
-        mixture,
-        Engine(
-            twin,
-            optimizer,
-            DeepSpeedConfig(),
-            train,
-            replace(groups, ep_size=1, ep_group=None),
-        ),
-        kept,
+        moe_engine,
+        Engine(dense_model, optimizer, DeepSpeedConfig(), train, unsharded),
+        experts_per_token,
     )
 
 
 def profile_kinds(step) -> dict[str, float]:
-    """Milliseconds of one step by kind of operation (self CPU time of this rank)."""
+    """Measure the milliseconds of one step by kind of operation (self CPU time)."""
     import torch
 
+    steps = 3
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(3):
+        for _ in range(steps):
             step()
     kinds = dict.fromkeys([*KINDS, "the rest"], 0.0)
     for event in profiler.key_averages():
-        name = event.key.lower()
-        kind = next(
-            (k for k, words in KINDS.items() if any(w in name for w in words)), "the rest"
-        )
-        kinds[kind] += event.self_cpu_time_total / 3000
+        kinds[kind_of(event.key)] += event.self_cpu_time_total / 1000 / steps
     return kinds
 
 
+def kind_of(operation: str) -> str:
+    """The kind of an operation, by its name."""
+    name = operation.lower()
+    for kind, words in KINDS.items():
+        if any(word in name for word in words):
+            return kind
+    return "the rest"
+
+
 def measure_demo(groups, rounds: int):
-    """(experts per token, seconds, milliseconds by kind of operation) on rank 0."""
+    """On a rank: measure both models.
+
+    Returns:
+        (experts per token by MoE layer, seconds by model and round, milliseconds by
+        model and kind of operation).
+    """
     from megatron.training.task import NextTokenLoss
 
     batch = make_batch(8, 256, VOCAB, seed=groups.rank)
-    mixture, dense, kept = make_engines(groups, batch)
-    functions = {
-        "mixture step": lambda: mixture.step([batch], NextTokenLoss(), 0.0, 0.0),
-        "dense step": lambda: dense.step([batch], NextTokenLoss(), 0.0, 0.0),
+    moe_engine, dense_engine, experts_per_token = make_engines(groups, batch)
+    steps = {
+        "MoE step": lambda: moe_engine.step([batch], NextTokenLoss(), 0.0, 0.0),
+        "dense step": lambda: dense_engine.step([batch], NextTokenLoss(), 0.0, 0.0),
     }
-    seconds = report.interleave(functions, rounds)
-    return kept, seconds, {name: profile_kinds(f) for name, f in functions.items()}
+    seconds = report.interleave(steps, rounds)
+    kinds = {name: profile_kinds(step) for name, step in steps.items()}
+    return experts_per_token, seconds, kinds
 
 
 def make_batch(sequences: int, length: int, vocab: int, seed: int):
@@ -212,29 +229,30 @@ def make_batch(sequences: int, length: int, vocab: int, seed: int):
 
 
 def demo_rows(rounds: int) -> list[report.Row]:
-    kept, seconds, kinds = report.on_ranks(RANKS, measure_demo, rounds)
-    print(
-        "demo: experts per token by mixture layer:",
-        " ".join(f"{k:.2f}" for k in kept),
-        f"of {EXPERTS}",
-    )
+    """Compare the demo's model with the dense one."""
+    experts_per_token, seconds, kinds = report.on_ranks(RANKS, measure_demo, rounds)
+    by_layer = " ".join(f"{k:.2f}" for k in experts_per_token)
+    print(f"demo: experts per token by MoE layer: {by_layer} of {EXPERTS}")
     print_table("ms per step, rank 0, profiled", kinds)
-    return report.compare(seconds, "dense step", {"mixture step": DEMO_BAR})
+    return report.compare(seconds, "dense step", {"MoE step": DEMO_BAR})
 
 
 def print_table(title: str, columns: dict[str, dict[str, float]]) -> None:
+    """Print a table of numbers with a row of their sums."""
+    sums = {name: sum(column.values()) for name, column in columns.items()}
     print(f"{title:32s}" + "".join(f"{name:>28s}" for name in columns))
-    for line in next(iter(columns.values())):
-        print(f"{line:32s}" + "".join(f"{column[line]:28.1f}" for column in columns.values()))
-    print(
-        f"{'together':32s}"
-        + "".join(f"{sum(column.values()):28.1f}" for column in columns.values())
-        + "\n"
-    )
+    for label in next(iter(columns.values())):
+        cells = "".join(f"{column[label]:28.1f}" for column in columns.values())
+        print(f"{label:32s}{cells}")
+    print(f"{'together':32s}" + "".join(f"{total:28.1f}" for total in sums.values()) + "\n")
 
 
 def our_model(s: Shape, groups):
-    """(model of Mixtral's architecture in fp32 with initial weights, configuration of its optimizer and trainer)."""
+    """Build a model of Mixtral's architecture in fp32 with initial weights.
+
+    Returns:
+        (model, configuration of its optimizer, configuration of its trainer).
+    """
     from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
     from megatron.model.builder import build_model
 
@@ -259,34 +277,25 @@ def our_model(s: Shape, groups):
 
 
 def our_step(s: Shape, batch) -> Callable[[], float]:
-    """A training step that returns its loss."""
-    from megatron.engine import distributed as parallel
+    """Build our side: a function that does a training step and returns its loss."""
+    from megatron.engine import distributed
     from megatron.training.task import NextTokenLoss
 
-    groups = parallel.init_distributed(1)
-    from megatron.config.schema import DeepSpeedConfig
-    from megatron.engine.engine import (
-        Engine,
-    )  # imports DeepSpeed: only after `groups` prepared its environment
+    groups = distributed.init_distributed(1)
+    # It imports DeepSpeed, whose environment `init_distributed` prepares.
+    from megatron.engine.engine import Engine
     from megatron.training import profile_report, profiler
 
-    model, optimizer, train = our_model(s, groups)
-    engine = Engine(model, optimizer, DeepSpeedConfig(), train, groups)
-    name_parts(
-        engine.model,
-        engine.model.norm,
-        {
-            m: part
-            for m, part in profiler.module_parts(engine.model).items()
-            if m is not engine.model
-        },
-    )
+    engine = Engine(*our_model(s, groups), groups)
+    parts = profiler.module_parts(engine.model)
+    del parts[engine.model]
+    name_parts(engine.model, engine.model.norm, parts)
     engine.deepspeed.step = in_range(profile_report.PART + "optimizer", engine.deepspeed.step)
     return lambda: float(sum(engine.step([batch], NextTokenLoss(), 0.0, 0.0).values()))
 
 
 def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:
-    """The same with transformers' Mixtral and our weights."""
+    """Build the other side: transformers' Mixtral with our weights."""
     import torch
 
     from megatron.parallel.groups import Groups
@@ -294,21 +303,16 @@ def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:
 
     gpt, optimizer, _ = our_model(s, Groups())
     model = their_model(s, gpt)
-    model = model.train() if autocast else model.bfloat16().train()
-    name_parts(
-        model,
-        model.model.norm,
-        {
-            m: part
-            for layer in model.model.layers
-            for m, part in (
-                (layer.self_attn, "attention"),
-                (layer.mlp, "dispatch"),
-                (layer.mlp.gate, "gate"),
-                (layer.mlp.experts, "experts"),
-            )
-        },
-    )
+    if not autocast:
+        model = model.bfloat16()
+    model.train()
+    parts = {}
+    for layer in model.model.layers:
+        parts[layer.self_attn] = "attention"
+        parts[layer.mlp] = "dispatch"
+        parts[layer.mlp.gate] = "gate"
+        parts[layer.mlp.experts] = "experts"
+    name_parts(model, model.model.norm, parts)
     adamw = torch.optim.AdamW(
         model.parameters(), lr=0.0, weight_decay=optimizer.weight_decay, fused=True
     )
@@ -333,7 +337,7 @@ def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:
 
 
 def their_model(s: Shape, gpt):
-    """Mixtral with the weights of our model, in fp32."""
+    """Build transformers' Mixtral with the weights of our model, in fp32."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     model = MixtralForCausalLM(
@@ -349,7 +353,8 @@ def their_model(s: Shape, gpt):
             max_position_embeddings=s.length,
             use_cache=False,
             rope_parameters={"rope_type": "default", "rope_theta": gpt.config.rotary_base},
-            # Their balance loss counts experts per token, ours shares of all choices: theirs is k times as much.
+            # Their balance loss counts experts per token, ours shares of all choices:
+            # theirs is k times as large.
             output_router_logits=True,
             router_aux_loss_coef=0.01 / s.topk,
             experts_implementation="grouped_mm",
@@ -360,7 +365,7 @@ def their_model(s: Shape, gpt):
 
 
 def their_weights(ours: dict[str, Any]) -> dict[str, Any]:
-    """Our state under transformers' names."""
+    """Rename our state to transformers' names; gate and up projection are joined."""
     import torch
 
     theirs = {}
@@ -368,17 +373,15 @@ def their_weights(ours: dict[str, Any]) -> dict[str, Any]:
         if name.endswith("experts.w3"):
             continue
         if name.endswith("experts.w1"):
-            name, value = (
-                name.replace("w1", "gate_up_proj"),
-                torch.cat([value, ours[name.replace("w1", "w3")]], 1),
-            )
+            value = torch.cat([value, ours[name.replace("w1", "w3")]], 1)
+            name = name.replace("w1", "gate_up_proj")
         name = name.replace("experts.w2", "experts.down_proj").replace("gate.router", "gate")
         theirs[name if name.startswith("lm_head") else f"model.{name}"] = value
     return theirs
 
 
 def in_range(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose operations a profile finds inside a range of that name."""
+    """Wrap a function so that it runs in a profiler range of this name."""
     import torch
 
     def inside(*args: Any, **kwargs: Any) -> Any:
@@ -389,62 +392,62 @@ def in_range(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def name_parts(model, final_norm, parts: dict) -> None:
-    """Have each module's forward pass run in a range of its part, and all that follows the final norm in one."""
-    import torch
+    """Run each module's forward pass in a range of its part until the process ends.
 
-    from megatron.training.profile_report import PART
+    What follows the final norm is a range, too.
+    """
+    from megatron.training import profiler
 
-    def opener(name: str, open_: list) -> Callable[..., None]:
-        def before(*_: Any) -> None:
-            open_.append(torch.profiler.record_function(PART + name))
-            open_[-1].__enter__()
-
-        return before
-
-    def closer(open_: list) -> Callable[..., None]:
-        return lambda *_: open_.pop().__exit__(None, None, None)
-
-    for module, name in parts.items():
-        open_: list = []
-        module.register_forward_pre_hook(opener(name, open_))
-        module.register_forward_hook(closer(open_))
-    open_ = []
-    final_norm.register_forward_hook(opener("output and loss", open_))
-    model.register_forward_hook(closer(open_), prepend=True)
+    never_closed = contextlib.ExitStack()
+    for module, part in parts.items():
+        profiler.name_forward(module, part, never_closed)
+    profiler.name_output(model, final_norm, never_closed)
 
 
 def profile_step(step: Callable[[], float]) -> dict[str, float]:
-    """Milliseconds of one step by part of the model, forward and backward together."""
+    """Measure the milliseconds of one step by part, forward and backward together."""
     import torch
 
     from megatron.training import profile_report
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         in_range(profile_report.STEP, step)()
-    took = profile_report.break_down_step(profile_report.spans_of(profiler)).host_ms
-    return {part: sum(took[part, phase] for phase in profile_report.PHASES) for part in PARTS}
+    host_ms = profile_report.break_down_step(profile_report.spans_of(profiler)).host_ms
+    times = dict.fromkeys(PARTS, 0.0)
+    for part in PARTS:
+        times[part] = sum(host_ms[part, phase] for phase in profile_report.PHASES)
+    return times
 
 
 def serve(side: str, shape: Shape, pipe) -> None:
-    """Answer "step" with its loss and "profile" with the milliseconds of its parts, until there are no more orders."""
+    """In a process of its own: answer requests for a step or a profile of this side.
+
+    The answer to "step" is its loss, that to "profile" the milliseconds of its parts.
+    An empty request ends the process.
+    """
     os.environ.update(
-        OMP_NUM_THREADS="2", DS_ACCELERATOR="cpu", KINETO_LOG_LEVEL="99"
-    )  # 99: a quiet profiler
+        OMP_NUM_THREADS="2",
+        DS_ACCELERATOR="cpu",
+        KINETO_LOG_LEVEL="99",  # silences torch's profiler
+    )
     import torch
 
     torch.set_num_threads(2)
     batch = make_batch(shape.sequences, shape.length, shape.vocab, seed=0)
-    step = (
-        our_step(shape, batch)
-        if side == OURS
-        else their_step(shape, batch, autocast=side == AUTOCAST)
-    )
-    jobs = {"step": step, "profile": lambda: profile_step(step)}
-    while order := pipe.recv():
-        pipe.send(jobs[order]())
+    if side == OURS:
+        step = our_step(shape, batch)
+    else:
+        step = their_step(shape, batch, autocast=side == AUTOCAST)
+    answers = {"step": step, "profile": lambda: profile_step(step)}
+    while True:
+        request = pipe.recv()
+        if not request:
+            return
+        pipe.send(answers[request]())
 
 
 def check_losses(losses: dict[str, float]) -> None:
+    """Raise RuntimeError if the first losses differ by more than `TOLERANCE`."""
     first = next(iter(losses.values()))
     if not all(abs(loss - first) <= TOLERANCE for loss in losses.values()):
         raise RuntimeError(
@@ -453,7 +456,7 @@ def check_losses(losses: dict[str, float]) -> None:
 
 
 def peer_rows(shape: Shape, rounds: int, bar: float | None) -> list[report.Row]:
-    """Our step against transformers', in processes of their own that take turns."""
+    """Compare our step with transformers', in processes that take turns."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for side in PRECISIONS:
@@ -461,9 +464,10 @@ def peer_rows(shape: Shape, rounds: int, bar: float | None) -> list[report.Row]:
         context.Process(target=serve, args=(side, shape, theirs), daemon=True).start()
         theirs.close()
 
-    def ask(side: str, order: str) -> Any:
-        pipes[side].send(order)
-        return pipes[side].recv()  # EOFError when the process has died; its message is above
+    def ask(side: str, request: str) -> Any:
+        pipes[side].send(request)
+        # EOFError means that the process has died; its message is above.
+        return pipes[side].recv()
 
     losses = {side: ask(side, "step") for side in pipes}
     print("peer:", ", ".join(f"{name} {number}" for name, number in asdict(shape).items()))

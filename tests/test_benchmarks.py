@@ -523,7 +523,7 @@ def test_dispatch_quickly(tmp_path):
 def test_train_step_quickly(tmp_path):
     printed, table, _ = run_quickly("train_step.py", tmp_path)
     assert [(r["name"], r["bar"]) for r in table] == [
-        ("mixture step", 1.25),
+        ("MoE step", 1.25),
         ("our step", None),
         ("our step", None),
     ]

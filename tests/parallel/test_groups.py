@@ -163,7 +163,8 @@ def test_missing_rank_is_a_clear_error(rank, message):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     line = next(line for line in done.stderr.splitlines() if "error: " in line)
     assert re.search(
-        f"did not find each other at 127.0.0.1:{port} within --timeout-minutes 0.03: .*({message}).* "
+        f"did not find each other at 127.0.0.1:{port} within --timeout-minutes 0.03: "
+        f".*({message}).* "
         "GLOO_SOCKET_IFNAME, which is lo",
         line,
     ), line
