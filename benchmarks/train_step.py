@@ -273,7 +273,8 @@ def our_model(s: Shape, groups):
         seed=0,
         groups=groups,
     )
-    return gpt, OptimizerConfig(bf16=True), TrainConfig(micro_batch_size=s.sequences)
+    train = TrainConfig(micro_batch_size=s.sequences)
+    return gpt, OptimizerConfig(bf16=True), DeepSpeedConfig(), train
 
 
 def our_step(s: Shape, batch) -> Callable[[], float]:

@@ -177,8 +177,9 @@ def cpu_seconds(pid: int) -> float:
 def interrupt(process: subprocess.Popen) -> tuple[str, str]:
     """Send SIGINT until the process ends, and return its output.
 
-    Python handles a signal between two bytecodes. One that arrives just before a blocking
-    system call is handled only when the call returns, so it is sent again after a while.
+    Python handles a signal between two bytecodes. One that arrives just before a
+    blocking system call is handled only when the call returns, so it is sent again
+    after a while.
     """
     deadline = time.monotonic() + LIMIT_SECONDS
     while True:
@@ -194,7 +195,8 @@ def test_ctrl_c_ends_a_reading_tool(tmp_path, more):
     """One that waits for more of a pipe that stays open."""
     os.mkfifo(tmp_path / "pipe")
     tool = start_train_tokenizer(tmp_path, "pipe", *more)
-    with open(tmp_path / "pipe", "wb", buffering=0) as pipe:  # waits for the tool to open it
+    # Opening the pipe waits until the tool opens it, too.
+    with open(tmp_path / "pipe", "wb", buffering=0) as pipe:
         pipe.write(b'{"text": "a"}\n')
         wait_until(lambda: unread_bytes(pipe) == 0, "reading the line")
         out, err = interrupt(tool)

@@ -16,7 +16,7 @@ STEP = "training step"
 PART = "part: "
 """Prefix of the names of ranges around parts of a step."""
 
-PARTS = (
+STEP_PARTS = (
     "attention",
     "dense FFN",
     "gate",
@@ -199,8 +199,8 @@ def profile_table(
     if on_device:
         header += f"{'GPU':>10s}"
     lines = [title, header]
-    lines += [_table_row(breakdown, part, (part,), on_device) for part in PARTS]
-    lines.append(_table_row(breakdown, "total", PARTS, on_device))
+    lines += [_table_row(breakdown, part, (part,), on_device) for part in STEP_PARTS]
+    lines.append(_table_row(breakdown, "total", STEP_PARTS, on_device))
     lines.append(
         "dispatch: MoE layers without their gates and experts; communication: includes "
         "waiting for other ranks"

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments lose only the steps since the last checkpoint."""
+"""Killed runs lose only the steps since the last checkpoint."""
 
 from __future__ import annotations
 

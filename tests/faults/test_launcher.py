@@ -93,7 +93,7 @@ def kill_session(leader: int) -> None:
 
 
 def check_saved(text: str, out: Path, reason: str) -> None:
-    """Check that the run ended for this reason, with a checkpoint and without an error."""
+    """Check that the run ended for this reason, saved and without an error."""
     found = re.search(rf"this run ends at iteration (\d+) of 100000: {reason}", text)
     assert found, text
     last = int(found[1])
@@ -104,7 +104,7 @@ def check_saved(text: str, out: Path, reason: str) -> None:
 
 
 def test_ctrl_c_saves_and_stops(data, tmp_path):
-    """All processes get SIGINT, and the launcher also sends SIGTERM to one rank after the other."""
+    """All processes get SIGINT, and the launcher also sends SIGTERM to each rank."""
     _, text, _ = launch(
         runs.flags(data, tmp_path, 100000, *runs.EP2),
         lambda run: os.killpg(run.launcher, signal.SIGINT),
@@ -135,7 +135,7 @@ def terminate_all(run: Launched) -> None:
     ids=["the launcher's second process", "one rank", "all processes"],
 )
 def test_sigterm_saves_and_stops(act, code, data, tmp_path):
-    """The launcher's exit code is 0 only when no process but ranks got the signal."""
+    """The launcher's exit code is 0 only if no process but ranks got the signal."""
     actual_code, text, _ = launch(runs.flags(data, tmp_path, 100000, *runs.EP2), act)
     assert actual_code == code
     check_saved(text, tmp_path, "SIGTERM")
@@ -154,7 +154,7 @@ def test_sigterm_saves_and_stops(act, code, data, tmp_path):
     ],
 )
 def test_lost_rank_ends_the_launcher(number, code, message, data, tmp_path):
-    """A killed or frozen one. The launcher gives a frozen rank 30 s to end by itself."""
+    """Killed or frozen; the launcher gives a frozen rank 30 s to end by itself."""
     argv = runs.flags(data, tmp_path, 100000, *runs.EP2, "--timeout-minutes", "0.25")
     actual_code, text, seconds = launch(argv, lambda run: os.kill(run.ranks[1], number))
     assert actual_code == code

@@ -53,8 +53,9 @@ def test_hanging_data_is_reported_with_traceback(data, tmp_path):
 
 
 def test_frozen_rank_exceeds_the_timeout(data, tmp_path):
-    """The other rank waits for --timeout-minutes and reports it. A SIGTERM, as the launcher
-    sends it, then ends the frozen rank, which does not wait for the dead one."""
+    """The other rank waits for --timeout-minutes and reports it. A SIGTERM, as the
+    launcher sends it, then ends the frozen rank, which does not wait for the dead
+    one."""
     argv = runs.flags(data, tmp_path, 1000, *runs.EP2, *SHORT, "--timeout-minutes", "0.25")
     with Run(argv, tmp_path, faults={1: {5: faulty.freeze, 6: faulty.hang}}) as run:
         run.ranks[0].join(LIMIT_SECONDS)

@@ -1,4 +1,4 @@
-"""Signals and the end of a run's time: the step ends, a checkpoint is saved, all ranks exit 0."""
+"""Signals and the end of a run's time: all ranks save and exit with code 0."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 from helpers import faulty, runs
 from helpers.faulty import Run
 
-SHORT = ["--eval-iters", "0"]  # 2 micro-batches per step on each of two ranks, no others
+# With 2 micro-batches per step on each of two ranks and no others.
+SHORT = ["--eval-iters", "0"]
 
 
 def test_signal_to_one_rank_stops_all(finished, data, tmp_path):
@@ -46,8 +47,8 @@ def test_second_signal_ends_the_run_immediately(data, tmp_path):
     assert not list((tmp_path / "checkpoints").glob("iter_*"))
 
 
-def test_run_ends_when_its_time_is_over(data, tmp_path):
-    """The time counts from the start of the process; a run within its time continues."""
+def test_run_ends_when_time_is_over(data, tmp_path):
+    """It counts from the start of the process; a run within its time continues."""
     argv = [*runs.flags(data, tmp_path, 20), *SHORT, "--exit-duration-in-mins"]
     with Run([*argv, "59.5"], tmp_path, ranks=1, started=time.time() - 3600) as run:
         assert run.codes() == [0], run.text

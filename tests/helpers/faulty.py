@@ -98,7 +98,7 @@ class Run:
             process.join()
 
     def codes(self, timeout: float = LIMIT_SECONDS) -> list[int]:
-        """Wait for all ranks and return their exit codes; fails after `timeout` seconds."""
+        """Wait for all ranks, at most `timeout` seconds; return their exit codes."""
         end = time.monotonic() + timeout
         for process in self.ranks:
             process.join(max(0.0, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Waiting for a condition with a generous limit, so that tests hold on a busy machine."""
+"""Waiting for a condition, with a limit that holds on a busy machine."""
 
 from __future__ import annotations
 

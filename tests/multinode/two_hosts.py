@@ -6,8 +6,8 @@
 A host is a set of network, process, mount and UTS namespaces (`ip netns` of iproute2,
 `unshare` of util-linux) with its own /dev/shm; a veth pair joins the two. They see the
 same files, as the nodes of a cluster see a shared folder. When a host is killed, the
-kernel ends all of its processes as SIGKILL would and closes their connections. When it is
-unplugged first, as in a power cut, the other host is not notified.
+kernel ends all of its processes as SIGKILL would and closes their connections. When it
+is unplugged first, as in a power cut, the other host is not notified.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ INIT = (
 )
 """First process of a host."""
 
-# Stand-ins for ssh and pdsh. As with the real ones, a session has a bare environment, and
-# pdsh joins its words into one line for the shell of each host.
+# Stand-ins for ssh and pdsh. As with the real ones, a session has a bare environment,
+# and pdsh joins its words into one line for the shell of each host.
 SSH = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do case $1 in -o | -p | -l) shift 2 ;; *) shift ;; esac; done
 host=$1; shift
@@ -156,7 +156,7 @@ class Host:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[list[Host]]:
-    """Create the hosts `node-0` and `node-1` at 10.77.0.1 and 10.77.0.2, and remove them.
+    """Create hosts `node-0` and `node-1` at 10.77.0.1 and 10.77.0.2; remove them.
 
     Raises:
         RuntimeError: this machine does not allow it.
@@ -324,7 +324,7 @@ class Lab:
         return Run(["bash", RUN], {**env, "PATH": f"{programs}:{env['PATH']}"})
 
     def metrics(self, out: str) -> dict[int, dict]:
-        """Read the metrics of each iteration; for one that was done twice, the second row."""
+        """Read the metrics by iteration; the second row of one that was done twice."""
         lines = (self.folder / out / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         return {row["iteration"]: row for row in rows if row["kind"] == "train"}
@@ -362,7 +362,7 @@ def check_equal(rows: dict[int, dict], reference: dict[int, dict]) -> None:
 
 
 def wait_for_error_exit(run: Run) -> str:
-    """Check that a run fails within `END_SECONDS`, print the time, return its error line."""
+    """Check that a run fails in time, and return its error line."""
     start = time.monotonic()
     error = check_error_exit(run, END_SECONDS)
     say(f"it ended after {time.monotonic() - start:.1f} s with {error!r}")
@@ -444,7 +444,7 @@ def unplugged(lab: Lab) -> None:
 
 
 def unshared(lab: Lab) -> None:
-    """OUTPUT_DIR is not shared: the first save fails on both hosts, without a checkpoint."""
+    """OUTPUT_DIR is not shared: the first save fails on both hosts."""
     out = lab.folder / "two"
     out.mkdir()
     with two_hosts() as hosts:

@@ -1,4 +1,4 @@
-"""BackgroundTask: stored errors, and waiting for the slowest rank by short collectives."""
+"""BackgroundTask: stored errors, and waiting for the slowest rank."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_task_stores_unexpected_errors():
 
 
 def _wait_for_slow_rank(seconds: float, poll_seconds: float) -> tuple[int, float]:
-    """On a rank: how many collectives waited for rank 1, and how long the longest took."""
+    """On a rank: number of collectives, and seconds of the longest."""
     from megatron.parallel import background
 
     groups = groups_for(1)

@@ -66,13 +66,13 @@ def test_operator_cache_is_in_the_environment(monkeypatch, tmp_path):
 
 
 def _init(ep_size):
-    """On a rank: its place in the expert-parallel groups, which have the run's timeout."""
+    """On a rank: its place in the expert-parallel groups."""
     os.environ.update(
         RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
     )
     groups = distributed.init_distributed(ep_size, timeout_minutes=0.5)
     backend = groups.ep_group._get_backend(torch.device("cpu"))
-    assert backend.options._timeout.total_seconds() == 30
+    assert backend.options._timeout.total_seconds() == 30, "the run's timeout"
     members = dist.get_process_group_ranks(groups.ep_group)
     return groups.rank, groups.ep_rank, members, groups.backend, groups.is_rank0
 

@@ -38,7 +38,7 @@ def wait_past_limit(watchdog: Watchdog) -> None:
 
 
 def test_stop_reads_signals_and_restores_handlers(capfd):
-    """Other signals are ignored, and a repetition within two seconds does not end the process."""
+    """It ignores other signals, and a repetition within two seconds."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with GracefulStop(FaultToleranceConfig(), Groups()) as stop:
         status = stop.all_reduce_step_status(torch.tensor(2.0), torch.tensor(0.5))
@@ -80,7 +80,7 @@ def _step_status(minutes: list[float], losses: list[float]) -> tuple:
 
 
 def test_step_status_agrees_on_all_ranks(ranks2):
-    """Losses are means over ranks. A request of one rank stops all, also if one has no loss."""
+    """Losses are means; one rank's request stops all, also if one has no loss."""
     assert ranks2.run(_step_status, [11.0, 11.0], [1.0, 2.0]) == [(1.5, 1.0, 0, False)] * 2
     assert ranks2.run(_step_status, [11.0, 9.0], [1.0, 2.0]) == [(1.5, 1.0, 0, True)] * 2
     for status in ranks2.run(_step_status, [0.0, 9.0], [float("nan"), 2.0]):
@@ -96,7 +96,7 @@ def test_stop_has_no_default_deadline():
 
 
 def test_watchdog_limits_waiting_for_a_batch(capfd):
-    """Using a batch for longer than the limit is no fault; waiting for one that long is."""
+    """Using a batch for longer is no fault; waiting that long for one is."""
     exit_codes = []
     ended = threading.Event()
 

@@ -12,7 +12,7 @@ from megatron.training.loss_spikes import LEAST_DEVIATION, SpikeDetector
 
 
 def test_spike_statistics_match_the_definition():
-    """A z-score against the last losses that were not spikes, recomputed at every step."""
+    """A z-score against the last losses that were not spikes."""
     rng = random.Random(0)
     threshold = 2.0
     window = 40
@@ -37,7 +37,7 @@ def test_spike_statistics_match_the_definition():
 
 
 def test_early_and_low_losses_are_normal():
-    """There are no spikes before a quarter of the window is filled, and none downwards."""
+    """No spikes before a quarter of the window is filled, and none downwards."""
     detector = SpikeDetector(3.0, 16)
     assert [detector.update(loss) for loss in (1.0, 100.0, 1.0, 100.0)] == [None] * 4
     detector = SpikeDetector(3.0, 16)
@@ -77,7 +77,7 @@ def test_lasting_spikes_are_a_level_shift():
 
 
 def test_spikes_without_deviation_or_threshold():
-    """With losses of zero the z-score is infinite; a threshold of zero finds nothing."""
+    """Losses of zero give an infinite z-score; a threshold of zero finds nothing."""
     detector = SpikeDetector(4.0, 8)
     for _ in range(4):
         assert detector.update(0.0) is None

@@ -46,7 +46,7 @@ def test_schedule_has_the_expected_values(options, expected):
 
 
 def test_units_of_warmup_and_decay_agree():
-    """The same schedule in iterations, in tokens (rounded up) and as a share of the run."""
+    """In iterations, in tokens (rounded up) and as a share of the run."""
     expected = lrs(20, lr_warmup_iters=4, lr_decay_iters=10)
     assert lrs(20, lr_warmup_tokens=31, lr_decay_tokens=100) == expected
     assert lrs(20, lr_warmup_fraction=0.2, lr_decay_iters=10) == expected
@@ -63,7 +63,7 @@ def test_schedule_of_the_reference_recipe():
 
 @given(st.sampled_from(DECAY_STYLES), st.integers(1, 50), st.integers(0, 50), st.floats(0, 0.5))
 def test_schedule_rises_then_falls(style, decay, warmup, fraction):
-    """It is positive at every step of the run and monotone on both sides of the peak."""
+    """It is positive at every step and monotone on both sides of the peak."""
     options = {
         "lr_decay_style": style,
         "lr_warmup_iters": min(warmup, decay) // 2,

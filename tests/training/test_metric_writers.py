@@ -263,7 +263,8 @@ def test_log_lines_appear_above_the_bar(printed, monkeypatch, capsys, rank):
         out, err = capsys.readouterr()
         assert out.endswith(" line\n")
         if rank == 0:
-            # tqdm clears its line before the log line is written and redraws it afterwards.
+            # tqdm clears its line before the log line is written and redraws it
+            # afterwards.
             assert "2/5" in err and err.count("\r") > 2
         else:
             assert err == ""
@@ -273,7 +274,7 @@ def test_log_lines_appear_above_the_bar(printed, monkeypatch, capsys, rank):
 
 
 def test_console_shows_experts_of_evaluated_layers(printed):
-    """By layer in evaluations only; without the count before capacity if a row has none."""
+    """By layer in evaluations only."""
     row = {
         "kind": "eval",
         "iteration": 5,

@@ -23,9 +23,9 @@ from megatron.parallel.groups import Groups
 from megatron.training.profile_report import (
     NODE,
     PART,
-    PARTS,
     PHASES,
     STEP,
+    STEP_PARTS,
     Span,
     break_down_step,
     profile_table,
@@ -52,11 +52,11 @@ def read_table(path: Path) -> dict[str, dict[str, float]]:
 
 def check_sums(rows: dict[str, dict[str, float]], path: Path) -> float:
     """Check that the parts add up to the step, and return its milliseconds."""
-    assert list(rows) == [*PARTS, "total"]
+    assert list(rows) == [*STEP_PARTS, "total"]
     step_ms = float(re.search(r": ([\d.]+) ms each", path.read_text()).group(1))
     totals = {phase: rows["total"][phase] for phase in PHASES} | {"all": step_ms, "share": 100}
     for column, total in totals.items():
-        column_sum = sum(rows[part][column] for part in PARTS)
+        column_sum = sum(rows[part][column] for part in STEP_PARTS)
         assert column_sum == pytest.approx(total, abs=0.51), column
     for row in rows.values():
         assert sum(row[phase] for phase in PHASES) == pytest.approx(row["all"], abs=0.21)
@@ -99,7 +99,7 @@ def reference_part(span: Span, around: list[Span], spans: list[Span]) -> tuple[s
 
 
 def enclosing(span: Span, spans: list[Span]) -> list[Span]:
-    """The spans around a span, outermost first. No two random spans have the same ends."""
+    """The spans around a span, outermost first; no two have the same ends."""
     return sorted(
         (s for s in spans if s.start < span.start and s.end > span.end), key=lambda s: s.start
     )
@@ -146,7 +146,8 @@ class RandomSteps:
         if backward or self.rng.random() >= 0.7:
             return Span("aten::mm", start, end, 1)
         sequence = self.next_sequence
-        self.next_sequence += self.rng.randrange(2)  # one that creates no node shares it
+        # An operation that creates no node shares its number with the next one.
+        self.next_sequence += self.rng.randrange(2)
         return Span("aten::mm", start, end, 1, sequence)
 
 
@@ -167,7 +168,7 @@ def test_time_belongs_to_the_innermost_part(seed):
 
 
 def test_backward_thread_and_kernels_are_attributed():
-    """As on a GPU, where the step's thread waits while the device's thread runs the nodes.
+    """As on a GPU: the step's thread waits while the device's thread runs nodes.
 
     The time of a kernel belongs to the operation that launched it. Threads that run no
     nodes are not part of the step.
@@ -298,7 +299,7 @@ def check_trace(path: Path) -> None:
     with gzip.open(path, "rt") as file:
         events = json.load(file)["traceEvents"]
     names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
-    parts = (*PARTS[:-1], "forward", "backward")
+    parts = (*STEP_PARTS[:-1], "forward", "backward")
     assert {STEP, *(PART + part for part in parts)} <= names
     assert sum(e["name"] == STEP for e in events) == 2
 
@@ -319,8 +320,8 @@ def test_unprofiled_run_has_nothing_attached(data, tmp_path, ranks1):
     ids=" ".join,
 )
 def test_profile_works_in_other_modes(options, data, tmp_path, ranks1):
-    """Recomputation ends in an exception of torch's own, ZeRO 3 has hooks, too, and a dense
-    model has no MoE layer."""
+    """Recomputation ends in an exception of torch's own, ZeRO 3 has hooks, too, and a
+    dense model has no MoE layer."""
     options = [str(tmp_path / o) if o == "tb" else o for o in options]
     is_dense = "--tensorboard-dir" in options
     if is_dense:
@@ -400,7 +401,7 @@ def _train_with_sleeps(argv: list[str]) -> None:
 
 
 def test_sleeps_appear_in_their_parts(data, tmp_path, ranks2):
-    """In the row of their part and phase; a late rank is communication on the other rank."""
+    """In the row of their part; a late rank is communication on the other."""
     argv = runs.flags(data, tmp_path, 4, *runs.EP2, "--eval-iters", "0", *PROFILE)
     ranks2.run(_train_with_sleeps, argv, timeout=300)
     folder = tmp_path / "checkpoints/profile"
@@ -487,7 +488,7 @@ def test_flags_beyond_the_run_are_refused(options, done, iterations, message):
 
 
 def test_restarted_run_continues_without_profile(caplog, tmp_path):
-    """Its flags are those of the first start, so iterations done already are no error."""
+    """It has the flags of the first start: iterations done already are no error."""
     with caplog.at_level("WARNING", logger="megatron"):
         profiler = StepProfiler(ProfilingConfig(), tmp_path / "profile", Groups(), 11, 11)
     steps = []
