@@ -253,7 +253,13 @@ def our_model(s: Shape, groups):
     Returns:
         (model, configuration of its optimizer, configuration of its trainer).
     """
-    from megatron.config.schema import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+    from megatron.config.schema import (
+        DeepSpeedConfig,
+        ModelConfig,
+        MoEConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
     from megatron.model.builder import build_model
 
     model = ModelConfig(
@@ -302,7 +308,7 @@ def their_step(s: Shape, batch, autocast: bool) -> Callable[[], float]:
     from megatron.parallel.groups import Groups
     from megatron.training import profile_report
 
-    gpt, optimizer, _ = our_model(s, Groups())
+    gpt, optimizer, *_ = our_model(s, Groups())
     model = their_model(s, gpt)
     if not autocast:
         model = model.bfloat16()
