@@ -246,7 +246,7 @@ def main() -> int:
     )
     p.add_argument("--only", choices=("speed", "scale", "merge"), help="one part")
     args: argparse.Namespace = p.parse_args()
-    from megatron.data.ingest.encode import usable_cores
+    from megatron.data.ingest.encoder_pool import usable_cores
 
     workers = args.workers or usable_cores()
     rows: list[report.Row] = []

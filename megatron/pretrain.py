@@ -171,7 +171,7 @@ def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
     Rank 0 of each node builds the sample indices; the others then find them in the cache.
     """
     from megatron.data.splits import build_splits
-    from megatron.data.streaming.producer import StreamingContext
+    from megatron.data.streaming.stream import StreamingContext
 
     groups = run.groups
     config = run.config

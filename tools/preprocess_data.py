@@ -113,7 +113,8 @@ def run(a: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megatron.config.schema import TokenizerConfig, require
-    from megatron.data.ingest.encode import EncodeConfig, usable_cores
+    from megatron.data.ingest.encode import EncodeConfig
+    from megatron.data.ingest.encoder_pool import usable_cores
     from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun
 
     start = time.monotonic()
@@ -138,15 +139,15 @@ def run(a: argparse.Namespace) -> None:
     with (
         PreprocessRun(job) as work,
         tqdm(
-            total=work.size or None,
-            initial=work.read,
+            total=work.total_bytes or None,
+            initial=work.bytes_read,
             unit="B",
             unit_scale=True,
             disable=not sys.stderr.isatty(),
         ) as bar,
     ):
         for encoded in work:
-            bar.update(encoded.chunk.read)
+            bar.update(encoded.chunk.disk_bytes)
         totals = work.finish()
     seconds = time.monotonic() - start
     for t in totals:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from megatron.data.ingest.records import Chunk, Parsed
+    from megatron.data.ingest.records import Chunk, ParsedChunk
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST = {
@@ -74,7 +74,7 @@ class Corpus:
     def __iter__(self) -> Iterator[tuple[str, ...]]:
         from tqdm import tqdm
 
-        from megatron.data.ingest.records import no_documents
+        from megatron.data.ingest.records import no_documents_error
         from megatron.data.ingest.sources import open_sources
 
         sources = open_sources(self.inputs)
@@ -93,14 +93,14 @@ class Corpus:
                         self.documents += 1
                         yield document
                     lines += parsed.lines
-                    bar.update(chunk.read)
+                    bar.update(chunk.disk_bytes)
         if not self.documents:
-            raise no_documents(self.inputs, self.skipped)
+            raise no_documents_error(self.inputs, self.skipped)
 
-    def _reject(self, chunk: Chunk, parsed: Parsed, lines: int) -> None:
+    def _reject(self, chunk: Chunk, parsed: ParsedChunk, lines: int) -> None:
         for rejected in parsed.rejected:
             if not self.skip_errors:
-                raise chunk.refusal(rejected, lines + rejected.line)
+                raise chunk.rejection_error(rejected, lines + rejected.line)
             self.skipped += 1
 
 

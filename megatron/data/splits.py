@@ -16,7 +16,8 @@ from megatron.data.sampling.sample_index import (
     parse_split,
     split_documents,
 )
-from megatron.data.streaming.producer import StreamingContext, StreamSamples, open_streams
+from megatron.data.streaming.reader import StreamSamples
+from megatron.data.streaming.stream import StreamingContext, open_streams
 from megatron.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "valid", "test")

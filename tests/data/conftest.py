@@ -1,4 +1,4 @@
-"""Fixtures of the tests of preprocessing."""
+"""Fixtures for the tests of preprocessing."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from helpers.corpora import corpus, job
-from megatron.data.ingest import encode as encode_module
-from megatron.data.ingest.encode import EncoderPool
+from helpers.corpora import preprocess_config, write_corpus
+from megatron.data.ingest import encoder_pool
+from megatron.data.ingest.encoder_pool import EncoderPool
 from megatron.data.ingest.preprocess import preprocess
 
 
 @pytest.fixture
-def at_once(monkeypatch) -> None:
-    """Start the workers without waiting, and leave the first chunks to them."""
-    monkeypatch.setattr(encode_module, "ALONE_SECONDS", 0)
-    real = EncoderPool._submit
+def start_workers_first(monkeypatch) -> None:
+    """Start the workers at the first chunk, and wait until one is ready to encode it."""
+    monkeypatch.setattr(encoder_pool, "_START_WORKERS_SECONDS", 0)
+    submit = EncoderPool._submit
 
-    def wait(self, chunk):
-        future = real(self, chunk)
-        return future if chunk else future.result() or future
+    def submit_and_wait(self, chunk):
+        future = submit(self, chunk)
+        if chunk is None:
+            future.result()
+        return future
 
-    monkeypatch.setattr(EncoderPool, "_submit", wait)
+    monkeypatch.setattr(EncoderPool, "_submit", submit_and_wait)
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory) -> tuple[list[str], Path]:
-    """(names of the files, prefix of what they become in one piece): with unusable records, which are skipped."""
+def bad_corpus(tmp_path_factory) -> tuple[list[str], Path]:
+    """A corpus with unusable records: (paths, prefix of the output of an uninterrupted run)."""
     folder = tmp_path_factory.mktemp("bad")
-    names = corpus(folder / "in", bad=True)
-    preprocess(job(names, folder / "whole", skip_errors=True))
-    return names, folder / "whole"
+    names = write_corpus(folder / "in", bad=True)
+    preprocess(preprocess_config(names, folder / "reference", skip_errors=True))
+    return names, folder / "reference"

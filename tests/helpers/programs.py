@@ -1,4 +1,4 @@
-"""What the tests of token files and of the data tools share: files laid out by hand, tools run as programs."""
+"""Helpers for the tests of token files and data tools: hand-made files, tools as programs."""
 
 from __future__ import annotations
 
@@ -29,30 +29,33 @@ CODES = {
 
 
 def run(script: str, *arguments, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a script of this repository and check its exit code."""
     done = subprocess.run(
         [sys.executable, str(REPO / script), *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == code, done.stderr
     return done
 
 
 def jsonl(path: Path, texts: list[str], **more) -> Path:
-    path.write_text(
-        "".join(json.dumps({"text": t, **more}) + "\n" for t in texts), encoding="utf-8"
-    )
+    """Write texts as JSON lines; `more` are further keys of each line."""
+    lines = [json.dumps({"text": text, **more}) + "\n" for text in texts]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
 def documents(prefix: Path) -> list[list[int]]:
-    d = IndexedDataset(prefix)
-    return [d.read(i).tolist() for i in range(d.num_documents)]
+    """Read the token ids of all documents of a .bin/.idx pair."""
+    dataset = IndexedDataset(prefix)
+    return [dataset.read(i).tolist() for i in range(dataset.num_documents)]
 
 
 def one_line_error(done: subprocess.CompletedProcess) -> str:
+    """Check that a program printed an error of one line and nothing else; return the line."""
     assert done.stdout == "" and done.stderr.endswith("\n")
     (line,) = done.stderr.splitlines()
     assert ": error: " in line
@@ -67,13 +70,19 @@ def by_hand(
     dtype: str = "uint16",
     **changes,
 ) -> str:
-    """Write a pair with struct alone; `changes` replaces parts of it."""
+    """Write a .bin/.idx pair with `struct` alone, and return its prefix.
+
+    Args:
+        bounds: number of the first sequence of each document, and the number of sequences.
+        changes: parts of the files to replace.
+    """
     size = np.dtype(dtype).itemsize
     lengths = changes.get("lengths", [len(s) for s in sequences])
-    pointers, at = [], 0
+    pointers = []
+    position = 0
     for length in lengths:
-        pointers.append(at)
-        at += length * size
+        pointers.append(position)
+        position += length * size
     pointers = changes.get("pointers", pointers)
     idx = changes.get("magic", b"MMIDIDX\x00\x00")
     idx += struct.pack(

@@ -1,41 +1,39 @@
-"""What the tests of streaming share: texts, the samples they must become, and a look into the cache."""
+"""Helpers for the tests of streaming: texts, the expected samples, and views of the cache."""
 
 from __future__ import annotations
 
 import json
 import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from helpers import runs
+from helpers.corpora import BYTE_TOKENIZER
 from megatron.config.schema import DataConfig, TokenizerConfig
 from megatron.data.sampling.blend import Samples
 from megatron.data.splits import build_splits
-from megatron.data.streaming.producer import StreamingContext, TokenStream, find_stream
+from megatron.data.streaming.stream import StreamingContext, TokenStream, find_stream
 from megatron.io.staging_dir import StagingDir
 from megatron.tokenizer.build import build_tokenizer
 
-BYTES = TokenizerConfig(tokenizer_type="ByteTokenizer")
-TOKENIZER = build_tokenizer(BYTES)
+TOKENIZER = build_tokenizer(BYTE_TOKENIZER)
 S = 16
 
 
-def corpus(path: Path, number: int = 40, name: str = "", key: str = "text") -> list[int]:
-    """Write JSON lines; the tokens that must come of them."""
+def write_text(path: Path, number: int = 40, name: str = "", key: str = "text") -> list[int]:
+    """Write JSON lines and return their tokens."""
     rng = random.Random(path.name)
-    texts = [
-        f"{name or path.name} {i} " + "é" * rng.randrange(40) if i % 9 else ""
-        for i in range(number)
-    ]
+    texts = []
+    for i in range(number):
+        text = f"{name or path.name} {i} " + "é" * rng.randrange(40)
+        texts.append(text if i % 9 else "")
     path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
     return [token for text in texts if text for token in [*text.encode(), 256]]
 
 
-def large(path: Path) -> list[int]:
-    """Some 6 MB, so several chunks."""
+def write_large_text(path: Path) -> list[int]:
+    """Write some 6 MB of JSON lines, which take several chunks, and return their tokens."""
     texts = [f"{i} " + "abcdefghij" * (500 + i % 7) for i in range(1200)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return [token for text in texts for token in [*text.encode(), 256]]
@@ -50,6 +48,13 @@ def open_samples(
     run: str = "this",
     cache: Path | str = "",
 ) -> Samples:
+    """Open the training samples of `--streaming-data-path`.
+
+    Args:
+        entries: the words after the flag.
+        samples: number of samples.
+        starts: whether this process starts the producers.
+    """
     data = DataConfig(
         streaming_data_path=tuple(map(str, entries)),
         streaming_shuffle_samples=window,
@@ -63,30 +68,26 @@ def open_samples(
         test_samples=0,
         seed=seed,
         tokenizer=TOKENIZER,
-        streaming=StreamingContext(BYTES, run, starts),
+        streaming=StreamingContext(BYTE_TOKENIZER, run, starts),
     )["train"]
 
 
-def stream_of(
+def open_stream(
     entry: Path | str,
     cache: Path | str,
     run: str = "this",
     key: str = "text",
-    config: TokenizerConfig = BYTES,
+    config: TokenizerConfig = BYTE_TOKENIZER,
 ) -> TokenStream:
-    return find_stream(
-        str(entry),
-        str(cache),
-        key,
-        build_tokenizer(config),
-        StreamingContext(config, run, True),
-    )
+    """The stream of one source."""
+    context = StreamingContext(config, run, starts=True)
+    return find_stream(str(entry), str(cache), key, build_tokenizer(config), context)
 
 
-def loop(
+def reference_samples(
     tokens: list[int], stop: int, window: int, seed: int = 5, start: int = 0
 ) -> list[list[int]]:
-    """What samples `start` to `stop` must be, one token at a time, of the text repeated for ever."""
+    """Compute samples `start` to `stop` of a repeated text, one token at a time."""
     out = []
     for i in range(start, stop):
         order = np.random.RandomState([seed, i // window]).permutation(window)
@@ -95,56 +96,39 @@ def loop(
     return out
 
 
-def read(samples: Samples, start: int = 0) -> list[list[int]]:
+def read_samples(samples: Samples, start: int = 0) -> list[list[int]]:
+    """Read the samples from `start` to the end."""
     assert all(samples[i].dtype == np.int64 for i in range(start, min(start + 2, len(samples))))
     return [samples[i].tolist() for i in range(start, len(samples))]
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> object:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-    return found
-
-
-def state(cache: Path) -> dict:
+def committed_state(cache: Path) -> dict:
+    """The content of `state.json` in a cache of one unfinished source."""
     (path,) = cache.glob("*.partial/state.json")
     return json.loads(path.read_text())
 
 
-def cached_tokens(cache: Path) -> int:
-    return state(cache)["writers"]["text"]["tokens"]
+def committed_tokens(cache: Path) -> int:
+    """The number of durable tokens in a cache of one unfinished source; 0 if there are none."""
+    if not list(cache.glob("*.partial/state.json")):
+        return 0
+    return committed_state(cache)["writers"]["text"]["tokens"]
 
 
-def is_free(cache: Path) -> bool:
-    """Whether no producer is at work in a cache of one source."""
-    prefixes = {str(path).rpartition(".partial")[0] for path in cache.glob("*.partial")}
+def is_unlocked(cache: Path) -> bool:
+    """Whether no producer holds a staging directory of a cache."""
     try:
-        for prefix in prefixes:
-            StagingDir(prefix).release()
+        for path in cache.glob("*.partial"):
+            StagingDir(str(path).removesuffix(".partial")).release()
     except ValueError:
         return False
     return True
 
 
 def streaming_flags(text: Path, out: Path, data: str, *more: str) -> list[str]:
-    argv = runs.flags(
-        data,
-        out,
-        8,
-        *runs.EP2,
-        "--streaming-data-path",
-        str(text),
-        "--valid-data-path",
-        data,
-        "--test-data-path",
-        data,
-        "--eval-iters",
-        "1",
-        "--streaming-shuffle-samples",
-        "16",
-        *more,
-    )
+    """The command line of a short run on streamed text."""
+    streaming = ["--streaming-data-path", str(text), "--streaming-shuffle-samples", "16"]
+    evaluation = ["--valid-data-path", data, "--test-data-path", data, "--eval-iters", "1"]
+    argv = runs.flags(data, out, 8, *runs.EP2, *streaming, *evaluation, *more)
     at = argv.index("--data-path")
     return argv[:at] + argv[at + 2 :]

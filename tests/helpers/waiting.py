@@ -1,22 +1,36 @@
-"""Waiting for a condition, with a limit that holds on a busy machine."""
+"""Waiting for conditions in tests, which have to hold on a busy machine as well."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
-LIMIT_SECONDS = 120.0
+T = TypeVar("T")
 
 
-def wait_until(
-    condition: Callable[[], object], what: str, seconds: float = LIMIT_SECONDS
-) -> None:
-    """Poll until `condition()` is true.
+def wait_until(condition: Callable[[], T], what: str, limit: float = 120.0) -> T:
+    """Wait until `condition()` is true, and return its value.
 
-    Raises:
-        AssertionError: it is not within `seconds`; the message names `what`.
+    Args:
+        what: what is waited for, for the message of a failure.
+        limit: seconds after which the test fails. Generous: the machine may be busy.
     """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s"
-        time.sleep(0.01)
+    end = time.monotonic() + limit
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"waited {limit:.0f} s for: {what}"
+        time.sleep(0.02)
+
+
+def assert_stays(condition: Callable[[], object], what: str, seconds: float = 0.3) -> None:
+    """Assert that `condition()` is true for some time.
+
+    A busy machine can make this check less sharp, but it cannot make it fail.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert condition(), f"no longer true: {what}"
+        time.sleep(0.02)

@@ -1,24 +1,9 @@
-"""Chunks of text -> token arrays, in several processes, in order.
-
-What comes out does not depend on how many processes there are: chunks are cut by the reader, each document is encoded
-on its own, and a fast encoder that fails its comparison is put aside from that file on, whichever process found out.
-"""
+"""Encoding a chunk of texts to token arrays."""
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
-import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -28,320 +13,207 @@ from megatron.data.ingest.records import Chunk, RejectedRecord
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 
-LOGGER = logging.getLogger("megatron")
-IN_FLIGHT = (
-    2  # chunks per process that are being encoded or wait for their turn: bounds the memory
-)
-ALONE_BYTES, ALONE_SECONDS = (
-    64 << 20,
-    2.0,
-)  # input that is encoded, or time that passes, before others are started
-COMPARED_DOCUMENTS, COMPARED_OF_FIRST = (
-    4,
-    16,
-)  # of each file and key, of the first file; and one of each later chunk
+# Documents that a fast encoder and its reference both encode, for comparison.
+_COMPARED_IN_FIRST_SOURCE = 16  # at the start of the first source, for each key
+_COMPARED_IN_OTHER_SOURCES = 4  # at the start of each other source, for each key
+_COMPARED_IN_LATER_CHUNKS = 1  # of every chunk that continues a source, for each key
 
-
-def usable_cores() -> int:
-    """Cores that this process may use: its CPU set, and the quota of its control group (containers)."""
-    cores = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
-    with suppress(OSError, ValueError):  # no such file, or "max": no quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+Splitter = Callable[[str], list[str]]
+"""a function from a text to its sentences"""
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What is done to every text."""
+    """How texts become tokens."""
 
     tokenizer: TokenizerConfig
     keys: tuple[str, ...] = ("text",)
+    """keys (columns) of the texts"""
     append_eod: bool = False
-    """end each non-empty document with the end-of-document id"""
+    """end each non-empty document with the end-of-document token"""
     split_sentences: str = ""
-    """language of the texts ("english"): sentences become sequences; empty: a document is one sequence"""
+    """language of the texts ("english"), whose sentences become sequences; empty: each
+    document is one sequence"""
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """The documents of one key of a chunk."""
+class EncodedDocuments:
+    """The encoded texts of one key of a chunk."""
 
     ids: np.ndarray
-    """the dataset's dtype: all sequences one after the other"""
-    lengths: np.ndarray
-    """int64, tokens of each sequence"""
-    counts: np.ndarray
-    """int64 [documents], sequences of each"""
-    sizes: np.ndarray
+    """token ids of all sequences, concatenated, in the dtype of the dataset"""
+    sequence_lengths: np.ndarray
+    """int64 [sequences], tokens of each sequence"""
+    sequence_counts: np.ndarray
+    """int64 [documents], sequences of each document"""
+    text_bytes: np.ndarray
     """int64 [documents], bytes of each text in UTF-8"""
 
-    def first(self, documents: int) -> Tokens:
-        """Only the first so many documents."""
-        sequences = int(self.counts[:documents].sum())
-        return Tokens(
-            self.ids[: int(self.lengths[:sequences].sum())],
-            self.lengths[:sequences],
-            self.counts[:documents],
-            self.sizes[:documents],
+    def first(self, documents: int) -> EncodedDocuments:
+        """Return the first `documents` documents."""
+        sequences = int(self.sequence_counts[:documents].sum())
+        tokens = int(self.sequence_lengths[:sequences].sum())
+        return EncodedDocuments(
+            self.ids[:tokens],
+            self.sequence_lengths[:sequences],
+            self.sequence_counts[:documents],
+            self.text_bytes[:documents],
         )
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """What became of one chunk."""
+    """The result of encoding one chunk."""
 
     chunk: Chunk
-    """without its data"""
+    """the chunk, without its data"""
     lines: int
+    """lines or rows of the chunk, blank lines included"""
     rejected: list[RejectedRecord]
-    keys: dict[str, Tokens]
+    by_key: dict[str, EncodedDocuments]
     difference: str
-    """the fast encoder's failed comparison; else empty"""
+    """how the fast encoder differed from its reference; empty if it did not"""
 
     @property
-    def documents(self) -> int:
-        return len(next(iter(self.keys.values())).sizes)
+    def num_documents(self) -> int:
+        """Number of usable documents."""
+        return len(next(iter(self.by_key.values())).text_bytes)
 
 
-class EncoderPool:
-    """Encodes chunks in `workers` processes; in this one while those start, and when there is little to do.
+class ChunkEncoder:
+    """Parses and encodes chunks in this process.
 
-    Starting a process takes about half a second of its core, in which 80 MB of text could be encoded.
-
-    A context manager: leaving it ends the processes. They also end when this process is killed.
+    Args:
+        config: how texts become tokens.
+        tokenizer: a tokenizer to use instead of the one that `config` names.
 
     Raises:
-        ValueError: the tokenizer's files or those of the sentence splitter are missing or wrong.
+        ValueError: files of the tokenizer or of the sentence splitter are missing or wrong.
     """
 
-    def __init__(self, recipe: EncodeConfig, workers: int):
-        self.recipe, self.workers = recipe, workers
-        self.tokenizer = build_tokenizer(recipe.tokenizer, threads=1)
-        self.split = build_splitter(recipe.split_sentences)
-        self.use_reference = False
-        self._pool: ProcessPoolExecutor | None = None
-        self._started: Future | None = None
-        """done as soon as a worker is ready"""
+    def __init__(self, config: EncodeConfig, tokenizer: Tokenizer | None = None):
+        if tokenizer is None:
+            tokenizer = build_tokenizer(config.tokenizer, threads=1)
+        self.config = config
+        self.tokenizer = tokenizer
+        self._split = build_splitter(config.split_sentences)
 
-    def __enter__(self) -> EncoderPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def map(self, chunks: Iterable[Chunk], size: int = 0) -> Iterator[EncodedChunk]:
-        """Each chunk's result, in order. With `use_reference` set the fast encoder is not used.
+    def encode(self, chunk: Chunk, use_reference: bool = False) -> EncodedChunk:
+        """Parse and encode one chunk.
 
         Args:
-            size: bytes of all chunks, to judge whether other processes are worth starting; 0: unknown.
+            use_reference: whether to stop using the tokenizer's fast encoder, for good.
 
         Raises:
-            ValueError: a chunk cannot be read, or a token id is outside the vocabulary.
-            OSError: a worker process ended.
+            ValueError: the chunk cannot be read, or a token id is outside the vocabulary.
         """
-        running: deque[tuple[Chunk, Future]] = deque()
-        begin = time.monotonic()
+        if use_reference:
+            self.tokenizer.use_reference()
+        parsed = chunk.parse(self.config.keys)
+        compared = _documents_to_compare(chunk)
+        by_key = {}
         try:
-            for chunk in chunks:
-                long = size >= ALONE_BYTES or time.monotonic() - begin >= ALONE_SECONDS
-                if long and self._started is None and self.workers > 1:
-                    self._started = self._submit(None)
-                if self._started is None or not self._started.done():
-                    yield self._checked(
-                        chunk,
-                        encode(
-                            chunk, self.recipe, self.tokenizer, self.split, self.use_reference
-                        ),
-                    )
-                    continue
-                running.append((chunk, self._submit(chunk)))
-                if len(running) >= IN_FLIGHT * self.workers:
-                    yield self._result(running)
-            while running:
-                yield self._result(running)
-        finally:
-            for _, future in running:
-                future.cancel()
-
-    def _submit(self, chunk: Chunk | None) -> Future:
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self.workers,
-                multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(self.recipe,),
-            )
-        # Ctrl-C is this process's, which ends the workers; they inherit what is blocked while they are started.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            with _unbroken():
-                return self._pool.submit(_work, chunk, self.use_reference)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-    def _result(self, running: deque[tuple[Chunk, Future]]) -> EncodedChunk:
-        chunk, future = running.popleft()
-        with _unbroken():
-            encoded = future.result()
-        trusted = not self.use_reference
-        encoded = self._checked(chunk, encoded)
-        if trusted and self.use_reference:  # what is under way was not to be trusted either
-            for i, (later, future) in enumerate(running):
-                future.cancel()
-                running[i] = later, self._submit(later)
-        return encoded
-
-    def _checked(self, chunk: Chunk, encoded: EncodedChunk) -> EncodedChunk:
-        """The same, or, when the fast encoder failed, what the reference makes of the chunk, which stays in use."""
-        if not encoded.difference or self.use_reference:
-            return encoded
-        LOGGER.warning("%s: %s", chunk.path, encoded.difference)
-        self.use_reference = True
-        return encode(chunk, self.recipe, self.tokenizer, self.split, use_reference=True)
-
-
-@contextmanager
-def _unbroken() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker process ended before its work was done (killed, or out of memory?). Run the program "
-            "again, with fewer --workers if memory is short"
-        ) from None
-
-
-_OWN: dict[str, object] = {}
-"""of a worker process: its recipe, tokenizer and sentence splitter, made once"""
-
-
-def _start_worker(recipe: EncodeConfig) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.getLogger("megatron").setLevel(logging.ERROR)  # the parent says it, once
-    _OWN.update(
-        recipe=recipe,
-        tokenizer=build_tokenizer(recipe.tokenizer, threads=1),
-        split=build_splitter(recipe.split_sentences),
-    )
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _work(chunk: Chunk | None, use_reference: bool) -> EncodedChunk | None:
-    return chunk and encode(
-        chunk, _OWN["recipe"], _OWN["tokenizer"], _OWN["split"], use_reference
-    )
-
-
-def encode(
-    chunk: Chunk,
-    recipe: EncodeConfig,
-    tokenizer: Tokenizer,
-    split: Splitter | None,
-    use_reference: bool = False,
-) -> EncodedChunk:
-    """Parse and encode one chunk.
-
-    Raises:
-        ValueError: the chunk cannot be read, or a token id is outside the vocabulary.
-    """
-    if use_reference:
-        tokenizer.use_reference()
-    compared = (
-        1 if chunk.start else COMPARED_OF_FIRST if chunk.source == 0 else COMPARED_DOCUMENTS
-    )
-    parsed = chunk.parse(recipe.keys)
-    try:
-        keys = {
-            key: _tokens(parsed.texts[key], recipe, tokenizer, split, compared)
-            for key in recipe.keys
-        }
-    except ValueError as error:
-        raise ValueError(
-            f"{chunk.path}, between {chunk.unit if chunk.unit == 'row' else 'byte'} {chunk.start} and "
-            f"{chunk.end}: {error}"
-        ) from None
-    return EncodedChunk(
-        replace(chunk, data=None), parsed.lines, parsed.rejected, keys, tokenizer.difference
-    )
-
-
-def _tokens(
-    texts: list[str],
-    recipe: EncodeConfig,
-    tokenizer: Tokenizer,
-    split: Splitter | None,
-    compared: int,
-) -> Tokens:
-    tokenizer.compare(compared)
-    sizes = np.fromiter(
-        (len(t) if t.isascii() else len(t.encode()) for t in texts), np.int64, count=len(texts)
-    )
-    counts = np.ones(len(texts), np.int64)
-    if split:
-        sentences = [split(text) for text in texts]
-        counts = np.fromiter(map(len, sentences), np.int64, count=len(texts))
-        texts = [s for document in sentences for s in document]
-    ids, lengths = tokenizer.encode_batch(texts)
-    if split and tokenizer.bos is not None:
-        ids, lengths = _without_inner_bos(ids, lengths, counts)
-    if ids.max(initial=0) >= tokenizer.vocab_size:
-        raise ValueError(
-            f"{tokenizer.name} gives the token id {ids.max()}, outside its vocabulary of "
-            f"{tokenizer.vocab_size}: the vocabulary file is damaged. Fetch or train it again"
+            for key in self.config.keys:
+                by_key[key] = self._encode_texts(parsed.texts[key], compared)
+        except ValueError as error:
+            unit = "row" if chunk.unit == "row" else "byte"
+            raise ValueError(
+                f"{chunk.path}, between {unit} {chunk.start} and {chunk.end}: {error}"
+            ) from None
+        return EncodedChunk(
+            replace(chunk, data=None),
+            parsed.lines,
+            parsed.rejected,
+            by_key,
+            self.tokenizer.difference,
         )
-    dtype = dtype_for_vocab(tokenizer.vocab_size)
-    if recipe.append_eod:
-        return Tokens(*with_eod(ids, lengths, counts, tokenizer.eod, dtype), counts, sizes)
-    return Tokens(ids.astype(dtype), lengths, counts, sizes)
+
+    def _encode_texts(self, texts: list[str], compared: int) -> EncodedDocuments:
+        tokenizer = self.tokenizer
+        tokenizer.compare(compared)
+        number = len(texts)
+        text_bytes = np.fromiter(map(_utf8_length, texts), np.int64, count=number)
+        counts = np.ones(number, np.int64)
+        if self._split:
+            documents = [self._split(text) for text in texts]
+            counts = np.fromiter(map(len, documents), np.int64, count=number)
+            texts = [sentence for document in documents for sentence in document]
+        ids, lengths = tokenizer.encode_batch(texts)
+        if self._split and tokenizer.bos is not None:
+            ids, lengths = _drop_inner_bos(ids, lengths, counts)
+        largest = ids.max(initial=0)
+        if largest >= tokenizer.vocab_size:
+            raise ValueError(
+                f"{tokenizer.name} gives the token id {largest}, outside its vocabulary of "
+                f"{tokenizer.vocab_size}: the vocabulary file is damaged. Fetch or train it again"
+            )
+        dtype = dtype_for_vocab(tokenizer.vocab_size)
+        if self.config.append_eod:
+            ids, lengths = append_eod(ids, lengths, counts, tokenizer.eod, dtype)
+        return EncodedDocuments(ids.astype(dtype, copy=False), lengths, counts, text_bytes)
 
 
-def with_eod(
+def _documents_to_compare(chunk: Chunk) -> int:
+    """Number of documents of a chunk to encode with the reference, too."""
+    if chunk.start:
+        return _COMPARED_IN_LATER_CHUNKS
+    if chunk.source == 0:
+        return _COMPARED_IN_FIRST_SOURCE
+    return _COMPARED_IN_OTHER_SOURCES
+
+
+def _utf8_length(text: str) -> int:
+    """Bytes of a text in UTF-8, for ASCII without encoding it."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def append_eod(
     ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray, eod: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same documents, each with the id `eod` at the end of its last non-empty sequence, counted in its length.
+    """Append the token `eod` to the last non-empty sequence of each document.
 
-    Empty documents stay empty. Returns ids in `dtype`, and the lengths.
+    Documents without tokens stay empty.
+
+    Args:
+        ids: tokens of all sequences, concatenated.
+        lengths: [sequences], tokens of each sequence.
+        counts: [documents], sequences of each document.
+
+    Returns:
+        (ids in `dtype`, new lengths).
     """
-    some = np.flatnonzero(lengths)
-    document = np.repeat(np.arange(len(counts)), counts)[some]
-    last = some[np.append(document[1:] != document[:-1], True)] if len(some) else some
-    at = np.cumsum(lengths)[last] + np.arange(len(last))  # where the added ids come to lie
+    non_empty = np.flatnonzero(lengths)
+    documents = np.repeat(np.arange(len(counts)), counts)[non_empty]
+    last = non_empty
+    if len(non_empty):
+        last = non_empty[np.append(documents[1:] != documents[:-1], True)]
+    # Positions of the added tokens in the output.
+    eod_positions = np.cumsum(lengths)[last] + np.arange(len(last))
     out = np.empty(len(ids) + len(last), dtype)
-    old = np.ones(len(out), bool)
-    old[at] = False
-    out[old], out[at] = ids, eod
+    is_old = np.ones(len(out), bool)
+    is_old[eod_positions] = False
+    out[is_old] = ids
+    out[eod_positions] = eod
     lengths = lengths.copy()
     lengths[last] += 1
     return out, lengths
 
 
-def _without_inner_bos(
+def _drop_inner_bos(
     ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Drop the begin-of-sequence id of every sequence but a document's first."""
-    first = np.zeros(len(lengths), bool)
-    first[(np.cumsum(counts) - counts)[counts > 0]] = True
-    drop = (np.cumsum(lengths) - lengths)[~first]
-    return np.delete(ids, drop), lengths - ~first
-
-
-Splitter = Callable[[str], list[str]]
+    """Drop the begin-of-sequence token of every sequence except a document's first."""
+    is_first = np.zeros(len(lengths), bool)
+    is_first[(np.cumsum(counts) - counts)[counts > 0]] = True
+    dropped = (np.cumsum(lengths) - lengths)[~is_first]
+    return np.delete(ids, dropped), lengths - ~is_first
 
 
 def build_splitter(language: str) -> Splitter | None:
-    """A function from a text to its sentences by NLTK's Punkt model of a language ("english"); None for no language.
+    """Build a sentence splitter from NLTK's Punkt model of a language such as "english".
 
-    The sentences add up to the text: blanks between two belong to the second, as GPT-2's tokens have them.
+    The sentences add up to the text: white space between two belongs to the second, as in
+    GPT-2's tokens. Returns None for an empty language.
 
     Raises:
         ValueError: the package, or its model of the language, is not installed.
@@ -359,8 +231,8 @@ def build_splitter(language: str) -> Splitter | None:
         punkt = PunktTokenizer(language)
     except LookupError:
         raise ValueError(
-            f"--lang is {language!r}, for which NLTK's Punkt model is not installed. Fetch the models: "
-            f"python -m nltk.downloader punkt_tab (or name their folder in NLTK_DATA)"
+            f"--lang is {language!r}, for which NLTK's Punkt model is not installed. Fetch the "
+            f"models: python -m nltk.downloader punkt_tab (or name their folder in NLTK_DATA)"
         ) from None
 
     def split(text: str) -> list[str]:

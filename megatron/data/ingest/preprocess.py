@@ -1,53 +1,70 @@
-"""Text files -> token shards: the work behind tools/preprocess_data.py and streaming training.
+"""Text files -> token shards: the work behind tools/preprocess_data.py and streaming.
 
-Everything is written to `<output prefix>.partial/` first. Now and then the work is committed: data made durable, then
-`state.json` renamed into place, which says how far the inputs are done and how long the files are. A later run of the
-same job cuts the files back to that and goes on: an interrupted run ends with the bytes of an uninterrupted one.
+Everything is first written to the staging directory `<output prefix>.partial/`. At regular
+intervals the work is committed: the data is made durable, then `state.json` is replaced
+atomically, which records how far the inputs are done and how long the files are. A later
+run of the same job truncates the files to that state and continues. So an interrupted run
+ends with the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config.schema import TokenizerConfig, require
+from megatron.config.schema import require
 from megatron.data.indexed.reader import dtype_for_vocab
 from megatron.data.indexed.writer import PUBLISHED, IndexedWriter, is_resumable, publish
-from megatron.data.ingest.encode import EncodeConfig, EncodedChunk, EncoderPool
-from megatron.data.ingest.records import CHUNK_BYTES, Chunk, RejectedRecord, no_documents
+from megatron.data.ingest.encode import EncodeConfig, EncodedChunk
+from megatron.data.ingest.encoder_pool import EncoderPool
+from megatron.data.ingest.records import (
+    DEFAULT_CHUNK_BYTES,
+    TOOL_FLAGS,
+    Chunk,
+    FlagNames,
+    no_documents_error,
+)
+from megatron.data.ingest.rejected_log import RejectedLog, publish_rejected
+from megatron.data.ingest.run_state import (
+    STATE_FILE,
+    PreparedOutput,
+    RunState,
+    file_identity,
+    identity_differences,
+    job_identity,
+)
 from megatron.data.ingest.sources import open_sources
-from megatron.io.atomic_write import errors_with_path, write_text
 from megatron.io.staging_dir import StagingDir
+from megatron.log import get_logger
 
-LOGGER = logging.getLogger("megatron")
-COMMIT_SECONDS = 10.0
-SHOWN_REJECTIONS = 5
-STATE, REJECTED = "state.json", "rejected.jsonl"
-LAYOUT = 1  # of the work folder; part of a job's identity: raise it when a change would give other bytes
+_COMMIT_SECONDS = 10.0
+_REJECTED_FILE = "rejected.jsonl"
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What to preprocess, and where to."""
+    """What to preprocess, how, and where to write it."""
 
     inputs: Sequence[str]
-    """as `open_sources` takes them"""
+    """inputs as `open_sources` takes them"""
     output_prefix: str
-    recipe: EncodeConfig
+    """path and first part of the names of the outputs"""
+    encoding: EncodeConfig
     skip_errors: bool = False
-    """records that cannot be used are written to `<output prefix>.rejected.jsonl` instead of ending the work"""
+    """write records that cannot be used to `<output prefix>.rejected.jsonl`, instead of
+    stopping at the first"""
     max_documents: int = 0
-    """0: all"""
+    """number of documents to take; 0: all"""
     workers: int = 1
-    """processes that encode; the result does not depend on it"""
+    """processes that encode; the result does not depend on their number"""
+    flags: FlagNames = TOOL_FLAGS
+    """flags that error messages refer to"""
 
     def __post_init__(self):
         require(self.workers >= 1, "--workers", self.workers, "1 or more")
@@ -56,91 +73,93 @@ class PreprocessConfig:
         )
         require(
             os.path.basename(self.output_prefix) not in ("", ".", ".."),
-            "--output-prefix",
+            self.flags.output,
             self.output_prefix,
             "a path whose last part begins the names of the files, such as data/corpus",
         )
-        for key in self.recipe.keys:
+        for key in self.encoding.keys:
             require(
                 key and not {"/", "\0"} & {*key},
-                "--json-keys",
+                self.flags.keys,
                 key,
                 "keys without a slash, since they become part of file names",
             )
 
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """The prefix of the .bin/.idx pair of each key."""
+        kind = "sentence" if self.encoding.split_sentences else "document"
+        return {key: f"{self.output_prefix}_{key}_{kind}" for key in self.encoding.keys}
+
+    @property
+    def rejected_path(self) -> str:
+        """Final path of the records that cannot be used."""
+        return f"{self.output_prefix}.rejected.jsonl"
+
 
 @dataclass
 class OutputStats:
-    """What became of one key of the input."""
+    """Size of the output of one key."""
 
     prefix: str
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
-    """of the texts in UTF-8"""
+    """bytes of the texts in UTF-8"""
 
 
 class PreprocessRun:
-    """One job, from wherever an earlier run of it stopped. A context manager, which holds the output prefix.
+    """One preprocessing job, continued from where an earlier run of it stopped.
 
-    Iterating it does the work: every step is a chunk, already written; `finish` then publishes. Leaving it early keeps
-    what was committed.
+    A context manager that locks the output prefix. Iterating it does the work: each step
+    yields a chunk whose tokens have been written. `finish` then publishes the outputs.
+    Leaving it earlier keeps what was committed.
 
     Args:
-        commit_seconds: time from one commit to the next; does not change what is written.
-        chunk_bytes: text taken at once; changes it only if the fast encoder errs in a way that the comparisons, one of
-            them in each chunk, find sooner or later.
+        config: the job.
+        commit_seconds: time between commits; does not affect what is written.
+        chunk_bytes: bytes of text per chunk; affects what is written only if the fast
+            encoder has a fault that the comparisons (one per chunk) find late.
 
     Attributes:
-        skipped: records that could not be used.
-        read: bytes of the inputs that are done.
-        size: bytes of the inputs; 0 where that is not known.
-        resumed: whether an earlier run is continued.
-        published: whether that run was publishing already: then only `finish` is left to do.
+        total_bytes: bytes of the inputs; sources of unknown size count 0.
+        resumed: whether this continues an earlier run.
 
     Raises:
-        FileNotFoundError: an input is not there.
-        ValueError: a record cannot be used (and is not to be skipped), there are no documents at all, or another
-            process writes the same output.
-        OSError: something cannot be read or written.
+        FileNotFoundError: an input does not exist.
+        ValueError: a record cannot be used (and is not to be skipped), there are no
+            documents, or another process writes the same output.
+        OSError: a file cannot be read or written, or a worker process ended.
     """
 
     def __init__(
         self,
-        job: PreprocessConfig,
-        commit_seconds: float = COMMIT_SECONDS,
-        chunk_bytes: int = CHUNK_BYTES,
+        config: PreprocessConfig,
+        commit_seconds: float = _COMMIT_SECONDS,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ):
-        self.job, self._chunk_bytes = job, chunk_bytes
-        self._commit_seconds, self._committed = commit_seconds, time.monotonic()
-        self._sources = open_sources(job.inputs)
-        self.size = sum(source.size for source in self._sources)
+        self.config = config
+        self._chunk_bytes = chunk_bytes
+        self._commit_seconds = commit_seconds
+        self._committed_at = time.monotonic()
+        self._sources = open_sources(config.inputs, config.flags)
+        self.total_bytes = sum(source.size for source in self._sources)
         with ExitStack() as stack:
-            self._encoders = stack.enter_context(EncoderPool(job.recipe, job.workers))
+            self._encoders = stack.enter_context(EncoderPool(config.encoding, config.workers))
             self._tokenizer = self._encoders.tokenizer
-            self._refuse_own_outputs()
-            self._folder = stack.enter_context(StagingDir(job.output_prefix))
-            for prefix in (
-                self._prefixes().values()
-            ):  # others may get there from another output prefix, or by merging
+            self._check_inputs_are_not_outputs()
+            self._staging = stack.enter_context(StagingDir(config.output_prefix))
+            # Merging, or a run with another output prefix, may write the same pair.
+            for prefix in config.prefixes.values():
                 stack.enter_context(StagingDir(prefix))
-            self._identity = self._describe()
-            state = self._earlier_state()
+            self._identity = job_identity(
+                config.encoding, self._sources, self._tokenizer, config.max_documents
+            )
+            state = self._load_state()
             self.resumed = state is not None
             if state is None:
-                self._folder.clear()
-                state = {
-                    "source": 0,
-                    "position": 0,
-                    "line": 0,
-                    "skipped": 0,
-                    "rejected": 0,
-                    "read": 0,
-                    "use_reference": False,
-                    "published": False,
-                    "writers": {},
-                    "bytes": {},
-                }
+                self._staging.clear()
+                state = RunState(bytes=dict.fromkeys(config.encoding.keys, 0))
             self._restore(state, stack)
             self._stack = stack.pop_all()
 
@@ -148,361 +167,260 @@ class PreprocessRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not os.path.exists(self._folder.file(STATE)):
-            self._folder.clear()
+        if not os.path.exists(self._staging.file(STATE_FILE)):
+            self._staging.clear()
         self._stack.close()
 
     def __iter__(self) -> Iterator[EncodedChunk]:
-        if self._at_end():
+        if self._is_done():
             return
-        for encoded in self._encoders.map(self._chunks(), self.size - self.read):
-            self._take(encoded)
-            if time.monotonic() - self._committed >= self._commit_seconds:
+        for encoded in self._encoders.map(self._chunks(), self.total_bytes - self.bytes_read):
+            self._write(encoded)
+            if time.monotonic() - self._committed_at >= self._commit_seconds:
                 self.commit()
             yield encoded
-            if self._at_end():
+            if self._is_done():
                 return
-        self._require_unchanged()
-        self._source = len(self._sources)
+        self._check_source_unchanged()
+        self._state.source = len(self._sources)
 
     @property
     def documents(self) -> int:
-        """Documents taken so far."""
-        return next(iter(self._writers.values())).num_documents
+        """Documents written so far, for each key."""
+        return next(iter(self._outputs.values())).num_documents
 
     @property
     def tokens(self) -> int:
-        """Tokens of all keys so far."""
-        return sum(writer.num_tokens for writer in self._writers.values())
+        """Tokens written so far, for all keys together."""
+        return sum(output.num_tokens for output in self._outputs.values())
+
+    @property
+    def skipped(self) -> int:
+        """Records that could not be used so far."""
+        return self._state.skipped
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the inputs that are done."""
+        return self._state.read
+
+    @property
+    def published(self) -> bool:
+        """Whether publishing has begun, so that only `finish` is left to do."""
+        return self._state.published
 
     def commit(self) -> None:
-        """Let a later run continue from here."""
-        self._require_unchanged()
-        writers = {key: writer.commit() for key, writer in self._writers.items()}
-        self._sync_rejected()
-        self._save(
-            {
-                "source": self._source,
-                "position": self._position,
-                "line": self._line,
-                "skipped": self.skipped,
-                "rejected": self._rejected.tell(),
-                "read": self.read,
-                "published": False,
-                "use_reference": self._encoders.use_reference,
-                "writers": writers,
-                "bytes": self._bytes,
-            }
-        )
-        self._committed = time.monotonic()
+        """Make the work so far durable, so that a later run can continue from here."""
+        self._check_source_unchanged()
+        self._state.writers = {key: output.commit() for key, output in self._outputs.items()}
+        self._save_state()
+        self._committed_at = time.monotonic()
 
     def finish(self) -> list[OutputStats]:
-        """Publish every key's pair, and the rejected records if there are any."""
+        """Publish the outputs of all keys, and the rejected records if there are any."""
         if not self.documents:
-            raise no_documents(self.job.inputs, self.skipped)
-        totals = [
-            OutputStats(
-                writer.prefix, writer.num_documents, writer.num_tokens, self._bytes[key]
+            raise no_documents_error(self.config.inputs, self.skipped, self.config.flags)
+        stats = []
+        for key, output in self._outputs.items():
+            size = self._state.bytes[key]
+            stats.append(
+                OutputStats(output.prefix, output.num_documents, output.num_tokens, size)
             )
-            for key, writer in self._writers.items()
-        ]
         if not self.published:
-            self._require_unchanged()
-            self._sync_rejected()
-            writers = {
-                key: {
-                    "num_documents": w.num_documents,
-                    "num_tokens": w.num_tokens,
-                    "file": _file(w.prepare(self._sidecar(key)) + ".bin"),
-                }
-                for key, w in self._writers.items()
+            self._prepare()
+        for prefix in self.config.prefixes.values():
+            publish(prefix, self._staging)
+        if self._rejected_log is not None:
+            self._rejected_log.close()
+        publish_rejected(
+            self._staging.file(_REJECTED_FILE), self.config.rejected_path, self.skipped
+        )
+        self._staging.clear()
+        return stats
+
+    def _prepare(self) -> None:
+        """Complete the output files and record in the state that publishing begins."""
+        self._check_source_unchanged()
+        writers = {}
+        for key, output in self._outputs.items():
+            prepared_prefix = output.prepare(self._sidecar(key))
+            writers[key] = {
+                "num_documents": output.num_documents,
+                "num_tokens": output.num_tokens,
+                "file": file_identity(prepared_prefix + ".bin"),
             }
-            self._save(
-                {
-                    **self._state,
-                    "published": True,
-                    "skipped": self.skipped,
-                    "read": self.read,
-                    "rejected": self._rejected.tell(),
-                    "writers": writers,
-                    "bytes": self._bytes,
-                }
-            )
-        for writer in self._writers.values():
-            publish(writer.prefix, self._folder)
-        self._publish_rejected()
-        self._folder.clear()
-        return totals
+        self._state.writers = writers
+        self._state.published = True
+        self._save_state()
 
-    def _describe(self) -> dict[str, Any]:
-        """What makes two runs the same job."""
-        recipe = self.job.recipe
-        return {
-            "layout": LAYOUT,
-            "inputs": [source.identity() for source in self._sources],
-            "tokenizer": [
-                self._tokenizer.name,
-                self._tokenizer.fingerprint,
-                digest_of_files(recipe.tokenizer),
-            ],
-            "keys": list(recipe.keys),
-            "append_eod": recipe.append_eod,
-            "split_sentences": recipe.split_sentences,
-            "max_documents": self.job.max_documents,
-        }
+    def _save_state(self) -> None:
+        self._rejected_log.sync()
+        self._state.rejected = self._rejected_log.size
+        self._state.use_reference = self._encoders.use_reference
+        self._state.save(self._staging.file(STATE_FILE), self._identity)
 
-    def _refuse_own_outputs(self) -> None:
-        outputs = {
-            os.path.realpath(f"{prefix}{suffix}")
-            for prefix in self._prefixes().values()
-            for suffix in PUBLISHED
-        } | {os.path.realpath(self._rejected_name())}
+    def _check_inputs_are_not_outputs(self) -> None:
+        outputs = {os.path.realpath(self.config.rejected_path)}
+        for prefix in self.config.prefixes.values():
+            outputs.update(os.path.realpath(f"{prefix}{suffix}") for suffix in PUBLISHED)
+        flags = self.config.flags
         for source in self._sources:
             if os.path.realpath(source.path) in outputs:
                 raise ValueError(
-                    f"--input names {source.path}, which this run would write. Choose another "
-                    f"--output-prefix, or name the inputs one by one"
+                    f"{flags.input} names {source.path}, which this run would write. Choose "
+                    f"another {flags.output}, or name the inputs one by one"
                 )
 
-    def _require_unchanged(self) -> None:
-        """The input being read must be what it was at the start."""
-        for source in self._sources[self._source : self._source + 1]:
-            path, *known = source.identity()[:3]
-            if any(known) and _file(path)[2:] != known:
-                raise ValueError(
-                    f"{path} changed while it was read. Start again when nothing writes to it"
-                )
+    def _check_source_unchanged(self) -> None:
+        """Raise ValueError if the source that is being read changed since it was opened."""
+        if self._state.source >= len(self._sources):
+            return
+        path, *opened = self._sources[self._state.source].identity()[:3]
+        is_file = any(opened)
+        if is_file and file_identity(path)[2:] != opened:
+            raise ValueError(
+                f"{path} changed while it was read. Start again when nothing writes to it"
+            )
 
-    def _earlier_state(self) -> dict[str, Any] | None:
-        """The committed state of an earlier run of this job, if its files are there."""
-        path = self._folder.file(STATE)
-        if not os.path.exists(path):
+    def _load_state(self) -> RunState | None:
+        """Return the committed state of an earlier run of this job, if it can be continued."""
+        path = Path(self._staging.file(STATE_FILE))
+        if not path.exists():
             return None
+        state = None
         try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
-            reasons = self._differences(state)
-        except (ValueError, TypeError, KeyError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            reasons = identity_differences(self._identity, content.pop("job"))
+            if reasons != ["layout"]:
+                state = RunState(**content)
+                reasons += self._obstacles(state)
+                if not reasons and not self._files_match(state):
+                    reasons = ["files that were cut off or replaced"]
+        except (ValueError, TypeError, KeyError, AttributeError):
             reasons = ["its state, which cannot be read"]
         if reasons:
-            LOGGER.warning(
+            get_logger().warning(
                 "%s holds an unfinished run that differs in: %s. Starting again",
-                self._folder.path,
+                self._staging.path,
                 ", ".join(reasons),
             )
             return None
-        LOGGER.info("continuing the unfinished run in %s", self._folder.path)
+        get_logger().info("continuing the unfinished run in %s", self._staging.path)
         return state
 
-    def _differences(self, state: dict[str, Any]) -> list[str]:
-        """Why a state cannot be continued; nothing when it can."""
-        if state["job"]["layout"] != LAYOUT:
-            return ["layout"]
-        reasons = [
-            name.replace("_", " ")
-            for name, value in self._identity.items()
-            if state["job"][name] != value
-        ]
+    def _obstacles(self, state: RunState) -> list[str]:
+        """Explain why this run cannot continue a state of its job; empty when it can."""
+        reasons = []
         if not all(source.resumable for source in self._sources):
             reasons.append("standard input, which cannot be read again")
-        if state["skipped"] and not self.job.skip_errors:
+        if state.skipped and not self.config.skip_errors:
             reasons.append("--on-error, and records were skipped")
-        if not reasons and not self._are_there(state):
-            reasons.append("files that were cut off or replaced")
         return reasons
 
-    def _are_there(self, state: dict[str, Any]) -> bool:
-        """Whether the files are still what the state says they are."""
-        if state["published"]:
-            return all(
-                writer["file"]
-                in (
-                    _file(prefix + ".bin"),
-                    _file(self._folder.file(f"{Path(prefix).name}.bin")),
-                )
-                for prefix, writer in zip(self._prefixes().values(), state["writers"].values())
-            )
-        rejected = self._folder.file(REJECTED)
-        return (
-            os.path.exists(rejected)
-            and os.path.getsize(rejected) >= state["rejected"]
-            and all(
-                is_resumable(prefix, self._folder, state["writers"][key])
-                for key, prefix in self._prefixes().items()
-            )
+    def _files_match(self, state: RunState) -> bool:
+        """Whether the staged (or partly published) files are those that the state describes."""
+        prefixes = self.config.prefixes
+        if state.published:
+            for key, prefix in prefixes.items():
+                staged = self._staging.file(f"{Path(prefix).name}.bin")
+                found = (file_identity(f"{prefix}.bin"), file_identity(staged))
+                if state.writers[key]["file"] not in found:
+                    return False
+            return True
+        rejected = self._staging.file(_REJECTED_FILE)
+        if not os.path.exists(rejected) or os.path.getsize(rejected) < state.rejected:
+            return False
+        return all(
+            is_resumable(prefix, self._staging, state.writers[key])
+            for key, prefix in prefixes.items()
         )
 
-    def _restore(self, state: dict[str, Any], stack: ExitStack) -> None:
+    def _restore(self, state: RunState, stack: ExitStack) -> None:
+        """Open the outputs at the position that a state describes."""
         self._state = state
-        self._source, self._position, self._line = (
-            state["source"],
-            state["position"],
-            state["line"],
-        )
-        self.skipped, self.read, self.published = (
-            state["skipped"],
-            state["read"],
-            state["published"],
-        )
-        self._encoders.use_reference = state["use_reference"]
-        self._bytes = dict(state["bytes"]) or dict.fromkeys(self.job.recipe.keys, 0)
-        rejected = self._folder.file(REJECTED)
-        if self.published:
-            self._source = len(self._sources)
-            self._rejected = stack.enter_context(open(os.devnull, "rb"))  # noqa: SIM115
-            self._writers = {
-                key: _Published(prefix, **state["writers"][key])
-                for key, prefix in self._prefixes().items()
-            }
+        self._encoders.use_reference = state.use_reference
+        self._rejected_log: RejectedLog | None = None
+        self._outputs: dict[str, IndexedWriter | PreparedOutput] = {}
+        if state.published:
+            state.source = len(self._sources)
+            for key, prefix in self.config.prefixes.items():
+                self._outputs[key] = PreparedOutput(prefix, **state.writers[key])
             return
         dtype = dtype_for_vocab(self._tokenizer.vocab_size)
-        self._writers = {
-            key: IndexedWriter(prefix, dtype, self._folder, state["writers"].get(key))
-            for key, prefix in self._prefixes().items()
-        }
-        for writer in self._writers.values():
+        for key, prefix in self.config.prefixes.items():
+            writer = IndexedWriter(prefix, dtype, self._staging, state.writers.get(key))
             stack.callback(writer.discard)
-        self._rejected = stack.enter_context(open(rejected, "ab"))  # noqa: SIM115
-        self._rejected.truncate(state["rejected"])
-        self._rejected.seek(0, os.SEEK_END)
-
-    def _prefixes(self) -> dict[str, str]:
-        kind = "sentence" if self.job.recipe.split_sentences else "document"
-        return {key: f"{self.job.output_prefix}_{key}_{kind}" for key in self.job.recipe.keys}
+            self._outputs[key] = writer
+        self._rejected_log = RejectedLog(
+            self._staging.file(_REJECTED_FILE), state.rejected, state.skipped
+        )
+        stack.callback(self._rejected_log.close)
 
     def _chunks(self) -> Iterator[Chunk]:
-        position = self._position
-        for source in self._sources[self._source :]:
-            yield from source.chunks(self.job.recipe.keys, position, self._chunk_bytes)
+        position = self._state.position
+        for source in self._sources[self._state.source :]:
+            yield from source.chunks(self.config.encoding.keys, position, self._chunk_bytes)
             position = 0
 
-    def _at_end(self) -> bool:
-        enough = self.job.max_documents and self.documents >= self.job.max_documents
-        return bool(enough) or self._source >= len(self._sources)
+    def _is_done(self) -> bool:
+        limit = self.config.max_documents
+        if limit and self.documents >= limit:
+            return True
+        return self._state.source >= len(self._sources)
 
-    def _move_to(self, chunk: Chunk, position: int) -> None:
-        if chunk.source != self._source:
-            self._require_unchanged()
-            self._source, self._line = chunk.source, 0
-        self._position = position
-
-    def _take(self, encoded: EncodedChunk) -> None:
-        """Write what came of one chunk."""
-        self._move_to(encoded.chunk, encoded.chunk.start)
-        room = (
-            self.job.max_documents - self.documents
-            if self.job.max_documents
-            else encoded.documents
-        )
+    def _write(self, encoded: EncodedChunk) -> None:
+        """Write the tokens and the rejected records of one chunk."""
+        chunk = encoded.chunk
+        state = self._state
+        if chunk.source != state.source:
+            self._check_source_unchanged()
+            state.source = chunk.source
+            state.line = 0
+        state.position = chunk.start
+        limit = self.config.max_documents
+        remaining = limit - self.documents if limit else encoded.num_documents
         for rejected in encoded.rejected:
-            if rejected.before < room or not self.job.max_documents:
-                self._reject(encoded.chunk, rejected)
-        for key, tokens in encoded.keys.items():
-            tokens = tokens.first(room)
-            self._writers[key].add_documents(tokens.ids, tokens.lengths, tokens.counts)
-            self._bytes[key] += int(tokens.sizes.sum())
-        self.read += encoded.chunk.read
-        self._line += encoded.lines
-        self._move_to(encoded.chunk, encoded.chunk.end)
-
-    def _reject(self, chunk: Chunk, rejected: RejectedRecord) -> None:
-        number = self._line + rejected.line
-        if not self.job.skip_errors:
-            raise chunk.refusal(rejected, number)
-        self.skipped += 1
-        if self.skipped <= SHOWN_REJECTIONS:
-            LOGGER.warning("skipped %s: %s", chunk.place(number), rejected.reason)
-        record = {
-            "file": chunk.path,
-            chunk.unit: number,
-            "reason": rejected.reason,
-            "record": rejected.raw.decode(errors="backslashreplace"),
-        }
-        with errors_with_path(self._rejected.name):
-            self._rejected.write(
-                json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+            if limit and rejected.documents_before >= remaining:
+                continue
+            number = state.line + rejected.line
+            if not self.config.skip_errors:
+                raise chunk.rejection_error(rejected, number)
+            self._rejected_log.add(chunk, rejected, number)
+            state.skipped = self._rejected_log.skipped
+        for key, documents in encoded.by_key.items():
+            documents = documents.first(remaining)
+            self._outputs[key].add_documents(
+                documents.ids, documents.sequence_lengths, documents.sequence_counts
             )
+            state.bytes[key] += int(documents.text_bytes.sum())
+        state.read += chunk.disk_bytes
+        state.line += encoded.lines
+        state.position = chunk.end
 
     def _sidecar(self, key: str) -> dict[str, Any]:
-        recipe, tokenizer = self.job.recipe, self._tokenizer
+        """Build the record that is stored next to the .bin/.idx pair of a key."""
+        encoding = self.config.encoding
+        tokenizer = self._tokenizer
         return {
             "tool": "preprocess_data",
             "tokenizer": tokenizer.name,
             "vocab_hash": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
-            "append_eod": recipe.append_eod,
-            "split_sentences": recipe.split_sentences,
+            "append_eod": encoding.append_eod,
+            "split_sentences": encoding.split_sentences,
             "skipped": self.skipped,
             "sources": [source.identity()[0] for source in self._sources],
             "key": key,
         }
 
-    def _publish_rejected(self) -> None:
-        self._rejected.close()
-        final, here = self._rejected_name(), self._folder.file(REJECTED)
-        if self.skipped:
-            with suppress(FileNotFoundError):  # an interrupted run has published it already
-                os.replace(here, final)
-        else:
-            with suppress(FileNotFoundError):  # of an earlier run on this prefix
-                os.remove(final)
 
-    def _rejected_name(self) -> str:
-        return f"{self.job.output_prefix}.rejected.jsonl"
+def preprocess(config: PreprocessConfig, **options) -> list[OutputStats]:
+    """Run a job to its end, from the start or from where an earlier run stopped.
 
-    def _sync_rejected(self) -> None:
-        with errors_with_path(self._rejected.name):
-            self._rejected.flush()
-            os.fsync(self._rejected.fileno())
-
-    def _save(self, state: dict[str, Any]) -> None:
-        self._state = state
-        write_text(self._folder.file(STATE), json.dumps({"job": self._identity, **state}))
-
-
-@dataclass(frozen=True)
-class _Published:
-    """In place of a writer whose files have been written by an earlier run."""
-
-    prefix: str
-    num_documents: int
-    num_tokens: int
-    file: list
-    """its .bin, as `_file` names it"""
-
-
-def _file(path: str) -> list[int]:
-    """What tells a file from others and from its earlier self: device, inode, bytes, time of change in ns; empty when
-    it is not there."""
-    try:
-        stat = os.stat(path)
-    except FileNotFoundError:
-        return []
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
-
-
-def digest_of_files(tokenizer: TokenizerConfig) -> str:
-    """Of the tokenizer's files: its fingerprint is that of the vocabulary, and leaves out how text is split."""
-    folder = Path(tokenizer.tokenizer_model)
-    files = [
-        tokenizer.vocab_file,
-        tokenizer.merge_file,
-        folder,
-        folder / "tokenizer.json",
-        folder / "tokenizer_config.json",
-    ]
-    return hashlib.sha256(
-        b"".join(
-            hashlib.sha256(Path(file).read_bytes()).digest()
-            for file in files
-            if os.path.isfile(file)
-        )
-    ).hexdigest()
-
-
-def preprocess(job: PreprocessConfig, **options) -> list[OutputStats]:
-    """Do a job from beginning, or where an earlier run stopped, to end. Takes and raises what `Preprocessing` does."""
-    with PreprocessRun(job, **options) as work:
-        for _ in work:
+    Takes the arguments of `PreprocessRun` and raises what it raises.
+    """
+    with PreprocessRun(config, **options) as run:
+        for _ in run:
             pass
-        return work.finish()
+        return run.finish()

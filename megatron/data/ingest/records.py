@@ -1,6 +1,7 @@
-"""Chunks of documents and what is in them: JSON lines or rows -> the strings under some keys.
+"""Chunks of records, and parsing them: JSON lines or table rows -> strings by key.
 
-Nothing is passed over in silence: a record that cannot be used is a `RejectedRecord` with its place and reason.
+No record is dropped silently: one that cannot be used becomes a `RejectedRecord` with
+its position and the reason.
 """
 
 from __future__ import annotations
@@ -13,14 +14,26 @@ from dataclasses import dataclass
 
 import orjson
 
-CHUNK_BYTES = 8 << 20
-LARGEST_RECORD = 128 << 20
-"""bytes of a line beyond its chunk: parsing takes several times as much memory"""
-NO_MEMORY = "Not enough memory"
-"""how orjson, which has no other error, words it"""
-SHOWN_NAMES = 300
-"""characters of a list of keys in a message: a record can have thousands"""
-BOM = b"\xef\xbb\xbf"
+DEFAULT_CHUNK_BYTES = 8 << 20
+_ORJSON_OUT_OF_MEMORY = "Not enough memory"
+"""start of the message of a JSONDecodeError that reports a failed allocation"""
+_SHOWN_CHARACTERS = 300
+"""limit for a list of names in a message: a record can have thousands of keys"""
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class FlagNames:
+    """Command-line flags that error messages refer to; defaults: those of tools/."""
+
+    input: str = "--input"
+    keys: str = "--json-keys"
+    output: str = "--output-prefix"
+    skip_advice: str = "leave such records out: --on-error skip"
+    """how to continue without the records that cannot be used"""
+
+
+TOOL_FLAGS = FlagNames()
 
 
 @dataclass(frozen=True)
@@ -28,26 +41,27 @@ class RejectedRecord:
     """A record that cannot be used.
 
     Attributes:
-        line: its number within the chunk, from 1.
-        before: usable documents before it in the chunk.
-        reason: without the place, which `Chunk.place` gives, and without what to do about it.
-        raw: the line as it was, without its line feed; of a row, its values in JSON.
+        line: line or row number within the chunk, from 1.
+        documents_before: usable documents that precede it in the chunk.
+        reason: what is wrong with it, without its position (see `Chunk.location`).
+        raw: the line without its line feed; for a table row, its values as JSON.
     """
 
     line: int
-    before: int
+    documents_before: int
     reason: str
     raw: bytes
 
 
 @dataclass(frozen=True)
-class Parsed:
-    """What is in a chunk.
+class ParsedChunk:
+    """The content of a chunk.
 
     Attributes:
-        texts: key -> its string of each usable document; a document is usable when all keys are good.
+        texts: for each key, the strings of the usable documents. A document is usable
+            when the values of all keys are.
         lines: lines or rows of the chunk, blank lines included.
-        rejected: in their order.
+        rejected: records that cannot be used, in order.
     """
 
     texts: dict[str, list[str]]
@@ -57,17 +71,19 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive records of one source: the work of one process, which it is pickled to.
+    """Consecutive records of one source: the unit of work that is pickled to a worker.
 
     Attributes:
-        source: number of the source in the list.
-        path: of the source, as in messages.
+        source: index of the source in the list that `open_sources` returns.
+        path: path of the source, as shown in messages.
         unit: "line" or "row".
-        start: where the first record begins: a byte of the text (decompressed, if need be), or the number of a row.
-        end: just behind the last record; `chunks(start=end)` continues here.
-        read: bytes of the file on disk that the chunk stands for, 0 when unknown. They sum up to the file's size; when
-            continued, to what was left (compressed files: about).
-        data: the lines; key -> value of each row; or None for bytes [start, end) of the file `path`.
+        start: position of the first record: byte of the (decompressed) text, or row.
+        end: position after the last record; `chunks(start=end)` continues there.
+        disk_bytes: bytes of the file on disk that the chunk accounts for, 0 if unknown.
+            They add up to the size of the file, or of the rest of it when reading
+            started in the middle (approximately, for compressed files).
+        data: the lines; or the values by key; or None for bytes [start, end) of `path`.
+        flags: flags that error messages refer to.
     """
 
     source: int
@@ -75,60 +91,68 @@ class Chunk:
     unit: str
     start: int
     end: int
-    read: int
+    disk_bytes: int
     data: bytes | dict[str, list] | None
+    flags: FlagNames = TOOL_FLAGS
 
-    def place(self, number: int) -> str:
-        """Of a record in messages: `PATH:LINE`, or `PATH, row N`; `number` counts from the source's begin, from 1."""
-        return (
-            f"{self.path}:{number}"
-            if self.unit == "line"
-            else f"{self.path}, {self.unit} {number}"
-        )
+    def location(self, number: int) -> str:
+        """Format the position of a record for a message: `PATH:LINE` or `PATH, row N`.
 
-    def refusal(self, rejected: RejectedRecord, number: int) -> ValueError:
-        """The error of a record that is not to be skipped; `number` as for `place`."""
+        Args:
+            number: line or row number within the source, from 1.
+        """
+        if self.unit == "line":
+            return f"{self.path}:{number}"
+        return f"{self.path}, {self.unit} {number}"
+
+    def rejection_error(self, rejected: RejectedRecord, number: int) -> ValueError:
+        """Build the error for a record that may not be skipped; `number` as in `location`."""
         return ValueError(
-            f"{self.place(number)}: {rejected.reason}. Correct or remove it, or leave such records out: "
-            f"--on-error skip"
+            f"{self.location(number)}: {rejected.reason}. Correct or remove it, or "
+            f"{self.flags.skip_advice}"
         )
 
-    def parse(self, keys: Sequence[str]) -> Parsed:
-        """The strings under `keys`; blank lines are no documents.
+    def parse(self, keys: Sequence[str]) -> ParsedChunk:
+        """Extract the strings under `keys`. Blank lines are not documents.
 
         Raises:
-            OSError: the file cannot be read any more, or the memory is used up.
-            ValueError: the file was cut short meanwhile.
+            OSError: the file cannot be read any more, or memory is exhausted.
+            ValueError: the file became shorter since the chunk was cut.
         """
         if isinstance(self.data, dict):
             return _parse_rows(self.data, keys)
         data = self._read() if self.data is None else self.data
         if not self.start:
-            data = data.removeprefix(BOM)
-        return _parse_lines(data, keys)
+            data = data.removeprefix(_BOM)
+        return _parse_lines(data, keys, self.flags.keys)
 
     def _read(self) -> bytes:
+        parts = []
+        missing = self.end - self.start
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
-            parts, left = [], self.end - self.start
-            while left and (part := file.read(left)):  # one read gives 2 GiB at most
+            while missing:  # a single read returns 2 GiB at most
+                part = file.read(missing)
+                if not part:
+                    break
                 parts.append(part)
-                left -= len(part)
-        if left:
+                missing -= len(part)
+        if missing:
             raise ValueError(
-                f"{self.path} became shorter while it was read: it ends before byte {self.end}. Start "
-                f"again when nothing writes to it"
+                f"{self.path} became shorter while it was read: it ends before byte {self.end}. "
+                f"Start again when nothing writes to it"
             )
         return b"".join(parts)
 
 
-def _parse_lines(data: bytes, keys: Sequence[str]) -> Parsed:
+def _parse_lines(data: bytes, keys: Sequence[str], keys_flag: str) -> ParsedChunk:
     usable: list[dict[str, str]] = []
     rejected: list[RejectedRecord] = []
-    add, loads, number = usable.append, orjson.loads, 0
-    for line in io.BytesIO(
-        data
-    ):  # the fastest of split, find and this, which also copies line by line only
+    add = usable.append
+    loads = orjson.loads
+    number = 0
+    # BytesIO is faster than split() or find(), and copies only one line at a time.
+    for line in io.BytesIO(data):
         number += 1
         try:
             record = loads(line)
@@ -139,38 +163,40 @@ def _parse_lines(data: bytes, keys: Sequence[str]) -> Parsed:
                 add(record)
                 continue
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-            _require_memory(error, line)
-        if not line.isspace():
-            rejected.append(
-                RejectedRecord(
-                    number,
-                    len(usable),
-                    _why_not_line(line.rstrip(), keys),
-                    line.removesuffix(b"\n"),
-                )
-            )
-    return Parsed({key: [record[key] for record in usable] for key in keys}, number, rejected)
+            _raise_if_out_of_memory(error, line)
+        if line.isspace():
+            continue
+        reason = _line_problem(line.rstrip(), keys, keys_flag)
+        raw = line.removesuffix(b"\n")
+        rejected.append(RejectedRecord(number, len(usable), reason, raw))
+    texts = {}
+    for key in keys:
+        texts[key] = [record[key] for record in usable]
+    return ParsedChunk(texts, number, rejected)
 
 
-def _why_not_line(line: bytes, keys: Sequence[str]) -> str:
+def _line_problem(line: bytes, keys: Sequence[str], keys_flag: str) -> str:
+    """Explain why a line that `_parse_lines` did not accept cannot be used."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        _require_memory(error, line)
+        _raise_if_out_of_memory(error, line)
         return f"not a JSON object in UTF-8 ({error})"
     if not isinstance(record, dict):
         return f"the line is a JSON {type(record).__name__}; allowed: an object"
     for key in keys:
         if key not in record:
-            return f"no key {key!r}; there are: {listed(record)}. Set --json-keys"
+            return f"no key {key!r}; there are: {format_names(record)}. Set {keys_flag}"
         if not isinstance(record[key], str):
             break
     return f"{key!r} is a JSON {type(record[key]).__name__}; allowed: a string"
 
 
-def _require_memory(error: Exception, line: bytes) -> None:
-    """Raise OSError when `error` says nothing about the line."""
-    if isinstance(error, orjson.JSONDecodeError) and str(error).startswith(NO_MEMORY):
+def _raise_if_out_of_memory(error: Exception, line: bytes) -> None:
+    """Raise OSError if parsing failed for lack of memory, not because of the line."""
+    if not isinstance(error, orjson.JSONDecodeError):
+        return
+    if str(error).startswith(_ORJSON_OUT_OF_MEMORY):
         raise OSError(
             errno.ENOMEM,
             f"not enough memory to parse a line of {len(line)} bytes. Use fewer --workers, or "
@@ -178,46 +204,62 @@ def _require_memory(error: Exception, line: bytes) -> None:
         ) from None
 
 
-def _parse_rows(columns: dict[str, list], keys: Sequence[str]) -> Parsed:
+def _parse_rows(columns: dict[str, list], keys: Sequence[str]) -> ParsedChunk:
     usable: list[tuple[str, ...]] = []
     rejected: list[RejectedRecord] = []
     number = 0
     for number, row in enumerate(zip(*(columns[key] for key in keys)), 1):
-        if reason := next(
-            (why for key, value in zip(keys, row) if (why := _why_not_value(key, value))), ""
-        ):
-            raw = json.dumps(
-                dict(zip(keys, row)), default=repr
-            ).encode()  # orjson refuses lone surrogates
+        reason = _row_problem(keys, row)
+        if reason:
+            # json, not orjson: orjson refuses lone surrogates.
+            raw = json.dumps(dict(zip(keys, row)), default=repr).encode()
             rejected.append(RejectedRecord(number, len(usable), reason, raw))
         else:
             usable.append(row)
-    return Parsed(
-        {key: [row[i] for row in usable] for i, key in enumerate(keys)}, number, rejected
-    )
+    texts = {}
+    for i, key in enumerate(keys):
+        texts[key] = [row[i] for row in usable]
+    return ParsedChunk(texts, number, rejected)
 
 
-def _why_not_value(key: str, value: object) -> str:
-    """Empty: a good value."""
+def _row_problem(keys: Sequence[str], row: tuple) -> str:
+    """Return the problem of the first unusable value of a row; empty if there is none."""
+    for key, value in zip(keys, row):
+        problem = _value_problem(key, value)
+        if problem:
+            return problem
+    return ""
+
+
+def _value_problem(key: str, value: object) -> str:
+    if isinstance(value, bytes):
+        return f"{key!r} is binary; allowed: a string"
     if not isinstance(value, str):
-        return f"{key!r} is {'binary' if isinstance(value, bytes) else type(value).__name__}; allowed: a string"
+        return f"{key!r} is {type(value).__name__}; allowed: a string"
+    if value.isascii():
+        return ""
     try:
-        value.isascii() or value.encode()
+        value.encode()
     except UnicodeEncodeError:
         return f"{key!r} has a lone surrogate; allowed: a string in UTF-8"
     return ""
 
 
-def no_documents(inputs: Sequence[str], skipped: int) -> ValueError:
-    """The error of inputs that turned out to be empty, or of which every record was skipped."""
-    return ValueError(
-        f"--input {' '.join(inputs)} has no documents"
-        + (f": all {skipped} records were skipped" if skipped else "")
-    )
+def no_documents_error(
+    inputs: Sequence[str], skipped: int, flags: FlagNames = TOOL_FLAGS
+) -> ValueError:
+    """Build the error for inputs without documents, or with unusable records only."""
+    message = f"{flags.input} {' '.join(inputs)} has no documents"
+    if skipped:
+        message += f": all {skipped} records were skipped"
+    return ValueError(message)
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names on one line, however many and whatever they contain."""
+def format_names(names: Iterable[str]) -> str:
+    """Format names as one line of bounded length, whatever characters they contain."""
     text = ", ".join(names) or "none"
-    text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= SHOWN_NAMES else f"{text[:SHOWN_NAMES]} ..."
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    if len(text) > _SHOWN_CHARACTERS:
+        text = f"{text[:_SHOWN_CHARACTERS]} ..."
+    return text

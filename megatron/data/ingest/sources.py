@@ -1,554 +1,156 @@
-"""Documents out of files and streams: the one place that reads them.
-
-A `DocumentSource` cuts its file into chunks, which is cheap and done by one process; `Chunk.parse` reads and parses, which is
-not, and can be done by any process. A file that is damaged or cut short is an error, never just shorter.
-"""
+"""Opening document sources: what the words after `--input` stand for."""
 
 from __future__ import annotations
 
 import glob
-import importlib
-import io
 import os
-import re
 import sys
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
-from itertools import chain
-from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO
+from collections.abc import Sequence
 
-from megatron.data.ingest.records import (
-    CHUNK_BYTES,
-    LARGEST_RECORD,
-    Chunk,
-    listed,
-)
-from megatron.tokenizer.base import one_line
-
-SEEK_BYTES = 1 << 16
-"""read at once when looking for the end of a line"""
-PIPE_BYTES = 1 << 20
-RAW_BYTES = 1 << 14
-"""compressed bytes decompressed at once: few, because zstd can make 32,000 times as many of them"""
-BATCH_ROWS = 1024
-"""rows of a parquet file decoded at once, at most: rows can be much longer than their average"""
+from megatron.data.ingest.document_source import DocumentSource
+from megatron.data.ingest.formats import FILE_FORMATS, HuggingFace, JsonLines, PipeSource
+from megatron.data.ingest.records import TOOL_FLAGS, FlagNames
 
 
-class DocumentSource(ABC):
-    """A file or stream of documents.
-
-    Attributes:
-        number: place in the list that `open_sources` gives.
-        path: as in messages.
-        size: bytes on disk; 0: unknown.
-        unit: "line" or "row".
-        resumable: whether a later run can read it again.
-    """
-
-    unit = "line"
-    resumable = True
-    size = 0
-
-    def __init__(self, number: int, path: str):
-        self.number, self.path = number, path
-
-    @abstractmethod
-    def chunks(
-        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
-    ) -> Iterator[Chunk]:
-        """All records from `start` (0 or the `end` of a chunk) on.
-
-        A chunk ends with the record that makes its text `chunk_bytes` long or longer, wherever the chunk began; so it
-        is at most one record longer than that.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is damaged, has no column of a key's name, or a line that is longer than LARGEST_RECORD.
-        """
-
-    def identity(self) -> list:
-        """JSON values that differ when the content does: absolute path, size in bytes, time of change in ns."""
-        return [self.path, 0, 0]
-
-
-class FileSource(DocumentSource):
-    """A regular file."""
-
-    def __init__(self, number: int, path: str):
-        super().__init__(number, path)
-        stat = os.stat(path)
-        self.size, self._changed = stat.st_size, stat.st_mtime_ns
-
-    def identity(self) -> list:
-        return [os.path.abspath(self.path), self.size, self._changed]
-
-
-class JsonLines(FileSource):
-    """Plain JSON lines: only the cuts are looked for here, the worker reads."""
-
-    def chunks(
-        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
-    ) -> Iterator[Chunk]:
-        with open(self.path, "rb", buffering=0) as file:
-            while start < self.size:
-                end = self._line_end(file, start, start + chunk_bytes - 1)
-                yield Chunk(self.number, self.path, self.unit, start, end, end - start, None)
-                start = end
-
-    def _line_end(self, file: io.FileIO, start: int, at: int) -> int:
-        """Just behind the first line feed at or after byte `at`; the file's size as of its opening when there is none
-        (it may have grown or shrunk since). A line begins at `start`."""
-        file.seek(at)
-        limit = at + LARGEST_RECORD
-        while at < self.size and (block := file.read(SEEK_BYTES)):
-            if (found := block.find(b"\n")) >= 0:
-                return min(at + found + 1, self.size)
-            at += len(block)
-            if at > limit:
-                file.seek(start)
-                raise _too_long(
-                    self.path,
-                    start + file.read(limit - LARGEST_RECORD - start).rfind(b"\n") + 1,
-                )
-        return self.size
-
-
-class CompressedLines(FileSource):
-    """JSON lines in gzip or Zstandard, of any number of members (frames)."""
-
-    def __init__(self, number: int, path: str):
-        super().__init__(number, path)
-        self._gzip = _suffix(path) == ".gz"
-        if not self._gzip:
-            _package("zstandard", path)
-
-    def chunks(
-        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
-    ) -> Iterator[Chunk]:
-        with open(self.path, "rb", buffering=0) as file:
-            pieces = _skip(self._decompress(file), start)
-            told, last = file.tell(), None
-            for data in _cut(pieces, chunk_bytes, self.path, start):
-                if last:
-                    yield last
-                read, told, end = file.tell() - told, file.tell(), start + len(data)
-                last = Chunk(self.number, self.path, self.unit, start, end, read, data)
-                start = end
-            if last:  # held back because it also stands for what follows the text in the file
-                yield replace(last, read=last.read + self.size - told)
-
-    def _decompress(self, file: BinaryIO) -> Iterator[bytes]:
-        """The text in small pieces. The decompressors' file objects are not used because zstandard's takes a cut off
-        frame for the end of the file."""
-        if self._gzip:
-            damage, padding, new = (
-                zlib.error,
-                b"\0",
-                partial(zlib.decompressobj, wbits=31),
-            )  # tapes pad with zeros
-        else:
-            zstd = _package(
-                "zstandard", self.path
-            )  # with big windows: large corpora come in `zstd --long=31`
-            damage, padding, new = (
-                zstd.ZstdError,
-                b"",
-                zstd.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
-            )
-        done, raw, member, first = 0, b"", None, True
-        try:
-            while raw := raw or file.read(RAW_BYTES):
-                if not member:
-                    raw = raw if first else raw.lstrip(padding)
-                    if not raw:
-                        continue
-                    member, first = new(), False
-                text = member.decompress(raw)
-                raw = member.unused_data
-                member = None if member.eof else member
-                done += len(text)
-                if text:
-                    yield text
-            if first or member:
-                raise EOFError("the file is empty" if first else "the file ends too early")
-        except (EOFError, damage) as error:
-            raise ValueError(
-                f"{self.path}: the compressed data is damaged or cut off after {done} bytes of text "
-                f"({one_line(error)}). Fetch the file again"
-            ) from None
-
-
-class PipeSource(DocumentSource):
-    """JSON lines on standard input (path "-") or in a named pipe, such as the shell's <(...)."""
-
-    resumable = False
-
-    def __init__(self, number: int, path: str):
-        super().__init__(number, "standard input" if path == "-" else path)
-        self._is_stdin = path == "-"
-
-    def chunks(
-        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
-    ) -> Iterator[Chunk]:
-        with nullcontext(sys.stdin.buffer) if self._is_stdin else open(self.path, "rb") as file:
-            pieces = iter(lambda: file.read1(PIPE_BYTES), b"")
-            for data in _cut(_skip(pieces, start), chunk_bytes, self.path, start):
-                yield Chunk(
-                    self.number, self.path, self.unit, start, start + len(data), 0, data
-                )
-                start += len(data)
-
-
-class Parquet(FileSource):
-    """The columns of a parquet file whose names are the keys."""
-
-    unit = "row"
-
-    def __init__(self, number: int, path: str):
-        super().__init__(number, path)
-        _package("pyarrow.parquet", path)
-
-    def chunks(
-        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
-    ) -> Iterator[Chunk]:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-
-        with (
-            _one_error(self.path, "is damaged, or no parquet file", ArrowException, OSError),
-            ParquetFile(
-                self.path,
-                pre_buffer=False,
-                buffer_size=1 << 20,  # else a row group's whole column is read at once
-                page_checksum_verification=True,
-            ) as file,
-        ):
-            total = file.metadata.num_rows
-            _check_columns(self.path, file.schema_arrow.names, keys)
-            for first, last, columns in _cut_rows(
-                self._rows(file, keys, start, chunk_bytes), keys, start, chunk_bytes
-            ):
-                read = self.size * last // total - self.size * first // total
-                yield Chunk(self.number, self.path, self.unit, first, last, read, columns)
-
-    def _rows(
-        self, file: Any, keys: Sequence[str], start: int, chunk_bytes: int
-    ) -> Iterator[tuple]:
-        """The values of each row from row `start` on; earlier row groups are not read."""
-        for number in range(file.num_row_groups):
-            group = file.metadata.row_group(number)
-            if start >= group.num_rows:
-                start -= group.num_rows
-                continue
-            rows = max(
-                1,
-                min(BATCH_ROWS, group.num_rows * chunk_bytes // max(1, group.total_byte_size)),
-            )
-            for batch in file.iter_batches(rows, row_groups=[number], columns=list(keys)):
-                yield from zip(*(_values(batch.column(key)[start:]) for key in keys))
-                start = max(0, start - len(batch))
-
-
-class HuggingFace(DocumentSource):
-    """A dataset of the Hugging Face Hub, or in a local folder, streamed: `hf:NAME[@CONFIG][:SPLIT]`.
-
-    Its identity is its name, and the state of the files if that is a local folder: a new revision of a dataset of the
-    Hub is not noticed.
-    """
-
-    unit = "row"
-
-    def __init__(self, number: int, path: str):
-        super().__init__(number, path)
-        form = re.fullmatch(r"hf:([^@:]+)(?:@([^@:]+))?(?::(.+))?", path)
-        if not form:
-            raise ValueError(
-                f"--input is {path!r}; allowed for a Hugging Face dataset: hf:NAME[@CONFIG][:SPLIT]"
-            )
-        self._name, self._config, self._split = form[1], form[2], form[3] or "train"
-        _package("datasets", path)
-        self._files = (
-            [
-                [file, stat.st_size, stat.st_mtime_ns]
-                for file in sorted(
-                    str(file.resolve())
-                    for file in Path(self._name).rglob("*")
-                    if file.is_file()
-                )
-                for stat in [os.stat(file)]
-            ]
-            if os.path.isdir(self._name)
-            else []
-        )
-
-    def identity(self) -> list:
-        return [self.path, 0, 0, self._files]
-
-    def chunks(
-        self, keys: Sequence[str], start: int = 0, chunk_bytes: int = CHUNK_BYTES
-    ) -> Iterator[Chunk]:
-        for first, last, columns in _cut_rows(
-            self._rows(keys, start), keys, start, chunk_bytes
-        ):
-            yield Chunk(self.number, self.path, self.unit, first, last, 0, columns)
-
-    def _rows(self, keys: Sequence[str], start: int) -> Iterator[tuple]:
-        from datasets import load_dataset
-
-        with _one_error(
-            f"--input {self.path}", "cannot be read", Exception
-        ):  # the library raises all sorts
-            dataset = load_dataset(self._name, self._config, split=self._split, streaming=True)
-            names = dataset.column_names or list(next(iter(dataset), ()))
-        _check_columns(self.path, names, keys)
-        with _one_error(f"--input {self.path}", "cannot be read", Exception):
-            for row in dataset.select_columns(list(keys)).skip(start):
-                yield tuple(row.get(key) for key in keys)
-
-
-def open_sources(inputs: Sequence[str]) -> list[DocumentSource]:
-    """The sources that `--input` names, in that order.
+def open_sources(inputs: Sequence[str], flags: FlagNames = TOOL_FLAGS) -> list[DocumentSource]:
+    """Open the sources that `--input` names, in the given order.
 
     Args:
-        inputs: files, glob patterns (`**` too; any file that matches), folders (searched for files of a known suffix,
-            in the order of their names; hidden ones are left out), `-` for standard input, `hf:NAME[@CONFIG][:SPLIT]`.
-            The suffix says what a file is; one that is not known stands for JSON lines.
+        inputs: files, glob patterns (with `**`, too), folders (searched recursively for
+            visible files of a known format, in the order of their names), `-` for standard
+            input, `hf:NAME[@CONFIG][:SPLIT]`. The suffix of a file selects its format; a
+            file without one contains JSON lines.
+        flags: flags that error messages refer to.
 
     Raises:
         FileNotFoundError: an input does not exist, or a pattern matches no file.
-        ValueError: a folder has no such files, an input is named twice, or an optional package is missing.
-        OSError: a folder or file cannot be looked at.
+        ValueError: a suffix is unknown, a folder has no file of a known format, an input is
+            named twice, or an optional package is missing.
+        OSError: a folder or file cannot be examined.
     """
-    paths = [path for entry in inputs for path in _expand(entry)]
-    seen: dict[tuple[int, int] | str, str] = {}
+    paths = []
+    for entry in inputs:
+        paths += _expand(entry, flags)
+    _check_unique(paths, flags)
+    return [_open(number, path, flags) for number, path in enumerate(paths)]
+
+
+def _check_unique(paths: Sequence[str], flags: FlagNames) -> None:
+    """Raise ValueError if two paths lead to the same file."""
+    names: dict[tuple[int, int] | str, str] = {}
     for path in paths:
         name = path if path == "-" or path.startswith("hf:") else os.path.abspath(path)
-        place = _place(path)
-        if place in seen:
-            also = "" if seen[place] == name else f" (also as {seen[place]})"
+        key = _file_key(path)
+        if key in names:
+            also = "" if names[key] == name else f" (also as {names[key]})"
             raise ValueError(
-                f"--input names {name} twice{also}; allowed: each once (a folder or pattern names its "
-                f"files)"
+                f"{flags.input} names {name} twice{also}; allowed: each once (a folder or "
+                f"pattern names its files)"
             )
-        seen[place] = name
-    return [_open(number, path) for number, path in enumerate(paths)]
+        names[key] = name
 
 
-def _place(path: str) -> tuple[int, int] | str:
-    """The same for all names of a file: what it is on the disk, if it is there."""
+def _file_key(path: str) -> tuple[int, int] | str:
+    """Return (device, inode) of an existing file, which all its names share."""
     if path.startswith("hf:"):
         return path
     try:
-        stat = os.stat(0 if path == "-" else path)  # a number is a file descriptor
-    except OSError:  # said at its opening
+        stat = os.stat(0 if path == "-" else path)  # 0 is the descriptor of standard input
+    except OSError:  # reported when the path is opened
         return os.path.abspath(path)
     return stat.st_dev, stat.st_ino
 
 
-def _expand(entry: str) -> list[str]:
-    """The paths of one word behind `--input`."""
+def _expand(entry: str, flags: FlagNames) -> list[str]:
+    """List the paths that one word after `--input` stands for."""
     if os.path.isdir(entry):
-        return _files_in(entry)
+        return _files_in(entry, flags)
     if not glob.has_magic(entry) or os.path.exists(entry):
         return [entry]
-    found = sorted(
-        path
-        for path in glob.glob(entry, recursive=True)
-        if not os.path.isdir(path) and not _is_work_folder(os.path.dirname(path))
-    )
+    found = []
+    for path in glob.glob(entry, recursive=True):
+        if not os.path.isdir(path) and not _is_staging_dir(os.path.dirname(path)):
+            found.append(path)
     if not found:
-        raise FileNotFoundError(f"--input {entry} matches no file")
-    return found
+        raise FileNotFoundError(f"{flags.input} {entry} matches no file")
+    return sorted(found)
 
 
-def _files_in(folder: str) -> list[str]:
-    found, seen = [], set()
+def _files_in(folder: str, flags: FlagNames) -> list[str]:
+    """List the files of a known format below a folder, sorted by path."""
+    found = []
+    seen = set()
     for parent, folders, files in os.walk(folder, onerror=_reraise, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back
+        if real in seen:  # a symbolic link to a folder that contains it
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and not _is_work_folder(os.path.join(parent, name))
-        )
-        paths = [
-            os.path.join(parent, name)
-            for name in files
-            if not name.startswith(".") and _suffix(name) in KINDS
-        ]
-        found += [
-            path
-            for path in paths
-            if not _is_sidecar(path)
-            and (  # a link to nothing is not passed over
-                os.path.isfile(path) or not os.path.exists(path)
-            )
-        ]  # pipes and devices are
+        folders[:] = [name for name in sorted(folders) if _is_searched(parent, name)]
+        found += [os.path.join(parent, name) for name in files if _is_input(parent, name)]
     if not found:
         raise ValueError(
-            f"--input {folder} is a folder without files of a known suffix; known: {' '.join(KINDS)}"
+            f"{flags.input} {folder} is a folder without files of a known suffix; known: "
+            f"{' '.join(FILE_FORMATS)}"
         )
     return sorted(found)
 
 
-def _is_work_folder(folder: str) -> bool:
-    """Whether it holds what a run of ours has not published (see `WorkFolder`)."""
+def _is_searched(parent: str, name: str) -> bool:
+    return not name.startswith(".") and not _is_staging_dir(os.path.join(parent, name))
+
+
+def _is_input(parent: str, name: str) -> bool:
+    """Whether a file in a searched folder is an input."""
+    if name.startswith(".") or _suffix(name) not in FILE_FORMATS:
+        return False
+    path = os.path.join(parent, name)
+    if _is_sidecar(path):
+        return False
+    # Pipes and devices are ignored. A broken link is not: opening it reports the error.
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
+def _is_staging_dir(folder: str) -> bool:
+    """Whether a folder holds unpublished output of this package (see `StagingDir`)."""
     return folder.endswith(".partial") and os.path.isfile(os.path.join(folder, "lock"))
 
 
 def _is_sidecar(path: str) -> bool:
-    """Whether it belongs to a pair of token shards, such as streaming keeps beside the text."""
+    """Whether a file describes a .bin/.idx pair, such as streaming stores next to the text."""
     stem, suffix = os.path.splitext(path)
     return suffix == ".json" and os.path.isfile(stem + ".idx")
 
 
 def _reraise(error: OSError) -> None:
-    raise error  # os.walk would leave out a folder that it cannot list
+    """Raise the error of a folder that cannot be listed, which os.walk would skip."""
+    raise error
 
 
-def _open(number: int, path: str) -> DocumentSource:
+def _open(number: int, path: str, flags: FlagNames) -> DocumentSource:
     if path.startswith("hf:"):
-        return HuggingFace(number, path)
+        return HuggingFace(number, path, flags)
     if path == "-":
         if sys.stdin is None:
             raise ValueError(
-                "--input - is standard input, which is closed. Send it a file or the output of a program"
+                f"{flags.input} - is standard input, which is closed. Send it a file or the "
+                f"output of a program"
             )
-        return PipeSource(number, path)
+        return PipeSource(number, path, flags)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"--input {path} does not exist")
+        raise FileNotFoundError(f"{flags.input} {path} does not exist")
     if not os.path.isfile(path):
-        return PipeSource(number, path)
-    return KINDS.get(_suffix(path), JsonLines)(number, path)
-
-
-KINDS: dict[str, type[FileSource]] = {
-    ".jsonl": JsonLines,
-    ".json": JsonLines,
-    ".gz": CompressedLines,
-    ".zst": CompressedLines,
-    ".zstd": CompressedLines,
-    ".parquet": Parquet,
-}
+        return PipeSource(number, path, flags)
+    suffix = _suffix(path)
+    if not suffix:
+        return JsonLines(number, path, flags)
+    if suffix not in FILE_FORMATS:
+        raise ValueError(
+            f"{flags.input} {path} has the suffix {suffix}; allowed: {' '.join(FILE_FORMATS)}, "
+            f"or no suffix for JSON lines. Rename the file, or leave it out"
+        )
+    return FILE_FORMATS[suffix](number, path, flags)
 
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
-
-
-def _cut(pieces: Iterable[bytes], chunk_bytes: int, path: str, start: int) -> Iterator[bytes]:
-    """The same text, cut behind every line that makes the part `chunk_bytes` long or longer.
-
-    Args:
-        path, start: where it begins, for messages.
-    """
-    pending, searched = bytearray(), chunk_bytes - 1
-    for piece in pieces:
-        pending += piece
-        while end := pending.find(b"\n", searched) + 1:
-            with memoryview(pending) as view:
-                part = bytes(view[:end])
-            del pending[:end]
-            searched = chunk_bytes - 1
-            start += end
-            yield part
-        searched = max(searched, len(pending))
-        if len(pending) >= chunk_bytes + LARGEST_RECORD:
-            raise _too_long(path, start + pending.rfind(b"\n") + 1)
-    if pending:
-        yield bytes(pending)
-
-
-def _too_long(path: str, at: int) -> ValueError:
-    return ValueError(
-        f"{path}: the line that begins at byte {at} of the text is longer than {LARGEST_RECORD} bytes; "
-        f"allowed: one JSON object per line, none longer. Rewrite the file (a JSON array: jq -c '.[]')"
-    )
-
-
-def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
-    """`pieces` without their first `count` bytes, which are taken at once."""
-    while count > 0 and (piece := next(pieces, b"")):
-        count -= len(piece)
-        if count < 0:
-            return chain([piece[count:]], pieces)
-    return pieces
-
-
-def _cut_rows(
-    rows: Iterable[tuple],
-    keys: Sequence[str],
-    start: int,
-    chunk_bytes: int,
-) -> Iterator[tuple[int, int, dict[str, list]]]:
-    """(first row, behind the last, key -> values), cut behind every row that makes the text `chunk_bytes` characters
-    long or longer. `rows` begin with row `start`."""
-    taken: list[tuple] = []
-    size = 0
-    for row in rows:
-        taken.append(row)
-        size += 1 + sum(
-            len(value) for value in row if isinstance(value, str | bytes)
-        )  # 1: rows without text count
-        if size >= chunk_bytes:
-            yield start, start + len(taken), dict(zip(keys, map(list, zip(*taken))))
-            start += len(taken)
-            taken, size = [], 0
-    if taken:
-        yield start, start + len(taken), dict(zip(keys, map(list, zip(*taken))))
-
-
-def _values(column: Any) -> list:
-    """Of an arrow array. Strings that are not UTF-8, which parquet files may hold, become bytes."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_text_or_bytes(value) for value in column.cast("binary").to_pylist()]
-
-
-def _text_or_bytes(value: bytes | None) -> str | bytes | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
-def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
-    for key in keys:
-        if key not in names:
-            raise ValueError(
-                f"{path}: no column {key!r}; there are: {listed(names)}. Set --json-keys"
-            )
-        if list(names).count(key) > 1:
-            raise ValueError(
-                f"{path}: {list(names).count(key)} columns are named {key!r}; allowed: one. Rename the "
-                f"others, or set --json-keys to another column"
-            )
-
-
-def _package(name: str, path: str) -> ModuleType:
-    """Import an optional package."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(
-            f"--input {path} needs the package {name.split('.')[0]}, which is not installed. Install it: "
-            f"pip install 'moe-megatron[data]'"
-        ) from None
-
-
-@contextmanager
-def _one_error(what: str, problem: str, *errors: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except errors as error:
-        raise ValueError(f"{what} {problem} ({one_line(error)})") from None

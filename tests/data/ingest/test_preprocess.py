@@ -1,4 +1,4 @@
-"""Preprocessing against a dumb loop: the same bytes however it is cut, shared out, interrupted or killed."""
+"""Preprocessing: the same bytes as a reference loop, however the work is divided."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.corpora import BYTES, PAIR, content, corpus, job, loop
+from helpers.corpora import (
+    BYTE_TOKENIZER,
+    PAIR_SUFFIXES,
+    output_bytes,
+    preprocess_config,
+    reference_documents,
+    rejected_bytes,
+    write_corpus,
+)
 from helpers.programs import documents, jsonl
 from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.ingest import encode as encode_module
-from megatron.data.ingest.encode import (
-    EncodeConfig,
-    EncoderPool,
-    build_splitter,
-    encode,
-    usable_cores,
-    with_eod,
-)
+from megatron.data.ingest import encoder_pool
+from megatron.data.ingest.encode import ChunkEncoder, EncodeConfig, append_eod, build_splitter
+from megatron.data.ingest.encoder_pool import EncoderPool, usable_cores
 from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun, preprocess
 from megatron.data.ingest.sources import open_sources
 from megatron.tokenizer.base import flatten
@@ -36,146 +39,146 @@ from megatron.tokenizer.byte import ByteTokenizer
 from megatron.tokenizer.fast_bpe import FastBPE
 
 
-def test_against_a_loop(bad):
-    names, whole = bad
+def config_of(path: Path, prefix: Path, **changes) -> PreprocessConfig:
+    """The job of preprocessing the key "text" of one file."""
+    return PreprocessConfig([str(path)], str(prefix), EncodeConfig(BYTE_TOKENIZER), **changes)
+
+
+# The result
+
+
+def test_output_equals_reference_loop(bad_corpus):
+    names, prefix = bad_corpus
     for key in ("text", "title"):
-        assert documents(f"{whole}_{key}_document") == loop(names, key)
-    rejected = [
-        json.loads(line) for line in Path(f"{whole}.rejected.jsonl").read_text().splitlines()
-    ]
+        assert documents(f"{prefix}_{key}_document") == reference_documents(names, key)
+    rejected = [json.loads(line) for line in rejected_bytes(prefix).splitlines()]
     lines = {name: Path(name).read_bytes().split(b"\n") for name in names}
-    assert len(rejected) == 14 and all(
-        r["record"].encode()
-        == lines[r["file"]][r["line"] - 1].decode(errors="backslashreplace").encode()
-        for r in rejected
-    )
-    assert IndexedDataset(f"{whole}_text_document").sidecar["skipped"] == 14
-    assert sorted(os.listdir(whole.parent)) == sorted(
-        [
-            "in",
-            "whole.rejected.jsonl",
-            *(f"whole_{key}_document{s}" for key in ("text", "title") for s in PAIR),
-        ]
-    )
+    assert len(rejected) == 14
+    for record in rejected:
+        line = lines[record["file"]][record["line"] - 1]
+        assert record["record"].encode() == line.decode(errors="backslashreplace").encode()
+    assert IndexedDataset(f"{prefix}_text_document").sidecar["skipped"] == 14
+    pairs = [f"reference_{key}_document{s}" for key in ("text", "title") for s in PAIR_SUFFIXES]
+    expected = ["in", "reference.rejected.jsonl", *pairs]
+    assert sorted(os.listdir(prefix.parent)) == sorted(expected)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 100, 3000, 10**7])
-def test_chunks_of_any_size_give_the_same(bad, tmp_path, chunk_bytes):
-    names, whole = bad
-    preprocess(job(names, tmp_path / "x", skip_errors=True), chunk_bytes=chunk_bytes)
-    assert content(tmp_path / "x") == content(whole)
-    assert (tmp_path / "x.rejected.jsonl").read_bytes() == Path(
-        f"{whole}.rejected.jsonl"
-    ).read_bytes()
+def test_chunk_size_does_not_matter(bad_corpus, tmp_path, chunk_bytes):
+    names, reference = bad_corpus
+    config = preprocess_config(names, tmp_path / "x", skip_errors=True)
+    preprocess(config, chunk_bytes=chunk_bytes)
+    assert output_bytes(tmp_path / "x") == output_bytes(reference)
+    assert rejected_bytes(tmp_path / "x") == rejected_bytes(reference)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_gives_the_same(bad, tmp_path, workers, at_once):
-    names, whole = bad
-    with PreprocessRun(
-        job(names, tmp_path / "x", skip_errors=True, workers=workers), chunk_bytes=500
-    ) as work:
-        assert len([*work]) > 20 and work.read == work.size
-        work.finish()
-    assert content(tmp_path / "x") == content(whole)
-    assert (tmp_path / "x.rejected.jsonl").read_bytes() == Path(
-        f"{whole}.rejected.jsonl"
-    ).read_bytes()
+def test_number_of_workers_does_not_matter(bad_corpus, tmp_path, workers, start_workers_first):
+    names, reference = bad_corpus
+    config = preprocess_config(names, tmp_path / "x", skip_errors=True, workers=workers)
+    with PreprocessRun(config, chunk_bytes=500) as run:
+        assert len([*run]) > 20 and run.bytes_read == run.total_bytes
+        run.finish()
+    assert output_bytes(tmp_path / "x") == output_bytes(reference)
+    assert rejected_bytes(tmp_path / "x") == rejected_bytes(reference)
 
 
 @pytest.mark.parametrize("limit", [1, 57, 180, 250, 399, 400, 1000])
-def test_the_first_documents_only(bad, tmp_path, limit):
-    names, _ = bad
+def test_max_documents_takes_the_first(bad_corpus, tmp_path, limit):
+    names, _ = bad_corpus
     for n, chunk_bytes in enumerate((200, 10**7)):
-        preprocess(
-            job(names, tmp_path / f"{n}", skip_errors=True, max_documents=limit),
-            chunk_bytes=chunk_bytes,
+        config = preprocess_config(
+            names, tmp_path / f"{n}", skip_errors=True, max_documents=limit
         )
+        preprocess(config, chunk_bytes=chunk_bytes)
         for key in ("text", "title"):
-            assert documents(tmp_path / f"{n}_{key}_document") == loop(names, key, limit)
-    rejected = tmp_path / "0.rejected.jsonl"
-    assert content(tmp_path / "0") == content(tmp_path / "1")
-    assert rejected.exists() == (limit > 11) and (
-        limit == 1 or rejected.read_bytes() == (tmp_path / "1.rejected.jsonl").read_bytes()
-    )
+            found = documents(tmp_path / f"{n}_{key}_document")
+            assert found == reference_documents(names, key, limit)
+    assert output_bytes(tmp_path / "0") == output_bytes(tmp_path / "1")
+    assert (tmp_path / "0.rejected.jsonl").exists() == (limit > 11)
+    if limit > 1:
+        assert rejected_bytes(tmp_path / "0") == rejected_bytes(tmp_path / "1")
 
 
-def test_an_error_behind_the_first_documents_is_not_reached(tmp_path):
+def test_error_after_max_documents_is_ignored(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"}\n{\n')
-    recipe = EncodeConfig(BYTES)
-    (totals,) = preprocess(
-        PreprocessConfig([str(path)], str(tmp_path / "x"), recipe, max_documents=2)
-    )
-    assert totals.documents == 2 and (totals.tokens, totals.bytes) == (2, 2)
+    (stats,) = preprocess(config_of(path, tmp_path / "x", max_documents=2))
+    assert stats.documents == 2 and (stats.tokens, stats.bytes) == (2, 2)
     with pytest.raises(ValueError, match="a.jsonl:3: not a JSON object"):
-        preprocess(PreprocessConfig([str(path)], str(tmp_path / "y"), recipe, max_documents=3))
+        preprocess(config_of(path, tmp_path / "y", max_documents=3))
     assert not list(tmp_path.glob("y*"))
 
 
-def test_all_records_unusable(tmp_path):
+def test_only_unusable_records_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n[\n")
     with pytest.raises(ValueError, match="has no documents: all 2 records were skipped"):
-        preprocess(
-            PreprocessConfig(
-                [str(tmp_path / "a.jsonl")],
-                str(tmp_path / "x"),
-                EncodeConfig(BYTES),
-                skip_errors=True,
-            )
-        )
+        preprocess(config_of(tmp_path / "a.jsonl", tmp_path / "x", skip_errors=True))
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_the_first_rejections_are_shown_and_old_ones_removed(bad, tmp_path, caplog):
-    names, _ = bad
+def test_rejections_are_logged_and_replaced(bad_corpus, tmp_path, caplog):
+    """The first five are logged. A later run without any removes the file of an earlier run."""
+    names, _ = bad_corpus
     caplog.set_level(logging.WARNING, "megatron")
-    preprocess(job(names, tmp_path / "x", skip_errors=True))
-    shown = [r.message for r in caplog.records if r.message.startswith("skipped ")]
-    assert len(shown) == 5 and all(m.startswith(f"skipped {names[0]}:") for m in shown)
+    preprocess(preprocess_config(names, tmp_path / "x", skip_errors=True))
+    logged = [r.message for r in caplog.records if r.message.startswith("skipped ")]
+    assert len(logged) == 5 and all(m.startswith(f"skipped {names[0]}:") for m in logged)
     assert (tmp_path / "x.rejected.jsonl").exists()
-    preprocess(job(corpus(tmp_path / "good"), tmp_path / "x", skip_errors=True))
+    good = write_corpus(tmp_path / "good")
+    preprocess(preprocess_config(good, tmp_path / "x", skip_errors=True))
     assert not (tmp_path / "x.rejected.jsonl").exists()
 
 
+# The configuration
+
+BAD_PREFIXES = ("", ".", "a/", "a/..")
+BAD_KEYS = ("", "a/b", "/../../c", "a\0")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("changes", "match"),
     [
         ({"workers": 0}, "--workers is 0"),
         ({"max_documents": -1}, "--max-documents is -1"),
         *(
             ({"output_prefix": prefix}, "--output-prefix is '.*'; allowed: a path")
-            for prefix in ("", ".", "a/", "a/..")
+            for prefix in BAD_PREFIXES
         ),
         *(
             (
-                {"recipe": EncodeConfig(BYTES, (key,))},
+                {"encoding": EncodeConfig(BYTE_TOKENIZER, (key,))},
                 "--json-keys is '.*'; allowed: .* without a slash",
             )
-            for key in ("", "a/b", "/../../c", "a\0")
+            for key in BAD_KEYS
         ),
     ],
 )
-def test_jobs_that_make_no_sense(arguments, match):
+def test_invalid_configurations_are_refused(changes, match):
     with pytest.raises(ValueError, match=match):
-        replace(job(["a"], Path("x")), **arguments)
+        replace(preprocess_config(["a"], Path("x")), **changes)
 
 
-def test_inputs_that_the_output_would_replace(tmp_path):
-    preprocess(job(corpus(tmp_path / "in"), tmp_path / "in/x"))
+def test_inputs_that_are_outputs_are_refused(tmp_path):
+    preprocess(preprocess_config(write_corpus(tmp_path / "in"), tmp_path / "in/x"))
     (tmp_path / "in/x.rejected.jsonl").write_text("{}")
+    match = "--input names .*in/x.*, which this run would write"
     for inputs in ([str(tmp_path / "in")], [str(tmp_path / "in/x.rejected.jsonl")]):
-        with pytest.raises(
-            ValueError, match="--input names .*in/x.*, which this run would write"
-        ):
-            preprocess(job(inputs, tmp_path / "in/x"))
+        with pytest.raises(ValueError, match=match):
+            preprocess(preprocess_config(inputs, tmp_path / "in/x"))
     assert len(documents(tmp_path / "in/x_text_document")) == 400
 
 
-class Doubtful(FastBPE):
-    """Bytes; its fast encoder errs on texts with an é."""
+# The fast encoder and its reference
 
-    name, vocab_size, eod, fingerprint = "Doubtful", 257, 256, "f"
+
+class FaultyTokenizer(FastBPE):
+    """A tokenizer of bytes whose fast encoder encodes texts with an é incorrectly."""
+
+    name = "Faulty"
+    vocab_size = 257
+    eod = 256
+    fingerprint = "f"
 
     def __init__(self):
         self._fast = self
@@ -186,9 +189,9 @@ class Doubtful(FastBPE):
     def encode_batch(self, texts):
         if self._fast is not None and texts and self._to_compare:
             self._compare(texts)
-        return flatten(
-            self._reference(texts) if self._fast is None else self.encode_batch_list(texts)
-        )
+        if self._fast is None:
+            return flatten(self._reference(texts))
+        return flatten(self.encode_batch_list(texts))
 
     def _reference(self, texts):
         return [[*t.encode()] for t in texts]
@@ -197,73 +200,77 @@ class Doubtful(FastBPE):
         return bytes(ids).decode()
 
 
-def test_a_fast_encoder_that_errs_is_left_from_that_file_on(tmp_path, monkeypatch, caplog):
-    """Files are compared one by one: the first does not show the fault, the second does at its beginning."""
-    monkeypatch.setattr(encode_module, "build_tokenizer", lambda config, threads: Doubtful())
+@pytest.fixture
+def faulty_tokenizer(monkeypatch) -> None:
+    monkeypatch.setattr(
+        encode_module, "build_tokenizer", lambda config, threads: FaultyTokenizer()
+    )
+
+
+def decoded(prefix: Path) -> list[str]:
+    return [bytes(ids).decode() for ids in documents(prefix)]
+
+
+def test_faulty_encoder_is_replaced_per_file(tmp_path, faulty_tokenizer, caplog):
+    """Each file is compared: the first does not show the fault, the second does at its start."""
     a = jsonl(tmp_path / "a.jsonl", ["plain"] * 20 + ["é"])
     b = jsonl(tmp_path / "b.jsonl", ["plain", "é", "éé"] * 9)
-    preprocess(PreprocessConfig([str(a), str(b)], str(tmp_path / "x"), EncodeConfig(BYTES)))
-    texts = [bytes(ids).decode() for ids in documents(tmp_path / "x_text_document")]
-    assert texts == ["plain"] * 20 + ["e"] + ["plain", "é", "éé"] * 9
-    said = [r.message for r in caplog.records if r.name == "megatron"]
-    assert (
-        sum(m.startswith(f"{b}: gigatoken encodes a document differently") for m in said) == 1
-    )
+    encoding = EncodeConfig(BYTE_TOKENIZER)
+    preprocess(PreprocessConfig([str(a), str(b)], str(tmp_path / "x"), encoding))
+    expected = ["plain"] * 20 + ["e"] + ["plain", "é", "éé"] * 9
+    assert decoded(tmp_path / "x_text_document") == expected
+    logged = [r.message for r in caplog.records if r.name == "megatron"]
+    start = f"{b}: gigatoken encodes a document differently"
+    assert sum(m.startswith(start) for m in logged) == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_fault_found_late_in_a_pipe_loses_nothing(tmp_path, monkeypatch, at_once, workers):
-    """Each chunk's first document is compared; what is under way then is encoded again, and not read again."""
-    monkeypatch.setattr(encode_module, "build_tokenizer", lambda config, threads: Doubtful())
-    monkeypatch.setattr(encode_module, "ProcessPoolExecutor", InProcess)
+def test_late_fault_in_pipe_loses_nothing(
+    tmp_path, monkeypatch, faulty_tokenizer, start_workers_first, workers
+):
+    """Each chunk's first document is compared. Chunks that are being encoded when a fault is
+    found are encoded again, without reading them again."""
+    monkeypatch.setattr(encoder_pool, "ProcessPoolExecutor", InProcess)
     os.mkfifo(tmp_path / "pipe")
-    lines = b"".join(
-        json.dumps({"text": t}).encode() + b"\n" for t in ["plain"] * 40 + ["é"] * 300
-    )
+    texts = ["plain"] * 40 + ["é"] * 300
+    lines = b"".join(json.dumps({"text": t}).encode() + b"\n" for t in texts)
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(lines,))
     writer.start()
-    preprocess(
-        PreprocessConfig(
-            [str(tmp_path / "pipe")], str(tmp_path / "x"), EncodeConfig(BYTES), workers=workers
-        ),
-        chunk_bytes=60,
-    )
+    config = config_of(tmp_path / "pipe", tmp_path / "x", workers=workers)
+    preprocess(config, chunk_bytes=60)
     writer.join()
-    texts = [bytes(ids).decode() for ids in documents(tmp_path / "x_text_document")]
-    assert texts == ["plain"] * 40 + ["é"] * 300
+    assert decoded(tmp_path / "x_text_document") == texts
 
 
 class InProcess(concurrent.futures.ThreadPoolExecutor):
-    """A pool whose worker sees what the test has patched."""
+    """A pool whose worker runs in this process, so that it sees what the test replaced."""
 
     def __init__(self, workers, context, initializer, initargs):
-        (recipe,) = initargs
-        encode_module._OWN.update(recipe=recipe, tokenizer=Doubtful(), split=None)
+        (config,) = initargs
+        encoder_pool._worker_encoder = ChunkEncoder(config, FaultyTokenizer())
         super().__init__(1)
 
 
-def test_every_key_is_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode_module, "build_tokenizer", lambda config, threads: Doubtful())
+def test_every_key_is_compared(tmp_path, faulty_tokenizer):
     path = jsonl(tmp_path / "a.jsonl", ["plain"] * 30, title="é")
-    preprocess(job([str(path)], tmp_path / "x"))
+    preprocess(preprocess_config([str(path)], tmp_path / "x"))
     assert documents(tmp_path / "x_title_document") == [[*"é".encode(), 256]] * 30
 
 
-def test_a_token_outside_the_vocabulary_is_not_written(tmp_path, monkeypatch):
-    class Wild(ByteTokenizer):
+def test_token_outside_vocabulary_is_refused(tmp_path, monkeypatch):
+    class OutOfRange(ByteTokenizer):
         def encode_batch(self, texts):
             return np.array([70000], np.uint32), np.array([1])
 
-    monkeypatch.setattr(encode_module, "build_tokenizer", lambda config, threads: Wild())
+    monkeypatch.setattr(encode_module, "build_tokenizer", lambda config, threads: OutOfRange())
     path = jsonl(tmp_path / "a.jsonl", ["x"])
-    with pytest.raises(
-        ValueError, match="a.jsonl.*gives the token id 70000, outside its vocabulary of 257"
-    ):
-        preprocess(PreprocessConfig([str(path)], str(tmp_path / "x"), EncodeConfig(BYTES)))
+    match = "a.jsonl.*gives the token id 70000, outside its vocabulary of 257"
+    with pytest.raises(ValueError, match=match):
+        preprocess(config_of(path, tmp_path / "x"))
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_text_that_the_tokenizer_refuses_is_named(tmp_path):
+def test_tokenizer_errors_name_the_file(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ["1 2", "3 x"])
     null = TokenizerConfig("NullTokenizer", tokenizer_model="5")
     with pytest.raises(ValueError, match="a.jsonl.*'x' is no token id for NullTokenizer"):
@@ -271,11 +278,11 @@ def test_text_that_the_tokenizer_refuses_is_named(tmp_path):
 
 
 @given(st.lists(st.lists(st.lists(st.integers(1, 9), max_size=3), max_size=3), max_size=5))
-def test_with_eod_against_a_loop(rows):
-    """Documents of sequences of ids: the id is added to the last sequence that has tokens."""
-    sequences = [s for row in rows for s in row]
-    ids, lengths = flatten(sequences)
-    out, new = with_eod(ids, lengths, np.array([*map(len, rows)], np.int64), 0, np.uint16)
+def test_append_eod_equals_reference_loop(rows):
+    """The token is appended to the last sequence of each document that has tokens."""
+    ids, lengths = flatten([s for row in rows for s in row])
+    counts = np.array([*map(len, rows)], np.int64)
+    out, new_lengths = append_eod(ids, lengths, counts, 0, np.uint16)
     expected = []
     for row in rows:
         row = [list(s) for s in row]
@@ -284,13 +291,12 @@ def test_with_eod_against_a_loop(rows):
                 s.append(0)
                 break
         expected += row
-    assert out.tolist() == [t for s in expected for t in s] and new.tolist() == [
-        *map(len, expected)
-    ]
+    assert out.tolist() == [t for s in expected for t in s]
+    assert new_lengths.tolist() == [*map(len, expected)]
     assert out.dtype == np.uint16
 
 
-def test_usable_cores(monkeypatch, tmp_path):
+def test_usable_cores_respect_the_quota(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     for quota, cores in (
         ("max 100000", 8),
@@ -302,9 +308,12 @@ def test_usable_cores(monkeypatch, tmp_path):
         assert usable_cores() == cores
 
 
+# Sentences
+
+
 @pytest.fixture
 def punkt(tmp_path, monkeypatch) -> None:
-    """A Punkt model in a folder of its own: the ones to download are not needed to show what is done with it."""
+    """A Punkt model trained here, so that the tests need none of the published ones."""
     nltk = pytest.importorskip("nltk")
     from nltk.tokenize import punkt
 
@@ -318,11 +327,11 @@ def punkt(tmp_path, monkeypatch) -> None:
 def test_sentences_become_sequences(tmp_path, punkt):
     texts = ["Dr. Smith is here. How are you?  Fine.\n\nYes. ", "", "One", " \n"]
     path = jsonl(tmp_path / "a.jsonl", texts)
-    recipe = EncodeConfig(BYTES, append_eod=True, split_sentences="english")
-    (totals,) = preprocess(PreprocessConfig([str(path)], str(tmp_path / "x"), recipe))
-    assert totals.prefix == str(tmp_path / "x_text_sentence") and totals.documents == 4
-    d = IndexedDataset(totals.prefix)
-    assert [bytes(s[s < 256].tolist()).decode() for s in d] == [
+    encoding = EncodeConfig(BYTE_TOKENIZER, append_eod=True, split_sentences="english")
+    (stats,) = preprocess(PreprocessConfig([str(path)], str(tmp_path / "x"), encoding))
+    assert stats.prefix == str(tmp_path / "x_text_sentence") and stats.documents == 4
+    dataset = IndexedDataset(stats.prefix)
+    assert [bytes(s[s < 256].tolist()).decode() for s in dataset] == [
         "Dr. Smith is here.",
         " How are you?",
         "  Fine.",
@@ -330,33 +339,35 @@ def test_sentences_become_sequences(tmp_path, punkt):
         "One",
         " \n",
     ]
-    assert d.document_index.tolist() == [0, 4, 4, 5, 6]
-    assert [256 in s for s in d] == [False, False, False, True, True, True]
-    assert [d.read(i)[:-1].tobytes() for i in (0, 2)] == [
-        np.frombuffer(texts[i].encode(), np.uint8).astype(np.uint16).tobytes() for i in (0, 2)
-    ]
-    assert d.sidecar["split_sentences"] == "english"
+    assert dataset.document_index.tolist() == [0, 4, 4, 5, 6]
+    assert [256 in s for s in dataset] == [False, False, False, True, True, True]
+    for i in (0, 2):
+        text = np.frombuffer(texts[i].encode(), np.uint8).astype(np.uint16)
+        assert dataset.read(i)[:-1].tobytes() == text.tobytes()
+    assert dataset.sidecar["split_sentences"] == "english"
 
 
-def test_a_begin_token_comes_once_per_document_also_with_sentences(tmp_path, punkt):
+def test_each_document_has_one_bos(tmp_path, punkt):
+    """Also when its sentences are encoded separately."""
+
     class WithBos(ByteTokenizer):
         bos = 255
 
         def encode_batch(self, texts):
             return flatten([[255, *t.encode()] for t in texts])
 
-    (chunk,) = open_sources(
-        [str(jsonl(tmp_path / "a.jsonl", ["A cat. A dog. It", "One. Two"]))]
-    )[0].chunks(["text"])
-    recipe = EncodeConfig(BYTES, split_sentences="english")
-    tokens = encode(chunk, recipe, WithBos(), build_splitter("english")).keys["text"]
-    assert tokens.ids.tolist() == [255, *b"A cat. A dog. It", 255, *b"One. Two"]
-    assert tokens.lengths.tolist() == [7, 7, 3, 5, 4] and tokens.counts.tolist() == [3, 2]
+    path = jsonl(tmp_path / "a.jsonl", ["A cat. A dog. It", "One. Two"])
+    (chunk,) = open_sources([str(path)])[0].chunks(["text"])
+    config = EncodeConfig(BYTE_TOKENIZER, split_sentences="english")
+    encoded = ChunkEncoder(config, WithBos()).encode(chunk).by_key["text"]
+    assert encoded.ids.tolist() == [255, *b"A cat. A dog. It", 255, *b"One. Two"]
+    assert encoded.sequence_lengths.tolist() == [7, 7, 3, 5, 4]
+    assert encoded.sequence_counts.tolist() == [3, 2]
 
 
-def test_sentence_splitters_that_are_not_there(monkeypatch, punkt):
+def test_missing_sentence_splitters_are_refused(monkeypatch, punkt):
     with pytest.raises(ValueError, match="--lang is 'klingon', .*nltk.downloader punkt_tab"):
         build_splitter("klingon")
     monkeypatch.setitem(sys.modules, "nltk.tokenize.punkt", None)
     with pytest.raises(ValueError, match="needs the package nltk, which is not installed"):
-        EncoderPool(EncodeConfig(BYTES, split_sentences="english"), 1)
+        EncoderPool(EncodeConfig(BYTE_TOKENIZER, split_sentences="english"), 1)

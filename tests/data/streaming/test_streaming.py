@@ -1,7 +1,8 @@
-"""Streaming against a dumb loop over the tokenised documents: order, epochs, caching, other processes, a whole run."""
+"""Streaming against a reference loop over the tokens: order, epochs, cache, other processes."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import gzip
 import json
@@ -9,7 +10,6 @@ import multiprocessing
 import os
 import pickle
 import threading
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -20,36 +20,45 @@ import tokenizers
 import zstandard
 
 from helpers import runs
+from helpers.corpora import BYTE_TOKENIZER
 from helpers.programs import documents
 from helpers.streams import (
-    BYTES,
     S,
-    cached_tokens,
-    corpus,
-    is_free,
-    large,
-    loop,
+    committed_state,
+    committed_tokens,
+    is_unlocked,
     open_samples,
-    read,
-    state,
-    stream_of,
+    open_stream,
+    read_samples,
+    reference_samples,
     streaming_flags,
-    until,
+    write_large_text,
+    write_text,
 )
+from helpers.waiting import assert_stays, wait_until
 from megatron.config.schema import DataConfig, TokenizerConfig
 from megatron.data.ingest import preprocess as preprocess_module
 from megatron.data.ingest.encode import EncodeConfig
 from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun, preprocess
 from megatron.data.loader import BatchLoader, DataParallelShard
 from megatron.data.sampling.blend import quotas
-from megatron.data.streaming import producer as module
-from megatron.data.streaming.producer import StreamSamples, cache_folder, produce
+from megatron.data.streaming import reader
+from megatron.data.streaming.producer import produce
+from megatron.data.streaming.reader import StreamSamples
+from megatron.data.streaming.stream import cache_folder
+from megatron.io.staging_dir import StagingDir
 
 
-def no_producer(monkeypatch) -> None:
+def forbid_producers(monkeypatch) -> None:
     monkeypatch.setattr(
-        module, "start_producer", lambda *_: pytest.fail("a producer was started")
+        reader, "start_producer", lambda *_: pytest.fail("a producer was started")
     )
+
+
+def preprocess_reference(text: Path, prefix: Path) -> None:
+    """Preprocess a text as streaming does, in one run."""
+    encoding = EncodeConfig(BYTE_TOKENIZER, append_eod=True)
+    preprocess(PreprocessConfig([str(text)], str(prefix), encoding))
 
 
 # Order and content
@@ -57,29 +66,31 @@ def no_producer(monkeypatch) -> None:
 
 @pytest.mark.parametrize("window", [1, 8])
 @pytest.mark.parametrize("epochs", [0.5, 3.5])
-def test_samples_equal_a_loop_over_the_tokens(tmp_path, window, epochs):
-    tokens = corpus(tmp_path / "a.jsonl")
+def test_samples_equal_reference_loop(tmp_path, window, epochs):
+    tokens = write_text(tmp_path / "a.jsonl")
     number = int(epochs * len(tokens) / S)
-    got = open_samples(tmp_path / "a.jsonl", samples=number, window=window)
-    assert len(got) == number and read(got) == loop(tokens, number, window)
-    assert got.source(0) == str(tmp_path / "a.jsonl")
-    for beyond in (-1, number):
-        with pytest.raises(
-            IndexError, match=rf"sample {beyond} of .*: allowed 0 to {number - 1}"
-        ):
-            got[beyond]
+    samples = open_samples(tmp_path / "a.jsonl", samples=number, window=window)
+    assert len(samples) == number
+    assert read_samples(samples) == reference_samples(tokens, number, window)
+    assert samples.source(0) == str(tmp_path / "a.jsonl")
+    for outside in (-1, number):
+        match = rf"sample {outside} of .*: allowed 0 to {number - 1}"
+        with pytest.raises(IndexError, match=match):
+            samples[outside]
     if window == 1 and epochs < 1:
-        assert read(got) == [tokens[k * S : k * S + S + 1] for k in range(number)]
+        in_order = [tokens[k * S : k * S + S + 1] for k in range(number)]
+        assert read_samples(samples) == in_order
     elif window > 1:
-        assert read(got) != loop(tokens, number, 1), "shuffled"
-        assert sorted(read(got)[:window]) == sorted(loop(tokens, window, 1))
+        assert read_samples(samples) != reference_samples(tokens, number, 1), "shuffled"
+        first_window = read_samples(samples)[:window]
+        assert sorted(first_window) == sorted(reference_samples(tokens, window, 1))
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "parquet", "folder", "pattern", "hf"])
-def test_every_kind_of_source(tmp_path, monkeypatch, kind):
+def test_every_format_can_be_streamed(tmp_path, monkeypatch, kind):
     folder = tmp_path / "in"
     folder.mkdir()
-    tokens = corpus(folder / "a.jsonl")
+    tokens = write_text(folder / "a.jsonl")
     text = (folder / "a.jsonl").read_bytes()
     entry = {"folder": str(folder), "pattern": f"{folder}/*.jsonl", "hf": "hf:in"}.get(
         kind, f"{folder}/a.{kind}"
@@ -89,29 +100,29 @@ def test_every_kind_of_source(tmp_path, monkeypatch, kind):
     elif kind == "zst":
         Path(entry).write_bytes(zstandard.compress(text))
     elif kind == "parquet":
-        pq.write_table(
-            pa.Table.from_pylist([json.loads(line) for line in text.splitlines()]), entry
-        )
+        records = [json.loads(line) for line in text.splitlines()]
+        pq.write_table(pa.Table.from_pylist(records), entry)
     elif kind == "hf":
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     else:
-        tokens += corpus(folder / "b.jsonl")
-    number = 3 * len(tokens) // S  # to the end and beyond
-    assert read(open_samples(entry, samples=number, cache=tmp_path / "cache")) == loop(
-        tokens, number, 4
-    )
+        tokens += write_text(folder / "b.jsonl")
+    number = 3 * len(tokens) // S  # to the end of the text and beyond
+    samples = open_samples(entry, samples=number, cache=tmp_path / "cache")
+    assert read_samples(samples) == reference_samples(tokens, number, 4)
+    # A reader that has reached the end of the text finds no trace of the work.
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_ranks_micro_batches_workers_and_resuming_change_nothing(tmp_path):
-    tokens = corpus(tmp_path / "a.jsonl", 60)
-    want = loop(tokens, 32, 8)
+def test_ranks_and_workers_read_one_order(tmp_path):
+    """Neither ranks, micro-batches, workers nor resuming change the order of the samples."""
+    tokens = write_text(tmp_path / "a.jsonl", 60)
+    expected = reference_samples(tokens, 32, 8)
     open_samples(tmp_path / "a.jsonl", samples=32, window=8)
 
-    def taken(consumed: int, world: int, micro: int, workers: int) -> list[list[int]]:
-        got: dict[int, list[int]] = {}
+    def read_batches(consumed: int, world: int, micro: int, workers: int) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
         for rank in range(world):
             batches = BatchLoader(
                 open_samples(tmp_path / "a.jsonl", samples=32, window=8, starts=rank == 0),
@@ -124,8 +135,8 @@ def test_ranks_micro_batches_workers_and_resuming_change_nothing(tmp_path):
             for step in range((32 - consumed) // (micro * world)):
                 tokens_BS = next(batches).tokens_BS.tolist()
                 for b, row in enumerate(tokens_BS):
-                    got[consumed + (step * world + rank) * micro + b] = row
-        return [row for _, row in sorted(got.items())]
+                    found[consumed + (step * world + rank) * micro + b] = row
+        return [row for _, row in sorted(found.items())]
 
     for consumed, world, micro, workers in (
         (0, 1, 4, 0),
@@ -134,143 +145,173 @@ def test_ranks_micro_batches_workers_and_resuming_change_nothing(tmp_path):
         (8, 1, 8, 1),
         (24, 4, 2, 1),
     ):
-        assert taken(consumed, world, micro, workers) == [row[:-1] for row in want[consumed:]]
+        rows = read_batches(consumed, world, micro, workers)
+        assert rows == [row[:-1] for row in expected[consumed:]]
 
 
 def test_blends_hold_their_weights(tmp_path):
     folder = tmp_path / "b"
     folder.mkdir()
     tokens = {
-        tmp_path / "a.jsonl": corpus(tmp_path / "a.jsonl", 300),
-        folder: corpus(folder / "x.jsonl", 100),
+        tmp_path / "a.jsonl": write_text(tmp_path / "a.jsonl", 300),
+        folder: write_text(folder / "x.jsonl", 100),
     }
     blend = open_samples("0.25", tmp_path / "a.jsonl", "0.75", folder, samples=80)
-    got: dict[str, list] = {}
+    found: dict[str, list] = {}
     for i in range(80):
-        got.setdefault(blend.source(i), []).append(blend[i].tolist())
-        share = len(got.get(str(folder), ())) / (i + 1)
+        found.setdefault(blend.source(i), []).append(blend[i].tolist())
+        share = len(found.get(str(folder), ())) / (i + 1)
         assert abs(share - 0.75) * (i + 1) < 1
-    assert got == {
-        str(entry): loop(tokens[entry], count, 4) for entry, count in zip(tokens, (20, 60))
+    assert found == {
+        str(entry): reference_samples(tokens[entry], count, 4)
+        for entry, count in zip(tokens, (20, 60))
     }
 
 
 @pytest.mark.parametrize("second", ["b.jsonl", "empty.jsonl", "hf:name"])
-def test_without_weights_the_sizes_count_or_all_count_the_same(tmp_path, second):
-    corpus(tmp_path / "a.jsonl", 30)
-    corpus(tmp_path / "b.jsonl", 90)
+def test_sizes_are_the_default_weights(tmp_path, second):
+    """Where the size of a source is unknown, all weigh the same."""
+    write_text(tmp_path / "a.jsonl", 30)
+    write_text(tmp_path / "b.jsonl", 90)
     (tmp_path / "empty.jsonl").touch()
     other = second if second.startswith("hf:") else str(tmp_path / second)
     blend = open_samples(tmp_path / "a.jsonl", other, samples=100, starts=False)
-    size = (
-        [os.path.getsize(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
-        if second == "b.jsonl"
-        else [1, 1]
-    )
-    counts = [
-        sum(blend.source(i) == entry for i in range(100))
-        for entry in (str(tmp_path / "a.jsonl"), other)
-    ]
-    assert all(abs(count - 100 * s / sum(size)) < 1 for count, s in zip(counts, size))
-    assert [len(d) for d in blend.datasets] == quotas(size, 100)
+    sizes = [1, 1]
+    if second == "b.jsonl":
+        sizes = [os.path.getsize(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    sources = [blend.source(i) for i in range(100)]
+    counts = [sources.count(str(tmp_path / "a.jsonl")), sources.count(other)]
+    assert all(abs(count - 100 * s / sum(sizes)) < 1 for count, s in zip(counts, sizes))
+    assert [len(d) for d in blend.datasets] == quotas(sizes, 100)
 
 
 # The cache
 
 
-def test_a_finished_cache_is_read_and_nothing_is_made_again(tmp_path, monkeypatch):
-    tokens = corpus(tmp_path / "a.jsonl")
+def test_finished_cache_is_reused(tmp_path, monkeypatch):
+    tokens = write_text(tmp_path / "a.jsonl")
     number = 2 * len(tokens) // S
-    read(open_samples(tmp_path / "a.jsonl", samples=number))
+    read_samples(open_samples(tmp_path / "a.jsonl", samples=number))
     cache = tmp_path / "stream_cache"
-    until(lambda: {path.suffix for path in cache.iterdir()} == {".bin", ".idx", ".json"})
-    preprocess(
-        PreprocessConfig(
-            [str(tmp_path / "a.jsonl")],
-            str(tmp_path / "whole"),
-            EncodeConfig(BYTES, append_eod=True),
-        )
-    )
+    wait_until(lambda: not list(cache.glob("*.error")), "the end of the producer")
+    assert {path.suffix for path in cache.iterdir()} == {".bin", ".idx", ".json"}
+    preprocess_reference(tmp_path / "a.jsonl", tmp_path / "reference")
     for suffix in (".bin", ".idx", ".json"):
         (made,) = cache.glob("*" + suffix)
-        assert made.read_bytes() == (tmp_path / f"whole_text_document{suffix}").read_bytes()
-    no_producer(monkeypatch)
-    assert read(open_samples(tmp_path / "a.jsonl", samples=number)) == loop(tokens, number, 4)
-    assert read(open_samples(tmp_path / "a.jsonl", samples=7, window=3, seed=9)) == loop(
-        tokens, 7, 3, seed=9
-    )
+        reference = tmp_path / f"reference_text_document{suffix}"
+        assert made.read_bytes() == reference.read_bytes()
+    forbid_producers(monkeypatch)
+    samples = open_samples(tmp_path / "a.jsonl", samples=number)
+    assert read_samples(samples) == reference_samples(tokens, number, 4)
+    samples = open_samples(tmp_path / "a.jsonl", samples=7, window=3, seed=9)
+    assert read_samples(samples) == reference_samples(tokens, 7, 3, seed=9)
 
 
-def test_only_what_is_needed_is_made_and_a_longer_run_goes_on(tmp_path, monkeypatch):
-    tokens = large(tmp_path / "a.jsonl")
+def test_longer_run_extends_the_cache(tmp_path, monkeypatch):
+    """Only the tokens that a run needs are produced; a longer run adds to them."""
+    text = tmp_path / "a.jsonl"
+    tokens = write_large_text(text)
     cache = tmp_path / "c"
-    assert read(
-        open_samples(tmp_path / "a.jsonl", samples=2000, window=100, cache=cache)
-    ) == loop(tokens, 2000, 100)
-    until(lambda: is_free(cache))
-    made, (file,) = cached_tokens(cache), cache.glob("*.partial/*.bin")
-    assert 2000 * S < made < 2000 * S + (3 << 20) < len(tokens) and not list(
-        cache.glob("*.error")
+    samples = open_samples(text, samples=2000, window=100, cache=cache)
+    assert read_samples(samples) == reference_samples(tokens, 2000, 100)
+    wait_until(
+        lambda: is_unlocked(cache) and not list(cache.glob("*.error")),
+        "the end of the producer",
     )
+    produced = committed_tokens(cache)
+    (file,) = cache.glob("*.partial/*.bin")
+    assert 2000 * S < produced < 2000 * S + (3 << 20) < len(tokens)
     with monkeypatch.context() as patch:
-        no_producer(patch)
-        assert read(
-            open_samples(tmp_path / "a.jsonl", samples=1900, window=100, cache=cache)
-        ) == loop(tokens, 1900, 100)
-    inode, state_then = file.stat().st_ino, state(cache)
-    assert state_then["read"] < (tmp_path / "a.jsonl").stat().st_size / 2
-    longer = len(tokens) // S + 50
-    assert read(
-        open_samples(tmp_path / "a.jsonl", samples=longer, window=1, cache=cache), longer - 100
-    ) == loop(tokens, longer, 1, start=longer - 100)
+        forbid_producers(patch)
+        samples = open_samples(text, samples=1900, window=100, cache=cache)
+        assert read_samples(samples) == reference_samples(tokens, 1900, 100)
+    inode = file.stat().st_ino
+    assert committed_state(cache)["read"] < text.stat().st_size / 2
+    number = len(tokens) // S + 50
+    samples = open_samples(text, samples=number, window=1, cache=cache)
+    expected = reference_samples(tokens, number, 1, start=number - 100)
+    assert read_samples(samples, number - 100) == expected
     (pair,) = cache.glob("*.bin")
-    assert pair.stat().st_ino == inode, "the same file, added to"
-    preprocess(
-        PreprocessConfig(
-            [str(tmp_path / "a.jsonl")],
-            str(tmp_path / "whole"),
-            EncodeConfig(BYTES, append_eod=True),
-        )
-    )
-    assert pair.read_bytes() == (tmp_path / "whole_text_document.bin").read_bytes()
-    assert documents(str(pair)[:-4]) == documents(tmp_path / "whole_text_document")
+    assert pair.stat().st_ino == inode, "the same file, extended"
+    preprocess_reference(text, tmp_path / "reference")
+    assert pair.read_bytes() == (tmp_path / "reference_text_document.bin").read_bytes()
+    assert documents(str(pair)[:-4]) == documents(tmp_path / "reference_text_document")
 
 
-def test_the_producer_stays_near_what_was_asked_for(tmp_path):
-    tokens = large(tmp_path / "a.jsonl")
+def test_producer_stays_near_the_requests(tmp_path):
+    tokens = write_large_text(tmp_path / "a.jsonl")
     cache = tmp_path / "c"
-    stream = stream_of(tmp_path / "a.jsonl", cache)
+    stream = open_stream(tmp_path / "a.jsonl", cache)
     samples = StreamSamples(stream, 257, S, 300_000, 5, 4)
     samples.start(lookahead=1 << 20)
-    ahead = until(lambda: list(cache.glob("*.partial/state.json")) and cached_tokens(cache))
-    time.sleep(0.3)
-    assert (1 << 20) <= cached_tokens(cache) == ahead < (1 << 20) + (2 << 20)
-    at = 3_000_000 // S // 4 * 4
-    assert [samples[i].tolist() for i in range(at, at + 4)] == loop(tokens, at + 4, 4, start=at)
-    until(lambda: 4_000_000 < cached_tokens(cache) < 3_100_000 + (3 << 20))
-    if (
-        not os.fork()
-    ):  # as a worker process of a loader: its copy of the samples is not the producer's
+    ahead = wait_until(lambda: committed_tokens(cache), "a commit")
+    assert_stays(lambda: committed_tokens(cache) == ahead, "the producer pauses")
+    assert (1 << 20) <= ahead < (1 << 20) + (2 << 20)
+    first = 3_000_000 // S // 4 * 4
+    found = [samples[i].tolist() for i in range(first, first + 4)]
+    assert found == reference_samples(tokens, first + 4, 4, start=first)
+    wait_until(
+        lambda: 4_000_000 < committed_tokens(cache) < 3_100_000 + (3 << 20),
+        "tokens ahead of the request",
+    )
+    if not os.fork():
+        # As in a worker process of a loader, whose copy of the samples stops no producer.
         del samples
         gc.collect()
         os._exit(0)
     os.wait()
-    time.sleep(0.3)
-    assert not is_free(cache)
+    assert_stays(lambda: not is_unlocked(cache), "the producer runs")
     del samples
     gc.collect()
-    until(lambda: is_free(cache))
-    until(lambda: not list(cache.glob("*.error")))
+    wait_until(lambda: is_unlocked(cache), "the end of the producer")
+    wait_until(lambda: not list(cache.glob("*.error")), "the removal of its error file")
 
 
-def test_what_another_cache_takes(tmp_path):
-    """The files, their place, key and tokenizer: each change is another cache; order, run and window are none."""
+def test_stream_is_complete_after_cleanup(tmp_path):
+    """A published pair is not complete while its producer cleans up; then no trace is left."""
+    write_text(tmp_path / "a.jsonl")
+    stream = open_stream(tmp_path / "a.jsonl", tmp_path / "c")
+    produce(stream, 10**6, 10**6, threading.Event())
+    assert stream.check_complete()
+    with StagingDir(stream.prefix):
+        assert stream.is_published and not stream.check_complete()
+    os.mkdir(stream.staging_path)  # the producer has removed the lock, not yet the directory
+    assert stream.check_complete() and not os.path.exists(stream.staging_path)
+
+
+def test_interrupted_cleanup_is_completed(tmp_path):
+    """A producer was killed after publishing: the next one only removes what it left."""
+    tokens = write_text(tmp_path / "a.jsonl")
+    stream = open_stream(tmp_path / "a.jsonl", tmp_path / "c")
+    produce(stream, 10**6, 10**6, threading.Event())
+    finished = sorted(os.listdir(tmp_path / "c"))
+    os.mkdir(stream.staging_path)
+    Path(stream.staging_path, "lock").write_text("process 1")
+    samples = open_samples(tmp_path / "a.jsonl", cache=tmp_path / "c")
+    assert read_samples(samples) == reference_samples(tokens, 20, 4)
+    wait_until(lambda: not list((tmp_path / "c").glob("*.error")), "the end of the producer")
+    assert sorted(os.listdir(tmp_path / "c")) == finished
+
+
+def test_request_of_finished_stream_leaves_nothing(tmp_path, monkeypatch):
+    """The pair may be published between a reader's check and its write."""
+    write_text(tmp_path / "a.jsonl")
+    stream = open_stream(tmp_path / "a.jsonl", tmp_path / "c")
+    produce(stream, 10**6, 10**6, threading.Event())
+    published = iter([False, True])
+    monkeypatch.setattr(type(stream), "is_published", property(lambda _: next(published)))
+    stream.request(5)
+    assert not os.path.exists(stream.request_file)
+
+
+def test_cache_depends_on_all_inputs(tmp_path):
+    """Files, their path, key and tokenizer each select another cache; order and run do not."""
     path = tmp_path / "a.jsonl"
-    corpus(path)
+    write_text(path)
     os.utime(path, ns=(0, 1000))
 
     def prefix(entry: Path | str = path, **changes) -> str:
-        return stream_of(entry, "/c", **changes).prefix
+        return open_stream(entry, "/c", **changes).prefix
 
     first = prefix()
     assert prefix() == prefix(run="other") == prefix(os.path.relpath(path)) == first
@@ -285,48 +326,51 @@ def test_what_another_cache_takes(tmp_path):
     os.utime(path, ns=(0, 2000))
     others.append(prefix())
     assert len({first, *others}) == 6
-    assert first.startswith("/c/a.jsonl-") and prefix("hf:name/set:train").startswith(
-        "/c/set_train-"
-    )
+    assert first.startswith("/c/a.jsonl-")
+    assert prefix("hf:name/set:train").startswith("/c/set_train-")
 
 
-def test_a_tokenizer_that_splits_otherwise_takes_another_cache(tmp_path):
-    """Its vocabulary, and with it its fingerprint, is the same."""
-    t = tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0, "a": 1}, []))
+def test_changed_normalizer_takes_another_cache(tmp_path):
+    """The vocabulary, and with it the fingerprint of the tokenizer, stays the same."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0, "a": 1}, []))
     config = TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json"))
-    corpus(tmp_path / "a.jsonl")
+    write_text(tmp_path / "a.jsonl")
     prefixes = []
     for normalizer in (None, tokenizers.normalizers.Lowercase()):
         if normalizer:
-            t.normalizer = normalizer
-        t.save(str(tmp_path / "t.json"))
-        prefixes.append(stream_of(tmp_path / "a.jsonl", tmp_path, config=config).prefix)
+            tokenizer.normalizer = normalizer
+        tokenizer.save(str(tmp_path / "t.json"))
+        prefixes.append(open_stream(tmp_path / "a.jsonl", tmp_path, config=config).prefix)
     assert len(set(prefixes)) == 2
 
 
-def test_a_cache_that_has_enough_is_left_as_it_is(tmp_path):
-    """Nothing is asked for, so a folder that cannot be written will do; and a producer that comes late adds nothing."""
-    tokens = large(tmp_path / "a.jsonl")
+def test_sufficient_cache_stays_unchanged(tmp_path):
+    """Nothing is requested, so the folder may be read-only; a late producer adds nothing."""
+    text = tmp_path / "a.jsonl"
+    tokens = write_large_text(text)
     cache = tmp_path / "c"
-    want = loop(tokens, 50, 4)
-    assert read(open_samples(tmp_path / "a.jsonl", samples=50, cache=cache)) == want
-    until(lambda: is_free(cache) and not list(cache.glob("*.error")))
+    expected = reference_samples(tokens, 50, 4)
+    assert read_samples(open_samples(text, samples=50, cache=cache)) == expected
+    wait_until(
+        lambda: is_unlocked(cache) and not list(cache.glob("*.error")),
+        "the end of the producer",
+    )
     for path in cache.glob("*.wanted"):
         path.unlink()
-    made, files = cached_tokens(cache), sorted(os.listdir(cache))
-    assert read(open_samples(tmp_path / "a.jsonl", samples=50, cache=cache)) == want
-    stream = stream_of(tmp_path / "a.jsonl", cache)
-    module.produce(stream, 50 * S + 1, 1 << 20, threading.Event())
-    assert cached_tokens(cache) == made and sorted(os.listdir(cache)) == files
+    produced = committed_tokens(cache)
+    files = sorted(os.listdir(cache))
+    assert read_samples(open_samples(text, samples=50, cache=cache)) == expected
+    produce(open_stream(text, cache), 50 * S + 1, 1 << 20, threading.Event())
+    assert committed_tokens(cache) == produced and sorted(os.listdir(cache)) == files
 
 
-def test_the_place_of_the_cache(tmp_path, monkeypatch):
+def test_cache_is_next_to_first_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("in/deep", "d[1]"):
         Path(name).mkdir(parents=True)
     Path("d[1]/a.jsonl").touch()
     here = str(tmp_path)
-    for entry, place in (
+    for entry, folder in (
         ("in/a.jsonl", "in"),
         ("in/*.jsonl", "in"),
         ("in", ""),
@@ -336,158 +380,135 @@ def test_the_place_of_the_cache(tmp_path, monkeypatch):
         ("d[1]/a.jsonl", "d[1]"),
         (f"{here}/in/a.jsonl", "in"),
     ):
-        assert cache_folder("", [entry, "hf:x"]) == os.path.join(here, place, "stream_cache"), (
-            entry
-        )
+        expected = os.path.join(here, folder, "stream_cache")
+        assert cache_folder("", [entry, "hf:x"]) == expected, entry
         assert cache_folder("c", [entry]) == "c"
-    with pytest.raises(
-        ValueError, match="--data-cache-path is ''; allowed: a folder.* none beside hf:x"
-    ):
+    match = "--data-cache-path is ''; allowed: a folder.* none next to hf:x"
+    with pytest.raises(ValueError, match=match):
         cache_folder("", ["hf:x", "in"])
+    match = r"tokens of in.* stored in in/c, .*searched for text.* Set --data-cache-p"
     for entry in ("in", "in/**/*.jsonl", "in/*/a.jsonl"):
-        with pytest.raises(
-            ValueError,
-            match=r"tokens of in.* kept in in/c, .*searched for text.* Set --data-cache-p",
-        ):
+        with pytest.raises(ValueError, match=match):
             cache_folder("in/c", ["d[1]/a.jsonl", entry])
 
 
-def test_a_cache_whose_publishing_was_interrupted_is_published(tmp_path, monkeypatch):
-    tokens = corpus(tmp_path / "a.jsonl")
+def test_interrupted_publication_is_completed(tmp_path, monkeypatch):
+    tokens = write_text(tmp_path / "a.jsonl")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
         patch.setattr(preprocess_module, "publish", mock.Mock(side_effect=OSError("gone")))
-        produce(stream_of(tmp_path / "a.jsonl", tmp_path), 10**6, 10**6, threading.Event())
-    assert state(tmp_path)["published"] and not list(tmp_path.glob("*.idx"))
-    assert read(open_samples(tmp_path / "a.jsonl", cache=tmp_path)) == loop(tokens, 20, 4)
+        produce(open_stream(tmp_path / "a.jsonl", tmp_path), 10**6, 10**6, threading.Event())
+    assert committed_state(tmp_path)["published"] and not list(tmp_path.glob("*.idx"))
+    samples = open_samples(tmp_path / "a.jsonl", cache=tmp_path)
+    assert read_samples(samples) == reference_samples(tokens, 20, 4)
 
 
-def test_a_cache_that_was_cut_off_is_made_again(tmp_path):
-    tokens = large(tmp_path / "a.jsonl")
+def test_truncated_cache_is_produced_again(tmp_path):
+    tokens = write_large_text(tmp_path / "a.jsonl")
     cache = tmp_path / "c"
-    read(open_samples(tmp_path / "a.jsonl", samples=100, cache=cache), 99)
-    until(lambda: is_free(cache))
+    read_samples(open_samples(tmp_path / "a.jsonl", samples=100, cache=cache), 99)
+    wait_until(lambda: is_unlocked(cache), "the end of the producer")
     (file,) = cache.glob("*.partial/*.bin")
     with open(file, "r+b") as opened:
         opened.truncate(1000)
-    assert read(open_samples(tmp_path / "a.jsonl", samples=100, cache=cache)) == loop(
-        tokens, 100, 4
-    )
+    samples = open_samples(tmp_path / "a.jsonl", samples=100, cache=cache)
+    assert read_samples(samples) == reference_samples(tokens, 100, 4)
 
 
 # Other processes
 
 
-def _read_elsewhere(samples, start: int, pipe) -> None:
-    pipe.send(read(pickle.loads(pickle.dumps(samples)), start))
+def _read_in_process(samples, start: int, pipe) -> None:
+    pipe.send(read_samples(pickle.loads(pickle.dumps(samples)), start))
 
 
-def test_readers_in_other_processes_wait_for_the_one_producer(tmp_path):
-    tokens = corpus(tmp_path / "a.jsonl", 100)
-    corpus(tmp_path / "b.jsonl", 100)
+def test_processes_share_one_producer(tmp_path):
+    """Readers in other processes wait for it."""
+    a = tmp_path / "a.jsonl"
+    b = tmp_path / "b.jsonl"
+    tokens = write_text(a, 100)
+    write_text(b, 100)
     number = 2 * len(tokens) // S
-    readers = [
-        open_samples(tmp_path / "a.jsonl", samples=number, starts=False) for _ in range(2)
-    ]
-    readers.append(
-        open_samples(
-            "1",
-            tmp_path / "a.jsonl",
-            "1",
-            tmp_path / "b.jsonl",
-            samples=2 * number,
-            starts=False,
-        )
-    )
-    context, pipes = multiprocessing.get_context("fork"), []
+    readers = [open_samples(a, samples=number, starts=False) for _ in range(2)]
+    readers.append(open_samples("1", a, "1", b, samples=2 * number, starts=False))
+    context = multiprocessing.get_context("fork")
+    pipes = []
     for n, samples in enumerate(readers):
         ours, theirs = multiprocessing.Pipe()
-        context.Process(target=_read_elsewhere, args=(samples, n, theirs), daemon=True).start()
+        context.Process(target=_read_in_process, args=(samples, n, theirs), daemon=True).start()
         pipes.append(ours)
-    time.sleep(0.2)
-    assert not any(pipe.poll() for pipe in pipes)
-    own = open_samples("1", tmp_path / "a.jsonl", "1", tmp_path / "b.jsonl", samples=2 * number)
-    want = loop(tokens, number, 4)
-    assert [pipe.recv() for pipe in pipes] == [want, want[1:], read(own, 2)]
+    assert_stays(lambda: not any(pipe.poll() for pipe in pipes), "the readers wait")
+    own = open_samples("1", a, "1", b, samples=2 * number)
+    expected = reference_samples(tokens, number, 4)
+    received = [pipe.recv() for pipe in pipes]
+    assert received == [expected, expected[1:], read_samples(own, 2)]
 
 
-def test_another_run_makes_the_tokens_and_ends_half_way(tmp_path):
-    """A second run waits while the first has the cache, reads what that one commits, and goes on when it ends."""
-    tokens = large(tmp_path / "a.jsonl")
+def test_second_run_takes_over_the_cache(tmp_path):
+    """It waits while the first has the lock, reads what that one commits, and continues."""
+    text = tmp_path / "a.jsonl"
+    tokens = write_large_text(text)
     cache = tmp_path / "c"
-    stream = stream_of(tmp_path / "a.jsonl", cache, run="other")
-    with PreprocessRun(stream.job, chunk_bytes=1 << 20) as work:
-        samples = open_samples(tmp_path / "a.jsonl", samples=200_000, window=1, cache=cache)
-        steps = iter(work)
+    stream = open_stream(text, cache, run="other")
+    with PreprocessRun(stream.preprocess_config, chunk_bytes=1 << 20) as run:
+        samples = open_samples(text, samples=200_000, window=1, cache=cache)
+        steps = iter(run)
         next(steps)
-        work.commit()
+        run.commit()
         assert samples[100].tolist() == tokens[100 * S : 101 * S + 1]
-        (other,) = module.glob.glob(f"{cache}/*.error")
-        assert (
-            other
-            == module.dataclasses.replace(stream, run="this").error_file
-            != stream.error_file
-        )
+        (error_file,) = map(str, cache.glob("*.error"))
+        assert error_file == dataclasses.replace(stream, run="this").error_file
+        assert error_file != stream.error_file
         Path(stream.error_file).write_text("of the other run")
-        time.sleep(0.2)
-        assert work.tokens == cached_tokens(cache) < 2_000_000, (
-            "this run's producer keeps its hands off"
+        assert_stays(
+            lambda: run.tokens == committed_tokens(cache) < 2_000_000,
+            "the producer of this run waits",
         )
         next(steps)
     assert samples[150_000].tolist() == tokens[150_000 * S : 150_001 * S + 1]
 
 
-def test_waiting_says_what_for(tmp_path, monkeypatch, caplog):
-    corpus(tmp_path / "a.jsonl")
-    monkeypatch.setattr(module, "SAY_AFTER_SECONDS", 0.1)
+def test_waiting_reader_logs_the_reason(tmp_path, monkeypatch, caplog):
+    write_text(tmp_path / "a.jsonl")
+    monkeypatch.setattr(reader, "_FIRST_MESSAGE_SECONDS", 0.1)
     caplog.set_level("INFO", "megatron")
     samples = open_samples(tmp_path / "a.jsonl", starts=False, window=1, cache=tmp_path)
 
-    def wait() -> None:
+    def read_one() -> None:
         with pytest.raises(ValueError, match="^enough$"):
             samples[3]
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=read_one)
     thread.start()
-    until(lambda: "waiting" in caplog.text)
-    assert (
-        caplog.messages[-1]
-        == f"waiting for {tmp_path}/a.jsonl: 0 tokens are made, the next sample ends with the "
-        f"{4 * S + 1}th; the others are made by nobody yet"
+    wait_until(lambda: "waiting" in caplog.text, "a message")
+    assert caplog.messages[-1] == (
+        f"waiting for {tmp_path}/a.jsonl: 0 tokens are available, the next sample ends with "
+        f"token {4 * S + 1}; the others are produced by no process yet"
     )
     Path(samples._stream.error_file).write_text("enough")
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
-# A whole run
+# Complete runs
 
 
-def test_resumed_runs_on_streamed_text_are_bit_identical(tmp_path, data, ranks2):
-    """Two epochs and more on two ranks; the second half on a new cache, whose producer starts from nothing."""
-    tokens = corpus(tmp_path / "a.jsonl", 15, name="the quick brown fox")
+def test_resumed_streaming_runs_are_bit_identical(tmp_path, data, ranks2):
+    """More than two epochs on two ranks; the second half with an empty cache."""
+    text = tmp_path / "a.jsonl"
+    tokens = write_text(text, 15, name="the quick brown fox")
     assert len(tokens) < 8 * 8 * 32 / 2
-    ranks2.run(
-        runs.train, streaming_flags(tmp_path / "a.jsonl", tmp_path / "whole", data), timeout=100
-    )
-    halves = streaming_flags(tmp_path / "a.jsonl", tmp_path / "halves", data)
-    ranks2.run(runs.train, [*halves, "--exit-interval", "4"], timeout=100)
-    ranks2.run(
-        runs.train,
-        [
-            *halves,
-            "--load",
-            str(tmp_path / "halves/checkpoints"),
-            "--data-cache-path",
-            str(tmp_path / "new"),
-        ],
-        timeout=100,
-    )
-    whole, half = (runs.metrics(tmp_path / name) for name in ("whole", "halves"))
-    assert (
-        [m["iteration"] for m in whole] == [m["iteration"] for m in half] == list(range(1, 9))
-    )
-    assert [(m["loss"], m["grad_norm"]) for m in whole] == [
-        (m["loss"], m["grad_norm"]) for m in half
-    ]
-    assert whole[-1]["loss"] < whole[0]["loss"] - 0.5
+    full_flags = streaming_flags(text, tmp_path / "full", data)
+    half_flags = streaming_flags(text, tmp_path / "halves", data)
+    checkpoints = str(tmp_path / "halves/checkpoints")
+    resume_flags = ["--load", checkpoints, "--data-cache-path", str(tmp_path / "new")]
+    ranks2.run(runs.train, full_flags, timeout=300)
+    ranks2.run(runs.train, [*half_flags, "--exit-interval", "4"], timeout=300)
+    ranks2.run(runs.train, [*half_flags, *resume_flags], timeout=300)
+    full = runs.metrics(tmp_path / "full")
+    halves = runs.metrics(tmp_path / "halves")
+    iterations = [m["iteration"] for m in full]
+    assert iterations == [m["iteration"] for m in halves] == list(range(1, 9))
+    for name in ("loss", "grad_norm"):
+        assert [m[name] for m in full] == [m[name] for m in halves]
+    assert full[-1]["loss"] < full[0]["loss"] - 0.5
     assert not list((tmp_path / "new").glob("*.partial"))
