@@ -1,4 +1,4 @@
-"""The data tools as programs: round trips, one-line errors that leave nothing behind."""
+"""The data tools as programs: round trips, and one-line errors that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -20,112 +20,86 @@ from megatron.data.ingest.preprocess import PreprocessConfig, preprocess
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.byte import ByteTokenizer
 
+PREPROCESS = "tools/preprocess_data.py"
+TRAIN = "tools/train_tokenizer.py"
+MAKE_CORPUS = "dataset/make_corpus.py"
 
-def test_text_survives_preprocessing(tmp_path):
+
+# tools/preprocess_data.py
+
+
+def test_preprocessing_keeps_the_text(tmp_path):
+    """From another folder, into new folders, with a repeated key and blank lines."""
     (tmp_path / "elsewhere").mkdir()
-    a, b = (
-        jsonl(tmp_path / "a.jsonl", TEXTS[:2], title="t1"),
-        jsonl(tmp_path / "b.jsonl", TEXTS[2:], title=""),
-    )
+    a = jsonl(tmp_path / "a.jsonl", TEXTS[:2], title="t1")
+    b = jsonl(tmp_path / "b.jsonl", TEXTS[2:], title="")
     with open(b, "ab") as file:
         file.write(b"\n  \n")
-    done = run(
-        "tools/preprocess_data.py",
-        "--input",
-        a,
-        b,
-        "--output-prefix",
-        tmp_path / "new/folder/x",
-        "--append-eod",
-        "--json-keys",
-        "text",
-        "title",
-        "text",
-        "--workers",
-        1,
-        *BYTES,
-        cwd=tmp_path / "elsewhere",
-    )
+    outputs = ("--output-prefix", tmp_path / "new/folder/x", "--append-eod")
+    keys = ("--json-keys", "text", "title", "text")
+    arguments = ("--input", a, b, *outputs, *keys, "--workers", 1, *BYTES)
+    done = run(PREPROCESS, *arguments, cwd=tmp_path / "elsewhere")
     prefix = tmp_path / "new/folder/x_text_document"
     expected = [[*t.encode(), 256] if t else [] for t in TEXTS]
     assert documents(prefix) == expected and done.stderr == ""
-    assert documents(tmp_path / "new/folder/x_title_document") == [[*b"t1", 256]] * 2 + [[]] * 2
-    assert sorted(os.listdir(prefix.parent)) == sorted(
-        f"x_{key}_document.{suffix}"
-        for key in ("text", "title")
-        for suffix in ("bin", "idx", "json")
-    )
+    titles = documents(tmp_path / "new/folder/x_title_document")
+    assert titles == [[*b"t1", 256]] * 2 + [[]] * 2
+    files = []
+    for key in ("text", "title"):
+        files += [f"x_{key}_document.{suffix}" for suffix in ("bin", "idx", "json")]
+    assert sorted(os.listdir(prefix.parent)) == sorted(files)
     size = sum(len(t.encode()) for t in TEXTS)
     assert done.stdout.splitlines()[0].startswith(
-        f"{prefix}: 4 documents, {size + 3} tokens, {size} bytes, {(size + 3) / size:.4f} tokens/byte, "
+        f"{prefix}: 4 documents, {size + 3} tokens, {size} bytes, "
+        f"{(size + 3) / size:.4f} tokens/byte, "
     )
-    side = IndexedDataset(prefix).sidecar
-    assert (
-        side.items()
-        >= {
-            "tokenizer": "ByteTokenizer",
-            "vocab_hash": ByteTokenizer().fingerprint,
-            "vocab_size": 257,
-            "eod": 256,
-            "append_eod": True,
-            "sources": [str(a), str(b)],
-            "documents": 4,
-            "tokens": size + 3,
-            "key": "text",
-            "tool": "preprocess_data",
-        }.items()
-    )
+    recorded = {
+        "tokenizer": "ByteTokenizer",
+        "vocab_hash": ByteTokenizer().fingerprint,
+        "vocab_size": 257,
+        "eod": 256,
+        "append_eod": True,
+        "sources": [str(a), str(b)],
+        "documents": 4,
+        "tokens": size + 3,
+        "key": "text",
+        "tool": "preprocess_data",
+    }
+    assert IndexedDataset(prefix).sidecar.items() >= recorded.items()
 
 
-def test_without_append_eod_there_are_only_the_texts(tmp_path):
-    run(
-        "tools/preprocess_data.py",
-        "--input",
-        jsonl(tmp_path / "a.jsonl", TEXTS),
-        "--output-prefix",
-        "x",
-        *BYTES,
-        cwd=tmp_path,
-    )
+def test_without_append_eod_no_token_is_added(tmp_path):
+    text = jsonl(tmp_path / "a.jsonl", TEXTS)
+    run(PREPROCESS, "--input", text, "--output-prefix", "x", *BYTES, cwd=tmp_path)
     assert documents(tmp_path / "x_text_document") == [[*t.encode()] for t in TEXTS]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
-def test_wikitext_with_gpt2(tmp_path):
-    files = (
-        "--vocab-file",
-        SHARED / "gpt2-vocab.json",
-        "--merge-file",
-        SHARED / "gpt2-merges.txt",
-    )
-    run(
-        "tools/preprocess_data.py",
-        "--input",
-        SHARED / "wikitext2-valid.jsonl",
-        "--output-prefix",
-        "w",
-        "--append-eod",
-        *files,
-        cwd=tmp_path,
-    )
-    tokenizer = build_tokenizer(
-        TokenizerConfig("GPT2BPETokenizer", *map(str, (files[1], files[3])))
-    )
+def test_wikitext_survives_gpt2_tokenization(tmp_path):
+    vocab = SHARED / "gpt2-vocab.json"
+    merges = SHARED / "gpt2-merges.txt"
+    text = SHARED / "wikitext2-valid.jsonl"
+    files = ("--vocab-file", vocab, "--merge-file", merges)
+    arguments = ("--input", text, "--output-prefix", "w", "--append-eod", *files)
+    run(PREPROCESS, *arguments, cwd=tmp_path)
+    tokenizer = build_tokenizer(TokenizerConfig("GPT2BPETokenizer", str(vocab), str(merges)))
     found = documents(tmp_path / "w_text_document")
-    with open(SHARED / "wikitext2-valid.jsonl", encoding="utf-8") as file:
+    with open(text, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
-    assert [tokenizer.decode(ids[:-1]) for ids in found] == texts and {
-        ids[-1] for ids in found
-    } == {50256}
+    assert [tokenizer.decode(ids[:-1]) for ids in found] == texts
+    assert {ids[-1] for ids in found} == {50256}
+
+
+NOT_JSON = "bad.jsonl:2: not a JSON object in UTF-8"
 
 
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        (b'{"text": "a"', "bad.jsonl:2: not a JSON object in UTF-8 (unexpected end of data"),
-        (b"text", "bad.jsonl:2: not a JSON object in UTF-8"),
-        (b'{"text": "\xff"}', "bad.jsonl:2: not a JSON object in UTF-8"),
-        (b'{"text": "\\ud800"}', "bad.jsonl:2: not a JSON object in UTF-8"),
+        (b'{"text": "a"', NOT_JSON + " (unexpected end of data"),
+        (b"text", NOT_JSON),
+        (b'{"text": "\xff"}', NOT_JSON),
+        (b'{"text": "\\ud800"}', NOT_JSON),
         (b'{"body": "a"}', "bad.jsonl:2: no key 'text'; there are: body. Set --json-keys"),
         (b"{}", "bad.jsonl:2: no key 'text'; there are: none"),
         (b'["text"]', "bad.jsonl:2: the line is a JSON list"),
@@ -133,22 +107,20 @@ def test_wikitext_with_gpt2(tmp_path):
         (b'{"text": null}', "bad.jsonl:2: 'text' is a JSON NoneType"),
     ],
 )
-def test_a_line_that_cannot_be_used(tmp_path, line, match):
+def test_unusable_lines_are_refused(tmp_path, line, match):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
+    encoding = EncodeConfig(TokenizerConfig(BYTES[1]))
+    config = PreprocessConfig([str(tmp_path / "bad.jsonl")], str(tmp_path / "out/x"), encoding)
     with pytest.raises(ValueError) as info:
-        preprocess(
-            PreprocessConfig(
-                [str(tmp_path / "bad.jsonl")],
-                str(tmp_path / "out/x"),
-                EncodeConfig(TokenizerConfig(BYTES[1])),
-            )
-        )
+        preprocess(config)
     assert match in str(info.value) and "\n" not in str(info.value)
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_failures_of_the_program_are_one_line_and_exit_code_2(tmp_path):
-    good, bad = jsonl(tmp_path / "good.jsonl", TEXTS), tmp_path / "bad.jsonl"
+def test_failures_exit_with_code_2(tmp_path):
+    """And with an error of one line."""
+    good = jsonl(tmp_path / "good.jsonl", TEXTS)
+    bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"text": "a"}\n{"text"\n')
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
     for arguments, match in (
@@ -161,115 +133,90 @@ def test_failures_of_the_program_are_one_line_and_exit_code_2(tmp_path):
         (("--input", good, "--workers", -1, *BYTES), "--workers is -1"),
         (("--input", good), "--vocab-file is not set; GPT2BPETokenizer needs vocab.json"),
     ):
-        line = one_line_error(
-            run(
-                "tools/preprocess_data.py",
-                *arguments,
-                "--output-prefix",
-                "out/x",
-                cwd=tmp_path,
-                code=2,
-            )
-        )
+        arguments = (*arguments, "--output-prefix", "out/x")
+        line = one_line_error(run(PREPROCESS, *arguments, cwd=tmp_path, code=2))
         assert line.startswith("preprocess_data.py: error: ") and match in line
     assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
 
 
-def test_help_of_the_tools(tmp_path):
-    for script in (
-        "tools/preprocess_data.py",
-        "tools/merge_datasets.py",
-        "tools/train_tokenizer.py",
-        "dataset/make_corpus.py",
-    ):
+# All tools
+
+
+def test_tools_have_a_help_text(tmp_path):
+    for script in (PREPROCESS, "tools/merge_datasets.py", TRAIN, MAKE_CORPUS):
         text = run(script, "--help", cwd=tmp_path).stdout
-        assert (
-            text.startswith(f"usage: {Path(script).name} ")
-            and "--output" in text
-            and len(text.splitlines()) > 8
-        )
+        assert text.startswith(f"usage: {Path(script).name} ") and "--output" in text
+        assert len(text.splitlines()) > 8
 
 
-def test_from_corpus_to_tokens(tmp_path):
-    """Corpus, tokenizer, shards: the offline demo's first three steps, twice, with the same result."""
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A folder with a corpus and a tokenizer trained on it, made twice."""
+    folder = tmp_path_factory.mktemp("demo")
     for n in (1, 2):
-        run(
-            "dataset/make_corpus.py",
-            "--output",
-            f"new{n}/c.jsonl",
-            "--max-bytes",
-            400000,
-            cwd=tmp_path,
-        )
-        done = run(
-            "tools/train_tokenizer.py",
-            "--input",
-            f"new{n}/c.jsonl",
-            "--vocab-size",
-            600,
-            "--output",
-            f"tok{n}/tokenizer.json",
-            cwd=tmp_path,
-        )
-    assert done.stdout.startswith("tok2/tokenizer.json: 600 tokens, ")
+        corpus = f"new{n}/c.jsonl"
+        run(MAKE_CORPUS, "--output", corpus, "--max-bytes", 400000, cwd=folder)
+        output = ("--output", f"tok{n}/tokenizer.json")
+        done = run(TRAIN, "--input", corpus, "--vocab-size", 600, *output, cwd=folder)
+        assert done.stdout.startswith(f"tok{n}/tokenizer.json: 600 tokens, ")
+    return folder
+
+
+def read_records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_demo_steps_are_repeatable(demo):
     for name in ("new{}/c.jsonl", "tok{}/tokenizer.json"):
-        assert (tmp_path / name.format(1)).read_bytes() == (
-            tmp_path / name.format(2)
-        ).read_bytes()
-    assert os.listdir(tmp_path / "tok1") == ["tokenizer.json"] and os.listdir(
-        tmp_path / "new1"
-    ) == ["c.jsonl"]
-    run(
-        "tools/preprocess_data.py",
-        "--input",
-        "new1/c.jsonl",
-        "--output-prefix",
-        "c",
-        "--append-eod",
-        "--tokenizer-type",
-        "HuggingFaceTokenizer",
-        "--tokenizer-model",
-        "tok1",
-        cwd=tmp_path,
-    )
+        first, second = (demo / name.format(n) for n in (1, 2))
+        assert first.read_bytes() == second.read_bytes()
+    assert os.listdir(demo / "tok1") == ["tokenizer.json"]
+    assert os.listdir(demo / "new1") == ["c.jsonl"]
+
+
+def test_demo_corpus_becomes_tokens(demo):
+    tokenizer_flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tok1")
+    outputs = ("--output-prefix", "c", "--append-eod")
+    run(PREPROCESS, "--input", "new1/c.jsonl", *outputs, *tokenizer_flags, cwd=demo)
     tokenizer = build_tokenizer(
-        TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tok1"))
+        TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(demo / "tok1"))
     )
     assert tokenizer.vocab_size == 600 and tokenizer.eod == 0
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "new1/c.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    found = documents(tmp_path / "c_text_document")
-    assert [tokenizer.decode(ids[:-1]) for ids in found] == [line["text"] for line in lines]
+    found = documents(demo / "c_text_document")
+    texts = [record["text"] for record in read_records(demo / "new1/c.jsonl")]
+    assert [tokenizer.decode(ids[:-1]) for ids in found] == texts
     assert all(ids[-1] == 0 and 0 not in ids[:-1] for ids in found)
+
+
+def test_demo_corpus_is_the_standard_library(demo):
+    """Its sources in a shuffled order, up to the first that would exceed the size."""
+    records = read_records(demo / "new1/c.jsonl")
     library = Path(sysconfig.get_path("stdlib"))
-    assert all(
-        (library / line["source"]).read_bytes() == line["text"].encode() for line in lines
-    )
-    names = [line["source"] for line in lines]
-    assert len(set(names)) == len(names) > 10 and not any(
-        "site-packages" in name for name in names
-    )
+    for record in records:
+        assert (library / record["source"]).read_bytes() == record["text"].encode()
+    names = [record["source"] for record in records]
+    assert len(set(names)) == len(names) > 10
+    assert not any("site-packages" in name for name in names)
     everything = list(read_documents(library, []))
     assert names == [name for name, _ in everything[: len(names)]] and names != sorted(names)
-    size = sum(len(line["text"].encode()) for line in lines)
-    assert size <= 400000 < size + len(everything[len(names)][1]), (
-        "it ends where the next file does not fit"
-    )
+    size = sum(len(record["text"].encode()) for record in records)
+    next_size = len(everything[len(names)][1])
+    assert size <= 400000 < size + next_size
 
 
-def test_corpora_that_cannot_be_made(tmp_path, monkeypatch):
-    assert "allowed: 0 (all) or more" in one_line_error(
-        run("dataset/make_corpus.py", "--output", "c", "--max-bytes", -1, cwd=tmp_path, code=2)
-    )
-    assert "no Python sources" in one_line_error(
-        run("dataset/make_corpus.py", "--output", "c", "--max-bytes", 1, cwd=tmp_path, code=2)
-    )
+# dataset/
+
+
+def test_impossible_corpora_are_refused(tmp_path):
+    for max_bytes, match in ((-1, "allowed: 0 (all) or more"), (1, "no Python sources")):
+        arguments = ("--output", "c", "--max-bytes", max_bytes)
+        done = run(MAKE_CORPUS, *arguments, cwd=tmp_path, code=2)
+        assert match in one_line_error(done)
     assert os.listdir(tmp_path) == []
 
 
-def test_files_of_the_corpus(tmp_path, monkeypatch):
+def test_corpus_takes_nonempty_utf8_sources(tmp_path, monkeypatch):
+    """Only .py files, and none of installed packages."""
     monkeypatch.syspath_prepend(str(REPO / "dataset"))
     import make_corpus
 
@@ -286,11 +233,8 @@ def test_files_of_the_corpus(tmp_path, monkeypatch):
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_bytes(data)
     assert make_corpus.write_corpus(library, tmp_path / "c.jsonl", 0) == (2, 13, 1)
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    assert sorted((line["source"], line["text"]) for line in lines) == [
+    records = read_records(tmp_path / "c.jsonl")
+    assert sorted((record["source"], record["text"]) for record in records) == [
         ("a.py", "x = 1\r\n"),
         ("p/b.py", "é = 2"),
     ]
@@ -299,14 +243,14 @@ def test_files_of_the_corpus(tmp_path, monkeypatch):
 @pytest.mark.skipif(
     not SHARED.exists() or not shutil.which("curl"), reason="no ../shared/data, or no curl"
 )
-def test_downloading_the_vocabulary_checks_it(tmp_path):
+def test_vocabulary_downloads_are_verified(tmp_path):
     def download(code: int = 0, **environment) -> str:
         done = subprocess.run(
             ["bash", str(REPO / "dataset/download_vocab.sh")],
             capture_output=True,
             text=True,
             env={**os.environ, "FOLDER": str(tmp_path / "v"), **environment},
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == code, done.stderr
         return done.stderr
