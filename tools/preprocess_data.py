@@ -1,4 +1,4 @@
-"""Turns text into the token shards that training reads (Megatron's .bin/.idx)."""
+"""Tokenizes text into the token shards that training reads (Megatron's .bin/.idx)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-EPILOG = """Inputs are JSON lines (.jsonl, .json, or any other name), the same compressed (.gz, .zst), and Parquet
-(.parquet): files, quoted globs, folders, - for standard input (JSON lines), hf:NAME for a Hugging Face dataset. They
-are taken in the order given, those of a folder or glob by name.
+EPILOG = """Inputs are JSON lines (.jsonl, .json, or a name without a suffix), the same
+compressed (.gz, .zst), and Parquet (.parquet): files, quoted globs, folders, - for standard
+input (JSON lines), hf:NAME for a Hugging Face dataset. They are read in the given order, the
+files of a folder or glob by name.
 
-Writes PREFIX_KEY_document.bin, .idx and .json (a record of the tokenizer) for each key; give PREFIX_KEY_document to
-training as --data-path. With --split-sentences the names end in _sentence. A record without a string under each key
-stops the program with its file and line; with --on-error skip it goes to PREFIX.rejected.jsonl instead. Blank lines are
-passed over. A text that encodes to no tokens stays a document, without tokens. The special token's literal inside a
-text is ordinary text.
+Writes PREFIX_KEY_document.bin, .idx and .json (a record of the tokenizer) for each key; give
+PREFIX_KEY_document to training as --data-path. With --split-sentences the names end in
+_sentence. A record without a string under each key stops the program with its file and line;
+with --on-error skip it goes to PREFIX.rejected.jsonl instead. Blank lines are ignored. A text
+that encodes to no tokens stays a document, without tokens. The literal of a special token
+inside a text is ordinary text.
 
-The work is done in PREFIX.partial/ and renamed at the end: a pair whose .idx exists is complete. When the program is
-ended half-way, the same command continues; the result is the same, also with another number of workers. A worker takes
-about 200 MB of memory.
+The work is done in PREFIX.partial/ and renamed at the end: a pair whose .idx exists is
+complete. After an interruption, the same command continues; the result is the same, also with
+another number of workers. A worker takes about 200 MB of memory.
 
 Examples:
   python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod
-    --tokenizer-type GPT2BPETokenizer --vocab-file dataset/gpt2-vocab.json --merge-file dataset/gpt2-merges.txt
+    --tokenizer-type GPT2BPETokenizer --vocab-file dataset/gpt2-vocab.json
+    --merge-file dataset/gpt2-merges.txt
   zcat more/*.gz | python tools/preprocess_data.py --input - --output-prefix data/more --append-eod
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json --on-error skip"""
 
@@ -47,19 +50,19 @@ def parser() -> argparse.ArgumentParser:
         "--output-prefix",
         required=True,
         metavar="PREFIX",
-        help="path and first part of the output's names; folders are created",
+        help="path and first part of the names of the outputs; folders are created",
     )
     p.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="keys (columns) of the texts; each becomes a dataset of its own (default: text)",
+        help="keys (columns) of the texts; each becomes its own dataset (default: text)",
     )
     p.add_argument(
         "--append-eod",
         action="store_true",
-        help="end each document with the end-of-document token; training wants it",
+        help="end each document with the end-of-document token, which training needs",
     )
     p.add_argument(
         "--split-sentences",
@@ -71,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="what a record that cannot be used does (default: stop)",
+        help="what to do at a record that cannot be used (default: stop)",
     )
     p.add_argument(
         "--max-documents",
