@@ -68,7 +68,7 @@ def test_preprocessing_keeps_the_text(tmp_path):
     assert IndexedDataset(prefix).sidecar.items() >= recorded.items()
 
 
-def test_without_append_eod_no_token_is_added(tmp_path):
+def test_append_eod_is_off_by_default(tmp_path):
     text = jsonl(tmp_path / "a.jsonl", TEXTS)
     run(PREPROCESS, "--input", text, "--output-prefix", "x", *BYTES, cwd=tmp_path)
     assert documents(tmp_path / "x_text_document") == [[*t.encode()] for t in TEXTS]

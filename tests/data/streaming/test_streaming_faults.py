@@ -219,7 +219,7 @@ def test_killed_producer_ends_the_run(tmp_path, monkeypatch):
     assert os.path.exists(active) and not os.path.exists(old)
 
 
-def test_producer_with_a_bug_ends_the_run(tmp_path, monkeypatch, capfd):
+def test_bug_in_producer_ends_run(tmp_path, monkeypatch, capfd):
     """An unexpected exception is reported with the exit code."""
     write_text(tmp_path / "a.jsonl")
     monkeypatch.setattr(producer.dataclasses, "asdict", lambda _: {})
