@@ -379,7 +379,7 @@ def test_contradicting_flags_are_refused(tmp_path):
     write_text(tmp_path / "a.jsonl")
     match = (
         r"^--valid-data-path and --data-path are both empty, and 3 valid samples are "
-        r"asked for. Give --valid-data-path, or --eval-iters 0$"
+        r"requested. Give --valid-data-path, or --eval-iters 0$"
     )
     with pytest.raises(ValueError, match=match):
         build_splits(
@@ -390,7 +390,7 @@ def test_contradicting_flags_are_refused(tmp_path):
             test_samples=0,
             seed=1,
             tokenizer=TOKENIZER,
-            production=StreamingContext(BYTE_TOKENIZER, "", False),
+            streaming=StreamingContext(BYTE_TOKENIZER, "", False),
         )
 
 
