@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-EPILOG = """Inputs are JSON lines (.jsonl, .json, or a name without a suffix), the same
+EPILOG = """Inputs are JSON lines (.jsonl, .json, or any other name), the same
 compressed (.gz, .zst), and Parquet (.parquet): files, quoted globs, folders, - for standard
 input (JSON lines), hf:NAME for a Hugging Face dataset. They are read in the given order, the
 files of a folder or glob by name.

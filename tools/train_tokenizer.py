@@ -38,7 +38,7 @@ ESCAPES = {BLANK: "\ue000\ue001", "\ue000": "\ue000\ue002"}
 RESERVED = "\u2585"
 """SentencePiece's own mark of an unknown character: it drops a sentence that contains it"""
 
-EPILOG = """Inputs are JSON lines (.jsonl, .json, or no suffix), the same compressed (.gz, .zst), and Parquet
+EPILOG = """Inputs are JSON lines (.jsonl, .json, or any other name), the same compressed (.gz, .zst), and Parquet
 (.parquet): files, quoted globs, folders, - for standard input (JSON lines), hf:NAME for a Hugging Face dataset. A
 record without a string under each key stops the program with its file and line; --on-error skip leaves it out.
 

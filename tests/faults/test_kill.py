@@ -58,7 +58,7 @@ def start_and_kill(argv: list[str], out: Path, delay: float) -> bool:
         return len(training_rows(out)) > rows_before
 
     try:
-        wait_until(has_stepped, "the first step", seconds=300)
+        wait_until(has_stepped, "the first step", limit=300)
         time.sleep(delay)
     finally:
         for process in processes:

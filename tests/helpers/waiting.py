@@ -7,14 +7,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+LIMIT_SECONDS = 120.0
+"""Generous: the machine may be busy."""
 
 
-def wait_until(condition: Callable[[], T], what: str, limit: float = 120.0) -> T:
+def wait_until(condition: Callable[[], T], what: str, limit: float = LIMIT_SECONDS) -> T:
     """Wait until `condition()` is true, and return its value.
 
     Args:
         what: what is waited for, for the message of a failure.
-        limit: seconds after which the test fails. Generous: the machine may be busy.
+        limit: seconds after which the test fails.
     """
     end = time.monotonic() + limit
     while True:

@@ -19,12 +19,12 @@ def open_sources(inputs: Sequence[str], flags: FlagNames = TOOL_FLAGS) -> list[D
         inputs: files, glob patterns (with `**`, too), folders (searched recursively for
             visible files of a known format, in the order of their names), `-` for standard
             input, `hf:NAME[@CONFIG][:SPLIT]`. The suffix of a file selects its format; a
-            file without one contains JSON lines.
+            named file with any other suffix, or without one, contains JSON lines.
         flags: flags that error messages refer to.
 
     Raises:
         FileNotFoundError: an input does not exist, or a pattern matches no file.
-        ValueError: a suffix is unknown, a folder has no file of a known format, an input is
+        ValueError: a folder has no file of a known format, an input is
             named twice, or an optional package is missing.
         OSError: a folder or file cannot be examined.
     """
@@ -141,15 +141,9 @@ def _open(number: int, path: str, flags: FlagNames) -> DocumentSource:
         raise FileNotFoundError(f"{flags.input} {path} does not exist")
     if not os.path.isfile(path):
         return PipeSource(number, path, flags)
-    suffix = _suffix(path)
-    if not suffix:
-        return JsonLines(number, path, flags)
-    if suffix not in FILE_FORMATS:
-        raise ValueError(
-            f"{flags.input} {path} has the suffix {suffix}; allowed: {' '.join(FILE_FORMATS)}, "
-            f"or no suffix for JSON lines. Rename the file, or leave it out"
-        )
-    return FILE_FORMATS[suffix](number, path, flags)
+    # A file that is named explicitly holds JSON lines unless its suffix says otherwise.
+    source_class = FILE_FORMATS.get(_suffix(path), JsonLines)
+    return source_class(number, path, flags)
 
 
 def _suffix(path: str) -> str:

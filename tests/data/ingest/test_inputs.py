@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 from helpers.programs import BYTES, REPO, jsonl, one_line_error
+from megatron.data.ingest.formats import JsonLines
 from megatron.data.ingest.sources import open_sources
 
 
@@ -61,21 +62,14 @@ def test_suffix_selects_the_format(tmp_path, monkeypatch):
     assert source.resumable
 
 
-def test_unknown_suffixes_are_refused(tmp_path, monkeypatch):
-    """A pattern is held to this as well; in a folder, other files are not inputs."""
+def test_other_suffixes_are_json_lines(tmp_path, monkeypatch):
+    """A file that is named, or matched by a pattern, may have any; in a folder it is no input."""
     monkeypatch.chdir(tmp_path)
-    touch("d/a.jsonl", "d/README.md", "b.jsonl.bz2")
-    for inputs, path, suffix in (
-        (["d/*"], "d/README.md", ".md"),
-        (["d/README.md"], "d/README.md", ".md"),
-        (["b.jsonl.bz2"], "b.jsonl.bz2", ".bz2"),
-    ):
-        with pytest.raises(ValueError) as info:
-            open_sources(inputs)
-        assert str(info.value) == (
-            f"--input {path} has the suffix {suffix}; allowed: .jsonl .json .gz .zst .zstd "
-            f".parquet, or no suffix for JSON lines. Rename the file, or leave it out"
-        )
+    touch("d/a.jsonl", "d/lines.ndjson", "b.txt")
+    for inputs in (["d/lines.ndjson"], ["b.txt"]):
+        (source,) = open_sources(inputs)
+        assert type(source) is JsonLines
+    assert [source.path for source in open_sources(["d/*"])] == ["d/a.jsonl", "d/lines.ndjson"]
     assert [source.path for source in open_sources(["d"])] == ["d/a.jsonl"]
 
 
