@@ -1,4 +1,8 @@
-"""Micro-batches: the options against a loop per token, the order over ranks and sizes, workers, resuming, errors."""
+"""Tests of the batch loader.
+
+The document options against a loop per token; the order of samples over ranks and batch sizes;
+worker processes, resuming and errors.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +21,23 @@ from hypothesis import strategies as st
 from megatron.config.schema import DataConfig
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import IndexedWriter
-from megatron.data.loader import Batch, BatchLoader, DataParallelShard, make_batch
+from megatron.data.loader import (
+    Batch,
+    BatchLoader,
+    DataParallelShard,
+    make_batch,
+    worker_exited_error,
+)
 from megatron.data.sampling.sample_index import SampleIndex
 
 EOD = 0
 OPTIONS = DataConfig(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
-BOMB = 40  # a token that ends the process which reads it
+EXIT_SECONDS = 60.0
+FATAL_SAMPLE = 40  # a worker process that reads this sample exits
 
 
-class Numbers:
-    """Sample i is i * 10 + [0, 1, 2, 3]."""
+class NumberedSamples:
+    """Dataset whose sample i is i * 10 + [0, 1, 2, 3]."""
 
     def __init__(self, size: int):
         self.size = size
@@ -35,7 +46,7 @@ class Numbers:
         return self.size
 
     def __getitem__(self, i: int) -> np.ndarray:
-        if i == BOMB and multiprocessing.parent_process() is not None:
+        if i == FATAL_SAMPLE and multiprocessing.parent_process() is not None:
             os._exit(3)
         if i >= self.size:
             raise IndexError(i)
@@ -58,7 +69,7 @@ def loader(
     vocab: int = 10**6,
     **options,
 ) -> BatchLoader:
-    dataset = Numbers(40) if dataset is None else dataset
+    dataset = NumberedSamples(40) if dataset is None else dataset
     return BatchLoader(
         dataset,
         DataParallelShard(micro, size, rank, world),
@@ -70,16 +81,16 @@ def loader(
     )
 
 
-def taken(batches: BatchLoader, count: int) -> list[int]:
-    """Sample numbers of the next `count` micro-batches."""
+def take(batches: BatchLoader, count: int) -> list[int]:
+    """Return the sample numbers of the next `count` micro-batches."""
     return [int(t) // 10 for _ in range(count) for t in next(batches).tokens_BS[:, 0]]
 
 
 def steps(world: int, micro: int, count: int, **options) -> list[list[int]]:
-    """Samples of each optimizer step over all ranks, in the order of micro-steps, then ranks."""
+    """Return the samples of each optimizer step, ordered by micro-step, then by rank."""
     ranks = [loader(rank=r, world=world, micro=micro, **options) for r in range(world)]
     return [
-        [i for _ in range(8 // (world * micro)) for r in ranks for i in taken(r, 1)]
+        [i for _ in range(8 // (world * micro)) for r in ranks for i in take(r, 1)]
         for _ in range(count)
     ]
 
@@ -91,14 +102,13 @@ def steps(world: int, micro: int, count: int, **options) -> list[list[int]]:
     st.booleans(),
     st.booleans(),
 )
-def test_options_against_a_loop_over_tokens(samples, positions, segments, mask):
+def test_document_options_match_token_loop(samples, positions, segments, mask):
     data = DataConfig(
         reset_position_ids=positions, reset_attention_mask=segments, eod_mask_loss=mask
     )
     b = make_batch(np.array(samples), data, EOD)
-    assert b.tokens_BS.tolist() == [s[:-1] for s in samples] and b.labels_BS.tolist() == [
-        s[1:] for s in samples
-    ]
+    assert b.tokens_BS.tolist() == [s[:-1] for s in samples]
+    assert b.labels_BS.tolist() == [s[1:] for s in samples]
     for row, sample in enumerate(samples):
         position = segment = 0
         for i, token in enumerate(sample[:-1]):
@@ -106,58 +116,53 @@ def test_options_against_a_loop_over_tokens(samples, positions, segments, mask):
             assert not positions or b.position_ids_BS[row, i] == position
             assert not segments or b.segments_BS[row, i] == segment
             position, segment = (0, segment + 1) if token == EOD else (position + 1, segment)
-    assert (b.position_ids_BS is None) == (not positions) and (b.segments_BS is None) == (
-        not segments
-    )
+    assert (b.position_ids_BS is None) == (not positions)
+    assert (b.segments_BS is None) == (not segments)
 
 
-def test_dtypes_and_moving_to_a_device():
+def test_batch_dtypes_and_device():
     for data in (OPTIONS, DataConfig()):
         b = next(loader(data=data))
         moved = b.to("meta")
-        for name in (
-            "tokens_BS",
-            "labels_BS",
-            "position_ids_BS",
-            "segments_BS",
-            "loss_mask_BS",
-        ):
-            t = getattr(b, name)
+        for name, t in vars(b).items():
             if t is None:
-                assert data is not OPTIONS and getattr(moved, name) is None
+                assert data is not OPTIONS
+                assert getattr(moved, name) is None
                 continue
-            assert t.dtype == (
-                torch.float32 if name == "loss_mask_BS" else torch.int64
-            ) and t.shape == (2, 3)
-            assert t.is_contiguous() and getattr(moved, name).device.type == "meta"
+            assert t.dtype == (torch.float32 if name == "loss_mask_BS" else torch.int64)
+            assert t.shape == (2, 3)
+            assert t.is_contiguous()
+            assert getattr(moved, name).device.type == "meta"
     assert isinstance(moved, Batch)
 
 
 @pytest.mark.parametrize(
     ("world", "micro"), [(1, 1), (1, 2), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
 )
-def test_a_step_takes_the_same_samples_for_any_split_over_ranks(world, micro):
+def test_step_samples_independent_of_ranks(world, micro):
+    """An optimizer step takes the same samples for any number of ranks and micro-batch size."""
     assert steps(world, micro, 4) == [[*range(8 * n, 8 * n + 8)] for n in range(4)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 4), (4, 1)])
-def test_resuming_continues_exactly(world, micro, workers):
+def test_resume_continues_with_next_sample(world, micro, workers):
     data = DataConfig(num_workers=workers)
-    whole = steps(world, micro, 4)
-    assert steps(world, micro, 2, consumed=16, data=data) == whole[2:]
+    uninterrupted = steps(world, micro, 4)
+    assert steps(world, micro, 2, consumed=16, data=data) == uninterrupted[2:]
 
 
-def test_consumed_samples_counts_over_all_ranks():
+def test_consumed_samples_counts_all_ranks():
     batches = loader(rank=1, world=2, consumed=8)
     assert batches.consumed_samples == 8
-    taken(batches, 3)
+    take(batches, 3)
     assert batches.consumed_samples == 8 + 3 * 4
     resumed = loader(rank=1, world=2, consumed=batches.consumed_samples)
-    assert taken(resumed, 1) == taken(batches, 1) == [22, 23]
+    assert take(resumed, 1) == take(batches, 1) == [22, 23]
 
 
-def test_workers_change_nothing(tmp_path):
+def test_workers_return_the_same_batches(tmp_path):
+    """Batches do not depend on the number of workers, and torch's random state is unchanged."""
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
         for n in range(30):
             writer.add_document([*range(1, 3 + n % 7), EOD])
@@ -177,13 +182,14 @@ def test_workers_change_nothing(tmp_path):
             )
         if several[0].consumed_samples == 40:
             break
-    assert several[0].consumed_samples == 40 and torch.equal(torch.get_rng_state(), state)
+    assert several[0].consumed_samples == 40
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_end_of_the_data(workers):
-    batches = loader(Numbers(21), data=DataConfig(num_workers=workers))
-    assert taken(batches, 8) == [*range(16)]
+def test_end_of_data_raises_value_error(workers):
+    batches = loader(NumberedSamples(21), data=DataConfig(num_workers=workers))
+    assert take(batches, 8) == [*range(16)]
     for _ in range(2):
         with pytest.raises(
             ValueError,
@@ -191,13 +197,13 @@ def test_the_end_of_the_data(workers):
         ):
             next(batches)
     with pytest.raises(ValueError, match="the data ends: 0 of 21"):
-        next(loader(Numbers(21), consumed=32))
+        next(loader(NumberedSamples(21), consumed=32))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_token_outside_the_vocabulary(workers):
+def test_token_outside_vocabulary_names_dataset(workers):
     batches = loader(vocab=31, data=DataConfig(num_workers=workers))
-    assert taken(batches, 1) == [0, 1]
+    assert take(batches, 1) == [0, 1]
     with pytest.raises(
         ValueError,
         match=r"^prefix1 holds the token id 31; allowed with this run's vocabulary: 0 "
@@ -205,7 +211,7 @@ def test_a_token_outside_the_vocabulary(workers):
     ):
         next(batches)
 
-    class Negative(Numbers):
+    class Negative(NumberedSamples):
         def __getitem__(self, i: int) -> np.ndarray:
             return np.array([1, -7, 2, 3])
 
@@ -215,20 +221,19 @@ def test_a_token_outside_the_vocabulary(workers):
 
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_any_error_surfaces(kind, workers):
-    class Broken(Numbers):
+def test_dataset_error_reaches_caller(kind, workers):
+    class Broken(NumberedSamples):
         def __getitem__(self, i: int) -> np.ndarray:
             raise kind("d.bin")
 
     with pytest.raises(kind, match="d.bin") as info:
         next(loader(Broken(8), data=DataConfig(num_workers=workers)))
-    info.value.__traceback__ = (
-        None  # torch leaves a cycle through it, which would delay the end of the workers
-    )
+    # torch leaves a cycle through the traceback, which would delay the exit of the workers.
+    info.value.__traceback__ = None
 
 
-def test_a_worker_that_dies_surfaces():
-    batches = loader(Numbers(48), consumed=BOMB, data=DataConfig(num_workers=1))
+def test_worker_exit_code_is_reported():
+    batches = loader(NumberedSamples(48), consumed=FATAL_SAMPLE, data=DataConfig(num_workers=1))
     with pytest.raises(
         OSError,
         match=r"process \d+, which reads data for rank 0, ended with exit code 3\. If memory "
@@ -237,8 +242,10 @@ def test_a_worker_that_dies_surfaces():
         next(batches)
 
 
-def test_the_traceback_of_a_worker_is_kept():
-    class Broken(Numbers):
+def test_worker_traceback_is_kept():
+    """Errors other than a user's keep the traceback of the worker."""
+
+    class Broken(NumberedSamples):
         def __getitem__(self, i: int) -> np.ndarray:
             raise KeyError("d.bin")
 
@@ -247,62 +254,143 @@ def test_the_traceback_of_a_worker_is_kept():
     info.value.__traceback__ = None
 
 
-def from_outside(number: int, process: int) -> None:
-    """Send a signal as somebody other than this process, as the launcher would."""
+def send_from_other_process(number: int, process: int) -> None:
+    """Send a signal from another process than this one, as the launcher does."""
     subprocess.run(["kill", f"-{number}", str(process)], check=True)
 
 
-def ends(handle: int) -> bool:
-    """Whether a process has ended, or does within 3 seconds."""
-    return bool(select.select([handle], [], [], 3)[0])
+def wait_for_exit(pidfd: int) -> bool:
+    """Return whether the process exits within a generous limit."""
+    return bool(select.select([pidfd], [], [], EXIT_SECONDS)[0])
 
 
-def test_a_worker_lives_through_the_signals_that_stop_the_training():
-    batches = loader(Numbers(10000), consumed=48, data=DataConfig(num_workers=1))
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), (
-        "that is for the worker only"
-    )
+def test_worker_survives_stop_signals():
+    """Signals that stop the training do not end a worker; SIGTERM of its own rank does."""
+    batches = loader(NumberedSamples(10000), consumed=48, data=DataConfig(num_workers=1))
+    # SIGTERM is blocked in the worker only.
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     worker = batches._batches._workers[0].pid
-    taken(batches, 1)
+    take(batches, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-        from_outside(number, worker)
-    assert taken(batches, 10) == list(range(50, 70))
-    os.kill(worker, signal.SIGTERM)  # by the process that it works for
-    assert ends(os.pidfd_open(worker))
+        send_from_other_process(number, worker)
+    assert take(batches, 10) == list(range(50, 70))
+    os.kill(worker, signal.SIGTERM)
+    assert wait_for_exit(os.pidfd_open(worker))
+
+
+NAMED_SIGNAL = (
+    r"process {}, which reads data for rank 0, was ended by signal (Killed|Segmentation)"
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_worker_that_is_killed_is_named(number):
-    batches = loader(Numbers(10000), consumed=48, data=DataConfig(num_workers=1))
+def test_killed_worker_names_its_signal(number):
+    batches = loader(NumberedSamples(10000), consumed=48, data=DataConfig(num_workers=1))
     worker = batches._batches._workers[0].pid
-    taken(batches, 1)
+    take(batches, 1)
     os.kill(worker, number)
-    with pytest.raises(
-        OSError,
-        match=rf"process {worker}, which reads data for rank 0, was ended by signal "
-        r"(Killed|Segmentation)",
-    ):
-        taken(batches, 1000)
+    with pytest.raises(OSError, match=NAMED_SIGNAL.format(worker)):
+        take(batches, 1000)
 
 
-def _leave_a_worker(pipe) -> None:
-    batches = loader(Numbers(10000), consumed=48, data=DataConfig(num_workers=1))
-    taken(batches, 1)
+class FailingBatches:
+    """Stand-in for torch's iterator, whose only worker kills itself when a batch is read.
+
+    Args:
+        error: raised to the reader.
+        reaped: whether the worker's exit status is read before that.
+    """
+
+    def __init__(self, error: Exception, reaped: bool):
+        self._error = error
+        self._reaped = reaped
+        self._start, child_end = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        self.worker = context.Process(target=_kill_itself, args=(child_end,))
+        self.worker.start()
+        self._workers = [self.worker]
+
+    def __next__(self) -> Batch:
+        self._start.send(None)
+        if self._reaped:
+            self.worker.join()
+            assert not self.worker.is_alive()
+        raise self._error
+
+
+def _kill_itself(start) -> None:
+    start.recv()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_late_exit_status_is_awaited(error):
+    """The connection of a dying worker closes before the process has an exit status."""
+    batches = loader()
+    batches._batches = FailingBatches(error, reaped=False)
+    with pytest.raises(OSError, match=NAMED_SIGNAL.format(batches._batches.worker.pid)):
+        next(batches)
+
+
+def test_reaped_worker_names_its_signal():
+    """torch's check for live workers may read the exit status before its SIGCHLD handler does.
+
+    Its message then names neither the signal nor the exit code.
+    """
+    batches = loader()
+    batches._batches = FailingBatches(RuntimeError(), reaped=True)
+    pid = batches._batches.worker.pid
+    batches._batches._error = RuntimeError(
+        f"DataLoader worker (pid(s) {pid}) exited unexpectedly"
+    )
+    with pytest.raises(OSError, match=NAMED_SIGNAL.format(pid)):
+        next(batches)
+
+
+def test_worker_error_of_other_loader():
+    """torch's SIGCHLD handler raises for the workers of every loader, wherever a rank is."""
+    killed = RuntimeError(
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"
+    )
+    assert "process 7, which reads data for rank 0, was ended by signal Bus error. If" in str(
+        worker_exited_error(killed)
+    )
+    exited = RuntimeError(
+        "DataLoader worker (pid 7) exited unexpectedly with exit code 3. Details"
+    )
+    assert "process 7, which reads data for rank 0, ended with exit code 3. If" in str(
+        worker_exited_error(exited)
+    )
+    unknown = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
+    assert "process 7, 8, which reads data for rank 0, ended. If" in str(
+        worker_exited_error(unknown)
+    )
+    for other in (RuntimeError("x"), OSError("x"), EOFError()):
+        assert worker_exited_error(other) is None
+
+
+def _exit_without_worker_shutdown(pipe) -> None:
+    batches = loader(NumberedSamples(10000), consumed=48, data=DataConfig(num_workers=1))
+    take(batches, 1)
     pipe.send(batches._batches._workers[0].pid)
     pipe.recv()
     os._exit(0)
 
 
-def test_a_worker_that_got_a_signal_ends_with_its_rank():
-    """Soon: torch's own workers look for their rank every five seconds, and the launcher waits for them."""
+def test_signalled_worker_exits_with_rank():
+    """A worker that received SIGTERM from another process exits when its rank does.
+
+    torch's own workers would notice only every five seconds, and the launcher waits for them.
+    """
     ours, theirs = multiprocessing.Pipe()
-    rank = multiprocessing.get_context("fork").Process(target=_leave_a_worker, args=(theirs,))
+    context = multiprocessing.get_context("fork")
+    rank = context.Process(target=_exit_without_worker_shutdown, args=(theirs,))
     rank.start()
     worker = ours.recv()
     handle = os.pidfd_open(worker)
-    from_outside(signal.SIGTERM, worker)
+    send_from_other_process(signal.SIGTERM, worker)
     ours.send(None)
-    assert ends(handle)
+    assert wait_for_exit(handle)
     rank.join()
 
 
@@ -317,7 +405,7 @@ def test_a_worker_that_got_a_signal_ends_with_its_rank():
         ({"size": 0}, "global_batch_size is 0"),
         ({"rank": 2, "world": 2}, "rank is 2; allowed: 0 to 1"),
         ({"consumed": -1}, "consumed_samples is -1"),
-        ({"dataset": Numbers(0)}, "length of the dataset is 0"),
+        ({"dataset": NumberedSamples(0)}, "length of the dataset is 0"),
         (
             {"eod": None, "data": DataConfig(reset_position_ids=True)},
             "--reset-position-ids is True",
@@ -332,7 +420,7 @@ def test_a_worker_that_got_a_signal_ends_with_its_rank():
         ),
     ],
 )
-def test_loaders_that_make_no_sense(options, match):
+def test_invalid_arguments_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         loader(**options)
     assert loader(eod=None) is not None
