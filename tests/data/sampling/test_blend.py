@@ -29,8 +29,8 @@ SIDECAR = {
 }
 
 
-class Numbers:
-    """A dataset whose sample i says which dataset it is from and which sample it is."""
+class NumberedSamples:
+    """Dataset whose sample i is [number of the dataset, i]."""
 
     def __init__(self, name: int, size: int):
         self.name, self.size = name, size
@@ -49,7 +49,7 @@ class Numbers:
 def write(
     prefix: Path, documents: int, length: int = 10, first: int = 0, sidecar: dict | None = None
 ) -> str:
-    """Documents of `length` tokens, each with its own number (from `first`) as every token."""
+    """Write documents of `length` tokens that are all the number of the document, from `first`."""
     with IndexedWriter(prefix, np.int32) as writer:
         numbers = np.repeat(np.arange(first, first + documents), length)
         writer.add_documents(numbers, [length] * documents)
@@ -87,7 +87,7 @@ def documents_in(samples) -> set[int]:
         (("1", "./7"), [(1.0, "./7")]),
     ],
 )
-def test_parse_blend(words, expected):
+def test_parse_blend_returns_weights_and_prefixes(words, expected):
     assert parse_blend(words) == expected
 
 
@@ -106,7 +106,7 @@ def test_parse_blend(words, expected):
         (("inf", "a"), "a positive number"),
     ],
 )
-def test_malformed_blends(words, match):
+def test_parse_blend_refuses_malformed_words(words, match):
     with pytest.raises(ValueError, match=match):
         parse_blend(words)
 
@@ -117,9 +117,10 @@ def test_malformed_blends(words, match):
     count=st.integers(1, 400),
     seed=st.integers(0, 2**33),
 )
-def test_no_dataset_is_ever_ahead_or_behind_by_a_sample(weights, count, seed):
+def test_blend_counts_stay_within_one(weights, count, seed):
+    """At every point, the count of each dataset differs from its share by less than 1."""
     needed = quotas(weights, count)
-    blend = Blend([Numbers(k, n) for k, n in enumerate(needed)], weights, count, seed)
+    blend = Blend([NumberedSamples(k, n) for k, n in enumerate(needed)], weights, count, seed)
     counts = np.zeros(len(weights), int)
     shares = np.array(weights) / sum(weights)
     for t in range(count):
@@ -130,17 +131,18 @@ def test_no_dataset_is_ever_ahead_or_behind_by_a_sample(weights, count, seed):
     assert len(blend) == count
 
 
-def test_the_interleaving_of_small_cases_is_right():
+def test_interleave_small_cases():
     assert interleave([1, 1], 6, [0, 1]).tolist() == [0, 1, 0, 1, 0, 1]
     assert interleave([1, 1], 6, [1, 0]).tolist() == [1, 0, 1, 0, 1, 0]
     assert interleave([3, 1], 8, [0, 1]).tolist().count(1) == 2
     assert interleave([1], 3, [0]).tolist() == [0, 0, 0]
-    once = Blend([Numbers(0, 5), Numbers(1, 5)], [1, 1], 8, 3)
-    again = Blend([Numbers(0, 5), Numbers(1, 5)], [0.5, 0.5], 8, 3)
+    once = Blend([NumberedSamples(0, 5), NumberedSamples(1, 5)], [1, 1], 8, 3)
+    again = Blend([NumberedSamples(0, 5), NumberedSamples(1, 5)], [0.5, 0.5], 8, 3)
     assert [once[i].tolist() for i in range(8)] == [again[i].tolist() for i in range(8)]
 
 
-def test_a_blend_is_cached_and_travels_by_name(tmp_path, monkeypatch):
+def test_blend_is_cached_and_pickled_small(tmp_path, monkeypatch):
+    """A cached blend is not built again, neither by equal weights nor by a worker process."""
     d = IndexedDataset(write(tmp_path / "d", 20))
     parts = [
         SampleIndex(d, (0, 10), 4, 40, 1, cache_dir=str(tmp_path)),
@@ -155,12 +157,12 @@ def test_a_blend_is_cached_and_travels_by_name(tmp_path, monkeypatch):
         assert [other[i].tolist() for i in range(60)] == [blend[i].tolist() for i in range(60)]
 
 
-def test_blends_that_make_no_sense():
-    one = Numbers(0, 3)
+def test_blend_refuses_invalid_arguments():
+    one = NumberedSamples(0, 3)
     with pytest.raises(
         ValueError, match="dataset 1 of the blend has 3 samples; its weight 3 takes 6 of 8"
     ):
-        Blend([Numbers(0, 3), one], [1, 3], 8, 0)
+        Blend([NumberedSamples(0, 3), one], [1, 3], 8, 0)
     for weights in ([], [1, 2], [0], [-1], [float("inf")]):
         with pytest.raises(
             ValueError, match="weights of a blend is .*one positive number per dataset"
@@ -172,7 +174,7 @@ def test_blends_that_make_no_sense():
             blend[i]
 
 
-def test_splits_of_one_dataset_take_their_own_documents(tmp_path):
+def test_splits_take_disjoint_documents(tmp_path):
     data = DataConfig(data_path=(write(tmp_path / "d", 100),), split="80,15,5")
     made = splits(data, 200, 40, 10)
     assert {name: len(s) for name, s in made.items()} == {"train": 200, "valid": 40, "test": 10}
@@ -187,7 +189,7 @@ def test_splits_of_one_dataset_take_their_own_documents(tmp_path):
     }
 
 
-def test_splits_of_a_blend(tmp_path):
+def test_splits_of_weighted_blend(tmp_path):
     a, b = write(tmp_path / "a", 50), write(tmp_path / "b", 50, first=1000)
     data = DataConfig(
         data_path=("3", a, "1", b), split="8,2", data_cache_path=str(tmp_path / "cache")
@@ -199,13 +201,13 @@ def test_splits_of_a_blend(tmp_path):
     assert documents_in(made["valid"]) <= {*range(40, 50), *range(1040, 1050)}
 
 
-def test_without_weights_a_blend_goes_by_size(tmp_path):
+def test_unweighted_blend_goes_by_size(tmp_path):
     a, b = write(tmp_path / "a", 30), write(tmp_path / "b", 30, length=20)
     made = splits(DataConfig(data_path=(a, b), split="1"), 90)
     assert sum(made["train"].source(i) == a for i in range(90)) == 30
 
 
-def test_splits_from_paths_of_their_own(tmp_path):
+def test_splits_from_separate_paths(tmp_path):
     a, b, c = (write(tmp_path / name, 30, first=100 * n) for n, name in enumerate("abc"))
     made = splits(
         DataConfig(train_data_path=(a,), valid_data_path=(b,), test_data_path=(c,)), 50, 50, 50
@@ -222,7 +224,10 @@ def test_splits_from_paths_of_their_own(tmp_path):
 
 
 def test_single_and_cyclic_training_splits(tmp_path):
-    """single: epochs cut and shuffled anew. cyclic: the same samples of one epoch in every pass, for training only."""
+    """single: every epoch is cut and shuffled again. cyclic: every pass has the same samples.
+
+    cyclic applies to the training split only.
+    """
     d = write(tmp_path / "d", 40)  # 32 documents to train on: 320 tokens, 39 samples of 8
     options = {"data_path": (d,), "split": "8,1,1"}
     single = splits(DataConfig(**options), 3 * 39, 12, 12)
@@ -243,7 +248,8 @@ def test_single_and_cyclic_training_splits(tmp_path):
         DataConfig(dataloader_type="random")
 
 
-def test_a_cyclic_blend_cycles_each_dataset_under_its_weight(tmp_path):
+def test_cyclic_blend_repeats_each_dataset(tmp_path):
+    """Each dataset is repeated on its own, and the weights hold at any point."""
     a, b = (
         write(tmp_path / "a", 10),
         write(tmp_path / "b", 50, first=1000),
@@ -278,7 +284,7 @@ def test_a_cyclic_blend_cycles_each_dataset_under_its_weight(tmp_path):
 @pytest.mark.parametrize(
     "flag", ["reset_position_ids", "reset_attention_mask", "eod_mask_loss"]
 )
-def test_an_option_that_needs_eod_in_data_without_it(flag, tmp_path):
+def test_eod_option_requires_eod_in_data(flag, tmp_path):
     eod, name = ByteTokenizer().eod, f"--{flag.replace('_', '-')}"
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_documents(np.repeat(np.array([1, eod, 2]), [9, 1, 90]), [10, 0, 90])
@@ -299,7 +305,7 @@ def test_an_option_that_needs_eod_in_data_without_it(flag, tmp_path):
     )
 
 
-def test_splits_that_cannot_be_made(tmp_path):
+def test_impossible_splits_are_refused(tmp_path):
     d, empty = write(tmp_path / "d", 10), write(tmp_path / "empty", 0)
     with pytest.raises(
         ValueError,
@@ -323,7 +329,7 @@ def test_splits_that_cannot_be_made(tmp_path):
         splits(DataConfig(data_path=(str(tmp_path / "nowhere"),)))
 
 
-def test_the_sidecar_must_agree_with_the_tokenizer(tmp_path):
+def test_sidecar_must_match_tokenizer(tmp_path):
     prefix = write(tmp_path / "d", 10, sidecar=SIDECAR)
     data = DataConfig(data_path=(prefix,), split="1")
     assert len(splits(data, tokenizer=ByteTokenizer(), vocab_size=257)["train"]) == 5

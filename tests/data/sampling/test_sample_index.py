@@ -1,4 +1,4 @@
-"""Samples against a loop over an explicit stream of tokens; splits; the index cache."""
+"""Sample index against a loop over an explicit stream of tokens; splits; the index cache."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from megatron.data.sampling.sample_index import (
 
 
 def dataset(prefix: Path, lengths: list[int]) -> IndexedDataset:
-    """Documents whose tokens are all different: 0, 1, 2, ... through the whole dataset."""
+    """Write documents whose tokens count up through the dataset: 0, 1, 2, ..."""
     with IndexedWriter(prefix, np.int32) as writer:
         writer.add_documents(np.arange(sum(lengths)), lengths)
     return IndexedDataset(prefix)
 
 
-def stream_samples(d: IndexedDataset, order: list[int], seq_length: int) -> list[list[int]]:
-    """The dumb way: one list of all tokens, cut by slices."""
+def reference_samples(d: IndexedDataset, order: list[int], seq_length: int) -> list[list[int]]:
+    """Cut one list of all tokens into slices."""
     stream = [int(t) for doc in order for t in d.read(doc)]
     return [
         stream[i : i + seq_length + 1] for i in range(0, len(stream) - seq_length, seq_length)
@@ -50,9 +50,7 @@ def rows(index: SampleIndex | RepeatedEpochs) -> list[list[int]]:
     seq_length=st.integers(1, 7),
     data=st.data(),
 )
-def test_without_shuffling_samples_are_slices_of_the_stream(
-    tmp_path_factory, lengths, seq_length, data
-):
+def test_unshuffled_samples_slice_the_stream(tmp_path_factory, lengths, seq_length, data):
     d = dataset(tmp_path_factory.mktemp("d") / "d", lengths)
     start = data.draw(st.integers(0, len(lengths)))
     stop = data.draw(st.integers(start, len(lengths)))
@@ -63,7 +61,7 @@ def test_without_shuffling_samples_are_slices_of_the_stream(
         return
     index = SampleIndex(d, (start, stop), seq_length, count, 0, shuffle=False)
     epochs = 1 if count is None else 60
-    expected = stream_samples(d, [*range(start, stop)] * epochs, seq_length)
+    expected = reference_samples(d, [*range(start, stop)] * epochs, seq_length)
     assert rows(index) == expected[: len(expected) if count is None else count]
     assert index[0].dtype == np.int64 and index.source(0) == d.prefix
 
@@ -75,7 +73,7 @@ def test_without_shuffling_samples_are_slices_of_the_stream(
     count=st.none() | st.integers(1, 60),
     seed=st.integers(-5, 2**40),
 )
-def test_shuffled_samples_are_those_of_shuffled_epochs(
+def test_shuffled_samples_come_from_shuffled_epochs(
     tmp_path_factory, lengths, seq_length, count, seed
 ):
     d = dataset(tmp_path_factory.mktemp("d") / "d", [*lengths, 8])
@@ -84,7 +82,7 @@ def test_shuffled_samples_are_those_of_shuffled_epochs(
     epochs = len(index._order) // documents
     order = index._order.reshape(epochs, documents)
     assert all(sorted(epoch) == [*range(documents)] for epoch in order.tolist())
-    stream = stream_samples(d, index._order.tolist(), seq_length)
+    stream = reference_samples(d, index._order.tolist(), seq_length)
     assert rows(index) == [stream[i] for i in index._samples]
     assert (
         len(set(index._samples.tolist())) == len(index) == (count or (tokens - 1) // seq_length)
@@ -95,12 +93,10 @@ def test_shuffled_samples_are_those_of_shuffled_epochs(
 @pytest.mark.parametrize(
     ("needed", "apart"), [(1, True), (79, True), (80, False), (100, False)]
 )
-def test_the_last_epoch_is_apart_when_less_than_80_percent_of_it_is_needed(
-    tmp_path, needed, apart
-):
-    d = dataset(
-        tmp_path / "d", [101] * 10
-    )  # 1010 tokens: 100 samples of 10 in an epoch, and 9 tokens over
+def test_last_epoch_is_shuffled_separately(tmp_path, needed, apart):
+    """The last epoch is shuffled separately if less than 80 % of it is needed."""
+    # 1010 tokens: 100 samples of 10 in an epoch, and 9 tokens left over
+    d = dataset(tmp_path / "d", [101] * 10)
     before = (3 * 1010 - 1) // 10
     taken = SampleIndex(d, None, 10, before + needed, 1)._samples
     assert (set(taken[:before].tolist()) == set(range(before))) == apart
@@ -108,12 +104,13 @@ def test_the_last_epoch_is_apart_when_less_than_80_percent_of_it_is_needed(
     assert taken.tolist() != sorted(taken)
 
 
-def test_a_part_of_the_first_epoch_is_drawn_from_all_of_it(tmp_path):
+def test_partial_first_epoch_spans_all_samples(tmp_path):
     d = dataset(tmp_path / "d", [10] * 100)
     assert max(SampleIndex(d, None, 10, 10, 1)._samples) > 50
 
 
-def test_each_epoch_shows_every_token_about_once(tmp_path):
+def test_epoch_shows_every_token_once(tmp_path):
+    """Every token is an input about once per epoch."""
     d = dataset(tmp_path / "d", [7, 0, 30, 1, 12])
     index = SampleIndex(d, None, 5, 50, 3)  # 5 epochs of 50 tokens, and one more token
     counts = Counter(t for i in range(len(index)) for t in index[i][:-1].tolist())
@@ -122,8 +119,8 @@ def test_each_epoch_shows_every_token_about_once(tmp_path):
     )
 
 
-def test_the_order_is_pinned_and_depends_on_the_seed(tmp_path):
-    """A resumed run continues in this order: a change of it needs another ALGORITHM."""
+def test_order_is_pinned_and_seeded(tmp_path):
+    """A resumed run continues in this order: a change needs another _ORDER_VERSION."""
     d = dataset(tmp_path / "d", [3, 5, 4])
     assert rows(SampleIndex(d, None, 3, 4, 1234)) == [
         [6, 7, 8, 9],
@@ -144,9 +141,7 @@ def test_the_order_is_pinned_and_depends_on_the_seed(tmp_path):
     count=st.integers(1, 60),
     seed=st.integers(-5, 2**40),
 )
-def test_a_cycle_shows_one_epochs_samples_once_per_pass(
-    tmp_path_factory, lengths, seq_length, count, seed
-):
+def test_repeated_epochs_permute_each_pass(tmp_path_factory, lengths, seq_length, count, seed):
     d = dataset(tmp_path_factory.mktemp("d") / "d", [*lengths, 6])
     epoch = SampleIndex(d, None, seq_length, None, seed)
     cycle, n = RepeatedEpochs(epoch, count, seed), len(epoch)
@@ -162,7 +157,8 @@ def test_a_cycle_shows_one_epochs_samples_once_per_pass(
     ]
 
 
-def test_the_passes_of_a_cycle_differ_and_stay_when_it_grows(tmp_path):
+def test_repeated_epochs_keep_earlier_passes(tmp_path):
+    """Passes differ from each other and do not change when the run gets longer."""
     d = dataset(tmp_path / "d", [10] * 30)
     epoch = SampleIndex(d, None, 4, None, 1)
     n = len(epoch)
@@ -171,21 +167,19 @@ def test_the_passes_of_a_cycle_differ_and_stay_when_it_grows(tmp_path):
     assert len({str(p) for p in passes}) == 4 and rows(epoch) not in passes
     assert rows(RepeatedEpochs(epoch, 4 * n, 2)) != taken
     assert rows(RepeatedEpochs(epoch, 2 * n + 5, 1)) == taken[: 2 * n + 5]
-    middle = RepeatedEpochs(
-        epoch, 4 * n, 1
-    )  # another process, which starts in the second pass and goes on to the third
+    # Another process, which starts in the second pass and continues with the third.
+    middle = RepeatedEpochs(epoch, 4 * n, 1)
     assert [middle[i].tolist() for i in range(n + n // 2, 2 * n + 7)] == taken[
         n + n // 2 : 2 * n + 7
     ]
     assert middle[0].tolist() == taken[0] and middle.source(0) == d.prefix
-    assert [len(middle._order), middle._order.dtype] == [n, np.int32], (
-        "the order of one pass at a time"
-    )
+    # Only the order of the current pass is in memory.
+    assert [len(middle._order), middle._order.dtype] == [n, np.int32]
     data = pickle.dumps(middle)
     assert len(data) < 1000 and rows(pickle.loads(data)) == taken
 
 
-def test_the_order_of_a_cycle_is_pinned(tmp_path):
+def test_repeated_epochs_order_is_pinned(tmp_path):
     """A resumed run continues in this order."""
     cycle = RepeatedEpochs(
         SampleIndex(dataset(tmp_path / "d", [9] * 2), None, 3, None, 0, shuffle=False), 12, 1234
@@ -193,7 +187,7 @@ def test_the_order_of_a_cycle_is_pinned(tmp_path):
     assert [row[0] // 3 for row in rows(cycle)] == [4, 3, 1, 2, 0, 3, 1, 4, 2, 0, 3, 2]
 
 
-def test_cycles_that_make_no_sense(tmp_path):
+def test_repeated_epochs_refuse_invalid_arguments(tmp_path):
     epoch = SampleIndex(dataset(tmp_path / "d", [9]), None, 3, None, 0)
     with pytest.raises(ValueError, match="num_samples is 0; allowed: a positive integer"):
         RepeatedEpochs(epoch, 0, 1)
@@ -202,7 +196,7 @@ def test_cycles_that_make_no_sense(tmp_path):
             RepeatedEpochs(epoch, 5, 1)[i]
 
 
-def test_requests_that_make_no_sense(tmp_path):
+def test_sample_index_refuses_invalid_arguments(tmp_path):
     d = dataset(tmp_path / "d", [3, 5])
     for arguments, match in (
         ((None, 0, None, 0), "seq_length is 0"),
@@ -224,11 +218,11 @@ def test_requests_that_make_no_sense(tmp_path):
             index[i]
 
 
-def test_the_kernel_is_told_not_to_read_ahead(tmp_path):
+def test_kernel_read_ahead_is_disabled(tmp_path):
     d = dataset(tmp_path / "d", [100] * 10)
 
     def advice() -> str:
-        """Flags of the mapping of .bin; `rr` is random reading."""
+        """Return the flags of the mapping of .bin; `rr` stands for random reading."""
         mappings = re.split(
             r"^(?=[0-9a-f]+-[0-9a-f]+ )",
             Path("/proc/self/smaps").read_text(),
@@ -252,14 +246,14 @@ def test_the_kernel_is_told_not_to_read_ahead(tmp_path):
         ("1,1,1", 0, [(0, 0)] * 3),
     ],
 )
-def test_split_documents(split, documents, expected):
+def test_split_documents_rounds_cumulative_shares(split, documents, expected):
     assert split_documents(documents, split) == expected
 
 
 @given(
     st.integers(0, 10**12), st.lists(st.integers(0, 1000), min_size=1, max_size=3).filter(any)
 )
-def test_splits_cover_all_documents_in_proportion(documents, shares):
+def test_splits_cover_documents_in_proportion(documents, shares):
     ranges = split_documents(documents, ",".join(map(str, shares)))
     assert ranges[0][0] == 0 and ranges[2][1] == documents
     assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:]))
@@ -270,12 +264,12 @@ def test_splits_cover_all_documents_in_proportion(documents, shares):
 @pytest.mark.parametrize(
     "split", ["", "a", "1,2,3,4", "0,0", "-1,2", "1,,2", "nan", "1/0", "inf"]
 )
-def test_malformed_splits(split):
+def test_malformed_splits_are_refused(split):
     with pytest.raises(ValueError, match="--split is .*The usual one is 969,30,1"):
         parse_split(split)
 
 
-def test_the_cache_gives_the_same_and_is_used(tmp_path, monkeypatch):
+def test_cached_index_is_used_unchanged(tmp_path, monkeypatch):
     d = dataset(tmp_path / "d", [7, 30, 1, 12])
     plain = SampleIndex(d, None, 5, 33, 3)
     assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path / "a" / "b"))) == rows(
@@ -290,7 +284,7 @@ def test_the_cache_gives_the_same_and_is_used(tmp_path, monkeypatch):
     assert sorted(os.listdir(file.parent)) == [".lock", file.name]
 
 
-def test_the_cache_is_keyed_by_content_and_parameters(tmp_path):
+def test_cache_key_covers_content_and_parameters(tmp_path):
     folder = str(tmp_path / "cache")
     d = dataset(tmp_path / "d", [7, 30, 1, 12])
     variants = [
@@ -316,32 +310,32 @@ def test_the_cache_is_keyed_by_content_and_parameters(tmp_path):
     )
 
 
-def test_a_damaged_cache_is_built_again(tmp_path, caplog):
+def test_corrupt_cache_is_built_again(tmp_path, caplog):
     d = dataset(tmp_path / "d", [7, 30, 1, 12])
     right = rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path)))
     (file,) = tmp_path.glob("*.cache")
-    whole = file.read_bytes()
-    for damaged in (
+    valid = file.read_bytes()
+    for corrupt in (
         b"",
-        whole[:5],
-        whole[:-1],
-        whole[:200],
-        b"X" + whole[1:],
-        whole[:100] + b"\xff" + whole[101:],
-        whole[:12] + b"\xff\xff\xff\xff" + whole[16:],
-        whole + b"\0",
-        whole[: len(whole) // 2]
-        + bytes([whole[len(whole) // 2] ^ 1])
-        + whole[len(whole) // 2 + 1 :],
+        valid[:5],
+        valid[:-1],
+        valid[:200],
+        b"X" + valid[1:],
+        valid[:100] + b"\xff" + valid[101:],
+        valid[:12] + b"\xff\xff\xff\xff" + valid[16:],
+        valid + b"\0",
+        valid[: len(valid) // 2]
+        + bytes([valid[len(valid) // 2] ^ 1])
+        + valid[len(valid) // 2 + 1 :],
     ):
         caplog.clear()
-        file.write_bytes(damaged)
+        file.write_bytes(corrupt)
         with caplog.at_level(logging.WARNING, "megatron"):
             assert rows(SampleIndex(d, None, 5, 33, 3, cache_dir=str(tmp_path))) == right
-        assert "is corrupt" in caplog.text and file.read_bytes() == whole
+        assert "is corrupt" in caplog.text and file.read_bytes() == valid
 
 
-def test_a_folder_that_cannot_be_written_costs_memory_only(tmp_path, caplog, monkeypatch):
+def test_unwritable_cache_folder_only_warns(tmp_path, caplog, monkeypatch):
     d = dataset(tmp_path / "d", [7, 30, 1, 12])
     right = rows(SampleIndex(d, None, 5, 33, 3))
     (tmp_path / "file").write_text("")
