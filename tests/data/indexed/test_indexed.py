@@ -1,4 +1,4 @@
-"""The .bin/.idx format: bytes laid out by hand, round trips, and every way a file can be wrong."""
+"""Tests of the .bin/.idx format: bytes laid out by hand, round trips, and corrupt files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_the_writer_lays_out_the_bytes_of_the_format(tmp_path, dtype):
+def test_writer_output_matches_the_format(tmp_path, dtype):
     documents = [[5, 6, 7], [], [8], [9, 10]]
     by_hand(tmp_path / "hand", [d for d in documents if d], [0, 1, 1, 2, 3], dtype=dtype)
     write(tmp_path / "ours", documents, np.dtype(dtype).type)
@@ -43,12 +43,12 @@ def test_the_writer_lays_out_the_bytes_of_the_format(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", CODES)
-def test_every_dtype_of_the_format_is_read(tmp_path, dtype):
+def test_reader_supports_every_dtype(tmp_path, dtype):
     d = IndexedDataset(by_hand(tmp_path / "d", [[1, 2], [3]], [0, 2], dtype=dtype))
     assert d.dtype == np.dtype(dtype) and [s.tolist() for s in d] == [[1, 2], [3]]
 
 
-def test_what_a_dataset_offers(tmp_path):
+def test_dataset_attributes_and_reads(tmp_path):
     d = IndexedDataset(
         by_hand(tmp_path / "d", [[1, 2], [3, 4, 5], [], [6]], [0, 2, 2, 4], dtype="int32")
     )
@@ -68,7 +68,8 @@ def test_what_a_dataset_offers(tmp_path):
     documents=st.lists(st.lists(st.integers(0, 65535), max_size=6), max_size=12),
     cuts=st.integers(1, 4),
 )
-def test_round_trip_and_batches_equal_single_documents(tmp_path_factory, documents, cuts):
+def test_documents_survive_round_trip(tmp_path_factory, documents, cuts):
+    """Documents added in batches give the same files as documents added one by one."""
     folder = tmp_path_factory.mktemp("d")
     d = write(folder / "single", documents)
     with IndexedWriter(folder / "batches", np.uint16) as writer:
@@ -89,19 +90,19 @@ def test_round_trip_and_batches_equal_single_documents(tmp_path_factory, documen
         ).read_bytes()
 
 
-def test_dtype_for_vocab():
+def test_dtype_for_vocab_follows_megatron():
     assert dtype_for_vocab(65499) == np.uint16 and dtype_for_vocab(65500) == np.int32
 
 
-def test_a_dataset_travels_to_another_process_by_name(tmp_path):
+def test_dataset_is_pickled_by_prefix(tmp_path):
     d = write(tmp_path / "d", [[1, 2, 3]])
     data = pickle.dumps(d)
     assert len(data) < 300 and pickle.loads(data).read(0).tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("how", ["in the kernel", "by hand"])
-def test_adding_datasets_is_concatenation(tmp_path, monkeypatch, how):
-    if how == "by hand":
+@pytest.mark.parametrize("copy", ["in the kernel", "in Python"])
+def test_add_dataset_concatenates(tmp_path, monkeypatch, copy):
+    if copy == "in Python":
 
         def refuse(*args):
             raise OSError("crosses filesystems")
@@ -120,7 +121,7 @@ def test_adding_datasets_is_concatenation(tmp_path, monkeypatch, how):
         ).read_bytes()
 
 
-def test_a_copy_that_the_kernel_cuts_short_is_completed(tmp_path, monkeypatch):
+def test_short_kernel_copy_is_completed(tmp_path, monkeypatch):
     real, calls = os.copy_file_range, []
 
     def short(source, target, count, offset, at):
@@ -136,7 +137,7 @@ def test_a_copy_that_the_kernel_cuts_short_is_completed(tmp_path, monkeypatch):
     )
 
 
-def test_the_sidecar(tmp_path):
+def test_sidecar_records_entries_and_counts(tmp_path):
     with IndexedWriter(tmp_path / "new" / "d", np.uint16) as writer:
         writer.add_document([1, 2])
         writer.add_document([])
@@ -156,7 +157,8 @@ def test_the_sidecar(tmp_path):
             IndexedDataset(tmp_path / "new" / "d")
 
 
-def test_the_index_is_published_last_and_an_old_one_is_gone_before(tmp_path, monkeypatch):
+def test_index_is_published_last(tmp_path, monkeypatch):
+    """An old index is removed before the other files are replaced."""
     write(tmp_path / "d", [[1]])
     steps, replace = [], os.replace
 
@@ -169,7 +171,7 @@ def test_the_index_is_published_last_and_an_old_one_is_gone_before(tmp_path, mon
     assert steps == [("d.bin", False), ("d.json", False), ("d.idx", False)]
 
 
-def test_a_failure_leaves_the_old_files_and_nothing_else(tmp_path):
+def test_failure_keeps_the_old_files(tmp_path):
     write(tmp_path / "d", [[1]])
     with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_document([2])
@@ -178,7 +180,7 @@ def test_a_failure_leaves_the_old_files_and_nothing_else(tmp_path):
     assert IndexedDataset(tmp_path / "d").read(0).tolist() == [1]
 
 
-def test_a_failure_while_publishing_leaves_nothing_temporary(tmp_path, monkeypatch):
+def test_failed_publication_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -200,7 +202,7 @@ def test_a_failure_while_publishing_leaves_nothing_temporary(tmp_path, monkeypat
         ([1], [2**31], "has 2147483648 tokens"),
     ],
 )
-def test_documents_that_cannot_be_written(tmp_path, ids, lengths, match):
+def test_invalid_documents_are_refused(tmp_path, ids, lengths, match):
     with (
         IndexedWriter(tmp_path / "d", np.uint16) as writer,
         pytest.raises(ValueError, match=match),
@@ -209,7 +211,7 @@ def test_documents_that_cannot_be_written(tmp_path, ids, lengths, match):
 
 
 @pytest.mark.parametrize(("lengths", "counts"), [([1, 1], [1]), ([1], [2]), ([1, 1], [3, -1])])
-def test_sequences_that_do_not_fit_their_documents(tmp_path, lengths, counts):
+def test_mismatched_sequence_counts_are_refused(tmp_path, lengths, counts):
     with (
         IndexedWriter(tmp_path / "d", np.uint16) as writer,
         pytest.raises(ValueError, match="one length per sequence"),
@@ -217,7 +219,8 @@ def test_sequences_that_do_not_fit_their_documents(tmp_path, lengths, counts):
         writer.add_documents(np.ones(len(lengths), int), np.array(lengths), np.array(counts))
 
 
-def test_a_dataset_that_grows_while_it_is_copied(tmp_path):
+def test_dataset_that_grows_is_refused(tmp_path):
+    """The input gets longer after it was opened."""
     d = write(tmp_path / "d", [[1, 2]])
     with open(tmp_path / "d.bin", "ab") as file:
         file.write(b"xx")
@@ -229,7 +232,7 @@ def test_a_dataset_that_grows_while_it_is_copied(tmp_path):
     assert not list(tmp_path.glob("all*"))
 
 
-def test_writers_of_wrong_dtypes(tmp_path):
+def test_unsupported_dtypes_are_refused(tmp_path):
     for dtype in (np.float32, np.uint32):
         with pytest.raises(
             ValueError, match="allowed: uint8, int8, int16, int32, int64, uint16"
@@ -263,7 +266,7 @@ def test_writers_of_wrong_dtypes(tmp_path):
         ({"lengths": [2, 2]}, "has 6 bytes, but its index counts 4 tokens"),
     ],
 )
-def test_damaged_files_are_refused_at_opening(tmp_path, changes, match):
+def test_corrupt_files_are_refused(tmp_path, changes, match):
     prefix = by_hand(tmp_path / "d", [[1, 2], [3]], [0, 1, 2], **changes)
     with pytest.raises(ValueError, match=match):
         IndexedDataset(prefix)
@@ -273,9 +276,7 @@ def test_damaged_files_are_refused_at_opening(tmp_path, changes, match):
 @pytest.mark.parametrize(
     "bounds", [[], [0], [1, 2], [0, 1], [0, 2, 1, 2], [0, 1, 2, 1, 2], [0, 2**63 - 1, -2, 2]]
 )
-def test_document_indices_that_do_not_rise_from_zero_to_the_end(
-    tmp_path, monkeypatch, bounds, block
-):
+def test_invalid_document_index_is_refused(tmp_path, monkeypatch, bounds, block):
     monkeypatch.setattr(reader, "_BLOCK_ENTRIES", block)
     with pytest.raises(
         ValueError, match="document index does not rise from 0 to the number of sequences, 2"
@@ -284,17 +285,17 @@ def test_document_indices_that_do_not_rise_from_zero_to_the_end(
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])
-def test_truncation_at_any_byte_is_an_error(tmp_path, suffix):
+def test_truncation_at_any_byte_is_refused(tmp_path, suffix):
     prefix = by_hand(tmp_path / "d", [[1, 2], [3], [4, 5]], [0, 1, 3])
-    whole = Path(prefix + suffix).read_bytes()
-    for size in range(len(whole)):
-        Path(prefix + suffix).write_bytes(whole[:size])
+    valid = Path(prefix + suffix).read_bytes()
+    for size in range(len(valid)):
+        Path(prefix + suffix).write_bytes(valid[:size])
         with pytest.raises(ValueError, match="truncated"):
             IndexedDataset(prefix)
 
 
 def content(prefix: str) -> tuple | None:
-    """All that a pair says, or None when it is refused."""
+    """Return all documents and sequences of a pair, or None if it is refused."""
     try:
         d = IndexedDataset(prefix)
     except (ValueError, FileNotFoundError):
@@ -309,9 +310,8 @@ def content(prefix: str) -> tuple | None:
     ),
     dtype=st.sampled_from(list(CODES)),
 )
-def test_a_flipped_bit_of_the_header_and_a_truncation_never_change_the_data(
-    tmp_path_factory, documents, dtype
-):
+def test_corruption_never_changes_the_data(tmp_path_factory, documents, dtype):
+    """With a flipped bit of the header, or truncated, a pair is refused or reads the same."""
     prefix = by_hand(
         tmp_path_factory.mktemp("d") / "d",
         [s for d in documents for s in d],
@@ -320,23 +320,23 @@ def test_a_flipped_bit_of_the_header_and_a_truncation_never_change_the_data(
     )
     right = content(prefix)
     assert right[0] == [[t for s in d for t in s] for d in documents]
-    whole = {suffix: Path(prefix + suffix).read_bytes() for suffix in (".idx", ".bin")}
-    header = int.from_bytes(whole[".idx"][:34], "little")
-    damages = [
-        (".idx", (header ^ 1 << bit).to_bytes(34, "little") + whole[".idx"][34:])
+    valid = {suffix: Path(prefix + suffix).read_bytes() for suffix in (".idx", ".bin")}
+    header = int.from_bytes(valid[".idx"][:34], "little")
+    corruptions = [
+        (".idx", (header ^ 1 << bit).to_bytes(34, "little") + valid[".idx"][34:])
         for bit in range(34 * 8)
     ]
-    damages += [
-        (suffix, data[:size]) for suffix, data in whole.items() for size in range(len(data))
+    corruptions += [
+        (suffix, data[:size]) for suffix, data in valid.items() for size in range(len(data))
     ]
-    for suffix, damaged in damages:
-        Path(prefix + suffix).write_bytes(damaged)
+    for suffix, corrupt in corruptions:
+        Path(prefix + suffix).write_bytes(corrupt)
         assert content(prefix) in (None, right)
-        Path(prefix + suffix).write_bytes(whole[suffix])
+        Path(prefix + suffix).write_bytes(valid[suffix])
 
 
 @pytest.mark.parametrize("part", ["lengths", "pointers"])
-def test_damage_is_seen_in_every_block_of_the_index(tmp_path, monkeypatch, part):
+def test_corruption_is_found_in_every_block(tmp_path, monkeypatch, part):
     monkeypatch.setattr(reader, "_BLOCK_ENTRIES", 2)
     sequences = [[1], [2, 3], [], [4], [5, 6]]
     right = {"lengths": [1, 2, 0, 1, 2], "pointers": [0, 2, 6, 6, 8]}
@@ -344,15 +344,15 @@ def test_damage_is_seen_in_every_block_of_the_index(tmp_path, monkeypatch, part)
     assert len(IndexedDataset(tmp_path / "d")) == 5
     for i in range(5):
         for change in (1, 2, -4):
-            damaged = {
+            corrupt = {
                 **right,
                 part: [n + change * (k == i) for k, n in enumerate(right[part])],
             }
             with pytest.raises(ValueError, match="negative|running sum|counts"):
-                IndexedDataset(by_hand(tmp_path / "d", sequences, [0, 5], **damaged))
+                IndexedDataset(by_hand(tmp_path / "d", sequences, [0, 5], **corrupt))
 
 
-def test_a_given_index_is_read_by_and_travels_too(tmp_path):
+def test_given_index_is_used_and_pickled(tmp_path):
     prefix = by_hand(tmp_path / "d", [[1, 2], [3]], [0, 1, 2])
     other = DatasetIndex(
         np.dtype(np.uint16), np.array([1, 2], np.int32), np.array([0, 2]), np.array([0, 0, 2])
@@ -361,8 +361,11 @@ def test_a_given_index_is_read_by_and_travels_too(tmp_path):
     assert [d.read(i).tolist() for i in range(2)] == [[], [1, 2, 3]] and d.num_tokens == 3
 
 
-def test_shards_that_do_not_count_the_end_of_document(tmp_path):
-    """The fork's bug as it is: lengths and pointers without the end-of-document token, which .bin has."""
+def test_uncounted_eod_tokens_are_refused(tmp_path):
+    """The lengths and pointers leave out the end-of-document token that .bin holds.
+
+    Some forks of Megatron's preprocessing write such files.
+    """
     prefix = by_hand(tmp_path / "d", [[1, 2, 0], [3, 0], []], [0, 1, 2, 3], lengths=[2, 1, 0])
     with pytest.raises(
         ValueError,
@@ -372,7 +375,7 @@ def test_shards_that_do_not_count_the_end_of_document(tmp_path):
         IndexedDataset(prefix)
 
 
-def test_missing_files_name_what_is_near(tmp_path):
+def test_missing_file_names_similar_prefixes(tmp_path):
     write(tmp_path / "corpus_text_document", [[1]])
     for wrong in (
         "corpus",
@@ -396,7 +399,7 @@ def test_missing_files_name_what_is_near(tmp_path):
         IndexedDataset(tmp_path / "corpus_text_document")
 
 
-def test_reading_beyond_the_end(tmp_path):
+def test_reads_beyond_the_end_are_refused(tmp_path):
     d = write(tmp_path / "d", [[1, 2], [3]])
     for sequence in (-1, 2):
         with pytest.raises(IndexError, match="allowed 0 to 1"):
@@ -408,7 +411,7 @@ def test_reading_beyond_the_end(tmp_path):
             d.read(0, offset, length)
 
 
-def test_a_dataset_without_documents(tmp_path):
+def test_dataset_without_documents_is_valid(tmp_path):
     d = write(tmp_path / "d", [])
     assert (
         len(d) == d.num_documents == d.num_tokens == 0 and d.document_lengths().tolist() == []

@@ -1,4 +1,4 @@
-"""Inspection of token shards: facts against dumb loops, every fault, and the repair of uncounted last tokens."""
+"""Tests of dataset inspection: statistics against plain loops, every problem, and the repair."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EOD = 9
 
 
 def pair(prefix: Path, docs: list[list[list[int]]], **changes) -> str:
-    """A pair of documents that are lists of sequences."""
+    """Write a pair of documents that are lists of sequences."""
     return by_hand(
         prefix,
         [s for d in docs for s in d],
@@ -45,7 +45,7 @@ def with_eod(docs: list[list[list[int]]]) -> list[list[list[int]]]:
 
 
 def uncounted(prefix: Path, docs: list[list[list[int]]], **changes) -> str:
-    """The same as the fork writes it: with the end-of-document tokens, but with the lengths before they were added."""
+    """Write a pair whose .bin has end-of-document tokens that the lengths do not count."""
     return pair(prefix, with_eod(docs), lengths=[len(s) for d in docs for s in d], **changes)
 
 
@@ -54,7 +54,7 @@ def record(prefix: str, **entries) -> None:
 
 
 def inspect_all(prefix: str, tokenizer=None) -> dict:
-    """As the program does it with --full."""
+    """Return what the program finds with --full."""
     opened = open_dataset(prefix, tokenizer)
     found = summarize(opened, tokenizer)
     found["full"], faults = scan(opened, tokenizer)
@@ -66,7 +66,7 @@ DOCUMENTS = st.lists(st.lists(st.lists(st.integers(0, 12), max_size=5), max_size
 
 @settings(max_examples=60, deadline=None)
 @given(docs=DOCUMENTS, dtype=st.sampled_from(list(CODES)), block=st.integers(1, 5))
-def test_facts_against_a_loop(tmp_path_factory, docs, dtype, block):
+def test_statistics_match_plain_loops(tmp_path_factory, docs, dtype, block):
     prefix = pair(tmp_path_factory.mktemp("d") / "d", docs, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "_BLOCK_TOKENS", block)
@@ -121,7 +121,7 @@ def test_facts_against_a_loop(tmp_path_factory, docs, dtype, block):
         ] == len(data)
 
 
-def test_what_is_printed(tmp_path, monkeypatch):
+def test_program_prints_report(tmp_path, monkeypatch):
     t = ByteTokenizer()
     texts = ["hello", "", "naïve 日本\n", "b" * 100]
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
@@ -185,7 +185,8 @@ def test_what_is_printed(tmp_path, monkeypatch):
         and "document 1" not in done.stdout
     )
     assert [" ".join(line.split()) for line in done.stdout.splitlines()[-5:]] == [
-        f"ids 10 to 256, {len({*''.join(texts).encode(), 256})} distinct, 0 outside the vocabulary (its size: 257)",
+        f"ids 10 to 256, {len({*''.join(texts).encode(), 256})} distinct, 0 outside the vocabulary "
+        "(its size: 257)",
         "ends 3 documents end with 256 (of the .json), 0 have it inside, 0 nowhere",
         *(
             f"{name}.{suffix} {hashlib.sha256((tmp_path / f'd.{suffix}').read_bytes()).hexdigest()}"
@@ -197,7 +198,7 @@ def test_what_is_printed(tmp_path, monkeypatch):
     assert r"'na\xefve \u65e5\u672c\n'" in run(TOOL, "d", *BYTES, cwd=tmp_path).stdout
 
 
-def test_a_pair_without_documents(tmp_path):
+def test_dataset_without_documents_is_sound(tmp_path):
     prefix = pair(tmp_path / "d", [])
     found = inspect_all(prefix)
     assert (
@@ -213,7 +214,7 @@ def test_a_pair_without_documents(tmp_path):
     assert inspect_all(pair(tmp_path / "e", [[], [[]]]))["empty_documents"] == 2
 
 
-def test_ids_that_no_vocabulary_has(tmp_path):
+def test_impossible_ids_are_problems(tmp_path):
     for dtype, ids, first in (
         ("int32", [1, 1 << 24, -1], 1 << 24),
         ("int8", [1, -1, 2], -1),
@@ -236,9 +237,10 @@ def test_ids_that_no_vocabulary_has(tmp_path):
         assert "its size: unknown" in "".join(describe(found))
 
 
-def test_the_vocabulary_and_the_end_of_document_come_from_the_tokenizer_or_the_sidecar_or_the_data(
+def test_vocabulary_and_eod_sources(
     tmp_path,
 ):
+    """The tokenizer comes first, then the sidecar, then the data."""
     prefix = pair(tmp_path / "d", [[], [[1, 9]], [[9, 2], [5]], [[3, 4]]])
     full = inspect_all(prefix)["full"]
     assert (full["vocab_size"], full["eod"], full["eod_source"]) == (
@@ -267,14 +269,15 @@ def test_the_vocabulary_and_the_end_of_document_come_from_the_tokenizer_or_the_s
     assert inspect_all(prefix)["full"]["vocab_size"] is None
 
 
-def test_a_sidecar_that_does_not_fit(tmp_path):
+def test_mismatched_sidecar_is_a_problem(tmp_path):
     prefix = pair(tmp_path / "d", [[[1, 9]], [[2, 3]], [], [[9, 4]]])
     record(prefix, append_eod=True, eod=9, documents=5, tokens=6, sequences=3, dtype="int32")
     found = inspect_all(prefix)
     assert found["faults"] == [
         f"{prefix}.json records dtype int32, the index uint16: it belongs to other files",
         f"{prefix}.json records documents 5, the index 4: it belongs to other files",
-        f"2 documents do not end with the end-of-document id 9, though {prefix}.json records append_eod",
+        "2 documents do not end with the end-of-document id 9, though "
+        f"{prefix}.json records append_eod",
     ]
     assert run(TOOL, "d", cwd=tmp_path, code=1).stdout.endswith(
         "  FAULT         d.json records documents 5, the index 4: it belongs to other files\n"
@@ -282,7 +285,7 @@ def test_a_sidecar_that_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["big", 2.5, -1, True, [1]])
-def test_entries_that_are_no_numbers(tmp_path, value):
+def test_invalid_sidecar_numbers_are_problems(tmp_path, value):
     prefix = pair(tmp_path / "d", [[[1, 9]]])
     for entry in ("vocab_size", "eod"):
         record(prefix, **{entry: value})
@@ -294,7 +297,7 @@ def test_entries_that_are_no_numbers(tmp_path, value):
     assert "FAULT" in run(TOOL, "d", "--full", cwd=tmp_path, code=1).stdout
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+def test_shrinking_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(inspect, "_BLOCK_TOKENS", 2)
     prefix = pair(tmp_path / "d", [[[1, 2, 3, 4]]])
     with pytest.raises(ValueError, match="d.bin became shorter while it was read"):
@@ -310,7 +313,7 @@ CONTENT = st.lists(st.lists(st.lists(st.integers(0, 8), max_size=3), max_size=3)
     block=st.integers(1, 3),
     dtype=st.sampled_from([d for d in CODES if "float" not in d]),
 )
-def test_repair_gives_the_pair_that_should_have_been(tmp_path_factory, docs, block, dtype):
+def test_repair_writes_the_correct_pair(tmp_path_factory, docs, block, dtype):
     folder = tmp_path_factory.mktemp("d")
     bad, good = (
         uncounted(folder / "bad", docs, dtype=dtype),
@@ -336,7 +339,7 @@ def test_repair_gives_the_pair_that_should_have_been(tmp_path_factory, docs, blo
     assert not inspect_all(str(folder / "out"))["faults"]
 
 
-def test_repair_as_a_program(tmp_path):
+def test_program_repairs_dataset(tmp_path):
     docs = [[[*b"one"]], [], [[*b"two"], [*b"three"]]]
     t = ByteTokenizer()
     right = [[[*b"one", 256]], [], [[*b"two"], [*b"three", 256]]]
@@ -372,7 +375,7 @@ def test_repair_as_a_program(tmp_path):
     assert sorted(os.listdir(tmp_path / "new")) == ["out.bin", "out.idx", "out.json"]
 
 
-def test_repairs_that_are_refused(tmp_path, monkeypatch):
+def test_impossible_repairs_are_refused(tmp_path, monkeypatch):
     def refused(match: str, prefix: str, out: str = "out", tokenizer=None) -> None:
         with pytest.raises(ValueError, match=match):
             repair(open_dataset(prefix, tokenizer), str(tmp_path / out), tokenizer)
@@ -397,7 +400,8 @@ def test_repairs_that_are_refused(tmp_path, monkeypatch):
     refused("dtype of .*/out is float32; allowed: uint8", floats)
     other = pair(tmp_path / "other", [[], [[1, 2, 9]], [], [[3], [4, 5, 8]]], lengths=[2, 1, 2])
     refused(
-        "other differ: 9 after document 1, 8 after document 3, so that they are no end-of-document tokens",
+        "other differ: 9 after document 1, 8 after document 3, so that they are no "
+        "end-of-document tokens",
         other,
     )
     usage = shutil.disk_usage(tmp_path)
@@ -407,7 +411,8 @@ def test_repairs_that_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_the_space_of_a_pair_in_a_folder_that_is_not_there_yet(tmp_path, monkeypatch):
+def test_space_check_in_missing_folder(tmp_path, monkeypatch):
+    """The disk is that of the first parent folder that exists."""
     monkeypatch.chdir(tmp_path)
     usage, asked = shutil.disk_usage(tmp_path), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
@@ -416,7 +421,7 @@ def test_the_space_of_a_pair_in_a_folder_that_is_not_there_yet(tmp_path, monkeyp
     assert asked == [tmp_path] * 3
 
 
-def test_a_damaged_pair_does_not_hide_the_others(tmp_path):
+def test_corrupt_pair_does_not_hide_others(tmp_path):
     for name in "abc":
         pair(tmp_path / name, [[[1, 2]]])
     (tmp_path / "b.idx").write_bytes(b"MMID")
@@ -433,7 +438,7 @@ def test_a_damaged_pair_does_not_hide_the_others(tmp_path):
     ] == [True, True, False]
 
 
-def test_mistakes_in_the_flags(tmp_path):
+def test_invalid_flags_are_one_line(tmp_path):
     prefix = pair(tmp_path / "d", [[[1, 2]]])
     record(prefix, tokenizer="GPT2BPETokenizer", eod=50256)
     (tmp_path / "folder").mkdir()
@@ -458,7 +463,7 @@ def test_mistakes_in_the_flags(tmp_path):
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob("*.tmp"))
 
 
-def test_help(tmp_path):
+def test_help_explains_exit_codes(tmp_path):
     text = run(TOOL, "--help", cwd=tmp_path).stdout
     assert (
         text.startswith("usage: inspect_dataset.py ")

@@ -1,4 +1,4 @@
-"""Merging of token shards: exact joins, shards that do not go together, one-line errors that leave nothing behind."""
+"""Tests of merging datasets: exact joins, incompatible inputs, one-line errors that leave no file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shard(prefix: Path, texts: list[str], sidecar: bool = True, **changes) -> li
 
 
 def merge_here(monkeypatch, *arguments, code: int = 0) -> None:
-    """The program in this process, where functions can be replaced."""
+    """Run the program in this process, where functions can be replaced."""
     monkeypatch.setattr(sys, "argv", ["merge_datasets.py", *map(str, arguments)])
     assert merge_datasets.main() == code
 
@@ -53,7 +53,7 @@ def refusal(monkeypatch, capsys, *arguments) -> str:
     return line
 
 
-def test_merging_is_concatenation(tmp_path):
+def test_merge_concatenates_in_name_order(tmp_path):
     (tmp_path / "s").mkdir()
     last, first = shard(tmp_path / "s/b", TEXTS), shard(tmp_path / "s/a", ["x", "", "yz"])
     done = run(
@@ -80,7 +80,7 @@ def test_merging_is_concatenation(tmp_path):
     assert side["sources"] == ["a.jsonl", "b.jsonl"]
 
 
-def test_merging_shards_without_a_sidecar_claims_no_tokenizer(tmp_path):
+def test_merge_without_sidecar_records_no_tokenizer(tmp_path):
     shard(tmp_path / "a", ["x"]), shard(tmp_path / "b", ["y"], sidecar=False)
     done = run(
         "tools/merge_datasets.py",
@@ -101,7 +101,7 @@ def test_merging_shards_without_a_sidecar_claims_no_tokenizer(tmp_path):
     )
 
 
-def test_shards_that_do_not_go_together(tmp_path):
+def test_incompatible_inputs_are_refused(tmp_path):
     for name, changes in (
         ("a", {}),
         ("b", {"vocab_hash": "other"}),
@@ -139,9 +139,8 @@ def test_shards_that_do_not_go_together(tmp_path):
     assert not list(tmp_path.glob("*all*"))
 
 
-def test_the_order_is_that_of_the_full_names_and_a_prefix_may_have_its_suffix(
-    tmp_path, monkeypatch, capsys
-):
+def test_inputs_are_sorted_by_prefix(tmp_path, monkeypatch, capsys):
+    """Prefixes may be given with .bin or .idx."""
     monkeypatch.chdir(tmp_path)
     os.makedirs("m")
     for name in ("m/10", "m/9", "b", "a", "z.bin"):
@@ -170,7 +169,7 @@ def test_the_order_is_that_of_the_full_names_and_a_prefix_may_have_its_suffix(
     ]
 
 
-def test_a_suffix_that_belongs_to_the_name_stays(tmp_path):
+def test_suffix_of_the_name_stays(tmp_path):
     with IndexedWriter(tmp_path / "x.bin", np.uint16) as writer:
         writer.add_document([1])
     assert merge_datasets.find_prefixes(
@@ -178,7 +177,8 @@ def test_a_suffix_that_belongs_to_the_name_stays(tmp_path):
     ) == [str(tmp_path / "x.bin"), str(tmp_path / "y")]
 
 
-def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch, capsys):
+def test_full_disk_is_refused_first(tmp_path, monkeypatch, capsys):
+    """Disk space is checked before anything is written."""
     shard(tmp_path / "a", ["x" * 99]), shard(tmp_path / "b", ["", "y" * 99])
     inputs = (
         "--input",
@@ -195,8 +195,8 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
     )
     left.append(result + notes - 1)
     assert refusal(monkeypatch, capsys, *inputs) == (
-        f"merge_datasets.py: error: {tmp_path}/new/folder/all needs 0.000 GB, the disk of {tmp_path} has 0.000 GB "
-        f"left. Make room there, or choose another disk"
+        f"merge_datasets.py: error: {tmp_path}/new/folder/all needs 0.000 GB, the disk of {tmp_path} "
+        f"has 0.000 GB left. Make room there, or choose another disk"
     )
     assert asked == [tmp_path] and not (tmp_path / "new").exists()
     left.append(result + 100)  # the estimate counts each input's header and first boundary
@@ -208,7 +208,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("damage", "match"),
+    ("corruption", "match"),
     [
         ("tokens", "all.bin differs from SHARDS/b_text_document.bin in the "),
         ("lengths", "all.idx differs from the indices of the inputs"),
@@ -217,7 +217,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
         ("short", "all.bin has 2 bytes, but its index counts "),
     ],
 )
-def test_verification_refuses_a_wrong_result(tmp_path, monkeypatch, capsys, damage, match):
+def test_verify_refuses_wrong_result(tmp_path, monkeypatch, capsys, corruption, match):
     shard(tmp_path / "a", ["xyz", "", "z"]), shard(tmp_path / "b", TEXTS)
     inputs = sorted(os.listdir(tmp_path))
     prepare = IndexedWriter.prepare
@@ -227,19 +227,19 @@ def test_verification_refuses_a_wrong_result(tmp_path, monkeypatch, capsys, dama
         data = {
             suffix: bytearray(Path(prefix + suffix).read_bytes()) for suffix in (".bin", ".idx")
         }
-        if damage == "lengths":  # the same tokens as one document
+        if corruption == "lengths":  # the same tokens as one document
             other = IndexedWriter(tmp_path.parent / "other", np.uint16)
             other.add_document(np.frombuffer(data[".bin"], np.uint16))
             shutil.copy(prepare(other) + ".idx", prefix + ".idx")
             other.discard()
-        elif damage == "short":
+        elif corruption == "short":
             os.truncate(prefix + ".bin", 2)
         else:
             suffix, at = {
                 "tokens": (".bin", 15),
                 "documents": (".idx", -16),
                 "magic": (".idx", 0),
-            }[damage]
+            }[corruption]
             data[suffix][at] ^= 1
             Path(prefix + suffix).write_bytes(data[suffix])
         return prefix
@@ -263,7 +263,7 @@ def test_verification_refuses_a_wrong_result(tmp_path, monkeypatch, capsys, dama
     )
 
 
-def test_verification_in_small_blocks_says_where(tmp_path, monkeypatch):
+def test_verify_names_the_position(tmp_path, monkeypatch):
     monkeypatch.setattr(merge_datasets, "COMPARE_BYTES", 4)
     shard(tmp_path / "a", ["xyz"]), shard(tmp_path / "b", ["abcde"])
     datasets = [IndexedDataset(tmp_path / f"{name}_text_document") for name in "ab"]
@@ -278,7 +278,8 @@ def test_verification_in_small_blocks_says_where(tmp_path, monkeypatch):
         merge_datasets.verify(str(tmp_path / "all"), datasets, seen.append)
 
 
-def test_a_pair_under_two_names_is_merged_once(tmp_path):
+def test_linked_inputs_are_named_twice(tmp_path):
+    """A pair that is named twice through a link is refused."""
     (tmp_path / "s").mkdir()
     shard(tmp_path / "s/a", ["x"]), shard(tmp_path / "b", ["y"])
     os.symlink("s", tmp_path / "link")
@@ -310,7 +311,7 @@ def test_a_pair_under_two_names_is_merged_once(tmp_path):
     )
 
 
-def test_outputs_without_a_name(tmp_path):
+def test_output_without_name_is_refused(tmp_path):
     shard(tmp_path / "a", ["x"])
     (tmp_path / "folder").mkdir()
     before = sorted(os.listdir(tmp_path))
@@ -333,7 +334,7 @@ def test_outputs_without_a_name(tmp_path):
     assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "folder") == []
 
 
-def test_a_sidecar_of_another_kind(tmp_path):
+def test_malformed_sources_are_refused(tmp_path):
     shard(tmp_path / "a", ["x"]), shard(tmp_path / "b", ["y"], sources=3)
     line = one_line_error(
         run(
@@ -352,7 +353,7 @@ def test_a_sidecar_of_another_kind(tmp_path):
     )
 
 
-def test_more_shards_than_files_may_be_open(tmp_path):
+def test_more_inputs_than_open_files(tmp_path):
     for i in range(60):
         shard(tmp_path / f"s/{i:02}", [f"{i}", "", "x" * i])
     code = (
@@ -378,7 +379,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     ]
 
 
-def test_verification_sees_what_is_left_out(tmp_path):
+def test_verify_finds_missing_documents(tmp_path):
     shard(tmp_path / "a", ["xyz"]), shard(tmp_path / "b", ["", "abcde"])
     a, b = (IndexedDataset(tmp_path / f"{name}_text_document") for name in "ab")
     with pytest.raises(
