@@ -121,11 +121,15 @@ def test_statistics_match_plain_loops(tmp_path_factory, docs, dtype, block):
         ] == len(data)
 
 
-def test_program_prints_report(tmp_path, monkeypatch):
+REPORT_TEXTS = ["hello", "", "naïve 日本\n", "b" * 100]
+
+
+@pytest.fixture
+def report_folder(tmp_path) -> Path:
+    """Folder with the dataset `d` of `REPORT_TEXTS` and a sidecar."""
     t = ByteTokenizer()
-    texts = ["hello", "", "naïve 日本\n", "b" * 100]
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
-        for text in texts:
+        for text in REPORT_TEXTS:
             writer.add_document([*t.encode(text).tolist(), t.eod] if text else [])
         writer.finish(
             {
@@ -137,7 +141,12 @@ def test_program_prints_report(tmp_path, monkeypatch):
                 "sources": [f"{i}.jsonl" for i in range(7)],
             }
         )
-    done = run(TOOL, "d.bin", "--tokens", 4, "--json", "d.out", *BYTES, cwd=tmp_path)
+    return tmp_path
+
+
+def test_program_prints_report(report_folder):
+    t = ByteTokenizer()
+    done = run(TOOL, "d.bin", "--tokens", 4, "--json", "d.out", *BYTES, cwd=report_folder)
     assert [" ".join(line.split()) for line in done.stdout.splitlines()] == [
         "d",
         "format version 1, uint16, 3 sequences, 5 document-index entries",
@@ -162,15 +171,15 @@ def test_program_prints_report(tmp_path, monkeypatch):
         "record documents: 4",
         "record sequences: 3",
         "record tokens: 122",
-        f"record version: {IndexedDataset(tmp_path / 'd').sidecar['version']}",
+        f"record version: {IndexedDataset(report_folder / 'd').sidecar['version']}",
         "document 0 6 tokens: 'hell' ...",
         "document 1 0 tokens: ''",
         "document 2 15 tokens: 'naï' ...",
         "sound as far as read (--full reads all tokens)",
     ]
-    (found,) = json.loads((tmp_path / "d.out").read_text())
+    (found,) = json.loads((report_folder / "d.out").read_text())
     assert found == {
-        **summarize(open_dataset(str(tmp_path / "d"), t), t, tokens=4),
+        **summarize(open_dataset(str(report_folder / "d"), t), t, tokens=4),
         "prefix": "d",
     }
     assert found["first_documents"][0] == {
@@ -179,23 +188,27 @@ def test_program_prints_report(tmp_path, monkeypatch):
         "ids": [*b"hell"],
         "text": "hell",
     }
-    done = run(TOOL, "d", "--documents", 1, "--full", cwd=tmp_path)
-    assert (
-        "document 0    6 tokens: 104 101 108 108 111 256\n" in done.stdout
-        and "document 1" not in done.stdout
-    )
+
+
+def test_program_prints_full_report(report_folder):
+    done = run(TOOL, "d", "--documents", 1, "--full", cwd=report_folder)
+    assert "document 0    6 tokens: 104 101 108 108 111 256\n" in done.stdout
+    assert "document 1" not in done.stdout
     assert [" ".join(line.split()) for line in done.stdout.splitlines()[-5:]] == [
-        f"ids 10 to 256, {len({*''.join(texts).encode(), 256})} distinct, 0 outside the vocabulary "
+        f"ids 10 to 256, {len({*''.join(REPORT_TEXTS).encode(), 256})} distinct, 0 outside the vocabulary "
         "(its size: 257)",
         "ends 3 documents end with 256 (of the .json), 0 have it inside, 0 nowhere",
         *(
-            f"{name}.{suffix} {hashlib.sha256((tmp_path / f'd.{suffix}').read_bytes()).hexdigest()}"
+            f"{name}.{suffix} {hashlib.sha256((report_folder / f'd.{suffix}').read_bytes()).hexdigest()}"
             for name, suffix in (("sha256 ", "bin"), ("", "idx"))
         ),
         "sound all of it",
     ]
+
+
+def test_program_escapes_unprintable_text(report_folder, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    assert r"'na\xefve \u65e5\u672c\n'" in run(TOOL, "d", *BYTES, cwd=tmp_path).stdout
+    assert r"'na\xefve \u65e5\u672c\n'" in run(TOOL, "d", *BYTES, cwd=report_folder).stdout
 
 
 def test_dataset_without_documents_is_sound(tmp_path):
