@@ -1,4 +1,4 @@
-"""Data loading: indexing 10 million documents of 10 billion tokens, and feeding the demo's training.
+"""Data loading: index 10 million documents of 10 billion tokens, and feed the demo's training.
 
 The large dataset has a real .idx and a sparse .bin (20 GB that take no disk space; all tokens are
 0) in a temporary folder. Its index is built, opened and read in fresh processes.

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 
-EPILOG = """One file is one document: {"text": ..., "source": path in the library}. The order is that of
-the hashes of the paths: always the same, and unrelated to the names, so that the last documents (a
-validation split) are like the first."""
+EPILOG = """One file is one document: {"text": ..., "source": path in the library}. The order is
+that of the hashes of the paths: always the same, and unrelated to the names, so that the last
+documents (a validation split) are like the first."""
 
 
 def find_sources(library: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: interleaving, ratios, bars, JSON."""
+"""Tests of the benchmarks: their arithmetic, the peers they compare with, and quick runs."""
 
 import json
 import mmap
@@ -21,7 +21,7 @@ from helpers.spawn import groups_for
 REPO = Path(__file__).resolve().parents[1]
 
 
-def test_interleave_calls_in_turn_and_returns_one_time_per_round():
+def test_interleave_calls_functions_in_turn():
     calls = []
     seconds = report.interleave(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1
@@ -47,7 +47,7 @@ def test_ratios_are_taken_round_by_round():
 @pytest.mark.parametrize(
     "ratio, check, code", [(1.0, True, 0), (3.0, True, 1), (3.0, False, 0)]
 )
-def test_finish(ratio, check, code, tmp_path, capsys):
+def test_finish_writes_rows_and_exit_code(ratio, check, code, tmp_path, capsys):
     argv = ["--json", str(tmp_path / "rows.json"), *(["--check"] if check else [])]
     args = report.parser("x").parse_args(argv)
     assert report.finish([report.Row("n", "b", ratio, ratio, ratio, 2.0)], args) == code
@@ -62,7 +62,7 @@ def test_finish(ratio, check, code, tmp_path, capsys):
 
 
 def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
-    """(what a benchmark prints, its rows, the folder of its temporary files)"""
+    """Return (output of a benchmark, its rows, the folder of its temporary files)."""
     temp, rows = folder / "temp", folder / "rows.json"
     temp.mkdir()
     done = subprocess.run(
@@ -76,21 +76,21 @@ def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
     return done.stdout, json.loads(rows.read_text()), temp
 
 
-def answer_of(groups, rank_that_fails: int):
-    if groups.rank == rank_that_fails:
+def describe_rank(groups, failing_rank: int):
+    if groups.rank == failing_rank:
         raise SystemExit(3)
     return groups.rank, groups.world_size, groups.ep_size, torch.get_num_threads()
 
 
-def test_a_job_on_ranks():
-    assert report.on_ranks(2, answer_of, 2) == (0, 2, 2, 1)
+def test_on_ranks_returns_result_of_rank0():
+    assert report.on_ranks(2, describe_rank, 2) == (0, 2, 2, 1)
     with pytest.raises(RuntimeError, match="a rank failed"):
-        report.on_ranks(1, answer_of, 0)
+        report.on_ranks(1, describe_rank, 0)
 
 
 @pytest.mark.slow
-def test_data_index_quickly(tmp_path):
-    """Every row is there, and nothing stays behind. Whether bars hold is not for a test on a busy machine."""
+def test_data_index_runs_quickly(tmp_path):
+    """Every row is present and no file is left. A busy machine need not hold the bars."""
     printed, table, temp = run_quickly("data_index.py", tmp_path)
     assert "200,000 documents, 200,000,000 tokens: 195,312 samples" in printed
     assert all(
@@ -111,8 +111,8 @@ def test_data_index_quickly(tmp_path):
 
 
 @pytest.mark.slow
-def test_preprocess_quickly(tmp_path):
-    """Every row is there, both programs write the same, and nothing stays behind."""
+def test_preprocess_runs_quickly(tmp_path):
+    """Every row is present, both programs write the same, and no file is left."""
     printed, table, temp = run_quickly("preprocess.py", tmp_path)
     assert "tokens equal byte for byte" in printed and not list(temp.iterdir())
     assert [(row["name"], row["bar"]) for row in table] == [
@@ -123,8 +123,11 @@ def test_preprocess_quickly(tmp_path):
     ]
 
 
-def test_compute_that_ignores_demand_is_not_called_proportional():
-    """What published code does: the same rows whatever tokens want. Nor is time that grows faster than demand."""
+def test_constant_compute_is_not_proportional():
+    """Neither constant compute nor compute that grows faster than demand holds.
+
+    Published code computes the same rows whatever the tokens choose.
+    """
     from benchmarks.gate_cost import against_line
 
     experts = [2.0, 4.0, 8.0, 12.0]
@@ -142,7 +145,7 @@ def test_compute_that_ignores_demand_is_not_called_proportional():
 
 
 @pytest.mark.slow
-def test_gate_cost_quickly(tmp_path):
+def test_gate_cost_runs_quickly(tmp_path):
     from megatron.moe.gate import available_gates
 
     _, table, _ = run_quickly("gate_cost.py", tmp_path)
@@ -153,7 +156,7 @@ def test_gate_cost_quickly(tmp_path):
     assert [row["bar"] for row in table[12:]] == [1.25] * 8 + [None, 0.65]
 
 
-def test_start_up_is_split_into_the_stages_that_the_run_names():
+def test_startup_is_split_into_stages():
     from benchmarks.startup import stages
 
     lines = [
@@ -161,7 +164,8 @@ def test_start_up_is_split_into_the_stages_that_the_run_names():
         (1.5, "[launch.py] process 8 spawned"),
         (
             9.0,
-            "12:00:00 start-up: 7.00 s: torch 2.50, DeepSpeed and process groups 3.25, first step 1.25",
+            "12:00:00 start-up: 7.00 s: torch 2.50, DeepSpeed and process groups 3.25, "
+            "first step 1.25",
         ),
         (9.5, "12:00:00 iteration   1/200 | loss 1"),
     ]
@@ -174,7 +178,8 @@ def test_start_up_is_split_into_the_stages_that_the_run_names():
     }
 
 
-def test_a_launch_is_ended_at_its_line_with_all_its_processes(tmp_path):
+def test_launch_ends_all_processes(tmp_path):
+    """A launch ends at the line that is waited for, with all its processes."""
     from benchmarks.startup import launch
 
     program = f"sleep 300 & echo $! >{tmp_path}/pid; echo one; echo iteration; sleep 300"
@@ -198,7 +203,7 @@ def test_a_launch_is_ended_at_its_line_with_all_its_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_startup_quickly(tmp_path):
+def test_startup_runs_quickly(tmp_path):
     printed, table, temp = run_quickly("startup.py", tmp_path)
     assert [(row["name"], row["bar"]) for row in table] == [
         ("launch to first logged step", 1.5),
@@ -216,7 +221,8 @@ CPU = torch.device("cpu")
 SMALL = peers.Size(tokens=40, hidden=32, experts=4, width=16, topk=2)
 
 
-def test_ranks_draw_the_same_weights_and_their_own_tokens_whose_choice_is_clear():
+def test_ranks_draw_same_weights():
+    """Tokens differ between ranks, and rounding does not change their choice of experts."""
     a, b = (peers.Problem.draw(SMALL, "swiglu", CPU, rank) for rank in (0, 1))
     assert all(
         torch.equal(getattr(a, name), getattr(b, name))
@@ -230,7 +236,7 @@ def test_ranks_draw_the_same_weights_and_their_own_tokens_whose_choice_is_clear(
     assert torch.equal(rounded_Tk.sort(-1).values, exact.indices[:, :2].sort(-1).values)
 
 
-def test_a_skewed_router_has_popular_experts_in_both_halves():
+def test_skewed_router_overloads_both_halves():
     size = peers.Size(tokens=2000, hidden=32, experts=8, width=16, topk=2)
     even, skewed = (
         peers.loads(peers.Problem.draw(size, "gelu", CPU, skew=skew)) for skew in (0.0, 0.5)
@@ -241,8 +247,8 @@ def test_a_skewed_router_has_popular_experts_in_both_halves():
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_the_loop_is_the_formula(activation):
-    """Against a sum over tokens and their experts, one at a time, in fp64."""
+def test_expert_loop_matches_formula(activation):
+    """The formula is a sum over tokens and their experts, one at a time, in fp64."""
     from megatron.moe.experts.activations import activate
 
     problem = peers.Problem.draw(SMALL, activation, CPU).float()
@@ -273,8 +279,8 @@ def layers_of(problem: peers.Problem, names: str) -> dict[str, peers.Layer]:
     }
 
 
-def test_all_layers_compute_the_same(capsys):
-    """All but DeepSpeed's, which needs a process group; the benchmark compares that one too."""
+def test_layers_compute_the_same(capsys):
+    """DeepSpeed's layer needs a process group; the benchmark itself compares that one."""
     problem = peers.Problem.draw(SMALL, "swiglu", CPU)
     layers = {
         name: layer
@@ -299,7 +305,7 @@ def test_all_layers_compute_the_same(capsys):
 @pytest.mark.parametrize(
     "wrong", ["output", "nothing but NaN", "input gradient", "weight gradient"]
 )
-def test_a_layer_that_computes_something_else_is_found(wrong):
+def test_different_layer_is_found(wrong):
     problem = peers.Problem.draw(SMALL, "gelu", CPU)
     layer = peers.expert_loop(problem)
     if wrong == "output":
@@ -317,7 +323,7 @@ def test_a_layer_that_computes_something_else_is_found(wrong):
         )
 
 
-def test_a_step_leaves_no_gradients():
+def test_step_leaves_no_gradients():
     problem = peers.Problem.draw(SMALL, "gelu", CPU)
     layer = peers.expert_loop(problem)
     layer.step(problem)()
@@ -325,7 +331,7 @@ def test_a_step_leaves_no_gradients():
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_the_baselines_do_the_same_multiply_adds(activation):
+def test_baselines_do_equal_multiply_adds(activation):
     problem = peers.Problem.draw(SMALL, activation, CPU)
     gated, x_TD = activation == "swiglu", problem.x_TD
     steps = [
@@ -341,7 +347,7 @@ def test_the_baselines_do_the_same_multiply_adds(activation):
     assert totals == [40 * 2 * 3 * (3 if gated else 2) * 2 * 32 * 16] * 3
 
 
-def test_what_cannot_be_measured_is_named_with_its_reason():
+def test_skipped_layers_name_their_reason():
     large = peers.Size(tokens=8192, hidden=1024, experts=64, width=512, topk=8)
     reasons = {c.name: c.reason for c in peers.candidates(large, "swiglu", CPU) if c.reason}
     assert list(reasons) == ["Mixtral, deepgemm", "Mixtral, batched_mm", "Mixtral, sonicmoe"]
@@ -355,7 +361,7 @@ def test_what_cannot_be_measured_is_named_with_its_reason():
     }
 
 
-def test_ours_is_held_against_the_fastest_of_the_others():
+def test_bars_compare_with_fastest_peer():
     seconds = {
         "dense": [1.0, 1.0, 1.0],
         "ours, auto": [1.3, 1.2, 1.3],
@@ -379,7 +385,7 @@ def test_ours_is_held_against_the_fastest_of_the_others():
     ]
 
 
-def test_the_peak_of_memory_is_what_was_there_at_most():
+def test_peak_memory_is_the_maximum():
     moe_layer.reset_peak(CPU)
     before = moe_layer.resident(CPU)[0]
     with mmap.mmap(-1, 64 * 2**20) as block:  # not malloc's, which may keep what it gets back
@@ -390,15 +396,18 @@ def test_the_peak_of_memory_is_what_was_there_at_most():
     assert moe_layer.resident(CPU)[1] < peak - 32 * 2**20
 
 
-def test_peak_memory_counts_the_gradients():
-    """A loop in fp32 would need 9 MiB for its weights' gradients; bf16 needs half, and little more at so few tokens."""
+def test_peak_memory_includes_gradients():
+    """A loop in fp32 needs 9 MiB for its weight gradients; bf16 needs half of that.
+
+    So few tokens add little.
+    """
     size = (64, 256, 16, 192, 2)
     taken = moe_layer.fresh(moe_layer.peak_memory, "per-expert loop", size, "swiglu", "cpu")
     assert 16 * 3 * 192 * 256 * 2 * 0.8 < taken < 40 * 2**20
 
 
-def _bytes_of_an_exchange():
-    """What the counter says of an uneven exchange, an even one, and something else."""
+def _count_exchanged_bytes():
+    """Return the counted bytes of an uneven and an even exchange, and of another collective."""
     import torch.distributed as dist
 
     groups = groups_for(2)
@@ -413,12 +422,12 @@ def _bytes_of_an_exchange():
     return dispatch.bytes_to_others(step, groups.ep_group)
 
 
-def test_bytes_that_leave_a_rank(ranks2):
+def test_bytes_sent_to_other_ranks(ranks2):
     row = 8 * 2
-    assert ranks2.run(_bytes_of_an_exchange) == [((4 + 3) * row, 2), ((2 + 3) * row, 2)]
+    assert ranks2.run(_count_exchanged_bytes) == [((4 + 3) * row, 2), ((2 + 3) * row, 2)]
 
 
-def test_a_sharded_layer_that_computes_something_else_is_found():
+def test_different_sharded_layer_is_found():
     problem = peers.Problem.draw(SMALL, "gelu", CPU)
     loop = peers.expert_loop(problem)
     wrong = peers.Layer(loop.module, lambda x_TD: loop.forward(x_TD.flip(0)), loop.experts)
@@ -427,7 +436,7 @@ def test_a_sharded_layer_that_computes_something_else_is_found():
         dispatch.check({dispatch.WHOLE: loop, dispatch.SHARDED: wrong}, problem)
 
 
-def test_transformers_mixtral_has_our_weights_and_our_loss():
+def test_mixtral_has_equal_weights_and_loss():
     from megatron.parallel.groups import Groups
 
     shape = train_step.Shape(
@@ -443,15 +452,15 @@ def test_transformers_mixtral_has_our_weights_and_our_loss():
     torch.testing.assert_close(loss, ours, atol=1e-5, rtol=1e-5)
 
 
-def test_losses_that_differ_are_an_error():
+def test_different_losses_are_an_error():
     train_step.check_losses({"a": 2.0, "b": 2.005})
     for losses in ((2.0, 2.02), (2.0, float("nan")), (float("nan"), 2.0)):
         with pytest.raises(RuntimeError, match="different losses"):
             train_step.check_losses(dict(zip("ab", losses)))
 
 
-def test_parts_of_a_step_are_all_of_its_time():
-    """A model of two modules and a final norm: each has its own time, and nothing is counted twice."""
+def test_profiled_parts_cover_the_step():
+    """Each of two modules and a norm has its own time, and no time is counted twice."""
     from torch import nn
 
     class Model(nn.Module):
@@ -474,8 +483,8 @@ def test_parts_of_a_step_are_all_of_its_time():
 
 
 @pytest.mark.slow
-def test_moe_layer_quickly(tmp_path):
-    """Every row is there, and no layer is missing. Whether bars hold is not for a test on a busy machine."""
+def test_moe_layer_runs_quickly(tmp_path):
+    """Every row and every layer is present. A busy machine need not hold the bars."""
     printed, table, _ = run_quickly("moe_layer.py", tmp_path)
     assert "not measured: Mixtral, sonicmoe" in printed and "MiB" in printed
     layers = [
@@ -505,7 +514,7 @@ def test_moe_layer_quickly(tmp_path):
 
 
 @pytest.mark.slow
-def test_dispatch_quickly(tmp_path):
+def test_dispatch_runs_quickly(tmp_path):
     printed, table, _ = run_quickly("dispatch.py", tmp_path)
     assert (
         printed.count("KB to the other rank per token") == 2
@@ -520,7 +529,7 @@ def test_dispatch_quickly(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_step_quickly(tmp_path):
+def test_train_step_runs_quickly(tmp_path):
     printed, table, _ = run_quickly("train_step.py", tmp_path)
     assert [(r["name"], r["bar"]) for r in table] == [
         ("MoE step", 1.25),
@@ -535,7 +544,7 @@ def test_train_step_quickly(tmp_path):
 
 
 @pytest.mark.slow
-def test_peer_quickly(tmp_path):
+def test_peer_runs_quickly(tmp_path):
     printed, table, _ = run_quickly("peer.py", tmp_path)
     size = "N 512^2, D 512, T 1024"
     assert [(row["name"], row["baseline"], row["bar"]) for row in table] == [

@@ -1,4 +1,4 @@
-"""examples_deepspeed/MoE/gates: one script per gate; at every scale its flags parse and make the model they promise."""
+"""Tests of the gate scripts in examples_deepspeed/MoE/gates: flags parse, model sizes agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALES = ("demo", "158m", "679m", "xmoe")
 
 
 def dry_run(gate: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
-    """What the script would start; `echo` stands in for Python, which here would only print the model's size."""
+    """Run a script under DRY_RUN; `echo` replaces Python, which would only print the model size."""
     return subprocess.run(
         ["bash", str(FOLDER / f"{gate}.sh")],
         capture_output=True,
@@ -60,13 +60,13 @@ def size(config):
     )
 
 
-def test_there_is_a_script_for_every_gate_and_no_other():
+def test_every_gate_has_a_script():
     assert sorted(p.stem for p in FOLDER.glob("*.sh") if p.stem != "scale") == available_gates()
 
 
 @pytest.mark.parametrize("gate", available_gates())
 @pytest.mark.parametrize("scale", SCALES)
-def test_each_scale_parses_and_a_model_can_be_built(gate, scale, tmp_path):
+def test_every_scale_builds_a_model(gate, scale, tmp_path):
     run = config(gate, tmp_path, SCALE=scale)
     assert run.moe.gate == gate and run.moe.num_experts % run.moe.moe_expert_parallel_size == 0
     assert run.moe.moe_expert_parallel_size == 2, "two ranks share the experts"
@@ -91,8 +91,11 @@ def test_each_scale_parses_and_a_model_can_be_built(gate, scale, tmp_path):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_all_gates_but_peer_are_compared_at_the_same_size(scale, tmp_path):
-    """In all, and per token where its number of experts is fixed: LibMoE's 8, the demo's 4. PEER is another model."""
+def test_gates_have_equal_model_size(scale, tmp_path):
+    """Gates are compared at equal total and, where the number of experts is fixed, active size.
+
+    A token has LibMoE's 8 experts, or the demo's 4. PEER is another model.
+    """
     top_k = size(config("topk", tmp_path, SCALE=scale))
     for gate in available_gates():
         if gate == "peer":
@@ -107,7 +110,7 @@ def test_all_gates_but_peer_are_compared_at_the_same_size(scale, tmp_path):
             assert got.active_max == pytest.approx(top_k.active_max, rel=0.02), gate
 
 
-def test_variables_from_outside_win(tmp_path):
+def test_environment_variables_override_scripts(tmp_path):
     run = config("topk", tmp_path, SCALE="158m", TOPK="3", EP_SIZE="32", NUM_LAYERS="4")
     assert (run.gate_options["topk"], run.moe.num_experts, run.model.num_layers) == (3, 32, 4)
     shared = config("deepseek_v3", tmp_path, SCALE="679m")

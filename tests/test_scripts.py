@@ -1,4 +1,4 @@
-"""Every shipped script and every example's flags parse; what run.sh prints under DRY_RUN is what it would run."""
+"""Tests of the shipped scripts: flags of every example parse; run.sh prints what it would run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sh(argv, **env) -> subprocess.CompletedProcess:
 
 
 def dry(cwd, *more, **env) -> tuple[list[str], str]:
-    """(the printed command as words, the rest of the output)"""
+    """Return (words of the command that run.sh prints, the rest of its output)."""
     done = subprocess.run(
         ["bash", str(RUN), *more],
         capture_output=True,
@@ -64,7 +64,7 @@ NO_SSH = {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "NUM_NODES": "2", "NUM_GP
 
 
 def launcher_of(words: list[str]):
-    """What DeepSpeed's launcher understands of the command."""
+    """Return what DeepSpeed's launcher parses from the command."""
     from deepspeed.launcher.runner import parse_args
 
     return parse_args(words[1:])
@@ -77,7 +77,7 @@ def test_scripts_parse_and_stop_on_errors(path):
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.relative_to(REPO).as_posix())
-def test_help_works_from_anywhere(path, tmp_path):
+def test_help_works_from_any_folder(path, tmp_path):
     done = subprocess.run(
         [sys.executable, str(path), "--help"],
         capture_output=True,
@@ -89,7 +89,7 @@ def test_help_works_from_anywhere(path, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_defaults_are_the_reference_recipe(tmp_path):
+def test_defaults_are_the_reference_recipe(tmp_path):
     words, size = dry(tmp_path, NUM_GPUS="8")
     config = config_of(words)
     m, e, o, t = config.model, config.moe, config.optimizer, config.train
@@ -120,50 +120,58 @@ def test_the_defaults_are_the_reference_recipe(tmp_path):
     assert "total" in size.lower() and "active" in size.lower()
 
 
-def test_every_variable_arrives(tmp_path):
-    (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
-    words, _ = dry(
-        tmp_path,
-        NUM_LAYERS="2",
-        HIDDEN_SIZE="64",
-        FFN_HIDDEN_SIZE="96",
-        MOE_FFN_HIDDEN_SIZE="48",
-        NUM_ATTN_HEADS="4",
-        SEQ_LEN="128",
-        GLOBAL_BATCH_SIZE="32",
-        BATCH_SIZE="2",
-        TRAIN_TOKENS="1000000",
-        LR="1e-3",
-        MIN_LR="1e-5",
-        WARMUP_FRACTION="0.2",
-        EP_SIZE="8",
-        EP_PARALLEL_SIZE="2",
-        EP_INTERVAL="1",
-        TOPK="3",
-        THRESHOLD="0.7",
-        GATE="threshold",
-        MLC="0.05",
-        MOE_TRAIN_CAP_FACTOR="2.0",
-        MOE_EVAL_CAP_FACTOR="3.0",
-        MOE_MIN_CAP="8",
-        LOG_INTERVAL="5",
-        EVAL_INTERVAL="7",
-        EVAL_ITERS="3",
-        SAVE_INTERVAL="11",
-        INIT_STD="0.03",
-        ACTIVATION_CHECKPOINT="true",
-        VOCAB_PATH="v.json",
-        MERGE_PATH="m.txt",
-        DATA_PATH="0.3 a 0.7 b",
-        OUTPUT_DIR="o",
-        NUM_GPUS="4",
-        NUM_NODES="2",
-        HOSTFILE="hosts",
-        MASTER_ADDR="10.0.0.1",
-        MASTER_PORT="1234",
-        ZERO_STAGE="2",
-        SEED="9",
-    )
+VARIABLES = {
+    "NUM_LAYERS": "2",
+    "HIDDEN_SIZE": "64",
+    "FFN_HIDDEN_SIZE": "96",
+    "MOE_FFN_HIDDEN_SIZE": "48",
+    "NUM_ATTN_HEADS": "4",
+    "SEQ_LEN": "128",
+    "GLOBAL_BATCH_SIZE": "32",
+    "BATCH_SIZE": "2",
+    "TRAIN_TOKENS": "1000000",
+    "LR": "1e-3",
+    "MIN_LR": "1e-5",
+    "WARMUP_FRACTION": "0.2",
+    "EP_SIZE": "8",
+    "EP_PARALLEL_SIZE": "2",
+    "EP_INTERVAL": "1",
+    "TOPK": "3",
+    "THRESHOLD": "0.7",
+    "GATE": "threshold",
+    "MLC": "0.05",
+    "MOE_TRAIN_CAP_FACTOR": "2.0",
+    "MOE_EVAL_CAP_FACTOR": "3.0",
+    "MOE_MIN_CAP": "8",
+    "LOG_INTERVAL": "5",
+    "EVAL_INTERVAL": "7",
+    "EVAL_ITERS": "3",
+    "SAVE_INTERVAL": "11",
+    "INIT_STD": "0.03",
+    "ACTIVATION_CHECKPOINT": "true",
+    "VOCAB_PATH": "v.json",
+    "MERGE_PATH": "m.txt",
+    "DATA_PATH": "0.3 a 0.7 b",
+    "OUTPUT_DIR": "o",
+    "NUM_GPUS": "4",
+    "NUM_NODES": "2",
+    "HOSTFILE": "hosts",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "1234",
+    "ZERO_STAGE": "2",
+    "SEED": "9",
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """Command that run.sh prints with every variable set."""
+    folder = tmp_path_factory.mktemp("variables")
+    (folder / "hosts").write_text("a slots=4\nb slots=4\n")
+    return dry(folder, **VARIABLES)[0]
+
+
+def test_model_variables_arrive(words):
     c = config_of(words)
     assert (
         c.model.num_layers,
@@ -187,6 +195,10 @@ def test_every_variable_arrives(tmp_path):
         c.gate_options["threshold"],
         c.gate_options["loss_coeff"],
     ) == (3, 0.7, 0.05)
+
+
+def test_training_variables_arrive(words):
+    c = config_of(words)
     t, o = c.train, c.optimizer
     assert (t.global_batch_size, t.micro_batch_size, t.train_tokens, t.train_iters, t.seed) == (
         32,
@@ -207,6 +219,9 @@ def test_every_variable_arrives(tmp_path):
         "o/metrics.jsonl",
         "o/tensorboard",
     )
+
+
+def test_launcher_variables_arrive(words):
     launcher = launcher_of(words)
     assert (launcher.num_gpus, launcher.num_nodes, launcher.hostfile, launcher.no_ssh) == (
         4,
@@ -226,7 +241,7 @@ def test_every_variable_arrives(tmp_path):
         ({"NODE_RANK": "2", "MASTER_ADDR": "a"}, 3, 4),
     ],
 )
-def test_a_hostfile_says_how_many_nodes_and_ranks(env, nodes, ranks, tmp_path):
+def test_hostfile_sets_nodes_and_ranks(env, nodes, ranks, tmp_path):
     (tmp_path / "hosts").write_text(
         "# ours\na slots=4\n\n  b  slots=4 # the old one\nc slots=4"
     )
@@ -249,7 +264,7 @@ def test_a_hostfile_says_how_many_nodes_and_ranks(env, nodes, ranks, tmp_path):
     assert launcher.force_multi != launcher.no_ssh, "one host of a file is not this machine"
 
 
-def test_uneven_nodes_run_as_many_ranks_each(tmp_path):
+def test_uneven_nodes_run_equal_ranks(tmp_path):
     (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
     for env, number in (({"NUM_GPUS": "4"}, 4), ({"NUM_NODES": "1"}, 8)):
         assert (
@@ -258,7 +273,7 @@ def test_uneven_nodes_run_as_many_ranks_each(tmp_path):
         )
 
 
-def test_without_ssh(tmp_path):
+def test_node_rank_disables_ssh(tmp_path):
     words, _ = dry(
         tmp_path, **{**NO_SSH, "NODE_RANK": "1", "OUTPUT_DIR": "o", "PYTHON": "/bin/echo"}
     )
@@ -278,7 +293,8 @@ def test_without_ssh(tmp_path):
         (
             {"NUM_NODES": "2"},
             None,
-            "NUM_NODES is 2 but HOSTFILE is empty; set HOSTFILE to a file with a line 'name slots=1'",
+            "NUM_NODES is 2 but HOSTFILE is empty; set HOSTFILE to a file with a line "
+            "'name slots=1'",
         ),
         ({"NUM_NODES": "two"}, None, "NUM_NODES is 'two'; allowed: a positive integer"),
         ({"NUM_GPUS": "0"}, None, "NUM_GPUS is '0'; allowed: a positive integer"),
@@ -340,7 +356,8 @@ def test_without_ssh(tmp_path):
         (
             {"HOSTFILE": "hosts"},
             "a slots=4\nb slots=2\nc slots=8\n",
-            "HOSTFILE is 'hosts': its nodes have 2 to 8 slots, but every node runs the same number of ranks; set "
+            "HOSTFILE is 'hosts': its nodes have 2 to 8 slots, but every node runs the same "
+            "number of ranks; set "
             "NUM_GPUS to at most 2",
         ),
         (
@@ -360,7 +377,7 @@ def test_without_ssh(tmp_path):
         ),
     ],
 )
-def test_nodes_that_contradict_are_one_line(env, hosts, message, tmp_path):
+def test_contradictory_nodes_are_one_line(env, hosts, message, tmp_path):
     if hosts is not None:
         (tmp_path / "hosts").write_text(hosts)
     done = launch(tmp_path, "echo started", **env)
@@ -373,7 +390,7 @@ def test_nodes_that_contradict_are_one_line(env, hosts, message, tmp_path):
 
 
 def launch(folder: Path, launcher: str, **env: str) -> subprocess.CompletedProcess:
-    """run.sh with a program of the shell in the place of DeepSpeed's launcher."""
+    """Run run.sh with a shell program in place of DeepSpeed's launcher."""
     process = start(folder, launcher, **env)
     stdout, stderr = process.communicate(timeout=60)
     return subprocess.CompletedProcess([], process.returncode, stdout, stderr)
@@ -401,8 +418,11 @@ def start(folder: Path, launcher: str, **env: str) -> subprocess.Popen:
     )
 
 
-def test_nodes_without_ssh_share_a_folder_but_no_file(tmp_path):
-    """Each has its log and its hostfile, which DeepSpeed reads; the exit status is the run's."""
+def test_nodes_without_ssh_share_folder(tmp_path):
+    """Each node has its own log and hostfile, which DeepSpeed reads.
+
+    The exit status is that of the launcher.
+    """
     from deepspeed.launcher.runner import fetch_hostfile
 
     for rank, name in (("0", "log.txt"), ("1", "log.node-1.txt")):
@@ -415,8 +435,11 @@ def test_nodes_without_ssh_share_a_folder_but_no_file(tmp_path):
         assert hosts == {"node-0": 4, "node-1": 4}
 
 
-def test_ssh_hands_on_what_the_ranks_need(tmp_path):
-    """The launcher gives the nodes the variables of one file: ours, then those of the file it would have read."""
+def test_ssh_exports_environment(tmp_path):
+    """The launcher exports the variables of one file to the nodes.
+
+    The file has our variables, then those of the file it would have read.
+    """
     (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
     (tmp_path / ".deepspeed_env").write_text("\nMINE=1")
     env = {
@@ -439,8 +462,11 @@ def test_ssh_hands_on_what_the_ranks_need(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_is_said_after_a_signal_is_logged(number, tmp_path):
-    """A signal to all processes of the run, as from Ctrl-C or a scheduler, does not end the one that writes the log."""
+def test_output_after_signal_is_logged(number, tmp_path):
+    """A signal to all processes of the run does not end the process that writes the log.
+
+    Ctrl-C and schedulers send such signals.
+    """
     process = start(
         tmp_path,
         """trap 'kill $! 2>&-; echo saved; exit 0' INT TERM
@@ -452,7 +478,7 @@ def test_what_is_said_after_a_signal_is_logged(number, tmp_path):
     assert (tmp_path / "out/log.txt").read_text() == "started\nsaved\n"
 
 
-def test_text_instead_of_shards(tmp_path):
+def test_streaming_patterns_are_not_expanded(tmp_path):
     """Patterns reach the program as they are."""
     (tmp_path / "a.jsonl").touch()
     data = config_of(
@@ -464,7 +490,7 @@ def test_text_instead_of_shards(tmp_path):
     assert data.streaming_data_path == ("b",) and data.valid_data_path == ()
 
 
-def test_gates_variables_follow_the_gate(tmp_path):
+def test_gate_variables_follow_the_gate(tmp_path):
     assert config_of(dry(tmp_path, GATE="topk", TOPK="4")[0]).gate_options["topk"] == 4
     dense = config_of(dry(tmp_path, EP_SIZE="0")[0])
     assert dense.moe.num_experts == 0 and dense.moe.moe_expert_parallel_size == 1
@@ -481,7 +507,7 @@ def test_gates_variables_follow_the_gate(tmp_path):
         ({"MOE_DROP_TOKEN": "false", "MOE_TRAIN_CAP_FACTOR": "2"}, 0, 0),
     ],
 )
-def test_capacity_variables(env, train, evaluation, tmp_path):
+def test_capacity_variables_set_factors(env, train, evaluation, tmp_path):
     moe = config_of(dry(tmp_path, **env)[0]).moe
     assert (moe.moe_train_capacity_factor, moe.moe_eval_capacity_factor) == (train, evaluation)
 
@@ -489,14 +515,14 @@ def test_capacity_variables(env, train, evaluation, tmp_path):
 @pytest.mark.parametrize(
     "batch, ranks, micro", [("20", "1", 10), ("256", "8", 16), ("6", "2", 3), ("7", "7", 1)]
 )
-def test_the_default_micro_batch_divides(batch, ranks, micro, tmp_path):
+def test_default_micro_batch_divides_global_batch(batch, ranks, micro, tmp_path):
     train = config_of(
         dry(tmp_path, GLOBAL_BATCH_SIZE=batch, NUM_GPUS=ranks, EP_PARALLEL_SIZE="1")[0]
     ).train
     assert train.micro_batch_size == micro and train.global_batch(int(ranks)) == int(batch)
 
 
-def test_a_variable_that_makes_no_sense_is_an_error(tmp_path):
+def test_variable_of_other_gate_is_refused(tmp_path):
     done = subprocess.run(
         ["bash", str(RUN)],
         capture_output=True,
@@ -514,8 +540,11 @@ def test_a_variable_that_makes_no_sense_is_an_error(tmp_path):
     assert done.returncode == 2 and "--threshold" in done.stderr
 
 
-def test_same_name_resumes(tmp_path):
-    """With whatever is whole there; a folder that the caller names must hold a checkpoint."""
+def test_same_output_folder_resumes(tmp_path):
+    """A run resumes from any valid checkpoint in its own folder.
+
+    A folder given by --load must hold a checkpoint.
+    """
     checkpoint = config_of(dry(tmp_path, OUTPUT_DIR="out")[0]).checkpoint
     assert (checkpoint.load, checkpoint.save, checkpoint.load_or_init) == (
         "out/checkpoints",
@@ -527,8 +556,8 @@ def test_same_name_resumes(tmp_path):
         assert (checkpoint.load, checkpoint.load_or_init) == ("elsewhere", False)
 
 
-def test_demo_trains_what_the_benchmark_measures():
-    """benchmarks/train_step.py repeats the demo's shapes; they may not drift apart."""
+def test_demo_shapes_match_the_benchmark():
+    """benchmarks/train_step.py repeats the demo's shapes."""
     sys.path.insert(0, str(REPO))
     from benchmarks import train_step
 
@@ -549,7 +578,7 @@ def test_demo_trains_what_the_benchmark_measures():
         assert f"{name}=${{{name}:-{value}}}" in script, name
 
 
-def test_the_environment_check_names_what_is_missing(monkeypatch):
+def test_environment_check_names_missing_packages(monkeypatch):
     from importlib import metadata
 
     sys.path.insert(0, str(REPO))

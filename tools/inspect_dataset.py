@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from megatron.tokenizer.base import Tokenizer
 
-EPILOG = """Exit code: 0 all sound, 1 a fault in files that can be read, 2 corrupt or missing files, or a
-mistake in the flags. --repair is for shards of other tools whose index leaves the end-of-document
-token out of the lengths, so that document i starts i tokens early; it writes a correct pair. Examples:
+EPILOG = """Exit code: 0 all sound, 1 a fault in files that can be read, 2 corrupt or missing files,
+or a mistake in the flags. --repair is for shards of other tools whose index leaves the
+end-of-document token out of the lengths, so that document i starts i tokens early; it writes a
+correct pair. Examples:
   python tools/inspect_dataset.py data/corpus_text_document --full --tokenizer-type GPT2BPETokenizer
     --vocab-file dataset/gpt2-vocab.json --merge-file dataset/gpt2-merges.txt
   python tools/inspect_dataset.py old_text_document --repair new_text_document"""

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from megatron.data.indexed.reader import IndexedDataset
     from megatron.io.progress import ProgressCallback
 
-EPILOG = """The inputs are taken in the order of their names, which is printed. They must have the same
-token size and, where their .json records it, the same tokenizer, vocabulary and end-of-document
-handling. Examples:
+EPILOG = """The inputs are taken in the order of their names, which is printed. They must have the
+same token size and, where their .json records it, the same tokenizer, vocabulary and
+end-of-document handling. Examples:
   python tools/merge_datasets.py --input shards/ --output-prefix data/all_text_document
   python tools/merge_datasets.py --input a_text_document b_text_document
     --output-prefix ab_text_document --verify"""

@@ -1,4 +1,4 @@
-"""Tests of merging datasets: exact joins, incompatible inputs, one-line errors without leftovers."""
+"""Tests of merging datasets: exact joins, incompatible inputs, one-line errors."""
 
 from __future__ import annotations
 
