@@ -419,10 +419,7 @@ def start(folder: Path, launcher: str, **env: str) -> subprocess.Popen:
 
 
 def test_nodes_without_ssh_share_folder(tmp_path):
-    """Each node has its own log and hostfile, which DeepSpeed reads.
-
-    The exit status is that of the launcher.
-    """
+    """Each node has its own log and hostfile; the exit status is that of the launcher."""
     from deepspeed.launcher.runner import fetch_hostfile
 
     for rank, name in (("0", "log.txt"), ("1", "log.node-1.txt")):
@@ -436,10 +433,7 @@ def test_nodes_without_ssh_share_folder(tmp_path):
 
 
 def test_ssh_exports_environment(tmp_path):
-    """The launcher exports the variables of one file to the nodes.
-
-    The file has our variables, then those of the file it would have read.
-    """
+    """The launcher exports one file of variables: ours, then those of the user's file."""
     (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
     (tmp_path / ".deepspeed_env").write_text("\nMINE=1")
     env = {
@@ -463,10 +457,7 @@ def test_ssh_exports_environment(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_output_after_signal_is_logged(number, tmp_path):
-    """A signal to all processes of the run does not end the process that writes the log.
-
-    Ctrl-C and schedulers send such signals.
-    """
+    """A signal to all processes, as from Ctrl-C, does not end the one that writes the log."""
     process = start(
         tmp_path,
         """trap 'kill $! 2>&-; echo saved; exit 0' INT TERM
@@ -541,10 +532,7 @@ def test_variable_of_other_gate_is_refused(tmp_path):
 
 
 def test_same_output_folder_resumes(tmp_path):
-    """A run resumes from any valid checkpoint in its own folder.
-
-    A folder given by --load must hold a checkpoint.
-    """
+    """A run resumes from its own folder if it can; --load must name a checkpoint."""
     checkpoint = config_of(dry(tmp_path, OUTPUT_DIR="out")[0]).checkpoint
     assert (checkpoint.load, checkpoint.save, checkpoint.load_or_init) == (
         "out/checkpoints",

@@ -1,4 +1,6 @@
-"""Reader of token files in Megatron's format: raw tokens in `<prefix>.bin`, document boundaries in `<prefix>.idx`.
+"""Reader of token files in Megatron's format.
+
+`<prefix>.bin` holds the raw tokens, `<prefix>.idx` the boundaries of sequences and documents.
 
 Layout of `.idx`, little-endian and packed: magic (9 bytes) | u64 version | u8 dtype code |
 u64 N | u64 D | i32 lengths[N] | i64 byte pointers[N] | i64 document index[D], whose entries

@@ -1,6 +1,6 @@
-"""Writer of token files (format: see `reader.py`): staged in a folder, renamed at the end, `.idx` last.
+"""Writer of token files, whose format `reader.py` describes.
 
-Sequence lengths and counts go to disk as they come, so that memory does not grow with the
+Files are staged in a folder and renamed at the end, `.idx` last. Sequence lengths and counts go to disk as they come, so that memory does not grow with the
 data.
 """
 
