@@ -1,7 +1,7 @@
 """Writer of token files, whose format `reader.py` describes.
 
-Files are staged in a folder and renamed at the end, `.idx` last. Sequence lengths and counts go to disk as they come, so that memory does not grow with the
-data.
+Files are staged in a folder and renamed at the end, `.idx` last. Sequence lengths and counts go
+to disk as they come, so that memory does not grow with the data.
 """
 
 from __future__ import annotations
