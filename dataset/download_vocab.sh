@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Downloads GPT-2's vocabulary and merges (MIT licence) beside this script, and checks them:
+# Downloads GPT-2's vocabulary and merges (MIT licence) to the folder of this script, and checks them:
 #   bash dataset/download_vocab.sh
-# FOLDER is where they go; VOCAB_URL and MERGES_URL name another place to get them from. Files that are there are kept.
+# FOLDER sets another folder; VOCAB_URL and MERGES_URL set other sources. Existing files are kept.
 set -euo pipefail
 FOLDER=${FOLDER:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
 HUGGING_FACE=https://huggingface.co/openai-community/gpt2/resolve/main
@@ -18,18 +18,18 @@ fetch() { # url file
     fi
 }
 
-right() { echo "$2  $1" | sha256sum --check --status; } # file sha256
+has_sha256() { echo "$2  $1" | sha256sum --check --status; } # file sha256
 
 get() { # file sha256 url...
     local file=$FOLDER/$1 sum=$2 temp=$FOLDER/.$1.$$.tmp url
     shift 2
     if [ -f "$file" ]; then
-        right "$file" "$sum" && echo "$file is there" && return
+        has_sha256 "$file" "$sum" && echo "$file is there" && return
         echo "download_vocab.sh: error: $file is there, but its checksum is wrong. Remove it and run this again" >&2
         exit 2
     fi
     for url in "$@"; do
-        if fetch "$url" "$temp" && right "$temp" "$sum"; then
+        if fetch "$url" "$temp" && has_sha256 "$temp" "$sum"; then
             mv "$temp" "$file"
             echo "$file"
             return
