@@ -299,7 +299,7 @@ def make_layer(seed=0, groups=None, **options):
     options = {"bias_update_speed": 0.02, "topk": 2, **options}
     return MoELayer(
         make(seed=seed, **options),
-        GroupedExperts(8, D, 4, "gelu", seed=0),
+        GroupedExperts(8, D, 4, "gelu"),
         8,
         groups=groups or Groups(),
     )
