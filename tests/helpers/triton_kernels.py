@@ -97,7 +97,7 @@ def routed(token, expert, num_tokens, num_experts, limit=None) -> PermutedTokens
         torch.linspace(-1, 2, len(token), device=DEVICE),
         torch.zeros((), device=DEVICE),
     )
-    return build_dispatch_plan(routing, num_tokens, num_experts, limit=limit).routed
+    return build_dispatch_plan(routing, num_tokens, num_experts, capacity=limit).routed
 
 
 def mlp_inputs(rows, activation, D, H, dtype):

@@ -55,7 +55,7 @@ def sorted_rows(assignments, num_tokens, weight=None, limit=None):
     tokens = [t for t, _ in assignments]
     experts = [e for _, e in assignments]
     routing = make_routing(tokens, experts, weight)
-    return build_dispatch_plan(routing, num_tokens, E, limit=limit).routed
+    return build_dispatch_plan(routing, num_tokens, E, capacity=limit).routed
 
 
 def assert_gradients_close(names, ours, theirs, dtype):

@@ -1,4 +1,4 @@
-"""What is specific to the BASE gate: equal loads in training at (nearly) the best total score, greedy in evaluation."""
+"""BASE gate: equal loads at a near-maximal total score in training, argmax in evaluation."""
 
 import math
 
@@ -25,7 +25,10 @@ def draw(tokens, seed=0, columns=6):
 
 
 def best_total(score):
-    """The highest total with at most ceil(T / E) tokens per expert: every way to fill the experts, token by token."""
+    """Return the highest total with at most ceil(T / E) tokens per expert.
+
+    Enumerates all ways to fill the experts, token by token.
+    """
     T, E = score.shape
     best = {(0,) * E: 0.0}
     for row in score.tolist():
@@ -40,7 +43,10 @@ def best_total(score):
 
 
 def best_total_of_many(score):
-    """The same by shortest augmenting paths: each new token goes where it, and those it pushes on, gain the most."""
+    """Return the same total by shortest augmenting paths.
+
+    Each new token goes where it, and the tokens that it displaces, gain the most.
+    """
     s, (T, E) = score.double().numpy(), score.shape
     held, free, sum_of_gains = [[] for _ in range(E)], [math.ceil(T / E)] * E, 0.0
     push = np.full((E, E), -np.inf)  # the gain of moving the best token held by a to b
@@ -72,7 +78,7 @@ def total(score, expert):
 
 
 def slack(score):
-    """What the total may lack: T times the tolerance, in units of the spread."""
+    """Return the allowed distance of the total: T times the tolerance times the spread."""
     score = score.double()
     return ASSIGNMENT_TOLERANCE * (score.amax(-1) - score.amin(-1)).sum().item() + 1e-9
 
@@ -114,8 +120,10 @@ KINDS = {
 @given(
     st.integers(0, 10**6), st.integers(0, 9), st.integers(1, 4), st.sampled_from(sorted(KINDS))
 )
-def test_assignment_against_every_other(seed, tokens, experts, kind):
-    """Few tokens, fewer than experts, and none: balanced, and within T epsilon of the best of all assignments."""
+def test_assignment_is_near_the_optimum(seed, tokens, experts, kind):
+    """Few tokens, fewer than experts, and none: balanced, and within T epsilon of the
+    optimum.
+    """
     score = KINDS[kind](tokens, experts, seed)
     expert, rounds = balanced_assignment(score)
     assert expert.dtype == torch.int64 and rounds < 2000
@@ -128,7 +136,7 @@ def test_assignment_against_every_other(seed, tokens, experts, kind):
 @given(
     st.integers(0, 10**6), st.integers(1, 10), st.integers(1, 4), st.sampled_from(sorted(KINDS))
 )
-def test_the_two_references_agree(seed, tokens, experts, kind):
+def test_both_references_agree(seed, tokens, experts, kind):
     score = KINDS[kind](tokens, experts, seed)
     assert best_total_of_many(score) == pytest.approx(
         best_total(score.double()), rel=1e-6, abs=1e-6
@@ -147,7 +155,8 @@ def test_assignment_of_many_tokens(tokens, experts, kind):
 
 @pytest.mark.parametrize("bias", [0.0, 1.0, 4.0])
 @pytest.mark.parametrize("tokens", [1024, 1020])
-def test_ordinary_scores_take_few_rounds_and_come_nearer_than_promised(tokens, bias):
+def test_ordinary_scores_take_few_rounds(tokens, bias):
+    """They also end nearer to the optimum than the tolerance."""
     score = draw(tokens, 5, 16) + bias * draw(1, 6, 16)
     expert, rounds = balanced_assignment(score)
     assert rounds < 60
@@ -155,7 +164,8 @@ def test_ordinary_scores_take_few_rounds_and_come_nearer_than_promised(tokens, b
 
 
 @pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf, 3e38, -3e38])
-def test_scores_that_are_no_numbers_or_huge_still_end_in_balance(fill):
+def test_extreme_scores_end_in_balance(fill):
+    """Scores may be NaN, infinite or huge."""
     score = draw(64, 0, 8)
     score[::3, 2] = fill
     assert_balanced(balanced_assignment(score)[0], 64, 8)
@@ -164,15 +174,17 @@ def test_scores_that_are_no_numbers_or_huge_still_end_in_balance(fill):
 
 @pytest.mark.parametrize("max_rounds", [0, 1, 3])
 @pytest.mark.parametrize("tokens, experts", [(64, 8), (61, 8), (5, 8)])
-def test_out_of_rounds_it_is_balanced_all_the_same(max_rounds, tokens, experts):
+def test_out_of_rounds_is_still_balanced(max_rounds, tokens, experts):
     score = draw(1, 0, experts).expand(tokens, experts)
     expert, rounds = balanced_assignment(score, max_rounds)
     assert rounds <= max_rounds
     assert_balanced(expert, tokens, experts)
 
 
-def test_a_balanced_first_choice_is_left_alone():
-    """No effect where there is nothing to balance; and adding to a row or scaling everything changes nothing."""
+def test_balanced_argmax_is_not_changed():
+    """Zero effect where there is nothing to balance; offsets per row and a common scale
+    do not matter.
+    """
     score = draw(64, 0, 8) + 20 * torch.nn.functional.one_hot(torch.randperm(64) % 8, 8)
     expert, _ = balanced_assignment(score)
     assert torch.equal(expert, score.argmax(-1))
@@ -190,8 +202,10 @@ def test_a_balanced_first_choice_is_left_alone():
     st.booleans(),
     st.sampled_from([0.1, 1.0]),
 )
-def test_against_the_formula(seed, experts, tokens, training, std):
-    """Choices, weights, and their gradients with respect to x and the router, in training and evaluation."""
+def test_gate_matches_formula(seed, experts, tokens, training, std):
+    """Experts, weights, and their gradients for x and the router, in training and
+    evaluation.
+    """
     gate = make(experts, seed, std).train(training)
     x = draw(tokens, seed).requires_grad_()
     out = gate(GateInput(x))
@@ -226,8 +240,8 @@ def test_against_the_formula(seed, experts, tokens, training, std):
             torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-4)
 
 
-def test_loads_are_equal_in_training_even_if_all_tokens_want_one_expert():
-    """The mistake to catch: the greedy choice in training."""
+def test_training_loads_are_equal():
+    """All tokens prefer one expert. Catches the argmax in training."""
     gate = make()
     x = gate.router.weight.detach()[2] * 3 + 0.1 * draw(40)
     out = gate(GateInput(x))
@@ -243,18 +257,18 @@ def test_loads_are_equal_in_training_even_if_all_tokens_want_one_expert():
     )
 
 
-def test_evaluation_looks_at_one_token_at_a_time():
-    """The mistake to catch: an assignment in evaluation, where a token's expert then depends on its neighbours."""
+def test_evaluation_is_independent_per_token():
+    """Catches a balanced assignment in evaluation, where a token's expert depends on others."""
     gate, x = make().eval(), draw(12)
-    whole = gate(GateInput(x))
+    full = gate(GateInput(x))
     alone = [gate(GateInput(row[None])) for row in x]
-    assert whole.expert_A.tolist() == [out.expert_A.item() for out in alone]
-    torch.testing.assert_close(whole.weight_A, torch.cat([out.weight_A for out in alone]))
+    assert full.expert_A.tolist() == [out.expert_A.item() for out in alone]
+    torch.testing.assert_close(full.weight_A, torch.cat([out.weight_A for out in alone]))
     assert gate_class("base").sees_other_tokens  # in training
     assert gate_class("base").experts_per_token(gate_class("base").Config(), 8) == (1, 1)
 
 
-def test_training_is_repeatable_and_changes_no_state():
+def test_training_is_repeatable_without_state():
     gate, x = make(), draw(32)
     before = {n: t.clone() for n, t in gate.state_dict().items()}
     a, b = gate(GateInput(x)), gate(GateInput(x))
@@ -264,7 +278,8 @@ def test_training_is_repeatable_and_changes_no_state():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_logits_of_1e4_have_finite_gradients_and_bf16_is_scored_in_fp32(training):
+def test_large_logits_and_bf16_inputs(training):
+    """Logits of 1e4 have finite gradients, and bf16 inputs are scored in fp32."""
     gate = make().train(training)
     x = (1e4 * draw(9)).requires_grad_()
     out = gate(GateInput(x))

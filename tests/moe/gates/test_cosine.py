@@ -1,4 +1,4 @@
-"""What is specific to the cosine gate: the formula, both sides of length 1, one softmax, a temperature that learns."""
+"""Cosine gate: the formula, both sides normalised, one softmax, a learned temperature."""
 
 import math
 
@@ -32,8 +32,8 @@ def dot(a, b):
     return sum(u * v for u, v in zip(a, b))
 
 
-def dumb(c, x, p):
-    """`dumb_top_k` of cosines over the temperature, in float64 scalars, from the paper."""
+def reference(c, x, p):
+    """Return `dumb_top_k` of cosines over the temperature, in fp64 scalars, from the paper."""
     P, V, tau = p["projection.weight"], p["embeddings_EP"], p["temperature"][0]
     if float(tau.detach()) < c.min_temperature:
         tau = torch.tensor(c.min_temperature, dtype=torch.float64)
@@ -55,8 +55,10 @@ def dumb(c, x, p):
     st.sampled_from([0, 3]),
     st.sampled_from([0.0, 0.5]),
 )
-def test_against_the_formula(seed, k, score, norm, dims, start):
-    """Choices, weights, aux loss, and the gradients of x, projection, embeddings and temperature through both."""
+def test_gate_matches_formula(seed, k, score, norm, dims, start):
+    """Experts, weights, loss, and the gradients of x, projection, embeddings and
+    temperature.
+    """
     if k == 1 and norm:
         return
     gate = make(
@@ -76,9 +78,9 @@ def test_against_the_formula(seed, k, score, norm, dims, start):
     params = dict(gate.named_parameters())
     p64 = {n: p.detach().double().requires_grad_() for n, p in params.items()}
     x64 = x.detach().double().requires_grad_()
-    weights, aux, margin = dumb(gate.config, x64, p64)
+    weights, aux, margin = reference(gate.config, x64, p64)
     if margin < 1e-5:
-        return  # a tie in float32
+        return  # a tie in fp32
     assert out.aux_loss.item() == pytest.approx(float(aux.detach()), rel=1e-4)
     ours, theirs = 2 * out.aux_loss, 2 * aux
     seen = [{} for _ in x]
@@ -102,7 +104,7 @@ def test_against_the_formula(seed, k, score, norm, dims, start):
 
 
 def test_only_directions_matter():
-    """Both sides have length 1. The mistake to catch: released code leaves the token's length in."""
+    """Both sides have length 1. Catches the released code's unnormalised tokens."""
     gate, x = make(), draw(20)
     first = gate(GateInput(x))
     with torch.no_grad():
@@ -113,8 +115,8 @@ def test_only_directions_matter():
     torch.testing.assert_close(first.weight_A, second.weight_A, atol=1e-5, rtol=1e-4)
 
 
-def test_a_forward_changes_nothing():
-    """The mistake to catch: embeddings overwritten in place in every forward, in training or evaluation."""
+def test_forward_changes_no_state():
+    """Catches embeddings that are overwritten in place in every forward pass."""
     gate = make()
     before = {n: t.clone() for n, t in gate.state_dict().items()}
     versions = {n: p._version for n, p in gate.named_parameters()}
@@ -127,9 +129,11 @@ def test_a_forward_changes_nothing():
     assert versions == {n: p._version for n, p in gate.named_parameters()}
 
 
-def test_one_softmax():
-    """A token that points at one expert and away from the others gets weight 1. The mistake to catch: softmax of a
-    softmax is at most e / (e + E - 1), here 0.4."""
+def test_softmax_is_applied_once():
+    """A token that points at one expert and away from the others gets weight 1.
+
+    Catches a softmax of a softmax, which is at most e / (e + E - 1), here 0.4.
+    """
     gate = make(hidden=3, proj_dim=3, init_temperature=0.02)
     with torch.no_grad():
         gate.projection.weight.copy_(torch.eye(3))
@@ -143,7 +147,7 @@ def test_one_softmax():
 
 
 @pytest.mark.parametrize("score, start", [("softmax", 0.3), ("sigmoid", 0.07)])
-def test_defaults_of_the_paper(score, start):
+def test_defaults_are_those_of_paper(score, start):
     gate = make(16, score_function=score)
     assert (
         gate.temperature.tolist() == pytest.approx([start])
@@ -155,11 +159,11 @@ def test_defaults_of_the_paper(score, start):
     assert make(proj_dim=1).embeddings_EP.shape == (5, 1)
 
 
-def test_the_temperature_learns_and_is_clamped_but_can_come_back():
+def test_clamped_temperature_can_recover():
     gate, x = make(topk=1), draw(30)
     optimizer = torch.optim.SGD([gate.temperature], lr=0.01)
     start = gate.temperature.item()
-    for _ in range(5):  # larger top-1 probabilities are better: it cools down
+    for _ in range(5):  # larger top-1 probabilities lower this loss: tau decreases
         optimizer.zero_grad()
         (-gate(GateInput(x)).weight_A.sum()).backward()
         optimizer.step()
@@ -174,12 +178,13 @@ def test_the_temperature_learns_and_is_clamped_but_can_come_back():
         torch.testing.assert_close(out.weight_A, at_minimum)
         assert out.metric_means["temperature"].item() == pytest.approx(0.01)
         gate.temperature.grad = None
-        out.weight_A.sum().backward()  # lower probabilities are better: it must warm up again
+        out.weight_A.sum().backward()  # lower probabilities lower this loss: tau increases
         assert gate.temperature.grad.item() < 0
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_rows_without_length_have_no_direction_and_no_nan(score):
+def test_zero_vectors_have_no_direction(score):
+    """Their cosines are 0, and nothing is NaN."""
     gate = make(score_function=score, z_loss_coeff=0.1)
     with torch.no_grad():
         gate.embeddings_EP[1] = 0
@@ -201,7 +206,7 @@ def test_rows_without_length_have_no_direction_and_no_nan(score):
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_hostile_sizes_are_finite(scale, score):
+def test_extreme_magnitudes_are_finite(scale, score):
     gate = make(
         std=100.0,
         score_function=score,
@@ -228,13 +233,13 @@ def test_bf16_is_scored_in_fp32(score):
 
 
 @pytest.mark.parametrize("tokens, experts, k", [(0, 5, 2), (1, 5, 5), (3, 1, 1)])
-def test_no_token_one_token_one_expert(tokens, experts, k):
+def test_zero_tokens_and_single_expert(tokens, experts, k):
     out = make(experts, topk=k)(GateInput(draw(tokens)))
     out.check(tokens, experts)
     assert len(out.token_A) == tokens * k and torch.isfinite(out.aux_loss)
 
 
-def test_the_balance_scopes_are_handed_on():
+def test_balance_scope_reaches_loss():
     x, sequence = draw(12), torch.arange(3).repeat_interleave(4)
     inp = GateInput(x, None, sequence, num_sequences=3)
     parts = [
@@ -245,16 +250,17 @@ def test_the_balance_scopes_are_handed_on():
         by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5)
         and not by_sequence.balance
     )
-    whole = make(loss_coeff=1.0, z_loss_coeff=0.1)(inp)
+    full = make(loss_coeff=1.0, z_loss_coeff=0.1)(inp)
     later = make(loss_coeff=1.0, z_loss_coeff=0.1, balance_scope="global-batch")(inp)
     (term,) = later.balance
     assert (later.aux_loss + term.loss()).item() == pytest.approx(
-        whole.aux_loss.item(), rel=1e-5
+        full.aux_loss.item(), rel=1e-5
     )
-    assert term.count_NG.sum() == 24 and 0 < later.aux_loss < whole.aux_loss
+    assert term.count_NG.sum() == 24 and 0 < later.aux_loss < full.aux_loss
 
 
-def test_state_round_trip_and_parameters_from_seed_and_layer():
+def test_parameters_depend_on_seed_and_layer():
+    """A saved state also restores them."""
     a, b = make(seed=1), make(seed=2)
     assert not torch.equal(a.embeddings_EP, b.embeddings_EP)
     assert not torch.equal(
@@ -287,6 +293,6 @@ def test_state_round_trip_and_parameters_from_seed_and_layer():
         ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
     ],
 )
-def test_refusals(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

@@ -1,4 +1,4 @@
-"""What is specific to the DeepSeek-V2 gate: groups, and the three losses per sequence, against per-token loops."""
+"""DeepSeek-V2 gate: groups and the three per-sequence losses, against per-token loops."""
 
 import math
 
@@ -17,7 +17,9 @@ COEFFS = ("loss_coeff", "device_loss_coeff", "communication_loss_coeff", "z_loss
 
 
 def choose(c, s, E):
-    """(experts of one token by falling probability, distance to the nearest other decision)."""
+    """Return a token's experts by falling probability, and the margin of the closest
+    decision.
+    """
     size = E // c.n_group
     groups = sorted(range(c.n_group), key=lambda g: -max(s[g * size : (g + 1) * size]))
     best = [max(s[g * size : (g + 1) * size]) for g in groups]
@@ -30,10 +32,12 @@ def choose(c, s, E):
     return left[: c.topk], margin
 
 
-def dumb(gate, x, sequence):
-    """Weights {(token, expert): weight} and loss in float64, one token at a time; the margin of the closest decision.
+def reference(gate, x, sequence):
+    """Return weights {(token, expert): weight}, the loss, and the closest decision's
+    margin.
 
-    Losses as in the paper: eq. 23-25 over experts, 26-28 over devices, 29-31 over communication.
+    Computed in fp64, one token at a time. Losses as in the paper: eq. 23-25 over
+    experts, 26-28 over devices, 29-31 over communication.
     """
     c, W = gate.config, gate.router.weight.detach().double().requires_grad_()
     x = x.detach().double().requires_grad_()
@@ -79,7 +83,7 @@ def dumb(gate, x, sequence):
 
 
 def total_loss(out):
-    """All of the loss as one rank alone sees it."""
+    """Return the full loss as seen by one rank alone."""
     return out.aux_loss + sum(term.loss() for term in out.balance)
 
 
@@ -100,8 +104,8 @@ def make(E=8, std=0.6, seed=0, **options):
     st.sampled_from([None, *COEFFS]),
     st.sampled_from([0.1, 0.6, 1.5]),
 )
-def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, only, std):
-    """Experts, weights, loss, and the gradients of x and router through both; all four losses, or one of them alone."""
+def test_gate_matches_formulas(seed, sizes, k, norm, sequences, scope, only, std):
+    """Experts, weights, loss and gradients of x and router; all four losses or one alone."""
     E, n_group, topk_group = sizes
     k = min(k, topk_group * E // n_group)
     coeffs = {
@@ -128,7 +132,7 @@ def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, only, std)
             *torch.randint(0, sequences, (7 - sequences,), generator=g).tolist(),
         ]
     )
-    weights, loss, margin, x64, W64 = dumb(gate, x, sequence)
+    weights, loss, margin, x64, W64 = reference(gate, x, sequence)
     if margin < 1e-5:
         return
     out = gate(GateInput(x, None, torch.tensor(sequence), num_sequences=sequences))
@@ -150,21 +154,25 @@ def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, only, std)
 
 
 def given_logits(gate, logits):
-    """The answer for logits set by hand: the router is the identity."""
+    """Return the routing of given logits: the router is the identity."""
     gate.router.weight = torch.nn.Parameter(torch.eye(len(logits[0])))
     return gate(GateInput(torch.tensor(logits)))
 
 
-def test_a_group_is_as_good_as_its_best_expert():
-    """Group 0 has the larger sum, group 1 the larger maximum: V3's rule would choose the other one."""
+def test_groups_are_scored_by_best_expert():
+    """Group 0 has the larger sum, group 1 the larger maximum. V3's rule selects the
+    other one.
+    """
     gate = create_gate(
         "deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1
     )
     assert given_logits(gate, [[1.0, 1.0, 1.2, -9.0]]).expert_A.tolist() == [2]
 
 
-def test_closed_groups_are_never_chosen_even_when_probabilities_underflow():
-    """Mistake: masking with 0. Expert 3 has probability 0 in fp32 and must still win over the closed group."""
+def test_closed_groups_are_never_chosen():
+    """Catches masking with 0: expert 3 has probability 0 in fp32 and must win over
+    closed groups.
+    """
     gate = create_gate(
         "deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=2
     )
@@ -174,8 +182,10 @@ def test_closed_groups_are_never_chosen_even_when_probabilities_underflow():
         assert sorted(out.weight_A.tolist()) == [0.0, 1.0]
 
 
-def test_one_group_equals_topk_and_has_no_device_losses():
-    """Property: zero effect equals absent. The coefficients of one group's constants change nothing."""
+def test_one_group_equals_topk():
+    """Zero effect equals absent: with one group the device losses are constants and
+    left out.
+    """
     x, options = (
         torch.randn(9, D),
         {"topk": 3, "loss_coeff": 0.2, "balance_scope": "micro-batch"},
@@ -204,8 +214,10 @@ def test_open_groups_equal_no_groups():
 
 
 @pytest.mark.parametrize("topk_group, reached", [(1, 1), (2, 2), (4, 2)])
-def test_losses_are_their_coefficients_when_uniform(topk_group, reached):
-    """Equal probabilities: the communication loss is its coefficient when a token reaches all the groups it may."""
+def test_uniform_losses_equal_their_coefficients(topk_group, reached):
+    """The communication loss is its coefficient when tokens reach as many groups as
+    they may.
+    """
     gate = make(
         std=0.0,
         topk=2,
@@ -232,8 +244,8 @@ def test_losses_are_their_coefficients_when_uniform(topk_group, reached):
     assert gate(GateInput(torch.randn(6, D))).aux_loss.item() == pytest.approx(0.3)
 
 
-def test_two_experts_in_one_group_are_sent_once():
-    """Mistake: counting choices instead of tokens sent. Group 0 gets both choices of token 0, one of token 1's."""
+def test_token_is_sent_once_per_group():
+    """Catches counting assignments: group 0 has both of token 0's and one of token 1's."""
     gate = create_gate(
         "deepseek_v2",
         hidden_size=4,
@@ -259,8 +271,8 @@ def test_two_experts_in_one_group_are_sent_once():
     assert out.aux_loss.item() == pytest.approx(2 / (2 * 2) * (2 * P[0] + 1 * P[1]), rel=1e-5)
 
 
-def test_losses_are_means_over_sequences_by_default():
-    """Mistake: one loss over the micro-batch. Two skewed sequences that balance each other still cost."""
+def test_losses_are_means_over_sequences():
+    """Catches one loss per micro-batch: skewed sequences that balance each other still cost."""
     gate = create_gate(
         "deepseek_v2", hidden_size=4, num_experts=4, n_group=2, topk_group=1, topk=1
     )
@@ -276,26 +288,24 @@ def test_losses_are_means_over_sequences_by_default():
     )
 
 
-def test_global_batch_terms_are_handed_on_and_add_up_over_ranks():
-    """Two halves that know each other's counts have, in the mean, the loss of the whole."""
+def test_global_batch_losses_add_up():
+    """Two halves that know each other's counts have, on average, the loss of the full batch."""
     gate = make(topk=3, n_group=4, topk_group=2, balance_scope="global-batch", z_loss_coeff=0.5)
     x = torch.randn(12, D)
-    whole, a, b = (gate(GateInput(rows)) for rows in (x, x[:6], x[6:]))
-    assert len(whole.balance) == 3 and all(
-        term.scope == "global-batch" for term in whole.balance
-    )
-    for term, u, v in zip(whole.balance, a.balance, b.balance, strict=True):
+    full, a, b = (gate(GateInput(rows)) for rows in (x, x[:6], x[6:]))
+    assert len(full.balance) == 3 and all(term.scope == "global-batch" for term in full.balance)
+    for term, u, v in zip(full.balance, a.balance, b.balance, strict=True):
         count, total = u.count_NG + v.count_NG, u.total_N + v.total_N
         assert torch.equal(count, term.count_NG)
         torch.testing.assert_close(
             (u.loss(count, total) + v.loss(count, total)) / 2, term.loss()
         )
     z = 0.5 * (x @ gate.router.weight.t()).logsumexp(-1).square().mean()
-    torch.testing.assert_close(whole.aux_loss, z)
+    torch.testing.assert_close(full.aux_loss, z)
 
 
-def test_the_published_size():
-    """DeepSeek-V2: 6 of 160 experts in at most 3 of 8 groups; the weight is 16 times the probability."""
+def test_published_size():
+    """DeepSeek-V2: 6 of 160 experts in at most 3 of 8 groups; weights are 16 x probability."""
     gate = make(E=160, topk=6, n_group=8, topk_group=3, routed_scaling_factor=16.0)
     x = torch.randn(50, D)
     out = gate(GateInput(x))
@@ -311,8 +321,8 @@ def test_the_published_size():
 
 
 @pytest.mark.parametrize("n_group, topk_group, k", [(1, 1, 3), (4, 2, 3), (2, 1, 4), (8, 3, 2)])
-def test_same_choice_as_transformers(n_group, topk_group, k):
-    """Against an independent router on the same weights: experts and weights."""
+def test_routing_matches_transformers(n_group, topk_group, k):
+    """An independent router with the same weights gives the same experts and weights."""
     pytest.importorskip("transformers", reason="the reference implementation is not installed")
     from transformers import DeepseekV2Config
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
@@ -342,7 +352,7 @@ def test_same_choice_as_transformers(n_group, topk_group, k):
 
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_finite_answers_and_gradients(tokens, scale):
+def test_outputs_and_gradients_are_finite(tokens, scale):
     gate = make(topk=4, n_group=4, topk_group=2, norm_topk_prob=True, z_loss_coeff=0.1)
     x = (torch.randn(tokens, D) * scale).requires_grad_()
     out = gate(GateInput(x, None, torch.zeros(tokens, dtype=torch.int64), num_sequences=1))
@@ -354,8 +364,8 @@ def test_finite_answers_and_gradients(tokens, scale):
     )
 
 
-def test_no_state_beside_the_router():
-    """Nothing to update after a step: the same answer before and after, and in evaluation."""
+def test_gate_has_no_state():
+    """The routing is the same before and after a step, and in evaluation."""
     gate, x = make(topk=2, n_group=2), torch.randn(4, D)
     first = gate(GateInput(x)).weight_A
     gate.post_optimizer_step(step_totals(torch.arange(8.0), torch.tensor(14.0)))
@@ -397,6 +407,6 @@ def test_no_state_beside_the_router():
         ),
     ],
 )
-def test_refusals(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

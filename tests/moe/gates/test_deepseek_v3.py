@@ -1,4 +1,4 @@
-"""What is specific to the DeepSeek-V3 gate: the biased choice, the unbiased weights, and when the bias moves."""
+"""DeepSeek-V3 gate: biased selection, unbiased weights, and updates of the bias."""
 
 import pytest
 import torch
@@ -21,7 +21,9 @@ SIZES = [(4, 1, 1), (6, 2, 1), (6, 3, 2), (8, 4, 2), (8, 2, 2), (3, 3, 2), (7, 1
 
 
 def choose(c, biased, E):
-    """(experts of one token by falling biased score, distance to the nearest other decision)."""
+    """Return a token's experts by falling biased score, and the margin of the closest
+    decision.
+    """
     size = E // c.n_group
     best = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(c.n_group)]
     groups = sorted(range(c.n_group), key=lambda g: -best[g])
@@ -36,10 +38,12 @@ def choose(c, biased, E):
     return left[: c.topk], margin
 
 
-def dumb(gate, x, sequence):
-    """Weights {(token, expert): weight} and loss in float64, one token at a time; the margin of the closest decision.
+def reference(gate, x, sequence):
+    """Return weights {(token, expert): weight}, the loss, and the closest decision's
+    margin.
 
-    As in the paper: eq. 13-16 with the node limit, loss eq. 17-20.
+    Computed in fp64, one token at a time, as in the paper: eq. 13-16 with the node
+    limit, loss eq. 17-20.
     """
     c, W, b = (
         gate.config,
@@ -95,12 +99,13 @@ def make(E=8, std=0.8, seed=0, bias=None, **options):
     st.sampled_from([-2.0, 0.0]),
     st.sampled_from([3, 7, 8]),
 )
-def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, spread, shift, tokens):
-    """Experts, weights, loss, and the gradients of x and router through both, for biases of both signs.
+def test_gate_matches_formulas(seed, sizes, k, norm, sequences, scope, spread, shift, tokens):
+    """Experts, weights, loss and gradients of x and router, for biases of both signs.
 
-    Mistakes this catches: scores gathered along the wrong axis (as many tokens as experts, more, fewer), a bias that is
-    not used, weights from biased scores, closed groups at 0 instead of -inf (all biased scores negative), a loss whose
-    scores are not divided by their sum or whose loads are the biased choices.
+    Catches scores gathered along the wrong axis (as many tokens as experts, more,
+    fewer), an unused bias, weights from biased scores, closed groups at 0 instead of
+    -inf (all biased scores negative), a loss whose scores are not divided by their sum
+    or whose loads are the biased assignments.
     """
     E, n_group, topk_group = sizes
     k = min(k, topk_group * E // n_group)
@@ -125,7 +130,7 @@ def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, spread, sh
             *torch.randint(0, sequences, (tokens - sequences,), generator=g).tolist(),
         ]
     )
-    weights, loss, margin, x64, W64 = dumb(gate, x, sequence)
+    weights, loss, margin, x64, W64 = reference(gate, x, sequence)
     if margin < 1e-5:
         return
     out = gate(GateInput(x, None, torch.tensor(sequence), num_sequences=sequences))
@@ -146,11 +151,11 @@ def test_against_the_formulas(seed, sizes, k, norm, sequences, scope, spread, sh
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)
 
 
-# ---- the choice
+# Selection
 
 
 def given_scores(gate, scores):
-    """The answer for one token whose sigmoids are set by hand: the router is the identity."""
+    """Return the routing of one token with given sigmoids: the router is the identity."""
     gate.router.weight = nn.Parameter(torch.eye(len(scores)))
     return gate(GateInput(torch.tensor([scores]).logit()))
 
@@ -169,20 +174,22 @@ def four(topk, bias=(0.0, 0.0, 0.0, 0.0), **options):
     return gate
 
 
-def test_a_group_is_as_good_as_its_two_best_experts():
-    """Group 1 has the larger maximum, group 0 the larger sum: V2's rule would choose the other one."""
+def test_groups_are_scored_by_two_best():
+    """Group 1 has the larger maximum, group 0 the larger sum. V2's rule selects the
+    other one.
+    """
     out = given_scores(four(1, norm_topk_prob=False), [0.6, 0.6, 0.7, 0.1])
     assert out.expert_A.tolist() in ([0], [1])
 
 
-def test_closed_groups_are_minus_infinity_not_zero():
-    """Mistake: masking with 0. All biased scores are negative, so 0 would beat the open group."""
+def test_closed_groups_are_never_chosen():
+    """Catches masking with 0: all biased scores are negative, so 0 would win."""
     out = given_scores(four(2, bias=(-1.5, -1.5, -1.2, -1.2)), [0.5, 0.4, 0.6, 0.3])
     assert sorted(out.expert_A.tolist()) == [2, 3]
 
 
-def test_the_bias_chooses_and_does_not_weigh():
-    """Mistakes: a bias that is never used; weights from biased scores."""
+def test_bias_selects_but_does_not_weigh():
+    """Catches an unused bias, and weights from biased scores."""
     gate = create_gate("deepseek_v3", hidden_size=4, num_experts=4, topk=2)
     gate.expert_bias.copy_(torch.tensor([5.0, 0.0, 0.0, 4.0]))
     out = given_scores(gate, [0.1, 0.8, 0.7, 0.3])
@@ -194,8 +201,10 @@ def test_the_bias_chooses_and_does_not_weigh():
 
 @pytest.mark.parametrize("n_group, topk_group, k", [(1, 1, 3), (4, 2, 3), (2, 1, 4), (4, 3, 6)])
 @pytest.mark.parametrize("shift", [0.0, -3.0])
-def test_same_choice_as_transformers(n_group, topk_group, k, shift):
-    """Against an independent router on the same weights and bias: experts and weights."""
+def test_routing_matches_transformers(n_group, topk_group, k, shift):
+    """An independent router with the same weights and bias gives the same experts and
+    weights.
+    """
     pytest.importorskip("transformers", reason="the reference implementation is not installed")
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -227,7 +236,7 @@ def test_same_choice_as_transformers(n_group, topk_group, k, shift):
     )
 
 
-def test_the_published_size():
+def test_published_size():
     """DeepSeek-V3: 8 of 256 experts in at most 4 of 8 groups."""
     gate = make(E=256, topk=8, n_group=8, topk_group=4, bias=torch.randn(256) * 0.1)
     out = gate(GateInput(torch.randn(50, D)))
@@ -237,10 +246,10 @@ def test_the_published_size():
     assert (c.loss_coeff, c.bias_update_speed, c.balance_scope) == (1e-4, 1e-3, "sequence")
 
 
-# ---- the loss
+# Loss
 
 
-def test_the_loss_is_per_sequence_and_does_not_see_the_bias():
+def test_loss_is_per_sequence_without_bias():
     gate = create_gate(
         "deepseek_v3", hidden_size=4, num_experts=4, topk=1, norm_topk_prob=False
     )
@@ -255,19 +264,19 @@ def test_the_loss_is_per_sequence_and_does_not_see_the_bias():
     )
 
 
-def test_global_batch_terms_are_handed_on_and_add_up_over_ranks():
-    """Two halves that know each other's counts have, in the mean, the loss of the whole."""
+def test_global_batch_losses_add_up():
+    """Two halves that know each other's counts have, on average, the loss of the full batch."""
     gate, x = make(topk=3, balance_scope="global-batch"), torch.randn(12, D)
-    (whole,), (a,), (b,) = (gate(GateInput(rows)).balance for rows in (x, x[:6], x[6:]))
+    (full,), (a,), (b,) = (gate(GateInput(rows)).balance for rows in (x, x[:6], x[6:]))
     count, total = a.count_NG + b.count_NG, a.total_N + b.total_N
-    assert torch.equal(count, whole.count_NG) and gate(GateInput(x)).aux_loss.item() == 0
-    torch.testing.assert_close((a.loss(count, total) + b.loss(count, total)) / 2, whole.loss())
+    assert torch.equal(count, full.count_NG) and gate(GateInput(x)).aux_loss.item() == 0
+    torch.testing.assert_close((a.loss(count, total) + b.loss(count, total)) / 2, full.loss())
 
 
-# ---- the bias
+# Bias
 
 
-def test_one_update_by_hand():
+def test_one_update_matches_manual_result():
     gate = make(E=4, bias=[0.5, 0.0, 0.0, -0.5], bias_update_speed=0.25)
     gate.post_optimizer_step(
         step_totals(torch.tensor([10.0, 5.0, 1.0, 4.0]), torch.tensor(10.0))
@@ -277,14 +286,16 @@ def test_one_update_by_hand():
     assert gate.expert_bias.tolist() == [0.25, 0.0, 0.25, -0.25], "a step without tokens"
 
 
-def test_equal_loads_move_nothing_however_large():
-    """The mean of fp32 counts is rounded; the sign of that rounding is no imbalance."""
+def test_equal_loads_change_no_bias():
+    """The mean of large fp32 counts is rounded; the sign of the rounding is not an
+    imbalance.
+    """
     gate = make(E=7)
     gate.post_optimizer_step(step_totals(torch.full((7,), 16777213.0), torch.tensor(1e8)))
     assert not gate.expert_bias.any()
 
 
-def test_bias_is_an_fp32_buffer_without_gradient_and_survives_a_round_trip():
+def test_bias_is_a_saved_fp32_buffer():
     gate = make(bias=torch.linspace(-1, 1, 8))
     assert gate.expert_bias.dtype == torch.float32 and not gate.expert_bias.requires_grad
     assert [n for n, _ in gate.named_parameters()] == ["router.weight"]
@@ -306,13 +317,15 @@ def make_layer(seed=0, groups=None, **options):
 
 
 def skewed(rows=40, seed=0, shift=1.0):
-    """Hidden states that share a direction, so that a few experts are everyone's favourites."""
+    """Return hidden states that share a direction, so that a few experts are preferred
+    by all.
+    """
     g = torch.Generator().manual_seed(seed)
     return (torch.randn(1, rows, D, generator=g) * 0.5 + shift).requires_grad_()
 
 
-def test_from_a_skewed_start_the_load_spread_falls():
-    """Max over mean load: it falls, and then stays within what one step of the bias makes of it."""
+def test_load_spread_falls_from_skewed_start():
+    """Maximum over mean load falls, and then stays within the effect of one bias step."""
     gate, x, spreads = make(bias_update_speed=0.01, topk=2), skewed(200)[0], []
     for _ in range(120):
         load = torch.bincount(gate(GateInput(x)).expert_A, minlength=8).float()
@@ -323,7 +336,7 @@ def test_from_a_skewed_start_the_load_spread_falls():
 
 
 def test_speed_zero_equals_no_bias():
-    """Whatever the loads: choices, weights and loss stay those of a gate that never saw a step."""
+    """For any loads, experts, weights and loss stay those of a gate without updates."""
     layer, fresh, x = make_layer(bias_update_speed=0.0), make_layer(), skewed()
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     for _ in range(3):
@@ -334,7 +347,7 @@ def test_speed_zero_equals_no_bias():
 
 
 def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
-    """(bias after each step, all loads that steps were given) of a layer in training."""
+    """Train a layer; return the bias after each step, and the loads passed to the steps."""
     layer, biases, loads = make_layer(), [], []
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     update = layer.gate.post_optimizer_step
@@ -355,7 +368,7 @@ def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
             if recompute:
                 with set_checkpoint_early_stop(
                     False
-                ):  # the repetition goes on to where the layer counts
+                ):  # the recomputation includes the layer's counting
                     out = checkpoint(
                         layer, x, use_reentrant=False, context_fn=layer.recompute_contexts
                     )
@@ -372,7 +385,7 @@ def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("evaluate", [False, True])
-def test_neither_recompute_nor_evaluation_changes_bias_or_loads(recompute, evaluate):
+def test_recompute_and_evaluation_keep_bias(recompute, evaluate):
     plain, expected = train(), train(recompute, evaluate)
     assert plain[1] == expected[1] and all(
         torch.equal(a, b) for a, b in zip(plain[0], expected[0], strict=True)
@@ -387,7 +400,7 @@ def test_neither_recompute_nor_evaluation_changes_bias_or_loads(recompute, evalu
 
 
 def _steps(seeds):
-    """In a rank: one optimizer step of its two micro-batches; their loads, and the bias after the step."""
+    """Run one optimizer step of two micro-batches on a rank; return loads and bias."""
     groups = groups_for(1)
     layer = make_layer(groups=groups)
     metrics, loads = MoEMetrics(nn.ModuleList([layer]), groups), []
@@ -399,8 +412,8 @@ def _steps(seeds):
     return loads, layer.gate.expert_bias.clone()
 
 
-def test_one_update_from_the_sum_over_ranks_and_micro_batches(ranks2):
-    """Mistakes: an update per rank, or per micro-batch: both would give another bias here."""
+def test_update_uses_global_loads(ranks2):
+    """Catches an update per rank or per micro-batch: both would give another bias here."""
 
     def update(loads):
         return 0.02 * torch.sign(loads.double().mean() - loads).float()
@@ -416,13 +429,13 @@ def test_one_update_from_the_sum_over_ranks_and_micro_batches(ranks2):
     assert not torch.equal(sum(update(load) for load in loads), expected)
 
 
-# ---- edges
+# Edge cases
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("norm", [False, True])
-def test_finite_answers_and_gradients(tokens, scale, norm):
+def test_outputs_and_gradients_are_finite(tokens, scale, norm):
     gate = make(topk=4, n_group=4, topk_group=2, norm_topk_prob=norm, z_loss_coeff=0.1)
     x = (torch.randn(tokens, D) * scale).requires_grad_()
     out = gate(GateInput(x, None, torch.zeros(tokens, dtype=torch.int64), num_sequences=1))
@@ -434,8 +447,8 @@ def test_finite_answers_and_gradients(tokens, scale, norm):
     )
 
 
-def test_one_expert_needs_no_options():
-    """With a single expert there is nothing to choose and nothing to learn: top-1 is then no mistake."""
+def test_single_expert_needs_no_options():
+    """Nothing is selected or learned with a single expert: top-1 is then allowed."""
     gate = create_gate("deepseek_v3", hidden_size=D, num_experts=1, topk=1)
     assert gate(GateInput(torch.randn(3, D))).weight_A.tolist() == pytest.approx([2.5] * 3)
 
@@ -467,6 +480,6 @@ def test_one_expert_needs_no_options():
         ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
     ],
 )
-def test_refusals(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

@@ -1,4 +1,4 @@
-"""What is specific to expert choice: each expert's best tokens, equal loads, and a warning that it sees the future."""
+"""Expert choice: each expert's best tokens, equal loads, and the warning."""
 
 import math
 import warnings
@@ -29,8 +29,8 @@ def draw(tokens, seed=0, hidden=6):
     return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed))
 
 
-def dumb(gate, x, W):
-    """{(token, expert): weight} in float64, one expert at a time, and how near the nearest tie was."""
+def reference(gate, x, W):
+    """Return {(token, expert): weight} in fp64, one expert at a time, and the closest tie."""
     E, T, k = len(W), len(x), gate.config.topk
     capacity = min(T, max(1, math.ceil(T * k / E)))
     p = []
@@ -60,8 +60,8 @@ def dumb(gate, x, W):
     st.integers(0, 7),
     st.sampled_from([0.1, 1.0]),
 )
-def test_against_the_formula(seed, experts, k, tokens, std):
-    """Choices, weights, and their gradients with respect to x and the router."""
+def test_gate_matches_formula(seed, experts, k, tokens, std):
+    """Assignments, weights, and their gradients for x and the router."""
     gate = make(experts, hidden=3, seed=seed, std=std, topk=min(k, experts))
     x = draw(tokens, seed, hidden=3).requires_grad_()
     out = gate(GateInput(x))
@@ -70,9 +70,9 @@ def test_against_the_formula(seed, experts, k, tokens, std):
         x.detach().double().requires_grad_(),
         gate.router.weight.detach().double().requires_grad_(),
     )
-    chosen, margin = dumb(gate, x64, W64)
+    chosen, margin = reference(gate, x64, W64)
     if margin < 1e-6:
-        return  # a tie in float32
+        return  # a tie in fp32
     ours = dict(zip(zip(out.token_A.tolist(), out.expert_A.tolist()), out.weight_A))
     assert (
         len(ours) == len(out.token_A) and set(ours) == set(chosen) and out.aux_loss.item() == 0
@@ -101,21 +101,25 @@ def test_against_the_formula(seed, experts, k, tokens, std):
         (7, 1, 1, 7),
     ],
 )
-def test_every_expert_takes_the_same_number_of_tokens(tokens, k, experts, expected):
+def test_all_loads_are_equal(tokens, k, experts, expected):
     out = make(experts, topk=k)(GateInput(draw(tokens)))
     assert torch.bincount(out.expert_A, minlength=experts).tolist() == [expected] * experts
 
 
-def test_loads_stay_equal_when_all_tokens_want_the_same_expert():
-    """The mistake to catch: tokens choosing, with a capacity on top, would leave three experts idle."""
+def test_loads_are_equal_despite_preference():
+    """All tokens prefer one expert. Catches token choice with a capacity, which leaves
+    three idle.
+    """
     gate = make(topk=1)
     x = gate.router.weight.detach()[2] * 5 + 0.01 * draw(16)
     assert (x @ gate.router.weight.T).argmax(-1).tolist() == [2] * 16
     assert torch.bincount(gate(GateInput(x)).expert_A).tolist() == [4] * 4
 
 
-def test_softmax_is_over_experts_and_weights_are_not_renormalised():
-    """The mistakes to catch: softmax over tokens, and weights divided by their sum over a token's experts."""
+def test_softmax_is_over_experts():
+    """Catches a softmax over tokens, and weights divided by their sum over a token's
+    experts.
+    """
     gate, x = make(topk=4, std=0.3), draw(9)
     out = gate(GateInput(x))
     dense = torch.zeros(9, 4).index_put((out.token_A, out.expert_A), out.weight_A)
@@ -124,7 +128,7 @@ def test_softmax_is_over_experts_and_weights_are_not_renormalised():
     assert (torch.zeros(9).index_add(0, out.token_A, out.weight_A) < 0.99).all()
 
 
-def test_some_tokens_are_taken_by_none_and_some_by_several():
+def test_tokens_have_any_number_of_experts():
     out = make(topk=1)(GateInput(draw(64)))
     taken = torch.bincount(out.token_A, minlength=64)
     assert taken.min() == 0 and taken.max() > 1
@@ -135,14 +139,14 @@ def test_some_tokens_are_taken_by_none_and_some_by_several():
     assert cls.experts_per_token(cls.Config(topk=1), 4) == (0, 4)
 
 
-def test_a_later_token_changes_the_experts_of_an_earlier_one():
-    """What the docstring and the warning say: it sees the future."""
+def test_later_tokens_affect_earlier_ones():
+    """The gate sees the future, as its docstring and warning state."""
     gate = make(2, topk=1)
     W = gate.router.weight.detach()
     x = draw(4) * 0.1
-    x[3] = 10 * (W[0] - W[1])  # now expert 0's favourite
+    x[3] = 10 * (W[0] - W[1])  # now expert 0's best token
     first = gate(GateInput(x))
-    x[3] = 10 * (W[1] - W[0])  # now expert 1's
+    x[3] = 10 * (W[1] - W[0])  # now expert 1's best token
     second = gate(GateInput(x))
     early = [
         {(t, e) for t, e in zip(o.token_A.tolist(), o.expert_A.tolist()) if t < 3}
@@ -152,8 +156,8 @@ def test_a_later_token_changes_the_experts_of_an_earlier_one():
     assert gate_class("expert_choice").sees_other_tokens
 
 
-def test_warns_once_per_model_at_its_first_forward():
-    """The first mixture layer speaks for all of them."""
+def test_warns_once_per_model():
+    """Only the first MoE layer warns, in its first forward pass."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         layers = [make(layer=i, num_moe_layers=3) for i in range(3)]
@@ -165,7 +169,8 @@ def test_warns_once_per_model_at_its_first_forward():
     assert len(seen) == 2
 
 
-def test_logits_of_1e4_have_finite_gradients_and_bf16_is_scored_in_fp32():
+def test_large_logits_and_bf16_inputs():
+    """Logits of 1e4 have finite gradients, and bf16 inputs are scored in fp32."""
     gate = make()
     x = (1e4 * draw(9)).requires_grad_()
     gate(GateInput(x)).weight_A.sum().backward()
@@ -176,7 +181,8 @@ def test_logits_of_1e4_have_finite_gradients_and_bf16_is_scored_in_fp32():
     assert torch.equal(out.weight_A, gate(GateInput(x.float())).weight_A)
 
 
-def test_training_equals_evaluation_and_nothing_is_changed():
+def test_training_equals_evaluation():
+    """Neither changes any state."""
     gate = make()
     before = {n: t.clone() for n, t in gate.state_dict().items()}
     x = draw(9)
@@ -188,6 +194,6 @@ def test_training_equals_evaluation_and_nothing_is_changed():
 @pytest.mark.parametrize(
     "topk, message", [(0, "--topk is 0"), (5, "--topk is 5; allowed: 1 to .*, which is 4")]
 )
-def test_refusals(topk, message):
+def test_invalid_options_are_refused(topk, message):
     with pytest.raises(ValueError, match=message):
         make(topk=topk)

@@ -1,4 +1,4 @@
-"""What is specific to the hash gate: a balanced, repeatable table, and nothing to learn."""
+"""Hash gate: a balanced, repeatable table, and no parameters."""
 
 import pytest
 import torch
@@ -40,8 +40,8 @@ def make_layer(seed=0):
     st.integers(1, 17),
     st.integers(0, 30),
 )
-def test_against_the_formula(seed, layer, vocab, experts, tokens):
-    """expert = table[id], weight 1, one per token; ids are dealt out so that counts differ by at most 1."""
+def test_gate_matches_formula(seed, layer, vocab, experts, tokens):
+    """expert = table[id], weight 1, one per token; counts of ids differ by at most 1."""
     gate = make(vocab, experts, seed=seed, layer=layer)
     table = gate.table_V.tolist()
     sizes = [table.count(e) for e in range(experts)]
@@ -55,7 +55,7 @@ def test_against_the_formula(seed, layer, vocab, experts, tokens):
     assert out.weight_A.tolist() == [1.0] * tokens and out.aux_loss.item() == 0
 
 
-def test_the_table_depends_on_seed_and_layer_only():
+def test_table_depends_on_seed_and_layer():
     torch.manual_seed(1)
     a = make(seed=3, layer=2)
     torch.manual_seed(2)
@@ -64,7 +64,8 @@ def test_the_table_depends_on_seed_and_layer_only():
     assert not torch.equal(a.table_V, make(seed=4, layer=2).table_V)
 
 
-def test_the_hidden_state_does_not_matter_and_evaluation_equals_training():
+def test_hidden_states_do_not_matter():
+    """Evaluation equals training."""
     gate, ids = make(), torch.arange(20)
     a, b = (
         gate(GateInput(torch.randn(20, 6), ids)),
@@ -73,7 +74,7 @@ def test_the_hidden_state_does_not_matter_and_evaluation_equals_training():
     assert torch.equal(a.expert_A, b.expert_A) and b.weight_A.dtype == torch.float32
 
 
-def test_no_parameters_and_the_table_is_part_of_the_state():
+def test_table_is_state_without_parameters():
     a, b = make(seed=1), make(seed=2)
     assert not list(a.parameters()) and a.table_V.dtype == torch.int64
     assert not torch.equal(a.table_V, b.table_V)
@@ -83,7 +84,7 @@ def test_no_parameters_and_the_table_is_part_of_the_state():
     assert torch.equal(a.table_V, b.table_V)
 
 
-def test_experts_and_their_inputs_learn_without_a_router():
+def test_experts_and_inputs_get_gradients():
     layer = make_layer()
     x = torch.randn(1, 40, 6, requires_grad=True)
     out = layer(x, FFNContext(torch.arange(40)[None]))
@@ -92,7 +93,7 @@ def test_experts_and_their_inputs_learn_without_a_router():
     assert (layer.experts.w1.grad.flatten(1).abs().sum(-1) > 0).all()
 
 
-def test_the_layer_hands_the_ids_on():
+def test_layer_passes_token_ids():
     layer = make_layer()
     x, ids = torch.randn(2, 8, 6), torch.randint(0, 50, (2, 8))
     layer(x, FFNContext(ids))
@@ -101,19 +102,19 @@ def test_the_layer_hands_the_ids_on():
 
 
 @pytest.mark.parametrize("bad", [50, 10**6, -1])
-def test_an_id_outside_the_table_is_an_error(bad):
-    """-1 too, which as an index would quietly be the last id."""
+def test_id_outside_table_is_an_error(bad):
+    """Also -1, which as an index would silently be the last id."""
     with pytest.raises(IndexError, match="out of range"):
         make()(GateInput(torch.zeros(2, 6), torch.tensor([0, bad])))
 
 
-def test_on_meta_and_the_size_of_a_token():
+def test_meta_device_and_experts_per_token():
     with torch.device("meta"):
         assert make().table_V.is_meta
     assert gate_class("hash").experts_per_token(gate_class("hash").Config(), 8) == (1, 1)
 
 
-def test_refusals():
+def test_missing_vocab_or_ids_are_refused():
     with pytest.raises(
         ValueError, match="--gate is hash and vocab_size is None; allowed: .* pass vocab_size="
     ):

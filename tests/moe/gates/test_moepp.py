@@ -1,4 +1,4 @@
-"""What is specific to MoE++: experts that compute nothing, their loss and capacity, and the residual of the logits."""
+"""MoE++: zero-computation experts, their loss and capacity, and the residual of the logits."""
 
 import math
 
@@ -21,8 +21,8 @@ from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 
 
-def dumb(gate, leaves, sequences):
-    """(token, choice) -> weight, the loss, and how near to a tie the choice is: one token at a time, in float64."""
+def reference(gate, leaves, sequences):
+    """Return {(token, choice): weight}, the loss, and the closest tie, one token at a time."""
     c, E = gate.config, gate.num_experts
     x, W, carry, Wg = (leaves.get(name) for name in ("x", "router", "carry", "residual"))
     C, T = len(W), len(x)
@@ -51,6 +51,27 @@ def dumb(gate, leaves, sequences):
     return weights, c.loss_coeff * balance + c.z_loss_coeff * sum(squares) / T, margin
 
 
+def random_gate(seed, k, experts, kinds, tau, later, by_sequence):
+    """Return a gate of random weights; `kinds` are the zero, copy and constant experts."""
+    zero, copy, constant = kinds
+    return create_gate(
+        "moepp",
+        hidden_size=4,
+        num_experts=experts,
+        layer=int(later),
+        seed=seed,
+        init_std=0.6,
+        topk=min(k, experts + sum(kinds)),
+        num_zero_experts=zero,
+        num_copy_experts=copy,
+        num_constant_experts=constant,
+        tau=tau,
+        loss_coeff=0.7,
+        z_loss_coeff=0.1,
+        balance_scope="sequence" if by_sequence else "micro-batch",
+    )
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 10**6),
@@ -62,27 +83,15 @@ def dumb(gate, leaves, sequences):
     st.booleans(),
     st.booleans(),
 )
-def test_against_the_formula(seed, k, experts, kinds, tau, later, carried, by_sequence):
-    """Choices, weights, loss, and the gradients of input, carry, router and W_g. In particular f sums to k, the loss
-    has no factor C, and weights are not renormalised."""
-    zero, copy, constant = kinds[0], kinds[1], kinds[2] + 1
-    C = experts + sum(kinds) + 1
-    gate = create_gate(
-        "moepp",
-        hidden_size=4,
-        num_experts=experts,
-        layer=int(later),
-        seed=seed,
-        init_std=0.6,
-        topk=min(k, C),
-        num_zero_experts=zero,
-        num_copy_experts=copy,
-        num_constant_experts=constant,
-        tau=tau,
-        loss_coeff=0.7,
-        z_loss_coeff=0.1,
-        balance_scope="sequence" if by_sequence else "micro-batch",
-    )
+def test_gate_matches_formula(seed, k, experts, kinds, tau, later, carried, by_sequence):
+    """Choices, weights, loss, and the gradients of input, carry, router and W_g.
+
+    In particular f sums to k, the loss has no factor C, and weights are not
+    renormalised.
+    """
+    kinds = (kinds[0], kinds[1], kinds[2] + 1)
+    C = experts + sum(kinds)
+    gate = random_gate(seed, k, experts, kinds, tau, later, by_sequence)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 4, generator=g).requires_grad_()
     carry = torch.randn(5, C, generator=g).requires_grad_() if carried else None
@@ -94,27 +103,23 @@ def test_against_the_formula(seed, k, experts, kinds, tau, later, carried, by_se
     }
     ours = {n: t for n, t in ours.items() if t is not None}
     theirs = {n: t.detach().double().requires_grad_() for n, t in ours.items()}
-    weights, aux, margin = dumb(
-        gate, theirs, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)]
-    )
+    sequences = [[0, 1, 2], [3, 4]] if by_sequence else [range(5)]
+    weights, aux, margin = reference(gate, theirs, sequences)
     if margin < 1e-5:
         return
-    out = gate(
-        GateInput(x, sequence_T=torch.tensor([0, 0, 0, 1, 1]), carry=carry, num_sequences=2)
-    )
-    pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist()))
+    sequence_T = torch.tensor([0, 0, 0, 1, 1])
+    out = gate(GateInput(x, sequence_T=sequence_T, carry=carry, num_sequences=2))
+    pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist(), strict=True))
     assert sorted(pairs) == sorted(weights)
     expected_A = torch.stack([weights[pair] for pair in pairs])
     torch.testing.assert_close(out.weight_A.double(), expected_A, rtol=1e-4, atol=1e-6)
     assert out.aux_loss.item() == pytest.approx(aux.item(), rel=1e-4)
     pull_A = torch.randn(len(pairs), generator=g)
-    got = torch.autograd.grad(
-        (out.weight_A * pull_A).sum() + out.aux_loss, list(ours.values()), allow_unused=True
-    )
-    want = torch.autograd.grad(
-        (expected_A * pull_A).sum() + aux, list(theirs.values()), allow_unused=True
-    )
-    for name, a, b in zip(ours, got, want, strict=True):
+    loss = (out.weight_A * pull_A).sum() + out.aux_loss
+    actual = torch.autograd.grad(loss, list(ours.values()), allow_unused=True)
+    loss = (expected_A * pull_A).sum() + aux
+    expected = torch.autograd.grad(loss, list(theirs.values()), allow_unused=True)
+    for name, a, b in zip(ours, actual, expected, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
             torch.testing.assert_close(
@@ -123,8 +128,8 @@ def test_against_the_formula(seed, k, experts, kinds, tau, later, carried, by_se
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_constant_expert_against_its_formula(dtype):
-    """a_0 x + a_1 v, computed in fp32 from fp32 parameters and handed back in the compute dtype."""
+def test_constant_expert_matches_formula(dtype):
+    """a_0 x + a_1 v, computed in fp32 and returned in the compute dtype."""
     path = create_gate(
         "moepp", hidden_size=6, num_experts=4, init_std=0.8
     ).zero_computation_experts[0]
@@ -157,8 +162,8 @@ def steer(layer, choice, strength=9.0):
         layer.gate.router.weight[choice, 0] = strength
 
 
-def test_the_special_experts_really_run():
-    """Catches a layer that never calls them: each alone gives what its formula says, and nothing else does."""
+def test_zero_computation_experts_are_run():
+    """Each alone gives the output of its formula. Catches a layer that never calls them."""
     layer = make_layer("moepp", options={"topk": 1, "num_constant_experts": 1})
     x, _ = make_input(5)
     x[..., 0] = 1
@@ -171,8 +176,10 @@ def test_the_special_experts_really_run():
     assert not torch.equal(expected[E], expected[E + 1])
 
 
-def test_order_of_the_paths_and_their_number():
-    """Constant, copy, zero; the number of constant experts of the paper's table 2 and equation 10."""
+def test_order_and_number_of_experts():
+    """Constant, copy, zero; the number of constant experts is that of table 2 and
+    equation 10.
+    """
     layer = make_layer(
         "moepp",
         options={"num_zero_experts": 2, "num_copy_experts": 1, "num_constant_experts": 3},
@@ -188,7 +195,9 @@ def test_order_of_the_paths_and_their_number():
 
 
 def count_rows(layer):
-    """Rows that reach the MLP experts and each local path, and a layer that tells."""
+    """Return a layer, and the rows that reach its MLP experts and each zero-computation
+    expert.
+    """
     seen = {"experts": 0, "paths": [0] * len(layer.gate.zero_computation_experts)}
     layer.experts.register_forward_pre_hook(
         lambda m, args: seen.update(experts=seen["experts"] + sum(args[2].counts()))
@@ -200,8 +209,8 @@ def count_rows(layer):
     return seen
 
 
-def test_work_is_really_saved():
-    """Only MLP choices reach the MLPs, zero experts get no rows at all, and the metrics say so."""
+def test_zero_computation_saves_work():
+    """Only MLP choices reach the MLPs, zero experts get no rows, and the metrics report it."""
     layer = make_layer("moepp", options={"num_zero_experts": 2})
     x, _ = make_input(40)
     seen = count_rows(layer)
@@ -225,7 +234,7 @@ def test_work_is_really_saved():
 
 
 def _sent(kind):
-    """On a rank: the token rows this rank gives to the exchange, and what its gate chose."""
+    """Return the token rows that this rank sends to the all-to-all, and its gate's choices."""
     groups = groups_for(2)
     layer = make_layer("moepp", groups)
     x, _ = make_input(20, seed=groups.rank)
@@ -251,18 +260,18 @@ def _sent(kind):
 
 
 @pytest.mark.parametrize("kind", ["mixed", 0, 1, 2])
-def test_nothing_of_local_paths_crosses_ranks(kind, ranks2):
-    """Rows given to the exchange are the MLP choices alone: to the experts and back, and the same for gradients."""
+def test_zero_computation_rows_stay_local(kind, ranks2):
+    """Only rows of MLP choices are sent, to the experts and back, in forward and backward."""
     answers = ranks2.run(_sent, kind)
-    wanted = [sum(e < E for e in chosen) for _, chosen in answers]
-    for (rows, chosen), mine in zip(answers, wanted):
+    assigned = [sum(e < E for e in chosen) for _, chosen in answers]
+    for (rows, chosen), mine in zip(answers, assigned):
         assert len(chosen) == 40 and rows == [mine, rows[1], mine, rows[1]]
-    assert sum(rows[1] for rows, _ in answers) == sum(wanted)
-    assert 0 < sum(wanted) < 80 if kind == "mixed" else sum(wanted) == 0
+    assert sum(rows[1] for rows, _ in answers) == sum(assigned)
+    assert 0 < sum(assigned) < 80 if kind == "mixed" else sum(assigned) == 0
 
 
-def test_a_rank_without_rows_for_a_path_still_has_a_gradient_for_it():
-    """ZeRO 2 adds gradients up in buckets: a parameter that has one on some ranks only breaks the exchange."""
+def test_unused_experts_have_gradients():
+    """ZeRO 2 reduces gradients in buckets: one that exists on some ranks only breaks it."""
     layer = make_layer("moepp", options={"num_constant_experts": 2})
     x, _ = make_input(5)
     x[..., 0] = 1
@@ -274,7 +283,9 @@ def test_a_rank_without_rows_for_a_path_still_has_a_gradient_for_it():
 
 @pytest.mark.parametrize("tau", [0.25, 1.0])
 def test_tau_shifts_load(tau):
-    """Trained on the balance loss alone, zero-computation experts get about 1 / tau times the tokens of the others."""
+    """With the balance loss alone, zero-computation experts get about 1 / tau times the
+    tokens.
+    """
     gate = create_gate(
         "moepp",
         hidden_size=16,
@@ -287,7 +298,7 @@ def test_tau_shifts_load(tau):
         loss_coeff=1.0,
     )
     x = torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
-    x[:, 0] = 3  # what a bias would be
+    x[:, 0] = 3  # acts as a bias
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.2)
     local = []
     for step in range(120):
@@ -300,7 +311,7 @@ def test_tau_shifts_load(tau):
     assert sum(local) / len(local) == pytest.approx(4 / (tau * 4 + 4), abs=0.06)
 
 
-def test_capacities_by_hand():
+def test_capacities_match_formula():
     """gamma tau k T / (tau E + N) for MLPs, without tau for the others, within [minimum, T]."""
     gate = create_gate(
         "moepp", hidden_size=4, num_experts=8, topk=2, tau=0.5, num_constant_experts=2
@@ -313,7 +324,7 @@ def test_capacities_by_hand():
     assert gate.capacities(0, 1.1, 4) == [0] * 12
 
 
-def test_capacity_holds_for_local_paths_too():
+def test_capacity_limits_zero_computation_experts():
     layer = make_layer(
         "moepp", options={"topk": 1}, moe_train_capacity_factor=1.0, moe_min_capacity=1
     )
@@ -333,7 +344,8 @@ def test_capacity_holds_for_local_paths_too():
     torch.testing.assert_close(layer(x).y[0], dumb_layer(layer, x[0], routing, range(limit)))
 
 
-def test_the_carry_is_the_logits_and_its_gradient_reaches_the_earlier_router():
+def test_carry_gradient_reaches_earlier_router():
+    """The carry is the logits."""
     first, second = (
         create_gate("moepp", hidden_size=6, num_experts=4, layer=i, init_std=0.5)
         for i in (0, 1)
@@ -354,7 +366,9 @@ def test_the_carry_is_the_logits_and_its_gradient_reaches_the_earlier_router():
 
 
 def run_model(recompute, cut=False):
-    """Gradients of a model of two mixtures and a dense block between them, and what its gates saw and answered."""
+    """Run a model with a dense block between two MoE layers; return gradients and gate
+    calls.
+    """
     config = ModelConfig(
         num_layers=3,
         hidden_size=8,
@@ -394,8 +408,10 @@ def run_model(recompute, cut=False):
     )
 
 
-def test_the_carry_passes_through_a_model_with_and_without_recompute():
-    """Past a dense block, to the second mixture's W_g; the gradient runs back through it, recomputed or not."""
+def test_carry_passes_through_model():
+    """It passes a dense block to the second W_g, and the gradient flows back,
+    recomputed or not.
+    """
     model, ((first, a), (second, b)), grads = run_model(False)
     assert (
         first.carry is None and torch.equal(second.carry, a.carry) and a.carry.shape == (12, 7)
@@ -412,7 +428,7 @@ def test_the_carry_passes_through_a_model_with_and_without_recompute():
     assert not torch.allclose(cut[name], grads[name], rtol=1e-3)
 
 
-def test_balance_of_the_global_batch_is_handed_on():
+def test_global_batch_balance_is_returned():
     gate = create_gate(
         "moepp",
         hidden_size=4,
@@ -431,7 +447,8 @@ def test_balance_of_the_global_batch_is_handed_on():
     assert term.count_NG.sum() == 18 and term.total_N.tolist() == [9] and not expected.balance
 
 
-def test_parameters_depend_on_seed_and_layer_and_have_the_scales_of_the_released_code():
+def test_parameters_have_released_scales():
+    """They depend on the seed and the layer."""
     gate, again, other = (
         create_gate("moepp", hidden_size=64, num_experts=16, layer=layer, init_std=0.02)
         for layer in (1, 1, 2)
@@ -454,7 +471,7 @@ def test_active_experts():
     assert active(topk=2, num_zero_experts=0, num_copy_experts=0) == (1, 2)
 
 
-def test_a_token_may_take_every_choice():
+def test_token_may_use_every_choice():
     gate = create_gate("moepp", hidden_size=4, num_experts=2, topk=5)
     layer = make_layer("moepp", num_experts=2, options={"topk": 5})
     x, ids = make_input(4)
@@ -478,6 +495,6 @@ def test_a_token_may_take_every_choice():
         ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
     ],
 )
-def test_refusals(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("moepp", hidden_size=4, num_experts=4, **options)

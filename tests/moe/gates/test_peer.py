@@ -1,20 +1,17 @@
-"""What is specific to PEER: retrieval against brute force, the formula per token, query statistics, usage, refusals."""
+"""PEER: retrieval against brute force, the formula per token, query statistics, usage."""
 
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config.cli import parse
-from megatron.config.run_json import write_run_json
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import make_moe_layer
 from megatron.moe.experts.activations import activate
-from megatron.moe.gate import available_gates, create_gate, gate_class, gate_config_class
+from megatron.moe.gate import create_gate, gate_class
 from megatron.moe.gates.peer import retrieve, usage
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.peer.experts import PEERExperts, PEERTableConfig
@@ -42,7 +39,7 @@ def tokens(number, seed=0, hidden_size=D):
 
 
 def totals(gate, *batches):
-    """What the layer hands back after a step of these micro-batches."""
+    """Return the step totals that the layer passes after these micro-batches."""
     parts = [gate(GateInput(x)).metric_sums for x in batches]
     sums = {name: sum(part[name].double() for part in parts) for name in parts[0]}
     load = torch.zeros(gate.num_experts)
@@ -50,7 +47,7 @@ def totals(gate, *batches):
 
 
 def brute_force(scores, k):
-    """Every combination of one score per dimension, written out."""
+    """Return every combination of one score per dimension."""
     every = [
         sum(combination) for combination in itertools.product(*(s.tolist() for s in scores))
     ]
@@ -78,22 +75,24 @@ def test_retrieval_equals_brute_force(sizes, k, seed):
         assert value[b, 0].tolist() == pytest.approx(values, rel=1e-12)
 
 
-def test_keeping_the_nth_root_of_k_per_dimension_would_miss_experts():
-    """The four best all lie in column 0: with ceil(sqrt(4)) rows kept, two of them are lost."""
+def test_retrieval_keeps_k_per_dimension():
+    """The best four are all in column 0: keeping ceil(sqrt(4)) rows would lose two of them."""
     rows, columns = (
         torch.tensor([4.0, 3.9, 3.8, 3.7, 0.0]),
         torch.tensor([5.0, 0.0, -1.0, -2.0, -3.0]),
     )
-    kept = [scores.topk(math.ceil(4**0.5)).indices.tolist() for scores in (rows, columns)]
-    naive = {i * 5 + j for i in kept[0] for j in kept[1]}
+    best = [scores.topk(math.ceil(4**0.5)).indices.tolist() for scores in (rows, columns)]
+    naive = {i * 5 + j for i in best[0] for j in best[1]}
     index = retrieve([rows, columns], 4)[1].tolist()
     assert index == brute_force([rows, columns], 4)[1] == [0, 5, 10, 15]
     assert not set(index) <= naive
 
 
 @pytest.mark.parametrize("dims", [(3, 4), (5, 2, 3), (2, 3, 2, 2), (7,)])
-def test_every_expert_is_the_first_choice_of_some_token(dims):
-    """Keys and query projection are identities; expert (j_1, .., j_n) is sought by one-hot vectors for each j_i."""
+def test_every_expert_can_be_retrieved(dims):
+    """Keys and query projection are identities; one-hot vectors address expert (j_1,
+    .., j_n).
+    """
     part, experts = max(dims), math.prod(dims)
     gate = make(
         experts,
@@ -122,19 +121,23 @@ def test_every_expert_is_the_first_choice_of_some_token(dims):
         (48, (6, 8)),
     ],
 )
-def test_two_dimensions_as_square_as_can_be(experts, dims):
+def test_default_key_sizes_are_square(experts, dims):
     assert gate_class("peer").Config().key_sizes(experts) == dims
     assert (
-        gate_class("peer").Config(peer_product_key_dim=dims[::-1]).key_sizes(experts) == dims[::-1]
+        gate_class("peer").Config(peer_product_key_dim=dims[::-1]).key_sizes(experts)
+        == dims[::-1]
     )
 
 
 # The gate
 
 
-def dumb(gate, x, p):
-    """[(expert -> weight) of each head] of each token, from the formula, over all experts: float64 scalars that
-    autograd follows to the tokens x and the parameters p."""
+def reference(gate, x, p):
+    """Return [{expert: weight} of each head] of each token, over all experts.
+
+    Computed from the formula in fp64 scalars, with autograd to the tokens x and the
+    parameters p.
+    """
     c = gate.config
     dims = c.key_sizes(gate.num_experts)
     part = c.peer_query_size // len(dims)
@@ -184,9 +187,12 @@ def dumb(gate, x, p):
     st.integers(1, 3),
     st.integers(0, 2),
 )
-def test_against_the_formula(seed, dims, k, score, norm, heads, steps):
-    """Experts, weights, and the gradients of x, of the query projection and of every table of keys. The mistake to
-    catch: keys that are read without gradient and never learn."""
+def test_gate_matches_formula(seed, dims, k, score, norm, heads, steps):
+    """Experts, weights, and the gradients of x, the query projection and every table of
+    keys.
+
+    Catches keys that are read without gradient and never learn.
+    """
     gate = make(
         seed=seed,
         peer_product_key_dim=dims,
@@ -202,7 +208,7 @@ def test_against_the_formula(seed, dims, k, score, norm, heads, steps):
     out.check(4, 12)
     k, params = min(k, 12), dict(gate.named_parameters())
     x64, *rest = (t.detach().double().requires_grad_() for t in (x, *params.values()))
-    answer = dumb(gate, x64, dict(zip(params, rest)))
+    answer = reference(gate, x64, dict(zip(params, rest)))
     assert out.token_A.tolist() == [t for t in range(4) for _ in range(heads * k)]
     assert out.aux_loss == 0
     experts, weights = (
@@ -212,9 +218,7 @@ def test_against_the_formula(seed, dims, k, score, norm, heads, steps):
     ours, theirs = 0.0, 0.0
     for t, per_head in enumerate(answer):
         for h, (expected, clear) in enumerate(per_head):
-            if (
-                clear
-            ):  # rounding to fp32 may exchange experts whose scores are equal but for rounding
+            if clear:  # fp32 rounding may exchange experts with nearly equal scores
                 got = dict(zip(experts[t][h], weights[t][h]))
                 assert got == pytest.approx(
                     {e: w.item() for e, w in expected.items()}, rel=1e-3
@@ -239,7 +243,7 @@ def test_against_the_formula(seed, dims, k, score, norm, heads, steps):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dims", [(4, 3), (2, 3, 2), (2, 2, 2, 2)])
-def test_query_and_every_table_of_keys_get_a_gradient(dims, score, norm):
+def test_queries_and_keys_get_gradients(dims, score, norm):
     gate = make(
         math.prod(dims), peer_product_key_dim=dims, score_function=score, peer_query_norm=norm
     )
@@ -272,7 +276,7 @@ def test_heads_share_the_keys():
         "keys.0.weight": (3, 6),
         "keys.1.weight": (4, 6),
     }
-    with torch.no_grad():  # equal queries find equal experts
+    with torch.no_grad():  # equal queries retrieve equal experts
         gate.query.weight.copy_(gate.query.weight[:12].repeat(3, 1))
     out = gate(GateInput(tokens(5)))
     experts = out.expert_A.view(5, 3, 3)
@@ -283,13 +287,13 @@ def test_heads_share_the_keys():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_token_does_not_depend_on_the_others(norm):
+def test_tokens_are_independent(norm):
     gate = make(peer_query_norm=norm)
     gate.post_optimizer_step(totals(gate, tokens(9, 1)))
     x = tokens(5)
-    whole, alone = gate(GateInput(x)), gate(GateInput(x[2:3]))
-    assert whole.expert_A.view(5, -1)[2].tolist() == alone.expert_A.tolist()
-    torch.testing.assert_close(whole.weight_A.view(5, -1)[2], alone.weight_A)
+    full, alone = gate(GateInput(x)), gate(GateInput(x[2:3]))
+    assert full.expert_A.view(5, -1)[2].tolist() == alone.expert_A.tolist()
+    torch.testing.assert_close(full.weight_A.view(5, -1)[2], alone.weight_A)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +323,8 @@ def test_few_tokens_few_experts_and_bf16(number, experts, options, dtype):
     assert out.weight_A.sum().item() == pytest.approx(number * 2, rel=1e-5)
 
 
-def test_bf16_input_is_scored_in_fp32_also_under_autocast():
+def test_bf16_is_scored_in_fp32():
+    """Also under autocast."""
     gate, x = make(), tokens(9).bfloat16()
     exact = gate(GateInput(x.float()))
     with torch.autocast("cpu", torch.bfloat16):
@@ -337,7 +342,7 @@ def test_experts_per_token():
 
 
 @pytest.mark.parametrize("score, width", [("softmax", 1), ("sigmoid", 3)])
-def test_the_layer_starts_with_the_variance_of_a_dense_one(score, width):
+def test_initial_variance_matches_dense_layer(score, width):
     hidden, std = 64, 0.02
     gate = make(
         32**2,
@@ -371,8 +376,8 @@ def test_the_layer_starts_with_the_variance_of_a_dense_one(score, width):
 # Statistics of the queries
 
 
-def test_statistics_are_those_of_all_tokens_of_the_step():
-    """After the first step the bias correction leaves the pooled mean and variance, whatever the decay."""
+def test_statistics_pool_all_tokens():
+    """After the first step bias correction gives the pooled mean and variance for any decay."""
     gate = make()
     batches = tokens(7, 1) + 2, tokens(3, 2) * 3, tokens(0)
     gate.post_optimizer_step(totals(gate, *batches))
@@ -386,7 +391,7 @@ def test_statistics_are_those_of_all_tokens_of_the_step():
     )
 
 
-def test_later_steps_are_weighted_by_their_age():
+def test_steps_are_weighted_by_age():
     gate, means, squares = make(), [], []
     for step in range(4):
         x = tokens(5 + step, step) + step
@@ -405,14 +410,14 @@ def test_later_steps_are_weighted_by_their_age():
     assert gate.stat_weight.item() == pytest.approx(1 - 0.9**4, rel=1e-5)
 
 
-def test_before_the_first_step_queries_are_as_they_are():
+def test_first_step_does_not_normalise():
     raw = torch.randn(3, 2, 12)
     assert torch.equal(make().normalise(raw), raw)
     assert torch.equal(make(peer_query_norm="none").normalise(raw), raw)
 
 
-def test_only_post_optimizer_step_changes_the_statistics():
-    """Not forwards, in training or evaluation; nor a step without tokens, or one that overflowed."""
+def test_only_optimizer_steps_change_statistics():
+    """Not forward passes, nor steps without tokens or with an overflow."""
     gate = make()
     gate.post_optimizer_step(totals(gate, tokens(9)))
     before = {name: b.clone() for name, b in gate.named_buffers()}
@@ -431,8 +436,8 @@ def test_only_post_optimizer_step_changes_the_statistics():
     assert not torch.equal(gate.query_mean, before["query_mean"])
 
 
-def test_a_step_of_two_micro_batches_in_the_layer():
-    """Through the layer's counters: one update per optimizer step, with all its tokens; metrics by layer."""
+def test_layer_pools_micro_batches():
+    """One update per optimizer step through the layer's counters; metrics by layer."""
     gate = make()
     model = ModelConfig(num_layers=1, hidden_size=D, num_attention_heads=1)
     layer = make_moe_layer(
@@ -474,7 +479,7 @@ def test_other_norms_keep_no_statistics(norm):
 # Usage
 
 
-def test_usage_by_hand():
+def test_usage_matches_manual_results():
     share, unevenness = usage(torch.tensor([1.0, 1.0, 2.0, 0.0]))
     assert share == 0.75
     assert unevenness == pytest.approx(math.log(4) - 0.5 * math.log(4) - 0.5 * math.log(2))
@@ -485,7 +490,7 @@ def test_usage_by_hand():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_weights_of_experts_are_added_up_for_usage(training):
+def test_expert_weights_are_summed_for_usage(training):
     gate = make().train(training)
     out = gate(GateInput(tokens(5)))
     by_hand = [0.0] * 12
@@ -501,213 +506,3 @@ def test_weights_of_experts_are_added_up_for_usage(training):
         "expert_usage": share,
         "expert_unevenness_nats": pytest.approx(unevenness, abs=1e-6),
     }
-
-
-# Refusals, and what the flags say of the mixture
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"peer_num_heads": 0}, "--peer-num-heads is 0; allowed: 1 or more"),
-        ({"peer_topk": 0}, "--peer-topk is 0; allowed: 1 or more"),
-        (
-            {"peer_expert_hidden_size": -1},
-            "--peer-expert-hidden-size is -1; allowed: 0 or more",
-        ),
-        ({"peer_query_size": 0}, "--peer-query-size is 0; allowed: 1 or more"),
-        (
-            {"peer_query_size": 7},
-            "--peer-query-size is 7; allowed: a multiple of the 2 dimensions",
-        ),
-        (
-            {"peer_query_size": 8, "peer_product_key_dim": (2, 2, 3)},
-            "--peer-query-size is 8; .* of the 3 dimensions",
-        ),
-        (
-            {"peer_product_key_dim": (-3, -4)},
-            r"--peer-product-key-dim is \(-3, -4\); allowed: positive integers",
-        ),
-        (
-            {"peer_product_key_dim": (3, 5)},
-            r"--peer-product-key-dim is \(3, 5\); allowed: product 12, the number of exp",
-        ),
-        (
-            {"peer_num_experts": 13},
-            "--peer-num-experts is 13; allowed: 0 or 12, the number of experts",
-        ),
-        (
-            {"peer_query_norm": "group"},
-            "--peer-query-norm is 'group'; allowed: batch layer none",
-        ),
-        ({"score_function": "tanh"}, "--score-function is 'tanh'; allowed: softmax sigmoid"),
-    ],
-)
-def test_refusals(options, message):
-    with pytest.raises(ValueError, match=message):
-        make(**options)
-
-
-@pytest.mark.parametrize(
-    "options, moe, expected",
-    [
-        (
-            {"peer_num_experts": 16},
-            {},
-            {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (2,)},
-        ),
-        (
-            {"peer_layers": (0, 4)},
-            {"num_experts": 16},
-            {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (0, 4)},
-        ),
-        (
-            {"peer_product_key_dim": (3, 5), "peer_expert_hidden_size": 4},
-            {"num_experts": 0},
-            {"num_experts": 15, "moe_ffn_hidden_size": 4, "moe_layers": (2,)},
-        ),
-        (
-            {"peer_num_experts": 16, "peer_product_key_dim": (2, 8)},
-            {"num_experts": 16},
-            {"num_experts": 16, "moe_ffn_hidden_size": 1, "moe_layers": (2,)},
-        ),
-    ],
-)
-def test_moe_overrides(options, moe, expected):
-    assert gate_class("peer").Config(**options).moe_overrides(moe, 5) == expected
-
-
-def test_mixture_of_a_command_line():
-    """The number of experts, their width and the block come from PEER's own flags."""
-    run = parse(
-        [
-            "--gate",
-            "peer",
-            "--peer-product-key-dim",
-            "3",
-            "4",
-            "--peer-expert-hidden-size",
-            "2",
-            "--num-layers",
-            "3",
-        ],
-        gate_config_class,
-        available_gates,
-    )
-    assert run.gate_options["peer_product_key_dim"] == (3, 4)
-    assert (run.moe.num_experts, run.moe.moe_ffn_hidden_size, run.moe.moe_layers) == (
-        12,
-        2,
-        (1,),
-    )
-    assert [run.moe.is_moe_layer(i) for i in range(3)] == [False, True, False]
-
-
-def test_the_mixtures_own_flags_count_where_peers_are_silent():
-    argv = ["--gate", "peer", "--num-experts", "16", "--num-layers", "4"]
-    run = parse(
-        [*argv, "--moe-ffn-hidden-size", "3", "--expert-interval", "2"],
-        gate_config_class,
-        available_gates,
-    )
-    assert run.moe.moe_ffn_hidden_size == 3 and [run.moe.is_moe_layer(i) for i in range(4)] == [
-        0,
-        1,
-        0,
-        1,
-    ]
-    assert parse(
-        [*argv, "--moe-layers", "0", "3"], gate_config_class, available_gates
-    ).moe.moe_layers == (0, 3)
-    for flag, own in (
-        ("--moe-ffn-hidden-size", "--peer-expert-hidden-size"),
-        ("--moe-layers", "--peer-layers"),
-    ):
-        with pytest.raises(
-            ValueError,
-            match=rf"{flag} is .*3.*; allowed: .*2.*, as --gate peer and its flags say",
-        ):
-            parse([*argv, flag, "3", own, "2"], gate_config_class, available_gates)
-
-
-def test_flags_overrule_what_a_stored_run_derived(tmp_path, caplog):
-    """run.json holds the derived fields too; flags of PEER, layers and another gate start from what was told."""
-    stored = str(tmp_path / "run.json")
-
-    def again(*flags):
-        return parse(["--config", stored, *flags], gate_config_class, available_gates).moe
-
-    argv = ["--gate", "peer", "--peer-product-key-dim", "8", "8", "--num-layers", "4"]
-    write_run_json(parse(argv, gate_config_class, available_gates), stored)
-    assert (again().num_experts, again().moe_layers, again().moe_ffn_hidden_size) == (
-        64,
-        (2,),
-        1,
-    )
-    assert again("--peer-layers", "1").moe_layers == (1,) and again(
-        "--num-layers", "6"
-    ).moe_layers == (3,)
-    assert again("--peer-expert-hidden-size", "2").moe_ffn_hidden_size == 2
-    assert again("--peer-product-key-dim", "4", "4").num_experts == 16
-    changed = again("--gate", "topk", "--num-experts", "4")
-    assert (changed.num_experts, changed.moe_layers, changed.moe_ffn_hidden_size) == (4, (), 0)
-    assert (
-        "with the --num-experts --moe-ffn-hidden-size --moe-layers that came from them"
-        in caplog.text
-    )
-    Path(stored).write_text(
-        Path(stored).read_text().replace('"gate": "peer"', '"gate": "gone"')
-    )
-    assert again("--gate", "topk", "--num-experts", "4").num_experts == 4, (
-        "a gate that is gone may be replaced"
-    )
-    told = [
-        "--gate",
-        "peer",
-        "--num-experts",
-        "16",
-        "--moe-ffn-hidden-size",
-        "3",
-        "--moe-layers",
-        "0",
-        "3",
-        "--num-layers",
-        "4",
-    ]
-    write_run_json(parse(told, gate_config_class, available_gates), stored)
-    assert (
-        again() == parse(told, gate_config_class, available_gates).moe
-        and again("--seed", "1").moe_ffn_hidden_size == 3
-    )
-
-
-@pytest.mark.parametrize(
-    "options, moe, message",
-    [
-        ({}, {}, "--peer-num-experts is 0; allowed: a positive integer without --num-experts"),
-        ({"peer_num_experts": -4}, {}, "--peer-num-experts is -4; allowed: a positive integer"),
-        (
-            {"peer_num_experts": 16},
-            {"num_experts": 8},
-            "--peer-num-experts is 16; allowed: 0 or 8, the number of experts",
-        ),
-        (
-            {"peer_product_key_dim": (3, 5)},
-            {"num_experts": 8},
-            r"--peer-product-key-dim is \(3, 5\); allowed: product 8",
-        ),
-        (
-            {"peer_layers": (1, 5)},
-            {"num_experts": 8},
-            r"--peer-layers is \(1, 5\); allowed: numbers of blocks, 0 to 4",
-        ),
-        (
-            {"peer_layers": (-1,)},
-            {"num_experts": 8},
-            r"--peer-layers is \(-1,\); allowed: numbers of blocks, 0 to 4",
-        ),
-    ],
-)
-def test_mixtures_that_make_no_sense(options, moe, message):
-    with pytest.raises(ValueError, match=message):
-        gate_class("peer").Config(**options).moe_overrides(moe, 5)

@@ -1,4 +1,4 @@
-"""Query statistics of PEER where sums in fp32 would lose them: queries of 30 +- 0.01, over steps and ranks."""
+"""Query statistics of PEER where fp32 sums would lose them: queries of 30 +- 0.01."""
 
 import torch
 
@@ -11,7 +11,7 @@ from megatron.parallel.groups import Groups
 
 
 def make_layer_of_queries(groups):
-    """(gate, one optimizer step with given micro-batches) of a layer whose tokens are their own queries."""
+    """Return a gate and a function that runs one step of a layer whose tokens are queries."""
     gate = create_gate(
         "peer",
         hidden_size=12,
@@ -35,14 +35,14 @@ def make_layer_of_queries(groups):
 
 
 def draw(step, rank, micro_batch):
-    """Means that differ between ranks, micro-batches and steps by as much as tokens do."""
+    """Draw means that differ between ranks, micro-batches and steps as much as tokens do."""
     shift = 30 + 0.01 * (step + 2 * rank + micro_batch)
     g = torch.Generator().manual_seed(100 * step + 10 * rank + micro_batch)
     return torch.randn(200 + 10 * rank, 12, generator=g) * 0.01 + shift
 
 
 def pooled(steps, ranks):
-    """Mean and variance of all tokens of the steps, weighted by age, in float64."""
+    """Return mean and variance of all tokens of the steps, weighted by age, in fp64."""
     means, squares = [], []
     for step in range(steps):
         q = torch.cat([draw(step, rank, m) for rank in range(ranks) for m in range(2)]).double()
@@ -62,9 +62,11 @@ def assert_moments(gate, steps, ranks):
     assert gate.query_mean.dtype == gate.query_variance.dtype == torch.float32
 
 
-def test_the_variance_of_queries_far_from_zero():
-    """The mistake to catch: E[q^2] - E[q]^2 in fp32, where 900 hides a variance of 0.0001, in one step or in the
-    buffers of several."""
+def test_variance_far_from_zero():
+    """Catches E[q^2] - E[q]^2 in fp32, where 900 hides a variance of 0.0001.
+
+    The error may arise within one step or in the buffers over several steps.
+    """
     gate, step = make_layer_of_queries(Groups())
     for i in range(4):
         step(draw(i, 0, 0), draw(i, 0, 1))
@@ -82,6 +84,6 @@ def _two_steps():
     return dict(gate.named_buffers())
 
 
-def test_statistics_are_those_of_all_ranks(ranks2):
+def test_statistics_cover_all_ranks(ranks2):
     a, b = ranks2.run(_two_steps)
     assert all(torch.equal(a[name], b[name]) for name in a) and len(a) == 3

@@ -1,4 +1,4 @@
-"""What is specific to ReMoE: weights straight from the ReLU, and a penalty that steers sparsity from either side."""
+"""ReMoE: weights from the ReLU, and a penalty that steers the sparsity from either side."""
 
 import dataclasses
 
@@ -17,8 +17,8 @@ from megatron.moe.routing import GateInput, StepTotals
 from megatron.parallel.groups import Groups
 
 
-def dumb(gate, x, W, sequences):
-    """(token, expert) -> weight, the loss, and the smallest |logit|: one token at a time, in float64."""
+def reference(gate, x, W, sequences):
+    """Return {(token, expert): weight}, the loss, and the smallest |logit|, token by token."""
     k, E = gate.config.topk, len(W)
     weights, margin, R = {}, 1.0, {}
     for t in range(len(x)):
@@ -39,8 +39,8 @@ def dumb(gate, x, W, sequences):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 4), st.booleans())
-def test_against_the_formula(seed, experts, rank, by_sequence):
-    """Chosen experts, weights, loss, and the gradients of input and router."""
+def test_gate_matches_formula(seed, experts, rank, by_sequence):
+    """Selected experts, weights, loss, and the gradients of input and router."""
     gate = create_gate(
         "remoe",
         hidden_size=4,
@@ -54,7 +54,7 @@ def test_against_the_formula(seed, experts, rank, by_sequence):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 4, generator=g).requires_grad_()
     x64, W64 = (t.detach().double().requires_grad_() for t in (x, gate.router.weight))
-    weights, aux, margin = dumb(
+    weights, aux, margin = reference(
         gate, x64, W64, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)]
     )
     if margin < 1e-5:
@@ -78,8 +78,10 @@ def test_against_the_formula(seed, experts, rank, by_sequence):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)
 
 
-def test_no_top_k_and_no_renormalisation():
-    """More experts than topk where more logits are positive, none where none is, and weights that scale with x."""
+def test_no_topk_and_no_renormalisation():
+    """More experts than topk where more logits are positive, none where none is;
+    weights scale with x.
+    """
     gate = create_gate("remoe", hidden_size=4, num_experts=4, topk=1)
     with torch.no_grad():
         gate.router.weight.copy_(torch.eye(4))
@@ -91,15 +93,17 @@ def test_no_top_k_and_no_renormalisation():
 
 
 def step_of(gate, active, tokens, layers=1):
-    """One optimizer step in which `active` choices were made in all."""
+    """Run one optimizer step with `active` assignments in total."""
     load_LE = torch.zeros(layers, gate.num_experts)
     load_LE[0, 0] = active
     gate.post_optimizer_step(StepTotals(load_LE[0], torch.tensor(float(tokens)), {}, load_LE))
     return gate.reg_lambda.item()
 
 
-def test_lambda_takes_one_step_towards_the_target():
-    """Too dense: times 1.2; too sparse: divided by it; exactly k on average, or no tokens: unchanged."""
+def test_lambda_steps_towards_target():
+    """Too dense: times 1.2; too sparse: divided by it; exactly k on average or no
+    tokens: unchanged.
+    """
 
     def gate():
         return create_gate("remoe", hidden_size=4, num_experts=4, topk=2, lambda_init=0.5)
@@ -121,8 +125,8 @@ def test_lambda_takes_one_step_towards_the_target():
     assert step_of(constant, 40, 10) == 0.5
 
 
-def test_lambda_comes_back_from_either_end():
-    """After thousands of steps at one side it is neither 0 nor infinite."""
+def test_lambda_recovers_from_either_end():
+    """After thousands of steps in one direction it is neither 0 nor infinite."""
     gate = create_gate("remoe", hidden_size=4, num_experts=4, topk=2)
     for active, bound in ((0, 1e-30), (40, 1e30)):
         for _ in range(2000):
@@ -131,14 +135,14 @@ def test_lambda_comes_back_from_either_end():
     assert step_of(gate, 0, 10) < 1e30
 
 
-def test_k_equal_to_the_number_of_experts_wants_no_sparsity():
+def test_k_equal_experts_needs_no_sparsity():
     """Sparsity 0 is the target: lambda never grows, and stays where all experts are active."""
     gate = create_gate("remoe", hidden_size=4, num_experts=4, topk=4, lambda_init=0.5)
     assert step_of(gate, 40, 10) == 0.5 and step_of(gate, 39, 10) == pytest.approx(0.5 / 1.2)
 
 
 def two_layers(groups=None):
-    """A dense layer and a sparse one; together they have more than k experts per token, the second alone fewer."""
+    """Return a dense and a sparse layer, with more than k experts per token together."""
     layers = nn.ModuleList(
         make_layer("remoe", groups, options={"lambda_init": 0.5}) for _ in range(2)
     )
@@ -160,8 +164,8 @@ def lambdas(layers):
     return [layer.gate.reg_lambda.item() for layer in layers]
 
 
-def test_all_layers_take_the_same_step():
-    """Catches a lambda per layer: the layers lie on different sides of the target."""
+def test_all_layers_update_equally():
+    """Catches a lambda per layer: the layers are on different sides of the target."""
     layers, metrics = two_layers()
     run_step(layers, 6), run_step(layers, 5)  # two micro-batches
     assert lambdas(layers) == [0.5, 0.5], "nothing happens before the step is over"
@@ -191,12 +195,12 @@ def _ranks_step():
     return lambdas(layers)
 
 
-def test_ranks_take_the_same_step(ranks2):
+def test_all_ranks_update_equally(ranks2):
     """Catches a lambda that follows the rank's own sparsity."""
     assert ranks2.run(_ranks_step) == [pytest.approx([0.6, 0.6])] * 2
 
 
-def test_lambda_is_saved_with_the_layer_as_fp32_and_is_no_parameter():
+def test_lambda_is_a_saved_fp32_buffer():
     a, b = make_layer("remoe"), make_layer("remoe")
     step_of(a.gate, 100, 1)
     b.load_state_dict(a.state_dict())
@@ -209,8 +213,10 @@ def test_lambda_is_saved_with_the_layer_as_fp32_and_is_no_parameter():
     ] == ["router.weight"]
 
 
-def test_everything_dense_works():
-    """Early in training every R is positive: k = E rows per token, within and without capacity, forward and back."""
+def test_fully_dense_routing_works():
+    """Early in training every R is positive: k = E rows per token, with and without
+    capacity.
+    """
     for factor in (0.0, 1.0):
         layer = make_layer(
             "remoe", options={"topk": 1}, moe_train_capacity_factor=factor, moe_min_capacity=1
@@ -232,7 +238,7 @@ def test_everything_dense_works():
         assert len(got["experts_per_token_histogram"]) == E + 1 and got["sparsity"] == 0
 
 
-def test_all_silent_works():
+def test_fully_sparse_routing_works():
     layer = make_layer("remoe")
     with torch.no_grad():
         layer.gate.router.weight.abs_().neg_()
@@ -245,8 +251,8 @@ def test_all_silent_works():
 
 @pytest.mark.parametrize("start, lambda_init", [(1.0, 1e-3), (-2.0, 10.0)])
 @pytest.mark.parametrize("k", [1, 3])
-def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda_init, k):
-    """A router pulled towards positive logits, trained with the penalty: sparsity settles at 1 - k/E."""
+def test_lambda_drives_sparsity_to_target(start, lambda_init, k):
+    """A router trained for positive logits with the penalty: sparsity settles at 1 - k/E."""
     gate = create_gate(
         "remoe",
         hidden_size=9,
@@ -266,7 +272,7 @@ def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda
         out = gate(GateInput(x))
         pull = (
             (x @ gate.router.weight.t() - 1).square().mean()
-        )  # a task that likes all logits at 1
+        )  # a task whose optimum has all logits at 1
         optimizer.zero_grad()
         (pull + out.aux_loss).backward()
         optimizer.step()
@@ -278,7 +284,7 @@ def test_lambda_drives_the_sparsity_to_the_target_from_either_side(start, lambda
     assert sum(sparsity[-200:]) / 200 == pytest.approx(1 - k / 8, abs=0.05)
 
 
-def test_balance_of_the_global_batch_is_handed_on():
+def test_global_batch_balance_is_returned():
     def gate(**options):
         return create_gate(
             "remoe", hidden_size=4, num_experts=4, lambda_init=0.3, init_std=0.5, **options
@@ -292,7 +298,7 @@ def test_balance_of_the_global_batch_is_handed_on():
 
 
 def test_active_experts_and_options():
-    """From the target to the dense start; no coefficient that would mean nothing."""
+    """From the target to the dense start; there is no coefficient without an effect."""
     gate = create_gate("remoe", hidden_size=4, num_experts=8, topk=3)
     assert gate.experts_per_token(gate.config, 8) == (3, 8)
     names = {f.name for f in dataclasses.fields(gate.config)}
@@ -312,6 +318,6 @@ def test_active_experts_and_options():
         ),
     ],
 )
-def test_refusals(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("remoe", hidden_size=4, num_experts=4, **options)

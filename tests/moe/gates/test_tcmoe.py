@@ -1,4 +1,4 @@
-"""What is specific to TC-MoE: signs, nulls without work, the normalisation over all nulls, and the reward."""
+"""TC-MoE: signs, nulls without work, normalisation over all nulls, and the reward."""
 
 import pytest
 import torch
@@ -14,9 +14,12 @@ from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 
 
-def dumb(gate, x, W, sequences):
-    """(token, slot index) -> signed weight of what is not null, the loss, and how near to a tie the choice is; one
-    token at a time, in float64."""
+def reference(gate, x, W, sequences):
+    """Return {(token, slot index): signed weight} of non-null choices, the loss, and
+    the closest tie.
+
+    Computed in fp64, one token at a time.
+    """
     c, E, T = gate.config, gate.num_experts, len(x)
     C = len(W)
     weights, margin, squares, shares, reward, chosen = {}, 1.0, [], [], 0, []
@@ -53,22 +56,8 @@ def dumb(gate, x, W, sequences):
     )
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 4),
-    st.integers(0, 3),
-    st.integers(0, 4),
-    st.booleans(),
-)
-def test_against_the_formula(seed, experts, rank, nulls, by_sequence):
-    """Choices, signed weights, loss, and the gradients of input and router.
-
-    Catches the dropped sign, a null's weight given to an expert, D without the nulls that were not chosen, biases that
-    are left out, and a balance loss over slots instead of experts. The null rows get +10 back for half of the seeds,
-    so that nulls compete.
-    """
-    k = 1 + rank % experts
+def random_gate(seed, experts, k, nulls, by_sequence):
+    """Return a gate of random weights in which all kinds of choices compete."""
     gate = create_gate(
         "tcmoe",
         hidden_size=4,
@@ -82,55 +71,70 @@ def test_against_the_formula(seed, experts, rank, nulls, by_sequence):
         z_loss_coeff=0.1,
         balance_scope="sequence" if by_sequence else "micro-batch",
     )
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(5, 4, generator=g)
-    x[:, 0] = 1
     with torch.no_grad():
         gate.router.weight[2 * experts :, 0] += 10 * (seed % 2)
         gate.router.weight[experts : 2 * experts, 0] += 1
+    return gate
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(0, 4),
+    st.booleans(),
+)
+def test_gate_matches_formula(seed, experts, rank, nulls, by_sequence):
+    """Choices, signed weights, loss, and the gradients of input and router.
+
+    Catches a dropped sign, a null's weight given to an expert, D without the nulls that
+    were not selected, missing offsets, and a balance loss over slots instead of
+    experts. For half of the seeds the null rows get +10 back, so that nulls compete.
+    """
+    k = 1 + rank % experts
+    gate = random_gate(seed, experts, k, nulls, by_sequence)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 4, generator=g)
+    x[:, 0] = 1
     x.requires_grad_()
     x64, W64 = (t.detach().double().requires_grad_() for t in (x, gate.router.weight))
-    weights, aux, margin = dumb(
-        gate, x64, W64, [[0, 1, 2], [3, 4]] if by_sequence else [range(5)]
-    )
+    sequences = [[0, 1, 2], [3, 4]] if by_sequence else [range(5)]
+    weights, aux, margin = reference(gate, x64, W64, sequences)
     if margin < 1e-5:
         return
     out = gate(GateInput(x, sequence_T=torch.tensor([0, 0, 0, 1, 1]), num_sequences=2))
-    slots = [
-        e if w > 0 else e + experts
-        for e, w in zip(out.expert_A.tolist(), out.weight_A.tolist())
-    ]
-    pairs = list(zip(out.token_A.tolist(), slots))
+    slots = []
+    for e, w in zip(out.expert_A.tolist(), out.weight_A.tolist(), strict=True):
+        slots.append(e if w > 0 else e + experts)
+    pairs = list(zip(out.token_A.tolist(), slots, strict=True))
     assert sorted(pairs) == sorted(weights)
     assert out.aux_loss.item() == pytest.approx(aux.item(), rel=1e-4, abs=1e-6)
-    ours, theirs = out.aux_loss, aux
+    ours = out.aux_loss
+    theirs = aux
     if pairs:
         expected_A = torch.stack([weights[pair] for pair in pairs])
         torch.testing.assert_close(out.weight_A.double(), expected_A, rtol=1e-4, atol=1e-6)
         pull_A = torch.randn(len(pairs), generator=g)
-        ours, theirs = (
-            ours + (out.weight_A * pull_A).sum(),
-            theirs + (expected_A * pull_A).sum(),
-        )
-    got, want = (
-        torch.autograd.grad(ours, (x, gate.router.weight)),
-        torch.autograd.grad(theirs, (x64, W64)),
-    )
-    for a, b in zip(got, want):
+        ours = ours + (out.weight_A * pull_A).sum()
+        theirs = theirs + (expected_A * pull_A).sum()
+    actual = torch.autograd.grad(ours, (x, gate.router.weight))
+    expected = torch.autograd.grad(theirs, (x64, W64))
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)
-    assert out.metric_means["null_fraction"].item() == pytest.approx(1 - len(pairs) / (5 * k))
-    assert out.metric_means["negative_fraction"].item() == pytest.approx(
-        sum(s >= experts for s in slots) / (5 * k)
-    )
+    means = out.metric_means
+    assert means["null_fraction"].item() == pytest.approx(1 - len(pairs) / (5 * k))
+    num_negative = sum(s >= experts for s in slots)
+    assert means["negative_fraction"].item() == pytest.approx(num_negative / (5 * k))
 
 
-def steered(wanted, **options):
-    """A layer of E experts whose tokens (first feature 1) have these logits after the biases; index 2E and on: null."""
+def steered(logit_of, **options):
+    """Return a layer whose tokens (first feature 1) have these logits; 2E and on are nulls."""
     layer = make_layer("tcmoe", options={"topk": 2, **options})
     with torch.no_grad():
         weight = layer.gate.router.weight.zero_()
         weight[:, 0] = -60
-        for index, logit in wanted.items():
+        for index, logit in logit_of.items():
             weight[index, 0] = logit + (0 if index < E else 1 if index < 2 * E else 10)
     return layer
 
@@ -141,8 +145,8 @@ def one(tokens=4):
     return x
 
 
-def test_a_negative_choice_subtracts():
-    """Catches the dropped sign of the released code: -e gives the negative of what +e gives."""
+def test_negative_choice_subtracts():
+    """Catches the released code's dropped sign: -e gives the negative of the output of +e."""
     x = one()
     plus, minus = steered({2: 5.0, 0: 4.0})(x).y[0], steered({E + 2: 5.0, 0: 4.0})(x).y[0]
     layer = steered({2: 5.0})
@@ -155,7 +159,7 @@ def test_a_negative_choice_subtracts():
     )
 
 
-def test_an_expert_and_its_negative_are_two_rows_that_add_up():
+def test_expert_and_its_negative_add_up():
     x = one()
     layer = steered({2: 5.0, E + 2: 4.0})
     out = layer.gate(GateInput(x[0]))
@@ -175,8 +179,10 @@ def rows_of(layer, x):
     return sum(rows), y
 
 
-def test_a_null_choice_is_no_row():
-    """Catches an expert that runs with weight 0: one null of two choices halves the rows, two leave none."""
+def test_null_choice_makes_no_row():
+    """Catches an expert that runs with weight 0: one null of two halves the rows, two
+    leave none.
+    """
     x = one(6)
     rows, y = rows_of(steered({2: 5.0, 2 * E: 4.0}), x)
     p = torch.tensor([5.0, 4.0]).softmax(0)
@@ -190,8 +196,10 @@ def test_a_null_choice_is_no_row():
     assert got["experts_per_token_histogram"] == [1, 0, 0]
 
 
-def test_the_weight_counts_nulls_that_were_not_chosen():
-    """D holds all null probabilities: with a third null unchosen the weights still sum to less than 1."""
+def test_unselected_nulls_reduce_weights():
+    """D holds all null probabilities: with a third null unselected the weights sum to
+    less than 1.
+    """
     out = steered({2: 5.0, 3: 4.5, 2 * E: 4.0, 2 * E + 1: 4.0}).gate(GateInput(one(1)[0]))
     p = torch.tensor([5.0, 4.5, 4.0, 4.0]).softmax(0)
     torch.testing.assert_close(out.weight_A, p[:2])
@@ -199,7 +207,8 @@ def test_the_weight_counts_nulls_that_were_not_chosen():
     torch.testing.assert_close(unheard.weight_A, torch.tensor([5.0, 4.5]).softmax(0))
 
 
-def test_a_token_without_any_row_passes_no_gradient_to_experts_and_one_to_the_router():
+def test_token_without_rows_trains_router():
+    """It passes no gradient to experts."""
     layer = steered({2 * E: 1.0, 2 * E + 1: 1.0, 2: 0.0})
     out = layer(one())
     (out.y.sum() + out.aux_loss).backward()
@@ -210,7 +219,7 @@ def test_a_token_without_any_row_passes_no_gradient_to_experts_and_one_to_the_ro
     )
 
 
-def test_the_reward_makes_nulls_more_likely():
+def test_reward_makes_nulls_more_likely():
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 1
     shares = []
@@ -235,13 +244,13 @@ def test_the_reward_makes_nulls_more_likely():
     assert shares[0] < 0.5 < shares[1]
 
 
-def test_at_the_start_almost_everything_is_positive():
+def test_initial_choices_are_positive():
     gate = create_gate("tcmoe", hidden_size=32, num_experts=8)
     stats = gate(GateInput(torch.randn(200, 32))).metric_means
     assert stats["null_fraction"] == 0 and stats["negative_fraction"] < 0.05
 
 
-def test_as_many_nulls_as_choices_unless_told_otherwise():
+def test_default_number_of_nulls_is_topk():
     def gate(**options):
         return create_gate("tcmoe", hidden_size=4, num_experts=4, **options)
 
@@ -272,7 +281,7 @@ def test_extreme_logits_of_nulls_and_experts(null):
     assert torch.isfinite(out.aux_loss) and torch.isfinite(gate.router.weight.grad).all()
 
 
-def test_balance_of_the_global_batch_is_handed_on():
+def test_global_batch_balance_is_returned():
     def gate(**options):
         return create_gate(
             "tcmoe", hidden_size=4, num_experts=4, loss_coeff=0.3, reward_coeff=0.2, **options
@@ -286,7 +295,8 @@ def test_balance_of_the_global_batch_is_handed_on():
     assert out.aux_loss < 0, "the reward is known on this rank"
 
 
-def test_evaluation_is_deterministic_and_state_survives():
+def test_evaluation_is_deterministic():
+    """A saved state gives the same routing."""
     layer, other = make_layer("tcmoe", seed=1).eval(), make_layer("tcmoe", seed=2).eval()
     x, ids = make_input(7)
     assert torch.equal(layer(x, FFNContext(ids)).y, layer(x, FFNContext(ids)).y)
@@ -304,6 +314,6 @@ def test_evaluation_is_deterministic_and_state_survives():
         ({"z_loss_coeff": -1.0}, "--moe-z-loss-coeff is -1.0"),
     ],
 )
-def test_refusals(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("tcmoe", hidden_size=4, num_experts=4, **options)

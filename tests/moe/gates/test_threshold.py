@@ -1,4 +1,4 @@
-"""What is specific to the threshold gate: the smallest prefix that reaches the mass, and its properties."""
+"""Threshold gate: the smallest prefix that reaches the threshold, and its properties."""
 
 import math
 
@@ -17,11 +17,13 @@ from megatron.parallel.groups import Groups
 EPS = 1e-5
 
 
-def dumb(gate, x):
-    """(token, expert, rank, p) kept, and the balance loss, one token at a time in float64."""
+def reference(gate, x):
+    """Return the assigned (token, expert, rank, p) and the balance loss, token by token
+    in fp64.
+    """
     c, W = gate.config, gate.router.weight.detach().double()
     E, T = len(W), len(x)
-    kept, first, probs, margin = [], [0] * E, [0.0] * E, 1.0
+    assigned, first, probs, margin = [], [0] * E, [0.0] * E, 1.0
     for t, row in enumerate(x.double()):
         z = [float(W[e] @ row) for e in range(E)]
         total = sum(math.exp(v) for v in z)
@@ -33,12 +35,12 @@ def dumb(gate, x):
             if (rank == 0 or before < c.threshold or c.threshold == 1) and (
                 not c.topk or rank < c.topk
             ):
-                kept.append((t, e, rank, p[e]))
+                assigned.append((t, e, rank, p[e]))
             before += p[e]
         first[order[0]] += 1
         for e in range(E):
             probs[e] += p[e] / T
-    return kept, c.loss_coeff * E * sum(first[e] / T * probs[e] for e in range(E)), margin
+    return assigned, c.loss_coeff * E * sum(first[e] / T * probs[e] for e in range(E)), margin
 
 
 def run(threshold, seed=0, experts=6, tokens=9, std=1.0, **options):
@@ -62,22 +64,22 @@ def run(threshold, seed=0, experts=6, tokens=9, std=1.0, **options):
     st.integers(0, 3),
     st.sampled_from([0.05, 0.5, 2.0]),
 )
-def test_against_the_formula(seed, threshold, cap, std):
+def test_gate_matches_formula(seed, threshold, cap, std):
     gate, x, out = run(threshold, seed, topk=cap, std=std, loss_coeff=0.2)
-    kept, aux, margin = dumb(gate, x)
+    assigned, aux, margin = reference(gate, x)
     if margin < EPS and threshold not in (0.0, 1.0):
-        return  # the running sum touches the threshold: float32 and float64 may differ
+        return  # the running sum is at the threshold: fp32 and fp64 may differ
     assert sorted(zip(out.token_A.tolist(), out.expert_A.tolist())) == sorted(
-        (t, e) for t, e, _, _ in kept
+        (t, e) for t, e, _, _ in assigned
     )
-    expected = {(t, e): p for t, e, _, p in kept}
+    expected = {(t, e): p for t, e, _, p in assigned}
     for t, e, w in zip(out.token_A.tolist(), out.expert_A.tolist(), out.weight_A.tolist()):
         assert w == pytest.approx(expected[t, e], rel=1e-4)
     assert out.aux_loss.item() == pytest.approx(aux, rel=1e-4)
 
 
-def dumb_loss(gate, x, W, kept):
-    """The weights of the kept (token, expert) and the aux loss, in float64 scalars that autograd follows."""
+def reference_loss(gate, x, W, assigned):
+    """Return the weights of assigned pairs and the loss, in fp64 scalars with autograd."""
     c, E, T = gate.config, len(W), len(x)
     p, lse = [], 0.0
     for row in x:
@@ -85,9 +87,10 @@ def dumb_loss(gate, x, W, kept):
         p.append([v / sum(exp) for v in exp])
         lse = lse + torch.log(sum(exp)) ** 2 / T
     norm = [
-        sum(p[u][e] for u, e in kept if u == t) if c.norm_topk_prob else 1.0 for t in range(T)
+        sum(p[u][e] for u, e in assigned if u == t) if c.norm_topk_prob else 1.0
+        for t in range(T)
     ]
-    weights = {(t, e): c.routed_scaling_factor * p[t][e] / norm[t] for t, e in kept}
+    weights = {(t, e): c.routed_scaling_factor * p[t][e] / norm[t] for t, e in assigned}
     first = [max(range(E), key=lambda e: float(row[e].detach())) for row in p]
     balance = E * sum(first.count(e) / T * sum(row[e] for row in p) / T for e in range(E))
     return weights, c.loss_coeff * balance + c.z_loss_coeff * lse
@@ -100,8 +103,8 @@ def dumb_loss(gate, x, W, kept):
     st.integers(0, 3),
     st.booleans(),
 )
-def test_gradients_against_the_formula(seed, threshold, cap, norm):
-    """Of x and of the router, through weights and aux loss; which experts are kept has no gradient."""
+def test_gradients_match_formula(seed, threshold, cap, norm):
+    """Of x and the router, through weights and loss; the selection itself has no gradient."""
     if norm and (threshold == 0 or cap == 1):
         return  # refused, see below
     gate, x, _ = run(
@@ -116,7 +119,7 @@ def test_gradients_against_the_formula(seed, threshold, cap, norm):
         routed_scaling_factor=1.5,
         z_loss_coeff=0.1,
     )
-    kept, _, margin = dumb(gate, x)
+    assigned, _, margin = reference(gate, x)
     if margin < EPS and threshold not in (0.0, 1.0):
         return
     x.requires_grad_()
@@ -125,7 +128,7 @@ def test_gradients_against_the_formula(seed, threshold, cap, norm):
         x.detach().double().requires_grad_(),
         gate.router.weight.detach().double().requires_grad_(),
     )
-    weights, aux = dumb_loss(gate, x64, W64, [(t, e) for t, e, _, _ in kept])
+    weights, aux = reference_loss(gate, x64, W64, [(t, e) for t, e, _, _ in assigned])
     assert out.aux_loss.item() == pytest.approx(float(aux.detach()), rel=1e-4)
     pairs = list(zip(out.token_A.tolist(), out.expert_A.tolist()))
     assert out.weight_A.tolist() == pytest.approx(
@@ -151,9 +154,12 @@ def test_gradients_against_the_formula(seed, threshold, cap, norm):
     st.sampled_from([0.05, 0.5, 2.0]),
     st.integers(0, 3),
 )
-def test_the_rows_that_experts_compute_follow_demand(seed, tokens, std, cap):
-    """Compute is what tokens ask for, at every threshold. The mistake to catch: released code runs a full capacity of
-    rows for every expert, whatever the tokens want, and starts all experts identical."""
+def test_expert_rows_follow_demand(seed, tokens, std, cap):
+    """Compute equals the assignments at every threshold.
+
+    Catches the released code's full capacity of rows for every expert, and its
+    identical initial experts.
+    """
     rows, x = [], torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(seed))
     for threshold in (0.0, 0.5, 0.9, 1.0):
         gate = create_gate(
@@ -178,22 +184,23 @@ def test_the_rows_that_experts_compute_follow_demand(seed, tokens, std, cap):
             lambda module, args, out, seen=seen: seen.append(args[2].counts())
         )
         layer(x)
-        wanted = torch.bincount(gate(GateInput(x[0])).expert_A, minlength=6).tolist()
-        assert seen == [wanted]
-        rows.append(sum(wanted))
+        assigned = torch.bincount(gate(GateInput(x[0])).expert_A, minlength=6).tolist()
+        assert seen == [assigned]
+        rows.append(sum(assigned))
         assert not torch.equal(layer.experts.w1[0], layer.experts.w1[1])
     assert rows == sorted(rows) and rows[0] == tokens and rows[-1] == tokens * (cap or 6)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.7, 0.95])
-def test_chosen_mass_reaches_the_threshold_and_would_not_without_the_last(threshold):
+def test_selection_is_the_smallest_prefix(threshold):
+    """It reaches the threshold, and would not without its last expert."""
     _, _, out = run(threshold, tokens=200)
     for t in range(200):
         w = out.weight_A[out.token_A == t]
         assert w.sum() >= threshold - EPS and w.sum() - w.min() < threshold + EPS
 
 
-def test_threshold_zero_is_top1_and_one_is_dense():
+def test_extreme_thresholds_are_top1_and_dense():
     gate, x, out = run(0.0)
     top1 = create_gate("topk", hidden_size=8, num_experts=6, init_std=1.0, topk=1)(GateInput(x))
     assert out.expert_A.tolist() == top1.expert_A.tolist() and torch.equal(
@@ -207,12 +214,12 @@ def test_threshold_zero_is_top1_and_one_is_dense():
     torch.testing.assert_close(dense, (x @ gate.router.weight.t()).softmax(-1))
 
 
-def test_a_higher_threshold_never_takes_fewer():
+def test_higher_threshold_selects_no_fewer():
     counts = [len(run(t, tokens=50)[2].token_A) for t in (0.0, 0.3, 0.6, 0.9, 1.0)]
     assert counts == sorted(counts) and counts[0] == 50 and counts[-1] == 300
 
 
-def test_weights_are_not_renormalised_unless_asked():
+def test_renormalisation_is_an_option():
     _, _, out = run(0.5)
     sums = torch.zeros(9).index_add(0, out.token_A, out.weight_A)
     assert (sums < 0.999).any()
@@ -222,29 +229,31 @@ def test_weights_are_not_renormalised_unless_asked():
     )
 
 
-def test_capacity_keeps_better_ranks_first_then_higher_probability():
-    """A token's weak first choice beats another token's strong second choice."""
+def test_capacity_prefers_rank_then_probability():
+    """A token's weak first choice precedes another token's strong second choice."""
     gate, x, out = run(0.95, seed=4, tokens=30)
-    kept, _, _ = dumb(gate, x)
+    assigned, _, _ = reference(gate, x)
     plan = build_dispatch_plan(out, 30, 6, 0, capacity=4)
-    kept_A = plan.routed.source_index_S[: plan.dispatched_C.sum()]
-    survivors = set(zip(out.token_A[kept_A].tolist(), out.expert_A[kept_A].tolist()))
+    dispatched_A = plan.routed.source_index_S[: plan.dispatched_C.sum()]
+    survivors = set(
+        zip(out.token_A[dispatched_A].tolist(), out.expert_A[dispatched_A].tolist())
+    )
     for expert in range(6):
-        mine = sorted((r, -p, t) for t, e, r, p in kept if e == expert)
+        mine = sorted((r, -p, t) for t, e, r, p in assigned if e == expert)
         assert {t for t, e in survivors if e == expert} == {t for _, _, t in mine[:4]}
 
 
-def test_the_balance_scopes_are_handed_on():
-    gate, x, whole = run(0.5, tokens=12, loss_coeff=1.0, z_loss_coeff=0.1)
+def test_balance_scope_reaches_loss():
+    gate, x, full = run(0.5, tokens=12, loss_coeff=1.0, z_loss_coeff=0.1)
     later = run(0.5, tokens=12, loss_coeff=1.0, z_loss_coeff=0.1, balance_scope="global-batch")[
         2
     ]
     (term,) = later.balance
     assert (later.aux_loss + term.loss()).item() == pytest.approx(
-        whole.aux_loss.item(), rel=1e-5
+        full.aux_loss.item(), rel=1e-5
     )
     assert (
-        term.count_NG.sum() == 12 and 0 < later.aux_loss < whole.aux_loss
+        term.count_NG.sum() == 12 and 0 < later.aux_loss < full.aux_loss
     )  # first choices only
     sequence = torch.arange(3).repeat_interleave(4)
     by_sequence = run(0.5, loss_coeff=1.0, balance_scope="sequence")[0](
@@ -281,13 +290,13 @@ def test_the_balance_scopes_are_handed_on():
         ),
     ],
 )
-def test_refusals(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("threshold", hidden_size=8, num_experts=6, **options)
 
 
 @pytest.mark.parametrize("options", [{"topk": 1}, {"threshold": 0.0}])
-def test_normalising_the_weight_of_the_only_expert_is_no_mistake(options):
+def test_single_expert_may_be_renormalised(options):
     gate = create_gate(
         "threshold", hidden_size=8, num_experts=1, norm_topk_prob=True, **options
     )

@@ -1,4 +1,4 @@
-"""What is specific to the top-k gate: the formula, the routers of published models, and its refusals."""
+"""Top-k gate: the formula, the routers of published models, and refused options."""
 
 import importlib
 import math
@@ -20,8 +20,8 @@ def draw(tokens, seed=0, hidden=6):
     return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed))
 
 
-def dumb(c, x, W):
-    """`dumb_top_k` of x W^T, one product at a time."""
+def reference(c, x, W):
+    """Return `dumb_top_k` of x W^T, one product at a time."""
     return dumb_top_k(
         c, [[sum(w[d] * row[d] for d in range(len(row))) for w in W] for row in x]
     )
@@ -34,8 +34,8 @@ def dumb(c, x, W):
     st.sampled_from(["softmax", "sigmoid"]),
     st.booleans(),
 )
-def test_against_the_formula(seed, k, score, norm):
-    """Choices, weights, aux loss, and the gradients of x and of the router through both."""
+def test_gate_matches_formula(seed, k, score, norm):
+    """Experts, weights, loss, and the gradients of x and the router through both."""
     if k == 1 and norm:
         return
     gate = create_gate(
@@ -57,9 +57,9 @@ def test_against_the_formula(seed, k, score, norm):
         x.detach().double().requires_grad_(),
         gate.router.weight.detach().double().requires_grad_(),
     )
-    weights, aux, margin = dumb(gate.config, x64, W64)
+    weights, aux, margin = reference(gate.config, x64, W64)
     if margin < 1e-6:
-        return  # a tie in float32
+        return  # a tie in fp32
     assert out.aux_loss.item() == pytest.approx(float(aux.detach()), rel=1e-4)
     seen, ours, theirs = [{} for _ in x], 2 * out.aux_loss, 2 * aux
     for t, e, w in zip(out.token_A.tolist(), out.expert_A.tolist(), out.weight_A):
@@ -83,7 +83,7 @@ def test_against_the_formula(seed, k, score, norm):
 
 
 def of_transformers(model, k, norm):
-    """(router for 8 experts and hidden size 6, balance loss of logits) as transformers has them."""
+    """Return transformers' (router for 8 experts and hidden size 6, balance loss of logits)."""
     transformers = pytest.importorskip(
         "transformers", reason="the reference implementation is not installed"
     )
@@ -109,11 +109,13 @@ def of_transformers(model, k, norm):
         ("olmoe", 3, True),
     ],
 )
-def test_same_as_the_routers_of_transformers(model, k, norm):
-    """Mixtral, Qwen2-MoE and OLMoE on the same weights: experts, weights, balance loss, and all their gradients.
+def test_routing_matches_transformers(model, k, norm):
+    """Mixtral, Qwen2-MoE and OLMoE with the same weights: experts, weights, loss,
+    gradients.
 
-    Their balance loss divides counts by the tokens, ours by the choices, k per token: theirs is k times ours. (And with
-    several layers theirs pools the layers' counts before it multiplies, ours averages the layers' losses.)
+    Their balance loss divides counts by the tokens, ours by the assignments, k per
+    token: theirs is k times ours. With several layers theirs pools the layers' counts
+    before it multiplies; ours averages the layers' losses.
     """
     gate = create_gate(
         "topk",
@@ -140,9 +142,12 @@ def test_same_as_the_routers_of_transformers(model, k, norm):
     torch.testing.assert_close(a, b)
 
 
-def test_top1_softmax_keeps_the_probability_and_its_gradient():
-    """The mistake to catch: dividing the one chosen probability by itself, which leaves the router without gradient.
-    Asking for it is refused, see below."""
+def test_top1_softmax_keeps_its_gradient():
+    """Catches dividing the one selected probability by itself: the router would not
+    learn.
+
+    Requesting it is refused, see below.
+    """
     gate = create_gate("topk", hidden_size=6, num_experts=4, topk=1, init_std=1.0)
     out = gate(GateInput(draw(5)))
     assert (out.weight_A < 1).all()
@@ -151,7 +156,9 @@ def test_top1_softmax_keeps_the_probability_and_its_gradient():
 
 
 def test_jitter_acts_in_training_only():
-    """The mistake to catch: noise in evaluation, as the published XMoE top-k has. Jitter multiplies by 1 +- eps."""
+    """Catches noise in evaluation, as in the published XMoE top-k. Jitter multiplies by
+    1 +- eps.
+    """
     gate = create_gate("topk", hidden_size=6, num_experts=4, jitter=0.5, init_std=1.0)
     x = draw(5)
     gate.eval()
@@ -163,7 +170,7 @@ def test_jitter_acts_in_training_only():
     assert torch.equal(gate(GateInput(0 * x)).weight_A, plain(GateInput(0 * x)).weight_A)
 
 
-def test_the_balance_scopes_are_handed_on():
+def test_balance_scope_reaches_loss():
     def run(inp, **options):
         return create_gate(
             "topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0, **options
@@ -177,19 +184,19 @@ def test_the_balance_scopes_are_handed_on():
         by_sequence.aux_loss.item() == pytest.approx(sum(parts) / 3, rel=1e-5)
         and not by_sequence.balance
     )
-    whole, later = (
+    full, later = (
         run(inp, z_loss_coeff=0.1),
         run(inp, z_loss_coeff=0.1, balance_scope="global-batch"),
     )
     (term,) = later.balance
     assert (later.aux_loss + term.loss()).item() == pytest.approx(
-        whole.aux_loss.item(), rel=1e-5
+        full.aux_loss.item(), rel=1e-5
     )
-    assert term.count_NG.sum() == 24 and 0 < later.aux_loss < whole.aux_loss
+    assert term.count_NG.sum() == 24 and 0 < later.aux_loss < full.aux_loss
 
 
-def test_the_loss_counts_what_tokens_wanted_not_what_capacity_left():
-    """The mistake to catch: f_e after dropping, which looks balanced exactly when it is not."""
+def test_loss_counts_assignments_before_capacity():
+    """Catches f_e after dropping, which looks balanced exactly when it is not."""
     losses = []
     for factor in (0.0, 0.1):
         gate = create_gate("topk", hidden_size=6, num_experts=4, init_std=1.0, loss_coeff=1.0)
@@ -205,8 +212,8 @@ def test_the_loss_counts_what_tokens_wanted_not_what_capacity_left():
     assert losses[0] == losses[1] > 1.05
 
 
-def test_same_choice_as_deepspeed_top2():
-    """Against a gate users trust, on the same logits: experts and (renormalised) weights."""
+def test_routing_matches_deepspeed_top2():
+    """An established gate with the same logits: experts and (renormalised) weights."""
     from deepspeed.moe.sharded_moe import topkgating
 
     gate = create_gate(
@@ -235,6 +242,6 @@ def test_same_choice_as_deepspeed_top2():
         ({"jitter": -0.1}, "--jitter is -0.1"),
     ],
 )
-def test_refusals(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create_gate("topk", hidden_size=6, num_experts=4, **options)
