@@ -1,10 +1,12 @@
+"""The dense feed-forward layer against a loop over tokens and hidden units."""
+
 import math
 
 import pytest
 import torch
 
-from megatron.config.schema import ACTIVATIONS
 from megatron.model.mlp import MLP
+from megatron.moe.experts.activations import available_activations, is_gated
 
 SCALAR = {
     "gelu": lambda v: 0.5 * v * (1 + torch.erf(v / math.sqrt(2))),
@@ -13,16 +15,15 @@ SCALAR = {
 }
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_against_a_loop(activation):
+@pytest.mark.parametrize("activation", available_activations())
+def test_mlp_matches_loop(activation):
     torch.manual_seed(0)
     mlp = MLP(5, 7, activation).double()
-    gated = activation in ("swiglu", "geglu")
-    assert {n for n, _ in mlp.named_parameters()} == (
-        {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
-        if gated
-        else {"up_proj.weight", "down_proj.weight"}
-    )
+    gated = is_gated(activation)
+    names = {"up_proj.weight", "down_proj.weight"}
+    if gated:
+        names.add("gate_proj.weight")
+    assert {n for n, _ in mlp.named_parameters()} == names
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, 5, dtype=torch.float64)
     out = mlp(x)
@@ -38,9 +39,10 @@ def test_against_a_loop(activation):
             hidden = []
             for h in range(7):
                 up = p["up_proj.weight"][h] @ x_again[b, s]
-                hidden.append(
-                    act(p["gate_proj.weight"][h] @ x_again[b, s]) * up if gated else act(up)
-                )
+                if gated:
+                    hidden.append(act(p["gate_proj.weight"][h] @ x_again[b, s]) * up)
+                else:
+                    hidden.append(act(up))
             y = p["down_proj.weight"] @ torch.stack(hidden)
             torch.testing.assert_close(out.y[b, s], y)
             total = total + (y * weight[b, s]).sum()
@@ -48,3 +50,8 @@ def test_against_a_loop(activation):
     torch.testing.assert_close(x.grad, x_again.grad)
     for name, q in mlp.named_parameters():
         torch.testing.assert_close(q.grad, p[name].grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="activation is 'tanh'; allowed: gelu relu"):
+        MLP(5, 7, "tanh")
