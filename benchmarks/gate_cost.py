@@ -1,32 +1,45 @@
-"""What gates cost: each gate's share of its layer, and whether compute follows the choices.
+"""Cost of gates: share of a layer's time, and whether compute follows the routing.
 
-One layer in one process, bf16 with the gate in fp32, forward and backward, two threads. Three tables:
+One layer in one process, bf16 with the gate in fp32, forward and backward, two threads.
+Three tables:
 
-1. every gate alone (forward and backward of its own outputs) against its whole layer;
-2. threshold and remoe at several mean numbers of experts per token: time against the line through the origin that is
-   nearest to all of them (least squares, round by round), whichever is larger over the other: 1.25 is 25 % off;
-3. moepp with half of its choices on paths without computation, and with none, against topk of the same k.
+1. Every gate alone (forward and backward of its own outputs) against its complete
+   layer.
+2. threshold and remoe at several mean numbers of experts per token: time against the
+   line through the origin that fits best (least squares, round by round), as the larger
+   of the ratio and its inverse: 1.25 is 25 % off.
+3. moepp with half of its choices on zero-computation experts, and with none, against
+   topk of the same k.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
 
-TOKENS, HIDDEN, WIDTH, EXPERTS, TOPK, VOCAB = 4096, 512, 1024, 16, 4, 8192
-NEURONS = 128**2
+TOKENS = 4096
+HIDDEN = 512
+WIDTH = 1024
+EXPERTS = 16
+TOPK = 4
+VOCAB = 8192
+PEER_EXPERTS = 128**2
 SINGLE = ("hash", "base")
-"""gates with one expert per token: EXPERTS / TOPK experts, TOPK times as wide"""
+"""Gates with one expert per token: they get EXPERTS / TOPK experts, TOPK times as
+wide."""
 
 
 def make_layer(name: str):
-    """A layer of gate `name` with the same active and total width as the others (PEER's: 128 neurons per token)."""
+    """Build a layer of gate `name` with the same active and total width as the others.
+
+    PEER's layer has 128 hidden units per token.
+    """
     import torch
 
     from megatron.config.schema import ModelConfig, MoEConfig
@@ -34,10 +47,16 @@ def make_layer(name: str):
     from megatron.moe.gate import create_gate, gate_config_class
     from megatron.parallel.groups import Groups
 
-    experts, width = (EXPERTS // TOPK, WIDTH * TOPK) if name in SINGLE else (EXPERTS, WIDTH)
+    experts = EXPERTS
+    width = WIDTH
     options = {}
+    if name in SINGLE:
+        experts = EXPERTS // TOPK
+        width = WIDTH * TOPK
     if name == "peer":
-        experts, width, options = NEURONS, 1, {"peer_num_heads": 8, "peer_topk": 16}
+        experts = PEER_EXPERTS
+        width = 1
+        options = {"peer_num_heads": 8, "peer_topk": 16}
     if name != "threshold" and hasattr(gate_config_class(name), "topk"):
         options = {"topk": TOPK}
     gate = create_gate(
@@ -65,7 +84,10 @@ def make_layer(name: str):
 
 
 def make_inputs():
-    """(hidden states whose first feature is 1, so that a router's first column is a bias; token ids)."""
+    """Return hidden states and token ids.
+
+    The first feature of every token is 1, so that a router's first column is a bias.
+    """
     import torch
 
     g = torch.Generator().manual_seed(0)
@@ -75,6 +97,7 @@ def make_inputs():
 
 
 def run_layer(layer, x, ids) -> Callable[[], None]:
+    """Return a function that runs forward and backward of a layer."""
     from megatron.moe.ffn import FFNContext
 
     x = x.clone().requires_grad_()
@@ -90,6 +113,7 @@ def run_layer(layer, x, ids) -> Callable[[], None]:
 
 
 def run_gate(layer, x, ids) -> Callable[[], None]:
+    """Return a function that runs forward and backward of a layer's gate alone."""
     from megatron.moe.ffn import FFNContext
 
     x = x.clone().requires_grad_()
@@ -106,7 +130,8 @@ def run_gate(layer, x, ids) -> Callable[[], None]:
 
 
 def experts_per_token(layer, x, ids) -> tuple[float, float]:
-    """(routed experts, choices on local paths) per token; without a limit all that a gate asks for is kept."""
+    """Return the routed and the zero-computation experts per token, without
+    capacity."""
     import torch
 
     from megatron.moe.ffn import FFNContext
@@ -118,18 +143,26 @@ def experts_per_token(layer, x, ids) -> tuple[float, float]:
 
 
 def set_bias(layer, rows: slice, value: float) -> None:
-    """Shift the logits of some choices by `value` (the first feature of every token is 1)."""
+    """Shift the logits of some choices by `value` (the first feature of every token is
+    1)."""
     layer.gate.router.weight.data[rows, 0] = value
 
 
 def search(measure: Callable[[float], float], target: float, low: float, high: float) -> None:
-    """Bisect for the argument at which `measure`, which rises, reaches the target; it is left set there."""
+    """Bisect for the argument at which `measure` reaches the target, and leave it set.
+
+    `measure` sets its argument and must increase with it.
+    """
     for _ in range(16):
         middle = (low + high) / 2
-        low, high = (middle, high) if measure(middle) < target else (low, middle)
+        if measure(middle) < target:
+            low = middle
+        else:
+            high = middle
 
 
 def gate_shares(x, ids, rounds: int) -> list[report.Row]:
+    """Compare every gate with its layer."""
     from megatron.moe.gate import available_gates
 
     rows = []
@@ -144,7 +177,7 @@ def gate_shares(x, ids, rounds: int) -> list[report.Row]:
 
 
 def variable_compute(name: str, x, ids, rounds: int) -> list[report.Row]:
-    """Times at 2 to 12 of 16 experts per token, against proportional to that number."""
+    """Compare times at 2 to 12 of 16 experts per token with proportional ones."""
     layers = {}
     for target in (2, 4, 8, 12):
         layer = make_layer(name)
@@ -170,13 +203,16 @@ def variable_compute(name: str, x, ids, rounds: int) -> list[report.Row]:
     return against_line(list(layers), report.interleave(functions, rounds, warmup=2))
 
 
+def least_squares_slope(x: list[float], y: Sequence[float]) -> float:
+    """Return the slope of the line through the origin that fits best."""
+    products = sum(a * b for a, b in zip(x, y, strict=True))
+    return products / sum(a * a for a in x)
+
+
 def against_line(experts: list[float], seconds: dict[str, list[float]]) -> list[report.Row]:
-    """How far each time is from proportional to the number of experts."""
+    """Compute how far each time is from proportional to the number of experts."""
     rounds = list(zip(*seconds.values(), strict=True))
-    slopes = [
-        sum(k * t for k, t in zip(experts, times)) / sum(k * k for k in experts)
-        for times in rounds
-    ]
+    slopes = [least_squares_slope(experts, times) for times in rounds]
     rows = []
     for k, (label, times) in zip(experts, seconds.items(), strict=True):
         ratios = [t / (slope * k) for t, slope in zip(times, slopes, strict=True)]
@@ -185,6 +221,7 @@ def against_line(experts: list[float], seconds: dict[str, list[float]]) -> list[
 
 
 def zero_computation(x, ids, rounds: int) -> list[report.Row]:
+    """Compare moepp with and without zero-computation choices with topk."""
     functions = {f"topk, k {TOPK}": run_layer(make_layer("topk"), x, ids)}
     for share in (0.0, 0.5):
         layer = make_layer("moepp")
@@ -212,7 +249,7 @@ def main() -> int:
     x, ids = make_inputs()
     print(
         f"{TOKENS} tokens, hidden {HIDDEN}, {EXPERTS} experts of width {WIDTH}, k {TOPK}, gelu; "
-        f"peer: {NEURONS} neurons"
+        f"peer: {PEER_EXPERTS} experts of width 1"
     )
     rounds = 3 if args.quick else 21
     rows = gate_shares(x, ids, rounds)

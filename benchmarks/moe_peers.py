@@ -1,10 +1,13 @@
-"""Mixture layers of other systems, and what they are measured against, behind one interface: tokens in, tokens out.
+"""MoE layers of other systems and their baselines behind one interface: tokens in,
+tokens out.
 
-Shape suffixes: T tokens, D hidden, E experts, H expert width, k experts per token, S rows (T x k).
+Every layer gets the same weights, all of them representable in bf16, and the same
+tokens. Tokens are drawn so that every system selects the same experts for them: their
+k-th and (k+1)-th logits differ by more than the rounding of a bf16 router. So outputs
+and gradients can be compared value by value before anything is timed.
 
-Every layer gets the same weights, all of them numbers that bf16 can hold, and the same tokens. Tokens are drawn so that
-every system chooses the same experts for them: their k-th and (k+1)-th logits differ by more than what a router in bf16
-rounds away. So outputs and gradients can be compared value by value before anything is timed.
+Shape suffixes: T tokens, D hidden, E experts, H expert width, k experts per token, S
+rows (T x k), n rows of one expert.
 """
 
 from __future__ import annotations
@@ -12,26 +15,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.engine import distributed as parallel
+from megatron.engine import distributed
 from megatron.model.mlp import MLP
 from megatron.moe.experts.activations import is_gated
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.parallel.groups import Groups
 
 MARGIN = 1 / 32
-"""bf16 rounds logits below 8 by half of this at most"""
+"""Twice the largest bf16 rounding error of logits below 8."""
 HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu"}
-"""transformers' name of the function inside the gated activations"""
+"""transformers' names of the nonlinearities of gated activations."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A layer and how many tokens go through it."""
+    """Shape of a layer and the number of its tokens."""
 
     tokens: int
     hidden: int
@@ -51,14 +55,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer's weights, its input, and the gradient of its output."""
+    """Weights of a layer, its input, and the gradient of its output."""
 
     size: Size
     activation: str
     x_TD: Tensor
     grad_TD: Tensor
     router_ED: Tensor
-    """fp32; each system casts it to the dtype it scores in"""
+    """fp32; each system casts it to the dtype in which it computes scores"""
     w1_EHD: Tensor
     w2_EDH: Tensor
     w3_EHD: Tensor | None
@@ -68,51 +72,59 @@ class Problem:
     def draw(
         size: Size, activation: str, device: torch.device, rank: int = 0, skew: float = 0.0
     ) -> Problem:
-        """Random weights, the same on every rank, and the rank's own random tokens.
+        """Draw random weights, the same on every rank, and the rank's own random
+        tokens.
 
         Args:
-            skew: the experts' router rows are scaled from 1 - skew to 1 + skew (twice over, so that each half of the
-                experts has its share of popular ones). At 0 all experts get about as many rows.
+            skew: router rows are scaled from 1 - skew to 1 + skew, once in each half of
+                the experts, so that each half has its share of popular ones. At 0 all
+                experts get about equally many rows.
         """
-        make = [torch.Generator(device).manual_seed(seed) for seed in (0, 1 + rank)]
+        weights = torch.Generator(device).manual_seed(0)
+        tokens = torch.Generator(device).manual_seed(1 + rank)
 
-        def normal(*shape: int, std: float = 1.0, of_rank: bool = False) -> Tensor:
-            return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(
-                0, std, generator=make[of_rank]
-            )
+        def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
+            empty = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            return empty.normal_(0, std, generator=generator)
 
         scale_E = torch.linspace(1 - skew, 1 + skew, size.experts // 2, device=device).repeat(2)
-        router_ED = (
-            (normal(size.experts, size.hidden, std=size.hidden**-0.5) * scale_E[:, None])
-            .bfloat16()
-            .float()
-        )
+        up_std = size.hidden**-0.5
+        router_ED = normal(weights, size.experts, size.hidden, std=up_std) * scale_E[:, None]
+        router_ED = router_ED.bfloat16().float()
         found: list[Tensor] = []
         while sum(map(len, found)) < size.tokens:
-            x_TD = normal(size.tokens, size.hidden, of_rank=True)
+            x_TD = normal(tokens, size.tokens, size.hidden)
             found.append(x_TD[_clear_choice(x_TD.float() @ router_ED.T, size.topk)])
-        up = (size.experts, size.width, size.hidden)
+        up_shape = (size.experts, size.width, size.hidden)
+        down_shape = (size.experts, size.hidden, size.width)
+        grad_TD = normal(tokens, size.tokens, size.hidden)
+        w1_EHD = normal(weights, *up_shape, std=up_std)
+        w2_EDH = normal(weights, *down_shape, std=size.width**-0.5)
+        w3_EHD = None
+        if is_gated(activation):
+            w3_EHD = normal(weights, *up_shape, std=up_std)
         return Problem(
             size,
             activation,
             torch.cat(found)[: size.tokens].clone(),
-            normal(size.tokens, size.hidden, of_rank=True),
+            grad_TD,
             router_ED,
-            normal(*up, std=size.hidden**-0.5),
-            normal(size.experts, size.hidden, size.width, std=size.width**-0.5),
-            normal(*up, std=size.hidden**-0.5) if is_gated(activation) else None,
+            w1_EHD,
+            w2_EDH,
+            w3_EHD,
         )
 
     def float(self) -> Problem:
-        """The same in fp32."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{n: t.float() for n, t in tensors.items() if isinstance(t, Tensor)}
-        )
+        """Return the same problem in fp32."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        wide = {name: v.float() for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **wide)
 
     def expert_weights(self, expert: int) -> dict[str, nn.Parameter]:
-        """One expert's weights by the names of `MLP`; parameters that share the memory of the stacks."""
-        first, down = nn.Parameter(self.w1_EHD[expert]), nn.Parameter(self.w2_EDH[expert])
+        """Return an expert's weights under the names of `MLP`; they share the stacks'
+        memory."""
+        first = nn.Parameter(self.w1_EHD[expert])
+        down = nn.Parameter(self.w2_EDH[expert])
         if self.w3_EHD is None:
             return {"up_proj": first, "down_proj": down}
         return {
@@ -126,14 +138,17 @@ class Problem:
 
 
 def _clear_choice(logits_TE: Tensor, topk: int) -> Tensor:
-    """Which tokens' choice is not changed by rounding the logits to bf16."""
+    """Return bool [T]: tokens whose experts do not change when logits are rounded to
+    bf16."""
     if topk == logits_TE.shape[1]:
         return torch.ones(len(logits_TE), dtype=torch.bool, device=logits_TE.device)
     best_Tk1 = logits_TE.topk(topk + 1, dim=-1).values
-    return (best_Tk1[:, -2] - best_Tk1[:, -1] > MARGIN) & (logits_TE.abs().amax(-1) < 8)
+    clear_T = best_Tk1[:, -2] - best_Tk1[:, -1] > MARGIN
+    return clear_T & (logits_TE.abs().amax(-1) < 8)
 
 
 def load_mlp(mlp: MLP, weights: dict[str, nn.Parameter]) -> MLP:
+    """Replace the weights of an MLP, whatever its size was."""
     for name, weight in weights.items():
         getattr(mlp, name).weight = weight
     return mlp
@@ -141,17 +156,21 @@ def load_mlp(mlp: MLP, weights: dict[str, nn.Parameter]) -> MLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """Something that maps tokens to tokens, and whose gradients can be asked for."""
+    """A function from tokens to tokens, with the modules that hold its parameters."""
 
     module: nn.Module
     forward: Callable[[Tensor], Tensor]
     experts: nn.Module
-    """what holds the experts' weights"""
+    """module that holds the experts' weights"""
 
     def step(self, problem: Problem) -> Callable[[], None]:
-        """Forward and backward, to be timed. Gradients are dropped at the end, so that the next step allocates its own
-        and nothing stays alive while others are measured."""
-        x_TD, grad_TD = problem.x_TD.detach().requires_grad_(), problem.grad_TD
+        """Return a function that runs forward and backward, to be timed.
+
+        It drops the gradients at the end, so that the next step allocates its own and
+        nothing stays alive while others are measured.
+        """
+        x_TD = problem.x_TD.detach().requires_grad_()
+        grad_TD = problem.grad_TD
 
         def step() -> None:
             self.forward(x_TD).backward(grad_TD)
@@ -161,7 +180,12 @@ class Layer:
         return step
 
     def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """(output [T, D], gradient of the input [T, D], norm of the gradient of all experts' weights), in fp32."""
+        """Compute results in fp32.
+
+        Returns:
+            The output [T, D], the gradient of the input [T, D], and the norm of the
+            gradients of all experts' weights.
+        """
         x_TD = problem.x_TD.detach().requires_grad_()
         y_TD = self.forward(x_TD)
         y_TD.backward(problem.grad_TD)
@@ -173,25 +197,26 @@ class Layer:
 def differences(
     layer: Layer, problem: Problem, expected: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[float, float, float]:
-    """Largest relative difference of a token's output, of its gradient, and that of the weight gradients' norm."""
-    y, x_grad, norm = (
-        (a - b).norm(dim=-1) / b.norm(dim=-1)
-        for a, b in zip(layer.results(problem), expected, strict=True)
-    )
-    return float(y.max()), float(x_grad.max()), float(norm)
+    """Return relative differences: of the worst token's output and gradient, and of the
+    norm."""
+    found = []
+    for actual, value in zip(layer.results(problem), expected, strict=True):
+        relative = (actual - value).norm(dim=-1) / value.norm(dim=-1)
+        found.append(float(relative.max()))
+    y, x_grad, norm = found
+    return y, x_grad, norm
 
 
 def dense(problem: Problem) -> Layer:
-    """A dense layer of k times an expert's width: the same multiply-adds on the same tokens."""
+    """Build a dense layer of k times an expert's width: the same multiply-adds."""
     size = problem.size
-    mlp = MLP(size.hidden, size.topk * size.width, problem.activation).to(
-        problem.x_TD.device, problem.x_TD.dtype
-    )
+    mlp = MLP(size.hidden, size.topk * size.width, problem.activation)
+    mlp.to(problem.x_TD.device, problem.x_TD.dtype)
     return Layer(mlp, lambda x_TD: mlp(x_TD).y, mlp)
 
 
 def ours(problem: Problem, backend: str = "auto", groups: Groups | None = None) -> Layer:
-    """Our layer, or this rank's part of it."""
+    """Build our layer, or this rank's part of it."""
     from megatron.moe.gate import create_gate
     from megatron.moe.layer import MoELayer
 
@@ -222,7 +247,7 @@ def ours(problem: Problem, backend: str = "auto", groups: Groups | None = None) 
 
 
 def own_experts(size: Size, groups: Groups | None) -> range:
-    """Numbers of the experts that this rank holds."""
+    """Return the numbers of the experts that this rank holds."""
     if groups is None:
         return range(size.experts)
     local = size.experts // groups.ep_size
@@ -230,7 +255,8 @@ def own_experts(size: Size, groups: Groups | None) -> range:
 
 
 class ExpertLoop(nn.Module):
-    """What one writes first: for each expert, gather its tokens, run it, add its weighted output to theirs."""
+    """The simplest MoE layer: gather each expert's tokens, run it, add the weighted
+    output."""
 
     def __init__(self, problem: Problem):
         super().__init__()
@@ -246,10 +272,8 @@ class ExpertLoop(nn.Module):
         y_TD = torch.zeros_like(x_TD)
         for number, expert in enumerate(self.experts):
             token_n, choice_n = torch.where(expert_Tk == number)
-            rows_nD = expert(x_TD[token_n]).y * weight_Tk[token_n, choice_n].unsqueeze(1).to(
-                x_TD.dtype
-            )
-            y_TD.index_add_(0, token_n, rows_nD)
+            weight_n1 = weight_Tk[token_n, choice_n].unsqueeze(1).to(x_TD.dtype)
+            y_TD.index_add_(0, token_n, expert(x_TD[token_n]).y * weight_n1)
         return y_TD
 
 
@@ -259,15 +283,17 @@ def expert_loop(problem: Problem) -> Layer:
 
 
 def deepspeed_moe(problem: Problem, groups: Groups | None = None) -> Layer:
-    """DeepSpeed's native layer, or this rank's part of it. Nothing is dropped: every expert's buffer is as long as the
-    fullest expert's."""
+    """Build DeepSpeed's native layer, or this rank's part of it.
+
+    Nothing is dropped: every expert's buffer is as long as the fullest expert's.
+    """
     from deepspeed.moe.layer import MoE
 
     class Expert(MLP):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).y
 
-    groups = groups or parallel.init_distributed(1)
+    groups = groups or distributed.init_distributed(1)
     size = problem.size
     moe = MoE(
         size.hidden,
@@ -291,7 +317,8 @@ def deepspeed_moe(problem: Problem, groups: Groups | None = None) -> Layer:
 
 
 def transformers_block(problem: Problem, family: str, implementation: str) -> Layer:
-    """The block of Mixtral or OLMoE in the dtype of the tokens, its router included."""
+    """Build the block of Mixtral or OLMoE in the dtype of the tokens, including its
+    router."""
     from transformers import MixtralConfig, OlmoeConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -326,33 +353,31 @@ class Candidate:
     name: str
     make: Callable[[Problem], Layer]
     reason: str = ""
-    """why it is not measured here; empty if it is"""
+    """reason why it is not measured here; empty if it is"""
 
 
 def candidates(size: Size, activation: str, device: torch.device) -> Iterator[Candidate]:
-    """Our layer by backend, then everyone else's."""
-    for backend in (
-        "auto",
-        "reference",
-        "grouped_mm",
-        "cpu" if device.type == "cpu" else "triton",
-    ):
-        yield Candidate(
-            f"ours, {backend}", lambda problem, backend=backend: ours(problem, backend)
-        )
+    """Yield our layer by backend, then all others."""
+    native = "cpu" if device.type == "cpu" else "triton"
+    for backend in ("auto", "reference", "grouped_mm", native):
+        yield Candidate(f"ours, {backend}", partial(ours, backend=backend))
     yield Candidate("per-expert loop", expert_loop)
     yield Candidate("DeepSpeed MoE", deepspeed_moe)
     for family, implementation in transformers_names():
         yield Candidate(
             f"{family}, {implementation}",
-            lambda problem, a=family, b=implementation: transformers_block(problem, a, b),
+            partial(transformers_block, family=family, implementation=implementation),
             why_not(implementation, size, activation, device),
         )
 
 
 def transformers_names() -> list[tuple[str, str]]:
-    """(family, implementation of its experts), all that transformers registers. The two families' experts are the same;
-    their routers are not, so the implementations that have a chance are measured with both."""
+    """Return (family, implementation of its experts) for all that transformers
+    registers.
+
+    The experts of the two families are the same, their routers are not: the fastest
+    implementation is measured with both.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     return [
@@ -363,21 +388,26 @@ def transformers_names() -> list[tuple[str, str]]:
 
 
 def why_not(implementation: str, size: Size, activation: str, device: torch.device) -> str:
-    """Why an implementation of transformers' experts cannot be measured; empty if it can."""
+    """Return why transformers' experts cannot be measured; empty if they can."""
     if activation not in HIDDEN_ACT:
         return f"its experts are gated, {activation} is not"
     if implementation in ("deepgemm", "sonicmoe"):
         return "its kernels are for CUDA and come from the network"
     if implementation == "batched_mm":
-        # All rows' own copies of the weights, kept for the backward pass, and the gradient of one of them.
+        # A copy of the weights per row, saved for the backward pass, and the gradient
+        # of one of them.
         needed = 2 * size.tokens * size.topk * (3 + 2) * size.hidden * size.width
-        if needed > memory(device):
-            return f"it needs {needed / 1e9:.0f} GB for copies of weights; there are {memory(device) / 1e9:.0f}"
+        available = memory(device)
+        if needed > available:
+            return (
+                f"it needs {needed / 1e9:.0f} GB for copies of weights; "
+                f"there are {available / 1e9:.0f}"
+            )
     return ""
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of the machine, or of its GPU."""
+    """Return the bytes of memory of the machine, or of its GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -386,9 +416,16 @@ def memory(device: torch.device) -> int:
 def bare_gemms(
     rows: list[int], hidden: int, width: int, gated: bool, like: Tensor
 ) -> Callable[[], None]:
-    """The matrix products of feed-forward layers, forward and backward, and nothing else: no rows are moved, nothing is
-    allocated, no activation is computed. `rows` says how many rows each layer has; one of T rows is the dense layer."""
-    total, groups = sum(rows), len(rows)
+    """Return a function that computes only the matrix products of feed-forward layers.
+
+    It runs forward and backward without moving rows, allocating memory or computing
+    activations.
+
+    Args:
+        rows: rows of each layer; a single layer of T rows is the dense layer.
+    """
+    total = sum(rows)
+    groups = len(rows)
     x_SD, x_grad_SD, y_SD = (like.new_ones(total, hidden).split(rows) for _ in range(3))
     h_SH, a_SH = (like.new_ones(total, width).split(rows) for _ in range(2))
     up_GHD, up_grad_GHD = (like.new_ones(groups, width, hidden).unbind() for _ in range(2))
@@ -424,8 +461,7 @@ def bare_gemms(
 
 
 def loads(problem: Problem) -> list[int]:
-    """Rows of each expert."""
-    chosen_Tk = (
-        (problem.x_TD.float() @ problem.router_ED.T).topk(problem.size.topk, dim=-1).indices
-    )
+    """Return the number of rows of each expert."""
+    logits_TE = problem.x_TD.float() @ problem.router_ED.T
+    chosen_Tk = logits_TE.topk(problem.size.topk, dim=-1).indices
     return torch.bincount(chosen_Tk.flatten(), minlength=problem.size.experts).tolist()
