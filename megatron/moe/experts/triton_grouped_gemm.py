@@ -129,6 +129,39 @@ def _accumulate(
     return acc
 
 
+@triton.jit
+def _locate_tile(row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Return the row tile and the column tile of this program.
+
+    Adjacent programs share rows and columns in the L2 cache: GROUP row tiles visit all
+    columns before the next row tiles.
+    """
+    program = tl.program_id(0)
+    first_tile = program // (GROUP * column_tiles) * GROUP
+    height = tl.minimum(row_tiles - first_tile, GROUP)
+    within = program % (GROUP * column_tiles)
+    return first_tile + within % height, within // height
+
+
+@triton.jit
+def _locate_rows(
+    row_tile, offsets_ptr, num_experts, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Return the expert of a row tile, the tile's first row, and the end of the expert.
+
+    Tiles of expert e are numbered from start_e // BLOCK_S + e. Each expert then has at
+    least the tiles it needs, the numbers increase with e, and S // BLOCK_S + E tiles
+    suffice for any split of the rows. A superfluous tile starts at or past the end.
+    """
+    expert_E = tl.arange(0, BLOCK_E)
+    known_E = expert_E < num_experts
+    start_E = tl.load(offsets_ptr + expert_E - 1, mask=known_E & (expert_E > 0), other=0)
+    expert = tl.sum((known_E & (start_E // BLOCK_S + expert_E <= row_tile)).to(tl.int32), 0) - 1
+    start = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
+    first = start + (row_tile - expert - start // BLOCK_S) * BLOCK_S
+    return expert, first, tl.load(offsets_ptr + expert)
+
+
 @triton.jit(do_not_specialize=["row_tiles"])
 def _product_kernel(
     x_ptr,
@@ -155,28 +188,12 @@ def _product_kernel(
     EVEN: tl.constexpr,
 ):
     """out[s, n] = sum_k x[gather[s], k] weight[e, n, k] [+ x2 weight2]."""
-    # Adjacent programs share rows and columns in the L2 cache: GROUP row tiles visit
-    # all columns before the next row tiles.
     column_tiles = (columns + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    first_tile = program // (GROUP * column_tiles) * GROUP
-    height = tl.minimum(row_tiles - first_tile, GROUP)
-    within = program % (GROUP * column_tiles)
-    row_tile = first_tile + within % height
-    column = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Tiles of expert e are numbered from start_e // BLOCK_S + e. Each expert then has
-    # at least the tiles it needs, the numbers increase with e, and S // BLOCK_S + E
-    # tiles suffice for any split of the rows.
-    expert_E = tl.arange(0, BLOCK_E)
-    known_E = expert_E < num_experts
-    start_E = tl.load(offsets_ptr + expert_E - 1, mask=known_E & (expert_E > 0), other=0)
-    expert = tl.sum((known_E & (start_E // BLOCK_S + expert_E <= row_tile)).to(tl.int32), 0) - 1
-    start = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets_ptr + expert)
-    first = start + (row_tile - expert - start // BLOCK_S) * BLOCK_S
+    row_tile, column_tile = _locate_tile(row_tiles, column_tiles, GROUP)
+    expert, first, end = _locate_rows(row_tile, offsets_ptr, num_experts, BLOCK_S, BLOCK_E)
     if first >= end:
         return
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
     # Past the end, the last row or the first columns are computed again and not stored,
     # so loads need no mask. Unlike a minimum, a remainder lets the compiler see which
@@ -192,25 +209,13 @@ def _product_kernel(
         + (column % columns).to(tl.int64)[None, :] * weight_stride_n
     )
     acc = tl.full((BLOCK_S, BLOCK_N), 0.0, tl.float32)
-    acc = _accumulate(
-        acc,
-        x_ptr + source[:, None] * x_stride + k[None, :],
-        weight_ptr + offset,
-        weight_stride_k,
-        depth,
-        BLOCK_K,
-        EVEN,
-    )
+    x_ptrs = x_ptr + source[:, None] * x_stride + k[None, :]
+    weight_ptrs = weight_ptr + offset
+    acc = _accumulate(acc, x_ptrs, weight_ptrs, weight_stride_k, depth, BLOCK_K, EVEN)
     if x2_ptr is not None:
-        acc = _accumulate(
-            acc,
-            x2_ptr + source[:, None] * x2_stride + k[None, :],
-            weight2_ptr + offset,
-            weight_stride_k,
-            depth,
-            BLOCK_K,
-            EVEN,
-        )
+        x_ptrs = x2_ptr + source[:, None] * x2_stride + k[None, :]
+        weight_ptrs = weight2_ptr + offset
+        acc = _accumulate(acc, x_ptrs, weight_ptrs, weight_stride_k, depth, BLOCK_K, EVEN)
     tl.store(
         out_ptr + row[:, None] * columns + column[None, :],
         acc.to(out_ptr.dtype.element_ty),

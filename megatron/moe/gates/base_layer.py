@@ -132,21 +132,38 @@ def balanced_assignment(score_TE: Tensor, max_rounds: int = _MAX_ROUNDS) -> tupl
     few = int(ASSIGNMENT_TOLERANCE / 4 * num_tokens * spread / worst)
     epsilon = ASSIGNMENT_TOLERANCE * 3 / 4 * spread * num_tokens / num_bidders
 
-    unassigned = num_experts
-    expert_B = torch.full((num_bidders,), unassigned, dtype=torch.int64, device=device)
+    expert_B, rounds = _auction(score_BE, start_E, capacity, few, epsilon, max_rounds)
+    return expert_B[:num_tokens], rounds
+
+
+def _auction(
+    score_BE: Tensor,
+    start_E: Tensor,
+    capacity: int,
+    few: int,
+    epsilon: Tensor,
+    max_rounds: int,
+) -> tuple[Tensor, int]:
+    """Run rounds until at most `few` bidders are unassigned; these fill the free capacity.
+
+    Returns:
+        expert_B, and the number of rounds.
+    """
+    num_bidders, num_experts = score_BE.shape
+    all_E = torch.arange(num_experts, device=score_BE.device)
+    expert_B = all_E.new_full((num_bidders,), num_experts)  # E: unassigned
     bid_B = score_BE.new_zeros(num_bidders)
     price_E = start_E
     for rounds in range(max_rounds + 1):
-        free_F = (expert_B == unassigned).nonzero()[:, 0]
+        free_F = (expert_B == num_experts).nonzero()[:, 0]
         if len(free_F) <= few or rounds == max_rounds:
             break
         expert_B[free_F], bid_B[free_F] = _bids(score_BE[free_F], price_E, epsilon)
         expert_B, price_E = _accept_highest_bids(expert_B, bid_B, capacity, start_E)
 
-    all_E = torch.arange(num_experts, device=device)
     remaining_E = capacity - (expert_B == all_E[:, None]).sum(-1)
     expert_B[free_F] = all_E.repeat_interleave(remaining_E)[: len(free_F)]
-    return expert_B[:num_tokens], rounds
+    return expert_B, rounds
 
 
 def _bids(score_FE: Tensor, price_E: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:

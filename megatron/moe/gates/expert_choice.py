@@ -92,7 +92,7 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
         self._warned = True
         warnings.warn(
             "--gate is expert_choice: it looks at all tokens of the micro-batch, which in a "
-            "causal model includes the future, so its loss is lower than generation can reach; use it "
-            "for encoders and analysis, or choose another --gate",
+            "causal model includes the future, so its loss is lower than generation can "
+            "reach; use it for encoders and analysis, or choose another --gate",
             stacklevel=3,
         )
