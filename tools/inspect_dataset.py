@@ -26,6 +26,9 @@ correct pair. Examples:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    from megatron.config.flag_parser import add_section_flags
+    from megatron.config.tokenizer import TokenizerConfig
+
     p = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,41 +60,25 @@ def parser() -> argparse.ArgumentParser:
         help="also write what was found to FILE: a list, an entry per PREFIX",
     )
     p.add_argument("--repair", metavar="OUT", help="write the corrected pair to this prefix")
-    add_tokenizer_flags(p)
+    add_section_flags(
+        p,
+        TokenizerConfig,
+        "The tokenizer that decodes the documents shown and is compared with the record. "
+        "Without any of these flags there is none.",
+    )
     return p
-
-
-def add_tokenizer_flags(p: argparse.ArgumentParser) -> None:
-    """Add the flags of the tokenizer that decodes the documents shown."""
-    from megatron.config.schema import TOKENIZERS
-
-    p.add_argument(
-        "--tokenizer-type",
-        default="",
-        choices=TOKENIZERS,
-        help="decode with this tokenizer and compare it with the record (default: "
-        "GPT2BPETokenizer if its files are given, else none)",
-    )
-    p.add_argument(
-        "--vocab-file", default="", metavar="FILE", help="vocab.json of GPT2BPETokenizer"
-    )
-    p.add_argument(
-        "--merge-file", default="", metavar="FILE", help="merges.txt of GPT2BPETokenizer"
-    )
-    p.add_argument(
-        "--tokenizer-model", default="", metavar="FILE", help="as in preprocess_data.py"
-    )
 
 
 def build_tokenizer_of(args: argparse.Namespace) -> Tokenizer | None:
     """Build the tokenizer that the flags describe; None if they describe none."""
-    from megatron.config.schema import TokenizerConfig
+    from megatron.config.flag_parser import section_values
+    from megatron.config.tokenizer import TokenizerConfig
     from megatron.tokenizer.build import build_tokenizer
 
-    files = (args.vocab_file, args.merge_file, args.tokenizer_model)
-    if not args.tokenizer_type and not any(files):
+    values = section_values(args, TokenizerConfig)
+    if not any(values.values()):
         return None
-    return build_tokenizer(TokenizerConfig(args.tokenizer_type or "GPT2BPETokenizer", *files))
+    return build_tokenizer(TokenizerConfig(**values))
 
 
 def progress_bar(total: int) -> tqdm:

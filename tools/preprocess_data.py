@@ -34,7 +34,8 @@ Examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    from megatron.config.schema import TOKENIZERS
+    from megatron.config.flag_parser import add_section_flags
+    from megatron.config.schema import TokenizerConfig
 
     p = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,31 +91,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that encode (default: as many as cores may be used)",
     )
-    p.add_argument(
-        "--tokenizer-type",
-        default="GPT2BPETokenizer",
-        choices=TOKENIZERS,
-        help="kind of tokenizer",
-    )
-    p.add_argument(
-        "--vocab-file", default="", metavar="FILE", help="vocab.json of GPT2BPETokenizer"
-    )
-    p.add_argument(
-        "--merge-file", default="", metavar="FILE", help="merges.txt of GPT2BPETokenizer"
-    )
-    p.add_argument(
-        "--tokenizer-model",
-        default="",
-        metavar="FILE",
-        help="tokenizer.json or its folder (HuggingFaceTokenizer), .model (SentencePiece, Llama2), "
-        ".tiktoken (Tiktoken), or the vocabulary size (NullTokenizer)",
-    )
+    add_section_flags(p, TokenizerConfig)
     return p
 
 
 def run(a: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from megatron.config.flag_parser import section_from_args
     from megatron.config.schema import TokenizerConfig, require
     from megatron.data.ingest.encode import EncodeConfig
     from megatron.data.ingest.encoder_pool import usable_cores
@@ -124,7 +108,7 @@ def run(a: argparse.Namespace) -> None:
     require(
         a.lang is None or a.split_sentences, "--lang", a.lang, "only with --split-sentences"
     )
-    tokenizer = TokenizerConfig(a.tokenizer_type, a.vocab_file, a.merge_file, a.tokenizer_model)
+    tokenizer = section_from_args(a, TokenizerConfig)
     recipe = EncodeConfig(
         tokenizer,
         tuple(dict.fromkeys(a.json_keys)),

@@ -1,10 +1,9 @@
-"""The tokenizer interface, and helpers that all tokenizers share."""
+"""The tokenizer interface, and helper functions shared by all tokenizers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -12,9 +11,9 @@ from itertools import chain
 
 import numpy as np
 
-LOGGER = logging.getLogger("megatron")
-
-END_OF_DOCUMENT = (
+# Literals that mark the end of a document, in the order in which they are looked up when the
+# tokenizer's files do not name one.
+_END_OF_DOCUMENT = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "</s>",
@@ -26,19 +25,20 @@ END_OF_DOCUMENT = (
     "[EOS]",
     "<EOS>",
 )
-"""literals that mark the end of a document, in the order they are looked for when the files do not say"""
 
 
 class Tokenizer(ABC):
-    """What every tokenizer offers.
+    """Interface of all tokenizers.
 
     Attributes:
         name: the `--tokenizer-type`.
-        vocab_size: largest id + 1, special tokens included, padding not.
-        eod: id that ends a document.
-        bos: id put before every text by `encode`, or None.
-        fingerprint: sha256 hex of the vocabulary and merges: equal fingerprints give ids the same meaning.
-        difference: how the fast encoder, where there is one, once differed from the reference; else empty.
+        vocab_size: largest id + 1, including special tokens but not padding.
+        eod: id of the end-of-document token.
+        bos: id that `encode` puts before every text, or None.
+        fingerprint: SHA-256 (hex) of the vocabulary and merges; with equal fingerprints, ids
+            have the same meaning.
+        difference: how the fast encoder, if there is one, was found to differ from the
+            reference implementation; empty if it was not.
     """
 
     name: str
@@ -49,29 +49,47 @@ class Tokenizer(ABC):
     difference: str = ""
 
     def encode(self, text: str) -> np.ndarray:
-        """uint32 ids of one text, without an end-of-document id."""
-        return self.encode_batch([text])[0]
+        """Return the ids of one text (uint32), without an end-of-document token."""
+        ids, _ = self.encode_batch([text])
+        return ids
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(uint32 ids of all texts one after the other, int64 length of each)."""
+        """Encode several texts.
+
+        Returns:
+            The concatenated ids of all texts (uint32), and the number of ids of each text
+            (int64).
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; ids beyond the vocabulary (its padding) have none. BPE kinds spell special tokens out."""
+        """Return the text of ids; ids outside the vocabulary (its padding) are skipped.
+
+        BPE tokenizers spell out special tokens.
+        """
         return self._decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def compare(self, documents: int) -> None:  # noqa: B027 - most have no fast encoder
-        """Compare the fast encoder on that many documents from the next batch on; 0: trust it."""
+        """Compare the fast encoder with the reference on the next `documents` texts; 0: do not."""
 
     def use_reference(self) -> None:  # noqa: B027
         """Use the reference implementation from now on."""
 
     @abstractmethod
-    def _decode(self, ids: list[int]) -> str: ...
+    def _decode(self, ids: list[int]) -> str:
+        """Return the text of ids that are all in the vocabulary."""
 
 
-def _file(path: str, flag: str, kind: str, what: str) -> str:
-    """`path`, which must be an existing file."""
+def require_file(path: str, flag: str, kind: str, what: str) -> str:
+    """Return `path` if it is an existing file.
+
+    Args:
+        flag: flag that sets the path.
+        kind: tokenizer type that needs the file.
+        what: description of the file.
+    Raises:
+        FileNotFoundError: the path is empty or not a file.
+    """
     if not path:
         raise FileNotFoundError(f"{flag} is not set; {kind} needs {what}")
     if not os.path.isfile(path):
@@ -80,33 +98,42 @@ def _file(path: str, flag: str, kind: str, what: str) -> str:
 
 
 def find_eod(id_of: Callable[[str], int | None], source: str, named: str | None = None) -> int:
-    """Id of the end-of-document token: the one the files name, else the first known literal.
+    """Return the id of the end-of-document token: the one named by the files, or else the first
+    known literal that is in the vocabulary.
 
     Args:
-        id_of: literal -> id or None.
+        id_of: returns the id of a literal, or None.
+        source: file of the vocabulary, for the error message.
+        named: literal that the tokenizer's files name, if any.
     Raises:
-        ValueError: none is in the vocabulary.
+        ValueError: the vocabulary contains none of these literals.
     """
-    tried = [*([named] if named else []), *END_OF_DOCUMENT]
-    for literal in tried:
-        if (found := id_of(literal)) is not None:
+    candidates = list(_END_OF_DOCUMENT)
+    if named:
+        candidates.insert(0, named)
+    for literal in candidates:
+        found = id_of(literal)
+        if found is not None:
             return found
     raise ValueError(
-        f"{source} has no end-of-document token; tried {' '.join(tried)}. Add one to the vocabulary"
+        f"{source} has no end-of-document token; tried {' '.join(candidates)}. Add one to the "
+        "vocabulary"
     )
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(uint32 ids one row after the other, int64 length of each row)."""
+    """Return the concatenated rows (uint32) and the length of each row (int64)."""
     lengths = np.fromiter(map(len, rows), np.int64, count=len(rows))
-    return np.fromiter(chain.from_iterable(rows), np.uint32, count=int(lengths.sum())), lengths
+    ids = np.fromiter(chain.from_iterable(rows), np.uint32, count=int(lengths.sum()))
+    return ids, lengths
 
 
 def digest(*content: object) -> str:
-    """sha256 hex of plain content."""
+    """Return the SHA-256 (hex) of JSON-serialisable content."""
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, or the name of its type if it is empty."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0]

@@ -1,17 +1,19 @@
-"""UTF-8 bytes as tokens."""
+"""Tokenizer whose tokens are UTF-8 bytes."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from megatron.config.tokenizer import TokenizerConfig
 from megatron.tokenizer.base import Tokenizer, digest
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes; the end-of-document id is 256 and decodes to nothing."""
+    """UTF-8 bytes as tokens; the end-of-document id is 256 and decodes to nothing."""
 
     name = "ByteTokenizer"
-    vocab_size, eod = 257, 256
+    vocab_size = 257
+    eod = 256
 
     def __init__(self):
         self.fingerprint = digest([self.name])
@@ -23,3 +25,8 @@ class ByteTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def build_byte(config: TokenizerConfig, threads: int) -> Tokenizer:
+    """Build the byte tokenizer, which needs no files and no threads."""
+    return ByteTokenizer()

@@ -1,4 +1,4 @@
-"""Byte-level BPE through gigatoken, checked against a reference tokenizer."""
+"""Byte-level BPE by gigatoken, checked against a reference tokenizer."""
 
 from __future__ import annotations
 
@@ -7,65 +7,84 @@ import unicodedata
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron.tokenizer.base import LOGGER, Tokenizer, flatten
+from megatron.log import get_logger
+from megatron.tokenizer.base import Tokenizer, flatten, one_line
 
-COMPARED_DOCUMENTS, COMPARED_CHARACTERS = 16, 1 << 12
-"""documents, and characters of each, on which the fast encoder must agree with the reference one"""
+if TYPE_CHECKING:
+    import gigatoken
 
-CACHE_BYTES = 192 << 20
-"""by which the process may grow before the fast encoder is loaded anew: several times what most text makes of it"""
+# Number of documents, and characters of each, on which the fast encoder has to agree with the
+# reference implementation.
+_COMPARED_DOCUMENTS = 16
+_COMPARED_CHARACTERS = 1 << 12
 
-LOOKED_AT = 1 << 18  # characters, which take 4 bytes each meanwhile
+# Growth of the process in bytes after which the fast encoder is loaded again. Most texts cause
+# a fraction of it.
+_CACHE_BYTES = 192 << 20
 
-NEW_FROM = 0x378  # the first code point that is not assigned
+# Characters searched for new code points together: texts can be short, and each search has an
+# overhead of some microseconds. A character takes 4 bytes during the search.
+_SEARCHED_TOGETHER = 1 << 18
 
-ALL_NEW_FROM = 0x40000  # nothing is assigned here but tags and private use
+_FIRST_UNASSIGNED = 0x378  # lowest code point that Unicode does not assign
+_LAST_ASSIGNED = 0x40000  # from here on there are only tags and private-use code points
 
 
 @lru_cache(maxsize=1)
 def new_characters() -> np.ndarray:
-    """bool [ALL_NEW_FROM]: code points that this Python's Unicode does not know.
+    """Return which code points below `_LAST_ASSIGNED` this Python's Unicode does not know (bool).
 
-    Two libraries split text alike only where their Unicode tables agree. gigatoken knows version 17, `tokenizers` and
-    tiktoken know 16: they differ in 4,657 characters (found by trying all), none of which is in Python's tables before
-    3.15. What an older table knows, all know alike.
+    Two libraries split text alike only where their Unicode tables agree. gigatoken knows
+    version 17, `tokenizers` and tiktoken know 16: they differ in 4,657 characters (found by
+    trying all), none of which is in Python's tables before 3.15. All libraries agree on the
+    characters of an older table.
     """
     return np.fromiter(
-        (unicodedata.category(chr(c)) == "Cn" for c in range(ALL_NEW_FROM)), bool, ALL_NEW_FROM
+        (unicodedata.category(chr(c)) == "Cn" for c in range(_LAST_ASSIGNED)),
+        bool,
+        _LAST_ASSIGNED,
     )
 
 
 def texts_with_new_characters(texts: list[str]) -> set[int]:
-    """Numbers of the texts on which the fast encoder is not to be trusted."""
+    """Return the indices of texts for which the fast encoder cannot be trusted."""
     found: set[int] = set()
-    group, characters = (
-        [],
-        0,
-    )  # looked at together: texts can be short, and each look costs some microseconds
+    group: list[int] = []
+    characters = 0
     for i, text in enumerate(texts):
         if not text.isascii():
             group.append(i)
             characters += len(text)
-        if characters >= LOOKED_AT or (group and i == len(texts) - 1):
-            if _has_new("".join([texts[k] for k in group])):
-                found.update(k for k in group if _has_new(texts[k]))
-            group, characters = [], 0
-    return found
+        if characters >= _SEARCHED_TOGETHER:
+            found |= _search(texts, group)
+            group = []
+            characters = 0
+    return found | _search(texts, group)
 
 
-def _has_new(text: str) -> bool:
+def _search(texts: list[str], group: list[int]) -> set[int]:
+    """Return the indices in `group` of texts with new characters."""
+    if not _has_new_characters("".join([texts[i] for i in group])):
+        return set()
+    return {i for i in group if _has_new_characters(texts[i])}
+
+
+def _has_new_characters(text: str) -> bool:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    codes = codes[codes >= NEW_FROM]
-    return bool(len(codes)) and bool(
-        (codes >= ALL_NEW_FROM).any() or new_characters()[codes].any()
-    )
+    codes = codes[codes >= _FIRST_UNASSIGNED]
+    if not len(codes):
+        return False
+    if (codes >= _LAST_ASSIGNED).any():
+        return True
+    return bool(new_characters()[codes].any())
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
+    """Return the resident memory of this process, or 0 where the system does not provide it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -74,54 +93,72 @@ def resident_bytes() -> int:
 
 
 class FastBPE(Tokenizer):
-    """A tokenizer with a reference implementation and, where it can load the vocabulary, gigatoken in front of it.
+    """A reference implementation with gigatoken in front of it, if that can load the vocabulary.
 
-    The first documents of each instance are encoded by both. On a difference this instance says so and uses only the
-    reference from then on: it is slower by one to two orders of magnitude, but right. Texts with characters that are
-    new in Unicode always go to the reference.
+    The first documents of each instance are encoded by both. If they differ, this instance
+    logs a warning and uses only the reference from then on, which is slower by one to two
+    orders of magnitude, but right. Texts with characters that are new in Unicode are always
+    encoded by the reference.
     """
 
     _fast: gigatoken.Tokenizer | None = None
     _load: Callable[[], gigatoken.Tokenizer]
     _resident = 0
-    """bytes of memory of the process when `_fast` was loaded"""
-    _to_compare = COMPARED_DOCUMENTS
+    """Resident memory of the process in bytes when `_fast` was loaded"""
+    _to_compare = _COMPARED_DOCUMENTS
+    """Number of documents on which the two implementations are still to be compared"""
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        doubtful = texts_with_new_characters(texts) if self._fast is not None else set()
-        if self._fast is not None and texts and self._to_compare:
-            self._compare(
-                [text for i, text in enumerate(texts) if i not in doubtful]
-                if doubtful
-                else texts
-            )
         if self._fast is None or not texts:
             return flatten(self._reference(texts))
+        doubtful = texts_with_new_characters(texts)
+        trusted = texts
+        if doubtful:
+            trusted = [text for i, text in enumerate(texts) if i not in doubtful]
+        if self._to_compare:
+            self._compare(trusted)
+        if self._fast is None:  # the comparison found a difference
+            return flatten(self._reference(texts))
         self._bound_memory()
+        ids, lengths = self._encode_fast(trusted)
         if not doubtful:
-            return self._encode_fast(texts)
-        ids, lengths = self._encode_fast(
-            [text for i, text in enumerate(texts) if i not in doubtful]
-        )
-        rows, fast = [], iter(np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else ())
-        right = iter(self._reference([texts[i] for i in sorted(doubtful)]))
+            return ids, lengths
+        fast_rows = []
+        if len(lengths):
+            fast_rows = np.split(ids, np.cumsum(lengths)[:-1])
+        return self._insert_reference_rows(texts, doubtful, fast_rows)
+
+    def _insert_reference_rows(
+        self, texts: list[str], doubtful: set[int], fast_rows: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode the doubtful texts by the reference and put their ids between those of the others.
+
+        Args:
+            fast_rows: ids of the other texts, in order.
+        """
+        fast = iter(fast_rows)
+        reference = iter(self._reference([texts[i] for i in sorted(doubtful)]))
+        rows = []
         for i in range(len(texts)):
-            rows.append(np.array(next(right), np.uint32) if i in doubtful else next(fast))
-        return np.concatenate(rows), np.array([*map(len, rows)], np.int64)
+            if i in doubtful:
+                rows.append(np.array(next(reference), np.uint32))
+            else:
+                rows.append(next(fast))
+        return np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
 
     def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        layout = self._fast.encode_batch(
-            texts
-        ).layout  # an awkward ListOffsetArray: flat content and offsets
+        # An awkward ListOffsetArray: flat content and offsets.
+        layout = self._fast.encode_batch(texts).layout
         offsets = np.asarray(layout.offsets.data)
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return ids, np.diff(offsets)
 
     def _bound_memory(self) -> None:
-        """gigatoken remembers every word that it has seen; load it anew when that has become too much."""
+        """Load gigatoken again when its cache, which keeps every word seen, has grown too large."""
         resident = resident_bytes()
         self._resident = self._resident or resident
-        if resident - self._resident > CACHE_BYTES:
-            self._fast = None  # frees the old one before there is a new one
+        if resident - self._resident > _CACHE_BYTES:
+            self._fast = None  # frees the old cache before there is a new one
             self._fast = self._load()
             self._resident = resident_bytes()
 
@@ -132,35 +169,37 @@ class FastBPE(Tokenizer):
         self._fast = None
 
     def _compare(self, texts: list[str]) -> None:
-        sample = [t[:COMPARED_CHARACTERS] for t in texts[: self._to_compare]]
-        for text, right, fast in zip(
-            sample, self._reference(sample), self._fast.encode_batch_list(sample)
-        ):
-            if list(right) != list(fast):
+        """Encode the beginnings of some texts by both implementations, and leave the fast one if
+        they differ."""
+        sample = [text[:_COMPARED_CHARACTERS] for text in texts[: self._to_compare]]
+        expected = self._reference(sample)
+        actual = self._fast.encode_batch_list(sample)
+        for text, expected_ids, ids in zip(sample, expected, actual, strict=True):
+            if list(expected_ids) != list(ids):
                 self.difference = (
-                    f"gigatoken encodes a document differently from the reference implementation of {self.name} (it "
-                    f"starts with {text[:40]!r}): using the reference, which is much slower"
+                    "gigatoken encodes a document differently from the reference "
+                    f"implementation of {self.name} (it starts with {text[:40]!r}): using the "
+                    "reference, which is much slower"
                 )
-                LOGGER.warning("%s", self.difference)
+                get_logger().warning("%s", self.difference)
                 self.use_reference()
                 return
         self._to_compare -= len(sample)
 
     def _load_fast(self, load: Callable[[], gigatoken.Tokenizer]) -> gigatoken.Tokenizer | None:
-        """Call `load`; a vocabulary that gigatoken does not support leaves the reference alone, with a warning."""
+        """Call `load`; return None with a warning if gigatoken does not support the vocabulary."""
         self._load = load
         try:
             return load()
         except Exception as error:  # gigatoken raises plain RuntimeError, ValueError or OSError
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            LOGGER.warning(
-                "gigatoken cannot load this %s (%s): using the reference implementation, which is much "
-                "slower",
+            get_logger().warning(
+                "gigatoken cannot load this %s (%s): using the reference implementation, which "
+                "is much slower",
                 self.name,
-                reason,
+                one_line(error),
             )
             return None
 
     @abstractmethod
     def _reference(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        """Ids of each text by the reference implementation."""
+        """Return the ids of each text by the reference implementation."""

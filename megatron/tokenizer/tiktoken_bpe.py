@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import base64
 import binascii
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.tokenizer.base import digest, one_line
+from megatron.config.tokenizer import TokenizerConfig
+from megatron.tokenizer.base import Tokenizer, digest, one_line, require_file
 from megatron.tokenizer.fast_bpe import FastBPE
 
-CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
-CASED_WORD = (
+@dataclass(frozen=True)
+class _Encoding:
+    """What a .tiktoken file, which holds ranks only, does not say."""
+
+    pattern: str
+    """regular expression that splits text into words"""
+    gigatoken_scheme: str
+    """name of the encoding in gigatoken"""
+    special_tokens: dict[str, int]
+
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LOWERCASE_WORD = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    + CONTRACTION
-    + "?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    + CONTRACTION
-    + "?"
+)
+_UPPERCASE_WORD = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 )
 
-TIKTOKEN = {  # a .tiktoken file has ranks only: file name -> (split regex, its name in gigatoken, special tokens)
-    "r50k_base": (
+# Encodings by the stem of the file's name.
+_ENCODINGS = {
+    "r50k_base": _Encoding(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         "gpt2",
         {"<|endoftext|>": 50256},
     ),
-    "cl100k_base": (
-        CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    "cl100k_base": _Encoding(
+        _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+",
         "cl100k",
         {
@@ -38,8 +50,9 @@ TIKTOKEN = {  # a .tiktoken file has ranks only: file name -> (split regex, its 
             "<|endofprompt|>": 100276,
         },
     ),
-    "o200k_base": (
-        CASED_WORD + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "o200k_base": _Encoding(
+        f"{_LOWERCASE_WORD}{_CONTRACTION}?|{_UPPERCASE_WORD}{_CONTRACTION}?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         "o200k",
         {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
     ),
@@ -47,10 +60,11 @@ TIKTOKEN = {  # a .tiktoken file has ranks only: file name -> (split regex, its 
 
 
 class TiktokenTokenizer(FastBPE):
-    """One of OpenAI's encodings from its `.tiktoken` file of ranks, recognised by the file's name.
+    """One of OpenAI's encodings from its `.tiktoken` file, recognised by the file's name.
 
     Raises:
-        ValueError: tiktoken is not installed, the encoding is unknown, or the file is malformed.
+        ValueError: tiktoken is not installed, the encoding is unknown, or the file is
+            malformed.
     """
 
     name = "TiktokenTokenizer"
@@ -60,38 +74,33 @@ class TiktokenTokenizer(FastBPE):
             import tiktoken
         except ImportError:
             raise ValueError(
-                f"--tokenizer-type {self.name} needs the package tiktoken, which is not installed. "
-                f"Install it: pip install tiktoken"
+                f"--tokenizer-type {self.name} needs the package tiktoken, which is not "
+                "installed. Install it: pip install tiktoken"
             ) from None
         import gigatoken
 
         stem = Path(path).stem
-        if stem not in TIKTOKEN:
+        if stem not in _ENCODINGS:
+            known = ", ".join(f"{name}.tiktoken" for name in _ENCODINGS)
             raise ValueError(
-                f"--tokenizer-model {path} has no known encoding in its name; allowed: "
-                f"{', '.join(f'{n}.tiktoken' for n in TIKTOKEN)}. Rename the file to its encoding"
+                f"--tokenizer-model {path} has no known encoding in its name; allowed: {known}. "
+                "Rename the file to its encoding"
             )
-        pattern, scheme, specials = TIKTOKEN[stem]
-        try:
-            ranks = {
-                base64.b64decode(token, validate=True): int(rank)
-                for token, rank in (
-                    line.split() for line in Path(path).read_bytes().splitlines() if line
-                )
-            }
-        except (ValueError, binascii.Error) as error:
-            raise ValueError(
-                f"--tokenizer-model {path} is not a .tiktoken file ({one_line(error)})"
-            ) from None
+        encoding = _ENCODINGS[stem]
+        special_tokens = encoding.special_tokens
+        ranks = _read_ranks(path)
         self._encoding = tiktoken.Encoding(
-            stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+            stem,
+            pat_str=encoding.pattern,
+            mergeable_ranks=ranks,
+            special_tokens=special_tokens,
         )
         self.vocab_size = self._encoding.n_vocab
-        self.eod = specials["<|endoftext|>"]
-        named = [(rank, token.hex()) for token, rank in ranks.items()] + [
-            (i, token) for token, i in specials.items()
-        ]
-        self.fingerprint = digest(sorted(named))
+        self.eod = special_tokens["<|endoftext|>"]
+        tokens_by_id = [(rank, token.hex()) for token, rank in ranks.items()]
+        tokens_by_id += [(i, token) for token, i in special_tokens.items()]
+        self.fingerprint = digest(sorted(tokens_by_id))
+        scheme = encoding.gigatoken_scheme
         self._fast = self._load_fast(
             lambda: gigatoken.Tokenizer.from_tiktoken(path, scheme, {})
         )
@@ -101,3 +110,29 @@ class TiktokenTokenizer(FastBPE):
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
+
+
+def build_tiktoken(config: TokenizerConfig, threads: int) -> Tokenizer:
+    """Build one of OpenAI's encodings; raises as `TiktokenTokenizer`, or FileNotFoundError."""
+    path = require_file(
+        config.tokenizer_model,
+        "--tokenizer-model",
+        config.tokenizer_type,
+        "the .tiktoken file",
+    )
+    return TiktokenTokenizer(path)
+
+
+def _read_ranks(path: str) -> dict[bytes, int]:
+    """Return the rank of each token in a .tiktoken file."""
+    ranks = {}
+    try:
+        for line in Path(path).read_bytes().splitlines():
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error) as error:
+        raise ValueError(
+            f"--tokenizer-model {path} is not a .tiktoken file ({one_line(error)})"
+        ) from None
+    return ranks

@@ -223,7 +223,7 @@ def test_the_fast_encoder_is_loaded_anew_when_it_has_grown(punctuated, monkeypat
     monkeypatch.setattr(punctuated, "_load", lambda: loaded.append(1) or load())
     punctuated.encode("the cat")
     assert not loaded
-    monkeypatch.setattr(module, "CACHE_BYTES", -(1 << 40))
+    monkeypatch.setattr(fast_bpe, "_CACHE_BYTES", -(1 << 40))
     assert [punctuated.encode("the cat").tolist() for _ in range(3)] == [right] * 3 and len(
         loaded
     ) == 3
@@ -358,8 +358,8 @@ def test_gigatoken_is_compared_on_the_first_documents_only(tmp_path, monkeypatch
     for _ in range(3):
         ours.encode_batch(["the cat " * 4000] * 10)
     assert (
-        len(seen) == fast_bpe.COMPARED_DOCUMENTS
-        and max(map(len, seen)) == fast_bpe.COMPARED_CHARACTERS
+        len(seen) == fast_bpe._COMPARED_DOCUMENTS
+        and max(map(len, seen)) == fast_bpe._COMPARED_CHARACTERS
     )
 
 
