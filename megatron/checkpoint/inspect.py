@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron.checkpoint import directory
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.io.progress import ProgressCallback as Progress
-from megatron.model.parameter_count import PARTS, part_of
+from megatron.model.parameter_count import MODEL_PARTS, part_of
 
 NOT_THERE = "(not there)"
 
@@ -139,7 +139,7 @@ def summarize_checkpoint(
             for name in shards.buffers
         }
     )
-    parts = dict.fromkeys(PARTS, 0)
+    parts = dict.fromkeys(MODEL_PARTS, 0)
     for name, shape in shards.shapes.items():
         parts[part_of(name)] += math.prod(shape)
     found = {

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.model import ModelConfig
 from megatron.model.attention import Attention
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotation
@@ -21,7 +21,8 @@ class Block(nn.Module):
     """h += dropout(attention(norm(h))); h += dropout(ffn(norm(h))).
 
     Args:
-        ffn: `(x_BSD, FFNContext) -> FFNOutput`, dense or mixture.
+        config: shape of the model.
+        ffn: dense or MoE layer, `(x_BSD, FFNContext) -> FFNOutput`.
     """
 
     def __init__(self, config: ModelConfig, ffn: nn.Module):
@@ -43,20 +44,24 @@ class Block(nn.Module):
 
         Args:
             h_BSD: residual stream.
-            rotation, mask_B1SS: see `Attention.forward`.
-            context: handed to the feed-forward layer.
+            rotation: rotary positions; see `Attention.forward`.
+            mask_B1SS: attention mask; see `Attention.forward`.
+            context: passed to the feed-forward layer.
         Returns:
-            The new residual stream [B, S, D], and the feed-forward layer's aux loss and carry. Plain tensors in a
-            tuple, so that a pipeline stage can send them on.
+            The new residual stream [B, S, D], and the feed-forward layer's auxiliary loss and
+            carry. They are plain tensors in a tuple so that a pipeline stage can send them.
         """
         attended_BSD = self.self_attn(self.input_layernorm(h_BSD), rotation, mask_B1SS)
         h_BSD = h_BSD + F.dropout(attended_BSD, self.dropout, self.training)
-        out: FFNOutput = self.mlp(self.post_attention_layernorm(h_BSD), context or FFNContext())
+        normed_BSD = self.post_attention_layernorm(h_BSD)
+        out: FFNOutput = self.mlp(normed_BSD, context or FFNContext())
         h_BSD = h_BSD + F.dropout(out.y, self.dropout, self.training)
         return h_BSD, out.aux_loss, out.carry
 
     def recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """What `torch.utils.checkpoint` puts around the forward pass and around its repetition."""
+        """Return the contexts that `torch.utils.checkpoint` enters for the forward pass and for
+        its recomputation.
+        """
         if hasattr(self.mlp, "recompute_contexts"):
             return self.mlp.recompute_contexts()
         return nullcontext(), nullcontext()

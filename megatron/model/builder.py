@@ -1,4 +1,4 @@
-"""Builds the transformer of a run: dense layers, mixture layers with their gates, initial weights."""
+"""Builds the transformer of a run: dense layers, MoE layers with their gates, initial weights."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.config.schema import ModelConfig, MoEConfig
+from megatron.config.model import ModelConfig
+from megatron.config.moe import MoEConfig
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 from megatron.model.parameter_count import count_parameters, parameter_table
-from megatron.moe.experts import backends
+from megatron.moe.experts.backends import choose_expert_backend
 from megatron.moe.experts.expert_init import ExpertInit, expert_output_std
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.gate import Gate, create_gate, gate_class
 from megatron.moe.layer import MoELayer
-from megatron.moe.peer import experts as peer_experts
-from megatron.moe.peer.experts import PEERExperts, PEERTableConfig
+from megatron.moe.peer.experts import PEERExperts, PEERTableConfig, choose_peer_backend
 from megatron.moe.peer.layer import PEERLayer
 from megatron.parallel.groups import Groups
 
@@ -32,12 +32,19 @@ def build_model(
     groups: Groups,
     recompute: bool = False,
 ) -> GPT:
-    """The whole model in fp32 on the CPU (or on `meta` under `torch.device("meta")`), with its initial weights.
+    """Build a rank's model with its initial weights.
 
-    Weights depend on the seed only, not on the number of ranks or how experts are sharded.
+    The weights are fp32 on the CPU, or without values on `meta` under
+    `torch.device("meta")`. They depend on the seed only, and not on the number of ranks or
+    on how experts are sharded.
 
     Args:
-        vocab_size: of the tokenizer; padded here to a multiple of `model.make_vocab_size_divisible_by`.
+        gate_options: fields of the gate's Config.
+        vocab_size: size of the vocabulary before padding; it is padded to a multiple of
+            `model.make_vocab_size_divisible_by`.
+        seed: seed of the initial weights.
+        groups: ranks over which experts are sharded.
+        recompute: activation recomputation.
     Raises:
         ValueError: the gate is unknown or refuses its options.
     """
@@ -59,84 +66,101 @@ def build_model(
         )
         return make_moe_layer(gate, model, moe, layer=layer, seed=seed, groups=groups)
 
-    gpt = GPT(model, model.padded_vocab(vocab_size), make_ffn=make_ffn, recompute=recompute)
+    padded_size = model.padded_vocab(vocab_size)
+    gpt = GPT(model, padded_size, make_ffn=make_ffn, recompute=recompute)
     if not next(gpt.parameters()).is_meta:
         gpt.init_weights(seed)
     return gpt
 
 
 def size_table(model: GPT, moe: MoEConfig, gate_options: dict[str, Any]) -> str:
-    """The model's parameters by part, in all and active per token, as text."""
+    """Return a table of the model's parameters by part, in total and active per token."""
     gate = gate_class(moe.gate)
-    return parameter_table(
-        count_parameters(
-            model, gate.experts_per_token(gate.Config(**gate_options), max(1, moe.num_experts))
-        )
-    )
+    gate_config = gate.Config(**gate_options)
+    experts_per_token = gate.experts_per_token(gate_config, max(1, moe.num_experts))
+    return parameter_table(count_parameters(model, experts_per_token))
 
 
 def choose_moe_backend(
     model: ModelConfig, moe: MoEConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
-    """(what multiplies the rows of a run's experts, why).
+    """Choose the implementation of the expert computation.
 
+    Args:
+        device: device of the model.
+        dtype: compute dtype.
+    Returns:
+        The name of the backend, and the reason for the choice.
     Raises:
-        ValueError: --moe-backend asks for one that is not possible here.
+        ValueError: --moe-backend names a backend that cannot be used here.
     """
     if gate_class(moe.gate).expert_kind == "peer":
-        return peer_experts.choose_peer_backend(moe.moe_backend, device.type, dtype)
-    features = (model.hidden_size, moe.moe_ffn_hidden_size or model.ffn_size)
-    return backends.choose_expert_backend(moe.moe_backend, device.type, dtype, features)
+        return choose_peer_backend(moe.moe_backend, device.type, dtype)
+    features = (model.hidden_size, _expert_width(model, moe))
+    return choose_expert_backend(moe.moe_backend, device.type, dtype, features)
 
 
 def make_moe_layer(
     gate: Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int, groups: Groups
 ) -> MoELayer:
-    """This rank's part of one mixture layer."""
-    local, width = moe.num_experts // groups.ep_size, moe.moe_ffn_hidden_size or model.ffn_size
+    """Build this rank's part of one MoE layer.
+
+    Args:
+        layer: index of the block, which with `seed` determines the initial weights.
+        groups: ranks over which the experts are sharded.
+    """
+    width = _expert_width(model, moe)
+    num_local = moe.num_experts // groups.ep_size
     output_std = expert_output_std(model.init_method_std, model.num_layers)
-    places = {
-        "first": groups.ep_rank * local,
-        "seed": seed,
-        "layer": layer,
-        "init_std": model.init_method_std,
-    }
-    shared = (
-        MLP(model.hidden_size, moe.moe_shared_experts * width, model.act)
-        if moe.moe_shared_experts
-        else None
-    )
-    options = {
-        "shared": shared,
-        "train_capacity_factor": moe.moe_train_capacity_factor,
-        "groups": groups,
-        "eval_capacity_factor": moe.moe_eval_capacity_factor,
-        "min_capacity": moe.moe_min_capacity,
-    }
+    first_expert = groups.ep_rank * num_local
     if gate.expert_kind == "peer":
         tables = PEERTableConfig(
             moe.num_experts,
-            local,
+            num_local,
             model.hidden_size,
             width,
             model.act,
-            **places,
-            output_std=output_std * gate.output_gain(width),
-        )
-        peer = PEERExperts(tables, backend=moe.moe_backend)
-        return PEERLayer(gate, peer, peer.num_blocks, **options)
-    experts = GroupedExperts(
-        local,
-        model.hidden_size,
-        width,
-        model.act,
-        init=ExpertInit(
+            first=first_expert,
             seed=seed,
             layer=layer,
-            first_expert=groups.ep_rank * local,
             init_std=model.init_method_std,
-            output_std=output_std,
-        ),
-        backend=moe.moe_backend,
+            output_std=output_std * gate.output_gain(width),
+        )
+        layer_class = PEERLayer
+        experts = PEERExperts(tables, backend=moe.moe_backend)
+        num_stacks = experts.num_blocks
+    else:
+        layer_class = MoELayer
+        experts = GroupedExperts(
+            num_local,
+            model.hidden_size,
+            width,
+            model.act,
+            init=ExpertInit(
+                seed=seed,
+                layer=layer,
+                first_expert=first_expert,
+                init_std=model.init_method_std,
+                output_std=output_std,
+            ),
+            backend=moe.moe_backend,
+        )
+        num_stacks = moe.num_experts
+    shared = None
+    if moe.moe_shared_experts:
+        shared = MLP(model.hidden_size, moe.moe_shared_experts * width, model.act)
+    return layer_class(
+        gate,
+        experts,
+        num_stacks,
+        shared=shared,
+        train_capacity_factor=moe.moe_train_capacity_factor,
+        eval_capacity_factor=moe.moe_eval_capacity_factor,
+        min_capacity=moe.moe_min_capacity,
+        groups=groups,
     )
-    return MoELayer(gate, experts, moe.num_experts, **options)
+
+
+def _expert_width(model: ModelConfig, moe: MoEConfig) -> int:
+    """Return the hidden size of one expert."""
+    return moe.moe_ffn_hidden_size or model.ffn_size

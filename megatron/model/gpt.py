@@ -1,6 +1,6 @@
 """The decoder-only transformer: embeddings, blocks, final norm, output layer and loss.
 
-Shape suffixes: B batch, S sequence, D hidden, V vocabulary (padded), N tokens of a batch (B x S).
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary (padded), N = B x S tokens.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config.schema import ModelConfig, require
+from megatron.config.fields import require
+from megatron.config.model import ModelConfig
 from megatron.model.attention import document_mask
 from megatron.model.block import Block
 from megatron.model.cross_entropy import linear_cross_entropy
 from megatron.model.norm import build_norm
-from megatron.model.rotary import Rotary
+from megatron.model.rotary import Rotary, Rotation
 from megatron.moe.ffn import FFNContext
 
 
 class GPTOutput(NamedTuple):
-    """What a forward pass returns. Losses are 0-d fp32; without labels there are logits instead.
+    """Output of a forward pass: 0-d fp32 losses, or logits when no labels were given.
 
     A tuple, because ZeRO 3's hooks find the tensors of a module's output in tuples, lists and
     dicts only. The language-model loss is a sum and its normalizer: how the sums of several
@@ -34,13 +35,13 @@ class GPTOutput(NamedTuple):
     """
 
     lm_loss_sum: Tensor | None
-    """cross-entropy summed over the tokens, weighted by the loss mask"""
+    """Sum of the tokens' cross-entropies, weighted by the loss mask"""
     num_target_tokens: Tensor | None
-    """sum of the loss mask"""
+    """Sum of the loss mask"""
     aux_loss: Tensor
-    """mean of the auxiliary losses of the MoE layers; 0 without any"""
+    """Mean of the auxiliary losses of the MoE layers; 0 without any"""
     logits: Tensor | None
-    """[B, S, V] in the compute dtype"""
+    """Logits [B, S, V] in the compute dtype"""
 
     @property
     def lm_loss(self) -> Tensor | None:
@@ -58,32 +59,36 @@ class GPTOutput(NamedTuple):
 
 
 def at_least_one(count: Tensor) -> Tensor:
-    """A normalizer to divide by: 1 where there is nothing to average."""
+    """Return `count` as a divisor: 1 where there is nothing to average."""
     return torch.where(count > 0, count, 1)
 
 
 def project(
     x: Tensor, weight_VD: Tensor, labels_N: Tensor | None, mask_N: Tensor | None
 ) -> Tensor:
-    """[..., D] -> logits [..., V]; with labels, [N, D] -> the sum of `linear_cross_entropy`, 0-d."""
-    return (
-        F.linear(x, weight_VD)
-        if labels_N is None
-        else linear_cross_entropy(x, weight_VD, labels_N, mask_N)
-    )
+    """Apply the output layer.
+
+    Returns:
+        Without labels the logits, [..., D] -> [..., V]; with labels the summed cross-entropy
+        of `linear_cross_entropy`, [N, D] -> 0-d.
+    """
+    if labels_N is None:
+        return F.linear(x, weight_VD)
+    return linear_cross_entropy(x, weight_VD, labels_N, mask_N)
 
 
 class OutputLayer(nn.Linear):
-    """From hidden states to the vocabulary, or all the way to the loss, as `project`."""
+    """Projection of hidden states to logits or to the loss; see `project`."""
 
     def forward(
         self, x: Tensor, labels_N: Tensor | None = None, mask_N: Tensor | None = None
     ) -> Tensor:
+        """Apply `project` with the layer's own weight."""
         return project(x, self.weight, labels_N, mask_N)
 
 
 class TokenEmbedding(nn.Embedding):
-    """The vocabulary's table, which also serves as the output layer when the two are tied."""
+    """Token embedding table, which is also the output layer when the weights are tied."""
 
     def forward(
         self,
@@ -92,21 +97,26 @@ class TokenEmbedding(nn.Embedding):
         labels_N: Tensor | None = None,
         mask_N: Tensor | None = None,
     ) -> Tensor:
-        """Ids [...] -> rows [..., D]; as the output layer, the same as `OutputLayer`.
+        """Look up ids [...] -> [..., D]; with `as_output`, apply `project` to hidden states.
 
-        Both go through this module's call, not through its bare weight: ZeRO 3 gathers a sharded weight when the
-        module that owns it is called, forward and backward.
+        Both uses call this module instead of reading its weight: ZeRO 3 gathers a sharded
+        weight when the module that owns it is called, in forward and backward.
         """
-        return project(x, self.weight, labels_N, mask_N) if as_output else super().forward(x)
+        if as_output:
+            return project(x, self.weight, labels_N, mask_N)
+        return super().forward(x)
 
 
 class GPT(nn.Module):
-    """A transformer whose feed-forward layers come from outside, so that it knows no gates.
+    """A decoder-only transformer. Its feed-forward layers are passed in: it knows no gates.
 
     Args:
-        vocab_size: V, padded already.
-        make_ffn: the feed-forward layer of block `i` (from 0), `(x_BSD, FFNContext) -> FFNOutput`.
-        recompute: in training, keep only block inputs and run blocks again in the backward pass.
+        model: shape of the model.
+        vocab_size: V, already padded.
+        make_ffn: returns the feed-forward layer of block `i`, counted from 0:
+            `(x_BSD, FFNContext) -> FFNOutput`.
+        recompute: activation recomputation: in training, store only the inputs of blocks and
+            run their forward pass again during the backward pass.
     """
 
     def __init__(
@@ -118,9 +128,12 @@ class GPT(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        self.config, self.vocab_size, self.recompute = model, vocab_size, recompute
+        self.config = model
+        self.vocab_size = vocab_size
+        self.recompute = recompute
         self.embed_tokens = TokenEmbedding(vocab_size, model.hidden_size)
-        self.embed_positions = self.rotary = None
+        self.embed_positions = None
+        self.rotary = None
         if model.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(model.max_positions, model.hidden_size)
         else:
@@ -142,16 +155,35 @@ class GPT(nn.Module):
         """Predict the token after each position.
 
         Args:
-            tokens_BS: int64 ids.
+            tokens_BS: token ids, int64.
             labels_BS: the tokens to predict; None: return logits and no loss.
-            loss_mask_BS: weight of each token in the mean; None: all 1.
-            position_ids_BS: int64; None: 0 .. S - 1.
-            segments_BS: number of each token's document, which attention does not leave; None: one document.
-            progress: share of the training that is done, for gates that change over time.
+            loss_mask_BS: weight of each token in the loss; None: 1 for all tokens.
+            position_ids_BS: positions, int64; None: 0 .. S - 1.
+            segments_BS: index of each token's document, which limits attention to the same
+                document; None: each sequence is one document.
+            progress: completed fraction of the training, for gates that change over time.
         Raises:
-            ValueError: the sequence is longer than the model's largest position.
+            ValueError: the sequence is longer than the model has positions.
         """
-        length, limit = tokens_BS.shape[1], self.config.max_positions
+        self._check_length(tokens_BS.shape[1])
+        h_BSD = self._embed(tokens_BS, position_ids_BS)
+        h_BSD, aux_loss = self._run_blocks(
+            h_BSD, tokens_BS, position_ids_BS, segments_BS, progress
+        )
+        h_BSD = self.norm(h_BSD)
+        if labels_BS is None:
+            return GPTOutput(None, None, aux_loss, self._output(h_BSD))
+        if loss_mask_BS is None:
+            mask_N = torch.ones(labels_BS.numel(), device=h_BSD.device)
+        else:
+            mask_N = loss_mask_BS.flatten().float()
+        loss_sum = self._output(
+            h_BSD.flatten(0, 1), labels_N=labels_BS.flatten(), mask_N=mask_N
+        )
+        return GPTOutput(loss_sum, mask_N.sum(), aux_loss, None)
+
+    def _check_length(self, length: int) -> None:
+        limit = self.config.max_positions
         require(
             length <= limit,
             "sequence length",
@@ -159,84 +191,96 @@ class GPT(nn.Module):
             f"1 to {limit} positions",
             "Cut the sequence or train with a larger --max-position-embeddings.",
         )
-        h_BSD = self._embed(tokens_BS, position_ids_BS)
-        rotation = self.rotary(length, position_ids_BS) if self.rotary is not None else None
-        mask_B1SS = None if segments_BS is None else document_mask(segments_BS)
-        carry, aux_losses = None, []
-        for block in self.layers:
-            h_BSD, aux_loss, new_carry = self._run(
-                block, h_BSD, rotation, mask_B1SS, FFNContext(tokens_BS, carry, progress)
-            )
-            if aux_loss is not None:
-                aux_losses.append(aux_loss)
-                carry = new_carry
-        aux_loss = (
-            torch.stack(aux_losses).mean()
-            if aux_losses
-            else h_BSD.new_zeros((), dtype=torch.float32)
-        )
-        output = (
-            self.lm_head
-            if self.config.untie_embeddings_and_output_weights
-            else partial(self.embed_tokens, as_output=True)
-        )
-        h_BSD = self.norm(h_BSD)
-        if labels_BS is None:
-            return GPTOutput(None, None, aux_loss, output(h_BSD))
-        mask_N = (
-            torch.ones(labels_BS.numel(), device=h_BSD.device)
-            if loss_mask_BS is None
-            else loss_mask_BS.flatten().float()
-        )
-        loss_sum = output(h_BSD.flatten(0, 1), labels_N=labels_BS.flatten(), mask_N=mask_N)
-        return GPTOutput(loss_sum, mask_N.sum(), aux_loss, None)
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
         h_BSD = self.embed_tokens(tokens_BS)
         if self.embed_positions is not None:
             if position_ids_BS is None:
-                position_ids_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[
-                    None
-                ]
+                positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+                position_ids_BS = positions_S[None]
             h_BSD = h_BSD + self.embed_positions(position_ids_BS)
         return F.dropout(h_BSD, self.config.hidden_dropout, self.training)
 
-    def _run(self, block: Block, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _run_blocks(
+        self,
+        h_BSD: Tensor,
+        tokens_BS: Tensor,
+        position_ids_BS: Tensor | None,
+        segments_BS: Tensor | None,
+        progress: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Run all blocks.
+
+        Returns:
+            The residual stream, and the mean auxiliary loss of the MoE layers (0 without any).
+        """
+        rotation: Rotation | None = None
+        if self.rotary is not None:
+            rotation = self.rotary(tokens_BS.shape[1], position_ids_BS)
+        mask_B1SS: Tensor | None = None
+        if segments_BS is not None:
+            mask_B1SS = document_mask(segments_BS)
+        carry: Tensor | None = None
+        aux_losses: list[Tensor] = []
+        for block in self.layers:
+            context = FFNContext(tokens_BS, carry, progress)
+            h_BSD, aux_loss, new_carry = self._run_block(
+                block, h_BSD, rotation, mask_B1SS, context
+            )
+            if aux_loss is not None:  # an MoE layer
+                aux_losses.append(aux_loss)
+                carry = new_carry
+        if not aux_losses:
+            return h_BSD, h_BSD.new_zeros((), dtype=torch.float32)
+        return h_BSD, torch.stack(aux_losses).mean()
+
+    def _run_block(
+        self, block: Block, *args: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(
                 block, *args, use_reentrant=False, context_fn=block.recompute_contexts
             )
         return block(*args)
 
+    @property
+    def _output(self) -> Callable[..., Tensor]:
+        """The output layer, which may share its weight with the token embedding."""
+        if self.config.untie_embeddings_and_output_weights:
+            return self.lm_head
+        return partial(self.embed_tokens, as_output=True)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw the initial weights: N(0, init_method_std), output projections divided by sqrt(2 x layers).
+        """Draw the initial weights from N(0, init_method_std).
 
-        Each parameter has its own generator, seeded by (seed, its name), so that a weight depends neither on the
-        other modules nor on how experts are sharded. What lies under a module with `initialises_itself` is left alone.
+        The standard deviation of output projections is divided by sqrt(2 x layers). Each
+        parameter has its own generator, seeded by (seed, its name), so that a weight depends
+        neither on the other modules nor on how experts are sharded. Modules with
+        `initialises_itself` and everything below them are skipped.
         """
-        std, output_std = (
-            self.config.init_method_std,
-            self.config.init_method_std / math.sqrt(2 * len(self.layers)),
-        )
-        for name, module in _uninitialised(self):
+        std = self.config.init_method_std
+        output_std = std / math.sqrt(2 * len(self.layers))
+        for name, module in _modules_to_initialise(self):
             if isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 module.reset_parameters()
                 continue
+            is_output = name.endswith(("o_proj", "down_proj"))
             for key, parameter in module.named_parameters(recurse=False):
-                generator = torch.Generator().manual_seed(
-                    zlib.crc32(f"{seed}.{name}.{key}".encode())
-                )
-                scaled = name.endswith(("o_proj", "down_proj"))
-                values = torch.empty(parameter.shape).normal_(
-                    0, output_std if scaled else std, generator=generator
-                )
+                parameter_seed = zlib.crc32(f"{seed}.{name}.{key}".encode())
+                generator = torch.Generator().manual_seed(parameter_seed)
+                values = torch.empty(parameter.shape)
+                values.normal_(0, output_std if is_output else std, generator=generator)
                 parameter.copy_(values)
 
 
-def _uninitialised(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _modules_to_initialise(
+    module: nn.Module, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of all modules that are not below one with `initialises_itself`."""
     if getattr(module, "initialises_itself", False):
         return
     yield prefix, module
     for name, child in module.named_children():
-        yield from _uninitialised(child, f"{prefix}.{name}" if prefix else name)
+        child_prefix = f"{prefix}.{name}" if prefix else name
+        yield from _modules_to_initialise(child, child_prefix)

@@ -1,13 +1,13 @@
-"""Normalisation layers, torch's own fused ones."""
+"""Normalisation layers: torch's fused ones."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.model import ModelConfig
 
 
 def build_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
-    """The configured normalisation over the last dimension, [..., D] -> [..., D]."""
-    kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
-    return kind(config.hidden_size, eps=config.norm_epsilon)
+    """Build the configured normalisation over the last dimension, [..., D] -> [..., D]."""
+    kinds = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
+    return kinds[config.normalization](config.hidden_size, eps=config.norm_epsilon)

@@ -1,4 +1,4 @@
-"""Parameter counts by part of the model, and how many of them one token uses."""
+"""Parameter counts by part of the model, and how many parameters one token uses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-PARTS = {
+MODEL_PARTS = {
     "embedding": ("embed_tokens", "embed_positions"),
     "attention": ("self_attn",),
     "routed experts": ("experts",),
@@ -17,76 +17,88 @@ PARTS = {
     "output layer": ("lm_head",),
     "other": (),
 }
-"""part -> the names that mark it in a parameter's path; the first part that matches has it"""
+"""Module names that identify each part in the path of a parameter; the first match counts"""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters of the whole model, whatever slice of it this rank holds."""
+    """Parameter counts of the complete model, also when this rank holds a slice of it."""
 
     total: int
     parts: dict[str, int]
-    """part -> parameters, every key of PARTS; a tied output layer has none of its own"""
+    """Parameters of each part, with every key of MODEL_PARTS; 0 for a tied output layer"""
     active_min: int
-    """parameters that one token uses when it visits the fewest experts it may"""
+    """Parameters used by a token that visits the fewest experts possible"""
     active_max: int
-    """the same for the most experts"""
+    """Parameters used by a token that visits the most experts possible"""
 
 
 def count_parameters(
     model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)
 ) -> ParameterCount:
-    """Count the parameters of a model, on any device (`meta` too) and before ZeRO shards them.
+    """Count the parameters of a model, on any device including `meta`, before ZeRO shards them.
 
-    Routed experts are stacks [stacks here, ...] in the module `experts` of a layer with the attributes `num_experts`,
-    how many stacks there are over all ranks, and `gate`. All are counted, also where this rank holds a slice, and one
-    token uses its share of them.
+    Routed experts are stacks [number of local stacks, ...] in the module `experts` of a layer
+    with the attributes `num_experts`, the number of stacks over all ranks, and `gate`. All
+    stacks are counted, also where this rank holds a slice, and a token uses its share of them.
 
     Args:
         experts_per_token: fewest and most routed experts that one token visits.
     """
-    parts, active = dict.fromkeys(PARTS, 0), [0, 0]
-    layers = {
-        name: module for name, module in model.named_modules() if hasattr(module, "num_experts")
-    }
+    moe_layers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "num_experts"):
+            moe_layers[name] = module
+    parts = dict.fromkeys(MODEL_PARTS, 0)
+    active = [0, 0]
     for name, parameter in model.named_parameters():
-        part, number, shares = part_of(name), parameter.numel(), (1.0, 1.0)
+        part = part_of(name)
+        number = parameter.numel()
+        fractions = (1.0, 1.0)
         if part == "routed experts":
-            layer = layers[name.partition(".experts.")[0]]
+            layer = moe_layers[name.partition(".experts.")[0]]
             number = number // parameter.shape[0] * layer.num_experts
-            shares = tuple(k / layer.gate.num_experts for k in experts_per_token)
+            fractions = tuple(visited / layer.gate.num_experts for visited in experts_per_token)
         parts[part] += number
-        active = [a + round(number * share) for a, share in zip(active, shares)]
+        for i, fraction in enumerate(fractions):
+            active[i] += round(number * fraction)
     return ParameterCount(sum(parts.values()), parts, *active)
 
 
 def parameter_table(size: ParameterCount) -> str:
-    """The counts as text: one line for each part that has parameters, then the total."""
-    outside = size.total - size.parts["routed experts"]
+    """Format the counts: one line for each part that has parameters, and the total."""
+    outside_experts = size.total - size.parts["routed experts"]
     lines = [f"{'parameters':<16}{'all':>12}   active per token"]
     for part, number in size.parts.items():
-        used = (number, number)
+        if not number:
+            continue
+        active = _format_count(number)
         if part == "routed experts":
-            used = (size.active_min - outside, size.active_max - outside)
-        if number:
-            lines.append(f"{part:<16}{_unit(number):>12}   {_span(*used)}")
-    lines.append(
-        f"{'total':<16}{_unit(size.total):>12}   {_span(size.active_min, size.active_max)}"
-    )
+            active = _format_range(
+                size.active_min - outside_experts, size.active_max - outside_experts
+            )
+        lines.append(f"{part:<16}{_format_count(number):>12}   {active}")
+    active = _format_range(size.active_min, size.active_max)
+    lines.append(f"{'total':<16}{_format_count(size.total):>12}   {active}")
     return "\n".join(lines)
 
 
 def part_of(name: str) -> str:
-    """The key of PARTS that a parameter of this name belongs to."""
-    words = name.split(".")
-    return next(
-        (part for part, marks in PARTS.items() if any(mark in words for mark in marks)), "other"
-    )
+    """Return the key of MODEL_PARTS that a parameter of this name belongs to."""
+    path = name.split(".")
+    for part, modules in MODEL_PARTS.items():
+        if any(module in path for module in modules):
+            return part
+    return "other"
 
 
-def _unit(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+def _format_count(number: int) -> str:
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} B"
+    return f"{number / 1e6:.2f} M"
 
 
-def _span(low: int, high: int) -> str:
-    return _unit(low) if low == high else f"{_unit(low)} to {_unit(high)}"
+def _format_range(low: int, high: int) -> str:
+    if low == high:
+        return _format_count(low)
+    return f"{_format_count(low)} to {_format_count(high)}"

@@ -1,6 +1,6 @@
 """Rotary position embeddings (Su et al. 2021), in the rotate-half layout of Hugging Face's Llama.
 
-Shape suffixes: B batch, S sequence, H heads, K head width, P largest position + 1.
+Shape suffixes: B batch, S sequence, H heads, K head dimension, P number of positions.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every token's angles, fp32 [B or 1, 1, S, K]; the 1 stands for all heads."""
+    """Cosine and sine of every token's angles, fp32 [B or 1, 1, S, K]; heads are broadcast."""
 
     cos: Tensor
     sin: Tensor
 
     def apply(self, x_BHSK: Tensor) -> Tensor:
-        """Rotate queries or keys [B, H, S, K] in fp32 (fp64 stays fp64); the result has the input's dtype."""
+        """Rotate queries or keys [B, H, S, K].
+
+        Computes in fp32 (in fp64 for fp64 inputs) and returns the dtype of the input.
+        """
         first, second = x_BHSK.chunk(2, -1)
         turned = torch.cat((-second, first), -1)
         return (x_BHSK * self.cos + turned * self.sin).to(x_BHSK.dtype)
@@ -31,6 +34,7 @@ class Rotary(nn.Module):
     Args:
         head_size: K, even.
         max_positions: P.
+        base: base of the frequencies.
     """
 
     cos_PK: Tensor
@@ -38,7 +42,9 @@ class Rotary(nn.Module):
 
     def __init__(self, head_size: int, max_positions: int, base: float = 10000.0):
         super().__init__()
-        self.head_size, self.max_positions, self.base = head_size, max_positions, base
+        self.head_size = head_size
+        self.max_positions = max_positions
+        self.base = base
         self._build()
 
     def _build(self, device: torch.device | None = None) -> None:
@@ -49,15 +55,21 @@ class Rotary(nn.Module):
         self.register_buffer("sin_PK", angle_PK.sin(), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Rotary:
-        # .bfloat16() would round the table and .to_empty() leave it uninitialised: move it, then compute it again.
+        # .bfloat16() would round the table and .to_empty() would leave it uninitialised: let
+        # torch move the buffers, then compute them again on the new device.
         super()._apply(fn, recurse)
         self._build(self.cos_PK.device)
         return self
 
     def forward(self, length: int, position_ids_BS: Tensor | None = None) -> Rotation:
-        """Rotations of positions 0 .. length - 1, or of the given ones (int64, below P)."""
+        """Return the rotations of positions 0 .. length - 1, or of the given positions.
+
+        Args:
+            length: S.
+            position_ids_BS: int64, below P; None: 0 .. S - 1.
+        """
         if position_ids_BS is None:
             return Rotation(self.cos_PK[None, None, :length], self.sin_PK[None, None, :length])
-        return Rotation(
-            self.cos_PK[position_ids_BS].unsqueeze(1), self.sin_PK[position_ids_BS].unsqueeze(1)
-        )
+        cos_B1SK = self.cos_PK[position_ids_BS].unsqueeze(1)
+        sin_B1SK = self.sin_PK[position_ids_BS].unsqueeze(1)
+        return Rotation(cos_B1SK, sin_B1SK)
