@@ -1,6 +1,7 @@
-"""Says whether this Python can run the project, and what to install if not; `--build` compiles what DeepSpeed needs.
+"""Checks whether this Python can run the project, and names the packages to install if not.
 
-Compiling here, once and in one process, keeps it out of the first training run, where every rank would wait for it.
+`--build` also compiles DeepSpeed's CPU communication operator. Compiling it once, in a single
+process, keeps it out of the first training run, where every rank would wait for it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ sys.path.insert(0, str(REPO))
 
 
 def missing_packages() -> list[str]:
-    """Requirements of pyproject.toml (with the test extra) that are absent, or of another version."""
-    # Not pip's copies of these: importing pip switches off the distutils that setuptools needs to compile operators.
+    """Return the requirements of pyproject.toml (with the test extra) that are not installed,
+    or in another version.
+    """
+    # Not pip's copies of these: importing pip disables the distutils that setuptools needs to
+    # compile operators.
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -40,7 +44,7 @@ def missing_packages() -> list[str]:
 
 
 def build_operators() -> None:
-    """Compile DeepSpeed's CPU communication operator into the environment's cache; nothing to do with CUDA."""
+    """Compile DeepSpeed's CPU communication operator into the environment's cache; no CUDA."""
     from megatron.engine.distributed import prepare_deepspeed
     from megatron.parallel.groups import choose_comm_backend
 
@@ -54,6 +58,7 @@ def build_operators() -> None:
 
 
 def main() -> int:
+    """Check, and build if requested; return the exit code, 2 if packages are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--build", action="store_true", help="also compile DeepSpeed's CPU operator"
@@ -62,8 +67,8 @@ def main() -> int:
     missing = missing_packages()
     if missing:
         print(
-            f"{sys.prefix} lacks {', '.join(missing)}; install with: {sys.executable} -m pip install "
-            "-c constraints.txt '.[test]', or leave VENV out to get a fresh .venv",
+            f"{sys.prefix} lacks {', '.join(missing)}; install with: {sys.executable} -m pip "
+            "install -c constraints.txt '.[test]', or leave VENV out to get a fresh .venv",
             file=sys.stderr,
         )
         return 2

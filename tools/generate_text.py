@@ -1,8 +1,10 @@
-"""Continues prompts with a checkpoint: `deepspeed --num_gpus 2 tools/generate_text.py --load runs/x/checkpoints`.
+"""Continues prompts with a checkpoint.
 
-Any number of ranks may be started: as many as shared the experts in the training share them here if that divides the
-number of ranks, else each has all. Each continuation is printed as one line, `> prompt|continuation`, with newlines
-shown as \\n.
+    deepspeed --num_gpus 2 tools/generate_text.py --load runs/x/checkpoints
+
+Any number of ranks can be started. Experts are sharded as in training if that fits the number
+of ranks; otherwise every rank holds all experts. Each continuation is printed on one line,
+`> prompt|continuation`, with newlines shown as \\n.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--load", required=True, help="folder given to --save of the training run"
+        "--load", required=True, help="directory of checkpoints: --save of the training run"
     )
     parser.add_argument(
         "--load-step",
@@ -27,31 +30,38 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="iteration of the checkpoint; 0: the newest (default)",
     )
-    parser.add_argument("--prompt", nargs="+", default=["def "], help="one or more beginnings")
+    parser.add_argument("--prompt", nargs="+", default=["def "], help="one or more prompts")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=32, help="tokens to add to each (default 32)"
+        "--max-new-tokens",
+        type=int,
+        default=32,
+        help="tokens to generate per prompt (default 32)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.7,
-        help="0: always the likeliest token (default 0.7)",
+        help="0: always choose the most likely token (default 0.7)",
     )
     parser.add_argument(
         "--top-p",
         type=float,
         default=0.9,
-        help="sample from this much probability mass (default 0.9)",
+        help="sample from this much of the probability mass (default 0.9)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=0, help="sample from this many tokens; 0: all (default)"
+        "--top-k",
+        type=int,
+        default=0,
+        help="sample from this many most likely tokens; 0: all (default)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Generate and print the continuations."""
     from megatron.inference.generate import generate
     from megatron.initialize import build_engine, build_run_model, initialize_inference
 
@@ -76,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    """Run the tool and return its exit code."""
     from megatron.exit_codes import exit_code
 
     return exit_code(lambda: run(parse()))

@@ -1,34 +1,48 @@
-"""Prints the size of a model (total, active per token, per part) from pretrain_gpt.py's flags, building nothing."""
+"""Prints the size of a model from pretrain_gpt.py's flags, without building it.
+
+The parameters are listed by part of the model, in total and active per token.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-GPT2_VOCABULARY = 50257
+if TYPE_CHECKING:
+    from megatron.config.schema import RunConfig
+
+GPT2_VOCABULARY_SIZE = 50257
+
+
+def vocabulary_size(config: RunConfig) -> int:
+    """Return the vocabulary size before padding; that of GPT-2 if its files are missing."""
+    from megatron.tokenizer.build import build_tokenizer
+
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    try:
+        return build_tokenizer(config.tokenizer).vocab_size
+    except FileNotFoundError as error:
+        if config.tokenizer.tokenizer_type != "GPT2BPETokenizer":
+            raise
+        print(f"(vocabulary taken as {GPT2_VOCABULARY_SIZE}: {error})")
+        return GPT2_VOCABULARY_SIZE
 
 
 def run() -> None:
+    """Print the table of sizes."""
     import torch
 
     from megatron.config import cli
     from megatron.model.builder import build_model, size_table
     from megatron.moe.gate import available_gates, gate_config_class
     from megatron.parallel.groups import Groups
-    from megatron.tokenizer.build import build_tokenizer
 
     config = cli.parse(sys.argv[1:], gate_config_class, available_gates)
-    vocab_size = config.model.vocab_size
-    if not vocab_size:
-        try:
-            vocab_size = build_tokenizer(config.tokenizer).vocab_size
-        except FileNotFoundError as error:
-            if config.tokenizer.tokenizer_type != "GPT2BPETokenizer":
-                raise
-            vocab_size = GPT2_VOCABULARY
-            print(f"(vocabulary taken as {vocab_size}: {error})")
+    vocab_size = vocabulary_size(config)
     with torch.device("meta"):
         model = build_model(
             config.model,
@@ -42,6 +56,7 @@ def run() -> None:
 
 
 def main() -> int:
+    """Run the tool and return its exit code."""
     from megatron.exit_codes import exit_code
 
     return exit_code(run)

@@ -122,7 +122,9 @@ def parse_with(
 
 
 def to_flags(config: RunConfig) -> list[str]:
-    """Return flags that parse to `config`: fields that differ from their defaults, and all gate options.
+    """Return flags that parse to `config`.
+
+    They set the fields that differ from their defaults, and all gate options.
 
     Raises:
         ValueError: an element of a list starts with "--", which only run.json can express.

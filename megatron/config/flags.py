@@ -58,7 +58,7 @@ class Flag:
 
     @property
     def dest(self) -> str:
-        """Path of the value within the run's configuration; attribute name in argparse's namespace."""
+        """Path of the value in the configuration; attribute name in argparse's namespace."""
         return f"{self.section}.{self.name}"
 
     @property
@@ -100,7 +100,10 @@ def flags_of(cls: type, section: str) -> tuple[Flag, ...]:
 
 
 def flag_spellings(name: str, section: str, others: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return all spellings of a field's flag: Megatron's name if it has one, the plain name, the others."""
+    """Return all spellings of a field's flag, the preferred one first.
+
+    That is Megatron's name if it has another one, or else the plain name.
+    """
     plain = flag_name(name)
     preferred = plain
     if section == "gate_options":

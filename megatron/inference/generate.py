@@ -52,14 +52,7 @@ def generate(
     """
     sampling = _Sampling(temperature, top_p, top_k)
     sampling.check()
-    _check_prompts(tokens)
-    require(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "0 or more")
-    require(
-        0 < vocab_size <= model.vocab_size,
-        "vocab_size",
-        vocab_size,
-        f"1 to the model's {model.vocab_size}",
-    )
+    _check_sizes(model, tokens, max_new_tokens, vocab_size)
     generator = torch.Generator().manual_seed(seed)
     rows = [list(row) for row in tokens]
     running = list(range(len(rows)))
@@ -112,14 +105,23 @@ class _Sampling:
         return ids_BV.gather(1, drawn_B1).squeeze(1).tolist()
 
 
-def _check_prompts(tokens: list[list[int]]) -> None:
-    """Raise ValueError unless there is a prompt, and each has a token."""
+def _check_sizes(
+    model: GPT, tokens: list[list[int]], max_new_tokens: int, vocab_size: int
+) -> None:
+    """Raise ValueError if a prompt is empty or a number of tokens is out of its range."""
     require(
         bool(tokens) and all(tokens),
         "lengths of the prompts",
         [len(row) for row in tokens],
         "one prompt or more, each of one token or more",
         "Start an empty prompt with the end-of-document token.",
+    )
+    require(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "0 or more")
+    require(
+        0 < vocab_size <= model.vocab_size,
+        "vocab_size",
+        vocab_size,
+        f"1 to the model's {model.vocab_size}",
     )
 
 

@@ -90,7 +90,7 @@ def build_huggingface(config: TokenizerConfig, threads: int) -> Tokenizer:
 
 
 def _named_eod(path: Path) -> str | None:
-    """Return the end-of-sequence token named by the tokenizer_config.json next to a tokenizer.json."""
+    """Return the end-of-sequence token of the tokenizer_config.json next to a tokenizer.json."""
     settings = path.parent / "tokenizer_config.json"
     if path.name != "tokenizer.json" or not settings.is_file():
         return None

@@ -42,7 +42,7 @@ class NullTokenizer(Tokenizer):
                     f"{word[:40]!r} is no token id for {self.name}; allowed: 0 to {self.eod}, "
                     "written in decimal and separated by blanks"
                 )
-        return flatten([[int(word) for word in row] for row in words])
+        return flatten([list(map(int, row)) for row in words])
 
     def _decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
