@@ -174,7 +174,7 @@ def test_sentencepiece_learns_from_every_part_of_a_text(tmp_path):
 
 @given(st.lists(st.text(alphabet="aЖ\n▅ \U0001f600", max_size=60), max_size=5))
 def test_sentences_leave_nothing_out(texts):
-    with mock.patch.object(train_tokenizer, "SENTENCE", 7):
+    with mock.patch.object(train_tokenizer, "MAX_SENTENCE", 7):
         parts = list(train_tokenizer.sentences(texts))
     assert "".join(parts) == "".join(texts).replace("\n", "").replace("▅", "")
     assert all(0 < len(part) <= 7 for part in parts)
