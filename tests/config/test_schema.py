@@ -1,4 +1,4 @@
-"""Every check of the schema, and the sizes it derives."""
+"""Config sections: the checks of their fields, and the sizes they derive."""
 
 import dataclasses
 
@@ -193,7 +193,8 @@ REFUSED = [
     (
         OptimizerConfig,
         {"lr_warmup_iters": 1, "lr_warmup_fraction": 0.1},
-        r"--lr-warmup-\* is \['lr_warmup_iters', 'lr_warmup_fraction'\]; allowed: one of iters, fraction, tokens",
+        r"--lr-warmup-\* is \['lr_warmup_iters', 'lr_warmup_fraction'\]; "
+        "allowed: one of iters, fraction, tokens",
     ),
     (
         OptimizerConfig,
@@ -252,7 +253,8 @@ REFUSED = [
     (
         FaultToleranceConfig,
         {"loss_spike_action": "stop", "loss_spike_threshold": 0.0},
-        "--loss-spike-action is 'stop'; allowed: log without --loss-spike-threshold. Set the threshold.",
+        "--loss-spike-action is 'stop'; allowed: log without --loss-spike-threshold. "
+        "Set the threshold.",
     ),
     *[
         (
@@ -296,20 +298,20 @@ REFUSED = [
 @pytest.mark.parametrize(
     "cls, values, message", REFUSED, ids=[f"{c.__name__}-{v}" for c, v, _ in REFUSED]
 )
-def test_a_class_checks_its_fields(cls, values, message):
+def test_sections_refuse_invalid_values(cls, values, message):
     with pytest.raises(ValueError, match=message) as caught:
         cls(**values)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("cls", SECTIONS.values())
-def test_defaults_are_valid_and_frozen(cls):
+def test_section_defaults_are_valid_and_frozen(cls):
     config = cls()
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, dataclasses.fields(cls)[0].name, None)
 
 
-def test_require_states_advice_only_when_there_is_some():
+def test_require_states_advice_if_given():
     require(True, "--x", 1, "2")
     with pytest.raises(ValueError, match=r"^--x is 1; allowed: 2$"):
         require(False, "--x", 1, "2")
@@ -317,7 +319,7 @@ def test_require_states_advice_only_when_there_is_some():
         require(False, "--x", "1", "2", "Set 2.")
 
 
-def test_derived_model_sizes():
+def test_model_config_derives_sizes():
     model = ModelConfig(hidden_size=768, num_attention_heads=12, seq_length=1024)
     assert (model.query_groups, model.head_size, model.max_positions, model.act) == (
         12,
@@ -338,18 +340,18 @@ def test_derived_model_sizes():
     assert [model.padded_vocab(n) for n in (1, 128, 129)] == [128, 128, 256]
 
 
-def test_which_layers_are_mixtures():
-    def mixtures(**values):
+def test_is_moe_layer_follows_the_flags():
+    def moe_layers(**values):
         return [i for i in range(6) if MoEConfig(**values).is_moe_layer(i)]
 
-    assert mixtures() == []
-    assert mixtures(num_experts=4) == [0, 1, 2, 3, 4, 5]
-    assert mixtures(num_experts=4, expert_interval=2) == [1, 3, 5]
-    assert mixtures(num_experts=4, expert_interval=2, moe_first_k_dense=2) == [3, 5]
-    assert mixtures(num_experts=4, moe_layers=(0, 4)) == [0, 4]
+    assert moe_layers() == []
+    assert moe_layers(num_experts=4) == [0, 1, 2, 3, 4, 5]
+    assert moe_layers(num_experts=4, expert_interval=2) == [1, 3, 5]
+    assert moe_layers(num_experts=4, expert_interval=2, moe_first_k_dense=2) == [3, 5]
+    assert moe_layers(num_experts=4, moe_layers=(0, 4)) == [0, 4]
 
 
-def test_precision():
+def test_precision_follows_bf16_and_fp16():
     assert [OptimizerConfig(**v).precision for v in ({}, {"bf16": True}, {"fp16": True})] == [
         "fp32",
         "bf16",
@@ -357,7 +359,7 @@ def test_precision():
     ]
 
 
-def test_batch_and_length_of_the_run():
+def test_train_config_derives_batch_and_iterations():
     train = TrainConfig(micro_batch_size=2, train_tokens=1001)
     assert train.global_batch(4) == 8
     assert dataclasses.replace(train, global_batch_size=16).global_batch(4) == 16
@@ -375,7 +377,7 @@ def test_batch_and_length_of_the_run():
         TrainConfig().iterations(10, 1)
 
 
-def test_experts_need_zero():
+def test_experts_require_zero():
     for ep in (1, 2):
         moe = MoEConfig(num_experts=4, moe_expert_parallel_size=ep)
         with pytest.raises(
@@ -392,7 +394,7 @@ def test_to_dict_is_plain_and_complete():
     assert content["model"]["num_layers"] == 4
 
 
-def test_experts_that_no_layer_would_have():
+def test_experts_without_moe_layer_are_refused():
     message = (
         "--expert-interval is 5; allowed: a value that leaves at least one MoE layer among "
         "2 layers, the first 0 of which are dense"
