@@ -1,3 +1,5 @@
+"""Text generation: greedy against a reference, sampled frequencies, ends of rows, errors."""
+
 import pytest
 import torch
 
@@ -6,7 +8,9 @@ from megatron.inference.generate import generate
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 
-V, PADDED, LIMIT = 11, 16, 12
+V = 11
+PADDED = 16
+LIMIT = 12
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 10, 0]]
 
 
@@ -30,7 +34,7 @@ def model() -> GPT:
     return model.eval()
 
 
-def greedy_alone(model, prompt, count):
+def greedy_reference(model, prompt, count):
     row = list(prompt)
     for _ in range(count):
         with torch.no_grad():
@@ -40,7 +44,7 @@ def greedy_alone(model, prompt, count):
 
 
 def always(model, logits: list[float]):
-    """Make the model answer these logits whatever it reads."""
+    """Make the model return these logits for any input."""
     model.norm.register_forward_hook(
         lambda m, args, y: torch.zeros_like(y).index_fill_(-1, torch.tensor([0]), 1.0)
     )
@@ -48,24 +52,24 @@ def always(model, logits: list[float]):
     model.lm_head.weight.data[: len(logits), 0] = torch.tensor(logits)
 
 
-def test_greedy_rows_of_a_batch_are_as_each_alone(model):
+def test_greedy_batch_equals_single_prompts(model):
     # 10 new tokens take the first prompt past the window of 12
-    expected = [greedy_alone(model, prompt, 10) for prompt in PROMPTS]
+    expected = [greedy_reference(model, prompt, 10) for prompt in PROMPTS]
     assert len({tuple(row) for row in expected}) == 3
     assert generate(model, PROMPTS, max_new_tokens=10, temperature=0, vocab_size=V) == expected
     assert generate(model, PROMPTS, max_new_tokens=10, top_k=1, vocab_size=V) == expected
     assert generate(model, PROMPTS, max_new_tokens=10, top_p=1e-6, vocab_size=V) == expected
-    assert PROMPTS == [[1, 2, 3, 4, 5], [7], [9, 10, 0]], "the prompts are not touched"
+    assert PROMPTS == [[1, 2, 3, 4, 5], [7], [9, 10, 0]], "the prompts were changed"
 
 
-def test_a_prompt_longer_than_the_window_is_cropped(model):
+def test_long_prompt_is_cropped(model):
     prompt = [i % V for i in range(30)]
     assert generate(model, [prompt], max_new_tokens=3, temperature=0, vocab_size=V) == [
-        greedy_alone(model, prompt, 3)
+        greedy_reference(model, prompt, 3)
     ]
 
 
-def test_padding_of_the_vocabulary_is_never_chosen(model):
+def test_vocabulary_padding_is_never_chosen(model):
     always(model, [0.0] * V + [50.0] * (PADDED - V))
     for temperature in (0.0, 1.0, 100.0):
         rows = generate(
@@ -85,12 +89,12 @@ def test_padding_of_the_vocabulary_is_never_chosen(model):
         (
             {"top_k": 3, "top_p": 0.75},
             [4 / 7, 3 / 7, 0, 0],
-        ),  # top_p acts on what top_k left: 4/9 + 3/9 reach it
+        ),  # top_p applies to what top_k left: 4/9 + 3/9 reach 0.75
         ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
     ],
 )
-def test_sampled_frequencies(model, options, expected):
-    order = [2, 0, 3, 1]  # the likeliest token is not the first id
+def test_sampled_frequencies_match_probabilities(model, options, expected):
+    order = [2, 0, 3, 1]  # the most likely token is not the first id
     logits = torch.empty(4)
     logits[order] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     always(model, logits.tolist())
@@ -100,13 +104,13 @@ def test_sampled_frequencies(model, options, expected):
     assert (counts[torch.tensor(expected) == 0] == 0).all()
 
 
-def test_eod_ends_a_row_but_not_the_loop(model):
+def test_eod_ends_row_not_loop(model):
     free = generate(model, PROMPTS, max_new_tokens=8, temperature=0, vocab_size=V)
     eod = free[0][2]
     model.calls.clear()
     ended = generate(model, PROMPTS, max_new_tokens=8, temperature=0, vocab_size=V, eod=eod)
-    for row, whole in zip(ended, free):
-        assert row == (whole[: whole.index(eod) + 1] if eod in whole else whole)
+    for row, full in zip(ended, free):
+        assert row == (full[: full.index(eod) + 1] if eod in full else full)
     assert len(ended[0]) <= 3 and len(model.calls) == 8
     always(model, [9.0])
     model.calls.clear()
@@ -116,11 +120,11 @@ def test_eod_ends_a_row_but_not_the_loop(model):
         [0],
     ]
     assert [tokens.shape for tokens, _ in model.calls] == [(3, 5)] + [(1, 1)] * 4, (
-        "lockstep: always 5 forward passes"
+        "all ranks need 5 forward passes"
     )
 
 
-def test_seed_and_progress(model):
+def test_seed_and_progress_are_used(model):
     def sample(seed):
         return generate(
             model,
@@ -140,7 +144,7 @@ def test_seed_and_progress(model):
     assert generate(model, PROMPTS, max_new_tokens=0, vocab_size=V) == [[], [], []]
 
 
-def test_dropout_is_off_and_the_mode_comes_back(model):
+def test_generate_restores_training_mode(model):
     expected = generate(model, PROMPTS, max_new_tokens=4, temperature=0, vocab_size=V)
     assert (
         generate(model.train(), PROMPTS, max_new_tokens=4, temperature=0, vocab_size=V)

@@ -1,4 +1,4 @@
-"""tools/generate_text.py on a real sharded checkpoint, and the whole demo at a small size."""
+"""tools/generate_text.py on a sharded checkpoint, and the complete demo at a small size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def _generate(argv: list[str]) -> list[str]:
-    """In a rank of the pool: what the tool prints there."""
+    """Run the tool in a rank of the pool; return the continuations that it prints."""
     sys.path.insert(0, str(REPO))
     from tools import generate_text
 
@@ -32,7 +32,7 @@ def _generate(argv: list[str]) -> list[str]:
     return [line for line in out.getvalue().splitlines() if line.startswith(">")]
 
 
-def test_each_prompt_is_continued_on_one_line_by_rank_0_alone(finished, ranks2):
+def test_rank0_prints_one_line_per_prompt(finished, ranks2):
     argv = [
         "--load",
         str(finished / "checkpoints"),
@@ -46,10 +46,10 @@ def test_each_prompt_is_continued_on_one_line_by_rank_0_alone(finished, ranks2):
     assert second == [] and len(first) == 2
     assert first[0].startswith("> the quick |") and first[1].startswith("> fox\\n|")
     assert all(len(line.split("|", 1)[1]) >= 1 for line in first)
-    assert ranks2.run(_generate, argv)[0] == first, "the same seed gives the same text"
+    assert ranks2.run(_generate, argv)[0] == first, "the same seed should give the same text"
 
 
-def test_no_checkpoint_is_one_clear_line(tmp_path):
+def test_missing_checkpoint_is_one_line_error(tmp_path):
     done = subprocess.run(
         [sys.executable, "tools/generate_text.py", "--load", str(tmp_path)],
         capture_output=True,
@@ -64,8 +64,8 @@ def test_no_checkpoint_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_from_corpus_to_text_and_once_more(tmp_path):
-    """demo.sh with a tiny model: everything it promises is there, and a second call goes on where the first ended."""
+def test_demo_runs_twice(tmp_path):
+    """demo.sh with a tiny model: its outputs exist, and a second call resumes the first run."""
     env = {
         **os.environ,
         "PYTHON": sys.executable,

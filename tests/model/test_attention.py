@@ -1,3 +1,5 @@
+"""Attention against a loop over queries, heads and keys."""
+
 import math
 
 import pytest
@@ -8,8 +10,8 @@ from megatron.model.attention import Attention, document_mask
 from megatron.model.rotary import Rotary
 
 
-def dumb_attention(p, x_BSD, heads, groups, rotation, segments_BS):
-    """One query, one head, one key at a time."""
+def reference_attention(p, x_BSD, heads, groups, rotation, segments_BS):
+    """Attend one query, one head and one key at a time."""
     B, S, _ = x_BSD.shape
     K = p["q_proj.weight"].shape[0] // heads
 
@@ -46,7 +48,7 @@ def dumb_attention(p, x_BSD, heads, groups, rotation, segments_BS):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_against_a_loop(groups, rope, packed):
+def test_attention_equals_a_loop(groups, rope, packed):
     torch.manual_seed(0)
     config = ModelConfig(
         hidden_size=12,
@@ -65,7 +67,7 @@ def test_against_a_loop(groups, rope, packed):
     (y * weight).sum().backward()
     p = {name: q.detach().clone().requires_grad_() for name, q in attention.named_parameters()}
     x_again = x.detach().clone().requires_grad_()
-    expected = dumb_attention(p, x_again, 4, groups, rotation, segments)
+    expected = reference_attention(p, x_again, 4, groups, rotation, segments)
     (expected * weight).sum().backward()
 
     torch.testing.assert_close(y, expected)
@@ -74,7 +76,7 @@ def test_against_a_loop(groups, rope, packed):
         torch.testing.assert_close(q.grad, p[name].grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_one_document_equals_plain_causal():
+def test_one_document_is_plain_causal_attention():
     torch.manual_seed(1)
     attention = Attention(ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=9))
     x = torch.randn(2, 9, 16)
@@ -83,7 +85,7 @@ def test_one_document_equals_plain_causal():
     )
 
 
-def test_dropout_in_training_only():
+def test_dropout_applies_in_training_only():
     torch.manual_seed(2)
     attention = Attention(
         ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=8, attention_dropout=0.5)
@@ -95,5 +97,5 @@ def test_dropout_in_training_only():
     assert torch.equal(attention.eval()(x), plain(x))
     mean = attention.train()(x.expand(4000, 8, 16)).mean(0)
     assert (mean - plain(x)).abs().max() < 0.05 * plain(x).abs().max(), (
-        "dropout keeps the expectation"
+        "dropout changes the expectation"
     )

@@ -1,3 +1,5 @@
+"""Residual structure, dropout and context of a transformer block."""
+
 import torch
 from torch import nn
 
@@ -10,14 +12,14 @@ CONFIG = ModelConfig(hidden_size=8, num_attention_heads=2, seq_length=5)
 
 
 class Recorder(nn.Module):
-    """A feed-forward layer that keeps what it was given and answers y = 2x, aux = 7, carry = 1s."""
+    """A feed-forward layer that records its inputs and returns y = 2x, aux_loss 7, carry 1."""
 
     def forward(self, x, context):
         self.x, self.context = x, context
         return FFNOutput(2 * x, torch.tensor(7.0), torch.ones(3))
 
 
-def test_pre_norm_residuals():
+def test_block_has_pre_norm_residuals():
     torch.manual_seed(0)
     block = Block(CONFIG, MLP(8, 12, "gelu")).double()
     for p in block.parameters():
@@ -35,7 +37,7 @@ def test_pre_norm_residuals():
     )
 
 
-def test_ffn_sees_the_context_and_its_loss_and_carry_come_back():
+def test_ffn_context_and_carry_pass_through():
     torch.manual_seed(0)
     ffn = Recorder()
     block = Block(CONFIG, ffn)
@@ -44,20 +46,22 @@ def test_ffn_sees_the_context_and_its_loss_and_carry_come_back():
     assert ffn.context is context
     assert aux == 7 and torch.equal(carry, torch.ones(3)) and y.shape == (2, 5, 8)
     block(torch.randn(2, 5, 8))
-    assert ffn.context.token_ids_BS is None, "without a context the layer gets an empty one"
+    assert ffn.context.token_ids_BS is None, (
+        "without a context the layer should get an empty one"
+    )
 
 
-def test_hidden_dropout_in_training_only():
+def test_hidden_dropout_applies_in_training_only():
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=8, num_attention_heads=2, seq_length=5, hidden_dropout=0.5)
     dropped, plain = Block(config, Recorder()), Block(CONFIG, Recorder())
     plain.load_state_dict(dropped.state_dict())
     h = torch.randn(2, 5, 8)
     dropped(h)
-    attended = dropped.mlp.x  # norm(h + dropout(attention)): the first branch is dropped too
+    attended = dropped.mlp.x  # norm(h + dropout(attention))
     dropped(h)
     assert not torch.equal(attended, dropped.mlp.x)
     assert torch.equal(dropped.eval()(h)[0], plain(h)[0])
     dropped.train().self_attn.o_proj.weight.data.zero_()
     y, *_ = dropped(h)
-    assert 0.2 < (y == h).float().mean() < 0.8, "and so is the second"
+    assert 0.2 < (y == h).float().mean() < 0.8, "dropout of the feed-forward branch"

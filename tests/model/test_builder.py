@@ -1,4 +1,4 @@
-"""The model of a run: which layers are mixtures, and weights that do not depend on the sharding."""
+"""The model of a run: which layers are MoE layers, their options, and their initial weights."""
 
 import torch
 
@@ -33,7 +33,7 @@ def build(ep_size=1, rank=0, seed=3, **moe):
     )
 
 
-def test_mixtures_stand_where_the_flags_say():
+def test_moe_layers_follow_the_flags():
     def kinds(**moe):
         return [isinstance(b.mlp, MoELayer) for b in build(**moe).layers]
 
@@ -52,7 +52,7 @@ def test_mixtures_stand_where_the_flags_say():
     ]
 
 
-def test_options_reach_the_layer():
+def test_moe_options_reach_the_layer():
     layer = (
         build(
             moe_shared_experts=2,
@@ -72,15 +72,13 @@ def test_options_reach_the_layer():
         and isinstance(layer.shared, MLP)
         and layer.shared.up_proj.out_features == 16
     )
-    assert build().embed_tokens.num_embeddings == 128, "padded"
+    assert build().embed_tokens.num_embeddings == 128, "the vocabulary should be padded"
 
 
-def test_same_weights_however_the_experts_are_sharded():
-    whole, parts = (
-        build(moe_shared_experts=1),
-        [build(2, rank, moe_shared_experts=1) for rank in (0, 1)],
-    )
-    for name, p in whole.named_parameters():
+def test_weights_do_not_depend_on_sharding():
+    unsharded = build(moe_shared_experts=1)
+    parts = [build(2, rank, moe_shared_experts=1) for rank in (0, 1)]
+    for name, p in unsharded.named_parameters():
         shards = [dict(m.named_parameters())[name] for m in parts]
         if ".experts." in name:
             assert torch.equal(torch.cat(shards), p), name
@@ -88,7 +86,7 @@ def test_same_weights_however_the_experts_are_sharded():
             assert all(torch.equal(s, p) for s in shards), name
 
 
-def test_seeds_and_layers_differ():
+def test_weights_differ_by_seed_and_layer():
     a, b = build(seed=1), build(seed=2)
     for (name, p), q in zip(a.named_parameters(), b.parameters()):
         assert "norm" in name or not torch.equal(p, q), name
@@ -98,6 +96,6 @@ def test_seeds_and_layers_differ():
         assert all(not torch.equal(stack[0], other) for other in stack[1:])
 
 
-def test_shared_experts_are_initialised_like_the_rest():
+def test_shared_experts_have_init_method_std():
     std = build(moe_shared_experts=4).layers[0].mlp.shared.up_proj.weight.std().item()
     assert 0.015 < std < 0.025

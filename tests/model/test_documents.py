@@ -1,4 +1,7 @@
-"""Documents packed into one sample, from the loader's batch through the whole model: none sees another, bit for bit."""
+"""Documents packed into one sample do not see each other, bit for bit.
+
+From the loader's batch through the complete model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from megatron.model.gpt import GPT
 from megatron.parallel.groups import Groups
 
 EOD, V = 0, 40
-# The end of a document, one of 5 tokens, one that is only its end, one of 2, the beginning of one; the last is a label.
+# Documents: the end of one, one of 5 tokens, one that is only its end-of-document token, one of
+# 2 tokens, and the beginning of one. The last token is a label only.
 SAMPLE = [7, 3, EOD, 5, 9, 9, 2, EOD, EOD, 11, EOD, 3, 7, 21, 5, 30, 8]
 DOCUMENTS = [slice(0, 3), slice(3, 8), slice(8, 9), slice(9, 11), slice(11, 16)]
 LLAMA = ModelConfig(
@@ -40,14 +44,12 @@ GPT2 = ModelConfig(
     normalization="LayerNorm",
     init_method_std=0.3,
 )
-FLASH, OPTIONS = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    ("reset_position_ids", "reset_attention_mask"),
-)
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+OPTIONS = ("reset_position_ids", "reset_attention_mask")
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that run inside."""
+    """Records the names of the operators that run inside this context."""
 
     def __enter__(self) -> Operators:
         self.names: list[str] = []
@@ -76,13 +78,13 @@ def make(
 
 
 def packed(*flags: str) -> Batch:
-    """Two samples: SAMPLE, and one of a single document."""
+    """Return two samples: SAMPLE, and one of a single document."""
     samples = np.array([SAMPLE, np.arange(1, 18)])
     return make_batch(samples, DataConfig(**dict.fromkeys(flags or OPTIONS, True)), EOD)
 
 
 def run(model: GPT, batch: Batch, tokens: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits, with the same dropout every time."""
+    """Return logits, with the same dropout every time."""
     torch.manual_seed(9)
     return model(
         batch.tokens_BS if tokens is None else tokens,
@@ -92,7 +94,7 @@ def run(model: GPT, batch: Batch, tokens: torch.Tensor | None = None) -> torch.T
 
 
 def changed(batch: Batch, where: slice | int) -> torch.Tensor:
-    """Other tokens there; the segments stay what they were."""
+    """Return the batch's tokens with other tokens at `where`."""
     tokens = batch.tokens_BS.clone()
     tokens[0, where] = (tokens[0, where] + 13) % V
     return tokens
@@ -109,7 +111,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_no_token_changes_a_logit_of_another_document(config, dtype, mode):
+def test_documents_do_not_change_others_logits(config, dtype, mode):
     options = MODES[mode]
     model = (
         make(
@@ -137,8 +139,8 @@ def test_no_token_changes_a_logit_of_another_document(config, dtype, mode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_what_scaled_dot_product_attention_runs(dtype, dropout):
-    """So that the tests above are about the kernel that trains: the fused one, or with dropout the spelt-out one."""
+def test_attention_runs_the_fused_kernel(dtype, dropout):
+    """The tests above cover the kernels used in training: fused, or unfused with dropout."""
     model = make(dataclasses.replace(LLAMA, attention_dropout=dropout)).to(dtype)
     with Operators() as operators:
         run(model, packed())
@@ -148,8 +150,8 @@ def test_what_scaled_dot_product_attention_runs(dtype, dropout):
 
 
 @torch.no_grad()
-def test_the_kernel_at_the_demos_shape():
-    """Heads of width 64 and 256 tokens take several of its blocks."""
+def test_documents_are_separate_at_demo_shape():
+    """With a head dimension of 64 and 256 tokens, the kernel runs several blocks."""
     config = ModelConfig(
         num_layers=1,
         hidden_size=256,
@@ -173,7 +175,7 @@ def test_the_kernel_at_the_demos_shape():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_no_gradient_of_one_documents_loss_depends_on_another(config, dtype, recompute):
+def test_documents_do_not_change_others_gradients(config, dtype, recompute):
     batch = packed()
     for n, document in enumerate(DOCUMENTS):
         mask, gradients = (batch.segments_BS == n).float(), []
@@ -197,7 +199,7 @@ def test_no_gradient_of_one_documents_loss_depends_on_another(config, dtype, rec
 )
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @torch.no_grad()
-def test_a_packed_document_equals_the_document_alone(config, dtype, close):
+def test_packed_document_equals_document_alone(config, dtype, close):
     model, batch = make(config).to(dtype), packed()
     logits = run(model, batch)
     scale = float(logits.abs().max())
@@ -210,8 +212,8 @@ def test_a_packed_document_equals_the_document_alone(config, dtype, close):
 
 
 @torch.no_grad()
-def test_each_option_does_its_own_part():
-    """Without the mask documents see each other; without new positions only a learned table notices."""
+def test_reset_options_act_separately():
+    """Without the mask documents see each other; positions matter to a learned table only."""
     for config in (LLAMA, GPT2):
         model, both = make(config), packed()
         logits, unmasked = run(model, both), run(model, packed("reset_position_ids"))
@@ -219,12 +221,12 @@ def test_each_option_does_its_own_part():
         continued = run(model, packed("reset_attention_mask"))
         torch.testing.assert_close(continued[0, :3], logits[0, :3])
         same = torch.allclose(continued[0, 3:], logits[0, 3:], rtol=1e-4, atol=1e-4)
-        assert same == (config is LLAMA), "rotary positions are relative"
+        assert same == (config is LLAMA), "only rotary positions are relative"
 
 
 @torch.no_grad()
-def test_with_mixtures_too():
-    """Experts take the rows of all documents together, so that products may be summed in another order: fp64."""
+def test_documents_are_separate_with_moe_layers():
+    """In fp64: experts process rows of all documents together, in any order of summation."""
     moe = MoEConfig(num_experts=4, gate="threshold", expert_interval=2, moe_ffn_hidden_size=24)
     model, batch = make(LLAMA, moe, threshold=0.6).double(), packed()
     before = run(model, batch)
@@ -238,7 +240,7 @@ def test_with_mixtures_too():
 
 
 @torch.no_grad()
-def test_no_loss_on_what_follows_an_end():
+def test_eod_mask_loss_excludes_next_token():
     model, batch = make(LLAMA), packed("eod_mask_loss")
     probability = run(model, batch).softmax(-1)
     terms = [

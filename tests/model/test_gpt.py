@@ -1,3 +1,5 @@
+"""The complete model against independent implementations, its loss and its initial weights."""
+
 import dataclasses
 import math
 
@@ -38,7 +40,7 @@ V = 40
 
 
 def make(config=LLAMA, *, std=0.3, seed=0, **options) -> GPT:
-    """A dense model whose weights are large enough for every part to matter."""
+    """Build a dense model whose weights are large enough for every part to matter."""
     config = dataclasses.replace(config, init_method_std=std)
     options.setdefault(
         "make_ffn", lambda i: MLP(config.hidden_size, config.ffn_size, config.act)
@@ -61,18 +63,16 @@ def assert_same_gradients(model, expected: dict):
         )
 
 
-class FakeMixture(nn.Module):
-    """A feed-forward layer with an aux loss and a carry: the number of mixture layers so far."""
+class FakeMoELayer(nn.Module):
+    """A feed-forward layer with an auxiliary loss; its carry counts the MoE layers so far."""
 
     initialises_itself = True
 
     def __init__(self, hidden_size, scale):
         super().__init__()
-        self.weight, self.scale, self.seen = (
-            nn.Parameter(torch.full((hidden_size,), scale)),
-            scale,
-            [],
-        )
+        self.weight = nn.Parameter(torch.full((hidden_size,), scale))
+        self.scale = scale
+        self.seen = []
 
     def forward(self, x, context):
         self.seen.append((context.token_ids_BS, context.carry, context.progress))
@@ -82,19 +82,19 @@ class FakeMixture(nn.Module):
         )
 
 
-def mixtures(config, layers):
+def moe_layers(config, layers):
     return lambda i: (
-        FakeMixture(config.hidden_size, 1.0 + i)
+        FakeMoELayer(config.hidden_size, 1.0 + i)
         if i in layers
         else MLP(config.hidden_size, config.ffn_size, config.act)
     )
 
 
-# ---- the whole model against independent ones
+# ---- the complete model against independent implementations
 
 
 @pytest.mark.parametrize("untied", [False, True])
-def test_against_transformers_llama(untied):
+def test_model_equals_transformers_llama(untied):
     transformers = pytest.importorskip(
         "transformers", reason="the reference implementation is not installed"
     )
@@ -154,8 +154,8 @@ def test_against_transformers_llama(untied):
     )
 
 
-def dumb_gpt2(p, tokens_BS):
-    """GPT-2 with LayerNorm, learned positions and gelu, one token at a time, without its linear biases."""
+def reference_gpt2(p, tokens_BS):
+    """GPT-2 (LayerNorm, learned positions, gelu; no linear biases), one token at a time."""
     B, S = tokens_BS.shape
 
     def norm(x, name):
@@ -197,14 +197,14 @@ def dumb_gpt2(p, tokens_BS):
     return torch.stack(logits)
 
 
-def test_gpt2_like_model_against_a_loop():
+def test_gpt2_equals_a_loop():
     model = make(GPT2).double()
     tokens, labels, mask = batch(S=7)
     for name, p in model.named_parameters():
         if "norm" in name:
             p.data.uniform_(0.5, 1.5)
     p = {n: q.detach().clone().requires_grad_() for n, q in model.named_parameters()}
-    logits = dumb_gpt2(p, tokens)
+    logits = reference_gpt2(p, tokens)
     torch.testing.assert_close(model(tokens).logits, logits)
 
     total = 0.0
@@ -227,7 +227,7 @@ def test_gpt2_like_model_against_a_loop():
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @torch.no_grad()
-def test_no_logit_depends_on_a_later_token(config):
+def test_logits_do_not_see_later_tokens(config):
     model = make(config)
     tokens, *_ = batch(S=8)
     before = model(tokens).logits
@@ -241,7 +241,7 @@ def test_no_logit_depends_on_a_later_token(config):
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @torch.no_grad()
-def test_documents_of_a_sample_do_not_see_each_other(config):
+def test_packed_documents_are_separate(config):
     model = make(config)
     tokens, *_ = batch(B=1, S=8)
     segments, positions = (
@@ -262,7 +262,7 @@ def test_documents_of_a_sample_do_not_see_each_other(config):
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sequence_may_be_at_most_max_positions_long():
+def test_too_long_sequence_is_refused():
     model = make(dataclasses.replace(LLAMA, seq_length=4, max_position_embeddings=6))
     assert model(torch.zeros(1, 6, dtype=torch.int64)).logits.shape == (1, 6, V)
     with pytest.raises(ValueError, match="sequence length is 7; allowed: 1 to 6 positions"):
@@ -272,7 +272,7 @@ def test_a_sequence_may_be_at_most_max_positions_long():
 # ---- the loss
 
 
-def test_loss_mask():
+def test_loss_mask_weights_the_tokens():
     model = make()
     tokens, labels, mask = batch()
     logits = model(tokens).logits
@@ -288,9 +288,9 @@ def test_loss_mask():
     assert out.logits is None and model(tokens).loss is None and model(tokens).lm_loss is None
 
 
-def test_aux_loss_is_the_mean_over_mixture_layers_and_carry_skips_dense_ones():
+def test_aux_loss_and_carry_pass_through():
     config = dataclasses.replace(LLAMA, num_layers=4)
-    model = make(config, make_ffn=mixtures(config, {0, 2, 3}))
+    model = make(config, make_ffn=moe_layers(config, {0, 2, 3}))
     tokens, labels, mask = batch()
     norms, hooks = [], []
     for i in (0, 2, 3):
@@ -316,7 +316,7 @@ def test_aux_loss_is_the_mean_over_mixture_layers_and_carry_skips_dense_ones():
     )
 
 
-def test_padded_vocabulary_is_part_of_the_softmax():
+def test_softmax_includes_padded_vocabulary():
     config = ModelConfig(
         num_layers=1, hidden_size=32, seq_length=16, make_vocab_size_divisible_by=64
     )
@@ -331,7 +331,7 @@ def test_padded_vocabulary_is_part_of_the_softmax():
     )
     out.loss.backward()
     assert (model.embed_tokens.weight.grad[V:].abs().sum(1) > 0).all(), (
-        "their logits are trained downwards"
+        "the logits of padding should be trained too"
     )
 
 
@@ -344,12 +344,14 @@ def test_recompute_changes_no_bit(dropout):
     tokens, labels, mask = batch()
     results = []
     for recompute in (False, True):
-        model = make(config, make_ffn=mixtures(config, {1}), recompute=recompute)
+        model = make(config, make_ffn=moe_layers(config, {1}), recompute=recompute)
         torch.manual_seed(5)
         out = model(tokens, labels, mask)
         out.loss.backward()
         runs = len(model.layers[1].mlp.seen)
-        assert runs == (2 if recompute else 1), "the block ran again in the backward pass"
+        assert runs == (2 if recompute else 1), (
+            "the block should run again in the backward pass only with recompute"
+        )
         results.append((out.loss, {n: p.grad.clone() for n, p in model.named_parameters()}))
         model.eval()(tokens, labels).loss.backward()
         assert len(model.layers[1].mlp.seen) == runs + 1
@@ -358,7 +360,7 @@ def test_recompute_changes_no_bit(dropout):
         assert torch.equal(grad, results[1][1][name]), name
 
 
-def test_dropout_after_the_embedding_in_training_only():
+def test_embedding_dropout_applies_in_training_only():
     model, plain = make(dataclasses.replace(LLAMA, hidden_dropout=0.5)), make()
     tokens, *_ = batch()
     seen = []
@@ -380,7 +382,7 @@ def test_bf16_model_stays_close_to_fp32():
 # ---- initial weights
 
 
-def test_initial_weights():
+def test_initial_weights_have_configured_std():
     config = dataclasses.replace(
         GPT2,
         num_layers=8,
@@ -402,13 +404,13 @@ def test_initial_weights():
     )
 
 
-def test_a_weight_depends_on_seed_and_name_only():
+def test_weight_depends_on_seed_and_name():
     torch.manual_seed(0)
     first = dict(make().named_parameters())
     torch.manual_seed(1)
     again = make(recompute=True)
     again.init_weights(0)
-    mixed = make(make_ffn=mixtures(LLAMA, {1}))
+    mixed = make(make_ffn=moe_layers(LLAMA, {1}))
     other = dict(make(seed=1).named_parameters())
     for model in (again, mixed):
         for name, p in model.named_parameters():
@@ -418,11 +420,11 @@ def test_a_weight_depends_on_seed_and_name_only():
         torch.equal(p, other[name]) for name, p in first.items() if "norm" not in name
     )
     assert torch.equal(mixed.layers[1].mlp.weight, torch.full((32,), 2.0)), (
-        "left to the module that initialises itself"
+        "changed, although the module initialises itself"
     )
 
 
-def test_initial_weights_do_not_depend_on_how_experts_are_sharded():
+def test_initial_weights_ignore_expert_sharding():
     config = dataclasses.replace(LLAMA, make_vocab_size_divisible_by=1)
     moe = MoEConfig(num_experts=4, moe_shared_experts=1, moe_expert_parallel_size=2)
 
@@ -431,10 +433,10 @@ def test_initial_weights_do_not_depend_on_how_experts_are_sharded():
         model = build_model(config, moe, {}, vocab_size=V, seed=3, groups=Groups(**groups))
         return {n: p.detach() for n, p in model.named_parameters()}
 
-    whole = weights()
+    unsharded = weights()
     shards = [weights(rank=rank, world_size=2, ep_size=2) for rank in (0, 1)]
-    assert any(".shared." in name for name in whole)
-    for name, w in whole.items():
+    assert any(".shared." in name for name in unsharded)
+    for name, w in unsharded.items():
         parts = [shard[name] for shard in shards]
         if ".experts." in name:
             assert torch.equal(w, torch.cat(parts)), name

@@ -1,3 +1,5 @@
+"""Normalisation layers against a loop."""
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from megatron.model.norm import build_norm
 
 
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
-def test_against_a_loop(kind):
+def test_norm_equals_a_loop(kind):
     norm = build_norm(ModelConfig(hidden_size=8, normalization=kind, norm_epsilon=0.1)).double()
     torch.manual_seed(0)
     for p in norm.parameters():

@@ -1,3 +1,5 @@
+"""Parameter counts by part, for dense, sharded and MoE models."""
+
 import dataclasses
 
 import pytest
@@ -32,7 +34,7 @@ def build(config=CONFIG, moe=MOE, *, device="meta", **groups):
         return build_model(config, moe, {}, vocab_size=50, seed=0, groups=Groups(**groups))
 
 
-def test_parts_by_hand():
+def test_parts_equal_counts_by_hand():
     expert = 3 * 16 * 24
     parts = {
         "embedding": 64 * 16,
@@ -50,14 +52,14 @@ def test_parts_by_hand():
     assert size.active_min == size.total - parts["routed experts"] + 2 * 1 * expert
     assert size.active_max == size.total - parts["routed experts"] + 2 * 3 * expert
     assert count_parameters(build(rank=1, world_size=4, ep_size=4), (1, 3)) == size, (
-        "a slice counts as all experts"
+        "a slice should count as all experts"
     )
     assert count_parameters(build(device="cpu"), (1, 3)) == size
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
 @pytest.mark.parametrize("untied", [False, True])
-def test_dense_model(position, untied):
+def test_dense_model_is_all_active(position, untied):
     config = dataclasses.replace(
         CONFIG, position_embedding_type=position, untie_embeddings_and_output_weights=untied
     )
@@ -73,13 +75,13 @@ def test_dense_model(position, untied):
     assert size.parts["output layer"] == (64 * 16 if untied else 0)
 
 
-def test_a_parameter_elsewhere_is_counted_as_other():
+def test_unknown_parameter_counts_as_other():
     model = build(moe=MoEConfig())
     model.temperature = torch.nn.Parameter(torch.ones(3))
     assert count_parameters(model).parts["other"] == 3
 
 
-def test_table():
+def test_parameter_table_formats_counts():
     size = ParameterCount(
         3_512_000_000,
         {"embedding": 12_000_000, "routed experts": 3_500_000_000, "router": 0},

@@ -1,3 +1,5 @@
+"""Rotary positions against complex multiplication, and the precision of their table."""
+
 import cmath
 
 import pytest
@@ -7,7 +9,7 @@ from megatron.model.rotary import Rotary
 
 
 def turned(x_K: torch.Tensor, position: int, base: float) -> torch.Tensor:
-    """Channels i and i + K/2 are one complex number, turned by position * base^(-2i/K)."""
+    """Rotate channels i and i + K/2, as one complex number, by position * base^(-2i/K)."""
     half = len(x_K) // 2
     out = torch.empty_like(x_K)
     for i in range(half):
@@ -19,7 +21,7 @@ def turned(x_K: torch.Tensor, position: int, base: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_against_complex_numbers(given):
+def test_rotation_equals_complex_multiplication(given):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
     position_ids = torch.randint(0, 16, (2, 7)) if given else None
@@ -34,7 +36,7 @@ def test_against_complex_numbers(given):
                 )
 
 
-def test_scores_depend_on_the_distance_only():
+def test_scores_depend_on_distance_only():
     torch.manual_seed(1)
     q, k = torch.randn(2, 1, 1, 1, 8)
     rotary = Rotary(8, 64)
@@ -48,7 +50,7 @@ def test_scores_depend_on_the_distance_only():
     assert (score(5, 2) - score(5, 3)).abs() > 1e-3
 
 
-def test_table_stays_fp32_and_survives_empty_memory():
+def test_table_stays_fp32_after_casts():
     expected = Rotary(8, 32, 1000.0)
     for cast in (lambda r: r.bfloat16(), lambda r: r.half(), lambda r: r.double()):
         rotary = cast(Rotary(8, 32, 1000.0))
@@ -61,7 +63,7 @@ def test_table_stays_fp32_and_survives_empty_memory():
     assert rotary.cos_PK.is_meta
     rotary.to_empty(device="cpu")
     assert torch.equal(rotary.cos_PK, expected.cos_PK)
-    assert not rotary.state_dict(), "the table is computed, never saved"
+    assert not rotary.state_dict(), "the table should not be saved"
 
 
 def test_bf16_is_rotated_in_fp32():

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer against an independent encoder, literals of special tokens, missing and wrong files."""
+"""Every tokenizer against an independent encoder; special tokens in text; missing, wrong files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from megatron.config.schema import TOKENIZERS, TokenizerConfig
 from megatron.tokenizer import base, fast_bpe
 from megatron.tokenizer import build as module
-from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.build import TOKENIZER_BUILDERS, build_tokenizer
 from megatron.tokenizer.byte import ByteTokenizer
 from megatron.tokenizer.null import NullTokenizer
 
@@ -95,7 +95,7 @@ def sentencepiece_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=[t for t in TOKENIZERS if t != "NullTokenizer"])
 def any_tokenizer(request, tmp_path, sentencepiece_model) -> base.Tokenizer:
-    """Each kind that encodes text (NullTokenizer has tests of its own)."""
+    """Each tokenizer that encodes text (NullTokenizer has its own tests)."""
     kind = request.param
     if kind == "GPT2BPETokenizer":
         if not (SHARED / "gpt2-vocab.json").exists():
@@ -128,7 +128,7 @@ def rows(flat: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
     )
 
 
-def test_what_every_kind_keeps(any_tokenizer):
+def test_every_tokenizer_round_trips_text(any_tokenizer):
     t = any_tokenizer
     batch = rows(*t.encode_batch(TEXTS))
     assert batch == [t.encode(text).tolist() for text in TEXTS]
@@ -140,7 +140,7 @@ def test_what_every_kind_keeps(any_tokenizer):
     assert rows(*t.encode_batch([])) == []
 
 
-def test_fingerprints_differ_by_vocabulary_and_not_by_instance(tmp_path, sentencepiece_model):
+def test_fingerprint_identifies_the_vocabulary(tmp_path, sentencepiece_model):
     (tmp_path / "b").mkdir()
     trained(tmp_path)
     trained(tmp_path / "b", eod="<eos>")
@@ -160,7 +160,7 @@ def test_fingerprints_differ_by_vocabulary_and_not_by_instance(tmp_path, sentenc
 
 
 @needs_gpt2
-def test_gpt2_equals_tokenizers_and_is_fast(caplog):
+def test_gpt2_equals_tokenizers_library(caplog):
     t = gpt2()
     reference = tokenizers.ByteLevelBPETokenizer(
         str(SHARED / "gpt2-vocab.json"), str(SHARED / "gpt2-merges.txt")
@@ -180,7 +180,7 @@ def test_gpt2_equals_tokenizers_and_is_fast(caplog):
         st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(TEXTS), max_size=4
     )
 )
-def test_gpt2_equals_tokenizers_on_any_text(texts):
+def test_gpt2_equals_reference_on_any_text(texts):
     t = gpt2_once()
     assert rows(*t.encode_batch(texts)) == [list(ids) for ids in t._reference(texts)]
     assert [t.decode(t.encode(text)) for text in texts] == texts
@@ -188,7 +188,10 @@ def test_gpt2_equals_tokenizers_on_any_text(texts):
 
 @pytest.fixture(scope="module")
 def punctuated(tmp_path_factory) -> base.Tokenizer:
-    """A tokenizer with merges across marks, letters, digits and blanks, which show where a text was split."""
+    """A tokenizer with merges across punctuation, letters, digits and spaces.
+
+    Its tokens show where a text was split.
+    """
     t = tokenizers.Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
@@ -207,8 +210,8 @@ def punctuated(tmp_path_factory) -> base.Tokenizer:
 
 
 @pytest.mark.parametrize("context", ['{}",', "the{}the"])
-def test_every_character_is_encoded_as_the_reference_does(punctuated, context):
-    """Without the care for new characters thousands differ: gigatoken's Unicode tables are newer."""
+def test_every_character_equals_the_reference(punctuated, context):
+    """Without special treatment thousands differ: gigatoken's Unicode tables are newer."""
     texts = [context.replace("{}", chr(c)) for c in range(0x40000) if not 0xD800 <= c < 0xE000]
     texts += [context.replace("{}", chr(c)) for c in range(0x40000, 0x110000, 997)]
     flat, lengths = punctuated.encode_batch(texts)
@@ -218,8 +221,10 @@ def test_every_character_is_encoded_as_the_reference_does(punctuated, context):
     assert punctuated._fast is not None and not punctuated.difference
 
 
-def test_the_fast_encoder_is_loaded_anew_when_it_has_grown(punctuated, monkeypatch):
-    right, loaded, load = punctuated.encode("the cat").tolist(), [], punctuated._load
+def test_grown_fast_encoder_is_reloaded(punctuated, monkeypatch):
+    right = punctuated.encode("the cat").tolist()
+    loaded = []
+    load = punctuated._load
     monkeypatch.setattr(punctuated, "_load", lambda: loaded.append(1) or load())
     punctuated.encode("the cat")
     assert not loaded
@@ -230,7 +235,7 @@ def test_the_fast_encoder_is_loaded_anew_when_it_has_grown(punctuated, monkeypat
     assert (1 << 20) < fast_bpe.resident_bytes() < (1 << 40)
 
 
-def test_where_the_system_does_not_say_how_large_a_process_is(monkeypatch):
+def test_resident_bytes_without_proc_is_zero(monkeypatch):
     def nothing(*_):
         raise FileNotFoundError
 
@@ -238,9 +243,10 @@ def test_where_the_system_does_not_say_how_large_a_process_is(monkeypatch):
     assert fast_bpe.resident_bytes() == 0
 
 
-def test_new_characters_go_to_the_reference_and_nothing_else_does(punctuated, monkeypatch):
-    """In any place of a batch; they are no reason to leave the fast encoder either."""
-    seen, reference = [], punctuated._reference
+def test_reference_encodes_new_characters_only(punctuated, monkeypatch):
+    """At any place in a batch; the fast encoder stays in use."""
+    seen = []
+    reference = punctuated._reference
     monkeypatch.setattr(
         punctuated, "_reference", lambda texts: seen.extend(texts) or reference(texts)
     )
@@ -266,7 +272,7 @@ def test_new_characters_go_to_the_reference_and_nothing_else_does(punctuated, mo
     assert punctuated._fast is not None
 
 
-HOSTILE = [
+EXTREME_TEXTS = [
     "",
     " ",
     "   \t\n \r\n",
@@ -284,20 +290,22 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=[f"{len(t)}-{ascii(t[:6])}" for t in HOSTILE])
-def test_hostile_texts(punctuated, text):
+@pytest.mark.parametrize(
+    "text", EXTREME_TEXTS, ids=[f"{len(t)}-{ascii(t[:6])}" for t in EXTREME_TEXTS]
+)
+def test_extreme_texts_equal_the_reference(punctuated, text):
     flat, lengths = punctuated.encode_batch(["x", text, "y"])
     assert rows(flat, lengths) == [list(ids) for ids in punctuated._reference(["x", text, "y"])]
     assert punctuated.decode(punctuated.encode(text)) == text
 
 
-def gpt2_once(made: list = []) -> base.Tokenizer:  # noqa: B006 - a cache on purpose
+def gpt2_once(made: list = []) -> base.Tokenizer:  # noqa: B006 - a cache
     made or made.append(gpt2())
     return made[0]
 
 
-def test_a_huggingface_file_is_read_as_text_only(tmp_path):
-    """No template, truncation or padding of its own; ids of added tokens stay; ordinary added tokens are found."""
+def test_huggingface_template_and_padding_are_ignored(tmp_path):
+    """Added tokens keep their ids, and ordinary added tokens are recognised."""
     t = trained(tmp_path)
     t.add_tokens(["<tool>"])
     t.post_processor = processors.TemplateProcessing(
@@ -314,7 +322,7 @@ def test_a_huggingface_file_is_read_as_text_only(tmp_path):
     assert ours.decode([290, 291]) == "<|endoftext|><tool>"
 
 
-def test_end_of_document_of_a_huggingface_folder(tmp_path):
+def test_huggingface_config_names_eod(tmp_path):
     trained(tmp_path, eod="</s>").get_vocab()
     t = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     t.add_special_tokens(["<stop>"])
@@ -328,7 +336,7 @@ def test_end_of_document_of_a_huggingface_folder(tmp_path):
         build("HuggingFaceTokenizer", tmp_path)
 
 
-def test_a_vocabulary_without_end_of_document(tmp_path):
+def test_vocabulary_without_eod_is_refused(tmp_path):
     trained(tmp_path, eod="<stop>")
     with pytest.raises(
         ValueError, match=r"no end-of-document token; tried <\|endoftext\|> .*</s> <eos>"
@@ -336,8 +344,8 @@ def test_a_vocabulary_without_end_of_document(tmp_path):
         build("HuggingFaceTokenizer", tmp_path)
 
 
-def test_gigatoken_is_left_loudly_on_a_difference(tmp_path, caplog):
-    """gigatoken 0.10 splits by GPT-2's regex even where the file says not to split: seen by the comparison."""
+def test_gigatoken_difference_is_logged(tmp_path, caplog):
+    """gigatoken 0.10 splits by GPT-2's regex even if the file disables splitting."""
     t = trained(tmp_path, pre=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     ours = build("HuggingFaceTokenizer", tmp_path)
     assert ours._fast is not None
@@ -347,7 +355,7 @@ def test_gigatoken_is_left_loudly_on_a_difference(tmp_path, caplog):
     assert ours._fast is None and "encodes a document differently" in caplog.text
 
 
-def test_gigatoken_is_compared_on_the_first_documents_only(tmp_path, monkeypatch):
+def test_gigatoken_is_compared_on_first_documents(tmp_path, monkeypatch):
     trained(tmp_path)
     ours = build("HuggingFaceTokenizer", tmp_path)
     seen = []
@@ -364,7 +372,7 @@ def test_gigatoken_is_compared_on_the_first_documents_only(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["lowercase", "word level"])
-def test_gigatoken_is_left_loudly_when_it_cannot_load(tmp_path, caplog, kind):
+def test_gigatoken_load_failure_is_logged(tmp_path, caplog, kind):
     if kind == "lowercase":
         t = trained(tmp_path, normalizer=normalizers.Lowercase())
     else:
@@ -385,7 +393,7 @@ def test_gigatoken_is_left_loudly_when_it_cannot_load(tmp_path, caplog, kind):
     ]
 
 
-def test_sentencepiece_and_llama2(sentencepiece_model, tmp_path):
+def test_sentencepiece_equals_the_library(sentencepiece_model, tmp_path):
     import sentencepiece
 
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
@@ -416,7 +424,7 @@ def test_sentencepiece_and_llama2(sentencepiece_model, tmp_path):
         ("SentencePieceTokenizer", {"eos_id": -1}, "no end-of-document token; tried"),
     ],
 )
-def test_sentencepiece_models_without_special_tokens(tmp_path, kind, gone, match):
+def test_sentencepiece_requires_special_tokens(tmp_path, kind, gone, match):
     import sentencepiece
 
     model = io.BytesIO()
@@ -434,7 +442,7 @@ def test_sentencepiece_models_without_special_tokens(tmp_path, kind, gone, match
         build(kind, tmp_path / "t.model")
 
 
-def test_tiktoken(tmp_path, monkeypatch):
+def test_tiktoken_encodes_and_checks_files(tmp_path, monkeypatch):
     pytest.importorskip("tiktoken", reason="tiktoken is optional and not installed")
     t = build("TiktokenTokenizer", ranks_file(tmp_path))
     assert t.encode("the <|endoftext|>").tolist() == [256, 101, *b" <|endoftext|>"]
@@ -449,13 +457,13 @@ def test_tiktoken(tmp_path, monkeypatch):
         build("TiktokenTokenizer", tmp_path / "o200k_base.tiktoken")
 
 
-def test_tiktoken_that_is_not_installed(tmp_path, monkeypatch):
+def test_missing_tiktoken_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(ValueError, match="needs the package tiktoken.*pip install tiktoken"):
         build("TiktokenTokenizer", ranks_file(tmp_path))
 
 
-def test_null_tokenizer():
+def test_null_tokenizer_reads_ids():
     t = build("NullTokenizer", "50")
     assert (t.vocab_size, t.eod) == (51, 50)
     assert rows(*t.encode_batch(["1 2  50", "", "49"])) == [[1, 2, 50], [], [49]]
@@ -473,7 +481,7 @@ def test_null_tokenizer():
     assert build("NullTokenizer", str(2**31 - 2)).eod == np.iinfo(np.int32).max - 1
 
 
-def test_byte_tokenizer():
+def test_byte_tokenizer_uses_utf8():
     t = build("ByteTokenizer")
     assert (t.vocab_size, t.eod) == (257, 256)
     assert t.encode("aé").tolist() == [97, 195, 169] and t.decode([97, 256, 195]) == "a\ufffd"
@@ -488,7 +496,7 @@ def test_byte_tokenizer():
         ("Llama2Tokenizer", "--tokenizer-model"),
     ],
 )
-def test_files_that_are_not_given_or_not_there(tmp_path, kind, flag):
+def test_missing_files_are_reported(tmp_path, kind, flag):
     with pytest.raises(FileNotFoundError, match=f"{flag} is not set; {kind} needs"):
         build(kind)
     with pytest.raises(
@@ -500,7 +508,7 @@ def test_files_that_are_not_given_or_not_there(tmp_path, kind, flag):
         build("GPT2BPETokenizer", vocab_file=str(tmp_path / "vocab.json"))
 
 
-def test_malformed_files(tmp_path):
+def test_malformed_files_are_reported(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a HuggingFace tokenizer"):
         build("HuggingFaceTokenizer", tmp_path)
@@ -513,10 +521,23 @@ def test_malformed_files(tmp_path):
         )
 
 
-def test_threads_are_handed_to_the_libraries(monkeypatch, sentencepiece_model):
+def test_threads_reach_the_libraries(monkeypatch, sentencepiece_model):
     monkeypatch.setenv("RAYON_NUM_THREADS", "7")
     t = build_tokenizer(
         TokenizerConfig("SentencePieceTokenizer", tokenizer_model=str(sentencepiece_model)),
         threads=1,
     )
     assert module.os.environ["RAYON_NUM_THREADS"] == "1" and t._threads == 1
+
+
+def test_registry_matches_the_flags_choices():
+    assert tuple(TOKENIZER_BUILDERS) == TOKENIZERS
+
+
+def test_unknown_tokenizer_type_is_refused(monkeypatch):
+    """A choice of the flag that has no builder is an error, and not another tokenizer."""
+    monkeypatch.delitem(TOKENIZER_BUILDERS, "ByteTokenizer")
+    with pytest.raises(
+        ValueError, match="--tokenizer-type is 'ByteTokenizer'; allowed: GPT2BPETokenizer"
+    ):
+        build("ByteTokenizer")

@@ -1,4 +1,4 @@
-"""The tokenizer trainer: reproducible files, round trips of hostile text, samples of the whole input, errors."""
+"""The tokenizer trainer: reproducible files, round trips of extreme text, samples, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXTS = [
     "\ttabs\tand   blanks ",
     "▁▂▁",
 ] * 40
-HOSTILE = [
+EXTREME_TEXTS = [
     "",
     " ",
     "   ",
@@ -63,7 +63,7 @@ HOSTILE = [
 
 
 def train(folder: Path, *arguments, output: str = "t.json") -> str:
-    """Run the tool; its line on stdout."""
+    """Run the tool and return its line on stdout."""
     done = run(TOOL, *arguments, "--output", output, cwd=folder)
     assert done.stderr == ""
     return done.stdout
@@ -75,7 +75,10 @@ def vocabulary(path: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Tokenizer]:
-    """SentencePiece models of both types, trained twice with the same result, as both kinds of tokenizer."""
+    """SentencePiece models of both types, each as both kinds of tokenizer.
+
+    Each is trained twice, with the same result.
+    """
     found = []
     for model_type in ("unigram", "bpe"):
         contents = []
@@ -118,9 +121,9 @@ def test_sentencepiece_models_are_usable(models):
         )
 
 
-def test_hostile_text_survives_sentencepiece(models):
+def test_extreme_text_survives_sentencepiece(models):
     for tokenizer in models:
-        for text in HOSTILE:
+        for text in EXTREME_TEXTS:
             assert tokenizer.decode(tokenizer.encode(text)) == text
             assert tokenizer.eod not in tokenizer.encode(text)
 
@@ -131,7 +134,7 @@ def test_any_text_survives_sentencepiece(models, text):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_blanks_survive_a_model_of_texts_without_any(tmp_path):
+def test_spaces_survive_model_without_spaces(tmp_path):
     size = train(
         tmp_path,
         "--input",
@@ -152,8 +155,8 @@ def test_blanks_survive_a_model_of_texts_without_any(tmp_path):
     )
 
 
-def test_sentencepiece_learns_from_every_part_of_a_text(tmp_path):
-    """Long lines and lines with its reserved character, which the library would drop without a word."""
+def test_sentencepiece_learns_from_all_text(tmp_path):
+    """Also from long lines and lines with its reserved symbol, which the library would drop."""
     path = jsonl(tmp_path / "a.jsonl", ["x" * 9000 + "Ж" * 9000, "▅ЮЮЮЮ ЮЮ▅Ю\nЯЯЯЯ\r\n" * 9])
     train(
         tmp_path,
@@ -173,7 +176,7 @@ def test_sentencepiece_learns_from_every_part_of_a_text(tmp_path):
 
 
 @given(st.lists(st.text(alphabet="aЖ\n▅ \U0001f600", max_size=60), max_size=5))
-def test_sentences_leave_nothing_out(texts):
+def test_sentences_omit_no_text(texts):
     with mock.patch.object(train_tokenizer, "MAX_SENTENCE", 7):
         parts = list(train_tokenizer.sentences(texts))
     assert "".join(parts) == "".join(texts).replace("\n", "").replace("▅", "")
@@ -185,7 +188,7 @@ def test_sentences_leave_nothing_out(texts):
     st.integers(1, 80),
     st.integers(-5, 5),
 )
-def test_a_sample_against_sorting(documents, max_bytes, seed):
+def test_sample_equals_sorting_by_priority(documents, max_bytes, seed):
     ranked = sorted(range(len(documents)), key=lambda n: (train_tokenizer.priority(seed, n), n))
     expected, left = {}, max_bytes
     for number in ranked:
@@ -201,7 +204,7 @@ def test_a_sample_against_sorting(documents, max_bytes, seed):
     ]
 
 
-def test_a_sample_is_of_the_whole_input():
+def test_sample_covers_the_input():
     documents = [(f"{n:04}",) for n in range(10**4)]
     found = train_tokenizer.sample(iter(documents), 4000, 1)
     assert (
@@ -217,10 +220,11 @@ def test_a_sample_is_of_the_whole_input():
     )
 
 
-def test_the_kind_of_input_does_not_matter(tmp_path):
+def test_result_ignores_input_format(tmp_path):
     texts = [f"document {i} " + "abc "[i % 4] * 20 for i in range(300)]
     jsonl(tmp_path / "all.jsonl", texts)
-    jsonl(tmp_path / "1.jsonl", texts[:100]), jsonl(tmp_path / "2.jsonl", texts[100:])
+    jsonl(tmp_path / "1.jsonl", texts[:100])
+    jsonl(tmp_path / "2.jsonl", texts[100:])
     (tmp_path / "2.gz").write_bytes(gzip.compress((tmp_path / "2.jsonl").read_bytes()))
     arguments = ("--vocab-size", 300, "--max-bytes", 3000)
     line = train(tmp_path, "--input", "all.jsonl", *arguments, output="a.json")
@@ -251,7 +255,7 @@ def test_the_kind_of_input_does_not_matter(tmp_path):
     assert contents[0] == contents[1] == contents[2] != contents[3]
 
 
-def test_several_keys(tmp_path):
+def test_json_keys_select_the_texts(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ["aaaa bbbb"] * 9, title="qqqq", other="zzzz")
     train(
         tmp_path, "--input", path, "--vocab-size", 300, "--json-keys", "text", "title", "text"
@@ -266,7 +270,7 @@ def test_several_keys(tmp_path):
     )
 
 
-def test_a_document_longer_than_the_sample(tmp_path):
+def test_long_document_is_cut_to_sample(tmp_path):
     line = train(
         tmp_path,
         "--input",
@@ -282,7 +286,7 @@ def test_a_document_longer_than_the_sample(tmp_path):
     )
 
 
-def test_records_that_cannot_be_used(tmp_path):
+def test_unusable_records_stop_or_skip(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         b'{"text": "aaaa"}\n\n{"text": 5}\n{"text": "aaaa"}\nx\n'
     )
@@ -291,104 +295,107 @@ def test_records_that_cannot_be_used(tmp_path):
     for kind in ("bpe", "sentencepiece"):
         line = one_line_error(run(TOOL, *arguments, "--kind", kind, cwd=tmp_path, code=2))
         assert line == (
-            "train_tokenizer.py: error: a.jsonl:3: 'text' is a JSON int; allowed: a string. Correct or "
-            "remove it, or leave such records out: --on-error skip"
+            "train_tokenizer.py: error: a.jsonl:3: 'text' is a JSON int; allowed: a string. "
+            "Correct or remove it, or leave such records out: --on-error skip"
         )
         done = run(TOOL, *arguments, "--kind", kind, "--on-error", "skip", cwd=tmp_path)
         assert "trained on 2 of 2 documents, 3 skipped, " in done.stdout
         os.remove(tmp_path / "t.json")
 
 
-def test_tokenizers_that_cannot_be_trained(tmp_path):
-    good, piece = (
-        jsonl(tmp_path / "a.jsonl", ["some text", "more"]),
-        ("--kind", "sentencepiece"),
-    )
+GOOD = ("--input", "a.jsonl")
+SENTENCEPIECE = ("--kind", "sentencepiece")
+# Arguments, and a part of the error message.
+IMPOSSIBLE = (
+    (
+        (*GOOD, "--vocab-size", 256),
+        "--vocab-size is 256; allowed: 257 or more with --kind bpe",
+    ),
+    (
+        (*GOOD, "--vocab-size", 259, *SENTENCEPIECE),
+        "is 259; allowed: 260 or more with --kind sentencepiece",
+    ),
+    (
+        (*GOOD, "--vocab-size", 260, *SENTENCEPIECE),
+        "is 260; allowed: 267 or more for this text (its char",
+    ),
+    (
+        ("--input", "blank.jsonl", "--vocab-size", 300, *SENTENCEPIECE),
+        "has documents, but no text in them to train on",
+    ),
+    (
+        ("--input", "nul.jsonl", "--vocab-size", 300, *SENTENCEPIECE),
+        "has documents, but no text in them to train on",
+    ),
+    ((*GOOD, "--vocab-size", 300, "--max-bytes", -1), "--max-bytes is -1"),
+    (
+        (*GOOD, "--vocab-size", 300, "--model-type", "bpe"),
+        "--model-type is 'bpe'; allowed: only",
+    ),
+    (
+        (*GOOD, "--vocab-size", 300, "--output", "."),
+        "--output is '.'; allowed: a file; this is",
+    ),
+    (
+        (*GOOD, "--vocab-size", 300, "--output", ""),
+        "--output is ''; allowed: a file",
+    ),
+    (
+        (*GOOD, "--vocab-size", 300, "--output", "t/"),
+        "--output is 't/'; allowed: a file; this is",
+    ),
+    (
+        (*GOOD, "--vocab-size", 300, "--output", "a.jsonl/x/y"),
+        "{tmp_path}/a.jsonl cannot",
+    ),
+    (("--input", "none", "--vocab-size", 300), "--input none does not exist"),
+    (
+        ("--input", "empty.jsonl", "--vocab-size", 300),
+        "--input empty.jsonl has no documents",
+    ),
+    (
+        ("--input", "bad.jsonl", "--vocab-size", 300, "--on-error", "skip"),
+        "documents: all 1 records were skip",
+    ),
+    (
+        (*GOOD, "--vocab-size", 300, "--json-key", "body"),
+        "a.jsonl:1: no key 'body'",
+    ),
+)
+
+
+def test_impossible_trainings_are_refused(tmp_path):
+    files = {
+        "a.jsonl": ["some text", "more"],
+        "blank.jsonl": ["", "\n\r\n"],
+        "nul.jsonl": ["\x00"],
+    }
+    for name, texts in files.items():
+        jsonl(tmp_path / name, texts)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "bad.jsonl").write_bytes(b"x\n")
-    jsonl(tmp_path / "blank.jsonl", ["", "\n\r\n"]), jsonl(tmp_path / "nul.jsonl", ["\x00"])
-    for arguments, match in (
-        (
-            ("--input", good, "--vocab-size", 256),
-            "--vocab-size is 256; allowed: 257 or more with --kind bpe",
-        ),
-        (
-            ("--input", good, "--vocab-size", 259, *piece),
-            "is 259; allowed: 260 or more with --kind sentencepiece",
-        ),
-        (
-            ("--input", good, "--vocab-size", 260, *piece),
-            "is 260; allowed: 267 or more for this text (its char",
-        ),
-        (
-            ("--input", "blank.jsonl", "--vocab-size", 300, *piece),
-            "has documents, but no text in them to train on",
-        ),
-        (
-            ("--input", "nul.jsonl", "--vocab-size", 300, *piece),
-            "has documents, but no text in them to train on",
-        ),
-        (("--input", good, "--vocab-size", 300, "--max-bytes", -1), "--max-bytes is -1"),
-        (
-            ("--input", good, "--vocab-size", 300, "--model-type", "bpe"),
-            "--model-type is 'bpe'; allowed: only",
-        ),
-        (
-            ("--input", good, "--vocab-size", 300, "--output", "."),
-            "--output is '.'; allowed: a file; this is",
-        ),
-        (
-            ("--input", good, "--vocab-size", 300, "--output", ""),
-            "--output is ''; allowed: a file",
-        ),
-        (
-            ("--input", good, "--vocab-size", 300, "--output", "t/"),
-            "--output is 't/'; allowed: a file; this is",
-        ),
-        (
-            ("--input", good, "--vocab-size", 300, "--output", "a.jsonl/x/y"),
-            f"{tmp_path}/a.jsonl cannot",
-        ),
-        (("--input", "none", "--vocab-size", 300), "--input none does not exist"),
-        (
-            ("--input", "empty.jsonl", "--vocab-size", 300),
-            "--input empty.jsonl has no documents",
-        ),
-        (
-            ("--input", "bad.jsonl", "--vocab-size", 300, "--on-error", "skip"),
-            "documents: all 1 records were skip",
-        ),
-        (
-            ("--input", good, "--vocab-size", 300, "--json-key", "body"),
-            "a.jsonl:1: no key 'body'",
-        ),
-    ):
+    for arguments, match in IMPOSSIBLE:
         line = one_line_error(
             run(TOOL, "--output", "new/t.json", *arguments, cwd=tmp_path, code=2)
         )
-        assert line.startswith("train_tokenizer.py: error: ") and match in line
-    assert sorted(os.listdir(tmp_path)) == [
-        "a.jsonl",
-        "bad.jsonl",
-        "blank.jsonl",
-        "empty.jsonl",
-        "nul.jsonl",
-    ]
-    run(TOOL, "--output", "t.model", "--input", good, "--vocab-size", 267, *piece, cwd=tmp_path)
+        assert line.startswith("train_tokenizer.py: error: ")
+        assert match.replace("{tmp_path}", str(tmp_path)) in line
+    assert sorted(os.listdir(tmp_path)) == sorted([*files, "bad.jsonl", "empty.jsonl"])
+    possible = (*GOOD, "--vocab-size", 267, *SENTENCEPIECE)
+    run(TOOL, "--output", "t.model", *possible, cwd=tmp_path)
+
+
+def test_sentencepiece_errors_are_one_line():
+    error = RuntimeError("INTERNAL:\nx [no]\n")
+    message = r"^SentencePiece cannot train on this text \(INTERNAL: x \[no\]\)$"
     with (
-        mock.patch(
-            "sentencepiece.SentencePieceTrainer.train",
-            side_effect=RuntimeError("INTERNAL:\nx [no]\n"),
-        ),
-        pytest.raises(
-            ValueError,
-            match=r"^SentencePiece cannot train on this text \(INTERNAL: x \[no\]\)$",
-        ),
+        mock.patch("sentencepiece.SentencePieceTrainer.train", side_effect=error),
+        pytest.raises(ValueError, match=message),
     ):
         train_tokenizer.train_sentencepiece(["a"], 300, "bpe")
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_failed_write_leaves_no_file(tmp_path, monkeypatch, capsys):
     path = jsonl(tmp_path / "a.jsonl", ["text"])
     monkeypatch.setattr(
         sys,
@@ -411,7 +418,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_a_terminal_sees_the_bytes_read(tmp_path, monkeypatch):
+def test_progress_bar_counts_bytes(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", ["x" * 100] * 100)
     screen = io.StringIO()
     screen.isatty = lambda: True
