@@ -26,7 +26,7 @@ def test_section_from_args_converts_values():
     assert section_from_args(args, DataConfig) == DataConfig(("a", "b"), num_workers=2)
 
 
-def test_section_from_args_without_flags_is_default():
+def test_section_from_args_defaults_without_flags():
     args = parse(TokenizerConfig)
     assert section_values(args, TokenizerConfig) == {}
     assert section_from_args(args, TokenizerConfig) == TokenizerConfig()
