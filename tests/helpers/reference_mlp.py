@@ -1,4 +1,4 @@
-"""A reference of the experts' MLP: one assignment at a time."""
+"""A reference of the experts' MLPs: one assignment at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 
 def reference_activation(name, g, u):
+    """The activation of gate projection g and up projection u (None without gating)."""
     sigmoid = 1 / (1 + torch.exp(-g))
     gelu = g * 0.5 * (1 + torch.erf(g / 2**0.5))
     one = torch.ones_like(g) if u is None else u
@@ -19,14 +20,12 @@ def reference_activation(name, g, u):
 
 
 def reference_mlp(x, weight, stacks, assignments, activation):
-    """One assignment at a time: weight may be of any dtype, everything is computed in that of x."""
-    nothing = 0 * (
-        weight.sum() + sum(w.sum() for w in stacks.values())
-    )  # so that all have a gradient
-    y = [0 * row + nothing for row in x]
+    """Weighted sums of expert outputs, computed in the dtype of x whatever the weights' is."""
+    # A zero that depends on every input, so that all have a gradient.
+    zero = 0 * (weight.sum() + sum(w.sum() for w in stacks.values()))
+    y = [0 * row + zero for row in x]
     for a, (t, e) in enumerate(assignments):
         up = stacks["w3"][e] @ x[t] if "w3" in stacks else None
-        y[t] = y[t] + weight[a] * (
-            stacks["w2"][e] @ reference_activation(activation, stacks["w1"][e] @ x[t], up)
-        )
+        hidden = reference_activation(activation, stacks["w1"][e] @ x[t], up)
+        y[t] = y[t] + weight[a] * (stacks["w2"][e] @ hidden)
     return torch.stack(y)

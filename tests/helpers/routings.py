@@ -8,17 +8,21 @@ from megatron.moe.routing import Routing, StepTotals
 
 
 def make_routing(tokens, experts, weights=None, priority=None, token_major=False):
-    weights = torch.rand(len(tokens)) if weights is None else weights
+    """A routing of these lists; random weights by default."""
+    if weights is None:
+        weights = torch.rand(len(tokens))
+    if priority is not None:
+        priority = torch.tensor(priority)
     return Routing(
         torch.tensor(tokens, dtype=torch.int64),
         torch.tensor(experts, dtype=torch.int64),
         weights,
         torch.tensor(0.0),
-        None if priority is None else torch.tensor(priority),
+        priority,
         token_major=token_major,
     )
 
 
 def step_totals(load_E, num_tokens, **metric_sums):
-    """What an optimizer step counted in the only MoE layer of a model."""
+    """Totals of an optimizer step for the only MoE layer of a model."""
     return StepTotals(load_E, num_tokens, metric_sums, load_E[None])

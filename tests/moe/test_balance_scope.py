@@ -1,4 +1,4 @@
-"""Balance losses at their three scopes, for every gate that has the option: values and gradients."""
+"""Balance losses at their three scopes, for every gate with the option: values and gradients."""
 
 import dataclasses
 
@@ -23,20 +23,22 @@ TOKENS = 6
 
 
 def options(name, scope):
-    """A large coefficient, so that the loss is well above rounding."""
+    """Options of the gate with a coefficient so large that the loss is well above rounding."""
     fields = {f.name for f in dataclasses.fields(gate_class(name).Config)}
     known = {"balance_scope": scope, "loss_coeff": 0.5, "lambda_init": 0.5}
     return {key: value for key, value in known.items() if key in fields}
 
 
 def micro_batch(number, sequences=2):
-    """[sequences, TOKENS, D], skewed so that loads differ between micro-batches."""
+    """Hidden states [sequences, TOKENS, D], skewed so that loads differ between micro-batches,
+    and token ids."""
     g = torch.Generator().manual_seed(number)
     x = torch.randn(sequences, TOKENS, D, generator=g) + torch.randn(D, generator=g)
     return x, torch.randint(0, 50, (sequences, TOKENS), generator=g)
 
 
 def gate_grads(layer):
+    """Gradients of the gate's parameters by name; zeros for those without one."""
     return {
         n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for n, p in layer.gate.named_parameters()
@@ -44,7 +46,7 @@ def gate_grads(layer):
 
 
 def _one_step(name, ep_size, numbers, recompute=False):
-    """The losses of this rank's micro-batches of one step, and the gate's gradients of their sum."""
+    """Losses of this rank's micro-batches of one step, and the gate's gradients of their sum."""
     groups = groups_for(ep_size)
     layer = make_layer(name, groups, options=options(name, "global-batch"))
     losses = []
@@ -66,15 +68,18 @@ def _one_step(name, ep_size, numbers, recompute=False):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_global_batch_on_two_ranks_is_one_rank_with_all_tokens(name, ranks2):
-    answers = ranks2.run(_one_step, name, 2, [[1], [2]])
+def test_global_batch_spans_ranks(name, ranks2):
+    """Two ranks have the loss and the gradients of one rank with all tokens."""
+    results = ranks2.run(_one_step, name, 2, [[1], [2]])
     layer = make_layer(name, options=options(name, "global-batch"))
-    (x1, ids1), (x2, ids2) = micro_batch(1), micro_batch(2)
-    whole = layer(torch.cat([x1, x2]), FFNContext(torch.cat([ids1, ids2]))).aux_loss
-    whole.backward()
-    assert sum(losses[0] for losses, _ in answers) / 2 == pytest.approx(whole.item(), rel=1e-5)
+    x1, ids1 = micro_batch(1)
+    x2, ids2 = micro_batch(2)
+    together = layer(torch.cat([x1, x2]), FFNContext(torch.cat([ids1, ids2]))).aux_loss
+    together.backward()
+    mean_loss = sum(losses[0] for losses, _ in results) / 2
+    assert mean_loss == pytest.approx(together.item(), rel=1e-5)
     for n, expected in gate_grads(layer).items():
-        mean = sum(grads[n] for _, grads in answers) / 2
+        mean = sum(grads[n] for _, grads in results) / 2
         torch.testing.assert_close(
             mean, expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}"
         )
@@ -82,7 +87,7 @@ def test_global_batch_on_two_ranks_is_one_rank_with_all_tokens(name, ranks2):
         make_layer(name, options=options(name, "micro-batch"))(*_args(n)).aux_loss.item()
         for n in (1, 2)
     ]
-    assert abs(sum(separate) / 2 - whole.item()) > 1e-4, "the scopes must differ here"
+    assert abs(sum(separate) / 2 - together.item()) > 1e-4, "the scopes must differ here"
 
 
 def _args(number):
@@ -92,10 +97,10 @@ def _args(number):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_global_batch_adds_up_the_micro_batches_of_the_step(name, recompute, ranks2):
-    """Loads of micro-batch m are those of micro-batches up to m of both ranks, and each has its own scores."""
+def test_global_batch_spans_micro_batches(name, recompute, ranks2):
+    """Micro-batch m uses the loads of micro-batches up to m of both ranks, and its own scores."""
     numbers = [[1, 2], [3, 4]]
-    answers = ranks2.run(_one_step, name, 2, numbers, recompute)
+    results = ranks2.run(_one_step, name, 2, numbers, recompute)
     layer = make_layer(name, options=options(name, "global-batch"))
     routings = {}
     for number in (1, 2, 3, 4):
@@ -107,34 +112,34 @@ def test_global_batch_adds_up_the_micro_batches_of_the_step(name, recompute, ran
     total = 0
     for rank in (0, 1):
         for m in (0, 1):
-            mine, before = (
-                routings[numbers[rank][m]],
-                [routings[numbers[r][i]] for r in (0, 1) for i in range(m + 1)],
-            )
+            mine = routings[numbers[rank][m]]
+            so_far = [routings[numbers[r][i]] for r in (0, 1) for i in range(m + 1)]
             expected = mine.aux_loss + sum(
                 term.loss(
-                    sum(b.balance[i].count_NG for b in before),
-                    sum(b.balance[i].total_N for b in before),
+                    sum(routing.balance[i].count_NG for routing in so_far),
+                    sum(routing.balance[i].total_N for routing in so_far),
                 )
                 for i, term in enumerate(mine.balance)
             )
-            assert answers[rank][0][m] == pytest.approx(expected.item(), rel=1e-5)
+            assert results[rank][0][m] == pytest.approx(expected.item(), rel=1e-5)
             total = total + expected
     total.backward()
     for n, expected in gate_grads(layer).items():
-        got = answers[0][1][n] + answers[1][1][n]
+        got = results[0][1][n] + results[1][1][n]
         torch.testing.assert_close(
             got, expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}"
         )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_next_step_starts_counting_anew(name):
+def test_next_step_resets_loads(name):
     layer = make_layer(name, options=options(name, "global-batch"))
     metrics = MoEMetrics(torch.nn.ModuleList([layer]), Groups())
     first = layer(*_args(1)).aux_loss.item()
     second = layer(*_args(1)).aux_loss.item()
-    assert second == pytest.approx(first, rel=1e-5), "the same loads twice are the same shares"
+    assert second == pytest.approx(first, rel=1e-5), (
+        "counting the same loads twice must not change their shares"
+    )
     third = layer(*_args(2)).aux_loss.item()
     metrics.post_optimizer_step()
     fresh = make_layer(name, options=options(name, "global-batch"))
@@ -145,21 +150,21 @@ def test_the_next_step_starts_counting_anew(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sequence_scope_is_the_mean_over_sequences(name):
+def test_sequence_scope_averages_sequences(name):
     layer = make_layer(name, options=options(name, "sequence"))
     x, ids = micro_batch(5, sequences=3)
-    whole = layer(x, FFNContext(ids)).aux_loss.item()
+    together = layer(x, FFNContext(ids)).aux_loss.item()
     parts = [layer(x[i : i + 1], FFNContext(ids[i : i + 1])).aux_loss.item() for i in range(3)]
-    assert whole == pytest.approx(sum(parts) / 3, rel=1e-5)
+    assert together == pytest.approx(sum(parts) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluation_asks_nobody(name):
-    """In evaluation the global-batch loss is the rank's own, and nothing is remembered."""
+def test_evaluation_uses_local_loads(name):
+    """In evaluation the global-batch loss is the rank's own, and no loads are stored."""
     layer = make_layer(name, options=options(name, "global-batch")).eval()
-    alone = make_layer(name, options=options(name, "micro-batch")).eval()
+    local = make_layer(name, options=options(name, "micro-batch")).eval()
     layer(*_args(1))
     assert layer(*_args(2)).aux_loss.item() == pytest.approx(
-        alone(*_args(2)).aux_loss.item(), rel=1e-5
+        local(*_args(2)).aux_loss.item(), rel=1e-5
     )
     assert layer.step_sums == {} and layer._step_loads == []

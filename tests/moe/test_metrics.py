@@ -1,4 +1,4 @@
-"""Counters and their reduction against sums done by hand; the loads that gates get."""
+"""MoE metrics and the totals that gates receive, against sums done by hand."""
 
 import pytest
 import torch
@@ -13,12 +13,13 @@ from megatron.moe.routing import Routing
 from megatron.parallel.groups import Groups
 
 
-class Scripted(Gate):
-    """Answers what it is told: a list of experts per token."""
+class FixedGate(Gate):
+    """Routes each token to a given list of experts."""
 
     def __init__(self, choices):
         super().__init__(None, GateContext(4, 3))
-        self.choices, self.steps = choices, []
+        self.choices = choices
+        self.steps = []
 
     def forward(self, inp):
         pairs = [(t, e) for t, experts in enumerate(self.choices) for e in experts]
@@ -36,9 +37,9 @@ class Scripted(Gate):
         self.steps.append((step.load_E.tolist(), float(step.num_tokens)))
 
 
-def make(choices, factor=0.0):
+def make_layer(choices, factor=0.0):
     return MoELayer(
-        Scripted(choices),
+        FixedGate(choices),
         GroupedExperts(3, 4, 4, "gelu"),
         3,
         train_capacity_factor=factor,
@@ -46,12 +47,13 @@ def make(choices, factor=0.0):
     )
 
 
-def test_values_by_hand():
-    """Tokens want 2, 1, 1, 2 experts; capacity 2 (4 tokens / 3 experts * 1.5) drops one row of expert 0."""
-    layer = make([[0, 1], [0], [0], [1, 2]], factor=1.5)
+def test_metrics_equal_sums_by_hand():
+    """Tokens are assigned 2, 1, 1, 2 experts; a capacity of 2 (4 tokens / 3 experts * 1.5) drops
+    one of the assignments to expert 0."""
+    layer = make_layer([[0, 1], [0], [0], [1, 2]], factor=1.5)
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     x = torch.randn(1, 4, 4)
-    for _ in range(3):  # more forwards change no mean
+    for _ in range(3):  # metrics are means, so the number of forward passes has no influence
         layer(x)
     got = metrics.read()
     assert got["experts_per_token_before_capacity"] == pytest.approx(6 / 4)
@@ -63,11 +65,11 @@ def test_values_by_hand():
     assert got["marker"] == pytest.approx(2.0)
     assert got["experts_per_token_by_layer"] == pytest.approx([5 / 4])
     assert got["experts_per_token_histogram"] == pytest.approx([1 / 4, 1 / 4, 2 / 4, 0])
-    assert metrics.read() == {}, "a reading forgets"
+    assert metrics.read() == {}, "read must reset the counters"
 
 
-def test_training_and_evaluation_are_counted_apart():
-    layer = make([[0], [1]])
+def test_training_and_evaluation_count_separately():
+    layer = make_layer([[0], [1]])
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     layer(torch.randn(1, 2, 4))
     layer.eval()
@@ -77,18 +79,20 @@ def test_training_and_evaluation_are_counted_apart():
     assert metrics.read(training=False)["experts_per_token"] == 2
 
 
-def test_layers_without_forwards_or_no_layers_give_nothing():
+def test_nothing_counted_gives_no_metrics():
+    """A model without MoE layers, and one without forward passes."""
     assert MoEMetrics(nn.Linear(1, 1), Groups()).read() == {}
-    assert MoEMetrics(nn.ModuleList([make([[0]])]), Groups()).read() == {}
+    assert MoEMetrics(nn.ModuleList([make_layer([[0]])]), Groups()).read() == {}
 
 
-def test_gates_get_each_steps_load_once():
-    layer = make([[0, 1], [0]])
+def test_gates_receive_each_step_once():
+    layer = make_layer([[0, 1], [0]])
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     x = torch.randn(1, 2, 4)
     layer(x)
     metrics.post_optimizer_step()
-    layer(x), layer(x)  # two micro-batches
+    for _micro_batch in range(2):
+        layer(x)
     metrics.post_optimizer_step()
     metrics.read()
     layer(x)
@@ -96,8 +100,9 @@ def test_gates_get_each_steps_load_once():
     assert layer.gate.steps == [([2, 1, 0], 2), ([4, 2, 0], 4), ([2, 1, 0], 2)]
 
 
-def test_an_evaluation_between_log_lines_does_not_repeat_loads():
-    layer = make([[0, 1], [0]])
+def test_evaluation_adds_nothing_to_steps():
+    """An evaluation and a reading between steps leave the loads of the next step alone."""
+    layer = make_layer([[0, 1], [0]])
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
     x = torch.randn(1, 2, 4)
     for _ in range(2):
@@ -112,14 +117,14 @@ def test_an_evaluation_between_log_lines_does_not_repeat_loads():
 
 def _reduced():
     groups = groups_for(1)
-    layer = make([[0], [1]] if groups.rank == 0 else [[0, 1, 2], [0]])
+    layer = make_layer([[0], [1]] if groups.rank == 0 else [[0, 1, 2], [0]])
     metrics = MoEMetrics(nn.ModuleList([layer]), groups)
     layer(torch.randn(1, 2, 4))
     metrics.post_optimizer_step()
     return metrics.read(), layer.gate.steps
 
 
-def test_sums_over_ranks(ranks2):
+def test_metrics_sum_over_ranks(ranks2):
     for got, steps in ranks2.run(_reduced):
         assert got["experts_per_token"] == pytest.approx(6 / 4)
         assert got["load_imbalance_max_over_mean"] == pytest.approx(3 / 2)

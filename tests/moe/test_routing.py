@@ -1,4 +1,4 @@
-"""The contract's checks and the shared losses, against their formulas."""
+"""Checks of the gate contract, and the shared losses against their formulas."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
 
 
-def routing(**changes):
+def make_routing(**changes):
+    """A valid routing of two tokens to three experts, with some fields replaced."""
     fields = {
         "token_A": torch.tensor([0, 1]),
         "expert_A": torch.tensor([2, 0]),
@@ -19,9 +20,9 @@ def routing(**changes):
     return Routing(**{**fields, **changes})
 
 
-def test_a_good_answer_passes():
-    routing().check(num_tokens=2, num_choices=3)
-    empty = routing(
+def test_valid_routing_passes():
+    make_routing().check(num_tokens=2, num_choices=3)
+    empty = make_routing(
         token_A=torch.empty(0, dtype=torch.int64),
         expert_A=torch.empty(0, dtype=torch.int64),
         weight_A=torch.empty(0),
@@ -45,25 +46,25 @@ def test_a_good_answer_passes():
         ({"expert_A": torch.tensor([-1, 0])}, r"expert_A spans \[-1, 0\]"),
     ],
 )
-def test_a_bad_answer_is_named(changes, message):
+def test_invalid_routing_names_the_field(changes, message):
     with pytest.raises(AssertionError, match=message):
-        routing(**changes).check(num_tokens=2, num_choices=3)
+        make_routing(**changes).check(num_tokens=2, num_choices=3)
 
 
 def arange(n):
     return torch.arange(n)
 
 
-def test_balance_loss_is_the_coefficient_when_uniform_and_grows_when_skewed():
+def test_balance_loss_grows_with_skew():
+    """It equals the coefficient under uniform load."""
     inp = GateInput(torch.zeros(8, 1))
     uniform = LoadBalancingLoss.of(
         inp, torch.full((8, 4), 0.25), arange(8), arange(8) % 4, coeff=0.3
     )
     assert uniform.loss().item() == pytest.approx(0.3)
     scores = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(8, 4)
-    assert LoadBalancingLoss.of(
-        inp, scores, arange(8), arange(8) * 0, coeff=1.0
-    ).loss().item() == pytest.approx(4 * 0.7)
+    skewed = LoadBalancingLoss.of(inp, scores, arange(8), arange(8) * 0, coeff=1.0)
+    assert skewed.loss().item() == pytest.approx(4 * 0.7)
 
 
 @settings(max_examples=100, deadline=None)
@@ -74,8 +75,8 @@ def test_balance_loss_is_the_coefficient_when_uniform_and_grows_when_skewed():
     st.booleans(),
     st.sampled_from(SCOPES),
 )
-def test_balance_against_loops(seed, tokens, sequences, per_token, scope):
-    """Ragged choices; values and the gradient of the scores, for every scope as one rank alone sees it."""
+def test_balance_loss_equals_loops(seed, tokens, sequences, per_token, scope):
+    """Values and gradients of ragged choices, for every scope, on one rank."""
     g = torch.Generator().manual_seed(seed)
     size, choices = 4, tokens * 2
     logits = torch.randn(tokens, size, generator=g, dtype=torch.float64).requires_grad_()
@@ -108,17 +109,14 @@ def test_balance_against_loops(seed, tokens, sequences, per_token, scope):
         )
 
 
-def test_sequences_are_counted_when_their_number_is_not_given():
+def test_number_of_sequences_is_inferred():
     inp = GateInput(torch.zeros(4, 1), None, torch.tensor([0, 0, 1, 2]))
     term = LoadBalancingLoss.of(
         inp, torch.full((4, 2), 0.5), arange(4), arange(4) % 2, coeff=1.0, scope="sequence"
     )
-    assert term.count_NG.tolist() == [[1, 1], [1, 0], [0, 1]] and term.total_N.tolist() == [
-        2,
-        1,
-        1,
-    ]
-    alone = LoadBalancingLoss.of(
+    assert term.count_NG.tolist() == [[1, 1], [1, 0], [0, 1]]
+    assert term.total_N.tolist() == [2, 1, 1]
+    single = LoadBalancingLoss.of(
         GateInput(torch.zeros(4, 1)),
         torch.full((4, 2), 0.5),
         arange(4),
@@ -126,10 +124,12 @@ def test_sequences_are_counted_when_their_number_is_not_given():
         coeff=1.0,
         scope="sequence",
     )
-    assert alone.count_NG.tolist() == [[2, 2]]
+    assert single.count_NG.tolist() == [[2, 2]]
 
 
-def test_what_others_must_add_to_is_handed_on_and_the_rest_added_up():
+def test_aux_losses_defer_global_terms():
+    """Losses of scope global-batch are handed to the layer, the others are summed."""
+
     def term(scope):
         return LoadBalancingLoss.of(
             GateInput(torch.zeros(2, 1)),
@@ -140,24 +140,21 @@ def test_what_others_must_add_to_is_handed_on_and_the_rest_added_up():
             scope=scope,
         )
 
-    local, shared = term("micro-batch"), term("global-batch")
-    got = aux_losses(local, shared, extra=torch.tensor(2.0))
-    assert got["balance"] == (shared,)
+    local_term = term("micro-batch")
+    global_term = term("global-batch")
+    got = aux_losses(local_term, global_term, extra=torch.tensor(2.0))
+    assert got["balance"] == (global_term,)
     assert got["aux_loss"].item() == pytest.approx(2 + 0.5 * 2 * 0.75)
-    assert aux_losses(shared)["aux_loss"].item() == 0
-    # another rank chose expert 1 six times: f = 2/8 and 6/8
-    total = shared.loss(shared.count_NG + torch.tensor([[0.0, 6.0]]), shared.total_N + 6)
+    assert aux_losses(global_term)["aux_loss"].item() == 0
+    # Another rank chose expert 1 six times: f = 2/8 and 6/8.
+    all_counts_NG = global_term.count_NG + torch.tensor([[0.0, 6.0]])
+    total = global_term.loss(all_counts_NG, global_term.total_N + 6)
     assert total.item() == pytest.approx(0.5 * 2 * (2 / 8 * 0.75 + 6 / 8 * 0.25))
 
 
-def test_z_loss_against_a_loop():
+def test_z_loss_equals_loop():
     logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    expected = (
-        sum(
-            torch.log(sum(torch.exp(logits[t, e]) for e in range(5))).item() ** 2
-            for t in range(7)
-        )
-        / 7
-    )
+    log_sums = [torch.log(sum(torch.exp(z) for z in logits[t])).item() for t in range(7)]
+    expected = sum(value**2 for value in log_sums) / 7
     assert z_loss(logits).item() == pytest.approx(expected, rel=1e-5)
     assert z_loss(torch.empty(0, 3)).item() == 0

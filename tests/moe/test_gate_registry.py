@@ -1,0 +1,96 @@
+"""The registry of gates: options as flags, and errors of create_gate."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from helpers.moe_layers import D, E
+from megatron.moe.gate import (
+    Gate,
+    GateContext,
+    available_gates,
+    create_gate,
+    gate_config_class,
+)
+from megatron.moe.routing import GateInput
+
+ALL = available_gates()
+
+
+def other_values(field):
+    """Values of an option's type that are not the default, likely ones first."""
+    default = field.default
+    if isinstance(default, bool):
+        return [not default]
+    if "choices" in field.metadata:
+        return [choice for choice in field.metadata["choices"] if choice != default]
+    if isinstance(default, tuple):
+        return [(2, 2)]
+    if isinstance(default, int):
+        return [default + 1, 2 * default or E]
+    return [0.5 * default or 0.25, default + 1]
+
+
+def flag_words(name, value):
+    """One option as words of a command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+
+
+@pytest.mark.parametrize(
+    "name, option", [(n, f.name) for n in ALL for f in dataclasses.fields(gate_config_class(n))]
+)
+def test_every_option_is_a_flag(name, option):
+    """A flag sets its option to a value other than the default and changes nothing else."""
+    from megatron.config.cli import parse
+
+    def gate_options(*flags):
+        argv = ["--gate", name, "--num-experts", str(E), *flags]
+        return parse(argv, gate_config_class, available_gates).gate_options
+
+    base = {"n_group": 4} if option == "topk_group" else {}  # it is limited by n_group
+    flags = [word for n, v in base.items() for word in flag_words(n, v)]
+    before = gate_options(*flags)
+    refusals = []
+    field = {f.name: f for f in dataclasses.fields(gate_config_class(name))}[option]
+    for value in other_values(field):
+        try:
+            after = gate_options(*flags, *flag_words(option, value))
+        except ValueError as error:
+            refusals.append(error)
+            continue
+        assert value != before[option] and after == {**before, option: value}
+        assert type(after[option]) is type(before[option])
+        return
+    pytest.fail(f"no value of --{option} is allowed: {refusals}")
+
+
+def test_create_gate_refuses_unknown_names():
+    with pytest.raises(ValueError, match="--gate is 'nope'; allowed: .*threshold.*topk"):
+        create_gate("nope", hidden_size=D, num_experts=E)
+    with pytest.raises(
+        ValueError, match="gate 'topk' has no option 'threshold'; allowed: topk score_function"
+    ):
+        create_gate("topk", hidden_size=D, num_experts=E, threshold=0.5)
+    with pytest.raises(ValueError, match="num_experts is 0"):
+        create_gate("topk", hidden_size=D, num_experts=0)
+
+
+def test_duplicate_gate_name_is_refused():
+    with pytest.raises(
+        ValueError, match="gate name 'topk' is taken by megatron.moe.gates.topk.TopKGate"
+    ):
+
+        class Other(Gate, name="topk"):
+            pass
+
+
+def test_missing_forward_is_an_error():
+    class Empty(Gate):
+        Config = dict
+
+    with pytest.raises(NotImplementedError, match="gate Empty has no forward"):
+        Empty({}, GateContext(D, E))(GateInput(torch.zeros(1, D)))
