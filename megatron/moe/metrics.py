@@ -98,12 +98,17 @@ class MoEMetrics:
         """
         names = list(sums[0])
         shapes = [sums[0][name].shape for name in names]
-        rows = [torch.cat([layer[name].flatten() for name in names]) for layer in sums]
-        stacked = all_reduce_sum(torch.stack(rows), self.groups)
+        stacked = torch.stack([_flatten(layer_sums, names) for layer_sums in sums])
+        stacked = all_reduce_sum(stacked, self.groups)
         if to_host:
             stacked = stacked.cpu()
         sizes = [shape.numel() for shape in shapes]
         return [_unflatten(row.split(sizes), names, shapes) for row in stacked]
+
+
+def _flatten(sums: dict[str, Tensor], names: list[str]) -> Tensor:
+    """Concatenate these values to one row."""
+    return torch.cat([sums[name].flatten() for name in names])
 
 
 def _unflatten(

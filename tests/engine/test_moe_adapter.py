@@ -1,6 +1,7 @@
-"""The DeepSpeed adapter: the same training as plain torch on one rank, whatever the stage and the sharding."""
+"""MoE layers under DeepSpeed train as in plain torch, at every ZeRO stage and sharding."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,17 +27,18 @@ MODEL = ModelConfig(
     ffn_hidden_size=24,
     init_method_std=0.3,
 )
-# A large epsilon keeps Adam smooth: with a tiny one a gradient of rounding size moves a weight by the full rate.
+# A large epsilon keeps Adam smooth: with a tiny one, a gradient of rounding size would
+# move a weight by the full learning rate.
 OPTIMIZER = {"lr": 0.02, "adam_eps": 1e-2, "clip_grad": 0.5, "weight_decay": 0.1}
 STEPS, VOCAB = 3, 64
-# Where the default makes the loss of the first steps too small to be seen in the weights.
-LOUD = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"loss_coeff": 0.1}}
+# Options of gates whose default auxiliary loss is too small in the first steps to change
+# the weights visibly.
+LARGE_LOSS_OPTIONS = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"loss_coeff": 0.1}}
 WITHOUT_LOSS = {"base", "expert_choice", "hash", "peer"}
 
 
 def build(gate, groups, activation="swiglu", shared=1):
-    from dataclasses import replace
-
+    """This rank's part of the model."""
     from megatron.model.builder import build_model
 
     moe = MoEConfig(
@@ -49,7 +51,7 @@ def build(gate, groups, activation="swiglu", shared=1):
     return build_model(
         replace(MODEL, activation=activation),
         moe,
-        LOUD.get(gate, {}),
+        LARGE_LOSS_OPTIONS.get(gate, {}),
         vocab_size=VOCAB,
         seed=7,
         groups=groups,
@@ -57,7 +59,7 @@ def build(gate, groups, activation="swiglu", shared=1):
 
 
 def micro_batches(step):
-    """The four micro-batches of a step, dealt to the ranks in turn."""
+    """The four micro-batches of a step."""
     from megatron.data.loader import Batch
 
     g = torch.Generator().manual_seed(step)
@@ -66,8 +68,12 @@ def micro_batches(step):
         yield Batch(ids[:, :-1], ids[:, 1:], torch.ones(1, 8), None, None)
 
 
-def plain(gate, activation="swiglu"):
-    """One process, torch alone: losses, gradient norms before clipping, final weights."""
+def train_in_plain_torch(gate, activation="swiglu"):
+    """Train in one process without DeepSpeed.
+
+    Returns:
+        Losses, gradient norms before clipping, and final weights by name.
+    """
     from megatron.engine.optimizer import parameter_groups
     from megatron.moe.metrics import MoEMetrics
 
@@ -79,28 +85,29 @@ def plain(gate, activation="swiglu"):
         betas=(0.9, 0.95),
         eps=OPTIMIZER["adam_eps"],
     )
-    losses, norms = [], []
+    losses = []
+    norms = []
     for step in range(STEPS):
         total = 0.0
         for b in micro_batches(step):
             out = model(b.tokens_BS, b.labels_BS, b.loss_mask_BS)
-            assert step or (
-                out.aux_loss == 0 if gate in WITHOUT_LOSS else out.aux_loss > 1e-3
-            ), "an invisible loss"
+            if step == 0 and gate in WITHOUT_LOSS:
+                assert out.aux_loss == 0
+            elif step == 0:
+                assert out.aux_loss > 1e-3, "the auxiliary loss must be visible"
             (out.loss / 4).backward()
             total += out.lm_loss.item() / 4
         losses.append(total)
-        norms.append(
-            float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"]))
-        )
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"])
+        norms.append(float(norm))
         adamw.step()
         adamw.zero_grad()
         metrics.post_optimizer_step()
     return losses, norms, {n: p.detach() for n, p in model.named_parameters()}
 
 
-def _train(gate, stage, precision="fp32", activation="swiglu"):
-    """In a rank: the same training under DeepSpeed with the experts sharded over all ranks."""
+def _train_with_deepspeed(gate, stage, precision="fp32", activation="swiglu"):
+    """Run the same training in a rank under DeepSpeed, experts sharded over two ranks."""
     from megatron.engine import distributed
     from megatron.engine.engine import Engine
     from megatron.parallel import groups as parallel
@@ -118,7 +125,8 @@ def _train(gate, stage, precision="fp32", activation="swiglu"):
         TrainConfig(micro_batch_size=1, global_batch_size=4),
         groups,
     )
-    losses, norms = [], []
+    losses = []
+    norms = []
     for step in range(STEPS):
         mine = list(micro_batches(step))[groups.rank :: groups.world_size]
         step_losses = engine.step(mine, NextTokenLoss(), OPTIMIZER["lr"], 0.0)
@@ -140,52 +148,64 @@ def _train(gate, stage, precision="fp32", activation="swiglu"):
 @pytest.mark.parametrize(
     "world, stage", [(1, 1), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)]
 )
-def test_clipped_update_equals_plain_torch(gate, world, stage, request):
+def test_training_equals_plain_torch(gate, world, stage, request):
     """Losses, gradient norms and every weight after three clipped steps, by name."""
-    losses, norms, weights = plain(gate)
-    answers = request.getfixturevalue(f"ranks{world}").run(_train, gate, stage)
-    assert norms[0] > OPTIMIZER["clip_grad"], "clipping must be at work"
-    for got_losses, got_norms, _ in answers:
+    losses, norms, weights = train_in_plain_torch(gate)
+    ranks = request.getfixturevalue(f"ranks{world}")
+    results = ranks.run(_train_with_deepspeed, gate, stage)
+    assert norms[0] > OPTIMIZER["clip_grad"], "clipping must have an effect"
+    for got_losses, got_norms, _ in results:
         assert got_losses == pytest.approx(losses, abs=1e-5)
         assert got_norms == pytest.approx(norms, rel=1e-4)
     for name, expected in weights.items():
-        parts = [a[2][name] for a in answers]
-        got = torch.cat(parts[:2]) if ".experts." in name else parts[0]
+        parts = [result[2][name] for result in results]
+        if ".experts." in name:
+            got = torch.cat(parts[:2])
+            copies = zip(parts[:2], parts[2:])
+        else:
+            got = parts[0]
+            copies = zip(parts, parts[1:])
         torch.testing.assert_close(
             got, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
-        copies = zip(parts[:2], parts[2:]) if ".experts." in name else zip(parts, parts[1:])
         assert all(torch.equal(a, b) for a, b in copies), f"{name} differs between ranks"
 
 
-def test_two_matrix_experts_train_too(ranks2):
+def test_experts_without_gating_train(ranks2):
     """gelu experts have no w3, which DeepSpeed's own experts have."""
-    losses, norms, weights = plain("topk", "gelu")
-    answers = ranks2.run(_train, "topk", 1, "fp32", "gelu")
-    assert answers[0][0] == pytest.approx(losses, abs=1e-5) and answers[0][1] == pytest.approx(
-        norms, rel=1e-4
-    )
-    assert answers[0][2].keys() == weights.keys()
+    losses, norms, weights = train_in_plain_torch("topk", "gelu")
+    results = ranks2.run(_train_with_deepspeed, "topk", 1, "fp32", "gelu")
+    got_losses, got_norms, got_weights = results[0]
+    assert got_losses == pytest.approx(losses, abs=1e-5)
+    assert got_norms == pytest.approx(norms, rel=1e-4)
+    assert got_weights.keys() == weights.keys()
     for name, expected in weights.items():
         if name.endswith("w1"):
             torch.testing.assert_close(
-                torch.cat([a[2][name] for a in answers]), expected, atol=1e-5, rtol=1e-5
+                torch.cat([result[2][name] for result in results]),
+                expected,
+                atol=1e-5,
+                rtol=1e-5,
             )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_keeps_the_router_in_fp32_where_zero_allows(stage, ranks2):
-    losses, _, _ = plain("threshold")
-    for got, _, weights in ranks2.run(_train, "threshold", stage, "bf16"):
+def test_bf16_keeps_router_in_fp32(stage, ranks2):
+    """ZeRO 3 alone stores it in bf16."""
+    losses, _, _ = train_in_plain_torch("threshold")
+    for got, _, weights in ranks2.run(_train_with_deepspeed, "threshold", stage, "bf16"):
         assert got == pytest.approx(losses, abs=0.1)
         gate = weights["layers.0.mlp.gate.router.weight"]
         assert gate.dtype == (torch.bfloat16 if stage == 3 else torch.float32)
         assert weights["layers.0.mlp.experts.w1"].dtype == torch.bfloat16
         if stage < 3:
-            assert not torch.equal(gate, gate.bfloat16().float()), "fp32 in name only"
+            assert not torch.equal(gate, gate.bfloat16().float()), (
+                "fp32 weights must not be rounded to bf16"
+            )
 
 
-def test_parameter_groups_by_name():
+def test_parameter_groups_have_names():
+    """Gates and experts have groups of their own, and no norm is decayed."""
     from megatron.engine.moe_adapter import wrap_moe_layers
     from megatron.engine.optimizer import parameter_groups
 
@@ -200,7 +220,6 @@ def test_parameter_groups_by_name():
     assert got["gates"] == ({f"layers.{i}.mlp.gate.router.weight" for i in range(2)}, 0.0)
     assert got["ep_size_1"][1] == 0.1 and all(".experts." in n for n in got["ep_size_1"][0])
     assert got["vectors"][1] == 0.0 and "embed_tokens.weight" in got["vectors"][0]
-    assert {n for n in got["vectors"][0] if "norm" in n} and not {
-        n for n in got["matrices"][0] if "norm" in n
-    }
+    assert any("norm" in n for n in got["vectors"][0])
+    assert not any("norm" in n for n in got["matrices"][0])
     assert set().union(*(g[0] for g in got.values())) == set(names.values())

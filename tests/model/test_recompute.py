@@ -1,4 +1,4 @@
-"""Activation recompute through the whole model: what gates count and lose is that of the first pass."""
+"""Activation recompute of a model: counts and losses of gates are those of the first pass."""
 
 import pytest
 import torch
@@ -20,24 +20,29 @@ MODEL = ModelConfig(
 
 
 def train(gate, recompute, options):
-    """Two micro-batches of one step: losses, gradients by name, the counts and the gates' buffers after the step."""
+    """Train one step of two micro-batches.
+
+    Returns:
+        Losses, gradients, counts of the step and the gates' buffers after it, by name.
+    """
     moe = MoEConfig(num_experts=4, gate=gate, moe_ffn_hidden_size=8)
     model = build_model(
         MODEL, moe, options, vocab_size=64, seed=1, groups=Groups(), recompute=recompute
     )
-    metrics, losses = MoEMetrics(model, Groups()), []
+    metrics = MoEMetrics(model, Groups())
+    losses = []
     for number in (0, 1):
         ids = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(number))
         out = model(ids[:, :-1], ids[:, 1:])
         out.loss.backward()
         losses += [out.lm_loss.detach(), out.aux_loss.detach()]
-    answer = {f"loss {i}": loss for i, loss in enumerate(losses)}
-    answer |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
+    result = {f"loss {i}": loss for i, loss in enumerate(losses)}
+    result |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
     for i, layer in enumerate(moe_layers(model)):
         assert layer.counters[True]["tokens"] == 2 * 24
-        answer |= {f"{i} {name}": t for name, t in layer.step_sums.items()}
+        result |= {f"{i} {name}": t for name, t in layer.step_sums.items()}
     metrics.post_optimizer_step()
-    return answer | {f"buffer {name}": b for name, b in model.named_buffers()}
+    return result | {f"buffer {name}": b for name, b in model.named_buffers()}
 
 
 @pytest.mark.parametrize(
@@ -54,19 +59,20 @@ def train(gate, recompute, options):
     ],
 )
 def test_recompute_changes_nothing(gate, options):
-    """Also when all of a block is computed again, as happens where something behind the gate needs it."""
+    """Without early stop the recomputed pass runs the full block, as it does where something after
+    the gate needs it."""
     torch.manual_seed(0)
-    whole = train(gate, False, options)
+    plain = train(gate, False, options)
     torch.manual_seed(0)
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
-        again = train(gate, True, options)
-    assert whole.keys() == again.keys()
-    for name, value in whole.items():
-        assert value is None and again[name] is None or torch.equal(value, again[name]), name
+        recomputed = train(gate, True, options)
+    assert plain.keys() == recomputed.keys()
+    for name, value in plain.items():
+        other = recomputed[name]
+        assert value is None and other is None or torch.equal(value, other), name
 
 
-def test_gradients_twice():
-    """A graph that is kept can be gone through again."""
+def test_retained_graph_recomputes_twice():
     model = build_model(
         MODEL,
         MoEConfig(num_experts=4),

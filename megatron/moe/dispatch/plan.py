@@ -5,7 +5,7 @@ when the experts are sharded.
 
 Shape suffixes: T tokens on this rank, E routed experts, C choices (E + zero-computation
 experts), A assignments of the gate, S rows (dispatched assignments, sorted by choice),
-P ranks that share the experts.
+L zero-computation experts with rows, P ranks that share the experts.
 """
 
 from __future__ import annotations
@@ -140,40 +140,30 @@ def build_dispatch_plan(
         order_A, dispatched_C = _apply_capacity(routing, assigned_C, capacity, num_experts)
     assignments = _SortedAssignments.from_order(routing, order_A, num_tokens)
     ends_C = dispatched_C.cumsum(0)
-
+    counts = _HostCounts(splits=None, num_routed=None, zero_computation=[])
+    if group is not None or num_zero_computation:
+        counts = _read_counts(dispatched_C, num_experts, num_zero_output, group)
     if capacity is None and not num_zero_computation:
-        splits = None
-        if group is not None:
-            splits = _read_counts(dispatched_C, num_experts, group).splits
         routed = assignments.permute_all(ends_C)
         dispatched_T = routed.token_offsets_T1.diff()
-        return DispatchPlan(routed, None, [], splits, assigned_C, dispatched_C, dispatched_T)
-
-    dispatched_T = assignments.token_offsets(assignments.position_A < ends_C[-1]).diff()
-    if not num_zero_computation and group is None:
-        routed = assignments.permute(0, ends_C)
-        return DispatchPlan(routed, None, [], None, assigned_C, dispatched_C, dispatched_T)
-
-    counts = _read_counts(dispatched_C, num_experts, group)
-    num_routed = counts.num_routed
-    routed = assignments.permute(0, ends_C[:num_experts], num_routed)
+    else:
+        routed = assignments.permute(0, ends_C[:num_experts], counts.num_routed)
+        is_dispatched_A = assignments.position_A < ends_C[-1]
+        dispatched_T = assignments.token_offsets(is_dispatched_A).diff()
     zero_computation = None
-    zero_computation_counts = counts.zero_computation
     if num_zero_computation:
-        if num_zero_output:
-            zero_computation_counts[-num_zero_output:] = [0] * num_zero_output
-        last = len(ends_C) - num_zero_output
+        ends_L = ends_C[num_experts : len(ends_C) - num_zero_output] - counts.num_routed
         zero_computation = assignments.permute(
-            num_routed, ends_C[num_experts:last] - num_routed, sum(zero_computation_counts)
+            counts.num_routed, ends_L, sum(counts.zero_computation)
         )
     return DispatchPlan(
-        routed,
-        zero_computation,
-        zero_computation_counts,
-        counts.splits,
-        assigned_C,
-        dispatched_C,
-        dispatched_T,
+        routed=routed,
+        zero_computation=zero_computation,
+        zero_computation_counts=counts.zero_computation,
+        splits=counts.splits,
+        assigned_C=assigned_C,
+        dispatched_C=dispatched_C,
+        dispatched_T=dispatched_T,
     )
 
 
@@ -245,31 +235,41 @@ class _HostCounts:
     """Row counts that the host needs before it can launch the dispatch."""
 
     splits: AllToAllSplits | None
-    num_routed: int
-    """rows for routed experts"""
+    """None when the experts are not sharded"""
+    num_routed: int | None
+    """rows for routed experts; None: not read from the device"""
     zero_computation: list[int]
-    """rows of each zero-computation expert"""
+    """rows of each zero-computation expert; 0 for those that return zeros"""
 
 
 def _read_counts(
-    dispatched_C: Tensor, num_experts: int, group: dist.ProcessGroup | None
+    dispatched_C: Tensor,
+    num_experts: int,
+    num_zero_output: int,
+    group: dist.ProcessGroup | None,
 ) -> _HostCounts:
     """Exchange row counts between ranks and copy them to the host, in one copy."""
     dispatched_E = dispatched_C[:num_experts]
-    zero_computation_counts = dispatched_C[num_experts:]
+    zero_computation = dispatched_C[num_experts:]
     if group is None:
-        num_routed, *on_host = torch.cat(
-            [dispatched_E.sum(0, keepdim=True), zero_computation_counts]
+        num_routed, *local_counts = torch.cat(
+            [dispatched_E.sum(0, keepdim=True), zero_computation]
         ).tolist()
-        return _HostCounts(None, num_routed, on_host)
-    sent_PE = dispatched_E.view(dist.get_world_size(group), -1)
-    received_PE = torch.empty_like(sent_PE)
-    dist.all_to_all_single(received_PE, sent_PE.contiguous(), group=group)
-    sizes = [len(zero_computation_counts), len(sent_PE)]
-    numbers = torch.cat([zero_computation_counts, sent_PE.sum(1), received_PE.sum(1)]).tolist()
-    input_splits = numbers[sizes[0] : sum(sizes)]
-    splits = AllToAllSplits(input_splits, numbers[sum(sizes) :], received_PE)
-    return _HostCounts(splits, sum(input_splits), numbers[: sizes[0]])
+        splits = None
+    else:
+        sent_PE = dispatched_E.view(dist.get_world_size(group), -1)
+        received_PE = torch.empty_like(sent_PE)
+        dist.all_to_all_single(received_PE, sent_PE.contiguous(), group=group)
+        numbers = torch.cat([sent_PE.sum(1), received_PE.sum(1), zero_computation]).tolist()
+        ep_size = len(sent_PE)
+        input_splits = numbers[:ep_size]
+        output_splits = numbers[ep_size : 2 * ep_size]
+        local_counts = numbers[2 * ep_size :]
+        num_routed = sum(input_splits)
+        splits = AllToAllSplits(input_splits, output_splits, received_PE)
+    if num_zero_output:
+        local_counts[-num_zero_output:] = [0] * num_zero_output
+    return _HostCounts(splits, num_routed, local_counts)
 
 
 def _apply_capacity(

@@ -37,7 +37,7 @@ products."""
 def number_of_blocks(num_experts: int) -> int:
     """Return the number of stacked blocks that hold the experts, whatever the sharding.
 
-    Blocks are PEER's unit of expert parallelism: a rank holds whole blocks, and
+    Blocks are PEER's unit of expert parallelism: no block is split between ranks, and
     checkpoints count and shard blocks as they do the experts of other gates. The number
     depends on the number of experts only, so that a checkpoint loads at any
     expert-parallel size.
