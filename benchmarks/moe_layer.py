@@ -35,7 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
-from benchmarks.data_index import fresh
+from benchmarks.data_index import run_in_fresh_process
 
 TOLERANCE = 0.03
 """Largest relative difference of a token's output or gradient, and of the weight
@@ -280,7 +280,8 @@ def memory_rows(
     taken: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            taken[name].append(fresh(peak_memory, name, shape, activation, device.type))
+            peak = run_in_fresh_process(peak_memory, name, shape, activation, device.type)
+            taken[name].append(peak)
     title = "memory of a layer in two steps, above weights and inputs"
     print(f"\n{title}: {size}, {activation}")
     for name, values in taken.items():

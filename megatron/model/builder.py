@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from megatron.moe.experts.expert_init import ExpertInit, expert_output_std
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.gate import Gate, create_gate, gate_class
 from megatron.moe.layer import MoELayer
-from megatron.moe.peer.experts import PEERExperts, PEERTableConfig, choose_peer_backend
+from megatron.moe.peer.experts import PEERExperts, choose_peer_backend
 from megatron.moe.peer.layer import PEERLayer
 from megatron.parallel.groups import Groups
 
@@ -111,23 +112,24 @@ def make_moe_layer(
     """
     width = _expert_width(model, moe)
     num_local = moe.num_experts // groups.ep_size
-    output_std = expert_output_std(model.init_method_std, model.num_layers)
-    first_expert = groups.ep_rank * num_local
+    init = ExpertInit(
+        seed=seed,
+        layer=layer,
+        first_expert=groups.ep_rank * num_local,
+        init_std=model.init_method_std,
+        output_std=expert_output_std(model.init_method_std, model.num_layers),
+    )
     if gate.expert_kind == "peer":
-        tables = PEERTableConfig(
+        layer_class = PEERLayer
+        experts = PEERExperts(
             moe.num_experts,
             num_local,
             model.hidden_size,
             width,
             model.act,
-            first=first_expert,
-            seed=seed,
-            layer=layer,
-            init_std=model.init_method_std,
-            output_std=output_std * gate.output_gain(width),
+            init=replace(init, output_std=init.output_std * gate.output_gain(width)),
+            backend=moe.moe_backend,
         )
-        layer_class = PEERLayer
-        experts = PEERExperts(tables, backend=moe.moe_backend)
         num_stacks = experts.num_blocks
     else:
         layer_class = MoELayer
@@ -136,13 +138,7 @@ def make_moe_layer(
             model.hidden_size,
             width,
             model.act,
-            init=ExpertInit(
-                seed=seed,
-                layer=layer,
-                first_expert=first_expert,
-                init_std=model.init_method_std,
-                output_std=output_std,
-            ),
+            init=init,
             backend=moe.moe_backend,
         )
         num_stacks = moe.num_experts

@@ -8,8 +8,9 @@ import torch
 
 from helpers.reference_mlp import reference_activation
 from megatron.moe.experts.activations import is_gated
+from megatron.moe.experts.expert_init import ExpertInit
 from megatron.moe.peer import lookup
-from megatron.moe.peer.experts import PEERExperts, PEERTableConfig
+from megatron.moe.peer.experts import PEERExperts
 
 D = 5
 MKL = torch.backends.mkl.is_available()
@@ -23,18 +24,19 @@ def make_experts(
     num_experts=None,
     sparse_gradients=False,
     backend="auto",
-    **config,
+    **init,
 ):
     """PEER experts with weights large enough to tell the terms of a sum apart."""
-    config = PEERTableConfig(
+    return PEERExperts(
         num_experts or num_local,
         num_local,
         hidden_size,
         width,
         activation,
-        **{"init_std": 0.7, "output_std": 0.5, **config},
+        init=ExpertInit(**{"init_std": 0.7, "output_std": 0.5, **init}),
+        sparse_gradients=sparse_gradients,
+        backend=backend,
     )
-    return PEERExperts(config, sparse_gradients=sparse_gradients, backend=backend)
 
 
 def reuse_memory_from(size):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from megatron.config.schema import ACTIVATIONS, require
 from megatron.moe.experts import backends
 from megatron.moe.experts.activations import activate, is_gated
+from megatron.moe.experts.expert_init import ExpertInit
 from megatron.moe.peer import lookup
 from megatron.moe.peer.lookup import PairDots, PairOps, TokenExpertPairs, WeightedRowSum
 
@@ -47,28 +47,6 @@ def number_of_blocks(num_experts: int) -> int:
     return math.gcd(num_experts, _MAX_BLOCKS)
 
 
-@dataclass(frozen=True)
-class PEERTableConfig:
-    """Shape and initial weights of the tables of one rank."""
-
-    num_experts: int
-    """experts over all ranks"""
-    num_local: int
-    """experts on this rank"""
-    hidden_size: int
-    width: int
-    """hidden units of one expert"""
-    activation: str
-    first: int = 0
-    """global number of this rank's first expert"""
-    seed: int = 0
-    layer: int = 0
-    init_std: float = 0.02
-    """standard deviation of w_in and w_up"""
-    output_std: float = 0.02
-    """standard deviation of w_out"""
-
-
 class PEERExperts(nn.Module):
     """PEER experts of one rank: one row [D] per table, expert and hidden unit.
 
@@ -84,7 +62,12 @@ class PEERExperts(nn.Module):
     and width > 1 an MLP.
 
     Args:
-        config: shape and initial weights of the tables.
+        num_experts: number of experts over all ranks.
+        num_local: number of experts on this rank.
+        width: hidden units of one expert.
+        activation: a name of `megatron.moe.experts.activations`.
+        init: seed and distribution of the initial weights; `init_std` is of w_in and
+            w_up, `output_std` of w_out.
         sparse_gradients: make the tables' gradients sparse tensors of the used rows,
             sorted and coalesced, as torch.optim.SparseAdam takes them. DeepSpeed's ZeRO
             needs dense ones.
@@ -99,52 +82,51 @@ class PEERExperts(nn.Module):
 
     def __init__(
         self,
-        config: PEERTableConfig,
+        num_experts: int,
+        num_local: int,
+        hidden_size: int,
+        width: int,
+        activation: str,
         *,
+        init: ExpertInit | None = None,
         sparse_gradients: bool = False,
         backend: str = "auto",
     ):
         super().__init__()
-        require(
-            config.activation in ACTIVATIONS,
-            "activation",
-            config.activation,
-            " ".join(ACTIVATIONS),
-        )
-        self.num_blocks = number_of_blocks(config.num_experts)
-        ranks = config.num_experts // config.num_local
+        require(activation in ACTIVATIONS, "activation", activation, " ".join(ACTIVATIONS))
+        self.num_blocks = number_of_blocks(num_experts)
+        ranks = num_experts // num_local
         require(
             self.num_blocks % ranks == 0,
             "--moe-expert-parallel-size",
             ranks,
-            f"a divisor of {self.num_blocks}, the number of blocks that "
-            f"{config.num_experts} experts are stored in",
+            f"a divisor of {self.num_blocks}, the number of blocks that {num_experts} "
+            "experts are stored in",
         )
         _check_backend(backend)
-        self.num_local = config.num_local
-        self.width = config.width
-        self.activation = config.activation
+        self.num_local = num_local
+        self.width = width
+        self.activation = activation
         self.sparse_gradients = sparse_gradients
         self.backend = backend
-        stds = {"w1": config.init_std, "w2": config.output_std}
-        if is_gated(config.activation):
-            stds["w3"] = config.init_std
-        per_block = config.num_experts // self.num_blocks
-        shape = (config.num_local // per_block, per_block * config.width, config.hidden_size)
-        for table, (name, std) in enumerate(stds.items()):
-            stack = nn.Parameter(torch.empty(shape))
-            self.register_parameter(name, stack)
-            if not stack.is_meta:
-                self._draw_blocks(stack, std, table, config)
+        per_block = num_experts // self.num_blocks
+        shape = (num_local // per_block, per_block * width, hidden_size)
+        self.w1 = nn.Parameter(torch.empty(shape))
+        self.w2 = nn.Parameter(torch.empty(shape))
+        if is_gated(activation):
+            self.w3 = nn.Parameter(torch.empty(shape))
+        if not self.w1.is_meta:
+            self._draw_weights(init or ExpertInit(), per_block)
 
-    def _draw_blocks(
-        self, stack: nn.Parameter, std: float, table: int, config: PEERTableConfig
-    ) -> None:
-        """Draw each block of a table from N(0, std^2) with its own generator."""
-        first_block = config.first // (config.num_experts // self.num_blocks)
-        for block, rows in enumerate(stack.data, first_block):
-            seed = _block_seed(config.seed, config.layer, table, block)
-            rows.normal_(0, std, generator=torch.Generator().manual_seed(seed))
+    @torch.no_grad()
+    def _draw_weights(self, init: ExpertInit, per_block: int) -> None:
+        """Draw each block of each table from its own generator."""
+        stds = {"w1": init.init_std, "w2": init.output_std, "w3": init.init_std}
+        first_block = init.first_expert // per_block
+        for table, (name, stack) in enumerate(self.named_parameters()):
+            for block, rows in enumerate(stack.data, first_block):
+                seed = _block_seed(init.seed, init.layer, table, block)
+                rows.normal_(0, stds[name], generator=torch.Generator().manual_seed(seed))
 
     @property
     def w_in(self) -> Tensor:

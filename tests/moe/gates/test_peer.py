@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import make_moe_layer
 from megatron.moe.experts.activations import activate
+from megatron.moe.experts.expert_init import ExpertInit
 from megatron.moe.gate import create_gate, gate_class
 from megatron.moe.gates.peer import retrieve, usage
 from megatron.moe.metrics import MoEMetrics
-from megatron.moe.peer.experts import PEERExperts, PEERTableConfig
+from megatron.moe.peer.experts import PEERExperts
 from megatron.moe.routing import GateInput, StepTotals
 from megatron.parallel.groups import Groups
 
@@ -355,15 +356,12 @@ def test_initial_variance_matches_dense_layer(score, width):
         peer_query_size=32,
     )
     neurons = PEERExperts(
-        PEERTableConfig(
-            32**2,
-            32**2,
-            hidden,
-            width,
-            "gelu",
-            init_std=std,
-            output_std=std * gate.output_gain(width),
-        )
+        32**2,
+        32**2,
+        hidden,
+        width,
+        "gelu",
+        init=ExpertInit(init_std=std, output_std=std * gate.output_gain(width)),
     )
     x = tokens(200, hidden_size=hidden)
     out = gate(GateInput(x))

@@ -240,7 +240,7 @@ def test_weights_do_not_depend_on_sharding(num_experts, ranks):
     full = make_experts(num_experts, **options)
     local = num_experts // ranks
     for rank in {0, 1, ranks - 1}:
-        part = make_experts(local, first=rank * local, **options)
+        part = make_experts(local, first_expert=rank * local, **options)
         assert part.num_blocks == full.num_blocks == number_of_blocks(num_experts)
         assert [n for n, _ in part.named_parameters()] == ["w1", "w2", "w3"]
         for (name, stack), all_stacks in zip(part.named_parameters(), full.parameters()):

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from helpers.reference_mlp import reference_activation  # noqa: E402
 from megatron.config.schema import ACTIVATIONS  # noqa: E402
-from megatron.moe.peer.experts import PEERExperts, PEERTableConfig  # noqa: E402
+from megatron.moe.experts.expert_init import ExpertInit  # noqa: E402
+from megatron.moe.peer.experts import PEERExperts  # noqa: E402
 from megatron.moe.peer.triton_lookup import (  # noqa: E402
     BLOCK_COLUMNS,
     BLOCK_PAIRS,
@@ -27,10 +28,16 @@ dtype."""
 def make_experts(
     num_local, width, activation, hidden_size, dtype=torch.float32, sparse_gradients=False
 ):
-    config = PEERTableConfig(
-        num_local, num_local, hidden_size, width, activation, init_std=0.5, output_std=0.5
+    experts = PEERExperts(
+        num_local,
+        num_local,
+        hidden_size,
+        width,
+        activation,
+        init=ExpertInit(init_std=0.5, output_std=0.5),
+        sparse_gradients=sparse_gradients,
+        backend="triton",
     )
-    experts = PEERExperts(config, sparse_gradients=sparse_gradients, backend="triton")
     return experts.to(DEVICE, dtype)
 
 
