@@ -433,9 +433,9 @@ def test_different_sharded_layer_is_found():
     problem = peers.Problem.draw(SMALL, "gelu", CPU)
     loop = peers.expert_loop(problem)
     wrong = peers.Layer(loop.module, lambda x_TD: loop.forward(x_TD.flip(0)), loop.experts)
-    dispatch.check({dispatch.WHOLE: loop, dispatch.SHARDED: peers.ours(problem)}, problem)
+    dispatch.check({dispatch.UNSHARDED: loop, dispatch.SHARDED: peers.ours(problem)}, problem)
     with pytest.raises(RuntimeError, match="sharded computes something else"):
-        dispatch.check({dispatch.WHOLE: loop, dispatch.SHARDED: wrong}, problem)
+        dispatch.check({dispatch.UNSHARDED: loop, dispatch.SHARDED: wrong}, problem)
 
 
 def test_mixtral_has_equal_weights_and_loss():
