@@ -359,15 +359,15 @@ def test_sharded_equals_one_rank(name, world, chunks, spread, moe, request):
         torch.testing.assert_close(
             layer(*case(layer, 11, spread)).y[0], y, atol=1e-5, rtol=1e-5
         )
-    answers = request.getfixturevalue(f"ranks{world}").run(
+    results = request.getfixturevalue(f"ranks{world}").run(
         _sharded, name, world, chunks, spread, moe
     )
-    torch.testing.assert_close(torch.cat([a["y"] for a in answers]), y, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([a["y"] for a in results]), y, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        torch.cat([a["x"] for a in answers]), x_grad, atol=1e-5, rtol=1e-5
+        torch.cat([a["x"] for a in results]), x_grad, atol=1e-5, rtol=1e-5
     )
     for n, expected in grads.items():
-        parts = [a["grads"][n] for a in answers]
+        parts = [a["grads"][n] for a in results]
         total = torch.cat(parts) if n.startswith("experts.") else sum(parts)
         torch.testing.assert_close(
             total, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=n: f"{n}: {m}"

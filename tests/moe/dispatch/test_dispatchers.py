@@ -72,7 +72,7 @@ def _log_layer(name):
     return log, type(layer.dispatcher)
 
 
-def test_all_to_all_overlaps_with_shared_experts(ranks2):
+def test_all_to_all_overlaps_shared_experts(ranks2):
     """Rows and weights are in flight while the shared experts run, in both passes."""
     exchange = ["start", "wait"]
     overlapping = ["start", "start", "shared", "wait", "wait"]
@@ -83,7 +83,7 @@ def test_all_to_all_overlaps_with_shared_experts(ranks2):
         assert log == expected
 
 
-def test_all_gather_overlaps_with_shared_experts(ranks2):
+def test_all_gather_overlaps_shared_experts(ranks2):
     """Tokens are in flight while weights and ids are exchanged and the shared experts run. In
     backward their gradients are in flight in the same places."""
     exchange = ["start", "wait"]

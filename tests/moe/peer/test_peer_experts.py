@@ -151,7 +151,7 @@ def test_activation_of_bf16_is_fp32():
 @pytest.mark.parametrize(
     "rows, tables", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 )
-def test_rows_and_tables_may_differ_in_dtype(rows, tables):
+def test_rows_and_tables_mix_dtypes(rows, tables):
     """The output has the rows' dtype; each gradient has that of its own tensor."""
     experts = make_experts(4, 2, "swiglu").to(tables)
     x, token, expert, weight = make_inputs(5, 12, 4, dtype=rows)
