@@ -1,4 +1,8 @@
-"""Write small files atomically: temporary name, fsync, rename."""
+"""Write files atomically: temporary name, fsync, rename.
+
+Every file that a reader may find under its final name is written this way, so that a crash or
+a full disk never leaves a partial file there.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +10,32 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small file in UTF-8, as `write_bytes` does."""
+    """Write a small file atomically, in UTF-8. Raises like `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a small file under a temporary name, synced and then renamed, so that no half file is ever seen.
+    """Write a small file atomically.
 
     Raises:
-        OSError: it cannot be written; the message names it, and nothing is left behind.
+        OSError: The file cannot be written. The message names it, and no temporary file remains.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_open(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(
-            error.errno, error.strerror, str(path)
-        ) from error  # a full disk names none, a rename two
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        # The system's own error names no file after a full disk, and two after a rename.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -48,18 +44,37 @@ def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
 
     The file is synced and renamed when the block ends normally, and removed when it raises.
     """
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """Yield a temporary path for code that opens files itself; commit it when the block ends.
+
+    Args:
+        path: The final path.
+        suffix: End of the temporary name, for writers that choose a format by it.
+    """
     path = Path(path)
-    # The name is random: process ids repeat on other nodes that see the same directory.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(path, suffix)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        fsync_path(temporary)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def temporary_path(path: str | Path, suffix: str = ".tmp") -> Path:
+    """Return a hidden, unused name in the directory of `path`.
+
+    The name is random: process ids repeat on other nodes that see the same directory.
+    `temporary_pattern` matches it.
+    """
+    path = Path(path)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{suffix}")
 
 
 def temporary_pattern(name: str) -> str:
@@ -67,9 +82,48 @@ def temporary_pattern(name: str) -> str:
     return f".{name}.*.tmp"
 
 
+def commit_files(renames: Iterable[tuple[str | Path, str | Path]]) -> None:
+    """Rename finished files to their final names, in this order, and make the renames durable.
+
+    The files must have been synced. Put the file last whose presence means that all are there.
+
+    Args:
+        renames: (temporary path, final path) of every file.
+    """
+    directories = set()
+    for temporary, final in renames:
+        os.replace(temporary, final)
+        directories.add(Path(final).parent)
+    for directory in sorted(directories):
+        fsync_directory(directory)
+
+
+def flush_and_fsync(file: IO) -> None:
+    """Write the buffers of an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def fsync_path(path: str | Path) -> None:
+    """Sync the content of a file or the entries of a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_directory(directory: str | Path) -> None:
+    """Make renames in a directory survive a crash of the machine."""
+    fsync_path(directory)
+
+
 @contextmanager
-def errors_with_path(path: str) -> Iterator[None]:
-    """Errors of writing name the file (the system's own do so only at opening) and say what to do."""
+def errors_with_path(path: str | Path) -> Iterator[None]:
+    """Make errors of writing name their file and suggest a remedy.
+
+    The system's own errors name a file only when it is opened.
+    """
     try:
         yield
     except OSError as error:
@@ -83,12 +137,3 @@ def errors_with_path(path: str) -> Iterator[None]:
         raise OSError(
             f"{path} cannot be written: {error.strerror}. {advice}, and run the program again"
         ) from error
-
-
-def fsync_directory(folder: Path) -> None:
-    """Make renames in a folder survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

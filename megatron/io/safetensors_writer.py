@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron.io.atomic_write import errors_with_path
+from megatron.io.sha256 import FileDigest
 
-CHUNK = 16 << 20
+_CHUNK_BYTES = 16 << 20
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -31,12 +32,12 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 
-BY_NAME = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a file that is to be written."""
+    """Name, dtype and shape of a tensor of a file that will be written."""
 
     name: str
     dtype: torch.dtype
@@ -44,86 +45,84 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsWriter:
-    """Writes a safetensors file tensor by tensor, so that no more than one need be in memory. A context manager.
+    """Context manager that writes a safetensors file without holding all of its tensors.
 
-    The safetensors package itself wants all tensors of a file at once.
+    The safetensors package needs all tensors of a file in memory; this writer needs one, or a
+    part of one.
 
     Args:
-        entries: what will be written, in this order but for the alignment: wide elements come first (see `entries`).
-        metadata: strings for the header.
+        path: The file, which is written directly: rename it when it is finished.
+        specs: The tensors that will be written. Tensors of wide dtypes come first, so that all
+            are aligned; attribute `specs` has the order in which `write` expects them.
+        metadata: Strings for the header.
 
     Raises:
-        OSError: the file cannot be written; the message names it.
+        OSError: The file cannot be written; the message names it.
     """
 
     def __init__(
         self,
         path: str | Path,
-        entries: Sequence[TensorSpec],
+        specs: Sequence[TensorSpec],
         metadata: dict[str, str] | None = None,
     ):
-        self.path, self.entries = str(path), in_file_order(entries)
-        self._next, self._sha256, self.nbytes = 0, hashlib.sha256(), 0
-        header, offset = {"__metadata__": metadata} if metadata else {}, 0
-        for e in self.entries:
-            header[e.name] = {
-                "dtype": SAFETENSORS_DTYPES[e.dtype],
-                "shape": list(e.shape),
-                "data_offsets": [offset, offset + e.nbytes],
-            }
-            offset += e.nbytes
-        assert len(header) == len(self.entries) + bool(metadata), "two tensors of one name"
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        self.path = str(path)
+        self.specs = in_file_order(specs)
+        self.nbytes = 0
+        """Bytes written so far"""
+        self._next = 0
+        self._sha256 = hashlib.sha256()
+        header = _header(self.specs, metadata)
         with errors_with_path(self.path):
-            self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by close)
-        self._put(memoryview(struct.pack("<Q", len(text)) + text))
+            self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._put(memoryview(struct.pack("<Q", len(header)) + header))
 
     def write(self, tensor: Tensor) -> None:
-        """The next tensor, from any device."""
-        entry = self.entries[self._next]
-        assert tensor.shape == entry.shape, (
-            f"{tuple(tensor.shape)} is not what {entry} announced"
+        """Write the next tensor, which may be on any device."""
+        spec = self.specs[self._next]
+        assert tensor.shape == spec.shape, (
+            f"a tensor of shape {tuple(tensor.shape)} does not match {spec}"
         )
         self.write_parts([tensor])
 
     def write_parts(self, parts: Iterable[Tensor]) -> None:
-        """The next tensor, as consecutive ranges of it, each of any shape."""
-        entry = self.entries[self._next]
+        """Write the next tensor as consecutive ranges of its elements, each of any shape."""
+        spec = self.specs[self._next]
         self._next += 1
-        left = math.prod(entry.shape)
+        missing = math.prod(spec.shape)
         for part in parts:
-            left -= part.numel()
-            assert part.dtype == entry.dtype and left >= 0, (
-                f"{part.dtype} or its size is not what {entry} announced"
+            missing -= part.numel()
+            assert part.dtype == spec.dtype and missing >= 0, (
+                f"a part of {part.numel()} elements of {part.dtype} does not match {spec}"
             )
             if part.numel():
                 flat = part.detach().reshape(-1).cpu().contiguous()
                 self._put(memoryview(flat.view(torch.uint8).numpy()))
-        assert left == 0, f"{left} elements of {entry} are missing"
+        assert missing == 0, f"{missing} elements of {spec} are missing"
 
     def _put(self, data: memoryview) -> None:
         with errors_with_path(self.path):
-            for start in range(0, len(data), CHUNK):
-                chunk = data[start : start + CHUNK]
+            for start in range(0, len(data), _CHUNK_BYTES):
+                chunk = data[start : start + _CHUNK_BYTES]
                 self._sha256.update(chunk)
                 while len(chunk):
-                    chunk = chunk[self._file.write(chunk) :]
+                    written = self._file.write(chunk)
+                    chunk = chunk[written:]
         self.nbytes += len(data)
 
-    def finish(self) -> tuple[int, str]:
-        """Sync the file to the disk; returns its (bytes, SHA-256)."""
-        assert self._next == len(self.entries), (
-            f"{len(self.entries) - self._next} announced tensors are missing"
-        )
+    def finish(self) -> FileDigest:
+        """Sync the file to the disk, close it and return its size and SHA-256."""
+        missing = len(self.specs) - self._next
+        assert missing == 0, f"{missing} announced tensors are missing"
         with errors_with_path(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
-        return self.nbytes, self._sha256.hexdigest()
+        return FileDigest(self.nbytes, self._sha256.hexdigest())
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -132,18 +131,43 @@ class SafetensorsWriter:
         self._file.close()
 
 
-def in_file_order(entries: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Wide elements first, so that every tensor of a file is aligned."""
-    return sorted(entries, key=lambda e: -e.dtype.itemsize)
+def _header(specs: Sequence[TensorSpec], metadata: dict[str, str] | None) -> bytes:
+    """Return the JSON header of a file, padded so that its data are aligned to 8 bytes."""
+    header = {}
+    if metadata:
+        header["__metadata__"] = metadata
+    offset = 0
+    for spec in specs:
+        assert spec.name not in header, f"two tensors have the name {spec.name}"
+        header[spec.name] = {
+            "dtype": SAFETENSORS_DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def in_file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Return the specs with wide dtypes first, so that every tensor of a file is aligned."""
+    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
 def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
-    """({tensor: {"dtype", "shape", "data_offsets"}}, position of the first data byte) of a safetensors file."""
+    """Read the header of a safetensors file.
+
+    Returns:
+        ({tensor: {"dtype", "shape", "data_offsets"}}, position of the first byte of data).
+
+    Raises:
+        ValueError: The file is not a safetensors file.
+    """
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > os.fstat(file.fileno()).st_size:
             raise ValueError(
-                f"{path} is no safetensors file: its header is longer than the file"
+                f"{path} is not a safetensors file: its header is longer than the file"
             )
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)

@@ -1,42 +1,46 @@
-"""The folder `<prefix>.partial/`: what a program writes before it publishes, and the lock that keeps others out."""
+"""Staging directory `<prefix>.partial/`: files in progress, and a lock against other writers."""
 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from megatron.io.atomic_write import errors_with_path
+from megatron.log import get_logger
 
-LOGGER = logging.getLogger("megatron")
+_LOCK = "lock"
 
 
 class StagingDirLocked(ValueError):
-    """Another process holds the work folder."""
+    """Another process holds the staging directory."""
 
 
 class StagingDir:
-    """Holds `<prefix>.partial/` for one process, until it is released. A context manager.
+    """Context manager that holds `<prefix>.partial/` for one process until it is released.
 
-    The lock is the kernel's: it ends with its process, however that ends, and what the process left is found again.
+    The lock is a lock of the kernel: it ends with its process, however that ends. Files of a
+    killed process stay in the directory for the next holder.
 
     Args:
-        prefix: of the output; folders are created.
+        prefix: Path prefix of the output. Missing directories are created.
 
     Raises:
-        Busy: another process holds it; the message names that process.
-        OSError: the folder cannot be written.
+        StagingDirLocked: Another process holds the directory; the message names the process.
+        ValueError: The directory has files that do not belong to a staging directory.
+        OSError: The directory cannot be written.
     """
 
     def __init__(self, prefix: str | os.PathLike):
         self.prefix = os.fspath(prefix)
         self.path = Path(f"{self.prefix}.partial")
         self._lock = self._acquire()
-        # Forked processes (which read data ahead, say) would keep the lock after the death of this one.
+        # Forked processes, such as data loader workers, would otherwise keep the lock after
+        # the death of this process.
         os.register_at_fork(after_in_child=self._lock.close)
 
     def __enter__(self) -> StagingDir:
@@ -46,75 +50,77 @@ class StagingDir:
         self.release()
 
     def file(self, name: str) -> str:
-        """Path of a file in the folder."""
+        """Return the path of a file in the directory."""
         return str(self.path / name)
 
     def clear(self) -> None:
-        """Remove everything that was written here. Does nothing after `release`."""
+        """Remove all files but the lock. Does nothing after `release`."""
         if self._lock.closed:
             return
         for path in self.path.iterdir():
-            if path.name != "lock":
+            if path.name != _LOCK:
                 path.unlink()
 
     def release(self) -> None:
-        """Let others in; an empty folder disappears. Does nothing the second time."""
+        """Unlock the directory, and remove it if it is empty. Does nothing the second time."""
         if self._lock.closed:
             return
-        with suppress(FileNotFoundError):  # somebody has deleted the folder
-            if all(path.name == "lock" for path in self.path.iterdir()):
-                os.remove(self.file("lock"))
-                with suppress(OSError):  # somebody has already come in again
+        with suppress(FileNotFoundError):  # the directory was deleted by someone else
+            if all(path.name == _LOCK for path in self.path.iterdir()):
+                os.remove(self.file(_LOCK))
+                with suppress(OSError):  # another process has taken the directory already
                     self.path.rmdir()
-        with suppress(OSError):  # of writing the owner, on a full disk
+        with suppress(OSError):  # of writing the buffered name of the holder to a full disk
             self._lock.close()
 
-    def _acquire(self):
+    def _acquire(self) -> TextIO:
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 self.path.mkdir()
-            self._require_ours()
-            with suppress(FileNotFoundError):  # removed by its last owner at this moment
-                lock = open(self.file("lock"), "a+", encoding="utf-8")  # noqa: SIM115 - closed by release
-                if self._locked(lock):
+            self._require_staging_dir()
+            with suppress(FileNotFoundError):  # the last holder removed the directory just now
+                lock = open(self.file(_LOCK), "a+", encoding="utf-8")  # noqa: SIM115
+                if self._try_lock(lock):
                     return lock
                 lock.close()
 
-    def _require_ours(self) -> None:
+    def _require_staging_dir(self) -> None:
         if self.path.is_symlink() and not self.path.exists():
             raise ValueError(
-                f"{self.path} is a link to nothing; allowed: a folder for work in progress. Remove it"
+                f"{self.path} is a link to nothing; allowed: a directory for work in progress. "
+                "Remove it"
             )
         with suppress(FileNotFoundError):
             names = os.listdir(self.path)
-            if names and "lock" not in names:
+            if names and _LOCK not in names:
                 raise ValueError(
-                    f"{self.path} has files of somebody else ({names[0]}, ...); allowed: a folder for "
-                    f"work in progress. Move it away, or choose another output prefix"
+                    f"{self.path} has files of another program ({names[0]}, ...); allowed: a "
+                    "directory for work in progress. Move it away, or choose another output prefix"
                 )
 
-    def _locked(self, lock) -> bool:
-        """Whether the lock is ours now; False when the file was replaced before we had it."""
+    def _try_lock(self, lock: TextIO) -> bool:
+        """Lock the file. Returns False when it was replaced before it could be locked."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
+            holder = lock_holder(self.prefix) or "another process"
             raise StagingDirLocked(
-                f"{self.prefix} is being written by {lock_holder(self.prefix) or 'another process'}. Wait for it, or "
-                f"choose another output prefix"
+                f"{self.prefix} is being written by {holder}. Wait for it, or choose another "
+                "output prefix"
             ) from None
         except OSError as error:
-            LOGGER.warning(
-                "%s has no file locks (%s): see that no two programs write %s at once",
+            get_logger().warning(
+                "%s has no file locks (%s): make sure that only one program writes %s",
                 self.path.parent,
                 error.strerror,
                 self.prefix,
             )
-        if not same_file(lock.fileno(), self.file("lock")):
+        if not same_file(lock.fileno(), self.file(_LOCK)):
             return False
         try:
-            with errors_with_path(self.file("lock")):
+            with errors_with_path(self.file(_LOCK)):
                 lock.truncate(0)
                 lock.write(
                     f"process {os.getpid()} on {socket.gethostname()}, which started "
@@ -129,14 +135,17 @@ class StagingDir:
 
 
 def lock_holder(prefix: str) -> str:
-    """The process that holds the work folder of a prefix, or held it last; empty: nobody."""
+    """Return the process that holds the staging directory of a prefix, or held it last.
+
+    The result is empty when there is no such directory.
+    """
     with suppress(OSError):
-        return Path(f"{prefix}.partial", "lock").read_text(encoding="utf-8").strip()
+        return Path(f"{prefix}.partial", _LOCK).read_text(encoding="utf-8").strip()
     return ""
 
 
-def same_file(descriptor: int, path: str) -> bool:
-    """Whether an open file is (still) what the path names."""
+def same_file(descriptor: int, path: str | Path) -> bool:
+    """Return whether an open file is still the file that a path names."""
     ours = os.fstat(descriptor)
     try:
         there = os.stat(path)

@@ -1,4 +1,4 @@
-"""The work folder: one holder at a time, whatever happens to the others, and nothing left behind."""
+"""Staging directory: one holder at a time, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron.io.atomic_write import errors_with_path
 from megatron.io.staging_dir import StagingDir
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
+def test_second_holder_is_refused(tmp_path):
     prefix = tmp_path / "new/folder/x"
     with StagingDir(prefix) as first:
         assert first.path == tmp_path / "new/folder/x.partial"
@@ -33,9 +32,10 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
         pass
 
 
-def test_what_a_killed_holder_left_is_found_and_can_be_cleared(tmp_path):
+def test_files_of_killed_holder_stay(tmp_path):
     program = (
-        "import os, sys, time; from megatron.io.staging_dir import StagingDir; f = StagingDir(sys.argv[1]); "
+        "import os, sys, time; from megatron.io.staging_dir import StagingDir; "
+        "f = StagingDir(sys.argv[1]); "
         "open(f.file('half'), 'w').close(); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -48,7 +48,7 @@ def test_what_a_killed_holder_left_is_found_and_can_be_cleared(tmp_path):
     holder.wait()
     with StagingDir(tmp_path / "x") as folder:
         assert os.path.exists(folder.file("half"))
-    with StagingDir(tmp_path / "x") as folder:  # a folder with something in it stays
+    with StagingDir(tmp_path / "x") as folder:  # a directory that is not empty stays
         folder.clear()
         assert os.listdir(folder.path) == ["lock"]
     folder.release()
@@ -57,7 +57,7 @@ def test_what_a_killed_holder_left_is_found_and_can_be_cleared(tmp_path):
 
 
 def test_holders_never_overlap(tmp_path):
-    """Four processes come and go 150 times each, while the folder appears and disappears."""
+    """Four processes hold the directory 150 times each, while it appears and disappears."""
     program = """
 import os, sys
 from megatron.io.staging_dir import StagingDir
@@ -79,7 +79,7 @@ while done < 150:
     assert os.listdir(tmp_path) == []
 
 
-def test_without_file_locks_a_warning_is_all_there_is(tmp_path, monkeypatch, caplog):
+def test_missing_file_locks_are_logged(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -89,31 +89,11 @@ def test_without_file_locks_a_warning_is_all_there_is(tmp_path, monkeypatch, cap
     assert "has no file locks (No locks available)" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("code", "advice"),
-    [
-        (errno.ENOSPC, "Free some space"),
-        (errno.EDQUOT, "quota"),
-        (errno.EFBIG, "ulimit"),
-        (errno.EIO, "elsewhere"),
-    ],
-)
-def test_errors_of_writing_name_the_file(code, advice):
-    match = rf"^a/b cannot be written: .*{advice}.*run the program again"
-    with pytest.raises(OSError, match=match), errors_with_path("a/b"):
-        raise OSError(code, os.strerror(code))
-    with (
-        pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere/x'"),
-        errors_with_path("a/b"),
-    ):
-        os.open("/nowhere/x", os.O_RDONLY)
-
-
-def test_folders_that_are_not_ours_are_left_alone(tmp_path):
+def test_other_directories_are_refused(tmp_path):
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial/thesis.txt").touch()
     with pytest.raises(
-        ValueError, match=r"x.partial has files of somebody else \(thesis.txt, ...\)"
+        ValueError, match=r"x.partial has files of another program \(thesis.txt, ...\)"
     ):
         StagingDir(tmp_path / "x")
     (tmp_path / "y.partial").symlink_to(tmp_path / "nowhere")
@@ -126,20 +106,20 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path):
     assert os.listdir(tmp_path / "x.partial") == ["thesis.txt"]
 
 
-def test_a_forked_process_does_not_keep_the_lock_of_a_killed_one(tmp_path):
-    """As those that read data ahead do, for seconds after their rank was killed."""
+def test_forked_process_does_not_keep_lock(tmp_path):
+    """Data loader workers live on for seconds after their rank was killed."""
     held = StagingDir(tmp_path / "x")
     reader, writer = os.pipe()
-    there, forked = os.pipe()
+    is_forked, forked = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(writer)
         os.write(forked, b"x")
         os.read(reader, 1)  # until the test is over
         os._exit(0)
-    os.read(there, 1)
+    os.read(is_forked, 1)
     try:
-        held._lock.close()  # what the kernel does for a process that is killed
+        held._lock.close()  # as the kernel does for a killed process
         with StagingDir(tmp_path / "x") as ours:
             assert ours._lock is not held._lock
     finally:
@@ -147,7 +127,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_a_killed_one(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_a_folder_that_was_deleted_can_be_released(tmp_path):
+def test_deleted_directory_can_be_released(tmp_path):
     held = StagingDir(tmp_path / "x")
     shutil.rmtree(tmp_path / "x.partial")
     held.release()
