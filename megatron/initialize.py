@@ -85,7 +85,7 @@ def initialize_inference(load: str, load_step: int = 0) -> Run:
 
     options = CheckpointConfig(load=load, load_step=load_step, finetune=True)
     checkpoint = find_checkpoint(options, groups)
-    config = checkpoint.record.config
+    config = checkpoint.metadata.config
     ep_size = config.moe.moe_expert_parallel_size
     if groups.world_size % ep_size:
         ep_size = 1

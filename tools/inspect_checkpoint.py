@@ -1,4 +1,4 @@
-"""Shows what a checkpoint holds, whether it is whole, and how two of them differ."""
+"""Show what a checkpoint holds, whether it is valid, and how two checkpoints differ."""
 
 from __future__ import annotations
 
@@ -6,97 +6,127 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-EPILOG = """PATH is what was given to --save (the checkpoints in it are listed and the newest is shown) or one iter_*
-folder in it. Sizes of files are always compared with what was written, their hashes with --verify. Exit code: 0 all
-that was looked at is whole, 1 a checkpoint is broken or has values that are not finite, 2 nothing could be shown, or
-a mistake in the flags. Examples:
-  python tools/inspect_checkpoint.py runs/mine/checkpoints --verify
-  python tools/inspect_checkpoint.py runs/mine/checkpoints/iter_0000300 runs/other/checkpoints --tensors"""
+EPILOG = """PATH is the directory given to --save (its checkpoints are listed and the newest is
+shown) or one iter_* directory in it. Sizes of files are always compared with the manifest, hashes
+with --verify. Exit code: 0 all checkpoints are valid, 1 a checkpoint is broken or has values that
+are not finite, 2 nothing could be shown, or a wrong flag. Examples:
+  python tools/inspect_checkpoint.py runs/a/checkpoints --verify
+  python tools/inspect_checkpoint.py runs/a/checkpoints/iter_0000300 runs/b/checkpoints --tensors"""
+
+
+class Report(NamedTuple):
+    """What was found, in the two forms that can be printed."""
+
+    found: dict[str, Any]
+    """For --json"""
+    lines: list[str]
+    """As text"""
+    faults: list[str]
+    """Problems of the checkpoints"""
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("path", metavar="PATH", help="folder of checkpoints, or one checkpoint")
+    p.add_argument("path", metavar="PATH", help="directory of checkpoints, or one checkpoint")
     p.add_argument(
-        "other", metavar="PATH2", nargs="?", help="a second one, to compare the first with"
+        "other", metavar="PATH2", nargs="?", help="a second one, compared with the first"
     )
     p.add_argument("--verify", action="store_true", help="compare the hashes of all files")
     p.add_argument(
         "--tensors",
         action="store_true",
-        help="list every tensor with its shape, pieces, dtype, smallest and largest value and norm; of two "
-        "checkpoints, the relative difference of every tensor",
+        help="list every tensor with its shape, pieces, dtype, smallest and largest value and "
+        "norm; for two checkpoints, the relative difference of every tensor",
     )
-    p.add_argument("--json", action="store_true", help="print what was found as JSON")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
     return p
 
 
-def inspect(a: argparse.Namespace) -> int:
-    """The exit code."""
+def inspect(args: argparse.Namespace) -> int:
+    """Print what was found and return the exit code."""
     from tqdm import tqdm
 
-    from megatron.checkpoint import inspect as i
-
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        if a.other:
-            both = [
-                i.summarize_checkpoint(i.one_of(Path(p)), verify=a.verify, progress=bar.update)
-                for p in (a.path, a.other)
-            ]
-            found = i.compare_checkpoints(*both, tensors=a.tensors, progress=bar.update)
-            found["faults"] = [fault for facts in both for fault in facts["faults"]]
-            lines, faults = i.describe_differences(found), found["faults"]
+        if args.other:
+            report = compare(args, bar.update)
         else:
-            found, lines, faults = look_at(Path(a.path), a, bar.update)
-    print(json.dumps(found, indent=1) if a.json else "\n".join(lines), flush=True)
-    for fault in faults:
+            report = show(Path(args.path), args, bar.update)
+    if args.json:
+        print(json.dumps(report.found, indent=1), flush=True)
+    else:
+        print("\n".join(report.lines), flush=True)
+    for fault in report.faults:
         print(f"fault: {fault}", file=sys.stderr)
-    return int(bool(faults))
+    return int(bool(report.faults))
 
 
-def look_at(path: Path, a: argparse.Namespace, progress) -> tuple[dict, list[str], list[str]]:
-    """(what there is for JSON, the same as text, faults) of a checkpoint, or of a folder and its newest one."""
-    from megatron.checkpoint import directory
+def compare(args: argparse.Namespace, progress) -> Report:
+    """Compare two checkpoints."""
     from megatron.checkpoint import inspect as i
+    from megatron.checkpoint.inspect_text import format_differences
 
-    if path.is_dir() and directory.is_checkpoint(path):
+    summaries = []
+    faults = []
+    for path in (args.path, args.other):
+        checkpoint = i.resolve_checkpoint(Path(path))
+        summary = i.summarize_checkpoint(checkpoint, verify=args.verify, progress=progress)
+        summaries.append(summary)
+        faults += summary["faults"]
+    found = i.compare_checkpoints(*summaries, tensors=args.tensors, progress=progress)
+    found["faults"] = faults
+    return Report(found, format_differences(found), faults)
+
+
+def show(path: Path, args: argparse.Namespace, progress) -> Report:
+    """Show one checkpoint, or list those of a directory and show the newest one."""
+    from megatron.checkpoint import inspect as i
+    from megatron.checkpoint.directory import is_checkpoint
+    from megatron.checkpoint.inspect_text import format_directory
+
+    if path.is_dir() and is_checkpoint(path):
         found = i.summarize_checkpoint(
-            path.resolve(), verify=a.verify, tensors=a.tensors, progress=progress
+            path.resolve(), verify=args.verify, tensors=args.tensors, progress=progress
         )
-        return found, describe(found, a), found["faults"]
-    rows = i.summarize_directory(path, a.verify, progress)
-    found, lines = {"folder": str(path), "checkpoints": rows}, i.describe_listing(path, rows)
-    faults = [fault for row in rows for fault in row["faults"]]
+        return Report(found, format_summary(found, args), found["faults"])
+    rows = i.summarize_directory(path, args.verify, progress)
+    found = {"folder": str(path), "checkpoints": rows}
+    lines = format_directory(path, rows)
+    faults = []
+    for row in rows:
+        faults += row["faults"]
     for row in rows:
         if row["newest"]:
             newest = i.summarize_checkpoint(
-                path / row["name"], tensors=a.tensors, progress=progress
-            ) | {"verified": a.verify}
+                path / row["name"], tensors=args.tensors, progress=progress
+            )
+            newest["verified"] = args.verify  # when the directory was summarized
             found["newest"] = newest
-            lines += ["", *describe(newest, a)]
+            lines += ["", *format_summary(newest, args)]
             faults += newest["faults"]
-    return found, lines, faults
+    return Report(found, lines, faults)
 
 
-def describe(found: dict, a: argparse.Namespace) -> list[str]:
-    from megatron.checkpoint import inspect as i
+def format_summary(summary: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    from megatron.checkpoint.inspect_text import format_checkpoint, format_tensors
 
-    return i.describe_checkpoint(found) + (
-        ["", *i.describe_tensors(found)] if a.tensors else []
-    )
+    lines = format_checkpoint(summary)
+    if args.tensors:
+        lines += ["", *format_tensors(summary)]
+    return lines
 
 
 def main() -> int:
     from megatron.log import run_tool
 
     p = parser()
-    a = p.parse_args()
-    return run_tool(p.prog, lambda: inspect(a))
+    args = p.parse_args()
+    return run_tool(p.prog, lambda: inspect(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether a run may resume from a checkpoint."""
+"""Compatibility checks: whether a run may resume from a checkpoint, and what will differ."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from megatron.config.schema import RunConfig
 from megatron.log import get_logger
 from megatron.moe.gate import create_gate
 
-MODEL_FIELDS = {
+TOKENIZER_FIELDS = {
     "tokenizer_name": "the tokenizer",
     "tokenizer_vocab_size": "the vocabulary size",
     "tokenizer_fingerprint": "the hash of the vocabulary",
 }
+"""Entries of RunMetadata.identity, and how messages call them"""
 
-# What the learning rate of an iteration follows from; the length of the run as well.
+_MODEL_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "position_embedding_type",
+    "rotary_base",
+    "normalization",
+    "norm_epsilon",
+    "untie_embeddings_and_output_weights",
+)
+
 SCHEDULE_FIELDS = (
     "lr",
     "min_lr",
@@ -29,8 +40,8 @@ SCHEDULE_FIELDS = (
     "lr_decay_tokens",
     "lr_wsd_decay_fraction",
 )
+"""Fields of the optimizer config that, with the length of the run, set the learning rates"""
 
-# What decides the order of the samples: a change is allowed, and said.
 DATA_ORDER_FIELDS = {
     "model": ("seq_length",),
     "data": (
@@ -44,22 +55,32 @@ DATA_ORDER_FIELDS = {
     ),
     "train": ("seed", "train_iters", "train_tokens"),
 }
+"""Fields by config section that set the order of samples: changes are allowed, with a warning"""
+
+_LENGTH_FIELDS = ("train_iters", "train_tokens")
 
 
 def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None:
-    """Raise ValueError naming the first thing in which a checkpoint contradicts the run that wants its weights."""
-    for key, what in MODEL_FIELDS.items():
-        _same(saved.identity.get(key), current.identity[key], what, where)
-    theirs, ours = _shape(saved), _shape(current)
-    for what in ours:
-        _same(theirs.get(what), ours[what], what, where)
+    """Check that the weights of a checkpoint fit the current run.
+
+    Args:
+        where: Name of the checkpoint for messages.
+
+    Raises:
+        ValueError: The tokenizer, the model, the experts or the gate differ. The message names
+            the first difference.
+    """
+    for key, what in TOKENIZER_FIELDS.items():
+        _require_same(saved.identity.get(key), current.identity[key], what, where)
+    saved_model = _model_description(saved)
+    for what, value in _model_description(current).items():
+        _require_same(saved_model.get(what), value, what, where)
     if _gate_shapes(saved.config) != _gate_shapes(current.config):
+        saved_options = saved.config.gate_options
         for name, value in current.config.gate_options.items():
-            _same(
-                saved.config.gate_options.get(name), value, "--" + name.replace("_", "-"), where
-            )
+            _require_same(saved_options.get(name), value, _flag(name), where)
     if current.config.model.position_embedding_type == "learned":
-        _same(
+        _require_same(
             saved.config.model.max_positions,
             current.config.model.max_positions,
             "--max-position-embeddings",
@@ -67,22 +88,16 @@ def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None
         )
 
 
-def _shape(run: RunMetadata) -> dict[str, Any]:
-    """What must be equal between a checkpoint and the run that loads it, however it was said: by flag."""
-    model, moe = run.config.model, run.config.moe
-    plain = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "position_embedding_type",
-        "rotary_base",
-        "normalization",
-        "norm_epsilon",
-        "untie_embeddings_and_output_weights",
-    )
-    shape = {"--" + name.replace("_", "-"): getattr(model, name) for name in plain}
+def _model_description(run: RunMetadata) -> dict[str, Any]:
+    """Return what must be equal in a checkpoint and the run that loads it, by flag.
+
+    Values are resolved, so that equal models set by different flags are equal.
+    """
+    model = run.config.model
+    moe = run.config.moe
+    description = {_flag(name): getattr(model, name) for name in _MODEL_FIELDS}
     vocab_size = model.vocab_size or run.identity["tokenizer_vocab_size"]
-    shape |= {
+    description |= {
         "--ffn-hidden-size": model.ffn_size,
         "--num-query-groups": model.query_groups,
         "--kv-channels": model.head_size,
@@ -91,41 +106,46 @@ def _shape(run: RunMetadata) -> dict[str, Any]:
         "--num-experts": moe.num_experts,
     }
     if moe.num_experts:
-        shape |= {
-            "the list of mixture layers": [
-                i for i in range(model.num_layers) if moe.is_moe_layer(i)
-            ],
+        moe_layers = [i for i in range(model.num_layers) if moe.is_moe_layer(i)]
+        description |= {
+            "the list of MoE layers": moe_layers,
             "--gate": moe.gate,
             "--moe-shared-experts": moe.moe_shared_experts,
             "--moe-ffn-hidden-size": moe.moe_ffn_hidden_size or model.ffn_size,
         }
-    return shape
+    return description
 
 
 def check_same_schedule(saved: RunMetadata, current: RunMetadata, where: str) -> None:
-    """Raise ValueError when a run that goes on would have other learning rates than it would have had."""
-    old, new = saved.config.optimizer, current.config.optimizer
-    advice = "use the checkpoint's value, or add --override-lr-schedule to go on with this one"
+    """Check that a resumed run has the learning rates it would have had without the break.
+
+    Args:
+        where: Name of the checkpoint for messages.
+
+    Raises:
+        ValueError: They differ. The message names the first difference.
+    """
+    old = saved.config.optimizer
+    new = current.config.optimizer
+    advice = (
+        "use the checkpoint's value, or add --override-lr-schedule to continue with the new one"
+    )
     for name in SCHEDULE_FIELDS:
-        _same(
-            getattr(old, name), getattr(new, name), "--" + name.replace("_", "-"), where, advice
-        )
-    tokens = [
-        f"--{name.replace('_', '-')}"
-        for name in ("lr_warmup_tokens", "lr_decay_tokens")
-        if getattr(new, name)
-    ]
-    if tokens:
-        _same(
+        _require_same(getattr(old, name), getattr(new, name), _flag(name), where, advice)
+    token_fields = ("lr_warmup_tokens", "lr_decay_tokens")
+    token_flags = [_flag(name) for name in token_fields if getattr(new, name)]
+    if token_flags:
+        _require_same(
             saved.global_batch_size,
             current.global_batch_size,
-            f"the global batch, in which {' and '.join(tokens)} is counted,",
+            f"the global batch, in which {' and '.join(token_flags)} is counted,",
             where,
             advice,
         )
-    ends = new.lr_decay_iters or new.lr_decay_tokens
-    if new.lr_warmup_fraction or not (ends or new.lr_decay_style == "constant"):
-        _same(
+    decay_length_is_set = new.lr_decay_iters or new.lr_decay_tokens
+    decays = new.lr_decay_style != "constant"
+    if new.lr_warmup_fraction or (decays and not decay_length_is_set):
+        _require_same(
             saved.iterations,
             current.iterations,
             "the run's number of iterations, which its learning rates follow,",
@@ -135,54 +155,68 @@ def check_same_schedule(saved: RunMetadata, current: RunMetadata, where: str) ->
 
 
 def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
-    """Log in what a run that goes on differs from the one that was saved without contradicting it."""
-    # The order of streamed text does not depend on the run's length.
-    fixed = ("train_iters", "train_tokens") if current.config.data.streaming_data_path else ()
-    changed = [
-        f"--{name.replace('_', '-')}"
-        for section, names in DATA_ORDER_FIELDS.items()
-        for name in names
-        if name not in fixed
-        and getattr(getattr(saved.config, section), name)
-        != getattr(getattr(current.config, section), name)
-    ]
-    if saved.global_batch_size != current.global_batch_size:
-        changed.append(
-            f"the global batch ({current.global_batch_size} samples after {saved.global_batch_size})"
-        )
-    changed += [
-        f"the files of {prefix}"
-        for prefix, files in current.data.items()
-        if saved.data.get(prefix, files) != files
-    ]
-    if changed:
+    """Log how a resumed run differs from the saved one where differences are allowed."""
+    changes = _data_order_changes(saved, current)
+    if changes:
         get_logger().warning(
-            "%s differ(s) from the checkpoint's: the samples come in another order from here on, and "
-            "some of those already seen may come again",
-            ", ".join(changed),
+            "%s differ(s) from the checkpoint's: the order of samples changes from here on, and "
+            "samples that were already seen may come again",
+            ", ".join(changes),
         )
-    old, new = saved.config.gate_options, current.config.gate_options
-    options = [
-        f"--{name.replace('_', '-')} {value} after {old[name]}"
-        for name, value in new.items()
-        if old.get(name, value) != value
-    ]
+    options = _gate_option_changes(saved.config.gate_options, current.config.gate_options)
     if options:
         get_logger().warning(
-            "the gate goes on with other options than the checkpoint's: %s", ", ".join(options)
+            "the gate continues with other options than the checkpoint's: %s",
+            ", ".join(options),
         )
     if saved.topology != current.topology:
-        words = [
-            ", ".join(
-                f"{name.replace('_', ' ')} {value}" for name, value in run.topology.items()
-            )
-            for run in (saved, current)
-        ]
-        get_logger().info("the checkpoint was made with %s; the run goes on with %s", *words)
+        get_logger().info(
+            "the checkpoint was made with %s; the run continues with %s",
+            _describe_topology(saved.topology),
+            _describe_topology(current.topology),
+        )
+
+
+def _data_order_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
+    # The order of streamed text does not depend on the length of the run.
+    ignored = ()
+    if current.config.data.streaming_data_path:
+        ignored = _LENGTH_FIELDS
+    changes = []
+    for section, names in DATA_ORDER_FIELDS.items():
+        old = getattr(saved.config, section)
+        new = getattr(current.config, section)
+        for name in names:
+            if name not in ignored and getattr(old, name) != getattr(new, name):
+                changes.append(_flag(name))
+    if saved.global_batch_size != current.global_batch_size:
+        changes.append(
+            f"the global batch ({current.global_batch_size} samples instead of "
+            f"{saved.global_batch_size})"
+        )
+    for prefix, files in current.data.items():
+        if saved.data.get(prefix, files) != files:
+            changes.append(f"the files of {prefix}")
+    return changes
+
+
+def _gate_option_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    changes = []
+    for name, value in new.items():
+        if old.get(name, value) != value:
+            changes.append(f"{_flag(name)} {value} instead of {old[name]}")
+    return changes
+
+
+def _describe_topology(topology: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in topology.items())
 
 
 def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
-    """Names and shapes of what a gate of the run keeps: options that change them cannot change in a resume."""
+    """Return names and shapes of a gate's parameters and buffers.
+
+    Options that change them cannot change when a run resumes.
+    """
     if not config.moe.num_experts:
         return {}
     with torch.device("meta"):
@@ -198,7 +232,11 @@ def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in gate.state_dict().items()}
 
 
-def _same(
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _require_same(
     saved: Any,
     current: Any,
     what: str,

@@ -1,17 +1,18 @@
-"""One folder of whole tensors from a checkpoint of any number of ranks, a slice of a tensor in memory at a time.
+"""Consolidate a checkpoint of any number of ranks into full tensors, a slice at a time.
 
-<output>/model.safetensors          parameters and buffers under the model's own names; or, when there is more of
-                                    them, model-00001-of-00003.safetensors ... and model.safetensors.index.json
-<output>/optimizer.safetensors      if asked for: exp_avg/<name>, exp_avg_sq/<name>; split in the same way
-<output>/run.json                   the run's configuration, fit for --config
-<output>/consolidated.json          from what it was made, and the checkpoint's state.json
-<output>/SHA256SUMS                 of all other files, for `sha256sum -c`
+<output>/model.safetensors          parameters and buffers under the model's own names; for a large
+                                    model model-00001-of-00003.safetensors, ... and
+                                    model.safetensors.index.json
+<output>/optimizer.safetensors      with --optimizer: exp_avg/<name>, exp_avg_sq/<name>; split like
+                                    the model
+<output>/run.json                   the run's configuration, usable with --config
+<output>/consolidated.json          the source, and the state.json of the checkpoint
+<output>/SHA256SUMS                 hashes of all other files, for `sha256sum -c`
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,23 +23,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import directory
+from megatron.checkpoint.directory import (
+    CheckpointEntry,
+    ValidCheckpoint,
+    find_newest_valid,
+    iteration_of,
+    select_checkpoints,
+)
+from megatron.checkpoint.manifest import (
+    ProgressCallback,
+    find_problems,
+    ignore_progress,
+    read_json,
+    write_with_digest,
+)
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.config.schema import require
-from megatron.io.atomic_write import fsync_directory
-from megatron.io.progress import ProgressCallback as Progress
+from megatron.config.fields import require
+from megatron.io.atomic_write import commit_files, fsync_directory
+from megatron.io.disk_space import require_disk_space
 from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec
+from megatron.io.sha256 import FileDigest
 from megatron.io.staging_dir import StagingDir
 
-FORMAT = "moe-megatron consolidated 1"
-SUMS = "SHA256SUMS"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL_FILES = 1 << 20  # bytes that all files without tensors surely fit in
-UNITS = {
-    "": 1,
-    **{prefix + "B": 1000**i for i, prefix in enumerate(("", "K", "M", "G", "T"))},
-    **{prefix + "iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)},
+WEIGHT_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
 }
+_FORMAT = "moe-megatron consolidated 1"
+_SHA256SUMS = "SHA256SUMS"
+_JSON_FILES_BYTES = 1 << 20
+"""Upper bound of the size of all files without tensors"""
+_DECIMAL_UNITS = {f"{prefix}B": 1000**i for i, prefix in enumerate(("", "K", "M", "G", "T"))}
+_BINARY_UNITS = {f"{prefix}iB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)}
+_UNITS = {"": 1, **_DECIMAL_UNITS, **_BINARY_UNITS}
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,11 @@ class ConsolidateOptions:
     """What is written."""
 
     dtype: torch.dtype = torch.float32
-    """of the parameters; buffers and moments stay what they are"""
+    """Dtype of the parameters; buffers and moments keep theirs"""
     optimizer: bool = False
-    """the two moments, too"""
+    """Whether the two moments of every parameter are written, too"""
     max_shard_bytes: int = 5 * 1000**3
-    """of a file, unless one tensor is larger"""
+    """Largest size of a file, unless one tensor is larger"""
 
 
 @dataclass(frozen=True)
@@ -58,268 +76,275 @@ class ConsolidateResult:
     """What was written."""
 
     files: dict[str, int]
-    """bytes of every file"""
-    tensors: int
-    """in the files of the model"""
+    """Size of every file in bytes"""
+    num_tensors: int
+    """Number of tensors in the files of the model"""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB" (10^9 each), "512MiB" (2^20 each) or "1000000".
+    """Parse a size in bytes: "5GB" (10^9 bytes each), "512MiB" (2^20 bytes each) or "1000000".
 
     Raises:
-        ValueError: it is none of these, or less than a byte.
+        ValueError: The text has another form, or means less than a byte.
     """
+    size = 0
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = (
-        {u.lower(): size for u, size in UNITS.items()}.get(found.group(2).lower())
-        if found
-        else None
-    )
-    size = int(float(found.group(1)) * unit) if unit else 0
+    if found:
+        number, unit = found.groups()
+        units = {name.lower(): nbytes for name, nbytes in _UNITS.items()}
+        size = int(float(number) * units.get(unit.lower(), 0))
     require(
         size > 0, "--max-shard-size", text, "a number of bytes, such as 5GB, 512MiB or 1000000"
     )
     return size
 
 
-def find_valid_checkpoint(
-    path: Path, step: int = 0, progress: Progress = lambda read: None
-) -> tuple[Path, dict[str, Any], list[str]]:
-    """The checkpoint that is meant, its files verified.
+def find_verified_checkpoint(
+    path: Path, step: int = 0, progress: ProgressCallback = ignore_progress
+) -> ValidCheckpoint:
+    """Find the newest checkpoint whose files have the hashes of its manifest.
 
     Args:
-        path: the folder of a run's checkpoints, of which the newest whole one is meant, or a checkpoint itself.
-        step: iteration of the one in the folder; 0: the newest.
-        progress: called with the bytes just verified.
-
-    Returns:
-        (the checkpoint, its manifest, what is wrong with those that were passed over).
+        path: Directory of a run's checkpoints, or one checkpoint.
+        step: Iteration of the checkpoint in the directory; 0: the newest.
+        progress: Called with the bytes of each verified file.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no checkpoint in it.
-        ValueError: the checkpoint is not whole, or no whole one is there.
+        FileNotFoundError: There is no checkpoint, or none is valid.
+        ValueError: The path is one checkpoint, and it is corrupt or a step is given.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a folder; allowed: the folder of --save, or a checkpoint in it"
-        )
-    if directory.is_checkpoint(path):
-        require(
-            not step,
-            "--load-step",
-            step,
-            "only with the folder of the checkpoints",
-            f"{path} is one checkpoint.",
-        )
-        path = path.resolve()
-        manifest = directory.read_manifest(path)
-        _verify(path, manifest, progress)
-        return path, manifest, []
-    good, bad = directory.list_checkpoints(path)
-    if step:
-        good = [found for found in good if found[1]["iteration"] == step]
-        bad = [text for text in bad if directory.checkpoint_name(step) in text]
-    for candidate, manifest in good:
-        try:
-            _verify(candidate, manifest, progress)
-        except directory.CorruptCheckpointError as error:
-            bad.append(str(error))
-            continue
-        return candidate, manifest, bad
-    what = f"no whole checkpoint of iteration {step}" if step else "no whole checkpoint"
-    why = f": {'; '.join(bad)}" if bad else ""
-    raise FileNotFoundError(
-        f"{path} has {what}{why}. Give the folder of --save of a run, or one checkpoint of it"
-    )
+
+    def verify(entry: CheckpointEntry) -> list[str]:
+        return find_problems(entry.path, entry.manifest, progress=progress)
+
+    return find_newest_valid(select_checkpoints(path, step), verify)
 
 
-def _verify(path: Path, manifest: dict[str, Any], progress: Progress) -> None:
-    for name, (size, _) in manifest["files"].items():
-        directory.check_files(path, [name], manifest)
-        progress(size)
-
-
-class ConsolidatedLayout:
-    """Which tensors of a checkpoint go into which files.
+class ConsolidationPlan:
+    """Distribution of a checkpoint's tensors over output files.
 
     Raises:
-        ValueError: the moments are asked for and there are none.
+        ValueError: The moments are requested, but the checkpoint has none.
     """
 
     def __init__(self, source: Path, options: ConsolidateOptions):
-        self.source, self.options, self.shards = source, options, CheckpointReader(source)
-        shapes = self.shards.shapes
-        model = [TensorSpec(name, options.dtype, shape) for name, shape in shapes.items()]
-        model += [self.shards.buffer_entry(name) for name in self.shards.buffers]
-        self.tensors = len(model)
-        self.groups = {"model": _split(model, options.max_shard_bytes)}
+        self.source = source
+        self.options = options
+        self.reader = CheckpointReader(source)
+        model = self._model_specs()
+        self.num_tensors = len(model)
+        self.files = {"model": _split_into_files(model, options.max_shard_bytes)}
+        """Tensors of every file, by the stem of its name"""
         if options.optimizer:
-            moments = [kind for kind in self.shards.kinds if kind != "weight"]
-            require(
-                bool(moments),
-                "--optimizer",
-                True,
-                "only with a checkpoint that has moments",
-                f"{source} was saved before the first optimizer step.",
-            )
-            entries = [
-                TensorSpec(f"{kind}/{name}", self.shards.dtype(kind, name), shape)
-                for kind in moments
-                for name, shape in shapes.items()
-            ]
-            self.groups["optimizer"] = _split(entries, options.max_shard_bytes)
+            moments = self._moment_specs()
+            self.files["optimizer"] = _split_into_files(moments, options.max_shard_bytes)
+
+    def _model_specs(self) -> list[TensorSpec]:
+        specs = []
+        for name, shape in self.reader.shapes.items():
+            specs.append(TensorSpec(name, self.options.dtype, shape))
+        for name in self.reader.buffers:
+            specs.append(self.reader.buffer_spec(name))
+        return specs
+
+    def _moment_specs(self) -> list[TensorSpec]:
+        moment_keys = [key for key in self.reader.state_keys if key != "weight"]
+        require(
+            bool(moment_keys),
+            "--optimizer",
+            True,
+            "only with a checkpoint that has moments",
+            f"{self.source} was saved before the first optimizer step.",
+        )
+        specs = []
+        for key in moment_keys:
+            for name, shape in self.reader.shapes.items():
+                specs.append(TensorSpec(f"{key}/{name}", self.reader.dtype(key, name), shape))
+        return specs
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(
-            e.nbytes for files in self.groups.values() for entries in files for e in entries
-        )
+        """Size of all tensors in bytes."""
+        total = 0
+        for files in self.files.values():
+            for specs in files:
+                total += _total_bytes(specs)
+        return total
 
-    def write(self, folder: Path, progress: Progress) -> dict[str, tuple[int, str]]:
-        """Write the files of tensors and their indices; returns (bytes, SHA-256) of each."""
+    def write(self, folder: Path, progress: ProgressCallback) -> dict[str, FileDigest]:
+        """Write the files of tensors and their indices. Returns the digest of every file."""
         written = {}
-        for stem, files in self.groups.items():
-            where = {}
-            for i, entries in enumerate(files):
-                part = f"-{i + 1:05d}-of-{len(files):05d}" if len(files) > 1 else ""
-                name = f"{stem}{part}.safetensors"
-                where.update(dict.fromkeys((e.name for e in entries), name))
-                with SafetensorsWriter(folder / name, entries, {"format": "pt"}) as writer:
-                    for entry in writer.entries:
-                        writer.write_parts(self._slices(entry, stem == "optimizer", progress))
-                    written[name] = writer.finish()
-            if len(files) > 1:
-                total = sum(e.nbytes for entries in files for e in entries)
-                index = {"metadata": {"total_size": total}, "weight_map": where}
-                name = f"{stem}.safetensors.index.json"
-                written[name] = directory.write_text(
-                    folder / name, json.dumps(index, indent=2) + "\n"
-                )
+        for stem, files in self.files.items():
+            written |= self._write_files(folder, stem, files, progress)
         return written
 
-    def _slices(self, entry: TensorSpec, moment: bool, progress: Progress) -> Iterator[Tensor]:
-        if entry.name in self.shards.buffers:
-            yield self.shards.buffer(entry.name)
-            progress(entry.nbytes)
+    def _write_files(
+        self, folder: Path, stem: str, files: list[list[TensorSpec]], progress: ProgressCallback
+    ) -> dict[str, FileDigest]:
+        written = {}
+        weight_map = {}
+        for number, specs in enumerate(files, 1):
+            name = _file_name(stem, number, len(files))
+            with SafetensorsWriter(folder / name, specs, {"format": "pt"}) as writer:
+                for spec in writer.specs:
+                    writer.write_parts(self._slices(spec, stem, progress))
+                written[name] = writer.finish()
+            for spec in specs:
+                weight_map[spec.name] = name
+        if len(files) > 1:
+            total_size = sum(_total_bytes(specs) for specs in files)
+            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            name = f"{stem}.safetensors.index.json"
+            written[name] = write_with_digest(folder / name, json.dumps(index, indent=2) + "\n")
+        return written
+
+    def _slices(
+        self, spec: TensorSpec, stem: str, progress: ProgressCallback
+    ) -> Iterator[Tensor]:
+        """Yield a tensor in consecutive slices, in the dtype of its spec."""
+        if spec.name in self.reader.buffers:
+            yield self.reader.buffer(spec.name)
+            progress(spec.nbytes)
             return
-        kind, name = entry.name.split("/", 1) if moment else ("weight", entry.name)
-        for values in self.shards.slices(kind, name):
-            yield _cast(values, entry)
-            progress(len(values) * entry.dtype.itemsize)
+        state_key = "weight"
+        name = spec.name
+        if stem == "optimizer":
+            state_key, name = spec.name.split("/", 1)
+        for values in self.reader.slices(state_key, name):
+            yield _cast(values, spec)
+            progress(len(values) * spec.dtype.itemsize)
 
 
-def _split(entries: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-    """Consecutive tensors, as many to a file as fit; one that fits nowhere has its own. One file if there are none."""
+def _file_name(stem: str, number: int, total: int) -> str:
+    """Return the name of a file as Hugging Face names them."""
+    if total == 1:
+        return f"{stem}.safetensors"
+    return f"{stem}-{number:05d}-of-{total:05d}.safetensors"
+
+
+def _total_bytes(specs: Sequence[TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs)
+
+
+def _split_into_files(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    """Fill files with consecutive tensors up to a size; a larger tensor has its own file.
+
+    There is one empty file if there are no tensors.
+    """
     files: list[list[TensorSpec]] = [[]]
     size = 0
-    for entry in entries:
-        if files[-1] and size + entry.nbytes > limit:
+    for spec in specs:
+        if files[-1] and size + spec.nbytes > max_bytes:
             files.append([])
             size = 0
-        files[-1].append(entry)
-        size += entry.nbytes
+        files[-1].append(spec)
+        size += spec.nbytes
     return files
 
 
-def _cast(values: Tensor, entry: TensorSpec) -> Tensor:
-    cast = values.to(entry.dtype)
-    if cast is not values and bool((cast.isinf() & values.isfinite()).any()):
-        largest = values[values.isfinite()].abs().max().item()
-        raise ValueError(
-            f"--dtype {str(entry.dtype).removeprefix('torch.')} holds values up to "
-            f"{torch.finfo(entry.dtype).max:.5g}, and {entry.name} has one of size {largest:.5g}. Use "
-            f"{'bfloat16 or float32' if entry.dtype == torch.float16 else 'float32'}"
-        )
-    return cast
+def _cast(values: Tensor, spec: TensorSpec) -> Tensor:
+    """Cast values to the dtype of the output.
+
+    Raises:
+        ValueError: A finite value becomes infinite.
+    """
+    cast = values.to(spec.dtype)
+    if cast is values or not bool((cast.isinf() & values.isfinite()).any()):
+        return cast
+    largest = values[values.isfinite()].abs().max().item()
+    alternative = "float32"
+    if spec.dtype == torch.float16:
+        alternative = "bfloat16 or float32"
+    raise ValueError(
+        f"--dtype {str(spec.dtype).removeprefix('torch.')} holds values up to "
+        f"{torch.finfo(spec.dtype).max:.5g}, and {spec.name} has one of size {largest:.5g}. "
+        f"Use {alternative}"
+    )
 
 
 def check_output(output: Path) -> None:
-    """Whether a folder may be written: it is not there or empty, and not a place where a run would trip over it.
+    """Check that a directory may be written.
 
     Raises:
-        ValueError: it may not.
+        ValueError: It is not empty, or lies where a run would take it for a checkpoint.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    is_empty_directory = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not is_empty_directory:
         raise ValueError(
-            f"{output} exists; allowed: a new or an empty folder. Remove it, or write to another one"
+            f"{output} exists; allowed: a new or an empty directory. Remove it, or write to "
+            "another one"
         )
-    if any(directory.iteration_of(folder) is not None for folder in (output, *output.parents)):
+    if any(iteration_of(path) is not None for path in (output, *output.parents)):
         raise ValueError(
-            f"{output} is a place that belongs to the checkpoints of a run; allowed: any other folder"
+            f"{output} has a name that belongs to the checkpoints of a run; allowed: any other "
+            "directory"
         )
 
 
 def consolidate(
-    source: Path,
-    manifest: dict[str, Any],
+    source: ValidCheckpoint,
     output: str | Path,
     options: ConsolidateOptions,
-    progress: Progress = lambda written: None,
-    planned: Progress = lambda total: None,
+    progress: ProgressCallback = ignore_progress,
+    planned: ProgressCallback = ignore_progress,
 ) -> ConsolidateResult:
-    """Write the tensors of a checkpoint, whole, to a folder, which appears when all is in it.
+    """Write the full tensors of a checkpoint to a directory, which appears when it is complete.
 
     Args:
-        source: the checkpoint, as `find` returns it.
-        progress: called with the bytes just written.
-        planned: called once before, with all bytes that will be.
+        source: The checkpoint, see `find_verified_checkpoint`.
+        progress: Called with the bytes that were written since the last call.
+        planned: Called once before, with the bytes that will be written.
 
     Raises:
-        ValueError: the folder is not empty, the checkpoint has no moments, or a weight is too large for the dtype.
-        OSError: the folder cannot be written, or the disk is too full for it.
+        ValueError: The directory is not empty, the checkpoint has no moments, or a weight is
+            too large for the dtype.
+        OSError: The directory cannot be written, or the disk is too full for it.
     """
     output = Path(output).resolve()
     check_output(output)
-    plan = ConsolidatedLayout(source, options)
-    require_space(output, plan.nbytes + SMALL_FILES)
+    plan = ConsolidationPlan(source.path, options)
+    require_disk_space(output, plan.nbytes + _JSON_FILES_BYTES)
     planned(plan.nbytes)
-    with StagingDir(output) as work:
-        partial = work.path / "folder"
+    with StagingDir(output) as staging_dir:
+        partial = staging_dir.path / "folder"
         shutil.rmtree(partial, ignore_errors=True)  # of a killed program
         partial.mkdir()
         try:
             files = plan.write(partial, progress)
-            for name, text in (
-                ("run.json", (source / "run.json").read_text(encoding="utf-8")),
-                (
-                    "consolidated.json",
-                    json.dumps(_about(source, manifest, options), indent=1) + "\n",
-                ),
-            ):
-                files[name] = directory.write_text(partial / name, text)
-            directory.write_text(
-                partial / SUMS,
-                "".join(f"{sha}  {name}\n" for name, (_, sha) in sorted(files.items())),
-            )
+            files |= _write_json_files(partial, source, options)
+            _write_sha256sums(partial, files)
             fsync_directory(partial)
-            os.rename(partial, output)
+            commit_files([(partial, output)])
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    fsync_directory(output.parent)
-    return ConsolidateResult({name: size for name, (size, _) in files.items()}, plan.tensors)
+    sizes = {name: digest.nbytes for name, digest in files.items()}
+    return ConsolidateResult(sizes, plan.num_tensors)
 
 
-def require_space(output: Path, needed: int) -> None:
-    """Raise OSError unless so many bytes fit on the disk of a folder that is yet to be made."""
-    folder = next(parent for parent in output.parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"{output} needs {needed / 1e6:,.1f} MB, the disk of {folder} has {free / 1e6:,.1f} MB left. "
-            "Make room there, or choose another disk"
-        )
+def _write_json_files(
+    folder: Path, source: ValidCheckpoint, options: ConsolidateOptions
+) -> dict[str, FileDigest]:
+    """Write run.json and consolidated.json. Returns their digests."""
+    about = _describe_source(source, options)
+    texts = {
+        "run.json": (source.path / "run.json").read_text(encoding="utf-8"),
+        "consolidated.json": json.dumps(about, indent=1) + "\n",
+    }
+    return {name: write_with_digest(folder / name, text) for name, text in texts.items()}
 
 
-def _about(
-    source: Path, manifest: dict[str, Any], options: ConsolidateOptions
-) -> dict[str, Any]:
-    """Content of consolidated.json."""
+def _describe_source(source: ValidCheckpoint, options: ConsolidateOptions) -> dict[str, Any]:
+    """Return the content of consolidated.json."""
     return {
-        "format": FORMAT,
-        "checkpoint": source.name,
-        "manifest_checksum": manifest["checksum"],
+        "format": _FORMAT,
+        "checkpoint": source.path.name,
+        "manifest_checksum": source.manifest["checksum"],
         "dtype": str(options.dtype).removeprefix("torch."),
         "optimizer": options.optimizer,
-        "state": directory.read_json(source / "state.json"),
+        "state": read_json(source.path / "state.json"),
     }
+
+
+def _write_sha256sums(folder: Path, files: dict[str, FileDigest]) -> None:
+    lines = [f"{digest.sha256}  {name}\n" for name, digest in sorted(files.items())]
+    write_with_digest(folder / _SHA256SUMS, "".join(lines))

@@ -1,308 +1,349 @@
-"""A folder of checkpoints: which are there and whole, how one is published, and which are deleted.
+"""Directory of a run's checkpoints: listing, finding the newest valid one, commit, retention.
 
     <save>/iter_0000300/     a complete checkpoint
         manifest.json        size and SHA-256 of every other file, written last
-        run.json             the configuration, fit for --config
-        state.json           how far the run is and what it is: megatron.checkpoint.saver
-        index.json           every tensor and where its pieces are: megatron.checkpoint.reader
+        run.json             the configuration, usable with --config
+        state.json           progress and metadata of the run: megatron.checkpoint.metadata
+        index.json           every tensor and where its shards are: megatron.checkpoint.reader
         rank_00000.safetensors, rank_00001.safetensors, ...
     <save>/latest            name of the checkpoint that was completed last
-    <save>/checkpoint.partial/   one that is being written
+    <save>/checkpoint.partial/   the checkpoint that is being written
 
-A checkpoint appears under its name by a rename, when all of it is on the disk. Checkpoints are numbered in the order in
-which they were completed (`serial`): after a return to an earlier iteration the newest is not the one with the highest.
+A checkpoint gets its name by a rename, when all of it is on the disk. Checkpoints are numbered in
+the order of their completion (`serial`): after a return to an earlier iteration the newest one is
+not the one with the highest iteration.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron.config.checkpoint import CheckpointConfig
+from megatron.checkpoint.manifest import (
+    MANIFEST,
+    CorruptCheckpointError,
+    check_files,
+    read_manifest,
+    write_manifest,
+)
 from megatron.config.fields import require
 from megatron.io import atomic_write
-from megatron.io.atomic_write import fsync_directory
-from megatron.io.sha256 import file_sha256
+from megatron.io.atomic_write import fsync_directory, temporary_pattern
+from megatron.io.sha256 import FileDigest
+from megatron.log import get_logger
 
-LOGGER = logging.getLogger("megatron")
-FORMAT = "moe-megatron checkpoint 1"
-MANIFEST, LATEST, REPLACED = "manifest.json", "latest", ".replaced"
+LATEST = "latest"
+_REPLACED = ".replaced"
+"""Suffix of an old checkpoint while the new one of the same iteration takes its name"""
 
 
-class CorruptCheckpointError(ValueError):
-    """A checkpoint that is incomplete or damaged; the message names the file and what is wrong with it."""
+class CheckpointEntry(NamedTuple):
+    """A checkpoint with a well-formed manifest; its other files are not verified yet."""
+
+    path: Path
+    manifest: dict[str, Any]
 
 
 def checkpoint_name(iteration: int) -> str:
-    """Folder name of the checkpoint of an iteration."""
+    """Return the directory name of the checkpoint of an iteration."""
     return f"iter_{iteration:07d}"
 
 
 def iteration_of(path: Path) -> int | None:
-    """Iteration of a checkpoint's folder, by its name; None: it is not one."""
-    found = re.fullmatch(rf"iter_(\d{{7,}})({re.escape(REPLACED)})?", path.name)
-    return int(found.group(1)) if found else None
+    """Return the iteration in the directory name of a checkpoint; None for other names."""
+    found = re.fullmatch(rf"iter_(\d{{7,}})({re.escape(_REPLACED)})?", path.name)
+    if found is None:
+        return None
+    return int(found.group(1))
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is a checkpoint itself (whole or not), and not the folder of several."""
+    """Return whether a directory is one checkpoint, valid or not, rather than a run's directory."""
     return iteration_of(path) is not None or (path / MANIFEST).is_file()
 
 
-def write_text(path: Path, text: str) -> tuple[int, str]:
-    """Write a small file, synced and renamed; its (bytes, SHA-256), as a manifest has them."""
-    content = text.encode()
-    atomic_write.write_bytes(path, content)
-    return len(content), hashlib.sha256(content).hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file of a checkpoint. Raises Broken, naming it, if there is none or it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CorruptCheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CorruptCheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Manifest of the checkpoint in folder `path`: iteration, serial, files {name: [bytes, sha256]}.
+def read_entry(path: Path) -> CheckpointEntry:
+    """Read the manifest of a checkpoint.
 
     Raises:
-        Broken: there is none, or it was changed after it was written.
+        CorruptCheckpointError: The manifest is not valid, or belongs to another iteration than
+            the directory name.
     """
-    if not (path / MANIFEST).exists() and any(path.glob("*_model_states.pt")):
-        raise CorruptCheckpointError(
-            f"{path} has DeepSpeed's own files and no {MANIFEST}: it is of an earlier version of this program "
-            "or of another one, and cannot be read"
-        )
-    manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CorruptCheckpointError(f"{path / MANIFEST} is not the manifest of a {FORMAT!r}")
-    if manifest.get("checksum") != _checksum(manifest):
-        raise CorruptCheckpointError(f"{path / MANIFEST} is damaged: its checksum does not fit")
-    if not _is_well_formed(manifest):
-        raise CorruptCheckpointError(f"{path / MANIFEST} says what no manifest says")
+    manifest = read_manifest(path)
     if iteration_of(path) not in (None, manifest["iteration"]):
         raise CorruptCheckpointError(
             f"{path} is the checkpoint of iteration {manifest['iteration']} under another name"
         )
-    return manifest
+    return CheckpointEntry(path, manifest)
 
 
-def _is_well_formed(manifest: dict[str, Any]) -> bool:
-    """Also that every file is in the folder itself."""
-    files = manifest.get("files")
-    return (
-        all(type(manifest.get(key)) is int for key in ("iteration", "serial"))
-        and isinstance(files, dict)
-        and all(
-            Path(name).name == name
-            and isinstance(what, list)
-            and [type(w) for w in what] == [int, str]
-            for name, what in files.items()
-        )
-    )
+def list_checkpoints(directory: str | Path) -> tuple[list[CheckpointEntry], list[str]]:
+    """List the checkpoints of a directory by their manifests.
+
+    Returns:
+        (checkpoints with a valid manifest, newest first; what is wrong with the others).
+    """
+    directory = Path(directory)
+    entries = []
+    problems = []
+    if directory.is_dir():
+        for path in sorted(directory.iterdir()):
+            if iteration_of(path) is None:
+                continue
+            try:
+                entries.append(read_entry(path))
+            except (CorruptCheckpointError, OSError) as error:
+                problems.append(str(error))
+    entries.sort(key=lambda entry: entry.manifest["serial"], reverse=True)
+    return entries, problems
 
 
-def _checksum(manifest: dict[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+# Finding the newest valid checkpoint
 
 
-def check_files(
-    path: Path, names: Iterable[str], manifest: dict[str, Any], hashes: bool = True
-) -> None:
-    """Whether these files of a checkpoint are what they were when it was written.
+@dataclass
+class CheckpointSelection:
+    """The checkpoints that a path and an iteration can mean, found by their manifests alone."""
+
+    path: Path
+    """Directory of a run's checkpoints, or one checkpoint"""
+    step: int = 0
+    """Iteration that was requested; 0: the newest"""
+    candidates: list[CheckpointEntry] = field(default_factory=list)
+    """Checkpoints in the order of preference: newest first"""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with checkpoints that are not candidates"""
+    available: list[int] = field(default_factory=list)
+    """Iterations of all checkpoints of the directory that have a valid manifest"""
+    is_single: bool = False
+    """Whether the path is one checkpoint"""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no checkpoint at all, not even a corrupt one."""
+        return not self.candidates and not self.problems
+
+
+class ValidCheckpoint(NamedTuple):
+    """The newest valid checkpoint of a selection."""
+
+    path: Path
+    manifest: dict[str, Any]
+    corrupt: list[Path]
+    """Newer checkpoints whose files are damaged"""
+    problems: list[str]
+    """What is wrong with all checkpoints that were passed over"""
+
+
+Verifier = Callable[[CheckpointEntry], list[str]]
+"""Returns what is wrong with the files of a checkpoint; an empty list means that it is valid"""
+
+
+def select_checkpoints(path: Path, step: int = 0) -> CheckpointSelection:
+    """Select the checkpoints that `path` and `step` can mean, without reading their tensors.
 
     Args:
-        hashes: read them; without, only their sizes are compared.
+        path: Directory of a run's checkpoints, or one checkpoint.
+        step: Iteration of the checkpoint in the directory; 0: the newest one.
 
     Raises:
-        Broken: one is missing, has another size, or another SHA-256.
+        ValueError: A step is given for a path that is one checkpoint.
+        CorruptCheckpointError: The path is one checkpoint, and its manifest is not valid.
     """
-    for name in names:
-        size, sha256 = manifest["files"][name]
-        try:
-            there = (path / name).stat().st_size
-            if there != size:
-                raise CorruptCheckpointError(
-                    f"{path / name} has {there} bytes, {size} were written"
-                )
-            if hashes and file_sha256(path / name) != sha256:
-                raise CorruptCheckpointError(
-                    f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
-                )
-        except FileNotFoundError:
-            raise CorruptCheckpointError(f"{path / name} is missing") from None
-        except OSError as error:
-            raise CorruptCheckpointError(
-                f"{path / name} cannot be read: {error.strerror}"
-            ) from None
+    if path.is_dir() and is_checkpoint(path):
+        require(
+            not step,
+            "--load-step",
+            step,
+            "only with the directory of a run's checkpoints",
+            f"{path} is one checkpoint.",
+        )
+        entry = read_entry(path.resolve())
+        return CheckpointSelection(path, candidates=[entry], is_single=True)
+    candidates, problems = list_checkpoints(path)
+    available = sorted(entry.manifest["iteration"] for entry in candidates)
+    if step:
+        candidates = [entry for entry in candidates if entry.manifest["iteration"] == step]
+        problems = [problem for problem in problems if checkpoint_name(step) in problem]
+    else:
+        problems += _dangling_latest(path)
+    return CheckpointSelection(path, step, candidates, problems, available)
 
 
-def list_checkpoints(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
-    """(checkpoints of a folder with their manifests, completed last first; what is wrong with the others)."""
-    good, bad = [], []
-    paths = (
-        sorted(p for p in Path(folder).iterdir() if iteration_of(p) is not None)
-        if Path(folder).is_dir()
-        else []
-    )
-    for path in paths:
-        try:
-            good.append((path, read_manifest(path)))
-        except (CorruptCheckpointError, OSError) as error:
-            bad.append(str(error))
-    good.sort(key=lambda found: found[1]["serial"], reverse=True)
-    return good, bad
+def _dangling_latest(directory: Path) -> list[str]:
+    """Return a problem when the newest checkpoint was lost: resuming from an older one, or
+    starting from scratch, must not happen silently."""
+    marker = directory / LATEST
+    if not marker.is_file():
+        return []
+    name = marker.read_text(errors="replace").strip()
+    if (directory / name).is_dir():
+        return []
+    return [f"{marker} names {name}, which does not exist"]
 
 
-def next_serial(folder: str | Path) -> int:
-    """The serial of the next checkpoint of a folder."""
-    return (
-        max((manifest["serial"] for _, manifest in list_checkpoints(folder)[0]), default=0) + 1
-    )
+def find_newest_valid(
+    selection: CheckpointSelection,
+    verify: Verifier,
+    advice: str = "Give the directory of --save of a run, or one checkpoint in it",
+) -> ValidCheckpoint:
+    """Return the first candidate whose files are valid. The one finder of checkpoints.
+
+    Args:
+        verify: Checks the files of a candidate: all hashes, only sizes, or a share per rank.
+        advice: What the user can do, appended to the message when there is no valid checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint, or none is valid.
+        CorruptCheckpointError: The selection is one checkpoint, and it is not valid.
+    """
+    corrupt = []
+    problems = list(selection.problems)
+    for entry in selection.candidates:
+        found = verify(entry)
+        if not found:
+            return ValidCheckpoint(entry.path, entry.manifest, corrupt, problems)
+        corrupt.append(entry.path)
+        problems += found
+    if selection.is_single:
+        raise CorruptCheckpointError(
+            f"{'; '.join(problems)}. Use another checkpoint, or restore its files from a copy"
+        )
+    raise _not_found(selection, problems, advice)
+
+
+def _not_found(
+    selection: CheckpointSelection, problems: list[str], advice: str
+) -> FileNotFoundError:
+    message = f"{selection.path} has no valid checkpoint"
+    if selection.step:
+        message += f" of iteration {selection.step}, which --load-step requests"
+    if problems:
+        message += f": {'; '.join(problems)}"
+    elif not selection.path.is_dir():
+        message = f"{selection.path} is not a directory of checkpoints"
+    elif selection.available:
+        iterations = ", ".join(map(str, selection.available))
+        message += f"; there are checkpoints of iterations {iterations}"
+    return FileNotFoundError(f"{message}. {advice}")
+
+
+# Commit
+
+
+def next_serial(directory: str | Path) -> int:
+    """Return the serial number of the next checkpoint of a directory."""
+    entries, _ = list_checkpoints(directory)
+    return 1 + max((entry.manifest["serial"] for entry in entries), default=0)
 
 
 def commit_checkpoint(
-    partial: Path, folder: Path, iteration: int, files: dict[str, tuple[int, str]]
+    partial: Path, directory: Path, iteration: int, files: dict[str, FileDigest]
 ) -> Path:
-    """Turn a finished work folder into the checkpoint of an iteration, and name it in `latest`.
+    """Turn a finished staging directory into the checkpoint of an iteration.
 
-    One that is there already under this name is replaced; at no moment are both gone.
+    An existing checkpoint of this name is replaced; at every moment one of the two is complete.
+
+    Args:
+        partial: Directory with all files of the checkpoint, synced to the disk.
+        directory: Directory of the run's checkpoints.
+        files: Digest of every file, by name.
+
+    Returns:
+        The directory of the checkpoint.
 
     Raises:
-        OSError: it cannot be done; or a file has not the size that was written.
+        OSError: The commit fails, or a file does not have the size that was written.
     """
     try:
         check_files(partial, files, {"files": files}, hashes=False)
     except CorruptCheckpointError as error:
-        raise OSError(f"{error}: the disk lost what it took") from None
-    manifest = {
-        "format": FORMAT,
-        "iteration": iteration,
-        "serial": next_serial(folder),
-        "files": {name: list(files[name]) for name in sorted(files)},
-    }
-    manifest["checksum"] = _checksum(manifest)
-    atomic_write.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        raise OSError(f"{error}: the file system lost data that was written") from None
+    write_manifest(partial, iteration, next_serial(directory), files)
     fsync_directory(partial)
-    target = folder / checkpoint_name(iteration)
-    old = target.with_name(target.name + REPLACED)
+    target = directory / checkpoint_name(iteration)
+    replaced = target.with_name(target.name + _REPLACED)
     if target.exists():
-        _remove(old)
-        os.rename(target, old)
+        _remove(replaced)
+        os.rename(target, replaced)
     os.rename(partial, target)
-    fsync_directory(folder)
-    atomic_write.write_text(folder / LATEST, target.name)
-    fsync_directory(folder)
-    _remove(old)
+    fsync_directory(directory)
+    atomic_write.write_text(directory / LATEST, target.name)
+    fsync_directory(directory)
+    _remove(replaced)
     return target
 
 
+# Deletion
+
+
 def apply_retention(
-    folder: Path, keep_last: int, keep_every: int, damaged: Iterable[str] = ()
+    directory: Path, keep_last: int, keep_every: int, corrupt: Iterable[str] = ()
 ) -> list[str]:
-    """Delete complete checkpoints: all but the `keep_last` newest (0: keep all) and those of iterations divisible by
-    `keep_every` (0: none). What is broken stays, for somebody to look at. Returns the names of the deleted.
+    """Delete old checkpoints.
+
+    Checkpoints without a valid manifest are kept, so that they can be examined.
 
     Args:
-        damaged: names of checkpoints of which only a file is, which their manifests do not show.
+        keep_last: Number of newest checkpoints to keep; 0: keep all.
+        keep_every: Keep checkpoints of iterations divisible by this number; 0: none of them.
+        corrupt: Names of checkpoints with damaged files but a valid manifest. They are kept and
+            do not count as newest ones.
+
+    Returns:
+        Names of the deleted checkpoints.
     """
     if not keep_last:
         return []
-    whole = [found for found in list_checkpoints(folder)[0] if found[0].name not in damaged]
-    old = [
-        path
-        for path, manifest in whole[keep_last:]
-        if not (keep_every and manifest["iteration"] % keep_every == 0)
-    ]
-    return [path.name for path in old if _remove(path)]
+    entries, _ = list_checkpoints(directory)
+    valid = [entry for entry in entries if entry.path.name not in corrupt]
+    deleted = []
+    for path, manifest in valid[keep_last:]:
+        if keep_every and manifest["iteration"] % keep_every == 0:
+            continue
+        if _remove(path):
+            deleted.append(path.name)
+    return deleted
 
 
-def remove_stale(folder: Path) -> None:
-    """Delete what a killed run left half deleted or half written."""
-    for doomed in folder.glob(".iter_*.deleted"):
-        _delete(doomed)
-    for half in folder.glob(f"{LATEST}.*.tmp"):
-        half.unlink()
+def remove_stale(directory: Path) -> None:
+    """Delete files of a killed run that are partly written or partly deleted."""
+    for deleted in directory.glob(".iter_*.deleted"):
+        _try_delete(deleted)
+    # The first pattern is that of temporary names of earlier versions.
+    for pattern in (f"{LATEST}.*.tmp", temporary_pattern(LATEST)):
+        for temporary in directory.glob(pattern):
+            temporary.unlink()
 
 
 def _remove(path: Path) -> bool:
-    """Delete a folder; whether it is gone. It first loses its name, so that no half of it is taken for a damaged
-    checkpoint."""
+    """Delete a checkpoint if it exists. Returns whether it is gone.
+
+    It is renamed first, so that a partly deleted directory is not taken for a corrupt checkpoint.
+    """
     if not path.exists():
         return True
-    doomed = path.with_name(f".{path.name}.deleted")
-    return _delete(doomed) and _delete(path, doomed)
+    renamed = path.with_name(f".{path.name}.deleted")
+    return _try_delete(renamed) and _try_delete(path, renamed)
 
 
-def _delete(path: Path, doomed: Path | None = None) -> bool:
-    """Delete a folder, if it is there, under the name of `doomed`. That it cannot be deleted is no reason to stop."""
+def _try_delete(path: Path, renamed: Path | None = None) -> bool:
+    """Delete a directory if it exists, under another name if one is given.
+
+    A failure is logged and does not stop the run.
+    """
+    if not path.exists():
+        return True
     try:
-        if path.exists():
-            shutil.rmtree(path.rename(doomed) if doomed else path)
+        if renamed is not None:
+            path = path.rename(renamed)
+        shutil.rmtree(path)
     except OSError as error:
-        LOGGER.warning("%s cannot be deleted: %s. Delete it by hand", path, error)
+        get_logger().warning("%s cannot be deleted: %s. Delete it by hand", path, error)
         return False
     return True
-
-
-def select_checkpoints(options: CheckpointConfig) -> list[tuple[Path, dict[str, Any]]]:
-    """The checkpoints (with their manifests) that --load and --load-step may mean, the wanted one first. None with
-    --load-or-init when there is nothing at all. Other files than manifests are not looked at yet.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: the one of --load-step is not there, or has no manifest.
-    """
-    path = Path(options.load)
-    if path.is_dir() and is_checkpoint(path):
-        require(
-            not options.load_step,
-            "--load-step",
-            options.load_step,
-            "only with the folder of the checkpoints",
-            f"{path} is one checkpoint.",
-        )
-        return [(path, read_manifest(path.resolve()))]
-    good, bad = list_checkpoints(path)
-    if options.load_step:
-        chosen = [found for found in good if found[1]["iteration"] == options.load_step]
-        if not chosen:
-            broken = [text for text in bad if checkpoint_name(options.load_step) in text]
-            there = ", ".join(str(m["iteration"]) for _, m in sorted(good)) or "none"
-            raise ValueError(
-                f"--load-step is {options.load_step}; "
-                + (broken[0] if broken else f"whole checkpoints in {options.load}: {there}")
-            )
-        return chosen[:1]
-    marker = path / LATEST
-    if (
-        marker.is_file()
-        and not (path / (name := marker.read_text(errors="replace").strip())).is_dir()
-    ):
-        bad.append(f"{marker} names {name}, which is not there")
-    for text in bad:
-        LOGGER.warning("%s; not used", text)
-    if not good and (bad or not options.load_or_init):
-        raise _nothing(path, bad)
-    return good
-
-
-def _nothing(folder: str | Path, bad: list[str]) -> FileNotFoundError:
-    there = f"; what is there cannot be used: {'; '.join(bad)}" if bad else ""
-    advice = "" if bad else ", or add --load-or-init"
-    return FileNotFoundError(
-        f"--load is {str(folder)!r}, which holds no checkpoint{there}. Point --load at the folder "
-        f"given to --save of an earlier run, leave it out{advice}"
-    )

@@ -1,6 +1,7 @@
-"""What is in a checkpoint, read from its files without building anything, and how two checkpoints differ.
+"""Summaries of checkpoints, read from their files without building a model, and differences.
 
-A fault is something wrong in a checkpoint that can be read all the same. What cannot be read is a ValueError.
+A *fault* is a problem of a checkpoint that can still be read. A checkpoint that cannot be read
+raises ValueError. `inspect_text` formats the results.
 """
 
 from __future__ import annotations
@@ -12,93 +13,99 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint import directory
+from megatron.checkpoint.directory import (
+    CheckpointEntry,
+    CheckpointSelection,
+    find_newest_valid,
+    list_checkpoints,
+    read_entry,
+    select_checkpoints,
+)
+from megatron.checkpoint.manifest import (
+    ProgressCallback,
+    check_files,
+    find_problems,
+    ignore_progress,
+    read_json,
+)
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.io.progress import ProgressCallback as Progress
 from megatron.model.parameter_count import MODEL_PARTS, part_of
 
-NOT_THERE = "(not there)"
+ABSENT = "(not there)"
+"""Value of an entry that one of two compared checkpoints does not have"""
 
 
-def one_of(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a folder of checkpoints whose files seem whole.
+def resolve_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a path means: itself, or the newest one of a directory.
+
+    In a directory, checkpoints with missing or truncated files or damaged JSON files are passed
+    over. A single checkpoint is not checked: its faults can be shown.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: There is no such checkpoint.
+        CorruptCheckpointError: The manifest of the single checkpoint is not valid.
     """
-    if path.is_dir() and directory.is_checkpoint(path):
-        return path.resolve()
-    rows = summarize_directory(path)
-    for row in rows:
-        if row["newest"]:
-            return path / row["name"]
-    raise FileNotFoundError(
-        f"{path} has no whole checkpoint: {rows[0]['faults'][0]}. Give another folder, or one "
-        "checkpoint"
-    )
+    selection = select_checkpoints(path)
+    if selection.is_single:
+        return selection.candidates[0].path
+    return find_newest_valid(selection, _find_quick_problems).path
 
 
-def faults_of(
-    path: Path,
-    manifest: dict[str, Any],
-    verify: bool = False,
-    progress: Progress = lambda read: None,
-) -> list[str]:
-    """What is wrong with the files of a checkpoint. The hashes of the small ones are always compared.
-
-    Args:
-        verify: compare the hashes of the tensors' files, too, which reads all of them.
-        progress: called with the bytes just dealt with.
-    """
-    faults = []
-    for name, (size, _) in manifest["files"].items():
-        try:
-            directory.check_files(
-                path, [name], manifest, hashes=verify or name.endswith(".json")
-            )
-        except directory.CorruptCheckpointError as error:
-            faults.append(str(error))
-        progress(size)
-    return faults
+def _find_quick_problems(entry: CheckpointEntry) -> list[str]:
+    return find_problems(entry.path, entry.manifest, verify=False)
 
 
 def summarize_directory(
-    folder: Path, verify: bool = False, progress: Progress = lambda read: None
+    folder: Path, verify: bool = False, progress: ProgressCallback = ignore_progress
 ) -> list[dict[str, Any]]:
-    """What there is of each checkpoint in a folder, completed last first, the broken ones without a manifest at the
-    end: name, newest, iteration, serial, saved_at, bytes, faults. See `faults_of`.
+    """Summarize every checkpoint of a directory.
+
+    Args:
+        verify: Compare the hashes of all files, see `find_problems`.
+        progress: Called with the bytes of each checked file.
+
+    Returns:
+        A row per checkpoint, newest first: name, newest, iteration, serial, bytes, faults,
+        saved_at. Rows without a valid manifest come last and have no iteration.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: There are no checkpoints.
     """
-    good, bad = directory.list_checkpoints(folder)
-    if not good and not bad:
-        raise FileNotFoundError(
-            f"{folder} is not a folder of checkpoints. Give the folder of --save of a run, or one "
-            "checkpoint of it"
-        )
-    rows, newest = [], True
-    for path, manifest in good:
-        faults = faults_of(path, manifest, verify, progress)
-        rows.append(
-            {
-                "name": path.name,
-                "newest": newest and not faults,
-                "iteration": manifest["iteration"],
-                "serial": manifest["serial"],
-                "bytes": _bytes(manifest),
-                "faults": faults,
-                "saved_at": ""
-                if faults
-                else directory.read_json(path / "state.json")["saved_at"],
-            }
-        )
-        newest = newest and bool(faults)
-    return rows + [{"name": "", "newest": False, "faults": [text]} for text in bad]
+    entries, problems = list_checkpoints(folder)
+    faults = {}
+    for entry in entries:
+        faults[entry.path] = find_problems(entry.path, entry.manifest, verify, progress)
+    selection = CheckpointSelection(folder, candidates=entries, problems=problems)
+    newest = None
+    try:
+        newest = find_newest_valid(selection, lambda entry: faults[entry.path]).path
+    except FileNotFoundError:
+        if selection.is_empty:
+            raise
+    rows = [
+        _directory_row(entry, faults[entry.path], entry.path == newest) for entry in entries
+    ]
+    rows += [{"name": "", "newest": False, "faults": [problem]} for problem in problems]
+    return rows
 
 
-def _bytes(manifest: dict[str, Any]) -> int:
-    return sum(size for size, _ in manifest["files"].values())
+def _directory_row(entry: CheckpointEntry, faults: list[str], newest: bool) -> dict[str, Any]:
+    saved_at = ""
+    if not faults:
+        saved_at = read_json(entry.path / "state.json")["saved_at"]
+    return {
+        "name": entry.path.name,
+        "newest": newest,
+        "iteration": entry.manifest["iteration"],
+        "serial": entry.manifest["serial"],
+        "bytes": _total_bytes(entry.manifest),
+        "faults": faults,
+        "saved_at": saved_at,
+    }
+
+
+def _total_bytes(manifest: dict[str, Any]) -> int:
+    return sum(nbytes for nbytes, _ in manifest["files"].values())
 
 
 def summarize_checkpoint(
@@ -106,95 +113,113 @@ def summarize_checkpoint(
     *,
     verify: bool = False,
     tensors: bool = False,
-    progress: Progress = lambda read: None,
+    progress: ProgressCallback = ignore_progress,
 ) -> dict[str, Any]:
-    """What a checkpoint is and holds, ready for JSON.
+    """Summarize a checkpoint: its run, files, tensors and faults, ready for JSON.
 
     Args:
-        path: as `one_of` returns it.
-        verify: compare the hashes of all files.
-        tensors: read every weight and buffer: its dtype, smallest and largest value and norm, and how many of its
-            values are not finite, which is a fault.
-        progress: called with the bytes just read.
+        path: Directory of the checkpoint, see `resolve_checkpoint`.
+        verify: Compare the hashes of all files.
+        tensors: Read every weight and buffer, for dtype, smallest and largest value, norm, and
+            the number of values that are not finite, which is a fault.
+        progress: Called with the bytes that were read since the last call.
 
     Raises:
-        ValueError: its description is missing or damaged; the message names the file.
+        CorruptCheckpointError: A JSON file is missing or damaged; the message names it.
     """
-    manifest = directory.read_manifest(path)
-    faults = faults_of(path, manifest, verify, progress)
-    directory.check_files(
-        path, [name for name in manifest["files"] if name.endswith(".json")], manifest
-    )
-    state = directory.read_json(path / "state.json")
-    shards = CheckpointReader(path)
-    names = {
-        name: {"shape": list(shape), "pieces": shards.num_pieces(name)}
-        for name, shape in shards.shapes.items()
-    }
-    buffers = (
-        {}
-        if faults
-        else {
-            name: {"shape": list(shards.buffer_entry(name).shape), "pieces": 1}
-            for name in shards.buffers
-        }
-    )
-    parts = dict.fromkeys(MODEL_PARTS, 0)
-    for name, shape in shards.shapes.items():
-        parts[part_of(name)] += math.prod(shape)
-    found = {
+    _, manifest = read_entry(path)
+    faults = find_problems(path, manifest, verify, progress)
+    check_files(path, [name for name in manifest["files"] if name.endswith(".json")], manifest)
+    reader = CheckpointReader(path)
+    files = {}
+    for name, (nbytes, sha256) in manifest["files"].items():
+        files[name] = {"bytes": nbytes, "sha256": sha256}
+    summary = {
         "path": str(path),
         "iteration": manifest["iteration"],
         "serial": manifest["serial"],
-        **state,
-        "config": directory.read_json(path / "run.json"),
-        "files": {
-            n: {"bytes": size, "sha256": sha} for n, (size, sha) in manifest["files"].items()
-        },
-        "bytes": _bytes(manifest),
+        **read_json(path / "state.json"),
+        "config": read_json(path / "run.json"),
+        "files": files,
+        "bytes": _total_bytes(manifest),
         "verified": verify,
-        "kinds": shards.kinds,
-        "parameters": {"total": sum(parts.values()), "parts": parts},
-        "tensors": names,
-        "buffers": buffers,
+        "kinds": reader.state_keys,
+        "parameters": _count_parameters(reader),
+        "tensors": _parameter_entries(reader),
+        "buffers": {},
         "faults": faults,
     }
-    if tensors and not faults:
-        for name, entry in (names | buffers).items():
-            entry |= _statistics(shards, name, progress)
+    if faults:  # the headers of the tensors' files may be unreadable
+        return summary
+    summary["buffers"] = _buffer_entries(reader)
+    if tensors:
+        for name, entry in (summary["tensors"] | summary["buffers"]).items():
+            entry |= _statistics(reader, name, progress)
             if entry["not_finite"]:
-                found["faults"].append(
-                    f"{path}: {entry['not_finite']} values of {name} are not finite"
-                )
-    return found
+                faults.append(f"{path}: {entry['not_finite']} values of {name} are not finite")
+    return summary
 
 
-def _values(shards: CheckpointReader, name: str) -> Iterator[Tensor]:
-    """The weight or buffer of a name, slice after slice, flattened."""
-    if name in shards.buffers:
-        yield shards.buffer(name).flatten()
+def _count_parameters(reader: CheckpointReader) -> dict[str, Any]:
+    parts = dict.fromkeys(MODEL_PARTS, 0)
+    for name, shape in reader.shapes.items():
+        parts[part_of(name)] += math.prod(shape)
+    return {"total": sum(parts.values()), "parts": parts}
+
+
+def _parameter_entries(reader: CheckpointReader) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for name, shape in reader.shapes.items():
+        entries[name] = {"shape": list(shape), "pieces": reader.num_shards(name)}
+    return entries
+
+
+def _buffer_entries(reader: CheckpointReader) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for name in reader.buffers:
+        entries[name] = {"shape": list(reader.buffer_spec(name).shape), "pieces": 1}
+    return entries
+
+
+def _slices(reader: CheckpointReader, name: str) -> Iterator[Tensor]:
+    """Yield a weight or a buffer in consecutive flattened slices."""
+    if name in reader.buffers:
+        yield reader.buffer(name).flatten()
     else:
-        yield from shards.slices("weight", name)
+        yield from reader.slices("weight", name)
 
 
-def _statistics(shards: CheckpointReader, name: str, progress: Progress) -> dict[str, Any]:
-    """dtype; min and max (None: no values) and norm of the finite values; how many are not finite."""
-    buffer = name in shards.buffers
-    dtype = shards.buffer_entry(name).dtype if buffer else shards.dtype("weight", name)
-    low, high, squares, strange = math.inf, -math.inf, 0.0, 0
-    for values in _values(shards, name):
+def _statistics(
+    reader: CheckpointReader, name: str, progress: ProgressCallback
+) -> dict[str, Any]:
+    """Return statistics of the finite values of a tensor.
+
+    Returns:
+        dtype, min and max (None without finite values), norm, and not_finite: the number of
+        values that are not finite.
+    """
+    if name in reader.buffers:
+        dtype = reader.buffer_spec(name).dtype
+    else:
+        dtype = reader.dtype("weight", name)
+    minima = []
+    maxima = []
+    square_sum = 0.0
+    not_finite = 0
+    for values in _slices(reader, name):
         progress(values.nbytes)
         finite = values[values.isfinite()].double()
-        strange += len(values) - len(finite)
+        not_finite += len(values) - len(finite)
         if len(finite):
-            low, high = min(low, finite.min().item()), max(high, finite.max().item())
-            squares += finite.square().sum().item()
+            minima.append(finite.min().item())
+            maxima.append(finite.max().item())
+            square_sum += finite.square().sum().item()
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "min": low if low <= high else None,
-        "max": high if low <= high else None,
-        "norm": math.sqrt(squares),
-        "not_finite": strange,
+        "min": min(minima, default=None),
+        "max": max(maxima, default=None),
+        "norm": math.sqrt(square_sum),
+        "not_finite": not_finite,
     }
 
 
@@ -203,219 +228,102 @@ def compare_checkpoints(
     b: dict[str, Any],
     *,
     tensors: bool = False,
-    progress: Progress = lambda read: None,
+    progress: ProgressCallback = ignore_progress,
 ) -> dict[str, Any]:
-    """In what two checkpoints differ, ready for JSON: [value of a, value of b] by name.
+    """Compare two summaries, ready for JSON: [value of a, value of b] of entries that differ.
 
     Args:
-        a, b: as `facts` returns them; when one has faults, buffers and values are not compared.
-        tensors: also compare the values of the tensors that both have in one shape: |a - b| / max(|a|, |b|), with
-            norms; None where values are not finite.
-        progress: called with the bytes just read.
+        a, b: Results of `summarize_checkpoint`. If one has faults, buffers and values are not
+            compared.
+        tensors: Also compare the values of tensors that both have in the same shape:
+            |a - b| / max(|a|, |b|), with Euclidean norms; None where values are not finite.
+        progress: Called with the bytes that were read since the last call.
     """
-    whole = not (a["faults"] or b["faults"])
-    first, second = (f["tensors"] | (f["buffers"] if whole else {}) for f in (a, b))
-    shapes = {
-        name: [t["shape"] for t in (first[name], second[name])]
-        for name in first
-        if name in second and first[name]["shape"] != second[name]["shape"]
-    }
-    found = {
+    both_valid = not (a["faults"] or b["faults"])
+    tensors_a = a["tensors"]
+    tensors_b = b["tensors"]
+    if both_valid:
+        tensors_a = tensors_a | a["buffers"]
+        tensors_b = tensors_b | b["buffers"]
+    comparison = {
         "paths": [a["path"], b["path"]],
-        "progress": _changed(a["progress"], b["progress"]),
-        "run": _changed(
-            *(
-                {
-                    "samples per step": f["global_batch_size"],
-                    "steps of the whole run": f["iterations"],
-                    "optimizer steps": f["optimizer"]["steps"],
-                    "saved at": f["saved_at"],
-                    "parameters": f["parameters"]["total"],
-                }
-                for f in (a, b)
-            )
-        ),
-        "topology": _changed(a["topology"], b["topology"]),
-        "configuration": _changed(_flat(a["config"]), _flat(b["config"])),
-        "tokenizer": _changed(a["identity"], b["identity"]),
-        "data": _changed(_flat(a["data"]), _flat(b["data"])),
-        "versions": _changed(a["versions"], b["versions"]),
-        "tensors": {
-            "only_first": [name for name in first if name not in second],
-            "only_second": [name for name in second if name not in first],
-            "shapes": shapes,
-        },
+        "progress": _differences(a["progress"], b["progress"]),
+        "run": _differences(_run_entries(a), _run_entries(b)),
+        "topology": _differences(a["topology"], b["topology"]),
+        "configuration": _differences(_flatten(a["config"]), _flatten(b["config"])),
+        "tokenizer": _differences(a["identity"], b["identity"]),
+        "data": _differences(_flatten(a["data"]), _flatten(b["data"])),
+        "versions": _differences(a["versions"], b["versions"]),
+        "tensors": _compare_shapes(tensors_a, tensors_b),
     }
-    if tensors and whole:
-        shards = [CheckpointReader(f["path"]) for f in (a, b)]
-        found["tensors"]["values"] = {
-            name: _distance(*shards, name, progress)
-            for name in first
-            if name in second and name not in shapes
-        }
-    return found
+    if tensors and both_valid:
+        reader_a = CheckpointReader(a["path"])
+        reader_b = CheckpointReader(b["path"])
+        distances = {}
+        for name in tensors_a:
+            if name in tensors_b and name not in comparison["tensors"]["shapes"]:
+                distances[name] = _relative_distance(reader_a, reader_b, name, progress)
+        comparison["tensors"]["values"] = distances
+    return comparison
 
 
-def _changed(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
-    pairs = {name: [a.get(name, NOT_THERE), b.get(name, NOT_THERE)] for name in a | b}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{section.name: value}."""
+def _run_entries(summary: dict[str, Any]) -> dict[str, Any]:
     return {
-        f"{section}.{name}": value
-        for section, values in sections.items()
-        for name, value in values.items()
+        "samples per step": summary["global_batch_size"],
+        "steps of the full run": summary["iterations"],
+        "optimizer steps": summary["optimizer"]["steps"],
+        "saved at": summary["saved_at"],
+        "parameters": summary["parameters"]["total"],
     }
 
 
-def _distance(
-    a: CheckpointReader, b: CheckpointReader, name: str, progress: Progress
+def _compare_shapes(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    shapes = {}
+    for name in a:
+        if name in b and a[name]["shape"] != b[name]["shape"]:
+            shapes[name] = [a[name]["shape"], b[name]["shape"]]
+    return {
+        "only_first": [name for name in a if name not in b],
+        "only_second": [name for name in b if name not in a],
+        "shapes": shapes,
+    }
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return [value of a, value of b] of the entries that differ, by name."""
+    different = {}
+    for name in a | b:
+        pair = [a.get(name, ABSENT), b.get(name, ABSENT)]
+        if pair[0] != pair[1]:
+            different[name] = pair
+    return different
+
+
+def _flatten(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the values of nested sections as {"section.name": value}."""
+    flat = {}
+    for section, values in sections.items():
+        for name, value in values.items():
+            flat[f"{section}.{name}"] = value
+    return flat
+
+
+def _relative_distance(
+    a: CheckpointReader, b: CheckpointReader, name: str, progress: ProgressCallback
 ) -> float | None:
-    apart, sizes = 0.0, [0.0, 0.0]
-    for x, y in zip(_values(a, name), _values(b, name), strict=True):
-        progress(x.nbytes + y.nbytes)
-        x, y = x.double(), y.double()
-        apart += (x - y).square().sum().item()
-        sizes = [sizes[0] + x.square().sum().item(), sizes[1] + y.square().sum().item()]
-    if not math.isfinite(apart):
+    """Return |a - b| / max(|a|, |b|) of a tensor; None if values are not finite."""
+    distance = 0.0
+    squares_a = 0.0
+    squares_b = 0.0
+    for slice_a, slice_b in zip(_slices(a, name), _slices(b, name), strict=True):
+        progress(slice_a.nbytes + slice_b.nbytes)
+        x = slice_a.double()
+        y = slice_b.double()
+        distance += (x - y).square().sum().item()
+        squares_a += x.square().sum().item()
+        squares_b += y.square().sum().item()
+    if not math.isfinite(distance):
         return None
-    return math.sqrt(apart / max(sizes)) if apart else 0.0
-
-
-def describe_listing(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """What `listing` found, as lines of text."""
-    broken = sum(bool(row["faults"]) for row in rows)
-    lines = [
-        f"{folder}: {len(rows)} checkpoints" + (f", {broken} of them broken" if broken else "")
-    ]
-    for row in rows:
-        if row["faults"]:
-            lines += [f"  {'BROKEN':8}{fault}" for fault in row["faults"]]
-        else:
-            mark = "newest" if row["newest"] else ""
-            lines.append(
-                f"  {mark:8}{row['name']:24}{row['saved_at']:28}{row['bytes'] / 1e6:>12,.1f} MB"
-            )
-    return lines
-
-
-def describe_checkpoint(found: dict[str, Any]) -> list[str]:
-    """What `facts` found, as lines of text."""
-    moe, topology, progress = found["config"]["moe"], found["topology"], found["progress"]
-    gate = {
-        moe["gate"]: ", ".join(f"{n} {v}" for n, v in found["config"]["gate_options"].items())
-    }
-    weights = " and ".join(
-        {"weight": "weights", "exp_avg": "moments"}[k]
-        for k in found["kinds"]
-        if k != "exp_avg_sq"
-    )
-    lines = [
-        found["path"],
-        *_table(
-            {
-                "iteration": f"{progress['iteration']:,} of {found['iterations']:,}",
-                "seen": f"{progress['consumed_samples']:,} samples, {progress['consumed_tokens']:,} tokens",
-                "optimizer": f"{found['optimizer']['steps']:,} steps, {found['global_batch_size']:,} samples each",
-                "saved": found["saved_at"],
-                "made with": f"{topology['ranks']} ranks, experts shared by {topology['expert_parallel_size']}, ZeRO "
-                f"{topology['zero_stage']}, {topology['precision']}",
-                "holds": f"{weights} of {len(found['tensors'])} parameters, {found['bytes'] / 1e6:,.1f} MB in "
-                f"{len(found['files'])} files",
-            }
-        ),
-    ]
-    parts = {
-        part: f"{number:>16,}"
-        for part, number in found["parameters"]["parts"].items()
-        if number
-    }
-    lines += ["parameters", *_table({**parts, "total": f"{found['parameters']['total']:>16,}"})]
-    if moe["num_experts"]:
-        lines += [f"gate, for {moe['num_experts']} experts", *_table(gate)]
-    lines += [
-        "tokenizer",
-        *_table({n.removeprefix("tokenizer_"): v for n, v in found["identity"].items()}),
-    ]
-    lines += [
-        "data",
-        *_table(
-            {
-                prefix: ", ".join(f"{n} {v}" for n, v in files.items())
-                or "no files when it was saved"
-                for prefix, files in found["data"].items()
-            }
-            or {"none": "on record"}
-        ),
-    ]
-    lines += ["versions", *_table(found["versions"])]
-    lines += [
-        "files, verified" if found["verified"] else "files (--verify compares their hashes)",
-        *_table(
-            {
-                name: f"{file['bytes']:>16,}  {file['sha256']}"
-                for name, file in found["files"].items()
-            }
-        ),
-    ]
-    return lines
-
-
-def describe_tensors(found: dict[str, Any]) -> list[str]:
-    """The tensors of `facts` as lines of text: also their values, if they were read."""
-    rows = [("tensor", "shape", "pieces", "dtype", "min", "max", "norm", "")]
-    for name, entry in (found["tensors"] | found["buffers"]).items():
-        values = [""] * 5
-        if "dtype" in entry:
-            numbers = [
-                "" if entry[n] is None else f"{entry[n]:.4g}" for n in ("min", "max", "norm")
-            ]
-            values = [
-                entry["dtype"],
-                *numbers,
-                f"{entry['not_finite']} NOT FINITE" if entry["not_finite"] else "",
-            ]
-        rows.append((name, str(entry["shape"]), str(entry["pieces"]), *values))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()
-        for row in rows
-    ]
-
-
-def describe_differences(found: dict[str, Any]) -> list[str]:
-    """What `differences` found, as lines of text."""
-    lines = [f"first   {found['paths'][0]}", f"second  {found['paths'][1]}"]
-    for section in (
-        "progress",
-        "run",
-        "topology",
-        "configuration",
-        "tokenizer",
-        "data",
-        "versions",
-    ):
-        if found[section]:
-            lines += [
-                section,
-                *_table({name: f"{a} -> {b}" for name, (a, b) in found[section].items()}),
-            ]
-    tensors = found["tensors"]
-    rows = dict.fromkeys(tensors["only_first"], "only in the first")
-    rows |= dict.fromkeys(tensors["only_second"], "only in the second")
-    rows |= {name: f"{a} -> {b}" for name, (a, b) in tensors["shapes"].items()}
-    lines += ["tensors", *_table(rows or {"none": "differs in name or shape"})]
-    if "values" in tensors:
-        told = {
-            name: "not finite" if d is None else f"{d:.3e}" if d else "equal"
-            for name, d in tensors["values"].items()
-        }
-        lines += ["values: |first - second| / the larger norm", *_table(told)]
-    return lines
-
-
-def _table(rows: dict[str, Any]) -> list[str]:
-    width = max(map(len, rows), default=0)
-    return [f"  {name:<{width}}  {value}".rstrip() for name, value in rows.items()]
+    if distance == 0.0:
+        return 0.0
+    return math.sqrt(distance / max(squares_a, squares_b))

@@ -1,4 +1,4 @@
-"""Finding a checkpoint that is whole, and restoring a run from it: on any number of ranks, at any ZeRO stage."""
+"""Find a valid checkpoint and restore a run from it, on any number of ranks, at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from megatron.checkpoint import directory
 from megatron.checkpoint.compatibility import (
     check_same_run,
     check_same_schedule,
     warn_of_changes,
 )
-from megatron.checkpoint.metadata import RunMetadata, TrainingProgress, progress_of
+from megatron.checkpoint.directory import (
+    CheckpointEntry,
+    CheckpointSelection,
+    find_newest_valid,
+    select_checkpoints,
+)
+from megatron.checkpoint.manifest import CorruptCheckpointError, check_files, read_json
+from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.config.checkpoint import CheckpointConfig
-from megatron.config.run_json import read_run_json
-from megatron.config.schema import RunConfig, require
+from megatron.config import cli
+from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.fields import require
+from megatron.config.schema import RunConfig
 from megatron.engine.engine import Engine
-from megatron.engine.optimizer import MOMENTS
-from megatron.engine.zero_shards import GlobalLayout, load_weights
+from megatron.engine.zero_shards import MOMENT_KEYS, GlobalLayout, load_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask
@@ -32,183 +38,230 @@ from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_
 
 
 class LoadedCheckpoint:
-    """A checkpoint whose files were found whole. Made by `find`.
+    """A valid checkpoint that the run starts from. Made by `find_checkpoint`.
 
     Args:
-        damaged: those that were found not to be, before it.
+        path: Directory of the checkpoint, whose files were verified.
+        options: How it is loaded.
+        corrupt: Newer checkpoints whose files turned out to be damaged.
 
     Raises:
-        Broken: its files are whole and do not say what those of a checkpoint say.
+        CorruptCheckpointError: A file has not the content that this version expects.
     """
 
-    def __init__(self, path: Path, options: CheckpointConfig, damaged: list[Path]):
-        self.path, self.options, self.damaged = path, options, damaged
+    def __init__(self, path: Path, options: CheckpointConfig, corrupt: list[Path]):
+        self.path = path
+        self.options = options
+        self.corrupt = corrupt
         try:
-            state = directory.read_json(path / "state.json")
-            self.record = RunMetadata.from_state(read_run_json(path / "run.json"), state)
-            self.progress = TrainingProgress() if options.finetune else progress_of(state)
-            optimizer = state["optimizer"]
-            self.steps, self.scaler, self.counters = (
-                optimizer[n] for n in ("steps", "scaler", "counters")
-            )
-            self.shards = CheckpointReader(path)
+            state = read_json(path / "state.json")
+            self.metadata = RunMetadata.from_state(cli.read_run_json(path / "run.json"), state)
+            self.progress = TrainingProgress()
+            if not options.finetune:
+                self.progress = TrainingProgress.from_state(state)
+            self._optimizer_steps = state["optimizer"]["steps"]
+            self._loss_scaler = state["optimizer"]["scaler"]
+            self._counters = state["optimizer"]["counters"]
+            self.reader = CheckpointReader(path)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise directory.CorruptCheckpointError(
+            raise CorruptCheckpointError(
                 f"{path} is not a checkpoint that this version can read: {error!r}"
             ) from None
 
     @property
-    def goes_on(self) -> Path | None:
-        """The checkpoint that the run is a continuation of; --finetune begins another one."""
-        return None if self.options.finetune else self.path
+    def continued_from(self) -> Path | None:
+        """The checkpoint whose run continues; None with --finetune, which starts a new run."""
+        if self.options.finetune:
+            return None
+        return self.path
 
-    def adopt(self, config: RunConfig, groups: Groups) -> RunConfig:
-        """The configuration of the run that goes on: without --global-batch-size, the checkpoint's global batch.
+    def keep_global_batch(self, config: RunConfig, groups: Groups) -> RunConfig:
+        """Return the configuration with the checkpoint's global batch.
+
+        It is unchanged with --global-batch-size or --finetune.
 
         Raises:
-            ValueError: it is not a multiple of micro-batch x ranks.
+            ValueError: The global batch is not a multiple of micro-batch x ranks.
         """
-        train, batch = config.train, self.record.global_batch_size
-        step = train.micro_batch_size * groups.world_size
-        if self.options.finetune or train.global_batch_size or step == batch:
+        train = config.train
+        saved_batch = self.metadata.global_batch_size
+        samples_per_micro_step = train.micro_batch_size * groups.world_size
+        if self.options.finetune or train.global_batch_size:
+            return config
+        if samples_per_micro_step == saved_batch:
             return config
         require(
-            batch % step == 0,
+            saved_batch % samples_per_micro_step == 0,
             "the global batch of the checkpoint",
-            batch,
-            f"a multiple of --micro-batch-size {train.micro_batch_size} x {groups.world_size} ranks",
+            saved_batch,
+            f"a multiple of --micro-batch-size {train.micro_batch_size} "
+            f"x {groups.world_size} ranks",
             "Start another number of ranks, or set --global-batch-size.",
         )
         get_logger().info(
             "the global batch stays at the checkpoint's %d samples; --global-batch-size changes it",
-            batch,
+            saved_batch,
         )
-        return replace(config, train=replace(train, global_batch_size=batch))
+        return replace(config, train=replace(train, global_batch_size=saved_batch))
 
-    def check(self, record: RunMetadata) -> None:
-        """Whether the run that `record` describes can go on from here: to be asked before anything is built.
+    def check(self, current: RunMetadata) -> None:
+        """Check that the current run may start from this checkpoint, before anything is built.
 
         Raises:
-            ValueError: the checkpoint contradicts the model, the experts, the tokenizer, or (unless
-                --override-lr-schedule or --finetune is set) the schedule.
+            ValueError: The model, the experts, the tokenizer or (unless --override-lr-schedule
+                or --finetune is set) the schedule differ.
         """
-        check_same_run(self.record, record, str(self.path))
-        if not self.options.finetune:
-            if not self.options.override_lr_schedule:
-                check_same_schedule(self.record, record, str(self.path))
-            warn_of_changes(self.record, record)
+        check_same_run(self.metadata, current, str(self.path))
+        if self.options.finetune:
+            return
+        if not self.options.override_lr_schedule:
+            check_same_schedule(self.metadata, current, str(self.path))
+        warn_of_changes(self.metadata, current)
 
     def load_weights(self, model: nn.Module, groups: Groups) -> None:
-        """Fill a finished fp32 model, before the engine gets it: the engine then makes its own copies from it.
+        """Fill a finished fp32 model with the weights and buffers of the checkpoint.
+
+        Call it before the engine is built, which makes its own copies of the weights.
 
         Raises:
-            Broken: the checkpoint's tensors have other names or shapes than the model's.
+            CorruptCheckpointError: Names or shapes of tensors differ from the model's.
         """
         layout = GlobalLayout.of(model, groups)
-        if self.shards.shapes != layout.shapes or set(self.shards.buffers) != set(
-            layout.buffers
-        ):
-            differ = {*layout.shapes.items(), *layout.buffers} ^ {
-                *self.shards.shapes.items(),
-                *self.shards.buffers,
-            }
-            raise directory.CorruptCheckpointError(
-                f"{self.path / 'index.json'} does not fit the model: {sorted(map(str, differ))[0]}"
-            )
-        load_weights(model, layout, self._weight, self.shards.buffer)
+        self._require_same_tensors(layout)
+        load_weights(model, layout, self._read_weight, self.reader.buffer)
 
-    def _weight(self, name: str, start: int, length: int) -> torch.Tensor:
-        return self.shards.read("weight", name, start, length)
+    def _require_same_tensors(self, layout: GlobalLayout) -> None:
+        expected = {*layout.shapes.items(), *layout.buffers}
+        stored = {*self.reader.shapes.items(), *self.reader.buffers}
+        if expected != stored:
+            first = min(map(str, expected ^ stored))
+            raise CorruptCheckpointError(
+                f"{self.path / 'index.json'} does not fit the model: {first}"
+            )
+
+    def _read_weight(self, name: str, start: int, length: int) -> torch.Tensor:
+        return self.reader.read("weight", name, start, length)
 
     def restore(self, engine: Engine, groups: Groups) -> TrainingProgress:
-        """Everything but the model's own weights: fp32 copies, moments, counters, random state; returns how far the run
-        is. With --finetune the fp32 copies alone: the run begins.
+        """Restore the engine: fp32 weights, moments, counters and random states.
+
+        With --finetune only the fp32 weights are restored.
+
+        Returns:
+            The progress of the run.
         """
-        parts = engine.partitions()
-        moments = MOMENTS if self.steps and not self.options.finetune else ()
-        if moments:
-            parts.start_moments(self.steps)
-        for piece in parts.pieces:
-            for kind in ("weight", *moments):
-                parts.get(piece, kind).copy_(
-                    self.shards.read(kind, piece.name, piece.start, piece.length)
-                )
+        zero_shards = engine.partitions()
+        state_keys = ["weight"]
+        if self._optimizer_steps and not self.options.finetune:
+            state_keys += MOMENT_KEYS
+            zero_shards.initialize_moments(self._optimizer_steps)
+        for shard in zero_shards.shards:
+            for state_key in state_keys:
+                values = self.reader.read(state_key, shard.name, shard.start, shard.length)
+                zero_shards.get(shard, state_key).copy_(values)
         if self.options.finetune:
             get_logger().info(
-                "took the weights of %s; the optimizer and the data start anew", self.path
+                "loaded the weights of %s; the optimizer and the data start from scratch",
+                self.path,
             )
             return self.progress
-        parts.set_scaler(self.scaler)
-        engine.set_counters(self.counters)
-        if self.record.topology["ranks"] == groups.world_size:
-            rng.set_state(self.shards.rng(groups.rank))
+        zero_shards.set_loss_scaler_state(self._loss_scaler)
+        engine.set_counters(self._counters)
+        if self.metadata.topology["ranks"] == groups.world_size:
+            rng.set_state(self.reader.rng(groups.rank))
         else:
-            # Streams that no rank has drawn from yet.
-            rng.seed_rank(self.record.config.train.seed + self.progress.iteration, groups.rank)
+            # Random streams that no rank of the saved run has used.
+            seed = self.metadata.config.train.seed + self.progress.iteration
+            rng.seed_rank(seed, groups.rank)
         get_logger().info("resumed from %s at iteration %d", self.path, self.progress.iteration)
         return self.progress
 
 
-def load_for_run(
-    config: RunConfig, groups: Groups
-) -> tuple[LoadedCheckpoint | None, RunConfig, TrainingProgress]:
-    """(the checkpoint that a run begins with, if any; the configuration that the run then has; how far it is).
+class RunStart(NamedTuple):
+    """What a run starts from."""
 
-    Raises as `find` and `Source.adopt` do.
+    loaded: LoadedCheckpoint | None
+    """The checkpoint, None for a run from scratch"""
+    config: RunConfig
+    """The configuration, with the global batch that the run continues with"""
+    progress: TrainingProgress
+    """Progress of the run so far"""
+
+
+def load_for_run(config: RunConfig, groups: Groups) -> RunStart:
+    """Find the checkpoint that --load names, and adapt the configuration to it.
+
+    Raises like `find_checkpoint` and `LoadedCheckpoint.keep_global_batch`.
     """
-    source = find_checkpoint(config.checkpoint, groups)
-    return (
-        (source, source.adopt(config, groups), source.progress)
-        if source
-        else (None, config, TrainingProgress())
-    )
+    loaded = find_checkpoint(config.train, groups)
+    if loaded is None:
+        return RunStart(None, config, TrainingProgress())
+    return RunStart(loaded, loaded.keep_global_batch(config, groups), loaded.progress)
 
 
 def find_checkpoint(options: CheckpointConfig, groups: Groups) -> LoadedCheckpoint | None:
-    """The checkpoint that --load and --load-step ask for, verified: the newest whole one, with a warning for each that
-    is not. None without --load, or with --load-or-init when there is no checkpoint.
+    """Find the newest valid checkpoint that --load and --load-step name.
 
-    Every rank verifies its share of the files, and all take the same one.
+    Every rank verifies its share of the files, and all ranks choose the same checkpoint. Each
+    checkpoint that is not valid is logged.
+
+    Returns:
+        The checkpoint. None without --load, or with --load-or-init when there is no checkpoint.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: none is whole, or the one of --load-step is not there or not whole.
+        FileNotFoundError: There is no checkpoint, none is valid, or that of --load-step is not.
+        ValueError: The single checkpoint that --load names is corrupt.
     """
     if not options.load:
         return None
-    listed = broadcast_from_rank0(lambda: directory.select_checkpoints(options), groups)
-    damaged: list[Path] = []
-    for path, manifest in listed:
-        names = sorted(manifest["files"])[groups.rank :: groups.world_size]
-        job = BackgroundTask(f"verifying {path}", partial(_problem, path, names, manifest))
-        job.start()
-        job.wait_for_all(groups)
-        problems = [p for p in all_gather_objects(job.error or job.result, groups) if p]
-        if not problems:
-            return LoadedCheckpoint(path, options, damaged)
-        damaged.append(path)
-        if options.load_step:
-            raise ValueError(
-                f"--load-step is {options.load_step}: {problems[0]}. Use another checkpoint of "
-                f"{options.load}"
-            )
-        get_logger().warning(
-            "%s; falling back to the checkpoint before it", "; ".join(problems)
-        )
-    if not listed:
+    selection = broadcast_from_rank0(
+        lambda: select_checkpoints(Path(options.load), options.load_step), groups
+    )
+    if selection.is_empty and options.load_or_init and not options.load_step:
         get_logger().info(
-            "%s holds no checkpoint: the run starts anew, as --load-or-init says", options.load
+            "%s holds no checkpoint: the run starts from scratch, as --load-or-init allows",
+            options.load,
         )
         return None
-    raise ValueError(
-        f"--load is {options.load!r}, in which no checkpoint is whole: {problems[0]}. Restore its files "
-        "from a copy, or start a new run without --load"
+    if groups.is_rank0:
+        for problem in selection.problems:
+            get_logger().warning("%s; not used", problem)
+    found = find_newest_valid(
+        selection, partial(_verify_on_all_ranks, groups), _advice(selection)
+    )
+    return LoadedCheckpoint(found.path, options, found.corrupt)
+
+
+def _advice(selection: CheckpointSelection) -> str:
+    if selection.step:
+        return "Set --load-step to the iteration of another checkpoint, or leave it out"
+    if selection.is_empty:
+        return (
+            "Point --load at the directory given to --save of an earlier run, leave it out, or "
+            "add --load-or-init"
+        )
+    return (
+        "Restore its files from a copy, point --load at the directory of another run, or leave "
+        "it out to start a new run"
     )
 
 
-def _problem(path: Path, names: list[str], manifest: dict[str, Any]) -> str:
+def _verify_on_all_ranks(groups: Groups, entry: CheckpointEntry) -> list[str]:
+    """Verify all files of a checkpoint, each rank its share; the result is equal on all ranks."""
+    names = sorted(entry.manifest["files"])[groups.rank :: groups.world_size]
+    task = BackgroundTask(f"verifying {entry.path}", partial(_first_problem, entry, names))
+    task.start()
+    task.wait_for_all(groups)
+    answers = all_gather_objects(task.error or task.result, groups)
+    problems = [answer for answer in answers if answer]
+    if problems:
+        get_logger().warning("%s; not used", "; ".join(problems))
+    return problems
+
+
+def _first_problem(entry: CheckpointEntry, names: list[str]) -> str:
     try:
-        directory.check_files(path, names, manifest)
-    except directory.CorruptCheckpointError as error:
-        return f"{error} (seen by {socket.gethostname()})"
+        check_files(entry.path, names, entry.manifest)
+    except CorruptCheckpointError as error:
+        return f"{error} (found by {socket.gethostname()})"
     return ""

@@ -1,11 +1,11 @@
-"""What a run is: saved with every checkpoint and compared when one is loaded."""
+"""Metadata of a run: saved with every checkpoint, and compared when a checkpoint is loaded."""
 
 from __future__ import annotations
 
 import functools
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,33 +17,50 @@ from megatron.io.sha256 import file_sha256
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
 
+_PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
+_DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+_STATE_FIELDS = ("identity", "topology", "global_batch_size", "iterations", "data")
+
 
 @dataclass
 class TrainingProgress:
-    """How far a run is."""
+    """Progress of a run. The field names are keys of state.json."""
 
     iteration: int = 0
+    """Optimizer steps that were taken, including skipped ones"""
     consumed_samples: int = 0
+    """Samples of all ranks that were trained on"""
     consumed_tokens: int = 0
+    """Tokens of all ranks that were trained on"""
 
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> TrainingProgress:
+        """Read the progress from the content of state.json."""
+        saved = state["progress"]
+        names = [f.name for f in fields(TrainingProgress)]
+        return TrainingProgress(**{name: saved[name] for name in names})
 
-PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
+    def to_state(self) -> dict[str, int]:
+        """Return the progress as it is stored in state.json."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """What a run is."""
+    """Description of a run. The field names but `config` are keys of state.json."""
 
     config: RunConfig
+    """Resolved configuration, stored in run.json"""
     identity: dict[str, Any]
-    """the tokenizer's name, vocab_size and fingerprint"""
+    """Tokenizer: tokenizer_name, tokenizer_vocab_size, tokenizer_fingerprint"""
     topology: dict[str, Any] = field(default_factory=dict)
-    """ranks, expert_parallel_size, zero_stage, precision"""
+    """Parallelism: ranks, expert_parallel_size, zero_stage, precision"""
     global_batch_size: int = 0
+    """Samples of all ranks in an optimizer step"""
     iterations: int = 0
-    """of the whole run"""
+    """Length of the full run in optimizer steps"""
     data: dict[str, Any] = field(default_factory=dict)
-    """by prefix: sizes of .bin and .idx, SHA-256 of the sidecar"""
+    """Data files by prefix, see `describe_data`"""
 
     @staticmethod
     def of(
@@ -53,9 +70,11 @@ class RunMetadata:
         global_batch_size: int = 0,
         iterations: int = 0,
     ) -> RunMetadata:
+        """Describe the current run."""
         identity = {
-            f"tokenizer_{n}": getattr(tokenizer, n)
-            for n in ("name", "vocab_size", "fingerprint")
+            "tokenizer_name": tokenizer.name,
+            "tokenizer_vocab_size": tokenizer.vocab_size,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
         }
         topology = {
             "ranks": groups.world_size,
@@ -64,62 +83,58 @@ class RunMetadata:
             "precision": config.optimizer.precision,
         }
         return RunMetadata(
-            config, identity, topology, global_batch_size, iterations, describe_data(config)
+            config=config,
+            identity=identity,
+            topology=topology,
+            global_batch_size=global_batch_size,
+            iterations=iterations,
+            data=describe_data(config),
         )
 
-    def state(self) -> dict[str, Any]:
-        """What state.json says of the run; the configuration is in run.json."""
-        content = {
-            f: getattr(self, f)
-            for f in ("identity", "topology", "global_batch_size", "iterations", "data")
-        }
-        return {
-            **content,
-            "versions": versions(),
-            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
+    def to_state(self) -> dict[str, Any]:
+        """Return the entries of state.json that describe the run; the config is in run.json."""
+        state = {name: getattr(self, name) for name in _STATE_FIELDS}
+        state["versions"] = package_versions()
+        state["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        return state
 
     @staticmethod
     def from_state(config: RunConfig, state: dict[str, Any]) -> RunMetadata:
-        """The inverse of `state`."""
-        return RunMetadata(
-            config,
-            *(
-                state[f]
-                for f in ("identity", "topology", "global_batch_size", "iterations", "data")
-            ),
-        )
+        """Restore the metadata from the content of run.json and state.json."""
+        return RunMetadata(config, **{name: state[name] for name in _STATE_FIELDS})
 
 
 @functools.cache
-def versions() -> dict[str, str]:
-    """Of this program, Python and the packages that results depend on."""
-    return {
-        "moe-megatron": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
-    }
+def package_versions() -> dict[str, str]:
+    """Return the versions of this program, Python and the packages that results depend on."""
+    versions = {"moe-megatron": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        versions[name] = metadata.version(name)
+    return versions
 
 
 def describe_data(config: RunConfig) -> dict[str, Any]:
-    """By prefix of the run's shards: the sizes of .bin and .idx, and the SHA-256 of the sidecar, if there is one."""
+    """Describe the data files of a run, so that changed files are noticed when it resumes.
+
+    Returns:
+        By prefix: bin_bytes and idx_bytes, and sidecar_sha256 if there is a sidecar. Files that
+        do not exist have no entry.
+    """
     described = {}
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        for _, prefix in parse_blend(getattr(config.data, name), f"--{name.replace('_', '-')}"):
-            files = {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
-            entry = {
-                f"{kind}_bytes": files[kind].stat().st_size
-                for kind in ("bin", "idx")
-                if files[kind].is_file()
-            }
-            if files["json"].is_file():
-                entry["sidecar_sha256"] = file_sha256(files["json"])
-            described[prefix] = entry
+    for name in _DATA_FLAGS:
+        flag = "--" + name.replace("_", "-")
+        for _, prefix in parse_blend(getattr(config.data, name), flag):
+            described[prefix] = _describe_dataset(prefix)
     return described
 
 
-def progress_of(state: dict[str, Any]) -> TrainingProgress:
-    """The progress that state.json tells."""
-    return TrainingProgress(
-        **{name: state["progress"][name] for name in asdict(TrainingProgress())}
-    )
+def _describe_dataset(prefix: str) -> dict[str, Any]:
+    description: dict[str, Any] = {}
+    for suffix in ("bin", "idx"):
+        file = Path(f"{prefix}.{suffix}")
+        if file.is_file():
+            description[f"{suffix}_bytes"] = file.stat().st_size
+    sidecar = Path(f"{prefix}.json")
+    if sidecar.is_file():
+        description["sidecar_sha256"] = file_sha256(sidecar)
+    return description

@@ -1,11 +1,13 @@
-"""Tensors on disk: safetensors files written piece by piece, and ranges of whole tensors read from pieces.
+"""Tensors of a checkpoint: rank files of shards, their index, and reading ranges of full tensors.
 
-A *piece* is a contiguous range of a flattened tensor. Whatever ZeRO stage and expert-parallel size wrote a checkpoint,
-each rank's part of a tensor is one piece of it, so a run of any other topology can read the ranges it needs.
+A *shard* is a contiguous range of a flattened tensor. Whatever ZeRO stage and expert-parallel size
+wrote a checkpoint, each rank's part of a tensor is one shard of it, so a run of any other topology
+can read the ranges that it needs.
 
     index.json   {"tensors": {name: {"shape": [...], "pieces": [[rank, start, length], ...]}},
                   "kinds": ["weight", "exp_avg", "exp_avg_sq"], "buffers": [name, ...]}
-    rank_00003.safetensors   "<kind>/<name>" 1-D pieces; in rank 0's also "buffer/<name>", whole; "rng/<device>"
+    rank_00003.safetensors   "<state key>/<name>": 1-D shards; "rng/<device>"; in rank 0's file also
+                             "buffer/<name>": full buffers
 """
 
 from __future__ import annotations
@@ -14,158 +16,230 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.io.safetensors_writer import BY_NAME, SafetensorsWriter, TensorSpec, read_header
+from megatron.io.safetensors_writer import (
+    TORCH_DTYPES,
+    SafetensorsWriter,
+    TensorSpec,
+    read_header,
+)
+from megatron.io.sha256 import FileDigest
 
-SLICE = 1 << 20  # elements of a tensor that is read in slices
+SLICE_ELEMENTS = 1 << 20
+"""Elements that `CheckpointReader.slices` holds in memory"""
 
 
-def shard_name(rank: int) -> str:
-    """File of a rank's pieces."""
+class ShardRange(NamedTuple):
+    """A range of a flattened tensor that a rank's file holds."""
+
+    name: str
+    """Name of the tensor"""
+    start: int
+    """First element in the flattened full tensor"""
+    length: int
+    """Number of elements"""
+
+
+def rank_file_name(rank: int) -> str:
+    """Return the name of the file with a rank's shards."""
     return f"rank_{rank:05d}.safetensors"
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint's folder, whole or in ranges. What is read is ordinary memory, never a mapped file.
+    """Reads full tensors of a checkpoint, or ranges of them, into ordinary memory.
+
+    Files are read rather than mapped: a mapped file could change later.
 
     Args:
-        path: the folder; its files were checked against the manifest.
+        path: Directory of the checkpoint, whose files were verified.
 
     Raises:
-        OSError: a file ends too early, or is not there any more.
+        OSError: A file ends too early or is missing; also raised by the methods.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
-        self.kinds: list[str] = index["kinds"]
-        self.shapes: dict[str, tuple[int, ...]] = {
-            n: tuple(t["shape"]) for n, t in index["tensors"].items()
-        }
+        self.state_keys: list[str] = index["kinds"]
+        """What is stored of every parameter: weight, exp_avg, exp_avg_sq"""
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Shapes of the full parameters, by name"""
         self.buffers: list[str] = index["buffers"]
-        self._pieces = {n: t["pieces"] for n, t in index["tensors"].items()}
+        """Names of the model's buffers"""
+        self._shards: dict[str, list[list[int]]] = {}
+        for name, tensor in index["tensors"].items():
+            self.shapes[name] = tuple(tensor["shape"])
+            self._shards[name] = tensor["pieces"]
         self._headers: dict[int, tuple[dict[str, dict], int]] = {}
 
-    def read(self, kind: str, name: str, start: int = 0, length: int | None = None) -> Tensor:
-        """Elements `start` to `start + length` of a flattened tensor, 1-D; by default all.
+    def read(
+        self, state_key: str, name: str, start: int = 0, length: int | None = None
+    ) -> Tensor:
+        """Read elements `start` to `start + length` of a flattened tensor, by default all of it.
 
         Args:
-            kind: weight, exp_avg, exp_avg_sq.
+            state_key: weight, exp_avg or exp_avg_sq.
+
+        Returns:
+            A 1-D tensor [length] in the stored dtype.
         """
         total = math.prod(self.shapes[name])
-        length = total - start if length is None else length
-        assert start >= 0 and start + length <= total, f"{name} has {total} elements"
-        out, end = None, start
-        for rank, first, size in self._pieces[name]:
-            low, high = max(start, first), min(start + length, first + size)
-            if low < high:
-                if low != end:
-                    break
-                end = high
-                part = self._range(rank, f"{kind}/{name}", low - first, high - low)
-                if out is None:
-                    out = part if len(part) == length else part.new_empty(length)
-                if out is not part:
-                    out[low - start : high - start] = part
-        if end != start + length:
-            raise ValueError(f"{self.path / 'index.json'}: no file has element {end} of {name}")
-        return torch.empty(0) if out is None else out
+        if length is None:
+            length = total - start
+        stop = start + length
+        assert start >= 0 and stop <= total, f"{name} has {total} elements"
+        key = f"{state_key}/{name}"
+        overlaps = self._overlaps(name, start, stop)
+        if not overlaps:
+            return torch.empty(0)
+        if len(overlaps) == 1:
+            rank, offset, size = overlaps[0]
+            return self._read_range(rank, key, offset, size)
+        out = torch.empty(length, dtype=self.dtype(state_key, name))
+        position = 0
+        for rank, offset, size in overlaps:
+            out[position : position + size] = self._read_range(rank, key, offset, size)
+            position += size
+        return out
 
-    def slices(self, kind: str, name: str) -> Iterator[Tensor]:
-        """A flattened tensor in consecutive ranges, so that it need not be in memory whole."""
+    def _overlaps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Find where elements `start` to `stop` of a flattened tensor are stored.
+
+        Returns:
+            (rank, offset inside its shard, number of elements) of consecutive ranges.
+        """
+        overlaps = []
+        position = start
+        for rank, shard_start, shard_length in self._shards[name]:
+            low = max(start, shard_start)
+            high = min(stop, shard_start + shard_length)
+            if low >= high:
+                continue
+            if low != position:
+                break
+            overlaps.append((rank, low - shard_start, high - low))
+            position = high
+        if position != stop:
+            raise ValueError(
+                f"{self.path / 'index.json'}: no file has element {position} of {name}"
+            )
+        return overlaps
+
+    def slices(self, state_key: str, name: str) -> Iterator[Tensor]:
+        """Yield a flattened tensor in consecutive slices, so that it need not fit in memory."""
         total = math.prod(self.shapes[name])
-        for start in range(0, total, SLICE):
-            yield self.read(kind, name, start, min(SLICE, total - start))
+        for start in range(0, total, SLICE_ELEMENTS):
+            yield self.read(state_key, name, start, min(SLICE_ELEMENTS, total - start))
 
-    def dtype(self, kind: str, name: str) -> torch.dtype:
-        """As which a tensor is stored; float32 if it has no elements."""
-        pieces = self._pieces[name]
-        return (
-            BY_NAME[self._header(pieces[0][0])[0][f"{kind}/{name}"]["dtype"]]
-            if pieces
-            else torch.float32
-        )
+    def dtype(self, state_key: str, name: str) -> torch.dtype:
+        """Return the stored dtype of a tensor; float32 for a tensor without elements."""
+        shards = self._shards[name]
+        if not shards:
+            return torch.float32
+        first_rank = shards[0][0]
+        header, _ = self._header(first_rank)
+        return TORCH_DTYPES[header[f"{state_key}/{name}"]["dtype"]]
 
-    def num_pieces(self, name: str) -> int:
-        """Of a tensor."""
-        return len(self._pieces[name])
+    def num_shards(self, name: str) -> int:
+        """Return the number of shards that a tensor is stored in."""
+        return len(self._shards[name])
 
-    def buffer_entry(self, name: str) -> TensorSpec:
-        """What a buffer is."""
-        stored = self._header(0)[0][f"buffer/{name}"]
-        return TensorSpec(name, BY_NAME[stored["dtype"]], tuple(stored["shape"]))
+    def buffer_spec(self, name: str) -> TensorSpec:
+        """Return dtype and shape of a buffer."""
+        header, _ = self._header(0)
+        stored = header[f"buffer/{name}"]
+        return TensorSpec(name, TORCH_DTYPES[stored["dtype"]], tuple(stored["shape"]))
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer of the model, whole."""
-        shape = self.buffer_entry(name).shape
-        return self._range(0, f"buffer/{name}", 0, math.prod(shape)).reshape(shape)
+        """Read a buffer of the model, in its full shape."""
+        shape = self.buffer_spec(name).shape
+        return self._read_range(0, f"buffer/{name}", 0, math.prod(shape)).reshape(shape)
 
     def rng(self, rank: int) -> dict[str, Tensor]:
-        """Random states of a rank, by device."""
+        """Read the random states of a rank, by device."""
         header, _ = self._header(rank)
-        names = [name for name in header if name.startswith("rng/")]
-        return {
-            n.removeprefix("rng/"): self._range(rank, n, 0, header[n]["shape"][0])
-            for n in names
-        }
+        states = {}
+        for key, stored in header.items():
+            if key.startswith("rng/"):
+                state = self._read_range(rank, key, 0, stored["shape"][0])
+                states[key.removeprefix("rng/")] = state
+        return states
 
     def _header(self, rank: int) -> tuple[dict[str, dict], int]:
         if rank not in self._headers:
-            self._headers[rank] = read_header(self.path / shard_name(rank))
+            self._headers[rank] = read_header(self.path / rank_file_name(rank))
         return self._headers[rank]
 
-    def _range(self, rank: int, name: str, first: int, length: int) -> Tensor:
-        header, data = self._header(rank)
-        dtype = BY_NAME[header[name]["dtype"]]
-        where = data + header[name]["data_offsets"][0] + first * dtype.itemsize
-        path = self.path / shard_name(rank)
-        raw = np.fromfile(path, np.uint8, length * dtype.itemsize, offset=where)
-        if len(raw) < length * dtype.itemsize:
-            raise OSError(f"{path} ends inside {name}: it is damaged, or was changed meanwhile")
-        return torch.from_numpy(raw).view(dtype) if length else torch.empty(0, dtype=dtype)
+    def _read_range(self, rank: int, key: str, start: int, length: int) -> Tensor:
+        """Read `length` elements from element `start` of a tensor of a rank's file."""
+        header, data_offset = self._header(rank)
+        dtype = TORCH_DTYPES[header[key]["dtype"]]
+        if length == 0:
+            return torch.empty(0, dtype=dtype)
+        nbytes = length * dtype.itemsize
+        offset = data_offset + header[key]["data_offsets"][0] + start * dtype.itemsize
+        path = self.path / rank_file_name(rank)
+        raw = np.fromfile(path, np.uint8, nbytes, offset=offset)
+        if len(raw) < nbytes:
+            raise OSError(f"{path} ends inside {key}: it is damaged, or was changed while read")
+        return torch.from_numpy(raw).view(dtype)
 
 
 def make_index(
-    pieces: Sequence[Sequence[tuple[str, int, int]]],
+    shards: Sequence[Sequence[ShardRange]],
     shapes: dict[str, tuple[int, ...]],
-    kinds: Sequence[str],
+    state_keys: Sequence[str],
     buffers: Sequence[str],
 ) -> dict:
-    """Content of index.json.
+    """Return the content of index.json.
 
     Args:
-        pieces: by rank, (tensor, start, length) of each of its pieces.
+        shards: The shards of every rank, in order of ranks.
+        shapes: Shapes of the full parameters, by name.
+        state_keys: What is stored of every parameter.
+        buffers: Names of the buffers in the file of rank 0.
     """
     tensors = {name: {"shape": list(shape), "pieces": []} for name, shape in shapes.items()}
-    for rank, owned in enumerate(pieces):
-        for name, start, length in owned:
+    for rank, rank_shards in enumerate(shards):
+        for name, start, length in rank_shards:
             tensors[name]["pieces"].append([rank, start, length])
     for name, tensor in tensors.items():
         tensor["pieces"].sort(key=lambda piece: piece[1])
-        end = 0
-        for _, start, length in tensor["pieces"]:
-            assert start == end, (
-                f"the ranks' pieces of {name} overlap or leave a gap at element {end}"
-            )
-            end += length
-        assert end == math.prod(tensor["shape"]), (
-            f"the ranks have {end} elements of {name}, {tensor['shape']}"
+        _require_partition(name, tensor)
+    return {"tensors": tensors, "kinds": list(state_keys), "buffers": list(buffers)}
+
+
+def _require_partition(name: str, tensor: dict) -> None:
+    """Assert that the shards of a tensor hold each of its elements exactly once."""
+    stop = 0
+    for _, start, length in tensor["pieces"]:
+        assert start == stop, (
+            f"the ranks' shards of {name} overlap or leave a gap at element {stop}"
         )
-    return {"tensors": tensors, "kinds": list(kinds), "buffers": list(buffers)}
+        stop += length
+    assert stop == math.prod(tensor["shape"]), (
+        f"the ranks have {stop} elements of {name}, {tensor['shape']}"
+    )
 
 
 def write_tensors(
     path: str | Path,
-    entries: Sequence[TensorSpec],
+    specs: Sequence[TensorSpec],
     get: Callable[[str], Tensor],
     metadata: dict[str, str] | None = None,
-) -> tuple[int, str]:
-    """Write a safetensors file whose tensors are asked for one after the other; returns its (bytes, SHA-256)."""
-    with SafetensorsWriter(path, entries, metadata) as writer:
-        for entry in writer.entries:
-            writer.write(get(entry.name))
+) -> FileDigest:
+    """Write a safetensors file, requesting its tensors one at a time.
+
+    Args:
+        get: Returns the tensor of a name.
+        metadata: Strings for the header.
+    """
+    with SafetensorsWriter(path, specs, metadata) as writer:
+        for spec in writer.specs:
+            writer.write(get(spec.name))
         return writer.finish()

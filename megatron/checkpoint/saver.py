@@ -1,7 +1,8 @@
-"""Saving: each rank writes its pieces of the run's state, beside the training if asked to, and rank 0 publishes them.
+"""Save checkpoints: each rank writes its shards, optionally in the background; rank 0 commits.
 
-A checkpoint is complete or not there: megatron.checkpoint.directory. What a rank writes is safetensors, the rest is JSON:
-megatron.checkpoint.reader. Loading is megatron.checkpoint.loader.
+A checkpoint is either complete or absent, see megatron.checkpoint.directory. Ranks write
+safetensors files, everything else is JSON, see megatron.checkpoint.reader. Loading is in
+megatron.checkpoint.loader.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import shutil
 import socket
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,318 +20,375 @@ from torch import Tensor
 
 from megatron.checkpoint import directory
 from megatron.checkpoint.loader import LoadedCheckpoint
+from megatron.checkpoint.manifest import write_with_digest
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
-from megatron.checkpoint.reader import make_index, shard_name, write_tensors
-from megatron.config.checkpoint import CheckpointConfig
+from megatron.checkpoint.reader import (
+    ShardRange,
+    make_index,
+    rank_file_name,
+    write_tensors,
+)
+from megatron.config.checkpoints import CheckpointConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import ZeroShards
 from megatron.io.atomic_write import fsync_directory
+from megatron.io.disk_space import require_disk_space
 from megatron.io.safetensors_writer import TensorSpec, in_file_order
+from megatron.io.sha256 import FileDigest
 from megatron.io.staging_dir import StagingDir, StagingDirLocked, lock_holder
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_rank0
 
-ALIGNMENT = 64
+_ALIGNMENT = 64
+"""Bytes to which tensors in the staging buffer are aligned"""
 
 
 class Checkpointer:
-    """The checkpoints of a run. A context manager: nobody else may write to the folder until it is left.
+    """Context manager that writes the checkpoints of a run and locks their directory.
 
     Args:
-        options: --save and what belongs to it; without --save nothing is ever written.
-        record: what every checkpoint says of the run.
-        source: the checkpoint that the run began with, if any. Those that were found damaged on the way to it do not
-            count for --keep-last.
+        options: --save and the flags that belong to it; without --save nothing is written.
+        metadata: Description of the run for every checkpoint.
+        loaded: The checkpoint that the run started from, if any. Checkpoints that were found
+            corrupt before it do not count for --keep-last.
 
     Raises:
-        ValueError: another run writes its checkpoints to the folder, or the folder has those of a run that this one
-            does not go on from, or the optimizer's state cannot be saved.
-        OSError: the folder cannot be written.
+        ValueError: Another run writes to the directory, or it has checkpoints of a run that this
+            one does not continue, or the optimizer state cannot be saved.
+        OSError: The directory cannot be written.
     """
 
     def __init__(
         self,
         options: CheckpointConfig,
         engine: Engine,
-        record: RunMetadata,
+        metadata: RunMetadata,
         groups: Groups,
-        source: LoadedCheckpoint | None = None,
+        loaded: LoadedCheckpoint | None = None,
     ):
-        self.options, self.engine, self.record, self.groups = options, engine, record, groups
-        self.folder = Path(options.save)
-        goes_on = source.goes_on if source else None
-        self.newest = str(goes_on) if goes_on else ""
+        self.options = options
+        self.engine = engine
+        self.metadata = metadata
+        self.groups = groups
+        self.directory = Path(options.save)
         self.failures = 0
-        """checkpoints that could not be written"""
-        self._damaged = {path.name for path in source.damaged} if source else set()
-        self._pending: _Pending | None = None
-        self._must = True
-        self._memory = PinnedStagingBuffer(groups.device)
-        self._work: StagingDir | None = None
+        """Number of checkpoints that could not be written"""
+        self._last_saved = ""
+        self._corrupt: set[str] = set()
+        continued_from = None
+        if loaded is not None:
+            self._corrupt = {path.name for path in loaded.corrupt}
+            continued_from = loaded.continued_from
+        if continued_from is not None:
+            self._last_saved = str(continued_from)
+        self._pending: _PendingSave | None = None
+        self._must_succeed = True
+        self._staging_buffer = PinnedStagingBuffer(groups.device)
+        self._staging_dir: StagingDir | None = None
         if options.save:
-            engine.partitions().check()  # what cannot be saved is to be known now, not at the first save
-            broadcast_from_rank0(lambda: self._open(goes_on), groups)
+            engine.partitions().check()  # fail now rather than at the first save
+            broadcast_from_rank0(partial(self._open_directory, continued_from), groups)
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A rank that fails does not wait for its writing, which ends with the process, as the lock does.
-        if self._work is not None and not (self._pending and self._pending.job.is_running):
-            self._work.release()
+        if self._staging_dir is None:
+            return
+        # A failing rank does not wait for its background write. The thread ends with the
+        # process, and so does the lock, which must be held as long as it writes.
+        if self._pending is None or not self._pending.task.is_running:
+            self._staging_dir.release()
 
-    def _open(self, goes_on: Path | None) -> None:
-        """On rank 0: take the folder, and remove what a killed run left half done."""
-        there = directory.list_checkpoints(self.folder)[0]
-        if there and (goes_on is None or goes_on.resolve().parent != self.folder.resolve()):
+    def _open_directory(self, continued_from: Path | None) -> None:
+        """Lock the directory and remove the leftovers of a killed run. Runs on rank 0."""
+        entries, _ = directory.list_checkpoints(self.directory)
+        if entries and not self._is_own_directory(continued_from):
             raise ValueError(
-                f"--save is {self.options.save!r}, which has {there[0][0].name}; allowed: a folder "
-                "without checkpoints, or the one that the run goes on from. Add --load, or choose another"
+                f"--save is {self.options.save!r}, which has {entries[0].path.name}; allowed: a "
+                "directory without checkpoints, or that of the run that continues. Add --load, "
+                "or choose another directory"
             )
+        prefix = str(self.directory / "checkpoint")
         try:
-            self._work = StagingDir(self.folder / "checkpoint")
+            self._staging_dir = StagingDir(prefix)
         except StagingDirLocked:
-            other = lock_holder(str(self.folder / "checkpoint"))
             raise ValueError(
-                f"--save is {self.options.save!r}, to which another run writes, {other}; wait for it, or "
-                "choose another folder"
+                f"--save is {self.options.save!r}, to which another run writes, "
+                f"{lock_holder(prefix)}; wait for it, or choose another directory"
             ) from None
-        fsync_directory(self.folder.resolve().parent)
-        for half in self._work.path.glob("iter_*"):
-            shutil.rmtree(half)
-        directory.remove_stale(self.folder)
+        fsync_directory(self.directory.resolve().parent)
+        for unfinished in self._staging_dir.path.glob("iter_*"):
+            shutil.rmtree(unfinished)
+        directory.remove_stale(self.directory)
+
+    def _is_own_directory(self, continued_from: Path | None) -> bool:
+        if continued_from is None:
+            return False
+        return continued_from.resolve().parent == self.directory.resolve()
 
     @property
-    def writing(self) -> bool:
-        """Whether a checkpoint has been begun and not yet been published."""
+    def is_writing(self) -> bool:
+        """Whether a checkpoint was begun and is not committed yet."""
         return self._pending is not None
 
     def last_saved_message(self) -> str:
-        """For messages: the newest checkpoint that this run wrote or started from."""
-        return (
-            f"the last good checkpoint is {self.newest}"
-            if self.newest
-            else "no checkpoint was saved"
-        )
+        """Describe the newest checkpoint that this run wrote or started from, for messages."""
+        if not self._last_saved:
+            return "no checkpoint was saved"
+        return f"the last good checkpoint is {self._last_saved}"
 
     def save(self, progress: TrainingProgress, last: bool = False) -> None:
-        """Write a checkpoint; with --async-save return as soon as the state is copied.
+        """Write a checkpoint; with --async-save, return as soon as the state is copied.
 
         Args:
-            last: of the run, which cannot go on without it.
+            last: Whether it is the last checkpoint of the run, which must not be lost.
 
         Raises:
-            OSError: it cannot be written, on every rank; with --on-save-error continue that is logged instead, unless
-                it is the last.
+            OSError: It cannot be written; raised on every rank. With --on-save-error continue
+                the error is logged instead, unless it is the last checkpoint.
         """
         self.finish()
-        self._must = last or self.options.on_save_error == "stop"
+        self._must_succeed = last or self.options.on_save_error == "stop"
         started = time.monotonic()
         try:
             self._pending = self._begin(progress)
         except OSError as error:
-            self._failed(error)
+            self._handle_failure(error)
             return
-        self._pending.job.start()
-        if self.options.async_save:
-            get_logger().info(
-                "copied the state of iteration %d in %.2f s; writing goes on beside the training",
-                progress.iteration,
-                time.monotonic() - started,
-            )
-        else:
+        self._pending.task.start()
+        if not self.options.async_save:
             self.finish()
+            return
+        get_logger().info(
+            "copied the state of iteration %d in %.2f s; it is written in the background",
+            progress.iteration,
+            time.monotonic() - started,
+        )
 
     def poll(self) -> None:
-        """Once per step, on all ranks: see to a checkpoint that is being written. Raises as `save` does."""
-        if self._pending is not None and not self._pending.job.running_on_any_rank(self.groups):
+        """Advance a save in the background; call it on all ranks after every step.
+
+        Raises like `save`.
+        """
+        if self._pending is None:
+            return
+        if not self._pending.task.running_on_any_rank(self.groups):
             self._advance()
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is being written. Raises as `save` does."""
+        """Wait until a save in the background is committed. Raises like `save`."""
         while self._pending is not None:
-            self._pending.job.wait_for_all(self.groups)
+            self._pending.task.wait_for_all(self.groups)
             self._advance()
 
-    def _begin(self, progress: TrainingProgress) -> _Pending:
-        parts = self.engine.partitions()
-        tensors = self._tensors(parts)
-        entries = in_file_order(
-            [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-        )
-        size = sum(e.nbytes for e in entries)
-        owned = [(p.name, p.start, p.length) for p in parts.pieces] if self._owns(parts) else []
-        told = all_gather_objects((owned, size), self.groups)
-        partial = Path(
-            broadcast_from_rank0(
-                lambda: str(self._prepare(progress, sum(size for _, size in told))), self.groups
-            )
-        )
-        layout = self.engine.layout
-        texts = {}
+    def _begin(self, progress: TrainingProgress) -> _PendingSave:
+        """Prepare a save on all ranks: check for space, make the index, copy the state."""
+        zero_shards = self.engine.partitions()
+        tensors = self._local_tensors(zero_shards)
+        specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+        specs = in_file_order(specs)
+        nbytes = sum(spec.nbytes for spec in specs)
+        ranges = []
+        if self._writes_shards(zero_shards):
+            ranges = [ShardRange(s.name, s.start, s.length) for s in zero_shards.shards]
+        all_ranges_and_nbytes = all_gather_objects((ranges, nbytes), self.groups)
+        total_nbytes = sum(nbytes for _, nbytes in all_ranges_and_nbytes)
+        prepare = partial(self._prepare_directory, progress.iteration, total_nbytes)
+        unfinished = Path(broadcast_from_rank0(prepare, self.groups))
+        json_files = {}
         if self.groups.is_rank0:
-            index = make_index(
-                [pieces for pieces, _ in told], layout.shapes, parts.kinds(), layout.buffers
-            )
-            state = {
-                **self.record.state(),
-                "progress": asdict(progress),
-                "optimizer": {
-                    "steps": parts.steps,
-                    "counters": self.engine.counters(),
-                    "scaler": parts.scaler(),
-                },
-            }
-            texts = {
-                "run.json": json.dumps(self.record.config.to_dict(), indent=2),
-                "state.json": json.dumps(state, indent=1),
-                "index.json": json.dumps(index),
-            }
+            all_ranges = [ranges for ranges, _ in all_ranges_and_nbytes]
+            json_files = self._json_files(progress, zero_shards, all_ranges)
         if self.options.async_save:
-            tensors = self._memory.copy(tensors, entries)
-        name = shard_name(self.groups.rank)
-        job = BackgroundTask(
-            f"writing {partial / name}", lambda: _write(partial, name, entries, tensors)
+            tensors = self._staging_buffer.copy(tensors, specs)
+        rank_file = rank_file_name(self.groups.rank)
+        task = BackgroundTask(
+            f"writing {unfinished / rank_file}",
+            partial(_write_rank_file, unfinished, rank_file, specs, tensors),
         )
-        return _Pending(partial, progress.iteration, name, texts, job)
+        return _PendingSave(unfinished, progress.iteration, rank_file, json_files, task)
 
-    def _owns(self, parts: ZeroShards) -> bool:
-        """Whether this rank's pieces are to be written: of what all ranks have, only rank 0's."""
-        return self.groups.is_rank0 or not parts.replicated
+    def _writes_shards(self, zero_shards: ZeroShards) -> bool:
+        """Return whether this rank writes its shards: replicated ones are written by rank 0."""
+        return self.groups.is_rank0 or not zero_shards.replicated
 
-    def _tensors(self, parts: ZeroShards) -> dict[str, Tensor]:
-        """What this rank writes, by name in its file."""
-        tensors = {f"rng/{device}": state for device, state in rng.get_state().items()}
-        if self._owns(parts):
-            tensors |= {
-                f"{kind}/{p.name}": parts.get(p, kind)
-                for kind in parts.kinds()
-                for p in parts.pieces
-            }
+    def _local_tensors(self, zero_shards: ZeroShards) -> dict[str, Tensor]:
+        """Return the tensors of this rank's file by their names in it."""
+        tensors = {}
+        for device, state in rng.get_state().items():
+            tensors[f"rng/{device}"] = state
+        if self._writes_shards(zero_shards):
+            for state_key in zero_shards.state_keys():
+                for shard in zero_shards.shards:
+                    tensors[f"{state_key}/{shard.name}"] = zero_shards.get(shard, state_key)
         if self.groups.is_rank0:
             buffers = dict(self.engine.model.named_buffers())
-            tensors |= {f"buffer/{name}": buffers[name] for name in self.engine.layout.buffers}
+            for name in self.engine.layout.buffers:
+                tensors[f"buffer/{name}"] = buffers[name]
         return tensors
 
-    def _prepare(self, progress: TrainingProgress, size: int) -> Path:
-        """On rank 0: room on the disk, and an empty folder."""
-        partial = self._work.path / directory.checkpoint_name(progress.iteration)
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            raise OSError(
-                f"the checkpoint of iteration {progress.iteration} takes {size / 1e6:,.1f} MB, but "
-                f"{self.folder} has {free / 1e6:,.1f} MB free. Free some space, lower --keep-last, or save "
-                "elsewhere"
-            )
-        partial.mkdir()
-        return partial
+    def _json_files(
+        self,
+        progress: TrainingProgress,
+        zero_shards: ZeroShards,
+        all_ranges: list[list[ShardRange]],
+    ) -> dict[str, str]:
+        """Return the text of the JSON files, as of now, by name."""
+        layout = self.engine.layout
+        index = make_index(all_ranges, layout.shapes, zero_shards.state_keys(), layout.buffers)
+        state = self.metadata.to_state()
+        state["progress"] = progress.to_state()
+        state["optimizer"] = {
+            "steps": zero_shards.steps,
+            "counters": self.engine.counters(),
+            "scaler": zero_shards.loss_scaler_state(),
+        }
+        return {
+            "run.json": json.dumps(self.metadata.config.to_dict(), indent=2),
+            "state.json": json.dumps(state, indent=1),
+            "index.json": json.dumps(index),
+        }
+
+    def _prepare_directory(self, iteration: int, nbytes: int) -> str:
+        """Check for space on the disk and make an empty staging directory. Runs on rank 0."""
+        assert self._staging_dir is not None
+        unfinished = self._staging_dir.path / directory.checkpoint_name(iteration)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        require_disk_space(
+            self.directory / directory.checkpoint_name(iteration),
+            nbytes,
+            "Free some space, lower --keep-last, or save elsewhere",
+        )
+        unfinished.mkdir()
+        return str(unfinished)
 
     def _advance(self) -> None:
-        """On all ranks, when none is busy any more: when each has written rank 0 publishes, and then all are told."""
-        now = self._pending
-        results = all_gather_objects((now.name, now.job.result, now.job.error), self.groups)
-        errors = [error for _, _, error in results if error]
+        """Take the next step of a save, on all ranks, when no rank's task is running.
+
+        After all ranks have written their files, rank 0 commits; then the save is complete.
+        """
+        pending = self._pending
+        assert pending is not None
+        answer = (pending.rank_file, pending.task.result, pending.task.error)
+        answers = all_gather_objects(answer, self.groups)
+        errors = [error for _, _, error in answers if error]
         if errors:
             self._pending = None
             if self.groups.is_rank0:
-                shutil.rmtree(now.partial, ignore_errors=True)
-            self._failed(OSError(errors[0]))
-        elif not now.publishing:
-            files = {name: result for name, result, _ in results}
-            now.publishing, now.job = (
-                True,
-                BackgroundTask(f"publishing {now.partial}", lambda: self._publish(now, files)),
+                shutil.rmtree(pending.unfinished, ignore_errors=True)
+            self._handle_failure(OSError(errors[0]))
+        elif pending.is_committing:
+            self._pending = None
+            _, self._last_saved, _ = answers[0]
+        else:
+            files = {name: digest for name, digest, _ in answers}
+            pending.is_committing = True
+            pending.task = BackgroundTask(
+                f"committing {pending.unfinished}", partial(self._commit, pending, files)
             )
             if self.groups.is_rank0:
-                now.job.start()
-        else:
-            self._pending, self.newest = None, results[0][1]
+                pending.task.start()
 
-    def _publish(self, pending: _Pending, files: dict[str, tuple[int, str]]) -> str:
-        """On rank 0; returns where the checkpoint is."""
-        for name, text in pending.texts.items():
-            files[name] = directory.write_text(pending.partial / name, text + "\n")
+    def _commit(self, pending: _PendingSave, files: dict[str, FileDigest]) -> str:
+        """Commit a checkpoint whose rank files are written, and return its path.
+
+        Runs on rank 0, in the background.
+        """
+        for name, text in pending.json_files.items():
+            files[name] = write_with_digest(pending.unfinished / name, text + "\n")
         target = directory.commit_checkpoint(
-            pending.partial, self.folder, pending.iteration, files
+            pending.unfinished, self.directory, pending.iteration, files
         )
-        self._damaged -= {target.name}
+        self._corrupt.discard(target.name)
         get_logger().info(
             "saved %s: %.1f MB in %.1f s",
             target,
-            sum(size for size, _ in files.values()) / 1e6,
+            sum(digest.nbytes for digest in files.values()) / 1e6,
             time.monotonic() - pending.started,
         )
-        gone = directory.apply_retention(
-            self.folder, self.options.keep_last, self.options.keep_every, self._damaged
+        deleted = directory.apply_retention(
+            self.directory, self.options.keep_last, self.options.keep_every, self._corrupt
         )
-        if gone:
-            get_logger().info("deleted %s, as --keep-last says", ", ".join(gone))
+        if deleted:
+            get_logger().info("deleted %s, as --keep-last requires", ", ".join(deleted))
         return str(target)
 
-    def _failed(self, error: OSError) -> None:
-        """What --on-save-error says; every rank has the same error here."""
+    def _handle_failure(self, error: OSError) -> None:
+        """Raise or log the error of a save, as --on-save-error sets; equal on all ranks."""
         self.failures += 1
-        if self._must:
+        if self._must_succeed:
             raise OSError(f"{error}; {self.last_saved_message()}") from None
         get_logger().error(
-            "%s. The training goes on, as --on-save-error says; %s",
+            "%s. The training continues, as --on-save-error sets; %s",
             error,
             self.last_saved_message(),
         )
 
 
 @dataclass
-class _Pending:
-    """A checkpoint that has been begun: first every rank has a job, to write its file, then rank 0, to publish."""
+class _PendingSave:
+    """A save that was begun: first every rank writes its file, then rank 0 commits."""
 
-    partial: Path
+    unfinished: Path
+    """Staging directory of the checkpoint"""
     iteration: int
-    name: str
-    """of this rank's file"""
-    texts: dict[str, str]
-    """rank 0's small files"""
-    job: BackgroundTask
-    publishing: bool = False
+    rank_file: str
+    """Name of this rank's file"""
+    json_files: dict[str, str]
+    """Text of the JSON files by name; empty on ranks other than 0"""
+    task: BackgroundTask
+    """The current work of this rank"""
+    is_committing: bool = False
     started: float = field(default_factory=time.monotonic)
 
 
-def _write(
-    partial: Path, name: str, entries: list[TensorSpec], tensors: dict[str, Tensor]
-) -> tuple[int, str]:
-    """Write a rank's file and sync it to the disk; its bytes and SHA-256."""
-    if not partial.is_dir():
+def _write_rank_file(
+    unfinished: Path, name: str, specs: list[TensorSpec], tensors: dict[str, Tensor]
+) -> FileDigest:
+    """Write a rank's file and sync it to the disk."""
+    if not unfinished.is_dir():
         raise OSError(
-            f"{partial}, which rank 0 made, is not there on {socket.gethostname()}; allowed for --save: a "
-            "folder that all nodes see"
+            f"{unfinished}, which rank 0 made, does not exist on {socket.gethostname()}; allowed "
+            "for --save: a directory that all nodes see"
         )
-    result = write_tensors(partial / name, entries, tensors.__getitem__, {"format": "pt"})
-    fsync_directory(partial)
-    return result
+    digest = write_tensors(unfinished / name, specs, tensors.__getitem__, {"format": "pt"})
+    fsync_directory(unfinished)
+    return digest
 
 
 class PinnedStagingBuffer:
-    """Where the state is copied to before it is written beside the training: kept from one checkpoint to the next."""
+    """Host memory for the copy of the state that is written in the background.
+
+    It is reused from one checkpoint to the next, and page-locked when the state is on a GPU.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self._bytes = device, torch.empty(0, dtype=torch.uint8)
+        self.device = device
+        self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, tensors: dict[str, Tensor], entries: list[TensorSpec]) -> dict[str, Tensor]:
-        """The same tensors on the host, as they are now."""
-        places, end = {}, 0
-        for e in entries:
-            places[e.name], end = end, end + -(-e.nbytes // ALIGNMENT) * ALIGNMENT
-        if len(self._bytes) < end:
-            self._bytes = torch.empty(
-                end, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-            )
+    def copy(self, tensors: dict[str, Tensor], specs: list[TensorSpec]) -> dict[str, Tensor]:
+        """Copy tensors to the host; the copies are complete when this returns.
+
+        They are valid until the next call.
+        """
+        is_cuda = self.device.type == "cuda"
+        offsets = {}
+        total_bytes = 0
+        for spec in specs:
+            offsets[spec.name] = total_bytes
+            total_bytes += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if len(self._bytes) < total_bytes:
+            self._bytes = torch.empty(total_bytes, dtype=torch.uint8, pin_memory=is_cuda)
         copies = {}
-        for e in entries:
-            place = self._bytes[places[e.name] : places[e.name] + e.nbytes]
-            copies[e.name] = place.view(e.dtype).view(e.shape)
-            copies[e.name].copy_(tensors[e.name], non_blocking=True)
-        if self.device.type == "cuda":
+        for spec in specs:
+            start = offsets[spec.name]
+            raw = self._bytes[start : start + spec.nbytes]
+            copy = raw.view(spec.dtype).view(spec.shape)
+            copy.copy_(tensors[spec.name], non_blocking=True)
+            copies[spec.name] = copy
+        if is_cuda:
             torch.cuda.current_stream(self.device).synchronize()
         return copies

@@ -1,275 +1,300 @@
-"""Which part of every tensor this rank's optimizer holds, whatever ZeRO stage holds it (DeepSpeed 0.19.8).
+"""Shards of the optimizer state on this rank, at any ZeRO stage (DeepSpeed 0.19.8).
 
-ZeRO 1 and 2 flatten the parameters of a group into one buffer and give each rank a contiguous share of it; ZeRO 3 gives
-each rank a contiguous share of every parameter; stage 0 gives everything to every rank. So a rank's part of a parameter
-is always one range of the flattened parameter, and with sharded experts (consecutive ones on a rank) one range of the
-flattened stack of all experts.
+ZeRO 1 and 2 flatten the parameters of a group into one buffer and give each rank a contiguous part
+of it; ZeRO 3 gives each rank a contiguous part of every parameter; stage 0 gives everything to
+every rank. So a rank's part of a parameter is always one range of the flattened parameter. With
+sharded experts, consecutive ones on a rank, it is one range of the flattened stack of all experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron.config.schema import require
-from megatron.engine.optimizer import MOMENTS
+from megatron.config.fields import require
 from megatron.moe.metrics import moe_layers
 from megatron.parallel.groups import Groups
 
-STATE_KEYS = ("weight", *MOMENTS)
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
+STATE_KEYS = ("weight", *MOMENT_KEYS)
+_LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
 class GlobalLayout:
-    """Whole shapes of a model's tensors. To be made of a finished model, before the engine gets it.
-
-    Attributes:
-        shapes: of all trained parameters, with all experts.
-        first: the element of the whole tensor at which this rank's parameter starts: not 0 for sharded experts.
-        buffers: names of the buffers that are part of the model's state, alike on all ranks.
-    """
+    """Full shapes of a model's tensors. Made from a finished model, before the engine is built."""
 
     shapes: dict[str, tuple[int, ...]]
-    first: dict[str, int]
+    """Shapes of all trained parameters, with the experts of all ranks"""
+    global_offset: dict[str, int]
+    """Element of the flattened full tensor at which this rank's parameter starts; it is not 0
+    for sharded experts"""
     buffers: tuple[str, ...]
+    """Names of the buffers in the model's state, which are equal on all ranks"""
 
     @staticmethod
     def of(model: nn.Module, groups: Groups) -> GlobalLayout:
-        experts = {id(p) for layer in moe_layers(model) for p in layer.experts.parameters()}
-        shapes, first = {}, {}
+        """Return the layout of a model whose experts are sharded over the ranks of a group."""
+        sharded = set()
+        for layer in moe_layers(model):
+            sharded.update(id(p) for p in layer.experts.parameters())
+        shapes = {}
+        global_offset = {}
         for name, p in model.named_parameters():
             assert p.requires_grad, (
-                f"{name} is not trained; checkpoints know trained parameters and buffers"
+                f"{name} is frozen; checkpoints store only trained parameters and buffers"
             )
-            sharded = id(p) in experts
-            shapes[name] = (
-                (p.shape[0] * groups.ep_size, *p.shape[1:]) if sharded else tuple(p.shape)
-            )
-            first[name] = groups.ep_rank * p.numel() if sharded else 0
-        parameters = set(shapes)
-        return GlobalLayout(
-            shapes, first, tuple(n for n in model.state_dict() if n not in parameters)
-        )
+            if id(p) in sharded:
+                shapes[name] = (p.shape[0] * groups.ep_size, *p.shape[1:])
+                global_offset[name] = groups.ep_rank * p.numel()
+            else:
+                shapes[name] = tuple(p.shape)
+                global_offset[name] = 0
+        buffers = tuple(name for name in model.state_dict() if name not in shapes)
+        return GlobalLayout(shapes, global_offset, buffers)
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A contiguous range of a flattened parameter, of which this rank's optimizer has the fp32 copy and the moments."""
+    """A contiguous range of a flattened parameter whose optimizer state is on this rank."""
 
     name: str
+    """Name of the parameter"""
     start: int
-    """its first element in the whole tensor"""
+    """First element of the shard in the flattened full tensor"""
     weight: Tensor
-    """1-D view of the fp32 copy, which loading may write to"""
-    owner: Tensor
-    """the tensor that torch's optimizer knows: `weight` is a part of it"""
+    """1-D view of the fp32 weights; loading may write to it"""
+    flat_buffer: Tensor
+    """The tensor that torch's optimizer updates, which contains `weight`"""
     offset: int
-    """where in the flattened `owner`"""
+    """First element of the shard in the flattened `flat_buffer`"""
     model: Tensor
-    """1-D view of the same range of what the forward pass uses, in its dtype"""
+    """1-D view of the same elements of the parameter of the forward pass, in its dtype"""
 
     @property
     def length(self) -> int:
+        """Number of elements."""
         return self.weight.numel()
 
 
 class ZeroShards:
-    """The optimizer's state on this rank, by piece.
+    """The shards of the optimizer state on this rank.
 
     Args:
-        engine: DeepSpeed's.
-        layout: of its model.
+        engine: DeepSpeed's engine.
+        layout: Layout of its model.
 
     Raises:
-        ValueError: the optimizer's state is on NVMe, which this cannot read.
+        ValueError: An option of DeepSpeed keeps the state where it cannot be read.
     """
 
     def __init__(self, engine: Any, layout: GlobalLayout):
-        self.zero, self.stage = engine.optimizer, engine.zero_optimization_stage()
-        # At stage 0 in fp32 DeepSpeed uses torch's optimizer as it is.
-        self.torch = (
-            self.zero if isinstance(self.zero, torch.optim.Optimizer) else self.zero.optimizer
-        )
+        self.layout = layout
+        self.stage = engine.zero_optimization_stage()
+        self.zero_optimizer = engine.optimizer
+        # At stage 0 in fp32 DeepSpeed uses torch's optimizer without a wrapper.
+        self.torch_optimizer = self.zero_optimizer
+        if not isinstance(self.zero_optimizer, torch.optim.Optimizer):
+            self.torch_optimizer = self.zero_optimizer.optimizer
+        self._require_supported_options()
+        self.replicated = self.stage == 0
+        """Whether every rank holds all shards"""
+        parameters = []
+        for name, p in engine.module.named_parameters():
+            if name in layout.shapes:
+                parameters.append((name, p))
+        find_shards = {0: self._stage_0, 3: self._stage_3}.get(self.stage, self._stage_1_or_2)
+        self.shards = [shard for shard in find_shards(parameters) if shard.length]
+
+    def _require_supported_options(self) -> None:
+        advice = "Change it in the file of --deepspeed_config."
         require(
-            not getattr(self.zero, "swap_optimizer", False),
+            not getattr(self.zero_optimizer, "swap_optimizer", False),
             "offload_optimizer.device",
             "nvme",
             "none or cpu, with --save and --load",
-            "Change it in the file of --deepspeed_config.",
+            advice,
         )
-        # DeepSpeed 0.19.8 then says wrongly where in its buffer a parameter is.
+        # With this option DeepSpeed 0.19.8 reports wrong positions of parameters in its buffer.
         require(
-            not getattr(self.zero, "round_robin_gradients", False),
+            not getattr(self.zero_optimizer, "round_robin_gradients", False),
             "zero_optimization.round_robin_gradients",
             True,
             "false, with --save and --load",
-            "Change it in the file of --deepspeed_config.",
+            advice,
         )
-        self.replicated = self.stage == 0
-        named = [(n, p) for n, p in engine.module.named_parameters() if n in layout.shapes]
-        find = (
-            self._stage_3 if self.stage == 3 else self._flattened if self.stage else self._whole
-        )
-        self.pieces = [
-            TensorShard(name, layout.first[name] + start, weight, owner, offset, model)
-            for name, start, weight, owner, offset, model in find(named)
-            if weight.numel()
-        ]
 
-    def _flattened(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
-        for name, p in named:
-            fragment = p._hp_mapping
-            if fragment is not None:
-                owner = self.torch.param_groups[fragment.param_group_index]["params"][0]
-                offset, start = (
-                    fragment.hp_fragment_address.start,
-                    fragment.lp_fragment_address.start,
-                )
-                weight = owner.detach().view(-1)[
-                    offset : offset + fragment.hp_fragment_address.numel
-                ]
-                yield (
-                    name,
-                    start,
-                    weight,
-                    owner,
-                    offset,
-                    p.detach().view(-1)[start : start + weight.numel()],
-                )
-
-    def _stage_3(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
-        for name, p in named:
-            group, offset, size = self.zero.grad_position[self.zero.get_param_id(p)]
-            owner = self.zero.fp32_partitioned_groups_flat[group]
-            start = p.ds_zero_partition_rank * size
-            size = max(0, min(size, p.ds_numel - start))  # the last rank's share is padded
-            yield (
-                name,
-                start,
-                owner.detach().view(-1)[offset : offset + size],
-                owner,
-                offset,
-                p.ds_tensor[:size],
-            )
-
-    def _whole(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple]:
-        owners = {id(p): p for _, p in named}
-        if self.zero is not self.torch:  # fp16 and bf16
-            owners = {
-                id(low): high
-                for lows, highs in zip(
-                    self.zero.fp16_groups, self.zero.fp32_groups, strict=True
-                )
-                for low, high in zip(lows, highs, strict=True)
-            }
-        for name, p in named:
-            yield (
-                name,
-                0,
-                owners[id(p)].detach().view(-1),
-                owners[id(p)],
-                0,
-                p.detach().view(-1),
-            )
-
-    def check(self) -> None:
-        """Whether the pieces are what they are said to be, by their values: to be asked when a run begins.
-
-        Raises:
-            ValueError: an option of DeepSpeed's lays out its memory in another way than is known here.
-        """
-        for piece in () if self.replicated else self.pieces:
-            low = piece.weight.to(piece.model.device, piece.model.dtype)
-            if not torch.equal(low, piece.model.detach()) and not low.isnan().any():
-                raise ValueError(
-                    f"the optimizer's copy of {piece.name} is not that parameter's; allowed with --save "
-                    "and --load: options that do not move parameters around. Remove those of "
-                    "zero_optimization in --deepspeed_config one by one"
-                )
-
-    def moment(self, piece: TensorShard, kind: str) -> Tensor:
-        """1-D view of a moment of a piece.
+    def _shard(
+        self, name: str, start: int, flat_buffer: Tensor, offset: int, model: Tensor
+    ) -> TensorShard:
+        """Return a shard.
 
         Args:
-            kind: exp_avg or exp_avg_sq.
+            start: Its first element in the flattened parameter of this rank.
+            model: Its elements in the parameter of the forward pass.
         """
-        return self.torch.state[piece.owner][kind].view(-1)[
-            piece.offset : piece.offset + piece.length
-        ]
+        return TensorShard(
+            name=name,
+            start=self.layout.global_offset[name] + start,
+            weight=flat_buffer.detach().view(-1)[offset : offset + model.numel()],
+            flat_buffer=flat_buffer,
+            offset=offset,
+            model=model,
+        )
+
+    def _stage_1_or_2(
+        self, parameters: list[tuple[str, nn.Parameter]]
+    ) -> Iterator[TensorShard]:
+        for name, p in parameters:
+            fragment = p._hp_mapping
+            if fragment is None:  # no element of this parameter is on this rank
+                continue
+            group = self.torch_optimizer.param_groups[fragment.param_group_index]
+            flat_buffer = group["params"][0]
+            offset = fragment.hp_fragment_address.start
+            length = fragment.hp_fragment_address.numel
+            start = fragment.lp_fragment_address.start
+            model = p.detach().view(-1)[start : start + length]
+            yield self._shard(name, start, flat_buffer, offset, model)
+
+    def _stage_3(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[TensorShard]:
+        for name, p in parameters:
+            parameter_id = self.zero_optimizer.get_param_id(p)
+            group, offset, partition_size = self.zero_optimizer.grad_position[parameter_id]
+            flat_buffer = self.zero_optimizer.fp32_partitioned_groups_flat[group]
+            start = p.ds_zero_partition_rank * partition_size
+            # The partition of the last rank is padded.
+            length = max(0, min(partition_size, p.ds_numel - start))
+            yield self._shard(name, start, flat_buffer, offset, p.ds_tensor[:length])
+
+    def _stage_0(self, parameters: list[tuple[str, nn.Parameter]]) -> Iterator[TensorShard]:
+        fp32_weights = {id(p): p for _, p in parameters}
+        if self.zero_optimizer is not self.torch_optimizer:  # fp16 and bf16
+            groups = zip(
+                self.zero_optimizer.fp16_groups, self.zero_optimizer.fp32_groups, strict=True
+            )
+            fp32_weights = {}
+            for low_precision_group, fp32_group in groups:
+                for low_precision, fp32 in zip(low_precision_group, fp32_group, strict=True):
+                    fp32_weights[id(low_precision)] = fp32
+        for name, p in parameters:
+            yield self._shard(name, 0, fp32_weights[id(p)], 0, p.detach().view(-1))
+
+    def check(self) -> None:
+        """Compare the fp32 weights of all shards with the model's parameters.
+
+        Call it when a run starts: it finds a wrong layout before anything is saved.
+
+        Raises:
+            ValueError: An option of DeepSpeed lays out its buffers in an unknown way.
+        """
+        if self.replicated:
+            return
+        for shard in self.shards:
+            rounded = shard.weight.to(shard.model.device, shard.model.dtype)
+            if not torch.equal(rounded, shard.model.detach()) and not rounded.isnan().any():
+                raise ValueError(
+                    f"the optimizer's copy of {shard.name} is not that parameter's; allowed with "
+                    "--save and --load: options that do not move parameters around. Remove those "
+                    "of zero_optimization in --deepspeed_config one by one"
+                )
+
+    def get(self, shard: TensorShard, state_key: str) -> Tensor:
+        """Return a 1-D view of the fp32 weights or of a moment of a shard.
+
+        Args:
+            state_key: weight, exp_avg or exp_avg_sq.
+        """
+        if state_key == "weight":
+            return shard.weight
+        moment = self.torch_optimizer.state[shard.flat_buffer][state_key].view(-1)
+        return moment[shard.offset : shard.offset + shard.length]
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that were taken; 0: there are no moments yet."""
-        counts = {
-            int(state["step"])
-            for owner in self._owners()
-            if (state := self.torch.state.get(owner))
-        }
+        """Number of optimizer steps that were taken; 0 as long as there are no moments."""
+        counts = set()
+        for buffer in self._flat_buffers():
+            state = self.torch_optimizer.state.get(buffer)
+            if state:
+                counts.add(int(state["step"]))
         assert len(counts) <= 1, f"the optimizer's groups have taken {counts} steps"
-        return counts.pop() if counts else 0
+        if not counts:
+            return 0
+        return counts.pop()
 
-    def start_moments(self, steps: int) -> None:
-        """Give every parameter moments of zero, to be filled, and a count of steps of its own."""
-        for owner in self._owners():
-            # A tensor for each: ZeRO 3's universal checkpoint shares one, which then counts once for every group.
-            self.torch.state[owner] = {
-                "step": torch.tensor(float(steps), device=owner.device),
-                **{kind: torch.zeros_like(owner) for kind in MOMENTS},
-            }
+    def initialize_moments(self, steps: int) -> None:
+        """Give every parameter zero moments, to be filled, and a step count."""
+        for buffer in self._flat_buffers():
+            # One tensor each: if groups shared the tensor, as after ZeRO 3's universal
+            # checkpoint, every group would advance it in each step.
+            state = {"step": torch.tensor(float(steps), device=buffer.device)}
+            for key in MOMENT_KEYS:
+                state[key] = torch.zeros_like(buffer)
+            self.torch_optimizer.state[buffer] = state
 
-    def _owners(self) -> list[Tensor]:
-        if (
-            self.stage == 3
-        ):  # torch's optimizer gets to know them one after the other, in each step
-            return self.zero.fp32_partitioned_groups_flat
-        return [p for group in self.torch.param_groups for p in group["params"]]
+    def _flat_buffers(self) -> list[Tensor]:
+        if self.stage == 3:
+            # ZeRO 3 passes its buffers to torch's optimizer one at a time, in each step.
+            return self.zero_optimizer.fp32_partitioned_groups_flat
+        buffers = []
+        for group in self.torch_optimizer.param_groups:
+            buffers += group["params"]
+        return buffers
 
-    def kinds(self) -> tuple[str, ...]:
-        """What there is to save of each piece."""
-        return STATE_KEYS if self.steps else STATE_KEYS[:1]
+    def state_keys(self) -> tuple[str, ...]:
+        """Return what there is to save of each shard: weights, and moments after the first step."""
+        if self.steps:
+            return STATE_KEYS
+        return ("weight",)
 
-    def get(self, piece: TensorShard, kind: str) -> Tensor:
-        """1-D view of the fp32 weight or a moment of a piece."""
-        return piece.weight if kind == "weight" else self.moment(piece, kind)
+    def loss_scaler_state(self) -> dict[str, float]:
+        """Return the state of fp16's dynamic loss scale; empty in other precisions."""
+        scaler = self._dynamic_loss_scaler()
+        names = [name for name in _LOSS_SCALER_FIELDS if hasattr(scaler, name)]
+        return {name: getattr(scaler, name) for name in names}
 
-    def scaler(self) -> dict[str, float]:
-        """State of fp16's dynamic loss scale; empty in other precisions."""
-        scaler = self._dynamic_scaler()
-        return {n: getattr(scaler, n) for n in SCALER if hasattr(scaler, n)}
-
-    def set_scaler(self, state: dict[str, float]) -> None:
-        """Restore what `scaler` returned, if this run has a dynamic loss scale, too."""
-        scaler = self._dynamic_scaler()
-        for name in SCALER:
-            if scaler is not None and name in state:
+    def set_loss_scaler_state(self, state: dict[str, float]) -> None:
+        """Restore the state of the dynamic loss scale, if this run also has one."""
+        scaler = self._dynamic_loss_scaler()
+        if scaler is None:
+            return
+        for name in _LOSS_SCALER_FIELDS:
+            if name in state:
                 setattr(scaler, name, state[name])
 
-    def _dynamic_scaler(self) -> Any:
-        """ZeRO has an object for it, stage 0 keeps the numbers in its configuration."""
-        scaler = getattr(self.zero, "loss_scaler", None) or getattr(
-            self.zero, "loss_scale_config", None
-        )
-        dynamic = getattr(scaler, "dynamic", False) or getattr(
-            scaler, "dynamic_loss_scale", False
-        )
-        return scaler if dynamic else None
+    def _dynamic_loss_scaler(self) -> Any:
+        """Return the object with the loss scale's fields: ZeRO has a loss scaler, stage 0 keeps
+        them in its configuration; None if there is no dynamic loss scale."""
+        scaler = getattr(self.zero_optimizer, "loss_scaler", None)
+        if scaler is None:
+            scaler = getattr(self.zero_optimizer, "loss_scale_config", None)
+        for flag in ("dynamic", "dynamic_loss_scale"):
+            if getattr(scaler, flag, False):
+                return scaler
+        return None
 
 
-def load_weights(model: nn.Module, layout: GlobalLayout, read: Any, buffer: Any) -> None:
-    """Fill a finished model, which the engine has not got yet: its own experts, everything else whole.
+def load_weights(
+    model: nn.Module,
+    layout: GlobalLayout,
+    read: Callable[[str, int, int], Tensor],
+    buffer: Callable[[str], Tensor],
+) -> None:
+    """Fill a finished model, before the engine is built, with this rank's part of the weights.
 
     Args:
-        read: (name, start, length) -> 1-D tensor; `Shards.read` of kind weight.
-        buffer: name -> tensor.
+        read: Returns a 1-D range of a flattened full weight, by (name, start, length).
+        buffer: Returns a buffer by name.
     """
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(read(name, layout.first[name], p.numel()).view(p.shape))
+            values = read(name, layout.global_offset[name], p.numel())
+            p.copy_(values.view(p.shape))
         state = model.state_dict()
         for name in layout.buffers:
             state[name].copy_(buffer(name))

@@ -1,4 +1,4 @@
-"""One folder of whole tensors from a checkpoint: its values, its files, its memory, its errors."""
+"""Consolidated checkpoints: values, files, choice of the checkpoint, memory and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from helpers import engines, handmade
 from megatron.checkpoint import consolidate as c
 from megatron.checkpoint import directory, reader
-from megatron.config.run_json import read_run_json
+from megatron.checkpoint.manifest import CorruptCheckpointError, read_manifest
+from megatron.config import cli
 from megatron.io.safetensors_writer import TensorSpec
 from megatron.model.builder import build_model
 from megatron.parallel.groups import Groups
@@ -37,7 +38,7 @@ BUFFERS = {
 
 @pytest.fixture
 def made(tmp_path):
-    """(checkpoint, its tensors)."""
+    """Return (checkpoint, its tensors)."""
     tensors = handmade.weights(**SHAPES)
     return handmade.checkpoint(tmp_path / "save", tensors, 3, buffers=BUFFERS), tensors
 
@@ -45,13 +46,14 @@ def made(tmp_path):
 def consolidate(
     source: Path, output: Path, progress=lambda written: None, **options
 ) -> dict[str, torch.Tensor]:
-    """All tensors of the model's files."""
-    path, manifest, _ = c.find_valid_checkpoint(source)
-    c.consolidate(path, manifest, output, c.ConsolidateOptions(**options), progress)
+    """Consolidate a checkpoint and return all tensors of the model's files."""
+    found = c.find_verified_checkpoint(source)
+    c.consolidate(found, output, c.ConsolidateOptions(**options), progress)
     return contents(output)
 
 
 def contents(output: Path, stem: str = "model") -> dict[str, torch.Tensor]:
+    """Return all tensors in the files of a stem."""
     tensors = {}
     for path in sorted(output.glob(f"{stem}*.safetensors")):
         tensors |= load_file(path)
@@ -69,7 +71,10 @@ def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.fixture(scope="module")
 def trained(request, tmp_path_factory):
-    """By (ranks, experts shared by, ZeRO stage): folder of a checkpoint after three steps, the loss of the fourth."""
+    """Return checkpoints after three steps, by (ranks, expert-parallel size, ZeRO stage).
+
+    The values are (directory, config, loss of the fourth step).
+    """
     made = {}
     for ranks, ep_size, stage in ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 2, 1)):
         folder = tmp_path_factory.mktemp("trained")
@@ -79,17 +84,17 @@ def trained(request, tmp_path_factory):
     return made
 
 
-def test_every_topology_has_one_result(trained, tmp_path):
-    """Bit for bit what the checkpoint holds, and the same as on one rank but for the order of sums."""
+def test_result_is_equal_for_every_topology(trained, tmp_path):
+    """It has the bits of the checkpoint, and one rank's values but for the order of sums."""
     first = None
     for i, (folder, _, _) in enumerate(trained.values()):
         found = consolidate(folder, tmp_path / str(i))
-        whole = engines.full_tensors(folder)
+        stored = engines.whole(folder)
         check_equal(
             found,
             {
                 name.split("/", 1)[1]: tensor
-                for name, tensor in whole.items()
+                for name, tensor in stored.items()
                 if name.startswith(("weight/", "buffer/"))
             },
         )
@@ -100,10 +105,10 @@ def test_every_topology_has_one_result(trained, tmp_path):
 
 
 @pytest.mark.parametrize("topology", [(1, 1, 1), (4, 2, 1), (2, 2, 3)])
-def test_a_model_with_the_result_has_the_runs_loss(topology, trained, tmp_path):
+def test_model_with_result_has_same_loss(topology, trained, tmp_path):
     folder, config, expected = trained[topology]
     tensors = consolidate(folder, tmp_path / "out")
-    config = read_run_json(tmp_path / "out/run.json")
+    config = cli.read_run_json(tmp_path / "out/run.json")
     model = build_model(
         config.model, config.moe, config.gate_options, vocab_size=61, seed=99, groups=Groups()
     )
@@ -116,14 +121,14 @@ def test_a_model_with_the_result_has_the_runs_loss(topology, trained, tmp_path):
     assert sum(losses) / len(losses) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("slice_", [1, 7, 1 << 20])
-def test_slices_join(slice_, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "SLICE", slice_)
+@pytest.mark.parametrize("elements", [1, 7, 1 << 20])
+def test_slices_of_any_size_are_joined(elements, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "SLICE_ELEMENTS", elements)
     check_equal(consolidate(made[0], tmp_path / "out"), made[1] | BUFFERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_parameters_are_cast_and_buffers_are_not(dtype, made, tmp_path):
+def test_only_parameters_are_cast(dtype, made, tmp_path):
     found = consolidate(made[0], tmp_path / "out", dtype=dtype)
     check_equal(found, {name: t.to(dtype) for name, t in made[1].items()} | BUFFERS)
 
@@ -134,14 +139,14 @@ def test_moments_are_never_cast(made, tmp_path):
     check_equal(
         contents(tmp_path / "out", "optimizer"),
         {
-            f"{kind}/{name}": t * factor
-            for kind, factor in (("exp_avg", 10.0), ("exp_avg_sq", 100.0))
+            f"{key}/{name}": t * factor
+            for key, factor in (("exp_avg", 10.0), ("exp_avg_sq", 100.0))
             for name, t in made[1].items()
         },
     )
 
 
-def test_a_weight_too_large_for_the_type_is_named(tmp_path):
+def test_weight_too_large_for_dtype_is_named(tmp_path):
     tensors = {
         "a.weight": torch.tensor([1.0, -7e4]),
         "b.weight": torch.tensor([float("inf"), float("nan"), 1.0]),
@@ -159,7 +164,7 @@ def test_a_weight_too_large_for_the_type_is_named(tmp_path):
         ValueError, match=r"bfloat16 holds values up to 3.3895e\+38, .* 3.4e\+38. Use float32$"
     ):
         consolidate(source, tmp_path / "out", dtype=torch.bfloat16)
-    del tensors["a.weight"]  # what is not finite already is not made worse
+    del tensors["a.weight"]  # values that are not finite before may be cast
     consolidate(
         handmade.checkpoint(tmp_path / "other", tensors), tmp_path / "out", dtype=torch.float16
     )
@@ -169,8 +174,8 @@ def test_a_weight_too_large_for_the_type_is_named(tmp_path):
 # Files
 
 
-def test_files_are_split_as_asked(made, tmp_path):
-    """embed 31 * 4 * 4 = 496 bytes, experts 480, norm 28, buffers 8 + 8 + 1."""
+def test_files_are_split_by_size(made, tmp_path):
+    """Sizes: embed 31 * 4 * 4 = 496 bytes, experts 480, norm 28, buffers 8 + 8 + 1."""
     check_equal(
         consolidate(made[0], tmp_path / "out", max_shard_bytes=525, optimizer=True),
         made[1] | BUFFERS,
@@ -185,23 +190,24 @@ def test_files_are_split_as_asked(made, tmp_path):
         assert index["metadata"] == {"total_size": total}
         for name, file in index["weight_map"].items():
             with safe_open(tmp_path / "out" / file, "pt") as opened:
-                assert name in opened.keys() and opened.metadata() == {"format": "pt"}  # noqa: SIM118
+                assert name in set(opened.keys())
+                assert opened.metadata() == {"format": "pt"}
         assert index["weight_map"].keys() == contents(tmp_path / "out", stem).keys()
     assert list(index["weight_map"])[0] == "exp_avg/embed.weight"
 
 
 @given(sizes=st.lists(st.integers(0, 10), max_size=12), limit=st.integers(1, 15))
-def test_no_file_is_larger_than_allowed_or_smaller_than_needed(sizes, limit):
-    entries = [TensorSpec(str(i), torch.int8, (size,)) for i, size in enumerate(sizes)]
-    files = c._split(entries, limit)
-    assert [e for file in files for e in file] == entries
-    totals = [sum(e.nbytes for e in file) for file in files]
+def test_files_are_as_full_as_allowed(sizes, limit):
+    specs = [TensorSpec(str(i), torch.int8, (size,)) for i, size in enumerate(sizes)]
+    files = c._split_into_files(specs, limit)
+    assert [spec for file in files for spec in file] == specs
+    totals = [sum(spec.nbytes for spec in file) for file in files]
     assert all(total <= limit or len(file) == 1 for total, file in zip(totals, files))
     assert all(total + file[0].nbytes > limit for total, file in zip(totals, files[1:]))
     assert all(files) or files == [[]]
 
 
-def test_one_file_needs_no_index_and_everything_has_its_hash(made, tmp_path):
+def test_single_file_has_hash_and_no_index(made, tmp_path):
     consolidate(made[0], tmp_path / "out", optimizer=True)
     names = {"model.safetensors", "optimizer.safetensors", "run.json", "consolidated.json"}
     assert set(os.listdir(tmp_path / "out")) == {*names, "SHA256SUMS"}
@@ -216,18 +222,19 @@ def test_one_file_needs_no_index_and_everything_has_its_hash(made, tmp_path):
         and about["dtype"] == "float32"
         and about["optimizer"] is True
     )
-    assert about["manifest_checksum"] == directory.read_manifest(made[0])["checksum"]
+    assert about["manifest_checksum"] == read_manifest(made[0])["checksum"]
     assert about["state"] == json.loads((made[0] / "state.json").read_text())
-    assert read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
-    assert sorted(os.listdir(tmp_path)) == ["out", "save"], "no work folder is left"
+    assert cli.read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
+    assert sorted(os.listdir(tmp_path)) == ["out", "save"], "no staging directory is left"
 
 
 def test_progress_counts_every_byte(made, tmp_path):
-    planned, written, read = [], [], []
-    path, manifest, _ = c.find_valid_checkpoint(made[0], progress=read.append)
+    planned = []
+    written = []
+    read = []
+    found = c.find_verified_checkpoint(made[0], progress=read.append)
     c.consolidate(
-        path,
-        manifest,
+        found,
         tmp_path / "out",
         c.ConsolidateOptions(optimizer=True),
         written.append,
@@ -235,7 +242,7 @@ def test_progress_counts_every_byte(made, tmp_path):
     )
     assert planned == [sum(written)] == [3 * (496 + 480 + 28) + 17]
     assert sum(read) == sum(
-        p.stat().st_size for p in path.iterdir() if p.name != "manifest.json"
+        p.stat().st_size for p in found.path.iterdir() if p.name != "manifest.json"
     )
 
 
@@ -244,14 +251,14 @@ def test_progress_counts_every_byte(made, tmp_path):
     unit=st.sampled_from(["", "B", "kb", "KB", "MB", "GB", "TB", "KiB", "MiB", "gib"]),
     space=st.sampled_from(["", " "]),
 )
-def test_sizes(number, unit, space):
+def test_sizes_are_parsed(number, unit, space):
     base = 1024 if "i" in unit else 1000
     power = " kmgt".index(unit[0].lower()) if unit[:1].lower() in tuple("kmgt") else 0
     assert c.parse_size(f"{number}{space}{unit}") == number * base**power
 
 
 @pytest.mark.parametrize("text", ["", "GB", "5 potatoes", "-1", "0", "0.1", "1e9", "5GB5"])
-def test_what_is_no_size(text):
+def test_invalid_size_is_refused(text):
     with pytest.raises(
         ValueError,
         match=f"--max-shard-size is '{text}'; allowed: a number of bytes, such as 5GB",
@@ -265,7 +272,7 @@ def test_what_is_no_size(text):
 
 @pytest.fixture
 def several(tmp_path):
-    """A folder of three checkpoints, completed in the order 2, 5, 4."""
+    """Return a directory of three checkpoints, completed in the order 2, 5, 4."""
     for iteration in (2, 5, 4):
         handmade.checkpoint(
             tmp_path / "save", {"a": torch.full((9,), float(iteration))}, iteration=iteration
@@ -273,57 +280,62 @@ def several(tmp_path):
     return tmp_path / "save"
 
 
-def test_the_newest_is_what_was_completed_last(several):
-    assert c.find_valid_checkpoint(several)[0].name == "iter_0000004"
-    assert c.find_valid_checkpoint(several, 5)[0].name == "iter_0000005"
+def test_newest_is_the_last_completed(several):
+    assert c.find_verified_checkpoint(several).path.name == "iter_0000004"
+    assert c.find_verified_checkpoint(several, 5).path.name == "iter_0000005"
     (several / "link").symlink_to(several / "iter_0000002")
-    assert c.find_valid_checkpoint(several / "link")[0] == several / "iter_0000002"
+    assert c.find_verified_checkpoint(several / "link").path == several / "iter_0000002"
 
 
-def test_broken_ones_are_passed_over_and_said(several):
+def test_corrupt_checkpoints_are_passed_over(several):
     handmade.damage(several / "iter_0000004/rank_00001.safetensors")
     (several / "iter_0000002/manifest.json").unlink()
-    path, manifest, passed_over = c.find_valid_checkpoint(several)
-    assert path.name == "iter_0000005" and manifest["iteration"] == 5
-    assert len(passed_over) == 2 and "iter_0000002/manifest.json is missing" in passed_over[0]
-    assert "iter_0000004/rank_00001.safetensors is damaged" in passed_over[1]
+    found = c.find_verified_checkpoint(several)
+    assert found.path.name == "iter_0000005" and found.manifest["iteration"] == 5
+    assert len(found.problems) == 2
+    assert "iter_0000002/manifest.json is missing" in found.problems[0]
+    assert "iter_0000004/rank_00001.safetensors is corrupt" in found.problems[1]
     for step, reason in (
-        (4, "rank_00001.safetensors is damaged"),
+        (4, "rank_00001.safetensors is corrupt"),
         (2, "manifest.json is missing"),
     ):
         with pytest.raises(
-            FileNotFoundError, match=f"no whole checkpoint of iteration {step}: [^;]*{reason}"
+            FileNotFoundError,
+            match=f"no valid checkpoint of iteration {step}, [^;]*: [^;]*{reason}",
         ):
-            c.find_valid_checkpoint(several, step)
-        with pytest.raises(directory.CorruptCheckpointError, match=reason):
-            c.find_valid_checkpoint(several / directory.checkpoint_name(step))
+            c.find_verified_checkpoint(several, step)
+        with pytest.raises(CorruptCheckpointError, match=reason):
+            c.find_verified_checkpoint(several / directory.checkpoint_name(step))
     shutil.rmtree(several / "iter_0000005")
     with pytest.raises(
-        FileNotFoundError, match="has no whole checkpoint: .*missing; .*damaged"
+        FileNotFoundError, match="has no valid checkpoint: .*missing; .*corrupt"
     ):
-        c.find_valid_checkpoint(several)
+        c.find_verified_checkpoint(several)
 
 
-def test_what_is_not_there(several, tmp_path):
+def test_missing_checkpoint_is_an_error(several, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="nowhere is not a folder; allowed: the folder of --save"
+        FileNotFoundError,
+        match="nowhere is not a directory of checkpoints. Give the directory of --save",
     ):
-        c.find_valid_checkpoint(tmp_path / "nowhere")
+        c.find_verified_checkpoint(tmp_path / "nowhere")
     with pytest.raises(
-        FileNotFoundError, match=r"has no whole checkpoint\. Give the folder of --save"
+        FileNotFoundError, match=r"has no valid checkpoint\. Give the directory of --save"
     ):
-        c.find_valid_checkpoint(tmp_path)
+        c.find_verified_checkpoint(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"has no whole checkpoint of iteration 3\. Give"
+        FileNotFoundError,
+        match=r"has no valid checkpoint of iteration 3, .* iterations 2, 4, 5\. Give",
     ):
-        c.find_valid_checkpoint(several, 3)
+        c.find_verified_checkpoint(several, 3)
     with pytest.raises(
-        ValueError, match="--load-step is 5; allowed: only with the folder of the checkpoints"
+        ValueError,
+        match="--load-step is 5; allowed: only with the directory of a run's checkpoints",
     ):
-        c.find_valid_checkpoint(several / "iter_0000005", 5)
+        c.find_verified_checkpoint(several / "iter_0000005", 5)
 
 
-def test_a_checkpoint_without_moments(tmp_path):
+def test_checkpoint_without_moments(tmp_path):
     source = handmade.checkpoint(
         tmp_path / "save", handmade.weights(**SHAPES), iteration=0, moments=False
     )
@@ -335,10 +347,10 @@ def test_a_checkpoint_without_moments(tmp_path):
     assert len(consolidate(source, tmp_path / "out")) == len(SHAPES)
 
 
-# The output folder
+# The output directory
 
 
-def test_an_empty_folder_is_taken_and_parents_are_made(made, tmp_path):
+def test_output_may_be_empty_or_new(made, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
@@ -352,34 +364,36 @@ def test_an_empty_folder_is_taken_and_parents_are_made(made, tmp_path):
     assert (tmp_path / "elsewhere/model.safetensors").exists()
 
 
-def test_what_is_there_is_not_touched(made, tmp_path):
+def test_existing_output_is_refused(made, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("x")
     for name in ("file", "full", "save"):
         with pytest.raises(
-            ValueError, match=f"{name} exists; allowed: a new or an empty folder"
+            ValueError, match=f"{name} exists; allowed: a new or an empty directory"
         ):
             consolidate(made[0], tmp_path / name)
     for output in (tmp_path / "save/iter_0000009", made[0] / "model"):
         with pytest.raises(
-            ValueError, match="belongs to the checkpoints of a run; allowed: any other folder"
+            ValueError,
+            match="belongs to the checkpoints of a run; allowed: any other directory",
         ):
             consolidate(made[0], output)
     assert (tmp_path / "file").read_text() == (tmp_path / "full/file").read_text() == "x"
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "save"]
 
 
-def test_a_full_disk_is_noticed_first(made, tmp_path, monkeypatch):
+def test_disk_space_is_checked_first(made, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
     with pytest.raises(
-        OSError, match=rf"out needs 1.0 MB, the disk of {tmp_path} has 0.0 MB left. Make room"
+        OSError,
+        match=rf"out needs 1.0 MB, but the disk of {tmp_path} has 0.0 MB free. Free some",
     ):
         consolidate(made[0], tmp_path / "new/out")
     assert os.listdir(tmp_path) == ["save"]
 
 
-def test_an_interrupted_program_leaves_nothing_and_a_killed_one_does_not_matter(made, tmp_path):
+def test_interrupted_program_leaves_no_output(made, tmp_path):
     def interrupt(written: int) -> None:
         assert (tmp_path / "out.partial/folder/model.safetensors").exists() and not (
             tmp_path / "out"
@@ -404,13 +418,13 @@ from safetensors.torch import load_file
 from megatron.checkpoint import consolidate as c
 
 def peak():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 def consolidate(name):
-    path, manifest, _ = c.find(Path(name))
-    c.consolidate(path, manifest, name + "/out", c.ConsolidateOptions())
+    c.consolidate(c.find_verified_checkpoint(Path(name)), name + "/out", c.ConsolidateOptions())
 
-consolidate("small")  # what is loaded at first use
+consolidate("small")  # imports that happen at first use
 before = peak()
 consolidate("large")
 ours = peak() - before
@@ -421,7 +435,7 @@ print(ours, peak() - before)
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
-    """24 tensors of 8 MB; the same meter sees the 192 MB of all of them when they are loaded at once."""
+    """There are 24 tensors of 8 MB; loading all 192 MB is seen by the same measurement."""
     tensors = {f"layers.{i}.weight": torch.full((2_000_000,), float(i)) for i in range(24)}
     handmade.checkpoint(tmp_path / "large", tensors, 4, moments=False)
     handmade.checkpoint(tmp_path / "small", {"a": torch.zeros(4)}, 2, moments=False)
@@ -440,7 +454,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     )
 
 
-def test_the_program(several, tmp_path):
+def test_program_passes_over_corrupt_checkpoint(several, tmp_path):
     handmade.damage(several / "iter_0000004/rank_00000.safetensors")
     flags = ("--dtype", "bfloat16", "--optimizer", "--max-shard-size", "1KB")
     done = handmade.run(TOOL, several, tmp_path / "out", *flags)
@@ -449,7 +463,7 @@ def test_the_program(several, tmp_path):
     )
     (warning,) = done.stderr.splitlines()
     assert warning.startswith(
-        f"{TOOL}: warning: {several}/iter_0000004/rank_00000.safetensors is damaged"
+        f"{TOOL}: warning: {several}/iter_0000004/rank_00000.safetensors is corrupt"
     )
     assert warning.endswith("; not used")
     check_equal(contents(tmp_path / "out"), {"a": torch.full((9,), 5.0).bfloat16()})
@@ -460,21 +474,21 @@ def test_the_program(several, tmp_path):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["save", "save"], "save exists; allowed: a new or an empty folder"),
+        (["save", "save"], "save exists; allowed: a new or an empty directory"),
         (["save", "out", "--load-step", "-1"], "--load-step is -1; allowed: 0 or more"),
-        (["save", "out", "--load-step", "9"], "save has no whole checkpoint of iteration 9"),
+        (["save", "out", "--load-step", "9"], "save has no valid checkpoint of iteration 9"),
         (["save", "out", "--max-shard-size", "big"], "--max-shard-size is 'big'"),
-        (["nothing", "out"], "nothing is not a folder"),
+        (["nothing", "out"], "nothing is not a directory"),
     ],
 )
-def test_mistakes_are_one_line(arguments, reason, several, tmp_path):
+def test_user_errors_are_one_line(arguments, reason, several, tmp_path):
     done = handmade.run(TOOL, *arguments, code=2, cwd=tmp_path)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{TOOL}: error: ") and reason in line and done.stdout == ""
     assert os.listdir(tmp_path) == ["save"]
 
 
-def test_no_room_while_writing(tmp_path):
+def test_full_disk_while_writing(tmp_path):
     handmade.checkpoint(tmp_path / "save", {"a": torch.zeros(300_000)})
     done = handmade.program(
         TOOL,
@@ -491,7 +505,7 @@ def test_no_room_while_writing(tmp_path):
     assert os.listdir(tmp_path) == ["save"]
 
 
-def test_no_deepspeed_is_needed(several, tmp_path):
+def test_tool_needs_no_deepspeed(several, tmp_path):
     done = handmade.program(
         TOOL, "save", "out", cwd=tmp_path, before="sys.modules['deepspeed'] = None"
     )

@@ -1,9 +1,10 @@
-"""A folder of checkpoints: publishing, finding, damage, deletion. No engine: the files are a few bytes."""
+"""Directory of checkpoints: commit, finding, damage and retention, with files of a few bytes."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,21 @@ import pytest
 from helpers import engines
 from megatron import log
 from megatron.checkpoint import directory
-from megatron.config.checkpoint import CheckpointConfig
-from megatron.io import sha256
+from megatron.checkpoint.directory import (
+    CheckpointEntry,
+    find_newest_valid,
+    list_checkpoints,
+    read_entry,
+    select_checkpoints,
+)
+from megatron.checkpoint.manifest import (
+    CorruptCheckpointError,
+    check_files,
+    find_problems,
+    manifest_checksum,
+    read_manifest,
+)
+from megatron.io.sha256 import FileDigest, digest_bytes
 
 CONTENT = {
     "run.json": b"{}",
@@ -22,30 +36,60 @@ CONTENT = {
 
 
 def make(folder: Path, iteration: int) -> Path:
+    """Commit a checkpoint of an iteration."""
     partial = folder / "checkpoint.partial" / directory.checkpoint_name(iteration)
     partial.mkdir(parents=True)
     files = {}
     for name, content in CONTENT.items():
         (partial / name).write_bytes(content)
-        files[name] = (len(content), sha256.file_sha256(partial / name))
+        files[name] = digest_bytes(content)
     return directory.commit_checkpoint(partial, folder, iteration, files)
 
 
 def check(path: Path) -> None:
-    manifest = directory.read_manifest(path)
-    directory.check_files(path, manifest["files"], manifest)
+    """Verify all files of a checkpoint."""
+    manifest = read_entry(path).manifest
+    check_files(path, manifest["files"], manifest)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name != "checkpoint.partial")
 
 
-def test_a_published_checkpoint_is_whole_and_the_latest(tmp_path):
+def listed(folder: Path) -> list[int]:
+    """Return the iterations of the checkpoints with a valid manifest, newest first."""
+    return [manifest["iteration"] for _, manifest in list_checkpoints(folder)[0]]
+
+
+def selected(path: Path, step: int = 0) -> list[int]:
+    """Return the iterations of the candidates, in the order of preference."""
+    return [m["iteration"] for _, m in select_checkpoints(path, step).candidates]
+
+
+def verify(entry: CheckpointEntry) -> list[str]:
+    return find_problems(entry.path, entry.manifest)
+
+
+def found(path: Path, step: int = 0) -> directory.ValidCheckpoint:
+    return find_newest_valid(select_checkpoints(path, step), verify)
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+# Commit
+
+
+def test_committed_checkpoint_is_valid_and_latest(tmp_path):
     path = make(tmp_path, 300)
     assert path == tmp_path / "iter_0000300" and check(path) is None
     assert engines.latest(tmp_path) == "iter_0000300" == (tmp_path / "latest").read_text()
     assert names(tmp_path) == ["iter_0000300", "latest"]
-    assert sorted(directory.read_manifest(path)["files"]) == sorted(CONTENT)
+    assert sorted(read_manifest(path)["files"]) == sorted(CONTENT)
 
 
 def test_large_iterations_have_longer_names(tmp_path):
@@ -53,32 +97,29 @@ def test_large_iterations_have_longer_names(tmp_path):
     assert engines.latest(tmp_path) == "iter_12345678"
 
 
-def test_the_newest_is_the_one_completed_last(tmp_path):
-    """After a return to an earlier iteration the abandoned ones have higher numbers."""
+def test_newest_is_the_last_completed(tmp_path):
+    """After a return to an earlier iteration the abandoned checkpoints have higher numbers."""
     for iteration in (100, 200, 300, 150):
         make(tmp_path, iteration)
-    assert [m["iteration"] for _, m in directory.list_checkpoints(tmp_path)[0]] == [
-        150,
-        300,
-        200,
-        100,
-    ]
+    assert listed(tmp_path) == [150, 300, 200, 100]
     assert engines.latest(tmp_path) == "iter_0000150"
 
 
-def test_a_checkpoint_of_the_same_iteration_is_replaced(tmp_path):
+def test_checkpoint_of_same_iteration_is_replaced(tmp_path):
     make(tmp_path, 100)
     old = os.stat(tmp_path / "iter_0000100").st_ino
     make(tmp_path, 100)
     assert os.stat(tmp_path / "iter_0000100").st_ino != old
     assert names(tmp_path) == ["iter_0000100", "latest"]
-    assert directory.read_manifest(tmp_path / "iter_0000100")["serial"] == 2
+    assert read_manifest(tmp_path / "iter_0000100")["serial"] == 2
 
 
 @pytest.mark.parametrize("fails_at", range(1, 15))
-def test_killed_at_any_rename_a_whole_checkpoint_is_found(fails_at, tmp_path, monkeypatch):
-    """Replacing 100 beside 50: whatever was done when the process died, 100 is found, old or new, and the next save
-    works."""
+def test_commit_killed_anywhere_leaves_valid_checkpoint(fails_at, tmp_path, monkeypatch):
+    """A commit that replaces checkpoint 100 is killed at its n-th system call.
+
+    Checkpoint 100 is found, old or new, and the next save works.
+    """
     make(tmp_path, 50)
     make(tmp_path, 100)
     calls = 0
@@ -98,7 +139,7 @@ def test_killed_at_any_rename_a_whole_checkpoint_is_found(fails_at, tmp_path, mo
             (os, "rename"),
             (os, "replace"),
             (os, "fsync"),
-            (directory.shutil, "rmtree"),
+            (shutil, "rmtree"),
         ):
             patch.setattr(module, name, dying(getattr(module, name)))
         try:
@@ -107,20 +148,28 @@ def test_killed_at_any_rename_a_whole_checkpoint_is_found(fails_at, tmp_path, mo
         except KeyboardInterrupt:
             died = True
     assert died == (calls >= fails_at) and calls >= min(fails_at, 11), (
-        "everything that can be interrupted is"
+        "every call that can be interrupted was interrupted"
     )
-    path, manifest = directory.list_checkpoints(tmp_path)[0][0]
+    path, manifest = list_checkpoints(tmp_path)[0][0]
     assert manifest["iteration"] == 100 and check(path) is None
-    directory.shutil.rmtree(tmp_path / "checkpoint.partial/iter_0000100", ignore_errors=True)
+    shutil.rmtree(tmp_path / "checkpoint.partial/iter_0000100", ignore_errors=True)
     directory.remove_stale(tmp_path)
     make(tmp_path, 100)
     assert names(tmp_path) == ["iter_0000050", "iter_0000100", "latest"]
 
 
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
+def test_truncated_file_is_not_committed(tmp_path):
+    partial = tmp_path / "checkpoint.partial/iter_0000007"
+    partial.mkdir(parents=True)
+    (partial / "run.json").write_bytes(b"{")
+    with pytest.raises(
+        OSError, match="run.json has 1 bytes, 2 were written: the file system lost data"
+    ):
+        directory.commit_checkpoint(partial, tmp_path, 7, {"run.json": FileDigest(2, "?")})
+    assert not (tmp_path / "iter_0000007").exists()
+
+
+# Damage
 
 
 @pytest.mark.parametrize("name", CONTENT)
@@ -129,7 +178,7 @@ def flip(path: Path, position: int) -> None:
     [
         (
             lambda p: flip(p, len(p.read_bytes()) // 2),
-            "{} is damaged: its SHA-256 is not the one in manifest.json",
+            "{} is corrupt: its SHA-256 is not the one in manifest.json",
         ),
         (lambda p: p.write_bytes(p.read_bytes()[:-1]), "{} has .* bytes, .* were written"),
         (lambda p: p.unlink(), "{} is missing"),
@@ -138,37 +187,35 @@ def flip(path: Path, position: int) -> None:
 def test_damage_names_the_file(name, damage, message, tmp_path):
     path = make(tmp_path, 7)
     damage(path / name)
-    with pytest.raises(directory.CorruptCheckpointError, match=message.format(name)):
+    with pytest.raises(CorruptCheckpointError, match=message.format(name)):
         check(path)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_unreadable_file_is_named(tmp_path):
     path = make(tmp_path, 7)
     (path / "index.json").unlink()
     (path / "index.json").mkdir()
-    manifest = directory.read_manifest(path)
+    manifest = read_manifest(path)
     size = os.stat(path / "index.json").st_size
     manifest["files"]["index.json"][0] = size
     with pytest.raises(
-        directory.CorruptCheckpointError, match="index.json cannot be read: Is a directory"
+        CorruptCheckpointError, match="index.json cannot be read: Is a directory"
     ):
-        directory.check_files(path, ["index.json"], manifest)
+        check_files(path, ["index.json"], manifest)
 
 
-def test_every_byte_of_the_manifest_counts(tmp_path):
+def test_every_byte_of_manifest_is_checked(tmp_path):
     path = make(tmp_path, 7) / "manifest.json"
     content = path.read_bytes()
     for position in range(len(content)):
         flip(path, position)
         try:
-            manifest = directory.read_manifest(path.parent)
-        except directory.CorruptCheckpointError:
+            manifest = read_entry(path.parent).manifest
+        except CorruptCheckpointError:
             continue
         finally:
             path.write_bytes(content)
-        assert manifest == json.loads(content), (
-            f"byte {position} changed what the manifest says"
-        )
+        assert manifest == json.loads(content), f"byte {position} changed the manifest"
 
 
 @pytest.mark.parametrize(
@@ -181,43 +228,15 @@ def test_every_byte_of_the_manifest_counts(tmp_path):
         ("\udcff", "cannot be read"),
     ],
 )
-def test_broken_manifests(content, message, tmp_path):
+def test_invalid_manifest_is_refused(content, message, tmp_path):
     path = tmp_path / "iter_0000001"
     path.mkdir()
     if content is not None:
         (path / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(directory.CorruptCheckpointError, match=message):
-        directory.read_manifest(path)
-    good, bad = directory.list_checkpoints(tmp_path)
-    assert not good and len(bad) == 1 and "iter_0000001" in bad[0]
-
-
-def test_a_renamed_checkpoint_and_one_of_deepspeed_are_named(tmp_path):
-    make(tmp_path, 1).rename(tmp_path / "iter_0000002")
-    with pytest.raises(
-        directory.CorruptCheckpointError,
-        match="iter_0000002 is the checkpoint of iteration 1 under another name",
-    ):
-        directory.read_manifest(tmp_path / "iter_0000002")
-    other = tmp_path / "iter_0000003"
-    other.mkdir()
-    (other / "mp_rank_00_model_states.pt").touch()
-    with pytest.raises(
-        directory.CorruptCheckpointError,
-        match="has DeepSpeed's own files and no manifest.json: it is of an earlier",
-    ):
-        directory.read_manifest(other)
-
-
-def test_a_file_that_lost_its_end_is_not_published(tmp_path):
-    partial = tmp_path / "checkpoint.partial/iter_0000007"
-    partial.mkdir(parents=True)
-    (partial / "run.json").write_bytes(b"{")
-    with pytest.raises(
-        OSError, match="run.json has 1 bytes, 2 were written: the disk lost what it took"
-    ):
-        directory.commit_checkpoint(partial, tmp_path, 7, {"run.json": (2, "?")})
-    assert not (tmp_path / "iter_0000007").exists()
+    with pytest.raises(CorruptCheckpointError, match=message):
+        read_manifest(path)
+    entries, problems = list_checkpoints(tmp_path)
+    assert not entries and len(problems) == 1 and "iter_0000001" in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -233,17 +252,34 @@ def test_a_file_that_lost_its_end_is_not_published(tmp_path):
         {"files": {"run.json": [1.5, "a"]}},
     ],
 )
-def test_a_manifest_that_somebody_made_up(change, tmp_path):
+def test_malformed_manifest_is_refused(change, tmp_path):
+    """Its checksum is right, so that no accident explains it."""
     path = make(tmp_path, 7) / "manifest.json"
     manifest = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({**manifest, "checksum": directory._checksum(manifest)}))
+    path.write_text(json.dumps({**manifest, "checksum": manifest_checksum(manifest)}))
+    with pytest.raises(CorruptCheckpointError, match="manifest.json is malformed"):
+        read_manifest(path.parent)
+
+
+def test_renamed_and_deepspeed_checkpoints_are_refused(tmp_path):
+    make(tmp_path, 1).rename(tmp_path / "iter_0000002")
     with pytest.raises(
-        directory.CorruptCheckpointError, match="manifest.json says what no manifest says"
+        CorruptCheckpointError,
+        match="iter_0000002 is the checkpoint of iteration 1 under another name",
     ):
-        directory.read_manifest(path.parent)
+        read_entry(tmp_path / "iter_0000002")
+    other = tmp_path / "iter_0000003"
+    other.mkdir()
+    (other / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(
+        CorruptCheckpointError,
+        match="has files of a DeepSpeed checkpoint and no manifest.json: it was written by an "
+        "earlier",
+    ):
+        read_entry(other)
 
 
-def test_one_unreadable_folder_does_not_hide_the_others(tmp_path, monkeypatch):
+def test_unreadable_directory_does_not_hide_others(tmp_path, monkeypatch):
     make(tmp_path, 1)
     make(tmp_path, 2)
     read = directory.read_manifest
@@ -254,17 +290,21 @@ def test_one_unreadable_folder_does_not_hide_the_others(tmp_path, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(directory, "read_manifest", forbidden)
-    good, bad = directory.list_checkpoints(tmp_path)
-    assert [path.name for path, _ in good] == ["iter_0000001"] and "Permission denied" in bad[0]
+    entries, problems = list_checkpoints(tmp_path)
+    assert [path.name for path, _ in entries] == ["iter_0000001"]
+    assert "Permission denied" in problems[0]
 
 
-def test_what_cannot_be_deleted_is_said_and_left(tmp_path, monkeypatch, capsys):
+# Retention
+
+
+def test_undeletable_checkpoint_is_logged_and_left(tmp_path, monkeypatch, capsys):
     log.setup()
     for iteration in (1, 2):
         make(tmp_path, iteration)
     with monkeypatch.context() as patch:
         patch.setattr(
-            directory.shutil,
+            shutil,
             "rmtree",
             lambda path: (_ for _ in ()).throw(OSError(39, "Directory not empty")),
         )
@@ -275,11 +315,12 @@ def test_what_cannot_be_deleted_is_said_and_left(tmp_path, monkeypatch, capsys):
         in capsys.readouterr().out
     )
     (tmp_path / "latest.12.tmp").touch()
+    (tmp_path / ".latest.0123abcd.tmp").touch()
     directory.remove_stale(tmp_path)
     assert names(tmp_path) == ["iter_0000002", "latest"]
 
 
-def test_damaged_ones_do_not_count(tmp_path):
+def test_corrupt_checkpoints_do_not_count(tmp_path):
     for iteration in (1, 2, 3, 4):
         make(tmp_path, iteration)
     assert directory.apply_retention(tmp_path, 2, 0, {"iter_0000004"}) == ["iter_0000001"]
@@ -297,87 +338,113 @@ def test_damaged_ones_do_not_count(tmp_path):
         (9, 0, [10, 20, 30, 40, 50]),
     ],
 )
-def test_retention(last, every, kept, tmp_path):
+def test_retention_keeps_newest_and_every_nth(last, every, kept, tmp_path):
     for iteration in (10, 20, 30, 40, 50):
         make(tmp_path, iteration)
     broken = tmp_path / "iter_0000005"
     broken.mkdir()
-    gone = directory.apply_retention(tmp_path, last, every)
-    assert [
-        m["iteration"] for _, m in reversed(directory.list_checkpoints(tmp_path)[0])
-    ] == kept
-    assert sorted(gone) == sorted(
+    deleted = directory.apply_retention(tmp_path, last, every)
+    assert sorted(listed(tmp_path)) == kept
+    assert sorted(deleted) == sorted(
         directory.checkpoint_name(i) for i in (10, 20, 30, 40, 50) if i not in kept
     )
-    assert broken.exists(), "somebody may want to look at it"
+    assert broken.exists(), "a broken checkpoint is left for examination"
 
 
-def test_a_latest_that_names_nothing(tmp_path, capsys):
-    """Somebody deleted or lost the newest: to take an older one is worth a word, to start anew is a loss."""
-    log.setup()
+# Finding
+
+
+def test_dangling_latest_is_reported(tmp_path):
+    """The newest checkpoint was lost: using an older one, or starting from scratch, is reported."""
     for iteration in (1, 2):
         make(tmp_path, iteration)
-    directory.shutil.rmtree(tmp_path / "iter_0000002")
-    options = CheckpointConfig(load=str(tmp_path), load_or_init=True)
-    assert [m["iteration"] for _, m in directory.select_checkpoints(options)] == [1]
-    assert "latest names iter_0000002, which is not there; not used" in capsys.readouterr().out
-    directory.shutil.rmtree(tmp_path / "iter_0000001")
-    with pytest.raises(
-        FileNotFoundError,
-        match="cannot be used: .*latest names iter_0000002, which is not there",
-    ):
-        directory.select_checkpoints(options)
-
-
-def test_a_copy_may_have_another_name(tmp_path):
-    path = make(tmp_path, 7).rename(tmp_path / "best")
-    assert (
-        directory.select_checkpoints(CheckpointConfig(load=str(path)))[0][1]["iteration"] == 7
+    shutil.rmtree(tmp_path / "iter_0000002")
+    assert selected(tmp_path) == [1]
+    problem = f"{tmp_path}/latest names iter_0000002, which does not exist"
+    assert select_checkpoints(tmp_path).problems == [problem] == found(tmp_path).problems
+    shutil.rmtree(tmp_path / "iter_0000001")
+    assert not select_checkpoints(tmp_path).is_empty, (
+        "--load-or-init must not start from scratch"
     )
+    with pytest.raises(FileNotFoundError, match=f"has no valid checkpoint: {problem}"):
+        found(tmp_path)
 
 
-def test_choosing(tmp_path, capsys):
-    log.setup()
-    options = CheckpointConfig(load=str(tmp_path / "c"))
-    with pytest.raises(
-        FileNotFoundError, match="holds no checkpoint. Point --load at .* or add --load-or-init"
-    ):
-        directory.select_checkpoints(options)
-    anyway = CheckpointConfig(load=options.load, load_or_init=True)
-    assert directory.select_checkpoints(anyway) == []
-    broken = tmp_path / "c/iter_0000009"
+def test_copy_may_have_another_name(tmp_path):
+    path = make(tmp_path, 7).rename(tmp_path / "best")
+    assert selected(path) == [7]
+
+
+def test_selection_prefers_newest_or_given_step(tmp_path):
+    folder = tmp_path / "c"
+    assert select_checkpoints(folder).is_empty
+    broken = folder / "iter_0000009"
     broken.mkdir(parents=True)
-    for o in (options, anyway):  # something is there: to start anew would be a silent loss
-        with pytest.raises(
-            FileNotFoundError,
-            match="what is there cannot be used: .*0009/manifest.json is missing",
-        ):
-            directory.select_checkpoints(o)
+    assert not select_checkpoints(folder).is_empty
     for iteration in (10, 20):
-        make(tmp_path / "c", iteration)
-    capsys.readouterr()
-    assert [m["iteration"] for _, m in directory.select_checkpoints(options)] == [20, 10]
-    assert "iter_0000009/manifest.json is missing; not used" in capsys.readouterr().out
-    step = [directory.select_checkpoints(CheckpointConfig(load=options.load, load_step=10))]
-    assert [m["iteration"] for _, m in step[0]] == [10]
-    with pytest.raises(ValueError, match="--load-step is 15; whole checkpoints in .*: 10, 20"):
-        directory.select_checkpoints(CheckpointConfig(load=options.load, load_step=15))
-    with pytest.raises(
-        ValueError, match="--load-step is 9; .*iter_0000009/manifest.json is missing"
-    ):
-        directory.select_checkpoints(CheckpointConfig(load=options.load, load_step=9))
+        make(folder, iteration)
+    selection = select_checkpoints(folder)
+    assert [m["iteration"] for _, m in selection.candidates] == [20, 10]
+    assert selection.problems == [f"{broken}/manifest.json is missing"]
+    assert selected(folder, 10) == [10]
+    assert selected(folder, 15) == selected(folder, 9) == []
 
 
-def test_one_checkpoint_can_be_chosen_by_its_own_folder(tmp_path):
+def test_single_checkpoint_is_selected_by_path(tmp_path):
     make(tmp_path, 10)
     path = make(tmp_path, 20).with_name("iter_0000010")
-    assert [
-        found for found, _ in directory.select_checkpoints(CheckpointConfig(load=str(path)))
-    ] == [path]
+    selection = select_checkpoints(path)
+    assert [entry.path for entry in selection.candidates] == [path] and selection.is_single
     with pytest.raises(
-        ValueError, match="--load-step is 10; allowed: only with the folder of the checkpoints"
+        ValueError, match="--load-step is 10; allowed: only with the directory of a run's"
     ):
-        directory.select_checkpoints(CheckpointConfig(load=str(path), load_step=10))
+        select_checkpoints(path, 10)
+    flip(path / "rank_00000.safetensors", 5)
+    with pytest.raises(CorruptCheckpointError, match="rank_00000.* is corrupt.*Use another"):
+        found(path)
     (path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="iter_0000010/manifest.json is missing"):
-        directory.select_checkpoints(CheckpointConfig(load=str(path)))
+    with pytest.raises(CorruptCheckpointError, match="iter_0000010/manifest.json is missing"):
+        select_checkpoints(path)
+
+
+def test_finder_passes_over_corrupt_checkpoints(tmp_path):
+    paths = {iteration: make(tmp_path, iteration) for iteration in (10, 20, 30)}
+    flip(paths[30] / "index.json", 1)
+    (tmp_path / "iter_0000009").mkdir()
+    checkpoint = found(tmp_path)
+    assert checkpoint.path == paths[20] and checkpoint.manifest["iteration"] == 20
+    assert checkpoint.corrupt == [paths[30]]
+    assert checkpoint.problems == [
+        f"{tmp_path}/iter_0000009/manifest.json is missing",
+        f"{paths[30]}/index.json is corrupt: its SHA-256 is not the one in manifest.json",
+    ]
+
+
+def test_finder_errors_name_problems_and_advice(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="nowhere is not a directory of checkpoints. Give"
+    ):
+        found(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="has no valid checkpoint. Give the directory"):
+        found(tmp_path)
+    make(tmp_path, 20)
+    make(tmp_path, 10)
+    (tmp_path / "iter_0000009").mkdir()
+    with pytest.raises(
+        FileNotFoundError,
+        match="has no valid checkpoint of iteration 15, which --load-step requests; there are "
+        "checkpoints of iterations 10, 20. Give",
+    ):
+        found(tmp_path, 15)
+    with pytest.raises(
+        FileNotFoundError,
+        match="of iteration 9, .*: .*iter_0000009/manifest.json is missing. Give",
+    ):
+        found(tmp_path, 9)
+    for iteration in (10, 20):
+        (tmp_path / directory.checkpoint_name(iteration) / "run.json").unlink()
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has no valid checkpoint: .*09/man.*; .*10/run.*; .*20/run.*\. Ask",
+    ):
+        find_newest_valid(select_checkpoints(tmp_path), verify, "Ask")

@@ -1,4 +1,4 @@
-"""A run goes on exactly where it was, and on another topology with the same state."""
+"""Resuming a run: exactly on the same topology, and with the same state on another one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.moe.gate import available_gates, create_gate
 
 
 def gates_with_state() -> list[str]:
-    """Gates that keep more than their parameters."""
+    """Return the gates that have buffers."""
     found = []
     for name in available_gates():
         gate = create_gate(
@@ -31,7 +31,7 @@ def check_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert not different, different
 
 
-def test_which_gates_have_state():
+def test_gates_with_state_are_known():
     assert gates_with_state() == ["deepseek_v3", "hash", "peer", "remoe"]
 
 
@@ -40,23 +40,26 @@ def test_which_gates_have_state():
     [("topk", "fp32"), ("topk", "bf16"), *((gate, "bf16") for gate in gates_with_state())],
 )
 @pytest.mark.parametrize("stage, ep_size", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
-def test_a_resumed_run_is_the_run_that_went_on(
+def test_resumed_run_equals_uninterrupted_run(
     stage, ep_size, gate, precision, ranks2, tmp_path
 ):
-    """Losses, gradient norm, weights, buffers, to the last bit; another seed, so that all comes from the files."""
+    """Losses, gradient norm, weights and buffers are equal bit by bit.
+
+    The resumed run has another seed, so that everything comes from the files.
+    """
     config = engines.config_of(
         gate, ep_size, stage, precision, save=str(tmp_path), async_save=stage == 2
     )
-    went_on = ranks2.run(engines.train, config, 3, 3)
+    uninterrupted = ranks2.run(engines.train, config, 3, 3)
     resumed = ranks2.run(engines.train, engines.loading(config, tmp_path), 0, 3, 8)
     for (_, expected, weights, norm), (_, losses, our_weights, our_norm) in zip(
-        went_on, resumed, strict=True
+        uninterrupted, resumed, strict=True
     ):
         assert losses == expected and norm == our_norm
         check_same(our_weights, weights)
 
 
-ELSEWHERE = [  # (ranks, experts shared by, ZeRO stage) of the run that goes on
+ELSEWHERE = [  # (ranks, expert-parallel size, ZeRO stage) of the resumed run
     (1, 1, 1),
     (4, 4, 1),
     (4, 2, 1),
@@ -74,15 +77,17 @@ MOVES = [(1, *there) for there in ELSEWHERE] + [
     (3, 4, 2, 3),
     (3, 1, 1, 2),
 ]
-# Of the first loss and of five. In bf16 other sums round otherwise, and a router, which ZeRO 3 keeps in bf16 and the
-# others in fp32, may choose another expert for a token.
+# Tolerances of the first loss and of five losses. In bf16 sums in another order round otherwise,
+# and a router, which is bf16 under ZeRO 3 and fp32 otherwise, may choose another expert.
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (1e-3, 0.05)}
 
 
 @pytest.fixture(scope="module")
 def saved(ranks2, tmp_path_factory):
-    """By (gate, stage, precision): folder of a checkpoint of two ranks that share the experts, and the losses and
-    weights of the five steps after it."""
+    """Return a function of (gate, stage, precision) to a checkpoint of two ranks, EP 2.
+
+    It returns (directory, config, losses of the five steps after the checkpoint).
+    """
     made = {}
 
     def make(gate, stage, precision):
@@ -102,10 +107,13 @@ def saved(ranks2, tmp_path_factory):
         *((*move, "bf16") for move in [*MOVES[:3], *MOVES[-6:-2]]),
     ],
 )
-def test_a_run_goes_on_elsewhere(
+def test_run_resumes_on_another_topology(
     stage, ranks, ep_size, new_stage, precision, saved, request, tmp_path
 ):
-    """Saved again at once, every weight, moment and buffer is what it was, bit for bit; the five next losses agree."""
+    """Saved again immediately, all weights, moments and buffers are equal bit by bit.
+
+    The next five losses agree with those of the uninterrupted run.
+    """
     folder, _, expected = saved("deepseek_v3", stage, precision)
     config = engines.config_of("deepseek_v3", ep_size, new_stage, precision)
     pool = request.getfixturevalue(f"ranks{ranks}")
@@ -118,7 +126,7 @@ def test_a_run_goes_on_elsewhere(
 
 
 @pytest.mark.parametrize("gate", [g for g in available_gates() if g != "deepseek_v3"])
-def test_every_gate_goes_on_elsewhere(gate, saved, ranks4, tmp_path):
+def test_every_gate_resumes_on_another_topology(gate, saved, ranks4, tmp_path):
     folder, _, expected = saved(gate, 1, "fp32")
     answers = ranks4.run(
         engines.train, engines.loading(engines.config_of(gate, 4, 1), folder, tmp_path), 0, 5, 8
@@ -134,11 +142,11 @@ def test_every_gate_goes_on_elsewhere(gate, saved, ranks4, tmp_path):
         (4, ("--moe-expert-parallel-size", "4", "--micro-batch-size", "1")),
     ],
 )
-def test_a_whole_run_sees_the_same_samples_elsewhere(
-    ranks, changes, whole_run, data, request, tmp_path
+def test_resumed_run_sees_same_samples_elsewhere(
+    ranks, changes, full_run, data, request, tmp_path
 ):
-    """From two ranks that share the experts to one and to four, through the program's own flags."""
-    flags, folder, expected = whole_run
+    """Resume from two ranks on one and on four, through the flags of the program."""
+    flags, folder, expected = full_run
     pool = request.getfixturevalue(f"ranks{ranks}")
     argv = flags(tmp_path, "--load", str(folder / "checkpoints"), "--load-step", "3", *changes)
     pool.run(runs.train, argv, timeout=300)
@@ -148,13 +156,16 @@ def test_a_whole_run_sees_the_same_samples_elsewhere(
         assert m["consumed_samples"] == e["consumed_samples"] and m["lr"] == e["lr"]
         assert m["loss"] == pytest.approx(e["loss"], abs=1e-3)
     losses = [e["loss"] for e in expected[3:]]
-    assert max(losses) - min(losses) > 0.01, "other samples would not be seen in the losses"
+    assert max(losses) - min(losses) > 0.01, "the losses could not tell other samples"
 
 
 @pytest.fixture(scope="module")
-def whole_run(data, ranks2, tmp_path_factory):
-    """(flags for a folder, the folder of six iterations on two ranks with a checkpoint after three, their metrics)"""
-    folder = tmp_path_factory.mktemp("whole_run")
+def full_run(data, ranks2, tmp_path_factory):
+    """Run six iterations on two ranks, with a checkpoint after three.
+
+    Returns (function from an output directory to flags, directory of the run, its metrics).
+    """
+    folder = tmp_path_factory.mktemp("full_run")
 
     def flags(out, *more):
         return [

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, told from its files; what is wrong with it; how two differ."""
+"""Summaries of checkpoints, their faults, and differences between two of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 
 from helpers import engines, handmade
 from megatron.checkpoint import directory, inspect, reader
+from megatron.checkpoint.inspect_text import format_checkpoint
+from megatron.checkpoint.manifest import CorruptCheckpointError, read_manifest
 from megatron.io import sha256
 from megatron.model.builder import build_model
 from megatron.model.parameter_count import count_parameters
@@ -37,7 +39,10 @@ BUFFERS = {
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Of three checkpoints, completed in the order 2, 5, 4; weights are n times those of the first."""
+    """Return a directory of three checkpoints, completed in the order 2, 5, 4.
+
+    The weights of the n-th are n times those of the first.
+    """
     for i, iteration in enumerate((2, 5, 4)):
         tensors = {name: t * (i + 1) for name, t in handmade.weights(**SHAPES).items()}
         handmade.checkpoint(tmp_path / "save", tensors, 3, iteration=iteration, buffers=BUFFERS)
@@ -45,10 +50,11 @@ def folder(tmp_path) -> Path:
 
 
 def lines(done: SimpleNamespace) -> list[str]:
+    """Return the lines of stdout, with single spaces."""
     return [" ".join(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_facts(folder):
+def test_summary_describes_run_and_files(folder):
     path = folder / "iter_0000005"
     found = inspect.summarize_checkpoint(path, verify=True)
     assert json.loads(json.dumps(found)) == found
@@ -90,9 +96,9 @@ def test_facts(folder):
     assert found["buffers"]["gate.count"] == {"shape": [], "pieces": 1}
 
 
-@pytest.mark.parametrize("slice_", [1, 5, 1 << 20])
-def test_values_of_tensors(slice_, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "SLICE", slice_)
+@pytest.mark.parametrize("elements", [1, 5, 1 << 20])
+def test_summary_has_statistics_of_tensors(elements, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "SLICE_ELEMENTS", elements)
     tensors = handmade.weights(**SHAPES, empty=(0, 3))
     tensors["norm.weight"][1:3] = torch.tensor([float("nan"), float("-inf")])
     tensors["strange"][:] = float("nan")
@@ -118,11 +124,13 @@ def test_values_of_tensors(slice_, tmp_path, monkeypatch):
     assert sum(read) == found["bytes"] + sum(t.nbytes for t in (tensors | BUFFERS).values())
 
 
-def test_of_a_real_checkpoint(ranks2, tmp_path):
-    """Experts that ranks share are counted whole."""
+def test_summary_of_trained_checkpoint(ranks2, tmp_path):
+    """Experts that are sharded over ranks are counted in full."""
     config = engines.config_of("deepseek_v3", 2, 3, "bf16", save=str(tmp_path))
     ranks2.run(engines.train, config, 1)
-    found = inspect.summarize_checkpoint(inspect.one_of(tmp_path), verify=True, tensors=True)
+    found = inspect.summarize_checkpoint(
+        inspect.resolve_checkpoint(tmp_path), verify=True, tensors=True
+    )
     model = build_model(
         config.model, config.moe, config.gate_options, vocab_size=61, seed=0, groups=Groups()
     )
@@ -134,33 +142,30 @@ def test_of_a_real_checkpoint(ranks2, tmp_path):
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
     assert {n: t["shape"] for n, t in (found["tensors"] | found["buffers"]).items()} == shapes
     assert {t["dtype"] for t in found["tensors"].values()} == {"float32"}
-    text = "\n".join(inspect.describe_checkpoint(found))
+    text = "\n".join(format_checkpoint(found))
     assert (
         "2 ranks, experts shared by 2, ZeRO 3, bf16" in text
         and "bias_update_speed 0.07" in text
     )
 
 
-def test_what_is_printed(folder):
+def test_printed_summary(folder):
     done = handmade.run(TOOL, folder, "--tensors")
     text = lines(done)
-    (size,) = {
-        f"{inspect.summarize_checkpoint(folder / directory.checkpoint_name(i))['bytes'] / 1e6:,.1f} MB"
-        for i in (2, 4, 5)
-    }
-    saved = {
-        i: json.loads((folder / directory.checkpoint_name(i) / "state.json").read_text())[
-            "saved_at"
-        ]
-        for i in (2, 4, 5)
-    }
+    saved = {}
+    sizes = set()
+    for i in (2, 4, 5):
+        summary = inspect.summarize_checkpoint(folder / directory.checkpoint_name(i))
+        saved[i] = summary["saved_at"]
+        sizes.add(f"{summary['bytes'] / 1e6:,.1f} MB")
+    (size,) = sizes
     assert text[:4] == [
         f"{folder}: 3 checkpoints",
         f"newest iter_0000004 {saved[4]} {size}",
         f"iter_0000005 {saved[5]} {size}",
         f"iter_0000002 {saved[2]} {size}",
     ]
-    manifest = directory.read_manifest(folder / "iter_0000004")
+    manifest = read_manifest(folder / "iter_0000004")
     versions = json.loads((folder / "iter_0000004/state.json").read_text())["versions"]
     assert text[4:] == [
         "",
@@ -203,20 +208,19 @@ def test_what_is_printed(folder):
     ]
 
 
-def test_a_dense_model_at_its_beginning(tmp_path):
+def test_printed_summary_of_untrained_dense_model(tmp_path):
     config = replace(handmade.CONFIG, moe=replace(handmade.CONFIG.moe, num_experts=0))
     path = handmade.checkpoint(
         tmp_path, handmade.weights(norm__weight=(3,)), config=config, moments=False, data={}
     )
     text = [
-        " ".join(line.split())
-        for line in inspect.describe_checkpoint(inspect.summarize_checkpoint(path))
+        " ".join(line.split()) for line in format_checkpoint(inspect.summarize_checkpoint(path))
     ]
     assert "none on record" in text and not [line for line in text if line.startswith("gate")]
     assert any(line.startswith("holds weights of 1 parameters, ") for line in text)
 
 
-def test_json(folder):
+def test_json_output_is_the_summary(folder):
     found = json.loads(handmade.run(TOOL, folder, "--json", "--verify", "--tensors").stdout)
     assert [(row["name"], row["newest"]) for row in found["checkpoints"]] == [
         ("iter_0000004", True),
@@ -234,10 +238,10 @@ def test_json(folder):
     assert found["progress"]["iteration"] == [2, 4] and "values" not in found["tensors"]
 
 
-# What is broken
+# Faults
 
 
-def test_broken_ones_of_a_folder_are_named(folder):
+def test_broken_checkpoints_are_listed(folder):
     handmade.damage(folder / "iter_0000004/rank_00002.safetensors")
     (folder / "iter_0000002/rank_00000.safetensors").write_bytes(b"short")
     (folder / "iter_0000007").mkdir()
@@ -258,7 +262,7 @@ def test_broken_ones_of_a_folder_are_named(folder):
         damaged = [
             line
             for line in faults
-            if f"{folder}/iter_0000004/rank_00002.safetensors is damaged" in line
+            if f"{folder}/iter_0000004/rank_00002.safetensors is corrupt" in line
         ]
         assert len(damaged) == len(flags)
     assert newest == {(): "iter_0000004", ("--verify",): "iter_0000005"}
@@ -269,44 +273,42 @@ def test_broken_ones_of_a_folder_are_named(folder):
         == f"{folder}: 2 checkpoints, 2 of them broken"
     )
     done = handmade.run(TOOL, folder, folder, code=2)
-    assert (
-        f"{folder} has no whole checkpoint: {folder}/iter_0000002/rank_00000.safetensors has 5 bytes"
-        in done.stderr
-    )
+    assert f"{folder} has no valid checkpoint: " in done.stderr
+    assert f"{folder}/iter_0000002/rank_00000.safetensors has 5 bytes" in done.stderr
 
 
-def test_verify_finds_a_changed_byte(folder):
+def test_verify_finds_changed_byte(folder):
     path = folder / "iter_0000005"
     handmade.damage(path / "rank_00001.safetensors")
     assert "files (--verify compares their hashes)" in lines(handmade.run(TOOL, path))
     done = handmade.run(TOOL, path, "--verify", "--tensors", code=1)
     assert done.stderr == (
-        f"fault: {path}/rank_00001.safetensors is damaged: its SHA-256 is not the one in "
+        f"fault: {path}/rank_00001.safetensors is corrupt: its SHA-256 is not the one in "
         "manifest.json\n"
     )
     assert "strange [2] 2" in lines(done), "shapes, but no values"
     done = handmade.run(TOOL, path, folder, "--verify", "--tensors", code=1)
     assert (
-        "rank_00001.safetensors is damaged" in done.stderr
+        "rank_00001.safetensors is corrupt" in done.stderr
         and "none differs in name or shape" in lines(done)
     )
     assert not [line for line in lines(done) if line.startswith("values")]
 
 
 @pytest.mark.parametrize("name", ["run.json", "state.json", "index.json", "manifest.json"])
-def test_a_damaged_description_is_found_without_verify(name, folder):
+def test_damaged_json_is_found_without_verify(name, folder):
     path = folder / "iter_0000004"
     handmade.damage(path / name)
-    with pytest.raises(directory.CorruptCheckpointError, match=name):
+    with pytest.raises(CorruptCheckpointError, match=name):
         inspect.summarize_checkpoint(path)
     done = handmade.run(TOOL, path, code=2)
     assert (
         len(done.stderr.splitlines()) == 1 and f"{TOOL}: error: {path}/{name} " in done.stderr
     )
-    assert inspect.one_of(folder).name == "iter_0000005"
+    assert inspect.resolve_checkpoint(folder).name == "iter_0000005"
 
 
-def test_values_that_are_not_finite_are_flagged(tmp_path):
+def test_non_finite_values_are_faults(tmp_path):
     path = handmade.checkpoint(tmp_path, {"a": torch.tensor([1.0, float("nan"), 2.0])})
     handmade.run(TOOL, path)
     done = handmade.run(TOOL, path, "--tensors", code=1)
@@ -315,40 +317,45 @@ def test_values_that_are_not_finite_are_flagged(tmp_path):
     assert handmade.run(TOOL, tmp_path, "--tensors", code=1).stderr == done.stderr
 
 
-@pytest.mark.parametrize("path", ["nothing", "empty"])
-def test_where_there_is_nothing(path, tmp_path):
+@pytest.mark.parametrize(
+    "path, problem",
+    [("nothing", "is not a directory of checkpoints"), ("empty", "has no valid checkpoint")],
+)
+def test_missing_checkpoints_are_an_error(path, problem, tmp_path):
     (tmp_path / "empty").mkdir()
     done = handmade.run(TOOL, path, code=2, cwd=tmp_path)
     assert done.stderr == (
-        f"{TOOL}: error: {path} is not a folder of checkpoints. Give the folder of --save of a run, "
-        "or one checkpoint of it\n"
+        f"{TOOL}: error: {path} {problem}. Give the directory of --save of a run, or one "
+        "checkpoint in it\n"
     )
 
 
-# Two checkpoints
+# Differences
 
 
-def test_a_checkpoint_does_not_differ_from_itself(folder):
+def test_checkpoint_equals_itself(folder):
     found = inspect.summarize_checkpoint(folder / "iter_0000002")
-    told = inspect.compare_checkpoints(found, found, tensors=True)
+    differences = inspect.compare_checkpoints(found, found, tensors=True)
     assert (
-        set(told.pop("tensors")["values"].values()) == {0.0}
-        and told.pop("paths") == [found["path"]] * 2
+        set(differences.pop("tensors")["values"].values()) == {0.0}
+        and differences.pop("paths") == [found["path"]] * 2
     )
-    assert told and not any(told.values())
+    assert differences and not any(differences.values())
 
 
-def test_every_difference_is_named(folder, tmp_path):
+def make_different(folder: Path) -> None:
+    """Commit a checkpoint that differs from those of the fixture in every section."""
     tensors = handmade.weights(**SHAPES)
     del tensors["strange"]
-    tensors["norm.weight"], tensors["new"] = torch.zeros(5), torch.zeros(3)
+    tensors["norm.weight"] = torch.zeros(5)
+    tensors["new"] = torch.zeros(3)
     config = replace(
         handmade.CONFIG,
         model=replace(handmade.CONFIG.model, num_layers=7),
         gate_options={"other": 1},
     )
     handmade.checkpoint(
-        tmp_path / "b",
+        folder,
         tensors,
         2,
         iteration=9,
@@ -360,44 +367,55 @@ def test_every_difference_is_named(folder, tmp_path):
         iterations=50,
         saved_at="then",
     )
+
+
+def test_every_difference_is_listed(folder, tmp_path):
+    make_different(tmp_path / "b")
     first = inspect.summarize_checkpoint(folder / "iter_0000002")
-    told = inspect.compare_checkpoints(
+    differences = inspect.compare_checkpoints(
         first, inspect.summarize_checkpoint(tmp_path / "b/iter_0000009"), tensors=True
     )
-    missing = inspect.NOT_THERE
-    assert told["configuration"] == {
+    missing = inspect.ABSENT
+    assert differences["configuration"] == {
         "model.num_layers": [4, 7],
         "gate_options.threshold": [0.8, missing],
         "gate_options.other": [missing, 1],
     }
-    assert told["progress"] == {
+    assert differences["progress"] == {
         "iteration": [2, 9],
         "consumed_samples": [16, 72],
         "consumed_tokens": [4096, 18432],
     }
-    assert told["run"] == {
+    assert differences["run"] == {
         "samples per step": [8, 16],
-        "steps of the whole run": [100, 50],
+        "steps of the full run": [100, 50],
         "optimizer steps": [2, 9],
         "saved at": [first["saved_at"], "then"],
         "parameters": [130, 132],
     }
-    assert told["topology"] == {"ranks": [3, 2]} and told["tokenizer"] == {
+    assert differences["topology"] == {"ranks": [3, 2]} and differences["tokenizer"] == {
         "tokenizer_name": ["ByteTokenizer", "Other"]
     }
-    assert told["data"] == {"corpus.bin_bytes": [10, 11], "corpus.idx_bytes": [20, missing]}
-    assert told["versions"]["torch"] == [torch.__version__, "0.1"]
-    assert told["versions"]["numpy"] == [first["versions"]["numpy"], missing]
-    values = told["tensors"].pop("values")
+    assert differences["data"] == {
+        "corpus.bin_bytes": [10, 11],
+        "corpus.idx_bytes": [20, missing],
+    }
+    assert differences["versions"]["torch"] == [torch.__version__, "0.1"]
+    assert differences["versions"]["numpy"] == [first["versions"]["numpy"], missing]
+    values = differences["tensors"].pop("values")
     assert set(values) == {name.replace("__", ".") for name in SHAPES} - {
         "norm.weight",
         "strange",
     }
-    assert told["tensors"] == {
+    assert differences["tensors"] == {
         "only_first": ["strange", *BUFFERS],
         "only_second": ["new"],
         "shapes": {"norm.weight": [[4], [5]]},
     }
+
+
+def test_differences_are_printed(folder, tmp_path):
+    make_different(tmp_path / "b")
     text = lines(handmade.run(TOOL, folder / "iter_0000002", tmp_path / "b"))
     assert text[:2] == [f"first {folder}/iter_0000002", f"second {tmp_path}/b/iter_0000009"]
     for line in (
@@ -412,9 +430,9 @@ def test_every_difference_is_named(folder, tmp_path):
         assert line in text
 
 
-@pytest.mark.parametrize("slice_", [3, 1 << 20])
-def test_how_far_apart_weights_are(slice_, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "SLICE", slice_)
+@pytest.mark.parametrize("elements", [3, 1 << 20])
+def test_distances_of_weights(elements, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "SLICE_ELEMENTS", elements)
     a, b = (handmade.weights(w=(5, 4), same=(3,), zero=(2,), strange=(2,)) for _ in range(2))
     b["w"] = torch.randn(5, 4, generator=torch.Generator().manual_seed(9))
     a["zero"], b["zero"], b["strange"] = (
@@ -429,13 +447,13 @@ def test_how_far_apart_weights_are(slice_, tmp_path, monkeypatch):
         for name, tensors, ranks in (("a", a, 3), ("b", b, 2))
     ]
     read = []
-    told = inspect.compare_checkpoints(
+    differences = inspect.compare_checkpoints(
         *map(inspect.summarize_checkpoint, paths), tensors=True, progress=read.append
     )["tensors"]["values"]
     expected = (
         (a["w"] - b["w"]).double().norm() / max(a["w"].double().norm(), b["w"].double().norm())
     ).item()
-    assert told == {
+    assert differences == {
         "w": pytest.approx(expected, rel=1e-6),
         "same": 0.0,
         "zero": 1.0,
@@ -451,7 +469,7 @@ def test_how_far_apart_weights_are(slice_, tmp_path, monkeypatch):
     } <= set(text)
 
 
-def test_no_deepspeed_is_needed(folder):
+def test_tool_needs_no_deepspeed(folder):
     done = handmade.program(
         TOOL, folder, "--tensors", cwd=folder, before="sys.modules['deepspeed'] = None"
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run, and refusing that of another one."""
+"""Metadata of a run, and compatibility of a checkpoint with the run that loads it."""
 
 import hashlib
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron import log
-from megatron.checkpoint import compatibility as records
 from megatron.checkpoint.compatibility import (
     DATA_ORDER_FIELDS,
     SCHEDULE_FIELDS,
+    TOKENIZER_FIELDS,
     check_same_run,
     check_same_schedule,
     warn_of_changes,
@@ -31,13 +31,13 @@ from megatron.parallel.groups import Groups
 IDENTITY = {"tokenizer_name": "a", "tokenizer_vocab_size": 10, "tokenizer_fingerprint": "f"}
 
 
-def test_what_is_compared_are_fields_of_the_configuration():
+def test_compared_names_are_config_fields():
     for table in (DATA_ORDER_FIELDS, {"optimizer": SCHEDULE_FIELDS}):
         for section, names in table.items():
             assert all(hasattr(getattr(RunConfig(), section), name) for name in names)
 
 
-def test_contradictions_are_named():
+def test_contradiction_is_named():
     saved = RunMetadata(RunConfig(), IDENTITY)
     assert check_same_run(saved, RunMetadata(RunConfig(), dict(IDENTITY)), "x") is None
     with pytest.raises(
@@ -47,12 +47,12 @@ def test_contradictions_are_named():
         check_same_run(
             saved, RunMetadata(RunConfig(model=ModelConfig(num_layers=8)), IDENTITY), "x"
         )
-    for key, what in records.MODEL_FIELDS.items():
+    for key, what in TOKENIZER_FIELDS.items():
         with pytest.raises(ValueError, match=f"{what} is 'other'"):
             check_same_run(saved, RunMetadata(RunConfig(), {**IDENTITY, key: "other"}), "x")
 
 
-def test_changing_the_length_or_rate_of_the_run_is_allowed():
+def test_length_and_rate_may_change():
     other = RunConfig(
         optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(train_iters=7, micro_batch_size=9)
     )
@@ -74,7 +74,7 @@ def test_changing_the_length_or_rate_of_the_run_is_allowed():
         ),
     ],
 )
-def test_the_same_model_in_other_words(saved, same):
+def test_same_model_by_other_flags(saved, same):
     assert (
         check_same_run(
             RunMetadata(RunConfig(saved), IDENTITY), RunMetadata(RunConfig(same), IDENTITY), "x"
@@ -83,23 +83,25 @@ def test_the_same_model_in_other_words(saved, same):
     )
 
 
-def test_mixture_layers_are_compared_as_what_they_are():
-    def record(**moe):
+def test_moe_layers_are_compared_resolved():
+    def metadata(**moe):
         return RunMetadata(RunConfig(moe=MoEConfig(num_experts=4, **moe)), IDENTITY)
 
     assert (
         check_same_run(
-            record(expert_interval=2), record(moe_layers=(1, 3), moe_ffn_hidden_size=1024), "x"
+            metadata(expert_interval=2),
+            metadata(moe_layers=(1, 3), moe_ffn_hidden_size=1024),
+            "x",
         )
         is None
     )
     with pytest.raises(
-        ValueError, match=r"list of mixture layers is \[0, 1, 2, 3\] but .* made with \[1, 3\]"
+        ValueError, match=r"list of MoE layers is \[0, 1, 2, 3\] but .* made with \[1, 3\]"
     ):
-        check_same_run(record(expert_interval=2), record(), "x")
+        check_same_run(metadata(expert_interval=2), metadata(), "x")
 
 
-def test_tokens_of_the_schedule_are_counted_in_global_batches():
+def test_schedule_in_tokens_needs_same_batch():
     saved = RunMetadata(
         RunConfig(optimizer=OptimizerConfig(lr_decay_tokens=5000)),
         IDENTITY,
@@ -113,19 +115,19 @@ def test_tokens_of_the_schedule_are_counted_in_global_batches():
         check_same_schedule(saved, replace(saved, global_batch_size=16), "x")
 
 
-def test_other_options_of_the_gate_are_said(capsys):
+def test_changed_gate_options_are_logged(capsys):
     log.setup()
     saved = RunMetadata(RunConfig(gate_options={"topk": 2, "loss_coeff": 0.1}), IDENTITY)
     warn_of_changes(
         saved, replace(saved, config=RunConfig(gate_options={"topk": 1, "loss_coeff": 0.1}))
     )
     assert (
-        "the gate goes on with other options than the checkpoint's: --topk 1 after 2"
+        "the gate continues with other options than the checkpoint's: --topk 1 instead of 2"
         in capsys.readouterr().out
     )
 
 
-def test_a_new_order_of_samples_is_said(capsys):
+def test_changed_order_of_samples_is_logged(capsys):
     log.setup()
     saved = RunMetadata(
         RunConfig(), IDENTITY, global_batch_size=8, data={"a": {"bin_bytes": 1}}
@@ -137,17 +139,17 @@ def test_a_new_order_of_samples_is_said(capsys):
     )
     assert "--seed, --train-iters differ(s) from the checkpoint's" in capsys.readouterr().out
     warn_of_changes(saved, replace(saved, global_batch_size=16))
-    assert "the global batch (16 samples after 8) differ(s)" in capsys.readouterr().out
+    assert "the global batch (16 samples instead of 8) differ(s)" in capsys.readouterr().out
     warn_of_changes(saved, replace(saved, data={"a": {"bin_bytes": 2}, "b": {}}))
     assert " the files of a differ(s)" in capsys.readouterr().out
 
 
-def test_another_topology_is_said(capsys):
+def test_changed_topology_is_logged(capsys):
     log.setup()
     saved = RunMetadata(RunConfig(), IDENTITY, {"ranks": 2, "zero_stage": 1})
     warn_of_changes(saved, replace(saved, topology={"ranks": 4, "zero_stage": 3}))
     assert (
-        "made with ranks 2, zero stage 1; the run goes on with ranks 4, zero stage 3"
+        "made with ranks 2, zero stage 1; the run continues with ranks 4, zero stage 3"
         in capsys.readouterr().out
     )
 
@@ -161,7 +163,7 @@ def test_another_topology_is_said(capsys):
         ({"lr_warmup_iters": 3}, "--lr-warmup-iters is 3"),
     ],
 )
-def test_another_schedule_is_refused(changes, message):
+def test_changed_schedule_is_refused(changes, message):
     saved = RunMetadata(RunConfig(), IDENTITY, iterations=100)
     assert (
         check_same_schedule(
@@ -185,9 +187,8 @@ def test_another_schedule_is_refused(changes, message):
         ({"lr_decay_style": "constant", "lr_warmup_fraction": 0.1}, True),
     ],
 )
-def test_a_longer_run_is_another_schedule_only_where_the_rates_follow_its_length(
-    options, follows
-):
+def test_longer_run_may_change_schedule(options, follows):
+    """It does when the learning rates follow the length of the run."""
     saved = RunMetadata(
         RunConfig(optimizer=OptimizerConfig(**options)), IDENTITY, iterations=100
     )
@@ -205,26 +206,26 @@ class Words:
     name, vocab_size, fingerprint = "words", 10, "f"
 
 
-def test_a_record_survives_json(data):
+def test_metadata_survives_json(data):
     config = RunConfig(
         data=DataConfig(data_path=("0.5", data, "0.5", "nowhere")),
         optimizer=OptimizerConfig(bf16=True),
     )
-    record = RunMetadata.of(config, Groups(world_size=4, ep_size=2), Words(), 8, 100)
-    state = json.loads(json.dumps(record.state()))
-    assert RunMetadata.from_state(config, state) == record
-    assert record.topology == {
+    metadata = RunMetadata.of(config, Groups(world_size=4, ep_size=2), Words(), 8, 100)
+    state = json.loads(json.dumps(metadata.to_state()))
+    assert RunMetadata.from_state(config, state) == metadata
+    assert metadata.topology == {
         "ranks": 4,
         "expert_parallel_size": 2,
         "zero_stage": 1,
         "precision": "bf16",
     }
-    assert record.data["nowhere"] == {} and state["versions"].keys() >= {
+    assert metadata.data["nowhere"] == {} and state["versions"].keys() >= {
         "torch",
         "deepspeed",
         "python",
     }
-    described = record.data[data]
+    described = metadata.data[data]
     assert described["bin_bytes"] == Path(data + ".bin").stat().st_size
     assert (
         described["sidecar_sha256"]
@@ -232,7 +233,7 @@ def test_a_record_survives_json(data):
     )
 
 
-def test_learned_positions_must_be_as_many():
+def test_learned_positions_must_be_equal():
     def learned(n):
         return RunMetadata(
             RunConfig(
@@ -258,8 +259,8 @@ def test_learned_positions_must_be_as_many():
         ("tcmoe", "topk", 2, 3),
     ],
 )
-def test_options_that_shape_the_gate_cannot_change(gate, option, old, new):
-    def record(value):
+def test_shape_of_gate_cannot_change(gate, option, old, new):
+    def metadata(value):
         moe = MoEConfig(num_experts=16, gate=gate)
         return RunMetadata(RunConfig(moe=moe, gate_options={option: value}), IDENTITY)
 
@@ -269,16 +270,16 @@ def test_options_that_shape_the_gate_cannot_change(gate, option, old, new):
         match=f"{flag} is {re.escape(repr(new))} but checkpoint x was made with "
         f"{re.escape(repr(old))}",
     ):
-        check_same_run(record(old), record(new), "x")
+        check_same_run(metadata(old), metadata(new), "x")
 
 
-def test_options_that_leave_the_gates_shape_alone_may_change():
-    def record(**options):
+def test_other_gate_options_may_change():
+    def metadata(**options):
         return RunMetadata(
             RunConfig(moe=MoEConfig(num_experts=4, gate="topk"), gate_options=options), IDENTITY
         )
 
     assert (
-        check_same_run(record(topk=2, loss_coeff=0.01), record(topk=3, loss_coeff=0.1), "x")
+        check_same_run(metadata(topk=2, loss_coeff=0.01), metadata(topk=3, loss_coeff=0.1), "x")
         is None
     )

@@ -1,4 +1,4 @@
-"""The format on the disk: our writer against the safetensors package, our reader against whole tensors."""
+"""Format on the disk: writer against the safetensors package, reader against full tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.reader import CheckpointReader, make_index, shard_name, write_tensors
+from megatron.checkpoint.reader import (
+    CheckpointReader,
+    ShardRange,
+    make_index,
+    rank_file_name,
+    write_tensors,
+)
 from megatron.io.safetensors_writer import (
     SAFETENSORS_DTYPES,
     SafetensorsWriter,
@@ -25,13 +31,14 @@ from megatron.io.safetensors_writer import (
     in_file_order,
     read_header,
 )
+from megatron.io.sha256 import FileDigest
 
 REPO = Path(__file__).resolve().parents[2]
 SHAPES = [(), (1,), (5,), (0,), (3, 0, 2), (3, 5), (2, 3, 4)]
 
 
 def values(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    """Random bits of a type, but for bool, which has two."""
+    """Return random bits of a dtype; of bool, random values."""
     g = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=g).bool()
@@ -43,13 +50,13 @@ def values(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.T
 
 def write(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> tuple[int, str]:
-    entries = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-    return write_tensors(path, entries, tensors.__getitem__, metadata)
+) -> FileDigest:
+    specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    return write_tensors(path, specs, tensors.__getitem__, metadata)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Also NaN is equal to itself here."""
+    """Return whether two tensors are equal bit by bit, including NaN."""
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
@@ -61,7 +68,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", SAFETENSORS_DTYPES, ids=str)
-def test_the_package_reads_what_we_write(dtype, tmp_path):
+def test_package_reads_every_dtype(dtype, tmp_path):
     tensors = {f"a/{i} é": values(dtype, shape, i) for i, shape in enumerate(SHAPES)}
     write(tmp_path / "x", tensors)
     found = load_file(tmp_path / "x")
@@ -71,8 +78,8 @@ def test_the_package_reads_what_we_write(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("more", range(8))
-def test_a_file_of_all_types_is_aligned_and_has_metadata(more, tmp_path):
-    """However long the names are."""
+def test_file_is_aligned_with_metadata(more, tmp_path):
+    """The alignment does not depend on the length of the header."""
     tensors = {
         f"{dtype}{'x' * more if i else ''}": values(dtype, (3,), i)
         for i, dtype in enumerate(reversed(SAFETENSORS_DTYPES))
@@ -89,12 +96,12 @@ def test_a_file_of_all_types_is_aligned_and_has_metadata(more, tmp_path):
         assert (data + entry["data_offsets"][0]) % tensors[name].element_size() == 0, name
 
 
-def test_a_file_without_tensors(tmp_path):
+def test_file_without_tensors_is_readable(tmp_path):
     write(tmp_path / "x", {})
     assert load_file(tmp_path / "x") == {}
 
 
-def test_we_read_the_header_of_the_package(tmp_path):
+def test_header_of_package_is_readable(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.int64)}
     save_file(tensors, tmp_path / "x", {"format": "pt"})
     header, data = read_header(tmp_path / "x")
@@ -108,7 +115,7 @@ def test_we_read_the_header_of_the_package(tmp_path):
     ].numpy().tobytes()
 
 
-def test_tensors_may_be_views_with_any_strides(tmp_path):
+def test_tensors_may_be_strided_views(tmp_path):
     base = torch.arange(60.0).view(3, 4, 5)
     tensors = {
         "t": base.permute(2, 0, 1),
@@ -126,7 +133,7 @@ def test_tensors_may_be_views_with_any_strides(tmp_path):
     shape=st.lists(st.integers(0, 5), max_size=3),
     dtype=st.sampled_from(list(SAFETENSORS_DTYPES)),
 )
-def test_a_tensor_may_come_in_parts(data, shape, dtype, tmp_path_factory):
+def test_tensor_may_be_written_in_parts(data, shape, dtype, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     tensor = values(dtype, tuple(shape))
     cuts = [
@@ -134,71 +141,94 @@ def test_a_tensor_may_come_in_parts(data, shape, dtype, tmp_path_factory):
         *sorted(data.draw(st.lists(st.integers(0, tensor.numel()), max_size=5))),
         tensor.numel(),
     ]
-    entry = TensorSpec("a", dtype, tuple(shape))
-    with SafetensorsWriter(folder / "parts", [entry]) as writer:
+    spec = TensorSpec("a", dtype, tuple(shape))
+    with SafetensorsWriter(folder / "parts", [spec]) as writer:
         writer.write_parts(tensor.flatten()[low:high] for low, high in zip(cuts, cuts[1:]))
-        told = writer.finish()
-    assert told == write(folder / "whole", {"a": tensor})
-    assert (folder / "parts").read_bytes() == (folder / "whole").read_bytes()
+        digest = writer.finish()
+    assert digest == write(folder / "full", {"a": tensor})
+    assert (folder / "parts").read_bytes() == (folder / "full").read_bytes()
 
 
-def test_what_was_not_announced_is_not_written(tmp_path):
-    entry = TensorSpec("a", torch.float32, (2, 3))
-    for tensors, message in (
-        ([torch.zeros(3, 2)], "is not what"),
-        ([torch.zeros(2, 3).double()], "is not what"),
-        ([torch.zeros(4), torch.zeros(3)], "its size is not what"),
-        ([torch.zeros(4)], "2 elements of .* are missing"),
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        (torch.zeros(3, 2), r"a tensor of shape \(3, 2\) does not match"),
+        (torch.zeros(2, 3).double(), "torch.float64 does not match"),
+    ],
+)
+def test_tensor_must_match_its_spec(tensor, message, tmp_path):
+    spec = TensorSpec("a", torch.float32, (2, 3))
+    with (
+        SafetensorsWriter(tmp_path / "x", [spec]) as writer,
+        pytest.raises(AssertionError, match=message),
     ):
-        with (
-            SafetensorsWriter(tmp_path / "x", [entry]) as writer,
-            pytest.raises(AssertionError, match=message),
-        ):
-            writer.write(*tensors) if message == "is not what" else writer.write_parts(tensors)
-    with SafetensorsWriter(tmp_path / "x", [entry, TensorSpec("b", torch.int8, ())]) as writer:
+        writer.write(tensor)
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ([torch.zeros(4), torch.zeros(3)], "a part of 3 elements .* does not match"),
+        ([torch.zeros(4)], "2 elements of .* are missing"),
+    ],
+)
+def test_parts_must_match_their_spec(parts, message, tmp_path):
+    spec = TensorSpec("a", torch.float32, (2, 3))
+    with (
+        SafetensorsWriter(tmp_path / "x", [spec]) as writer,
+        pytest.raises(AssertionError, match=message),
+    ):
+        writer.write_parts(parts)
+
+
+def test_all_announced_tensors_must_be_written(tmp_path):
+    spec = TensorSpec("a", torch.float32, (2, 3))
+    with SafetensorsWriter(tmp_path / "x", [spec, TensorSpec("b", torch.int8, ())]) as writer:
         writer.write(torch.zeros(2, 3))
         with pytest.raises(AssertionError, match="1 announced tensors are missing"):
             writer.finish()
-    with pytest.raises(AssertionError, match="two tensors of one name"):
-        SafetensorsWriter(tmp_path / "x", [entry, entry], {"format": "pt"})
+    with pytest.raises(AssertionError, match="two tensors have the name a"):
+        SafetensorsWriter(tmp_path / "x", [spec, spec], {"format": "pt"})
 
 
-def test_wide_elements_come_first_and_else_the_order_stays():
-    entries = [
+def test_wide_dtypes_come_first():
+    specs = [
         TensorSpec(str(i), dtype, ())
         for i, dtype in enumerate(
             [torch.int8, torch.float32, torch.int8, torch.float64, torch.bfloat16, torch.int32]
         )
     ]
-    assert [e.name for e in in_file_order(entries)] == ["3", "1", "5", "4", "0", "2"]
+    assert [e.name for e in in_file_order(specs)] == ["3", "1", "5", "4", "0", "2"]
 
 
 # The reader
 
 
-def store_pieces(
-    folder: Path, tensors: dict[str, torch.Tensor], pieces: list[list[tuple[str, int, int]]]
+def store_shards(
+    folder: Path, tensors: dict[str, torch.Tensor], shards: list[list[ShardRange]]
 ) -> CheckpointReader:
-    for rank, owned in enumerate(pieces):
+    """Write the rank files and the index of a checkpoint of fp32 weights."""
+    for rank, owned in enumerate(shards):
         write(
-            folder / shard_name(rank),
+            folder / rank_file_name(rank),
             {
                 f"weight/{name}": tensors[name].flatten()[start : start + length]
                 for name, start, length in owned
             },
         )
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    (folder / "index.json").write_text(json.dumps(make_index(pieces, shapes, ["weight"], [])))
+    (folder / "index.json").write_text(json.dumps(make_index(shards, shapes, ["weight"], [])))
     return CheckpointReader(folder)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_range_of_any_partition_is_what_was_written(data, tmp_path_factory):
-    """Ranks may hold a tensor's pieces in any order, and several of them; a rank may have nothing."""
+def test_any_range_of_any_partition(data, tmp_path_factory):
+    """Ranks may hold the shards of a tensor in any order, several of them, or none."""
     ranks = data.draw(st.integers(1, 5))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-    tensors, pieces = {}, [[] for _ in range(ranks)]
+    tensors = {}
+    shards = [[] for _ in range(ranks)]
     for i in range(data.draw(st.integers(1, 3))):
         shape = tuple(data.draw(st.lists(st.integers(0, 6), max_size=3)))
         name, tensor = f"t{i}.weight", values(dtype, shape, i)
@@ -212,48 +242,49 @@ def test_any_range_of_any_partition_is_what_was_written(data, tmp_path_factory):
         )
         owners = data.draw(st.permutations(range(ranks)))
         for rank, low, high in zip(owners, cuts, cuts[1:]):
-            pieces[rank].append((name, low, high - low))
-    shards = store_pieces(tmp_path_factory.mktemp("pieces"), tensors, pieces)
+            shards[rank].append(ShardRange(name, low, high - low))
+    reader = store_shards(tmp_path_factory.mktemp("shards"), tensors, shards)
     for name, tensor in tensors.items():
-        assert shards.shapes[name] == tensor.shape
-        assert shards.num_pieces(name) == sum(p[0] == name for owned in pieces for p in owned)
+        assert reader.shapes[name] == tensor.shape
+        assert reader.num_shards(name) == sum(s.name == name for owned in shards for s in owned)
         if not tensor.numel():
-            assert shards.dtype("weight", name) == torch.float32 and shards.read(
+            assert reader.dtype("weight", name) == torch.float32 and reader.read(
                 "weight", name
             ).shape == (0,)
             continue
-        assert shards.dtype("weight", name) == dtype
-        assert same_bits(shards.read("weight", name), tensor.flatten())
+        assert reader.dtype("weight", name) == dtype
+        assert same_bits(reader.read("weight", name), tensor.flatten())
         start = data.draw(st.integers(0, tensor.numel()))
         length = data.draw(st.integers(0, tensor.numel() - start))
-        found = shards.read("weight", name, start, length)
+        found = reader.read("weight", name, start, length)
         assert found.shape == (length,)
         assert same_bits(found, tensor.flatten()[start : start + length]) or not length
 
 
-def test_a_range_outside_is_refused(tmp_path):
-    shards = store_pieces(tmp_path, {"a": torch.arange(6.0)}, [[("a", 0, 4)], [("a", 4, 2)]])
-    assert shards.read("weight", "a", 3).tolist() == [3, 4, 5]
+def test_range_outside_is_refused(tmp_path):
+    shards = [[ShardRange("a", 0, 4)], [ShardRange("a", 4, 2)]]
+    reader = store_shards(tmp_path, {"a": torch.arange(6.0)}, shards)
+    assert reader.read("weight", "a", 3).tolist() == [3, 4, 5]
     for start, length in ((-1, 2), (5, 2), (7, 0)):
         with pytest.raises(AssertionError, match="a has 6 elements"):
-            shards.read("weight", "a", start, length)
+            reader.read("weight", "a", start, length)
 
 
-def test_buffers_and_random_states(tmp_path):
+def test_buffers_and_random_states_are_read(tmp_path):
     buffers = {
         "b": values(torch.int64, (2, 2)),
         "flag": torch.tensor(True),
         "none": torch.empty(0, 3),
     }
     write(
-        tmp_path / shard_name(0),
+        tmp_path / rank_file_name(0),
         {
             **{f"buffer/{n}": t for n, t in buffers.items()},
             "rng/cpu": torch.arange(9, dtype=torch.uint8),
         },
     )
     write(
-        tmp_path / shard_name(1),
+        tmp_path / rank_file_name(1),
         {
             "rng/cpu": torch.ones(3, dtype=torch.uint8),
             "rng/cuda": torch.zeros(2, dtype=torch.uint8),
@@ -262,42 +293,42 @@ def test_buffers_and_random_states(tmp_path):
     (tmp_path / "index.json").write_text(
         json.dumps(make_index([[], []], {}, ["weight"], list(buffers)))
     )
-    shards = CheckpointReader(tmp_path)
+    reader = CheckpointReader(tmp_path)
     for name, tensor in buffers.items():
-        assert same_bits(shards.buffer(name), tensor)
-        assert shards.buffer_entry(name) == TensorSpec(name, tensor.dtype, tuple(tensor.shape))
-    assert {d: t.tolist() for d, t in shards.rng(1).items()} == {
+        assert same_bits(reader.buffer(name), tensor)
+        assert reader.buffer_spec(name) == TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+    assert {d: t.tolist() for d, t in reader.rng(1).items()} == {
         "cpu": [1, 1, 1],
         "cuda": [0, 0],
     }
-    assert shards.rng(0)["cpu"].tolist() == list(range(9))
+    assert reader.rng(0)["cpu"].tolist() == list(range(9))
 
 
-def test_what_is_read_is_memory_of_its_own(tmp_path):
-    """A mapped file would change under us, or end the process with SIGBUS when it shrinks."""
-    shards = store_pieces(tmp_path, {"a": torch.arange(6.0)}, [[("a", 0, 6)]])
-    found = shards.read("weight", "a")
+def test_read_tensors_are_not_mapped(tmp_path):
+    """A mapped file could change later, or end the process with SIGBUS when it shrinks."""
+    reader = store_shards(tmp_path, {"a": torch.arange(6.0)}, [[ShardRange("a", 0, 6)]])
+    found = reader.read("weight", "a")
     found += 1
-    assert shards.read("weight", "a").tolist() == list(range(6))
-    with open(tmp_path / shard_name(0), "r+b") as file:
+    assert reader.read("weight", "a").tolist() == list(range(6))
+    with open(tmp_path / rank_file_name(0), "r+b") as file:
         file.truncate(100)
     assert found.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_file_that_ends_too_early_is_named(tmp_path):
-    shards = store_pieces(tmp_path, {"a": torch.arange(6.0)}, [[("a", 0, 6)]])
-    path = tmp_path / shard_name(0)
+def test_truncated_file_is_named(tmp_path):
+    reader = store_shards(tmp_path, {"a": torch.arange(6.0)}, [[ShardRange("a", 0, 6)]])
+    path = tmp_path / rank_file_name(0)
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size - 1)
-    assert shards.read("weight", "a", 0, 5).tolist() == list(range(5))
+    assert reader.read("weight", "a", 0, 5).tolist() == list(range(5))
     with pytest.raises(
         OSError, match=r"rank_00000\.safetensors ends inside weight/a: it is damaged"
     ):
-        shards.read("weight", "a", 1)
+        reader.read("weight", "a", 1)
 
 
 @pytest.mark.parametrize(
-    "pieces, message",
+    "shards, message",
     [
         ([[("a", 0, 4)], [("a", 3, 3)]], "of a overlap or leave a gap at element 4"),
         ([[("a", 0, 2)], [("a", 3, 3)]], "of a overlap or leave a gap at element 2"),
@@ -307,29 +338,31 @@ def test_a_file_that_ends_too_early_is_named(tmp_path):
         ([[], []], r"the ranks have 0 elements of a, \[2, 3\]"),
     ],
 )
-def test_pieces_that_are_not_a_tensor_are_no_index(pieces, message):
+def test_index_requires_a_partition(shards, message):
     with pytest.raises(AssertionError, match=message):
-        make_index(pieces, {"a": (2, 3)}, ["weight"], [])
+        make_index(shards, {"a": (2, 3)}, ["weight"], [])
 
 
 # Full disks
 
 
-def test_a_full_disk_is_named():
-    entry = TensorSpec("a", torch.float32, (1000,))
+def test_full_disk_is_named():
+    spec = TensorSpec("a", torch.float32, (1000,))
     with pytest.raises(
         OSError,
         match=r"^/dev/full cannot be written: No space left on device\. Free some space",
     ):
-        write_tensors("/dev/full", [entry], lambda name: torch.zeros(1000))
+        write_tensors("/dev/full", [spec], lambda name: torch.zeros(1000))
 
 
-def test_a_limit_of_file_sizes_is_named_and_a_folder_that_is_not_there(tmp_path):
+def test_file_size_limit_is_named(tmp_path):
     code = (
-        "import resource, sys, torch; from megatron.checkpoint.reader import TensorSpec, write_tensors\n"
+        "import resource, sys, torch\n"
+        "from megatron.checkpoint.reader import TensorSpec, write_tensors\n"
+        "specs = [TensorSpec('a', torch.float32, (50_000,))]\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "for path in ('x', 'none/x'):\n"
-        "    try: write_tensors(path, [TensorSpec('a', torch.float32, (50_000,))], lambda name: torch.zeros(50_000))\n"
+        "    try: write_tensors(path, specs, lambda name: torch.zeros(50_000))\n"
         "    except OSError as error: print(error)\n"
     )
     done = subprocess.run(
@@ -347,8 +380,9 @@ def test_a_limit_of_file_sizes_is_named_and_a_folder_that_is_not_there(tmp_path)
     assert "No such file or directory: 'none/x'" in second
 
 
-def test_a_file_is_on_the_disk_when_it_is_finished(tmp_path, monkeypatch):
-    synced, sync = [], os.fsync
+def test_finished_file_is_synced(tmp_path, monkeypatch):
+    synced = []
+    sync = os.fsync
     monkeypatch.setattr(
         os,
         "fsync",
@@ -358,10 +392,10 @@ def test_a_file_is_on_the_disk_when_it_is_finished(tmp_path, monkeypatch):
     assert os.stat(tmp_path / "x.safetensors").st_ino in synced
 
 
-def test_a_header_that_is_longer_than_its_file(tmp_path):
+def test_header_longer_than_file_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     with pytest.raises(
         ValueError,
-        match="x.safetensors is no safetensors file: its header is longer than the file",
+        match="x.safetensors is not a safetensors file: its header is longer than the file",
     ):
         read_header(tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""What a rank's optimizer holds: refusals, fp16's loss scale, and that the ranks' pieces are each tensor once."""
+"""Shards of the optimizer state: refusals, fp16's loss scale, partition of every tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALE = {"cur_scale": 128.0, "cur_iter": 7, "last_overflow_iter": 3, "cur_hyster
 
 
 def stage_0(model: nn.Module, zero=None):
-    """What of DeepSpeed's engine is looked at, around a model with torch's own optimizer."""
+    """Return the used part of a DeepSpeed engine, around a model with torch's own optimizer."""
     optimizer = zero or torch.optim.AdamW(model.parameters())
     return SimpleNamespace(optimizer=optimizer, module=model, zero_optimization_stage=lambda: 0)
 
@@ -32,14 +32,15 @@ def test_nvme_is_refused():
         ZeroShards(stage_0(nn.Linear(1, 1), zero), GlobalLayout({}, {}, ()))
 
 
-def test_a_frozen_parameter_is_refused():
+def test_frozen_parameter_is_refused():
     model = nn.Linear(2, 2)
     model.bias.requires_grad = False
-    with pytest.raises(AssertionError, match="bias is not trained"):
+    with pytest.raises(AssertionError, match="bias is frozen"):
         GlobalLayout.of(model, Groups())
 
 
 def scalers():
+    """Return optimizers with the loss scalers of DeepSpeed, by where they are."""
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
 
     half = torch.float16
@@ -61,8 +62,8 @@ def scalers():
 @pytest.mark.parametrize(
     "kind, dynamic", [("ZeRO", True), ("stage 0", True), ("static", False), ("none", False)]
 )
-def test_the_dynamic_loss_scale_is_kept(kind, dynamic):
-    """fp16 needs a GPU: DeepSpeed's own objects, without their optimizer."""
+def test_dynamic_loss_scale_is_restored(kind, dynamic):
+    """Uses DeepSpeed's loss scalers without its optimizer, as fp16 needs a GPU."""
     model = nn.Linear(1, 1)
     zero = SimpleNamespace(
         **vars(scalers()[kind]),
@@ -70,43 +71,45 @@ def test_the_dynamic_loss_scale_is_kept(kind, dynamic):
         fp16_groups=[list(model.parameters())],
         fp32_groups=[list(model.parameters())],
     )
-    parts = ZeroShards(stage_0(model, zero), GlobalLayout.of(model, Groups()))
-    before = parts.scaler()
-    parts.set_scaler({name: value for name, value in SCALE.items() if name in before} or SCALE)
+    shards = ZeroShards(stage_0(model, zero), GlobalLayout.of(model, Groups()))
+    before = shards.loss_scaler_state()
+    changed = {name: value for name, value in SCALE.items() if name in before}
+    shards.set_loss_scaler_state(changed or SCALE)
     if dynamic:
         assert {"cur_scale", "cur_iter", "last_overflow_iter"} <= before.keys()
-        assert parts.scaler() == {name: SCALE[name] for name in before} != before
+        assert shards.loss_scaler_state() == {name: SCALE[name] for name in before} != before
     else:
-        assert before == parts.scaler() == {}
+        assert before == shards.loss_scaler_state() == {}
 
 
-def _pieces(config):
+def _shards(config):
+    """Run on a rank: shards, full shapes, and state keys before and after the first step."""
     run = engines.Run(config)
-    parts = run.engine.partitions()
-    none_yet = parts.kinds()
+    zero_shards = run.engine.partitions()
+    keys_before = zero_shards.state_keys()
     run.steps(1)
     run.close()
     return (
-        [(p.name, p.start, p.length) for p in parts.pieces],
+        [(s.name, s.start, s.length) for s in zero_shards.shards],
         run.engine.layout.shapes,
-        none_yet,
-        parts.kinds(),
+        keys_before,
+        zero_shards.state_keys(),
     )
 
 
 @pytest.mark.parametrize("ranks, ep_size", [(1, 1), (2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_pieces_are_every_tensor_once(stage, ranks, ep_size, request):
+def test_shards_partition_every_tensor(stage, ranks, ep_size, request):
     answers = request.getfixturevalue(f"ranks{ranks}").run(
-        _pieces, engines.config_of("topk", ep_size, stage)
+        _shards, engines.config_of("topk", ep_size, stage)
     )
     seen = {
         name: torch.zeros(shape, dtype=torch.int).view(-1)
         for name, shape in answers[0][1].items()
     }
-    for pieces, _, none_yet, kinds in answers:
-        assert none_yet == ("weight",) and kinds == ("weight", "exp_avg", "exp_avg_sq")
-        for name, start, length in pieces:
+    for shards, _, keys_before, keys_after in answers:
+        assert keys_before == ("weight",) and keys_after == ("weight", "exp_avg", "exp_avg_sq")
+        for name, start, length in shards:
             seen[name][start : start + length] += 1
     assert all((count == 1).all() for count in seen.values())
     stacks = {name: shape for name, shape in answers[0][1].items() if ".experts.w" in name}
@@ -117,7 +120,7 @@ def _make(config):
     engines.Run(config).close()
 
 
-def test_an_option_that_moves_parameters_around_is_refused(ranks2, tmp_path):
+def test_round_robin_gradients_are_refused(ranks2, tmp_path):
     options = tmp_path / "ds.json"
     options.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
     config = engines.config_of("topk", 1, 1, save=str(tmp_path / "c"))
@@ -130,21 +133,25 @@ def test_an_option_that_moves_parameters_around_is_refused(ranks2, tmp_path):
         ranks2.run(_make, config)
 
 
-def _moved(config):
+def _check_changed_weight(config):
+    """Run on a rank: the check passes before and after steps, and fails for a changed weight."""
     run = engines.Run(config)
-    parts = run.engine.partitions()
-    parts.check()
+    zero_shards = run.engine.partitions()
+    zero_shards.check()
     run.steps(2)
-    parts.check()
-    first = parts.pieces[0]
+    zero_shards.check()
+    first = zero_shards.shards[0]
     first.weight.view(-1)[0] += 1.0
     with pytest.raises(
         ValueError, match=f"optimizer's copy of {first.name} is not that parameter's"
     ):
-        parts.check()
+        zero_shards.check()
     return True
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_pieces_are_compared_with_the_model(stage, ranks2):
-    assert ranks2.run(_moved, engines.config_of("topk", 2, stage, "bf16")) == [True, True]
+def test_shards_are_compared_with_model(stage, ranks2):
+    assert ranks2.run(_check_changed_weight, engines.config_of("topk", 2, stage, "bf16")) == [
+        True,
+        True,
+    ]

@@ -1,4 +1,4 @@
-"""A disk that gets full during a save: the old checkpoints stay whole, and the run stops or goes on as it was told."""
+"""A full disk during a save: old checkpoints stay valid, and the run stops or continues."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import pytest
 
 from helpers import runs
 from helpers.namespaces import REPO, in_namespace, needs_namespace
-from megatron.checkpoint import directory
+from megatron.checkpoint.directory import list_checkpoints
+from megatron.checkpoint.manifest import check_files
 
 
-def whole(folder: Path) -> list[int]:
-    """Iterations of the checkpoints, all of which must be whole."""
-    good, bad = directory.list_checkpoints(folder)
-    assert not bad
-    for path, manifest in good:
-        directory.check_files(path, manifest["files"], manifest)
-    return [manifest["iteration"] for _, manifest in reversed(good)]
+def valid_iterations(folder: Path) -> list[int]:
+    """Return the iterations of the checkpoints, all of which must be valid."""
+    entries, problems = list_checkpoints(folder)
+    assert not problems
+    for path, manifest in entries:
+        check_files(path, manifest["files"], manifest)
+    return [manifest["iteration"] for _, manifest in reversed(entries)]
 
 
 @needs_namespace
-@pytest.mark.parametrize("answer, options", [("stop", ("--async-save",)), ("continue", ())])
-def test_no_room_for_the_third_checkpoint(answer, options, data, tmp_path):
-    """1 MB of disk, 0.4 MB a checkpoint, a save after each of four steps."""
+@pytest.mark.parametrize("on_error, options", [("stop", ("--async-save",)), ("continue", ())])
+def test_no_space_for_third_checkpoint(on_error, options, data, tmp_path):
+    """The disk has 1 MB, a checkpoint 0.4 MB, and each of four steps is saved."""
     out = tmp_path / "disk"
     argv = [
         *runs.flags(data, out, 4),
@@ -37,7 +38,7 @@ def test_no_room_for_the_third_checkpoint(answer, options, data, tmp_path):
         "--metrics-file",
         str(tmp_path / "metrics.jsonl"),
         "--on-save-error",
-        answer,
+        on_error,
         *options,
     ]
     done = in_namespace(
@@ -48,31 +49,35 @@ def test_no_room_for_the_third_checkpoint(answer, options, data, tmp_path):
         *argv,
     )
     text = done.stdout + done.stderr
-    assert whole(tmp_path / "copy") == [1, 2], text
+    assert valid_iterations(tmp_path / "copy") == [1, 2], text
     assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == [
         "iter_0000001",
         "iter_0000002",
         "latest",
     ]
     message = (
-        r"the checkpoint of iteration 3 takes 0\.\d MB, but \S+ has 0\.\d MB free\. Free some space.*; "
+        r"iter_0000003 needs 0\.\d MB, but the disk of \S+ has 0\.\d MB free\. Free some space.*; "
         r"the last good checkpoint is \S+iter_0000002"
     )
-    assert len(re.findall(message.replace("iteration 3", r"iteration \d"), text)) == (
-        1 if answer == "stop" else 2
-    )
+    failed_saves = re.findall(message.replace("iter_0000003", r"iter_000000\d"), text)
+    assert len(failed_saves) == {"stop": 1, "continue": 2}[on_error]
     assert re.search(message, text) and "Traceback" not in text
-    assert text.count("The training goes on, as --on-save-error says") == (answer == "continue")
-    assert done.returncode == 2, "also when it went on: the last checkpoint is the run's result"
-    assert len(runs.metrics(tmp_path)) == (3 if answer == "stop" else 4)
+    assert text.count("The training continues, as --on-save-error sets") == (
+        on_error == "continue"
+    )
+    assert done.returncode == 2, (
+        "also with continue: the last checkpoint is the result of the run"
+    )
+    assert len(runs.metrics(tmp_path)) == {"stop": 3, "continue": 4}[on_error]
 
 
-@pytest.mark.parametrize("answer", ["stop", "continue"])
-def test_the_disk_gets_full_while_a_file_is_written(answer, data, tmp_path):
-    """The kernel refuses to let any file grow beyond 100 KB: there was room, and then there is none."""
-    runs_there = tmp_path / "checkpoints"
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_disk_fills_during_write(on_error, data, tmp_path):
+    """The kernel limits files to 100 KB: there was space before the write, and then not."""
+    checkpoints = tmp_path / "checkpoints"
     program = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "import resource, runpy, sys; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     argv = [
@@ -82,7 +87,7 @@ def test_the_disk_gets_full_while_a_file_is_written(answer, data, tmp_path):
         "--save-interval",
         "1",
         "--on-save-error",
-        answer,
+        on_error,
     ]
     done = subprocess.run(
         [sys.executable, "-c", program, str(REPO / "pretrain_gpt.py"), *argv],
@@ -94,13 +99,12 @@ def test_the_disk_gets_full_while_a_file_is_written(answer, data, tmp_path):
     text = done.stdout + done.stderr
     assert (
         re.search(
-            r"rank_00000.safetensors cannot be written: File too large. Raise the limit.*; no checkpoint was "
-            "saved",
+            r"rank_00000.safetensors cannot be written: File too large. Raise the limit.*; "
+            "no checkpoint was saved",
             text,
         )
         and "Traceback" not in text
     ), text
-    assert done.returncode == 2 and len(runs.metrics(tmp_path)) == (
-        1 if answer == "stop" else 2
-    )
-    assert not list(runs_there.glob("*iter_*"))
+    assert done.returncode == 2
+    assert len(runs.metrics(tmp_path)) == {"stop": 1, "continue": 2}[on_error]
+    assert not list(checkpoints.glob("*iter_*"))

@@ -14,6 +14,7 @@ from helpers import engines, killable, runs
 from helpers.spawn import free_port
 from helpers.waiting import wait_until
 from megatron.checkpoint import directory
+from megatron.checkpoint.manifest import check_files
 
 
 def training_rows(out: Path) -> list[dict]:
@@ -73,7 +74,7 @@ def newest(folder: Path) -> int:
     valid, corrupt = directory.list_checkpoints(folder)
     assert not corrupt
     for path, manifest in valid:
-        directory.check_files(path, manifest["files"], manifest)
+        check_files(path, manifest["files"], manifest)
     return valid[0][1]["iteration"] if valid else 0
 
 

@@ -182,7 +182,7 @@ def full_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     shards = CheckpointReader(Path(folder) / latest(folder))
     tensors = {
         f"{kind}/{name}": shards.read(kind, name).view(shards.shapes[name])
-        for kind in shards.kinds
+        for kind in shards.state_keys
         for name in shards.shapes
     }
     return {**tensors, **{f"buffer/{name}": shards.buffer(name) for name in shards.buffers}}

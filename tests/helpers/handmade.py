@@ -1,4 +1,4 @@
-"""Checkpoints of any pieces, written by hand without any engine."""
+"""Checkpoints with chosen tensors and shards, written without an engine; tools run in-process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import directory
-from megatron.checkpoint.metadata import RunMetadata
-from megatron.checkpoint.reader import make_index, shard_name, write_tensors
+from megatron.checkpoint.manifest import write_with_digest
+from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
+from megatron.checkpoint.reader import (
+    ShardRange,
+    make_index,
+    rank_file_name,
+    write_tensors,
+)
 from megatron.config.schema import MoEConfig, RunConfig
-from megatron.io import sha256
 from megatron.io.safetensors_writer import TensorSpec
+from megatron.io.sha256 import FileDigest
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = RunConfig(
@@ -31,49 +37,47 @@ IDENTITY = {
     "tokenizer_vocab_size": 257,
     "tokenizer_fingerprint": "f00d",
 }
-Pieces = list[list[tuple[str, int, int]]]
+STATE_FACTORS = {"weight": 1.0, "exp_avg": 10.0, "exp_avg_sq": 100.0}
+"""What is stored of a tensor: the tensor times a factor, by state key"""
 
 
-def evenly(tensors: dict[str, Tensor], ranks: int) -> Pieces:
-    """By rank, (tensor, start, length): every tensor cut into as many ranges as there are ranks."""
-    cuts = {
-        name: [t.numel() * r // ranks for r in range(ranks + 1)] for name, t in tensors.items()
-    }
-    return [
-        [
-            (name, cut[r], cut[r + 1] - cut[r])
-            for name, cut in cuts.items()
-            if cut[r] < cut[r + 1]
-        ]
-        for r in range(ranks)
-    ]
+def split_evenly(tensors: dict[str, Tensor], ranks: int) -> list[list[ShardRange]]:
+    """Return the shards of every rank when each tensor is cut into as many ranges as ranks."""
+    shards = []
+    for rank in range(ranks):
+        owned = []
+        for name, tensor in tensors.items():
+            start = tensor.numel() * rank // ranks
+            stop = tensor.numel() * (rank + 1) // ranks
+            if start < stop:
+                owned.append(ShardRange(name, start, stop - start))
+        shards.append(owned)
+    return shards
 
 
-def write_pieces(
+def write_rank_files(
     folder: Path,
     tensors: dict[str, Tensor],
-    pieces: Pieces,
-    kinds: dict[str, float],
+    shards: list[list[ShardRange]],
+    state_keys: list[str],
     buffers: dict[str, Tensor],
-) -> dict[str, tuple[int, str]]:
-    """The ranks' files and index.json. Each kind is the tensors times a factor."""
+) -> dict[str, FileDigest]:
+    """Write the ranks' files and index.json. Returns their digests."""
     files = {}
-    for rank, owned in enumerate(pieces):
-        stored = {
-            f"{kind}/{name}": tensors[name].flatten()[start : start + length] * factor
-            for kind, factor in kinds.items()
-            for name, start, length in owned
-        }
+    for rank, owned in enumerate(shards):
+        stored = {}
+        for key in state_keys:
+            for name, start, length in owned:
+                values = tensors[name].flatten()[start : start + length]
+                stored[f"{key}/{name}"] = values * STATE_FACTORS[key]
         if rank == 0:
             stored |= {f"buffer/{name}": tensor for name, tensor in buffers.items()}
-        entries = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in stored.items()]
-        files[shard_name(rank)] = write_tensors(
-            folder / shard_name(rank), entries, stored.__getitem__
-        )
+        specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in stored.items()]
+        file_name = rank_file_name(rank)
+        files[file_name] = write_tensors(folder / file_name, specs, stored.__getitem__)
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    (folder / "index.json").write_text(
-        json.dumps(make_index(pieces, shapes, list(kinds), list(buffers)))
-    )
+    index = make_index(shards, shapes, state_keys, list(buffers))
+    files["index.json"] = write_with_digest(folder / "index.json", json.dumps(index))
     return files
 
 
@@ -86,17 +90,22 @@ def checkpoint(
     moments: bool = True,
     buffers: dict[str, Tensor] | None = None,
     config: RunConfig = CONFIG,
-    pieces: Pieces | None = None,
+    shards: list[list[ShardRange]] | None = None,
     **state,
 ) -> Path:
-    """A checkpoint in a folder of checkpoints; the moments are the weights times 10 and 100."""
+    """Commit a checkpoint to a directory of checkpoints.
+
+    Args:
+        moments: Whether it has moments, which are the weights times 10 and 100.
+        shards: The shards of every rank; by default every tensor is cut evenly.
+        state: Other content for state.json.
+    """
     partial = folder / "partial"
     partial.mkdir(parents=True)
-    kinds = {"weight": 1.0, **({"exp_avg": 10.0, "exp_avg_sq": 100.0} if moments else {})}
-    files = write_pieces(
-        partial, tensors, pieces or evenly(tensors, ranks), kinds, buffers or {}
-    )
-    record = RunMetadata(
+    state_keys = list(STATE_FACTORS) if moments else ["weight"]
+    shards = shards or split_evenly(tensors, ranks)
+    files = write_rank_files(partial, tensors, shards, state_keys, buffers or {})
+    metadata = RunMetadata(
         config,
         IDENTITY,
         {"ranks": ranks, "expert_parallel_size": 1, "zero_stage": 2, "precision": "bf16"},
@@ -104,26 +113,19 @@ def checkpoint(
         100,
         {"corpus": {"bin_bytes": 10, "idx_bytes": 20}},
     )
-    progress = {
-        "iteration": iteration,
-        "consumed_samples": 8 * iteration,
-        "consumed_tokens": 2048 * iteration,
-    }
     content = {
-        **record.state(),
-        "progress": progress,
+        **metadata.to_state(),
+        "progress": TrainingProgress(iteration, 8 * iteration, 2048 * iteration).to_state(),
         "optimizer": {"steps": iteration * moments, "counters": {}, "scaler": {}},
         **state,
     }
-    (partial / "run.json").write_text(json.dumps(config.to_dict()))
-    (partial / "state.json").write_text(json.dumps(content))
-    for name in ("run.json", "state.json", "index.json"):
-        files[name] = ((partial / name).stat().st_size, sha256.file_sha256(partial / name))
+    files["run.json"] = write_with_digest(partial / "run.json", json.dumps(config.to_dict()))
+    files["state.json"] = write_with_digest(partial / "state.json", json.dumps(content))
     return directory.commit_checkpoint(partial, folder, iteration, files)
 
 
 def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Random fp32 tensors of these shapes; `__` in a name stands for a point."""
+    """Return random fp32 tensors of these shapes; `__` in a name stands for a point."""
     g = torch.Generator().manual_seed(len(shapes))
     return {
         name.replace("__", "."): torch.randn(shape, generator=g)
@@ -132,9 +134,12 @@ def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def run(script: str, *arguments, code: int = 0, cwd: Path | None = None) -> SimpleNamespace:
-    """A tool with its arguments, in this process: its stdout and stderr."""
+    """Run a tool in this process. Returns its stdout and stderr."""
     tool = importlib.import_module(f"tools.{script.removesuffix('.py')}")
-    out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, os.getcwd()
+    out = io.StringIO()
+    err = io.StringIO()
+    argv = sys.argv
+    here = os.getcwd()
     sys.argv = [script, *map(str, arguments)]
     os.chdir(cwd or here)
     try:
@@ -148,8 +153,11 @@ def run(script: str, *arguments, code: int = 0, cwd: Path | None = None) -> Simp
 
 
 def program(script: str, *arguments, before: str, cwd: Path) -> subprocess.CompletedProcess:
-    """A tool as a program in which some Python ran before."""
-    code = f"import runpy, sys; {before}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    """Run a tool as a program, after some Python code."""
+    code = (
+        f"import runpy, sys; {before}; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     return subprocess.run(
         [sys.executable, "-c", code, str(REPO / "tools" / script), *map(str, arguments)],
         cwd=cwd,
@@ -160,7 +168,7 @@ def program(script: str, *arguments, before: str, cwd: Path) -> subprocess.Compl
 
 
 def damage(path: Path) -> None:
-    """Change one byte in the middle of a file."""
+    """Change one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

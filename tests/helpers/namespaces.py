@@ -1,4 +1,4 @@
-"""Shell scripts in a mount namespace of their own: small and read-only disks for tests."""
+"""Run shell scripts in their own mount namespace: small and read-only disks for tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def namespace_works() -> bool:
-    """Whether this user may mount a tmpfs in a namespace of its own."""
+    """Return whether this user may mount a tmpfs in its own namespace."""
     done = subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
     )
@@ -23,12 +23,15 @@ def namespace_works() -> bool:
 
 needs_namespace = pytest.mark.skipif(
     not shutil.which("unshare") or not namespace_works(),
-    reason="no right to mount in a namespace",
+    reason="mounting in a namespace is not allowed",
 )
 
 
 def in_namespace(folder: Path, script: str, *arguments) -> subprocess.CompletedProcess:
-    """A shell script in a mount namespace of its own; `$DISK` is a folder to mount on, `$P` Python."""
+    """Run a shell script in its own mount namespace.
+
+    `$DISK` is a directory to mount on, `$P` is Python.
+    """
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
     return subprocess.run(

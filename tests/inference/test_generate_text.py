@@ -58,7 +58,7 @@ def test_missing_checkpoint_is_one_line_error(tmp_path):
     )
     assert (
         done.returncode == 2
-        and "which holds no checkpoint" in done.stderr
+        and "has no valid checkpoint. Point --load at" in done.stderr
         and "Traceback" not in done.stderr
     )
 

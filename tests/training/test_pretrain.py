@@ -205,7 +205,7 @@ def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
         ),
         (("--data-path", "/nowhere/x"), r"/nowhere/x"),
         (("--split", "1,0,99"), r"valid.*60"),
-        (("--load", "/nowhere"), r"--load is '/nowhere', which holds no checkpoint"),
+        (("--load", "/nowhere"), r"/nowhere is not a directory of checkpoints. Point --load"),
         (
             ("--zero-stage", "0", "--moe-expert-parallel-size", "2"),
             r"--zero-stage is 0; allowed: 1, 2 or 3",

@@ -1,0 +1,173 @@
+"""Manifest of a checkpoint: size and SHA-256 of every file, by which damage is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron.io import atomic_write
+from megatron.io.sha256 import FileDigest, digest_bytes, file_sha256
+
+MANIFEST = "manifest.json"
+_FORMAT = "moe-megatron checkpoint 1"
+
+ProgressCallback = Callable[[int], object]
+"""Called with the number of bytes that were processed since the last call"""
+
+
+class CorruptCheckpointError(ValueError):
+    """A checkpoint is incomplete or damaged; the message names the file and the problem."""
+
+
+def ignore_progress(nbytes: int) -> None:
+    """Do nothing: the default progress callback."""
+
+
+def write_with_digest(path: Path, text: str) -> FileDigest:
+    """Write a small file atomically and return its digest for the manifest."""
+    content = text.encode()
+    atomic_write.write_bytes(path, content)
+    return digest_bytes(content)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        CorruptCheckpointError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptCheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def write_manifest(
+    path: Path, iteration: int, serial: int, files: dict[str, FileDigest]
+) -> None:
+    """Write the manifest of the checkpoint in directory `path`, once all its files are synced.
+
+    Args:
+        serial: Number of the checkpoint in order of completion.
+        files: Digest of every other file, by name.
+    """
+    manifest = {
+        "format": _FORMAT,
+        "iteration": iteration,
+        "serial": serial,
+        "files": {name: list(files[name]) for name in sorted(files)},
+    }
+    manifest["checksum"] = manifest_checksum(manifest)
+    atomic_write.write_text(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of the checkpoint in directory `path`.
+
+    Returns:
+        The manifest: iteration, serial, files {name: [bytes, sha256]}, checksum.
+
+    Raises:
+        CorruptCheckpointError: It is missing or was changed after it was written.
+    """
+    file = path / MANIFEST
+    if not file.exists() and any(path.glob("*_model_states.pt")):
+        raise CorruptCheckpointError(
+            f"{path} has files of a DeepSpeed checkpoint and no {MANIFEST}: it was written by an "
+            "earlier version of this program or by another one, and cannot be read"
+        )
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise CorruptCheckpointError(f"{file} is not the manifest of a {_FORMAT!r}")
+    if manifest.get("checksum") != manifest_checksum(manifest):
+        raise CorruptCheckpointError(f"{file} is corrupt: its checksum does not match")
+    if not _is_well_formed(manifest):
+        raise CorruptCheckpointError(
+            f"{file} is malformed: a field is missing or has a wrong type"
+        )
+    return manifest
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's content, which is stored under "checksum"."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_well_formed(manifest: dict[str, Any]) -> bool:
+    for key in ("iteration", "serial"):
+        # Not isinstance: True is an int, too.
+        if type(manifest.get(key)) is not int:
+            return False
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return False
+    return all(_is_file_entry(name, digest) for name, digest in files.items())
+
+
+def _is_file_entry(name: str, digest: Any) -> bool:
+    """Return whether an entry is a digest of a file inside the checkpoint's own directory."""
+    if Path(name).name != name or not isinstance(digest, list):
+        return False
+    return [type(value) for value in digest] == [int, str]
+
+
+def check_files(
+    path: Path, names: Iterable[str], manifest: dict[str, Any], hashes: bool = True
+) -> None:
+    """Compare files of a checkpoint with the manifest.
+
+    Args:
+        path: Directory of the checkpoint.
+        hashes: Read the files and compare their hashes; otherwise compare only their sizes.
+
+    Raises:
+        CorruptCheckpointError: A file is missing, or has another size or another SHA-256.
+    """
+    for name in names:
+        _check_file(path / name, FileDigest(*manifest["files"][name]), hashes)
+
+
+def _check_file(file: Path, expected: FileDigest, hashes: bool) -> None:
+    try:
+        size = file.stat().st_size
+        if size != expected.nbytes:
+            raise CorruptCheckpointError(
+                f"{file} has {size} bytes, {expected.nbytes} were written"
+            )
+        if hashes and file_sha256(file) != expected.sha256:
+            raise CorruptCheckpointError(
+                f"{file} is corrupt: its SHA-256 is not the one in {MANIFEST}"
+            )
+    except FileNotFoundError:
+        raise CorruptCheckpointError(f"{file} is missing") from None
+    except OSError as error:
+        raise CorruptCheckpointError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def find_problems(
+    path: Path,
+    manifest: dict[str, Any],
+    verify: bool = True,
+    progress: ProgressCallback = ignore_progress,
+) -> list[str]:
+    """Return what is wrong with the files of a checkpoint; an empty list means it is valid.
+
+    Args:
+        verify: Compare the hashes of all files, which reads them. Otherwise compare the sizes
+            of all files and the hashes of the small ones.
+        progress: Called with the bytes of each file that was checked.
+    """
+    problems = []
+    for name, (nbytes, _) in manifest["files"].items():
+        try:
+            check_files(path, [name], manifest, hashes=verify or name.endswith(".json"))
+        except CorruptCheckpointError as error:
+            problems.append(str(error))
+        progress(nbytes)
+    return problems

@@ -1,0 +1,297 @@
+"""Loading into an engine: damaged checkpoints, another step, fine-tuning, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import engines
+from megatron import log
+from megatron.checkpoint import directory, loader
+from megatron.checkpoint.manifest import manifest_checksum, read_manifest
+from megatron.checkpoint.reader import CheckpointReader
+from megatron.config.checkpoints import CheckpointConfig
+from megatron.io.sha256 import file_sha256
+from megatron.parallel.groups import Groups
+
+
+def config_of(folder: Path | str, ep_size: int = 1, **options):
+    return engines.config_of("topk", ep_size, 1, save=str(folder), **options)
+
+
+def with_train(config, **changes):
+    return replace(config, train=replace(config.train, **changes))
+
+
+def _saves(config, number: int) -> None:
+    """Run on a rank: save after each step."""
+    run = engines.Run(config)
+    try:
+        for _ in range(number):
+            run.steps(1)
+            run.save()
+    finally:
+        run.close()
+
+
+@pytest.fixture(scope="module")
+def three(ranks2, tmp_path_factory):
+    """Directory of checkpoints after 1, 2 and 3 steps."""
+    folder = tmp_path_factory.mktemp("three")
+    ranks2.run(_saves, config_of(folder, ep_size=2), 3)
+    return folder
+
+
+def _load(config):
+    """Run on a rank: name and progress of the checkpoint that is loaded."""
+    run = engines.Run(config)
+    run.close()
+    return run.source.path.name, run.progress.iteration
+
+
+def _start(config):
+    """Run on a rank: whether it starts from scratch, its iteration, optimizer steps, weights."""
+    run = engines.Run(config)
+    run.close()
+    zero_shards = run.engine.partitions()
+    weights = {s.name: s.weight.clone() for s in zero_shards.shards}
+    return run.source is None, run.progress.iteration, zero_shards.steps, weights
+
+
+# Damage
+
+
+def damage(path: Path, kind: str) -> None:
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        os.truncate(path, path.stat().st_size - 100)
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+        "state.json",
+        "manifest.json",
+        "index.json",
+        "run.json",
+    ],
+)
+def test_damaged_checkpoint_is_named_and_passed_over(
+    kind, name, three, ranks2, tmp_path, capsys
+):
+    folder = shutil.copytree(three, tmp_path / "c")
+    damage(folder / "iter_0000003" / name, kind)
+    config = engines.loading(config_of("", ep_size=2), folder)
+    assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2
+    log.setup()
+    assert loader.find_checkpoint(config.train, Groups()).path.name == "iter_0000002"
+    assert re.search(f"WARNING .*iter_0000003/{name} .*not used", capsys.readouterr().out)
+    with pytest.raises(
+        RuntimeError, match=f"of iteration 3, which --load-step .*iter_0000003/{name}"
+    ):
+        ranks2.run(_load, with_train(config, load_step=3))
+    for iteration in (1, 2):
+        damage(
+            folder / directory.checkpoint_name(iteration) / "rank_00001.safetensors", "flipped"
+        )
+    with pytest.raises(
+        RuntimeError,
+        match="has no valid checkpoint: .*rank_00001.safetensors is corrupt.*Restore",
+    ):
+        ranks2.run(_load, config)
+
+
+def test_corrupt_checkpoints_are_remembered(three, tmp_path):
+    """They do not count for --keep-last."""
+    folder = shutil.copytree(three, tmp_path / "c")
+    damage(folder / "iter_0000003/index.json", "flipped")
+    loaded = loader.find_checkpoint(CheckpointConfig(load=str(folder)), Groups())
+    assert loaded.corrupt == [folder / "iter_0000003"]
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("state.json", lambda c: c.pop("optimizer"), "KeyError"),
+        ("state.json", lambda c: c.pop("topology"), "KeyError"),
+        ("index.json", lambda c: c.pop("kinds"), "KeyError"),
+        ("index.json", lambda c: c.update(tensors=[]), "'list' object"),
+        (
+            "index.json",
+            lambda c: c["tensors"].pop("norm.weight"),
+            "does not fit the model: .*norm.weight",
+        ),
+        (
+            "index.json",
+            lambda c: c["tensors"]["norm.weight"].update(shape=[4, 4]),
+            "does not fit the model: .*norm.weight",
+        ),
+        (
+            "index.json",
+            lambda c: c["tensors"]["norm.weight"]["pieces"].pop(),
+            "no file has element .* of norm.weight",
+        ),
+    ],
+)
+def test_malformed_files_are_refused(name, change, message, three, ranks1, tmp_path):
+    """The manifest fits them: no accident, but another program or version."""
+    path = shutil.copytree(three, tmp_path / "c") / "iter_0000003"
+    content = json.loads((path / name).read_text())
+    change(content)
+    (path / name).write_text(json.dumps(content))
+    manifest = read_manifest(path)
+    manifest["files"][name] = [(path / name).stat().st_size, file_sha256(path / name)]
+    manifest["checksum"] = manifest_checksum(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RuntimeError, match=f"(CorruptCheckpointError|ValueError): .*{message}"):
+        ranks1.run(_load, engines.loading(config_of(""), path.parent))
+
+
+# Which checkpoint
+
+
+def test_branch_from_earlier_step_is_newest(three, ranks2, tmp_path):
+    folder = shutil.copytree(three, tmp_path / "c")
+    config = engines.loading(config_of("", ep_size=2), folder, folder)
+    earlier = with_train(config, load_step=1)
+    assert ranks2.run(_load, earlier) == [("iter_0000001", 1)] * 2
+    ranks2.run(_saves, earlier, 1)
+    assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2, (
+        "not 3, which the new branch has not reached"
+    )
+
+
+def test_missing_checkpoint_needs_load_or_init(ranks2, tmp_path):
+    config = engines.loading(config_of(""), tmp_path)
+    with pytest.raises(RuntimeError, match="has no valid checkpoint. .* add --load-or-init"):
+        ranks2.run(_start, config)
+    answers = ranks2.run(_start, with_train(config, load_or_init=True))
+    assert [a[:3] for a in answers] == [(True, 0, 0)] * 2
+
+
+def test_load_or_init_refuses_corrupt_checkpoints(tmp_path):
+    """Starting from scratch where a checkpoint was lost would silently waste a run."""
+    broken = tmp_path / "iter_0000009"
+    broken.mkdir()
+    for load_or_init in (False, True):
+        options = CheckpointConfig(load=str(tmp_path), load_or_init=load_or_init)
+        with pytest.raises(
+            FileNotFoundError,
+            match="no valid checkpoint: .*0009/manifest.json is missing. Restore",
+        ):
+            loader.find_checkpoint(options, Groups())
+    shutil.rmtree(broken)
+    options = CheckpointConfig(load=str(tmp_path), load_or_init=True)
+    assert loader.find_checkpoint(options, Groups()) is None
+    with pytest.raises(FileNotFoundError, match="no valid checkpoint of iteration 3"):
+        loader.find_checkpoint(replace(options, load_step=3), Groups())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_finetuning_loads_only_the_weights(precision, three, ranks1):
+    """All bits of the fp32 weights are loaded, and nothing of the optimizer."""
+    config = engines.loading(config_of("", precision=precision), three)
+    optimizer = replace(config.optimizer, lr=0.5, lr_decay_style="linear")
+    finetune = with_train(replace(config, optimizer=optimizer), finetune=True)
+    ((from_scratch, iteration, steps, weights),) = ranks1.run(_start, finetune)
+    assert (from_scratch, iteration, steps) == (False, 0, 0)
+    saved = CheckpointReader(three / engines.latest(three))
+    assert all(torch.equal(w, saved.read("weight", name)) for name, w in weights.items())
+    other = replace(finetune, model=replace(finetune.model, hidden_size=32))
+    with pytest.raises(
+        RuntimeError, match="--hidden-size is 32 but checkpoint .* was made with 16"
+    ):
+        ranks1.run(_start, other)
+
+
+def test_new_run_refuses_directory_of_another(three, ranks1, tmp_path):
+    folder = shutil.copytree(three, tmp_path / "c")
+    message = "--save is .*, which has iter_0000003; allowed: a directory without checkpoints"
+    for config in (config_of(folder), engines.loading(config_of(""), three, folder)):
+        with pytest.raises(RuntimeError, match=message):
+            ranks1.run(_start, config)
+    config = engines.loading(config_of(""), folder, folder)
+    with pytest.raises(RuntimeError, match=message):
+        ranks1.run(_start, with_train(config, finetune=True))
+    assert ranks1.run(_start, config)[0][:2] == (False, 3)
+
+
+def _count(config):
+    """Run on a rank: counters of the engine after five more skipped steps, and a save."""
+    run = engines.Run(config)
+    run.engine.deepspeed.skipped_steps += 5
+    if config.train.save:
+        run.save()
+    run.close()
+    return run.engine.counters()
+
+
+def test_counters_are_restored(ranks1, tmp_path):
+    ranks1.run(_count, config_of(tmp_path))
+    (counters,) = ranks1.run(_count, engines.loading(config_of(""), tmp_path))
+    assert counters["skipped_steps"] == 10
+
+
+# Global batch and schedule
+
+
+def _global_batch(config):
+    """Run on a rank: the global batch that the run continues with."""
+    from megatron.engine import distributed as parallel
+
+    groups = parallel.init_distributed(1)
+    loaded = loader.find_checkpoint(config.train, groups)
+    return loaded.keep_global_batch(config, groups).train.global_batch_size
+
+
+@pytest.mark.parametrize(
+    "options, size",
+    [
+        ({}, engines.GLOBAL_BATCH),
+        ({"global_batch_size": 8}, 8),
+        ({"finetune": True}, 0),
+        ({"micro_batch_size": 4}, 0),
+    ],
+)
+def test_global_batch_is_kept_unless_set(options, size, three, ranks1):
+    """0 means a micro-batch of each rank: 1 or 4 samples here; the checkpoint has 4."""
+    config = engines.loading(config_of(""), three)
+    config = with_train(config, **{"global_batch_size": 0, **options})
+    assert ranks1.run(_global_batch, config) == [size]
+
+
+def test_indivisible_global_batch_is_refused(three, ranks1):
+    config = engines.loading(config_of(""), three)
+    config = with_train(config, global_batch_size=0, micro_batch_size=3)
+    with pytest.raises(
+        RuntimeError,
+        match="the global batch of the checkpoint is 4; allowed: a multiple of "
+        "--micro-batch-size 3 x 1 ranks. Start another number of ranks, or set",
+    ):
+        ranks1.run(_global_batch, config)
+
+
+def test_changed_schedule_needs_override(three, ranks1):
+    config = engines.loading(config_of(""), three)
+    other = replace(config, optimizer=replace(config.optimizer, lr=0.01))
+    with pytest.raises(
+        RuntimeError, match="--lr is 0.01 .* made with 0.02; .*--override-lr-schedule"
+    ):
+        ranks1.run(_load, other)
+    ((_, iteration),) = ranks1.run(_load, with_train(other, override_lr_schedule=True))
+    assert iteration == 3
