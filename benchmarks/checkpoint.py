@@ -1,10 +1,11 @@
-"""How long a checkpoint keeps the training waiting, against what copying the same bytes takes.
+"""Time that training waits for a checkpoint, against copying the same bytes.
 
-Two ranks that share the experts save after a step, in turn: while the training waits; with --async-save, for which the
-waiting counts that of `save` and of all later `poll`s up to the one that publishes, and the steps that are done
-meanwhile are compared with undisturbed ones; and with `torch.save` of the same tensors, as DeepSpeed does it, which
-neither syncs its files to the disk nor hashes them. The baseline of bytes per second is `cp -r` of the checkpoint, each
-file synced as ours are; then without. What finding, verifying and reading it again takes stands against the same.
+Two ranks with sharded experts save after a step, in three ways: while training waits; with
+--async-save, where the wait is that of `save` and of all later `poll`s up to the commit, and steps
+during the write are compared with undisturbed ones; and with `torch.save` of the same tensors, as
+DeepSpeed does, which neither syncs its files to the disk nor hashes them. The baseline of bytes per
+second is `cp -r` of the checkpoint with each file synced, as checkpoints are; then without sync.
+Finding, verifying and restoring the checkpoint is compared with the same baseline.
 """
 
 from __future__ import annotations
@@ -23,24 +24,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
 
-RANKS, BAR = 2, 0.2
-SYNC, ASYNC, THEIRS = (
-    "save, training waits",
-    "save beside the training",
-    "torch.save, not synced",
-)
-COPY, BARE, LOAD, STEP, BESIDE = (
-    "cp, synced",
-    "cp",
-    "find, verify and restore",
-    "a step",
-    "a step beside the writing",
+RANKS = 2
+VOCAB_SIZE = 8192
+SEQ_LENGTH = 64
+ASYNC_BAR = 0.2
+"""Largest wait for a background save, relative to a save that training waits for"""
+SAVE = "save, training waits"
+ASYNC_SAVE = "save in the background"
+TORCH_SAVE = "torch.save, not synced"
+COPY_SYNCED = "cp, synced"
+COPY = "cp"
+LOAD = "find, verify and restore"
+STEP = "a step"
+STEP_DURING_SAVE = "a step during the write"
+COMPARISONS = (  # (baseline, rows compared with it, bar of the first row)
+    (SAVE, (ASYNC_SAVE,), ASYNC_BAR),
+    (SAVE, (TORCH_SAVE,), None),
+    (COPY_SYNCED, (SAVE, COPY, LOAD), None),
+    (STEP, (STEP_DURING_SAVE,), None),
 )
 
 
 def configuration(quick: bool, folder: str, async_save: bool = False, load: str = "") -> Any:
     from megatron.config.schema import (
-        CheckpointConfig,
         ModelConfig,
         MoEConfig,
         OptimizerConfig,
@@ -54,8 +60,8 @@ def configuration(quick: bool, folder: str, async_save: bool = False, load: str 
             num_layers=8,
             hidden_size=size,
             num_attention_heads=4,
-            seq_length=64,
-            vocab_size=8192,
+            seq_length=SEQ_LENGTH,
+            vocab_size=VOCAB_SIZE,
         ),
         MoEConfig(
             num_experts=8,
@@ -65,8 +71,8 @@ def configuration(quick: bool, folder: str, async_save: bool = False, load: str 
             moe_expert_parallel_size=RANKS,
         ),
         optimizer=OptimizerConfig(bf16=True),
-        train=TrainConfig(micro_batch_size=1),
-        checkpoint=CheckpointConfig(
+        train=TrainConfig(
+            micro_batch_size=1,
             save=folder,
             async_save=async_save,
             load=load,
@@ -76,64 +82,58 @@ def configuration(quick: bool, folder: str, async_save: bool = False, load: str 
 
 
 class Run:
-    """An engine and its checkpoints in a folder."""
+    """An engine and its progress."""
 
     def __init__(self, groups: Any, config: Any):
         from megatron.checkpoint.metadata import TrainingProgress
         from megatron.engine.engine import Engine
         from megatron.model.builder import build_model
 
-        self.groups, self.config, self.progress = groups, config, TrainingProgress()
+        self.groups = groups
+        self.config = config
+        self.progress = TrainingProgress()
         model = build_model(
-            config.model, config.moe, {}, vocab_size=8192, seed=1, groups=groups
+            config.model, config.moe, {}, vocab_size=VOCAB_SIZE, seed=1, groups=groups
         )
-        self.engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
+        self.engine = Engine(model, config.optimizer, config.train, groups)
 
-    def checkpoints(self, folder: Path, async_save: bool) -> Any:
+    def checkpointer(self, folder: Path, async_save: bool) -> Any:
         from megatron.checkpoint.metadata import RunMetadata
         from megatron.checkpoint.saver import Checkpointer
 
         config = configuration(True, str(folder), async_save)
-        return Checkpointer(
-            config.checkpoint,
-            self.engine,
-            RunMetadata(self.config, {}, {"ranks": RANKS}),
-            self.groups,
-        )
+        metadata = RunMetadata(self.config, {}, {"ranks": RANKS})
+        return Checkpointer(config.train, self.engine, metadata, self.groups)
 
     def step(self) -> None:
         import torch
 
         from megatron.data.loader import Batch
-        from megatron.training.task import NextTokenLoss
 
-        tokens = torch.randint(0, 8192, (1, 65))
-        self.engine.step(
-            [Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, 64), None, None)],
-            NextTokenLoss(),
-            1e-4,
-            0.0,
-        )
+        tokens = torch.randint(0, VOCAB_SIZE, (1, SEQ_LENGTH + 1))
+        batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, SEQ_LENGTH), None, None)
+        self.engine.step([batch], 1e-4, 0.0)
         self.progress.iteration += 1
 
 
-def timed(groups: Any, job: Any) -> float:
-    """Seconds until all ranks are through."""
+def timed(groups: Any, work: Any) -> float:
+    """Return the seconds until all ranks have finished their work."""
     import torch.distributed as dist
 
     dist.barrier()
     start = time.perf_counter()
-    job()
+    work()
     dist.barrier()
     return time.perf_counter() - start
 
 
-def beside(run: Run, checkpoints: Any) -> tuple[float, list[float]]:
-    """(seconds that the training waited for a checkpoint, those of the steps while it was written)."""
-    waited, steps = timed(run.groups, lambda: checkpoints.save(run.progress)), []
-    while checkpoints.writing:
+def save_in_background(run: Run, checkpointer: Any) -> tuple[float, list[float]]:
+    """Return (seconds that training waited, seconds of each step during the write)."""
+    waited = timed(run.groups, lambda: checkpointer.save(run.progress))
+    steps = []
+    while checkpointer.is_writing:
         steps.append(timed(run.groups, run.step))
-        waited += timed(run.groups, checkpoints.poll)
+        waited += timed(run.groups, checkpointer.poll)
     return waited, steps
 
 
@@ -146,59 +146,69 @@ def copy(source: Path, target: Path, sync: bool) -> None:
 def torch_save(run: Run, path: Path) -> None:
     import torch
 
-    parts = run.engine.partitions()
-    torch.save(
-        {
-            (kind, p.name): parts.get(p, kind).clone()
-            for kind in parts.kinds()
-            for p in parts.pieces
-        },
-        path,
-    )
+    zero_shards = run.engine.partitions()
+    tensors = {}
+    for key in zero_shards.state_keys():
+        for shard in zero_shards.shards:
+            tensors[key, shard.name] = zero_shards.get(shard, key).clone()
+    torch.save(tensors, path)
 
 
 def restore(run: Run, folder: Path) -> None:
     from megatron.checkpoint import loader
-    from megatron.config.checkpoint import CheckpointConfig
+    from megatron.config.checkpoints import CheckpointConfig
 
-    source = loader.find_checkpoint(CheckpointConfig(load=str(folder)), run.groups)
-    source.restore(run.engine, run.groups)
+    loaded = loader.find_checkpoint(CheckpointConfig(load=str(folder)), run.groups)
+    loaded.restore(run.engine, run.groups)
 
 
 def measure(
     groups: Any, folder: str, rounds: int, quick: bool
 ) -> tuple[dict[str, list[float]], int]:
-    """On every rank: seconds by name and round, and the bytes of a checkpoint. The first round only warms up."""
-    run, seconds, size = Run(groups, configuration(quick, folder)), {}, 0
+    """Measure on every rank; the first round is a warm-up.
+
+    Returns:
+        (seconds of each round by name, bytes of a checkpoint).
+    """
+    run = Run(groups, configuration(quick, folder))
     here = Path(folder)
+    seconds: dict[str, list[float]] = {}
+    size = 0
     with (
-        run.checkpoints(here / "sync", False) as sync,
-        run.checkpoints(here / "async", True) as later,
+        run.checkpointer(here / "sync", False) as waiting,
+        run.checkpointer(here / "async", True) as background,
     ):
         for _ in range(1 + rounds):
-            now = {STEP: statistics.median(timed(groups, run.step) for _ in range(3))}
-            now[SYNC] = timed(groups, lambda: sync.save(run.progress))
-            now[ASYNC], steps = beside(run, later)
-            now[BESIDE] = statistics.median(steps)
-            now[THEIRS] = timed(
-                groups, lambda: torch_save(run, here / f"theirs{groups.rank}.pt")
-            )
-            source = here / "sync" / (here / "sync/latest").read_text()
-            for name in (COPY, BARE):
-                job = partial(copy, source, here / name, name == COPY)
-                now[name] = timed(groups, job if groups.is_rank0 else int)
-            now[LOAD] = timed(groups, lambda: restore(run, here / "sync"))
-            size = sum(path.stat().st_size for path in source.iterdir())
-            timed(groups, lambda: groups.is_rank0 and clear(here))
-            for name, value in now.items():
+            row, size = measure_round(run, here, waiting, background)
+            for name, value in row.items():
                 seconds.setdefault(name, []).append(value)
     return {name: values[1:] for name, values in seconds.items()}, size
 
 
+def measure_round(
+    run: Run, here: Path, waiting: Any, background: Any
+) -> tuple[dict[str, float], int]:
+    """Return (seconds by name, bytes of a checkpoint) of one round."""
+    groups = run.groups
+    row = {STEP: statistics.median(timed(groups, run.step) for _ in range(3))}
+    row[SAVE] = timed(groups, lambda: waiting.save(run.progress))
+    row[ASYNC_SAVE], steps = save_in_background(run, background)
+    row[STEP_DURING_SAVE] = statistics.median(steps)
+    row[TORCH_SAVE] = timed(groups, lambda: torch_save(run, here / f"torch{groups.rank}.pt"))
+    source = here / "sync" / (here / "sync/latest").read_text()
+    for name in (COPY_SYNCED, COPY):
+        work = partial(copy, source, here / name, name == COPY_SYNCED)
+        row[name] = timed(groups, work if groups.is_rank0 else int)
+    row[LOAD] = timed(groups, lambda: restore(run, here / "sync"))
+    size = sum(path.stat().st_size for path in source.iterdir())
+    timed(groups, partial(clear, here) if groups.is_rank0 else int)
+    return row, size
+
+
 def clear(folder: Path) -> None:
-    for path in (*folder.glob("*/iter_*"), folder / COPY, folder / BARE):
+    for path in (*folder.glob("*/iter_*"), folder / COPY_SYNCED, folder / COPY):
         shutil.rmtree(path)
-    for path in folder.glob("theirs*"):
+    for path in folder.glob("torch*.pt"):
         path.unlink()
 
 
@@ -208,27 +218,18 @@ def main() -> int:
         seconds, size = report.on_ranks(
             RANKS, measure, folder, 3 if args.quick else 9, args.quick
         )
-    rows = [
-        r
-        for base, names, bar in (
-            (SYNC, (ASYNC,), BAR),
-            (SYNC, (THEIRS,), None),
-            (COPY, (SYNC, BARE, LOAD), None),
-            (STEP, (BESIDE,), None),
-        )
-        for r in report.compare({n: seconds[n] for n in (base, *names)}, base, {names[0]: bar})
-    ]
+    rows = []
+    for baseline, names, bar in COMPARISONS:
+        values = {name: seconds[name] for name in (baseline, *names)}
+        rows += report.compare(values, baseline, {names[0]: bar})
     code = report.finish(rows, args)
     print(f"\na checkpoint has {size / 1e6:,.1f} MB; median seconds, and MB/s")
     for name, values in seconds.items():
-        rate = (
-            ""
-            if name in (STEP, BESIDE)
-            else f"{size / 1e6 / statistics.median(values):9,.0f} MB/s"
-        )
-        print(
-            f"{name:42s}{statistics.median(values):8.3f}{rate}   ({min(values):.3f} - {max(values):.3f})"
-        )
+        median = statistics.median(values)
+        rate = f"{size / 1e6 / median:9,.0f} MB/s"
+        if name in (STEP, STEP_DURING_SAVE):
+            rate = ""
+        print(f"{name:42s}{median:8.3f}{rate}   ({min(values):.3f} - {max(values):.3f})")
     return code
 
 
