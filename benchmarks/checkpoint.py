@@ -47,6 +47,7 @@ COMPARISONS = (  # (baseline, rows compared with it, bar of the first row)
 
 def configuration(quick: bool, folder: str, async_save: bool = False, load: str = "") -> Any:
     from megatron.config.schema import (
+        CheckpointConfig,
         ModelConfig,
         MoEConfig,
         OptimizerConfig,
@@ -71,8 +72,8 @@ def configuration(quick: bool, folder: str, async_save: bool = False, load: str 
             moe_expert_parallel_size=RANKS,
         ),
         optimizer=OptimizerConfig(bf16=True),
-        train=TrainConfig(
-            micro_batch_size=1,
+        train=TrainConfig(micro_batch_size=1),
+        checkpoint=CheckpointConfig(
             save=folder,
             async_save=async_save,
             load=load,
@@ -95,7 +96,7 @@ class Run:
         model = build_model(
             config.model, config.moe, {}, vocab_size=VOCAB_SIZE, seed=1, groups=groups
         )
-        self.engine = Engine(model, config.optimizer, config.train, groups)
+        self.engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
 
     def checkpointer(self, folder: Path, async_save: bool) -> Any:
         from megatron.checkpoint.metadata import RunMetadata
@@ -103,16 +104,17 @@ class Run:
 
         config = configuration(True, str(folder), async_save)
         metadata = RunMetadata(self.config, {}, {"ranks": RANKS})
-        return Checkpointer(config.train, self.engine, metadata, self.groups)
+        return Checkpointer(config.checkpoint, self.engine, metadata, self.groups)
 
     def step(self) -> None:
         import torch
 
         from megatron.data.loader import Batch
+        from megatron.training.task import NextTokenLoss
 
         tokens = torch.randint(0, VOCAB_SIZE, (1, SEQ_LENGTH + 1))
         batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, SEQ_LENGTH), None, None)
-        self.engine.step([batch], 1e-4, 0.0)
+        self.engine.step([batch], NextTokenLoss(), 1e-4, 0.0)
         self.progress.iteration += 1
 
 
@@ -156,7 +158,7 @@ def torch_save(run: Run, path: Path) -> None:
 
 def restore(run: Run, folder: Path) -> None:
     from megatron.checkpoint import loader
-    from megatron.config.checkpoints import CheckpointConfig
+    from megatron.config.checkpoint import CheckpointConfig
 
     loaded = loader.find_checkpoint(CheckpointConfig(load=str(folder)), run.groups)
     loaded.restore(run.engine, run.groups)

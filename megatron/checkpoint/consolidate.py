@@ -31,9 +31,7 @@ from megatron.checkpoint.directory import (
     select_checkpoints,
 )
 from megatron.checkpoint.manifest import (
-    ProgressCallback,
     find_problems,
-    ignore_progress,
     read_json,
     write_with_digest,
 )
@@ -41,6 +39,7 @@ from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.fields import require
 from megatron.io.atomic_write import commit_files, fsync_directory
 from megatron.io.disk_space import require_disk_space
+from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec
 from megatron.io.sha256 import FileDigest
 from megatron.io.staging_dir import StagingDir
@@ -100,7 +99,7 @@ def parse_size(text: str) -> int:
 
 
 def find_verified_checkpoint(
-    path: Path, step: int = 0, progress: ProgressCallback = ignore_progress
+    path: Path, step: int = 0, progress: ProgressCallback = no_progress
 ) -> ValidCheckpoint:
     """Find the newest checkpoint whose files have the hashes of its manifest.
 
@@ -285,8 +284,8 @@ def consolidate(
     source: ValidCheckpoint,
     output: str | Path,
     options: ConsolidateOptions,
-    progress: ProgressCallback = ignore_progress,
-    planned: ProgressCallback = ignore_progress,
+    progress: ProgressCallback = no_progress,
+    planned: ProgressCallback = no_progress,
 ) -> ConsolidateResult:
     """Write the full tensors of a checkpoint to a directory, which appears when it is complete.
 

@@ -22,13 +22,12 @@ from megatron.checkpoint.directory import (
     select_checkpoints,
 )
 from megatron.checkpoint.manifest import (
-    ProgressCallback,
     check_files,
     find_problems,
-    ignore_progress,
     read_json,
 )
 from megatron.checkpoint.reader import CheckpointReader
+from megatron.io.progress import ProgressCallback, no_progress
 from megatron.model.parameter_count import MODEL_PARTS, part_of
 
 ABSENT = "(not there)"
@@ -56,7 +55,7 @@ def _find_quick_problems(entry: CheckpointEntry) -> list[str]:
 
 
 def summarize_directory(
-    folder: Path, verify: bool = False, progress: ProgressCallback = ignore_progress
+    folder: Path, verify: bool = False, progress: ProgressCallback = no_progress
 ) -> list[dict[str, Any]]:
     """Summarize every checkpoint of a directory.
 
@@ -113,7 +112,7 @@ def summarize_checkpoint(
     *,
     verify: bool = False,
     tensors: bool = False,
-    progress: ProgressCallback = ignore_progress,
+    progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Summarize a checkpoint: its run, files, tensors and faults, ready for JSON.
 
@@ -228,7 +227,7 @@ def compare_checkpoints(
     b: dict[str, Any],
     *,
     tensors: bool = False,
-    progress: ProgressCallback = ignore_progress,
+    progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Compare two summaries, ready for JSON: [value of a, value of b] of entries that differ.
 

@@ -25,9 +25,9 @@ from megatron.checkpoint.directory import (
 from megatron.checkpoint.manifest import CorruptCheckpointError, check_files, read_json
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.config import cli
-from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.fields import require
+from megatron.config.run_json import read_run_json
 from megatron.config.schema import RunConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import MOMENT_KEYS, GlobalLayout, load_weights
@@ -55,7 +55,7 @@ class LoadedCheckpoint:
         self.corrupt = corrupt
         try:
             state = read_json(path / "state.json")
-            self.metadata = RunMetadata.from_state(cli.read_run_json(path / "run.json"), state)
+            self.metadata = RunMetadata.from_state(read_run_json(path / "run.json"), state)
             self.progress = TrainingProgress()
             if not options.finetune:
                 self.progress = TrainingProgress.from_state(state)
@@ -193,7 +193,7 @@ def load_for_run(config: RunConfig, groups: Groups) -> RunStart:
 
     Raises like `find_checkpoint` and `LoadedCheckpoint.keep_global_batch`.
     """
-    loaded = find_checkpoint(config.train, groups)
+    loaded = find_checkpoint(config.checkpoint, groups)
     if loaded is None:
         return RunStart(None, config, TrainingProgress())
     return RunStart(loaded, loaded.keep_global_batch(config, groups), loaded.progress)

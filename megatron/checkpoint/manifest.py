@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron.io import atomic_write
+from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.sha256 import FileDigest, digest_bytes, file_sha256
 
 MANIFEST = "manifest.json"
 _FORMAT = "moe-megatron checkpoint 1"
 
-ProgressCallback = Callable[[int], object]
-"""Called with the number of bytes that were processed since the last call"""
-
 
 class CorruptCheckpointError(ValueError):
     """A checkpoint is incomplete or damaged; the message names the file and the problem."""
-
-
-def ignore_progress(nbytes: int) -> None:
-    """Do nothing: the default progress callback."""
 
 
 def write_with_digest(path: Path, text: str) -> FileDigest:
@@ -154,7 +148,7 @@ def find_problems(
     path: Path,
     manifest: dict[str, Any],
     verify: bool = True,
-    progress: ProgressCallback = ignore_progress,
+    progress: ProgressCallback = no_progress,
 ) -> list[str]:
     """Return what is wrong with the files of a checkpoint; an empty list means it is valid.
 

@@ -28,7 +28,7 @@ from megatron.checkpoint.reader import (
     rank_file_name,
     write_tensors,
 )
-from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import ZeroShards
 from megatron.io.atomic_write import fsync_directory

@@ -22,7 +22,7 @@ from helpers import engines, handmade
 from megatron.checkpoint import consolidate as c
 from megatron.checkpoint import directory, reader
 from megatron.checkpoint.manifest import CorruptCheckpointError, read_manifest
-from megatron.config import cli
+from megatron.config.run_json import read_run_json
 from megatron.io.safetensors_writer import TensorSpec
 from megatron.model.builder import build_model
 from megatron.parallel.groups import Groups
@@ -89,7 +89,7 @@ def test_result_is_equal_for_every_topology(trained, tmp_path):
     first = None
     for i, (folder, _, _) in enumerate(trained.values()):
         found = consolidate(folder, tmp_path / str(i))
-        stored = engines.whole(folder)
+        stored = engines.full_tensors(folder)
         check_equal(
             found,
             {
@@ -108,7 +108,7 @@ def test_result_is_equal_for_every_topology(trained, tmp_path):
 def test_model_with_result_has_same_loss(topology, trained, tmp_path):
     folder, config, expected = trained[topology]
     tensors = consolidate(folder, tmp_path / "out")
-    config = cli.read_run_json(tmp_path / "out/run.json")
+    config = read_run_json(tmp_path / "out/run.json")
     model = build_model(
         config.model, config.moe, config.gate_options, vocab_size=61, seed=99, groups=Groups()
     )
@@ -224,7 +224,7 @@ def test_single_file_has_hash_and_no_index(made, tmp_path):
     )
     assert about["manifest_checksum"] == read_manifest(made[0])["checksum"]
     assert about["state"] == json.loads((made[0] / "state.json").read_text())
-    assert cli.read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
+    assert read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
     assert sorted(os.listdir(tmp_path)) == ["out", "save"], "no staging directory is left"
 
 

@@ -17,7 +17,7 @@ from megatron import log
 from megatron.checkpoint import directory, loader
 from megatron.checkpoint.manifest import manifest_checksum, read_manifest
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.config.checkpoints import CheckpointConfig
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.io.sha256 import file_sha256
 from megatron.parallel.groups import Groups
 
@@ -26,7 +26,13 @@ def config_of(folder: Path | str, ep_size: int = 1, **options):
     return engines.config_of("topk", ep_size, 1, save=str(folder), **options)
 
 
+def with_checkpoint(config, **changes):
+    """Return the config with other flags of the checkpoint section."""
+    return replace(config, checkpoint=replace(config.checkpoint, **changes))
+
+
 def with_train(config, **changes):
+    """Return the config with other flags of the train section."""
     return replace(config, train=replace(config.train, **changes))
 
 
@@ -99,12 +105,12 @@ def test_damaged_checkpoint_is_named_and_passed_over(
     config = engines.loading(config_of("", ep_size=2), folder)
     assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2
     log.setup()
-    assert loader.find_checkpoint(config.train, Groups()).path.name == "iter_0000002"
+    assert loader.find_checkpoint(config.checkpoint, Groups()).path.name == "iter_0000002"
     assert re.search(f"WARNING .*iter_0000003/{name} .*not used", capsys.readouterr().out)
     with pytest.raises(
         RuntimeError, match=f"of iteration 3, which --load-step .*iter_0000003/{name}"
     ):
-        ranks2.run(_load, with_train(config, load_step=3))
+        ranks2.run(_load, with_checkpoint(config, load_step=3))
     for iteration in (1, 2):
         damage(
             folder / directory.checkpoint_name(iteration) / "rank_00001.safetensors", "flipped"
@@ -168,7 +174,7 @@ def test_malformed_files_are_refused(name, change, message, three, ranks1, tmp_p
 def test_branch_from_earlier_step_is_newest(three, ranks2, tmp_path):
     folder = shutil.copytree(three, tmp_path / "c")
     config = engines.loading(config_of("", ep_size=2), folder, folder)
-    earlier = with_train(config, load_step=1)
+    earlier = with_checkpoint(config, load_step=1)
     assert ranks2.run(_load, earlier) == [("iter_0000001", 1)] * 2
     ranks2.run(_saves, earlier, 1)
     assert ranks2.run(_load, config) == [("iter_0000002", 2)] * 2, (
@@ -180,7 +186,7 @@ def test_missing_checkpoint_needs_load_or_init(ranks2, tmp_path):
     config = engines.loading(config_of(""), tmp_path)
     with pytest.raises(RuntimeError, match="has no valid checkpoint. .* add --load-or-init"):
         ranks2.run(_start, config)
-    answers = ranks2.run(_start, with_train(config, load_or_init=True))
+    answers = ranks2.run(_start, with_checkpoint(config, load_or_init=True))
     assert [a[:3] for a in answers] == [(True, 0, 0)] * 2
 
 
@@ -207,7 +213,7 @@ def test_finetuning_loads_only_the_weights(precision, three, ranks1):
     """All bits of the fp32 weights are loaded, and nothing of the optimizer."""
     config = engines.loading(config_of("", precision=precision), three)
     optimizer = replace(config.optimizer, lr=0.5, lr_decay_style="linear")
-    finetune = with_train(replace(config, optimizer=optimizer), finetune=True)
+    finetune = with_checkpoint(replace(config, optimizer=optimizer), finetune=True)
     ((from_scratch, iteration, steps, weights),) = ranks1.run(_start, finetune)
     assert (from_scratch, iteration, steps) == (False, 0, 0)
     saved = CheckpointReader(three / engines.latest(three))
@@ -227,7 +233,7 @@ def test_new_run_refuses_directory_of_another(three, ranks1, tmp_path):
             ranks1.run(_start, config)
     config = engines.loading(config_of(""), folder, folder)
     with pytest.raises(RuntimeError, match=message):
-        ranks1.run(_start, with_train(config, finetune=True))
+        ranks1.run(_start, with_checkpoint(config, finetune=True))
     assert ranks1.run(_start, config)[0][:2] == (False, 3)
 
 
@@ -235,7 +241,7 @@ def _count(config):
     """Run on a rank: counters of the engine after five more skipped steps, and a save."""
     run = engines.Run(config)
     run.engine.deepspeed.skipped_steps += 5
-    if config.train.save:
+    if config.checkpoint.save:
         run.save()
     run.close()
     return run.engine.counters()
@@ -255,7 +261,7 @@ def _global_batch(config):
     from megatron.engine import distributed as parallel
 
     groups = parallel.init_distributed(1)
-    loaded = loader.find_checkpoint(config.train, groups)
+    loaded = loader.find_checkpoint(config.checkpoint, groups)
     return loaded.keep_global_batch(config, groups).train.global_batch_size
 
 
@@ -271,7 +277,9 @@ def _global_batch(config):
 def test_global_batch_is_kept_unless_set(options, size, three, ranks1):
     """0 means a micro-batch of each rank: 1 or 4 samples here; the checkpoint has 4."""
     config = engines.loading(config_of(""), three)
-    config = with_train(config, **{"global_batch_size": 0, **options})
+    options = {"global_batch_size": 0, **options}
+    config = with_checkpoint(config, finetune=options.pop("finetune", False))
+    config = with_train(config, **options)
     assert ranks1.run(_global_batch, config) == [size]
 
 
@@ -293,5 +301,5 @@ def test_changed_schedule_needs_override(three, ranks1):
         RuntimeError, match="--lr is 0.01 .* made with 0.02; .*--override-lr-schedule"
     ):
         ranks1.run(_load, other)
-    ((_, iteration),) = ranks1.run(_load, with_train(other, override_lr_schedule=True))
+    ((_, iteration),) = ranks1.run(_load, with_checkpoint(other, override_lr_schedule=True))
     assert iteration == 3

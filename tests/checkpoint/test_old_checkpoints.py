@@ -39,7 +39,7 @@ def same_kernels() -> bool:
 def tensors_sha256(folder: Path) -> str:
     """Return a hash of all tensors of the newest checkpoint of a directory, with their names."""
     sha256 = hashlib.sha256()
-    for name, tensor in sorted(engines.whole(folder).items()):
+    for name, tensor in sorted(engines.full_tensors(folder).items()):
         sha256.update(name.encode())
         sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha256.hexdigest()

@@ -72,7 +72,7 @@ def _slow_save(config):
         moments = {s.name: zero_shards.get(s, "exp_avg").clone() for s in shards}
         run.checkpoints.save(run.progress)
         run.steps(3)
-        names = os.listdir(config.train.save)
+        names = os.listdir(config.checkpoint.save)
         may_write.set()
         run.checkpoints.finish()
         return before, moments, {s.name: s.weight.clone() for s in shards}, names
@@ -111,7 +111,7 @@ def _polls(config):
         run.checkpoints.save(run.progress)
         while run.checkpoints.is_writing:
             run.steps(1)
-        return engines.latest(config.train.save)
+        return engines.latest(config.checkpoint.save)
     finally:
         saver.write_tensors = write
         run.close()
@@ -140,7 +140,7 @@ def _fails_once(config, failing_rank, error):
             run.steps(1)
             run.save()
             if run.groups.is_rank0:
-                unfinished = Path(config.train.save, "checkpoint.partial").glob("iter_*")
+                unfinished = Path(config.checkpoint.save, "checkpoint.partial").glob("iter_*")
                 assert not list(unfinished), "an unfinished checkpoint is left"
         return run.checkpoints.failures, run.checkpoints.last_saved_message()
     finally:
