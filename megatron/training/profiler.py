@@ -154,15 +154,9 @@ def profile_folder(config: ProfilingConfig, save: str, tensorboard_dir: str) -> 
 
 def write_trace(profiler: torch.profiler.profile, path: Path) -> None:
     """Write a Chrome trace under a temporary name, sync it and rename it."""
-    # The profiler compresses by the name: the temporary one must end in .gz, too.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.gz")
-    try:
+    # The suffix makes the profiler compress the file.
+    with atomic_write.atomic_path(path, suffix=".tmp.gz") as temporary:
         profiler.export_chrome_trace(str(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Names for the parts of a step

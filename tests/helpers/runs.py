@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +72,10 @@ def flags(data: str, out: Path, iters: int = 20, *more: str) -> list[str]:
 
 
 def metrics(out: Path, kind: str = "train") -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    """Return the metrics rows of a kind (train, eval or test) of a run."""
+    from megatron.training.metrics_file import read_metrics
+
+    return [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] == kind]
 
 
 def train(argv: list[str], build_task: Callable | None = None) -> None:

@@ -34,6 +34,7 @@ def repair(
     Raises:
         ValueError: there is nothing to repair; `out` is the input; the uncounted tokens are not
             all the same id, or not the end-of-document id of the tokenizer or the sidecar.
+        OSError: the disk has no space for the result.
     """
     dataset = opened.dataset
     if not opened.uncounted_tokens:

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,7 +24,8 @@ from megatron.data.indexed.reader import (
     INDEX_VERSION,
     IndexedDataset,
 )
-from megatron.io.atomic_write import errors_with_path, fsync_directory
+from megatron.io.atomic_write import commit_files, errors_with_path, flush_and_fsync
+from megatron.io.disk_space import require_disk_space
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.staging_dir import StagingDir
 
@@ -198,8 +198,7 @@ class IndexedWriter:
         """
         for suffix, file in self._files.items():
             with errors_with_path(self._staged(suffix)):
-                file.flush()
-                os.fsync(file.fileno())
+                flush_and_fsync(file)
         sizes = {suffix: file.tell() for suffix, file in self._files.items()}
         return {**sizes, "documents": self.num_documents, "tokens": self.num_tokens}
 
@@ -313,16 +312,9 @@ def require_merge_space(prefix: str, datasets: Iterable[IndexedDataset]) -> None
     """Require disk space at `prefix` for the concatenation of the datasets.
 
     Raises:
-        ValueError: there is not enough.
+        OSError: there is not enough.
     """
-    needed = sum(map(_bytes_to_write, datasets))
-    folder = next(parent for parent in Path(os.path.abspath(prefix)).parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{prefix} needs {needed / 1e9:.3f} GB, the disk of {folder} has {free / 1e9:.3f} GB "
-            f"left. Make room there, or choose another disk"
-        )
+    require_disk_space(prefix, sum(map(_bytes_to_write, datasets)))
 
 
 def _bytes_to_write(dataset: IndexedDataset) -> int:
@@ -356,10 +348,8 @@ def publish(prefix: str, folder: StagingDir) -> None:
     if os.path.exists(staged + ".bin"):
         with suppress(FileNotFoundError):
             os.remove(prefix + ".idx")
-    for suffix in PUBLISHED:
-        if os.path.exists(staged + suffix):
-            os.replace(staged + suffix, prefix + suffix)
-    fsync_directory(Path(prefix).parent)
+    suffixes = [suffix for suffix in PUBLISHED if os.path.exists(staged + suffix)]
+    commit_files((staged + suffix, prefix + suffix) for suffix in suffixes)
 
 
 def _append_file(
@@ -404,5 +394,4 @@ def _write_durably(path: str, parts: Iterable[bytes | memoryview]) -> None:
     with errors_with_path(path), open(path, "wb") as file:
         for part in parts:
             file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_and_fsync(file)

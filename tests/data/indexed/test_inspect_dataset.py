@@ -422,7 +422,8 @@ def test_impossible_repairs_are_refused(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     os.remove(f"{bad}.json")
-    refused("out needs 0.000 GB, the disk of .* has 0.000 GB left", bad)
+    with pytest.raises(OSError, match="out needs 0.0 MB, but the disk of .* has 0.0 MB free"):
+        repair(open_dataset(bad, None), str(tmp_path / "out"), None)
     assert not list(tmp_path.glob("out*"))
 
 
