@@ -30,7 +30,8 @@ from megatron.config.fields import require
 from megatron.config.run_json import read_run_json
 from megatron.config.schema import RunConfig
 from megatron.engine.engine import Engine
-from megatron.engine.zero_shards import MOMENT_KEYS, GlobalLayout, load_weights
+from megatron.engine.optimizer import MOMENTS
+from megatron.engine.zero_shards import GlobalLayout, load_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask
@@ -153,7 +154,7 @@ class LoadedCheckpoint:
         zero_shards = engine.partitions()
         state_keys = ["weight"]
         if self._optimizer_steps and not self.options.finetune:
-            state_keys += MOMENT_KEYS
+            state_keys += MOMENTS
             zero_shards.initialize_moments(self._optimizer_steps)
         for shard in zero_shards.shards:
             for state_key in state_keys:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.fields import require
+from megatron.engine.optimizer import MOMENTS
 from megatron.moe.metrics import moe_layers
 from megatron.parallel.groups import Groups
 
-MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
-STATE_KEYS = ("weight", *MOMENT_KEYS)
+STATE_KEYS = ("weight", *MOMENTS)
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -233,7 +233,7 @@ class ZeroShards:
             # One tensor each: if groups shared the tensor, as after ZeRO 3's universal
             # checkpoint, every group would advance it in each step.
             state = {"step": torch.tensor(float(steps), device=buffer.device)}
-            for key in MOMENT_KEYS:
+            for key in MOMENTS:
                 state[key] = torch.zeros_like(buffer)
             self.torch_optimizer.state[buffer] = state
 
