@@ -40,7 +40,6 @@ from megatron.data.ingest.run_state import (
     job_identity,
 )
 from megatron.data.ingest.sources import open_sources
-from megatron.io.atomic_write import errors_with_path, flush_and_fsync, write_text
 from megatron.io.staging_dir import StagingDir
 from megatron.log import get_logger
 
@@ -419,58 +418,9 @@ class PreprocessRun:
 def preprocess(config: PreprocessConfig, **options) -> list[OutputStats]:
     """Run a job to its end, from the start or from where an earlier run stopped.
 
-    def _sync_rejected(self) -> None:
-        with errors_with_path(self._rejected.name):
-            flush_and_fsync(self._rejected)
-
-    def _save(self, state: dict[str, Any]) -> None:
-        self._state = state
-        write_text(self._folder.file(STATE), json.dumps({"job": self._identity, **state}))
-
-
-@dataclass(frozen=True)
-class _Published:
-    """In place of a writer whose files have been written by an earlier run."""
-
-    prefix: str
-    num_documents: int
-    num_tokens: int
-    file: list
-    """its .bin, as `_file` names it"""
-
-
-def _file(path: str) -> list[int]:
-    """What tells a file from others and from its earlier self: device, inode, bytes, time of change in ns; empty when
-    it is not there."""
-    try:
-        stat = os.stat(path)
-    except FileNotFoundError:
-        return []
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
-
-
-def digest_of_files(tokenizer: TokenizerConfig) -> str:
-    """Of the tokenizer's files: its fingerprint is that of the vocabulary, and leaves out how text is split."""
-    folder = Path(tokenizer.tokenizer_model)
-    files = [
-        tokenizer.vocab_file,
-        tokenizer.merge_file,
-        folder,
-        folder / "tokenizer.json",
-        folder / "tokenizer_config.json",
-    ]
-    return hashlib.sha256(
-        b"".join(
-            hashlib.sha256(Path(file).read_bytes()).digest()
-            for file in files
-            if os.path.isfile(file)
-        )
-    ).hexdigest()
-
-
-def preprocess(job: PreprocessConfig, **options) -> list[OutputStats]:
-    """Do a job from beginning, or where an earlier run stopped, to end. Takes and raises what `Preprocessing` does."""
-    with PreprocessRun(job, **options) as work:
-        for _ in work:
+    Takes the arguments of `PreprocessRun` and raises what it raises.
+    """
+    with PreprocessRun(config, **options) as run:
+        for _ in run:
             pass
         return run.finish()
