@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.moe_layers import dumb_top_k
+from helpers.moe_layers import reference_topk
 from helpers.routings import step_totals
 from megatron.moe.gate import create_gate
 from megatron.moe.routing import GateInput
@@ -33,7 +33,7 @@ def dot(a, b):
 
 
 def reference(c, x, p):
-    """Return `dumb_top_k` of cosines over the temperature, in fp64 scalars, from the paper."""
+    """Return `reference_topk` of cosines over the temperature, in fp64 scalars, from the paper."""
     P, V, tau = p["projection.weight"], p["embeddings_EP"], p["temperature"][0]
     if float(tau.detach()) < c.min_temperature:
         tau = torch.tensor(c.min_temperature, dtype=torch.float64)
@@ -43,7 +43,7 @@ def reference(c, x, p):
         logits.append(
             [dot(h, v) / torch.sqrt(dot(h, h)) / torch.sqrt(dot(v, v)) / tau for v in V]
         )
-    return dumb_top_k(c, logits)
+    return reference_topk(c, logits)
 
 
 @settings(max_examples=200, deadline=None)

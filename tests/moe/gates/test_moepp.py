@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers.moe_layers import E, dumb_layer, make_input, make_layer
+from helpers.moe_layers import E, make_input, make_layer, reference_layer
 from helpers.spawn import groups_for
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import build_model
@@ -341,7 +341,9 @@ def test_capacity_limits_zero_computation_experts():
         )
     steer(layer, E + 1)
     routing = layer.gate(GateInput(x[0]))
-    torch.testing.assert_close(layer(x).y[0], dumb_layer(layer, x[0], routing, range(limit)))
+    torch.testing.assert_close(
+        layer(x).y[0], reference_layer(layer, x[0], routing, range(limit))
+    )
 
 
 def test_carry_gradient_reaches_earlier_router():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers.moe_layers import E, dumb_expert, dumb_layer, make_input, make_layer
+from helpers.moe_layers import E, make_input, make_layer, reference_expert, reference_layer
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import create_gate
 from megatron.moe.metrics import MoEMetrics
@@ -152,10 +152,11 @@ def test_negative_choice_subtracts():
     layer = steered({2: 5.0})
     p = torch.tensor([5.0, 4.0]).softmax(0)
     torch.testing.assert_close(
-        plus, p[0] * dumb_expert(layer, 2, x[0]) + p[1] * dumb_expert(layer, 0, x[0])
+        plus, p[0] * reference_expert(layer, 2, x[0]) + p[1] * reference_expert(layer, 0, x[0])
     )
     torch.testing.assert_close(
-        minus, -p[0] * dumb_expert(layer, 2, x[0]) + p[1] * dumb_expert(layer, 0, x[0])
+        minus,
+        -p[0] * reference_expert(layer, 2, x[0]) + p[1] * reference_expert(layer, 0, x[0]),
     )
 
 
@@ -165,8 +166,8 @@ def test_expert_and_its_negative_add_up():
     out = layer.gate(GateInput(x[0]))
     assert out.expert_A.tolist() == [2] * 8 and out.token_A.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     p = torch.tensor([5.0, 4.0]).softmax(0)
-    torch.testing.assert_close(layer(x).y[0], (p[0] - p[1]) * dumb_expert(layer, 2, x[0]))
-    torch.testing.assert_close(layer(x).y[0], dumb_layer(layer, x[0], out))
+    torch.testing.assert_close(layer(x).y[0], (p[0] - p[1]) * reference_expert(layer, 2, x[0]))
+    torch.testing.assert_close(layer(x).y[0], reference_layer(layer, x[0], out))
 
 
 def rows_of(layer, x):
@@ -187,7 +188,7 @@ def test_null_choice_makes_no_row():
     rows, y = rows_of(steered({2: 5.0, 2 * E: 4.0}), x)
     p = torch.tensor([5.0, 4.0]).softmax(0)
     assert rows == 6
-    torch.testing.assert_close(y, p[0] * dumb_expert(steered({}), 2, x[0]))
+    torch.testing.assert_close(y, p[0] * reference_expert(steered({}), 2, x[0]))
     layer = steered({2 * E: 5.0, 2 * E + 1: 4.0, 2: 0.0})
     rows, y = rows_of(layer, x)
     assert rows == 0 and not y.any()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.moe_layers import dumb_top_k
+from helpers.moe_layers import reference_topk
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import make_moe_layer
 from megatron.moe.gate import create_gate
@@ -21,8 +21,8 @@ def draw(tokens, seed=0, hidden=6):
 
 
 def reference(c, x, W):
-    """Return `dumb_top_k` of x W^T, one product at a time."""
-    return dumb_top_k(
+    """Return `reference_topk` of x W^T, one product at a time."""
+    return reference_topk(
         c, [[sum(w[d] * row[d] for d in range(len(row))) for w in W] for row in x]
     )
 
