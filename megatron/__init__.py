@@ -1,3 +1,3 @@
-"""moe-megatron: a trainer for mixture-of-experts language models in which the gate is the thing under study."""
+"""moe-megatron: a trainer for MoE language models in which the gate is what people study."""
 
 __version__ = "0.1.0"

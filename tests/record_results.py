@@ -191,7 +191,8 @@ def compare(before: Path, after: Path) -> int:
     losses = sum(len(run["losses"]) for run in a["runs"].values())
     tensors = sum(len(run["tensors"]) for run in a["runs"].values())
     print(
-        f"{len(a['runs'])} runs, {losses} logged lines, {tensors} tensors, {len(a['files'])} preprocessed files:",
+        f"{len(a['runs'])} runs, {losses} logged lines, {tensors} tensors,",
+        f"{len(a['files'])} preprocessed files:",
         f"{len(different)} differ" if different else "all bit-identical",
     )
     for what in different:

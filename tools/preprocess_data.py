@@ -71,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
         help="sentences become the sequences of a document (needs the package nltk)",
     )
     p.add_argument("--lang", help="language of --split-sentences (default: english)")
+    _add_run_flags(p)
+    add_section_flags(p, TokenizerConfig)
+    return p
+
+
+def _add_run_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of what the program does with records and processes."""
     p.add_argument(
         "--on-error",
         choices=("stop", "skip"),
@@ -91,8 +98,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that encode (default: as many as cores may be used)",
     )
-    add_section_flags(p, TokenizerConfig)
-    return p
 
 
 def run(a: argparse.Namespace) -> None:

@@ -67,12 +67,13 @@ class Engine:
         )
         keep_gate_fp32 = ds_options.zero_stage < 3
         if optimizer.precision != "fp32":
-            get_logger().info(
-                "router weights are stored in %s",
-                "fp32"
-                if keep_gate_fp32
-                else f"{optimizer.precision} with an fp32 master copy: ZeRO 3 partitions one dtype only",
-            )
+            stored = "fp32"
+            if not keep_gate_fp32:
+                stored = (
+                    f"{optimizer.precision} with an fp32 master copy: ZeRO 3 partitions "
+                    "one dtype only"
+                )
+            get_logger().info("router weights are stored in %s", stored)
         if ds_options.zero_stage == 3:
             # ZeRO 3's hooks find tensors in tuples only, and a gate uses its router's weight
             # without calling the router. So gather a block's weights together, not module by
