@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from helpers import runs
 from megatron import pretrain
 from megatron.checkpoint.metadata import TrainingProgress
 from megatron.config.schema import TrainConfig
+from megatron.data.loader import Batch
 from megatron.log import get_logger
 from megatron.training.plan import TrainingPlan
-from megatron.training.task import LM_LOSS, PretrainingTask
+from megatron.training.task import LM_LOSS, NextTokenLoss, PretrainingTask, Task
 
 MICRO_STEPS = 2
 SHORT = ["--eval-iters", "0"]
@@ -143,6 +145,44 @@ def test_run_ending_in_bad_step_saved(bad, expected, data, tmp_path, ranks2):
     assert np.isnan(runs.metrics(tmp_path)[-1]["loss"]), (
         "shown when there is nothing else to show"
     )
+
+
+class RandomTokensTask(NextTokenLoss, Task):
+    """A task without any data files: every rank predicts its own random tokens."""
+
+    def __init__(self, run, plan):
+        self.generator = torch.Generator().manual_seed(run.groups.rank)
+        self.vocab_size = run.vocab_size
+        self.shape = (run.config.train.micro_batch_size, plan.seq_length + 1)
+
+    def _batch(self) -> Batch:
+        ids = torch.randint(self.vocab_size, self.shape, generator=self.generator)
+        return Batch(ids[:, :-1], ids[:, 1:], torch.ones(ids[:, 1:].shape))
+
+    def train_batches(self, consumed_samples):
+        while True:
+            yield self._batch()
+
+    def eval_splits(self):
+        return ["valid"]
+
+    def eval_batches(self, split):
+        return [self._batch(), self._batch()]
+
+
+def _train_on_random_tokens(argv: list[str]) -> None:
+    runs.train(argv, RandomTokensTask)
+
+
+def test_trainer_runs_any_task(tmp_path, ranks2):
+    """A task that gives its own batches needs no data: only its splits are evaluated."""
+    argv = runs.flags("/nowhere", tmp_path, 3, *runs.EP2)
+    ranks2.run(_train_on_random_tokens, argv, timeout=300)
+    losses = [row["loss"] for row in runs.metrics(tmp_path)]
+    assert len(losses) == 3
+    assert np.log(257) - 0.5 < losses[0] < np.log(257) + 1.0
+    assert [row["iteration"] for row in runs.metrics(tmp_path, "eval")] == [0, 3]
+    assert not runs.metrics(tmp_path, "test")
 
 
 SPIKES = [
