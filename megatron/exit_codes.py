@@ -1,4 +1,12 @@
-"""Exit codes, classification of errors, and exit without interpreter teardown."""
+"""Exit codes, classification of errors, and exit without interpreter teardown.
+
+0          the run or tool completed, or a signal stopped the run after a checkpoint
+1          another rank ended first, or an error of the program, with its traceback
+2          a mistake in what was set, or a fault of the machine such as a full disk
+3          a rank waited for longer than --timeout-minutes (also `training.watchdog`)
+128 + n    signal n was repeated: the rank ended without a checkpoint (`graceful_stop`)
+130        interrupted before the training began
+"""
 
 from __future__ import annotations
 

@@ -43,10 +43,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
             counts from there; None: now.
 
     Returns:
-        the exit code: 0, also when a signal asked the run to stop; after one clear line 2 for a
-        mistake in what was set or a fault of the machine, 1 when another rank ended first, 3
-        when a rank waited for longer than --timeout-minutes, 130 when interrupted before the
-        training began.
+        The exit code; see `megatron.exit_codes`. Codes other than 0 follow one line on stderr
+        that says what to change.
     """
     arguments = sys.argv[1:] if argv is None else argv
     return exit_code(

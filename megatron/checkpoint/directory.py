@@ -7,7 +7,7 @@
         index.json           every tensor and where its shards are: megatron.checkpoint.reader
         rank_00000.safetensors, rank_00001.safetensors, ...
     <save>/latest            name of the checkpoint that was completed last
-    <save>/checkpoint.partial/   the checkpoint that is being written
+    <save>/checkpoint.partial/   staging directory: a lock, and iter_* while it is written
 
 A checkpoint gets its name by a rename, when all of it is on the disk. Checkpoints are numbered in
 the order of their completion (`serial`): after a return to an earlier iteration the newest one is

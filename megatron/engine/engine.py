@@ -133,6 +133,7 @@ class Engine:
             weighted = {name: term * weight[name] for name, term in terms.items()}
             self._backward(sum(weighted.values()))
             losses.append({name: term.detach() for name, term in weighted.items()})
+        # The gates update their biases and controllers from the step's counts.
         self.metrics.post_optimizer_step(skipped=self.skipped_steps > skipped_before)
         return _mean_by_term(losses)
 

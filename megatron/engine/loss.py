@@ -50,8 +50,8 @@ def term_weights(
     names = list(normalizers[0])
     rows = torch.stack([torch.stack(list(n.values())) for n in normalizers]).double()
     totals = all_reduce_sum(rows.sum(0), groups)
-    num_terms = len(normalizers) * groups.world_size
-    weights = rows * num_terms / torch.where(totals > 0, totals, 1)
+    num_micro_batches = len(normalizers) * groups.world_size
+    weights = rows * num_micro_batches / torch.where(totals > 0, totals, 1)
     return [dict(zip(names, row.float(), strict=True)) for row in weights]
 
 

@@ -1,7 +1,8 @@
 """The optimizer: its construction, its parameter groups and the state it keeps.
 
-A new optimizer is added here: build it in `build_optimizer` and, if its state differs,
-name the state tensors in `MOMENTS`. Its flags are fields of `OptimizerConfig`.
+A new optimizer is added here: build it in `build_optimizer`, register its class in
+`register_optimizer_with_zero`, and name its state tensors in `MOMENTS` if they differ from
+Adam's. Its flags are fields of `OptimizerConfig` (megatron/config/optimizer.py).
 """
 
 from __future__ import annotations

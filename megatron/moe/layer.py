@@ -46,8 +46,8 @@ class MoELayer(nn.Module):
         gate: chooses the experts of each token; owns the router.
         experts: this rank's slice of the routed experts.
         num_experts: stacked weights of `experts` over all ranks of the expert-parallel
-            group, which is how checkpoints count them. For PEER these are blocks of
-            many experts.
+            group, which is how checkpoints count them. For PEER these are blocks of many
+            experts; the gate has the number of experts.
         shared: an always-on MLP `(x, context) -> FFNOutput`, or None.
         train_capacity_factor: capacity factor in training; 0 is dropless.
         eval_capacity_factor: capacity factor in evaluation; 0 is dropless.
@@ -145,14 +145,14 @@ class MoELayer(nn.Module):
         self._routing_checked = True
 
     def _plan(self, routing: Routing, num_tokens: int) -> DispatchPlan:
-        local_experts = self.gate.zero_computation_experts
+        zero_computation = self.gate.zero_computation_experts
         return build_dispatch_plan(
             routing,
             num_tokens,
             self.gate.num_experts,
-            num_zero_computation=len(local_experts),
+            num_zero_computation=len(zero_computation),
             capacity=self._expert_capacity(routing, num_tokens),
-            num_zero_output=sum(getattr(e, "is_zero", False) for e in local_experts),
+            num_zero_output=sum(getattr(e, "is_zero", False) for e in zero_computation),
             group=self.groups.ep_group,
         )
 
@@ -294,9 +294,9 @@ class MoELayer(nn.Module):
     def _max_experts_per_token(self) -> int:
         """Return the most experts of both kinds that a token can have."""
         num_experts = self.gate.num_experts
-        num_local = len(self.gate.zero_computation_experts)
+        num_zero_computation = len(self.gate.zero_computation_experts)
         most = type(self.gate).experts_per_token(self.gate.config, num_experts)[1]
-        return min(max(most, 1) + num_local, num_experts + num_local)
+        return min(max(most, 1), num_experts) + num_zero_computation
 
 
 class _RecomputeContext(AbstractContextManager):

@@ -14,9 +14,9 @@ class LRSchedule:
     With w warm-up iterations, a decay that ends at iteration d (warm-up included), and
     i the 0-based index of the step about to be taken:
 
-        i < w    lr (i + 1) / w             not i / w: no step has a learning rate of
-        zero i < d    min + shape(p) (lr - min)  p = (i - w) / (d - w), as in Megatron i
-        >= d   min                        (constant: lr)
+        i < w    lr (i + 1) / w              not i / w: no step has a rate of zero
+        i < d    min + shape(p) (lr - min)   p = (i - w) / (d - w), as in Megatron
+        i >= d   min                         (constant: lr)
 
     shape(p) is (1 + cos(pi p)) / 2 for cosine, 1 - p for linear, 1 for constant. wsd
     (warm-up, stable, decay: Hu et al. 2024, MiniCPM) holds 1 and falls to 0 over the

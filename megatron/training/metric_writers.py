@@ -8,7 +8,8 @@ with their units in their names, as scalars or, per layer, as lists:
     dropped_assignment_fraction tokens_with_drops_fraction top1_probability
     skipped_steps bad_steps loss_spikes elapsed_s step_time_ms, and <name>_by_layer
 
-To add a writer, write a class like those below and add it to `_WRITERS`.
+To add a writer, write a class like those below and add it to `_WRITERS`. Its flags are fields
+of `LoggingConfig` (megatron/config/monitoring.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What is trained: where the micro-batches come from, and what their loss is.
 
 A task is the only thing that differs between pretraining and the kinds of post-training; the
-Trainer and the Engine are the same for all of them.
+Trainer and the Engine are the same for all of them. `pretrain.train(config, build_task=...)`
+trains another task.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Shape suffixes: S sequence length, T tokens of one epoch, E epochs, D documents, N samples.
 
 The stream consists of E epochs of the documents, each in its own order. Sample i of the stream
-is tokens i*S to i*S+S: it shares its first token with the previous sample, where that token was
-only a label. The samples are then shuffled. By Megatron's rule, if less than 80 % of the last
-epoch is needed, the samples before it and those of it are shuffled separately, so that the
-partial last epoch does not displace samples of the full ones.
+is tokens i*S to i*S+S, both included: it shares its first token with the previous sample, where
+that token was only a label. The samples are then shuffled. By Megatron's rule, if less than 80 %
+of the last epoch is needed, the samples before it and those of it are shuffled separately, so
+that the partial last epoch does not displace samples of the full ones.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Activation functions of dense layers and experts: one registry of their properties.
 
 `_REGISTRY` is the only table of activations: the CPU path takes both functions from it,
-Triton kernels select their device code by `Nonlinearity.name`, and `megatron.config`
-lists the same names as choices of --activation (config does not import torch; a test
-compares the two lists).
+Triton kernels (triton_activation.py) select their device code by `Nonlinearity.name`, and
+megatron/config/model.py lists the same names as choices of --activation (config does not
+import torch; a test compares the two lists).
 """
 
 from __future__ import annotations
