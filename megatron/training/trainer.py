@@ -176,7 +176,7 @@ class Trainer:
             self.log()
         if self._stop_reason:
             get_logger().info(
-                "the run ends at iteration %d of %d: %s",
+                "this run ends at iteration %d of %d: %s",
                 iteration,
                 self.plan.iterations,
                 self._stop_reason,

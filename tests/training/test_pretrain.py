@@ -433,6 +433,6 @@ def test_help_lists_gate_flags(capsys):
     assert exit_.value.code == 0
     assert (
         "--threshold" in text
-        and "probability mass a token's experts must reach" in text
+        and "total probability that a token's experts must reach" in text
         and "topk" in text
     )

@@ -195,8 +195,8 @@ def test_full_disk_is_refused_first(tmp_path, monkeypatch, capsys):
     )
     left.append(result + notes - 1)
     assert refusal(monkeypatch, capsys, *inputs) == (
-        f"merge_datasets.py: error: {tmp_path}/new/folder/all needs 0.000 GB, the disk of "
-        f"{tmp_path} has 0.000 GB left. Make room there, or choose another disk"
+        f"merge_datasets.py: error: {tmp_path}/new/folder/all needs 0.0 MB, but the disk of "
+        f"{tmp_path} has 0.0 MB free. Free some space there, or write to another disk"
     )
     assert asked == [tmp_path] and not (tmp_path / "new").exists()
     left.append(result + 100)  # the estimate counts each input's header and first boundary

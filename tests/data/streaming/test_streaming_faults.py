@@ -104,7 +104,6 @@ def test_too_little_text_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.txt", r"^--streaming-data-path .*a.txt has the suffix .txt; allowed: .jsonl"),
         ("a.parquet", r"a.parquet: no column 'text'; there are: n. Set --streaming-json-key$"),
         ("hf:in", r"hf:in: no column 'text'; there are: n. Set --streaming-json-key$"),
     ],
@@ -118,7 +117,6 @@ def test_source_errors_name_streaming_flags(tmp_path, monkeypatch, name, message
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text('{"n": 1}\n')
-    (tmp_path / "a.txt").write_text('{"n": 1}\n')
     pq.write_table(pa.table({"n": [1]}), tmp_path / "a.parquet")
     stop = threading.Event()
     with pytest.raises(ValueError, match=message):
