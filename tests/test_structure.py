@@ -10,6 +10,7 @@ import sys
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import density
@@ -69,6 +70,7 @@ def rel(path: Path) -> str:
     return path.relative_to(REPO).as_posix()
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -77,7 +79,8 @@ def module_name(path: Path) -> str:
     return rel(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Dotted names of imported modules; `from megatron.moe import gates` is megatron.moe.gates."""
     names = set()
     for node in ast.walk(parse(path)):
@@ -90,7 +93,7 @@ def imports(path: Path) -> set[str]:
                 place = REPO / full.replace(".", "/")
                 is_module = place.with_suffix(".py").exists() or place.is_dir()
                 names.add(full if is_module else node.module)
-    return names
+    return frozenset(names)
 
 
 def layer_of(module: str) -> int:
@@ -276,7 +279,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(path)):
         constant = node.value if isinstance(node, ast.Expr) else None
         if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
             yield node.lineno, constant.value
