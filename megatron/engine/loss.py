@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron.model.gpt import at_least_one
 from megatron.parallel.groups import Groups, all_reduce_sum
 
 
@@ -51,13 +52,10 @@ def term_weights(
     rows = torch.stack([torch.stack(list(n.values())) for n in normalizers]).double()
     totals = all_reduce_sum(rows.sum(0), groups)
     num_micro_batches = len(normalizers) * groups.world_size
-    weights = rows * num_micro_batches / torch.where(totals > 0, totals, 1)
+    weights = rows * num_micro_batches / at_least_one(totals)
     return [dict(zip(names, row.float(), strict=True)) for row in weights]
 
 
 def means(sums: Mapping[str, Tensor], normalizers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return each term's mean over a micro-batch; 0 where its normalizer is 0."""
-    return {
-        name: loss_sum / torch.where(normalizers[name] > 0, normalizers[name], 1)
-        for name, loss_sum in sums.items()
-    }
+    return {name: loss_sum / at_least_one(normalizers[name]) for name, loss_sum in sums.items()}

@@ -190,11 +190,11 @@ def test_loads_differ_between_ranks():
     def sign(load):
         return torch.sign(load.double().mean() - load)
 
-    whole = sign(sum(loads))
-    assert not torch.equal(sign(loads[0] + loads[1]), whole) or not torch.equal(
-        sign(loads[2] + loads[3]), whole
+    full = sign(sum(loads))
+    assert not torch.equal(sign(loads[0] + loads[1]), full) or not torch.equal(
+        sign(loads[2] + loads[3]), full
     )
-    assert not torch.equal(sum(sign(load) for load in loads), whole)
+    assert not torch.equal(sum(sign(load) for load in loads), full)
 
 
 def _skip(stage, precision):

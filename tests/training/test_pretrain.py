@@ -76,10 +76,10 @@ def test_resumed_run_repeats_bit_for_bit(finished, data, tmp_path, ranks2):
     ) and not runs.metrics(tmp_path, "test")
     ranks2.run(runs.train, [*argv, "--load", str(tmp_path / "checkpoints")], timeout=300)
     for kind in ("train", "eval", "test"):
-        whole = {m["iteration"]: m for m in runs.metrics(finished, kind)}
+        full = {m["iteration"]: m for m in runs.metrics(finished, kind)}
         halves = {m["iteration"]: m for m in runs.metrics(tmp_path, kind)}
-        assert whole.keys() == halves.keys()
-        for i, m in whole.items():
+        assert full.keys() == halves.keys()
+        for i, m in full.items():
             for key in (
                 "loss",
                 "aux_loss",
