@@ -148,7 +148,7 @@ def copy(source: Path, target: Path, sync: bool) -> None:
 def torch_save(run: Run, path: Path) -> None:
     import torch
 
-    zero_shards = run.engine.partitions()
+    zero_shards = run.engine.zero_shards()
     tensors = {}
     for key in zero_shards.state_keys():
         for shard in zero_shards.shards:

@@ -38,6 +38,8 @@ LAYERS = {
     "megatron.data": 3,
     "megatron.moe": 4,
     "megatron.moe.layer": 5,
+    "megatron.moe.layer_sums": 5,
+    "megatron.moe.gate_update": 5,
     "megatron.moe.metrics": 5,
     "megatron.moe.peer.layer": 5,
     "megatron.model": 6,

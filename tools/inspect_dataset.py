@@ -124,7 +124,7 @@ def inspect_all(args: argparse.Namespace, prog: str) -> int:
 
     An error in one dataset is printed and does not prevent the inspection of the others.
     """
-    from megatron.config.schema import require
+    from megatron.config.fields import require
     from megatron.data.indexed.reader import dataset_prefix
 
     for flag in ("documents", "tokens"):

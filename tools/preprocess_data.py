@@ -103,8 +103,9 @@ def _add_run_flags(p: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from megatron.config.fields import require
     from megatron.config.flag_parser import section_from_args
-    from megatron.config.schema import TokenizerConfig, require
+    from megatron.config.schema import TokenizerConfig
     from megatron.data.ingest.encode import EncodeConfig
     from megatron.data.ingest.encoder_pool import usable_cores
     from megatron.data.ingest.preprocess import PreprocessConfig, PreprocessRun

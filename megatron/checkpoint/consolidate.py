@@ -35,7 +35,7 @@ from megatron.checkpoint.manifest import (
     read_json,
     write_with_digest,
 )
-from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.shards import CheckpointReader
 from megatron.config.fields import require
 from megatron.io.atomic_write import commit_files, fsync_directory
 from megatron.io.disk_space import require_disk_space

@@ -4,7 +4,7 @@
         manifest.json        size and SHA-256 of every other file, written last
         run.json             the configuration, usable with --config
         state.json           progress and metadata of the run: megatron.checkpoint.metadata
-        index.json           every tensor and where its shards are: megatron.checkpoint.reader
+        index.json           every tensor and where its shards are: megatron.checkpoint.shards
         rank_00000.safetensors, rank_00001.safetensors, ...
     <save>/latest            name of the checkpoint that was completed last
     <save>/checkpoint.partial/   staging directory: a lock, and iter_* while it is written

@@ -26,7 +26,7 @@ from megatron.checkpoint.manifest import (
     find_problems,
     read_json,
 )
-from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.shards import CheckpointReader
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.model.parameter_count import MODEL_PARTS, part_of
 

@@ -24,14 +24,14 @@ from megatron.checkpoint.directory import (
 )
 from megatron.checkpoint.manifest import CorruptCheckpointError, check_files, read_json
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
-from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.shards import CheckpointReader
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.fields import require
 from megatron.config.run_json import read_run_json
 from megatron.config.schema import RunConfig
 from megatron.engine.engine import Engine
 from megatron.engine.optimizer import MOMENTS
-from megatron.engine.zero_shards import GlobalLayout, load_weights
+from megatron.engine.zero_shards import GlobalLayout, fill_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask
@@ -129,7 +129,7 @@ class LoadedCheckpoint:
         """
         layout = GlobalLayout.of(model, groups)
         self._require_same_tensors(layout)
-        load_weights(model, layout, self._read_weight, self.reader.buffer)
+        fill_weights(model, layout, self._read_weight, self.reader.buffer)
 
     def _require_same_tensors(self, layout: GlobalLayout) -> None:
         expected = {*layout.shapes.items(), *layout.buffers}
@@ -151,7 +151,7 @@ class LoadedCheckpoint:
         Returns:
             The progress of the run.
         """
-        zero_shards = engine.partitions()
+        zero_shards = engine.zero_shards()
         state_keys = ["weight"]
         if self._optimizer_steps and not self.options.finetune:
             state_keys += MOMENTS

@@ -1,7 +1,7 @@
 """Save checkpoints: each rank writes its shards, optionally in the background; rank 0 commits.
 
 A checkpoint is either complete or absent, see megatron.checkpoint.directory. Ranks write
-safetensors files, everything else is JSON, see megatron.checkpoint.reader. Loading is in
+safetensors files, everything else is JSON, see megatron.checkpoint.shards. Loading is in
 megatron.checkpoint.loader.
 """
 
@@ -22,7 +22,7 @@ from megatron.checkpoint import directory
 from megatron.checkpoint.loader import LoadedCheckpoint
 from megatron.checkpoint.manifest import write_with_digest
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
-from megatron.checkpoint.reader import (
+from megatron.checkpoint.shards import (
     ShardRange,
     make_index,
     rank_file_name,
@@ -88,7 +88,7 @@ class Checkpointer:
         self._staging_buffer = PinnedStagingBuffer(groups.device)
         self._staging_dir: StagingDir | None = None
         if options.save:
-            engine.partitions().check()  # fail now rather than at the first save
+            engine.zero_shards().check()  # fail now rather than at the first save
             broadcast_from_rank0(partial(self._open_directory, continued_from), groups)
 
     def __enter__(self) -> Checkpointer:
@@ -186,7 +186,7 @@ class Checkpointer:
 
     def _begin(self, progress: TrainingProgress) -> _PendingSave:
         """Prepare a save on all ranks: check for space, make the index, copy the state."""
-        zero_shards = self.engine.partitions()
+        zero_shards = self.engine.zero_shards()
         tensors = self._local_tensors(zero_shards)
         specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
         specs = in_file_order(specs)

@@ -42,7 +42,6 @@ __all__ = [
     "RunConfig",
     "TokenizerConfig",
     "TrainConfig",
-    "require",
 ]
 
 SECTIONS: dict[str, type] = {

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from megatron.config.schema import DataConfig, require
+from megatron.config.fields import require
+from megatron.config.schema import DataConfig
 from megatron.data.sampling.blend import Samples
 
 # Seconds until the exit code of a worker must be known after its connection was closed.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron import log
-from megatron.config.schema import require
+from megatron.config.fields import require
 from megatron.engine.startup_patches import skip_triton_probe
 from megatron.parallel.groups import Groups, choose_comm_backend
 

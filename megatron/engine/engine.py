@@ -13,7 +13,8 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig, require
+from megatron.config.fields import require
+from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
 from megatron.engine.loss import LossFunction, means, term_weights
 from megatron.engine.moe_adapter import wrap_moe_layers
@@ -22,6 +23,7 @@ from megatron.engine.startup_patches import freeze_gc
 from megatron.engine.zero_shards import GlobalLayout, ZeroShards
 from megatron.log import get_logger
 from megatron.model.block import Block
+from megatron.moe.gate_update import GateUpdater
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
 
@@ -87,6 +89,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=config, dist_init_required=False
             )
+        self.gate_updater = GateUpdater(self.model, groups)
         self.metrics = MoEMetrics(self.model, groups)
 
     @property
@@ -133,8 +136,7 @@ class Engine:
             weighted = {name: term * weight[name] for name, term in terms.items()}
             self._backward(sum(weighted.values()))
             losses.append({name: term.detach() for name, term in weighted.items()})
-        # The gates update their biases and controllers from the step's counts.
-        self.metrics.post_optimizer_step(skipped=self.skipped_steps > skipped_before)
+        self.gate_updater.post_optimizer_step(skipped=self.skipped_steps > skipped_before)
         return _mean_by_term(losses)
 
     def _backward(self, loss: Tensor) -> None:

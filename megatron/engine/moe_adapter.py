@@ -15,7 +15,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import nn
 
 from megatron.moe.layer import MoELayer
-from megatron.moe.metrics import moe_layers
+from megatron.moe.layer_sums import find_moe_layers
 from megatron.moe.peer.layer import PEERLayer
 from megatron.parallel.groups import Groups
 
@@ -55,7 +55,7 @@ def wrap_moe_layers(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = 
             gate parameters are then stored in the engine's dtype. Their master copy is
             fp32, scores are computed in fp32, and buffers stay fp32.
     """
-    for layer in moe_layers(model):
+    for layer in find_moe_layers(model):
         is_peer = isinstance(layer, PEERLayer)
         layer.__class__ = DeepSpeedPEERLayer if is_peer else DeepSpeedMoELayer
         _set_parallelism(layer, groups)

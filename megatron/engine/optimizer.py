@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron.config.schema import OptimizerConfig
 from megatron.engine.startup_patches import UncompiledAdamMethods, import_muon_uncompiled
-from megatron.moe.metrics import moe_layers
+from megatron.moe.layer_sums import find_moe_layers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Keys of the optimizer's state that have the shape of the parameter. Checkpoints store
@@ -83,7 +83,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     experts have one group per expert-parallel group, as DeepSpeed requires.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    gates = {id(p) for layer in moe_layers(model) for p in layer.gate.parameters()}
+    gates = {id(p) for layer in find_moe_layers(model) for p in layer.gate.parameters()}
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
     for p in model.parameters():
         if not p.requires_grad:

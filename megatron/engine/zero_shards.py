@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron.config.fields import require
 from megatron.engine.optimizer import MOMENTS
-from megatron.moe.metrics import moe_layers
+from megatron.moe.layer_sums import find_moe_layers
 from megatron.parallel.groups import Groups
 
 STATE_KEYS = ("weight", *MOMENTS)
@@ -40,7 +40,7 @@ class GlobalLayout:
     def of(model: nn.Module, groups: Groups) -> GlobalLayout:
         """Return the layout of a model whose experts are sharded over the ranks of a group."""
         sharded = set()
-        for layer in moe_layers(model):
+        for layer in find_moe_layers(model):
             sharded.update(id(p) for p in layer.experts.parameters())
         shapes = {}
         global_offset = {}
@@ -279,7 +279,7 @@ class ZeroShards:
         return None
 
 
-def load_weights(
+def fill_weights(
     model: nn.Module,
     layout: GlobalLayout,
     read: Callable[[str, int, int], Tensor],

@@ -1,7 +1,6 @@
-"""MoE metrics: counters of the layers, reduced over ranks, and totals for gates.
+"""MoE metrics for the log: counters of the layers, reduced over ranks.
 
-All reductions of counters are here: one all-reduce per logging interval, and one per
-optimizer step for gates that keep state.
+They only observe: what a gate learns from a step is in `megatron.moe.gate_update`.
 """
 
 from __future__ import annotations
@@ -9,53 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron.moe.gate import Gate
 from megatron.moe.layer import MoELayer
-from megatron.moe.routing import StepTotals
-from megatron.parallel.groups import Groups, all_reduce_sum
-
-
-def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """Return the MoE layers of a model, in order."""
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
+from megatron.moe.layer_sums import all_reduce_layer_sums, entries_with_prefix, find_moe_layers
+from megatron.parallel.groups import Groups
 
 
 class MoEMetrics:
     """Collects the counters of a model's MoE layers.
 
-    Call `post_optimizer_step` once per optimizer step and `read` once per log line.
-    Each takes one all-reduce; `post_optimizer_step` takes none when no gate keeps
-    state.
+    Call `read` once per log line. It takes one all-reduce.
     """
 
     def __init__(self, model: nn.Module, groups: Groups):
-        self.layers = moe_layers(model)
+        self.layers = find_moe_layers(model)
         self.groups = groups
-        self._any_gate_with_state = any(
-            type(layer.gate).post_optimizer_step is not Gate.post_optimizer_step
-            for layer in self.layers
-        )
-
-    @torch.no_grad()
-    def post_optimizer_step(self, skipped: bool = False) -> None:
-        """Give gates the step's totals over ranks and micro-batches, then clear them.
-
-        Args:
-            skipped: the step changed no weights because a gradient overflowed; then it
-                changes no gate's state either.
-        """
-        counted = all(layer.step_sums for layer in self.layers)
-        if self._any_gate_with_state and counted and not skipped:
-            totals = self._reduce([layer.step_sums for layer in self.layers])
-            load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
-            for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
-                metric_sums = _with_prefix(sums, "sum/")
-                num_tokens = sums["tokens"].float()
-                layer.gate.post_optimizer_step(
-                    StepTotals(load_E, num_tokens, metric_sums, load_LE)
-                )
-        for layer in self.layers:
-            layer.reset_step_state()
 
     @torch.no_grad()
     def read(self, training: bool = True) -> dict[str, float | list[float]]:
@@ -83,41 +49,10 @@ class MoEMetrics:
         if not self.layers or not self.layers[0].counters[training]:
             return {}
         counters = [layer.counters[training] for layer in self.layers]
-        totals = self._reduce(counters, to_host=True)
+        totals = all_reduce_layer_sums(counters, self.groups, to_host=True)
         for layer in self.layers:
             layer.counters[training].clear()
         return _summarize(self.layers, totals)
-
-    def _reduce(
-        self, sums: list[dict[str, Tensor]], *, to_host: bool = False
-    ) -> list[dict[str, Tensor]]:
-        """Sum each layer's values over all ranks: one fp64 all-reduce.
-
-        Args:
-            to_host: also copy the result to the CPU, in one copy.
-        """
-        names = list(sums[0])
-        shapes = [sums[0][name].shape for name in names]
-        stacked = torch.stack([_flatten(layer_sums, names) for layer_sums in sums])
-        stacked = all_reduce_sum(stacked, self.groups)
-        if to_host:
-            stacked = stacked.cpu()
-        sizes = [shape.numel() for shape in shapes]
-        return [_unflatten(row.split(sizes), names, shapes) for row in stacked]
-
-
-def _flatten(sums: dict[str, Tensor], names: list[str]) -> Tensor:
-    """Concatenate these values to one row."""
-    return torch.cat([sums[name].flatten() for name in names])
-
-
-def _unflatten(
-    parts: tuple[Tensor, ...], names: list[str], shapes: list[torch.Size]
-) -> dict[str, Tensor]:
-    """Return the parts of a flat row by name, each in its shape."""
-    return {
-        name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)
-    }
 
 
 def _summarize(
@@ -154,16 +89,7 @@ def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor 
     }
     if len(layer.gate.zero_computation_experts):
         values["zero_computation_fraction"] = 1 - load_E.sum() / dispatched.clamp_min(1)
-    for name, value in _with_prefix(sums, "mean/").items():
+    for name, value in entries_with_prefix(sums, "mean/").items():
         values[name] = value / sums["forwards"]
-    values.update(layer.gate.summarise(_with_prefix(sums, "sum/")))
+    values.update(layer.gate.summarise(entries_with_prefix(sums, "sum/")))
     return values
-
-
-def _with_prefix(sums: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the gate's own entries by name: those with a prefix, without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in sums.items()
-        if name.startswith(prefix)
-    }

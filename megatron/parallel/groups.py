@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.config.schema import require
+from megatron.config.fields import require
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 
-from megatron.config.schema import OptimizerConfig, require
+from megatron.config.fields import require
+from megatron.config.schema import OptimizerConfig
 
 
 class LRSchedule:

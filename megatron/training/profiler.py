@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
-from megatron.config.schema import ProfilingConfig, require
+from megatron.config.fields import require
+from megatron.config.schema import ProfilingConfig
 from megatron.io import atomic_write
 from megatron.log import get_logger
 from megatron.model.attention import Attention

@@ -16,7 +16,7 @@ from helpers import engines
 from megatron import log
 from megatron.checkpoint import directory, loader
 from megatron.checkpoint.manifest import manifest_checksum, read_manifest
-from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.shards import CheckpointReader
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.io.sha256 import file_sha256
 from megatron.parallel.groups import Groups
@@ -66,7 +66,7 @@ def _start(config):
     """Run on a rank: whether it starts from scratch, its iteration, optimizer steps, weights."""
     run = engines.Run(config)
     run.close()
-    zero_shards = run.engine.partitions()
+    zero_shards = run.engine.zero_shards()
     weights = {s.name: s.weight.clone() for s in zero_shards.shards}
     return run.source is None, run.progress.iteration, zero_shards.steps, weights
 

@@ -14,7 +14,7 @@ import torch
 
 from helpers import engines
 from megatron.checkpoint import directory
-from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.shards import CheckpointReader
 
 
 def config_of(folder: Path, **options):
@@ -66,7 +66,7 @@ def _slow_save(config):
     run = engines.Run(config)
     try:
         run.steps(2)
-        zero_shards = run.engine.partitions()
+        zero_shards = run.engine.zero_shards()
         shards = zero_shards.shards
         before = {s.name: s.weight.clone() for s in shards}
         moments = {s.name: zero_shards.get(s, "exp_avg").clone() for s in shards}

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from megatron.config.fields import require
 from megatron.config.schema import (
     RUN_JSON_LAYOUT,
     SECTIONS,
@@ -17,7 +18,6 @@ from megatron.config.schema import (
     RunConfig,
     TokenizerConfig,
     TrainConfig,
-    require,
 )
 
 REFUSED = [

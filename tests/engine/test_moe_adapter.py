@@ -75,10 +75,10 @@ def train_in_plain_torch(gate, activation="swiglu"):
         Losses, gradient norms before clipping, and final weights by name.
     """
     from megatron.engine.optimizer import parameter_groups
-    from megatron.moe.metrics import MoEMetrics
+    from megatron.moe.gate_update import GateUpdater
 
     model = build(gate, Groups(), activation)
-    metrics = MoEMetrics(model, Groups())
+    gate_updater = GateUpdater(model, Groups())
     adamw = torch.optim.AdamW(
         parameter_groups(model, OPTIMIZER["weight_decay"]),
         lr=OPTIMIZER["lr"],
@@ -102,7 +102,7 @@ def train_in_plain_torch(gate, activation="swiglu"):
         norms.append(float(norm))
         adamw.step()
         adamw.zero_grad()
-        metrics.post_optimizer_step()
+        gate_updater.post_optimizer_step()
     return losses, norms, {n: p.detach() for n, p in model.named_parameters()}
 
 

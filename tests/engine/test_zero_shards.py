@@ -85,7 +85,7 @@ def test_dynamic_loss_scale_is_restored(kind, dynamic):
 def _shards(config):
     """Run on a rank: shards, full shapes, and state keys before and after the first step."""
     run = engines.Run(config)
-    zero_shards = run.engine.partitions()
+    zero_shards = run.engine.zero_shards()
     keys_before = zero_shards.state_keys()
     run.steps(1)
     run.close()
@@ -136,7 +136,7 @@ def test_round_robin_gradients_are_refused(ranks2, tmp_path):
 def _check_changed_weight(config):
     """Run on a rank: the check passes before and after steps, and fails for a changed weight."""
     run = engines.Run(config)
-    zero_shards = run.engine.partitions()
+    zero_shards = run.engine.zero_shards()
     zero_shards.check()
     run.steps(2)
     zero_shards.check()

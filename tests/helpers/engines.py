@@ -177,7 +177,7 @@ def latest(folder: str | Path) -> str:
 
 def full_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint of a folder: "<kind>/<name>" and "buffer/<name>"."""
-    from megatron.checkpoint.reader import CheckpointReader
+    from megatron.checkpoint.shards import CheckpointReader
 
     shards = CheckpointReader(Path(folder) / latest(folder))
     tensors = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.checkpoint import directory
 from megatron.checkpoint.manifest import write_with_digest
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
-from megatron.checkpoint.reader import (
+from megatron.checkpoint.shards import (
     ShardRange,
     make_index,
     rank_file_name,

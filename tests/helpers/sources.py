@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-from megatron.data.ingest.document_source import DocumentSource
+from megatron.data.ingest.formats import DocumentSource
 from megatron.data.ingest.sources import open_sources
 
 KEYS = ["text", "title"]

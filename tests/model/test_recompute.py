@@ -5,7 +5,8 @@ import torch
 
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import build_model
-from megatron.moe.metrics import MoEMetrics, moe_layers
+from megatron.moe.gate_update import GateUpdater
+from megatron.moe.layer_sums import find_moe_layers
 from megatron.parallel.groups import Groups
 
 MODEL = ModelConfig(
@@ -29,7 +30,7 @@ def train(gate, recompute, options):
     model = build_model(
         MODEL, moe, options, vocab_size=64, seed=1, groups=Groups(), recompute=recompute
     )
-    metrics = MoEMetrics(model, Groups())
+    gate_updater = GateUpdater(model, Groups())
     losses = []
     for number in (0, 1):
         ids = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(number))
@@ -38,10 +39,10 @@ def train(gate, recompute, options):
         losses += [out.lm_loss.detach(), out.aux_loss.detach()]
     result = {f"loss {i}": loss for i, loss in enumerate(losses)}
     result |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
-    for i, layer in enumerate(moe_layers(model)):
+    for i, layer in enumerate(find_moe_layers(model)):
         assert layer.counters[True]["tokens"] == 2 * 24
         result |= {f"{i} {name}": t for name, t in layer.step_sums.items()}
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     return result | {f"buffer {name}": b for name, b in model.named_buffers()}
 
 

@@ -10,7 +10,7 @@ from helpers.moe_layers import D, make_layer
 from helpers.spawn import groups_for
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import available_gates, gate_class
-from megatron.moe.metrics import MoEMetrics
+from megatron.moe.gate_update import GateUpdater
 from megatron.moe.routing import GateInput
 from megatron.parallel.groups import Groups
 
@@ -134,14 +134,14 @@ def test_global_batch_spans_micro_batches(name, recompute, ranks2):
 @pytest.mark.parametrize("name", NAMES)
 def test_next_step_resets_loads(name):
     layer = make_layer(name, options=options(name, "global-batch"))
-    metrics = MoEMetrics(torch.nn.ModuleList([layer]), Groups())
+    gate_updater = GateUpdater(torch.nn.ModuleList([layer]), Groups())
     first = layer(*_args(1)).aux_loss.item()
     second = layer(*_args(1)).aux_loss.item()
     assert second == pytest.approx(first, rel=1e-5), (
         "counting the same loads twice must not change their shares"
     )
     third = layer(*_args(2)).aux_loss.item()
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     fresh = make_layer(name, options=options(name, "global-batch"))
     fresh.load_state_dict(layer.state_dict())
     alone = fresh(*_args(2)).aux_loss.item()

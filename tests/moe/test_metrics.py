@@ -7,6 +7,7 @@ from torch import nn
 from helpers.spawn import groups_for
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.gate import Gate, GateContext
+from megatron.moe.gate_update import GateUpdater
 from megatron.moe.layer import MoELayer
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import Routing
@@ -88,15 +89,16 @@ def test_nothing_counted_gives_no_metrics():
 def test_gates_receive_each_step_once():
     layer = make_layer([[0, 1], [0]])
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    gate_updater = GateUpdater(nn.ModuleList([layer]), Groups())
     x = torch.randn(1, 2, 4)
     layer(x)
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     for _micro_batch in range(2):
         layer(x)
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     metrics.read()
     layer(x)
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     assert layer.gate.steps == [([2, 1, 0], 2), ([4, 2, 0], 4), ([2, 1, 0], 2)]
 
 
@@ -104,11 +106,12 @@ def test_evaluation_adds_nothing_to_steps():
     """An evaluation and a reading between steps leave the loads of the next step alone."""
     layer = make_layer([[0, 1], [0]])
     metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    gate_updater = GateUpdater(nn.ModuleList([layer]), Groups())
     x = torch.randn(1, 2, 4)
     for _ in range(2):
         layer.train()
         layer(x)
-        metrics.post_optimizer_step()
+        gate_updater.post_optimizer_step()
         layer.eval()
         layer(x)
         metrics.read(training=False)
@@ -119,8 +122,9 @@ def _reduced():
     groups = groups_for(1)
     layer = make_layer([[0], [1]] if groups.rank == 0 else [[0, 1, 2], [0]])
     metrics = MoEMetrics(nn.ModuleList([layer]), groups)
+    gate_updater = GateUpdater(nn.ModuleList([layer]), groups)
     layer(torch.randn(1, 2, 4))
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     return metrics.read(), layer.gate.steps
 
 

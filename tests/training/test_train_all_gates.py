@@ -27,7 +27,7 @@ def _train(argv: list[str]) -> dict[str, int]:
 
     Without weight decay an expert stays as it is only if its gradients are 0 in every step.
     """
-    from megatron.moe.metrics import moe_layers
+    from megatron.moe.layer_sums import find_moe_layers
     from megatron.training.trainer import Trainer
 
     original, unchanged = Trainer.run, {}
@@ -35,7 +35,7 @@ def _train(argv: list[str]) -> dict[str, int]:
     def watched(self: Trainer) -> None:
         tables = {
             f"{i}.{name}": p
-            for i, layer in enumerate(moe_layers(self.engine.model))
+            for i, layer in enumerate(find_moe_layers(self.engine.model))
             for name, p in layer.named_parameters()
             if name.startswith("experts.w")
         }

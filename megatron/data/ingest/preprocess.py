@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config.schema import require
+from megatron.config.fields import require
 from megatron.data.indexed.reader import dtype_for_vocab
 from megatron.data.indexed.writer import PUBLISHED, IndexedWriter, is_resumable, publish
 from megatron.data.ingest.encode import EncodeConfig, EncodedChunk

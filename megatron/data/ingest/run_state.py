@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.ingest.document_source import DocumentSource
 from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.formats import DocumentSource
 from megatron.io.atomic_write import write_text
 from megatron.tokenizer.base import Tokenizer
 

@@ -7,8 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.data.ingest.document_source import DocumentSource
-from megatron.data.ingest.formats import FILE_FORMATS, HuggingFace, JsonLines, PipeSource
+from megatron.data.ingest.formats import (
+    FILE_FORMATS,
+    DocumentSource,
+    HuggingFace,
+    JsonLines,
+    PipeSource,
+)
 from megatron.data.ingest.records import TOOL_FLAGS, FlagNames
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron.config.schema import require
+from megatron.config.fields import require
 from megatron.data.sampling.index_cache import Arrays, cached_arrays
 from megatron.data.sampling.sample_index import smallest_int
 

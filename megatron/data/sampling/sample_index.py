@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron.config.schema import require
+from megatron.config.fields import require
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.sampling.index_cache import Arrays, cached_arrays, files_key
 

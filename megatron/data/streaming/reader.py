@@ -20,7 +20,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from megatron.config.schema import require
+from megatron.config.fields import require
 from megatron.data.indexed.reader import IndexedDataset, dtype_for_vocab
 from megatron.data.ingest.run_state import STATE_FILE
 from megatron.data.streaming.producer import start_producer, stop_producer

@@ -25,9 +25,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config.schema import DataConfig, TokenizerConfig, require
-from megatron.data.ingest.document_source import DocumentSource
+from megatron.config.fields import require
+from megatron.config.schema import DataConfig, TokenizerConfig
 from megatron.data.ingest.encode import EncodeConfig
+from megatron.data.ingest.formats import DocumentSource
 from megatron.data.ingest.preprocess import PreprocessConfig
 from megatron.data.ingest.records import FlagNames
 from megatron.data.ingest.run_state import STAGING_LAYOUT, digest_of_files

@@ -9,7 +9,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from megatron.config.schema import MOE_BACKENDS, require
+from megatron.config.fields import require
+from megatron.config.schema import MOE_BACKENDS
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Compute dtypes by the name of a run's precision."""

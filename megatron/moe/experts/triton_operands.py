@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.config.schema import require
+from megatron.config.fields import require
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megatron.config.schema import ACTIVATIONS, require
+from megatron.config.fields import require
+from megatron.config.schema import ACTIVATIONS
 from megatron.moe.experts import backends
 from megatron.moe.experts.activations import activate, is_gated
 from megatron.moe.experts.expert_init import ExpertInit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron.config.schema import require
+from megatron.config.fields import require
 from megatron.moe.experts.triton_operands import TRITON_DTYPES
 
 # Tile of one program: 2,048 fp32 numbers are 16 registers of each of its 128 threads.

@@ -11,8 +11,8 @@ from helpers.routings import step_totals
 from helpers.spawn import groups_for
 from megatron.moe.experts.grouped_experts import GroupedExperts
 from megatron.moe.gate import create_gate
+from megatron.moe.gate_update import GateUpdater
 from megatron.moe.layer import MoELayer
-from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import SCOPES, GateInput
 from megatron.parallel.groups import Groups
 
@@ -338,10 +338,10 @@ def test_load_spread_falls_from_skewed_start():
 def test_speed_zero_equals_no_bias():
     """For any loads, experts, weights and loss stay those of a gate without updates."""
     layer, fresh, x = make_layer(bias_update_speed=0.0), make_layer(), skewed()
-    metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    gate_updater = GateUpdater(nn.ModuleList([layer]), Groups())
     for _ in range(3):
         layer(x)
-        metrics.post_optimizer_step()
+        gate_updater.post_optimizer_step()
     assert not layer.gate.expert_bias.any()
     assert torch.equal(layer(x).y, fresh(x).y)
 
@@ -349,7 +349,7 @@ def test_speed_zero_equals_no_bias():
 def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
     """Train a layer; return the bias after each step, and the loads passed to the steps."""
     layer, biases, loads = make_layer(), [], []
-    metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    gate_updater = GateUpdater(nn.ModuleList([layer]), Groups())
     update = layer.gate.post_optimizer_step
     layer.gate.post_optimizer_step = lambda step: (
         loads.append((step.load_E.tolist(), step.num_tokens.item())),
@@ -378,7 +378,7 @@ def train(recompute=False, evaluate=False, steps=3, micro_batches=2):
             assert torch.equal(
                 layer.gate.expert_bias, biases[-1] if biases else torch.zeros(8)
             ), "a forward moved it"
-        metrics.post_optimizer_step()
+        gate_updater.post_optimizer_step()
         biases.append(layer.gate.expert_bias.clone())
     return biases, loads
 
@@ -403,12 +403,13 @@ def _steps(seeds):
     """Run one optimizer step of two micro-batches on a rank; return loads and bias."""
     groups = groups_for(1)
     layer = make_layer(groups=groups)
-    metrics, loads = MoEMetrics(nn.ModuleList([layer]), groups), []
+    gate_updater = GateUpdater(nn.ModuleList([layer]), groups)
+    loads = []
     for seed in seeds[groups.rank]:
         x = skewed(7, seed, shift=0.0)
         loads.append(torch.bincount(layer.gate(GateInput(x[0].detach())).expert_A, minlength=8))
         layer(x)
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     return loads, layer.gate.expert_bias.clone()
 
 

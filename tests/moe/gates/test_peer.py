@@ -13,6 +13,7 @@ from megatron.model.builder import make_moe_layer
 from megatron.moe.experts.activations import activate
 from megatron.moe.experts.expert_init import ExpertInit
 from megatron.moe.gate import create_gate, gate_class
+from megatron.moe.gate_update import GateUpdater
 from megatron.moe.gates.peer import retrieve, usage
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.peer.experts import PEERExperts
@@ -447,13 +448,14 @@ def test_layer_pools_micro_batches():
         groups=Groups(),
     )
     metrics = MoEMetrics(layer, Groups())
+    gate_updater = GateUpdater(layer, Groups())
     x, y = tokens(4, 1)[None], tokens(6, 2)[None]
     expected = make()
     expected.post_optimizer_step(totals(expected, x[0], y[0]))
     layer(x)
     layer(y)
     assert gate.stat_weight == 0
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     for (name, ours), buffer in zip(gate.named_buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(ours, buffer, msg=lambda m, name=name: f"{name}: {m}")
     record = metrics.read()
@@ -461,7 +463,7 @@ def test_layer_pools_micro_batches():
     layer.eval()
     layer(x)
     assert set(metrics.read(training=False)) >= {"expert_usage", "expert_unevenness_nats"}
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     assert torch.equal(gate.stat_weight, expected.stat_weight)
 
 

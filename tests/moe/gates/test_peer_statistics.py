@@ -6,7 +6,7 @@ from helpers.spawn import groups_for
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import make_moe_layer
 from megatron.moe.gate import create_gate
-from megatron.moe.metrics import MoEMetrics
+from megatron.moe.gate_update import GateUpdater
 from megatron.parallel.groups import Groups
 
 
@@ -24,12 +24,12 @@ def make_layer_of_queries(groups):
     model = ModelConfig(num_layers=1, hidden_size=12, num_attention_heads=1)
     moe = MoEConfig(num_experts=12, gate="peer", moe_ffn_hidden_size=1)
     layer = make_moe_layer(gate, model, moe, layer=0, seed=0, groups=groups)
-    metrics = MoEMetrics(layer, groups)
+    gate_updater = GateUpdater(layer, groups)
 
     def step(*batches):
         for x in batches:
             layer(x[None])
-        metrics.post_optimizer_step()
+        gate_updater.post_optimizer_step()
 
     return gate, step
 

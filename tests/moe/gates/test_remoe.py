@@ -12,6 +12,7 @@ from helpers.moe_layers import E, make_input, make_layer
 from helpers.routings import step_totals
 from helpers.spawn import groups_for
 from megatron.moe.gate import create_gate
+from megatron.moe.gate_update import GateUpdater
 from megatron.moe.metrics import MoEMetrics
 from megatron.moe.routing import GateInput, StepTotals
 from megatron.parallel.groups import Groups
@@ -150,7 +151,7 @@ def two_layers(groups=None):
         for layer, active in zip(layers, (4, 1)):
             layer.gate.router.weight.zero_()
             layer.gate.router.weight[:active, 0] = 1
-    return layers, MoEMetrics(layers, groups or Groups())
+    return layers, GateUpdater(layers, groups or Groups())
 
 
 def run_step(layers, tokens):
@@ -166,17 +167,17 @@ def lambdas(layers):
 
 def test_all_layers_update_equally():
     """Catches a lambda per layer: the layers are on different sides of the target."""
-    layers, metrics = two_layers()
+    layers, gate_updater = two_layers()
     run_step(layers, 6), run_step(layers, 5)  # two micro-batches
     assert lambdas(layers) == [0.5, 0.5], "nothing happens before the step is over"
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     assert lambdas(layers) == pytest.approx([0.6, 0.6])
     for layer in layers:
         layer.eval()
     run_step(layers, 6)
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     assert lambdas(layers) == pytest.approx([0.6, 0.6]), "evaluation is no step"
-    got = metrics.read()
+    got = MoEMetrics(layers, Groups()).read()
     assert got["sparsity"] == pytest.approx((0 + 3 / 4) / 2) and got["lambda"] == pytest.approx(
         0.5
     )
@@ -185,13 +186,13 @@ def test_all_layers_update_equally():
 
 def _ranks_step():
     groups = groups_for(1)
-    layers, metrics = two_layers(groups)
+    layers, gate_updater = two_layers(groups)
     with torch.no_grad():  # rank 0 is sparse, rank 1 dense; the mean over both has too many
         for layer in layers:
             layer.gate.router.weight.zero_()
             layer.gate.router.weight[: 1 if groups.rank == 0 else 4, 0] = 1
     run_step(layers, 5 if groups.rank == 0 else 6)
-    metrics.post_optimizer_step()
+    gate_updater.post_optimizer_step()
     return lambdas(layers)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.reader import (
+from megatron.checkpoint.shards import (
     CheckpointReader,
     ShardRange,
     make_index,
@@ -358,7 +358,7 @@ def test_full_disk_is_named():
 def test_file_size_limit_is_named(tmp_path):
     code = (
         "import resource, sys, torch\n"
-        "from megatron.checkpoint.reader import TensorSpec, write_tensors\n"
+        "from megatron.checkpoint.shards import TensorSpec, write_tensors\n"
         "specs = [TensorSpec('a', torch.float32, (50_000,))]\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "for path in ('x', 'none/x'):\n"

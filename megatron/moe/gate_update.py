@@ -1,0 +1,51 @@
+"""Update of the gates' state after each optimizer step: biases, thresholds, controllers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron.moe.gate import Gate
+from megatron.moe.layer_sums import all_reduce_layer_sums, entries_with_prefix, find_moe_layers
+from megatron.moe.routing import StepTotals
+from megatron.parallel.groups import Groups
+
+
+class GateUpdater:
+    """Gives every gate the totals of a step, from which it updates its state.
+
+    The layers count during the forward passes of a step (`MoELayer.step_sums`). The counts are
+    summed over micro-batches and ranks, so that all ranks update their gates alike.
+    """
+
+    def __init__(self, model: nn.Module, groups: Groups):
+        self.layers = find_moe_layers(model)
+        self.groups = groups
+        self._any_gate_with_state = any(
+            type(layer.gate).post_optimizer_step is not Gate.post_optimizer_step
+            for layer in self.layers
+        )
+
+    @torch.no_grad()
+    def post_optimizer_step(self, skipped: bool = False) -> None:
+        """Call `Gate.post_optimizer_step` of every layer, then clear the step's counts.
+
+        One all-reduce; none if no gate of the model keeps state.
+
+        Args:
+            skipped: the step changed no weights because a gradient overflowed; then it
+                changes no gate's state either.
+        """
+        counted = all(layer.step_sums for layer in self.layers)
+        if self._any_gate_with_state and counted and not skipped:
+            layer_sums = [layer.step_sums for layer in self.layers]
+            totals = all_reduce_layer_sums(layer_sums, self.groups)
+            load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
+            for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
+                metric_sums = entries_with_prefix(sums, "sum/")
+                num_tokens = sums["tokens"].float()
+                layer.gate.post_optimizer_step(
+                    StepTotals(load_E, num_tokens, metric_sums, load_LE)
+                )
+        for layer in self.layers:
+            layer.reset_step_state()
