@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -57,6 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fixed_seed():
     """Give every test the same random numbers, also where it draws from the global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def restored_environment():
+    """Undo what a test changes in os.environ, also what the code under test sets there.
+
+    A TORCH_EXTENSIONS_DIR left behind made later tests compile DeepSpeed's operator again.
+    """
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.config import cli
 from megatron.model.builder import build_model
+from megatron.model.meta_device import meta_device
 from megatron.model.parameter_count import count_parameters
 from megatron.moe.gate import available_gates, gate_class, gate_config_class
 from megatron.parallel.groups import Groups
@@ -44,7 +44,7 @@ def config(gate: str, folder: Path, **env: str):
 
 
 def size(config):
-    with torch.device("meta"):
+    with meta_device():
         model = build_model(
             config.model,
             config.moe,

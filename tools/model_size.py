@@ -34,16 +34,15 @@ def vocabulary_size(config: RunConfig) -> int:
 
 def run() -> None:
     """Print the table of sizes."""
-    import torch
-
     from megatron.config import cli
     from megatron.model.builder import build_model, size_table
+    from megatron.model.meta_device import meta_device
     from megatron.moe.gate import available_gates, gate_config_class
     from megatron.parallel.groups import Groups
 
     config = cli.parse(sys.argv[1:], gate_config_class, available_gates)
     vocab_size = vocabulary_size(config)
-    with torch.device("meta"):
+    with meta_device():
         model = build_model(
             config.model,
             config.moe,

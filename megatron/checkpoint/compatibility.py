@@ -9,6 +9,7 @@ import torch
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.schema import RunConfig
 from megatron.log import get_logger
+from megatron.model.meta_device import meta_device
 from megatron.moe.gate import create_gate
 
 TOKENIZER_FIELDS = {
@@ -219,7 +220,7 @@ def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
     """
     if not config.moe.num_experts:
         return {}
-    with torch.device("meta"):
+    with meta_device():
         gate = create_gate(
             config.moe.gate,
             hidden_size=config.model.hidden_size,

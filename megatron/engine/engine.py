@@ -168,7 +168,7 @@ class Engine:
                 terms[name] = terms[name] * weight[name]
         return _mean_by_term(losses)
 
-    def partitions(self) -> ZeroShards:
+    def zero_shards(self) -> ZeroShards:
         """What this rank's optimizer holds, for checkpoints."""
         return ZeroShards(self.deepspeed, self.layout)
 

@@ -48,6 +48,12 @@ class Rotary(nn.Module):
         self._build()
 
     def _build(self, device: torch.device | None = None) -> None:
+        table_PK = torch.empty(self.max_positions, self.head_size, device=device)
+        if table_PK.is_meta:
+            # Shapes only: arithmetic on `meta` imports torch's compiler (2 s).
+            self.register_buffer("cos_PK", table_PK, persistent=False)
+            self.register_buffer("sin_PK", table_PK, persistent=False)
+            return
         exponent_k = torch.arange(0, self.head_size, 2, device=device).float() / self.head_size
         position_P = torch.arange(self.max_positions, device=device).float()
         angle_PK = torch.outer(position_P, self.base**-exponent_k).repeat(1, 2)

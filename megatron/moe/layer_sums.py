@@ -27,7 +27,7 @@ def all_reduce_layer_sums(
     """
     names = list(layer_sums[0])
     shapes = [layer_sums[0][name].shape for name in names]
-    rows = [torch.cat([sums[name].flatten() for name in names]) for sums in layer_sums]
+    rows = [_flatten(sums, names) for sums in layer_sums]
     totals = all_reduce_sum(torch.stack(rows), groups)
     if to_host:
         totals = totals.cpu()
@@ -37,6 +37,11 @@ def all_reduce_layer_sums(
         values = zip(names, row.split(sizes), shapes, strict=True)
         reduced.append({name: value.view(shape) for name, value, shape in values})
     return reduced
+
+
+def _flatten(sums: dict[str, Tensor], names: list[str]) -> Tensor:
+    """Concatenate these values to one row."""
+    return torch.cat([sums[name].flatten() for name in names])
 
 
 def entries_with_prefix(sums: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from helpers import engines, handmade
 from megatron.checkpoint import consolidate as c
-from megatron.checkpoint import directory, reader
+from megatron.checkpoint import directory, shards
 from megatron.checkpoint.manifest import CorruptCheckpointError, read_manifest
 from megatron.config.run_json import read_run_json
 from megatron.io.safetensors_writer import TensorSpec
@@ -123,7 +123,7 @@ def test_model_with_result_has_same_loss(topology, trained, tmp_path):
 
 @pytest.mark.parametrize("elements", [1, 7, 1 << 20])
 def test_slices_of_any_size_are_joined(elements, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(shards, "SLICE_ELEMENTS", elements)
     check_equal(consolidate(made[0], tmp_path / "out"), made[1] | BUFFERS)
 
 

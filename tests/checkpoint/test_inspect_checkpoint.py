@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers import engines, handmade
-from megatron.checkpoint import directory, inspect, reader
+from megatron.checkpoint import directory, inspect, shards
 from megatron.checkpoint.inspect_text import format_checkpoint
 from megatron.checkpoint.manifest import CorruptCheckpointError, read_manifest
 from megatron.io import sha256
@@ -98,7 +98,7 @@ def test_summary_describes_run_and_files(folder):
 
 @pytest.mark.parametrize("elements", [1, 5, 1 << 20])
 def test_summary_has_statistics_of_tensors(elements, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(shards, "SLICE_ELEMENTS", elements)
     tensors = handmade.weights(**SHAPES, empty=(0, 3))
     tensors["norm.weight"][1:3] = torch.tensor([float("nan"), float("-inf")])
     tensors["strange"][:] = float("nan")
@@ -432,7 +432,7 @@ def test_differences_are_printed(folder, tmp_path):
 
 @pytest.mark.parametrize("elements", [3, 1 << 20])
 def test_distances_of_weights(elements, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(shards, "SLICE_ELEMENTS", elements)
     a, b = (handmade.weights(w=(5, 4), same=(3,), zero=(2,), strange=(2,)) for _ in range(2))
     b["w"] = torch.randn(5, 4, generator=torch.Generator().manual_seed(9))
     a["zero"], b["zero"], b["strange"] = (
