@@ -25,6 +25,10 @@ echo "== 4/5 training: $EP_SIZE experts, $GATE gate, experts sharded over two ra
 # Two ranks; only one when there is exactly one GPU, because a GPU holds one rank.
 GPUS_HERE=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 export NUM_GPUS=${NUM_GPUS:-$([ "$GPUS_HERE" = 1 ] && echo 1 || echo 2)} TOKENIZER_TYPE=HuggingFaceTokenizer TOKENIZER_MODEL=$DATA/tokenizer.json
+# A CPU without bf16 instructions or AVX-512 multiplies bf16 matrices several times slower than fp32 ones.
+if [ -z "${PRECISION:-}" ] && [ "$GPUS_HERE" = 0 ] && ! grep -qsE 'avx512|bf16|amx' "${CPUINFO:-/proc/cpuinfo}"; then
+    export PRECISION=fp32
+fi
 export DATA_PATH=$DATA/corpus_text_document
 export NUM_LAYERS=${NUM_LAYERS:-6} HIDDEN_SIZE=${HIDDEN_SIZE:-256} NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-4}
 export SEQ_LEN=${SEQ_LEN:-256} INIT_STD=${INIT_STD:-0.06}
