@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -565,26 +564,6 @@ def test_demo_shapes_match_the_benchmark():
         ("BATCH_SIZE", train.micro_batch_size),
     ):
         assert f"{name}=${{{name}:-{value}}}" in script, name
-
-
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU has bf16")
-@pytest.mark.parametrize(
-    "cpu_flags, env, precision",
-    [
-        ("fma avx2 bmi2", {}, "fp32"),
-        ("avx2 avx512f avx512_bf16", {}, "bf16"),
-        ("asimd bf16", {}, "bf16"),
-        ("fma avx2 bmi2", {"PRECISION": "bf16"}, "bf16"),
-    ],
-)
-def test_demo_uses_bf16_where_the_cpu_is_fast(cpu_flags, env, precision, tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"flags\t\t: {cpu_flags}\n")
-    variables = {"DRY_RUN": "1", "CPUINFO": str(cpuinfo), "OUTPUT_DIR": str(tmp_path), **env}
-    # The table of sizes after the command fails, because there is no tokenizer yet.
-    done = sh(["bash", str(REPO / "examples_deepspeed/MoE/demo.sh")], **variables)
-    command = next(line for line in done.stdout.splitlines() if line.startswith("deepspeed"))
-    assert config_of(shlex.split(command)).optimizer.precision == precision
 
 
 def test_environment_check_names_missing_packages(monkeypatch):
