@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from megatron.config import cli
+from helpers.scripts import config_of, launch_command, run_script
 from megatron.model.builder import build_model
 from megatron.model.meta_device import meta_device
 from megatron.model.parameter_count import count_parameters
-from megatron.moe.gate import available_gates, gate_class, gate_config_class
+from megatron.moe.gate import available_gates, gate_class
 from megatron.parallel.groups import Groups
 
 REPO = Path(__file__).resolve().parents[1]
@@ -23,24 +21,14 @@ SCALES = ("demo", "158m", "679m", "xmoe")
 
 def dry_run(gate: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
     """Run a script under DRY_RUN; `echo` replaces Python, which would only print the model size."""
-    return subprocess.run(
-        ["bash", str(FOLDER / f"{gate}.sh")],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=60,
-        env={**os.environ, "PYTHON": "/bin/echo", "DRY_RUN": "1", "NUM_GPUS": "2", **env},
-    )
+    fixed = {"PYTHON": "/bin/echo", "DRY_RUN": "1", "NUM_GPUS": "2"}
+    return run_script(FOLDER / f"{gate}.sh", cwd=folder, **{**fixed, **env})
 
 
 def config(gate: str, folder: Path, **env: str):
     done = dry_run(gate, folder, **env)
     assert done.returncode == 0, done.stderr
-    words = shlex.split(
-        next(line for line in done.stdout.splitlines() if line.startswith("deepspeed"))
-    )
-    start = next(i for i, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
-    return cli.parse(words[start + 1 :], gate_config_class, available_gates)
+    return config_of(launch_command(done.stdout))
 
 
 def size(config):

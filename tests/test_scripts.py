@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import cli
-from megatron.moe.gate import available_gates, gate_config_class
+from helpers.scripts import config_of, run_script
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
@@ -42,22 +41,10 @@ def sh(argv, **env) -> subprocess.CompletedProcess:
 
 def dry(cwd, *more, **env) -> tuple[list[str], str]:
     """Return (words of the command that run.sh prints, the rest of its output)."""
-    done = subprocess.run(
-        ["bash", str(RUN), *more],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-        env={**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", **env},
-    )
+    done = run_script(RUN, *more, cwd=cwd, DRY_RUN="1", **env)
     assert done.returncode == 0, done.stderr
     command, rest = done.stdout.split("\n", 1)
     return shlex.split(command), rest
-
-
-def config_of(words: list[str]):
-    start = next(i for i, w in enumerate(words) if w.endswith("pretrain_gpt.py"))
-    return cli.parse(words[start + 1 :], gate_config_class, available_gates)
 
 
 NO_SSH = {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1", "NUM_NODES": "2", "NUM_GPUS": "4"}

@@ -1,4 +1,7 @@
-"""Update of the gates' state after each optimizer step: biases, thresholds, controllers."""
+"""Update of the gates' state after each optimizer step.
+
+For example the expert biases of deepseek_v3, the L1 strength of remoe, and peer's statistics.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from megatron.parallel.groups import Groups
 class GateUpdater:
     """Gives every gate the totals of a step, from which it updates its state.
 
-    The layers count during the forward passes of a step (`MoELayer.step_sums`). The counts are
-    summed over micro-batches and ranks, so that all ranks update their gates alike.
+    The layers count during the forward passes of a step (`MoELayer.step_sums`), before capacity
+    drops anything. The counts are summed over micro-batches and ranks, so that all ranks update
+    their gates alike.
     """
 
     def __init__(self, model: nn.Module, groups: Groups):
@@ -33,8 +37,8 @@ class GateUpdater:
         One all-reduce; none if no gate of the model keeps state.
 
         Args:
-            skipped: the step changed no weights because a gradient overflowed; then it
-                changes no gate's state either.
+            skipped: the step changed no weights because a gradient or the loss was NaN or
+                infinite; then it changes no gate's state either.
         """
         counted = all(layer.step_sums for layer in self.layers)
         if self._any_gate_with_state and counted and not skipped:
