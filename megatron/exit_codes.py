@@ -34,7 +34,7 @@ _PEER_EXITED = (
 
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Run a program and return its exit code, as `pretrain.main` describes it.
+    """Run a program and return its exit code, as listed at the top of this module.
 
     An error that the user can act on is reported as one line; any other is raised.
     """

@@ -501,20 +501,7 @@ def test_default_micro_batch_divides_global_batch(batch, ranks, micro, tmp_path)
 
 
 def test_variable_of_other_gate_is_refused(tmp_path):
-    done = subprocess.run(
-        ["bash", str(RUN)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-        env={
-            **os.environ,
-            "PYTHON": sys.executable,
-            "DRY_RUN": "1",
-            "GATE": "topk",
-            "THRESHOLD": "0.5",
-        },
-    )
+    done = run_script(RUN, cwd=tmp_path, DRY_RUN="1", GATE="topk", THRESHOLD="0.5")
     assert done.returncode == 2 and "--threshold" in done.stderr
 
 

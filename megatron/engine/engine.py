@@ -35,7 +35,8 @@ class Engine:
 
     Args:
         model: an initialized fp32 model on the CPU; it is moved to the device and cast.
-        optimizer: learning rate, precision and ZeRO stage.
+        optimizer: learning rate, clipping and precision.
+        ds_options: ZeRO stage, and a DeepSpeed configuration to merge.
         train: batch sizes.
         groups: the data-parallel ranks.
 
@@ -98,7 +99,7 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that were skipped because a gradient overflowed."""
+        """Optimizer steps that were skipped because a gradient or the loss was NaN or infinite."""
         return self.deepspeed.skipped_steps
 
     def grad_norm(self) -> float:

@@ -4,7 +4,7 @@ Only waiting for data is watched. All other waiting of ranks is in collectives, 
 have the time limit --timeout-minutes. Gloo raises the timeout in the rank that waits,
 and `megatron.exit_codes` condenses it to one line; NCCL's is detected by a thread of
 torch, which aborts the process (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default).
-Evaluations, checkpoints and the first step's compilation have no limit.
+Evaluations as a unit, checkpoints and the first step's compilation have no limit.
 """
 
 from __future__ import annotations
