@@ -71,8 +71,9 @@ def restored_environment():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """Two test processes share two cores; more threads than cores wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
