@@ -485,6 +485,17 @@ def test_profiled_parts_cover_the_step():
 
 
 @pytest.mark.slow
+def test_host_allocator_runs_quickly(tmp_path):
+    printed, table, _ = run_quickly("host_allocator.py", tmp_path)
+    assert "MiB after 4 steps" in printed
+    assert [(row["name"], row["baseline"]) for row in table] == [
+        (f"{what}: {name}", f"{what}: host_allocator")
+        for what in ("time", "memory")
+        for name in ("plain malloc", "mallopt")
+    ]
+
+
+@pytest.mark.slow
 def test_moe_layer_runs_quickly(tmp_path):
     """Every row and every layer is present. A busy machine need not hold the bars."""
     printed, table, _ = run_quickly("moe_layer.py", tmp_path)
