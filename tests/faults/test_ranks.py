@@ -39,13 +39,16 @@ def test_ending_rank_ends_the_run(fault, code, first, data, tmp_path):
 
 
 def test_hanging_data_is_reported_with_traceback(data, tmp_path):
-    """The rank that waits for its data ends first, with the stack of its threads."""
-    argv = runs.flags(data, tmp_path, 1000, *runs.EP2, *SHORT, "--timeout-minutes", "0.25")
+    """The rank that waits for its data ends first, with the stack of its threads.
+
+    It has a fifth of the timeout to do so before the other rank's collective fails: 6 s here.
+    """
+    argv = runs.flags(data, tmp_path, 1000, *runs.EP2, *SHORT, "--timeout-minutes", "0.5")
     with Run(argv, tmp_path, faults={1: {5: faulty.hang}}) as run:
         assert run.codes() == [1, 3], run.text
     (hanging,) = run.lines(
-        "error: a batch of iteration 3 did not come within 0.2 minutes, 0.8 of "
-        "--timeout-minutes 0.25"
+        "error: a batch of iteration 3 did not come within 0.4 minutes, 0.8 of "
+        "--timeout-minutes 0.5"
     )
     (lost,) = run.lines(LOST)
     assert hanging.startswith("[rank 1]")
