@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from hypothesis import settings
 from test_structure import AVOIDED, LAYERS
 
-from helpers import markdown
+from helpers import markdown, runs
 from megatron.moe.gate import _registry, available_gates, create_gate, gate_config_class
 from megatron.moe.routing import GateInput
 
@@ -30,6 +31,7 @@ COMMANDS = [
     for command in markdown.commands(page.read_text(encoding="utf-8"))
 ]
 GATES = (REPO / "docs/gates.md").read_text(encoding="utf-8")
+GATE, PROGRAM = re.findall(r"```python\n(.*?)```", GATES, re.DOTALL)
 CHECKPOINTS = (REPO / "docs/checkpoints.md").read_text(encoding="utf-8")
 
 
@@ -112,8 +114,7 @@ def test_gate_table_has_every_gate():
 @pytest.fixture
 def example_gate(tmp_path):
     """Import the gate that docs/gates.md shows, and unregister it afterwards."""
-    (code,) = re.findall(r"```python\n(.*?)```", GATES, re.DOTALL)
-    (tmp_path / "above_mean.py").write_text(code)
+    (tmp_path / "above_mean.py").write_text(GATE)
     spec = importlib.util.spec_from_file_location("above_mean", tmp_path / "above_mean.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["above_mean"] = module
@@ -147,3 +148,25 @@ def test_example_gate_follows_its_formula(example_gate):
     assert routing.aux_loss.item() == pytest.approx(balance, rel=1e-5)
     (routing.weight_A.sum() + routing.aux_loss).backward()
     assert gate.router.weight.grad.abs().sum() > 0
+
+
+def test_example_gate_trains_outside_the_tree(data, tmp_path):
+    """The program of the page imports the gate from its own folder and trains with it."""
+    (tmp_path / "above_mean.py").write_text(GATE)
+    (tmp_path / "pretrain_above_mean.py").write_text(PROGRAM)
+    flags = [
+        flag for flag in runs.flags(data, tmp_path, 2) if flag not in ("--threshold", "0.8")
+    ]
+    flags[flags.index("threshold")] = "above_mean"
+    done = subprocess.run(
+        [sys.executable, "pretrain_above_mean.py", *flags, "--margin", "1.2"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    experts = [row["experts_per_token"] for row in runs.metrics(tmp_path)]
+    assert len(experts) == 2
+    assert all(1 <= mean < 4 for mean in experts)
