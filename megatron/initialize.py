@@ -1,4 +1,4 @@
-"""Initialization shared by pretraining, generation and every other program with a model.
+"""Initialization shared by the programs that run a model: training and text generation.
 
 Process groups, tokenizer, checkpoint and model are built here and nowhere else, and passed on
 in one record.

@@ -15,7 +15,9 @@ from megatron.config.fields import (
     require_setting,
 )
 
-ACTIVATIONS = ("gelu", "relu", "silu", "swiglu", "geglu")
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+"""Activations with a third weight matrix, whose product multiplies the activated one"""
+ACTIVATIONS = ("gelu", "relu", "silu", *GATED_ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class ModelConfig:
         """Hidden size of a dense feed-forward layer."""
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
-        if self.act in ("swiglu", "geglu"):
+        if self.act in GATED_ACTIVATIONS:
             return _round_up(-(-8 * self.hidden_size // 3), 64)
         return 4 * self.hidden_size
 

@@ -3,8 +3,8 @@
 DeepSpeed's engine recognises expert parallelism only in instances of its own layers.
 `wrap_moe_layers` turns the MoE layers of a finished model into a thin subclass of
 `AutoEPMoELayer` whose own forward, router and experts are not used: the subclass
-carries the attributes that the engine and ZeRO read. Attributes that only DeepSpeed's
-checkpoint code reads are left out: `megatron.checkpoint.saver` writes the checkpoints.
+carries the attributes that the engine and ZeRO read. DeepSpeed's checkpoint code is not
+used either: `megatron.checkpoint.saver` writes the checkpoints.
 """
 
 from __future__ import annotations

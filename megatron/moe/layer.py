@@ -3,8 +3,8 @@
 Shared experts and zero-computation experts run on the token's own rank while rows are
 in flight to other ranks.
 
-The layer is plain torch and imports no DeepSpeed, so inference, export and gate tests
-need none. `megatron.engine.moe_adapter.wrap_moe_layers` adds the bookkeeping that
+The layer is plain torch and imports no DeepSpeed, so a layer or a gate can be tried
+without it. `megatron.engine.moe_adapter.wrap_moe_layers` adds the bookkeeping that
 DeepSpeed's engine looks for.
 
 Shape suffixes: B sequences, S positions (of a hidden state) or sorted rows (elsewhere),

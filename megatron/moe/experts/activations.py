@@ -2,8 +2,8 @@
 
 `_REGISTRY` is the only table of activations: the CPU path takes both functions from it,
 Triton kernels (triton_activation.py) select their device code by `Nonlinearity.name`, and
-megatron/config/model.py lists the same names as choices of --activation (config does not
-import torch; a test compares the two lists).
+megatron/config/model.py lists the same names as choices of --activation and says which are
+gated (config does not import torch; a test compares the two lists).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from megatron.moe.peer import lookup
 from megatron.moe.peer.lookup import PairDots, PairOps, TokenExpertPairs, WeightedRowSum
 
 _MAX_BLOCKS = 192
-"""Number of blocks of a large number of experts. 64 x 3 blocks can be distributed
-evenly over 2, 3, 4, 6, 8, ... ranks."""
+"""Largest number of blocks. 192 = 64 x 3 blocks are distributed evenly over 2, 3, 4, 6,
+8, ... ranks."""
 _PEER_BACKENDS = ("auto", "reference", "triton")
 """Values of `--moe-backend` for PEER. The other backends are grouped matrix
 products."""

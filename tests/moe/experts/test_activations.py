@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.config.schema import ACTIVATIONS
+from megatron.config.model import ACTIVATIONS, GATED_ACTIVATIONS, ModelConfig
 from megatron.moe.experts.activations import (
     activate,
     available_activations,
@@ -15,6 +15,17 @@ from megatron.moe.experts.activations import (
 def test_config_lists_the_registry():
     """The config package does not import torch, so it holds its own copy of the names."""
     assert available_activations() == ACTIVATIONS
+    gated = [name for name in available_activations() if is_gated(name)]
+    assert tuple(gated) == GATED_ACTIVATIONS
+
+
+@pytest.mark.parametrize("name", available_activations())
+def test_default_ffn_size_depends_on_gating(name):
+    """Three matrices of 8/3 of the width have the parameters of two of 4 times the width."""
+    expected = 4 * 96
+    if is_gated(name):
+        expected = 8 * 96 // 3
+    assert ModelConfig(hidden_size=96, activation=name).ffn_size == expected
 
 
 @pytest.mark.parametrize("name", available_activations())
