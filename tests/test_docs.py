@@ -5,6 +5,7 @@ Checks docs/, CONTRIBUTING.md and benchmarks/README.md; tests/test_readme.py che
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -32,6 +33,7 @@ COMMANDS = [
 ]
 GATES = (REPO / "docs/gates.md").read_text(encoding="utf-8")
 GATE, PROGRAM = re.findall(r"```python\n(.*?)```", GATES, re.DOTALL)
+ARCHITECTURE = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
 CHECKPOINTS = (REPO / "docs/checkpoints.md").read_text(encoding="utf-8")
 
 
@@ -109,6 +111,34 @@ def test_gate_table_has_every_gate():
     names = [re.match(r"\| `(\w+)` \|", row)[1] for row in rows]
     assert sorted(names) == available_gates()
     assert all(row.count("|") == 8 for row in rows)
+
+
+def test_architecture_page_names_what_the_files_define():
+    """Every `file.py`: `Name` or `Class.method` of the page is defined in that file."""
+    named = re.findall(
+        r"`([\w/]+\.py)`: (`[A-Za-z_.]+`(?:(?:, | and )`[A-Za-z_.]+`)*)", ARCHITECTURE
+    )
+    assert len(named) > 50
+    missing = []
+    for file, symbols in named:
+        defined = definitions(ast.parse((REPO / file).read_text(encoding="utf-8")))
+        wanted = re.findall(r"`([^`]+)`", symbols)
+        missing += [(file, symbol) for symbol in wanted if symbol not in defined]
+    assert not missing
+
+
+def definitions(module: ast.Module) -> set[str]:
+    """Return the names that a module defines, and the methods of its classes as `Class.method`."""
+    defined = set()
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+            defined.update(f"{node.name}.{method.name}" for method in methods)
+        if isinstance(node, ast.AnnAssign):
+            defined.add(node.target.id)
+    return defined
 
 
 @pytest.fixture
