@@ -30,7 +30,6 @@ from megatron.config.fields import require
 from megatron.config.run_json import read_run_json
 from megatron.config.schema import RunConfig
 from megatron.engine.engine import Engine
-from megatron.engine.optimizer import MOMENTS
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
 from megatron.log import get_logger
 from megatron.parallel import rng
@@ -154,7 +153,7 @@ class LoadedCheckpoint:
         zero_shards = engine.zero_shards()
         state_keys = ["weight"]
         if self._optimizer_steps and not self.options.finetune:
-            state_keys += MOMENTS
+            state_keys += zero_shards.moments
             zero_shards.initialize_moments(self._optimizer_steps)
         for shard in zero_shards.shards:
             for state_key in state_keys:

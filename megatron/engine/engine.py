@@ -143,8 +143,9 @@ class Engine:
     def _backward(self, loss: Tensor) -> None:
         """Run the backward pass of a micro-batch; the last one of a step updates the weights.
 
-        A loss that is not finite can have finite gradients. They are then made NaN, for which
-        DeepSpeed skips the step on all ranks. A factor of 1 changes nothing.
+        A loss that is not finite can have finite gradients. They are then made NaN: DeepSpeed's
+        optimizers, and `CheckedAdamW` without ZeRO, skip a step with such gradients on all
+        ranks. A factor of 1 changes nothing.
         """
         self.deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, float("nan")))
         self.deepspeed.step()

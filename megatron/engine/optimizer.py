@@ -1,8 +1,8 @@
 """The optimizer: its construction, its parameter groups and the state it keeps.
 
 A new optimizer is added here: build it in `build_optimizer`, register its class in
-`register_optimizer_with_zero`, and name its state tensors in `MOMENTS` if they differ from
-Adam's. Its flags are fields of `OptimizerConfig` (megatron/config/optimizer.py).
+`register_optimizer_with_zero`, and name its state tensors in a class attribute `moments`.
+Its flags are fields of `OptimizerConfig` (megatron/config/optimizer.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from megatron.config.schema import OptimizerConfig
 from megatron.engine.startup_patches import UncompiledAdamMethods, import_muon_uncompiled
 from megatron.moe.layer_sums import find_moe_layers
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of the optimizer's state that have the shape of the parameter. Checkpoints store
-them; besides these the state holds only the number of steps, under `step`."""
-
 
 class AdamW(UncompiledAdamMethods, torch.optim.AdamW):
     """torch's AdamW without imports of torch's compiler."""
+
+    moments = ("exp_avg", "exp_avg_sq")
+    """Keys of the state of a parameter that have its shape. Checkpoints store them and the
+    number of steps, under `step`, which must be all that the optimizer keeps."""
 
 
 class CheckedAdamW(AdamW):
@@ -68,7 +68,10 @@ def build_optimizer(
 
 
 def register_optimizer_with_zero() -> None:
-    """Make ZeRO accept our optimizer class, and import what ZeRO imports with it."""
+    """Make ZeRO accept our optimizer class.
+
+    ZeRO imports Muon when it is built; importing it here first shortens the start.
+    """
     if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
     import_muon_uncompiled()

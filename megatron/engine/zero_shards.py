@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.fields import require
-from megatron.engine.optimizer import MOMENTS
 from megatron.moe.layer_sums import find_moe_layers
 from megatron.parallel.groups import Groups
 
-STATE_KEYS = ("weight", *MOMENTS)
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -207,12 +205,17 @@ class ZeroShards:
         """Return a 1-D view of the fp32 weights or of a moment of a shard.
 
         Args:
-            state_key: weight, exp_avg or exp_avg_sq.
+            state_key: weight, or one of `moments`.
         """
         if state_key == "weight":
             return shard.weight
         moment = self.torch_optimizer.state[shard.flat_buffer][state_key].view(-1)
         return moment[shard.offset : shard.offset + shard.length]
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Keys of the optimizer's state that have the shape of the parameter."""
+        return self.torch_optimizer.moments
 
     @property
     def steps(self) -> int:
@@ -233,7 +236,7 @@ class ZeroShards:
             # One tensor each: if groups shared the tensor, as after ZeRO 3's universal
             # checkpoint, every group would advance it in each step.
             state = {"step": torch.tensor(float(steps), device=buffer.device)}
-            for key in MOMENTS:
+            for key in self.moments:
                 state[key] = torch.zeros_like(buffer)
             self.torch_optimizer.state[buffer] = state
 
@@ -249,7 +252,7 @@ class ZeroShards:
     def state_keys(self) -> tuple[str, ...]:
         """Return what there is to save of each shard: weights, and moments after the first step."""
         if self.steps:
-            return STATE_KEYS
+            return ("weight", *self.moments)
         return ("weight",)
 
     def loss_scaler_state(self) -> dict[str, float]:
