@@ -160,7 +160,15 @@ def build_profiler(run: Run, plan: TrainingPlan) -> StepProfiler | None:
 def build_pretraining_task(run: Run, plan: TrainingPlan) -> PretrainingTask:
     """Open the data of a run, and make next-token prediction on it the task."""
     splits = build_run_splits(run, plan)
-    return PretrainingTask(run.config, plan, run.tokenizer, run.vocab_size, splits, run.groups)
+    return PretrainingTask(
+        run.config.data,
+        run.config.train,
+        plan,
+        run.tokenizer,
+        run.vocab_size,
+        splits,
+        run.groups,
+    )
 
 
 def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.config.schema import RunConfig
+from megatron.config.schema import DataConfig, TrainConfig
 from megatron.data.loader import Batch, BatchLoader, DataParallelShard
 from megatron.data.sampling.blend import Samples
 from megatron.parallel.groups import Groups
@@ -83,7 +83,8 @@ class PretrainingTask(NextTokenLoss, Task):
     """Next-token prediction on the samples of a run.
 
     Args:
-        config: the run's; of it the data options and the sizes of batches and evaluations.
+        data: what batches are made of besides tokens, such as document masks.
+        train: sizes of micro-batches and evaluations.
         plan: sizes of the run.
         tokenizer: its end-of-document id separates documents.
         vocab_size: token ids from here on are an error.
@@ -93,14 +94,16 @@ class PretrainingTask(NextTokenLoss, Task):
 
     def __init__(
         self,
-        config: RunConfig,
+        data: DataConfig,
+        train: TrainConfig,
         plan: TrainingPlan,
         tokenizer: Tokenizer,
         vocab_size: int,
         splits: Mapping[str, Samples | None],
         groups: Groups,
     ):
-        self.config = config
+        self.data = data
+        self.train = train
         self.plan = plan
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -114,12 +117,12 @@ class PretrainingTask(NextTokenLoss, Task):
         return [name for name in ("valid", "test") if self.splits[name] is not None]
 
     def eval_batches(self, split: str) -> Iterable[Batch]:
-        num_batches = self.config.train.eval_iters * self.plan.micro_steps
+        num_batches = self.train.eval_iters * self.plan.micro_steps
         return islice(self._loader(split, consumed_samples=0), num_batches)
 
     def _loader(self, split: str, consumed_samples: int) -> BatchLoader:
         shard = DataParallelShard(
-            micro_batch_size=self.config.train.micro_batch_size,
+            micro_batch_size=self.train.micro_batch_size,
             global_batch_size=self.plan.global_batch,
             rank=self.groups.rank,
             world_size=self.groups.world_size,
@@ -128,7 +131,7 @@ class PretrainingTask(NextTokenLoss, Task):
             self.splits[split],
             shard,
             consumed_samples=consumed_samples,
-            data=self.config.data,
+            data=self.data,
             eod=self.tokenizer.eod,
             vocab_size=self.vocab_size,
         )

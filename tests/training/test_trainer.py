@@ -35,7 +35,10 @@ class FaultyTask(PretrainingTask):
 
     def __init__(self, run, plan, bad: set[int], rank: int | None, high: set[int]):
         splits = pretrain.build_run_splits(run, plan)
-        super().__init__(run.config, plan, run.tokenizer, run.vocab_size, splits, run.groups)
+        config = run.config
+        super().__init__(
+            config.data, config.train, plan, run.tokenizer, run.vocab_size, splits, run.groups
+        )
         self.bad = bad
         self.rank = rank
         self.high = high
