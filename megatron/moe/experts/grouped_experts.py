@@ -25,8 +25,7 @@ class GroupedExperts(nn.Module):
         num_local: number of experts on this rank.
         activation: a name of `megatron.moe.experts.activations`.
         init: distribution and seed of the initial weights.
-        backend: backend of the matrix products; see
-            `megatron.moe.experts.grouped_linear`.
+        backend: value of --moe-backend; see `megatron.moe.experts.backends`.
     Raises:
         ValueError: unknown activation.
     """
@@ -65,7 +64,10 @@ class GroupedExperts(nn.Module):
                 self.w3.data[local].normal_(0, init.init_std, generator=generator)
 
     def forward(self, x_TD: Tensor, weight_S: Tensor, rows: PermutedTokens) -> Tensor:
-        """Return the weighted sum of each token's experts: [T, D]."""
+        """Return the weighted sum of each token's experts: [T, D].
+
+        With experts on several ranks, T counts rows received from all of them, one expert each.
+        """
         w3 = None
         if is_gated(self.activation):
             w3 = self.w3

@@ -46,7 +46,7 @@ def grouped_mlp(
         w2: [E, D, H].
         rows: the assignments, sorted by expert.
         activation: a name of `megatron.moe.experts.activations`.
-        backend: see `megatron.moe.experts.grouped_linear`.
+        backend: value of --moe-backend; see `megatron.moe.experts.backends`.
     Raises:
         ValueError: an unknown activation, or a backend that is unavailable here.
     """
