@@ -32,8 +32,8 @@ class MoEConfig:
     moe_ffn_hidden_size: int = 0
     """hidden size of one expert; 0: that of a dense feed-forward layer"""
     moe_train_capacity_factor: float = 0.0
-    """capacity of an expert during training, as a multiple of tokens / experts (not
-    multiplied by k); 0: no limit (dropless)"""
+    """capacity of an expert during training, for the tokens of one rank's micro-batch, as a
+    multiple of tokens / experts (not multiplied by k); 0: no limit (dropless)"""
     moe_eval_capacity_factor: float = 0.0
     """capacity of an expert during evaluation, as --moe-train-capacity-factor"""
     moe_min_capacity: int = 4
