@@ -67,6 +67,12 @@ def setup(level: int | str = logging.INFO) -> logging.Logger:
     return logger
 
 
+def warn_on_rank0(message: str, *args: object) -> None:
+    """Log a warning on rank 0 only: for what every rank notices."""
+    if _rank() == 0:
+        get_logger().warning(message, *args)
+
+
 def quiet_deepspeed() -> None:
     """Restrict DeepSpeed's logger to warnings.
 

@@ -60,6 +60,17 @@ def test_other_ranks_log_warnings_with_rank(monkeypatch, capsys):
     assert re.fullmatch(r"\[rank 3\] \d\d:\d\d:\d\d ERROR bad\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_common_warnings_appear_once(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    log.setup()
+    log.warn_on_rank0("%d of %d", 1, 2)
+    log.warn_on_rank0("100%")
+    out = capsys.readouterr().out
+    assert ("WARNING 1 of 2" in out and "WARNING 100%" in out) == (rank == "0")
+    assert bool(out) == (rank == "0")
+
+
 def test_second_setup_replaces_the_first(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert log.setup() is log.setup("DEBUG") is log.get_logger()

@@ -8,7 +8,7 @@ import torch
 
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.schema import RunConfig
-from megatron.log import get_logger
+from megatron.log import get_logger, warn_on_rank0
 from megatron.model.meta_device import meta_device
 from megatron.moe.gate import create_gate
 
@@ -159,14 +159,14 @@ def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
     """Log how a resumed run differs from the saved one where differences are allowed."""
     changes = _data_order_changes(saved, current)
     if changes:
-        get_logger().warning(
+        warn_on_rank0(
             "%s differ(s) from the checkpoint's: the order of samples changes from here on, and "
             "samples that were already seen may come again",
             ", ".join(changes),
         )
     options = _gate_option_changes(saved.config.gate_options, current.config.gate_options)
     if options:
-        get_logger().warning(
+        warn_on_rank0(
             "the gate continues with other options than the checkpoint's: %s",
             ", ".join(options),
         )

@@ -31,7 +31,7 @@ from megatron.config.run_json import read_run_json
 from megatron.config.schema import RunConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
-from megatron.log import get_logger
+from megatron.log import get_logger, warn_on_rank0
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_rank0
@@ -223,9 +223,8 @@ def find_checkpoint(options: CheckpointConfig, groups: Groups) -> LoadedCheckpoi
             options.load,
         )
         return None
-    if groups.is_rank0:
-        for problem in selection.problems:
-            get_logger().warning("%s; not used", problem)
+    for problem in selection.problems:
+        warn_on_rank0("%s; not used", problem)
     found = find_newest_valid(
         selection, partial(_verify_on_all_ranks, groups), _advice(selection)
     )
@@ -255,7 +254,7 @@ def _verify_on_all_ranks(groups: Groups, entry: CheckpointEntry) -> list[str]:
     answers = all_gather_objects(task.error or task.result, groups)
     problems = [answer for answer in answers if answer]
     if problems:
-        get_logger().warning("%s; not used", "; ".join(problems))
+        warn_on_rank0("%s; not used", "; ".join(problems))
     return problems
 
 

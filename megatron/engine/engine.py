@@ -115,7 +115,8 @@ class Engine:
         infinite. Otherwise the gates then update their state from what the step counted.
 
         Args:
-            batches: this rank's micro-batches; each has a method `to(device)`.
+            batches: this rank's micro-batches, `gradient_accumulation_steps` of them; each has a
+                method `to(device)`.
             task: computes their loss terms.
             lr: learning rate of the step.
             progress: share of the training that is done, for gates that change over time.
@@ -123,12 +124,21 @@ class Engine:
         Returns:
             By term, this rank's part of the step's loss, 0-d fp32: the mean over ranks is the
             sum over all target tokens of the global batch divided by their number.
+
+        Raises:
+            ValueError: there are fewer micro-batches, or more.
         """
         self.deepspeed.train()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self.skipped_steps
         batches = [batch.to(self.groups.device) for batch in batches]
+        micro_steps = self.deepspeed.gradient_accumulation_steps()
+        if len(batches) != micro_steps:
+            raise ValueError(
+                f"the task's train_batches gave {len(batches)} micro-batches of a step; allowed: "
+                f"{micro_steps}, the global batch divided by ranks and micro-batch size"
+            )
         normalizers = [task.normalizers(batch) for batch in batches]
         weights = term_weights(normalizers, self.groups)
         losses = []

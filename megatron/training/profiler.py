@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 from megatron.config.fields import require
 from megatron.config.schema import ProfilingConfig
 from megatron.io import atomic_write
-from megatron.log import get_logger
+from megatron.log import get_logger, warn_on_rank0
 from megatron.model.attention import Attention
 from megatron.model.gpt import GPT
 from megatron.moe.layer import MoELayer
@@ -78,7 +78,7 @@ class StepProfiler:
         if done > self.start:
             # A restarted run has the flags of the first start and must not fail on
             # them.
-            get_logger().warning(
+            warn_on_rank0(
                 "--profile: iteration %d is done already; nothing is profiled", self.start + 1
             )
             self.ranks = ()
@@ -112,6 +112,16 @@ class StepProfiler:
                 self._attached.close()
                 raise
         if self.ranks and iteration + 1 == self.end:
+            self._finish()
+
+    def finish_early(self, iteration: int) -> None:
+        """Write the profile of a run that stops before the last iteration to profile.
+
+        Args:
+            iteration: number of iterations that are done.
+        """
+        if self._profiler is not None:
+            self.end = iteration
             self._finish()
 
     def _begin(self, engine: Engine) -> None:

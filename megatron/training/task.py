@@ -37,7 +37,10 @@ class Task(ABC):
 
     @abstractmethod
     def train_batches(self, consumed_samples: int) -> Iterable[Any]:
-        """Return this rank's training micro-batches, continuing after `consumed_samples`."""
+        """Return this rank's training micro-batches, continuing after `consumed_samples`.
+
+        Each step takes `plan.micro_steps` of them; too few are an error.
+        """
 
     @abstractmethod
     def eval_splits(self) -> list[str]:

@@ -13,7 +13,7 @@ from megatron.checkpoint.metadata import TrainingProgress
 from megatron.checkpoint.saver import Checkpointer
 from megatron.config.schema import CheckpointConfig, FaultToleranceConfig, TrainConfig
 from megatron.engine.engine import Engine
-from megatron.log import get_logger
+from megatron.log import get_logger, warn_on_rank0
 from megatron.parallel.groups import Groups, all_reduce_mean
 from megatron.training.graceful_stop import GracefulStop, StepConsensus
 from megatron.training.log_window import LogWindow
@@ -128,6 +128,8 @@ class Trainer:
                 bar.update()
                 self.checkpointer.poll()
                 self._after_step()
+        if self.services.profiler is not None:
+            self.services.profiler.finish_early(self.progress.iteration)
 
     def step(self) -> None:
         """Run one optimizer step and react to its outcome, which all ranks agree on.
@@ -200,7 +202,7 @@ class Trainer:
         if self.bad_steps and not ends:
             return
         if self.bad_steps and not self._good_steps:
-            self._warn(
+            warn_on_rank0(
                 "no checkpoint is saved, because every step of this run was skipped; "
                 f"{self.checkpointer.last_saved_message()}"
             )
@@ -222,7 +224,7 @@ class Trainer:
         else:
             what = "a gradient"
         first_sample = progress.consumed_samples - self.plan.global_batch
-        self._warn(
+        warn_on_rank0(
             f"iteration {progress.iteration}: {what} was NaN or infinite, so the step is "
             f"skipped ({self.bad_steps} consecutive; samples {first_sample} to "
             f"{progress.consumed_samples - 1})"
@@ -249,12 +251,12 @@ class Trainer:
                 "Its batch may be bad, or --lr too high; --loss-spike-action log continues"
             )
         if spike.level_shift:
-            self._warn(
+            warn_on_rank0(
                 f"{what}, like {spike.consecutive - 1} before it: this is a new level of the loss, "
                 "and no spike from now on"
             )
         elif spike.consecutive == 1:
-            self._warn(what)
+            warn_on_rank0(what)
 
     def _abort(self, reason: str) -> NoReturn:
         """End the run with an error that all ranks raise.
@@ -268,11 +270,6 @@ class Trainer:
         except OSError as error:
             save_error = f"; {error}"
         raise ValueError(f"{reason}; {self.checkpointer.last_saved_message()}{save_error}")
-
-    def _warn(self, message: str) -> None:
-        """Log a warning on rank 0 only: every rank holds the same information."""
-        if self.groups.is_rank0:
-            get_logger().warning("%s", message)
 
     def _fraction_done(self) -> float:
         """Share of the schedule's samples that the run has consumed."""

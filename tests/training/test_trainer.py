@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 import time
 from pathlib import Path
 
@@ -186,6 +187,51 @@ def test_trainer_runs_any_task(tmp_path, ranks2):
     assert np.log(257) - 0.5 < losses[0] < np.log(257) + 1.0
     assert [row["iteration"] for row in runs.metrics(tmp_path, "eval")] == [0, 3]
     assert not runs.metrics(tmp_path, "test")
+
+
+class ShortTask(RandomTokensTask):
+    """A task whose batches end in the middle of the second step."""
+
+    def train_batches(self, consumed_samples):
+        return [self._batch() for _ in range(MICRO_STEPS + 1)]
+
+
+def _train_on_too_few_batches(argv: list[str]) -> None:
+    runs.train(argv, ShortTask)
+
+
+def test_step_without_all_micro_batches_is_an_error(tmp_path, ranks1):
+    argv = runs.flags("/nowhere", tmp_path, 3, *SHORT, "--global-batch-size", "4")
+    with pytest.raises(RuntimeError, match=r"gave 1 micro-batches of a step; allowed: 2, the"):
+        ranks1.run(_train_on_too_few_batches, argv, timeout=300)
+    assert [row["iteration"] for row in runs.metrics(tmp_path)] == [1]
+
+
+class StoppedTask(RandomTokensTask):
+    """A task whose process gets SIGTERM while it reads the third step's batches."""
+
+    def train_batches(self, consumed_samples):
+        for number, batch in enumerate(super().train_batches(consumed_samples)):
+            if number == 2 * MICRO_STEPS:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+
+def _train_until_stopped(argv: list[str]) -> None:
+    runs.train(argv, StoppedTask)
+
+
+def test_stopped_run_writes_its_profile(tmp_path, ranks1):
+    """A signal stops the run inside the profiled range; the profile ends where the run does."""
+    profile = ["--profile", "--profile-step-start", "1", "--profile-step-end", "18"]
+    argv = runs.flags("/nowhere", tmp_path, 20, *SHORT, "--global-batch-size", "4", *profile)
+    ranks1.run(_train_until_stopped, argv, timeout=300)
+    done = len(runs.metrics(tmp_path))
+    assert 3 <= done < 18
+    folder = tmp_path / "checkpoints/profile"
+    table = (folder / "rank0.txt").read_text(encoding="utf-8")
+    assert table.startswith(f"iterations 2 to {done} on rank 0: ")
+    assert (folder / "rank0.trace.json.gz").is_file()
 
 
 SPIKES = [
