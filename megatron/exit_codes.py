@@ -5,7 +5,8 @@
 2          a mistake in what was set, or a fault of the machine such as a full disk
 3          a rank waited for longer than --timeout-minutes (also `training.watchdog`)
 128 + n    signal n was repeated: the rank ended without a checkpoint (`graceful_stop`)
-130        interrupted before the training began
+130        interrupted outside of the training loop
+141        the reader of a tool's output has ended (`log.run_tool`)
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ def exit_code(program: Callable[[], None]) -> int:
     try:
         program()
     except KeyboardInterrupt:
-        log.report_error(
-            InterruptedError("interrupted before training began; nothing was saved")
-        )
+        log.report_error(InterruptedError("interrupted"))
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         message, code = classify_error(error)

@@ -64,6 +64,8 @@ def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         deepspeed.init_distributed(
             backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
         )
+        # DeepSpeed's call does nothing when torch.distributed has already been started.
+        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
         ep_group = _expert_parallel_group(ep_size, timeout)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "connectFullMesh" not in str(error):

@@ -164,7 +164,10 @@ def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
         ValueError: The file is not a safetensors file.
     """
     with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"{path} is not a safetensors file: it has {len(prefix)} bytes")
+        (length,) = struct.unpack("<Q", prefix)
         if length > os.fstat(file.fileno()).st_size:
             raise ValueError(
                 f"{path} is not a safetensors file: its header is longer than the file"

@@ -65,8 +65,10 @@ class MetricsWriters:
             writer.write(row)
 
     def close(self) -> None:
-        for writer in self.writers:
-            writer.close()
+        """Close all writers, also when one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for writer in self.writers:
+                stack.callback(writer.close)
 
 
 class ConsoleWriter:

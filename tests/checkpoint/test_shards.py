@@ -392,10 +392,14 @@ def test_finished_file_is_synced(tmp_path, monkeypatch):
     assert os.stat(tmp_path / "x.safetensors").st_ino in synced
 
 
-def test_header_longer_than_file_is_refused(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(
-        ValueError,
-        match="x.safetensors is not a safetensors file: its header is longer than the file",
-    ):
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ((2**62).to_bytes(8, "little") + b"{}", "its header is longer than the file"),
+        (b"\x02\x00\x00", "it has 3 bytes"),
+    ],
+)
+def test_incomplete_header_is_refused(content, problem, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.safetensors is not a safetensors file: {problem}"):
         read_header(tmp_path / "x.safetensors")

@@ -148,7 +148,7 @@ def test_interrupt_before_training_exits_130(capsys):
 
     assert exit_code(program) == 130
     error = capsys.readouterr().err
-    assert error == "error: interrupted before training began; nothing was saved\n"
+    assert error == "error: interrupted\n"
 
 
 def test_immediate_report_does_not_wait(monkeypatch, capsys):

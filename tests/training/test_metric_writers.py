@@ -243,6 +243,19 @@ def test_writers_forward_every_row():
     assert [fake.calls for fake in fakes] == [[TRAIN, "closed"]] * 2
 
 
+def test_all_writers_are_closed_despite_errors(tmp_path):
+    class Failing:
+        def close(self):
+            raise OSError("full")
+
+    first = JsonlWriter(tmp_path / "1.jsonl")
+    last = JsonlWriter(tmp_path / "2.jsonl")
+    with pytest.raises(OSError, match="full"):
+        MetricsWriters([first, Failing(), last]).close()
+    assert first.file.closed
+    assert last.file.closed
+
+
 def test_progress_bar_needs_a_terminal(printed, capsys):
     handlers = list(log.get_logger().handlers)
     with ProgressBar(total=5) as bar:
