@@ -273,8 +273,15 @@ def commit_checkpoint(
         os.rename(target, replaced)
     os.rename(partial, target)
     fsync_directory(directory)
-    atomic_write.write_text(directory / LATEST, target.name)
-    fsync_directory(directory)
+    try:
+        atomic_write.write_text(directory / LATEST, target.name)
+        fsync_directory(directory)
+    except OSError as error:
+        get_logger().warning(
+            "%s is complete, but its name could not be written: %s. Resuming does not need it",
+            target,
+            error,
+        )
     _remove(replaced)
     return target
 

@@ -114,8 +114,16 @@ def fsync_path(path: str | Path) -> None:
 
 
 def fsync_directory(directory: str | Path) -> None:
-    """Make renames in a directory survive a crash of the machine."""
-    fsync_path(directory)
+    """Make renames in a directory survive a crash of the machine.
+
+    Some network file systems cannot sync a directory and say so; their servers decide when
+    renames are durable.
+    """
+    try:
+        fsync_path(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 @contextmanager

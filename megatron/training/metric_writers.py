@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.config.schema import LoggingConfig
+from megatron.io.atomic_write import errors_with_path
 from megatron.log import get_logger
 
 MetricsRow = dict[str, Any]
@@ -115,9 +116,9 @@ class JsonlWriter:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a+b")  # noqa: SIM115  (closed by close)
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+b")  # noqa: SIM115  (closed by close)
         if self.file.tell() > 0:
             self.file.seek(-1, os.SEEK_END)
             if self.file.read(1) != b"\n":  # the previous run was killed inside a line
@@ -133,11 +134,13 @@ class JsonlWriter:
 
     def write(self, row: MetricsRow) -> None:
         rounded = {name: _round(value) for name, value in row.items()}
-        self.file.write(json.dumps(rounded).encode() + b"\n")
-        self.file.flush()
+        with errors_with_path(self.path):
+            self.file.write(json.dumps(rounded).encode() + b"\n")
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with errors_with_path(self.path):
+            self.file.close()
 
 
 class TensorboardWriter:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -156,6 +158,29 @@ def test_commit_killed_anywhere_leaves_valid_checkpoint(fails_at, tmp_path, monk
     directory.remove_stale(tmp_path)
     make(tmp_path, 100)
     assert names(tmp_path) == ["iter_0000050", "iter_0000100", "latest"]
+
+
+def test_checkpoint_is_complete_without_latest(tmp_path, monkeypatch, capsys):
+    """The checkpoint is found by its manifest, so a failure to name it is only a warning."""
+    make(tmp_path, 50)
+
+    write_text = directory.atomic_write.write_text
+
+    def write_unless_latest(path, text):
+        if path.name == "latest":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_text(path, text)
+
+    monkeypatch.setattr(directory.atomic_write, "write_text", write_unless_latest)
+    log.setup()
+    make(tmp_path, 100)
+    assert listed(tmp_path) == [100, 50]
+    assert (tmp_path / "latest").read_text() == "iter_0000050"
+    assert re.search(
+        r"WARNING \S+iter_0000100 is complete, but its name could not be written: .*No space left "
+        r"on device: '\S+/latest'",
+        capsys.readouterr().out,
+    )
 
 
 def test_truncated_file_is_not_committed(tmp_path):

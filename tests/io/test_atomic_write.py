@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -123,6 +124,23 @@ def test_write_errors_name_the_file(code, advice):
         errors_with_path("a/b"),
     ):
         os.open("/nowhere/x", os.O_RDONLY)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_unsupported_directory_sync_is_no_error(code, tmp_path, monkeypatch):
+    """Some network file systems cannot sync directories; files must be synced everywhere."""
+
+    def fail(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        atomic_write.fsync_path(tmp_path)
+    if code != errno.EIO:
+        atomic_write.fsync_directory(tmp_path)
+        return
+    with pytest.raises(OSError, match="Input/output error"):
+        atomic_write.fsync_directory(tmp_path)
 
 
 def test_flush_and_fsync_writes_buffers(tmp_path):

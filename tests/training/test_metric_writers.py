@@ -150,6 +150,16 @@ def test_jsonl_ends_a_truncated_line_first(tmp_path):
     assert json.loads(path.read_text().splitlines()[1])["kind"] == "eval"
 
 
+def test_full_disk_names_the_metrics_file():
+    writer = JsonlWriter("/dev/full")
+    with pytest.raises(
+        OSError, match="^/dev/full cannot be written: No space left on device. Free"
+    ):
+        writer.write(TRAIN)
+    with pytest.raises(OSError, match="^/dev/full cannot be written"):
+        writer.close()
+
+
 def test_tensorboard_gets_scalars_by_kind(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
