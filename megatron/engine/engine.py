@@ -145,12 +145,12 @@ class Engine:
         for batch, normalizer, weight in zip(batches, normalizers, weights, strict=True):
             terms = means(task.loss_sums(self.deepspeed, batch, progress), normalizer)
             weighted = {name: term * weight[name] for name, term in terms.items()}
-            self._backward(sum(weighted.values()))
+            self._backward_and_step(sum(weighted.values()))
             losses.append({name: term.detach() for name, term in weighted.items()})
         self.gate_updater.post_optimizer_step(skipped=self.skipped_steps > skipped_before)
         return _mean_by_term(losses)
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward_and_step(self, loss: Tensor) -> None:
         """Run the backward pass of a micro-batch; the last one of a step updates the weights.
 
         A loss that is not finite can have finite gradients. They are then made NaN: DeepSpeed's

@@ -88,7 +88,7 @@ class Trainer:
         self.spikes = SpikeDetector(faults.loss_spike_threshold, faults.loss_spike_window)
         self.start_time = time.monotonic()
         self._window = LogWindow()
-        self.bad_steps = 0
+        self._consecutive_bad_steps = 0
         """consecutive skipped steps, including the last one"""
         self._good_steps = 0
         """steps of this run that were not skipped"""
@@ -157,7 +157,7 @@ class Trainer:
         if skipped:
             self._on_skipped_step(consensus)
             return
-        self.bad_steps = 0
+        self._consecutive_bad_steps = 0
         self._good_steps += 1
         spike = self.spikes.update(consensus.lm_loss)
         if spike is not None:
@@ -199,9 +199,9 @@ class Trainer:
             return
         if _is_multiple(self.progress.iteration, checkpoint.save_interval):
             self._save_due = True
-        if self.bad_steps and not ends:
+        if self._consecutive_bad_steps and not ends:
             return
-        if self.bad_steps and not self._good_steps:
+        if self._consecutive_bad_steps and not self._good_steps:
             warn_on_rank0(
                 "no checkpoint is saved, because every step of this run was skipped; "
                 f"{self.checkpointer.last_saved_message()}"
@@ -218,7 +218,7 @@ class Trainer:
         """
         progress = self.progress
         allowed = self.config.fault_tolerance.max_bad_steps
-        self.bad_steps += 1
+        self._consecutive_bad_steps += 1
         if consensus.bad_ranks:
             what = f"the loss on {consensus.bad_ranks} of {self.groups.world_size} rank(s)"
         else:
@@ -226,12 +226,12 @@ class Trainer:
         first_sample = progress.consumed_samples - self.plan.global_batch
         warn_on_rank0(
             f"iteration {progress.iteration}: {what} was NaN or infinite, so the step is "
-            f"skipped ({self.bad_steps} consecutive; samples {first_sample} to "
+            f"skipped ({self._consecutive_bad_steps} consecutive; samples {first_sample} to "
             f"{progress.consumed_samples - 1})"
         )
-        if 0 < allowed <= self.bad_steps:
+        if 0 < allowed <= self._consecutive_bad_steps:
             self._abort(
-                f"{self.bad_steps} consecutive steps up to iteration {progress.iteration} had "
+                f"{self._consecutive_bad_steps} consecutive steps up to iteration {progress.iteration} had "
                 "NaN or infinite gradients and were skipped; allowed: fewer than "
                 f"--max-bad-steps {allowed}. Lower --lr, or inspect the data"
             )

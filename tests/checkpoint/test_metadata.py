@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,67 @@ def test_contradiction_is_named():
     for key, what in TOKENIZER_FIELDS.items():
         with pytest.raises(ValueError, match=f"{what} is 'other'"):
             check_same_run(saved, RunMetadata(RunConfig(), {**IDENTITY, key: "other"}), "x")
+
+
+MODEL_CHANGES = {
+    "num_layers": 8,
+    "hidden_size": 128,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 8,
+    "num_query_groups": 2,
+    "kv_channels": 32,
+    "position_embedding_type": "learned",
+    "rotary_base": 5000.0,
+    "normalization": "LayerNorm",
+    "norm_epsilon": 1e-6,
+    "activation": "silu",
+    "swiglu": True,
+    "untie_embeddings_and_output_weights": True,
+    "vocab_size": 999,
+    "num_experts": 8,
+    "expert_interval": 2,
+    "moe_layers": (0,),
+    "gate": "hash",
+    "moe_ffn_hidden_size": 64,
+    "moe_shared_experts": 1,
+    "moe_first_k_dense": 2,
+}
+"""Another value of each field that changes the model"""
+
+MAY_CHANGE = {
+    "seq_length",
+    "max_position_embeddings",
+    "init_method_std",
+    "attention_dropout",
+    "hidden_dropout",
+    "make_vocab_size_divisible_by",
+    "moe_train_capacity_factor",
+    "moe_eval_capacity_factor",
+    "moe_min_capacity",
+    "moe_expert_parallel_size",
+    "moe_backend",
+}
+"""The other fields. Compared in their effect are make_vocab_size_divisible_by, in the size of the
+vocabulary, and max_position_embeddings, with learned positions."""
+
+
+def test_every_model_field_is_compared_or_free():
+    names = [field.name for section in (ModelConfig, MoEConfig) for field in fields(section)]
+    assert sorted(names) == sorted([*MODEL_CHANGES, *MAY_CHANGE])
+
+
+@pytest.mark.parametrize(("name", "value"), MODEL_CHANGES.items())
+def test_changed_model_is_refused(name, value):
+    model = ModelConfig()
+    moe = MoEConfig(num_experts=4)
+    saved = RunMetadata(RunConfig(model=model, moe=moe), IDENTITY)
+    if hasattr(model, name):
+        model = replace(model, **{name: value})
+    else:
+        moe = replace(moe, **{name: value})
+    current = RunMetadata(RunConfig(model=model, moe=moe), IDENTITY)
+    with pytest.raises(ValueError, match="but checkpoint x was made with"):
+        check_same_run(saved, current, "x")
 
 
 def test_length_and_rate_may_change():
