@@ -231,9 +231,9 @@ class Trainer:
         )
         if 0 < allowed <= self._consecutive_bad_steps:
             self._abort(
-                f"{self._consecutive_bad_steps} consecutive steps up to iteration {progress.iteration} had "
-                "NaN or infinite gradients and were skipped; allowed: fewer than "
-                f"--max-bad-steps {allowed}. Lower --lr, or inspect the data"
+                f"{self._consecutive_bad_steps} consecutive steps up to iteration "
+                f"{progress.iteration} had NaN or infinite gradients and were skipped; allowed: "
+                f"fewer than --max-bad-steps {allowed}. Lower --lr, or inspect the data"
             )
 
     def _on_loss_spike(self, loss: float, spike: Spike) -> None:
