@@ -84,7 +84,7 @@ def initialize_inference(load: str, load_step: int = 0) -> Run:
     from megatron.checkpoint.metadata import RunMetadata
 
     options = CheckpointConfig(load=load, load_step=load_step, finetune=True)
-    checkpoint = find_checkpoint(options, groups)
+    checkpoint = find_checkpoint(options, groups, required=True)
     config = checkpoint.metadata.config
     ep_size = config.moe.moe_expert_parallel_size
     if groups.world_size % ep_size:

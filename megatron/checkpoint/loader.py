@@ -199,11 +199,16 @@ def load_for_run(config: RunConfig, groups: Groups) -> RunStart:
     return RunStart(loaded, loaded.keep_global_batch(config, groups), loaded.progress)
 
 
-def find_checkpoint(options: CheckpointConfig, groups: Groups) -> LoadedCheckpoint | None:
+def find_checkpoint(
+    options: CheckpointConfig, groups: Groups, *, required: bool = False
+) -> LoadedCheckpoint | None:
     """Find the newest valid checkpoint that --load and --load-step name.
 
     Every rank verifies its share of the files, and all ranks choose the same checkpoint. Each
     checkpoint that is not valid is logged.
+
+    Args:
+        required: Whether the program cannot do without one, so that no message advises it.
 
     Returns:
         The checkpoint. None without --load, or with --load-or-init when there is no checkpoint.
@@ -226,14 +231,16 @@ def find_checkpoint(options: CheckpointConfig, groups: Groups) -> LoadedCheckpoi
     for problem in selection.problems:
         warn_on_rank0("%s; not used", problem)
     found = find_newest_valid(
-        selection, partial(_verify_on_all_ranks, groups), _advice(selection)
+        selection, partial(_verify_on_all_ranks, groups), _advice(selection, required)
     )
     return LoadedCheckpoint(found.path, options, found.corrupt)
 
 
-def _advice(selection: CheckpointSelection) -> str:
+def _advice(selection: CheckpointSelection, required: bool) -> str:
     if selection.step:
         return "Set --load-step to the iteration of another checkpoint, or leave it out"
+    if required:
+        return "Point --load at the directory given to --save of a training run"
     if selection.is_empty:
         return (
             "Point --load at the directory given to --save of an earlier run, leave it out, or "
