@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import torch.distributed as dist
 
 from megatron.parallel.groups import Groups
 
+_SECONDS_AFTER_A_FAILURE = 60
 _groups: dict[int, Groups] = {}
 
 
@@ -67,21 +72,28 @@ def _worker(rank: int, world_size: int, store: str, path: list[str], pipe: Any) 
 
 
 class Ranks:
-    """Processes joined by gloo; `run(f, *args)` runs f on all and returns results by rank."""
+    """Processes joined by gloo; `run(f, *args)` runs f on all and returns results by rank.
+
+    They are started by the first `run`, and again after `stop`.
+    """
 
     def __init__(self, world_size: int):
+        self._world_size = world_size
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        self._pipes, self._processes = [], []
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        for rank in range(world_size):
+        for rank in range(self._world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_worker,
                 daemon=True,
                 args=(
                     rank,
-                    world_size,
+                    self._world_size,
                     str(Path(self._folder.name) / "store"),
                     sys.path,
                     theirs,
@@ -92,19 +104,43 @@ class Ranks:
             self._processes.append(process)
 
     def run(self, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
-        """Return the ranks' results; RuntimeError with a rank's traceback or at a timeout."""
+        """Return the ranks' results; RuntimeError with a rank's traceback or at a timeout.
+
+        When a rank has failed, the others may wait for it in a collective: they are given
+        `_SECONDS_AFTER_A_FAILURE` to fail, too, and are stopped then.
+        """
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
-                self.stop()
-                raise RuntimeError(f"rank {rank} gave no answer within {timeout} s")
-            answers.append(pipe.recv())
-        for rank, (ok, answer) in enumerate(answers):
-            if not ok:
-                raise RuntimeError(f"rank {rank}:\n{answer}")
-        return [answer for _, answer in answers]
+        answers = self._receive(timeout)
+        if None in answers:
+            self.stop()
+        for rank, answer in enumerate(answers):
+            if answer is not None and not answer[0]:
+                raise RuntimeError(f"rank {rank}:\n{answer[1]}")
+        if None in answers:
+            rank = answers.index(None)
+            raise RuntimeError(f"rank {rank} ended, or gave no answer within {timeout} s")
+        return [result for _, result in answers]
+
+    def _receive(self, timeout: float) -> list[tuple[bool, Any] | None]:
+        """Return the answer of each rank: (success, result or traceback); None: it has none."""
+        answers: list[tuple[bool, Any] | None] = [None] * self._world_size
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                with contextlib.suppress(EOFError):  # the process ended
+                    answers[rank] = pipe.recv()
+                if answers[rank] is None or not answers[rank][0]:
+                    limit = time.monotonic() + _SECONDS_AFTER_A_FAILURE
+                    deadline = min(deadline, limit)
+        return answers
 
     def stop(self) -> None:
         """Kill the ranks: leaving their process groups in order would take seconds."""
@@ -112,3 +148,5 @@ class Ranks:
             process.kill()
         for process in self._processes:
             process.join()
+        self._pipes = []
+        self._processes = []
