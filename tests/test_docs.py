@@ -199,4 +199,4 @@ def test_example_gate_trains_outside_the_tree(data, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     experts = [row["experts_per_token"] for row in runs.metrics(tmp_path)]
     assert len(experts) == 2
-    assert all(1 <= mean < 4 for mean in experts)
+    assert all(0 < mean < 1.5 for mean in experts), "1.8 with the default margin"

@@ -16,6 +16,7 @@ not the one with the highest iteration.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -277,9 +278,13 @@ def commit_checkpoint(
         atomic_write.write_text(directory / LATEST, target.name)
         fsync_directory(directory)
     except OSError as error:
+        # An old name would stand for a lost checkpoint when that one is deleted.
+        with contextlib.suppress(OSError):
+            os.remove(directory / LATEST)
         get_logger().warning(
-            "%s is complete, but its name could not be written: %s. Resuming does not need it",
+            "%s is complete, but the file %s could not be updated: %s. Resuming does not need it",
             target,
+            LATEST,
             error,
         )
     _remove(replaced)

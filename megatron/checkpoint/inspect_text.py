@@ -67,7 +67,7 @@ def _overview(summary: dict[str, Any]) -> dict[str, str]:
     progress = summary["progress"]
     topology = summary["topology"]
     contents = "weights"
-    if "exp_avg" in summary["kinds"]:
+    if summary["kinds"] != ["weight"]:
         contents = "weights and moments"
     return {
         "iteration": f"{progress['iteration']:,} of {summary['iterations']:,}",

@@ -208,7 +208,8 @@ def find_checkpoint(
     checkpoint that is not valid is logged.
 
     Args:
-        required: Whether the program cannot do without one, so that no message advises it.
+        required: Whether the program cannot do without one; then no message suggests to leave
+            out --load.
 
     Returns:
         The checkpoint. None without --load, or with --load-or-init when there is no checkpoint.
@@ -239,8 +240,10 @@ def find_checkpoint(
 def _advice(selection: CheckpointSelection, required: bool) -> str:
     if selection.step:
         return "Set --load-step to the iteration of another checkpoint, or leave it out"
-    if required:
+    if required and selection.is_empty:
         return "Point --load at the directory given to --save of a training run"
+    if required:
+        return "Restore its files from a copy, or point --load at the directory of another run"
     if selection.is_empty:
         return (
             "Point --load at the directory given to --save of an earlier run, leave it out, or "

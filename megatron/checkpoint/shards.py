@@ -66,7 +66,7 @@ class CheckpointReader:
         self.path = Path(path)
         index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
         self.state_keys: list[str] = index["kinds"]
-        """What is stored of every parameter: weight, exp_avg, exp_avg_sq"""
+        """What is stored of every parameter: weight and moments, such as exp_avg and exp_avg_sq"""
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shapes of the full parameters, by name"""
         self.buffers: list[str] = index["buffers"]
@@ -83,7 +83,7 @@ class CheckpointReader:
         """Read elements `start` to `start + length` of a flattened tensor, by default all of it.
 
         Args:
-            state_key: weight, exp_avg or exp_avg_sq.
+            state_key: one of `state_keys`.
 
         Returns:
             A 1-D tensor [length] in the stored dtype.

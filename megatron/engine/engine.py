@@ -136,8 +136,8 @@ class Engine:
         micro_steps = self.deepspeed.gradient_accumulation_steps()
         if len(batches) != micro_steps:
             raise ValueError(
-                f"the task's train_batches gave {len(batches)} micro-batches of a step; allowed: "
-                f"{micro_steps}, the global batch divided by ranks and micro-batch size"
+                f"the task gave {len(batches)} of the {micro_steps} micro-batches of a step; "
+                f"allowed: {micro_steps}, the global batch divided by ranks and micro-batch size"
             )
         normalizers = [task.normalizers(batch) for batch in batches]
         weights = term_weights(normalizers, self.groups)

@@ -120,7 +120,7 @@ class StepProfiler:
         Args:
             iteration: number of iterations that are done.
         """
-        if self._profiler is not None:
+        if self.ranks and self.start < iteration < self.end:
             self.end = iteration
             self._finish()
 

@@ -111,6 +111,8 @@ class Trainer:
             if not self._stop_reason:
                 self.evaluate("test")
             self.checkpointer.finish()
+            if self.services.profiler is not None:
+                self.services.profiler.finish_early(self.progress.iteration)
 
     def _train(self) -> None:
         """Run steps until the schedule ends or all ranks agree to stop."""
@@ -128,15 +130,13 @@ class Trainer:
                 bar.update()
                 self.checkpointer.poll()
                 self._after_step()
-        if self.services.profiler is not None:
-            self.services.profiler.finish_early(self.progress.iteration)
 
     def step(self) -> None:
         """Run one optimizer step and react to its outcome, which all ranks agree on.
 
         Raises:
-            ValueError: --max-bad-steps consecutive steps were skipped, or the loss is a spike
-                and --loss-spike-action is stop.
+            ValueError: --max-bad-steps consecutive steps were skipped, the loss is a spike and
+                --loss-spike-action is stop, or the task gave too few micro-batches.
         """
         start = time.monotonic()
         progress = self.progress

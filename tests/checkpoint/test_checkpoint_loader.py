@@ -201,6 +201,10 @@ def test_load_or_init_refuses_corrupt_checkpoints(tmp_path):
             match="no valid checkpoint: .*0009/manifest.json is missing. Restore",
         ):
             loader.find_checkpoint(options, Groups())
+    with pytest.raises(
+        FileNotFoundError, match="missing. Restore its files from a copy, or point"
+    ):
+        loader.find_checkpoint(options, Groups(), required=True)
     shutil.rmtree(broken)
     options = CheckpointConfig(load=str(tmp_path), load_or_init=True)
     assert loader.find_checkpoint(options, Groups()) is None

@@ -175,10 +175,12 @@ def test_checkpoint_is_complete_without_latest(tmp_path, monkeypatch, capsys):
     log.setup()
     make(tmp_path, 100)
     assert listed(tmp_path) == [100, 50]
-    assert (tmp_path / "latest").read_text() == "iter_0000050"
+    assert not (tmp_path / "latest").exists(), "an old name would stand for a lost checkpoint"
+    shutil.rmtree(tmp_path / "iter_0000050")
+    assert not select_checkpoints(tmp_path).problems
     assert re.search(
-        r"WARNING \S+iter_0000100 is complete, but its name could not be written: .*No space left "
-        r"on device: '\S+/latest'",
+        r"WARNING \S+iter_0000100 is complete, but the file latest could not be updated: .*No "
+        r"space left on device: '\S+/latest'",
         capsys.readouterr().out,
     )
 
