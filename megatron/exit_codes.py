@@ -49,7 +49,9 @@ def exit_code(program: Callable[[], None]) -> int:
         message, code = classify_error(error)
         if message is None:
             raise
-        log.report_error(message)
+        # A rank whose collective timed out first closes its connections: the others end, too, and
+        # the launcher would end this one before it says why.
+        log.report_error(message, immediately=code == 3)
         return code
     from megatron.engine.distributed import destroy
 

@@ -89,7 +89,7 @@ def report_error(error: BaseException, *, immediately: bool = False) -> None:
     of one rank alone is still printed.
 
     Args:
-        immediately: do not wait, because only this rank knows of the error.
+        immediately: do not wait, because this rank may be the only one that knows of the error.
     """
     rank = _rank()
     if rank and not immediately:

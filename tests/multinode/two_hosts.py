@@ -340,13 +340,13 @@ def check_error_exit(run: Run, seconds: float) -> str:
     """Check that a run that lost a host fails in time, with one clear line per rank.
 
     Returns:
-        the first error line.
+        the error lines.
     """
     code = run.end(seconds)
     errors = [line for line in run.lines if re.search(r"(^|\] |: )error: ", line)]
     assert code != 0, f"exit code 0 although a host was lost\n{run.text}"
     assert 1 <= len(errors) <= 2 and "Traceback" not in run.text, run.text
-    return errors[0]
+    return "\n".join(errors)
 
 
 def check_equal(rows: dict[int, dict], reference: dict[int, dict]) -> None:
@@ -362,7 +362,7 @@ def check_equal(rows: dict[int, dict], reference: dict[int, dict]) -> None:
 
 
 def wait_for_error_exit(run: Run) -> str:
-    """Check that a run fails in time, and return its error line."""
+    """Check that a run fails in time, and return its error lines."""
     start = time.monotonic()
     error = check_error_exit(run, END_SECONDS)
     say(f"it ended after {time.monotonic() - start:.1f} s with {error!r}")

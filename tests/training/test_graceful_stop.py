@@ -159,6 +159,21 @@ def test_immediate_report_does_not_wait(monkeypatch, capsys):
     assert capsys.readouterr().err == "[rank 1] error: what it is\n"
 
 
+def test_timeout_is_reported_before_peers_end(monkeypatch, capsys):
+    """The launcher ends this rank as soon as another one has ended because of it."""
+
+    def program():
+        raise RuntimeError("Timed out waiting 60000ms for recv operation to complete")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("megatron.log.time.sleep", lambda seconds: pytest.fail("it waits"))
+    assert exit_code(program) == 3
+    error = capsys.readouterr().err
+    assert re.match(
+        r"\[rank 1\] error: a collective .* took longer than --timeout-minutes 1:", error
+    )
+
+
 @pytest.mark.parametrize(
     "error, message, code",
     [
