@@ -48,7 +48,7 @@ PATH="$(dirname "$PYTHON"):$PATH" deepspeed --num_gpus "$NUM_GPUS" tools/generat
     cat "$OUTPUT_DIR/generated.txt" >&2
     exit 1
 }
-# -a: in the locale C, grep takes text with other than ASCII characters for a binary file.
+# -a: a model may generate NUL, and grep prints no lines of a file that has it.
 grep -a '^>' "$OUTPUT_DIR/generated.txt"
 echo "log: $OUTPUT_DIR/log.txt   metrics: $OUTPUT_DIR/metrics.jsonl   TensorBoard: $OUTPUT_DIR/tensorboard"
 echo "checkpoint: $OUTPUT_DIR/checkpoints   shards: $DATA"
