@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from megatron.config.gate_overrides import apply_gate_overrides, drop_gate_overr
 from megatron.config.run_json import load_config_json, parse_sections, parse_stored_values
 from megatron.config.schema import SECTIONS, MoEConfig, RunConfig
 from megatron.config.values import format_flag, parse_value
+from megatron.log import warn_on_rank0
 
 # XMoE's spellings of --gate.
 GATE_ALIASES = {
@@ -219,7 +219,7 @@ def _choose_gate(
         derived = ""
         if dropped_flags:
             derived = f" with the {' '.join(dropped_flags)} that came from them"
-        logging.getLogger(__name__).warning(
+        warn_on_rank0(
             "--gate %s replaces %s of %s: the gate options stored there are dropped%s, "
             "and %s starts from its own defaults",
             name,
