@@ -321,13 +321,12 @@ class Checkpointer:
         self.failures += 1
         if self._must_succeed:
             raise OSError(f"{error}; {self.last_saved_message()}") from None
-        if not self.groups.is_rank0:
-            return
-        get_logger().error(
-            "%s. The training continues, as --on-save-error sets; %s",
-            error,
-            self.last_saved_message(),
-        )
+        if self.groups.is_rank0:
+            get_logger().error(
+                "%s. The training continues, as --on-save-error sets; %s",
+                error,
+                self.last_saved_message(),
+            )
 
 
 @dataclass

@@ -64,9 +64,11 @@ def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         deepspeed.init_distributed(
             backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
         )
-        # DeepSpeed's call does nothing when torch.distributed has already been started.
-        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
-        ep_group = _expert_parallel_group(ep_size, timeout)
+        ep_group, expert_dp_group = _expert_parallel_groups(ep_size)
+        # DeepSpeed creates its groups with torch's default timeout of half an hour, and does not
+        # change that of the default group when torch.distributed has already been started.
+        for group in (dist.group.WORLD, ep_group, expert_dp_group):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "connectFullMesh" not in str(error):
             raise
@@ -83,21 +85,20 @@ def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     )
 
 
-def _expert_parallel_group(ep_size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """This rank's expert-parallel group of DeepSpeed, created at the first call.
+def _expert_parallel_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's expert-parallel and expert-data-parallel group of DeepSpeed.
 
-    DeepSpeed keeps the groups as module globals and creates them with torch's default
-    timeout of half an hour.
+    They are created at the first call; DeepSpeed keeps them as module globals.
     """
     from deepspeed.utils import groups as ds_groups
 
     name = f"ep_size_{ep_size}"
     if name not in ds_groups._get_expert_parallel_group_dict():
         ds_groups._create_expert_and_data_parallel(ep_size)
-    ep_group = ds_groups._get_expert_parallel_group(name)
-    for group in (ep_group, ds_groups._get_expert_data_parallel_group(name)):
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
-    return ep_group
+    return (
+        ds_groups._get_expert_parallel_group(name),
+        ds_groups._get_expert_data_parallel_group(name),
+    )
 
 
 def _rendezvous_error(error: RuntimeError, timeout_minutes: float) -> str:
