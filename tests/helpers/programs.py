@@ -35,7 +35,7 @@ def run(script: str, *arguments, cwd: Path, code: int = 0) -> subprocess.Complet
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=900,  # some benchmarks take 90 s on a quiet machine
+        timeout=900,  # benchmarks take minutes on a busy machine
     )
     assert done.returncode == code, done.stderr
     return done

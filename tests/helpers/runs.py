@@ -71,6 +71,13 @@ def flags(data: str, out: Path, iters: int = 20, *more: str) -> list[str]:
     ]
 
 
+def with_gate(flags: list[str], *gate: str) -> list[str]:
+    """Return flags with the gate and its options replaced by those in `gate`."""
+    start = flags.index("--gate")
+    stop = flags.index("--bf16")
+    return [*flags[:start], *gate, *flags[stop:]]
+
+
 def metrics(out: Path, kind: str = "train") -> list[dict]:
     """Return the metrics rows of a kind (train, eval or test) of a run."""
     from megatron.training.metrics_file import read_metrics

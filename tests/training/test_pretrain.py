@@ -173,7 +173,7 @@ def test_checkpoint_contradicting_flags_is_refused(
 ):
     argv = runs.flags(data, tmp_path, 20, *runs.EP2, "--load", str(finished / "checkpoints"))
     if "--gate" in changes:
-        argv = [a for a in argv if a not in ("--threshold", "0.8")]
+        argv = runs.with_gate(argv)
     with pytest.raises(RuntimeError, match=message):
         ranks2.run(runs.train, [*argv, *changes])
 
@@ -402,17 +402,9 @@ def test_gate_is_one_file(data, tmp_path):
     )
     shutil.copy(REPO / "pretrain_gpt.py", tree)
     (tree / "megatron/moe/gates/modulo.py").write_text(GATE)
-    argv = [a for a in runs.flags(data, tmp_path, 5) if a not in ("--threshold", "0.8")]
+    argv = runs.with_gate(runs.flags(data, tmp_path, 5), "--gate", "modulo", "--shift", "3")
     done = subprocess.run(
-        [
-            sys.executable,
-            str(tree / "pretrain_gpt.py"),
-            *argv,
-            "--gate",
-            "modulo",
-            "--shift",
-            "3",
-        ],
+        [sys.executable, str(tree / "pretrain_gpt.py"), *argv],
         capture_output=True,
         text=True,
         cwd=tmp_path,
