@@ -101,6 +101,13 @@ class RunConfig:
             "be wrong.",
         )
         require(
+            zero_stage > 0 or not self.optimizer.fp16,
+            "--zero-stage",
+            zero_stage,
+            "1, 2 or 3 with --fp16",
+            "DeepSpeed scales the loss of fp16 with ZeRO only.",
+        )
+        require(
             all(0 <= layer < num_layers for layer in moe.moe_layers),
             "--moe-layers",
             list(moe.moe_layers),

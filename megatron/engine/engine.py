@@ -18,6 +18,12 @@ from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
 from megatron.engine.loss import LossFunction, means, term_weights
 from megatron.engine.moe_adapter import wrap_moe_layers
+from megatron.engine.numerics_patches import (
+    accumulate_in_fp32,
+    let_zero3_partition_several_dtypes,
+    reduce_in_fp32_buckets,
+    skip_dummy_step,
+)
 from megatron.engine.optimizer import build_optimizer
 from megatron.engine.startup_patches import freeze_gc
 from megatron.engine.zero_shards import GlobalLayout, ZeroShards
@@ -68,16 +74,15 @@ class Engine:
         warnings.filterwarnings(
             "ignore", category=FutureWarning, message=".*torch.distributed.*deprecated"
         )
-        keep_gate_fp32 = ds_options.zero_stage < 3
+        # With `offload_param`, ZeRO 3 has one buffer for all parameters, of one dtype.
+        keep_gate_fp32 = "offload_param" not in config["zero_optimization"]
         if optimizer.precision != "fp32":
             stored = "fp32"
             if not keep_gate_fp32:
-                stored = (
-                    f"{optimizer.precision} with an fp32 master copy: ZeRO 3 partitions "
-                    "one dtype only"
-                )
+                stored = f"{optimizer.precision} with an fp32 master copy: offload_param is set"
             get_logger().info("router weights are stored in %s", stored)
         if ds_options.zero_stage == 3:
+            let_zero3_partition_several_dtypes()
             # ZeRO 3's hooks find tensors in tuples only, and a gate uses its router's weight
             # without calling the router. So gather a block's weights together, not module by
             # module.
@@ -86,10 +91,14 @@ class Engine:
         wrap_moe_layers(model, groups, keep_gate_fp32=keep_gate_fp32)
         self._optimizer = build_optimizer(model, optimizer, ds_options.zero_stage)
         # BF16_Optimizer prints memory figures, three lines a group.
-        with freeze_gc(), contextlib.redirect_stdout(io.StringIO()):
+        with freeze_gc(), skip_dummy_step(), contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=config, dist_init_required=False
             )
+        if ds_options.zero_stage == 0:
+            accumulate_in_fp32(self.model)
+        if ds_options.zero_stage == 2 and not optimizer.grad_reduce_in_bf16:
+            reduce_in_fp32_buckets(self.deepspeed.optimizer)
         self.gate_updater = GateUpdater(self.model, groups)
         self.metrics = MoEMetrics(self.model, groups)
 
@@ -102,9 +111,11 @@ class Engine:
         """Optimizer steps that were skipped because a gradient or the loss was NaN or infinite."""
         return self.deepspeed.skipped_steps
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping, experts included."""
-        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step, before clipping, experts included; None before
+        the first step."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     def step(
         self, batches: Iterable[Any], task: LossFunction, lr: float, progress: float
@@ -154,7 +165,7 @@ class Engine:
         """Run the backward pass of a micro-batch; the last one of a step updates the weights.
 
         A loss that is not finite can have finite gradients. They are then made NaN: DeepSpeed's
-        optimizers, and `CheckedAdamW` without ZeRO, skip a step with such gradients on all
+        optimizers, and `ClippedAdamW` without ZeRO, skip a step with such gradients on all
         ranks. A factor of 1 changes nothing.
         """
         self.deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, float("nan")))

@@ -51,7 +51,7 @@ def wrap_moe_layers(model: nn.Module, groups: Groups, *, keep_gate_fp32: bool = 
     """Turn every MoE layer of `model`, in place, into one that DeepSpeed recognises.
 
     Args:
-        keep_gate_fp32: False for ZeRO 3, which partitions parameters of one dtype only:
+        keep_gate_fp32: False for ZeRO 3 with offloaded parameters, which have one dtype:
             gate parameters are then stored in the engine's dtype. Their master copy is
             fp32, scores are computed in fp32, and buffers stay fp32.
     """

@@ -7,12 +7,13 @@ Its flags are fields of `OptimizerConfig` (megatron/config/optimizer.py).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.config.schema import OptimizerConfig
 from megatron.engine.startup_patches import UncompiledAdamMethods, import_muon_uncompiled
@@ -27,22 +28,35 @@ class AdamW(UncompiledAdamMethods, torch.optim.AdamW):
     number of steps, under `step`, which must be all that the optimizer keeps."""
 
 
-class CheckedAdamW(AdamW):
-    """AdamW that skips a step with non-finite gradients and then sets `overflow`.
+class ClippedAdamW(AdamW):
+    """AdamW that clips gradients, and skips a step whose gradients are not finite.
 
-    DeepSpeed's own optimizers do the same. In fp32 without ZeRO, DeepSpeed uses torch's
-    optimizer directly and checks no gradient.
+    DeepSpeed's own optimizers do the same and report both under these names. In fp32 without ZeRO,
+    DeepSpeed uses torch's optimizer directly.
+
+    Args:
+        max_norm: maximum gradient norm; 0: no clipping.
     """
 
     overflow = False
+    """Whether the last step was skipped"""
+    _global_grad_norm: Tensor | None = None
+    """Gradient norm of the last step before clipping, which DeepSpeed's engine reads"""
+
+    def __init__(self, *args: Any, max_norm: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.max_norm = max_norm
 
     def step(self) -> None:
-        gradients = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        self.overflow = not nn.utils.get_total_norm(gradients, float("inf")).isfinite()
-        if not self.overflow:
-            super().step()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._global_grad_norm = norm
+        self.overflow = not norm.isfinite()
+        if self.overflow:
+            return
+        if self.max_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+        super().step()
 
 
 def build_optimizer(
@@ -57,7 +71,7 @@ def build_optimizer(
     register_optimizer_with_zero()
     optimizer_class = AdamW
     if zero_stage == 0 and config.precision == "fp32":
-        optimizer_class = CheckedAdamW
+        optimizer_class = partial(ClippedAdamW, max_norm=config.clip_grad)
     return optimizer_class(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,

@@ -270,6 +270,7 @@ RUN_JSON = """\
     "clip_grad": 1.0,
     "bf16": true,
     "fp16": false,
+    "grad_reduce_in_bf16": false,
     "zero_stage": 2,
     "deepspeed_config": "ds.json"
   },

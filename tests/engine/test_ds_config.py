@@ -29,6 +29,7 @@ def test_config_has_the_expected_values():
         "zero_optimization": {"stage": 2},
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
+        "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -37,7 +38,7 @@ def test_config_has_the_expected_values():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_bf16_gradients_accumulate_in_fp32(stage, precision):
+def test_gradients_accumulate_in_fp32(stage, precision):
     options = {} if precision == "fp32" else {precision: True}
     config = deepspeed_config(
         OptimizerConfig(**options), DeepSpeedConfig(zero_stage=stage), TRAIN, 1
@@ -46,10 +47,35 @@ def test_bf16_gradients_accumulate_in_fp32(stage, precision):
         precision == "bf16",
         precision == "fp16",
     ]
-    expected = {"grad_accum_dtype": "fp32"} if precision == "bf16" and stage > 0 else None
+    expected = {"grad_accum_dtype": "fp32"} if precision != "fp32" and stage > 0 else None
     assert (
         config.get("data_types") == expected and config["zero_optimization"]["stage"] == stage
     )
+
+
+def test_gradients_are_reduced_in_fp32_unless_told():
+    for options, expected in (
+        ({}, "fp32"),
+        ({"bf16": True}, "fp32"),
+        ({"fp16": True}, "fp32"),
+        ({"bf16": True, "grad_reduce_in_bf16": True}, "bf16"),
+    ):
+        config = deepspeed_config(OptimizerConfig(**options), DeepSpeedConfig(), TRAIN, 1)
+        assert config["communication_data_type"] == expected
+
+
+def test_clipping_without_zero_is_left_to_the_optimizer(tmp_path):
+    """The file may repeat the flag's value all the same."""
+    path = tmp_path / "ds.json"
+    path.write_text('{"gradient_clipping": 0.5}')
+    for precision, expected in (({}, 0.0), ({"bf16": True}, 0.5)):
+        config = deepspeed_config(
+            OptimizerConfig(clip_grad=0.5, **precision),
+            DeepSpeedConfig(zero_stage=0, deepspeed_config=str(path)),
+            TRAIN,
+            1,
+        )
+        assert config["gradient_clipping"] == expected
 
 
 def test_deepspeed_accepts_the_config():
@@ -84,7 +110,7 @@ def test_file_is_merged_by_section(tmp_path):
             "steps_per_print": 5,
             "wall_clock_breakdown": 1,
             "bfloat16": {"enabled": True, "check_grad_overflow": False},
-            "data_types": {"grad_accum_dtype": "bf16"},
+            "data_types": {"keep_in_fp32_modules": ["norm"]},
             "train_batch_size": 16,
             "gradient_clipping": 1,
             "fp16": {"enabled": "auto", "loss_scale_window": 3},
@@ -97,9 +123,10 @@ def test_file_is_merged_by_section(tmp_path):
         and "bfloat16" not in config
     )
     assert config["fp16"] == {"enabled": False, "loss_scale_window": 3}
-    assert config["data_types"] == {"grad_accum_dtype": "bf16"}, (
-        "a default of ours that no flag decides"
-    )
+    assert config["data_types"] == {
+        "grad_accum_dtype": "fp32",
+        "keep_in_fp32_modules": ["norm"],
+    }
     assert config["steps_per_print"] == 5 and config["wall_clock_breakdown"] == 1
     assert config["gradient_accumulation_steps"] == 2
 
@@ -107,10 +134,10 @@ def test_file_is_merged_by_section(tmp_path):
 @pytest.mark.parametrize("key", DECIDED)
 def test_contradiction_names_file_and_flag(tmp_path, key):
     outer, _, inner = key.partition(".")
-    ours = deepspeed_config(OptimizerConfig(), DeepSpeedConfig(), TRAIN, 4)[outer]
+    ours = deepspeed_config(OptimizerConfig(bf16=True), DeepSpeedConfig(), TRAIN, 4)[outer]
     value = {inner: 3} if inner else 3
     with pytest.raises(ValueError) as caught:
-        merged(tmp_path, {outer: value})
+        merged(tmp_path, {outer: value}, bf16=True)
     assert str(caught.value) == (
         f"{tmp_path / 'ds.json'}: {key} is 3, but the flags make it "
         f"{ours[inner] if inner else ours!r}; change {DECIDED[key]} or remove the key from "

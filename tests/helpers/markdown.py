@@ -136,9 +136,9 @@ def unknown_flags(text: str) -> set[str]:
     """Return flags in inline code that no program and no gate shown on the page has."""
     flags = set()
     for inline in re.findall(r"`(--[^`]+)`", text):
-        flags |= set(re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", inline))
+        flags |= set(re.findall(r"(?:^|\s)(--[a-z][a-z0-9-]*)", inline))
     fields = set(re.findall(r"^        (\w+): ", text, re.MULTILINE))
-    fields |= set(re.findall(r"^    --([a-z-]+) ", text, re.MULTILINE))
+    fields |= set(re.findall(r"^    --([a-z0-9-]+) ", text, re.MULTILINE))
     shown = {"--" + field.replace("_", "-") for field in fields}
     return flags - known_flags() - shown
 
