@@ -5,7 +5,9 @@
    demo`. The feed-forward width of the dense model in each MoE layer is that layer's
    measured mean number of experts per token times the expert width, so both do the same
    multiply-adds.
-2. A model of Mixtral's shape: `Engine.step` with the trainer's defaults (bf16, ZeRO 1,
+2. The demo model with gradients reduced over the ranks in fp32, the default, against
+   `--grad-reduce-in-bf16`.
+3. A model of Mixtral's shape: `Engine.step` with the trainer's defaults (bf16, ZeRO 1,
    fp32 master weights and gradients) against transformers' MixtralForCausalLM with
    grouped_mm experts and torch's fused AdamW. All have the same weights, and their
    losses are compared first; all have the balance loss, and clip gradients to the same
@@ -27,6 +29,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ THRESHOLD = 0.9
 VOCAB = 8192
 RANKS = 2
 DEMO_BAR = 1.25
+REDUCTION_BAR = 1.03
 PEER_BAR = 0.333
 TOLERANCE = 0.01
 """Largest difference of the first losses, in nats. bf16 causes less than 0.001."""
@@ -235,6 +239,31 @@ def demo_rows(rounds: int) -> list[report.Row]:
     print(f"demo: experts per token by MoE layer: {by_layer} of {EXPERTS}")
     print_table("ms per step, rank 0, profiled", kinds)
     return report.compare(seconds, "dense step", {"MoE step": DEMO_BAR})
+
+
+def measure_reduction(groups, rounds: int) -> dict[str, list[float]]:
+    """On a rank: measure both ways to reduce gradients; seconds by name and round."""
+    from megatron.config.schema import DeepSpeedConfig
+    from megatron.engine.engine import Engine
+    from megatron.model.builder import build_model
+    from megatron.training.task import NextTokenLoss
+
+    batch = make_batch(8, 256, VOCAB, seed=groups.rank)
+    model, moe, optimizer, train = configs()
+    steps = {}
+    for name, in_bf16 in (("reduced in fp32", False), ("reduced in bf16", True)):
+        options = {"threshold": THRESHOLD}
+        gpt = build_model(model, moe, options, vocab_size=VOCAB, seed=0, groups=groups)
+        reduction = replace(optimizer, grad_reduce_in_bf16=in_bf16)
+        engine = Engine(gpt, reduction, DeepSpeedConfig(), train, groups)
+        steps[name] = partial(engine.step, [batch], NextTokenLoss(), 0.0, 0.0)
+    return report.interleave(steps, rounds)
+
+
+def reduction_rows(rounds: int) -> list[report.Row]:
+    """Compare reductions of gradients in fp32 and bf16."""
+    seconds = report.on_ranks(RANKS, measure_reduction, rounds)
+    return report.compare(seconds, "reduced in bf16", {"reduced in fp32": REDUCTION_BAR})
 
 
 def print_table(title: str, columns: dict[str, dict[str, float]]) -> None:
@@ -499,14 +528,16 @@ def main() -> int:
     parser.add_argument(
         "--part",
         nargs="+",
-        choices=("demo", "peer"),
-        default=("demo", "peer"),
+        choices=("demo", "reduction", "peer"),
+        default=("demo", "reduction", "peer"),
         help="which comparison (default: both)",
     )
     args = parser.parse_args()
     rows = []
     if "demo" in args.part:
         rows += demo_rows(5 if args.quick else 25)
+    if "reduction" in args.part:
+        rows += reduction_rows(5 if args.quick else 41)
     if "peer" in args.part:
         rows += peer_rows(QUICK, 3, None) if args.quick else peer_rows(Shape(), 25, PEER_BAR)
     return report.finish(rows, args)
