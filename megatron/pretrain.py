@@ -76,10 +76,14 @@ def train(
     from megatron.training.trainer import LoopConfig, Trainer, log_run_summary
 
     config = run.config
-    seq_length = config.model.seq_length
-    plan = TrainingPlan.of(config.train, seq_length, run.groups.world_size, run.progress)
+    plan = build_plan(run)
     metadata = RunMetadata.of(
-        config, run.groups, run.tokenizer, plan.global_batch, plan.iterations
+        config,
+        run.groups,
+        run.tokenizer,
+        plan.global_batch,
+        plan.iterations,
+        plan.built_samples,
     )
     if run.checkpoint is not None:
         run.checkpoint.check(metadata)
@@ -103,6 +107,24 @@ def train(
         Trainer(engine, task, plan, run.progress, run.groups, sections, services).run()
 
 
+def build_plan(run: Run) -> TrainingPlan:
+    """Plan the run from its progress on.
+
+    Raises:
+        ValueError: see `TrainingPlan.of`.
+    """
+    built_samples = 0
+    if run.checkpoint is not None and run.checkpoint.continued_from:
+        built_samples = run.checkpoint.metadata.built_samples
+    return TrainingPlan.of(
+        run.config.train,
+        run.config.model.seq_length,
+        run.groups.world_size,
+        run.progress,
+        built_samples,
+    )
+
+
 @contextlib.contextmanager
 def build_services(
     run: Run,
@@ -118,14 +140,14 @@ def build_services(
     from megatron.training.trainer import LoopServices
 
     config = run.config
-    schedule = LRSchedule(
-        config.optimizer,
-        iterations=plan.iterations,
-        tokens_per_iteration=plan.tokens_per_step,
-    )
+    schedule = LRSchedule(config.optimizer, plan)
     profiler = build_profiler(run, plan)
     writers = build_metric_writers(
-        config.logging, config.checkpoint.save, run.groups.rank, plan.iterations
+        config.logging,
+        config.checkpoint.save,
+        run.groups.rank,
+        plan.iterations,
+        plan.end.tokens,
     )
     with contextlib.closing(writers):
         yield LoopServices(
@@ -191,7 +213,7 @@ def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
         build_splits,
         config.data,
         seq_length=plan.seq_length,
-        train_samples=plan.samples,
+        train_samples=plan.built_samples,
         valid_samples=eval_samples,
         test_samples=eval_samples,
         seed=config.train.seed,

@@ -96,7 +96,7 @@ def test_readme_log_lines_have_console_format(monkeypatch):
     lines = []
     logger = SimpleNamespace(info=lines.append)
     monkeypatch.setattr(metric_writers, "get_logger", lambda: logger)
-    console = metric_writers.ConsoleWriter(200)
+    console = metric_writers.ConsoleWriter(200, 200 * 4096)
     console.write(
         {
             "kind": "train",

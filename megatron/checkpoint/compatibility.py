@@ -8,6 +8,7 @@ import torch
 
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.schema import RunConfig
+from megatron.config.training import RunLength
 from megatron.log import get_logger, warn_on_rank0
 from megatron.model.meta_device import meta_device
 from megatron.moe.gate import create_gate
@@ -35,11 +36,14 @@ SCHEDULE_FIELDS = (
     "min_lr",
     "lr_decay_style",
     "lr_warmup_iters",
+    "lr_warmup_samples",
     "lr_warmup_fraction",
     "lr_warmup_tokens",
     "lr_decay_iters",
+    "lr_decay_samples",
     "lr_decay_tokens",
     "lr_wsd_decay_fraction",
+    "lr_wsd_decay_style",
 )
 """Fields of the optimizer config that, with the length of the run, set the learning rates"""
 
@@ -54,11 +58,10 @@ DATA_ORDER_FIELDS = {
         "streaming_json_key",
         "streaming_shuffle_samples",
     ),
-    "train": ("seed", "train_iters", "train_tokens"),
+    "train": ("seed",),
 }
-"""Fields by config section that set the order of samples: changes are allowed, with a warning"""
-
-_LENGTH_FIELDS = ("train_iters", "train_tokens")
+"""Fields by config section that, with the number of samples that the data are built for, set
+the order of samples: changes are allowed, with a warning"""
 
 
 def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None:
@@ -133,26 +136,37 @@ def check_same_schedule(saved: RunMetadata, current: RunMetadata, where: str) ->
     )
     for name in SCHEDULE_FIELDS:
         _require_same(getattr(old, name), getattr(new, name), _flag(name), where, advice)
-    token_fields = ("lr_warmup_tokens", "lr_decay_tokens")
-    token_flags = [_flag(name) for name in token_fields if getattr(new, name)]
-    if token_flags:
-        _require_same(
-            saved.global_batch_size,
-            current.global_batch_size,
-            f"the global batch, in which {' and '.join(token_flags)} is counted,",
-            where,
-            advice,
+    decay_length_is_set = new.lr_decay_iters or new.lr_decay_samples or new.lr_decay_tokens
+    if not decay_length_is_set:
+        if new.lr_decay_style != "constant" or new.lr_warmup_fraction:
+            _require_same_length(_length(saved), _length(current), where, advice)
+    elif new.lr_warmup_fraction and not saved.samples:
+        # Versions that did not record the number of samples took it as a fraction of the run.
+        warmup = round(new.lr_warmup_fraction * saved.iterations)
+        raise ValueError(
+            f"--lr-warmup-fraction {new.lr_warmup_fraction} is a fraction of the decay now, but "
+            f"one of the run in the version that wrote checkpoint {where}; add "
+            f"--override-lr-schedule, and to keep the old warm-up set --lr-warmup-fraction 0 "
+            f"--lr-warmup-iters {warmup}"
         )
-    decay_length_is_set = new.lr_decay_iters or new.lr_decay_tokens
-    decays = new.lr_decay_style != "constant"
-    if new.lr_warmup_fraction or (decays and not decay_length_is_set):
-        _require_same(
-            saved.iterations,
-            current.iterations,
-            "the run's number of iterations, which its learning rates follow,",
-            where,
-            advice,
-        )
+
+
+def _length(run: RunMetadata) -> RunLength:
+    """Return the length of a run in the unit in which its learning rates follow it."""
+    length = run.config.train.length
+    if length is None or length.unit == "iterations":
+        return RunLength("iterations", run.iterations)
+    return length
+
+
+def _require_same_length(saved: RunLength, current: RunLength, where: str, advice: str) -> None:
+    if saved.unit == current.unit:
+        what = f"the run's number of {saved.unit}, which its learning rates follow,"
+        _require_same(saved.total, current.total, what, where, advice)
+    what = "the run's length, which its learning rates follow,"
+    old = f"{saved.total} {saved.unit}"
+    new = f"{current.total} {current.unit}"
+    _require_same(old, new, what, where, advice)
 
 
 def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
@@ -170,6 +184,12 @@ def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
             "the gate continues with other options than the checkpoint's: %s",
             ", ".join(options),
         )
+    if saved.global_batch_size != current.global_batch_size:
+        get_logger().info(
+            "the run continues with a global batch of %d samples; the checkpoint was made with %d",
+            current.global_batch_size,
+            saved.global_batch_size,
+        )
     if saved.topology != current.topology:
         get_logger().info(
             "the checkpoint was made with %s; the run continues with %s",
@@ -179,21 +199,20 @@ def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
 
 
 def _data_order_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
-    # The order of streamed text does not depend on the length of the run.
-    ignored = ()
-    if current.config.data.streaming_data_path:
-        ignored = _LENGTH_FIELDS
     changes = []
     for section, names in DATA_ORDER_FIELDS.items():
         old = getattr(saved.config, section)
         new = getattr(current.config, section)
         for name in names:
-            if name not in ignored and getattr(old, name) != getattr(new, name):
+            if getattr(old, name) != getattr(new, name):
                 changes.append(_flag(name))
-    if saved.global_batch_size != current.global_batch_size:
+    data = current.config.data
+    # The order of streamed text and of cyclic samples does not depend on the length of the run.
+    follows_length = not data.streaming_data_path and data.dataloader_type != "cyclic"
+    if follows_length and saved.built_samples != current.built_samples:
         changes.append(
-            f"the global batch ({current.global_batch_size} samples instead of "
-            f"{saved.global_batch_size})"
+            f"the number of samples of the run ({current.built_samples} instead of "
+            f"{saved.built_samples})"
         )
     for prefix, files in current.data.items():
         if saved.data.get(prefix, files) != files:

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron import __version__
 from megatron.config.schema import RunConfig
@@ -20,6 +20,16 @@ from megatron.tokenizer.base import Tokenizer
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 _DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _STATE_FIELDS = ("identity", "topology", "global_batch_size", "iterations", "data")
+# Fields that checkpoints of earlier versions lack.
+_NEW_STATE_FIELDS = ("samples",)
+
+
+class Position(NamedTuple):
+    """A point of a run, or the length of a part of it, in each of the units."""
+
+    iterations: int
+    samples: int
+    tokens: int
 
 
 @dataclass
@@ -32,17 +42,40 @@ class TrainingProgress:
     """Samples of all ranks that were trained on"""
     consumed_tokens: int = 0
     """Tokens of all ranks that were trained on"""
+    batch_changes: list[Position] = field(default_factory=list)
+    """Positions from which on a step had another number of samples or tokens than before"""
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> TrainingProgress:
         """Read the progress from the content of state.json."""
         saved = state["progress"]
-        names = [f.name for f in fields(TrainingProgress)]
-        return TrainingProgress(**{name: saved[name] for name in names})
+        names = [f.name for f in fields(TrainingProgress) if f.name != "batch_changes"]
+        changes = [Position(*change) for change in saved.get("batch_changes", [])]
+        return TrainingProgress(**{name: saved[name] for name in names}, batch_changes=changes)
 
-    def to_state(self) -> dict[str, int]:
-        """Return the progress as it is stored in state.json."""
-        return asdict(self)
+    @property
+    def position(self) -> Position:
+        return Position(self.iteration, self.consumed_samples, self.consumed_tokens)
+
+    def add_step(self, step: Position) -> None:
+        """Count an optimizer step of this size."""
+        last_change = Position(0, 0, 0)
+        if self.batch_changes:
+            last_change = self.batch_changes[-1]
+        steps = self.iteration - last_change.iterations
+        expected = [start + steps * size for start, size in zip(last_change, step)]
+        if expected != list(self.position):
+            self.batch_changes.append(self.position)
+        self.iteration += step.iterations
+        self.consumed_samples += step.samples
+        self.consumed_tokens += step.tokens
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the progress as it is stored in state.json, without changes if there are none."""
+        state = asdict(self)
+        if not self.batch_changes:
+            del state["batch_changes"]
+        return state
 
 
 @dataclass(frozen=True)
@@ -61,6 +94,8 @@ class RunMetadata:
     """Length of the full run in optimizer steps"""
     data: dict[str, Any] = field(default_factory=dict)
     """Data files by prefix, see `describe_data`"""
+    samples: int = 0
+    """Number of training samples that the data were built for; 0: not recorded"""
 
     @staticmethod
     def of(
@@ -69,6 +104,7 @@ class RunMetadata:
         tokenizer: Tokenizer,
         global_batch_size: int = 0,
         iterations: int = 0,
+        samples: int = 0,
     ) -> RunMetadata:
         """Describe the current run."""
         identity = {
@@ -89,11 +125,21 @@ class RunMetadata:
             global_batch_size=global_batch_size,
             iterations=iterations,
             data=describe_data(config),
+            samples=samples,
         )
+
+    @property
+    def built_samples(self) -> int:
+        """Number of training samples that the data were built for.
+
+        Earlier versions, which did not record it, built them for as many steps of one size.
+        """
+        return self.samples or self.iterations * self.global_batch_size
 
     def to_state(self) -> dict[str, Any]:
         """Return the entries of state.json that describe the run; the config is in run.json."""
-        state = {name: getattr(self, name) for name in _STATE_FIELDS}
+        names = (*_STATE_FIELDS, *_NEW_STATE_FIELDS)
+        state = {name: getattr(self, name) for name in names}
         state["versions"] = package_versions()
         state["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         return state
@@ -101,7 +147,9 @@ class RunMetadata:
     @staticmethod
     def from_state(config: RunConfig, state: dict[str, Any]) -> RunMetadata:
         """Restore the metadata from the content of run.json and state.json."""
-        return RunMetadata(config, **{name: state[name] for name in _STATE_FIELDS})
+        values = {name: state[name] for name in _STATE_FIELDS}
+        values |= {name: state[name] for name in _NEW_STATE_FIELDS if name in state}
+        return RunMetadata(config, **values)
 
 
 @functools.cache

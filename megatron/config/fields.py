@@ -69,6 +69,14 @@ def require_not_negative(config: Any, *names: str) -> None:
     require_each(config, names, lambda value: value >= 0, "0 or more")
 
 
+def require_at_most_one(config: Any, *names: str) -> None:
+    """Raise ValueError if more than one of these fields, which are alternatives, is set."""
+    used = [name for name in names if getattr(config, name)]
+    if len(used) > 1:
+        others = " and ".join(flag_name(name) for name in used[:-1])
+        require_setting(config, used[-1], False, f"only without {others}", "Use one of them.")
+
+
 def require_choices(config: Any) -> None:
     """Raise ValueError for the first field whose value is not among its choices."""
     for f in dataclasses.fields(config):

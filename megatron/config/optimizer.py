@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron.config.fields import (
     option,
     require,
+    require_at_most_one,
     require_choices,
     require_each,
     require_not_negative,
@@ -14,7 +15,8 @@ from megatron.config.fields import (
     require_setting,
 )
 
-DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
+DECAY_STYLES = ("cosine", "linear", "inverse-square-root", "constant", "wsd")
+WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,26 @@ class OptimizerConfig:
     """learning rate at the end of the decay"""
     lr_decay_style: str = option("cosine", choices=DECAY_STYLES)
     """shape of the decay; wsd (warmup-stable-decay) holds the peak and decays during the
-    last --lr-wsd-decay-fraction of the run"""
+    last --lr-wsd-decay-fraction"""
     lr_warmup_iters: int = 0
     """length of the linear warm-up in iterations"""
+    lr_warmup_samples: int = 0
+    """length of the linear warm-up in samples; as in Megatron, it starts at a rate of 0"""
     lr_warmup_fraction: float = 0.0
-    """length of the linear warm-up as a fraction of the run"""
+    """length of the linear warm-up as a fraction of the decay, of which it is a part, and in
+    its unit"""
     lr_warmup_tokens: int = 0
     """length of the linear warm-up in tokens"""
     lr_decay_iters: int = 0
-    """iteration at which the decay reaches --min-lr; 0: the end of the run"""
+    """iteration at which the decay ends, warm-up included; 0: the end of the run"""
+    lr_decay_samples: int = 0
+    """number of samples at which the decay ends, warm-up included; 0: the end of the run"""
     lr_decay_tokens: int = 0
-    """number of tokens at which the decay reaches --min-lr; 0: the end of the run"""
+    """number of tokens at which the decay ends, warm-up included; 0: the end of the run"""
     lr_wsd_decay_fraction: float = 0.2
-    """fraction of the run, at its end, during which wsd decays"""
+    """fraction of the schedule, at its end, during which wsd decays"""
+    lr_wsd_decay_style: str = option("linear", choices=WSD_DECAY_STYLES)
+    """shape of the decay of wsd"""
     weight_decay: float = 0.1
     """decoupled weight decay; not applied to norms, biases, embeddings and router weights"""
     adam_beta1: float = 0.9
@@ -67,8 +76,10 @@ class OptimizerConfig:
         require_not_negative(
             self,
             "lr_warmup_iters",
+            "lr_warmup_samples",
             "lr_warmup_tokens",
             "lr_decay_iters",
+            "lr_decay_samples",
             "lr_decay_tokens",
             "weight_decay",
             "clip_grad",
@@ -88,16 +99,12 @@ class OptimizerConfig:
 
     def _check_exclusive_flags(self) -> None:
         """Raise ValueError if more than one of several alternatives is set."""
-        warmups = ("lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_tokens")
-        used = [name for name in warmups if getattr(self, name)]
-        require(len(used) <= 1, "--lr-warmup-*", used, "one of iters, fraction, tokens")
-        require_setting(
-            self,
-            "lr_decay_tokens",
-            not (self.lr_decay_iters and self.lr_decay_tokens),
-            "only without --lr-decay-iters",
-            "Use one of the two.",
+        warmups = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens")
+        used = [name for name in (*warmups, "lr_warmup_fraction") if getattr(self, name)]
+        require(
+            len(used) <= 1, "--lr-warmup-*", used, "one of iters, samples, tokens, fraction"
         )
+        require_at_most_one(self, "lr_decay_iters", "lr_decay_samples", "lr_decay_tokens")
         require_setting(
             self,
             "fp16",

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from megatron.config.batch_size import BatchSchedule
 from megatron.config.fields import (
+    option,
     require,
+    require_at_most_one,
     require_not_negative,
     require_positive_integers,
     require_setting,
 )
+
+LENGTH_FIELDS = {
+    "iterations": "train_iters",
+    "samples": "train_samples",
+    "tokens": "train_tokens",
+}
+"""Units in which a position in a run is measured, and the field of the run's length in each"""
+
+
+class RunLength(NamedTuple):
+    """Length of a run in the unit that it was given in."""
+
+    unit: str
+    """a key of LENGTH_FIELDS"""
+    total: int
+
+    @property
+    def field(self) -> str:
+        """Name of the field of TrainConfig that set the length."""
+        return LENGTH_FIELDS[self.unit]
 
 
 @dataclass(frozen=True)
@@ -20,10 +44,17 @@ class TrainConfig:
     """samples per forward pass on one rank"""
     global_batch_size: int = 0
     """samples per optimizer step over all ranks; 0: micro-batch size x ranks"""
+    rampup_batch_size: tuple[int, ...] = option(())
+    """START INCREMENT SAMPLES: the global batch starts at START samples and grows by INCREMENT
+    at equal intervals, to --global-batch-size after SAMPLES samples; none: constant"""
     train_iters: int = 0
-    """optimizer steps to train for; alternative to --train-tokens"""
+    """optimizer steps to train for; alternative to --train-samples and --train-tokens"""
+    train_samples: int = 0
+    """samples to train on, of which an incomplete last global batch is left out; alternative
+    to --train-iters and --train-tokens"""
     train_tokens: int = 0
-    """tokens to train on; alternative to --train-iters"""
+    """tokens to train on, rounded up to a full step; alternative to --train-iters and
+    --train-samples"""
     seed: int = 1234
     """random seed of weight initialisation, data order and dropout"""
     eval_interval: int = 1000
@@ -43,16 +74,36 @@ class TrainConfig:
             self,
             "global_batch_size",
             "train_iters",
+            "train_samples",
             "train_tokens",
             "eval_interval",
             "eval_iters",
         )
+        require_at_most_one(self, *LENGTH_FIELDS.values())
+        if self.rampup_batch_size:
+            self._check_rampup()
+
+    def _check_rampup(self) -> None:
+        """Raise ValueError if the ramp-up is not one, or does not lead to the global batch."""
+        ramp = self.rampup_batch_size
         require_setting(
             self,
-            "train_tokens",
-            not (self.train_iters and self.train_tokens),
-            "only without --train-iters",
-            "Use one of the two.",
+            "rampup_batch_size",
+            len(ramp) == 3 and min(ramp) > 0,
+            "three positive integers: the samples of the first step, by how many they grow, and "
+            "the samples that the ramp-up takes",
+        )
+        if self.global_batch_size:
+            self._check_rampup_end(self.global_batch_size)
+
+    def _check_rampup_end(self, global_batch: int) -> None:
+        start, increment, _ = self.rampup_batch_size
+        require_setting(
+            self,
+            "rampup_batch_size",
+            start < global_batch and (global_batch - start) % increment == 0,
+            f"a first batch below the global batch of {global_batch} samples, and an increment "
+            "that divides the difference",
         )
 
     def global_batch(self, world_size: int) -> int:
@@ -71,20 +122,32 @@ class TrainConfig:
         )
         return size
 
-    def iterations(self, seq_length: int, world_size: int) -> int:
-        """Return the number of optimizer steps of the complete run.
+    def batch_schedule(self, world_size: int) -> BatchSchedule:
+        """Return the number of samples of each optimizer step.
 
         Raises:
-            ValueError: neither --train-iters nor --train-tokens is set.
+            ValueError: a batch is not a multiple of micro-batch size x ranks, or the ramp-up
+                does not lead to the global batch.
         """
+        final = self.global_batch(world_size)
+        if not self.rampup_batch_size:
+            return BatchSchedule(final)
+        self._check_rampup_end(final)
+        start, increment, samples = self.rampup_batch_size
+        step = self.micro_batch_size * world_size
         require_setting(
             self,
-            "train_iters",
-            bool(self.train_iters or self.train_tokens),
-            "a positive integer",
-            "Or set --train-tokens.",
+            "rampup_batch_size",
+            start % step == 0 and increment % step == 0,
+            f"a first batch and an increment that are multiples of --micro-batch-size "
+            f"{self.micro_batch_size} x {world_size} ranks",
         )
-        if self.train_iters:
-            return self.train_iters
-        tokens_per_step = self.global_batch(world_size) * seq_length
-        return -(-self.train_tokens // tokens_per_step)
+        return BatchSchedule(final, start, increment, samples)
+
+    @property
+    def length(self) -> RunLength | None:
+        """Length of the run in the unit that it was given in; None if it was not given."""
+        for unit, name in LENGTH_FIELDS.items():
+            if getattr(self, name):
+                return RunLength(unit, getattr(self, name))
+        return None

@@ -3,7 +3,8 @@
 Shape suffixes: B micro-batch size, S sequence length, W ranks, G global batch size.
 
 Micro-step m of the run takes samples m*B*W to (m+1)*B*W, and rank r takes the r-th slice of B of
-them: an optimizer step of G samples sees the same samples for every B and W that divide it.
+them: an optimizer step of G samples sees the same samples for every B and W that divide it. The
+order of the samples is the same for every G, too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from megatron.config.batch_size import BatchSchedule
 from megatron.config.fields import require
 from megatron.config.schema import DataConfig
 from megatron.data.sampling.blend import Samples
@@ -112,11 +114,13 @@ class DataParallelShard:
     micro_batch_size: int
     """B, samples of a micro-batch on one rank"""
     global_batch_size: int
-    """G, samples of an optimizer step over all ranks"""
+    """G, samples of an optimizer step over all ranks; the largest one during a ramp-up"""
     rank: int = 0
     """Number of this rank, from 0 on"""
     world_size: int = 1
     """W, number of ranks"""
+    rampup: BatchSchedule | None = None
+    """Samples of each optimizer step; None: always G"""
 
     def __post_init__(self):
         require(
@@ -139,6 +143,12 @@ class DataParallelShard:
     def micro_step_size(self) -> int:
         """Samples that all ranks together take in one micro-step, B * W."""
         return self.micro_batch_size * self.world_size
+
+    def step_size(self, consumed_samples: int) -> int:
+        """Return the samples of the optimizer step that follows this many consumed samples."""
+        if self.rampup is None:
+            return self.global_batch_size
+        return self.rampup.at(consumed_samples)
 
 
 class BatchLoader:
@@ -210,8 +220,8 @@ class BatchLoader:
             left = max(0, self._num_samples - self.consumed_samples)
             raise ValueError(
                 f"the data ends: {left} of {self._num_samples} samples are left, an optimizer "
-                f"step takes {self._shard.global_batch_size}. Train for fewer steps, or build "
-                f"more samples"
+                f"step takes {self._shard.step_size(self.consumed_samples)}. Train for fewer "
+                f"steps, or build more samples"
             )
         if isinstance(batch, Exception):
             try:
@@ -254,12 +264,14 @@ class _MicroBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         size = self.shard.micro_batch_size
-        left = max(0, self.num_samples - self.consumed_samples)
-        full_batches = left // self.shard.global_batch_size
-        start = self.consumed_samples + self.shard.rank * size
-        stop = self.consumed_samples + full_batches * self.shard.global_batch_size
-        for first in range(start, stop, self.shard.micro_step_size):
-            yield list(range(first, first + size))
+        offset = self.shard.rank * size
+        start = self.consumed_samples
+        stop = start + self.shard.step_size(start)
+        while stop <= self.num_samples:
+            for first in range(start + offset, stop, self.shard.micro_step_size):
+                yield list(range(first, first + size))
+            start = stop
+            stop = start + self.shard.step_size(start)
 
 
 @dataclass(frozen=True)

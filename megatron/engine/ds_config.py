@@ -27,7 +27,7 @@ REFUSED = {
         "groups that skip weight decay"
     ),
     "scheduler": (
-        "the learning rate is a pure function of the iteration, from --lr-decay-style and "
+        "the learning rate is a pure function of the progress, from --lr-decay-style and "
         "--lr-warmup-*"
     ),
 }

@@ -111,6 +111,17 @@ class Engine:
         """Optimizer steps that were skipped because a gradient or the loss was NaN or infinite."""
         return self.deepspeed.skipped_steps
 
+    def set_global_batch(self, samples: int) -> None:
+        """Set the samples of the following steps over all ranks, between two steps.
+
+        The size of a micro-batch stays; their number follows.
+        """
+        if samples == self.deepspeed.train_batch_size():
+            return
+        self.deepspeed.set_train_batch_size(samples)
+        # The last micro-batch of a step is the one whose number is a multiple of theirs.
+        self.deepspeed.micro_steps = 0
+
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step, before clipping, experts included; None before
         the first step."""
@@ -126,7 +137,7 @@ class Engine:
         infinite. Otherwise the gates then update their state from what the step counted.
 
         Args:
-            batches: this rank's micro-batches, `gradient_accumulation_steps` of them; each has a
+            batches: this rank's micro-batches, as many as the global batch has; each has a
                 method `to(device)`.
             task: computes their loss terms.
             lr: learning rate of the step.

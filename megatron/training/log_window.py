@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.checkpoint.metadata import Position
 from megatron.training.graceful_stop import StepConsensus
 
 
@@ -14,6 +15,9 @@ class LogWindow:
 
     def __init__(self):
         self.steps = 0
+        self.tokens = 0
+        self.global_batch_size = 0
+        """samples of the last step"""
         self.bad_steps = 0
         """skipped steps"""
         self.loss_spikes = 0
@@ -25,9 +29,13 @@ class LogWindow:
         """language-model losses, summed over skipped and over other steps"""
         self._aux_loss_sums = {True: 0.0, False: 0.0}
 
-    def add(self, consensus: StepConsensus, lr: float, seconds: float, skipped: bool) -> None:
-        """Add a step."""
+    def add(
+        self, consensus: StepConsensus, step: Position, lr: float, seconds: float, skipped: bool
+    ) -> None:
+        """Add a step of this size."""
         self.steps += 1
+        self.tokens += step.tokens
+        self.global_batch_size = step.samples
         self.bad_steps += skipped
         self.seconds += seconds
         self.lr = lr

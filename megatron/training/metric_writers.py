@@ -3,7 +3,8 @@
 A row of metrics is a flat dict: `kind` (train, eval, test), `iteration`, and metrics
 with their units in their names, as scalars or, per layer, as lists:
 
-    loss perplexity aux_loss lr grad_norm tokens_per_s consumed_samples consumed_tokens
+    loss perplexity aux_loss lr grad_norm tokens_per_s global_batch_size
+    consumed_samples consumed_tokens
     experts_per_token_before_capacity experts_per_token load_imbalance_max_over_mean
     dropped_assignment_fraction tokens_with_drops_fraction top1_probability
     skipped_steps bad_steps loss_spikes elapsed_s step_time_ms, and <name>_by_layer
@@ -41,6 +42,8 @@ class WriterSettings:
     """directory of the checkpoints, the default place of metrics.jsonl; empty: none"""
     iterations: int
     """optimizer steps of the full run"""
+    tokens: int
+    """tokens of the full run"""
 
 
 class MetricsWriter(Protocol):
@@ -75,12 +78,13 @@ class MetricsWriters:
 class ConsoleWriter:
     """Logs one line per row, with the columns whose metrics the row has."""
 
-    def __init__(self, iterations: int):
+    def __init__(self, iterations: int, tokens: int):
         self.iterations = iterations
+        self.tokens = tokens
 
     @staticmethod
     def create(settings: WriterSettings) -> ConsoleWriter:
-        return ConsoleWriter(settings.iterations)
+        return ConsoleWriter(settings.iterations, settings.tokens)
 
     def write(self, row: MetricsRow) -> None:
         fields = [self._position(row)]
@@ -93,8 +97,9 @@ class ConsoleWriter:
             fields.append(f"by layer {' '.join(by_layer)}")
         if "elapsed_s" in row:
             fields.append(f"elapsed {_format_duration(row['elapsed_s'])}")
-        if is_train and "step_time_ms" in row:
-            left_s = (self.iterations - row["iteration"]) * row["step_time_ms"] / 1000
+        if is_train and "consumed_tokens" in row:
+            # Not by iterations, which take longer when the batch has grown.
+            left_s = (self.tokens - row["consumed_tokens"]) / row["tokens_per_s"]
             fields.append(f"left {_format_duration(left_s)}")
         get_logger().info(" | ".join(fields))
 
@@ -205,32 +210,38 @@ _WRITERS: tuple[type[MetricsWriter], ...] = (
 
 
 def build_metric_writers(
-    logging: LoggingConfig, save: str, rank: int, iterations: int
+    logging: LoggingConfig, save: str, rank: int, iterations: int, tokens: int
 ) -> MetricsWriters:
     """Create the console writer and the writers that flags enable, on rank 0 only.
 
     Args:
         save: directory of the checkpoints, the default place of metrics.jsonl; empty: none.
         iterations: optimizer steps of the full run.
+        tokens: tokens of the full run.
 
     Raises:
         ValueError: --wandb-project is set, but the package is not installed.
     """
     if rank != 0:
         return MetricsWriters([])
-    settings = WriterSettings(logging, save, iterations)
+    settings = WriterSettings(logging, save, iterations, tokens)
     created = [writer.create(settings) for writer in _WRITERS]
     return MetricsWriters([writer for writer in created if writer is not None])
 
 
 class ProgressBar:
-    """A bar over the run's iterations on rank 0's stderr, if that is a terminal.
+    """A bar over the run's length on rank 0's stderr, if that is a terminal.
 
     While it is shown, the lines of our logger and of DeepSpeed's are written above it.
     Their handlers must exist already, so create it after `log.setup`.
+
+    Args:
+        total: length of the run.
+        initial: progress at the start.
+        unit: what both are counted in, such as "samples".
     """
 
-    def __init__(self, total: int, initial: int = 0):
+    def __init__(self, total: int, initial: int = 0, unit: str = "iterations"):
         self._stack = contextlib.ExitStack()
         self._bar = None
         if not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) != 0:
@@ -239,16 +250,16 @@ class ProgressBar:
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         self._bar = self._stack.enter_context(
-            tqdm(total=total, initial=initial, unit="step", file=sys.stderr)
+            tqdm(total=total, initial=initial, unit=f" {unit}", file=sys.stderr)
         )
         loggers = (get_logger(), logging.getLogger("DeepSpeed"))
         with_handlers = [logger for logger in loggers if logger.handlers]
         self._stack.enter_context(logging_redirect_tqdm(with_handlers))
 
-    def update(self, iterations: int = 1) -> None:
-        """Advance the bar by this many iterations."""
+    def move_to(self, progress: int) -> None:
+        """Show this progress, of the total."""
         if self._bar is not None:
-            self._bar.update(iterations)
+            self._bar.update(progress - self._bar.n)
 
     def close(self) -> None:
         self._stack.close()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.config.batch_size import BatchSchedule
 from megatron.config.schema import DataConfig, TrainConfig
 from megatron.data.loader import Batch, BatchLoader, DataParallelShard
 from megatron.data.sampling.blend import Samples
@@ -39,7 +40,7 @@ class Task(ABC):
     def train_batches(self, consumed_samples: int) -> Iterable[Any]:
         """Return this rank's training micro-batches, continuing after `consumed_samples`.
 
-        Each step takes `plan.micro_steps` of them; too few are an error.
+        Each step takes as many as `plan.micro_steps_after` says; too few are an error.
         """
 
     @abstractmethod
@@ -114,7 +115,7 @@ class PretrainingTask(NextTokenLoss, Task):
         self.groups = groups
 
     def train_batches(self, consumed_samples: int) -> Iterable[Batch]:
-        return self._loader("train", consumed_samples)
+        return self._loader("train", consumed_samples, self.plan.batches)
 
     def eval_splits(self) -> list[str]:
         return [name for name in ("valid", "test") if self.splits[name] is not None]
@@ -123,12 +124,15 @@ class PretrainingTask(NextTokenLoss, Task):
         num_batches = self.train.eval_iters * self.plan.micro_steps
         return islice(self._loader(split, consumed_samples=0), num_batches)
 
-    def _loader(self, split: str, consumed_samples: int) -> BatchLoader:
+    def _loader(
+        self, split: str, consumed_samples: int, rampup: BatchSchedule | None = None
+    ) -> BatchLoader:
         shard = DataParallelShard(
             micro_batch_size=self.train.micro_batch_size,
             global_batch_size=self.plan.global_batch,
             rank=self.groups.rank,
             world_size=self.groups.world_size,
+            rampup=rampup,
         )
         return BatchLoader(
             self.splits[split],

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NoReturn
 
-from megatron.checkpoint.metadata import TrainingProgress
+from megatron.checkpoint.metadata import Position, TrainingProgress
 from megatron.checkpoint.saver import Checkpointer
+from megatron.config.fields import flag_name
 from megatron.config.schema import CheckpointConfig, FaultToleranceConfig, TrainConfig
 from megatron.engine.engine import Engine
 from megatron.log import get_logger, warn_on_rank0
@@ -95,6 +96,8 @@ class Trainer:
         self._stop_reason = ""
         """why the run ends before its schedule; all ranks have the same"""
         self._save_due = False
+        self._step: Position | None = None
+        """size of the last step of this run"""
 
     def run(self) -> None:
         """Train from `progress` to the end of the schedule, then evaluate on the test split.
@@ -120,14 +123,16 @@ class Trainer:
         if self.progress.iteration == 0:
             self.evaluate("valid")
         self.services.startup_timer.mark("evaluation")
-        with ProgressBar(total=last, initial=self.progress.iteration) as bar:
+        length = self.plan.length
+        done = self.plan.amount_done(self.progress)
+        with ProgressBar(length.total, done, length.unit) as bar:
             while self.progress.iteration < last and not self._stop_reason:
                 if self.services.profiler is None:
                     self.step()
                 else:
                     self.services.profiler.step(self.progress.iteration, self.step, self.engine)
                 self.services.startup_timer.end("first step")
-                bar.update()
+                bar.move_to(self.plan.amount_done(self.progress))
                 self.checkpointer.poll()
                 self._after_step()
 
@@ -140,28 +145,42 @@ class Trainer:
         """
         start = time.monotonic()
         progress = self.progress
-        lr = self.services.schedule.lr(progress.iteration)
+        step = self._start_step()
+        lr = self.services.schedule.lr(progress.position, step)
         batches = self.watchdog.reading(
-            islice(self.train_batches, self.plan.micro_steps),
+            islice(self.train_batches, self.plan.micro_steps_after(progress)),
             f"a batch of iteration {progress.iteration + 1}",
         )
         skipped_before = self.engine.skipped_steps
-        losses = self.engine.step(batches, self.task, lr, self._fraction_done())
+        progress_share = self.plan.fraction_done(progress)
+        losses = self.engine.step(batches, self.task, lr, progress_share)
         consensus = self.services.stop.all_reduce_step_status(losses[LM_LOSS], losses[AUX_LOSS])
         self._stop_reason = consensus.stop_reason
-        progress.iteration += 1
-        progress.consumed_samples += self.plan.global_batch
-        progress.consumed_tokens += self.plan.tokens_per_step
+        progress.add_step(step)
         skipped = self.engine.skipped_steps > skipped_before
-        self._window.add(consensus, lr, time.monotonic() - start, skipped)
+        self._window.add(consensus, step, lr, time.monotonic() - start, skipped)
         if skipped:
-            self._on_skipped_step(consensus)
+            self._on_skipped_step(consensus, step)
             return
         self._consecutive_bad_steps = 0
         self._good_steps += 1
         spike = self.spikes.update(consensus.lm_loss)
         if spike is not None:
             self._on_loss_spike(consensus.lm_loss, spike)
+
+    def _start_step(self) -> Position:
+        """Give the engine the global batch of the step that follows. Returns the step's size."""
+        step = self.plan.step_after(self.progress)
+        self.engine.set_global_batch(step.samples)
+        if self._step is not None and self._step != step:
+            get_logger().info(
+                "the global batch is %d samples in %d micro-batch(es) from iteration %d on",
+                step.samples,
+                self.plan.micro_steps_after(self.progress),
+                self.progress.iteration + 1,
+            )
+        self._step = step
+        return step
 
     def _after_step(self) -> None:
         """Log, evaluate and save as the intervals say, or because the run ends here."""
@@ -211,7 +230,7 @@ class Trainer:
             self.checkpointer.save(self.progress, last=ends)
             self._save_due = False
 
-    def _on_skipped_step(self, consensus: StepConsensus) -> None:
+    def _on_skipped_step(self, consensus: StepConsensus, step: Position) -> None:
         """Count and log a skipped step; raise if there were too many in a row.
 
         Weights, moments and gates are as before the step; iteration and schedule advanced.
@@ -223,7 +242,7 @@ class Trainer:
             what = f"the loss on {consensus.bad_ranks} of {self.groups.world_size} rank(s)"
         else:
             what = "a gradient"
-        first_sample = progress.consumed_samples - self.plan.global_batch
+        first_sample = progress.consumed_samples - step.samples
         warn_on_rank0(
             f"iteration {progress.iteration}: {what} was NaN or infinite, so the step is "
             f"skipped ({self._consecutive_bad_steps} consecutive; samples {first_sample} to "
@@ -271,10 +290,6 @@ class Trainer:
             save_error = f"; {error}"
         raise ValueError(f"{reason}; {self.checkpointer.last_saved_message()}{save_error}")
 
-    def _fraction_done(self) -> float:
-        """Share of the schedule's samples that the run has consumed."""
-        return self.progress.consumed_samples / self.plan.samples
-
     def _elapsed(self) -> float:
         return time.monotonic() - self.start_time
 
@@ -288,8 +303,9 @@ class Trainer:
             "loss": window.mean_lm_loss(),
             "aux_loss": window.mean_aux_loss(),
             "lr": window.lr,
+            "global_batch_size": window.global_batch_size,
             "grad_norm": self.engine.grad_norm(),
-            "tokens_per_s": window.steps * self.plan.tokens_per_step / seconds,
+            "tokens_per_s": window.tokens / seconds,
             "step_time_ms": 1000 * seconds / window.steps,
             "skipped_steps": self.engine.skipped_steps,
             "bad_steps": window.bad_steps,
@@ -312,7 +328,8 @@ class Trainer:
         batches = self.watchdog.reading(
             self.task.eval_batches(split), f"a batch of split {split!r}"
         )
-        losses = self.engine.evaluate(batches, self.task, self._fraction_done())
+        progress_share = self.plan.fraction_done(self.progress)
+        losses = self.engine.evaluate(batches, self.task, progress_share)
         loss = all_reduce_mean(float(losses[LM_LOSS]), self.groups)
         row = {
             "kind": "eval" if split == "valid" else split,
@@ -351,13 +368,27 @@ def log_run_summary(
         groups.reason,
         precision,
     )
+    first = plan.batches.at(0)
+    samples = f"{plan.global_batch}"
+    micro_steps = f"{plan.micro_steps}"
+    if first < plan.global_batch:
+        samples = f"{first} to {plan.global_batch}"
+        micro_steps = f"{first // plan.micro_step_size} to {plan.micro_steps}"
     get_logger().info(
-        "%s on each rank; %d iterations of %d samples x %d tokens, %d micro-batch(es) per step; "
+        "%s on each rank; %d iterations of %s samples x %d tokens, %s micro-batch(es) per step; "
         "starting at iteration %d",
         experts,
         plan.iterations,
-        plan.global_batch,
+        samples,
         plan.seq_length,
-        plan.micro_steps,
+        micro_steps,
         progress.iteration,
     )
+    if progress.iteration >= plan.iterations:
+        warn_on_rank0(
+            "%s %d is reached at iteration %d: there is nothing left to train. To train on, "
+            "set a larger number",
+            flag_name(plan.length.field),
+            plan.length.total,
+            progress.iteration,
+        )

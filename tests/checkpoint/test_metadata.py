@@ -182,18 +182,52 @@ def test_moe_layers_are_compared_resolved():
         check_same_run(metadata(expert_interval=2), metadata(), "x")
 
 
-def test_schedule_in_tokens_needs_same_batch():
-    saved = RunMetadata(
-        RunConfig(optimizer=OptimizerConfig(lr_decay_tokens=5000)),
-        IDENTITY,
-        global_batch_size=8,
-    )
-    assert check_same_schedule(saved, replace(saved), "x") is None
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_other_batch_keeps_the_schedule(unit):
+    """In samples or tokens, only the number of iterations follows the batch."""
+    options = {f"lr_decay_{unit}": 5000, f"lr_warmup_{unit}": 100}
+    for optimizer in (OptimizerConfig(**options), OptimizerConfig()):
+        config = RunConfig(optimizer=optimizer, train=TrainConfig(**{f"train_{unit}": 9000}))
+        saved = RunMetadata(config, IDENTITY, global_batch_size=8, iterations=50)
+        other = replace(saved, global_batch_size=16, iterations=25)
+        assert check_same_schedule(saved, other, "x") is None
+
+
+@pytest.mark.parametrize(
+    "length, message",
+    [
+        (
+            {"train_tokens": 9001},
+            "the run's number of tokens, which its learning rates follow, is 9001 but checkpoint x "
+            "was made with 9000; use .*--override-lr-schedule",
+        ),
+        (
+            {"train_iters": 50},
+            "the run's length, which its learning rates follow, is '50 iterations' but checkpoint "
+            "x was made with '9000 tokens'",
+        ),
+    ],
+)
+def test_schedule_follows_length_in_its_unit(length, message):
+    config = RunConfig(train=TrainConfig(train_tokens=9000))
+    saved = RunMetadata(config, IDENTITY, global_batch_size=8, iterations=50)
+    other = replace(saved, config=RunConfig(train=TrainConfig(**length)))
+    with pytest.raises(ValueError, match=message):
+        check_same_schedule(saved, other, "x")
+
+
+def test_old_warmup_fraction_is_refused():
+    """Versions that did not record the number of samples counted it of the run."""
+    optimizer = OptimizerConfig(lr_warmup_fraction=0.1, lr_decay_iters=50)
+    old = RunMetadata(RunConfig(optimizer=optimizer), IDENTITY, iterations=100)
     with pytest.raises(
         ValueError,
-        match="the global batch, in which --lr-decay-tokens is counted, is 16 but .*8",
+        match="--lr-warmup-fraction 0.1 is a fraction of the decay now, but .* checkpoint x; add "
+        "--override-lr-schedule, .* set --lr-warmup-fraction 0 --lr-warmup-iters 10",
     ):
-        check_same_schedule(saved, replace(saved, global_batch_size=16), "x")
+        check_same_schedule(old, replace(old, samples=800), "x")
+    new = replace(old, samples=800)
+    assert check_same_schedule(new, new, "x") is None
 
 
 def test_changed_gate_options_are_logged(capsys):
@@ -218,11 +252,31 @@ def test_changed_order_of_samples_is_logged(capsys):
     warn_of_changes(
         saved, replace(saved, config=RunConfig(train=TrainConfig(train_iters=7, seed=2)))
     )
-    assert "--seed, --train-iters differ(s) from the checkpoint's" in capsys.readouterr().out
-    warn_of_changes(saved, replace(saved, global_batch_size=16))
-    assert "the global batch (16 samples instead of 8) differ(s)" in capsys.readouterr().out
+    assert "--seed differ(s) from the checkpoint's" in capsys.readouterr().out
     warn_of_changes(saved, replace(saved, data={"a": {"bin_bytes": 2}, "b": {}}))
     assert " the files of a differ(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "data, follows",
+    [
+        ({}, True),
+        ({"dataloader_type": "cyclic"}, False),
+        ({"streaming_data_path": ("text.jsonl",)}, False),
+    ],
+)
+def test_order_follows_number_of_samples(data, follows, capsys):
+    """It follows neither the batch nor the number of iterations."""
+    log.setup()
+    config = RunConfig(data=DataConfig(**data))
+    old = RunMetadata(config, IDENTITY, global_batch_size=8, iterations=100)
+    warn_of_changes(old, replace(old, global_batch_size=4, iterations=200, samples=800))
+    out = capsys.readouterr().out
+    assert "a global batch of 4 samples; the checkpoint was made with 8" in out
+    assert "differ(s)" not in out
+    warn_of_changes(old, replace(old, samples=801))
+    expected = "the number of samples of the run (801 instead of 800) differ(s)"
+    assert (expected in capsys.readouterr().out) == follows
 
 
 def test_changed_topology_is_logged(capsys):

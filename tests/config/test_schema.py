@@ -19,6 +19,7 @@ from megatron.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
+from megatron.config.training import RunLength
 
 REFUSED = [
     (ModelConfig, {"num_layers": 0}, "--num-layers is 0; allowed: a positive integer"),
@@ -133,7 +134,7 @@ REFUSED = [
     (
         OptimizerConfig,
         {"lr_decay_style": "step"},
-        "--lr-decay-style is 'step'; allowed: cosine linear constant wsd",
+        "--lr-decay-style is 'step'; allowed: cosine linear inverse-square-root constant wsd",
     ),
     (DeepSpeedConfig, {"zero_stage": 4}, "--zero-stage is 4; allowed: 0 1 2 3"),
     (
@@ -171,8 +172,10 @@ REFUSED = [
         (OptimizerConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
         for name in (
             "lr_warmup_iters",
+            "lr_warmup_samples",
             "lr_warmup_tokens",
             "lr_decay_iters",
+            "lr_decay_samples",
             "lr_decay_tokens",
             "weight_decay",
             "clip_grad",
@@ -194,12 +197,22 @@ REFUSED = [
         OptimizerConfig,
         {"lr_warmup_iters": 1, "lr_warmup_fraction": 0.1},
         r"--lr-warmup-\* is \['lr_warmup_iters', 'lr_warmup_fraction'\]; "
-        "allowed: one of iters, fraction, tokens",
+        "allowed: one of iters, samples, tokens, fraction",
     ),
     (
         OptimizerConfig,
         {"lr_decay_iters": 1, "lr_decay_tokens": 2},
-        "--lr-decay-tokens is 2; allowed: only without --lr-decay-iters",
+        "--lr-decay-tokens is 2; allowed: only without --lr-decay-iters. Use one of them.",
+    ),
+    (
+        OptimizerConfig,
+        {"lr_decay_iters": 1, "lr_decay_samples": 3, "lr_decay_tokens": 2},
+        "--lr-decay-tokens is 2; allowed: only without --lr-decay-iters and --lr-decay-samples",
+    ),
+    (
+        OptimizerConfig,
+        {"lr_wsd_decay_style": "sqrt"},
+        "--lr-wsd-decay-style is 'sqrt'; allowed: linear cosine exponential minus_sqrt",
     ),
     (
         OptimizerConfig,
@@ -217,6 +230,7 @@ REFUSED = [
         for name in (
             "global_batch_size",
             "train_iters",
+            "train_samples",
             "train_tokens",
             "eval_interval",
             "eval_iters",
@@ -287,6 +301,24 @@ REFUSED = [
         {"train_iters": 1, "train_tokens": 2},
         "--train-tokens is 2; allowed: only without --train-iters",
     ),
+    (
+        TrainConfig,
+        {"train_iters": 1, "train_samples": 2},
+        "--train-samples is 2; allowed: only without --train-iters",
+    ),
+    *[
+        (TrainConfig, {"rampup_batch_size": ramp}, "allowed: three positive integers: the")
+        for ramp in ((8, 8), (8, 8, 0), (0, 8, 100), (8, 8, 100, 1))
+    ],
+    *[
+        (
+            TrainConfig,
+            {"global_batch_size": 32, "rampup_batch_size": ramp},
+            rf"--rampup-batch-size is \{list(ramp)}; allowed: a first batch below the global "
+            "batch of 32 samples, and an increment that divides the difference",
+        )
+        for ramp in ((32, 8, 100), (40, 8, 100), (8, 7, 100))
+    ],
     (
         FaultToleranceConfig,
         {"timeout_minutes": 0.0},
@@ -359,7 +391,7 @@ def test_precision_follows_bf16_and_fp16():
     ]
 
 
-def test_train_config_derives_batch_and_iterations():
+def test_train_config_derives_the_batch():
     train = TrainConfig(micro_batch_size=2, train_tokens=1001)
     assert train.global_batch(4) == 8
     assert dataclasses.replace(train, global_batch_size=16).global_batch(4) == 16
@@ -368,13 +400,14 @@ def test_train_config_derives_batch_and_iterations():
         match="--global-batch-size is 12; allowed: a multiple of --micro-batch-size 2 x 4",
     ):
         dataclasses.replace(train, global_batch_size=12).global_batch(4)
-    assert train.iterations(10, 1) == 51  # 20 tokens an iteration
-    assert dataclasses.replace(train, train_tokens=0, train_iters=7).iterations(10, 1) == 7
-    with pytest.raises(
-        ValueError,
-        match="--train-iters is 0; allowed: a positive integer. Or set --train-tokens.",
-    ):
-        TrainConfig().iterations(10, 1)
+
+
+def test_run_length_has_its_own_unit():
+    assert TrainConfig().length is None
+    assert TrainConfig(train_iters=7).length == RunLength("iterations", 7)
+    assert TrainConfig(train_samples=8).length == RunLength("samples", 8)
+    assert TrainConfig(train_tokens=9).length == RunLength("tokens", 9)
+    assert TrainConfig(train_tokens=9).length.field == "train_tokens"
 
 
 def test_experts_require_zero():

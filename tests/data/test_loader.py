@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.config.batch_size import BatchSchedule
 from megatron.config.schema import DataConfig
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import IndexedWriter
@@ -150,6 +151,33 @@ def test_resume_continues_with_next_sample(world, micro, workers):
     data = DataConfig(num_workers=workers)
     uninterrupted = steps(world, micro, 4)
     assert steps(world, micro, 2, consumed=16, data=data) == uninterrupted[2:]
+
+
+RAMPUP = BatchSchedule(final=8, start=4, increment=4, ramp_samples=10)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_rampup_keeps_order_of_samples(world, micro, workers):
+    """Steps of 4, 4, 4, 8, ... samples take consecutive ones, also resumed within the ramp-up."""
+    dataset = NumberedSamples(39)
+    data = DataConfig(num_workers=workers)
+    for start, expected in ((0, range(36)), (8, range(8, 36))):
+        shards = [DataParallelShard(micro, 8, rank, world, RAMPUP) for rank in range(world)]
+        ranks = [
+            BatchLoader(
+                dataset, shard, consumed_samples=start, data=data, eod=EOD, vocab_size=10**6
+            )
+            for shard in shards
+        ]
+        taken = []
+        for _ in range(len(expected) // (world * micro)):
+            taken += [i for rank in ranks for i in take(rank, 1)]
+        assert taken == [*expected]
+        with pytest.raises(
+            ValueError, match="3 of 39 samples are left, an optimizer step takes 8"
+        ):
+            next(ranks[0])
 
 
 def test_consumed_samples_counts_all_ranks():

@@ -28,7 +28,7 @@ TRAIN = {
     "aux_loss": 0.01,
     "lr": 3e-4,
     "grad_norm": 1.5,
-    "tokens_per_s": 12345.6,
+    "tokens_per_s": 16384.0,
     "consumed_samples": 80,
     "consumed_tokens": 81920,
     "experts_per_token_before_capacity": 3.25,
@@ -64,14 +64,14 @@ def printed(monkeypatch, capsys):
 
 
 def test_console_formats_rows_in_columns(printed):
-    writer = ConsoleWriter(1000)
+    writer = ConsoleWriter(1000, 1000 * 8192)
     writer.write(TRAIN)
     writer.write(EVAL)
     writer.write({"kind": "test", "iteration": 1000, "loss": 4.0})
     writer.close()
     assert printed().splitlines() == [
         "iteration   10/1000 | loss  5.12500 | aux 1.000e-02 | lr 3.000e-04 | "
-        "grad norm   1.500 |    12,346 tokens/s | "
+        "grad norm   1.500 |    16,384 tokens/s | "
         "experts/token  3.00 (before capacity  3.25) | load max/mean   1.75 | dropped  1.25% | "
         "skipped   1 | elapsed 0:01:05 | left 0:08:15",
         "eval at   10/1000 | loss  4.00000 | perplexity     54.598 | elapsed 1:01:40",
@@ -81,7 +81,7 @@ def test_console_formats_rows_in_columns(printed):
 
 def test_console_names_nan_and_infinity(printed):
     """They are padded to the width of a number, so that columns stay aligned."""
-    writer = ConsoleWriter(1000)
+    writer = ConsoleWriter(1000, 1000 * 8192)
     broken = {
         **TRAIN,
         "loss": math.nan,
@@ -207,12 +207,12 @@ def test_wandb_missing_is_an_error(monkeypatch):
         ValueError,
         match="--wandb-project is 'p', but the package wandb is not installed; pip install",
     ):
-        build_metric_writers(LoggingConfig(wandb_project="p"), "", 0, 10)
+        build_metric_writers(LoggingConfig(wandb_project="p"), "", 0, 10, 80)
 
 
 def test_flags_choose_the_writers(tmp_path, monkeypatch):
     def kinds(rank=0, save="", **options):
-        writers = build_metric_writers(LoggingConfig(**options), save, rank, 10)
+        writers = build_metric_writers(LoggingConfig(**options), save, rank, 10, 80)
         writers.close()
         return [type(writer) for writer in writers.writers]
 
@@ -269,7 +269,7 @@ def test_all_writers_are_closed_despite_errors(tmp_path):
 def test_progress_bar_needs_a_terminal(printed, capsys):
     handlers = list(log.get_logger().handlers)
     with ProgressBar(total=5) as bar:
-        bar.update()
+        bar.move_to(1)
         log.get_logger().info("line")
         assert log.get_logger().handlers == handlers
     assert capsys.readouterr().err == ""
@@ -280,18 +280,18 @@ def test_log_lines_appear_above_the_bar(printed, monkeypatch, capsys, rank):
     handlers = list(log.get_logger().handlers)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with ProgressBar(total=5, initial=2) as bar:
-        bar.update()
+    with ProgressBar(total=5, initial=2, unit="samples") as bar:
+        bar.move_to(3)
         log.get_logger().info("line")
         out, err = capsys.readouterr()
         assert out.endswith(" line\n")
         if rank == 0:
             # tqdm clears its line before the log line is written and redraws it
             # afterwards.
-            assert "2/5" in err and err.count("\r") > 2
+            assert "2/5" in err and "samples" in err and err.count("\r") > 2
         else:
             assert err == ""
-        bar.update(2)
+        bar.move_to(5)
     assert "5/5" in capsys.readouterr().err or rank
     assert log.get_logger().handlers == handlers
 
@@ -305,8 +305,8 @@ def test_console_shows_experts_of_evaluated_layers(printed):
         "experts_per_token": 2.5,
         "experts_per_token_by_layer": [1.25, float("nan")],
     }
-    ConsoleWriter(10).write(row)
-    ConsoleWriter(10).write({**row, "kind": "train"})
+    ConsoleWriter(10, 80).write(row)
+    ConsoleWriter(10, 80).write({**row, "kind": "train"})
     evaluation, training = printed().splitlines()
     assert evaluation.endswith("experts/token  2.50 | by layer 1.25  NaN")
     assert "by layer" not in training

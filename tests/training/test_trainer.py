@@ -14,11 +14,8 @@ import torch
 
 from helpers import runs
 from megatron import pretrain
-from megatron.checkpoint.metadata import TrainingProgress
-from megatron.config.schema import TrainConfig
 from megatron.data.loader import Batch
 from megatron.log import get_logger
-from megatron.training.plan import TrainingPlan
 from megatron.training.task import LM_LOSS, NextTokenLoss, PretrainingTask, Task
 
 MICRO_STEPS = 2
@@ -315,31 +312,3 @@ def test_aborted_run_completes_its_checkpoint(data, tmp_path, ranks2):
     ):
         ranks2.run(_save_slowly, argv, {3, 4}, timeout=300)
     assert saved(tmp_path) == ["iter_0000002"]
-
-
-@pytest.mark.parametrize(
-    "train, done, iterations",
-    [
-        (TrainConfig(train_iters=7), TrainingProgress(3, 12, 384), 7),
-        (TrainConfig(micro_batch_size=2, train_tokens=2560), TrainingProgress(), 20),
-        (TrainConfig(micro_batch_size=2, train_tokens=2561), TrainingProgress(), 21),
-        (
-            TrainConfig(micro_batch_size=2, train_tokens=2560),
-            TrainingProgress(10, 40, 1280),
-            20,
-        ),
-        (
-            TrainConfig(micro_batch_size=2, global_batch_size=8, train_tokens=2560),
-            TrainingProgress(10, 40, 1280),
-            15,
-        ),
-        (
-            TrainConfig(micro_batch_size=2, train_tokens=2560),
-            TrainingProgress(20, 80, 2560),
-            20,
-        ),
-    ],
-)
-def test_plan_counts_remaining_tokens(train, done, iterations):
-    """Two ranks, 32 tokens per sample: 128 tokens per step, 256 after the batch doubled."""
-    assert TrainingPlan.of(train, 32, 2, done).iterations == iterations
