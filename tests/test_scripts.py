@@ -208,6 +208,12 @@ def test_training_variables_arrive(words):
     )
 
 
+def test_run_length_in_samples_arrives(tmp_path):
+    words, _ = dry(tmp_path, TRAIN_SAMPLES="5000", TRAIN_ITERS="7")
+    train = config_of(words).train
+    assert (train.train_samples, train.train_iters, train.train_tokens) == (5000, 0, 0)
+
+
 def test_launcher_variables_arrive(words):
     launcher = launcher_of(words)
     assert (launcher.num_gpus, launcher.num_nodes, launcher.hostfile, launcher.no_ssh) == (

@@ -119,7 +119,8 @@ largest_micro_batch() {
     echo "$size"
 }
 BATCH_SIZE=${BATCH_SIZE:-$(largest_micro_batch)}
-TRAIN_TOKENS=${TRAIN_TOKENS:-}
+TRAIN_TOKENS=${TRAIN_TOKENS:-}   # takes precedence over TRAIN_SAMPLES, and that over TRAIN_ITERS
+TRAIN_SAMPLES=${TRAIN_SAMPLES:-}
 TRAIN_ITERS=${TRAIN_ITERS:-60000}
 LR=${LR:-4.5e-4}
 MIN_LR=${MIN_LR:-4.5e-6}
@@ -185,7 +186,13 @@ if [ "$EP_SIZE" -gt 0 ]; then
         flags+=(--expert-interval "$EP_INTERVAL" --moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE" ${TOPK:+--topk "$TOPK"})
     fi
 fi
-if [ -n "$TRAIN_TOKENS" ]; then flags+=(--train-tokens "$TRAIN_TOKENS"); else flags+=(--train-iters "$TRAIN_ITERS"); fi
+if [ -n "$TRAIN_TOKENS" ]; then
+    flags+=(--train-tokens "$TRAIN_TOKENS")
+elif [ -n "$TRAIN_SAMPLES" ]; then
+    flags+=(--train-samples "$TRAIN_SAMPLES")
+else
+    flags+=(--train-iters "$TRAIN_ITERS")
+fi
 [ "$PRECISION" = fp32 ] || flags+=("--$PRECISION")
 [ "$ACTIVATION_CHECKPOINT" = true ] && flags+=(--recompute-activations)
 # Resume from the newest valid checkpoint if there is one; a --load given by the caller must find one.
