@@ -76,9 +76,9 @@ class LoadedCheckpoint:
         return self.path
 
     def keep_global_batch(self, config: RunConfig, groups: Groups) -> RunConfig:
-        """Return the configuration with the checkpoint's global batch.
+        """Return the configuration with the checkpoint's global batch and its ramp-up.
 
-        It is unchanged with --global-batch-size or --finetune.
+        It is unchanged with --global-batch-size or --finetune, and so is a ramp-up that is set.
 
         Raises:
             ValueError: The global batch is not a multiple of micro-batch x ranks.
@@ -88,8 +88,10 @@ class LoadedCheckpoint:
         samples_per_micro_step = train.micro_batch_size * groups.world_size
         if self.options.finetune or train.global_batch_size:
             return config
+        rampup = train.rampup_batch_size or self._unfinished_rampup()
+        train = replace(train, rampup_batch_size=rampup)
         if samples_per_micro_step == saved_batch:
-            return config
+            return replace(config, train=train)
         require(
             saved_batch % samples_per_micro_step == 0,
             "the global batch of the checkpoint",
@@ -103,6 +105,13 @@ class LoadedCheckpoint:
             saved_batch,
         )
         return replace(config, train=replace(train, global_batch_size=saved_batch))
+
+    def _unfinished_rampup(self) -> tuple[int, ...]:
+        """Return --rampup-batch-size of the checkpoint's run if its ramp-up has not ended."""
+        rampup = self.metadata.config.train.rampup_batch_size
+        if rampup and self.progress.consumed_samples > rampup[2]:
+            return ()
+        return rampup
 
     def check(self, current: RunMetadata) -> None:
         """Check that the current run may start from this checkpoint, before anything is built.

@@ -287,6 +287,30 @@ def test_global_batch_is_kept_unless_set(options, size, three, ranks1):
     assert ranks1.run(_global_batch, config) == [size]
 
 
+@pytest.mark.parametrize(
+    "options, consumed, rampup",
+    [
+        ({}, 10, (2, 2, 10)),
+        ({}, 11, ()),
+        ({"micro_batch_size": 2}, 10, (2, 2, 10)),
+        ({"micro_batch_size": 4}, 11, ()),
+        ({"rampup_batch_size": (1, 1, 6)}, 10, (1, 1, 6)),
+        ({"global_batch_size": 8}, 10, ()),
+        ({"finetune": True}, 10, ()),
+    ],
+)
+def test_rampup_is_kept_until_its_end(options, consumed, rampup, three):
+    """The checkpoint has a global batch of 4 samples; a micro-batch is one sample or more."""
+    config = engines.loading(config_of(""), three)
+    config = with_checkpoint(config, finetune=options.pop("finetune", False))
+    config = with_train(config, **{"global_batch_size": 0, **options})
+    loaded = loader.find_checkpoint(config.checkpoint, Groups())
+    saved = with_train(loaded.metadata.config, rampup_batch_size=(2, 2, 10))
+    loaded.metadata = replace(loaded.metadata, config=saved)
+    loaded.progress.consumed_samples = consumed
+    assert loaded.keep_global_batch(config, Groups()).train.rampup_batch_size == rampup
+
+
 def test_indivisible_global_batch_is_refused(three, ranks1):
     config = engines.loading(config_of(""), three)
     config = with_train(config, global_batch_size=0, micro_batch_size=3)
