@@ -64,7 +64,7 @@ def fixed_seed():
 def restored_environment():
     """Undo what a test changes in os.environ, also what the code under test sets there.
 
-    A TORCH_EXTENSIONS_DIR left behind made later tests compile DeepSpeed's operator again.
+    A TORCH_EXTENSIONS_DIR left behind made later tests compile operators again.
     """
     with mock.patch.dict(os.environ):
         yield

@@ -1,8 +1,4 @@
-"""Checks whether this Python can run the project, and names the packages to install if not.
-
-`--build` also compiles DeepSpeed's CPU communication operator. Compiling it once, in a single
-process, keeps it out of the first training run, where every rank would wait for it.
-"""
+"""Checks whether this Python can run the project, and names the packages to install if not."""
 
 from __future__ import annotations
 
@@ -19,8 +15,6 @@ def missing_packages() -> list[str]:
     """Return the requirements of pyproject.toml (with the test extra) that are not installed,
     or in another version.
     """
-    # Not pip's copies of these: importing pip disables the distutils that setuptools needs to
-    # compile operators.
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -43,27 +37,9 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def build_operators() -> None:
-    """Compile DeepSpeed's CPU communication operator into the environment's cache; no CUDA."""
-    from megatron.engine.distributed import prepare_deepspeed
-    from megatron.parallel.groups import choose_comm_backend
-
-    backend, device, reason = choose_comm_backend()
-    prepare_deepspeed(device)
-    if backend == "gloo":
-        from deepspeed.comm.torch import build_shm_op
-
-        build_shm_op()
-    print(f"backend {backend}: {reason}")
-
-
 def main() -> int:
-    """Check, and build if requested; return the exit code, 2 if packages are missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--build", action="store_true", help="also compile DeepSpeed's CPU operator"
-    )
-    args = parser.parse_args()
+    """Check; return the exit code, 2 if packages are missing."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     missing = missing_packages()
     if missing:
         print(
@@ -72,8 +48,6 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    if args.build:
-        build_operators()
     return 0
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron import log
 from megatron.config.fields import require
-from megatron.engine.startup_patches import skip_triton_probe
+from megatron.engine.operator_lock import lock_operator_builds
+from megatron.engine.startup_patches import skip_shm_operator, skip_triton_probe
 from megatron.parallel.groups import Groups, choose_comm_backend
 
 _LAUNCHER_DEFAULTS = {
@@ -51,14 +52,9 @@ def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         "Start another number of ranks or change it.",
     )
     backend, device, reason = choose_comm_backend()
-    prepare_deepspeed(device)
-    import deepspeed  # only now: it reads the environment when it is imported
+    _import_deepspeed(device, timeout_minutes)
+    import deepspeed
 
-    if device.type == "cpu":
-        skip_triton_probe()
-    else:
-        torch.cuda.set_device(device)
-    log.quiet_deepspeed()
     timeout = timedelta(minutes=timeout_minutes)
     try:
         deepspeed.init_distributed(
@@ -83,6 +79,20 @@ def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         ep_size=ep_size,
         ep_group=ep_group if ep_size > 1 else None,
     )
+
+
+def _import_deepspeed(device: torch.device, timeout_minutes: float) -> None:
+    """Import DeepSpeed after the environment variables are set that it reads then."""
+    prepare_deepspeed(device)
+    lock_operator_builds(timeout_minutes)
+    import deepspeed  # noqa: F401
+
+    if device.type == "cpu":
+        skip_triton_probe()
+        skip_shm_operator()
+    else:
+        torch.cuda.set_device(device)
+    log.quiet_deepspeed()
 
 
 def _expert_parallel_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
@@ -119,14 +129,20 @@ def _rendezvous_error(error: RuntimeError, timeout_minutes: float) -> str:
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Set the environment variables that DeepSpeed reads when it is imported.
+    """Set the environment variables that DeepSpeed reads.
 
-    DeepSpeed compiles its CPU communication operator at first use into a cache keyed by
-    name only. The cache goes into the virtual environment, because another
-    environment's torch would otherwise load a binary that does not fit it.
+    A --deepspeed-config can select operators that DeepSpeed compiles at first use, with the
+    first `ninja` of PATH, into a cache keyed by name only. The environment's own ninja comes
+    first, because another version would compile everything again, and because PATH has none
+    if the environment is not activated. The cache goes into the virtual environment, because
+    another environment's torch would load a binary that does not fit it.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    programs = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = programs + os.pathsep + path
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
         os.environ.setdefault(
             "TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions")
