@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from megatron import log
+from megatron.parallel.ranks import set_rank
 
 _PACKAGE = Path(__file__).parent
 _PEER_EXITED = (
@@ -39,8 +40,9 @@ def exit_code(program: Callable[[], None]) -> int:
 
     An error that the user can act on is reported as one line; any other is raised.
     """
-    log.setup()
     try:
+        set_rank()  # before the logger is set up, which depends on the rank
+        log.setup()
         program()
     except KeyboardInterrupt:
         log.report_error(InterruptedError("interrupted"))

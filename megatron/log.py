@@ -127,7 +127,8 @@ def run_tool(prog: str, body: Callable[[], object]) -> int:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0  # `parallel.ranks` refuses what is no number
 
 
 def _prefix(rank: int) -> str:

@@ -16,33 +16,30 @@ from megatron.config.fields import require
 from megatron.engine.operator_lock import lock_operator_builds
 from megatron.engine.startup_patches import skip_shm_operator, skip_triton_probe
 from megatron.parallel.groups import Groups, choose_comm_backend
-
-_LAUNCHER_DEFAULTS = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",  # any free port, which is enough for one process
-}
+from megatron.parallel.ranks import is_alone_in_job, set_rank, set_rendezvous
 
 
 def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
     """Start torch.distributed through DeepSpeed and create the expert-parallel groups.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher sets
-    them. Without them the run has one process.
+    Which rank this process is, and where the ranks meet: see `megatron.parallel.ranks`.
 
     Args:
         ep_size: number of ranks that together hold every expert once.
         timeout_minutes: time limit of every collective.
 
     Raises:
-        ValueError: `ep_size` does not divide the number of ranks, or there are more
-            ranks than CUDA devices.
+        ValueError: `ep_size` does not divide the number of ranks, there are more ranks
+            than CUDA devices, or the environment does not tell where rank 0 is.
         ConnectionError: the ranks did not find each other.
     """
-    for name, value in _LAUNCHER_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    set_rank()
+    if is_alone_in_job():
+        log.get_logger().warning(
+            "SLURM_NTASKS is %s, but this process is not a task of srun: the run has one "
+            "process. Start it by srun or a launcher for more",
+            os.environ["SLURM_NTASKS"],
+        )
     world_size = int(os.environ["WORLD_SIZE"])
     require(
         world_size % ep_size == 0,
@@ -51,6 +48,7 @@ def init_distributed(ep_size: int = 1, timeout_minutes: float = 10.0) -> Groups:
         f"a divisor of the {world_size} ranks",
         "Start another number of ranks or change it.",
     )
+    set_rendezvous()
     backend, device, reason = choose_comm_backend()
     _import_deepspeed(device, timeout_minutes)
     import deepspeed

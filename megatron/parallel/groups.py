@@ -60,7 +60,8 @@ def choose_comm_backend() -> tuple[str, torch.device, str]:
         "LOCAL_RANK",
         local_rank,
         f"below the {count} CUDA devices of this machine",
-        "Start fewer ranks per node (NUM_GPUS, --num_gpus).",
+        "Start fewer ranks per node (NUM_GPUS, --num_gpus), or under srun let each task see "
+        "all GPUs of its node (--gpu-bind=none).",
     )
     return "nccl", torch.device("cuda", local_rank), f"torch finds {count} CUDA device(s)"
 

@@ -56,6 +56,7 @@ def groups_for(ep_size: int) -> Groups:
 def _worker(rank: int, world_size: int, store: str, path: list[str], pipe: Any) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # as a launcher would
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

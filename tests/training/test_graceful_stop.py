@@ -153,7 +153,8 @@ def test_interrupt_before_training_exits_130(capsys):
 
 def test_immediate_report_does_not_wait(monkeypatch, capsys):
     """What only one rank knows is printed without waiting for rank 0."""
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("megatron.log.time.sleep", lambda seconds: pytest.fail("it waits"))
     report_error(RuntimeError("what it is"), immediately=True)
     assert capsys.readouterr().err == "[rank 1] error: what it is\n"
@@ -165,7 +166,8 @@ def test_timeout_is_reported_before_peers_end(monkeypatch, capsys):
     def program():
         raise RuntimeError("Timed out waiting 60000ms for recv operation to complete")
 
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("megatron.log.time.sleep", lambda seconds: pytest.fail("it waits"))
     assert exit_code(program) == 3
     error = capsys.readouterr().err
