@@ -307,6 +307,10 @@ def _build_config(
     gate_options = built["gate_options"]
     apply_gate_overrides(gate_options, moe_values, built["model"].num_layers, gate)
     built["moe"] = MoEConfig(**moe_values)
+    num_experts = built["moe"].num_experts
+    # The same check as in `create_gate`, before the run starts.
+    if num_experts and hasattr(gate_options, "check"):
+        gate_options.check(num_experts)
     built["gate_options"] = dataclasses.asdict(gate_options)
     return RunConfig(**built), options
 
