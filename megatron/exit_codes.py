@@ -4,8 +4,8 @@
 1          another rank ended first, or an error of the program, with its traceback
 2          a mistake in what was set, or a fault of the machine such as a full disk
 3          a rank waited for longer than --timeout-minutes (also `training.watchdog`)
-128 + n    signal n was repeated: the rank ended without a checkpoint (`graceful_stop`)
-130        interrupted outside of the training loop
+128 + n    signal n was repeated: the rank ended without a checkpoint (`graceful_stop`); or it
+           came outside of the training loop (143: SIGTERM, 130: Ctrl-C; `startup_signals`)
 141        the reader of a tool's output has ended (`log.run_tool`)
 """
 
