@@ -8,7 +8,8 @@ A gate is one paper in one file of `megatron/moe/gates/`. A subclass of `Gate` w
         class Config: ...  # fields become flags; the string under a field is its help
         def forward(self, inp: GateInput) -> Routing: ...
 
-A gate may not communicate, apply capacity, multiply expert outputs, log, or read flags.
+A gate may not communicate, apply capacity, multiply expert outputs, log (except by
+`warn_once`), or read flags.
 Its forward changes no state, because activation recomputation runs it twice. State that
 outlives a step is an fp32 buffer, which `post_optimizer_step` updates.
 """
@@ -24,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from megatron.log import warn_on_rank0
 from megatron.moe import gates
 from megatron.moe.gate_functional import make_linear
 from megatron.moe.routing import GateInput, Routing, StepTotals
@@ -85,6 +87,7 @@ class Gate(nn.Module):
         self.config = config
         self.context = context
         self.num_experts = context.num_experts
+        self._has_warned = context.layer > 0
         self.zero_computation_experts = nn.ModuleList()
 
     @property
@@ -129,6 +132,15 @@ class Gate(nn.Module):
         common rule: the same capacity for all routed experts, no limit for the others.
         """
         return None
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning on rank 0 for what every rank and every MoE layer notices.
+
+        Only the first MoE layer's first call logs.
+        """
+        if not self._has_warned:
+            self._has_warned = True
+            warn_on_rank0("%s", message)
 
     @classmethod
     def experts_per_token(cls, config: Any, num_experts: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron.log import get_logger
+from megatron.log import warn_on_rank0
 from megatron.tokenizer.base import Tokenizer, flatten, one_line
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class FastBPE(Tokenizer):
                     f"implementation of {self.name} (it starts with {text[:40]!r}): using the "
                     "reference, which is much slower"
                 )
-                get_logger().warning("%s", self.difference)
+                warn_on_rank0("%s", self.difference)
                 self.use_reference()
                 return
         self._to_compare -= len(sample)
@@ -192,7 +192,7 @@ class FastBPE(Tokenizer):
         try:
             return load()
         except Exception as error:  # gigatoken raises plain RuntimeError, ValueError or OSError
-            get_logger().warning(
+            warn_on_rank0(
                 "gigatoken cannot load this %s (%s): using the reference implementation, which "
                 "is much slower",
                 self.name,

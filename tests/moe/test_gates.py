@@ -28,8 +28,6 @@ from megatron.moe.gate import (
 )
 from megatron.moe.routing import GateInput
 
-# expert_choice warns once that tokens see future tokens.
-pytestmark = pytest.mark.filterwarnings("ignore:.*future:UserWarning")
 ALL = available_gates()
 CAPACITY_1 = {"moe_train_capacity_factor": 1.0, "moe_min_capacity": 1}
 

@@ -371,6 +371,18 @@ def test_gigatoken_is_compared_on_first_documents(tmp_path, monkeypatch):
     )
 
 
+def test_gigatoken_warnings_come_from_rank0(tmp_path, caplog, monkeypatch):
+    """Every rank of a run builds the tokenizer and encodes the same texts."""
+    trained(tmp_path, pre=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    monkeypatch.setenv("RANK", "1")
+    with caplog.at_level(logging.WARNING, "megatron"):
+        ours = build("HuggingFaceTokenizer", tmp_path)
+        ours.encode_batch(["the cat sat on the mat, don't you see the cat? 12345 hello\n"])
+        trained(tmp_path, normalizer=normalizers.Lowercase())
+        without = build("HuggingFaceTokenizer", tmp_path)
+    assert ours._fast is without._fast is None and not caplog.messages
+
+
 @pytest.mark.parametrize("kind", ["lowercase", "word level"])
 def test_gigatoken_load_failure_is_logged(tmp_path, caplog, kind):
     if kind == "lowercase":

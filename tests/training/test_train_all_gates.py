@@ -84,7 +84,6 @@ def flags(gate: str, data: str, out: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:.*future:UserWarning")
 @pytest.mark.parametrize("gate", available_gates())
 def test_every_gate_trains(gate, data, tmp_path, ranks2):
     """The loss falls by a nat in 60 steps, and every expert receives gradients."""

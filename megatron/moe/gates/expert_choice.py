@@ -24,7 +24,6 @@ Shape suffixes: T tokens, D hidden, E experts, C tokens per expert, A assignment
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,15 +55,17 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
     def __init__(self, config, context):
         super().__init__(config, context)
         self.router = self.make_router()
-        # Only the first MoE layer warns.
-        self._warned = context.layer > 0
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
         return 0, num_experts
 
     def forward(self, inp: GateInput) -> Routing:
-        self._warn_once()
+        self.warn_once(
+            "--gate is expert_choice: it looks at all tokens of the micro-batch, which in a "
+            "causal model includes the future, so its loss is lower than generation can "
+            "reach; use it for encoders and analysis, or choose another --gate"
+        )
         num_tokens = len(inp.x_TD)
         per_expert = -(-num_tokens * self.config.topk // self.num_experts)
         per_expert = min(num_tokens, max(1, per_expert))
@@ -84,15 +85,4 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                 "untaken_token_fraction": (1 - taken_T).sum() / max(1, num_tokens),
             },
-        )
-
-    def _warn_once(self) -> None:
-        if self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            "--gate is expert_choice: it looks at all tokens of the micro-batch, which in a "
-            "causal model includes the future, so its loss is lower than generation can "
-            "reach; use it for encoders and analysis, or choose another --gate",
-            stacklevel=3,
         )

@@ -1,7 +1,7 @@
 """Expert choice: each expert's best tokens, equal loads, and the warning."""
 
+import logging
 import math
-import warnings
 
 import pytest
 import torch
@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from megatron.moe.gate import create_gate, gate_class
 from megatron.moe.routing import GateInput
-
-pytestmark = pytest.mark.filterwarnings("ignore:--gate is expert_choice")
 
 
 def make(num_experts=4, hidden=6, seed=0, std=1.0, **options):
@@ -156,17 +154,18 @@ def test_later_tokens_affect_earlier_ones():
     assert gate_class("expert_choice").sees_other_tokens
 
 
-def test_warns_once_per_model():
-    """Only the first MoE layer warns, in its first forward pass."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        layers = [make(layer=i, num_moe_layers=3) for i in range(3)]
-        assert not seen
-        for gate in layers * 3:
-            gate(GateInput(draw(4)))
-        assert len(seen) == 1 and "causal model includes the future" in str(seen[0].message)
-        make()(GateInput(draw(4)))  # another model
-    assert len(seen) == 2
+@pytest.mark.parametrize("rank, warnings", [("0", 2), ("1", 0)])
+def test_warns_once_per_model(rank, warnings, caplog, monkeypatch):
+    """Only the first MoE layer on rank 0 warns, in its first forward pass."""
+    monkeypatch.setenv("RANK", rank)
+    caplog.set_level(logging.WARNING, "megatron")
+    layers = [make(layer=i, num_moe_layers=3) for i in range(3)]
+    assert not caplog.messages
+    for gate in layers * 3:
+        gate(GateInput(draw(4)))
+    make()(GateInput(draw(4)))  # another model
+    found = [text for text in caplog.messages if "causal model includes the future" in text]
+    assert len(found) == len(caplog.messages) == warnings
 
 
 def test_large_logits_and_bf16_inputs():
