@@ -4,7 +4,9 @@
 # EP_SIZE is the number of experts, as in Megatron-DeepSpeed's scripts; EP_PARALLEL_SIZE is the number of ranks that
 # share them. The defaults are XMoE's reference recipe without its capacity limit (MOE_DROP_TOKEN=true sets the
 # recipe's capacity factor 8.0). Running again with the same NAME or OUTPUT_DIR resumes. DRY_RUN=1 prints the command
-# and the size of the model. Arguments are passed on as flags of pretrain_gpt.py. The exit status is that of the run.
+# and the size of the model. Arguments are passed on as flags of pretrain_gpt.py. The exit status is that of the run;
+# when it failed, the last lines on the screen are its error and the path of the log. CUDA_VISIBLE_DEVICES selects the
+# GPUs of this machine, all by default; if it is empty, the run uses the CPU.
 #
 # Several nodes are launched in one of two ways. Both need a folder tree that every node sees under the same paths:
 # this repository, the Python environment, the data, and OUTPUT_DIR, where every rank writes its part of a checkpoint.
@@ -25,6 +27,8 @@ fail() {
     echo "run.sh: $1" >&2
     exit 2
 }
+
+. "$REPO/examples_deepspeed/MoE/devices.sh"
 
 # Nodes. NUM_GPUS is the number of ranks per node; without CUDA the ranks are CPU processes.
 HOSTFILE=${HOSTFILE:-}
@@ -71,11 +75,23 @@ if [ -n "$NODE_RANK" ]; then
     [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ ]] && [ "$NODE_RANK" -lt "$NUM_NODES" ] ||
         fail "NODE_RANK is '$NODE_RANK'; allowed with $NUM_NODES node(s): 0 to $((NUM_NODES - 1))"
 fi
-GPUS_HERE=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+BY_SSH=$([ -n "$HOSTFILE" ] && [ -z "$NODE_RANK" ] && echo yes || true)
+TASKS=${SLURM_STEP_NUM_TASKS:-${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-1}}}
+[ -n "$NODE_RANK" ] || [ "${DRY_RUN:-0}" = 1 ] || [ "$TASKS" = 1 ] ||
+    fail "srun or mpirun started it $TASKS times, and each would be a run of its own; start it once per node with NODE_RANK (\$SLURM_NODEID), or let them start pretrain_gpt.py"
+find_gpus
+VISIBLE=${CUDA_VISIBLE_DEVICES-}
+unset CUDA_VISIBLE_DEVICES # the launcher sets it for each rank's node
+if [ -n "$BY_SSH" ] && [ -n "$VISIBLE" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then
+    [[ ,$VISIBLE, == ",$(seq -s, 0 $((NUM_GPUS - 1))),"* ]] ||
+        fail "CUDA_VISIBLE_DEVICES is '$VISIBLE', which does not reach the nodes of HOSTFILE '$HOSTFILE'; unset it, or start each node by itself with NODE_RANK"
+    GPU_LIST=
+fi
 NUM_GPUS=${NUM_GPUS:-$((GPUS_HERE > 0 ? GPUS_HERE : 1))}
+[ -z "$GPU_LIST" ] || [ "$NUM_GPUS" -le "$GPUS_HERE" ] ||
+    fail "NUM_GPUS is $NUM_GPUS; allowed with CUDA_VISIBLE_DEVICES '$VISIBLE': at most $GPUS_HERE"
 NUM_NODES=${NUM_NODES:-1}
 RANKS=$((NUM_GPUS * NUM_NODES))
-BY_SSH=$([ -n "$HOSTFILE" ] && [ -z "$NODE_RANK" ] && echo yes || true)
 if [ "$GPUS_HERE" -eq 0 ]; then
     [ -n "$BY_SSH" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # with ssh, the nodes may have GPUs that this machine lacks
     CORES=$(nproc)
@@ -108,7 +124,7 @@ MOE_DROP_TOKEN=${MOE_DROP_TOKEN:-}
 MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-$([ "$MOE_DROP_TOKEN" != true ] && echo 0 || { [ "$GATE" = moepp ] && echo 1.1 || echo 8.0; })}
 MOE_EVAL_CAP_FACTOR=${MOE_EVAL_CAP_FACTOR:-$MOE_TRAIN_CAP_FACTOR}
 [ "$MOE_DROP_TOKEN" = false ] && MOE_TRAIN_CAP_FACTOR=0 MOE_EVAL_CAP_FACTOR=0
-MOE_MIN_CAP=${MOE_MIN_CAP:-4}
+MOE_MIN_CAP=${MOE_MIN_CAP:-} # by default the program's, if there is a capacity
 
 # Training
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-256}
@@ -135,7 +151,7 @@ EVAL_ITERS=${EVAL_ITERS:-10}
 SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 
 # Data and output
-DATA_PATH=${DATA_PATH:-dataset/corpus_text_document}
+DATA_PATH=${DATA_PATH:-dataset/corpus_text_document} # a path with blanks needs quotes inside: "'my data/corpus'"
 STREAMING_DATA_PATH=${STREAMING_DATA_PATH:-} # text files, tokenized during training; replaces DATA_PATH
 VALID_DATA_PATH=${VALID_DATA_PATH:-}         # with STREAMING_DATA_PATH: shards to evaluate on, unless EVAL_ITERS=0
 VOCAB_PATH=${VOCAB_PATH:-dataset/gpt2-vocab.json}
@@ -149,23 +165,33 @@ flags=(
     --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$FFN_HIDDEN_SIZE"
     --num-attention-heads "$NUM_ATTN_HEADS" --seq-length "$SEQ_LEN" --init-method-std "$INIT_STD"
     --micro-batch-size "$BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
-    --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-warmup-fraction "$WARMUP_FRACTION"
+    --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
     --zero-stage "$ZERO_STAGE" --seed "$SEED"
-    --log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
+    --log-interval "$LOG_INTERVAL" --eval-iters "$EVAL_ITERS"
     --save "$OUTPUT_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --tensorboard-dir "$OUTPUT_DIR/tensorboard" --metrics-file "$OUTPUT_DIR/metrics.jsonl"
     --tokenizer-type "$TOKENIZER_TYPE"
 )
-# A data path may hold several words: alternating weights and prefixes (or files, patterns, folders). `read` splits
-# them without expanding patterns.
+# Only flags that apply: the program refuses one that cannot take effect.
+is_zero() { [[ $1 =~ ^[0.]*$ ]]; }
+is_zero "$WARMUP_FRACTION" || flags+=(--lr-warmup-fraction "$WARMUP_FRACTION")
+is_zero "$EVAL_ITERS" || flags+=(--eval-interval "$EVAL_INTERVAL")
+# A data path may hold several words: alternating weights and prefixes (or files, patterns, folders). Words are quoted
+# as for xargs, which expands no patterns.
+split_words() { # name of the variable
+    local lines
+    words=()
+    lines=$(xargs -r printf '%s\n' <<<"${!1}" 2>&1) || fail "$1 is ${!1}: $lines; quote a path with blanks or quotes: \"'my data/corpus'\""
+    [ -z "$lines" ] || mapfile -t words <<<"$lines"
+}
 if [ -n "$STREAMING_DATA_PATH" ]; then
-    read -ra words <<<"$STREAMING_DATA_PATH"
+    split_words STREAMING_DATA_PATH
     flags+=(--streaming-data-path "${words[@]}")
-    read -ra words <<<"$VALID_DATA_PATH"
-    [ -n "$VALID_DATA_PATH" ] && flags+=(--valid-data-path "${words[@]}" --test-data-path "${words[@]}")
+    split_words VALID_DATA_PATH
+    [ -z "$VALID_DATA_PATH" ] || flags+=(--valid-data-path "${words[@]}" --test-data-path "${words[@]}")
 else
-    read -ra words <<<"$DATA_PATH"
+    split_words DATA_PATH
     flags+=(--data-path "${words[@]}")
 fi
 if [ "$TOKENIZER_TYPE" = GPT2BPETokenizer ]; then
@@ -177,9 +203,10 @@ if [ "$EP_SIZE" -gt 0 ]; then
     flags+=(
         --num-experts "$EP_SIZE" --moe-expert-parallel-size "$EP_PARALLEL_SIZE" --gate "$GATE"
         ${THRESHOLD:+--threshold "$THRESHOLD"} ${MLC:+--moe-loss-coeff "$MLC"}
-        --moe-train-capacity-factor "$MOE_TRAIN_CAP_FACTOR" --moe-eval-capacity-factor "$MOE_EVAL_CAP_FACTOR"
-        --moe-min-capacity "$MOE_MIN_CAP"
+        ${MOE_MIN_CAP:+--moe-min-capacity "$MOE_MIN_CAP"}
     )
+    is_zero "$MOE_TRAIN_CAP_FACTOR" || flags+=(--moe-train-capacity-factor "$MOE_TRAIN_CAP_FACTOR")
+    is_zero "$MOE_EVAL_CAP_FACTOR" || flags+=(--moe-eval-capacity-factor "$MOE_EVAL_CAP_FACTOR")
     if [ "$GATE" = peer ]; then # PEER has flags of its own for its layers and the width of an expert
         flags+=(${TOPK:+--peer-topk "$TOPK"})
     else
@@ -199,13 +226,28 @@ fi
 [[ " $* " == *" --load"[\ =]* ]] || flags+=(--load "$OUTPUT_DIR/checkpoints" --load-or-init)
 flags+=("$@")
 
-launcher=(deepspeed --num_gpus "$NUM_GPUS" --num_nodes "$NUM_NODES" --master_port "$MASTER_PORT")
+set_local_launcher "$NUM_GPUS"
+launcher=("${LAUNCHER[@]}" --master_port "$MASTER_PORT")
+[ -n "$GPU_LIST" ] || launcher+=(--num_nodes "$NUM_NODES")
 # OUTPUT_DIR is shared, so files that each node writes for itself have the node's rank in their name.
 LOG=$OUTPUT_DIR/log.txt
 NODES=$HOSTFILE
+SLOTS=$NUM_GPUS
 if [ -n "$NODE_RANK" ]; then
     [ "$NODE_RANK" -eq 0 ] || LOG=$OUTPUT_DIR/log.node-$NODE_RANK.txt
     NODES=${HOSTFILE:-$OUTPUT_DIR/hostfile.node-$NODE_RANK}
+    if [ -n "$GPU_LIST" ]; then
+        # The launcher wants GPUs by the name of their node, in a hostfile that has as many as their largest number.
+        NODES=$OUTPUT_DIR/hostfile.node-$NODE_RANK
+        chosen=$(first_gpus "$NUM_GPUS")
+        SLOTS=$(($(tr ',' '\n' <<<"$chosen" | sort -n | tail -n 1) + 1))
+        include=
+        for ((node = 0; node < NUM_NODES; node++)); do
+            include+="${include:+@}node-$node"
+            [ "$node" -ne "$NODE_RANK" ] || include+=":$chosen"
+        done
+        launcher=(deepspeed --log_level critical --include "$include" --master_port "$MASTER_PORT")
+    fi
     launcher+=(--no_ssh --node_rank "$NODE_RANK")
 fi
 [ -n "$BY_SSH" ] && launcher+=(--force_multi) # otherwise a hostfile with one host would start on this machine, whatever the host is
@@ -220,17 +262,46 @@ if [ "${DRY_RUN:-0}" = 1 ]; then
 fi
 [ "$NUM_NODES" -eq 1 ] || [ -n "$NODES" ] ||
     fail "NUM_NODES is $NUM_NODES but HOSTFILE is empty; set HOSTFILE to a file with a line 'name slots=$NUM_GPUS' per node, or set NODE_RANK"
-mkdir -p "$OUTPUT_DIR"
+[ "$GPUS_HERE" -eq 0 ] || [ -n "$BY_SSH" ] || [ "$NUM_GPUS" -le "$GPUS_HERE" ] ||
+    fail "NUM_GPUS is $NUM_GPUS; allowed: at most $GPUS_HERE, the number of GPUs that nvidia-smi lists on this machine"
+mkdir -p "$OUTPUT_DIR" 2>/dev/null && touch -a "$LOG" 2>/dev/null || fail "OUTPUT_DIR is '$OUTPUT_DIR', in which no file can be written; choose another one"
 if [ "$NODES" != "$HOSTFILE" ]; then # without ssh the launcher only counts the hosts; their names are not used
-    for ((node = 0; node < NUM_NODES; node++)); do echo "node-$node slots=$NUM_GPUS"; done >"$NODES"
+    for ((node = 0; node < NUM_NODES; node++)); do
+        echo "node-$node slots=$([ "$node" -eq "$NODE_RANK" ] && echo "$SLOTS" || echo "$NUM_GPUS")"
+    done >"$NODES"
 elif [ -n "$BY_SSH" ] && [ -z "${DS_ENV_FILE:-}" ]; then
     # ssh does not pass on the environment. The launcher does, for variables that it knows and for those in this file.
     DS_ENV_FILE=$(cd "$OUTPUT_DIR" && pwd)/environment
     for name in PATH DS_ACCELERATOR OMP_NUM_THREADS GLOO_SOCKET_IFNAME; do
         [ -z "${!name:-}" ] || echo "$name=${!name}"
     done >"$DS_ENV_FILE"
-    grep -hs = ~/.deepspeed_env .deepspeed_env >>"$DS_ENV_FILE" || true # the files that it replaces
+    grep -ahs = ~/.deepspeed_env .deepspeed_env >>"$DS_ENV_FILE" || true # the files that it replaces
     export DS_ENV_FILE
 fi
+# Print the first error of the log after its first $1 bytes, which is not the news that another rank has ended; without
+# one the last line of a traceback. Ranks on other nodes have the host's name before their lines.
+first_error() {
+    local new errors error
+    new=$(mktemp)
+    tail -c "+$(($1 + 1))" "$LOG" >"$new"
+    errors=$(LC_ALL=C grep -aE '^([^ ]+: )?(\[rank [0-9]+\] )?error: ' "$new" || true)
+    error=$(LC_ALL=C grep -aEv -m 1 'error: (another rank|rank [0-9]+) ended' <<<"$errors" || true)
+    [ -n "$error" ] || error=$(head -n 1 <<<"$errors")
+    [ -n "$error" ] || error=$(LC_ALL=C grep -aE '^([^ ]+: )*[A-Za-z_][A-Za-z0-9_.]*(Error|Exception|Interrupt)(:|$)' "$new" | tail -n 1 || true)
+    # It is not repeated directly below itself.
+    [ -z "$error" ] || [ "$error" = "$(tail -n 1 "$new" | LC_ALL=C tr -d '\0')" ] || echo "$error"
+    rm -f "$new"
+}
+
 # `tee` ignores signals, so that messages after Ctrl-C or SIGTERM still reach the screen and the log.
+logged=$(stat -Lc %s "$LOG")
+set +e
 "${command[@]}" 2>&1 | (trap '' INT TERM && exec tee -a "$LOG")
+ended=("${PIPESTATUS[@]}")
+set -e
+[ "${ended[1]}" -eq 0 ] || echo "run.sh: $LOG is not complete, because tee could not write it" >&2
+if [ "${ended[0]}" -ne 0 ]; then
+    first_error "$logged" >&2
+    echo "run.sh: exit code ${ended[0]}; log: $LOG" >&2
+fi
+exit "${ended[0]}"
