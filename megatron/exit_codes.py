@@ -12,8 +12,10 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import re
+import resource
 import sys
 import threading
 import traceback
@@ -71,6 +73,7 @@ def classify_error(error: ValueError | OSError | RuntimeError) -> tuple[Exceptio
     from megatron.data.loader import worker_exited_error
 
     for message, code in (
+        (open_files_error(error), 2),
         (peer_exited_error(error), 1),
         (collective_timeout_error(error), 3),
         (worker_exited_error(error), 2),
@@ -115,6 +118,23 @@ def peer_exited_error(error: BaseException) -> RuntimeError | None:
     return RuntimeError(
         "another rank ended, and its message says why, or it was killed (out of memory?); "
         "this one stops with it"
+    )
+
+
+def open_files_error(error: BaseException) -> OSError | None:
+    """Condense an error of the limit of open files, which may come from gloo, to one line.
+
+    Returns:
+        None for any other error.
+    """
+    is_number = isinstance(error, OSError) and error.errno == errno.EMFILE
+    if not is_number and os.strerror(errno.EMFILE) not in str(error):
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    what = str(error).splitlines()[0][:200]
+    return OSError(
+        f"this process has as many files and sockets open as it may, {soft} (ulimit -n; the hard "
+        f"limit is {hard}): {what}. Raise the limit, or use fewer --num-workers or datasets"
     )
 
 

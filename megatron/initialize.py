@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron.config.fields import require
 from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.io.open_files import raise_open_files_limit
 from megatron.log import get_logger
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
@@ -50,6 +51,7 @@ def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
         ValueError: a flag does not fit the ranks, the tokenizer or the checkpoint.
         OSError: a file is missing, or the ranks do not find each other.
     """
+    raise_open_files_limit()
     tokenizer = build_tokenizer(config.tokenizer)
     timer.mark("tokenizer")
     groups = _init_distributed(

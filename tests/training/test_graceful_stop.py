@@ -205,6 +205,16 @@ def test_timeout_is_reported_before_peers_end(monkeypatch, capsys):
             2,
         ),
         (BrokenPipeError(32, "Broken pipe"), "Broken pipe", 2),
+        (
+            OSError(24, "Too many open files", "a.bin"),
+            r"as it may, \d+ \(ulimit -n; .*: \[Errno 24\] Too many open files: 'a.bin'. Raise",
+            2,
+        ),
+        (
+            RuntimeError("[enforce fail] socket: Too many open files\nmore"),
+            r"\(ulimit -n; the hard limit is -?\d+\): \[enf.*open files. Raise the limit, or use",
+            2,
+        ),
         (OSError("Timed out waiting 1ms"), "Timed out waiting 1ms", 2),
         (RuntimeError("size mismatch"), None, 1),
         (ValueError("not raised by this package"), None, 1),

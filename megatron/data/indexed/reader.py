@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron.io.mapped_file import map_file
+
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INDEX_HEADER = struct.Struct("<9sQBQQ")
@@ -95,7 +97,7 @@ def read_index(prefix: str | os.PathLike) -> DatasetIndex:
         raise ValueError(
             f"{path} has {size} bytes, fewer than its header: it is truncated. {_ADVICE}"
         )
-    data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    data = map_file(path)
     dtype, sequences, boundaries = _parse_header(data[: INDEX_HEADER.size].tobytes(), path)
     _check_index_size(path, size, sequences, boundaries)
     pointers_at = INDEX_HEADER.size + 4 * sequences
@@ -253,9 +255,7 @@ class IndexedDataset:
                 f"{self.dtype.itemsize} bytes, {expected} bytes: one of the two files is "
                 f"truncated or belongs to another dataset. {_ADVICE}"
             )
-        if size == 0:  # an empty file cannot be mapped
-            return np.empty(0, self.dtype)
-        return np.memmap(path, self.dtype.newbyteorder("<"), "r").view(np.ndarray)
+        return map_file(path)[:size].view(self.dtype.newbyteorder("<"))
 
     def __len__(self) -> int:
         """Return the number of sequences."""

@@ -6,7 +6,9 @@ padded to 64 bytes | header, name -> [dtype, length] | the arrays, each padded t
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -20,11 +22,14 @@ from typing import Any
 import numpy as np
 
 from megatron.io.atomic_write import atomic_open, temporary_pattern
+from megatron.io.mapped_file import map_file
 from megatron.log import get_logger
 
 _MAGIC = b"MOEIDX01"
 _HEADER = struct.Struct("<8sII")
 _ALIGNMENT = 64  # bytes
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing about the cache: building it again would meet them, too."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -60,6 +65,8 @@ def cached_arrays(
             built = build()
             _store(path, built)
     except OSError as error:
+        if error.errno in _OUT_OF_RESOURCES:
+            raise
         get_logger().warning(
             "cannot write the index cache %s (%s): every process keeps its own in memory. Set "
             "--data-cache-path to a folder that can be written",
@@ -86,14 +93,21 @@ def _load(path: Path) -> Arrays | None:
     if not path.is_file():
         return None
     try:
-        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        data = map_file(path)
         magic, checksum, header_size = _HEADER.unpack(data[: _HEADER.size].tobytes())
         checksum_end = _HEADER.size - 4
         if magic != _MAGIC or zlib.crc32(data[checksum_end:].data) != checksum:
             raise ValueError("wrong checksum")
-    except (OSError, ValueError, struct.error) as error:
+    except (ValueError, struct.error) as error:
         get_logger().warning(
             "the index cache %s is corrupt (%s): building it again", path, error
+        )
+        return None
+    except OSError as error:
+        if error.errno in _OUT_OF_RESOURCES:
+            raise
+        get_logger().warning(
+            "the index cache %s cannot be read (%s): building it again", path, error
         )
         return None
     header = json.loads(data[_ALIGNMENT : _ALIGNMENT + header_size].tobytes())
@@ -137,6 +151,16 @@ def _exclusive_builder(path: Path) -> Iterator[None]:
     with open(path.parent / ".lock", "a") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-            for leftover in path.parent.glob(temporary_pattern(path.name)):
-                leftover.unlink()
+            _remove_leftovers(path.parent)
         yield
+
+
+@functools.cache
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed processes, once per process and folder.
+
+    The caller holds the lock, so that no process is writing. Listing the folder for every
+    dataset of a blend of thousands would take longer than building their indices.
+    """
+    for leftover in folder.glob(temporary_pattern("*.cache")):
+        leftover.unlink()

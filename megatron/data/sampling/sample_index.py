@@ -11,7 +11,6 @@ that the partial last epoch does not displace samples of the full ones.
 
 from __future__ import annotations
 
-import mmap
 from fractions import Fraction
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from megatron.config.fields import require
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.sampling.index_cache import Arrays, cached_arrays, files_key
+from megatron.io.mapped_file import advise_random_access
 
 _SEPARATE_LAST_EPOCH_BELOW = 0.80
 _ORDER_VERSION = 1  # part of the cache key; increase it when the order of samples changes
@@ -125,7 +125,10 @@ class SampleIndex:
         self._order = arrays["order"]
         self._bounds = arrays["bounds"]
         self._samples = arrays["samples"]
-        _advise_random_access(dataset.tokens)
+        # Read-ahead fetches up to 8 MB around every page that is not in memory. Without it, the
+        # first sample of a sparse 20 GB file takes 22 us instead of 3 ms, and 10,000 cold samples
+        # of a 4 GB file take 1.8 times less time.
+        advise_random_access(dataset.tokens)
 
     def _build(self) -> Arrays:
         dataset, (start, stop), seq_length, num_samples, seed, shuffle, _ = self._arguments
@@ -170,20 +173,6 @@ class SampleIndex:
     def source(self, i: int) -> str:
         """Return the prefix of the dataset that sample i comes from, for messages."""
         return self.dataset.prefix
-
-
-def _advise_random_access(tokens: np.ndarray) -> None:
-    """Disable the kernel's read-ahead for a mapped `.bin`.
-
-    Read-ahead fetches up to 8 MB around every page that is not in memory. Without it, the first
-    sample of a sparse 20 GB file takes 22 us instead of 3 ms, and 10,000 cold samples of a 4 GB
-    file take 1.8 times less time.
-    """
-    base = tokens
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_RANDOM)
 
 
 class RepeatedEpochs:

@@ -25,6 +25,7 @@ from megatron.data.indexed.reader import IndexedDataset, dtype_for_vocab
 from megatron.data.ingest.run_state import STATE_FILE
 from megatron.data.streaming.producer import start_producer, stop_producer
 from megatron.data.streaming.stream import TokenStream
+from megatron.io.mapped_file import map_file
 from megatron.io.staging_dir import lock_holder
 from megatron.log import get_logger
 
@@ -227,8 +228,11 @@ class GrowingTokens:
         tokens = state["writers"][self._stream.key].get("tokens", 0)
         if tokens > len(self._tokens):
             name = os.path.basename(self._stream.pair_prefix) + ".bin"
-            mapped = np.memmap(os.path.join(folder, name), self._dtype, "r", shape=tokens)
-            self._tokens = mapped.view(np.ndarray)
+            mapped = map_file(os.path.join(folder, name))
+            size = tokens * self._dtype.itemsize
+            if len(mapped) < size:
+                raise ValueError(f"{name} has {len(mapped)} bytes; its state counts {size}")
+            self._tokens = mapped[:size].view(self._dtype)
 
     def _wait(self, stop: int, needed: int) -> None:
         """Wait until there are `stop` tokens, or all.
