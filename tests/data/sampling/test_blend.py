@@ -168,6 +168,10 @@ def test_blend_refuses_invalid_arguments():
             ValueError, match="weights of a blend is .*one positive number per dataset"
         ):
             Blend([one], weights, 1, 0)
+    with pytest.raises(
+        ValueError, match="datasets of a blend is 65537; allowed: up to 65536. Merge some"
+    ):
+        Blend([one] * 65537, [1] * 65537, 1, 0)
     blend = Blend([one], [1], 3, 0)
     for i in (-1, 3):
         with pytest.raises(IndexError, match="allowed 0 to 2"):
