@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -196,8 +197,10 @@ def build_pretraining_task(run: Run, plan: TrainingPlan) -> PretrainingTask:
 def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
     """Open the data of a run.
 
-    Rank 0 of each node builds the sample indices; the others then find them in the cache.
+    One process of each node builds the sample indices, however long it takes; all ranks then
+    find them in the cache.
     """
+    from megatron.data.index_builder import build_on_each_node
     from megatron.data.splits import build_splits
     from megatron.data.streaming.stream import StreamingContext
 
@@ -209,6 +212,7 @@ def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
         run_id = f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
     eval_samples = config.train.eval_iters * plan.global_batch
     is_local_rank0 = groups.local_rank == 0
+    streaming = StreamingContext(config.tokenizer, run_id, starts=is_local_rank0)
     build = partial(
         build_splits,
         config.data,
@@ -219,12 +223,15 @@ def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
         seed=config.train.seed,
         tokenizer=run.tokenizer,
         vocab_size=run.vocab_size,
-        streaming=StreamingContext(config.tokenizer, run_id, starts=is_local_rank0),
     )
     if groups.world_size == 1:
-        return build()
-    splits = build() if is_local_rank0 else None
-    dist.barrier()
+        return build(streaming=streaming)
+    build_on_each_node(partial(build, streaming=replace(streaming, starts=False)), groups)
+    splits = None
+    if is_local_rank0:
+        splits = build(streaming=streaming)
+    if config.data.streaming_data_path:
+        dist.barrier()  # the producers must have been started
     if splits is None:
-        splits = build()
+        splits = build(streaming=streaming)
     return splits

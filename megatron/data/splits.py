@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,12 @@ from megatron.data.sampling.sample_index import (
 )
 from megatron.data.streaming.reader import StreamSamples
 from megatron.data.streaming.stream import StreamingContext, open_streams
+from megatron.log import get_logger
 from megatron.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "valid", "test")
+_LOG_SECONDS = 30.0
+"""Time between two lines about the progress of building many sample indices."""
 
 
 def build_splits(
@@ -103,7 +107,16 @@ class _SplitBuilder:
             cache_dir = str(Path(datasets[0].prefix).parent / "index_cache")
         cyclic = split == "train" and self.data.dataloader_type == "cyclic"
         parts = []
+        logged_at = time.monotonic()
         for dataset, part, quota in zip(datasets, documents, quotas(weights, num_samples)):
+            if time.monotonic() - logged_at >= _LOG_SECONDS:
+                logged_at = time.monotonic()
+                get_logger().info(
+                    "%s split: %d of %d datasets have their sample index",
+                    split,
+                    len(parts),
+                    len(datasets),
+                )
             needed = max(1, quota)
             if cyclic:
                 epoch = self._sample_index(dataset, part, None, cache_dir)

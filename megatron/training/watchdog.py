@@ -1,7 +1,8 @@
 """Ends a rank that waits for its data forever, e.g. on a hanging network file system.
 
 Only waiting for data is watched. All other waiting of ranks is in collectives, which
-have the time limit --timeout-minutes. Gloo raises the timeout in the rank that waits,
+have the time limit --timeout-minutes, except for the building of sample indices, which
+has none. Gloo raises the timeout in the rank that waits,
 and `megatron.exit_codes` condenses it to one line; NCCL's is detected by a thread of
 torch, which aborts the process (TORCH_NCCL_ASYNC_ERROR_HANDLING, on by default).
 Evaluations as a unit, checkpoints and the first step's compilation have no limit.

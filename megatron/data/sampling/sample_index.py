@@ -19,8 +19,11 @@ from megatron.config.fields import require
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.sampling.index_cache import Arrays, cached_arrays, files_key
 from megatron.io.mapped_file import advise_random_access
+from megatron.log import get_logger
 
 _SEPARATE_LAST_EPOCH_BELOW = 0.80
+_LOGGED_DOCUMENTS = 20_000_000
+"""Documents or samples from which on building takes seconds to minutes, and is logged."""
 _ORDER_VERSION = 1  # part of the cache key; increase it when the order of samples changes
 
 
@@ -139,6 +142,13 @@ class SampleIndex:
                 f"documents {start} to {stop} of {dataset.prefix} ({dataset.num_documents} "
                 f"documents, {dataset.num_tokens} tokens) hold {tokens} tokens; one sample takes "
                 f"{seq_length + 1}. Give more data, another --split or a smaller --seq-length"
+            )
+        if len(lengths) >= _LOGGED_DOCUMENTS or (num_samples or 0) >= _LOGGED_DOCUMENTS:
+            get_logger().info(
+                "building the sample index of %s: %d documents, %s samples",
+                dataset.prefix,
+                len(lengths),
+                num_samples or "all",
             )
         return build_order(start, lengths, seq_length, num_samples, seed, shuffle)
 

@@ -1,0 +1,95 @@
+"""Work in a forked process, whose error its parent receives."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+
+class ForkedWork:
+    """A forked process that runs a function, for its effects on disk.
+
+    A thread would hold the GIL in numpy's shuffles, minutes for 10^9 elements, in which this
+    process could not take part in collectives. `multiprocessing` is not used, because daemonic
+    processes may not start its processes. The child ends with its parent. It must not use torch
+    or CUDA, whose threads do not exist in it.
+
+    Args:
+        name: what the process does, for messages, such as "builds the sample indices".
+        work: the function to run.
+    """
+
+    def __init__(self, name: str, work: Callable[[], object]):
+        self._name = name
+        error_reader, error_writer = os.pipe()
+        lifeline_reader, self._lifeline = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(error_reader)
+            os.close(self._lifeline)
+            _run_in_child(work, error_writer, lifeline_reader)
+        os.close(error_writer)
+        os.close(lifeline_reader)
+        self._error_reader = error_reader
+
+    def wait(self) -> Exception | None:
+        """Wait for the end of the process. To be called once.
+
+        Returns:
+            None if the work was done, else the ValueError or OSError that it raised. Of another
+            exception the child prints the traceback. OSError if the child was killed.
+        """
+        with open(self._error_reader, "rb") as pipe:
+            pickled = pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._lifeline)
+        code = os.waitstatus_to_exitcode(status)
+        if pickled:
+            return pickle.loads(pickled)
+        if code < 0:
+            return OSError(
+                f"process {self.pid}, which {self._name}, was ended by signal "
+                f"{signal.strsignal(-code)}. If memory was short, give the node more, or start "
+                f"again: what is finished is kept"
+            )
+        if code > 0:
+            return RuntimeError(f"process {self.pid}, which {self._name}, failed; see above")
+        return None
+
+
+def _run_in_child(work: Callable[[], object], error_descriptor: int, lifeline: int) -> NoReturn:
+    """Run the work in the child and exit without any cleanup, which is the parent's."""
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent acts on it, and ends this
+        threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
+        try:
+            work()
+            code = 0
+        except (ValueError, OSError) as error:
+            with open(error_descriptor, "wb") as pipe:
+                pipe.write(pickle.dumps(error))
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(OSError):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _exit_with_parent(lifeline: int) -> None:
+    """Wait until the other end of the pipe is closed, which the parent holds."""
+    os.read(lifeline, 1)
+    os._exit(1)

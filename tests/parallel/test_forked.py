@@ -1,0 +1,96 @@
+"""Work in a forked process: its errors, and its end with its parent."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from helpers.waiting import wait_until
+from megatron.parallel.forked import ForkedWork
+
+
+def outcome(work) -> Exception | None:
+    return ForkedWork("counts", work).wait()
+
+
+def process_is_gone(pid: int) -> bool:
+    try:
+        state = re.search(r"\) (\S)", Path(f"/proc/{pid}/stat").read_text())[1]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+def test_work_is_done_in_another_process(tmp_path):
+    path = tmp_path / "pid"
+    work = ForkedWork("counts", lambda: path.write_text(str(os.getpid())))
+    assert work.wait() is None
+    assert int(path.read_text()) == work.pid != os.getpid()
+    assert process_is_gone(work.pid)
+
+
+def test_errors_reach_the_parent():
+    def refuse():
+        raise ValueError("--flag is 3; allowed: 4")
+
+    def missing():
+        Path("/nowhere/file").read_bytes()
+
+    error = outcome(refuse)
+    assert type(error) is ValueError and str(error) == "--flag is 3; allowed: 4"
+    error = outcome(missing)
+    assert isinstance(error, FileNotFoundError) and error.filename == "/nowhere/file"
+
+
+def test_bug_prints_its_traceback(capfd):
+    error = outcome(lambda: {}["x"])
+    assert isinstance(error, RuntimeError)
+    assert re.fullmatch(r"process \d+, which counts, failed; see above", str(error))
+    assert "KeyError: 'x'" in capfd.readouterr().err
+
+
+def test_killed_child_is_explained():
+    error = outcome(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert isinstance(error, OSError)
+    assert re.match(r"process \d+, which counts, was ended by signal Killed. If", str(error))
+
+
+def test_child_ignores_ctrl_c_but_not_sigterm():
+    assert outcome(lambda: os.kill(os.getpid(), signal.SIGINT)) is None
+    error = outcome(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert "ended by signal Terminated" in str(error)
+
+
+def test_child_ends_with_its_parent(tmp_path):
+    """The parent is killed while the child waits."""
+    path = tmp_path / "pid"
+    parent = os.fork()
+    if parent == 0:
+        work = ForkedWork("counts", threading.Event().wait)
+        path.write_text(f"{work.pid}\n")
+        threading.Event().wait()
+    wait_until(lambda: path.exists() and path.read_text().endswith("\n"), "the child's id")
+    child = int(path.read_text())
+    assert not process_is_gone(child)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    wait_until(lambda: process_is_gone(child), "the child's end")
+
+
+def test_descriptors_are_closed():
+    before = sorted(os.listdir("/proc/self/fd"))
+    for work in (lambda: None, lambda: os._exit(3)):
+        outcome(work)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left():
+    yield
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
