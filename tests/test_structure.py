@@ -32,6 +32,7 @@ LAYERS = {
     "megatron.io": 0,
     "megatron.host_allocator": 0,
     "megatron.log": 0,
+    "megatron.optional_packages": 0,
     "megatron.config": 1,
     "megatron.parallel": 2,
     "megatron.tokenizer": 2,

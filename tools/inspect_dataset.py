@@ -64,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
         p,
         TokenizerConfig,
         "The tokenizer that decodes the documents shown and is compared with the record. "
-        "Without any of these flags there is none.",
+        "Without any of these flags, the documents are decoded by the recorded tokenizer if its "
+        "files are still there.",
     )
     return p
 

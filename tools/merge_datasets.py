@@ -119,6 +119,8 @@ def merge_sidecars(shards: list[Shard]) -> dict[str, Any]:
         ValueError: two sidecars contradict each other, two datasets have different dtypes, or a
             sidecar is malformed.
     """
+    from megatron.data.indexed.recorded_tokenizer import FLAGS_ENTRY
+
     first = shards[0]
     for shard in shards:
         if shard.dtype != first.dtype:
@@ -133,7 +135,8 @@ def merge_sidecars(shards: list[Shard]) -> dict[str, Any]:
         sources += _sources(shard)
     record = {}
     if with_sidecar == shards:
-        record = {name: first.sidecar[name] for name in COMMON_ENTRIES if name in first.sidecar}
+        names = (*COMMON_ENTRIES, FLAGS_ENTRY)  # the files may have been elsewhere for others
+        record = {name: first.sidecar[name] for name in names if name in first.sidecar}
     return {
         "tool": "merge_datasets",
         **record,

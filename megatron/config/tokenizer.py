@@ -31,6 +31,9 @@ class TokenizerConfig:
     """tokenizer.json or its directory (HuggingFaceTokenizer), .model file
     (SentencePieceTokenizer, Llama2Tokenizer), .tiktoken file (TiktokenTokenizer), or the
     vocabulary size (NullTokenizer)"""
+    eod_token: str = ""
+    """token of the vocabulary that ends documents; empty: the one that the tokenizer's files
+    name, or else <|endoftext|>, </s> or another common one"""
 
     def __post_init__(self):
         require_choices(self)

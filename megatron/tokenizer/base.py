@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
+
+from megatron.config.tokenizer import TokenizerConfig
 
 # Literals that mark the end of a document, in the order in which they are looked up when the
 # tokenizer's files do not name one.
@@ -33,7 +35,7 @@ class Tokenizer(ABC):
     Attributes:
         name: the `--tokenizer-type`.
         vocab_size: largest id + 1, including special tokens but not padding.
-        eod: id of the end-of-document token.
+        eod: id of the end-of-document token; None if the vocabulary has none.
         bos: id that `encode` puts before every text, or None.
         fingerprint: SHA-256 (hex) of the vocabulary and merges; with equal fingerprints, ids
             have the same meaning.
@@ -43,7 +45,7 @@ class Tokenizer(ABC):
 
     name: str
     vocab_size: int
-    eod: int
+    eod: int | None
     fingerprint: str
     bos: int | None = None
     difference: str = ""
@@ -75,6 +77,22 @@ class Tokenizer(ABC):
     def use_reference(self) -> None:  # noqa: B027
         """Use the reference implementation from now on."""
 
+    def require_eod(self, needed_by: str) -> int:
+        """Return the id of the end-of-document token.
+
+        Args:
+            needed_by: the flag that needs it.
+        Raises:
+            ValueError: there is none.
+        """
+        if self.eod is None:
+            raise ValueError(
+                f"{needed_by} needs an end-of-document token, and the vocabulary of this "
+                f"{self.name} has none; tried {' '.join(_END_OF_DOCUMENT)}. Name one of its "
+                "tokens with --eod-token, or add one to the vocabulary"
+            )
+        return self.eod
+
     @abstractmethod
     def _decode(self, ids: list[int]) -> str:
         """Return the text of ids that are all in the vocabulary."""
@@ -97,28 +115,41 @@ def require_file(path: str, flag: str, kind: str, what: str) -> str:
     return path
 
 
-def find_eod(id_of: Callable[[str], int | None], source: str, named: str | None = None) -> int:
-    """Return the id of the end-of-document token: the one named by the files, or else the first
-    known literal that is in the vocabulary.
+def find_eod(
+    vocabulary: Mapping[str, int], source: str, flag: str = "", named: str | None = None
+) -> str | None:
+    """Return the literal of the end-of-document token: the one that the flag names, or the files
+    name, or else the first known literal that is in the vocabulary; None: there is none.
 
     Args:
-        id_of: returns the id of a literal, or None.
         source: file of the vocabulary, for the error message.
+        flag: value of --eod-token; empty: not set.
         named: literal that the tokenizer's files name, if any.
     Raises:
-        ValueError: the vocabulary contains none of these literals.
+        ValueError: the flag's token is not in the vocabulary.
     """
-    candidates = list(_END_OF_DOCUMENT)
-    if named:
-        candidates.insert(0, named)
-    for literal in candidates:
-        found = id_of(literal)
-        if found is not None:
-            return found
-    raise ValueError(
-        f"{source} has no end-of-document token; tried {' '.join(candidates)}. Add one to the "
-        "vocabulary"
-    )
+    if flag:
+        if flag not in vocabulary:
+            raise ValueError(
+                f"--eod-token is {flag!r}, which is not in the vocabulary of {source}; allowed: "
+                f"one of its tokens. Known names of such tokens: {' '.join(_END_OF_DOCUMENT)}"
+            )
+        return flag
+    candidates = [named, *_END_OF_DOCUMENT] if named else _END_OF_DOCUMENT
+    return next((literal for literal in candidates if literal in vocabulary), None)
+
+
+def refuse_eod_token(config: TokenizerConfig, eod: int) -> None:
+    """Refuse --eod-token for a tokenizer whose end-of-document id is fixed.
+
+    Raises:
+        ValueError: the flag is set.
+    """
+    if config.eod_token:
+        raise ValueError(
+            f"--eod-token is {config.eod_token!r}; allowed with {config.tokenizer_type}: none, "
+            f"because its end-of-document id is always {eod}. Leave the flag out"
+        )
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,8 @@ choices of `--tokenizer-type` (megatron/config/tokenizer.py).
 
 Text is untrusted: the literal of a special token (`<|endoftext|>`, `</s>`) inside a document
 is encoded as ordinary text and never becomes the special id; callers add the ids of special
-tokens. Two exceptions come with the tokenizer's files: a Hugging Face tokenizer without merges
-(WordLevel) whose vocabulary contains the literal as a word, and user-defined symbols of a
-SentencePiece model.
+tokens. Two exceptions come with the tokenizer's files: the token for unknown text, and
+user-defined symbols of a SentencePiece model, unless they end documents.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ def build_tokenizer(config: TokenizerConfig, threads: int = 0) -> Tokenizer:
             first text of the process is encoded.
     Raises:
         FileNotFoundError: a required file is not set or does not exist.
-        ValueError: the tokenizer type is unknown, a file is malformed, or the vocabulary has
-            no end-of-document token.
+        ValueError: the tokenizer type is unknown, a file is malformed, a package is not
+            installed, or --eod-token is not in the vocabulary.
     """
     if config.tokenizer_type not in TOKENIZER_BUILDERS:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron.config.tokenizer import TokenizerConfig
-from megatron.tokenizer.base import Tokenizer, digest
+from megatron.tokenizer.base import Tokenizer, digest, refuse_eod_token
 
 
 class ByteTokenizer(Tokenizer):
@@ -28,5 +28,10 @@ class ByteTokenizer(Tokenizer):
 
 
 def build_byte(config: TokenizerConfig, threads: int) -> Tokenizer:
-    """Build the byte tokenizer, which needs no files and no threads."""
+    """Build the byte tokenizer, which needs no files and no threads.
+
+    Raises:
+        ValueError: --eod-token is set.
+    """
+    refuse_eod_token(config, ByteTokenizer.eod)
     return ByteTokenizer()

@@ -6,7 +6,8 @@ import os
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,7 +94,8 @@ def resident_bytes() -> int:
 
 
 class FastBPE(Tokenizer):
-    """A reference implementation with gigatoken in front of it, if that can load the vocabulary.
+    """A reference implementation with gigatoken in front of it, if that is installed and can load
+    the vocabulary.
 
     The first documents of each instance are encoded by both. If they differ, this instance
     logs a warning and uses only the reference from then on, which is slower by one to two
@@ -186,11 +188,29 @@ class FastBPE(Tokenizer):
                 return
         self._to_compare -= len(sample)
 
-    def _load_fast(self, load: Callable[[], gigatoken.Tokenizer]) -> gigatoken.Tokenizer | None:
-        """Call `load`; return None with a warning if gigatoken does not support the vocabulary."""
-        self._load = load
+    def _load_fast(
+        self, load: Callable[[ModuleType], gigatoken.Tokenizer]
+    ) -> gigatoken.Tokenizer | None:
+        """Load the vocabulary with gigatoken.
+
+        Args:
+            load: takes the module gigatoken.
+        Returns:
+            None, after a warning, if gigatoken is not installed or does not support the
+            vocabulary.
+        """
         try:
-            return load()
+            import gigatoken
+        except ImportError:
+            warn_on_rank0(
+                "the package gigatoken is not installed: using the reference implementation of "
+                "%s, which is much slower. Install it: pip install 'moe-megatron[fast]'",
+                self.name,
+            )
+            return None
+        self._load = partial(load, gigatoken)
+        try:
+            return self._load()
         except Exception as error:  # gigatoken raises plain RuntimeError, ValueError or OSError
             warn_on_rank0(
                 "gigatoken cannot load this %s (%s): using the reference implementation, which "

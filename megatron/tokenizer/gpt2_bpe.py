@@ -14,7 +14,7 @@ def build_gpt2_bpe(config: TokenizerConfig, threads: int) -> Tokenizer:
 
     Raises:
         FileNotFoundError: a file is not set or does not exist.
-        ValueError: a file is malformed.
+        ValueError: a file is malformed, or --eod-token is not in the vocabulary.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
@@ -32,4 +32,4 @@ def build_gpt2_bpe(config: TokenizerConfig, threads: int) -> Tokenizer:
     # use_regex: split by GPT-2's regular expression.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
-    return HuggingFaceTokenizer(kind, backend, vocab)
+    return HuggingFaceTokenizer(kind, backend, vocab, config.eod_token)

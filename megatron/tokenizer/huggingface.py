@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.config.tokenizer import TokenizerConfig
+from megatron.log import warn_on_rank0
 from megatron.tokenizer.base import Tokenizer, digest, find_eod, one_line, require_file
 from megatron.tokenizer.fast_bpe import FastBPE
+from megatron.tokenizer.special_tokens import hide_tokens, tokens_in_text, unknown_token
 
 if TYPE_CHECKING:
     import tokenizers
@@ -21,9 +23,11 @@ class HuggingFaceTokenizer(FastBPE):
         name: the `--tokenizer-type`.
         tokenizer: changed in place.
         source: file of the vocabulary, for messages.
+        eod_flag: value of --eod-token; empty: not set.
         eod_token: literal of the end-of-document token, if the files name it.
     Raises:
-        ValueError: the vocabulary has no end-of-document token.
+        ValueError: the flag names a token that is not in the vocabulary, or that stands for
+            unknown text.
     """
 
     def __init__(
@@ -31,27 +35,62 @@ class HuggingFaceTokenizer(FastBPE):
         name: str,
         tokenizer: tokenizers.Tokenizer,
         source: str,
+        eod_flag: str = "",
         eod_token: str | None = None,
     ):
-        import gigatoken
-
         self.name = name
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # literals of special tokens are ordinary text
         self._tokenizer = tokenizer
         spec = json.loads(tokenizer.to_str())
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         tokens_by_id = sorted((i, token) for token, i in vocabulary.items())
         self.fingerprint = digest(tokens_by_id, spec["model"].get("merges"))
-        self.eod = find_eod(vocabulary.get, source, eod_token)
+        literal = find_eod(vocabulary, source, eod_flag, eod_token)
+        self.eod = vocabulary.get(literal)
+        if eod_flag and eod_flag == unknown_token(spec):
+            raise ValueError(
+                f"--eod-token is {eod_flag!r}, which stands for unknown text in {source}; "
+                "allowed: a token that no text is encoded to"
+            )
+        special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+        if literal is not None:
+            special.add(literal)
+        self._build_encoders(spec, special)
+
+    def _build_encoders(self, spec: dict[str, Any], special: set[str]) -> None:
+        """Build the reference and the fast encoder, to which special tokens are ordinary text."""
+        self._encoder = self._tokenizer
+        hidden = tokens_in_text(spec, special)
+        if hidden:
+            spec = hide_tokens(spec, hidden)
+            self._encoder = type(self._tokenizer).from_str(json.dumps(spec))
+        self._encoder.encode_special_tokens = True
         # gigatoken always recognises special tokens in text, but only those it is given.
-        spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["special"]]
-        self._fast = self._load_fast(lambda: gigatoken.Tokenizer.from_json(json.dumps(spec)))
+        added = [token for token in spec["added_tokens"] if not token["special"]]
+        single_words = [token["content"] for token in added if token["single_word"]]
+        if single_words:
+            warn_on_rank0(
+                "gigatoken ignores that the token %r is recognised as a separate word only: "
+                "using the reference implementation of %s, which is much slower",
+                single_words[0],
+                self.name,
+            )
+            return
+        content = json.dumps({**spec, "added_tokens": added})
+        self._fast = self._load_fast(
+            lambda gigatoken: gigatoken.Tokenizer.from_json(content),
+        )
 
     def _reference(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(
+                f"{self.name} cannot encode a text ({one_line(error)}). Add a token for unknown "
+                "text to the vocabulary, or use another tokenizer"
+            ) from None
         return [encoding.ids for encoding in encodings]
 
     def _decode(self, ids: list[int]) -> str:
@@ -65,7 +104,7 @@ def build_huggingface(config: TokenizerConfig, threads: int) -> Tokenizer:
 
     Raises:
         FileNotFoundError: the file is not set or does not exist.
-        ValueError: a file is malformed, or the vocabulary has no end-of-document token.
+        ValueError: a file is malformed, or --eod-token is not in the vocabulary.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -86,7 +125,9 @@ def build_huggingface(config: TokenizerConfig, threads: int) -> Tokenizer:
         raise ValueError(
             f"--tokenizer-model {model} is not a HuggingFace tokenizer ({one_line(error)})"
         ) from None
-    return HuggingFaceTokenizer("HuggingFaceTokenizer", backend, file, eod_token)
+    return HuggingFaceTokenizer(
+        config.tokenizer_type, backend, file, config.eod_token, eod_token
+    )
 
 
 def _named_eod(path: Path) -> str | None:

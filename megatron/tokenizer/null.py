@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 
 from megatron.config.tokenizer import TokenizerConfig
-from megatron.tokenizer.base import Tokenizer, digest, flatten
+from megatron.tokenizer.base import Tokenizer, digest, flatten, refuse_eod_token
 
 # The end-of-document id follows the vocabulary and has to be an int32.
 _LARGEST_VOCABULARY = 2**31 - 2
@@ -52,7 +52,7 @@ def build_null(config: TokenizerConfig, threads: int) -> Tokenizer:
     """Build the tokenizer from its vocabulary size, which is `--tokenizer-model`.
 
     Raises:
-        ValueError: that is not a number in the allowed range.
+        ValueError: that is not a number in the allowed range, or --eod-token is set.
     """
     size = config.tokenizer_model
     # int() refuses thousands of digits: look at the length first.
@@ -62,6 +62,7 @@ def build_null(config: TokenizerConfig, threads: int) -> Tokenizer:
             f"--tokenizer-model is {size!r}; allowed for NullTokenizer: the vocabulary size, "
             f"1 to {_LARGEST_VOCABULARY} (ids are stored as int32)"
         )
+    refuse_eod_token(config, int(size))
     return NullTokenizer(int(size))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from megatron.config.tokenizer import TokenizerConfig
+from megatron.optional_packages import import_optional
 from megatron.tokenizer.base import (
     Tokenizer,
     digest,
@@ -13,6 +16,9 @@ from megatron.tokenizer.base import (
     one_line,
     require_file,
 )
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -23,13 +29,16 @@ class SentencePieceTokenizer(Tokenizer):
         path: path of the model.
         threads: number of encoding threads; -1: one per core.
         bos: whether every text starts with the begin-of-sequence id (Llama 2).
+        eod_token: value of --eod-token; empty: not set.
     Raises:
-        ValueError: the file is not a model, or lacks a special token.
+        ValueError: the package is not installed, the file is not a model, or lacks a special
+            token.
     """
 
-    def __init__(self, name: str, path: str, threads: int, bos: bool):
-        import sentencepiece
-
+    def __init__(self, name: str, path: str, threads: int, bos: bool, eod_token: str = ""):
+        sentencepiece = import_optional(
+            "sentencepiece", "sentencepiece", f"--tokenizer-type {name}"
+        )
         self.name = name
         self._threads = threads
         try:
@@ -44,13 +53,37 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = digest(
             [(i, piece, model.get_score(i)) for i, piece in enumerate(pieces)]
         )
-        eod = None
+        named = None
         if model.eos_id() >= 0:
-            eod = pieces[model.eos_id()]
+            named = pieces[model.eos_id()]
         id_of_piece = {piece: i for i, piece in enumerate(pieces)}
-        self.eod = find_eod(id_of_piece.get, path, eod)
+        self.eod = id_of_piece.get(find_eod(id_of_piece, path, eod_token, named))
+        self._encoder = self._build_encoder(path)
         if bos:
             self.bos = self._bos_id(path)
+
+    def _build_encoder(self, path: str) -> SentencePieceProcessor:
+        """Return the model in which no text is encoded to the end-of-document id.
+
+        Only control symbols are never found in text, so that piece becomes one.
+        """
+        eod = self.eod
+        if eod is None or self._model.is_control(eod):
+            return self._model
+        piece = self._model.id_to_piece(eod)
+        if self._model.is_unknown(eod) or self._model.is_byte(eod):
+            raise ValueError(
+                f"--eod-token is {piece!r}, which stands for unknown text in {path}; allowed: a "
+                "piece that no text is encoded to"
+            )
+        models = import_optional(
+            "sentencepiece.sentencepiece_model_pb2",
+            "sentencepiece",
+            f"the end-of-document token {piece!r} of {path}, which is no control symbol,",
+        )
+        content = models.ModelProto.FromString(self._model.serialized_model_proto())
+        content.pieces[eod].type = models.ModelProto.SentencePiece.CONTROL
+        return type(self._model)(model_proto=content.SerializeToString())
 
     def _bos_id(self, path: str) -> int:
         bos = self._model.bos_id()
@@ -63,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         add_bos = self.bos is not None
-        return flatten(self._model.encode(texts, add_bos=add_bos, num_threads=self._threads))
+        return flatten(self._encoder.encode(texts, add_bos=add_bos, num_threads=self._threads))
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
@@ -82,4 +115,4 @@ def build_llama2(config: TokenizerConfig, threads: int) -> Tokenizer:
 def _build(config: TokenizerConfig, threads: int, bos: bool) -> Tokenizer:
     kind = config.tokenizer_type
     path = require_file(config.tokenizer_model, "--tokenizer-model", kind, "the .model file")
-    return SentencePieceTokenizer(kind, path, threads or -1, bos)
+    return SentencePieceTokenizer(kind, path, threads or -1, bos, config.eod_token)

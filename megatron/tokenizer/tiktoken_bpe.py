@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.tokenizer import TokenizerConfig
-from megatron.tokenizer.base import Tokenizer, digest, one_line, require_file
+from megatron.optional_packages import import_optional
+from megatron.tokenizer.base import Tokenizer, digest, find_eod, one_line, require_file
 from megatron.tokenizer.fast_bpe import FastBPE
 
 
@@ -62,23 +63,17 @@ _ENCODINGS = {
 class TiktokenTokenizer(FastBPE):
     """One of OpenAI's encodings from its `.tiktoken` file, recognised by the file's name.
 
+    Args:
+        eod_token: special token that ends documents; empty: `<|endoftext|>`.
     Raises:
-        ValueError: tiktoken is not installed, the encoding is unknown, or the file is
-            malformed.
+        ValueError: tiktoken is not installed, the encoding is unknown, the file is malformed,
+            or `eod_token` is none of the special tokens.
     """
 
     name = "TiktokenTokenizer"
 
-    def __init__(self, path: str):
-        try:
-            import tiktoken
-        except ImportError:
-            raise ValueError(
-                f"--tokenizer-type {self.name} needs the package tiktoken, which is not "
-                "installed. Install it: pip install tiktoken"
-            ) from None
-        import gigatoken
-
+    def __init__(self, path: str, eod_token: str = ""):
+        tiktoken = import_optional("tiktoken", "tiktoken", f"--tokenizer-type {self.name}")
         stem = Path(path).stem
         if stem not in _ENCODINGS:
             known = ", ".join(f"{name}.tiktoken" for name in _ENCODINGS)
@@ -96,13 +91,13 @@ class TiktokenTokenizer(FastBPE):
             special_tokens=special_tokens,
         )
         self.vocab_size = self._encoding.n_vocab
-        self.eod = special_tokens["<|endoftext|>"]
+        self.eod = special_tokens[find_eod(special_tokens, path, eod_token)]
         tokens_by_id = [(rank, token.hex()) for token, rank in ranks.items()]
         tokens_by_id += [(i, token) for token, i in special_tokens.items()]
         self.fingerprint = digest(sorted(tokens_by_id))
         scheme = encoding.gigatoken_scheme
         self._fast = self._load_fast(
-            lambda: gigatoken.Tokenizer.from_tiktoken(path, scheme, {})
+            lambda gigatoken: gigatoken.Tokenizer.from_tiktoken(path, scheme, {})
         )
 
     def _reference(self, texts: list[str]) -> list[list[int]]:
@@ -120,7 +115,7 @@ def build_tiktoken(config: TokenizerConfig, threads: int) -> Tokenizer:
         config.tokenizer_type,
         "the .tiktoken file",
     )
-    return TiktokenTokenizer(path)
+    return TiktokenTokenizer(path, config.eod_token)
 
 
 def _read_ranks(path: str) -> dict[bytes, int]:

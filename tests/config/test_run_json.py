@@ -230,7 +230,8 @@ RUN_JSON = """\
     "tokenizer_type": "NullTokenizer",
     "vocab_file": "",
     "merge_file": "",
-    "tokenizer_model": "100"
+    "tokenizer_model": "100",
+    "eod_token": ""
   },
   "data": {
     "data_path": [

@@ -336,14 +336,6 @@ def test_huggingface_config_names_eod(tmp_path):
         build("HuggingFaceTokenizer", tmp_path)
 
 
-def test_vocabulary_without_eod_is_refused(tmp_path):
-    trained(tmp_path, eod="<stop>")
-    with pytest.raises(
-        ValueError, match=r"no end-of-document token; tried <\|endoftext\|> .*</s> <eos>"
-    ):
-        build("HuggingFaceTokenizer", tmp_path)
-
-
 def test_gigatoken_difference_is_logged(tmp_path, caplog):
     """gigatoken 0.10 splits by GPT-2's regex even if the file disables splitting."""
     t = trained(tmp_path, pre=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -425,18 +417,7 @@ def test_sentencepiece_equals_the_library(sentencepiece_model, tmp_path):
         build("Llama2Tokenizer", tmp_path / "bad.model")
 
 
-@pytest.mark.parametrize(
-    ("kind", "gone", "match"),
-    [
-        (
-            "Llama2Tokenizer",
-            {"bos_id": -1},
-            "no begin-of-sequence token.*Use SentencePieceTokenizer",
-        ),
-        ("SentencePieceTokenizer", {"eos_id": -1}, "no end-of-document token; tried"),
-    ],
-)
-def test_sentencepiece_requires_special_tokens(tmp_path, kind, gone, match):
+def test_llama2_requires_a_bos_token(tmp_path):
     import sentencepiece
 
     model = io.BytesIO()
@@ -447,11 +428,13 @@ def test_sentencepiece_requires_special_tokens(tmp_path, kind, gone, match):
         model_type="bpe",
         minloglevel=2,
         num_threads=1,
-        **gone,
+        bos_id=-1,
     )
     (tmp_path / "t.model").write_bytes(model.getvalue())
-    with pytest.raises(ValueError, match=match):
-        build(kind, tmp_path / "t.model")
+    with pytest.raises(
+        ValueError, match="no begin-of-sequence token.*Use SentencePieceTokenizer"
+    ):
+        build("Llama2Tokenizer", tmp_path / "t.model")
 
 
 def test_tiktoken_encodes_and_checks_files(tmp_path, monkeypatch):
@@ -469,10 +452,57 @@ def test_tiktoken_encodes_and_checks_files(tmp_path, monkeypatch):
         build("TiktokenTokenizer", tmp_path / "o200k_base.tiktoken")
 
 
-def test_missing_tiktoken_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ValueError, match="needs the package tiktoken.*pip install tiktoken"):
-        build("TiktokenTokenizer", ranks_file(tmp_path))
+@pytest.mark.parametrize(
+    ("kind", "module", "extra"),
+    [
+        ("TiktokenTokenizer", "tiktoken", "tiktoken"),
+        ("SentencePieceTokenizer", "sentencepiece", "sentencepiece"),
+        ("Llama2Tokenizer", "sentencepiece", "sentencepiece"),
+    ],
+)
+def test_missing_package_is_reported(tmp_path, monkeypatch, kind, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = (
+        rf"^--tokenizer-type {kind} needs the package {module}, which is not installed. "
+        rf"Install it: pip install 'moe-megatron\[{extra}\]'$"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(kind, ranks_file(tmp_path))
+
+
+def test_damaged_package_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "sentencepiece.py").write_text("raise ImportError('no libstdc++.so.6')")
+    monkeypatch.delitem(sys.modules, "sentencepiece", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"which cannot be imported \(no libstdc"):
+        build("SentencePieceTokenizer", ranks_file(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "TiktokenTokenizer"])
+def test_result_without_gigatoken_is_equal(tmp_path, monkeypatch, caplog, kind):
+    trained(tmp_path)
+    model = tmp_path
+    if kind == "TiktokenTokenizer":
+        pytest.importorskip("tiktoken", reason="tiktoken is optional and not installed")
+        model = ranks_file(tmp_path)
+    expected = rows(*build(kind, model).encode_batch(TEXTS))
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with caplog.at_level(logging.WARNING, "megatron"):
+        ours = build(kind, model)
+    assert rows(*ours.encode_batch(TEXTS)) == expected and ours._fast is None
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("the package gigatoken is not installed: using the")
+    assert caplog.messages[0].endswith("Install it: pip install 'moe-megatron[fast]'")
+
+
+def test_slow_encoder_is_logged_once(tmp_path, monkeypatch, caplog):
+    """Every rank builds the tokenizer; rank 0 warns."""
+    trained(tmp_path, normalizer=normalizers.Lowercase())
+    with caplog.at_level(logging.WARNING, "megatron"):
+        for rank in range(3):
+            monkeypatch.setenv("RANK", str(rank))
+            build("HuggingFaceTokenizer", tmp_path)
+    assert len(caplog.messages) == 1
 
 
 def test_null_tokenizer_reads_ids():

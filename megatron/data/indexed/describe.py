@@ -21,6 +21,8 @@ def describe(found: dict[str, Any]) -> list[str]:
     """
     rows = _size_rows(found) + _sidecar_rows(found["sidecar"])
     rows += [_document_row(document) for document in found["first_documents"]]
+    if found["not_decoded"]:
+        rows.append(("not decoded", f"{found['not_decoded']}. Give the tokenizer's flags"))
     if "full" in found:
         rows += _scan_rows(found["full"])
     rows += _verdict_rows(found)
@@ -72,6 +74,8 @@ def _sidecar_rows(sidecar: dict[str, Any] | None) -> list[_Row]:
 
 def _sidecar_value(value: Any) -> str:
     """Return an entry of the sidecar as text; a long list is cut."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
     if not isinstance(value, list):
         return str(value)
     text = " ".join(map(str, value[:_SHOWN_ITEMS]))

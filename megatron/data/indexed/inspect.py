@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron.data.indexed.opened import OpenedDataset
 from megatron.data.indexed.reader import INDEX_VERSION, IndexedDataset
+from megatron.data.indexed.recorded_tokenizer import build_recorded_tokenizer
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.sha256 import file_sha256
 from megatron.tokenizer.base import Tokenizer
@@ -34,7 +35,8 @@ def summarize(
     """Return what a dataset holds as JSON values, without reading all of it.
 
     Args:
-        tokenizer: decodes the documents shown; None: only ids are shown.
+        tokenizer: decodes the documents shown; None: the one that the sidecar records does, if
+            its files are still there. Otherwise only ids are shown.
         documents: number of documents to show, from the first on.
         tokens: number of tokens to show of each.
 
@@ -46,6 +48,9 @@ def summarize(
     dataset = opened.dataset
     lengths = np.diff(index.document_starts())
     shown = range(min(documents, dataset.num_documents))
+    not_decoded = ""
+    if tokenizer is None and shown:
+        tokenizer, not_decoded = build_recorded_tokenizer(dataset.sidecar)
     return {
         "prefix": dataset.prefix,
         "format_version": INDEX_VERSION,
@@ -62,6 +67,7 @@ def summarize(
         "histogram": _histogram(lengths),
         "sidecar": dataset.sidecar,
         "first_documents": [_document(dataset, i, tokens, tokenizer) for i in shown],
+        "not_decoded": not_decoded,
         "faults": problems(opened),
     }
 

@@ -26,14 +26,20 @@ def check_sidecar(
     record = dataset.sidecar or {}
     path = os.fspath(dataset.prefix) + ".json"
     if tokenizer is not None:
-        expected = {"vocab_hash": tokenizer.fingerprint, "eod": tokenizer.eod}
-        for entry, value in expected.items():
-            if record.get(entry) not in (None, value):
-                raise ValueError(
-                    f"{path} records {entry} {record[entry]} of {record.get('tokenizer')}, this "
-                    f"run's {tokenizer.name} has {value}: the ids stand for other tokens. Use "
-                    f"the tokenizer of the data, or preprocess the text again with this one"
-                )
+        vocabulary = tokenizer.fingerprint
+        if record.get("vocab_hash") not in (None, vocabulary):
+            raise ValueError(
+                f"{path} records vocab_hash {record['vocab_hash']} of {record.get('tokenizer')}, "
+                f"this run's {tokenizer.name} has {vocabulary}: the ids stand for other tokens. "
+                f"Use the tokenizer of the data, or preprocess the text again with this one"
+            )
+        has_eod = record.get("append_eod", True)
+        if has_eod and record.get("eod") not in (None, tokenizer.eod):
+            raise ValueError(
+                f"{path} records eod {record['eod']} of {record.get('tokenizer')}, this run's "
+                f"{tokenizer.name} has {tokenizer.eod}: documents end with another token. Name "
+                f"that of the data with --eod-token, or preprocess the text again"
+            )
     recorded = record.get("vocab_size", 0)
     if vocab_size is not None and (not isinstance(recorded, int) or recorded > vocab_size):
         raise ValueError(
@@ -46,19 +52,20 @@ def check_eod(dataset: IndexedDataset, data: DataConfig, tokenizer: Tokenizer | 
     """Check the last token of a few documents if an option needs end-of-document tokens.
 
     Raises:
-        ValueError: a document ends with another token, so that the option would silently have
-            no effect there.
+        ValueError: the tokenizer has none, or a document ends with another token, so that the
+            option would silently have no effect there.
     """
     if not data.eod_flags or tokenizer is None:
         return
+    eod = tokenizer.require_eod(data.eod_flags[0])
     nonempty = np.flatnonzero(dataset.document_lengths())
     stride = max(1, len(nonempty) // _SAMPLED_DOCUMENTS)
     for document in nonempty[::stride].tolist():
         last = int(dataset.read(document)[-1])
-        if last != tokenizer.eod:
+        if last != eod:
             raise ValueError(
                 f"{data.eod_flags[0]} is set, but document {document} of {dataset.prefix} ends "
-                f"with token {last}, not with the end-of-document token {tokenizer.eod}; it "
+                f"with token {last}, not with the end-of-document token {eod}; it "
                 f"would have no effect there. Preprocess the text again with --append-eod, or "
                 f"leave the flag out"
             )

@@ -10,6 +10,7 @@ import numpy as np
 from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed.reader import dtype_for_vocab
 from megatron.data.ingest.records import Chunk, RejectedRecord
+from megatron.optional_packages import import_optional
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 
@@ -34,6 +35,8 @@ class EncodeConfig:
     split_sentences: str = ""
     """language of the texts ("english"), whose sentences become sequences; empty: each
     document is one sequence"""
+    append_eod_flag: str = "--append-eod"
+    """flag that messages about the end-of-document token refer to"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class ChunkEncoder:
         tokenizer: a tokenizer to use instead of the one that `config` names.
 
     Raises:
-        ValueError: files of the tokenizer or of the sentence splitter are missing or wrong.
+        ValueError: files of the tokenizer or of the sentence splitter are missing or wrong, or
+            the tokenizer has no end-of-document token to append.
     """
 
     def __init__(self, config: EncodeConfig, tokenizer: Tokenizer | None = None):
@@ -96,6 +100,8 @@ class ChunkEncoder:
             tokenizer = build_tokenizer(config.tokenizer, threads=1)
         self.config = config
         self.tokenizer = tokenizer
+        if config.append_eod:
+            tokenizer.require_eod(config.append_eod_flag)
         self._split = build_splitter(config.split_sentences)
 
     def encode(self, chunk: Chunk, use_reference: bool = False) -> EncodedChunk:
@@ -220,15 +226,9 @@ def build_splitter(language: str) -> Splitter | None:
     """
     if not language:
         return None
+    punkt_module = import_optional("nltk.tokenize.punkt", "sentences", "--split-sentences")
     try:
-        from nltk.tokenize.punkt import PunktTokenizer
-    except ImportError:
-        raise ValueError(
-            "--split-sentences needs the package nltk, which is not installed. Install it: "
-            "pip install 'moe-megatron[sentences]'"
-        ) from None
-    try:
-        punkt = PunktTokenizer(language)
+        punkt = punkt_module.PunktTokenizer(language)
     except LookupError:
         raise ValueError(
             f"--lang is {language!r}, for which NLTK's Punkt model is not installed. Fetch the "

@@ -5,7 +5,6 @@ To add a file format, write a `FileSource` here and enter its suffix in FILE_FOR
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from megatron.data.ingest.records import (
     FlagNames,
     format_names,
 )
+from megatron.optional_packages import import_optional
 from megatron.tokenizer.base import one_line
 
 _PIPE_READ_BYTES = 1 << 20
@@ -96,14 +96,7 @@ class DocumentSource(ABC):
 
     def _import_optional(self, module: str) -> ModuleType:
         """Import a module of an optional package; raise ValueError if it is not installed."""
-        try:
-            return importlib.import_module(module)
-        except ImportError:
-            package = module.split(".")[0]
-            raise ValueError(
-                f"{self.flags.input} {self.path} needs the package {package}, which is not "
-                f"installed. Install it: pip install 'moe-megatron[data]'"
-            ) from None
+        return import_optional(module, "data", f"{self.flags.input} {self.path}")
 
 
 class FileSource(DocumentSource):

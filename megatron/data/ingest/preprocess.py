@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron.config.fields import require
 from megatron.data.indexed.reader import dtype_for_vocab
+from megatron.data.indexed.recorded_tokenizer import FLAGS_ENTRY, recorded_flags
 from megatron.data.indexed.writer import PUBLISHED, IndexedWriter, is_resumable, publish
 from megatron.data.ingest.encode import EncodeConfig, EncodedChunk
 from megatron.data.ingest.encoder_pool import EncoderPool
@@ -404,6 +405,7 @@ class PreprocessRun:
         return {
             "tool": "preprocess_data",
             "tokenizer": tokenizer.name,
+            FLAGS_ENTRY: recorded_flags(encoding.tokenizer),
             "vocab_hash": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,

@@ -17,7 +17,7 @@ from megatron.io.atomic_write import write_text
 from megatron.tokenizer.base import Tokenizer
 
 STATE_FILE = "state.json"
-STAGING_LAYOUT = 1
+STAGING_LAYOUT = 2
 """version of the files in the staging directory, part of a job's identity; raise it when a
 change would produce other bytes"""
 
@@ -78,6 +78,7 @@ def job_identity(
             tokenizer.name,
             tokenizer.fingerprint,
             digest_of_files(encoding.tokenizer),
+            tokenizer.eod,
         ],
         "keys": list(encoding.keys),
         "append_eod": encoding.append_eod,

@@ -78,7 +78,12 @@ class TokenStream:
     @property
     def preprocess_config(self) -> PreprocessConfig:
         """The job that produces the tokens."""
-        encoding = EncodeConfig(self.tokenizer, (self.key,), append_eod=True)
+        encoding = EncodeConfig(
+            self.tokenizer,
+            (self.key,),
+            append_eod=True,
+            append_eod_flag="--streaming-data-path",
+        )
         return PreprocessConfig([self.entry], self.prefix, encoding, flags=STREAMING_FLAGS)
 
     @property
@@ -208,7 +213,8 @@ def find_stream(
 
     Raises:
         FileNotFoundError: the source does not exist.
-        ValueError: the source cannot be read, or only once.
+        ValueError: the source cannot be read, or only once, or the tokenizer has no
+            end-of-document token.
     """
     sources = open_sources([entry], STREAMING_FLAGS)
     for source in sources:
@@ -227,6 +233,7 @@ def find_stream(
         tokenizer.name,
         tokenizer.fingerprint,
         digest_of_files(context.tokenizer),
+        tokenizer.require_eod("--streaming-data-path"),
         key,
     )
     name = re.sub(r"[^\w.-]+", "_", os.path.basename(path))[-40:]
