@@ -13,11 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
 from megatron.data.ingest.chunking import cut_lines, cut_rows, find_line_end, skip_bytes
+from megatron.data.ingest.content import HEAD_BYTES, require_json_lines
 from megatron.data.ingest.records import (
     DEFAULT_CHUNK_BYTES,
     TOOL_FLAGS,
@@ -114,7 +116,16 @@ class FileSource(DocumentSource):
 
 
 class JsonLines(FileSource):
-    """Plain JSON lines. Only chunk boundaries are searched for here; the worker reads."""
+    """Plain JSON lines. Only chunk boundaries are searched for here; the worker reads.
+
+    Raises:
+        ValueError: the file begins like another format.
+    """
+
+    def __init__(self, number: int, path: str, flags: FlagNames = TOOL_FLAGS):
+        super().__init__(number, path, flags)
+        with open(path, "rb", buffering=0) as file:
+            require_json_lines(file.read(HEAD_BYTES), path)
 
     def chunks(
         self, keys: Sequence[str], start: int = 0, chunk_bytes: int = DEFAULT_CHUNK_BYTES
@@ -191,6 +202,8 @@ class CompressedLines(FileSource):
             if member is not None:
                 raise EOFError("the file ends too early")
         except (EOFError, data_error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk failed; bz2 raises OSError without a number
             raise ValueError(
                 f"{self.path}: the compressed data is damaged or cut off after {text_bytes} "
                 f"bytes of text ({one_line(error)}). Fetch the file again"
@@ -205,6 +218,26 @@ class GzipLines(CompressedLines):
 
     def _codec(self) -> tuple[Callable[[], Any], type[Exception]]:
         return lambda: zlib.decompressobj(wbits=31), zlib.error
+
+
+class Bzip2Lines(CompressedLines):
+    """JSON lines compressed with bzip2."""
+
+    def _codec(self) -> tuple[Callable[[], Any], type[Exception]]:
+        import bz2  # not in every build of Python
+
+        return bz2.BZ2Decompressor, OSError
+
+
+class XzLines(CompressedLines):
+    """JSON lines compressed with xz."""
+
+    padding = b"\0"
+
+    def _codec(self) -> tuple[Callable[[], Any], type[Exception]]:
+        import lzma  # not in every build of Python
+
+        return partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), lzma.LZMAError
 
 
 class ZstandardLines(CompressedLines):
@@ -349,6 +382,8 @@ FILE_FORMATS: dict[str, type[FileSource]] = {
     ".jsonl": JsonLines,
     ".json": JsonLines,
     ".gz": GzipLines,
+    ".bz2": Bzip2Lines,
+    ".xz": XzLines,
     ".zst": ZstandardLines,
     ".zstd": ZstandardLines,
     ".parquet": Parquet,

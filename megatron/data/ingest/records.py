@@ -10,9 +10,13 @@ import errno
 import io
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
+
+from megatron.data.ingest.content import require_json_lines
 
 DEFAULT_CHUNK_BYTES = 8 << 20
 _ORJSON_OUT_OF_MEMORY = "Not enough memory"
@@ -20,6 +24,8 @@ _ORJSON_OUT_OF_MEMORY = "Not enough memory"
 _SHOWN_CHARACTERS = 300
 """limit for a list of names in a message: a record can have thousands of keys"""
 _BOM = b"\xef\xbb\xbf"
+_NON_FINITE = (b"NaN", b"Infinity")
+"""numbers that JSON lacks, but Python's json module writes and reads"""
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,14 @@ class Chunk:
 
         Raises:
             OSError: the file cannot be read any more, or memory is exhausted.
-            ValueError: the file became shorter since the chunk was cut.
+            ValueError: the file became shorter since the chunk was cut, or is not JSON lines.
         """
         if isinstance(self.data, dict):
             return _parse_rows(self.data, keys)
         data = self._read() if self.data is None else self.data
         if not self.start:
             data = data.removeprefix(_BOM)
+            require_json_lines(data, self.path)
         return _parse_lines(data, keys, self.flags.keys)
 
     def _read(self) -> bytes:
@@ -166,7 +173,10 @@ def _parse_lines(data: bytes, keys: Sequence[str], keys_flag: str) -> ParsedChun
             _raise_if_out_of_memory(error, line)
         if line.isspace():
             continue
-        reason = _line_problem(line.rstrip(), keys, keys_flag)
+        record, reason = _read_again(line.rstrip(b"\r\n"), keys, keys_flag)
+        if not reason:
+            add(record)
+            continue
         raw = line.removesuffix(b"\n")
         rejected.append(RejectedRecord(number, len(usable), reason, raw))
     texts = {}
@@ -175,21 +185,51 @@ def _parse_lines(data: bytes, keys: Sequence[str], keys_flag: str) -> ParsedChun
     return ParsedChunk(texts, number, rejected)
 
 
-def _line_problem(line: bytes, keys: Sequence[str], keys_flag: str) -> str:
-    """Explain why a line that `_parse_lines` did not accept cannot be used."""
+def _read_again(line: bytes, keys: Sequence[str], keys_flag: str) -> tuple[Any, str]:
+    """Read a line that `_parse_lines` did not accept, with NaN and infinite numbers.
+
+    Returns:
+        The record, and why it cannot be used; empty if it can.
+    """
     try:
-        record = orjson.loads(line)
+        record = _load_line(line)
     except orjson.JSONDecodeError as error:
         _raise_if_out_of_memory(error, line)
-        return f"not a JSON object in UTF-8 ({error})"
+        return None, _syntax_problem(line, error)
     if not isinstance(record, dict):
-        return f"the line is a JSON {type(record).__name__}; allowed: an object"
+        return None, f"the line is a JSON {type(record).__name__}; allowed: an object"
     for key in keys:
         if key not in record:
-            return f"no key {key!r}; there are: {format_names(record)}. Set {keys_flag}"
+            names = format_names(record)
+            return None, f"no key {key!r}; there are: {names}. Set {keys_flag}"
         if not isinstance(record[key], str):
-            break
-    return f"{key!r} is a JSON {type(record[key]).__name__}; allowed: a string"
+            kind = type(record[key]).__name__
+            return None, f"{key!r} is a JSON {kind}; allowed: a string"
+        problem = _value_problem(key, record[key])  # json reads lone surrogates, too
+        if problem:
+            return None, problem
+    return record, ""
+
+
+def _load_line(line: bytes) -> Any:
+    """Parse a line, which may contain numbers that JSON lacks; raises as `orjson.loads`."""
+    if any(number in line for number in _NON_FINITE):
+        # ValueError includes errors of UTF-8; RecursionError: nested too deeply.
+        with suppress(ValueError, RecursionError):
+            return json.loads(line.decode())
+    return orjson.loads(line)
+
+
+def _syntax_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
+    """Explain why a line is not JSON."""
+    problem = f"not a JSON object in UTF-8 ({error})"
+    record = line.strip()
+    if record == b"{":
+        return f"{problem}; it continues on the next line; allowed: one per line (jq -c .)"
+    outside = line.replace(record, b"").strip(b" \t\r")
+    if outside:
+        return f"{problem}; {outside!r} around it is no white space in JSON"
+    return problem
 
 
 def _raise_if_out_of_memory(error: Exception, line: bytes) -> None:

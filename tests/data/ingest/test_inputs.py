@@ -43,9 +43,9 @@ def test_inputs_are_expanded_in_order(tmp_path, monkeypatch):
 def test_suffix_selects_the_format(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     touch("d/b.jsonl", "d/a.jsonl.gz", "d/s/c.JSON", "d/s/t/d.zst", "d/e.parquet")
-    touch("part-0", "f.zstd")
+    touch("part-0", "f.zstd", "g.BZ2", "h.xz")
     os.symlink("..", "d/s/back")  # a link to a folder that contains it
-    sources = open_sources(["d", "part-0", "f.zstd", "-"])
+    sources = open_sources(["d", "part-0", "f.zstd", "-", "g.BZ2", "h.xz"])
     assert [type(source).__name__ for source in sources] == [
         "GzipLines",
         "JsonLines",
@@ -55,6 +55,8 @@ def test_suffix_selects_the_format(tmp_path, monkeypatch):
         "JsonLines",
         "ZstandardLines",
         "PipeSource",
+        "Bzip2Lines",
+        "XzLines",
     ]
     stat = os.stat("part-0")
     (source,) = open_sources(["part-0"])
@@ -87,7 +89,7 @@ def test_missing_and_repeated_inputs_are_refused(tmp_path, monkeypatch):
             ["none"],
             ValueError,
             "--input none is a folder without files of a known suffix; known: .jsonl .json .gz "
-            ".zst .zstd .parquet",
+            ".bz2 .xz .zst .zstd .parquet",
         ),
         (["d", "d/a.jsonl"], ValueError, twice),
         (["d/a.jsonl", "./d/*.jsonl"], ValueError, twice),

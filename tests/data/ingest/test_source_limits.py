@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -35,12 +36,14 @@ def small_limit(monkeypatch) -> None:
 def compressed(kind: str, data: bytes) -> bytes:
     if kind.endswith(".gz"):
         return gzip.compress(data)
+    if kind.endswith(".xz"):
+        return lzma.compress(data)
     if kind.endswith(".zst"):
         return zstandard.ZstdCompressor().compress(data)
     return data
 
 
-@pytest.mark.parametrize("kind", ["a.json", "a.gz", "a.zst", "-"])
+@pytest.mark.parametrize("kind", ["a.json", "a.gz", "a.xz", "a.zst", "-"])
 @pytest.mark.parametrize("before", [0, 30, 100])
 def test_too_long_line_is_refused(tmp_path, monkeypatch, small_limit, kind, before):
     """100 lines fill a chunk of 1,000 bytes; 2 MB follow without a line feed."""

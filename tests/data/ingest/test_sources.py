@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import sys
 import tempfile
@@ -24,7 +27,7 @@ from megatron.data.ingest.records import DEFAULT_CHUNK_BYTES, Chunk, RejectedRec
 from megatron.data.ingest.sources import open_sources
 
 BOM = b"\xef\xbb\xbf"
-LINE_KINDS = ["plain.jsonl", "members.gz", "frames.zst", "-"]
+LINE_KINDS = ["plain.jsonl", "members.gz", "streams.bz2", "streams.xz", "frames.zst", "-"]
 
 
 def line(text: str, title: str = "") -> bytes:
@@ -34,7 +37,7 @@ def line(text: str, title: str = "") -> bytes:
 def write(folder: str | Path, kind: str, data: bytes) -> str:
     """Make a source of some lines, and return its path.
 
-    gz and zst files get two members, with what is allowed between and after them. For "-",
+    Compressed files get two members, with what is allowed between and after them. For "-",
     sys.stdin is replaced; the caller restores it.
     """
     if kind == "-":
@@ -44,6 +47,11 @@ def write(folder: str | Path, kind: str, data: bytes) -> str:
     half = len(data) // 2
     if kind.endswith(".gz"):
         data = gzip.compress(data[:half]) + gzip.compress(data[half:]) + b"\0" * 20
+    elif kind.endswith(".bz2"):
+        data = bz2.compress(data[:half]) + bz2.compress(data[half:])
+    elif kind.endswith(".xz"):
+        padding = b"\0" * 4
+        data = lzma.compress(data[:half]) + padding + lzma.compress(data[half:]) + padding
     elif kind.endswith(".zst"):
         skippable = bytes.fromhex("502a4d18 03000000 616263")
         first, second = (
@@ -63,6 +71,11 @@ OTHER = [
     b'{"text": 1, "title": ""}',
     b'{"text": ""}',
     b'{"text": "a", "title": NaN}',
+    b'{"text": "NaN \\" Infinity", "title": "", "score": NaN, "s": [-Infinity,Infinity]}',
+    b'{"text": "a", "title": "", "n": -NaN}',
+    b'{"text": "a", "title": "", "n": NaNs}',
+    b'{"text": "a", "title": ""}\x0b',
+    b"\x0b\x0c",
     b'{"text": "\xff", "title": ""}',
     line("a" * 500),
 ]
@@ -182,6 +195,8 @@ def test_parquet_equals_reference_loop(rows, group, chunk_bytes):
 # Records that cannot be used
 
 NOT_JSON = "not a JSON object in UTF-8 ("
+TRAILING = "unexpected content after document: line 1 column 14 (char 13))"
+EOF = "unexpected end of data: line 1 column 2 (char 1))"
 DEEP = b"[" * 5000 + b"]" * 5000
 MANY_KEYS = json.dumps({str(i): 0 for i in range(9999)}).encode()
 
@@ -193,7 +208,13 @@ MANY_KEYS = json.dumps({str(i): 0 for i in range(9999)}).encode()
         (b"text", NOT_JSON),
         (b'{"text": "\xff"}', NOT_JSON + "str is not valid UTF-8"),
         (b'{"text": "\\ud800"}', NOT_JSON),
-        (b'{"text": "a", "n": NaN}', NOT_JSON),
+        (b'{"text": "\\ud800", "n": NaN}', "'text' has a lone surrogate; allowed: a string"),
+        (b'{"text": "NaN \xff"}', NOT_JSON + "str is not valid UTF-8"),
+        (b'{"n": NaN, "text": ' + DEEP + b"}", NOT_JSON),
+        (b'{"text": "a", "n": NaN, "m": ' + b"9" * 5000 + b"}", NOT_JSON),
+        (b'{"text": NaN}', "'text' is a JSON float; allowed: a string"),
+        (b'{"text": "a"}\x0b', NOT_JSON + TRAILING + "; b'\\x0b' around it is no white"),
+        (b"{", NOT_JSON + EOF + "; it continues on the next line; allowed: one per"),
         (b'{"text": "a"} {"text": "b"}', NOT_JSON),
         (b'{"text": "a\x00"}', NOT_JSON),
         (DEEP, NOT_JSON),
@@ -264,7 +285,7 @@ def test_long_lines_and_empty_files(tmp_path, monkeypatch, kind):
 def test_compressed_chunks_are_bounded(tmp_path):
     record = line("a" * 1000) + b"\n"
     data = record * 30000
-    for kind in ("a.gz", "b.zst"):
+    for kind in ("a.gz", "b.zst", "c.bz2", "d.xz"):
         source = open_source(write(tmp_path, kind, data))
         sizes = [len(c.data) for c in source.chunks(["text"])]
         to_line_end = -DEFAULT_CHUNK_BYTES % len(record)
@@ -298,11 +319,15 @@ def flip(data: bytes, position: int, bits: int = 255) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("kind", ["a.gz", "a.zst", "a.zstd"])
+@pytest.mark.parametrize("kind", ["a.gz", "a.bz2", "a.xz", "a.zst", "a.zstd"])
 def test_damaged_compressed_files_are_refused(tmp_path, kind):
     data = b"".join(line(os.urandom(50).hex()) + b"\n" for _ in range(6000))
     if kind == "a.gz":
         valid = gzip.compress(data)
+    elif kind == "a.bz2":
+        valid = bz2.compress(data, compresslevel=1)  # several blocks
+    elif kind == "a.xz":
+        valid = lzma.compress(data, preset=0)
     else:
         valid = zstandard.ZstdCompressor(write_checksum=True).compress(data)
     path = tmp_path / kind
@@ -325,6 +350,16 @@ def test_damaged_compressed_files_are_refused(tmp_path, kind):
         assert "\n" not in message
         decoded.append(int(message.removeprefix(start).split()[0]))
     assert decoded[:4] == [0] * 4 and 0 < decoded[4] < len(data) and decoded[-1] == len(data)
+
+
+@pytest.mark.parametrize("kind", ["a.gz", "a.bz2", "a.xz"])
+def test_failing_disk_is_no_damage(tmp_path, kind):
+    """bz2 reports damage as an OSError, as the system reports a failing disk."""
+    source = open_source(write(tmp_path, kind, line("a")))
+    file = mock.Mock()
+    file.read.side_effect = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        next(source._decompress(file))
 
 
 @pytest.mark.parametrize(
