@@ -92,6 +92,22 @@ def row(name: str, baseline: str, ratios: list[float], bar: float | None = None)
     return Row(name, baseline, statistics.median(ratios), low, high, bar)
 
 
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Return the most memory that torch has allocated at one time inside a function."""
+    import torch
+
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    now = 0
+    peak = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
 def finish(rows: list[Row], args: argparse.Namespace) -> int:
     """Print the table, write --json, and return the exit code."""
     name_width = max([40, *(len(r.name) for r in rows)])

@@ -575,3 +575,14 @@ def test_peer_runs_quickly(tmp_path):
     assert table[3]["holds"] and table[3]["ratio"] < table[4]["ratio"] < 0.6, (
         "bytes do not depend on a busy machine"
     )
+
+
+@pytest.mark.slow
+def test_document_attention_runs_quickly(tmp_path):
+    printed, table, _ = run_quickly("document_attention.py", tmp_path)
+    bars = {row["name"]: row["bar"] for row in table}
+    for dtype in ("float32", "bfloat16"):
+        assert bars[f"{dtype} S64, documents of 64: batches"] is None
+        assert bars[f"{dtype} S512, documents of 64: batches"] == 1.0
+    assert table[-1]["name"] == "bfloat16 S2048 memory: batches" and table[-1]["holds"]
+    assert len(table) == 9 and "MiB in batches" in printed

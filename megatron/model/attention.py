@@ -6,24 +6,11 @@ dimension.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.model.document_attention import DocumentLayout, attend, document_attention
 from megatron.model.rotary import Rotation
-
-
-def document_mask(segments_BS: Tensor) -> Tensor:
-    """Return the attention mask of samples that hold several documents.
-
-    Args:
-        segments_BS: index of each token's document.
-    Returns:
-        bool [B, 1, S, S], True where the key belongs to the query's document and is not after
-        the query.
-    """
-    same_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
-    return same_BSS.tril().unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -46,14 +33,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation | None = None, mask_B1SS: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation | None = None,
+        documents: DocumentLayout | None = None,
     ) -> Tensor:
         """Attend to earlier tokens.
 
         Args:
             x_BSD: normalised hidden states.
             rotation: rotation of queries and keys; None without rotary positions.
-            mask_B1SS: True where attention is allowed, as from `document_mask`; None: plain
+            documents: documents of the samples, to which attention is limited; None: plain
                 causal attention.
         Returns:
             [B, S, D].
@@ -64,18 +54,11 @@ class Attention(nn.Module):
         if rotation is not None:
             q_BHSK = rotation.apply(q_BHSK)
             k_BGSK = rotation.apply(k_BGSK)
-        # enable_gqa reads the shared heads in place. Compared with expanded copies of k and v,
-        # forward + backward on one CPU core took 0.92-1.01 of the time in bf16 and 0.87-0.99
-        # in fp32 (H/G 3 and 4, S 256-1024, K 64).
-        y_BHSK = F.scaled_dot_product_attention(
-            q_BHSK,
-            k_BGSK,
-            v_BGSK,
-            attn_mask=mask_B1SS,
-            is_causal=mask_B1SS is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.num_groups != self.num_heads,
-        )
+        dropout = self.dropout if self.training else 0.0
+        if documents is None:
+            y_BHSK = attend(q_BHSK, k_BGSK, v_BGSK, dropout)
+        else:
+            y_BHSK = document_attention(q_BHSK, k_BGSK, v_BGSK, documents, dropout)
         return self.o_proj(y_BHSK.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
 from megatron.model.attention import Attention
+from megatron.model.document_attention import DocumentLayout
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotation
 from megatron.moe.ffn import FFNContext, FFNOutput
@@ -37,7 +38,7 @@ class Block(nn.Module):
         self,
         h_BSD: Tensor,
         rotation: Rotation | None = None,
-        mask_B1SS: Tensor | None = None,
+        documents: DocumentLayout | None = None,
         context: FFNContext | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the block.
@@ -45,13 +46,13 @@ class Block(nn.Module):
         Args:
             h_BSD: residual stream.
             rotation: rotary positions; see `Attention.forward`.
-            mask_B1SS: attention mask; see `Attention.forward`.
+            documents: documents of the samples; see `Attention.forward`.
             context: passed to the feed-forward layer.
         Returns:
             The new residual stream [B, S, D], and the feed-forward layer's auxiliary loss and
             carry. They are plain tensors in a tuple so that a pipeline stage can send them.
         """
-        attended_BSD = self.self_attn(self.input_layernorm(h_BSD), rotation, mask_B1SS)
+        attended_BSD = self.self_attn(self.input_layernorm(h_BSD), rotation, documents)
         h_BSD = h_BSD + F.dropout(attended_BSD, self.dropout, self.training)
         normed_BSD = self.post_attention_layernorm(h_BSD)
         out: FFNOutput = self.mlp(normed_BSD, context or FFNContext())

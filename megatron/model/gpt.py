@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.config.fields import require
 from megatron.config.model import ModelConfig
-from megatron.model.attention import document_mask
 from megatron.model.block import Block
 from megatron.model.cross_entropy import linear_cross_entropy
+from megatron.model.document_attention import DocumentLayout
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary, Rotation
 from megatron.moe.ffn import FFNContext
@@ -159,8 +159,8 @@ class GPT(nn.Module):
             labels_BS: the tokens to predict; None: return logits and no loss.
             loss_mask_BS: weight of each token in the loss; None: 1 for all tokens.
             position_ids_BS: positions, int64; None: 0 .. S - 1.
-            segments_BS: index of each token's document, which limits attention to the same
-                document; None: each sequence is one document.
+            segments_BS: number of each token's document, which limits attention to it:
+                neighbours with equal numbers are in one document; None: each sequence is one.
             progress: completed fraction of the training, for gates that change over time.
         Raises:
             ValueError: the sequence is longer than the model has positions.
@@ -217,15 +217,15 @@ class GPT(nn.Module):
         rotation: Rotation | None = None
         if self.rotary is not None:
             rotation = self.rotary(tokens_BS.shape[1], position_ids_BS)
-        mask_B1SS: Tensor | None = None
+        documents: DocumentLayout | None = None
         if segments_BS is not None:
-            mask_B1SS = document_mask(segments_BS)
+            documents = DocumentLayout(segments_BS)
         carry: Tensor | None = None
         aux_losses: list[Tensor] = []
         for block in self.layers:
             context = FFNContext(tokens_BS, carry, progress)
             h_BSD, aux_loss, new_carry = self._run_block(
-                block, h_BSD, rotation, mask_B1SS, context
+                block, h_BSD, rotation, documents, context
             )
             if aux_loss is not None:  # an MoE layer
                 aux_losses.append(aux_loss)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron.config.schema import ModelConfig
-from megatron.model.attention import Attention, document_mask
+from megatron.model.attention import Attention
+from megatron.model.document_attention import DocumentLayout
 from megatron.model.rotary import Rotary
 
 
@@ -48,7 +49,7 @@ def reference_attention(p, x_BSD, heads, groups, rotation, segments_BS):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_attention_equals_a_loop(groups, rope, packed):
+def test_attention_equals_a_loop(groups, rope, packed, document_path):
     torch.manual_seed(0)
     config = ModelConfig(
         hidden_size=12,
@@ -63,7 +64,7 @@ def test_attention_equals_a_loop(groups, rope, packed):
     rotation = Rotary(6, 7)(7) if rope else None
     weight = torch.randn(2, 7, 12, dtype=torch.float64)
 
-    y = attention(x, rotation, None if segments is None else document_mask(segments))
+    y = attention(x, rotation, None if segments is None else DocumentLayout(segments))
     (y * weight).sum().backward()
     p = {name: q.detach().clone().requires_grad_() for name, q in attention.named_parameters()}
     x_again = x.detach().clone().requires_grad_()
@@ -76,12 +77,12 @@ def test_attention_equals_a_loop(groups, rope, packed):
         torch.testing.assert_close(q.grad, p[name].grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_one_document_is_plain_causal_attention():
+def test_one_document_is_plain_causal_attention(document_path):
     torch.manual_seed(1)
     attention = Attention(ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=9))
     x = torch.randn(2, 9, 16)
     torch.testing.assert_close(
-        attention(x), attention(x, None, document_mask(torch.full((2, 9), 4)))
+        attention(x), attention(x, None, DocumentLayout(torch.full((2, 9), 4)))
     )
 
 
