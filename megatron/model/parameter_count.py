@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -31,6 +31,13 @@ class ParameterCount:
     """Parameters used by a token that visits the fewest experts possible"""
     active_max: int
     """Parameters used by a token that visits the most experts possible"""
+    frozen_parts: dict[str, int] = field(default_factory=dict)
+    """Parameters of each part that are not trained; parts without any are left out"""
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that are trained."""
+        return self.total - sum(self.frozen_parts.values())
 
 
 def count_parameters(
@@ -50,6 +57,7 @@ def count_parameters(
         if hasattr(module, "num_experts"):
             moe_layers[name] = module
     parts = dict.fromkeys(MODEL_PARTS, 0)
+    frozen_parts: dict[str, int] = {}
     active = [0, 0]
     for name, parameter in model.named_parameters():
         part = part_of(name)
@@ -60,15 +68,20 @@ def count_parameters(
             number = number // parameter.shape[0] * layer.num_experts
             fractions = tuple(visited / layer.gate.num_experts for visited in experts_per_token)
         parts[part] += number
+        if not parameter.requires_grad:
+            frozen_parts[part] = frozen_parts.get(part, 0) + number
         for i, fraction in enumerate(fractions):
             active[i] += round(number * fraction)
-    return ParameterCount(sum(parts.values()), parts, *active)
+    return ParameterCount(sum(parts.values()), parts, *active, frozen_parts)
 
 
 def parameter_table(size: ParameterCount) -> str:
-    """Format the counts: one line for each part that has parameters, and the total."""
+    """Format the counts: one line for each part that has parameters, and the total.
+
+    There is a column for the trainable ones if some parameters are frozen.
+    """
     outside_experts = size.total - size.parts["routed experts"]
-    lines = [f"{'parameters':<16}{'all':>12}   active per token"]
+    lines = [_table_line(size, "parameters", "all", "trainable", "active per token")]
     for part, number in size.parts.items():
         if not number:
             continue
@@ -77,10 +90,20 @@ def parameter_table(size: ParameterCount) -> str:
             active = _format_range(
                 size.active_min - outside_experts, size.active_max - outside_experts
             )
-        lines.append(f"{part:<16}{_format_count(number):>12}   {active}")
+        trainable = _format_count(number - size.frozen_parts.get(part, 0))
+        lines.append(_table_line(size, part, _format_count(number), trainable, active))
+    total = _format_count(size.total)
     active = _format_range(size.active_min, size.active_max)
-    lines.append(f"{'total':<16}{_format_count(size.total):>12}   {active}")
+    lines.append(_table_line(size, "total", total, _format_count(size.trainable), active))
     return "\n".join(lines)
+
+
+def _table_line(
+    size: ParameterCount, name: str, number: str, trainable: str, active: str
+) -> str:
+    if size.frozen_parts:
+        number = f"{number:>12}{trainable:>12}"
+    return f"{name:<16}{number:>12}   {active}"
 
 
 def part_of(name: str) -> str:

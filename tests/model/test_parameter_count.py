@@ -94,3 +94,34 @@ def test_parameter_table_formats_counts():
         "routed experts        3.50 B   100.00 M to 1.50 B",
         "total                 3.51 B   112.00 M to 1.51 B",
     ]
+
+
+def test_parameter_table_has_trainable_column():
+    """It is there if some parameters are frozen, and active parameters are counted as before."""
+    model = build()
+    plain = count_parameters(model, (1, 3))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".experts." not in name and "norm" not in name)
+    size = count_parameters(model, (1, 3))
+    expert = plain.parts["routed experts"]
+    assert size.frozen_parts == {"routed experts": expert, "norms": 7 * 16}
+    assert size.trainable == plain.total - expert - 7 * 16 and plain.trainable == plain.total
+    assert (size.total, size.active_max) == (plain.total, plain.active_max)
+    sharded = build(rank=1, world_size=4, ep_size=4)
+    for name, parameter in sharded.named_parameters():
+        parameter.requires_grad_(".experts." not in name and "norm" not in name)
+    assert count_parameters(sharded, (1, 3)) == size
+    size = ParameterCount(
+        112_000_000,
+        {"embedding": 12_000_000, "attention": 100_000_000, "norms": 0},
+        112_000_000,
+        112_000_000,
+        {"embedding": 12_000_000},
+    )
+    size.parts["routed experts"] = 0
+    assert parameter_table(size).splitlines() == [
+        "parameters               all   trainable   active per token",
+        "embedding            12.00 M      0.00 M   12.00 M",
+        "attention           100.00 M    100.00 M   100.00 M",
+        "total               112.00 M    100.00 M   112.00 M",
+    ]
