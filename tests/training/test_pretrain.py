@@ -324,7 +324,9 @@ def test_run_script_through_launcher(data, tmp_path):
     bad = run(script, **{**env, "DATA_PATH": "/nowhere/y", "OUTPUT_DIR": str(tmp_path / "bad")})
     text = bad.stdout + bad.stderr
     assert bad.returncode != 0 and "Traceback" not in text
-    assert len([x for x in text.splitlines() if "/nowhere/y" in x and "error:" in x]) == 1
+    errors = [x for x in bad.stdout.splitlines() if "/nowhere/y" in x and "error:" in x]
+    assert len(errors) == 1
+    assert bad.stderr.splitlines()[-2:] == [*errors, f"run.sh: exit code {bad.returncode}; log: {tmp_path}/bad/log.txt"]
 
 
 def test_killed_rank_ends_run(data, tmp_path):
