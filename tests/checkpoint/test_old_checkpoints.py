@@ -55,6 +55,7 @@ def resumed(data, ranks2, tmp_path_factory) -> Path:
         *("--data-path", data),
         *("--save", str(out / "checkpoints")),
         *("--metrics-file", str(out / "metrics.jsonl")),
+        "--grad-reduce-in-bf16",  # what that version did
     ]
     ranks2.run(runs.train, argv, timeout=300)
     return out

@@ -326,7 +326,10 @@ def test_run_script_through_launcher(data, tmp_path):
     assert bad.returncode != 0 and "Traceback" not in text
     errors = [x for x in bad.stdout.splitlines() if "/nowhere/y" in x and "error:" in x]
     assert len(errors) == 1
-    assert bad.stderr.splitlines()[-2:] == [*errors, f"run.sh: exit code {bad.returncode}; log: {tmp_path}/bad/log.txt"]
+    assert bad.stderr.splitlines()[-2:] == [
+        *errors,
+        f"run.sh: exit code {bad.returncode}; log: {tmp_path}/bad/log.txt",
+    ]
 
 
 def test_killed_rank_ends_run(data, tmp_path):
