@@ -65,7 +65,7 @@ class ConsolidateOptions:
     dtype: torch.dtype = torch.float32
     """Dtype of the parameters; buffers and moments keep theirs"""
     optimizer: bool = False
-    """Whether the two moments of every parameter are written, too"""
+    """Whether the two moments of every trained parameter are written, too"""
     max_shard_bytes: int = 5 * 1000**3
     """Largest size of a file, unless one tensor is larger"""
 
@@ -158,6 +158,8 @@ class ConsolidationPlan:
         specs = []
         for key in moment_keys:
             for name, shape in self.reader.shapes.items():
+                if name in self.reader.frozen:
+                    continue
                 specs.append(TensorSpec(f"{key}/{name}", self.reader.dtype(key, name), shape))
         return specs
 

@@ -161,15 +161,21 @@ def summarize_checkpoint(
 
 def _count_parameters(reader: CheckpointReader) -> dict[str, Any]:
     parts = dict.fromkeys(MODEL_PARTS, 0)
+    trainable = 0
     for name, shape in reader.shapes.items():
-        parts[part_of(name)] += math.prod(shape)
-    return {"total": sum(parts.values()), "parts": parts}
+        number = math.prod(shape)
+        parts[part_of(name)] += number
+        if name not in reader.frozen:
+            trainable += number
+    return {"total": sum(parts.values()), "trainable": trainable, "parts": parts}
 
 
 def _parameter_entries(reader: CheckpointReader) -> dict[str, dict[str, Any]]:
     entries = {}
     for name, shape in reader.shapes.items():
         entries[name] = {"shape": list(shape), "pieces": reader.num_shards(name)}
+        if name in reader.frozen:
+            entries[name]["frozen"] = True
     return entries
 
 
@@ -273,6 +279,7 @@ def _run_entries(summary: dict[str, Any]) -> dict[str, Any]:
         "optimizer steps": summary["optimizer"]["steps"],
         "saved at": summary["saved_at"],
         "parameters": summary["parameters"]["total"],
+        "trainable parameters": summary["parameters"]["trainable"],
     }
 
 

@@ -66,9 +66,12 @@ def format_checkpoint(summary: dict[str, Any]) -> list[str]:
 def _overview(summary: dict[str, Any]) -> dict[str, str]:
     progress = summary["progress"]
     topology = summary["topology"]
-    contents = "weights"
+    contents = f"weights of {len(summary['tensors'])} parameters"
     if summary["kinds"] != ["weight"]:
-        contents = "weights and moments"
+        contents = f"weights and moments of {len(summary['tensors'])} parameters"
+    frozen = sum(entry.get("frozen", False) for entry in summary["tensors"].values())
+    if frozen:
+        contents += f", {frozen} of them frozen, without moments"
     return {
         "iteration": f"{progress['iteration']:,} of {summary['iterations']:,}",
         "seen": f"{progress['consumed_samples']:,} samples, "
@@ -79,8 +82,7 @@ def _overview(summary: dict[str, Any]) -> dict[str, str]:
         "made with": f"{topology['ranks']} ranks, "
         f"experts shared by {topology['expert_parallel_size']}, "
         f"ZeRO {topology['zero_stage']}, {topology['precision']}",
-        "holds": f"{contents} of {len(summary['tensors'])} parameters, "
-        f"{summary['bytes'] / 1e6:,.1f} MB in {len(summary['files'])} files",
+        "holds": f"{contents}, {summary['bytes'] / 1e6:,.1f} MB in {len(summary['files'])} files",
     }
 
 
@@ -90,6 +92,8 @@ def _parameters(parameters: dict[str, Any]) -> dict[str, str]:
         if number:
             rows[part] = f"{number:>16,}"
     rows["total"] = f"{parameters['total']:>16,}"
+    if parameters["trainable"] != parameters["total"]:
+        rows["trainable"] = f"{parameters['trainable']:>16,}"
     return rows
 
 
@@ -142,11 +146,12 @@ def _statistics_cells(entry: dict[str, Any]) -> list[str]:
             cells.append("")
         else:
             cells.append(f"{entry[key]:.4g}")
+    remarks = []
     if entry["not_finite"]:
-        cells.append(f"{entry['not_finite']} NOT FINITE")
-    else:
-        cells.append("")
-    return cells
+        remarks.append(f"{entry['not_finite']} NOT FINITE")
+    if "frozen" in entry:
+        remarks.append("frozen")
+    return [*cells, ", ".join(remarks)]
 
 
 def format_differences(comparison: dict[str, Any]) -> list[str]:

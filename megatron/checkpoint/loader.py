@@ -164,8 +164,12 @@ class LoadedCheckpoint:
         if self._optimizer_steps and not self.options.finetune:
             state_keys += zero_shards.moments
             zero_shards.initialize_moments(self._optimizer_steps)
+        if len(state_keys) > 1:
+            self._log_changed_moments(engine.layout)
         for shard in zero_shards.shards:
             for state_key in state_keys:
+                if state_key != "weight" and shard.name in self.reader.frozen:
+                    continue  # trained from now on: the moments are 0
                 values = self.reader.read(state_key, shard.name, shard.start, shard.length)
                 zero_shards.get(shard, state_key).copy_(values)
         if self.options.finetune:
@@ -184,6 +188,27 @@ class LoadedCheckpoint:
             rng.seed_rank(seed, groups.rank)
         get_logger().info("resumed from %s at iteration %d", self.path, self.progress.iteration)
         return self.progress
+
+    def _log_changed_moments(self, layout: GlobalLayout) -> None:
+        """Log which moments start at 0 and which are dropped, if frozen parameters differ."""
+        started = [name for name in self.reader.frozen if name not in layout.frozen]
+        dropped = [name for name in layout.frozen if name not in self.reader.frozen]
+        if started:
+            get_logger().info(
+                "%d parameters that were frozen in %s are trained, such as %s: their moments "
+                "start at zero",
+                len(started),
+                self.path,
+                min(started),
+            )
+        if dropped:
+            get_logger().info(
+                "%d parameters that were trained in %s are frozen, such as %s: their moments are "
+                "not loaded",
+                len(dropped),
+                self.path,
+                min(dropped),
+            )
 
 
 class RunStart(NamedTuple):

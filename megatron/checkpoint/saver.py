@@ -193,7 +193,8 @@ class Checkpointer:
         nbytes = sum(spec.nbytes for spec in specs)
         ranges = []
         if self._writes_shards(zero_shards):
-            ranges = [ShardRange(s.name, s.start, s.length) for s in zero_shards.shards]
+            shards = [*zero_shards.shards, *self.engine.frozen_weights.shards]
+            ranges = [ShardRange(s.name, s.start, s.length) for s in shards]
         all_ranges_and_nbytes = all_gather_objects((ranges, nbytes), self.groups)
         total_nbytes = sum(nbytes for _, nbytes in all_ranges_and_nbytes)
         prepare = partial(self._prepare_directory, progress.iteration, total_nbytes)
@@ -224,6 +225,8 @@ class Checkpointer:
             for state_key in zero_shards.state_keys():
                 for shard in zero_shards.shards:
                     tensors[f"{state_key}/{shard.name}"] = zero_shards.get(shard, state_key)
+            for frozen in self.engine.frozen_weights.shards:
+                tensors[f"weight/{frozen.name}"] = frozen.weight()
         if self.groups.is_rank0:
             buffers = dict(self.engine.model.named_buffers())
             for name in self.engine.layout.buffers:
@@ -238,7 +241,9 @@ class Checkpointer:
     ) -> dict[str, str]:
         """Return the text of the JSON files, as of now, by name."""
         layout = self.engine.layout
-        index = make_index(all_ranges, layout.shapes, zero_shards.state_keys(), layout.buffers)
+        index = make_index(
+            all_ranges, layout.shapes, zero_shards.state_keys(), layout.buffers, layout.frozen
+        )
         state = self.metadata.to_state()
         state["progress"] = progress.to_state()
         state["optimizer"] = {

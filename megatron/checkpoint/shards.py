@@ -6,6 +6,7 @@ can read the ranges that it needs.
 
     index.json   {"tensors": {name: {"shape": [...], "pieces": [[rank, start, length], ...]}},
                   "kinds": ["weight", "exp_avg", "exp_avg_sq"], "buffers": [name, ...]}
+                 A tensor with "frozen": true was not trained and has its weight only.
     rank_00003.safetensors   "<state key>/<name>": 1-D shards; "rng/<device>"; in rank 0's file also
                              "buffer/<name>": full buffers
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,15 +67,19 @@ class CheckpointReader:
         self.path = Path(path)
         index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
         self.state_keys: list[str] = index["kinds"]
-        """What is stored of every parameter: weight and moments, such as exp_avg and exp_avg_sq"""
+        """What is stored of a trained parameter: weight and moments, such as exp_avg"""
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shapes of the full parameters, by name"""
         self.buffers: list[str] = index["buffers"]
         """Names of the model's buffers"""
+        self.frozen: set[str] = set()
+        """Names of the parameters that were not trained, of which only the weight is stored"""
         self._shards: dict[str, list[list[int]]] = {}
         for name, tensor in index["tensors"].items():
             self.shapes[name] = tuple(tensor["shape"])
             self._shards[name] = tensor["pieces"]
+            if tensor.get("frozen", False):
+                self.frozen.add(name)
         self._headers: dict[int, tuple[dict[str, dict], int]] = {}
 
     def read(
@@ -195,16 +200,22 @@ def make_index(
     shapes: dict[str, tuple[int, ...]],
     state_keys: Sequence[str],
     buffers: Sequence[str],
+    frozen: Collection[str] = (),
 ) -> dict:
     """Return the content of index.json.
 
     Args:
         shards: The shards of every rank, in order of ranks.
         shapes: Shapes of the full parameters, by name.
-        state_keys: What is stored of every parameter.
+        state_keys: What is stored of a trained parameter.
         buffers: Names of the buffers in the file of rank 0.
+        frozen: Names of the parameters that are not trained.
     """
-    tensors = {name: {"shape": list(shape), "pieces": []} for name, shape in shapes.items()}
+    tensors: dict[str, dict] = {}
+    for name, shape in shapes.items():
+        tensors[name] = {"shape": list(shape), "pieces": []}
+        if name in frozen:
+            tensors[name]["frozen"] = True
     for rank, rank_shards in enumerate(shards):
         for name, start, length in rank_shards:
             tensors[name]["pieces"].append([rank, start, length])

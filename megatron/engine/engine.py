@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from megatron.config.fields import require
 from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
+from megatron.engine.frozen import (
+    FrozenWeights,
+    allow_frozen_parameters,
+    require_gradients_of_inputs,
+    require_trained_parameters,
+)
 from megatron.engine.loss import LossFunction, means, term_weights
 from megatron.engine.moe_adapter import wrap_moe_layers
 from megatron.engine.numerics_patches import (
@@ -47,8 +53,8 @@ class Engine:
         groups: the data-parallel ranks.
 
     Raises:
-        ValueError: fp16 on the CPU, or a --deepspeed_config that contradicts the flags or that
-            DeepSpeed refuses.
+        ValueError: fp16 on the CPU, all parameters are frozen, or a --deepspeed_config that
+            contradicts the flags or that DeepSpeed refuses.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class Engine:
             "only with a GPU",
             "Use --bf16, or leave it out for fp32.",
         )
+        require_trained_parameters(model)
         self.groups = groups
         config = deepspeed_config(optimizer, ds_options, train, groups.world_size)
         if ds_options.deepspeed_config:
@@ -87,11 +94,18 @@ class Engine:
             # without calling the router. So gather a block's weights together, not module by
             # module.
             set_z3_leaf_modules(model, [Block])
+            require_gradients_of_inputs(model)
         self.layout = GlobalLayout.of(model, groups)
+        self.frozen_weights = FrozenWeights(model, self.layout)
         wrap_moe_layers(model, groups, keep_gate_fp32=keep_gate_fp32)
         self._optimizer = build_optimizer(model, optimizer, ds_options.zero_stage)
         # BF16_Optimizer prints memory figures, three lines a group.
-        with freeze_gc(), skip_dummy_step(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            freeze_gc(),
+            skip_dummy_step(),
+            allow_frozen_parameters(model, ds_options.zero_stage),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=config, dist_init_required=False
             )
@@ -99,6 +113,7 @@ class Engine:
             accumulate_in_fp32(self.model)
         if ds_options.zero_stage == 2 and not optimizer.grad_reduce_in_bf16:
             reduce_in_fp32_buckets(self.deepspeed.optimizer)
+        self.frozen_weights.attach(self.deepspeed)
         self.gate_updater = GateUpdater(self.model, groups)
         self.metrics = MoEMetrics(self.model, groups)
 

@@ -9,7 +9,7 @@ sharded experts, consecutive ones on a rank, it is one range of the flattened st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,15 @@ class GlobalLayout:
     """Full shapes of a model's tensors. Made from a finished model, before the engine is built."""
 
     shapes: dict[str, tuple[int, ...]]
-    """Shapes of all trained parameters, with the experts of all ranks"""
+    """Shapes of all parameters, with the experts of all ranks"""
     global_offset: dict[str, int]
     """Element of the flattened full tensor at which this rank's parameter starts; it is not 0
     for sharded experts"""
     buffers: tuple[str, ...]
     """Names of the buffers in the model's state, which are equal on all ranks"""
+    frozen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Frozen parameters: the number of this rank among those with the same elements, and their
+    number"""
 
     @staticmethod
     def of(model: nn.Module, groups: Groups) -> GlobalLayout:
@@ -42,18 +45,20 @@ class GlobalLayout:
             sharded.update(id(p) for p in layer.experts.parameters())
         shapes = {}
         global_offset = {}
+        frozen = {}
         for name, p in model.named_parameters():
-            assert p.requires_grad, (
-                f"{name} is frozen; checkpoints store only trained parameters and buffers"
-            )
+            ep_size = 1
             if id(p) in sharded:
-                shapes[name] = (p.shape[0] * groups.ep_size, *p.shape[1:])
+                ep_size = groups.ep_size
+            shapes[name] = tuple(p.shape)
+            global_offset[name] = 0
+            if ep_size > 1:
+                shapes[name] = (p.shape[0] * ep_size, *p.shape[1:])
                 global_offset[name] = groups.ep_rank * p.numel()
-            else:
-                shapes[name] = tuple(p.shape)
-                global_offset[name] = 0
+            if not p.requires_grad:
+                frozen[name] = (groups.rank // ep_size, groups.world_size // ep_size)
         buffers = tuple(name for name in model.state_dict() if name not in shapes)
-        return GlobalLayout(shapes, global_offset, buffers)
+        return GlobalLayout(shapes, global_offset, buffers, frozen)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class TensorShard:
 
 
 class ZeroShards:
-    """The shards of the optimizer state on this rank.
+    """The shards of the optimizer state on this rank; frozen parameters have none.
 
     Args:
         engine: DeepSpeed's engine.
@@ -103,7 +108,7 @@ class ZeroShards:
         """Whether every rank holds all shards"""
         parameters = []
         for name, p in engine.module.named_parameters():
-            if name in layout.shapes:
+            if name in layout.shapes and name not in layout.frozen:
                 parameters.append((name, p))
         find_shards = {0: self._stage_0, 3: self._stage_3}.get(self.stage, self._stage_1_or_2)
         self.shards = [shard for shard in find_shards(parameters) if shard.length]

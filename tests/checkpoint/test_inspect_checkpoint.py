@@ -136,7 +136,8 @@ def test_summary_of_trained_checkpoint(ranks2, tmp_path):
     )
     size = count_parameters(model)
     assert (
-        found["parameters"] == {"total": size.total, "parts": size.parts}
+        found["parameters"]
+        == {"total": size.total, "trainable": size.total, "parts": size.parts}
         and found["faults"] == []
     )
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
@@ -392,6 +393,7 @@ def test_every_difference_is_listed(folder, tmp_path):
         "optimizer steps": [2, 9],
         "saved at": [first["saved_at"], "then"],
         "parameters": [130, 132],
+        "trainable parameters": [130, 132],
     }
     assert differences["topology"] == {"ranks": [3, 2]} and differences["tokenizer"] == {
         "tokenizer_name": ["ByteTokenizer", "Other"]

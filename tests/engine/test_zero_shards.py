@@ -32,11 +32,11 @@ def test_nvme_is_refused():
         ZeroShards(stage_0(nn.Linear(1, 1), zero), GlobalLayout({}, {}, ()))
 
 
-def test_frozen_parameter_is_refused():
+def test_frozen_parameter_has_no_shard():
     model = nn.Linear(2, 2)
     model.bias.requires_grad = False
-    with pytest.raises(AssertionError, match="bias is frozen"):
-        GlobalLayout.of(model, Groups())
+    zero_shards = ZeroShards(stage_0(model), GlobalLayout.of(model, Groups()))
+    assert [shard.name for shard in zero_shards.shards] == ["weight"]
 
 
 def scalers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,10 +80,31 @@ def micro_batches(step: int, groups):
     return batches[groups.rank :: groups.world_size]
 
 
-class Run:
-    """An engine, its progress and its checkpoints; resumed if --load is set in `config`."""
+def frozen_names(model: torch.nn.Module, pattern: str) -> list[str]:
+    """Names of the parameters that match a regular expression."""
+    return [name for name, _ in model.named_parameters() if re.search(pattern, name)]
 
-    def __init__(self, config: RunConfig, seed: int = 7):
+
+def freeze(model: torch.nn.Module, pattern: str) -> None:
+    """Train no parameter whose name matches a regular expression."""
+    for name in frozen_names(model, pattern):
+        model.get_parameter(name).requires_grad_(False)
+
+
+class Run:
+    """An engine, its progress and its checkpoints; resumed if --load is set in `config`.
+
+    Parameters whose name matches the regular expression `frozen` are not trained. With
+    `representable` all weights are rounded to bf16 first.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        seed: int = 7,
+        frozen: str = "(?!)",
+        representable: bool = False,
+    ):
         from megatron.checkpoint import loader
         from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
         from megatron.checkpoint.saver import Checkpointer
@@ -114,6 +136,10 @@ class Run:
         if self.source:
             self.source.check(record)
             self.source.load_weights(model, groups)
+        freeze(model, frozen)
+        if representable:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16().float()
         self.engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
         self.progress = (
             self.source.restore(self.engine, groups) if self.source else TrainingProgress()
@@ -152,13 +178,15 @@ class Run:
         return {**tensors, **{n: b.clone() for n, b in self.engine.model.named_buffers()}}
 
 
-def train(config: RunConfig, steps: int = 0, more: int = 0, seed: int = 7):
+def train(
+    config: RunConfig, steps: int = 0, more: int = 0, seed: int = 7, frozen: str = "(?!)"
+):
     """Train in a rank.
 
     Returns:
         (losses of `steps`, losses of `more` steps after a save, this rank's weights, gradient norm)
     """
-    run = Run(config, seed)
+    run = Run(config, seed, frozen)
     try:
         before = run.steps(steps)
         if config.checkpoint.save:
@@ -184,6 +212,7 @@ def full_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
         f"{kind}/{name}": shards.read(kind, name).view(shards.shapes[name])
         for kind in shards.state_keys
         for name in shards.shapes
+        if kind == "weight" or name not in shards.frozen
     }
     return {**tensors, **{f"buffer/{name}": shards.buffer(name) for name in shards.buffers}}
 
