@@ -6,6 +6,7 @@ program calls `setup`.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -55,6 +56,7 @@ def setup(level: int | str = logging.INFO) -> logging.Logger:
     setup. Records no longer reach the root logger, because a handler that some library
     added there would print them a second time.
     """
+    escape_unencodable()
     rank = _rank()
     logger = get_logger()
     for handler in [h for h in logger.handlers if isinstance(h, RankHandler)]:
@@ -65,6 +67,12 @@ def setup(level: int | str = logging.INFO) -> logging.Logger:
         logger.setLevel(max(logger.level, logging.WARNING))
     logger.propagate = False
     return logger
+
+
+def escape_unencodable() -> None:
+    """Let stdout write characters that its encoding lacks as escapes, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def warn_on_rank0(message: str, *args: object) -> None:
@@ -109,6 +117,7 @@ def run_tool(prog: str, body: Callable[[], object]) -> int:
     Args:
         prog: the tool's name, which begins its error messages.
     """
+    escape_unencodable()
     try:
         code = body()
         if sys.stdout:  # None if the shell closed it: >&-

@@ -276,3 +276,23 @@ def test_tools_exit_141_on_closed_output(tmp_path, script):
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_output_survives_any_encoding():
+    """What stdout's encoding lacks is escaped, in logs and in what tools print."""
+    code = "\n".join(
+        [
+            "from megatron import log",
+            "log.run_tool('tool', lambda: print('größe'))",
+            "log.setup().info('größe')",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert first == "gr\\xf6\\xdfe" and second.endswith(" gr\\xf6\\xdfe")

@@ -1,4 +1,4 @@
-"""run.sh and demo.sh with stand-ins for nvidia-smi, the launcher and Python."""
+"""run.sh with stand-ins for nvidia-smi, the launcher and Python."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.scripts import config_of, run_script
+from helpers.scripts import config_of, run_script, stand_in
 
 REPO = Path(__file__).resolve().parents[1]
 RUN = REPO / "examples_deepspeed/MoE/run.sh"
-DEMO = REPO / "examples_deepspeed/MoE/demo.sh"
 FOUR_GPUS = "\n".join(f"GPU {i}: Some GPU (UUID: GPU-{i}abc-{i})" for i in range(4))
 SPLIT_GPU = f"{FOUR_GPUS.splitlines()[0]}\n  MIG 1g.5gb Device 0: (UUID: MIG-1)"
 NODE_1 = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "NUM_NODES": "2"}
@@ -29,16 +28,8 @@ def no_devices(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def stand_in(folder: Path, name: str, script: str) -> None:
-    """Write a program that is found before the real one."""
-    (folder / "bin").mkdir(exist_ok=True)
-    program = folder / "bin" / name
-    program.write_text(f"#!/bin/bash\n{script}\n")
-    program.chmod(0o755)
-
-
-def run(folder: Path, *arguments: str, gpus: str = "", script=RUN, **env: str):
-    """Run a script on a machine with these GPUs, whose launcher prints what it is given.
+def run(folder: Path, *, gpus: str = "", **env: str) -> subprocess.CompletedProcess:
+    """Run run.sh on a machine with these GPUs, whose launcher prints what it is given.
 
     Args:
         gpus: what nvidia-smi prints; empty: it does not exist.
@@ -50,7 +41,7 @@ def run(folder: Path, *arguments: str, gpus: str = "", script=RUN, **env: str):
     stand_in(folder, "python", "exit 0")
     path = f"{folder}/bin:{os.environ['PATH']}"
     fixed = {"PYTHON": f"{folder}/bin/python", "PATH": path, "OUTPUT_DIR": "out"}
-    return run_script(script, *arguments, cwd=folder, **{**fixed, **env})
+    return run_script(RUN, cwd=folder, **{**fixed, **env})
 
 
 def arguments_of(folder: Path, **env: str) -> list[str]:

@@ -1,19 +1,24 @@
 """Continues prompts with a checkpoint.
 
-    deepspeed --num_gpus 2 tools/generate_text.py --load runs/x/checkpoints
+    python tools/generate_text.py --load runs/x/checkpoints
+    torchrun --nproc-per-node 2 tools/generate_text.py --load runs/x/checkpoints
 
 Any number of ranks can be started. Experts are sharded as in training if that fits the number
 of ranks; otherwise every rank holds all experts. Each continuation is printed on one line,
-`> prompt|continuation`, with newlines shown as \\n.
+`> prompt|continuation`, with newlines and other control characters shown as escapes.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import unicodedata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+_ESCAPED = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories: control characters, surrogates, and separators of lines and paragraphs."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,7 +87,17 @@ def run(args: argparse.Namespace) -> None:
     )
     if run.groups.is_rank0:
         for prompt, ids in zip(args.prompt, outputs, strict=True):
-            print(f"> {prompt}|{tokenizer.decode(ids)}".replace("\n", "\\n"), flush=True)
+            print(one_line(f"> {prompt}|{tokenizer.decode(ids)}"), flush=True)
+
+
+def one_line(text: str) -> str:
+    """Escape characters that end a line, act on a terminal or make a file binary."""
+    shown = []
+    for character in text:
+        if unicodedata.category(character) in _ESCAPED:
+            character = character.encode("unicode_escape").decode("ascii")
+        shown.append(character)
+    return "".join(shown)
 
 
 def main() -> int:

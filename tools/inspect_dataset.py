@@ -170,8 +170,6 @@ def main() -> int:
 
     p = parser()
     args = p.parse_args()
-    # Documents may hold characters that the terminal cannot show.
-    sys.stdout.reconfigure(errors="backslashreplace")
     return run_tool(p.prog, lambda: inspect_all(args, p.prog))
 
 

@@ -27,6 +27,14 @@ def run_script(
     )
 
 
+def stand_in(folder: Path, name: str, script: str) -> None:
+    """Write a program that is found before the real one."""
+    (folder / "bin").mkdir(exist_ok=True)
+    program = folder / "bin" / name
+    program.write_text(f"#!/bin/bash\n{script}\n")
+    program.chmod(0o755)
+
+
 def launch_command(printed: str) -> list[str]:
     """Return the words of the launcher's command that a script prints under DRY_RUN=1."""
     return shlex.split(

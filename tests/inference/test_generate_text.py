@@ -49,6 +49,17 @@ def test_rank0_prints_one_line_per_prompt(finished, ranks2):
     assert ranks2.run(_generate, argv)[0] == first, "the same seed should give the same text"
 
 
+def test_control_characters_are_escaped():
+    """A model may generate them; letters of all scripts stay."""
+    sys.path.insert(0, str(REPO))
+    from tools.generate_text import one_line
+
+    text = "> a\n\r\t\0\x1b[2J\x85\u2028\ud800|größe 日本\u3000\xa0"
+    shown = one_line(text)
+    assert shown == r"> a\n\r\t\x00\x1b[2J\x85\u2028\ud800|größe 日本" + "\u3000\xa0"
+    assert shown.splitlines() == [shown]
+
+
 def test_missing_checkpoint_is_one_line_error(tmp_path):
     done = subprocess.run(
         [sys.executable, "tools/generate_text.py", "--load", str(tmp_path)],
