@@ -51,6 +51,8 @@ def find_prefixes(inputs: list[str], output_prefix: str) -> list[str]:
     Raises:
         ValueError: there are none, one is named twice, or the output is among them.
     """
+    from megatron.data.indexed.reader import dataset_identity
+
     prefixes = []
     for path in inputs:
         prefixes += _prefixes_at(path)
@@ -60,8 +62,8 @@ def find_prefixes(inputs: list[str], output_prefix: str) -> list[str]:
             f"--output-prefix is {output_prefix!r}; allowed: a path that ends in the pair's "
             f"name, such as {example}"
         )
-    identities = [_identity(prefix) for prefix in prefixes]
-    if _identity(output_prefix) in identities:
+    identities = [dataset_identity(prefix) for prefix in prefixes]
+    if dataset_identity(output_prefix) in identities:
         raise ValueError(
             f"--output-prefix {output_prefix} is also an input. Write to another name or folder, "
             f"or remove what an earlier merge left"
@@ -86,18 +88,6 @@ def _prefixes_at(path: str) -> list[str]:
             f"--input {path} is a folder without .idx files. Give the folder of the shards"
         )
     return prefixes
-
-
-def _identity(prefix: str) -> tuple[int, int] | str:
-    """Return a value that is the same for all names of a dataset, such as links.
-
-    It is the inode of `.bin` if that exists, else the absolute path.
-    """
-    try:
-        stat = os.stat(prefix + ".bin")
-    except OSError:
-        return os.path.abspath(prefix)
-    return stat.st_dev, stat.st_ino
 
 
 def describe_shard(prefix: str) -> Shard:

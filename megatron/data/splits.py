@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.config.schema import DataConfig
-from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.reader import IndexedDataset, dataset_identity
 from megatron.data.indexed.validation import check_eod, check_sidecar
 from megatron.data.sampling.blend import Blend, Samples, parse_blend, quotas
 from megatron.data.sampling.sample_index import (
@@ -95,6 +95,8 @@ class _SplitBuilder:
         if not blend:
             raise ValueError(self._no_data_message(split, num_samples))
         datasets = [self._open(prefix) for _, prefix in blend]
+        flag = f"--{split}-data-path" if own_path else "--data-path"
+        _check_unique(datasets, flag)
         if own_path:
             documents = [(0, dataset.num_documents) for dataset in datasets]
         else:
@@ -191,6 +193,26 @@ def _blend(
     if len(parts) == 1:
         return parts[0]
     return Blend(parts, weights, num_samples, seed, cache_dir=cache_dir)
+
+
+def _check_unique(datasets: Sequence[IndexedDataset], flag: str) -> None:
+    """Raise ValueError if a blend has a dataset twice, possibly by two names.
+
+    Both would give the same samples in the same order, each sample twice in a row. The weights
+    are not added up here: that would change the order of the samples of a run that is resumed.
+    """
+    names: dict[tuple[int, int] | str, str] = {}
+    for dataset in datasets:
+        key = dataset_identity(dataset.prefix)
+        if key in names:
+            other = names[key]
+            also = "" if other == dataset.prefix else f" (also as {other})"
+            raise ValueError(
+                f"{flag} names {dataset.prefix} twice{also}; allowed: each dataset once, because "
+                f"each of its samples would come twice in a row. Name it once, with the sum of "
+                f"its weights"
+            )
+        names[key] = dataset.prefix
 
 
 def _count_tokens(dataset: IndexedDataset, start: int, stop: int) -> int:

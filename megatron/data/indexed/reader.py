@@ -322,6 +322,18 @@ def dataset_prefix(path: str) -> str:
     return path
 
 
+def dataset_identity(prefix: str) -> tuple[int, int] | str:
+    """Return a value that is the same for all names of a dataset, such as links.
+
+    It is the inode of `.bin` if that exists, else the absolute path.
+    """
+    try:
+        stat = os.stat(prefix + ".bin")
+    except OSError:
+        return os.path.abspath(prefix)
+    return stat.st_dev, stat.st_ino
+
+
 def byte_pointers(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return int64 [N]: byte offsets of consecutive sequences of these lengths."""
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize

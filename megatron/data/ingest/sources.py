@@ -33,11 +33,17 @@ def open_sources(inputs: Sequence[str], flags: FlagNames = TOOL_FLAGS) -> list[D
             named twice, or an optional package is missing.
         OSError: a folder or file cannot be examined.
     """
+    paths = expand_inputs(inputs, flags)
+    return [_open(number, path, flags) for number, path in enumerate(paths)]
+
+
+def expand_inputs(inputs: Sequence[str], flags: FlagNames = TOOL_FLAGS) -> list[str]:
+    """List the paths that `open_sources` opens. Raises what it raises, except for reading."""
     paths = []
     for entry in inputs:
         paths += _expand(entry, flags)
     _check_unique(paths, flags)
-    return [_open(number, path, flags) for number, path in enumerate(paths)]
+    return paths
 
 
 def _check_unique(paths: Sequence[str], flags: FlagNames) -> None:

@@ -32,7 +32,7 @@ from megatron.data.ingest.formats import DocumentSource
 from megatron.data.ingest.preprocess import PreprocessConfig
 from megatron.data.ingest.records import FlagNames
 from megatron.data.ingest.run_state import STAGING_LAYOUT, digest_of_files
-from megatron.data.ingest.sources import open_sources
+from megatron.data.ingest.sources import expand_inputs, open_sources
 from megatron.io.staging_dir import lock_holder
 from megatron.tokenizer.base import Tokenizer, digest
 
@@ -266,6 +266,7 @@ def open_streams(
         f"up to {_MAX_SOURCES}, because each is tokenized by its own process",
         "Quote a pattern, or give the folder: all its files are one source",
     )
+    expand_inputs(entries, STREAMING_FLAGS)  # no two entries may share a file
     cache = cache_folder(data.data_cache_path, entries)
     streams = [
         find_stream(entry, cache, data.streaming_json_key, tokenizer, context)

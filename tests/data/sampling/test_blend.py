@@ -319,7 +319,7 @@ def test_impossible_splits_are_refused(tmp_path):
     ):
         splits(DataConfig(data_path=(d,)), 5, 5)
     with pytest.raises(ValueError, match="documents 0 to 0 of .*empty .* hold 0 tokens"):
-        splits(DataConfig(train_data_path=(empty, empty)))
+        splits(DataConfig(train_data_path=(empty,)))
     with pytest.raises(
         ValueError,
         match="--train-data-path and --data-path are both empty, and 5 train samples",
@@ -331,6 +331,32 @@ def test_impossible_splits_are_refused(tmp_path):
         splits(DataConfig(train_data_path=(d,), split="x"))
     with pytest.raises(FileNotFoundError, match="nowhere.idx does not exist"):
         splits(DataConfig(data_path=(str(tmp_path / "nowhere"),)))
+
+
+@pytest.mark.parametrize("flag", ["data_path", "train_data_path"])
+@pytest.mark.parametrize("weights", [(), ("0.5", "0.5"), ("9", "1")])
+def test_dataset_named_twice_is_refused(tmp_path, monkeypatch, flag, weights):
+    """By the same name, by another spelling, or by a link."""
+    d = write(tmp_path / "d", 10)
+    other = write(tmp_path / "other", 10)
+    (tmp_path / "links").mkdir()
+    for suffix in (".bin", ".idx"):
+        (tmp_path / "links" / f"soft{suffix}").symlink_to(d + suffix)
+        (tmp_path / "links" / f"hard{suffix}").hardlink_to(d + suffix)
+    monkeypatch.chdir(tmp_path)
+    for again in (d, "d", "./d", "links/../d", "links/soft", "links/hard"):
+        words = (other, d, again) if not weights else (weights[0], d, weights[1], again)
+        also = "" if again == d else rf" \(also as {d}\)"
+        with pytest.raises(
+            ValueError,
+            match=rf"^--{flag.replace('_', '-')} names {again} twice{also}; allowed: each dataset "
+            r"once, because each of its samples would come twice in a row. Name it once, with "
+            r"the sum of its weights$",
+        ):
+            splits(DataConfig(**{flag: words}, split="1"))
+    assert splits(DataConfig(**{flag: (d, other)}, split="1"))["train"] is not None
+    with pytest.raises(ValueError, match="^--valid-data-path names .*d twice"):
+        splits(DataConfig(train_data_path=(d,), valid_data_path=(other, d, d)), 5, 5)
 
 
 def test_sidecar_must_match_tokenizer(tmp_path):

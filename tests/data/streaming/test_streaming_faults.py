@@ -321,6 +321,9 @@ def test_hanging_producer_exits(tmp_path, monkeypatch, received, code):
 
 def test_invalid_inputs_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "b").mkdir()
+    for path in (tmp_path / "a.jsonl", tmp_path / "b" / "c.jsonl"):
+        path.write_text('{"text": "a"}\n')
     for words, match in (
         (
             [tmp_path / "nowhere.jsonl"],
@@ -339,6 +342,14 @@ def test_invalid_inputs_are_refused(tmp_path):
         (
             [f"{i}.jsonl" for i in range(33)],
             r"--streaming-data-path is 33; allowed: up to 32.* Quote a pattern",
+        ),
+        (
+            [tmp_path / "a.jsonl", tmp_path / "b" / ".." / "a.jsonl"],
+            r"^--streaming-data-path names .*a.jsonl twice; allowed: each once",
+        ),
+        (
+            ["0.5", tmp_path / "b", "0.5", f"{tmp_path}/b/*.jsonl"],
+            r"^--streaming-data-path names .*c.jsonl twice; allowed: each once",
         ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=match):
