@@ -15,7 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.mutations import LIMIT_SECONDS, assert_read_or_refused, mutate, run_forked
+from helpers.mutations import (
+    LIMIT_SECONDS,
+    assert_read_or_refused,
+    mutate,
+    mutate_json,
+    run_forked,
+)
 from helpers.programs import BYTES, documents
 from megatron.config.schema import DataConfig
 from megatron.data.indexed.reader import IndexedDataset
@@ -107,7 +113,10 @@ def check_pair(seed: int, pair: dict[str, bytes], folder: Path, programs: dict) 
     prefix = str(folder / "d")
     suffix = draw.choice((".idx", ".idx", ".bin", ".json"))
     for other, data in pair.items():
-        Path(prefix + other).write_bytes(mutate(data, draw) if other == suffix else data)
+        if other == suffix:
+            is_json = suffix == ".json" and draw.random() < 0.7
+            data = mutate_json(data, draw) if is_json else mutate(data, draw)
+        Path(prefix + other).write_bytes(data)
     refused = refused_in_one_line(read_pair, prefix)
     output = folder / "output"
     code, text = run_forked(programs["inspect"], ["inspect", "--full", prefix], output)

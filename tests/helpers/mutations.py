@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import signal
@@ -13,6 +14,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 LIMIT_SECONDS = 30
+_JSON_VALUES = (
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1.5",
+    "1e999",
+    "NaN",
+    "9" * 5000,
+    "9" * 40,
+    '""',
+    '"text"',
+    '"\\ud800"',
+    "[]",
+    "[1]",
+    "{}",
+    '{"a": 1}',
+    "[" * 100_000 + "]" * 100_000,
+)
 _EXTREMES = (0, 1, -1, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 
 
@@ -21,6 +41,21 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.randint(1, 3)):
         data = draw.choice(_MUTATIONS)(data, draw)
     return data
+
+
+def mutate_json(data: bytes, draw: random.Random) -> bytes:
+    """Replace or remove a value of a JSON object, which remains JSON, possibly deep inside."""
+    content = json.loads(data)
+    parent = content
+    key = draw.choice(sorted(parent))
+    while isinstance(parent[key], dict) and parent[key] and draw.random() < 0.8:
+        parent = parent[key]
+        key = draw.choice(sorted(parent))
+    parent[key] = "@"
+    if draw.random() < 0.2:
+        del parent[key]
+    value = draw.choice(_JSON_VALUES)
+    return json.dumps(content).replace('"@"', value).encode()
 
 
 def _flip_bit(data: bytes, draw: random.Random) -> bytes:

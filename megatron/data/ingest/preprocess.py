@@ -297,7 +297,7 @@ class PreprocessRun:
                 reasons += self._obstacles(state)
                 if not reasons and not self._files_match(state):
                     reasons = ["files that were cut off or replaced"]
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             reasons = ["its state, which cannot be read"]
         if reasons:
             get_logger().warning(

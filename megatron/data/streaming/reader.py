@@ -209,8 +209,8 @@ class GrowingTokens:
             self._tokens = IndexedDataset(self._stream.pair_prefix).tokens
             self.total = len(self._tokens)
             return self.total
-        # A state whose data file is missing or too short is about to be replaced, by the
-        # finished pair or by a new start.
+        # A state that is corrupt, or whose data file is missing or too short, is about to be
+        # replaced, by the finished pair or by a new start.
         with suppress(FileNotFoundError, ValueError):
             self._map_committed()
         return len(self._tokens)
@@ -223,9 +223,7 @@ class GrowingTokens:
             if version == self._state_version:
                 return
             self._state_version = version
-            state = json.load(file)
-        # A state that is being published has no such entry.
-        tokens = state["writers"][self._stream.key].get("tokens", 0)
+            tokens = self._committed_tokens(file.read())
         if tokens > len(self._tokens):
             name = os.path.basename(self._stream.pair_prefix) + ".bin"
             mapped = map_file(os.path.join(folder, name))
@@ -233,6 +231,17 @@ class GrowingTokens:
             if len(mapped) < size:
                 raise ValueError(f"{name} has {len(mapped)} bytes; its state counts {size}")
             self._tokens = mapped[:size].view(self._dtype)
+
+    def _committed_tokens(self, state: str) -> int:
+        """Return the number of durable tokens; ValueError if the state is corrupt."""
+        try:
+            # A state that is being published has no such entry.
+            tokens = json.loads(state)["writers"][self._stream.key].get("tokens", 0)
+        except (KeyError, TypeError, AttributeError, RecursionError):
+            tokens = None
+        if type(tokens) is not int:
+            raise ValueError(f"the state of {self._stream.staging_path} is corrupt")
+        return tokens
 
     def _wait(self, stop: int, needed: int) -> None:
         """Wait until there are `stop` tokens, or all.

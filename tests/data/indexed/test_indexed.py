@@ -151,7 +151,8 @@ def test_sidecar_records_entries_and_counts(tmp_path):
         "tokens": 2,
     }
     assert leftovers(tmp_path / "new") == ["d.bin", "d.idx", "d.json"]
-    for damage in (b"{", b"[1]", b'"\xff"'):
+    deep = b"[" * 100_000 + b"]" * 100_000
+    for damage in (b"{", b"[1]", b'"\xff"', deep, b'{"a": ' + b"9" * 5000 + b"}"):
         (tmp_path / "new" / "d.json").write_bytes(damage)
         with pytest.raises(ValueError, match=r"d\.json is corrupt"):
             IndexedDataset(tmp_path / "new" / "d")

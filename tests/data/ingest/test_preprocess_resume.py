@@ -142,6 +142,7 @@ UNREADABLE = "its state, which cannot be read"
         (lambda folder: (folder / "state.json").write_text("{"), UNREADABLE),
         (lambda folder: (folder / "state.json").write_text("[]"), UNREADABLE),
         (lambda folder: (folder / "state.json").write_text("7"), UNREADABLE),
+        (lambda folder: (folder / "state.json").write_text("[" * 100_000), UNREADABLE),
         (lambda folder: (folder / "state.json").write_text('{"job": {"layout": 0}}'), "layout"),
     ],
 )

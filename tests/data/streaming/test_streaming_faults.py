@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers.corpora import BYTE_TOKENIZER
@@ -36,7 +37,7 @@ from megatron.config.schema import DataConfig
 from megatron.data.splits import build_splits
 from megatron.data.streaming import producer, reader
 from megatron.data.streaming.producer import produce
-from megatron.data.streaming.reader import StreamSamples
+from megatron.data.streaming.reader import GrowingTokens, StreamSamples
 from megatron.data.streaming.stream import StreamingContext
 from megatron.io.staging_dir import StagingDir
 
@@ -314,6 +315,30 @@ def test_hanging_producer_exits(tmp_path, monkeypatch, received, code):
         producer._listen(open_stream("hf:x", tmp_path), errors.fileno(), stop)
         assert (errors.read() == b"") == bool(received)
     assert stop.is_set() and exit_codes == [code]
+
+
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        ("{", "Expecting"),
+        ("[" * 100_000, "state of .* is corrupt"),
+        ("[]", "state of .* is corrupt"),
+        ('{"writers": {}}', "state of .* is corrupt"),
+        ('{"writers": {"text": 3}}', "state of .* is corrupt"),
+        ('{"writers": {"text": {"tokens": "5"}}}', "state of .* is corrupt"),
+        ('{"writers": {"text": {"tokens": 5}}}', "has 4 bytes; its state counts 10"),
+    ],
+)
+def test_corrupt_state_counts_no_tokens(tmp_path, state, match):
+    """It is about to be replaced, by the pair or by a new start: readers wait."""
+    stream = open_stream("hf:x", tmp_path)
+    folder = Path(stream.staging_path)
+    folder.mkdir()
+    (folder / "state.json").write_text(state)
+    (folder / f"{Path(stream.pair_prefix).name}.bin").write_bytes(b"abcd")
+    assert GrowingTokens(stream, np.dtype(np.uint16)).refresh() == 0
+    with pytest.raises(ValueError, match=match):
+        GrowingTokens(stream, np.dtype(np.uint16))._map_committed()
 
 
 # The flags
