@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: venv demo test test-slow lint
+.PHONY: venv demo test test-slow test-latest lint
 
 venv: $(STAMP)
 
@@ -29,7 +29,7 @@ demo: venv
 	PYTHON=$(BIN)/python bash examples_deepspeed/MoE/demo.sh
 
 # Tests start up to four ranks, with one thread each.
-test test-slow: export OMP_NUM_THREADS := 1
+test test-slow test-latest: export OMP_NUM_THREADS := 1
 
 # Most tests use one core, so two processes share the test files, in the order set by tests/conftest.py. A file is not
 # split, because each process has pools of ranks of its own.
@@ -40,6 +40,11 @@ test: venv
 test-slow: export HYPOTHESIS_PROFILE ?= random
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow or hypothesis"
+
+# The tests with the newest torch, in .venv-latest. TORCH=torch==2.14.0, or the path of a wheel, selects another one.
+test-latest: export TORCH := $(TORCH)
+test-latest: venv
+	$(BIN)/python tools/test_latest.py
 
 lint: venv
 	$(BIN)/ruff check .

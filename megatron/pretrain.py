@@ -25,6 +25,7 @@ from megatron.initialize import (
 )
 from megatron.log import get_logger
 from megatron.moe.gate import available_gates, gate_config_class
+from megatron.training.metric_writers import require_writer_packages
 from megatron.training.plan import TrainingPlan
 from megatron.training.startup_timer import StartupTimer
 from megatron.training.task import PretrainingTask, Task
@@ -70,6 +71,7 @@ def train(
     """
     timer = StartupTimer(started)
     timer.mark("torch")
+    require_writer_packages(config.logging)
     run = initialize_training(config, timer)
     from megatron.checkpoint.metadata import RunMetadata
     from megatron.checkpoint.saver import Checkpointer

@@ -544,25 +544,3 @@ def test_demo_shapes_match_the_benchmark():
         ("BATCH_SIZE", train.micro_batch_size),
     ):
         assert f"{name}=${{{name}:-{value}}}" in script, name
-
-
-def test_environment_check_names_missing_packages(monkeypatch):
-    from importlib import metadata
-
-    sys.path.insert(0, str(REPO))
-    from tools import check_environment
-
-    assert check_environment.missing_packages() == []
-    real = metadata.version
-
-    def version(name):
-        if name == "gigatoken":
-            raise metadata.PackageNotFoundError(name)
-        return {"torch": "2.4.0", "deepspeed": "0.19.7"}.get(name) or real(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    assert check_environment.missing_packages() == [
-        "torch>=2.9 (found 2.4.0)",
-        "deepspeed==0.19.8 (found 0.19.7)",
-        "gigatoken",
-    ]

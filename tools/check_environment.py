@@ -6,26 +6,44 @@ import argparse
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 
-def missing_packages() -> list[str]:
-    """Return the requirements of pyproject.toml (with the test extra) that are not installed,
-    or in another version.
-    """
+def project_table() -> dict[str, Any]:
+    """Return the table `project` of pyproject.toml."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         from setuptools.compat.py310 import tomllib
+    return tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+
+
+def required_packages() -> list[str]:
+    """Return the requirements of pyproject.toml with the test extra, which names other extras."""
+    from packaging.requirements import Requirement
+
+    project = project_table()
+    required = list(project["dependencies"])
+    for text in project["optional-dependencies"]["test"]:
+        requirement = Requirement(text)
+        if requirement.name != project["name"]:
+            required.append(text)
+        for extra in sorted(requirement.extras):
+            required += project["optional-dependencies"][extra]
+    return required
+
+
+def missing_packages() -> list[str]:
+    """Return the required packages that are not installed, or in another version."""
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
         return ["everything: not even packaging is there"]
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     missing = []
-    for text in project["dependencies"] + project["optional-dependencies"]["test"]:
+    for text in required_packages():
         requirement = Requirement(text)
         try:
             installed = metadata.version(requirement.name)

@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 EPILOG = """Inputs are JSON lines (.jsonl, .json, or any other name), the same
-compressed (.gz, .zst), and Parquet (.parquet): files, quoted globs, folders, - for standard
-input (JSON lines), hf:NAME for a Hugging Face dataset. They are read in the given order, the
-files of a folder or glob by name.
+compressed (.gz, .bz2, .xz, .zst), and Parquet (.parquet): files, quoted globs, folders, - for
+standard input (JSON lines), hf:NAME for a Hugging Face dataset. They are read in the given
+order, the files of a folder or glob by name.
 
 Writes PREFIX_KEY_document.bin, .idx and .json (a record of the tokenizer) for each key; give
 PREFIX_KEY_document to training as --data-path. With --split-sentences the names end in

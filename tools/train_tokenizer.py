@@ -41,8 +41,8 @@ ESCAPES = {SPACE_SYMBOL: "\ue000\ue001", "\ue000": "\ue000\ue002"}
 RESERVED = "\u2585"
 
 EPILOG = """Inputs are JSON lines (.jsonl, .json, or any other name), the same compressed (.gz,
-.zst), and Parquet (.parquet): files, quoted globs, directories, - for standard input (JSON
-lines), hf:NAME for a Hugging Face dataset. A record without a string under each key stops the
+.bz2, .xz, .zst), and Parquet (.parquet): files, quoted globs, directories, - for standard input
+(JSON lines), hf:NAME for a Hugging Face dataset. A record without a string under each key stops the
 program with its file and line; --on-error skip leaves it out.
 
 --kind bpe: text is split as GPT-2 splits it. The end-of-document token <|endoftext|> has id 0,
@@ -316,7 +316,11 @@ def explain_failure(message: str, vocab_size: int) -> str:
 def check(a: argparse.Namespace) -> None:
     """Raise ValueError for mistakes that would otherwise show only after the training."""
     from megatron.config.fields import require
+    from megatron.optional_packages import import_optional
 
+    if a.kind == "sentencepiece":
+        module = "sentencepiece.sentencepiece_model_pb2"  # needs protobuf, too
+        import_optional(module, "sentencepiece", "--kind sentencepiece")
     smallest = SMALLEST_VOCABULARY[a.kind]
     require(
         a.vocab_size >= smallest,

@@ -17,7 +17,7 @@ from megatron.io.sha256 import file_sha256
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
 
-_PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
+_PACKAGES = ("torch", "deepspeed", "numpy")
 _DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _STATE_FIELDS = ("identity", "topology", "global_batch_size", "iterations", "data")
 # Fields that checkpoints of earlier versions lack.

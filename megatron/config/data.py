@@ -28,7 +28,7 @@ class DataConfig:
     test_data_path: tuple[str, ...] = option(())
     """like --data-path, for the test split only"""
     streaming_data_path: tuple[str, ...] = option(())
-    """text to tokenize in separate processes during training: .jsonl, .gz, .zst and
+    """text to tokenize in separate processes during training: .jsonl, .gz, .xz, .zst and
     .parquet files, quoted patterns, directories, or hf:NAME for a Hugging Face dataset.
     Each argument is one source. Sources are mixed in proportion to their size on disk,
     compressed or not (equally if a size is unknown), or by weights: 0.7 a.jsonl 0.3 b. The

@@ -12,7 +12,8 @@ class LoggingConfig:
     """Where metrics are written, in addition to the console."""
 
     tensorboard_dir: str = ""
-    """directory for TensorBoard event files; empty: none are written"""
+    """directory for TensorBoard event files; needs the tensorboard extra; empty: none are
+    written"""
     metrics_file: str = ""
     """JSON-lines file that metrics are appended to; empty: metrics.jsonl in the directory
     of --save, if that is set"""

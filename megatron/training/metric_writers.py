@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from megatron.config.schema import LoggingConfig
 from megatron.io.atomic_write import errors_with_path
 from megatron.log import get_logger
+from megatron.optional_packages import import_optional, require_package
 
 MetricsRow = dict[str, Any]
 
@@ -149,9 +150,14 @@ class JsonlWriter:
 
 
 class TensorboardWriter:
-    """Writes scalars `kind/name`; a list becomes `kind/name/0`, `kind/name/1`, ..."""
+    """Writes scalars `kind/name`; a list becomes `kind/name/0`, `kind/name/1`, ...
+
+    Raises:
+        ValueError: the package tensorboard is not installed.
+    """
 
     def __init__(self, folder: str | Path):
+        import_optional("tensorboard", "tensorboard", f"--tensorboard-dir {folder}")
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.writer = SummaryWriter(str(folder))
@@ -178,13 +184,7 @@ class WandbWriter:
     """
 
     def __init__(self, project: str, name: str = ""):
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(
-                f"--wandb-project is {project!r}, but the package wandb is not installed; "
-                "pip install wandb, or leave the flag out"
-            ) from None
+        wandb = import_optional("wandb", "wandb", f"--wandb-project {project}")
         self.run = wandb.init(project=project, name=name or None)
 
     @staticmethod
@@ -207,6 +207,22 @@ _WRITERS: tuple[type[MetricsWriter], ...] = (
     TensorboardWriter,
     WandbWriter,
 )
+
+
+def require_writer_packages(logging: LoggingConfig) -> None:
+    """Check that the packages of the writers that flags enable are installed.
+
+    Only rank 0 writes, but every rank checks before it joins the others: none waits for a rank
+    that has ended.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    if logging.tensorboard_dir:
+        flag = f"--tensorboard-dir {logging.tensorboard_dir}"
+        require_package("tensorboard", "tensorboard", flag)
+    if logging.wandb_project:
+        require_package("wandb", "wandb", f"--wandb-project {logging.wandb_project}")
 
 
 def build_metric_writers(

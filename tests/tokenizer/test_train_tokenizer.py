@@ -385,6 +385,22 @@ def test_impossible_trainings_are_refused(tmp_path):
     run(TOOL, "--output", "t.model", *possible, cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("module", "package"), [("sentencepiece", "sentencepiece"), ("google", "protobuf")]
+)
+def test_missing_package_is_reported_first(tmp_path, monkeypatch, module, package):
+    """Before the text, which does not exist, is read."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("google", "sentencepiece"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    flags = ["--input", "none", "--output", str(tmp_path / "t.model"), "--vocab-size", "300"]
+    arguments = train_tokenizer.parser().parse_args([*flags, *SENTENCEPIECE])
+    message = rf"^--kind sentencepiece needs the package {package}, which is not installed. "
+    with pytest.raises(ValueError, match=message + "Install it: pip install 'moe-megatron.sen"):
+        train_tokenizer.train(arguments)
+
+
 def test_sentencepiece_errors_are_one_line():
     error = RuntimeError("INTERNAL:\nx [no]\n")
     message = r"^SentencePiece cannot train on this text \(INTERNAL: x \[no\]\)$"

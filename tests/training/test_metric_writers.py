@@ -9,7 +9,8 @@ import types
 
 import pytest
 
-from megatron import log
+from helpers import runs
+from megatron import log, pretrain
 from megatron.config.schema import LoggingConfig
 from megatron.training.metric_writers import (
     ConsoleWriter,
@@ -201,13 +202,28 @@ def test_wandb_gets_the_same_scalars(monkeypatch):
     ]
 
 
-def test_wandb_missing_is_an_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        ValueError,
-        match="--wandb-project is 'p', but the package wandb is not installed; pip install",
-    ):
-        build_metric_writers(LoggingConfig(wandb_project="p"), "", 0, 10, 80)
+@pytest.mark.parametrize(
+    ("flag", "package"), [("--wandb-project", "wandb"), ("--tensorboard-dir", "tensorboard")]
+)
+def test_missing_writer_package_is_an_error(tmp_path, monkeypatch, capsys, flag, package):
+    """Every rank reports it before it joins the others, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    message = (
+        f"{flag} x needs the package {package}, which is not installed. Install it: pip install "
+        f"'moe-megatron[{package}]'"
+    )
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(log, "_PEER_DELAY_SECONDS", 0)
+        assert pretrain.main([*runs.flags("d", tmp_path), flag, "x"]) == 2
+        assert capsys.readouterr().err.splitlines()[0].endswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
+    options = {flag[2:].replace("-", "_"): "x"}
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError) as info:
+        build_metric_writers(LoggingConfig(**options), "", 0, 10, 80)
+    assert str(info.value) == message
 
 
 def test_flags_choose_the_writers(tmp_path, monkeypatch):
