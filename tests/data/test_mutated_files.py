@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import importlib
 import json
+import lzma
 import os
 import random
 import signal
@@ -177,6 +179,8 @@ def inputs() -> dict[str, bytes]:
     parquet.write_table(table, sink, row_group_size=20, write_page_checksum=True)
     return {
         ".jsonl": lines,
+        ".bz2": bz2.compress(lines),
+        ".xz": lzma.compress(lines),
         ".gz": gzip.compress(lines, mtime=0),
         ".zst": zstandard.ZstdCompressor(write_checksum=True).compress(lines),
         ".parquet": sink.getvalue().to_pybytes(),

@@ -14,8 +14,12 @@ from helpers.waiting import wait_until
 from megatron.parallel.forked import ForkedWork
 
 
-def outcome(work) -> Exception | None:
-    return ForkedWork("counts", work).wait()
+def outcome(function) -> Exception | None:
+    work = ForkedWork("counts", function)
+    result = work.wait()
+    with pytest.raises(ChildProcessError):  # it has been waited for
+        os.waitpid(work.pid, os.WNOHANG)
+    return result
 
 
 def process_is_gone(pid: int) -> bool:
@@ -87,10 +91,3 @@ def test_descriptors_are_closed():
     for work in (lambda: None, lambda: os._exit(3)):
         outcome(work)
     assert sorted(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.fixture(autouse=True)
-def no_child_is_left():
-    yield
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
