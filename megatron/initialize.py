@@ -91,15 +91,12 @@ def initialize_inference(load: str, load_step: int = 0) -> Run:
     ep_size = config.moe.moe_expert_parallel_size
     if groups.world_size % ep_size:
         ep_size = 1
-    groups = _init_distributed(ep_size, config.fault_tolerance.timeout_minutes)
+    groups = _init_distributed(ep_size)
     tokenizer = build_tokenizer(config.tokenizer)
     checkpoint.check(RunMetadata.of(config, groups, tokenizer))
-    config = replace(
-        config,
-        moe=replace(config.moe, moe_eval_capacity_factor=0.0),
-        # The batch of training need not divide over the ranks of this program.
-        train=replace(config.train, global_batch_size=0),
-    )
+    # The backend of training need not exist on this machine.
+    moe = replace(config.moe, moe_eval_capacity_factor=0.0, moe_backend="auto")
+    config = replace(config, moe=moe)
     vocab_size = _vocab_size(config, tokenizer)
     return Run(config, groups, tokenizer, vocab_size, checkpoint, checkpoint.progress)
 
@@ -110,10 +107,44 @@ def build_run_model(run: Run) -> GPT:
     Raises:
         ValueError: the gate refuses its options, or the checkpoint holds another model.
     """
+    model = _build_model(run)
+    if run.checkpoint is not None:
+        run.checkpoint.load_weights(model, run.groups)
+    return model
+
+
+def build_inference_model(run: Run) -> GPT:
+    """Build the model of a checkpoint on this rank's device, in the dtypes of training.
+
+    There is no engine and no optimizer, and nothing of `--deepspeed_config` is read: every rank
+    holds all weights but the experts of other ranks.
+
+    Raises:
+        ValueError: the checkpoint holds another model than its configuration describes.
+    """
+    from megatron.inference.model import cast_for_inference
+    from megatron.model.meta_device import meta_device
+
+    checkpoint = run.checkpoint
+    checkpoint.check_sizes()
+    with meta_device():
+        shapes_only = _build_model(run)
+    # Before any memory is allocated: the configuration is as trustworthy as its origin.
+    checkpoint.check_model(shapes_only, run.groups)
+    model = build_run_model(run)
+    return cast_for_inference(
+        model,
+        run.config.optimizer.precision,
+        run.groups.device,
+        keep_gate_fp32=run.config.deepspeed.zero_stage < 3,
+    )
+
+
+def _build_model(run: Run) -> GPT:
     from megatron.model.builder import build_model
 
     config = run.config
-    model = build_model(
+    return build_model(
         config.model,
         config.moe,
         config.gate_options,
@@ -122,9 +153,6 @@ def build_run_model(run: Run) -> GPT:
         groups=run.groups,
         recompute=config.train.recompute_activations,
     )
-    if run.checkpoint is not None:
-        run.checkpoint.load_weights(model, run.groups)
-    return model
 
 
 def build_engine(run: Run, model: GPT) -> Engine:

@@ -18,6 +18,9 @@ _PEER_DELAY_SECONDS = 3
 """How long other ranks wait before they report an error. DeepSpeed's launcher polls its
 processes once a second and ends them when one has failed."""
 
+_LONGEST_LINE = 10_000
+"""Characters of an error message; more are cut in its middle"""
+
 
 class RankHandler(logging.StreamHandler):
     """Writes to stdout, flushed line by line, in the format of this process's rank."""
@@ -103,7 +106,7 @@ def report_error(error: BaseException, *, immediately: bool = False) -> None:
     if rank and not immediately:
         time.sleep(_PEER_DELAY_SECONDS)
     # One write: other ranks write to the same terminal.
-    sys.stderr.write(f"{_prefix(rank)}error: {error}\n")
+    sys.stderr.write(f"{_prefix(rank)}error: {printable(str(error))}\n")
     sys.stderr.flush()
 
 
@@ -128,11 +131,21 @@ def run_tool(prog: str, body: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def printable(text: str) -> str:
+    """Escape newlines and control characters, which names in files may have, and cut long text."""
+    if len(text) > _LONGEST_LINE:
+        text = f"{text[: _LONGEST_LINE // 2]} ... {text[-_LONGEST_LINE // 2 :]}"
+    if text.isprintable():
+        return text
+    escaped = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    return "".join(escaped)
 
 
 def _rank() -> int:

@@ -296,3 +296,24 @@ def test_output_survives_any_encoding():
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.splitlines()
     assert first == "gr\\xf6\\xdfe" and second.endswith(" gr\\xf6\\xdfe")
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("naïve 日本", "naïve 日本"),
+        ("two\nlines\r", r"two\nlines\r"),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("\ud800", r"\ud800"),
+        ("x" * 20_000, f"{'x' * 5000} ... {'x' * 5000}"),
+    ],
+)
+def test_errors_are_one_printable_line(text, shown, capsys):
+    """Names in files may have any characters, such as those that clear a terminal."""
+
+    def fail():
+        raise ValueError(text)
+
+    log.report_error(ValueError(text))
+    assert log.run_tool("tool", fail) == 2
+    assert capsys.readouterr().err == f"error: {shown}\ntool: error: {shown}\n"

@@ -68,14 +68,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Generate and print the continuations."""
     from megatron.inference.generate import generate
-    from megatron.initialize import build_engine, build_run_model, initialize_inference
+    from megatron.initialize import build_inference_model, initialize_inference
 
     run = initialize_inference(args.load, args.load_step)
-    engine = build_engine(run, build_run_model(run))
+    model = build_inference_model(run)
     tokenizer = run.tokenizer
     prompts = [tokenizer.encode(p).tolist() for p in args.prompt]
     outputs = generate(
-        engine.model,
+        model,
         prompts,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -100,11 +100,11 @@ def one_line(text: str) -> str:
     return "".join(shown)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     from megatron.exit_codes import exit_code
 
-    return exit_code(lambda: run(parse()))
+    return exit_code(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

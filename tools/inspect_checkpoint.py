@@ -52,6 +52,8 @@ def inspect(args: argparse.Namespace) -> int:
     """Print what was found and return the exit code."""
     from tqdm import tqdm
 
+    from megatron.log import printable
+
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         if args.other:
             report = compare(args, bar.update)
@@ -60,9 +62,9 @@ def inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.found, indent=1), flush=True)
     else:
-        print("\n".join(report.lines), flush=True)
+        print("\n".join(map(printable, report.lines)), flush=True)
     for fault in report.faults:
-        print(f"fault: {fault}", file=sys.stderr)
+        print(f"fault: {printable(fault)}", file=sys.stderr)
     return int(bool(report.faults))
 
 

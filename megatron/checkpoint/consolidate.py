@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.content import read_config, read_state
 from megatron.checkpoint.directory import (
     CheckpointEntry,
     ValidCheckpoint,
@@ -30,13 +31,10 @@ from megatron.checkpoint.directory import (
     iteration_of,
     select_checkpoints,
 )
-from megatron.checkpoint.manifest import (
-    find_problems,
-    read_json,
-    write_with_digest,
-)
+from megatron.checkpoint.manifest import find_problems, write_with_digest
 from megatron.checkpoint.shards import CheckpointReader
 from megatron.config.fields import require
+from megatron.config.run_json import run_json_text
 from megatron.io.atomic_write import commit_files, fsync_directory
 from megatron.io.disk_space import require_disk_space
 from megatron.io.progress import ProgressCallback, no_progress
@@ -328,7 +326,7 @@ def _write_json_files(
     """Write run.json and consolidated.json. Returns their digests."""
     about = _describe_source(source, options)
     texts = {
-        "run.json": (source.path / "run.json").read_text(encoding="utf-8"),
+        "run.json": run_json_text(read_config(source.path)),
         "consolidated.json": json.dumps(about, indent=1) + "\n",
     }
     return {name: write_with_digest(folder / name, text) for name, text in texts.items()}
@@ -342,7 +340,7 @@ def _describe_source(source: ValidCheckpoint, options: ConsolidateOptions) -> di
         "manifest_checksum": source.manifest["checksum"],
         "dtype": str(options.dtype).removeprefix("torch."),
         "optimizer": options.optimizer,
-        "state": read_json(source.path / "state.json"),
+        "state": read_state(source.path),
     }
 
 

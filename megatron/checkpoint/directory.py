@@ -6,7 +6,7 @@
         state.json           progress and metadata of the run: megatron.checkpoint.metadata
         index.json           every tensor and where its shards are: megatron.checkpoint.shards
         rank_00000.safetensors, rank_00001.safetensors, ...
-    <save>/latest            name of the checkpoint that was completed last
+    <save>/latest, latest.json   name of the checkpoint to resume from: megatron.checkpoint.latest
     <save>/checkpoint.partial/   staging directory: a lock, and iter_* while it is written
 
 A checkpoint gets its name by a rename, when all of it is on the disk. Checkpoints are numbered in
@@ -16,7 +16,6 @@ not the one with the highest iteration.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -25,6 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron.checkpoint.latest import (
+    LATEST,
+    LATEST_RECORD,
+    latest_problem,
+    read_latest,
+    read_latest_record,
+    write_latest,
+)
 from megatron.checkpoint.manifest import (
     MANIFEST,
     CorruptCheckpointError,
@@ -33,12 +40,10 @@ from megatron.checkpoint.manifest import (
     write_manifest,
 )
 from megatron.config.fields import require
-from megatron.io import atomic_write
 from megatron.io.atomic_write import fsync_directory, temporary_pattern
 from megatron.io.sha256 import FileDigest
 from megatron.log import get_logger
 
-LATEST = "latest"
 _REPLACED = ".replaced"
 """Suffix of an old checkpoint while the new one of the same iteration takes its name"""
 
@@ -123,6 +128,8 @@ class CheckpointSelection:
     """Iterations of all checkpoints of the directory that have a valid manifest"""
     is_single: bool = False
     """Whether the path is one checkpoint"""
+    note: str = ""
+    """Why later checkpoints are no candidates: the file `latest` was edited to go back"""
 
     @property
     def is_empty(self) -> bool:
@@ -148,6 +155,9 @@ Verifier = Callable[[CheckpointEntry], list[str]]
 def select_checkpoints(path: Path, step: int = 0) -> CheckpointSelection:
     """Select the checkpoints that `path` and `step` can mean, without reading their tensors.
 
+    Without a step these are all, or, if a user edited the file `latest`, the one that it names
+    and those completed before it.
+
     Args:
         path: Directory of a run's checkpoints, or one checkpoint.
         step: Iteration of the checkpoint in the directory; 0: the newest one.
@@ -171,21 +181,46 @@ def select_checkpoints(path: Path, step: int = 0) -> CheckpointSelection:
     if step:
         candidates = [entry for entry in candidates if entry.manifest["iteration"] == step]
         problems = [problem for problem in problems if checkpoint_name(step) in problem]
-    else:
-        problems += _dangling_latest(path)
-    return CheckpointSelection(path, step, candidates, problems, available)
+        return CheckpointSelection(path, step, candidates, problems, available)
+    selection = CheckpointSelection(path, step, candidates, problems, available)
+    _follow_latest(selection)
+    return selection
 
 
-def _dangling_latest(directory: Path) -> list[str]:
-    """Return a problem when the newest checkpoint was lost: resuming from an older one, or
-    starting from scratch, must not happen silently."""
-    marker = directory / LATEST
-    if not marker.is_file():
-        return []
-    name = marker.read_text(errors="replace").strip()
-    if (directory / name).is_dir():
-        return []
-    return [f"{marker} names {name}, which does not exist"]
+def _follow_latest(selection: CheckpointSelection) -> None:
+    """Remove candidates that were completed after the one that a user wrote into `latest`."""
+    directory = selection.path
+    problem = latest_problem(directory)
+    if problem:
+        selection.problems.append(problem)
+        return
+    name = read_latest(directory)
+    older = [entry for entry in selection.candidates if entry.path.name == name]
+    if not older or older[0] is selection.candidates[0]:
+        return
+    (named,) = older
+    newest = selection.candidates[0]
+    record = read_latest_record(directory)
+    if record is None:
+        selection.problems.append(
+            f"{directory / LATEST} names {name}, but {newest.path.name} was completed later, and "
+            f"no {LATEST_RECORD} shows whether the name was edited; --load-step "
+            f"{named.manifest['iteration']} resumes from it"
+        )
+        return
+    was_killed_before_update = newest.manifest["serial"] > record.serial
+    if was_killed_before_update or name == record.name:
+        return
+    later = [
+        entry
+        for entry in selection.candidates
+        if entry.manifest["serial"] > named.manifest["serial"]
+    ]
+    selection.candidates = [entry for entry in selection.candidates if entry not in later]
+    selection.note = (
+        f"{directory / LATEST} was edited to {name}: "
+        f"{', '.join(entry.path.name for entry in later)}, completed later, will not be used"
+    )
 
 
 def find_newest_valid(
@@ -265,28 +300,18 @@ def commit_checkpoint(
         check_files(partial, files, {"files": files}, hashes=False)
     except CorruptCheckpointError as error:
         raise OSError(f"{error}: the file system lost data that was written") from None
-    write_manifest(partial, iteration, next_serial(directory), files)
+    serial = next_serial(directory)
+    write_manifest(partial, iteration, serial, files)
     fsync_directory(partial)
     target = directory / checkpoint_name(iteration)
     replaced = target.with_name(target.name + _REPLACED)
     if target.exists():
+        get_logger().info("%s of an earlier save is replaced", target)
         _remove(replaced)
         os.rename(target, replaced)
     os.rename(partial, target)
     fsync_directory(directory)
-    try:
-        atomic_write.write_text(directory / LATEST, target.name)
-        fsync_directory(directory)
-    except OSError as error:
-        # An old name would stand for a lost checkpoint when that one is deleted.
-        with contextlib.suppress(OSError):
-            os.remove(directory / LATEST)
-        get_logger().warning(
-            "%s is complete, but the file %s could not be updated: %s. Resuming does not need it",
-            target,
-            LATEST,
-            error,
-        )
+    write_latest(directory, target.name, serial)
     _remove(replaced)
     return target
 
@@ -328,7 +353,8 @@ def remove_stale(directory: Path) -> None:
     for deleted in directory.glob(".iter_*.deleted"):
         _try_delete(deleted)
     # The first pattern is that of temporary names of earlier versions.
-    for pattern in (f"{LATEST}.*.tmp", temporary_pattern(LATEST)):
+    patterns = [f"{LATEST}.*.tmp", *map(temporary_pattern, (LATEST, LATEST_RECORD))]
+    for pattern in patterns:
         for temporary in directory.glob(pattern):
             temporary.unlink()
 

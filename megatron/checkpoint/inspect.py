@@ -6,6 +6,7 @@ raises ValueError. `inspect_text` formats the results.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.checkpoint.content import read_config, read_state
 from megatron.checkpoint.directory import (
     CheckpointEntry,
-    CheckpointSelection,
     find_newest_valid,
     list_checkpoints,
     read_entry,
     select_checkpoints,
 )
-from megatron.checkpoint.manifest import (
-    check_files,
-    find_problems,
-    read_json,
-)
+from megatron.checkpoint.manifest import check_files, find_problems
 from megatron.checkpoint.shards import CheckpointReader
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.model.parameter_count import MODEL_PARTS, part_of
@@ -73,8 +70,8 @@ def summarize_directory(
     entries, problems = list_checkpoints(folder)
     faults = {}
     for entry in entries:
-        faults[entry.path] = find_problems(entry.path, entry.manifest, verify, progress)
-    selection = CheckpointSelection(folder, candidates=entries, problems=problems)
+        faults[entry.path] = _find_faults(entry, verify, progress)
+    selection = select_checkpoints(folder)
     newest = None
     try:
         newest = find_newest_valid(selection, lambda entry: faults[entry.path]).path
@@ -88,10 +85,23 @@ def summarize_directory(
     return rows
 
 
+def _find_faults(entry: CheckpointEntry, verify: bool, progress: ProgressCallback) -> list[str]:
+    """Return what is wrong with the files of a checkpoint, and with their content if they fit."""
+    faults = find_problems(entry.path, entry.manifest, verify, progress)
+    if not faults:
+        try:
+            read_state(entry.path)
+            read_config(entry.path)
+            CheckpointReader(entry.path)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
+
+
 def _directory_row(entry: CheckpointEntry, faults: list[str], newest: bool) -> dict[str, Any]:
     saved_at = ""
     if not faults:
-        saved_at = read_json(entry.path / "state.json")["saved_at"]
+        saved_at = read_state(entry.path)["saved_at"]
     return {
         "name": entry.path.name,
         "newest": newest,
@@ -134,11 +144,11 @@ def summarize_checkpoint(
     for name, (nbytes, sha256) in manifest["files"].items():
         files[name] = {"bytes": nbytes, "sha256": sha256}
     summary = {
+        **read_state(path),
         "path": str(path),
         "iteration": manifest["iteration"],
         "serial": manifest["serial"],
-        **read_json(path / "state.json"),
-        "config": read_json(path / "run.json"),
+        "config": json.loads(json.dumps(read_config(path).to_dict())),
         "files": files,
         "bytes": _total_bytes(manifest),
         "verified": verify,

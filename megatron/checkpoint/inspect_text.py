@@ -23,13 +23,16 @@ def format_directory(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
     if num_broken:
         title += f", {num_broken} of them broken"
     lines = [title]
+    has_later = False
     for row in rows:
         if row["faults"]:
             lines += [f"  {'BROKEN':8}{fault}" for fault in row["faults"]]
             continue
         mark = ""
         if row["newest"]:
-            mark = "newest"
+            # The file `latest` was edited if a valid checkpoint was completed later.
+            mark = "latest" if has_later else "newest"
+        has_later = True
         size = f"{row['bytes'] / 1e6:>12,.1f} MB"
         lines.append(f"  {mark:8}{row['name']:24}{row['saved_at']:28}{size}")
     return lines

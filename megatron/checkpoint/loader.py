@@ -16,18 +16,18 @@ from megatron.checkpoint.compatibility import (
     check_same_schedule,
     warn_of_changes,
 )
+from megatron.checkpoint.content import read_config, read_state, with_typed_gate_options
 from megatron.checkpoint.directory import (
     CheckpointEntry,
     CheckpointSelection,
     find_newest_valid,
     select_checkpoints,
 )
-from megatron.checkpoint.manifest import CorruptCheckpointError, check_files, read_json
+from megatron.checkpoint.manifest import CorruptCheckpointError, check_files
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
-from megatron.checkpoint.shards import CheckpointReader
+from megatron.checkpoint.shards import CheckpointReader, rank_file_name
 from megatron.config.checkpoint import CheckpointConfig
-from megatron.config.fields import require
-from megatron.config.run_json import read_run_json
+from megatron.config.fields import require, shortened
 from megatron.config.schema import RunConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
@@ -35,6 +35,9 @@ from megatron.log import get_logger, warn_on_rank0
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_rank0
+
+_LARGEST_POSITION_TABLE = 1 << 30
+"""Elements of the largest table of rotations that is built for a checkpoint's configuration"""
 
 
 class LoadedCheckpoint:
@@ -47,26 +50,23 @@ class LoadedCheckpoint:
 
     Raises:
         CorruptCheckpointError: A file has not the content that this version expects.
+        ValueError: The configuration in run.json is refused.
     """
 
     def __init__(self, path: Path, options: CheckpointConfig, corrupt: list[Path]):
         self.path = path
         self.options = options
         self.corrupt = corrupt
-        try:
-            state = read_json(path / "state.json")
-            self.metadata = RunMetadata.from_state(read_run_json(path / "run.json"), state)
-            self.progress = TrainingProgress()
-            if not options.finetune:
-                self.progress = TrainingProgress.from_state(state)
-            self._optimizer_steps = state["optimizer"]["steps"]
-            self._loss_scaler = state["optimizer"]["scaler"]
-            self._counters = state["optimizer"]["counters"]
-            self.reader = CheckpointReader(path)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CorruptCheckpointError(
-                f"{path} is not a checkpoint that this version can read: {error!r}"
-            ) from None
+        state = read_state(path)
+        config = with_typed_gate_options(read_config(path), path)
+        self.metadata = RunMetadata.from_state(config, state)
+        self.progress = TrainingProgress()
+        if not options.finetune:
+            self.progress = TrainingProgress.from_state(state)
+        self._optimizer_steps = state["optimizer"]["steps"]
+        self._loss_scaler = state["optimizer"]["scaler"]
+        self._counters = state["optimizer"]["counters"]
+        self.reader = CheckpointReader(path)
 
     @property
     def continued_from(self) -> Path | None:
@@ -127,6 +127,33 @@ class LoadedCheckpoint:
             check_same_schedule(self.metadata, current, str(self.path))
         warn_of_changes(self.metadata, current)
 
+    def check_sizes(self) -> None:
+        """Check that the checkpoint's own configuration describes a model of a possible size.
+
+        Raises:
+            CorruptCheckpointError: It has more layers than tensors, or a huge table of positions.
+        """
+        model = self.metadata.config.model
+        num_tensors = len(self.reader.shapes)
+        if model.num_layers > num_tensors:
+            raise CorruptCheckpointError(
+                f"{self.path / 'run.json'} has {model.num_layers} layers; allowed: up to the "
+                f"{num_tensors} tensors in index.json"
+            )
+        if model.max_positions * model.head_size > _LARGEST_POSITION_TABLE:
+            raise CorruptCheckpointError(
+                f"{self.path / 'run.json'} has {model.max_positions} positions; allowed: up to "
+                f"{_LARGEST_POSITION_TABLE // model.head_size}"
+            )
+
+    def check_model(self, model: nn.Module, groups: Groups) -> None:
+        """Check that the checkpoint has the tensors of a model, which may be on `meta`.
+
+        Raises:
+            CorruptCheckpointError: Names or shapes of tensors differ.
+        """
+        self._require_same_tensors(GlobalLayout.of(model, groups), model)
+
     def load_weights(self, model: nn.Module, groups: Groups) -> None:
         """Fill a finished fp32 model with the weights and buffers of the checkpoint.
 
@@ -136,16 +163,19 @@ class LoadedCheckpoint:
             CorruptCheckpointError: Names or shapes of tensors differ from the model's.
         """
         layout = GlobalLayout.of(model, groups)
-        self._require_same_tensors(layout)
+        self._require_same_tensors(layout, model)
         fill_weights(model, layout, self._read_weight, self.reader.buffer)
 
-    def _require_same_tensors(self, layout: GlobalLayout) -> None:
-        expected = {*layout.shapes.items(), *layout.buffers}
-        stored = {*self.reader.shapes.items(), *self.reader.buffers}
+    def _require_same_tensors(self, layout: GlobalLayout, model: nn.Module) -> None:
+        buffers = model.state_dict()
+        expected = {*layout.shapes.items()}
+        expected |= {(name, tuple(buffers[name].shape)) for name in layout.buffers}
+        stored = {*self.reader.shapes.items()}
+        stored |= {(name, self.reader.buffer_spec(name).shape) for name in self.reader.buffers}
         if expected != stored:
             first = min(map(str, expected ^ stored))
             raise CorruptCheckpointError(
-                f"{self.path / 'index.json'} does not fit the model: {first}"
+                f"{self.path / 'index.json'} does not fit the model: {shortened(first)}"
             )
 
     def _read_weight(self, name: str, start: int, length: int) -> torch.Tensor:
@@ -181,7 +211,7 @@ class LoadedCheckpoint:
         zero_shards.set_loss_scaler_state(self._loss_scaler)
         engine.set_counters(self._counters)
         if self.metadata.topology["ranks"] == groups.world_size:
-            rng.set_state(self.reader.rng(groups.rank))
+            self._restore_random_states(groups.rank)
         else:
             # Random streams that no rank of the saved run has used.
             seed = self.metadata.config.train.seed + self.progress.iteration
@@ -209,6 +239,16 @@ class LoadedCheckpoint:
                 self.path,
                 min(dropped),
             )
+
+    def _restore_random_states(self, rank: int) -> None:
+        states = self.reader.rng(rank)
+        try:
+            rng.set_state(states)
+        except RuntimeError as error:
+            raise CorruptCheckpointError(
+                f"{self.path / rank_file_name(rank)} has a random state that torch refuses: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
 
 
 class RunStart(NamedTuple):
@@ -263,6 +303,8 @@ def find_checkpoint(
             options.load,
         )
         return None
+    if selection.note:
+        get_logger().info("%s", selection.note)
     for problem in selection.problems:
         warn_on_rank0("%s; not used", problem)
     found = find_newest_valid(

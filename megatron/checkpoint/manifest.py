@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron.config.format_version import CHECKPOINT_FORMAT, migrate, with_version
 from megatron.io import atomic_write
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.sha256 import FileDigest, digest_bytes, file_sha256
+from megatron.io.untrusted import read_json_file
 
 MANIFEST = "manifest.json"
-_FORMAT = "moe-megatron checkpoint 1"
+JSON_FILES = ("run.json", "state.json", "index.json")
+"""Files without tensors that every checkpoint has"""
 
 
 class CorruptCheckpointError(ValueError):
@@ -31,13 +35,15 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a checkpoint.
 
     Raises:
-        CorruptCheckpointError: The file is missing or is not JSON.
+        CorruptCheckpointError: The file is missing, is not JSON, or is not a regular file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_file(path)
     except FileNotFoundError:
         raise CorruptCheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise CorruptCheckpointError(f"{path} cannot be read: {error}") from None
 
 
@@ -50,12 +56,14 @@ def write_manifest(
         serial: Number of the checkpoint in order of completion.
         files: Digest of every other file, by name.
     """
-    manifest = {
-        "format": _FORMAT,
-        "iteration": iteration,
-        "serial": serial,
-        "files": {name: list(files[name]) for name in sorted(files)},
-    }
+    manifest = with_version(
+        {
+            "format": CHECKPOINT_FORMAT,
+            "iteration": iteration,
+            "serial": serial,
+            "files": {name: list(files[name]) for name in sorted(files)},
+        }
+    )
     manifest["checksum"] = manifest_checksum(manifest)
     atomic_write.write_text(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
@@ -64,10 +72,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read the manifest of the checkpoint in directory `path`.
 
     Returns:
-        The manifest: iteration, serial, files {name: [bytes, sha256]}, checksum.
+        The manifest: format, iteration, serial, files {name: [bytes, sha256]}, checksum.
 
     Raises:
-        CorruptCheckpointError: It is missing or was changed after it was written.
+        CorruptCheckpointError: It is missing, was changed after it was written, or does not
+            name the files that every checkpoint has.
+        NewerVersionError: The checkpoint was written by a newer version of this program.
     """
     file = path / MANIFEST
     if not file.exists() and any(path.glob("*_model_states.pt")):
@@ -76,14 +86,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "earlier version of this program or by another one, and cannot be read"
         )
     manifest = read_json(file)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise CorruptCheckpointError(f"{file} is not the manifest of a {_FORMAT!r}")
+    if not isinstance(manifest, dict) or not str(manifest.get("format")).startswith(
+        CHECKPOINT_FORMAT
+    ):
+        raise CorruptCheckpointError(f"{file} is not the manifest of a {CHECKPOINT_FORMAT!r}")
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise CorruptCheckpointError(f"{file} is corrupt: its checksum does not match")
+    manifest = migrate(MANIFEST, manifest, str(file))
     if not _is_well_formed(manifest):
         raise CorruptCheckpointError(
             f"{file} is malformed: a field is missing or has a wrong type"
         )
+    missing = [name for name in JSON_FILES if name not in manifest["files"]]
+    if missing:
+        raise CorruptCheckpointError(f"{file} does not name {', '.join(missing)}")
     return manifest
 
 
@@ -94,9 +110,10 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 def _is_well_formed(manifest: dict[str, Any]) -> bool:
+    if manifest.get("format") != CHECKPOINT_FORMAT:
+        return False
     for key in ("iteration", "serial"):
-        # Not isinstance: True is an int, too.
-        if type(manifest.get(key)) is not int:
+        if not _is_count(manifest.get(key)):
             return False
     files = manifest.get("files")
     if not isinstance(files, dict):
@@ -104,11 +121,18 @@ def _is_well_formed(manifest: dict[str, Any]) -> bool:
     return all(_is_file_entry(name, digest) for name, digest in files.items())
 
 
+def _is_count(value: Any) -> bool:
+    # Not isinstance: True is an int, too.
+    return type(value) is int and 0 <= value < 2**63
+
+
 def _is_file_entry(name: str, digest: Any) -> bool:
     """Return whether an entry is a digest of a file inside the checkpoint's own directory."""
-    if Path(name).name != name or not isinstance(digest, list):
+    if not re.fullmatch(r"\w[\w.-]{0,200}", name, re.ASCII) or not isinstance(digest, list):
         return False
-    return [type(value) for value in digest] == [int, str]
+    if [type(value) for value in digest] != [int, str]:
+        return False
+    return _is_count(digest[0])
 
 
 def check_files(

@@ -29,6 +29,8 @@ from megatron.checkpoint.shards import (
     write_tensors,
 )
 from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.format_version import with_version
+from megatron.config.run_json import run_json_text
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import ZeroShards
 from megatron.io.atomic_write import fsync_directory
@@ -252,9 +254,9 @@ class Checkpointer:
             "scaler": zero_shards.loss_scaler_state(),
         }
         return {
-            "run.json": json.dumps(self.metadata.config.to_dict(), indent=2),
-            "state.json": json.dumps(state, indent=1),
-            "index.json": json.dumps(index),
+            "run.json": run_json_text(self.metadata.config),
+            "state.json": json.dumps(with_version(state), indent=1) + "\n",
+            "index.json": json.dumps(with_version(index)) + "\n",
         }
 
     def _prepare_directory(self, iteration: int, nbytes: int) -> str:
@@ -303,7 +305,7 @@ class Checkpointer:
         Runs on rank 0, in the background.
         """
         for name, text in pending.json_files.items():
-            files[name] = write_with_digest(pending.unfinished / name, text + "\n")
+            files[name] = write_with_digest(pending.unfinished / name, text)
         target = directory.commit_checkpoint(
             pending.unfinished, self.directory, pending.iteration, files
         )

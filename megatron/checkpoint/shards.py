@@ -13,8 +13,8 @@ can read the ranges that it needs.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.content import read_shard_index
+from megatron.checkpoint.manifest import MANIFEST, CorruptCheckpointError, read_manifest
+from megatron.config.fields import shortened
 from megatron.io.safetensors_writer import (
     TORCH_DTYPES,
     SafetensorsWriter,
@@ -30,6 +33,7 @@ from megatron.io.safetensors_writer import (
     read_header,
 )
 from megatron.io.sha256 import FileDigest
+from megatron.io.untrusted import open_regular
 
 SLICE_ELEMENTS = 1 << 20
 """Elements that `CheckpointReader.slices` holds in memory"""
@@ -54,18 +58,22 @@ def rank_file_name(rank: int) -> str:
 class CheckpointReader:
     """Reads full tensors of a checkpoint, or ranges of them, into ordinary memory.
 
-    Files are read rather than mapped: a mapped file could change later.
+    Files are read rather than mapped: a mapped file could change later. Only files that the
+    manifest names are read, because no others were verified.
 
     Args:
         path: Directory of the checkpoint, whose files were verified.
 
     Raises:
+        CorruptCheckpointError: A file has not the content that index.json describes, or is not
+            in the manifest; also raised by the methods.
         OSError: A file ends too early or is missing; also raised by the methods.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
+        self._verified_files = read_manifest(self.path)["files"]
+        index = read_shard_index(self.path)
         self.state_keys: list[str] = index["kinds"]
         """What is stored of a trained parameter: weight and moments, such as exp_avg"""
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -102,10 +110,11 @@ class CheckpointReader:
         overlaps = self._overlaps(name, start, stop)
         if not overlaps:
             return torch.empty(0)
+        dtype = self.dtype(state_key, name)
         if len(overlaps) == 1:
             rank, offset, size = overlaps[0]
             return self._read_range(rank, key, offset, size)
-        out = torch.empty(length, dtype=self.dtype(state_key, name))
+        out = torch.empty(length, dtype=dtype)
         position = 0
         for rank, offset, size in overlaps:
             out[position : position + size] = self._read_range(rank, key, offset, size)
@@ -129,10 +138,7 @@ class CheckpointReader:
                 break
             overlaps.append((rank, low - shard_start, high - low))
             position = high
-        if position != stop:
-            raise ValueError(
-                f"{self.path / 'index.json'}: no file has element {position} of {name}"
-            )
+        assert position == stop, f"no file has element {position} of {name}"
         return overlaps
 
     def slices(self, state_key: str, name: str) -> Iterator[Tensor]:
@@ -147,8 +153,13 @@ class CheckpointReader:
         if not shards:
             return torch.float32
         first_rank = shards[0][0]
-        header, _ = self._header(first_rank)
-        return TORCH_DTYPES[header[f"{state_key}/{name}"]["dtype"]]
+        dtype = self._spec(first_rank, f"{state_key}/{name}").dtype
+        if not dtype.is_floating_point:
+            raise CorruptCheckpointError(
+                f"{self.path / rank_file_name(first_rank)}: {state_key}/{name} has the dtype "
+                f"{dtype}; allowed: floating-point numbers"
+            )
+        return dtype
 
     def num_shards(self, name: str) -> int:
         """Return the number of shards that a tensor is stored in."""
@@ -156,9 +167,8 @@ class CheckpointReader:
 
     def buffer_spec(self, name: str) -> TensorSpec:
         """Return dtype and shape of a buffer."""
-        header, _ = self._header(0)
-        stored = header[f"buffer/{name}"]
-        return TensorSpec(name, TORCH_DTYPES[stored["dtype"]], tuple(stored["shape"]))
+        spec = self._spec(0, f"buffer/{name}")
+        return TensorSpec(name, spec.dtype, spec.shape)
 
     def buffer(self, name: str) -> Tensor:
         """Read a buffer of the model, in its full shape."""
@@ -166,33 +176,65 @@ class CheckpointReader:
         return self._read_range(0, f"buffer/{name}", 0, math.prod(shape)).reshape(shape)
 
     def rng(self, rank: int) -> dict[str, Tensor]:
-        """Read the random states of a rank, by device."""
+        """Read the random states of a rank, by device: of the CPU, and of CUDA if in use."""
         header, _ = self._header(rank)
         states = {}
-        for key, stored in header.items():
-            if key.startswith("rng/"):
-                state = self._read_range(rank, key, 0, stored["shape"][0])
-                states[key.removeprefix("rng/")] = state
+        for device in ("cpu", "cuda"):
+            key = f"rng/{device}"
+            if device == "cuda" and key not in header:
+                continue
+            spec = self._spec(rank, key)
+            if spec.dtype != torch.uint8 or len(spec.shape) != 1:
+                raise CorruptCheckpointError(
+                    f"{self.path / rank_file_name(rank)}: {key} has the shape "
+                    f"{list(spec.shape)} of {spec.dtype}; allowed: bytes in one dimension"
+                )
+            states[device] = self._read_range(rank, key, 0, spec.shape[0])
         return states
 
     def _header(self, rank: int) -> tuple[dict[str, dict], int]:
+        name = rank_file_name(rank)
+        if name not in self._verified_files:
+            raise CorruptCheckpointError(f"{self.path / MANIFEST} does not name {name}")
         if rank not in self._headers:
-            self._headers[rank] = read_header(self.path / rank_file_name(rank))
+            try:
+                self._headers[rank] = read_header(self.path / name)
+            except ValueError as error:
+                raise CorruptCheckpointError(str(error)) from None
         return self._headers[rank]
+
+    def _spec(self, rank: int, key: str) -> TensorSpec:
+        """Return dtype and shape of a tensor of a rank's file."""
+        header, _ = self._header(rank)
+        if key not in header:
+            raise CorruptCheckpointError(
+                f"{self.path / rank_file_name(rank)} has no tensor {shortened(key)}"
+            )
+        stored = header[key]
+        return TensorSpec(key, TORCH_DTYPES[stored["dtype"]], tuple(stored["shape"]))
 
     def _read_range(self, rank: int, key: str, start: int, length: int) -> Tensor:
         """Read `length` elements from element `start` of a tensor of a rank's file."""
-        header, data_offset = self._header(rank)
-        dtype = TORCH_DTYPES[header[key]["dtype"]]
-        if length == 0:
-            return torch.empty(0, dtype=dtype)
-        nbytes = length * dtype.itemsize
-        offset = data_offset + header[key]["data_offsets"][0] + start * dtype.itemsize
+        spec = self._spec(rank, key)
         path = self.path / rank_file_name(rank)
-        raw = np.fromfile(path, np.uint8, nbytes, offset=offset)
-        if len(raw) < nbytes:
-            raise OSError(f"{path} ends inside {key}: it is damaged, or was changed while read")
-        return torch.from_numpy(raw).view(dtype)
+        if start + length > math.prod(spec.shape):
+            raise CorruptCheckpointError(
+                f"{path}: {shortened(key)} has the shape {list(spec.shape)}, but index.json "
+                f"places element {start + length - 1} there"
+            )
+        if length == 0:
+            return torch.empty(0, dtype=spec.dtype)
+        header, data_offset = self._header(rank)
+        nbytes = length * spec.dtype.itemsize
+        offset = data_offset + header[key]["data_offsets"][0] + start * spec.dtype.itemsize
+        with open_regular(path) as file:
+            # Checked first: numpy allocates all of it before it reads.
+            if offset + nbytes > os.fstat(file.fileno()).st_size:
+                raise OSError(
+                    f"{path} ends inside {key}: it is damaged, or was changed while read"
+                )
+            raw = np.fromfile(file, np.uint8, nbytes, offset=offset)
+        return torch.from_numpy(raw).view(spec.dtype)
 
 
 def make_index(

@@ -12,6 +12,8 @@ from megatron.config.fields import (
     require_setting,
 )
 
+_YEAR_MINUTES = 366 * 24 * 60
+
 
 @dataclass(frozen=True)
 class FaultToleranceConfig:
@@ -56,6 +58,9 @@ class FaultToleranceConfig:
             "Set the threshold.",
         )
         require_positive_numbers(self, "timeout_minutes")
+        require_setting(
+            self, "timeout_minutes", self.timeout_minutes <= _YEAR_MINUTES, "up to a year"
+        )
 
     def last_iteration(self, done: int, iterations: int) -> int:
         """Return the iteration after which this run ends, with --exit-interval in mind.

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
 
+_LONGEST_VALUE = 500
+"""Characters of a value in an error message"""
+
 
 def option(default: Any, *flags: str, choices: tuple | None = None) -> Any:
     """Declare a dataclass field with extra flag spellings or a closed set of values.
@@ -24,6 +27,14 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def shortened(value: Any) -> str:
+    """Return the repr of a value, cut when it is too long for an error message of one line."""
+    text = repr(value)
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"{text[: _LONGEST_VALUE // 2]}... ({len(text)} characters)"
+
+
 def require(ok: bool, what: str, value: Any, allowed: str, advice: str = "") -> None:
     """Raise ValueError in the project's one form unless `ok`.
 
@@ -32,7 +43,7 @@ def require(ok: bool, what: str, value: Any, allowed: str, advice: str = "") -> 
     """
     if ok:
         return
-    message = f"{what} is {value!r}; allowed: {allowed}"
+    message = f"{what} is {shortened(value)}; allowed: {allowed}"
     if advice:
         message += f". {advice}"
     raise ValueError(message)

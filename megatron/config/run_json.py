@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron.config.fields import require
+from megatron.config.fields import require, shortened
 from megatron.config.flags import Flag, flags_of
+from megatron.config.format_version import migrate, with_version
 from megatron.config.schema import RUN_JSON_LAYOUT, SECTIONS, RunConfig
 from megatron.config.values import parse_value
 from megatron.io.atomic_write import write_text
+from megatron.io.untrusted import parse_json
 
 
 def write_run_json(config: RunConfig, path: str | Path) -> None:
@@ -21,7 +23,12 @@ def write_run_json(config: RunConfig, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
+    write_text(path, run_json_text(config))
+
+
+def run_json_text(config: RunConfig) -> str:
+    """Return the content of a run.json."""
+    return json.dumps(with_version(config.to_dict()), indent=2) + "\n"
 
 
 def read_run_json(path: str | Path) -> RunConfig:
@@ -30,11 +37,11 @@ def read_run_json(path: str | Path) -> RunConfig:
     Raises:
         ValueError: the file cannot be read, or as `config_from_dict`.
     """
-    return config_from_dict(load_config_json(path), str(path))
+    return _config_from_current(load_config_json(path), str(path))
 
 
 def config_from_dict(content: dict[str, Any], where: str = "run.json") -> RunConfig:
-    """Build a configuration from the result of `RunConfig.to_dict`.
+    """Build a configuration from the content of a run.json of any version.
 
     Missing keys take their defaults. Gate options are not checked: that is up to the gate's
     own Config.
@@ -42,8 +49,14 @@ def config_from_dict(content: dict[str, Any], where: str = "run.json") -> RunCon
     Args:
         where: source of `content` in error messages.
     Raises:
-        ValueError: an unknown key, or a value that its section refuses.
+        ValueError: a newer version, an unknown key, or a value that its section refuses.
     """
+    require(isinstance(content, dict), where, content, "a JSON object")
+    return _config_from_current(migrate("run.json", content, where), where)
+
+
+def _config_from_current(content: dict[str, Any], where: str) -> RunConfig:
+    """Build a configuration from content as the current version writes it."""
     sections = parse_sections(content, where)
     gate_options = {}
     for name, value in sections.pop("gate_options", {}).items():
@@ -56,25 +69,22 @@ def config_from_dict(content: dict[str, Any], where: str = "run.json") -> RunCon
 
 
 def load_config_json(path: str | Path) -> Any:
-    """Load the configuration from a run.json without checking it.
-
-    The run.json of a checkpoint also describes the tokenizer and the topology; its
-    configuration is under the key "config".
+    """Load a run.json of any version as the current version writes it, without checking its keys.
 
     Raises:
-        ValueError: the file cannot be read or is not JSON.
+        ValueError: the file cannot be read, is not JSON, or is of a newer version.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        # Not only regular files: `--config <(command)` is a pipe.
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); give the path of a run.json"
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if isinstance(content, dict) and "config" in content:
-        return content["config"]
-    return content
+    require(isinstance(content, dict), str(path), content, "a JSON object")
+    return migrate("run.json", content, str(path))
 
 
 def parse_sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
@@ -132,9 +142,9 @@ def parse_stored_values(
 
 def _unknown_key(where: str, key: str, known: list[str]) -> str:
     """Return the message about an unknown key, with the most similar known one."""
-    similar = difflib.get_close_matches(key, known, n=1)
+    similar = difflib.get_close_matches(key[:100], known, n=1)
     if similar:
         advice = f"did you mean {similar[0]!r}?"
     else:
         advice = f"allowed: {' '.join(known)}"
-    return f"{where}: unknown key {key!r}; {advice}"
+    return f"{where}: unknown key {shortened(key)}; {advice}"

@@ -10,14 +10,18 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron.io.atomic_write import errors_with_path
 from megatron.io.sha256 import FileDigest
+from megatron.io.untrusted import open_regular, parse_json
 
 _CHUNK_BYTES = 16 << 20
+_MOST_DIMENSIONS = 64
+"""Dimensions that a tensor of torch may have"""
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -155,15 +159,18 @@ def in_file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
 
 
 def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
-    """Read the header of a safetensors file.
+    """Read and check the header of a safetensors file.
 
     Returns:
-        ({tensor: {"dtype", "shape", "data_offsets"}}, position of the first byte of data).
+        ({tensor: {"dtype", "shape", "data_offsets"}}, position of the first byte of data). Every
+        dtype is in TORCH_DTYPES, and the size of every tensor is that of its shape and dtype. A
+        tensor may end behind the end of a truncated file.
 
     Raises:
-        ValueError: The file is not a safetensors file.
+        ValueError: The file is not a safetensors file; the message names it.
+        OSError: It cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise ValueError(f"{path} is not a safetensors file: it has {len(prefix)} bytes")
@@ -172,6 +179,39 @@ def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
             raise ValueError(
                 f"{path} is not a safetensors file: its header is longer than the file"
             )
-        header = json.loads(file.read(length))
+        raw = file.read(length)
+    try:
+        header = parse_json(raw.decode())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file: its header is not JSON: {error}"
+        ) from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_tensor_entry(entry):
+            raise ValueError(
+                f"{path} is not a safetensors file that can be read: the entry of tensor "
+                f"{name[:200]!r} is {str(entry)[:200]}; allowed dtypes: {' '.join(TORCH_DTYPES)}"
+            )
     return header, 8 + length
+
+
+def _is_tensor_entry(entry: Any) -> bool:
+    """Return whether an entry of a header has a known dtype and positions that fit its shape."""
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in TORCH_DTYPES:
+        return False
+    shape = entry.get("shape")
+    offsets = entry.get("data_offsets")
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        return False
+    nbytes = math.prod(shape) * TORCH_DTYPES[entry["dtype"]].itemsize
+    return offsets[1] - offsets[0] == nbytes
+
+
+def _are_counts(values: Any) -> bool:
+    """Return whether a JSON value is a list of sizes or positions in a file."""
+    if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)

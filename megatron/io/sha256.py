@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron.io.untrusted import open_regular
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -23,9 +25,9 @@ def digest_bytes(content: bytes) -> FileDigest:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal, reading it in chunks."""
+    """Return the SHA-256 of a regular file, in hexadecimal, reading it in chunks."""
     sha256 = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             sha256.update(chunk)
     return sha256.hexdigest()

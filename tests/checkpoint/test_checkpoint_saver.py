@@ -247,7 +247,11 @@ def test_leftovers_of_killed_run_are_removed(ranks1, tmp_path):
         (folder / "rank_00000.safetensors").write_bytes(b"half")
     (unfinished.parent / "lock").write_text("process 1 on nowhere")
     ranks1.run(_saves, config_of(tmp_path), 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", "latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "iter_0000001",
+        "latest",
+        "latest.json",
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

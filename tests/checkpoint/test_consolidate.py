@@ -223,7 +223,7 @@ def test_single_file_has_hash_and_no_index(made, tmp_path):
         and about["optimizer"] is True
     )
     assert about["manifest_checksum"] == read_manifest(made[0])["checksum"]
-    assert about["state"] == json.loads((made[0] / "state.json").read_text())
+    assert {"version": 2, **about["state"]} == json.loads((made[0] / "state.json").read_text())
     assert read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
     assert sorted(os.listdir(tmp_path)) == ["out", "save"], "no staging directory is left"
 

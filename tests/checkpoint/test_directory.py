@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import engines
+from helpers import checkpoint_fuzzer, engines
 from megatron import log
-from megatron.checkpoint import directory
+from megatron.checkpoint import directory, latest
 from megatron.checkpoint.directory import (
     CheckpointEntry,
     find_newest_valid,
@@ -28,12 +28,14 @@ from megatron.checkpoint.manifest import (
     manifest_checksum,
     read_manifest,
 )
+from megatron.config.format_version import NewerVersionError
 from megatron.io.sha256 import FileDigest, digest_bytes
 
 CONTENT = {
     "run.json": b"{}",
     "rank_00000.safetensors": bytes(range(256)) * 40,
     "index.json": b"[1]",
+    "state.json": b"{2}",
 }
 
 
@@ -55,7 +57,9 @@ def check(path: Path) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name != "checkpoint.partial")
+    """Return the names in a directory of checkpoints but those that it always has."""
+    always = ("checkpoint.partial", "latest", "latest.json")
+    return sorted(path.name for path in folder.iterdir() if path.name not in always)
 
 
 def listed(folder: Path) -> list[int]:
@@ -90,7 +94,9 @@ def test_committed_checkpoint_is_valid_and_latest(tmp_path):
     path = make(tmp_path, 300)
     assert path == tmp_path / "iter_0000300" and check(path) is None
     assert engines.latest(tmp_path) == "iter_0000300" == (tmp_path / "latest").read_text()
-    assert names(tmp_path) == ["iter_0000300", "latest"]
+    assert names(tmp_path) == ["iter_0000300"]
+    record = json.loads((tmp_path / "latest.json").read_text())
+    assert record == {"checkpoint": "iter_0000300", "serial": 1}
     assert sorted(read_manifest(path)["files"]) == sorted(CONTENT)
 
 
@@ -112,11 +118,11 @@ def test_checkpoint_of_same_iteration_is_replaced(tmp_path):
     old = os.stat(tmp_path / "iter_0000100").st_ino
     make(tmp_path, 100)
     assert os.stat(tmp_path / "iter_0000100").st_ino != old
-    assert names(tmp_path) == ["iter_0000100", "latest"]
+    assert names(tmp_path) == ["iter_0000100"]
     assert read_manifest(tmp_path / "iter_0000100")["serial"] == 2
 
 
-@pytest.mark.parametrize("fails_at", range(1, 15))
+@pytest.mark.parametrize("fails_at", range(1, 18))
 def test_commit_killed_anywhere_leaves_valid_checkpoint(fails_at, tmp_path, monkeypatch):
     """A commit that replaces checkpoint 100 is killed at its n-th system call.
 
@@ -124,6 +130,45 @@ def test_commit_killed_anywhere_leaves_valid_checkpoint(fails_at, tmp_path, monk
     """
     make(tmp_path, 50)
     make(tmp_path, 100)
+    killed_commit(tmp_path, 100, fails_at, monkeypatch)
+    path, manifest = list_checkpoints(tmp_path)[0][0]
+    assert manifest["iteration"] == 100 and check(path) is None
+    assert selected(tmp_path)[0] == 100
+    shutil.rmtree(tmp_path / "checkpoint.partial/iter_0000100", ignore_errors=True)
+    directory.remove_stale(tmp_path)
+    make(tmp_path, 100)
+    assert names(tmp_path) == ["iter_0000050", "iter_0000100"]
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("fails_at", range(1, 14))
+def test_killed_commit_is_no_edit(fails_at, edited, tmp_path, monkeypatch):
+    """A name in `latest` that the kill left behind is not taken for a user's choice.
+
+    An edit that was made before stays valid until the run that followed it has saved.
+    """
+    for iteration in (50, 100):
+        make(tmp_path, iteration)
+    if edited:
+        (tmp_path / "latest").write_text("iter_0000050\n")
+    killed_commit(tmp_path, 75, fails_at, monkeypatch, least=8)
+    is_committed = 75 in listed(tmp_path)
+    expected = [100, 50]
+    if is_committed:
+        expected = [75, 100, 50]
+    elif edited:
+        expected = [50]
+    assert selected(tmp_path) == expected
+
+
+def killed_commit(
+    folder: Path, iteration: int, fails_at: int, monkeypatch, least: int = 11
+) -> None:
+    """Commit a checkpoint in a process that is killed at its n-th system call.
+
+    Args:
+        least: Number of system calls that a commit has at least.
+    """
     calls = 0
 
     def dying(original):
@@ -145,42 +190,38 @@ def test_commit_killed_anywhere_leaves_valid_checkpoint(fails_at, tmp_path, monk
         ):
             patch.setattr(module, name, dying(getattr(module, name)))
         try:
-            make(tmp_path, 100)
+            make(folder, iteration)
             died = False
         except KeyboardInterrupt:
             died = True
-    assert died == (calls >= fails_at) and calls >= min(fails_at, 11), (
+    assert died == (calls >= fails_at) and calls >= min(fails_at, least), (
         "every call that can be interrupted was interrupted"
     )
-    path, manifest = list_checkpoints(tmp_path)[0][0]
-    assert manifest["iteration"] == 100 and check(path) is None
-    shutil.rmtree(tmp_path / "checkpoint.partial/iter_0000100", ignore_errors=True)
-    directory.remove_stale(tmp_path)
-    make(tmp_path, 100)
-    assert names(tmp_path) == ["iter_0000050", "iter_0000100", "latest"]
 
 
-def test_checkpoint_is_complete_without_latest(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("failing", ["latest", "latest.json"])
+def test_checkpoint_is_complete_without_latest(failing, tmp_path, monkeypatch, capsys):
     """The checkpoint is found by its manifest, so a failure to name it is only a warning."""
     make(tmp_path, 50)
 
-    write_text = directory.atomic_write.write_text
+    write_text = latest.atomic_write.write_text
 
     def write_unless_latest(path, text):
-        if path.name == "latest":
+        if path.name == failing:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write_text(path, text)
 
-    monkeypatch.setattr(directory.atomic_write, "write_text", write_unless_latest)
+    monkeypatch.setattr(latest.atomic_write, "write_text", write_unless_latest)
     log.setup()
     make(tmp_path, 100)
     assert listed(tmp_path) == [100, 50]
-    assert not (tmp_path / "latest").exists(), "an old name would stand for a lost checkpoint"
+    for file in ("latest", "latest.json"):
+        assert not (tmp_path / file).exists(), "an old name would stand for a lost checkpoint"
     shutil.rmtree(tmp_path / "iter_0000050")
     assert not select_checkpoints(tmp_path).problems
     assert re.search(
         r"WARNING \S+iter_0000100 is complete, but the file latest could not be updated: .*No "
-        r"space left on device: '\S+/latest'",
+        rf"space left on device: '\S+/{failing}'",
         capsys.readouterr().out,
     )
 
@@ -277,6 +318,13 @@ def test_invalid_manifest_is_refused(content, message, tmp_path):
         {"files": {"../../x": [1, "a"]}},
         {"files": {"/etc/passwd": [1, "a"]}},
         {"files": {"run.json": [1.5, "a"]}},
+        {"files": {"": [1, "a"]}},
+        {"files": {"..": [1, "a"]}},
+        {"files": {"a\0b": [1, "a"]}},
+        {"files": {"run.json": [-1, "a"]}},
+        {"iteration": -1},
+        {"serial": 2**63},
+        {"format": "moe-megatron checkpoint 3"},
     ],
 )
 def test_malformed_manifest_is_refused(change, tmp_path):
@@ -286,6 +334,64 @@ def test_malformed_manifest_is_refused(change, tmp_path):
     path.write_text(json.dumps({**manifest, "checksum": manifest_checksum(manifest)}))
     with pytest.raises(CorruptCheckpointError, match="manifest.json is malformed"):
         read_manifest(path.parent)
+
+
+@pytest.mark.parametrize("missing", ["run.json", "state.json", "index.json"])
+def test_manifest_names_all_json_files(missing, tmp_path):
+    """An emptied manifest has a right checksum, too, and every file would pass unverified."""
+    path = make(tmp_path, 7) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for names in ({missing}, set(manifest["files"])):
+        files = {name: entry for name, entry in manifest["files"].items() if name not in names}
+        checkpoint_fuzzer.sign_manifest(path, {**manifest, "files": files})
+        with pytest.raises(CorruptCheckpointError, match=f"does not name .*{missing}"):
+            read_manifest(path.parent)
+    entries, problems = list_checkpoints(tmp_path)
+    assert not entries and len(problems) == 1
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_nested_manifest_does_not_hide_others(depth, tmp_path):
+    """The parser of Python raises RecursionError, or passes what later code cannot walk."""
+    make(tmp_path, 1)
+    (make(tmp_path, 2) / "manifest.json").write_text("[" * depth + "]" * depth)
+    entries, problems = list_checkpoints(tmp_path)
+    assert [path.name for path, _ in entries] == ["iter_0000001"]
+    assert "manifest.json cannot be read: it is nested deeper than 64 levels" in problems[0]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank_00000.safetensors", "latest"])
+@pytest.mark.parametrize(
+    "make_special", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)]
+)
+def test_special_files_are_refused(name, make_special, tmp_path):
+    """Reading a FIFO would wait forever, and reading a device would not end."""
+    make(tmp_path, 1)
+    path = make(tmp_path, 2)
+    file = (tmp_path if name == "latest" else path) / name
+    nbytes = file.stat().st_size
+    file.unlink()
+    make_special(file)
+    assert os.stat(file).st_size != nbytes
+    checkpoint = found(tmp_path)
+    (problem,) = checkpoint.problems
+    assert name in problem
+    if name != "latest":
+        assert checkpoint.path.name == "iter_0000001"
+        return
+    assert problem == f"{file} cannot be read: It is not a regular file"
+
+
+def test_newer_version_is_not_passed_over(tmp_path):
+    """Resuming from an older checkpoint would abandon the steps of the newer program."""
+    make(tmp_path, 1)
+    path = make(tmp_path, 2) / "manifest.json"
+    manifest = {**json.loads(path.read_text()), "version": 3, "files": "of another form"}
+    checkpoint_fuzzer.sign_manifest(path, manifest)
+    message = "iter_0000002/manifest.json has format version 3; .*Update moe-megatron"
+    for read in (list_checkpoints, select_checkpoints, directory.next_serial):
+        with pytest.raises(NewerVersionError, match=message):
+            read(tmp_path)
 
 
 def test_renamed_and_deepspeed_checkpoints_are_refused(tmp_path):
@@ -344,14 +450,14 @@ def test_undeletable_checkpoint_is_logged_and_left(tmp_path, monkeypatch, capsys
     (tmp_path / "latest.12.tmp").touch()
     (tmp_path / ".latest.0123abcd.tmp").touch()
     directory.remove_stale(tmp_path)
-    assert names(tmp_path) == ["iter_0000002", "latest"]
+    assert names(tmp_path) == ["iter_0000002"]
 
 
 def test_corrupt_checkpoints_do_not_count(tmp_path):
     for iteration in (1, 2, 3, 4):
         make(tmp_path, iteration)
     assert directory.apply_retention(tmp_path, 2, 0, {"iter_0000004"}) == ["iter_0000001"]
-    assert names(tmp_path) == ["iter_0000002", "iter_0000003", "iter_0000004", "latest"]
+    assert names(tmp_path) == ["iter_0000002", "iter_0000003", "iter_0000004"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron.checkpoint.manifest import CorruptCheckpointError, write_manifest
 from megatron.checkpoint.shards import (
     CheckpointReader,
     ShardRange,
@@ -217,7 +218,15 @@ def store_shards(
             },
         )
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    (folder / "index.json").write_text(json.dumps(make_index(shards, shapes, ["weight"], [])))
+    return with_index(folder, make_index(shards, shapes, ["weight"], []))
+
+
+def with_index(folder: Path, index: dict) -> CheckpointReader:
+    """Write the index and a manifest of the files of a checkpoint."""
+    (folder / "index.json").write_text(json.dumps(index))
+    files = dict.fromkeys(("run.json", "state.json", "index.json"), FileDigest(0, ""))
+    files |= {path.name: FileDigest(0, "") for path in folder.glob("rank_*")}
+    write_manifest(folder, 1, 1, files)
     return CheckpointReader(folder)
 
 
@@ -290,10 +299,7 @@ def test_buffers_and_random_states_are_read(tmp_path):
             "rng/cuda": torch.zeros(2, dtype=torch.uint8),
         },
     )
-    (tmp_path / "index.json").write_text(
-        json.dumps(make_index([[], []], {}, ["weight"], list(buffers)))
-    )
-    reader = CheckpointReader(tmp_path)
+    reader = with_index(tmp_path, make_index([[], []], {}, ["weight"], list(buffers)))
     for name, tensor in buffers.items():
         assert same_bits(reader.buffer(name), tensor)
         assert reader.buffer_spec(name) == TensorSpec(name, tensor.dtype, tuple(tensor.shape))
@@ -392,14 +398,87 @@ def test_finished_file_is_synced(tmp_path, monkeypatch):
     assert os.stat(tmp_path / "x.safetensors").st_ino in synced
 
 
+def header_of(text: str, encoding: str = "utf-8") -> bytes:
+    """Return a safetensors file that ends after its header."""
+    raw = text.encode(encoding)
+    return len(raw).to_bytes(8, "little") + raw
+
+
 @pytest.mark.parametrize(
     "content, problem",
     [
         ((2**62).to_bytes(8, "little") + b"{}", "its header is longer than the file"),
         (b"\x02\x00\x00", "it has 3 bytes"),
+        (header_of("{,"), "its header is not JSON: Expecting property name"),
+        (header_of("\xff", "latin-1"), "its header is not JSON: 'utf-8' codec"),
+        (header_of("[" * 500 + "]" * 500), "its header is not JSON: it is nested deeper"),
+        (header_of("[]"), "its header is not a JSON object"),
     ],
 )
 def test_incomplete_header_is_refused(content, problem, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.safetensors is not a safetensors file: {problem}"):
         read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        3,
+        {"shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]},
+        {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [2**63], "data_offsets": [0, 2**65]},
+    ],
+)
+def test_malformed_header_entry_names_tensor(entry, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(header_of(json.dumps({"weight/a": entry})))
+    with pytest.raises(ValueError, match=r"x\.safetensors .* entry of tensor 'weight/a' is"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_tensors_that_index_promises_are_required(tmp_path):
+    """Each of them is missing from the file, or is other than the index says."""
+    index = make_index([[ShardRange("a", 0, 6)]], {"a": (6,)}, ["weight", "exp_avg"], ["b"])
+    stored = {"weight/a": torch.ones(6, dtype=torch.int64), "exp_avg/a": torch.ones(5)}
+    write(tmp_path / rank_file_name(0), {**stored, "rng/cpu": torch.ones(3)})
+    reader = with_index(tmp_path, index)
+    for read, message in (
+        (
+            lambda: reader.read("weight", "a"),
+            "weight/a has the dtype torch.int64; allowed: flo",
+        ),
+        (
+            lambda: reader.read("exp_avg", "a"),
+            r"'exp_avg/a' has the shape \[5\], but index.json",
+        ),
+        (lambda: reader.buffer("b"), "rank_00000.safetensors has no tensor 'buffer/b'"),
+        (
+            lambda: reader.rng(0),
+            r"rng/cpu has the shape \[3\] of torch.float32; allowed: bytes",
+        ),
+        (lambda: reader.rng(1), "manifest.json does not name rank_00001.safetensors"),
+    ):
+        with pytest.raises(CorruptCheckpointError, match=message):
+            read()
+    (tmp_path / rank_file_name(0)).write_bytes(header_of("{,"))
+    with pytest.raises(CorruptCheckpointError, match="rank_00000.* header is not JSON"):
+        with_index(tmp_path, index).read("weight", "a")
+
+
+def test_file_outside_manifest_is_not_read(tmp_path):
+    """Its content was not verified."""
+    tensors = {"a": torch.arange(6.0)}
+    store_shards(tmp_path, tensors, [[ShardRange("a", 0, 3)], [ShardRange("a", 3, 3)]])
+    files = dict.fromkeys(("run.json", "state.json", "index.json"), FileDigest(0, ""))
+    write_manifest(tmp_path, 1, 1, files | {rank_file_name(0): FileDigest(0, "")})
+    reader = CheckpointReader(tmp_path)
+    assert reader.read("weight", "a", 0, 3).tolist() == [0, 1, 2]
+    with pytest.raises(CorruptCheckpointError, match="does not name rank_00001.safetensors"):
+        reader.read("weight", "a")

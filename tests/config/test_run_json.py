@@ -130,7 +130,7 @@ def test_run_json_write_then_read(tmp_path):
     write_run_json(config, path)
     assert read_run_json(path) == config == parse("--config", str(path))
     assert os.listdir(tmp_path) == ["run.json"], "a temporary file was left"
-    assert list(json.loads(path.read_text())) == list(RUN_JSON_LAYOUT)
+    assert list(json.loads(path.read_text())) == ["version", *RUN_JSON_LAYOUT]
 
 
 def test_interrupted_write_keeps_old_file(tmp_path, monkeypatch):
@@ -187,9 +187,10 @@ def test_config_from_dict_inverts_to_dict():
         config_from_dict({"a": 1})
 
 
-# run.json of a run with a few flags set, as every version of this project has written it.
+# run.json of a run with a few flags set, as this version writes it.
 RUN_JSON = """\
 {
+  "version": 2,
   "model": {
     "num_layers": 6,
     "hidden_size": 256,

@@ -324,6 +324,11 @@ REFUSED = [
         {"timeout_minutes": 0.0},
         "--timeout-minutes is 0.0; allowed: a positive number",
     ),
+    (
+        FaultToleranceConfig,
+        {"timeout_minutes": 1e300},
+        r"--timeout-minutes is 1e\+300; allowed: up to a year",
+    ),
 ]
 
 

@@ -54,6 +54,7 @@ def test_no_space_for_third_checkpoint(on_error, options, data, tmp_path):
         "iter_0000001",
         "iter_0000002",
         "latest",
+        "latest.json",
     ]
     message = (
         r"iter_0000003 needs 0\.\d MB, but the disk of \S+ has 0\.\d MB free\. Free some space.*; "

@@ -24,6 +24,8 @@ from megatron.checkpoint.shards import (
     rank_file_name,
     write_tensors,
 )
+from megatron.config.format_version import with_version
+from megatron.config.run_json import run_json_text
 from megatron.config.schema import MoEConfig, RunConfig
 from megatron.io.safetensors_writer import TensorSpec
 from megatron.io.sha256 import FileDigest
@@ -37,6 +39,7 @@ IDENTITY = {
     "tokenizer_vocab_size": 257,
     "tokenizer_fingerprint": "f00d",
 }
+COUNTERS = {"global_steps": 3, "skipped_steps": 0, "global_samples": 24}
 STATE_FACTORS = {"weight": 1.0, "exp_avg": 10.0, "exp_avg_sq": 100.0}
 """What is stored of a tensor: the tensor times a factor, by state key"""
 
@@ -77,7 +80,9 @@ def write_rank_files(
         files[file_name] = write_tensors(folder / file_name, specs, stored.__getitem__)
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     index = make_index(shards, shapes, state_keys, list(buffers))
-    files["index.json"] = write_with_digest(folder / "index.json", json.dumps(index))
+    files["index.json"] = write_with_digest(
+        folder / "index.json", json.dumps(with_version(index))
+    )
     return files
 
 
@@ -116,11 +121,13 @@ def checkpoint(
     content = {
         **metadata.to_state(),
         "progress": TrainingProgress(iteration, 8 * iteration, 2048 * iteration).to_state(),
-        "optimizer": {"steps": iteration * moments, "counters": {}, "scaler": {}},
+        "optimizer": {"steps": iteration * moments, "counters": COUNTERS, "scaler": {}},
         **state,
     }
-    files["run.json"] = write_with_digest(partial / "run.json", json.dumps(config.to_dict()))
-    files["state.json"] = write_with_digest(partial / "state.json", json.dumps(content))
+    files["run.json"] = write_with_digest(partial / "run.json", run_json_text(config))
+    files["state.json"] = write_with_digest(
+        partial / "state.json", json.dumps(with_version(content))
+    )
     return directory.commit_checkpoint(partial, folder, iteration, files)
 
 
@@ -133,20 +140,26 @@ def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     }
 
 
+def main(tool: str, *arguments) -> int:
+    """Run a tool in this process and return its exit code."""
+    argv = sys.argv
+    sys.argv = [f"{tool}.py", *map(str, arguments)]
+    try:
+        return importlib.import_module(f"tools.{tool}").main()
+    finally:
+        sys.argv = argv
+
+
 def run(script: str, *arguments, code: int = 0, cwd: Path | None = None) -> SimpleNamespace:
     """Run a tool in this process. Returns its stdout and stderr."""
-    tool = importlib.import_module(f"tools.{script.removesuffix('.py')}")
     out = io.StringIO()
     err = io.StringIO()
-    argv = sys.argv
     here = os.getcwd()
-    sys.argv = [script, *map(str, arguments)]
     os.chdir(cwd or here)
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            returned = tool.main()
+            returned = main(script.removesuffix(".py"), *arguments)
     finally:
-        sys.argv = argv
         os.chdir(here)
     assert returned == code, out.getvalue() + err.getvalue()
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())

@@ -6,12 +6,15 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+
+from helpers import runs
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -58,6 +61,22 @@ def test_control_characters_are_escaped():
     shown = one_line(text)
     assert shown == r"> a\n\r\t\x00\x1b[2J\x85\u2028\ud800|größe 日本" + "\u3000\xa0"
     assert shown.splitlines() == [shown]
+
+
+def test_deepspeed_config_of_training_is_not_read(data, ranks1, tmp_path):
+    """That file may be gone, and it may name folders that DeepSpeed would make."""
+    ds_config = tmp_path / "ds.json"
+    monitor = {"enabled": True, "output_path": str(tmp_path / "made"), "job_name": "x"}
+    ds_config.write_text(json.dumps({"csv_monitor": monitor}))
+    argv = [*runs.flags(data, tmp_path, 1), "--eval-iters", "0", "--split", "100,0,0"]
+    ranks1.run(runs.train, [*argv, "--deepspeed_config", str(ds_config)])
+    assert (tmp_path / "made").exists()
+    shutil.rmtree(tmp_path / "made")
+    generate = ["--load", str(tmp_path / "checkpoints"), "--max-new-tokens", "2"]
+    expected = ranks1.run(_generate, generate)
+    assert len(expected[0]) == 1 and not (tmp_path / "made").exists()
+    ds_config.unlink()
+    assert ranks1.run(_generate, generate) == expected
 
 
 def test_missing_checkpoint_is_one_line_error(tmp_path):
