@@ -73,7 +73,7 @@ def train(
     timer.mark("torch")
     require_writer_packages(config.logging)
     run = initialize_training(config, timer)
-    from megatron.checkpoint.metadata import RunMetadata
+    from megatron.checkpoint.metadata import RunMetadata, describe_data
     from megatron.checkpoint.saver import Checkpointer
     from megatron.model.builder import size_table
     from megatron.training.trainer import LoopConfig, Trainer, log_run_summary
@@ -87,6 +87,7 @@ def train(
         plan.global_batch,
         plan.iterations,
         plan.built_samples,
+        describe_data(config),
     )
     if run.checkpoint is not None:
         run.checkpoint.check(metadata)

@@ -9,6 +9,7 @@ import torch
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.schema import RunConfig
 from megatron.config.training import RunLength
+from megatron.data.sampling.blend import parse_blend
 from megatron.log import get_logger, warn_on_rank0
 from megatron.model.meta_device import meta_device
 from megatron.moe.gate import create_gate
@@ -62,6 +63,8 @@ DATA_ORDER_FIELDS = {
 }
 """Fields by config section that, with the number of samples that the data are built for, set
 the order of samples: changes are allowed, with a warning"""
+
+_DATA_PATH_FIELDS = ("data_path", "train_data_path", "streaming_data_path")
 
 
 def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None:
@@ -204,8 +207,11 @@ def _data_order_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
         old = getattr(saved.config, section)
         new = getattr(current.config, section)
         for name in names:
-            if getattr(old, name) != getattr(new, name):
-                changes.append(_flag(name))
+            if getattr(old, name) == getattr(new, name):
+                continue
+            if name in _DATA_PATH_FIELDS and _is_same_data(saved, current, name):
+                continue
+            changes.append(_flag(name))
     data = current.config.data
     # The order of streamed text and of cyclic samples does not depend on the length of the run.
     follows_length = not data.streaming_data_path and data.dataloader_type != "cyclic"
@@ -214,10 +220,41 @@ def _data_order_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
             f"the number of samples of the run ({current.built_samples} instead of "
             f"{saved.built_samples})"
         )
+    streams = current.config.data.streaming_data_path
     for prefix, files in current.data.items():
-        if saved.data.get(prefix, files) != files:
+        # A growing stream keeps the order of the text that it had.
+        if prefix not in streams and _are_other_files(saved.data.get(prefix, files), files):
             changes.append(f"the files of {prefix}")
     return changes
+
+
+def _is_same_data(saved: RunMetadata, current: RunMetadata, name: str) -> bool:
+    """Return whether a flag names files of the same content in the same proportions, elsewhere.
+
+    Checkpoints of format version 1 do not know the content: then only equal paths are the same.
+    """
+    contents = _contents(saved, name)
+    return bool(contents) and contents == _contents(current, name)
+
+
+def _contents(run: RunMetadata, name: str) -> list[tuple[float | None, str]]:
+    """Return weight and content id of each dataset of a flag; nothing if one is not known."""
+    contents = []
+    for weight, prefix in parse_blend(getattr(run.config.data, name), _flag(name)):
+        known_id = run.data.get(prefix, {}).get("content_id")
+        if not known_id:
+            return []
+        contents.append((weight, known_id))
+    return contents
+
+
+def _are_other_files(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether two descriptions differ, but for a content id that one does not know."""
+    unknown = {"content_id"}
+    if old.get("content_id") and new.get("content_id"):
+        unknown = set()
+    names = (old.keys() | new.keys()) - unknown
+    return any(old.get(name) != new.get(name) for name in names)
 
 
 def _gate_option_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from megatron.checkpoint.manifest import CorruptCheckpointError, read_json
 from megatron.config.fields import shortened
@@ -56,6 +56,7 @@ class StoredProgress(TypedDict):
     iteration: Count
     consumed_samples: Count
     consumed_tokens: Count
+    batch_changes: NotRequired[list[Annotated[list[Count], Field(min_length=3, max_length=3)]]]
 
 
 class StoredCounters(TypedDict):
@@ -84,6 +85,7 @@ class StoredState(TypedDict):
     topology: StoredTopology
     global_batch_size: Count
     iterations: Count
+    samples: NotRequired[Count]
     data: dict[str, dict[str, Count | str]]
     versions: dict[str, str]
     saved_at: str

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from megatron import __version__
 from megatron.config.schema import RunConfig
 from megatron.data.sampling.blend import parse_blend
+from megatron.io.content_id import content_id
 from megatron.io.sha256 import file_sha256
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
@@ -105,8 +106,13 @@ class RunMetadata:
         global_batch_size: int = 0,
         iterations: int = 0,
         samples: int = 0,
+        data: dict[str, Any] | None = None,
     ) -> RunMetadata:
-        """Describe the current run."""
+        """Describe the current run.
+
+        Args:
+            data: Result of `describe_data`, in training.
+        """
         identity = {
             "tokenizer_name": tokenizer.name,
             "tokenizer_vocab_size": tokenizer.vocab_size,
@@ -124,7 +130,7 @@ class RunMetadata:
             topology=topology,
             global_batch_size=global_batch_size,
             iterations=iterations,
-            data=describe_data(config),
+            data=data or {},
             samples=samples,
         )
 
@@ -162,13 +168,18 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_data(config: RunConfig) -> dict[str, Any]:
-    """Describe the data files of a run, so that changed files are noticed when it resumes.
+    """Describe the data files of a run, so that changed files are noticed when it resumes, and
+    moved ones are recognised.
 
     Returns:
-        By prefix: bin_bytes and idx_bytes, and sidecar_sha256 if there is a sidecar. Files that
-        do not exist have no entry.
+        By prefix: bin_bytes and idx_bytes, content_id of both, and sidecar_sha256 if there is a
+        sidecar. By file of --streaming-data-path: content_id. Files that do not exist have no
+        entry.
     """
     described = {}
+    for _, path in parse_blend(config.data.streaming_data_path, "--streaming-data-path"):
+        if Path(path).is_file():
+            described[path] = {"content_id": content_id([path])}
     for name in _DATA_FLAGS:
         flag = "--" + name.replace("_", "-")
         for _, prefix in parse_blend(getattr(config.data, name), flag):
@@ -178,10 +189,12 @@ def describe_data(config: RunConfig) -> dict[str, Any]:
 
 def _describe_dataset(prefix: str) -> dict[str, Any]:
     description: dict[str, Any] = {}
-    for suffix in ("bin", "idx"):
-        file = Path(f"{prefix}.{suffix}")
-        if file.is_file():
-            description[f"{suffix}_bytes"] = file.stat().st_size
+    files = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx")]
+    existing = [file for file in files if file.is_file()]
+    for file in existing:
+        description[f"{file.suffix.removeprefix('.')}_bytes"] = file.stat().st_size
+    if existing == files:
+        description["content_id"] = content_id(files)
     sidecar = Path(f"{prefix}.json")
     if sidecar.is_file():
         description["sidecar_sha256"] = file_sha256(sidecar)
