@@ -75,6 +75,10 @@ class LoadedCheckpoint:
             return None
         return self.path
 
+    @property
+    def _loads_optimizer(self) -> bool:
+        return self.options.load_optim and not self.options.finetune
+
     def keep_global_batch(self, config: RunConfig, groups: Groups) -> RunConfig:
         """Return the configuration with the checkpoint's global batch and its ramp-up.
 
@@ -184,14 +188,15 @@ class LoadedCheckpoint:
     def restore(self, engine: Engine, groups: Groups) -> TrainingProgress:
         """Restore the engine: fp32 weights, moments, counters and random states.
 
-        With --finetune only the fp32 weights are restored.
+        With --finetune only the fp32 weights are restored; without --load-optim no moments and no
+        loss scale; without --load-rng the random streams stay as they were seeded.
 
         Returns:
             The progress of the run.
         """
         zero_shards = engine.zero_shards()
         state_keys = ["weight"]
-        if self._optimizer_steps and not self.options.finetune:
+        if self._optimizer_steps and self._loads_optimizer:
             state_keys += zero_shards.moments
             zero_shards.initialize_moments(self._optimizer_steps)
         if len(state_keys) > 1:
@@ -208,9 +213,14 @@ class LoadedCheckpoint:
                 self.path,
             )
             return self.progress
-        zero_shards.set_loss_scaler_state(self._loss_scaler)
         engine.set_counters(self._counters)
-        if self.metadata.topology["ranks"] == groups.world_size:
+        if self._loads_optimizer:
+            zero_shards.set_loss_scaler_state(self._loss_scaler)
+        else:
+            get_logger().info("the optimizer starts from scratch, as --no-load-optim sets")
+        if not self.options.load_rng:
+            get_logger().info("random streams start from --seed, as --no-load-rng sets")
+        elif self.metadata.topology["ranks"] == groups.world_size:
             self._restore_random_states(groups.rank)
         else:
             # Random streams that no rank of the saved run has used.

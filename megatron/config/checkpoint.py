@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron.config.fields import (
     option,
+    require,
     require_choices,
     require_not_negative,
     require_setting,
@@ -44,6 +45,11 @@ class CheckpointConfig:
     finetune: bool = False
     """load only the weights: the optimizer, the iteration and the data order start from
     scratch"""
+    load_optim: bool = True
+    """with --load: load the state of the optimizer; with --no-load-optim it starts from
+    scratch, while weights, iteration and data order are the checkpoint's"""
+    load_rng: bool = True
+    """with --load: load the random states; with --no-load-rng they are seeded by --seed"""
     override_lr_schedule: bool = False
     """with --load: allow a learning rate, schedule, warm-up or run length that differs from
     the checkpoint's"""
@@ -59,6 +65,11 @@ class CheckpointConfig:
                 "only with --load",
                 "Name the folder of the checkpoints.",
             )
+        for name in ("load_optim", "load_rng"):
+            flag = "--no-" + name.replace("_", "-")
+            allowed = "only with --load"
+            advice = "Name the folder of the checkpoints."
+            require(bool(self.load) or getattr(self, name), flag, True, allowed, advice)
         require_setting(
             self,
             "keep_every",

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,67 @@ def test_counters_are_restored(ranks1, tmp_path):
     ranks1.run(_count, config_of(tmp_path))
     (counters,) = ranks1.run(_count, engines.loading(config_of(""), tmp_path))
     assert counters["skipped_steps"] == 10
+
+
+def _step_after(config):
+    """Run on a rank: iteration and counters after loading, and moments after one more step."""
+    run = engines.Run(config)
+    iteration = run.progress.iteration
+    counters = run.engine.counters()
+    run.steps(1)
+    run.close()
+    zero_shards = run.engine.zero_shards()
+    moments = [
+        (
+            zero_shards.get(shard, "exp_avg").clone(),
+            zero_shards.get(shard, "exp_avg_sq").clone(),
+        )
+        for shard in zero_shards.shards
+    ]
+    return iteration, counters, zero_shards.steps, moments
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_optimizer_may_start_from_scratch(stage, three, ranks1):
+    """After one step from zero, the second moment is the square of the first but for factors."""
+    config = engines.loading(config_of(""), three)
+    config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
+    beta1 = config.optimizer.adam_beta1
+    beta2 = config.optimizer.adam_beta2
+    for load_optim in (True, False):
+        options = with_checkpoint(config, load_optim=load_optim)
+        ((iteration, counters, steps, moments),) = ranks1.run(_step_after, options)
+        assert iteration == counters["global_steps"] == 3
+        assert steps == (4 if load_optim else 1)
+        from_zero = [
+            torch.allclose((first / (1 - beta1)).square(), second / (1 - beta2), rtol=1e-3)
+            for first, second in moments
+        ]
+        assert all(from_zero) == (not load_optim)
+
+
+def _random_states(config):
+    """Run on a rank: its random state after loading as a program does, and after seeding."""
+    from megatron.initialize import restore_training_state
+    from megatron.parallel import rng
+
+    run = engines.Run(config)
+    run.close()
+    started = SimpleNamespace(config=config, groups=run.groups, checkpoint=run.source)
+    restore_training_state(started, run.engine)
+    rank_state = torch.get_rng_state()
+    rng.seed_rank(config.train.seed, 0)
+    return rank_state, torch.get_rng_state()
+
+
+def test_random_states_may_start_from_seed(ranks1, tmp_path):
+    ranks1.run(_saves, config_of(tmp_path), 1)
+    saved = CheckpointReader(tmp_path / "iter_0000001").rng(0)["cpu"]
+    config = engines.loading(config_of(""), tmp_path)
+    ((state, seeded),) = ranks1.run(_random_states, config)
+    assert torch.equal(state, saved) and not torch.equal(state, seeded)
+    ((state, seeded),) = ranks1.run(_random_states, with_checkpoint(config, load_rng=False))
+    assert torch.equal(state, seeded)
 
 
 # Global batch and schedule

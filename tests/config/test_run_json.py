@@ -297,6 +297,8 @@ RUN_JSON = """\
     "load_step": 0,
     "load_or_init": true,
     "finetune": false,
+    "load_optim": true,
+    "load_rng": true,
     "override_lr_schedule": false,
     "micro_batch_size": 2,
     "global_batch_size": 0,

@@ -286,6 +286,14 @@ REFUSED = [
         )
         for name in ("load_step", "load_or_init", "finetune", "override_lr_schedule")
     ],
+    *[
+        (
+            CheckpointConfig,
+            {name: False},
+            f"--no-{name.replace('_', '-')} is True; allowed: only with --load. Name the folder",
+        )
+        for name in ("load_optim", "load_rng")
+    ],
     (
         CheckpointConfig,
         {"keep_every": 100},
