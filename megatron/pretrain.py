@@ -148,10 +148,11 @@ def build_services(
     profiler = build_profiler(run, plan)
     writers = build_metric_writers(
         config.logging,
-        config.checkpoint.save,
+        config.checkpoint,
         run.groups.rank,
         plan.iterations,
         plan.end.tokens,
+        run.progress.iteration,
     )
     with contextlib.closing(writers):
         yield LoopServices(

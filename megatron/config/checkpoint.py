@@ -31,8 +31,9 @@ class CheckpointConfig:
     """with --keep-last: always retain checkpoints of iterations divisible by this number;
     0: no such exception"""
     on_save_error: str = option("stop", choices=("stop", "continue"))
-    """whether the run stops or continues when a checkpoint cannot be written (for example,
-    the disk is full); the checkpoint at the end of the run is always required"""
+    """whether the run stops or continues when a checkpoint or a row of metrics cannot be
+    written (for example, the disk is full); the checkpoint at the end of the run is always
+    required"""
     load: str = ""
     """directory of checkpoints to resume from its newest complete one, or the path of one
     checkpoint; the number of ranks, --moe-expert-parallel-size and --zero-stage may differ

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.config.schema import LoggingConfig
+from megatron.config.schema import CheckpointConfig, LoggingConfig
 from megatron.io.atomic_write import errors_with_path
 from megatron.log import get_logger
 from megatron.optional_packages import import_optional, require_package
@@ -45,6 +45,8 @@ class WriterSettings:
     """optimizer steps of the full run"""
     tokens: int
     """tokens of the full run"""
+    completed: int = 0
+    """iterations that were completed before this run started"""
 
 
 class MetricsWriter(Protocol):
@@ -60,14 +62,48 @@ class MetricsWriter(Protocol):
 
 
 class MetricsWriters:
-    """Several writers that are used as one; there are none on ranks other than 0."""
+    """Several writers that are used as one; there are none on ranks other than 0.
 
-    def __init__(self, writers: list[MetricsWriter]):
+    Args:
+        on_error: "continue": a row that cannot be written, for example because the disk is
+            full, is logged and lost, and the next one is tried again; "stop": the error is
+            raised.
+    """
+
+    def __init__(self, writers: list[MetricsWriter], on_error: str = "stop"):
         self.writers = writers
+        self.on_error = on_error
+        self._lost_rows = dict.fromkeys(range(len(writers)), 0)
+        """Consecutive rows that each writer has failed to write"""
 
     def write(self, row: MetricsRow) -> None:
-        for writer in self.writers:
-            writer.write(row)
+        """Pass a row to all writers.
+
+        Raises:
+            OSError: a file cannot be written, and --on-save-error is stop.
+        """
+        for i, writer in enumerate(self.writers):
+            try:
+                writer.write(row)
+            except OSError as error:
+                if self.on_error == "stop":
+                    raise
+                self._count_lost_row(i, error)
+                continue
+            if self._lost_rows[i]:
+                get_logger().warning(
+                    "metrics are written again; %d row(s) were lost", self._lost_rows[i]
+                )
+                self._lost_rows[i] = 0
+
+    def _count_lost_row(self, writer: int, error: OSError) -> None:
+        """Log the first of consecutive failures of a writer."""
+        self._lost_rows[writer] += 1
+        if self._lost_rows[writer] == 1:
+            get_logger().error(
+                "%s. The training continues without metrics there, as --on-save-error sets",
+                error,
+            )
 
     def close(self) -> None:
         """Close all writers, also when one of them fails."""
@@ -124,11 +160,13 @@ class JsonlWriter:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b")  # noqa: SIM115  (closed by close)
+        # Not buffered: a buffer would keep a part of a row that the disk had no space for.
+        self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (closed by close)
+        self._is_inside_line = False
         if self.file.tell() > 0:
             self.file.seek(-1, os.SEEK_END)
-            if self.file.read(1) != b"\n":  # the previous run was killed inside a line
-                self.file.write(b"\n")
+            # The previous run was killed inside a line, or its disk was full.
+            self._is_inside_line = self.file.read(1) != b"\n"
 
     @staticmethod
     def create(settings: WriterSettings) -> JsonlWriter | None:
@@ -140,9 +178,14 @@ class JsonlWriter:
 
     def write(self, row: MetricsRow) -> None:
         rounded = {name: _round(value) for name, value in row.items()}
+        line = json.dumps(rounded).encode() + b"\n"
+        if self._is_inside_line:
+            line = b"\n" + line
         with errors_with_path(self.path):
-            self.file.write(json.dumps(rounded).encode() + b"\n")
-            self.file.flush()
+            while line:
+                written = self.file.write(line)
+                line = line[written:]
+                self._is_inside_line = bool(line)
 
     def close(self) -> None:
         with errors_with_path(self.path):
@@ -156,16 +199,26 @@ class TensorboardWriter:
         ValueError: the package tensorboard is not installed.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, first_iteration: int = 0):
+        """Open the event file of this run.
+
+        Args:
+            first_iteration: TensorBoard forgets what earlier runs in the folder logged from this
+                iteration on: steps after their last checkpoint are repeated.
+        """
         import_optional("tensorboard", "tensorboard", f"--tensorboard-dir {folder}")
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=first_iteration)
 
     @staticmethod
     def create(settings: WriterSettings) -> TensorboardWriter | None:
         folder = settings.logging.tensorboard_dir
-        return TensorboardWriter(folder) if folder else None
+        if not folder:
+            return None
+        # The row of the last completed iteration was written before, and is not repeated.
+        first_iteration = settings.completed + 1 if settings.completed else 0
+        return TensorboardWriter(folder, first_iteration)
 
     def write(self, row: MetricsRow) -> None:
         for tag, value in _scalars(row):
@@ -226,23 +279,31 @@ def require_writer_packages(logging: LoggingConfig) -> None:
 
 
 def build_metric_writers(
-    logging: LoggingConfig, save: str, rank: int, iterations: int, tokens: int
+    logging: LoggingConfig,
+    checkpoint: CheckpointConfig,
+    rank: int,
+    iterations: int,
+    tokens: int,
+    completed: int = 0,
 ) -> MetricsWriters:
     """Create the console writer and the writers that flags enable, on rank 0 only.
 
     Args:
-        save: directory of the checkpoints, the default place of metrics.jsonl; empty: none.
+        checkpoint: --save is the default place of metrics.jsonl, and --on-save-error decides
+            whether the run continues when a row cannot be written.
         iterations: optimizer steps of the full run.
         tokens: tokens of the full run.
+        completed: iterations that were completed before this run started.
 
     Raises:
         ValueError: --wandb-project is set, but the package is not installed.
     """
     if rank != 0:
         return MetricsWriters([])
-    settings = WriterSettings(logging, save, iterations, tokens)
+    settings = WriterSettings(logging, checkpoint.save, iterations, tokens, completed)
     created = [writer.create(settings) for writer in _WRITERS]
-    return MetricsWriters([writer for writer in created if writer is not None])
+    writers = [writer for writer in created if writer is not None]
+    return MetricsWriters(writers, checkpoint.on_save_error)
 
 
 class ProgressBar:

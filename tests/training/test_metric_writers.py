@@ -1,7 +1,9 @@
 """What each metric writer writes."""
 
+import errno
 import json
 import math
+import os
 import re
 import struct
 import sys
@@ -11,7 +13,7 @@ import pytest
 
 from helpers import runs
 from megatron import log, pretrain
-from megatron.config.schema import LoggingConfig
+from megatron.config.schema import CheckpointConfig, LoggingConfig
 from megatron.training.metric_writers import (
     ConsoleWriter,
     JsonlWriter,
@@ -21,6 +23,7 @@ from megatron.training.metric_writers import (
     WandbWriter,
     build_metric_writers,
 )
+from megatron.training.metrics_file import read_metrics
 
 TRAIN = {
     "kind": "train",
@@ -157,8 +160,61 @@ def test_full_disk_names_the_metrics_file():
         OSError, match="^/dev/full cannot be written: No space left on device. Free"
     ):
         writer.write(TRAIN)
-    with pytest.raises(OSError, match="^/dev/full cannot be written"):
-        writer.close()
+    writer.close()
+
+
+@pytest.fixture
+def limited_file(tmp_path, monkeypatch):
+    """Return a writer, and the number of bytes that its disk still has room for, in a list."""
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    free = [0]
+    file = writer.file
+
+    def write(data: bytes) -> int:
+        if not free[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = file.write(data[: free[0]])
+        free[0] -= written
+        return written
+
+    writer.file = types.SimpleNamespace(write=write, close=file.close)
+    yield writer, free
+    writer.close()
+
+
+@pytest.mark.parametrize("room", [0, 1, 20, 100])
+def test_run_may_continue_without_metrics(room, limited_file, printed):
+    """A row that was cut short is ended before the next one, and the losses are logged twice."""
+    writer, free = limited_file
+    writers = MetricsWriters([writer], "continue")
+    free[0] = room
+    for iteration in (1, 2):
+        writers.write({**TRAIN, "iteration": iteration})
+    (line,) = printed().splitlines()
+    assert re.fullmatch(
+        r"ERROR \S+m.jsonl cannot be written: No space left on device. Free some space.* The "
+        r"training continues without metrics there, as --on-save-error sets",
+        line,
+    )
+    free[0] = 10_000
+    for iteration in (3, 4):
+        writers.write({**TRAIN, "iteration": iteration})
+    assert printed() == "WARNING metrics are written again; 2 row(s) were lost\n"
+    assert [row["iteration"] for row in read_metrics(writer.path)] == [3, 4]
+
+
+def test_metrics_error_stops_by_default(limited_file):
+    writer, _ = limited_file
+    with pytest.raises(OSError, match="m.jsonl cannot be written: No space left"):
+        MetricsWriters([writer]).write(TRAIN)
+
+
+def test_metrics_follow_on_save_error(tmp_path):
+    for on_error in ("stop", "continue"):
+        checkpoint = CheckpointConfig(save=str(tmp_path), on_save_error=on_error)
+        writers = build_metric_writers(LoggingConfig(), checkpoint, 0, 10, 80)
+        writers.close()
+        assert writers.on_error == on_error
 
 
 def test_tensorboard_gets_scalars_by_kind(tmp_path):
@@ -222,13 +278,35 @@ def test_missing_writer_package_is_an_error(tmp_path, monkeypatch, capsys, flag,
     options = {flag[2:].replace("-", "_"): "x"}
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError) as info:
-        build_metric_writers(LoggingConfig(**options), "", 0, 10, 80)
+        build_metric_writers(LoggingConfig(**options), CheckpointConfig(), 0, 10, 80)
     assert str(info.value) == message
+
+
+@pytest.mark.parametrize("saved", [0, 2])
+def test_tensorboard_forgets_repeated_steps(saved, tmp_path):
+    """A run that was killed after iteration 4 resumes from its last checkpoint, or from 0."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = LoggingConfig(tensorboard_dir=str(tmp_path))
+    for life, iterations in ((1, range(5)), (2, range(saved + 1 if saved else 0, 4))):
+        completed = saved if life == 2 else 0
+        writers = build_metric_writers(options, CheckpointConfig(), 0, 10, 80, completed)
+        for i in iterations:
+            writers.write({"kind": "train", "iteration": i, "loss": float(life)})
+        writers.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    expected = [(i, 1.0) for i in range(saved + 1)]
+    if not saved:
+        expected = [(0, 2.0)]
+    assert shown == expected + [(i, 2.0) for i in range(saved + 1, 4)]
 
 
 def test_flags_choose_the_writers(tmp_path, monkeypatch):
     def kinds(rank=0, save="", **options):
-        writers = build_metric_writers(LoggingConfig(**options), save, rank, 10, 80)
+        checkpoint = CheckpointConfig(save=save)
+        writers = build_metric_writers(LoggingConfig(**options), checkpoint, rank, 10, 80)
         writers.close()
         return [type(writer) for writer in writers.writers]
 
