@@ -34,7 +34,7 @@ from megatron.engine.zero_shards import GlobalLayout, fill_weights
 from megatron.log import get_logger, warn_on_rank0
 from megatron.parallel import rng
 from megatron.parallel.background import BackgroundTask
-from megatron.parallel.groups import Groups, all_gather_objects, broadcast_from_rank0
+from megatron.parallel.groups import Groups, broadcast_from_rank0
 
 _LARGEST_POSITION_TABLE = 1 << 30
 """Elements of the largest table of rotations that is built for a checkpoint's configuration"""
@@ -347,8 +347,10 @@ def _verify_on_all_ranks(groups: Groups, entry: CheckpointEntry) -> list[str]:
     task = BackgroundTask(f"verifying {entry.path}", partial(_first_problem, entry, names))
     task.start()
     task.wait_for_all(groups)
-    answers = all_gather_objects(task.error or task.result, groups)
-    problems = [answer for answer in answers if answer]
+    problems = []
+    for outcome in task.outcomes(groups):
+        if outcome.error or outcome.result:
+            problems.append(outcome.error or outcome.result)
     if problems:
         warn_on_rank0("%s; not used", "; ".join(problems))
     return problems

@@ -212,7 +212,7 @@ class Checkpointer:
             f"writing {unfinished / rank_file}",
             partial(_write_rank_file, unfinished, rank_file, specs, tensors),
         )
-        return _PendingSave(unfinished, progress.iteration, rank_file, json_files, task)
+        return _PendingSave(unfinished, progress.iteration, json_files, task)
 
     def _writes_shards(self, zero_shards: ZeroShards) -> bool:
         """Return whether this rank writes its shards: replicated ones are written by rank 0."""
@@ -279,9 +279,8 @@ class Checkpointer:
         """
         pending = self._pending
         assert pending is not None
-        answer = (pending.rank_file, pending.task.result, pending.task.error)
-        answers = all_gather_objects(answer, self.groups)
-        errors = [error for _, _, error in answers if error]
+        outcomes = pending.task.outcomes(self.groups)
+        errors = [outcome.error for outcome in outcomes if outcome.error]
         if errors:
             self._pending = None
             if self.groups.is_rank0:
@@ -289,9 +288,11 @@ class Checkpointer:
             self._handle_failure(OSError(errors[0]))
         elif pending.is_committing:
             self._pending = None
-            _, self._last_saved, _ = answers[0]
+            self._last_saved = outcomes[0].result
         else:
-            files = {name: digest for name, digest, _ in answers}
+            files = {}
+            for rank, outcome in enumerate(outcomes):
+                files[rank_file_name(rank)] = outcome.result
             pending.is_committing = True
             pending.task = BackgroundTask(
                 f"committing {pending.unfinished}", partial(self._commit, pending, files)
@@ -343,8 +344,6 @@ class _PendingSave:
     unfinished: Path
     """Staging directory of the checkpoint"""
     iteration: int
-    rank_file: str
-    """Name of this rank's file"""
     json_files: dict[str, str]
     """Text of the JSON files by name; empty on ranks other than 0"""
     task: BackgroundTask

@@ -123,6 +123,13 @@ def test_damaged_checkpoint_is_named_and_passed_over(
         ranks2.run(_load, config)
 
 
+def test_bug_in_verification_is_no_damage(three, monkeypatch):
+    """It would make every checkpoint corrupt, and the message would send the user to copies."""
+    monkeypatch.setattr(loader, "check_files", lambda *args: {}["x"])
+    with pytest.raises(KeyError, match="x"):
+        loader.find_checkpoint(CheckpointConfig(load=str(three)), Groups())
+
+
 def test_corrupt_checkpoints_are_remembered(three, tmp_path):
     """They do not count for --keep-last."""
     folder = shutil.copytree(three, tmp_path / "c")

@@ -168,12 +168,22 @@ def test_save_failing_on_one_rank(rank, async_save, ranks2, tmp_path):
     assert iterations(tmp_path / "stop") == [1]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_bug_in_writing_thread_is_raised(ranks1, tmp_path):
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.parametrize("async_save", [False, True])
+def test_bug_in_writing_thread_is_raised(async_save, on_error, ranks1, tmp_path):
+    """It is no failed save, after which a run may continue."""
+    config = config_of(tmp_path, async_save=async_save, on_save_error=on_error)
+    with pytest.raises(RuntimeError, match=r"in failing\n +raise error\nKeyError: 'x'\n$"):
+        ranks1.run(_fails_once, config, 0, KeyError("x"))
+
+
+def test_bug_on_one_rank_ends_the_others(ranks2, tmp_path):
+    config = config_of(tmp_path, on_save_error="continue", ep_size=2)
     with pytest.raises(
-        RuntimeError, match=r"writing .*rank_00000.safetensors failed: KeyError\('x'\)"
+        RuntimeError,
+        match=r"RuntimeError: writing \S+ failed: KeyError\('x'\) on rank 1, which shows the trace",
     ):
-        ranks1.run(_fails_once, config_of(tmp_path, async_save=True), 0, KeyError("x"))
+        ranks2.run(_fails_once, config, 1, KeyError("x"))
 
 
 def _save_in_unshared_directory(config):

@@ -13,25 +13,53 @@ from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups
 
 
-def test_task_stores_result_or_oserror():
-    for work, result, error in (
-        (lambda: 3, 3, ""),
-        (lambda: os.listdir("/nowhere"), None, "No such file"),
-    ):
-        task = BackgroundTask("reading", work)
-        assert not task.is_running
-        task.start()
-        task.wait_for_all(Groups())
-        assert task.result == result
-        assert error in task.error and bool(error) == bool(task.error)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_task_stores_unexpected_errors():
-    task = BackgroundTask("counting", lambda: {}["x"])
+def finished(work) -> BackgroundTask:
+    """Return a task that has ended."""
+    task = BackgroundTask("counting", work)
+    assert not task.is_running
     task.start()
     task.wait_for_all(Groups())
-    assert task.error == "counting failed: KeyError('x')"
+    return task
+
+
+def test_task_stores_result_or_oserror():
+    assert finished(lambda: 3).outcomes(Groups()) == [(3, "")]
+    (outcome,) = finished(lambda: os.listdir("/nowhere")).outcomes(Groups())
+    assert outcome.result is None and "No such file" in outcome.error
+    assert BackgroundTask("counting", lambda: 3).outcomes(Groups()) == [(None, "")]
+
+
+def _fail_on_rank1() -> None:
+    {}["x"]
+
+
+def test_unexpected_error_is_raised_with_traceback():
+    """It is a mistake in the program, not a failure of the disk."""
+    with pytest.raises(KeyError, match="x") as caught:
+        finished(_fail_on_rank1).outcomes(Groups())
+    assert caught.traceback[-1].name == "_fail_on_rank1"
+
+
+def _outcomes(failing_rank: int) -> str:
+    """Run on a rank: how outcomes of work that fails on one rank are reported."""
+    groups = groups_for(1)
+    work = _fail_on_rank1 if groups.rank == failing_rank else lambda: groups.rank
+    task = BackgroundTask("counting", work)
+    task.start()
+    task.wait_for_all(groups)
+    try:
+        return repr(task.outcomes(groups))
+    except Exception as error:
+        return repr(error)
+
+
+def test_unexpected_error_ends_all_ranks(ranks2):
+    assert ranks2.run(_outcomes, 1) == [
+        "RuntimeError(\"counting failed: KeyError('x') on rank 1, which shows the traceback\")",
+        "KeyError('x')",
+    ]
+    both = "[TaskOutcome(result=0, error=''), TaskOutcome(result=1, error='')]"
+    assert ranks2.run(_outcomes, 2) == [both] * 2
 
 
 def _wait_for_slow_rank(seconds: float, poll_seconds: float) -> tuple[int, float]:
