@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from megatron.io.untrusted import parse_json
 
 DECIDED = {
     "train_batch_size": "--global-batch-size",
@@ -94,7 +94,7 @@ def check_deepspeed_config(config: dict[str, Any], path: str) -> None:
 def _read(path: str) -> dict[str, Any]:
     """Read the user's file and refuse the sections that only flags may set."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"--deepspeed_config is {path!r}, which cannot be read: {error.strerror}; "

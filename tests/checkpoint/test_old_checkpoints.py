@@ -1,8 +1,9 @@
-"""A checkpoint of an earlier version of this program resumes bit for bit.
+"""A checkpoint of every format version can be read, and the oldest resumes bit for bit.
 
-`written_before/` holds a checkpoint after three of six iterations, on two ranks with sharded
-experts, ZeRO 1, bf16 and a gate with state (deepseek_v3), and the metrics of iterations 4 to 6. The
-training data are those of the `data` fixture.
+`versions/<format version>/` holds a checkpoint, and in expected.json what was true of it. That of
+version 1 was saved after three of six iterations, on two ranks with sharded experts, ZeRO 1, bf16
+and a gate with state (deepseek_v3), with the metrics of iterations 4 to 6. The training data are
+those of the `data` fixture. That of version 2 is of `helpers.engines`, of 27 kB.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ import pytest
 import torch
 
 from helpers import engines, runs
-from megatron.checkpoint.directory import find_newest_valid, select_checkpoints
-from megatron.checkpoint.manifest import find_problems
+from megatron import log
+from megatron.checkpoint import loader
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.format_version import FORMAT_VERSION
+from megatron.model.builder import build_model
+from megatron.parallel.groups import Groups
 from megatron.training.metrics_file import read_metrics
 
-WRITTEN_BEFORE = Path(__file__).parent / "written_before"
+VERSIONS = Path(__file__).parent / "versions"
+WRITTEN_BEFORE = VERSIONS / "1"
 CHECKPOINTS = WRITTEN_BEFORE / "checkpoints"
 EXPECTED = json.loads((WRITTEN_BEFORE / "expected.json").read_text())
 # Wall-clock times differ from run to run.
@@ -61,12 +67,47 @@ def resumed(data, ranks2, tmp_path_factory) -> Path:
     return out
 
 
-def test_old_checkpoint_is_valid():
-    found = find_newest_valid(
-        select_checkpoints(CHECKPOINTS),
-        lambda entry: find_problems(entry.path, entry.manifest),
+def test_every_version_has_a_stored_checkpoint():
+    names = sorted(path.name for path in VERSIONS.iterdir())
+    assert names == [str(version) for version in range(1, FORMAT_VERSION + 1)]
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_checkpoint_of_every_version_is_read(version, capsys):
+    """Its files are valid, and configuration, progress and tensors are what they were."""
+    log.setup()
+    folder = VERSIONS / str(version)
+    expected = json.loads((folder / "expected.json").read_text())
+    options = CheckpointConfig(load=str(folder / "checkpoints"))
+    loaded = loader.find_checkpoint(options, Groups())
+    assert capsys.readouterr().out == "", "it has no problems"
+    written = json.loads((loaded.path / "manifest.json").read_text()).get("version", 1)
+    assert written == version
+    assert loaded.progress.iteration == expected["iteration"]
+    assert tensors_sha256(folder / "checkpoints") == expected["tensors_sha256"]
+    config = loaded.metadata.config
+    model = build_model(
+        config.model,
+        config.moe,
+        config.gate_options,
+        vocab_size=loaded.metadata.identity["tokenizer_vocab_size"],
+        seed=1,
+        groups=Groups(),
     )
-    assert found.manifest["iteration"] == 3 and found.problems == []
+    loaded.load_weights(model, Groups())
+    for name, tensor in model.state_dict().items():
+        state_key = "buffer" if name in loaded.reader.buffers else "weight"
+        stored = engines.full_tensors(folder / "checkpoints")[f"{state_key}/{name}"]
+        assert torch.equal(tensor, stored), name
+
+
+def test_checkpoint_of_version_2_resumes(ranks1):
+    folder = VERSIONS / "2"
+    expected = json.loads((folder / "expected.json").read_text())
+    options = CheckpointConfig(load=str(folder / "checkpoints"))
+    config = loader.find_checkpoint(options, Groups()).metadata.config
+    resumed = ranks1.run(engines.train, engines.loading(config, folder / "checkpoints"), 0, 2)
+    assert resumed[0][1] == pytest.approx(expected["losses_after"], rel=TOLERANCE)
 
 
 def test_old_checkpoint_resumes_bit_for_bit(resumed):

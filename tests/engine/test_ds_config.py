@@ -157,6 +157,10 @@ def test_sections_of_flags_are_refused(tmp_path, section):
     "content, message",
     [
         ("{", r"--deepspeed_config: .*ds\.json is not JSON: Expecting"),
+        (
+            "[" * 500 + "]" * 500,
+            r"--deepspeed_config: .*ds\.json is not JSON: it is nested",
+        ),
         ([], r"--deepspeed_config: .*ds\.json holds a list; allowed: a JSON object"),
         ({"bf16": True}, r"ds\.json: bf16 is True; allowed: a JSON object"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.training.metric_writers import JsonlWriter
 from megatron.training.metrics_file import current_name, read_metrics
 
-WRITTEN_BEFORE = Path(__file__).resolve().parents[1] / "checkpoint/written_before"
+WRITTEN_BEFORE = Path(__file__).resolve().parents[1] / "checkpoint/versions/1"
 
 
 def test_old_file_is_read_under_new_names():

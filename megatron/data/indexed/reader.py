@@ -16,7 +16,6 @@ too.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import struct
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron.io.mapped_file import map_file
+from megatron.io.untrusted import parse_json
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -345,7 +345,7 @@ def _read_sidecar(prefix: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
