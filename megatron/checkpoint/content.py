@@ -99,6 +99,7 @@ class StoredTensor(TypedDict):
     __pydantic_config__ = _STRICT
     shape: Annotated[list[Count], Field(max_length=64)]
     pieces: list[Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    frozen: NotRequired[bool]
 
 
 class StoredIndex(TypedDict):

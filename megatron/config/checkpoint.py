@@ -35,11 +35,12 @@ class CheckpointConfig:
     written (for example, the disk is full); the checkpoint at the end of the run is always
     required"""
     load: str = ""
-    """directory of checkpoints to resume from its newest complete one, or the path of one
-    checkpoint; the number of ranks, --moe-expert-parallel-size and --zero-stage may differ
-    from those of the saved run"""
+    """directory of checkpoints to resume from its newest complete one, or from that which its
+    edited file `latest` names; or the path of one checkpoint; the number of ranks,
+    --moe-expert-parallel-size and --zero-stage may differ from those of the saved run"""
     load_step: int = 0
-    """iteration of the checkpoint to resume from; 0: the newest"""
+    """iteration of the checkpoint to resume from, whatever the file `latest` names; 0: the
+    newest"""
     load_or_init: bool = False
     """start from scratch when the directory given to --load holds no checkpoint; without
     this flag that is an error"""

@@ -128,7 +128,7 @@ def known_flags() -> frozenset[str]:
     sections += [("gate_options", gate_config_class(name)) for name in available_gates()]
     for section, cls in sections:
         for flag in flags_of(cls, section):
-            flags |= set(flag.spellings)
+            flags |= set(flag.all_spellings)
     return frozenset(flags)
 
 
@@ -136,7 +136,8 @@ def unknown_flags(text: str) -> set[str]:
     """Return flags in inline code that no program and no gate shown on the page has."""
     flags = set()
     for inline in re.findall(r"`(--[^`]+)`", text):
-        flags |= set(re.findall(r"(?:^|\s)(--[a-z][a-z0-9-]*)", inline))
+        found = re.findall(r"(?:^|\s)(--[a-z][a-z0-9_-]*)", inline)
+        flags |= {flag.replace("_", "-") for flag in found}
     fields = set(re.findall(r"^        (\w+): ", text, re.MULTILINE))
     fields |= set(re.findall(r"^    --([a-z0-9-]+) ", text, re.MULTILINE))
     shown = {"--" + field.replace("_", "-") for field in fields}
