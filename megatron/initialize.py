@@ -132,12 +132,7 @@ def build_inference_model(run: Run) -> GPT:
     # Before any memory is allocated: the configuration is as trustworthy as its origin.
     checkpoint.check_model(shapes_only, run.groups)
     model = build_run_model(run)
-    return cast_for_inference(
-        model,
-        run.config.optimizer.precision,
-        run.groups.device,
-        keep_gate_fp32=run.config.deepspeed.zero_stage < 3,
-    )
+    return cast_for_inference(model, run.config.optimizer.precision, run.groups.device)
 
 
 def _build_model(run: Run) -> GPT:

@@ -10,15 +10,13 @@ from megatron.moe.experts.backends import COMPUTE_DTYPES
 from megatron.moe.layer_sums import find_moe_layers
 
 
-def cast_for_inference(
-    model: GPT, precision: str, device: torch.device, *, keep_gate_fp32: bool = True
-) -> GPT:
+def cast_for_inference(model: GPT, precision: str, device: torch.device) -> GPT:
     """Move a finished fp32 model to a device and cast it as the training engine does.
+
+    Gates stay fp32. (In a training with `offload_param` their parameters were cast, too.)
 
     Args:
         precision: of the training: fp32, bf16 or fp16. CPUs compute fp32 instead of fp16.
-        keep_gate_fp32: False if gate parameters were cast in training, too (ZeRO 3); buffers
-            of gates stay fp32 in any case.
 
     Returns:
         The same model, in evaluation mode.
@@ -30,8 +28,7 @@ def cast_for_inference(
     fp32_state = []
     for layer in find_moe_layers(model):
         fp32_state += layer.gate.buffers()
-        if keep_gate_fp32:
-            fp32_state += layer.gate.parameters()
+        fp32_state += layer.gate.parameters()
     originals = [tensor.detach().clone() for tensor in fp32_state]
     model.to(device, dtype)
     for tensor, original in zip(fp32_state, originals, strict=True):

@@ -33,14 +33,13 @@ def _logits(config):
     """Run on a rank: logits and dtypes of the engine's model, and of one for inference."""
     run = engines.Run(config)
     run.close()
-    keep_gate_fp32 = config.deepspeed.zero_stage < 3
     precision = config.optimizer.precision
     model = model_of(config, run.groups)
     tokens_BS = torch.arange(8).view(1, 8)
     answers = []
     for candidate in (
         run.engine.model.eval(),
-        cast_for_inference(model, precision, CPU, keep_gate_fp32=keep_gate_fp32),
+        cast_for_inference(model, precision, CPU),
     ):
         with torch.no_grad():
             logits = candidate(tokens_BS).logits
