@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron.parallel.background import BackgroundTask
 from megatron.parallel.forked import ForkedWork
-from megatron.parallel.groups import Groups, all_gather_objects
+from megatron.parallel.groups import Groups
 
 
 def build_on_each_node(build: Callable[[], object], groups: Groups) -> None:
@@ -29,9 +29,8 @@ def build_on_each_node(build: Callable[[], object], groups: Groups) -> None:
         work = ForkedWork("builds the sample indices", build)
         task.start()
     task.wait_for_all(groups)
-    failure = task.result
-    if task.error:
-        failure = RuntimeError(task.error)
-    for error in all_gather_objects(failure, groups):
-        if error is not None:
-            raise error
+    for outcome in task.outcomes(groups):
+        if outcome.error:
+            raise RuntimeError(outcome.error)
+        if outcome.result is not None:
+            raise outcome.result
