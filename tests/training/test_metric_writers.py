@@ -269,8 +269,10 @@ def test_missing_writer_package_is_an_error(tmp_path, monkeypatch, capsys, flag,
         f"{flag} x needs the package {package}, which is not installed. Install it: pip install "
         f"'moe-megatron[{package}]'"
     )
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setattr(log, "_PEER_DELAY_SECONDS", 0)
         assert pretrain.main([*runs.flags("d", tmp_path), flag, "x"]) == 2
         assert capsys.readouterr().err.splitlines()[0].endswith(f"error: {message}")
