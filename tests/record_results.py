@@ -24,14 +24,17 @@ from pathlib import Path
 
 SHAPE = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32
-    --ffn-hidden-size 64 --init-method-std 0.1 --tokenizer-type ByteTokenizer
+    --init-method-std 0.1 --tokenizer-type ByteTokenizer
     --make-vocab-size-divisible-by 1 --moe-expert-parallel-size 2 --split 80,15,5
     --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 5e-3 --min-lr 5e-4
     --lr-warmup-fraction 0.1 --eval-interval 10 --eval-iters 2 --log-interval 1
     --hidden-dropout 0.05
 """
 MOE = "--num-experts 4 --moe-ffn-hidden-size 32 --expert-interval 1"
-PEER = "--peer-num-experts 64 --peer-num-heads 4 --peer-topk 4 --peer-query-size 16"
+PEER = """
+    --peer-num-experts 64 --peer-num-heads 4 --peer-topk 4 --peer-query-size 16
+    --ffn-hidden-size 64
+"""
 GATES = """
     base cosine deepseek_v2 deepseek_v3 expert_choice hash moepp peer remoe tcmoe threshold topk
 """

@@ -157,7 +157,9 @@ def example_gate(tmp_path):
 def test_example_gate_becomes_flags(example_gate):
     from megatron.config.cli import parse
 
-    config = parse(["--gate", "above_mean", "--margin", "0.5"], gate_config_class)
+    config = parse(
+        ["--num-experts", "4", "--gate", "above_mean", "--margin", "0.5"], gate_config_class
+    )
     assert config.gate_options["margin"] == 0.5
 
 

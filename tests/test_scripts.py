@@ -122,7 +122,7 @@ VARIABLES = {
     "WARMUP_FRACTION": "0.2",
     "EP_SIZE": "8",
     "EP_PARALLEL_SIZE": "2",
-    "EP_INTERVAL": "1",
+    "EP_INTERVAL": "2",
     "TOPK": "3",
     "THRESHOLD": "0.7",
     "GATE": "threshold",
@@ -176,7 +176,7 @@ def test_model_variables_arrive(words):
         c.moe.moe_train_capacity_factor,
         c.moe.moe_eval_capacity_factor,
         c.moe.moe_min_capacity,
-    ) == (8, 48, 2, 1, 2.0, 3.0, 8)
+    ) == (8, 48, 2, 2, 2.0, 3.0, 8)
     assert (
         c.gate_options["topk"],
         c.gate_options["threshold"],

@@ -101,7 +101,6 @@ fi
 # Model
 NUM_LAYERS=${NUM_LAYERS:-12}
 HIDDEN_SIZE=${HIDDEN_SIZE:-768}
-FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-$((4 * HIDDEN_SIZE))}
 NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-12}
 SEQ_LEN=${SEQ_LEN:-1024}
 INIT_STD=${INIT_STD:-0.014}
@@ -115,6 +114,10 @@ EP_PARALLEL_SIZE=${EP_PARALLEL_SIZE:-$([ "$EP_SIZE" -gt 0 ] && largest_common_di
 EP_INTERVAL=${EP_INTERVAL:-2}
 MOE_FFN_HIDDEN_SIZE=${MOE_FFN_HIDDEN_SIZE:-$((HIDDEN_SIZE / 2))}
 GATE=${GATE:-threshold}
+# The width of dense layers; there are none when every layer is an MoE layer.
+if [ "$EP_SIZE" -eq 0 ] || [ "$EP_INTERVAL" != 1 ] || [ "$GATE" = peer ]; then
+    FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-$((4 * HIDDEN_SIZE))}
+fi
 TOPK=${TOPK:-}
 THRESHOLD=${THRESHOLD:-$([ "$GATE" = threshold ] && echo 0.9 || true)}
 MLC=${MLC:-}
@@ -146,8 +149,8 @@ ZERO_STAGE=${ZERO_STAGE:-1}
 ACTIVATION_CHECKPOINT=${ACTIVATION_CHECKPOINT:-false}
 SEED=${SEED:-1234}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
-EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}
+EVAL_INTERVAL=${EVAL_INTERVAL:-$([ "$EVAL_ITERS" = 0 ] || echo 1000)}
 SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 
 # Data and output
@@ -162,7 +165,7 @@ NAME=${NAME:-gpt-${NUM_LAYERS}l-${HIDDEN_SIZE}h-${EP_SIZE}e-${GATE}${TOPK:+-k$TO
 OUTPUT_DIR=${OUTPUT_DIR:-runs/$NAME}
 
 flags=(
-    --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$FFN_HIDDEN_SIZE"
+    --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE"
     --num-attention-heads "$NUM_ATTN_HEADS" --seq-length "$SEQ_LEN" --init-method-std "$INIT_STD"
     --micro-batch-size "$BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
     --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine
@@ -176,7 +179,7 @@ flags=(
 # Only flags that apply: the program refuses one that cannot take effect.
 is_zero() { [[ $1 =~ ^[0.]*$ ]]; }
 is_zero "$WARMUP_FRACTION" || flags+=(--lr-warmup-fraction "$WARMUP_FRACTION")
-is_zero "$EVAL_ITERS" || flags+=(--eval-interval "$EVAL_INTERVAL")
+flags+=(${FFN_HIDDEN_SIZE:+--ffn-hidden-size "$FFN_HIDDEN_SIZE"} ${EVAL_INTERVAL:+--eval-interval "$EVAL_INTERVAL"})
 # A data path may hold several words: alternating weights and prefixes (or files, patterns, folders). Words are quoted
 # as for xargs, which expands no patterns.
 split_words() { # name of the variable

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.metadata import RunMetadata
+from megatron.config.effect import reset_without_effect
 from megatron.config.schema import RunConfig
 from megatron.config.training import RunLength
 from megatron.data.sampling.blend import parse_blend
@@ -100,26 +101,28 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
 
     Values are resolved, so that equal models set by different flags are equal.
     """
-    model = run.config.model
-    moe = run.config.moe
+    config = reset_without_effect(run.config)
+    model = config.model
+    moe = config.moe
     description = {_flag(name): getattr(model, name) for name in _MODEL_FIELDS}
     vocab_size = model.vocab_size or run.identity["tokenizer_vocab_size"]
     description |= {
-        "--ffn-hidden-size": model.ffn_size,
         "--num-query-groups": model.query_groups,
         "--kv-channels": model.head_size,
         "--activation": model.act,
         "the padded vocabulary size": model.padded_vocab(vocab_size),
         "--num-experts": moe.num_experts,
     }
+    moe_layers = [i for i in range(model.num_layers) if moe.is_moe_layer(i)]
     if moe.num_experts:
-        moe_layers = [i for i in range(model.num_layers) if moe.is_moe_layer(i)]
         description |= {
             "the list of MoE layers": moe_layers,
             "--gate": moe.gate,
             "--moe-shared-experts": moe.moe_shared_experts,
-            "--moe-ffn-hidden-size": moe.moe_ffn_hidden_size or model.ffn_size,
+            "the hidden size of an expert": moe.moe_ffn_hidden_size or model.ffn_size,
         }
+    if len(moe_layers) < model.num_layers:
+        description["--ffn-hidden-size"] = model.ffn_size
     return description
 
 
@@ -132,8 +135,8 @@ def check_same_schedule(saved: RunMetadata, current: RunMetadata, where: str) ->
     Raises:
         ValueError: They differ. The message names the first difference.
     """
-    old = saved.config.optimizer
-    new = current.config.optimizer
+    old = reset_without_effect(saved.config).optimizer
+    new = reset_without_effect(current.config).optimizer
     advice = (
         "use the checkpoint's value, or add --override-lr-schedule to continue with the new one"
     )
@@ -203,9 +206,11 @@ def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
 
 def _data_order_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
     changes = []
+    saved_config = reset_without_effect(saved.config)
+    current_config = reset_without_effect(current.config)
     for section, names in DATA_ORDER_FIELDS.items():
-        old = getattr(saved.config, section)
-        new = getattr(current.config, section)
+        old = getattr(saved_config, section)
+        new = getattr(current_config, section)
         for name in names:
             if getattr(old, name) == getattr(new, name):
                 continue

@@ -22,8 +22,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron import __version__
+from megatron.config.effect import (
+    describe_dropped,
+    require_effect,
+    unmet_need,
+    values_by_name,
+    without_effect,
+)
 from megatron.config.flag_parser import FlagParser, add_flag
-from megatron.config.flags import Flag, flag_spellings, flags_of, index_flags
+from megatron.config.flags import Flag, flags_of, index_flags
 from megatron.config.gate_overrides import apply_gate_overrides, drop_gate_overrides
 from megatron.config.run_json import load_config_json, parse_sections, parse_stored_values
 from megatron.config.schema import SECTIONS, MoEConfig, RunConfig
@@ -114,30 +121,47 @@ def parse_with(
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], known, gate))
     values = {section: dict(stored.get(section, {})) for section in classes}
+    values["moe"]["gate"] = gate.name
+    given = []
     for flag in dict.fromkeys(known.values()):
         raw = getattr(namespace, flag.dest, None)
         if raw is not None:
             values[flag.section][flag.name] = parse_value(flag, _unmark(raw), flag.spellings[0])
-    return _build_config(classes, values, gate.name)
+            given.append(flag)
+        elif flag.dest == "moe.gate" and gate_flag:
+            given.append(flag)  # by one of XMoE's spellings
+    built = _build_sections(classes, values, given)
+    while dropped := _check_effect(built, classes, values, given):
+        if "gate" in dropped:
+            classes["gate_options"] = gate_config(MoEConfig.gate)
+            values["gate_options"] = {}
+        built = _build_sections(classes, values, given)
+    options = built.pop("options", None)
+    built["gate_options"] = dataclasses.asdict(built["gate_options"])
+    return RunConfig(**built), options
 
 
-def to_flags(config: RunConfig) -> list[str]:
-    """Return flags that parse to `config`.
+def to_flags(config: RunConfig, gate_config: Callable[[str], type]) -> list[str]:
+    """Return flags that parse to `config`, if all its values have an effect.
 
-    They set the fields that differ from their defaults, and all gate options.
+    They set the fields that differ from their defaults, and all gate options. Options
+    without effect are left out, since `parse` refuses them.
 
+    Args:
+        gate_config: as for `parse`.
     Raises:
         ValueError: an element of a list starts with "--", which only run.json can express.
     """
+    sections = {section: getattr(config, section) for section in SECTIONS}
+    sections["gate_options"] = gate_config(config.moe.gate)(**config.gate_options)
+    values = values_by_name(sections)
     words = []
-    for section, cls in SECTIONS.items():
-        section_config = getattr(config, section)
-        for flag in flags_of(cls, section):
-            value = getattr(section_config, flag.name)
-            if value != flag.default:
+    for section, section_config in sections.items():
+        for flag in flags_of(type(section_config), section):
+            value = values[flag.name]
+            is_set = section == "gate_options" or value != flag.default
+            if is_set and unmet_need(flag, values) is None:
                 words += format_flag(flag.spellings[0], value)
-    for name, value in config.gate_options.items():
-        words += format_flag(flag_spellings(name, "gate_options")[0], value)
     return words
 
 
@@ -289,30 +313,61 @@ def _add_general_flags(parser: argparse.ArgumentParser) -> None:
     general.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
 
-def _build_config(
-    classes: dict[str, type], values: dict[str, dict[str, Any]], gate: str
-) -> tuple[RunConfig, Any]:
-    """Build the sections from their values.
+def _build_sections(
+    classes: dict[str, type], values: dict[str, dict[str, Any]], given: list[Flag]
+) -> dict[str, Any]:
+    """Build the sections from their values, with those that the gate's options determine.
 
-    Returns:
-        The run's configuration, and the section "options" of a tool or None.
+    Args:
+        given: flags on the command line.
     """
-    moe_values = values["moe"]
-    moe_values["gate"] = gate
     built = {}
     for section, cls in classes.items():
         if section != "moe":
             built[section] = cls(**values[section])
-    options = built.pop("options", None)
-    gate_options = built["gate_options"]
-    apply_gate_overrides(gate_options, moe_values, built["model"].num_layers, gate)
-    built["moe"] = MoEConfig(**moe_values)
+    moe = dict(values["moe"])
+    # The flag --num-experts 0 makes the model dense, whatever the gate's options say.
+    is_dense = moe.get("num_experts") == 0 and any(flag.name == "num_experts" for flag in given)
+    if not is_dense:
+        num_layers = built["model"].num_layers
+        gate = moe.get("gate", MoEConfig.gate)
+        apply_gate_overrides(built["gate_options"], moe, num_layers, gate)
+    built["moe"] = MoEConfig(**moe)
     num_experts = built["moe"].num_experts
     # The same check as in `create_gate`, before the run starts.
-    if num_experts and hasattr(gate_options, "check"):
-        gate_options.check(num_experts)
-    built["gate_options"] = dataclasses.asdict(gate_options)
-    return RunConfig(**built), options
+    if num_experts and hasattr(built["gate_options"], "check"):
+        built["gate_options"].check(num_experts)
+    return built
+
+
+def _check_effect(
+    built: dict[str, Any],
+    classes: dict[str, type],
+    values: dict[str, dict[str, Any]],
+    given: list[Flag],
+) -> list[str]:
+    """Check that flags have an effect, and drop other values that have none.
+
+    Those are values of a run.json, and flags of what other flags switch off. They are removed
+    from `values`, and named in a warning.
+
+    Returns:
+        The names of the dropped fields.
+    """
+    flags = [flag for section, cls in classes.items() for flag in flags_of(cls, section)]
+    current = values_by_name(built)
+    # A gate that was dropped takes its options along.
+    require_effect([flag for flag in given if flag in flags], current, flags)
+    is_set = [flag for flag in flags if flag.name in values[flag.section]]
+    dropped = without_effect(is_set, current)
+    if dropped:
+        warn_on_rank0(
+            "these settings have no effect in this run and return to their defaults: %s",
+            describe_dropped(dropped, current, flags),
+        )
+    for flag, _ in dropped:
+        del values[flag.section][flag.name]
+    return [flag.name for flag, _ in dropped]
 
 
 def _explain_unknown(word: str, known: dict[str, Flag], gate: _GateChoice) -> str:

@@ -12,6 +12,7 @@ from megatron.config.fields import (
     require_positive_integers,
     require_setting,
 )
+from megatron.config.needs import setting
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class DataConfig:
     0.7 a 0.3 b"""
     train_data_path: tuple[str, ...] = option(())
     """like --data-path, for the training split only; not with --data-path"""
-    valid_data_path: tuple[str, ...] = option(())
+    valid_data_path: tuple[str, ...] = option((), needs=setting("eval_iters"))
     """like --data-path, for the validation split only"""
-    test_data_path: tuple[str, ...] = option(())
+    test_data_path: tuple[str, ...] = option((), needs=setting("eval_iters"))
     """like --data-path, for the test split only"""
     streaming_data_path: tuple[str, ...] = option(())
     """text to tokenize in separate processes during training: .jsonl, .gz, .xz, .zst and
@@ -34,12 +35,12 @@ class DataConfig:
     compressed or not (equally if a size is unknown), or by weights: 0.7 a.jsonl 0.3 b. The
     tokens are stored in --data-cache-path and reused by later epochs and runs. Not with
     --data-path or --train-data-path"""
-    streaming_json_key: str = "text"
+    streaming_json_key: str = option("text", needs=setting("streaming_data_path"))
     """key (column) that holds the text in --streaming-data-path"""
-    streaming_shuffle_samples: int = 1024
+    streaming_shuffle_samples: int = option(1024, needs=setting("streaming_data_path"))
     """consecutive samples of a source of --streaming-data-path that are shuffled together,
     and therefore tokenized before the first step; 1: keep the order of the files"""
-    split: str = "969,30,1"
+    split: str = option("969,30,1", needs=setting("data_path"))
     """proportions in which the documents of --data-path are split into training,
     validation, test"""
     data_cache_path: str = ""

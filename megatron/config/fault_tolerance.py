@@ -11,6 +11,7 @@ from megatron.config.fields import (
     require_positive_numbers,
     require_setting,
 )
+from megatron.config.needs import setting
 
 _YEAR_MINUTES = 366 * 24 * 60
 
@@ -31,10 +32,12 @@ class FaultToleranceConfig:
     loss_spike_threshold: float = 6.0
     """a loss this many standard deviations above the mean of the last --loss-spike-window
     steps counts as a spike and is logged; 0: no spike detection"""
-    loss_spike_window: int = 100
+    loss_spike_window: int = option(100, needs=setting("loss_spike_threshold"))
     """number of previous steps a loss is compared with; detection starts when a quarter of
     them are available"""
-    loss_spike_action: str = option("log", choices=("log", "stop"))
+    loss_spike_action: str = option(
+        "log", choices=("log", "stop"), needs=setting("loss_spike_threshold")
+    )
     """reaction to a loss spike: log it, or stop the run without writing a checkpoint"""
     timeout_minutes: float = 10.0
     """the run fails when a collective takes longer than this, or when loading one batch
@@ -50,13 +53,6 @@ class FaultToleranceConfig:
         )
         require_choices(self)
         require_setting(self, "loss_spike_window", self.loss_spike_window >= 8, "8 or more")
-        require_setting(
-            self,
-            "loss_spike_action",
-            self.loss_spike_action == "log" or self.loss_spike_threshold > 0,
-            "log without --loss-spike-threshold",
-            "Set the threshold.",
-        )
         require_positive_numbers(self, "timeout_minutes")
         require_setting(
             self, "timeout_minutes", self.timeout_minutes <= _YEAR_MINUTES, "up to a year"

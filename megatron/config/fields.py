@@ -7,16 +7,29 @@ from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
 
+from megatron.config.needs import Need
+
 _LONGEST_VALUE = 500
 """Characters of a value in an error message"""
 
 
-def option(default: Any, *flags: str, choices: tuple | None = None) -> Any:
-    """Declare a dataclass field with extra flag spellings or a closed set of values.
+def option(
+    default: Any,
+    *flags: str,
+    choices: tuple | None = None,
+    needs: Need | tuple[Need, ...] = (),
+) -> Any:
+    """Declare a dataclass field with more than a default.
 
     A list or tuple as default is copied to a tuple.
+
+    Args:
+        flags: further spellings of the flag.
+        choices: the closed set of values.
+        needs: settings without which the option has no effect, all of them; setting it
+            without them is an error.
     """
-    metadata = {"flags": flags, "choices": choices}
+    metadata = {"flags": flags, "choices": choices, "needs": needs}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from megatron.config.effect import require_effect, values_by_name
+from megatron.config.fields import flag_name
 from megatron.config.flags import Flag, flags_of, negative_spellings
 from megatron.config.values import parse_value
 
@@ -38,7 +40,8 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag, default: Any) -> Non
     Args:
         default: value shown in the help text.
     """
-    text = f"{flag.help} (default: {_shown(default)})".strip().replace("%", "%%")
+    facts = "; ".join([f"default: {_shown(default)}", *_shown_needs(flag)])
+    text = f"{flag.help} ({facts})".strip().replace("%", "%%")
     if flag.type.base is bool:
         group.add_argument(*flag.spellings, dest=flag.dest, action=_Switch, help=text)
         return
@@ -83,14 +86,36 @@ def section_from_args(args: argparse.Namespace, cls: type[Section]) -> Section:
     """Build a config class from the flags that `add_section_flags` added.
 
     Raises:
-        ValueError: as `section_values`, or the class refuses the values.
+        ValueError: as `section_values`, or the class refuses the values, or a flag has no
+            effect.
     """
-    return cls(**section_values(args, cls))
+    values = section_values(args, cls)
+    section = _section_name(cls)
+    config = cls(**values)
+    flags = flags_of(cls, section)
+    given = [flag for flag in flags if flag.name in values]
+    require_effect(given, values_by_name({section: config}), flags)
+    return config
 
 
 def _section_name(cls: type) -> str:
     """Return the name of a config class as a section: TokenizerConfig is "tokenizer"."""
     return cls.__name__.removesuffix("Config").lower()
+
+
+def _shown_needs(flag: Flag) -> list[str]:
+    """Return what a flag needs to have an effect, as --help shows it; for gates not experts."""
+    shown = []
+    for need in flag.needs:
+        names = [setting.name for setting in need.settings]
+        if need.rule:
+            shown.append(f"only with {need.text}")
+        elif need.settings[0].values == (False,):
+            shown.append(f"only without {flag_name(names[0])}")
+        elif flag.section != "gate_options" or names != ["num_experts"]:
+            texts = [setting.describe(flag_name(setting.name)) for setting in need.settings]
+            shown.append(f"only with {' or '.join(texts)}")
+    return shown
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.fields import flag_name
+from megatron.config.needs import Need, setting
 
 # Flags of gate options that have another name in Megatron; the plain name works too.
 _MEGATRON_NAMES = {
@@ -55,6 +56,8 @@ class Flag:
     """allowed values; empty: all values of the type"""
     default: Any
     help: str
+    needs: tuple[Need, ...] = ()
+    """settings without which the option has no effect"""
 
     @property
     def dest(self) -> str:
@@ -94,6 +97,7 @@ def flags_of(cls: type, section: str) -> tuple[Flag, ...]:
             choices=tuple(field.metadata.get("choices") or ()),
             default=_default(field, where),
             help=help_texts.get(field.name, ""),
+            needs=_needs(field, section),
         )
         flags.append(flag)
     return tuple(flags)
@@ -131,6 +135,16 @@ def index_flags(classes: dict[str, type]) -> dict[str, Flag]:
                         f"by {other.dest}; rename the field"
                     )
     return index
+
+
+def _needs(field: dataclasses.Field, section: str) -> tuple[Need, ...]:
+    """Return what an option needs; all options of a gate need experts."""
+    needs = field.metadata.get("needs", ())
+    if isinstance(needs, Need):
+        needs = (needs,)
+    if section == "gate_options":
+        needs = (setting("num_experts"), *needs)
+    return tuple(needs)
 
 
 def _default(field: dataclasses.Field, where: str) -> Any:

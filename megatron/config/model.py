@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from megatron.config.fields import (
     option,
@@ -14,10 +16,20 @@ from megatron.config.fields import (
     require_positive_numbers,
     require_setting,
 )
+from megatron.config.moe import MoEConfig
+from megatron.config.needs import Need, setting
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 """Activations with a third weight matrix, whose product multiplies the activated one"""
 ACTIVATIONS = ("gelu", "relu", "silu", *GATED_ACTIVATIONS)
+
+
+def _uses_dense_width(values: Mapping[str, Any]) -> bool:
+    """Return whether a layer or an expert has the width of a dense feed-forward layer."""
+    if not values.get("moe_ffn_hidden_size"):
+        return True
+    moe = MoEConfig(**{field.name: values[field.name] for field in fields(MoEConfig)})
+    return not all(map(moe.is_moe_layer, range(values["num_layers"])))
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,12 @@ class ModelConfig:
     """number of transformer blocks"""
     hidden_size: int = 256
     """width of the residual stream"""
-    ffn_hidden_size: int = 0
+    ffn_hidden_size: int = option(
+        0,
+        needs=Need(
+            rule=_uses_dense_width, text="a dense layer, or without --moe-ffn-hidden-size"
+        ),
+    )
     """hidden size of a dense feed-forward layer; 0: 4 x hidden size (8/3 of it, rounded up
     to a multiple of 64, for swiglu and geglu)"""
     num_attention_heads: int = 4
@@ -44,7 +61,7 @@ class ModelConfig:
     length"""
     position_embedding_type: str = option("rope", choices=("rope", "learned"))
     """rotary or learned absolute positions"""
-    rotary_base: float = 10000.0
+    rotary_base: float = option(10000.0, needs=setting("position_embedding_type", "rope"))
     """base of the rotary frequencies"""
     normalization: str = option("RMSNorm", choices=("RMSNorm", "LayerNorm"))
     """kind of normalisation layer"""

@@ -11,6 +11,7 @@ from megatron.config.fields import (
     require_positive_integers,
     require_setting,
 )
+from megatron.config.needs import setting
 
 MOE_BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
 
@@ -21,31 +22,37 @@ class MoEConfig:
 
     num_experts: int = 0
     """routed experts per MoE layer; 0: all layers are dense"""
-    expert_interval: int = 1
+    expert_interval: int = option(1, needs=setting("num_experts"))
     """every n-th layer is an MoE layer: 2 makes layers 2, 4, 6, ... MoE layers"""
-    moe_layers: tuple[int, ...] = option(())
+    moe_layers: tuple[int, ...] = option((), needs=setting("num_experts"))
     """indices of the MoE layers, counted from 0; alternative to --expert-interval and
     --moe-first-k-dense"""
-    gate: str = "topk"
+    gate: str = option("topk", needs=setting("num_experts"))
     """gate (router) of the MoE layers; --help together with --gate NAME also lists that
     gate's own flags"""
-    moe_ffn_hidden_size: int = 0
+    moe_ffn_hidden_size: int = option(0, needs=setting("num_experts"))
     """hidden size of one expert; 0: that of a dense feed-forward layer"""
-    moe_train_capacity_factor: float = 0.0
+    moe_train_capacity_factor: float = option(0.0, needs=setting("num_experts"))
     """capacity of an expert during training, for the tokens of one rank's micro-batch, as a
     multiple of tokens / experts (not multiplied by k); 0: no limit (dropless)"""
-    moe_eval_capacity_factor: float = 0.0
+    moe_eval_capacity_factor: float = option(0.0, needs=setting("num_experts"))
     """capacity of an expert during evaluation, as --moe-train-capacity-factor"""
-    moe_min_capacity: int = 4
-    """lower bound of an expert's capacity; ignored when dropless"""
-    moe_shared_experts: int = 0
+    moe_min_capacity: int = option(
+        4,
+        needs=(
+            setting("num_experts"),
+            setting("moe_train_capacity_factor") | setting("moe_eval_capacity_factor"),
+        ),
+    )
+    """lower bound of an expert's capacity"""
+    moe_shared_experts: int = option(0, needs=setting("num_experts"))
     """number of shared experts, which process every token; computed as one MLP of this many
     times the expert hidden size"""
-    moe_first_k_dense: int = 0
+    moe_first_k_dense: int = option(0, needs=setting("num_experts"))
     """the first k layers are dense"""
-    moe_expert_parallel_size: int = 1
+    moe_expert_parallel_size: int = option(1, needs=setting("num_experts"))
     """expert-parallel size: number of ranks over which one set of experts is distributed"""
-    moe_backend: str = option("auto", choices=MOE_BACKENDS)
+    moe_backend: str = option("auto", choices=MOE_BACKENDS, needs=setting("num_experts"))
     """implementation of the expert computation; auto: cpu on the CPU, and on a GPU the first
     available of triton, grouped_mm, reference"""
 
@@ -68,8 +75,6 @@ class MoEConfig:
             "only without --expert-interval and --moe-first-k-dense",
             "Use one of the two.",
         )
-        if self.num_experts == 0:
-            self._check_dense()
         ep_size = self.moe_expert_parallel_size
         require_setting(
             self,
@@ -79,22 +84,6 @@ class MoEConfig:
             "Each rank holds the same number of experts.",
         )
         require_choices(self)
-
-    def _check_dense(self) -> None:
-        """Raise ValueError if a flag that needs experts is set without them."""
-        advice = "Set --num-experts."
-        ep_size = self.moe_expert_parallel_size
-        require_setting(
-            self, "moe_expert_parallel_size", ep_size == 1, "1 without experts", advice
-        )
-        require_setting(self, "moe_layers", not self.moe_layers, "only with experts", advice)
-        require_setting(
-            self,
-            "moe_shared_experts",
-            self.moe_shared_experts == 0,
-            "0 without experts",
-            advice,
-        )
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether block `layer`, counted from 0, has an MoE layer."""

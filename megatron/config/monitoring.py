@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config.fields import option, require_not_negative, require_setting
+from megatron.config.needs import setting
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class LoggingConfig:
     of --save, if that is set"""
     wandb_project: str = ""
     """Weights & Biases project to log to; needs the wandb extra; empty: off"""
-    wandb_exp_name: str = ""
+    wandb_exp_name: str = option("", needs=setting("wandb_project"))
     """name of this run in Weights & Biases"""
 
 
@@ -30,13 +31,13 @@ class ProfilingConfig:
     profile: bool = False
     """profile a range of iterations: writes a Chrome trace, and a table that breaks down
     the time of a step"""
-    profile_step_start: int = 10
+    profile_step_start: int = option(10, needs=setting("profile"))
     """number of completed iterations at which profiling starts"""
-    profile_step_end: int = 12
+    profile_step_end: int = option(12, needs=setting("profile"))
     """number of completed iterations at which profiling ends"""
-    profile_ranks: tuple[int, ...] = option((0,))
+    profile_ranks: tuple[int, ...] = option((0,), needs=setting("profile"))
     """ranks to profile"""
-    profile_dir: str = ""
+    profile_dir: str = option("", needs=setting("profile"))
     """directory for traces and tables; empty: the subdirectory profile of --save, or else
     of --tensorboard-dir, or else of the working directory"""
 

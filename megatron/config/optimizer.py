@@ -14,9 +14,11 @@ from megatron.config.fields import (
     require_positive_numbers,
     require_setting,
 )
+from megatron.config.needs import setting
 
 DECAY_STYLES = ("cosine", "linear", "inverse-square-root", "constant", "wsd")
 WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
+_DECAYING = tuple(style for style in DECAY_STYLES if style != "constant")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class OptimizerConfig:
 
     lr: float = 3e-4
     """peak learning rate"""
-    min_lr: float = 0.0
+    min_lr: float = option(0.0, needs=setting("lr_decay_style", *_DECAYING))
     """learning rate at the end of the decay"""
     lr_decay_style: str = option("cosine", choices=DECAY_STYLES)
     """shape of the decay; wsd (warmup-stable-decay) holds the peak and decays during the
@@ -39,15 +41,17 @@ class OptimizerConfig:
     its unit"""
     lr_warmup_tokens: int = 0
     """length of the linear warm-up in tokens"""
-    lr_decay_iters: int = 0
+    lr_decay_iters: int = option(0, needs=setting("lr_decay_style", *_DECAYING))
     """iteration at which the decay ends, warm-up included; 0: the end of the run"""
-    lr_decay_samples: int = 0
+    lr_decay_samples: int = option(0, needs=setting("lr_decay_style", *_DECAYING))
     """number of samples at which the decay ends, warm-up included; 0: the end of the run"""
-    lr_decay_tokens: int = 0
+    lr_decay_tokens: int = option(0, needs=setting("lr_decay_style", *_DECAYING))
     """number of tokens at which the decay ends, warm-up included; 0: the end of the run"""
-    lr_wsd_decay_fraction: float = 0.2
+    lr_wsd_decay_fraction: float = option(0.2, needs=setting("lr_decay_style", "wsd"))
     """fraction of the schedule, at its end, during which wsd decays"""
-    lr_wsd_decay_style: str = option("linear", choices=WSD_DECAY_STYLES)
+    lr_wsd_decay_style: str = option(
+        "linear", choices=WSD_DECAY_STYLES, needs=setting("lr_decay_style", "wsd")
+    )
     """shape of the decay of wsd"""
     weight_decay: float = 0.1
     """decoupled weight decay; not applied to norms, biases, embeddings and router weights"""

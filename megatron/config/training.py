@@ -14,6 +14,7 @@ from megatron.config.fields import (
     require_positive_integers,
     require_setting,
 )
+from megatron.config.needs import setting
 
 LENGTH_FIELDS = {
     "iterations": "train_iters",
@@ -57,7 +58,7 @@ class TrainConfig:
     --train-samples"""
     seed: int = 1234
     """random seed of weight initialisation, data order and dropout"""
-    eval_interval: int = 1000
+    eval_interval: int = option(1000, needs=setting("eval_iters"))
     """optimizer steps between evaluations on the validation split; 0: only at the start and
     the end of the run"""
     eval_iters: int = 10

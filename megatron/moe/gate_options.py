@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.config.needs import setting
 from megatron.moe.routing import SCOPES
 
 
@@ -43,6 +44,9 @@ class LossConfig(ScopeConfig):
     """coefficient of the balance loss"""
     z_loss_coeff: float = 0.0
     """coefficient of the z-loss"""
+    balance_scope: str = field(
+        default="micro-batch", metadata={"choices": SCOPES, "needs": setting("loss_coeff")}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,7 +99,7 @@ class GroupConfig(LossConfig):
     n_group: int = 1
     """number of equal groups of consecutive experts; in DeepSeek each group is on one
     device or node"""
-    topk_group: int = 1
+    topk_group: int = field(default=1, metadata={"needs": setting("n_group", above=1)})
     """groups from which a token's experts are selected"""
     norm_topk_prob: bool = False
     """divide the selected scores by their sum"""

@@ -80,6 +80,8 @@ MODEL_CHANGES = {
 
 NAMES_IN_MESSAGES = {
     "swiglu": "--activation",
+    "ffn_hidden_size": "the hidden size of an expert",
+    "moe_ffn_hidden_size": "the hidden size of an expert",
     "make_vocab_size_divisible_by": "the padded vocabulary size",
     "vocab_size": "the padded vocabulary size",
     "expert_interval": "the list of MoE layers",
@@ -413,6 +415,39 @@ def test_longer_run_may_change_schedule(options, follows):
         match="the run's number of iterations, .*, is 200 but checkpoint x .* with 100",
     ):
         check_same_schedule(saved, replace(saved, iterations=200), "x")
+
+
+def test_stored_options_without_effect_are_not_compared(capsys):
+    """Checkpoints of earlier versions may hold options that flags can no longer set."""
+    log.setup()
+    model = ModelConfig(position_embedding_type="learned", ffn_hidden_size=48)
+    moe = MoEConfig(num_experts=4, moe_ffn_hidden_size=32)
+    constant = OptimizerConfig(lr_decay_style="constant")
+    current = RunMetadata(
+        RunConfig(
+            model=replace(model, ffn_hidden_size=0),
+            moe=moe,
+            optimizer=constant,
+            data=DataConfig(train_data_path=("a",)),
+        ),
+        IDENTITY,
+    )
+    config = RunConfig(
+        model=replace(model, rotary_base=500.0),
+        moe=moe,
+        optimizer=replace(constant, min_lr=1e-5, lr_decay_iters=9),
+        data=DataConfig(train_data_path=("a",), split="8,1,1"),
+    )
+    saved = replace(current, config=config)
+    check_same_run(saved, current, "x")
+    check_same_schedule(saved, current, "x")
+    warn_of_changes(saved, current)
+    assert capsys.readouterr().out == ""
+    dense_first = replace(moe, moe_first_k_dense=1)  # its width is the dense layer's
+    dense = RunConfig(model=config.model, moe=dense_first)
+    other = RunConfig(model=replace(config.model, ffn_hidden_size=64), moe=dense_first)
+    with pytest.raises(ValueError, match="--ffn-hidden-size is 64 but"):
+        check_same_run(replace(saved, config=dense), replace(saved, config=other), "x")
 
 
 class Words:

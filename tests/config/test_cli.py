@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from helpers.fake_gates import Mass, TopK, gate_config, parse, run_json
+from helpers.fake_gates import Mass, TopK, gate_config, parse, parse_moe, run_json
 from megatron import __version__
 from megatron.config import cli
 from megatron.config.flags import flags_of
@@ -82,19 +82,19 @@ def test_flags_set_typed_values(words, where, expected):
     ],
 )
 def test_gate_options_set_typed_values(words, name, expected):
-    options = parse(*words.split()).gate_options
+    options = parse_moe(*words.split()).gate_options
     assert options == {**dataclasses.asdict(TopK()), name: expected}
 
 
 def test_gate_determines_the_available_flags():
-    config = parse("--threshold", "0.5", "--gate", "threshold", "--topk", "3")
+    config = parse_moe("--threshold", "0.5", "--gate", "threshold", "--topk", "3")
     assert config.moe.gate == "threshold" and config.gate_options == {
         "threshold": 0.5,
         "topk": 3,
     }
-    assert parse("--gate", "topk", "--gate=mass").gate_options == dataclasses.asdict(Mass()), (
-        "the last --gate applies"
-    )
+    assert parse_moe("--gate", "topk", "--gate=mass").gate_options == dataclasses.asdict(
+        Mass()
+    ), "the last --gate applies"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_gate_determines_the_available_flags():
     [("--use-threshold", "threshold"), ("--use_topk", "topk"), ("--use-hash-layer", "hash")],
 )
 def test_gate_aliases_select_the_gate(alias, gate):
-    assert parse(alias).moe.gate == parse(alias, "--gate", gate).moe.gate == gate
+    assert parse_moe(alias).moe.gate == parse_moe(alias, "--gate", gate).moe.gate == gate
     assert set(cli.GATE_ALIASES.values()) == {"threshold", "topk", "hash", "base"}
 
 
@@ -264,6 +264,12 @@ def test_help_lists_sections_and_defaults(capsys, monkeypatch):
         "--renormalise, --no-renormalise divide by the sum (default: on)",
         "--use-threshold the same as --gate threshold",
         "--limit N (default: None)",
+        "only at the end of the run (default: 0; only with --save)",
+        "allow a learning rate, schedule, warm-up or run length that differs from the "
+        "checkpoint's (default: off; only with --load; only without --finetune)",
+        "(default: 4; only with --num-experts; only with --moe-train-capacity-factor or "
+        "--moe-eval-capacity-factor)",
+        "(default: 0; only with a dense layer, or without --moe-ffn-hidden-size)",
     ):
         assert text in squeezed, text
     assert "local-rank" not in out and "--threshold X" not in out
@@ -315,17 +321,18 @@ def test_integers_are_parsed_exactly(seed):
 def test_to_flags_omits_defaults():
     config = RunConfig(
         model=ModelConfig(num_layers=2, swiglu=True),
-        moe=MoEConfig(gate="threshold"),
+        moe=MoEConfig(num_experts=4, gate="threshold"),
         optimizer=OptimizerConfig(lr=1e-3),
-        gate_options={"threshold": 0.5, "loss_coeff": 1.0},
+        gate_options={"threshold": 0.5, "topk": 3},
     )
-    assert cli.to_flags(config) == [
+    assert cli.to_flags(config, gate_config) == [
         "--num-layers=2",
         "--swiglu",
+        "--num-experts=4",
         "--gate=threshold",
         "--lr=0.001",
         "--threshold=0.5",
-        "--moe-loss-coeff=1.0",
+        "--topk=3",
     ]
 
 
@@ -334,4 +341,4 @@ def test_to_flags_refuses_values_like_flags():
     with pytest.raises(
         ValueError, match="--data-path is '--b'; allowed: text that does not start with \"--\""
     ):
-        cli.to_flags(config)
+        cli.to_flags(config, gate_config)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from helpers.fake_gates import TopK, parse, run_json
+from helpers.fake_gates import TopK, gate_config, parse, parse_moe, run_json
 from megatron.config import cli
+from megatron.config.effect import reset_without_effect
 from megatron.config.flags import flags_of
 from megatron.config.run_json import config_from_dict, read_run_json, write_run_json
 from megatron.config.schema import RUN_JSON_LAYOUT, SECTIONS, RunConfig
@@ -21,6 +22,7 @@ def test_flags_precede_file_and_defaults(tmp_path):
         tmp_path,
         {
             "model": {"num_layers": 8, "hidden_size": 512},
+            "moe": {"num_experts": 4},
             "gate_options": {"topk": 3},
             "data": {"data_path": ["a"]},
         },
@@ -40,14 +42,19 @@ def test_flags_precede_file_and_defaults(tmp_path):
 
 def test_run_json_selects_the_gate(tmp_path):
     path = run_json(
-        tmp_path, {"moe": {"gate": "threshold"}, "gate_options": {"threshold": 0.25}}
+        tmp_path,
+        {
+            "moe": {"gate": "threshold", "num_experts": 4},
+            "gate_options": {"threshold": 0.25},
+        },
     )
     assert parse("--config", path).gate_options == {"threshold": 0.25, "topk": 0}
     assert parse("--config", path, "--use-threshold").gate_options["threshold"] == 0.25
 
 
 def test_other_gate_drops_stored_options(tmp_path, caplog):
-    path = run_json(tmp_path, {"moe": {"gate": "topk"}, "gate_options": {"topk": 5}})
+    moe = {"gate": "topk", "num_experts": 4}
+    path = run_json(tmp_path, {"moe": moe, "gate_options": {"topk": 5}})
     config = parse("--config", path, "--gate", "threshold", "--threshold", "0.5")
     assert config.moe.gate == "threshold" and config.gate_options == {
         "threshold": 0.5,
@@ -59,7 +66,9 @@ def test_other_gate_drops_stored_options(tmp_path, caplog):
     ]
     caplog.clear()
     assert (
-        parse("--config", run_json(tmp_path, {}), "--gate", "threshold").gate_options["topk"]
+        parse_moe("--config", run_json(tmp_path, {}), "--gate", "threshold").gate_options[
+            "topk"
+        ]
         == 0
     )
     assert caplog.messages == []
@@ -124,7 +133,7 @@ def test_run_json_numbers_take_field_types(tmp_path):
 
 
 def test_run_json_write_then_read(tmp_path):
-    config = parse("--data-path", "a", "b", "--levels", "4", "--swiglu", "--lr", "1e-5")
+    config = parse_moe("--data-path", "a", "b", "--levels", "4", "--swiglu", "--lr", "1e-5")
     path = tmp_path / "run.json"
     path.write_text("old")
     write_run_json(config, path)
@@ -176,7 +185,7 @@ def test_run_json_of_a_checkpoint(tmp_path):
 
 
 def test_config_from_dict_inverts_to_dict():
-    config = parse("--levels", "1", "--num-layers", "3")
+    config = parse_moe("--levels", "1", "--num-layers", "3")
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config_from_dict({}) == RunConfig()
     with pytest.raises(
@@ -404,6 +413,9 @@ def test_to_flags_and_json_round_trip(chosen, data):
         )
     except ValueError:
         assume(False)
-    flags = cli.to_flags(config)
-    assert parse(*flags) == config
+    flags = cli.to_flags(config, gate_config)
+    effective = reset_without_effect(config)
+    if not effective.moe.num_experts:
+        effective = dataclasses.replace(effective, gate_options=dataclasses.asdict(TopK()))
+    assert parse(*flags) == effective
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config

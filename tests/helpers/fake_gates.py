@@ -65,6 +65,11 @@ def parse(*argv: str) -> RunConfig:
     return cli.parse(argv, gate_config, lambda: list(GATES))
 
 
+def parse_moe(*argv: str) -> RunConfig:
+    """Parse a command line as `parse` does, with experts, which gate options need."""
+    return parse("--num-experts", "4", *argv)
+
+
 def run_json(tmp_path: Path, content: Any) -> str:
     """Write a run.json from text or from JSON content, and return its path."""
     path = tmp_path / "run.json"

@@ -50,5 +50,6 @@ def test_fitting_options_are_parsed(gate):
 
 
 def test_dense_model_needs_no_fitting_options():
-    config = cli.parse(["--gate", "topk"], gate_config_class, available_gates)
-    assert config.moe.num_experts == 0
+    for words in ([], ["--gate", "topk", "--topk", "9", "--num-experts", "0"]):
+        config = cli.parse(words, gate_config_class, available_gates)
+        assert config.moe.num_experts == 0 and config.gate_options["topk"] == 2

@@ -51,7 +51,9 @@ def test_every_option_is_a_flag(name, option):
         argv = ["--gate", name, "--num-experts", str(E), *flags]
         return parse(argv, gate_config_class, available_gates).gate_options
 
-    base = {"n_group": 2} if option == "topk_group" else {}  # it is limited by n_group
+    # These three have no effect with a single group.
+    grouped = ("topk_group", "device_loss_coeff", "communication_loss_coeff")
+    base = {"n_group": 2} if option in grouped else {}
     flags = [word for n, v in base.items() for word in flag_words(n, v)]
     before = gate_options(*flags)
     refusals = []

@@ -19,7 +19,8 @@ PEER = [
     "--peer-query-size",
     "16",
 ]
-MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--expert-interval", "1"]
+# All layers are MoE layers, so that the width of dense layers in SHAPE would have no effect.
+MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--ffn-hidden-size", "0"]
 
 
 def _train(argv: list[str]) -> dict[str, int]:

@@ -45,9 +45,14 @@ from torch import Tensor
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import group_limited_scores, linear_fp32
-from megatron.moe.gate_options import GroupConfig, require_field
+from megatron.moe.gate_options import GroupConfig, require_field, setting
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
+
+_GROUPS = setting("n_group", above=1)
+_LOSSES = (
+    setting("loss_coeff") | setting("device_loss_coeff") | setting("communication_loss_coeff")
+)
 
 
 class DeepSeekV2Gate(Gate, name="deepseek_v2"):
@@ -59,13 +64,13 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
         """factor applied to every weight"""
         loss_coeff: float = 0.003
         """coefficient of the balance loss over experts"""
-        device_loss_coeff: float = 0.05
-        """coefficient of the balance loss over the assignments to groups; no effect
-        with one group"""
-        communication_loss_coeff: float = 0.02
-        """coefficient of the balance loss over the tokens that groups receive; no
-        effect with one group"""
-        balance_scope: str = field(default="sequence", metadata={"choices": SCOPES})
+        device_loss_coeff: float = field(default=0.05, metadata={"needs": _GROUPS})
+        """coefficient of the balance loss over the assignments to groups"""
+        communication_loss_coeff: float = field(default=0.02, metadata={"needs": _GROUPS})
+        """coefficient of the balance loss over the tokens that groups receive"""
+        balance_scope: str = field(
+            default="sequence", metadata={"choices": SCOPES, "needs": _LOSSES}
+        )
         """tokens that the balance losses count: each rank's micro-batch, each sequence,
         or those of all ranks and of the step's micro-batches so far"""
 

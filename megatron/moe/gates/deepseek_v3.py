@@ -45,7 +45,7 @@ from torch import Tensor
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import group_limited_scores, linear_fp32, normalized_scores
-from megatron.moe.gate_options import GroupConfig, require_field
+from megatron.moe.gate_options import GroupConfig, require_field, setting
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing, StepTotals
 
@@ -67,7 +67,9 @@ class DeepSeekV3Gate(Gate, name="deepseek_v3"):
         bias"""
         loss_coeff: float = 1e-4
         """coefficient of the balance loss"""
-        balance_scope: str = field(default="sequence", metadata={"choices": SCOPES})
+        balance_scope: str = field(
+            default="sequence", metadata={"choices": SCOPES, "needs": setting("loss_coeff")}
+        )
         """tokens that the balance loss counts: each rank's micro-batch, each sequence,
         or those of all ranks and of the step's micro-batches so far"""
 

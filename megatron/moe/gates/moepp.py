@@ -34,14 +34,14 @@ A assignments.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from megatron.moe.gate import Gate, GateContext
 from megatron.moe.gate_functional import linear_fp32, make_linear
-from megatron.moe.gate_options import LossConfig, check_topk, require_field
+from megatron.moe.gate_options import LossConfig, check_topk, require_field, setting
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
@@ -85,7 +85,14 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         """number of experts that mix their input with a learned vector; 0: a quarter of
         the number of experts, less zero and copy experts, but at least 1 (the paper has
         2 for 8 experts)"""
-        tau: float = 0.75
+        tau: float = field(
+            default=0.75,
+            metadata={
+                "needs": setting("loss_coeff")
+                | setting("moe_train_capacity_factor")
+                | setting("moe_eval_capacity_factor")
+            },
+        )
         """weight of zero-computation experts in the balance loss and of MLP experts in
         the capacity: a smaller value sends more tokens to zero-computation experts"""
 
