@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,11 @@ from megatron.config.effect import (
 )
 from megatron.config.flag_parser import FlagParser, add_flag
 from megatron.config.flags import Flag, flags_of, index_flags
+from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED, translate
 from megatron.config.gate_overrides import apply_gate_overrides, drop_gate_overrides
 from megatron.config.run_json import load_config_json, parse_sections, parse_stored_values
 from megatron.config.schema import SECTIONS, MoEConfig, RunConfig
+from megatron.config.short_help import new_parser, short_help
 from megatron.config.values import format_flag, parse_value
 from megatron.log import warn_on_rank0
 
@@ -87,7 +88,7 @@ def parse(
             of another gate.
     Raises:
         ValueError: one line that says what was set, where, and what is allowed.
-        SystemExit: with status 0, after --help or --version.
+        SystemExit: with status 0, after --help, --help-all or --version.
     """
     config, _ = parse_with(
         None, argv, gate_config, gate_names, prog=prog, description=description
@@ -117,7 +118,14 @@ def parse_with(
         classes["options"] = options
     known = index_flags(classes)
     parser = _build_parser(classes, stored, gate, prog, description)
-    namespace, unknown = parser.parse_known_args(words)
+    own = {*known, *parser._option_string_actions}
+    namespace, unknown = parser.parse_known_args(translate(words, own, warn_on_rank0))
+    if namespace.help:
+        shown = {"options": "flags of this program"} if options is not None else {}
+        if gate_flag:
+            shown["gate_options"] = f"gate {gate.name}"
+        print(short_help(classes, stored, shown, prog, description), end="")
+        raise SystemExit(0)
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], known, gate))
     values = {section: dict(stored.get(section, {})) for section in classes}
@@ -266,14 +274,7 @@ def _build_parser(
     description: str | None,
 ) -> FlagParser:
     """Build the parser of all flags, which shows stored values as defaults."""
-    parser = FlagParser(
-        prog=prog,
-        description=description,
-        usage="%(prog)s [flags]",
-        allow_abbrev=False,
-        add_help=False,
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
-    )
+    parser = new_parser(prog, description)
     _add_general_flags(parser)
     for section, cls in classes.items():
         title = section
@@ -295,7 +296,10 @@ def _build_parser(
 def _add_general_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that belong to no config section."""
     general = parser.add_argument_group("general")
-    general.add_argument("--help", action="help", help="show this and exit")
+    general.add_argument(
+        "--help", action="store_true", help="show what a run needs first, and exit"
+    )
+    general.add_argument("--help-all", action="help", help="show all flags and exit")
     general.add_argument(
         "--version",
         action="version",
@@ -384,8 +388,9 @@ def _explain_unknown(word: str, known: dict[str, Flag], gate: _GateChoice) -> st
             f"{flag} belongs to --gate {' or '.join(sorted(owners))}, but the gate is "
             f"{gate.name}; leave the flag out or choose another gate"
         )
-    advice = "--help lists all flags"
-    similar = difflib.get_close_matches(flag, [*known, *GATE_ALIASES], n=1)
+    advice = "--help-all lists all flags"
+    names = [*known, *GATE_ALIASES, *ALIASES, *NOT_NEEDED, *NOT_SUPPORTED]
+    similar = difflib.get_close_matches(flag, names, n=1)
     if similar:
         advice = f"did you mean {similar[0]}? {advice}"
     return f"{flag} is no flag; {advice}"

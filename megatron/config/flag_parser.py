@@ -20,7 +20,7 @@ class FlagParser(argparse.ArgumentParser):
     """A parser that raises ValueError with one line where argparse prints its usage and exits."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}; --help lists all flags")
+        raise ValueError(f"{message.removeprefix('argument ')}; --help-all lists all flags")
 
 
 class _Switch(argparse.Action):

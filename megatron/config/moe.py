@@ -28,8 +28,7 @@ class MoEConfig:
     """indices of the MoE layers, counted from 0; alternative to --expert-interval and
     --moe-first-k-dense"""
     gate: str = option("topk", needs=setting("num_experts"))
-    """gate (router) of the MoE layers; --help together with --gate NAME also lists that
-    gate's own flags"""
+    """gate (router) of the MoE layers; --gate NAME --help lists that gate's own flags"""
     moe_ffn_hidden_size: int = option(0, needs=setting("num_experts"))
     """hidden size of one expert; 0: that of a dense feed-forward layer"""
     moe_train_capacity_factor: float = option(0.0, needs=setting("num_experts"))

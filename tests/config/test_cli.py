@@ -1,6 +1,8 @@
 """Command-line parsing: values, errors, help, and configurations written as flags."""
 
 import dataclasses
+import re
+import shlex
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from helpers.fake_gates import Mass, TopK, gate_config, parse, parse_moe, run_json
 from megatron import __version__
 from megatron.config import cli
+from megatron.config.fields import flag_name
 from megatron.config.flags import flags_of
 from megatron.config.schema import (
     SECTIONS,
@@ -18,6 +21,8 @@ from megatron.config.schema import (
     OptimizerConfig,
     RunConfig,
 )
+from megatron.config.short_help import EXAMPLE, FIRST_FLAGS
+from megatron.moe.gate import available_gates, gate_config_class
 
 # Values
 
@@ -136,13 +141,16 @@ def test_parse_with_adds_tool_flags():
         ("--activation tanh", "--activation is 'tanh'; allowed: gelu relu silu swiglu geglu"),
         ("--levels 1 x", "--levels is 'x'; allowed: an integer"),
         ("--topk 0", "--topk is 0; allowed: a positive integer"),
-        ("--num-layers", "--num-layers: expected one argument; --help lists all flags"),
-        ("--save --load x", "--save: expected one argument; --help lists all flags"),
-        ("--data-path", "--data-path: expected at least one argument; --help lists all flags"),
-        ("--gate", "--gate: expected one argument; --help lists all flags"),
+        ("--num-layers", "--num-layers: expected one argument; --help-all lists all flags"),
+        ("--save --load x", "--save: expected one argument; --help-all lists all flags"),
+        (
+            "--data-path",
+            "--data-path: expected at least one argument; --help-all lists all flags",
+        ),
+        ("--gate", "--gate: expected one argument; --help-all lists all flags"),
         (
             "--swiglu=1",
-            "--swiglu/--no-swiglu: ignored explicit argument '1'; --help lists all flags",
+            "--swiglu/--no-swiglu: ignored explicit argument '1'; --help-all lists all flags",
         ),
         ("--gate nope", "--gate is 'nope'; allowed: topk threshold mass hash"),
         (
@@ -155,21 +163,21 @@ def test_parse_with_adds_tool_flags():
         ),
         (
             "--num-layer 3",
-            "--num-layer is no flag; did you mean --num-layers? --help lists all flags",
+            "--num-layer is no flag; did you mean --num-layers? --help-all lists all flags",
         ),
         (
             "--num_layer=3",
-            "--num-layer is no flag; did you mean --num-layers? --help lists all flags",
+            "--num-layer is no flag; did you mean --num-layers? --help-all lists all flags",
         ),
         (
             "--num-expert 3",
-            "--num-expert is no flag; did you mean --num-experts? --help lists all flags",
+            "--num-expert is no flag; did you mean --num-experts? --help-all lists all flags",
         ),
         (
             "--moe-loss-coef 3",
-            "--moe-loss-coef is no flag; did you mean --moe-loss-coeff? --help lists all flags",
+            "--moe-loss-coef is no flag; did you mean --moe-loss-coeff? --help-all lists all flags",
         ),
-        ("--zzz", "--zzz is no flag; --help lists all flags"),
+        ("--zzz", "--zzz is no flag; --help-all lists all flags"),
         ("--num-layers 3 4", "unexpected argument '4'; every value follows its flag"),
         ("-x", "unexpected argument '-x'; every value follows its flag"),
         (
@@ -236,7 +244,7 @@ def test_invalid_gate_configs_are_refused(fields, message):
 def test_help_lists_sections_and_defaults(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as caught:
-        parse("--help", "--gate", "topk")
+        parse("--help-all", "--gate", "topk")
     out = capsys.readouterr().out
     assert caught.value.code == 0
     for line in (
@@ -275,10 +283,57 @@ def test_help_lists_sections_and_defaults(capsys, monkeypatch):
     assert "local-rank" not in out and "--threshold X" not in out
 
 
+def test_short_help_shows_first_flags(capsys, monkeypatch):
+    """--help lists what a run needs, groups and an example, and only the flags of these."""
+    monkeypatch.setenv("COLUMNS", "100")
+    for words in (["--help"], ["-h"], ["--num-layers", "3", "--help", "--unknown"]):
+        with pytest.raises(SystemExit) as caught:
+            parse(*words)
+        assert caught.value.code == 0
+        out = capsys.readouterr().out
+        titles = ["every run needs:", "most runs set:", "groups of flags", "example:"]
+        positions = [out.index(title) for title in titles]
+        assert positions == sorted(positions)
+        flags = set(re.findall(r"^  (--[a-z0-9-]+)", out, re.MULTILINE))
+        names = [name for group in FIRST_FLAGS.values() for name in group]
+        assert flags == {flag_name(name) for name in names}
+        for section, cls in SECTIONS.items():
+            assert re.search(
+                rf"^  {section} +{len(flags_of(cls, section))}  ", out, re.MULTILINE
+            )
+        assert len(out.splitlines()) < 70
+
+
+def test_short_help_of_a_gate_lists_its_flags(capsys):
+    with pytest.raises(SystemExit):
+        parse("--gate", "mass", "--help")
+    out = capsys.readouterr().out
+    assert "gate mass:" in out and "--mass X" in out and "--threshold X" in out
+
+
+def test_short_help_of_a_tool_lists_its_flags(capsys):
+    @dataclass(frozen=True)
+    class Tool:
+        answers: int = 1
+
+    with pytest.raises(SystemExit):
+        cli.parse_with(Tool, ["--help"], gate_config)
+    assert "flags of this program:\n  --answers N" in capsys.readouterr().out
+
+
+def test_example_of_help_parses(tmp_path):
+    lines = EXAMPLE.replace("\\\n", "").splitlines()
+    words = shlex.split(next(line for line in lines if "pretrain_gpt.py" in line))
+    config = cli.parse(
+        words[words.index("pretrain_gpt.py") + 1 :], gate_config_class, available_gates
+    )
+    assert config.moe.num_experts == 4 and config.gate_options["topk"] == 2
+
+
 def test_help_shows_run_json_values(capsys, tmp_path):
     path = run_json(tmp_path, {"model": {"num_layers": 77}})
     with pytest.raises(SystemExit):
-        parse("-h", "--config", path)
+        parse("--help-all", "--config", path)
     assert "(default: 77)" in capsys.readouterr().out
 
 

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron.config.flags import flags_of
+from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED
 from megatron.config.schema import SECTIONS
 from megatron.moe.gate import available_gates, gate_config_class
 
@@ -31,7 +32,7 @@ TOOLS = (
     "tools/consolidate_checkpoint.py",
     "dataset/make_corpus.py",
 )
-GENERAL_FLAGS = {"--help", "--version", "--config"}
+GENERAL_FLAGS = {"--help", "--help-all", "--version", "--config"}
 """Flags of pretrain_gpt.py that are not fields of its configuration"""
 
 PATH = r"(?:megatron|tools|dataset|benchmarks|examples_deepspeed|docs|tests)/[\w./-]*"
@@ -118,8 +119,8 @@ def assert_success(done: subprocess.CompletedProcess) -> None:
 
 @cache
 def known_flags() -> frozenset[str]:
-    """Return the flags of training, gates, tools and benchmarks."""
-    flags = set(GENERAL_FLAGS)
+    """Return the flags of training, gates, tools and benchmarks, and those of Megatron."""
+    flags = {*GENERAL_FLAGS, *ALIASES, *NOT_NEEDED, *NOT_SUPPORTED}
     for source in [*REPO.glob("benchmarks/*.py"), REPO / "tests/record_results.py"]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source.read_text()))
     for tool in TOOLS:

@@ -131,4 +131,4 @@ def streaming_flags(text: Path, out: Path, data: str, *more: str) -> list[str]:
     evaluation = ["--valid-data-path", data, "--test-data-path", data, "--eval-iters", "1"]
     argv = runs.flags(data, out, 8, *runs.EP2, *streaming, *evaluation, *more)
     at = argv.index("--data-path")
-    return argv[:at] + argv[at + 2 :]
+    return argv[:at] + argv[at + 4 :]  # --split has no effect without it
