@@ -129,15 +129,10 @@ def parse_with(
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], known, gate))
     values = {section: dict(stored.get(section, {})) for section in classes}
+    given = _set_values(values, namespace, known)
+    if gate_flag and known["--gate"] not in given:
+        given.append(known["--gate"])  # by one of XMoE's spellings
     values["moe"]["gate"] = gate.name
-    given = []
-    for flag in dict.fromkeys(known.values()):
-        raw = getattr(namespace, flag.dest, None)
-        if raw is not None:
-            values[flag.section][flag.name] = parse_value(flag, _unmark(raw), flag.spellings[0])
-            given.append(flag)
-        elif flag.dest == "moe.gate" and gate_flag:
-            given.append(flag)  # by one of XMoE's spellings
     built = _build_sections(classes, values, given)
     while dropped := _check_effect(built, classes, values, given):
         if "gate" in dropped:
@@ -147,6 +142,49 @@ def parse_with(
     options = built.pop("options", None)
     built["gate_options"] = dataclasses.asdict(built["gate_options"])
     return RunConfig(**built), options
+
+
+def refuse_early(argv: Sequence[str]) -> None:
+    """Refuse what is wrong whatever the gate, before gates and torch are imported.
+
+    `parse` makes all checks, these too. Flags that are unknown here may be the gate's, and its
+    options may determine the experts. A run.json is left to `parse`.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    words = list(_normalize(argv))
+    _, path = _first_pass(words)
+    if path or not {"--help", "--help-all", "--version"}.isdisjoint(words):
+        return
+    known = index_flags(SECTIONS)
+    parser = _build_parser(SECTIONS, {}, None, None, None)
+    own = {*known, *parser._option_string_actions}
+    namespace, _ = parser.parse_known_args(translate(words, own, lambda *_: None))
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    given = _set_values(values, namespace, known)
+    built = {section: cls(**values[section]) for section, cls in SECTIONS.items()}
+    fixed = [flag for flag in given if not _depends_on_experts(flag)]
+    require_effect(fixed, values_by_name(built), list(dict.fromkeys(known.values())))
+
+
+def _depends_on_experts(flag: Flag) -> bool:
+    """Return whether a flag needs something that a gate's options may determine."""
+    names = {setting.name for need in flag.needs for setting in need.settings}
+    return "num_experts" in names or any(need.rule for need in flag.needs)
+
+
+def _set_values(
+    values: dict[str, dict[str, Any]], namespace: argparse.Namespace, known: dict[str, Flag]
+) -> list[Flag]:
+    """Set the values of parsed flags by section and field, and return these flags."""
+    given = []
+    for flag in dict.fromkeys(known.values()):
+        raw = getattr(namespace, flag.dest, None)
+        if raw is not None:
+            values[flag.section][flag.name] = parse_value(flag, _unmark(raw), flag.spellings[0])
+            given.append(flag)
+    return given
 
 
 def to_flags(config: RunConfig, gate_config: Callable[[str], type]) -> list[str]:
@@ -269,7 +307,7 @@ def _choose_gate(
 def _build_parser(
     classes: dict[str, type],
     stored: dict[str, dict[str, Any]],
-    gate: _GateChoice,
+    gate: _GateChoice | None,
     prog: str | None,
     description: str | None,
 ) -> FlagParser:

@@ -53,7 +53,9 @@ _GROUPED = "all experts of a rank are always computed together"
 _ZERO = "DeepSpeed overlaps communication; see --deepspeed-config"
 
 NOT_NEEDED = {
-    "--accumulate-allreduce-grads-in-fp32": NotNeeded("gradients are reduced in fp32"),
+    "--accumulate-allreduce-grads-in-fp32": NotNeeded(
+        "gradients are reduced in fp32 without --grad-reduce-in-bf16"
+    ),
     "--attention-backend": NotNeeded(_SDPA, ANY),
     "--attention-softmax-in-fp32": NotNeeded("SDPA computes the softmax in fp32"),
     "--auto-detect-ckpt-format": NotNeeded(_FORMAT),

@@ -67,8 +67,8 @@ class OptimizerConfig:
     """compute in bfloat16 with fp32 master weights; the router stays in fp32"""
     fp16: bool = False
     """compute in float16 with dynamic loss scaling; the router stays in fp32"""
-    grad_reduce_in_bf16: bool = False
-    """with --bf16: reduce gradients over ranks in bfloat16, those of the router too, which
+    grad_reduce_in_bf16: bool = option(False, needs=setting("bf16"))
+    """reduce gradients over ranks in bfloat16, those of the router too, which
     halves the bytes and rounds each sum; default: in fp32"""
 
     def __post_init__(self):
@@ -92,13 +92,6 @@ class OptimizerConfig:
         require_each(self, fractions, lambda value: 0 <= value <= 1, "0 to 1")
         betas = ("adam_beta1", "adam_beta2")
         require_each(self, betas, lambda value: 0 <= value < 1, "0 <= beta < 1")
-        require_setting(
-            self,
-            "grad_reduce_in_bf16",
-            self.bf16 or not self.grad_reduce_in_bf16,
-            "only with --bf16",
-            "Set --bf16 or leave it out.",
-        )
         self._check_exclusive_flags()
 
     def _check_exclusive_flags(self) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -236,6 +238,54 @@ def test_invalid_gate_configs_are_refused(fields, message):
     bad = dataclasses.make_dataclass("Bad", fields)
     with pytest.raises(ValueError, match=message):
         cli.parse([], lambda name: bad)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--num-layers x", "--num-layers is 'x'; allowed: an integer"),
+        ("--hidden-size 0 --topk 3", "--hidden-size is 0; allowed: a positive integer"),
+        ("--gate nope --save-interval 3", "--save-interval is 3; it has an effect only with"),
+        ("--squared-relu", "--squared-relu is not supported here: choose an --activation"),
+    ],
+)
+def test_early_check_needs_no_gate(words, message):
+    with pytest.raises(ValueError) as caught:
+        cli.refuse_early(words.split())
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--unknown 3 --gate nope --use-flash-attn",
+        "--gate peer --moe-ffn-hidden-size 2 --moe-train-capacity-factor 1",
+        "--num-experts 4 --moe-ffn-hidden-size 2 --ffn-hidden-size 3",
+        "--save-interval 3 --config missing.json",
+        "--save-interval 3 --help",
+        "--save-interval 3 --help-all",
+        "--save-interval 3 --version",
+    ],
+)
+def test_early_check_leaves_other_mistakes(words):
+    """Those that the gate, its options, or a run.json may decide."""
+    assert cli.refuse_early(words.split()) is None
+
+
+def test_wrong_flag_is_refused_before_torch(repo, tmp_path):
+    program = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        "sys.argv = ['pretrain_gpt.py', '--save-interval', '3', '--topk', '2']; "
+        f"runpy.run_path({str(repo / 'pretrain_gpt.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "error: --save-interval is 3; it has an effect only with --save. "
+        "Set --save or leave --save-interval out.\n"
+    )
 
 
 # Help

@@ -220,9 +220,3 @@ def test_fp16_without_zero_is_refused():
             optimizer=OptimizerConfig(fp16=True),
             deepspeed=DeepSpeedConfig(zero_stage=0),
         )
-
-
-def test_bf16_reduction_needs_bf16():
-    message = "--grad-reduce-in-bf16 is True; allowed: only with --bf16"
-    with pytest.raises(ValueError, match=message):
-        OptimizerConfig(grad_reduce_in_bf16=True)
