@@ -7,6 +7,7 @@ in one record.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.fields import require
@@ -51,6 +52,7 @@ def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
         ValueError: a flag does not fit the ranks, the tokenizer or the checkpoint.
         OSError: a file is missing, or the ranks do not find each other.
     """
+    _check_output_paths(config)
     raise_open_files_limit()
     tokenizer = build_tokenizer(config.tokenizer)
     timer.mark("tokenizer")
@@ -172,6 +174,37 @@ def _init_distributed(ep_size: int, timeout_minutes: float = 10.0) -> Groups:
     from megatron.engine import distributed
 
     return distributed.init_distributed(ep_size, timeout_minutes)
+
+
+def _check_output_paths(config: RunConfig) -> None:
+    """Check that no file has the path of a directory that the run writes, nor the reverse.
+
+    Raises:
+        ValueError: one does; the message names the flag.
+    """
+    paths = {
+        "--save": config.checkpoint.save,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--profile-dir": config.profiling.profile_dir,
+        "--data-cache-path": config.data.data_cache_path,
+    }
+    for flag, value in paths.items():
+        found = [path for path in (Path(value), *Path(value).parents) if path.exists()]
+        require(
+            not value or found[0].is_dir(),
+            flag,
+            value,
+            "the path of a directory, which is made if it is missing",
+            f"{found[0]} is a file.",
+        )
+    metrics_file = config.logging.metrics_file
+    require(
+        not metrics_file or not Path(metrics_file).is_dir(),
+        "--metrics-file",
+        metrics_file,
+        "the path of a file",
+        f"{metrics_file} is a directory.",
+    )
 
 
 def _vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:

@@ -50,3 +50,15 @@ def test_section_flags_are_a_described_group(capsys):
         parse(TokenizerConfig, "--help")
     out = capsys.readouterr().out
     assert "tokenizer:\n  of this tool" in out and "--vocab-file TEXT" in out
+
+
+def test_section_from_args_refuses_useless_flags():
+    args = parse(TokenizerConfig, "--tokenizer-type", "ByteTokenizer", "--vocab-file", "x")
+    message = (
+        "--vocab-file is 'x'; it has an effect only with --tokenizer-type GPT2BPETokenizer"
+    )
+    with pytest.raises(ValueError, match=message):
+        section_from_args(args, TokenizerConfig)
+    # What it needs is a flag of another section, which this tool does not have.
+    args = parse(DataConfig, "--valid-data-path", "a")
+    assert section_from_args(args, DataConfig).valid_data_path == ("a",)
