@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.fields import require
-from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.config.schema import CheckpointConfig, RunConfig, TokenizerConfig
+from megatron.data.data_args import read_data_args
 from megatron.io.open_files import raise_open_files_limit
 from megatron.log import get_logger
-from megatron.parallel.groups import Groups
+from megatron.parallel.groups import Groups, broadcast_from_rank0
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 from megatron.training.startup_timer import StartupTimer
@@ -54,6 +55,7 @@ def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
     """
     _check_output_paths(config)
     raise_open_files_limit()
+    config = replace(config, tokenizer=_tokenizer_of_mock_data(config))
     tokenizer = build_tokenizer(config.tokenizer)
     timer.mark("tokenizer")
     groups = _init_distributed(
@@ -62,6 +64,8 @@ def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
     from megatron.checkpoint.loader import load_for_run
 
     timer.mark("DeepSpeed and process groups")
+    data = broadcast_from_rank0(lambda: read_data_args(config.data), groups)
+    config = replace(config, data=data)
     log_expert_backend(config, groups)
     checkpoint, config, progress = load_for_run(config, groups)
     vocab_size = _vocab_size(config, tokenizer)
@@ -157,7 +161,14 @@ def build_engine(run: Run, model: GPT) -> Engine:
     from megatron.engine.engine import Engine
 
     config = run.config
-    return Engine(model, config.optimizer, config.deepspeed, config.train, run.groups)
+    return Engine(
+        model,
+        config.optimizer,
+        config.deepspeed,
+        config.train,
+        run.groups,
+        evaluation_only=config.train.skip_train,
+    )
 
 
 def restore_training_state(run: Run, engine: Engine) -> None:
@@ -205,6 +216,19 @@ def _check_output_paths(config: RunConfig) -> None:
         "the path of a file",
         f"{metrics_file} is a directory.",
     )
+
+
+def _tokenizer_of_mock_data(config: RunConfig) -> TokenizerConfig:
+    """Return a tokenizer without files for --mock-data if no files are named."""
+    if not (config.data.mock_data and config.tokenizer.lacks_files):
+        return config.tokenizer
+    # The end-of-document id of a NullTokenizer follows its ordinary ids.
+    ordinary_ids = config.model.vocab_size - 1
+    get_logger().info(
+        "--mock-data: the tokenizer is NullTokenizer with %d ids, as --vocab-size sets",
+        config.model.vocab_size,
+    )
+    return TokenizerConfig("NullTokenizer", tokenizer_model=str(ordinary_ids))
 
 
 def _vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron.config import cli
 from megatron.config.schema import RunConfig
+from megatron.config.training import LENGTH_FIELDS
 from megatron.data.sampling.blend import Samples
 from megatron.exit_codes import exit_code
 from megatron.initialize import (
@@ -73,6 +74,9 @@ def train(
     timer.mark("torch")
     require_writer_packages(config.logging)
     run = initialize_training(config, timer)
+    if config.train.skip_train:
+        evaluate_only(run, build_task)
+        return
     from megatron.checkpoint.metadata import RunMetadata, describe_data
     from megatron.checkpoint.saver import Checkpointer
     from megatron.model.builder import size_table
@@ -126,6 +130,96 @@ def build_plan(run: Run) -> TrainingPlan:
         run.groups.world_size,
         run.progress,
         built_samples,
+    )
+
+
+def evaluate_only(
+    run: Run, build_task: Callable[[Run, TrainingPlan], Task] | None = None
+) -> None:
+    """Evaluate the checkpoint of --load as --skip-train requests; no checkpoint is written.
+
+    Args:
+        build_task: as in `train`.
+
+    Raises:
+        ValueError: flags, data or checkpoint do not fit each other, or the run has neither
+            validation nor test data.
+        OSError: a file cannot be read or written.
+    """
+    from megatron.checkpoint.metadata import RunMetadata
+    from megatron.parallel import rng
+    from megatron.training.evaluator import Evaluator
+    from megatron.training.metric_writers import build_metric_writers
+    from megatron.training.watchdog import Watchdog
+
+    config = run.config
+    groups = run.groups
+    checkpoint = run.checkpoint
+    if checkpoint is not None:
+        checkpoint.check(RunMetadata.of(config, groups, run.tokenizer))
+    plan = build_evaluation_plan(run)
+    task = (build_task or build_pretraining_task)(run, plan)
+    check_and_log_splits(run, task.eval_splits())
+    engine = build_engine(run, build_run_model(run))
+    rng.seed_rank(config.train.seed, groups.rank)
+    writers = build_metric_writers(
+        config.logging,
+        config.checkpoint,
+        groups.rank,
+        plan.iterations,
+        plan.end.tokens,
+        completed=None,
+    )
+    with (
+        contextlib.closing(writers),
+        Watchdog(config.fault_tolerance.timeout_minutes) as watchdog,
+    ):
+        evaluator = Evaluator(engine, task, watchdog, writers)
+        for name in ("valid", "test"):
+            evaluator.evaluate(name, run.progress, plan.fraction_done(run.progress))
+
+
+def build_evaluation_plan(run: Run) -> TrainingPlan:
+    """Plan a run that does not train, with the length of the run that wrote the checkpoint.
+
+    Gates that change over time then see the same progress as in that run.
+
+    Raises:
+        ValueError: see `TrainingPlan.of`.
+    """
+    train = run.config.train
+    if run.checkpoint is not None:
+        saved = run.checkpoint.metadata.config.train
+        lengths = {name: getattr(saved, name) for name in LENGTH_FIELDS.values()}
+        train = replace(train, **lengths)
+    elif train.length is None:
+        train = replace(train, train_iters=1)
+    seq_length = run.config.model.seq_length
+    plan = TrainingPlan.of(train, seq_length, run.groups.world_size, run.progress)
+    return replace(plan, built_samples=0)
+
+
+def check_and_log_splits(run: Run, splits: list[str]) -> None:
+    """Log what --skip-train evaluates, and on which splits.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not splits:
+        raise ValueError(
+            "--skip-train is set, but there is neither a validation nor a test set. Name one "
+            "with --valid-data-path, --valid-sets, --test-data-path or --data-path"
+        )
+    what = "the initial weights"
+    if run.checkpoint is not None:
+        what = str(run.checkpoint.path)
+    get_logger().info(
+        "--skip-train: evaluating %s on %s; %d rank(s) on %s, %s, no optimizer",
+        what,
+        ", ".join(splits),
+        run.groups.world_size,
+        run.groups.device.type,
+        run.config.optimizer.precision,
     )
 
 
@@ -230,7 +324,8 @@ def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
     )
     if groups.world_size == 1:
         return build(streaming=streaming)
-    build_on_each_node(partial(build, streaming=replace(streaming, starts=False)), groups)
+    in_advance = {"streaming": replace(streaming, starts=False), "log_missing": False}
+    build_on_each_node(partial(build, **in_advance), groups)
     splits = None
     if is_local_rank0:
         splits = build(streaming=streaming)

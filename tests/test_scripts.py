@@ -462,18 +462,6 @@ def test_output_after_signal_is_logged(number, tmp_path):
     assert (tmp_path / "out/log.txt").read_text() == "started\nsaved\n"
 
 
-def test_streaming_patterns_are_not_expanded(tmp_path):
-    """Patterns reach the program as they are."""
-    (tmp_path / "a.jsonl").touch()
-    data = config_of(
-        dry(tmp_path, STREAMING_DATA_PATH="0.3 *.jsonl 0.7 b", VALID_DATA_PATH="v w")[0]
-    ).data
-    assert data.streaming_data_path == ("0.3", "*.jsonl", "0.7", "b") and data.data_path == ()
-    assert data.valid_data_path == data.test_data_path == ("v", "w")
-    data = config_of(dry(tmp_path, STREAMING_DATA_PATH="b", EVAL_ITERS="0")[0]).data
-    assert data.streaming_data_path == ("b",) and data.valid_data_path == ()
-
-
 def test_gate_variables_follow_the_gate(tmp_path):
     assert config_of(dry(tmp_path, GATE="topk", TOPK="4")[0]).gate_options["topk"] == 4
     dense = config_of(dry(tmp_path, EP_SIZE="0")[0])

@@ -155,8 +155,14 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 
 # Data and output
 DATA_PATH=${DATA_PATH:-dataset/corpus_text_document} # a path with blanks needs quotes inside: "'my data/corpus'"
+DATA_ARGS_PATH=${DATA_ARGS_PATH:-}           # file with the words of DATA_PATH, which it replaces
 STREAMING_DATA_PATH=${STREAMING_DATA_PATH:-} # text files, tokenized during training; replaces DATA_PATH
-VALID_DATA_PATH=${VALID_DATA_PATH:-}         # with STREAMING_DATA_PATH: shards to evaluate on, unless EVAL_ITERS=0
+MOCK_DATA=${MOCK_DATA:-false}                # true: random tokens, without data and tokenizer files
+VOCAB_SIZE=${VOCAB_SIZE:-50257}              # with MOCK_DATA=true
+SPLIT=${SPLIT:-}                             # shares of DATA_PATH to train, validate and test on; 95,5,0 has no test
+VALID_DATA_PATH=${VALID_DATA_PATH:-}         # shards to validate on, instead of a share of DATA_PATH
+TEST_DATA_PATH=${TEST_DATA_PATH:-}           # shards to test on, instead of a share of DATA_PATH
+VALID_SETS=${VALID_SETS:-}                   # further validation sets: name=shard name=shard
 VOCAB_PATH=${VOCAB_PATH:-dataset/gpt2-vocab.json}
 MERGE_PATH=${MERGE_PATH:-dataset/gpt2-merges.txt}
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-GPT2BPETokenizer}
@@ -182,25 +188,30 @@ is_zero "$WARMUP_FRACTION" || flags+=(--lr-warmup-fraction "$WARMUP_FRACTION")
 flags+=(${FFN_HIDDEN_SIZE:+--ffn-hidden-size "$FFN_HIDDEN_SIZE"} ${EVAL_INTERVAL:+--eval-interval "$EVAL_INTERVAL"})
 # A data path may hold several words: alternating weights and prefixes (or files, patterns, folders). Words are quoted
 # as for xargs, which expands no patterns.
-split_words() { # name of the variable
-    local lines
-    words=()
-    lines=$(xargs -r printf '%s\n' <<<"${!1}" 2>&1) || fail "$1 is ${!1}: $lines; quote a path with blanks or quotes: \"'my data/corpus'\""
-    [ -z "$lines" ] || mapfile -t words <<<"$lines"
+add_words() { # a flag, and the name of the variable that holds its words; nothing if there are none
+    local lines words
+    lines=$(xargs -r printf '%s\n' <<<"${!2}" 2>&1) || fail "$2 is ${!2}: $lines; quote a path with blanks or quotes: \"'my data/corpus'\""
+    [ -n "$lines" ] || return 0
+    mapfile -t words <<<"$lines"
+    flags+=("$1" "${words[@]}")
 }
-if [ -n "$STREAMING_DATA_PATH" ]; then
-    split_words STREAMING_DATA_PATH
-    flags+=(--streaming-data-path "${words[@]}")
-    split_words VALID_DATA_PATH
-    [ -z "$VALID_DATA_PATH" ] || flags+=(--valid-data-path "${words[@]}" --test-data-path "${words[@]}")
+if [ "$MOCK_DATA" = true ]; then
+    flags+=(--mock-data --vocab-size "$VOCAB_SIZE")
+elif [ -n "$STREAMING_DATA_PATH" ]; then
+    add_words --streaming-data-path STREAMING_DATA_PATH
+elif [ -n "$DATA_ARGS_PATH" ]; then
+    flags+=(--data-args-path "$DATA_ARGS_PATH")
 else
-    split_words DATA_PATH
-    flags+=(--data-path "${words[@]}")
+    add_words --data-path DATA_PATH
 fi
-if [ "$TOKENIZER_TYPE" = GPT2BPETokenizer ]; then
-    flags+=(--vocab-file "$VOCAB_PATH" --merge-file "$MERGE_PATH")
-else
+flags+=(${SPLIT:+--split "$SPLIT"})
+add_words --valid-data-path VALID_DATA_PATH
+add_words --test-data-path TEST_DATA_PATH
+add_words --valid-sets VALID_SETS
+if [ "$TOKENIZER_TYPE" != GPT2BPETokenizer ]; then
     flags+=(${TOKENIZER_MODEL:+--tokenizer-model "$TOKENIZER_MODEL"}) # an empty word would be lost by pdsh
+elif [ "$MOCK_DATA" != true ]; then
+    flags+=(--vocab-file "$VOCAB_PATH" --merge-file "$MERGE_PATH")
 fi
 if [ "$EP_SIZE" -gt 0 ]; then
     flags+=(

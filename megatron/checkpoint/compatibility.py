@@ -59,6 +59,7 @@ DATA_ORDER_FIELDS = {
         "streaming_data_path",
         "streaming_json_key",
         "streaming_shuffle_samples",
+        "mock_data",
     ),
     "train": ("seed",),
 }

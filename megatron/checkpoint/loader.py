@@ -121,11 +121,11 @@ class LoadedCheckpoint:
         """Check that the current run may start from this checkpoint, before anything is built.
 
         Raises:
-            ValueError: The model, the experts, the tokenizer or (unless --override-lr-schedule
-                or --finetune is set) the schedule differ.
+            ValueError: The model, the experts, the tokenizer or (unless --override-lr-schedule,
+                --finetune or --skip-train is set) the schedule differ.
         """
         check_same_run(self.metadata, current, str(self.path))
-        if self.options.finetune:
+        if self.options.finetune or current.config.train.skip_train:
             return
         if not self.options.override_lr_schedule:
             check_same_schedule(self.metadata, current, str(self.path))

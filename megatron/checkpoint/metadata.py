@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron import __version__
+from megatron.config.fields import flag_name
 from megatron.config.schema import RunConfig
 from megatron.data.sampling.blend import parse_blend
 from megatron.io.content_id import content_id
@@ -176,13 +177,15 @@ def describe_data(config: RunConfig) -> dict[str, Any]:
         sidecar. By file of --streaming-data-path: content_id. Files that do not exist have no
         entry.
     """
+    words_by_flag = {flag_name(name): getattr(config.data, name) for name in _DATA_FLAGS}
+    for name, words in config.data.named_valid_sets.items():
+        words_by_flag[f"--valid-sets {name}="] = words
     described = {}
     for _, path in parse_blend(config.data.streaming_data_path, "--streaming-data-path"):
         if Path(path).is_file():
             described[path] = {"content_id": content_id([path])}
-    for name in _DATA_FLAGS:
-        flag = "--" + name.replace("_", "-")
-        for _, prefix in parse_blend(getattr(config.data, name), flag):
+    for flag, words in words_by_flag.items():
+        for _, prefix in parse_blend(words, flag):
             described[prefix] = _describe_dataset(prefix)
     return described
 

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.config.fields import (
     flag_name,
     option,
+    require,
     require_choices,
     require_not_negative,
     require_positive_integers,
     require_setting,
 )
 from megatron.config.needs import setting
+
+_DATA_SOURCES = (
+    "data_path",
+    "data_args_path",
+    "per_split_data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "valid_sets",
+    "streaming_data_path",
+    "mock_data",
+)
+"""Fields that name where tokens come from"""
+_ONLY_WITHOUT = {
+    "data_args_path": ("data_path", "train_data_path", "streaming_data_path"),
+    "per_split_data_args_path": (
+        "data_path",
+        "data_args_path",
+        "train_data_path",
+        "valid_data_path",
+        "test_data_path",
+        "streaming_data_path",
+    ),
+    "mock_data": tuple(name for name in _DATA_SOURCES if name != "mock_data"),
+}
+"""Fields that cannot be set together with others"""
+# A name, an equals sign, and the first word of the set. A path with a folder before its equals
+# sign, such as data/lang=en, is no name.
+_SET_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -28,6 +60,19 @@ class DataConfig:
     """like --data-path, for the validation split only"""
     test_data_path: tuple[str, ...] = option((), needs=setting("eval_iters"))
     """like --data-path, for the test split only"""
+    valid_sets: tuple[str, ...] = option((), needs=setting("eval_iters"))
+    """further validation sets that are evaluated and logged one by one, each a name, =, and
+    what --valid-data-path takes: wiki=a code=0.7 b 0.3 c"""
+    data_args_path: str = ""
+    """text file with the words of --data-path, for long blends: weights and prefixes
+    separated by whitespace, on any number of lines"""
+    per_split_data_args_path: str = ""
+    """JSON file with the words of --train-data-path, --valid-data-path and
+    --test-data-path: an object with the lists train, valid and test, each of which may be
+    missing"""
+    mock_data: bool = False
+    """train and evaluate on random tokens, without data files; the tokenizer needs no files
+    either if --vocab-size is set"""
     streaming_data_path: tuple[str, ...] = option(())
     """text to tokenize in separate processes during training: .jsonl, .gz, .xz, .zst and
     .parquet files, quoted patterns, directories, or hf:NAME for a Hugging Face dataset.
@@ -40,7 +85,7 @@ class DataConfig:
     streaming_shuffle_samples: int = option(1024, needs=setting("streaming_data_path"))
     """consecutive samples of a source of --streaming-data-path that are shuffled together,
     and therefore tokenized before the first step; 1: keep the order of the files"""
-    split: str = option("969,30,1", needs=setting("data_path"))
+    split: str = option("969,30,1", needs=setting("data_path") | setting("data_args_path"))
     """proportions in which the documents of --data-path are split into training,
     validation, test"""
     data_cache_path: str = ""
@@ -75,6 +120,16 @@ class DataConfig:
             "only without --data-path and --train-data-path",
             "Validation has --valid-data-path.",
         )
+        for name, others in _ONLY_WITHOUT.items():
+            used = [flag_name(other) for other in others if getattr(self, other)]
+            require_setting(
+                self,
+                name,
+                not (getattr(self, name) and used),
+                f"only without {' and '.join(used)}",
+                "Use one of them.",
+            )
+        parse_named_sets(self.valid_sets)
         require_setting(
             self,
             "dataloader_type",
@@ -86,7 +141,43 @@ class DataConfig:
         require_not_negative(self, "num_workers")
 
     @property
+    def named_valid_sets(self) -> dict[str, tuple[str, ...]]:
+        """The words of each set of --valid-sets, by name."""
+        return parse_named_sets(self.valid_sets)
+
+    @property
     def eod_flags(self) -> list[str]:
         """Enabled flags that need end-of-document tokens in the data."""
         names = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
         return [flag_name(name) for name in names if getattr(self, name)]
+
+
+def parse_named_sets(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Parse `name=prefix name=weight prefix weight prefix ...` of --valid-sets.
+
+    Returns:
+        By name, in the order of the flag, the words of each set.
+
+    Raises:
+        ValueError: the first word has no name, a name comes twice, or a set is empty.
+    """
+    flag = "--valid-sets"
+    sets: dict[str, list[str]] = {}
+    current: list[str] = []
+    for word in words:
+        named = _SET_NAME.fullmatch(word)
+        if named is None:
+            require(
+                bool(sets),
+                f"the first word of {flag}",
+                word,
+                "name=prefix, with a name of letters, digits, '.', '_' and '-'",
+            )
+            current.append(word)
+            continue
+        name, first = named.groups()
+        require(name not in sets, f"a name of {flag}", name, "each name once")
+        current = sets[name] = [first] if first else []
+    for name, members in sets.items():
+        require(bool(members), f"the set {name} of {flag}", "", "one prefix or more")
+    return {name: tuple(members) for name, members in sets.items()}

@@ -28,7 +28,7 @@ class LoggingConfig:
 class ProfilingConfig:
     """Which iterations and ranks are profiled, and where the results are written."""
 
-    profile: bool = False
+    profile: bool = option(False, needs=setting("skip_train", False))
     """profile a range of iterations: writes a Chrome trace, and a table that breaks down
     the time of a step"""
     profile_step_start: int = option(10, needs=setting("profile"))

@@ -121,6 +121,17 @@ class RunConfig:
             f"{moe.moe_first_k_dense} of which are dense",
             "Lower it or --moe-first-k-dense.",
         )
+        self._check_mock_data()
+
+    def _check_mock_data(self) -> None:
+        require(
+            not (self.data.mock_data and self.tokenizer.lacks_files)
+            or self.model.vocab_size > 1,
+            "--mock-data",
+            self.data.mock_data,
+            f"with --vocab-size above 1, or with the files of {self.tokenizer.tokenizer_type}",
+            "For example: --vocab-size 50257.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dicts in the layout of run.json."""

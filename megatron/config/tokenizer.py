@@ -46,3 +46,10 @@ class TokenizerConfig:
 
     def __post_init__(self):
         require_choices(self)
+
+    @property
+    def lacks_files(self) -> bool:
+        """Whether the tokenizer needs a file or a size, and none is named."""
+        if self.tokenizer_type == "ByteTokenizer":
+            return False
+        return not (self.vocab_file or self.merge_file or self.tokenizer_model)

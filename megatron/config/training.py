@@ -63,6 +63,8 @@ class TrainConfig:
     the end of the run"""
     eval_iters: int = 10
     """batches of the global batch size per evaluation; 0: no evaluation"""
+    skip_train: bool = option(False, needs=setting("load"))
+    """only evaluate the checkpoint of --load on the validation and test sets"""
     log_interval: int = 10
     """optimizer steps between log lines"""
     recompute_activations: bool = False
@@ -81,6 +83,12 @@ class TrainConfig:
             "eval_iters",
         )
         require_at_most_one(self, *LENGTH_FIELDS.values())
+        require_setting(
+            self,
+            "eval_iters",
+            not (self.skip_train and self.eval_iters == 0),
+            "a positive integer with --skip-train, which only evaluates",
+        )
         if self.rampup_batch_size:
             self._check_rampup()
 

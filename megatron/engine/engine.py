@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from megatron.config.fields import require
 from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
+from megatron.engine.evaluation_model import EvaluationModel
 from megatron.engine.frozen import (
     FrozenWeights,
     allow_frozen_parameters,
     require_gradients_of_inputs,
     require_trained_parameters,
 )
-from megatron.engine.loss import LossFunction, means, term_weights
+from megatron.engine.loss import LossFunction, SumsByTerm, means, term_weights
 from megatron.engine.moe_adapter import wrap_moe_layers
 from megatron.engine.numerics_patches import (
     accumulate_in_fp32,
@@ -35,6 +36,7 @@ from megatron.engine.startup_patches import freeze_gc
 from megatron.engine.zero_shards import GlobalLayout, ZeroShards
 from megatron.log import get_logger
 from megatron.model.block import Block
+from megatron.moe.experts.backends import COMPUTE_DTYPES
 from megatron.moe.gate_update import GateUpdater
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
@@ -51,6 +53,8 @@ class Engine:
         ds_options: ZeRO stage, and a DeepSpeed configuration to merge.
         train: batch sizes.
         groups: the data-parallel ranks.
+        evaluation_only: build no optimizer; the engine can only evaluate. DeepSpeed is then
+            used under ZeRO 3 only, which shards the weights.
 
     Raises:
         ValueError: fp16 on the CPU, all parameters are frozen, or a --deepspeed_config that
@@ -64,6 +68,7 @@ class Engine:
         ds_options: DeepSpeedConfig,
         train: TrainConfig,
         groups: Groups,
+        evaluation_only: bool = False,
     ):
         require(
             not (optimizer.fp16 and groups.device.type == "cpu"),
@@ -72,8 +77,32 @@ class Engine:
             "only with a GPU",
             "Use --bf16, or leave it out for fp32.",
         )
-        require_trained_parameters(model)
         self.groups = groups
+        self._optimizer: torch.optim.Optimizer | None = None
+        if evaluation_only and ds_options.zero_stage < 3:
+            dtype = COMPUTE_DTYPES[optimizer.precision]
+            self.deepspeed = EvaluationModel(model, groups.device, dtype)
+            if ds_options.deepspeed_config:
+                get_logger().info(
+                    "--deepspeed_config is not used: evaluation runs DeepSpeed under ZeRO 3 only"
+                )
+        else:
+            self._start_deepspeed(model, optimizer, ds_options, train, evaluation_only)
+        self.gate_updater = GateUpdater(self.model, groups)
+        self.metrics = MoEMetrics(self.model, groups)
+
+    def _start_deepspeed(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        ds_options: DeepSpeedConfig,
+        train: TrainConfig,
+        evaluation_only: bool,
+    ) -> None:
+        """Give the model to DeepSpeed, with an optimizer unless it is only evaluated."""
+        if not evaluation_only:
+            require_trained_parameters(model)
+        groups = self.groups
         config = deepspeed_config(optimizer, ds_options, train, groups.world_size)
         if ds_options.deepspeed_config:
             check_deepspeed_config(config, ds_options.deepspeed_config)
@@ -98,7 +127,8 @@ class Engine:
         self.layout = GlobalLayout.of(model, groups)
         self.frozen_weights = FrozenWeights(model, self.layout)
         wrap_moe_layers(model, groups, keep_gate_fp32=keep_gate_fp32)
-        self._optimizer = build_optimizer(model, optimizer, ds_options.zero_stage)
+        if not evaluation_only:
+            self._optimizer = build_optimizer(model, optimizer, ds_options.zero_stage)
         # BF16_Optimizer prints memory figures, three lines a group.
         with (
             freeze_gc(),
@@ -114,8 +144,6 @@ class Engine:
         if ds_options.zero_stage == 2 and not optimizer.grad_reduce_in_bf16:
             reduce_in_fp32_buckets(self.deepspeed.optimizer)
         self.frozen_weights.attach(self.deepspeed)
-        self.gate_updater = GateUpdater(self.model, groups)
-        self.metrics = MoEMetrics(self.model, groups)
 
     @property
     def model(self) -> nn.Module:
@@ -200,22 +228,29 @@ class Engine:
     @torch.no_grad()
     def evaluate(
         self, batches: Iterable[Any], task: LossFunction, progress: float
-    ) -> dict[str, Tensor]:
-        """Return the losses over micro-batches without dropout; arguments and result as `step`."""
+    ) -> dict[str, float]:
+        """Return the losses over all micro-batches of all ranks, without dropout.
+
+        Args:
+            batches: this rank's micro-batches, one or more.
+            task: computes their loss terms.
+            progress: as in `step`.
+
+        Returns:
+            By term, the sum over all micro-batches and ranks divided by the sum of the
+            normalizers, which is NaN for a term without any target.
+
+        Raises:
+            ValueError: there is no micro-batch.
+        """
         self.deepspeed.eval()
-        normalizers = []
-        losses = []
+        totals = SumsByTerm(self.groups)
         for batch in batches:
             batch = batch.to(self.groups.device)
-            normalizers.append(task.normalizers(batch))
-            sums = task.loss_sums(self.deepspeed, batch, progress)
-            losses.append(means(sums, normalizers[-1]))
+            normalizers = task.normalizers(batch)
+            totals.add(task.loss_sums(self.deepspeed, batch, progress), normalizers)
         self.deepspeed.train()
-        weights = term_weights(normalizers, self.groups)
-        for terms, weight in zip(losses, weights, strict=True):
-            for name in terms:
-                terms[name] = terms[name] * weight[name]
-        return _mean_by_term(losses)
+        return totals.means_over_ranks()
 
     def zero_shards(self) -> ZeroShards:
         """What this rank's optimizer holds, for checkpoints."""

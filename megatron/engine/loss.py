@@ -7,6 +7,7 @@ tokens, and a global batch of 8 gives the same step as 1 x 8, 2 x 4 or 8 x 1 mic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -59,3 +60,40 @@ def term_weights(
 def means(sums: Mapping[str, Tensor], normalizers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return each term's mean over a micro-batch; 0 where its normalizer is 0."""
     return {name: loss_sum / at_least_one(normalizers[name]) for name, loss_sum in sums.items()}
+
+
+class SumsByTerm:
+    """Sums and normalizers of an evaluation, added up over its micro-batches and ranks.
+
+    They are added in fp64, so that the result does not depend on how the samples were
+    divided over micro-batches and ranks.
+    """
+
+    def __init__(self, groups: Groups):
+        self._groups = groups
+        self._rows: dict[str, Tensor] = {}
+        """by term, fp64 [2]: the sum and the normalizer"""
+
+    def add(self, sums: Mapping[str, Tensor], normalizers: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch."""
+        for name, loss_sum in sums.items():
+            row = torch.stack([loss_sum.double(), normalizers[name].double()])
+            self._rows[name] = self._rows.get(name, 0) + row
+
+    def means_over_ranks(self) -> dict[str, float]:
+        """Return the mean of each term over all ranks; NaN where its normalizer is 0.
+
+        All ranks call it, with the same terms. One all-reduce.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._rows:
+            raise ValueError(
+                "the task gave no micro-batch of an evaluation; allowed: one or more on each rank"
+            )
+        totals = all_reduce_sum(torch.stack(list(self._rows.values())), self._groups)
+        results = {}
+        for name, (total, normalizer) in zip(self._rows, totals.tolist(), strict=True):
+            results[name] = total / normalizer if normalizer else math.nan
+        return results

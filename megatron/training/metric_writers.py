@@ -1,7 +1,8 @@
 """Metric writers: the console, metrics.jsonl, TensorBoard and Weights & Biases.
 
-A row of metrics is a flat dict: `kind` (train, eval, test), `iteration`, and metrics
-with their units in their names, as scalars or, per layer, as lists:
+A row of metrics is a flat dict: `kind` (train, eval, eval/NAME for a named validation set,
+test), `iteration`, and metrics with their units in their names, as scalars or, per layer, as
+lists:
 
     loss perplexity aux_loss lr grad_norm tokens_per_s global_batch_size
     consumed_samples consumed_tokens
@@ -45,8 +46,9 @@ class WriterSettings:
     """optimizer steps of the full run"""
     tokens: int
     """tokens of the full run"""
-    completed: int = 0
-    """iterations that were completed before this run started"""
+    completed: int | None = 0
+    """iterations that were completed before this run started; None: it only evaluates, and
+    repeats none"""
 
 
 class MetricsWriter(Protocol):
@@ -199,12 +201,12 @@ class TensorboardWriter:
         ValueError: the package tensorboard is not installed.
     """
 
-    def __init__(self, folder: str | Path, first_iteration: int = 0):
+    def __init__(self, folder: str | Path, first_iteration: int | None = 0):
         """Open the event file of this run.
 
         Args:
             first_iteration: TensorBoard forgets what earlier runs in the folder logged from this
-                iteration on: steps after their last checkpoint are repeated.
+                iteration on: steps after their last checkpoint are repeated. None: nothing.
         """
         import_optional("tensorboard", "tensorboard", f"--tensorboard-dir {folder}")
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -216,8 +218,10 @@ class TensorboardWriter:
         folder = settings.logging.tensorboard_dir
         if not folder:
             return None
-        # The row of the last completed iteration was written before, and is not repeated.
-        first_iteration = settings.completed + 1 if settings.completed else 0
+        first_iteration = settings.completed
+        if first_iteration:
+            # The row of the last completed iteration was written before, and is not repeated.
+            first_iteration += 1
         return TensorboardWriter(folder, first_iteration)
 
     def write(self, row: MetricsRow) -> None:
@@ -284,7 +288,7 @@ def build_metric_writers(
     rank: int,
     iterations: int,
     tokens: int,
-    completed: int = 0,
+    completed: int | None = 0,
 ) -> MetricsWriters:
     """Create the console writer and the writers that flags enable, on rank 0 only.
 
@@ -293,7 +297,8 @@ def build_metric_writers(
             whether the run continues when a row cannot be written.
         iterations: optimizer steps of the full run.
         tokens: tokens of the full run.
-        completed: iterations that were completed before this run started.
+        completed: iterations that were completed before this run started; None: it only
+            evaluates, and repeats none.
 
     Raises:
         ValueError: --wandb-project is set, but the package is not installed.

@@ -45,7 +45,11 @@ class Task(ABC):
 
     @abstractmethod
     def eval_splits(self) -> list[str]:
-        """Return the names of the splits to evaluate on: "valid", "test", or neither."""
+        """Return the names of the splits to evaluate on, in this order.
+
+        They are "valid", "valid/NAME" for each named validation set, and "test", or some of
+        them.
+        """
 
     @abstractmethod
     def eval_batches(self, split: str) -> Iterable[Any]:
@@ -118,7 +122,11 @@ class PretrainingTask(NextTokenLoss, Task):
         return self._loader("train", consumed_samples, self.plan.batches)
 
     def eval_splits(self) -> list[str]:
-        return [name for name in ("valid", "test") if self.splits[name] is not None]
+        return [
+            name
+            for name, samples in self.splits.items()
+            if name != "train" and samples is not None
+        ]
 
     def eval_batches(self, split: str) -> Iterable[Batch]:
         num_batches = self.train.eval_iters * self.plan.micro_steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from megatron.config.schema import CheckpointConfig, FaultToleranceConfig, Train
 from megatron.engine.engine import Engine
 from megatron.log import get_logger, warn_on_rank0
 from megatron.parallel.groups import Groups, all_reduce_mean
+from megatron.training.evaluator import Evaluator
 from megatron.training.graceful_stop import GracefulStop, StepConsensus
 from megatron.training.log_window import LogWindow
 from megatron.training.loss_spikes import Spike, SpikeDetector
@@ -26,9 +26,6 @@ from megatron.training.profiler import StepProfiler
 from megatron.training.startup_timer import StartupTimer
 from megatron.training.task import AUX_LOSS, LM_LOSS, Task
 from megatron.training.watchdog import Watchdog
-
-_LARGEST_EXPONENT = 700.0
-"""exp of more overflows an fp64 number: the perplexity of a diverged model stays finite."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,8 @@ class Trainer:
         faults = config.fault_tolerance
         self.watchdog = Watchdog(faults.timeout_minutes)
         self.spikes = SpikeDetector(faults.loss_spike_threshold, faults.loss_spike_window)
-        self.start_time = time.monotonic()
+        self.evaluator = Evaluator(engine, task, self.watchdog, services.metric_writers)
+        self.start_time = self.evaluator.start_time
         self._window = LogWindow()
         self._consecutive_bad_steps = 0
         """consecutive skipped steps, including the last one"""
@@ -100,7 +98,7 @@ class Trainer:
         """size of the last step of this run"""
 
     def run(self) -> None:
-        """Train from `progress` to the end of the schedule, then evaluate on the test split.
+        """Train from `progress` to the end of the schedule, then evaluate on the test set.
 
         An exit interval ends the run as its schedule does, but without the test. A signal or
         the end of the run's time ends it with a checkpoint and without any evaluation.
@@ -318,30 +316,9 @@ class Trainer:
         self._window = LogWindow()
         self.services.metric_writers.write(row)
 
-    def evaluate(self, split: str) -> None:
-        """Log the mean loss on a split, always on the same samples.
-
-        Does nothing if the run has no such split.
-        """
-        if split not in self.task.eval_splits():
-            return
-        batches = self.watchdog.reading(
-            self.task.eval_batches(split), f"a batch of split {split!r}"
-        )
-        progress_share = self.plan.fraction_done(self.progress)
-        losses = self.engine.evaluate(batches, self.task, progress_share)
-        loss = all_reduce_mean(float(losses[LM_LOSS]), self.groups)
-        row = {
-            "kind": "eval" if split == "valid" else split,
-            "iteration": self.progress.iteration,
-            "loss": loss,
-            "perplexity": math.exp(min(loss, _LARGEST_EXPONENT)),
-            "consumed_samples": self.progress.consumed_samples,
-            "consumed_tokens": self.progress.consumed_tokens,
-            "elapsed_s": self._elapsed(),
-        }
-        row |= self.engine.metrics.read(training=False)
-        self.services.metric_writers.write(row)
+    def evaluate(self, name: str) -> None:
+        """Log the mean losses on the validation sets ("valid") or the test set ("test")."""
+        self.evaluator.evaluate(name, self.progress, self.plan.fraction_done(self.progress))
 
 
 def _is_multiple(iteration: int, interval: int) -> bool:

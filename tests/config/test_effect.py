@@ -26,8 +26,9 @@ ALWAYS_EFFECTIVE = {
     "hidden_dropout make_vocab_size_divisible_by vocab_size",
     "moe": "num_experts",
     "tokenizer": "tokenizer_type",
-    "data": "data_path train_data_path streaming_data_path data_cache_path dataloader_type "
-    "num_workers reset_position_ids reset_attention_mask eod_mask_loss",
+    "data": "data_path data_args_path per_split_data_args_path train_data_path mock_data "
+    "streaming_data_path data_cache_path dataloader_type num_workers reset_position_ids "
+    "reset_attention_mask eod_mask_loss",
     "optimizer": "lr lr_decay_style lr_warmup_iters lr_warmup_samples lr_warmup_fraction "
     "lr_warmup_tokens weight_decay adam_beta1 adam_beta2 adam_eps clip_grad bf16 fp16",
     "deepspeed": "zero_stage deepspeed_config",
@@ -37,11 +38,12 @@ ALWAYS_EFFECTIVE = {
     "fault_tolerance": "exit_interval exit_duration_in_mins max_bad_steps "
     "loss_spike_threshold timeout_minutes",
     "logging": "tensorboard_dir metrics_file wandb_project",
-    "profiling": "profile",
+    "profiling": "",
 }
 # Values that every check accepts, for fields where the value below from the type does not.
 VALUES = {"num_experts": 4, "min_lr": 1e-5, "gate": "threshold", "split": "8,1,1", "topk": 1}
 VALUES |= {"moe_layers": (1,), "n_group": 2, "moe_expert_parallel_size": 2, "topk_group": 1}
+VALUES |= {"valid_sets": ("wiki=a",)}
 VALUES |= {"peer_query_size": 64, "lambda_factor": 1.5, "peer_product_key_dim": (2, 2)}
 
 parse = partial(cli.parse, gate_config=gate_config_class, gate_names=available_gates)
@@ -224,8 +226,8 @@ def test_gate_needs_experts(gate):
         ),
         (
             "--train-data-path a --no-untie-embeddings-and-output-weights --split 8,1,1",
-            "--split is '8,1,1'; it has an effect only with --data-path. "
-            "Set --data-path or leave --split out.",
+            "--split is '8,1,1'; it has an effect only with --data-path or --data-args-path. "
+            "Set one of them or leave --split out.",
         ),
     ],
 )

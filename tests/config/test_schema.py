@@ -120,6 +120,47 @@ REFUSED = [
         {"data_path": ("a",), "train_data_path": ("b",)},
         r"--train-data-path is \['b'\]; allowed: only without --data-path",
     ),
+    (
+        DataConfig,
+        {"data_args_path": "f", "data_path": ("a",)},
+        "--data-args-path is 'f'; allowed: only without --data-path. Use one of them.",
+    ),
+    (
+        DataConfig,
+        {"per_split_data_args_path": "f", "data_args_path": "g", "test_data_path": ("a",)},
+        "--per-split-data-args-path is 'f'; allowed: only without --data-args-path and "
+        "--test-data-path",
+    ),
+    (
+        DataConfig,
+        {"mock_data": True, "streaming_data_path": ("a",), "valid_sets": ("x=a",)},
+        "--mock-data is True; allowed: only without --valid-sets and --streaming-data-path",
+    ),
+    (
+        DataConfig,
+        {"valid_sets": ("a", "x=b")},
+        "the first word of --valid-sets is 'a'; allowed: name=prefix, with a name of letters",
+    ),
+    (
+        DataConfig,
+        {"valid_sets": ("x/y=b",)},
+        "the first word of --valid-sets is 'x/y=b'; allowed: name=prefix",
+    ),
+    (
+        DataConfig,
+        {"valid_sets": ("x=b", "x=c")},
+        "a name of --valid-sets is 'x'; allowed: each name once",
+    ),
+    (
+        DataConfig,
+        {"valid_sets": ("x=", "y=c")},
+        "the set x of --valid-sets is ''; allowed: one prefix or more",
+    ),
+    (
+        TrainConfig,
+        {"skip_train": True, "eval_iters": 0},
+        "--eval-iters is 0; allowed: a positive integer with --skip-train",
+    ),
     (DataConfig, {"num_workers": -1}, "--num-workers is -1; allowed: 0 or more"),
     (
         OptimizerConfig,
@@ -390,6 +431,33 @@ def test_experts_require_zero():
         ):
             RunConfig(moe=moe, deepspeed=DeepSpeedConfig(zero_stage=0))
     assert RunConfig(deepspeed=DeepSpeedConfig(zero_stage=0)).deepspeed.zero_stage == 0
+
+
+def test_named_sets_are_parsed():
+    sets = ("wiki=a", "code.v-2=0.7", "b", "0.3", "data/lang=en", "c=d", "./e=f")
+    assert DataConfig(valid_sets=sets).named_valid_sets == {
+        "wiki": ("a",),
+        "code.v-2": ("0.7", "b", "0.3", "data/lang=en"),
+        "c": ("d", "./e=f"),
+    }
+    assert DataConfig().named_valid_sets == {}
+
+
+def test_mock_data_requires_a_vocabulary():
+    data = DataConfig(mock_data=True)
+    for tokenizer, size in (
+        (TokenizerConfig(vocab_file="v", merge_file="m"), 0),
+        (TokenizerConfig(tokenizer_type="ByteTokenizer"), 0),
+        (TokenizerConfig(), 100),
+    ):
+        assert RunConfig(model=ModelConfig(vocab_size=size), data=data, tokenizer=tokenizer)
+    for size in (0, 1):
+        with pytest.raises(
+            ValueError,
+            match="--mock-data is True; allowed: with --vocab-size above 1, or with the files of "
+            "GPT2BPETokenizer. For example: --vocab-size 50257.",
+        ):
+            RunConfig(model=ModelConfig(vocab_size=size), data=data)
 
 
 def test_to_dict_is_plain_and_complete():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+
+from megatron.log import get_logger
 
 SHAPE = [
     "--num-layers",
@@ -99,3 +102,19 @@ def train(argv: list[str], build_task: Callable | None = None) -> None:
     os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
     config = cli.parse(argv, gate_config_class, available_gates)
     pretrain.train(config, build_task=build_task)
+
+
+def logged_train(argv: list[str], build_task: Callable | None = None) -> list[str]:
+    """Train as `train`, and return the log lines of this rank."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = get_logger()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        train(argv, build_task)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    return messages

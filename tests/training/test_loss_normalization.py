@@ -6,6 +6,7 @@ the global batch over micro-batches and ranks then gives the same loss and the s
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,20 @@ import torch
 from torch import nn
 
 from helpers import engines, runs
+from megatron.config import cli
 from megatron.data.indexed.writer import IndexedWriter
-from megatron.engine.loss import means, term_weights
+from megatron.data.splits import build_splits
+from megatron.engine.loss import SumsByTerm, means, term_weights
+from megatron.model.builder import build_model
+from megatron.moe.gate import available_gates, gate_config_class
 from megatron.parallel.groups import Groups
 from megatron.training.task import AUX_LOSS, LM_LOSS, NextTokenLoss
 
 EOD = 256
 TOLERANCE = 1e-6
-# (ranks, micro-batch size) of a global batch of 8 samples.
-SPLITS = [(1, 8), (1, 2), (1, 1), (2, 4), (2, 1)]
+# (ranks, micro-batch size) of a global batch of 16 samples.
+SPLITS = [(1, 16), (1, 4), (1, 1), (2, 4), (2, 1)]
+EVAL_ITERS = 3
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,25 @@ def short_documents(tmp_path_factory) -> str:
     return prefix
 
 
-def flags(data: str, out: Path, micro_batch: int, *more: str) -> list[str]:
+@pytest.fixture(scope="module")
+def uneven_documents(tmp_path_factory) -> str:
+    """Write long documents, every second of which holds end-of-document tokens only.
+
+    Samples then have from no to 32 target tokens, and batches very different numbers of them.
+    """
+    prefix = str(tmp_path_factory.mktemp("uneven") / "uneven_text_document")
+    generator = np.random.default_rng(1)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for i in range(12):
+            tokens = generator.integers(0, 256, 150)
+            if i % 2:
+                tokens[:] = EOD
+            writer.add_document(np.append(tokens, EOD))
+        writer.finish({"eod": EOD})
+    return prefix
+
+
+def flags(data: str, valid: str, out: Path, micro_batch: int) -> list[str]:
     """Flags of two steps in fp32. Adam's epsilon is large, so that rounding is not amplified."""
     return [
         *runs.SHAPE,
@@ -53,15 +77,15 @@ def flags(data: str, out: Path, micro_batch: int, *more: str) -> list[str]:
             "0",
             "--eod-mask-loss",
             "--split",
-            "80,15,5",
+            "1",
         ],
         *[
             "--global-batch-size",
-            "8",
+            "16",
             "--train-iters",
             "2",
             "--eval-iters",
-            "1",
+            str(EVAL_ITERS),
             "--eval-interval",
             "1",
         ],
@@ -76,20 +100,21 @@ def flags(data: str, out: Path, micro_batch: int, *more: str) -> list[str]:
             "constant",
         ],
         *["--micro-batch-size", str(micro_batch), "--data-path", data],
+        *["--valid-data-path", valid, "--valid-sets", f"short={data}"],
         *["--save", str(out / "checkpoints"), "--metrics-file", str(out / "metrics.jsonl")],
-        *more,
     ]
 
 
 @pytest.fixture(scope="module")
-def results(short_documents, tmp_path_factory, ranks1, ranks2) -> dict:
+def results(short_documents, uneven_documents, tmp_path_factory, ranks1, ranks2) -> dict:
     """Train with every split; (logged rows, final tensors) by split."""
     pools = {1: ranks1, 2: ranks2}
     trained = {}
     for ranks, micro_batch in SPLITS:
         out = tmp_path_factory.mktemp(f"ranks{ranks}_micro{micro_batch}")
-        pools[ranks].run(runs.train, flags(short_documents, out, micro_batch), timeout=300)
-        rows = {kind: runs.metrics(out, kind) for kind in ("train", "eval")}
+        argv = flags(short_documents, uneven_documents, out, micro_batch)
+        pools[ranks].run(runs.train, argv, timeout=300)
+        rows = {kind: runs.metrics(out, kind) for kind in ("train", "eval", "eval/short")}
         trained[ranks, micro_batch] = (rows, engines.full_tensors(out / "checkpoints"))
     return trained
 
@@ -103,13 +128,58 @@ def test_training_loss_independent_of_split(results, split):
         assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["eval", "eval/short"])
 @pytest.mark.parametrize("split", SPLITS[1:])
-def test_evaluation_loss_independent_of_split(results, split):
-    rows = results[split][0]["eval"]
-    expected = results[SPLITS[0]][0]["eval"]
-    assert len(rows) == 3
+def test_evaluation_figures_independent_of_split(results, split, kind):
+    rows = results[split][0][kind]
+    expected = results[SPLITS[0]][0][kind]
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
     for row, reference in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(reference["loss"], rel=TOLERANCE)
+        for name in ("loss", "perplexity"):
+            assert row[name] == pytest.approx(reference[name], rel=TOLERANCE), name
+
+
+def test_evaluation_counts_every_target_once(results, short_documents, uneven_documents):
+    """The figures of the untrained model, against its log-probabilities token by token."""
+    argv = flags(short_documents, uneven_documents, Path(), 16)
+    config = cli.parse(argv, gate_config_class, available_gates)
+    model = build_model(
+        config.model,
+        config.moe,
+        config.gate_options,
+        vocab_size=257,
+        seed=config.train.seed,
+        groups=Groups(),
+    ).eval()
+    samples = build_splits(
+        config.data,
+        seq_length=32,
+        train_samples=0,
+        valid_samples=16 * EVAL_ITERS,
+        test_samples=0,
+        seed=config.train.seed,
+    )
+    for kind, split in (("eval", "valid"), ("eval/short", "valid/short")):
+        losses = []
+        targets = []
+        for i in range(16 * EVAL_ITERS):
+            sample = torch.from_numpy(samples[split][i])
+            with torch.no_grad():
+                logits_SV = model(tokens_BS=sample[None, :-1]).logits[0].double()
+            log_probabilities_SV = logits_SV.log_softmax(-1)
+            for position in range(32):
+                if sample[position] != EOD:
+                    losses.append(-log_probabilities_SV[position, sample[position + 1]].item())
+            targets.append(int((sample[:-1] != EOD).sum()))
+        mean = math.fsum(losses) / len(losses)
+        for split_results, _ in results.values():
+            row = split_results[kind][0]
+            assert row["loss"] == pytest.approx(mean, rel=TOLERANCE)
+            assert row["perplexity"] == pytest.approx(math.exp(mean), rel=10 * TOLERANCE)
+        if kind == "eval":
+            per_batch = np.sum(np.reshape(targets, (EVAL_ITERS, 16)), 1)
+            assert min(targets) == 0 and max(targets) == 32
+            assert per_batch.max() - per_batch.min() > 30, "batches with different numbers"
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])
@@ -157,6 +227,19 @@ def test_term_without_any_target_is_zero():
     normalizers = [{LM_LOSS: torch.tensor(0.0)}] * 2
     assert [w[LM_LOSS].item() for w in term_weights(normalizers, Groups())] == [0.0, 0.0]
     assert means({LM_LOSS: torch.tensor(0.0)}, normalizers[0])[LM_LOSS] == 0.0
+
+
+def test_sums_by_term_give_the_mean():
+    """Evaluated micro-batches count by their normalizers; without any target the mean is NaN."""
+    totals = SumsByTerm(Groups())
+    for loss_sum, number in ((6.0, 3.0), (0.0, 0.0), (25.0, 5.0)):
+        sums = {LM_LOSS: torch.tensor(loss_sum), AUX_LOSS: torch.tensor(0.0)}
+        totals.add(sums, {LM_LOSS: torch.tensor(number), AUX_LOSS: torch.tensor(0.0)})
+    results = totals.means_over_ranks()
+    assert results[LM_LOSS] == 31 / 8
+    assert math.isnan(results[AUX_LOSS])
+    with pytest.raises(ValueError, match="no micro-batch of an evaluation; allowed: one or"):
+        SumsByTerm(Groups()).means_over_ranks()
 
 
 def test_task_sums_match_the_reference_cross_entropy():

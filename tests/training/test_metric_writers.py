@@ -83,6 +83,37 @@ def test_console_formats_rows_in_columns(printed):
     ]
 
 
+def test_named_set_has_own_names(printed, tmp_path, monkeypatch):
+    """A named validation set on the console, in metrics.jsonl, TensorBoard and W&B."""
+    row = {**EVAL, "kind": "eval/wiki", "experts_per_token_by_layer": [2.0]}
+    ConsoleWriter(1000, 1000 * 8192).write(row)
+    assert printed().startswith(
+        "eval/wiki at   10/1000 | loss  4.00000 | perplexity     54.598"
+    )
+    jsonl = JsonlWriter(tmp_path / "m.jsonl")
+    jsonl.write(row)
+    jsonl.close()
+    assert json.loads((tmp_path / "m.jsonl").read_text())["kind"] == "eval/wiki"
+    tags = {
+        "eval/wiki/loss": 4.0,
+        "eval/wiki/perplexity": math.exp(4),
+        "eval/wiki/elapsed_s": 3700.0,
+        "eval/wiki/experts_per_token_by_layer/0": 2.0,
+    }
+    logged = []
+    run = types.SimpleNamespace(log=lambda row, step: logged.append((row, step)))
+    wandb = types.SimpleNamespace(init=lambda **_: run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    WandbWriter("project").write(row)
+    assert logged == [(tags, 10)]
+    board = TensorboardWriter(tmp_path / "board")
+    scalars = []
+    board.writer.add_scalar = lambda tag, value, step: scalars.append((tag, value, step))
+    board.write(row)
+    board.close()
+    assert scalars == [(tag, value, 10) for tag, value in tags.items()]
+
+
 def test_console_names_nan_and_infinity(printed):
     """They are padded to the width of a number, so that columns stay aligned."""
     writer = ConsoleWriter(1000, 1000 * 8192)
@@ -303,6 +334,21 @@ def test_tensorboard_forgets_repeated_steps(saved, tmp_path):
     if not saved:
         expected = [(0, 2.0)]
     assert shown == expected + [(i, 2.0) for i in range(saved + 1, 4)]
+
+
+def test_tensorboard_forgets_nothing_when_only_evaluating(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = LoggingConfig(tensorboard_dir=str(tmp_path))
+    for kind, completed, iterations in (("train", 0, range(5)), ("eval", None, [2])):
+        writers = build_metric_writers(options, CheckpointConfig(), 0, 10, 80, completed)
+        for i in iterations:
+            writers.write({"kind": kind, "iteration": i, "loss": 1.0})
+        writers.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("eval/loss")] == [2]
 
 
 def test_flags_choose_the_writers(tmp_path, monkeypatch):

@@ -204,7 +204,7 @@ def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
             r"--moe-expert-parallel-size is 4; allowed: a divisor of the 1 ranks",
         ),
         (("--data-path", "/nowhere/x"), r"/nowhere/x"),
-        (("--split", "1,0,99"), r"valid.*60"),
+        (("--split", "0,1,1"), r"the train split of .* is empty: --split 0,1,1 of 60 doc"),
         (("--load", "/nowhere"), r"/nowhere is not a directory of checkpoints. Point --load"),
         (
             ("--zero-stage", "0", "--moe-expert-parallel-size", "2"),
@@ -286,7 +286,10 @@ exit_process(int(sys.argv[1]))
 
 
 def test_run_script_through_launcher(data, tmp_path):
-    """run.sh on two ranks logs to screen and file; a second call resumes; bad input fails."""
+    """run.sh on two ranks logs to screen and file; a second call resumes; bad input fails.
+
+    By the default --split, 60 documents leave none to test on, which is no error.
+    """
     out = tmp_path / "run"
     env = {
         "OUTPUT_DIR": str(out),
@@ -305,7 +308,7 @@ def test_run_script_through_launcher(data, tmp_path):
         "EVAL_ITERS": "1",
         "MASTER_PORT": str(free_port()),
     }
-    script = ["bash", "examples_deepspeed/MoE/run.sh", "--split", "80,15,5"]
+    script = ["bash", "examples_deepspeed/MoE/run.sh"]
     first = run([*script, "--exit-interval", "2"], **env)
     assert first.returncode == 0, first.stdout + first.stderr
     assert (
@@ -321,6 +324,8 @@ def test_run_script_through_launcher(data, tmp_path):
     second = run(script, **env)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "resumed from" in second.stdout and runs.metrics(out)[-1]["iteration"] == 4
+    assert second.stdout.count("WARNING no test set: the share by --split 969,30,1") == 1
+    assert runs.metrics(out, "eval") and not runs.metrics(out, "test")
     bad = run(script, **{**env, "DATA_PATH": "/nowhere/y", "OUTPUT_DIR": str(tmp_path / "bad")})
     text = bad.stdout + bad.stderr
     assert bad.returncode != 0 and "Traceback" not in text

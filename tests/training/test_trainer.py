@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import signal
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from helpers import runs
 from megatron import pretrain
 from megatron.data.loader import Batch
-from megatron.log import get_logger
 from megatron.training.task import LM_LOSS, NextTokenLoss, PretrainingTask, Task
 
 MICRO_STEPS = 2
@@ -56,17 +54,7 @@ def _train(
     argv: list[str], bad: set[int], rank: int | None = None, high: set[int] = frozenset()
 ) -> list[str]:
     """Run a training with faults in a rank; arguments as of FaultyTask. Returns its log lines."""
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    get_logger().addHandler(handler)
-    get_logger().setLevel(logging.INFO)
-    try:
-        runs.train(argv, lambda run, plan: FaultyTask(run, plan, bad, rank, high))
-    finally:
-        get_logger().removeHandler(handler)
-        get_logger().setLevel(logging.NOTSET)
-    return messages
+    return runs.logged_train(argv, lambda run, plan: FaultyTask(run, plan, bad, rank, high))
 
 
 def saved(out: Path) -> list[str]:

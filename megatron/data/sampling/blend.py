@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Protocol
@@ -16,6 +17,7 @@ from megatron.data.sampling.sample_index import smallest_int
 
 _MAX_DATASETS = 1 << 16  # their numbers are stored as uint16
 _BLOCK_SAMPLES = 1 << 20  # samples numbered at a time: 40 bytes each for a moment
+_LONGEST_SHOWN_BLEND = 200  # characters, in a message
 
 
 class Samples(Protocol):
@@ -51,21 +53,28 @@ def parse_blend(
     if all(number is None for number in numbers):
         return [(None, word) for word in words]
     weights = numbers[::2]
-    alternating = (
-        len(words) % 2 == 0
-        and None not in weights
-        and all(number is None for number in numbers[1::2])
-    )
-    require(
-        alternating,
-        flag,
-        " ".join(words),
-        "weight prefix weight prefix ..., or prefixes alone",
-        "A prefix that is itself a number is written as ./7",
-    )
+    misplaced = _first_misplaced(numbers)
+    if misplaced is not None:
+        shown = textwrap.shorten(" ".join(words), _LONGEST_SHOWN_BLEND, placeholder=" ...")
+        raise ValueError(
+            f"{flag} is {shown!r}; allowed: weight prefix weight prefix ..., or prefixes alone. "
+            f"Word {misplaced + 1} is {words[misplaced]!r}. A prefix that is itself a number is "
+            "written as ./7"
+        )
     for weight in weights:
         require(0 < weight < math.inf, f"a weight of {flag}", weight, "a positive number")
     return list(zip(weights, words[1::2]))
+
+
+def _first_misplaced(numbers: Sequence[float | None]) -> int | None:
+    """Return the index of the first word that breaks the order of weights and prefixes."""
+    for i, number in enumerate(numbers):
+        is_weight = number is not None
+        if is_weight != (i % 2 == 0):
+            return i
+    if len(numbers) % 2:
+        return len(numbers) - 1  # a weight without a prefix
+    return None
 
 
 def _parse_number(word: str) -> float | None:

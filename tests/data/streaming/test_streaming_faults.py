@@ -16,11 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.corpora import BYTE_TOKENIZER
 from helpers.programs import REPO
 from helpers.spawn import free_port
 from helpers.streams import (
-    TOKENIZER,
     S,
     committed_tokens,
     is_unlocked,
@@ -34,11 +32,9 @@ from helpers.streams import (
 )
 from helpers.waiting import wait_until
 from megatron.config.schema import DataConfig
-from megatron.data.splits import build_splits
 from megatron.data.streaming import producer, reader
 from megatron.data.streaming.producer import produce
 from megatron.data.streaming.reader import GrowingTokens, StreamSamples
-from megatron.data.streaming.stream import StreamingContext
 from megatron.io.staging_dir import StagingDir
 
 
@@ -410,22 +406,6 @@ def test_contradicting_flags_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             DataConfig(streaming_data_path=("a",), **options)
-    write_text(tmp_path / "a.jsonl")
-    match = (
-        r"^--valid-data-path and --data-path are both empty, and 3 valid samples are "
-        r"requested. Give --valid-data-path, or --eval-iters 0$"
-    )
-    with pytest.raises(ValueError, match=match):
-        build_splits(
-            DataConfig(streaming_data_path=(str(tmp_path / "a.jsonl"),)),
-            seq_length=S,
-            train_samples=1,
-            valid_samples=3,
-            test_samples=0,
-            seed=1,
-            tokenizer=TOKENIZER,
-            streaming=StreamingContext(BYTE_TOKENIZER, "", False),
-        )
 
 
 def test_text_error_ends_every_rank(tmp_path, data):
