@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,13 @@ def metrics(out: Path, kind: str = "train") -> list[dict]:
     from megatron.training.metrics_file import read_metrics
 
     return [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] == kind]
+
+
+def copy_dataset(prefix: str, copy: Path) -> str:
+    """Copy a dataset, because a blend may not name one twice; the prefix of the copy."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(prefix + suffix, f"{copy}{suffix}")
+    return str(copy)
 
 
 def train(argv: list[str], build_task: Callable | None = None) -> None:

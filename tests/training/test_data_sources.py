@@ -67,9 +67,10 @@ def test_checkpoint_compares_the_content(data, tmp_path, ranks1):
     first = tmp_path / "blend.txt"
     second = tmp_path / "renamed.txt"
     changed = tmp_path / "changed.txt"
-    first.write_text(f"0.5 {data}\n0.5 {data}\n")
-    second.write_text(f"0.5\t{data} 0.5 {data}")
-    changed.write_text(f"0.9 {data} 0.1 {data}")
+    other = runs.copy_dataset(data, tmp_path / "other")
+    first.write_text(f"0.5 {data}\n0.5 {other}\n")
+    second.write_text(f"0.5\t{data} 0.5 {other}")
+    changed.write_text(f"0.9 {data} 0.1 {other}")
     base = runs.flags("", tmp_path, 4)
     start = base.index("--data-path")
     del base[start : start + 2]
@@ -83,7 +84,7 @@ def test_checkpoint_compares_the_content(data, tmp_path, ranks1):
 
     assert lines_of(1, "--data-args-path", str(first)) == []
     assert lines_of(2, "--data-args-path", str(second)) == []
-    assert lines_of(3, "--data-path", "0.5", data, "0.5", data) == []
+    assert lines_of(3, "--data-path", "0.5", data, "0.5", other) == []
     (line,) = lines_of(4, "--data-args-path", str(changed))
     assert line.startswith("--data-path differ(s)")
     assert [row["iteration"] for row in runs.metrics(tmp_path)] == [1, 2, 3, 4]

@@ -62,7 +62,8 @@ def repeated(finished, data, tmp_path_factory, ranks2) -> Path:
     """Evaluate the last checkpoint of `finished` on its own ranks, with a blend as named set."""
     out = tmp_path_factory.mktemp("repeated")
     argv = evaluation_flags(data, out, finished, *runs.EP2)
-    argv += ["--valid-sets", f"all={data}", "mixed=3", data, "1", data]
+    other = runs.copy_dataset(data, tmp_path_factory.mktemp("copy") / "other")
+    argv += ["--valid-sets", f"all={data}", "mixed=3", data, "1", other]
     assert ranks2.run(evaluate, argv, timeout=300) == [[("EvaluationModel", 1.0)] * 4] * 2
     return out
 
