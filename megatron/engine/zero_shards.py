@@ -276,15 +276,12 @@ class ZeroShards:
                 setattr(scaler, name, state[name])
 
     def _dynamic_loss_scaler(self) -> Any:
-        """Return the object with the loss scale's fields: ZeRO has a loss scaler, stage 0 keeps
-        them in its configuration; None if there is no dynamic loss scale."""
+        """Return the object with the loss scale's fields; None if there is no dynamic loss scale.
+
+        Only ZeRO has one: fp16 is refused at stage 0.
+        """
         scaler = getattr(self.zero_optimizer, "loss_scaler", None)
-        if scaler is None:
-            scaler = getattr(self.zero_optimizer, "loss_scale_config", None)
-        for flag in ("dynamic", "dynamic_loss_scale"):
-            if getattr(scaler, flag, False):
-                return scaler
-        return None
+        return scaler if getattr(scaler, "dynamic", False) else None
 
 
 def fill_weights(

@@ -41,7 +41,7 @@ def test_frozen_parameter_has_no_shard():
 
 def scalers():
     """Return optimizers with the loss scalers of DeepSpeed, by where they are."""
-    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
     half = torch.float16
     dynamic = {
@@ -53,15 +53,12 @@ def scalers():
     }
     return {
         "ZeRO": SimpleNamespace(loss_scaler=CreateLossScaler(half, 0, True, dynamic)),
-        "stage 0": SimpleNamespace(loss_scale_config=LossScaleConfig(half, True, 0, None)),
         "static": SimpleNamespace(loss_scaler=CreateLossScaler(half, 4, False, None)),
         "none": SimpleNamespace(),
     }
 
 
-@pytest.mark.parametrize(
-    "kind, dynamic", [("ZeRO", True), ("stage 0", True), ("static", False), ("none", False)]
-)
+@pytest.mark.parametrize("kind, dynamic", [("ZeRO", True), ("static", False), ("none", False)])
 def test_dynamic_loss_scale_is_restored(kind, dynamic):
     """Uses DeepSpeed's loss scalers without its optimizer, as fp16 needs a GPU."""
     model = nn.Linear(1, 1)
