@@ -139,7 +139,7 @@ def test_every_dependency_is_explained():
 
 
 def test_environment_check_names_missing_packages(monkeypatch):
-    versions = {"torch": "2.4.0", "deepspeed": "0.19.7", "numpy": "2.0"}
+    versions = {"torch": "2.4.0", "deepspeed": "0.19.7", "numpy": "2.0", "pydantic": "2.0"}
 
     def version(name: str) -> str:
         if name == "gigatoken":

@@ -199,8 +199,9 @@ def test_output_folder_must_be_writable(tmp_path):
 def test_data_paths_may_have_blanks(value, words, locale, tmp_path):
     arguments = arguments_of(tmp_path, DATA_PATH=value, LC_ALL=locale)[:-1]
     assert config_of(arguments).data.data_path == words
-    streaming = {"STREAMING_DATA_PATH": value, "VALID_DATA_PATH": value}
-    data = config_of(arguments_of(tmp_path, LC_ALL=locale, **streaming)[:-1]).data
+    names = ("STREAMING_DATA_PATH", "VALID_DATA_PATH", "TEST_DATA_PATH")
+    paths = dict.fromkeys(names, value)
+    data = config_of(arguments_of(tmp_path, LC_ALL=locale, **paths)[:-1]).data
     assert data.streaming_data_path == data.valid_data_path == data.test_data_path == words
 
 

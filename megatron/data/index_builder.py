@@ -24,13 +24,16 @@ def build_on_each_node(build: Callable[[], object], groups: Groups) -> None:
         ValueError, OSError: `build` raised it on some node; then all ranks raise it.
         RuntimeError: `build` failed in another way; its process has printed the traceback.
     """
-    task = BackgroundTask("building the sample indices", lambda: work.wait())
+
+    def build_in_a_process() -> Exception | None:
+        return ForkedWork("builds the sample indices", build).wait()
+
+    task = BackgroundTask("building the sample indices", build_in_a_process)
     if groups.local_rank == 0:
-        work = ForkedWork("builds the sample indices", build)
         task.start()
     task.wait_for_all(groups)
     for outcome in task.outcomes(groups):
         if outcome.error:
-            raise RuntimeError(outcome.error)
+            raise OSError(outcome.error)
         if outcome.result is not None:
             raise outcome.result

@@ -41,6 +41,8 @@ from megatron.moe.gate_update import GateUpdater
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
 
+_LARGEST_BUCKET = 250_000_000
+"""Elements of ZeRO's buffer of gradients, in fp32 as many bytes as DeepSpeed's default in bf16"""
 COUNTERS = ("global_steps", "skipped_steps", "global_samples")
 
 
@@ -106,6 +108,9 @@ class Engine:
         config = deepspeed_config(optimizer, ds_options, train, groups.world_size)
         if ds_options.deepspeed_config:
             check_deepspeed_config(config, ds_options.deepspeed_config)
+        elements = sum(p.numel() for p in model.parameters())
+        bucket_size = min(elements, _LARGEST_BUCKET)
+        config["zero_optimization"].setdefault("reduce_bucket_size", bucket_size)
         # DeepSpeed calls collectives by the names that torch 2.13 announces to rename.
         warnings.filterwarnings(
             "ignore", category=FutureWarning, message=".*torch.distributed.*deprecated"

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers import engines
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.schema import (
     DeepSpeedConfig,
@@ -122,7 +123,13 @@ def _run(stage, precision, deepspeed_config, folder):
     answer["loads"] = loads
     engine.evaluate(micro_batches(50, groups.rank), NextTokenLoss(), 0.0)
     answer["evaluated"] = biases(engine)
-    record = RunMetadata(RunConfig(), {}, {"ranks": groups.world_size})
+    topology = {
+        "ranks": groups.world_size,
+        "expert_parallel_size": groups.ep_size,
+        "zero_stage": stage,
+        "precision": precision,
+    }
+    record = RunMetadata(RunConfig(), engines.IDENTITY, topology)
     with Checkpointer(CheckpointConfig(save=folder), engine, record, groups) as checkpoints:
         checkpoints.save(TrainingProgress(iteration=STEPS))
     engine.step(micro_batches(STEPS, groups.rank), NextTokenLoss(), 0.02, 0.0)
