@@ -9,7 +9,7 @@ from megatron.config.fields import (
     require_choices,
     require_not_negative,
 )
-from megatron.config.needs import setting
+from megatron.config.needs import TRAINING, setting
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,22 @@ class CheckpointConfig:
 
     save: str = ""
     """directory for checkpoints, visible to all nodes; empty: no checkpoints are written"""
-    save_interval: int = option(0, needs=setting("save"))
+    save_interval: int = option(0, needs=(TRAINING, setting("save")))
     """optimizer steps between checkpoints; 0: only at the end of the run"""
-    async_save: bool = option(False, needs=setting("save"))
+    async_save: bool = option(False, needs=(TRAINING, setting("save")))
     """write checkpoints in the background; training pauses only while the state is copied
     to host memory"""
-    keep_last: int = option(0, needs=setting("save"))
+    keep_last: int = option(0, needs=(TRAINING, setting("save")))
     """number of most recent checkpoints to retain; older ones are deleted once a newer one
     is complete; 0: retain all"""
-    keep_every: int = option(0, needs=(setting("save"), setting("keep_last")))
+    keep_every: int = option(0, needs=(TRAINING, setting("save"), setting("keep_last")))
     """always retain checkpoints of iterations divisible by this number;
     0: no such exception"""
-    on_save_error: str = option("stop", choices=("stop", "continue"), needs=setting("save"))
+    on_save_error: str = option(
+        "stop",
+        choices=("stop", "continue"),
+        needs=setting("save") | setting("metrics_file") | setting("tensorboard_dir"),
+    )
     """whether the run stops or continues when a checkpoint or a row of metrics cannot be
     written (for example, the disk is full); the checkpoint at the end of the run is always
     required"""
@@ -46,13 +50,15 @@ class CheckpointConfig:
     finetune: bool = option(False, needs=setting("load"))
     """load only the weights: the optimizer, the iteration and the data order start from
     scratch"""
-    load_optim: bool = option(True, needs=(setting("load"), setting("finetune", False)))
+    load_optim: bool = option(
+        True, needs=(TRAINING, setting("load"), setting("finetune", False))
+    )
     """load the state of the optimizer; with --no-load-optim it starts from scratch, while
     weights, iteration and data order are the checkpoint's"""
-    load_rng: bool = option(True, needs=(setting("load"), setting("finetune", False)))
+    load_rng: bool = option(True, needs=(TRAINING, setting("load"), setting("finetune", False)))
     """load the random states; with --no-load-rng they are seeded by --seed"""
     override_lr_schedule: bool = option(
-        False, needs=(setting("load"), setting("finetune", False))
+        False, needs=(TRAINING, setting("load"), setting("finetune", False))
     )
     """allow a learning rate, schedule, warm-up or run length that differs from
     the checkpoint's"""

@@ -36,7 +36,7 @@ def unmet_need(flag: Flag, values: Mapping[str, Any]) -> Need | None:
 
 
 def is_switched_off(flag: Flag, values: Mapping[str, Any], given: Iterable[Flag]) -> bool:
-    """Return whether flags switch off what an option needs, such as `--num-experts 0`.
+    """Return whether flags switch off what an option needs: `--num-experts 0`, `--skip-train`.
 
     Args:
         values: values of all fields by name.
@@ -45,6 +45,8 @@ def is_switched_off(flag: Flag, values: Mapping[str, Any], given: Iterable[Flag]
     need = unmet_need(flag, values)
     if need is None:
         return False
+    if need.resets:
+        return True
     names = {other.name for other in given}
     return any(s.name in names for s in need.settings if not s.values)
 
@@ -76,7 +78,7 @@ def require_effect(
         rest = "them"
         if len(useless) == 1:
             subject = "it has"
-            rest = useless[0].spellings[0]
+            rest = _given_spelling(useless[0], values[useless[0].name])
         raise ValueError(
             f"{_join(named, 'and')}; {subject} an effect only {_describe(need, values, flags)}. "
             f"{_advice(need, flags)} or leave {rest} out."
@@ -132,14 +134,20 @@ def reset_without_effect(config: RunConfig) -> RunConfig:
 
 def _state(flag: Flag, value: Any) -> str:
     """Return what a flag is set to, as the beginning of a sentence."""
-    spelling = flag.spellings[0]
-    if value is False:
-        spelling = negative_spellings([spelling])[0]
+    spelling = _given_spelling(flag, value)
     if isinstance(value, bool):
         return f"{spelling} is set"
     if isinstance(value, tuple):
         value = list(value)
     return f"{spelling} is {value!r}"
+
+
+def _given_spelling(flag: Flag, value: Any) -> str:
+    """Return a flag as it was given to set this value: --no-x for a switch that is off."""
+    spelling = flag.spellings[0]
+    if value is False:
+        return negative_spellings([spelling])[0]
+    return spelling
 
 
 def _describe(need: Need, values: Mapping[str, Any], flags: Iterable[Flag]) -> str:

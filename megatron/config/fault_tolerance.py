@@ -11,7 +11,7 @@ from megatron.config.fields import (
     require_positive_numbers,
     require_setting,
 )
-from megatron.config.needs import setting
+from megatron.config.needs import TRAINING, setting
 
 _YEAR_MINUTES = 366 * 24 * 60
 
@@ -20,10 +20,10 @@ _YEAR_MINUTES = 366 * 24 * 60
 class FaultToleranceConfig:
     """Planned early exits, and reactions to bad steps, loss spikes and hanging ranks."""
 
-    exit_interval: int = 0
+    exit_interval: int = option(0, needs=TRAINING)
     """save and stop at iterations divisible by this number, before the schedule ends;
     0: never"""
-    exit_duration_in_mins: float = 0.0
+    exit_duration_in_mins: float = option(0.0, needs=TRAINING)
     """save and stop after the first step that ends this many minutes after the process
     started; 0: never"""
     max_bad_steps: int = 20

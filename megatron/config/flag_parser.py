@@ -108,6 +108,8 @@ def _shown_needs(flag: Flag) -> list[str]:
     shown = []
     for need in flag.needs:
         names = [setting.name for setting in need.settings]
+        if need.resets:
+            continue  # of every option of training
         if need.rule:
             shown.append(f"only with {need.text}")
         elif need.settings[0].values == (False,):

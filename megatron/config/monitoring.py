@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config.fields import option, require_not_negative, require_setting
-from megatron.config.needs import setting
+from megatron.config.needs import TRAINING, setting
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LoggingConfig:
 class ProfilingConfig:
     """Which iterations and ranks are profiled, and where the results are written."""
 
-    profile: bool = option(False, needs=setting("skip_train", False))
+    profile: bool = option(False, needs=TRAINING)
     """profile a range of iterations: writes a Chrome trace, and a table that breaks down
     the time of a step"""
     profile_step_start: int = option(10, needs=setting("profile"))

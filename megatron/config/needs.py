@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,15 @@ class Need:
     """decides from the values by field, where settings cannot express the need"""
     text: str = ""
     """description of the rule that follows "it has an effect only with" """
+    resets: bool = False
+    """whether flags without it are reset with a warning instead of refused"""
 
     def __or__(self, other: Need) -> Need:
         return Need(self.settings + other.settings)
+
+    def resetting(self) -> Need:
+        """Return the same need of options that are often left in a command line without it."""
+        return dataclasses.replace(self, resets=True)
 
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Return whether the option has an effect.
@@ -83,3 +90,7 @@ def setting(name: str, *values: Any, above: float = 0) -> Need:
             not empty.
     """
     return Need((Setting(name, values, above),))
+
+
+TRAINING = setting("skip_train", False).resetting()
+"""The need of options of training: --skip-train is added to the command line of a training"""

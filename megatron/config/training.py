@@ -14,7 +14,7 @@ from megatron.config.fields import (
     require_positive_integers,
     require_setting,
 )
-from megatron.config.needs import setting
+from megatron.config.needs import TRAINING, setting
 
 LENGTH_FIELDS = {
     "iterations": "train_iters",
@@ -48,24 +48,24 @@ class TrainConfig:
     rampup_batch_size: tuple[int, ...] = option(())
     """START INCREMENT SAMPLES: the global batch starts at START samples and grows by INCREMENT
     at equal intervals, to --global-batch-size after SAMPLES samples; none: constant"""
-    train_iters: int = 0
+    train_iters: int = option(0, needs=TRAINING)
     """optimizer steps to train for; alternative to --train-samples and --train-tokens"""
-    train_samples: int = 0
+    train_samples: int = option(0, needs=TRAINING)
     """samples to train on, of which an incomplete last global batch is left out; alternative
     to --train-iters and --train-tokens"""
-    train_tokens: int = 0
+    train_tokens: int = option(0, needs=TRAINING)
     """tokens to train on, rounded up to a full step; alternative to --train-iters and
     --train-samples"""
     seed: int = 1234
     """random seed of weight initialisation, data order and dropout"""
-    eval_interval: int = option(1000, needs=setting("eval_iters"))
+    eval_interval: int = option(1000, needs=(TRAINING, setting("eval_iters")))
     """optimizer steps between evaluations on the validation split; 0: only at the start and
     the end of the run"""
     eval_iters: int = 10
     """batches of the global batch size per evaluation; 0: no evaluation"""
     skip_train: bool = option(False, needs=setting("load"))
     """only evaluate the checkpoint of --load on the validation and test sets"""
-    log_interval: int = 10
+    log_interval: int = option(10, needs=TRAINING)
     """optimizer steps between log lines"""
     recompute_activations: bool = False
     """activation recomputation: store only the input of each block and run its forward pass

@@ -32,11 +32,10 @@ ALWAYS_EFFECTIVE = {
     "optimizer": "lr lr_decay_style lr_warmup_iters lr_warmup_samples lr_warmup_fraction "
     "lr_warmup_tokens weight_decay adam_beta1 adam_beta2 adam_eps clip_grad bf16 fp16",
     "deepspeed": "zero_stage deepspeed_config",
-    "train": "micro_batch_size global_batch_size rampup_batch_size train_iters train_samples "
-    "train_tokens seed eval_iters log_interval recompute_activations",
+    "train": "micro_batch_size global_batch_size rampup_batch_size seed eval_iters "
+    "recompute_activations",
     "checkpoint": "save load",
-    "fault_tolerance": "exit_interval exit_duration_in_mins max_bad_steps "
-    "loss_spike_threshold timeout_minutes",
+    "fault_tolerance": "max_bad_steps loss_spike_threshold timeout_minutes",
     "logging": "tensorboard_dir metrics_file wandb_project",
     "profiling": "",
 }
@@ -135,7 +134,7 @@ def test_flags_need_what_they_declare(flag, i, j, known, words, caplog):
         if other is not need:
             words += fulfil(other.settings[0], known, without=need.settings[j])
     missing = [word for needed in need.settings for word in violate(needed, known)]
-    if missing and not need.settings[j].values:  # it is on by default
+    if need.resets or (missing and not need.settings[j].values):  # it is on by default
         config = parse([*words, *missing])
         assert stored_value(config, flag) == flag.default
         (message,) = caplog.messages
@@ -228,6 +227,11 @@ def test_gate_needs_experts(gate):
             "--train-data-path a --no-untie-embeddings-and-output-weights --split 8,1,1",
             "--split is '8,1,1'; it has an effect only with --data-path or --data-args-path. "
             "Set one of them or leave --split out.",
+        ),
+        (
+            "--no-load-optim",
+            "--no-load-optim is set; it has an effect only with --load. Set --load or leave "
+            "--no-load-optim out.",
         ),
     ],
 )
@@ -365,3 +369,18 @@ def test_settings_of_old_checkpoints_stay_readable():
     keep_every = dataclasses.replace(stored.checkpoint, keep_last=1, keep_every=1)
     chained = dataclasses.replace(stored, checkpoint=keep_every)
     assert reset_without_effect(chained) == expected
+
+
+def test_rows_of_metrics_may_be_lost_without_checkpoints():
+    config = parse(["--metrics-file", "m.jsonl", "--on-save-error", "continue"])
+    assert config.checkpoint.on_save_error == "continue"
+
+
+def test_evaluation_resets_options_of_training(caplog):
+    """--skip-train is added to the command line of a training."""
+    words = "--load out --save out --save-interval 5 --train-iters 20 --log-interval 1"
+    config = parse([*words.split(), "--skip-train"])
+    assert config.checkpoint.save_interval == 0
+    assert config.train.train_iters == 0
+    (message,) = caplog.messages
+    assert message.count("--save-interval is 5") == 1
