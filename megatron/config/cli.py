@@ -428,7 +428,9 @@ def _explain_unknown(word: str, known: dict[str, Flag], gate: _GateChoice) -> st
         )
     advice = "--help-all lists all flags"
     names = [*known, *GATE_ALIASES, *ALIASES, *NOT_NEEDED, *NOT_SUPPORTED]
-    similar = difflib.get_close_matches(flag, names, n=1)
+    # Without the hyphens, which would make any two short flags similar.
+    by_name = {name.removeprefix("--"): name for name in names}
+    similar = difflib.get_close_matches(flag.removeprefix("--"), by_name, n=1)
     if similar:
-        advice = f"did you mean {similar[0]}? {advice}"
+        advice = f"did you mean {by_name[similar[0]]}? {advice}"
     return f"{flag} is no flag; {advice}"

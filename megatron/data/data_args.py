@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megatron.config.fields import require
 from megatron.config.schema import DataConfig
 from megatron.data.sampling.blend import parse_blend
+from megatron.io.untrusted import parse_json, read_text_file
 
 _SPLITS = ("train", "valid", "test")
+_LONGEST_FILE = 1 << 27  # bytes
 
 
 def read_data_args(data: DataConfig) -> DataConfig:
@@ -34,7 +35,7 @@ def read_data_args(data: DataConfig) -> DataConfig:
 def _with_data_path(data: DataConfig) -> DataConfig:
     flag = "--data-args-path"
     path = data.data_args_path
-    words = tuple(_read(flag, path).split())
+    words = _split(_read(flag, path), f"{flag} {path}")
     _check_blend(words, flag, path)
     return replace(data, data_path=words, data_args_path="")
 
@@ -44,7 +45,7 @@ def _with_split_paths(data: DataConfig) -> DataConfig:
     path = data.per_split_data_args_path
     text = _read(flag, path)
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{flag}: {path} is not JSON: {error}") from None
     require(
@@ -58,7 +59,7 @@ def _with_split_paths(data: DataConfig) -> DataConfig:
         where = f"{flag} {path}: {split}"
         words = value
         if isinstance(value, str):
-            words = value.split()
+            words = list(_split(value, where))
         require(
             isinstance(words, list) and all(isinstance(w, (str, int, float)) for w in words),
             where,
@@ -71,9 +72,19 @@ def _with_split_paths(data: DataConfig) -> DataConfig:
     return replace(data, **fields)
 
 
+def _split(text: str, where: str) -> tuple[str, ...]:
+    """Split a text into words; a prefix with blanks is quoted, as on the command line."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {error}; quote a prefix with blanks or quotes: 'my data/corpus'"
+        ) from None
+
+
 def _read(flag: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text_file(path, _LONGEST_FILE)
     except OSError as error:
         raise ValueError(
             f"{flag} is {path!r}, which cannot be read: {error.strerror}; give the path of a file"
@@ -81,6 +92,10 @@ def _read(flag: str, path: str) -> str:
     except UnicodeDecodeError:
         raise ValueError(
             f"{flag} is {path!r}, which is not UTF-8 text; give the path of a text file"
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{flag} is {path!r}, but {error}; give a file of prefixes and weights"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ REFUSED = {
         "the learning rate is a pure function of the progress, from --lr-decay-style and "
         "--lr-warmup-*"
     ),
+    "activation_checkpointing": "activations are recomputed by --recompute-activations",
 }
 """Sections that the user's file may not have, each with the reason."""
+_FOUND_OTHERWISE = {"aio", "autotuning", "flops_profiler"}
+"""Keys that DeepSpeed looks for in a way that `_RecordedLookups` does not see"""
 
 
 def deepspeed_config(
@@ -52,6 +56,9 @@ def deepspeed_config(
         "gradient_accumulation_steps": batch // (train.micro_batch_size * world_size),
         "gradient_clipping": optimizer.clip_grad,
         "zero_optimization": {"stage": options.zero_stage},
+        # With `offload_optimizer`, DeepSpeed refuses optimizers other than its own, which would
+        # lack our parameter groups.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": optimizer.bf16},
         "fp16": {"enabled": optimizer.fp16},
         # By default DeepSpeed reduces bf16 gradients in bf16, although it accumulates them in fp32:
@@ -76,7 +83,7 @@ def deepspeed_config(
 
 
 def check_deepspeed_config(config: dict[str, Any], path: str) -> None:
-    """Raise ValueError, in one line, if DeepSpeed's own schema refuses `config`.
+    """Raise ValueError, in one line, if DeepSpeed refuses `config` or ignores a key of it.
 
     Args:
         path: the user's file, which the message names.
@@ -84,11 +91,46 @@ def check_deepspeed_config(config: dict[str, Any], path: str) -> None:
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
 
+    recorded = _RecordedLookups(config)
     try:
-        deepspeed.DeepSpeedConfig(config)
+        deepspeed.DeepSpeedConfig(recorded)
     except (ValueError, AssertionError, DeepSpeedConfigError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--deepspeed_config: DeepSpeed refuses {path}: {reason}") from None
+
+    known = recorded.keys_looked_up | _FOUND_OTHERWISE
+    for key in config:
+        if key not in known:
+            similar = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {similar[0]!r}?" if similar else "remove it from the file"
+            raise ValueError(f"{path}: DeepSpeed has no key {key!r}; {advice}")
+    zero = config["zero_optimization"]
+    if "offload_param" in zero and zero["stage"] < 3:
+        raise ValueError(
+            f"{path}: zero_optimization.offload_param has an effect only with --zero-stage 3, not "
+            f"{zero['stage']}; change that or remove it from the file"
+        )
+
+
+class _RecordedLookups(dict):
+    """A configuration that records which keys a program looks for."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config)
+        self.keys_looked_up: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_looked_up.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_looked_up.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Look for a key."""
+        self.keys_looked_up.add(key)
+        return super().get(key, default)
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -17,6 +18,7 @@ from megatron.data.data_args import read_data_args
         ("0.7 a\n\n0.3\tb", ("0.7", "a", "0.3", "b")),
         ("a", ("a",)),
         ("  a\r\nb  \n", ("a", "b")),
+        ("1.0 'my data/a' 0.5 \"b c\"", ("1.0", "my data/a", "0.5", "b c")),
     ],
 )
 def test_blend_file_equals_the_flag(text, words, tmp_path):
@@ -67,6 +69,7 @@ def test_flags_without_a_file_are_unchanged():
             "--data-args-path .*f is ''; allowed: weights and prefixes, or prefixes alone",
         ),
         (b"1 a 2", "--data-args-path .*f is '1 a 2'; allowed: weight prefix weight prefix"),
+        (b"1 'a", "--data-args-path .*f: No closing quotation; quote a prefix with blanks"),
         (b"0 a", "a weight of --data-args-path .*f is 0.0; allowed: a positive number"),
     ],
 )
@@ -111,3 +114,10 @@ def test_unusable_split_file(content, message, tmp_path):
         path.write_text(content)
     with pytest.raises(ValueError, match=f"^{message}"):
         read_data_args(DataConfig(per_split_data_args_path=str(path)))
+
+
+def test_pipe_is_no_blend_file(tmp_path):
+    """Reading it would wait for a writer."""
+    os.mkfifo(tmp_path / "f")
+    with pytest.raises(ValueError, match="cannot be read: It is not a regular file"):
+        read_data_args(DataConfig(data_args_path=str(tmp_path / "f")))

@@ -29,6 +29,7 @@ def test_config_has_the_expected_values():
         "zero_optimization": {"stage": 2},
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
+        "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,

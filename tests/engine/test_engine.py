@@ -54,6 +54,47 @@ def test_deepspeed_config_error_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"nonsense": 1}, "DeepSpeed has no key 'nonsense'; remove it from the file"),
+        ({"zero_optimisation": {}}, "no key 'zero_optimisation'; did you mean 'zero_optimiz"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param has an effect only with --zero-stage 3, not 1;",
+        ),
+        ({"activation_checkpointing": {}}, "by --recompute-activations; remove it"),
+    ],
+)
+def test_keys_without_effect_are_refused(content, message, tmp_path):
+    from megatron.engine.engine import Engine
+
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    options = DeepSpeedConfig(deepspeed_config=str(path))
+    with pytest.raises(ValueError, match=message):
+        Engine(nn.Linear(1, 1), OptimizerConfig(), options, TrainConfig(), Groups())
+
+
+def test_known_keys_of_deepspeed_are_accepted(tmp_path):
+    from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
+
+    path = tmp_path / "ds.json"
+    content = {
+        "wall_clock_breakdown": True,
+        "flops_profiler": {"enabled": False},
+        "aio": {},
+        "tensorboard": {"enabled": False},
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+    }
+    path.write_text(json.dumps(content))
+    options = DeepSpeedConfig(deepspeed_config=str(path))
+    config = deepspeed_config(OptimizerConfig(), options, TrainConfig(), 1)
+    check_deepspeed_config(config, str(path))
+    # Without it, DeepSpeed refuses our optimizer when its state is offloaded.
+    assert config["zero_force_ds_cpu_optimizer"] is False
+
+
 def test_peer_exit_differs_from_other_errors():
     assert "another rank ended" in str(
         peer_exited_error(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"))

@@ -105,7 +105,6 @@ def test_offloaded_optimizer_follows_the_batch(expected, ranks2, tmp_path):
     path = tmp_path / "ds.json"
     options = {
         "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
-        "zero_force_ds_cpu_optimizer": False,
     }
     path.write_text(json.dumps(options))
     config = config_of(2)

@@ -24,7 +24,6 @@ _ORJSON_OUT_OF_MEMORY = "Not enough memory"
 _SHOWN_CHARACTERS = 300
 """limit for a list of names in a message: a record can have thousands of keys"""
 _BOM = b"\xef\xbb\xbf"
-_NON_FINITE = (b"NaN", b"Infinity")
 """numbers that JSON lacks, but Python's json module writes and reads"""
 
 
@@ -186,7 +185,7 @@ def _parse_lines(data: bytes, keys: Sequence[str], keys_flag: str) -> ParsedChun
 
 
 def _read_again(line: bytes, keys: Sequence[str], keys_flag: str) -> tuple[Any, str]:
-    """Read a line that `_parse_lines` did not accept, with NaN and infinite numbers.
+    """Read a line that `_parse_lines` did not accept, with all that Python's json writes.
 
     Returns:
         The record, and why it cannot be used; empty if it can.
@@ -212,11 +211,13 @@ def _read_again(line: bytes, keys: Sequence[str], keys_flag: str) -> tuple[Any, 
 
 
 def _load_line(line: bytes) -> Any:
-    """Parse a line, which may contain numbers that JSON lacks; raises as `orjson.loads`."""
-    if any(number in line for number in _NON_FINITE):
-        # ValueError includes errors of UTF-8; RecursionError: nested too deeply.
-        with suppress(ValueError, RecursionError):
-            return json.loads(line.decode())
+    """Parse a line as Python's json does: NaN, 1e400 and lone surrogates; raises as `orjson.loads`.
+
+    Megatron reads such lines, and what they hold is often not under the key of the text.
+    """
+    # ValueError includes errors of UTF-8; RecursionError: nested too deeply.
+    with suppress(ValueError, RecursionError):
+        return json.loads(line.decode())
     return orjson.loads(line)
 
 

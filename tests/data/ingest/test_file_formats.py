@@ -121,6 +121,14 @@ def test_first_line_may_be_unusable(tmp_path, first):
     assert [number for number, _, _ in rejected] == ([1] if b"[" in first else [])
 
 
+@pytest.mark.parametrize("other", [r'"\ud83d"', "1e400", "9" * 4000, "[" * 300 + "]" * 300])
+def test_other_keys_may_hold_what_python_reads(other, tmp_path):
+    """orjson refuses each of these, which Python's json module reads."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "a", "other": {other}}}\n')
+    assert read_texts(open_source(path)) == ["a"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.recursive(
