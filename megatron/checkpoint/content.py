@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from megatron.checkpoint.manifest import CorruptCheckpointError, read_json
+from megatron.checkpoint.manifest import CorruptCheckpointError, read_json, read_manifest
 from megatron.config.fields import shortened
 from megatron.config.flags import flags_of
 from megatron.config.format_version import migrate
@@ -118,7 +118,20 @@ def read_state(folder: Path) -> dict[str, Any]:
         CorruptCheckpointError: It cannot be read, or a value is missing or wrong.
         NewerVersionError: It was written by a newer version of this program.
     """
-    return _read(folder / "state.json", StoredState)
+    file = folder / "state.json"
+    state = _read(file, StoredState)
+    iteration = state["progress"]["iteration"]
+    saved = read_manifest(folder)["iteration"]
+    if iteration != saved:
+        raise CorruptCheckpointError(
+            f"{file}: the iteration is {iteration}, but {saved} in the manifest"
+        )
+    steps = state["optimizer"]["steps"]
+    if steps > iteration:
+        raise CorruptCheckpointError(
+            f"{file}: the optimizer has taken {steps} steps in {iteration} iterations"
+        )
+    return state
 
 
 def read_shard_index(folder: Path) -> dict[str, Any]:
@@ -195,12 +208,14 @@ def _adapter(schema: type) -> TypeAdapter:
 
 def _check_partition(file: Path, name: str, tensor: dict[str, Any]) -> None:
     position = 0
+    is_partition = True
     for _, start, length in tensor["pieces"]:
         if start != position:
+            is_partition = False
             break
         position += length
     total = math.prod(tensor["shape"])
-    if position != total or total >= 2**63:
+    if not is_partition or position != total or total >= 2**63:
         raise CorruptCheckpointError(
             f"{file}: no file has element {position} of {shortened(name)}, or several have"
         )

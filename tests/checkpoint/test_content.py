@@ -88,6 +88,7 @@ def test_wrong_value_of_state_is_named(path, value, made):
             "no file has element 3 of 'a', or several",
         ),
         ("tensors.a.pieces", [[0, 0, 3], [1, 4, 2]], "no file has element 3 of 'a'"),
+        ("tensors.a.pieces", [[0, 0, 6], [0, 0, 6]], "no file has element 6 of 'a', or sev"),
         ("tensors.a.shape", [7], "no file has element 6 of 'a'"),
         ("tensors.a.shape", [2**62] * 64, "no file has element 6 of 'a'"),
         ("tensors.a.shape", [1] * 65, "should have at most 64 items"),
@@ -134,3 +135,17 @@ def test_gate_options_have_types_of_the_gate(made):
     change(made / "run.json", "moe.gate", "nothing")
     with pytest.raises(ValueError, match="--gate is 'nothing'; allowed: base"):
         with_typed_gate_options(read_config(made), made)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("progress.iteration", "the iteration is 99, but 3 in the manifest"),
+        ("optimizer.steps", "the optimizer has taken 99 steps in 3 iterations"),
+    ],
+)
+def test_contradicting_counts_are_refused(path, message, made):
+    assert read_state(made)["progress"]["iteration"] == 3
+    change(made / "state.json", path, 99)
+    with pytest.raises(CorruptCheckpointError, match=message):
+        read_state(made)
