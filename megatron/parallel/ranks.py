@@ -37,9 +37,10 @@ class _Starter:
     """Without this variable the others do not mean that the process is one of several."""
 
 
-# mpirun may itself start its daemons by srun, so its variables come first. In the shell of
-# salloc or of a batch script, SLURM_NTASKS is the size of the job and SLURM_PROCID is 0, but
-# there is no SLURM_STEP_ID; salloc's interactive step has one, and a size of 1.
+# mpirun may itself start its daemons by srun, so its variables come first, unless they are
+# srun's own (`_is_pmi_of_srun`). In the shell of salloc or of a batch script, SLURM_NTASKS is the
+# size of the job and SLURM_PROCID is 0, but there is no SLURM_STEP_ID; salloc's interactive step
+# has one, and a size of 1.
 _STARTERS = (
     _Starter(
         "mpirun",
@@ -102,7 +103,7 @@ def set_rendezvous(environ: Environment = os.environ) -> None:
     if "MASTER_PORT" not in environ:
         port = 0  # any free port, which is enough for one process
         if world_size > 1:
-            port = _shared_port(environ)
+            port = _shared_port(starter, environ)
         environ["MASTER_PORT"] = str(port)
 
 
@@ -118,10 +119,25 @@ def _find_starter(environ: Environment) -> _Starter | None:
     for starter in _STARTERS:
         if starter.only_with and starter.only_with not in environ:
             continue
+        if starter.rank == "PMI_RANK" and _is_pmi_of_srun(environ):
+            continue
         size = _first_set(starter.sizes, environ)
         if starter.rank in environ and size is not None:
             return starter if size != "1" else None
     return None
+
+
+def _is_pmi_of_srun(environ: Environment) -> bool:
+    """Whether the variables of PMI are those that srun itself sets (`srun --mpi=pmi2`).
+
+    Where srun has started the daemons of an mpirun instead, its tasks are the nodes.
+    """
+    tasks = _first_set(("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), environ)
+    is_same_place = (environ.get("SLURM_PROCID"), tasks) == (
+        environ.get("PMI_RANK"),
+        environ.get("PMI_SIZE"),
+    )
+    return "SLURM_STEP_ID" in environ and is_same_place
 
 
 def _first_set(names: tuple[str, ...], environ: Environment) -> str | None:
@@ -163,12 +179,19 @@ def _rank0_address(starter: _Starter | None, environ: Environment) -> str:
     if starter is not None and starter.name == "srun":
         return _first_host_of_step(environ)
     world_size = environ["WORLD_SIZE"]
-    if starter is not None and _first_set(starter.local_sizes, environ) == world_size:
+    if _are_all_on_this_machine(starter, environ):
         return "127.0.0.1"
     raise ValueError(
         f"MASTER_ADDR is not set, and WORLD_SIZE is {world_size}; set it to the address of "
         "rank 0's node on all ranks, such as `mpirun -x MASTER_ADDR=...`"
     )
+
+
+def _are_all_on_this_machine(starter: _Starter | None, environ: Environment) -> bool:
+    """Whether mpirun says so, to every rank alike."""
+    if starter is None or starter.name != "mpirun":
+        return False
+    return _first_set(starter.local_sizes, environ) == environ["WORLD_SIZE"]
 
 
 def _first_host_of_step(environ: Environment) -> str:
@@ -198,10 +221,18 @@ def _first_host_of_step(environ: Environment) -> str:
     )
 
 
-def _shared_port(environ: Environment) -> int:
-    """Return a port on which all ranks agree, a different one for each step of Slurm."""
+def _shared_port(starter: _Starter | None, environ: Environment) -> int:
+    """Return a port on which all ranks agree, a different one for each step or job of Slurm.
+
+    Only srun gives the same step to all ranks. mpirun's daemons on other machines have a step of
+    their own when srun has started them, and no variables of the job when ssh has.
+    """
     job = environ.get("SLURM_JOB_ID", "")
-    step = environ.get("SLURM_STEP_ID", "")
+    step = "0"
+    if starter is not None and starter.name == "srun":
+        step = environ.get("SLURM_STEP_ID", "")
+    elif not _are_all_on_this_machine(starter, environ):
+        return _DEFAULT_PORT
     if not (job.isdecimal() and step.isdecimal()):
         return _DEFAULT_PORT
     # Below the range from which Linux gives ports to clients.

@@ -80,20 +80,42 @@ def output(process: subprocess.Popen) -> str:
     return stdout.splitlines()[-1]
 
 
+PMI2 = {**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2"}
+
+
 @pytest.mark.parametrize(
-    "env, found",
+    "env, found, meeting_point",
     [
-        ({}, ("0", "1", "0")),
-        ({"LOCAL_RANK": "2"}, ("0", "1", "2")),
-        (SRUN, ("1", "2", "1")),
-        (MPIRUN, ("3", "4", "1")),
-        (HYDRA, ("2", "3", "2")),
-        ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2"}, ("1", "2", "1")),
-        ({**SRUN, **MPIRUN}, ("3", "4", "1")),
-        ({**SRUN, **MPIRUN, **TORCHRUN}, ("5", "6", "1")),
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ("0", "1", "0")),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, ("0", "1", "0")),
-        ({**MPIRUN, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, ("0", "1", "0")),
+        ({}, ("0", "1", "0"), ("127.0.0.1", "0")),
+        ({"LOCAL_RANK": "2"}, ("0", "1", "2"), ("127.0.0.1", "0")),
+        (SRUN, ("1", "2", "1"), ("127.0.0.1", "17388")),
+        (MPIRUN, ("3", "4", "1"), None),
+        (HYDRA, ("2", "3", "2"), ("127.0.0.1", "29500")),
+        (PMI2, ("1", "2", "1"), ("127.0.0.1", "17388")),
+        (
+            {**PMI2, "SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "a"},
+            ("1", "2", "1"),
+            ("a", "17388"),
+        ),
+        ({**SRUN, **HYDRA, "SLURM_PROCID": "0"}, ("2", "3", "2"), ("127.0.0.1", "17387")),
+        ({**SRUN, **MPIRUN}, ("3", "4", "1"), None),
+        ({**PMI2, **MPIRUN}, ("3", "4", "1"), None),
+        ({**SRUN, **MPIRUN, **TORCHRUN}, ("5", "6", "1"), ("a", "7")),
+        (
+            {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+            ("0", "1", "0"),
+            ("127.0.0.1", "0"),
+        ),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            ("0", "1", "0"),
+            ("127.0.0.1", "0"),
+        ),
+        (
+            {**MPIRUN, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+            ("0", "1", "0"),
+            ("127.0.0.1", "0"),
+        ),
     ],
     ids=[
         "nothing",
@@ -102,20 +124,30 @@ def output(process: subprocess.Popen) -> str:
         "Open MPI",
         "Hydra",
         "srun with PMI-2",
+        "srun with PMI-2 on two nodes",
+        "Hydra in a step of its daemons",
         "Open MPI in a step of its daemons",
+        "Open MPI in a step with PMI-2",
         "torchrun in a step",
         "step of one task",
         "batch script of a job of several tasks",
         "mpirun of one rank",
     ],
 )
-def test_ranks_come_from_what_started_them(env, found):
+def test_ranks_come_from_what_started_them(env, found, meeting_point):
+    """Where they meet, too; None: no variable tells it."""
     environ = dict(env)
     ranks.set_rank(environ)
     assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == found
     again = dict(environ)
     ranks.set_rank(again)
     assert again == environ
+    if meeting_point is None:
+        with pytest.raises(ValueError, match="MASTER_ADDR is not set, and WORLD_SIZE is 4"):
+            ranks.set_rendezvous(environ)
+        return
+    ranks.set_rendezvous(environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == meeting_point
 
 
 @pytest.mark.parametrize(
@@ -153,6 +185,26 @@ def test_meeting_point_is_derived_or_set():
     other_job = rendezvous({**SRUN, "SLURM_JOB_ID": "78"})[1]
     assert len({port, other_step, other_job}) == 3
     assert rendezvous({**SRUN, "SLURM_JOB_ID": ""})[1] == 29500
+
+
+@pytest.mark.parametrize(
+    "env",
+    [{**MPIRUN, "MASTER_ADDR": "a"}, {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, HYDRA],
+    ids=["Open MPI on two machines", "Open MPI on one", "Hydra on one"],
+)
+def test_ranks_of_mpirun_share_one_port(env):
+    """Daemons that srun started have the number of a step; the local ranks do not.
+
+    On several machines those that ssh started have no number of the job either.
+    """
+    local = rendezvous({**env, "SLURM_JOB_ID": "77"})[1]
+    daemon = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURM_PROCID": "0"}
+    assert rendezvous({**env, **daemon, "SLURM_STEP_NUM_TASKS": "1"})[1] == local
+    if "MASTER_ADDR" in env:
+        assert rendezvous(env)[1] == local == 29500
+        return
+    assert 15000 <= local < 30000
+    assert rendezvous({**env, "SLURM_JOB_ID": "78"})[1] != local, "a node of two jobs"
 
 
 @pytest.mark.parametrize(
