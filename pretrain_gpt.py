@@ -8,8 +8,10 @@ STARTED = time.time()  # before the imports, so that the start-up time includes 
 if __name__ == "__main__":
     from megatron import log
     from megatron.config.cli import refuse_early
+    from megatron.parallel.ranks import set_rank
 
     try:
+        set_rank()  # before errors, which only rank 0 reports at once
         refuse_early(sys.argv[1:])  # most mistakes, in a tenth of a second
     except ValueError as error:
         log.report_error(error)

@@ -1,6 +1,7 @@
 """Command-line parsing: values, errors, help, and configurations written as flags."""
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -286,6 +287,29 @@ def test_wrong_flag_is_refused_before_torch(repo, tmp_path):
         "error: --save-interval is 3; it has an effect only with --save. "
         "Set --save or leave --save-interval out.\n"
     )
+
+
+@pytest.mark.parametrize(
+    "env, start",
+    [
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "[rank 1] error: --save"),
+        (
+            {"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            "error: RANK is 'one'; allowed",
+        ),
+    ],
+)
+def test_early_refusal_knows_its_rank(env, start, repo):
+    """Without a launcher, the rank comes from mpirun or srun, or is refused itself."""
+    done = subprocess.run(
+        [sys.executable, str(repo / "pretrain_gpt.py"), "--save-interval", "3"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMPI_COMM_WORLD_LOCAL_RANK": "1", **env},
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(start)
+    assert done.stderr.count("\n") == 1
 
 
 # Help
