@@ -3,7 +3,8 @@
 0          the run or tool completed, or a signal stopped the run after a checkpoint
 1          another rank ended first, or an error of the program, with its traceback
 2          a mistake in what was set, or a fault of the machine such as a full disk
-3          a rank waited for longer than --timeout-minutes (also `training.watchdog`)
+3          a rank waited for longer than --timeout-minutes (also `training.watchdog` and
+           `engine.operator_lock`)
 128 + n    signal n was repeated: the rank ended without a checkpoint (`graceful_stop`); or it
            came outside of the training loop (143: SIGTERM, 130: Ctrl-C; `startup_signals`)
 141        the reader of a tool's output has ended (`log.run_tool`)
@@ -80,6 +81,9 @@ def classify_error(error: ValueError | OSError | RuntimeError) -> tuple[Exceptio
     ):
         if message:
             return message, code
+    # The system's own, such as of a network file system, have a number.
+    if isinstance(error, TimeoutError) and error.errno is None:
+        return error, 3
     if isinstance(error, OSError):
         return error, 2
     if isinstance(error, ValueError) and _raised_by_this_package(error):

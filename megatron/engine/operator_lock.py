@@ -48,7 +48,7 @@ def _acquire(torch_lock: Path, timeout_minutes: float) -> int:
     fd = os.open(folder / "process_lock", os.O_CREAT | os.O_RDWR, 0o666)
     deadline = time.monotonic() + 60 * timeout_minutes
     is_waiting = False
-    while not _try_lock(fd):
+    while not _try_lock(fd, folder):
         if not is_waiting:
             _report(f"waiting for another process that compiles {folder.name}")
         is_waiting = True
@@ -66,11 +66,17 @@ def _acquire(torch_lock: Path, timeout_minutes: float) -> int:
     return fd
 
 
-def _try_lock(fd: int) -> bool:
+def _try_lock(fd: int, folder: Path) -> bool:
+    """Lock the file. A file system without locks is reported, and counts as locked."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        _report(
+            f"{folder} has no file locks ({error.strerror}): make sure that only one process "
+            "compiles there, or set TORCH_EXTENSIONS_DIR to a folder on a local disk"
+        )
     return True
 
 

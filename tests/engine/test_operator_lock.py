@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch.utils.file_baton import FileBaton
 
-from megatron.engine import distributed
+from megatron.engine import distributed, operator_lock
 from megatron.engine.operator_lock import lock_operator_builds
+from megatron.exit_codes import classify_error
 
 START = """
 from megatron.engine import distributed
@@ -95,8 +97,9 @@ def test_waiting_for_the_lock_is_limited(torch_lock, capfd):
     with hold(torch_lock) as process:
         with pytest.raises(
             TimeoutError, match="longer than --timeout-minutes 0.005; find it by"
-        ):
+        ) as caught:
             FileBaton(str(torch_lock)).try_acquire()
+        assert classify_error(caught.value) == (caught.value, 3)
         assert capfd.readouterr().err == (
             "waiting for another process that compiles some_operator\n"
         )
@@ -108,6 +111,24 @@ def test_waiting_for_the_lock_is_limited(torch_lock, capfd):
     assert capfd.readouterr().err == "", "nothing is compiled"
     baton.release()
     assert FileBaton(str(torch_lock)).try_acquire(), "it is free again"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_missing_file_locks_are_reported(number, torch_lock, capfd, monkeypatch):
+    """A network file system may have none; the operator is compiled without one."""
+
+    def refuse(*_) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(operator_lock.fcntl, "flock", refuse)
+    baton = FileBaton(str(torch_lock))
+    assert baton.try_acquire()
+    baton.release()
+    warning, compiling = capfd.readouterr().err.splitlines()
+    assert warning.startswith(
+        f"{torch_lock.parent} has no file locks ({os.strerror(number)}): make sure"
+    )
+    assert compiling.startswith("compiling DeepSpeed's operator some_operator")
 
 
 def test_own_ninja_is_found_first(monkeypatch):

@@ -216,6 +216,7 @@ def test_timeout_is_reported_before_peers_end(monkeypatch, capsys):
             2,
         ),
         (OSError("Timed out waiting 1ms"), "Timed out waiting 1ms", 2),
+        (OSError(110, "Connection timed out", "a.bin"), "110.* 'a.bin'", 2),
         (RuntimeError("size mismatch"), None, 1),
         (ValueError("not raised by this package"), None, 1),
     ],
