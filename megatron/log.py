@@ -80,8 +80,13 @@ def escape_unencodable() -> None:
 
 def warn_on_rank0(message: str, *args: object) -> None:
     """Log a warning on rank 0 only: for what every rank notices."""
-    if _rank() == 0:
+    if is_rank0():
         get_logger().warning(message, *args)
+
+
+def is_rank0() -> bool:
+    """Whether this process reports what all ranks know."""
+    return _rank() == 0
 
 
 def quiet_deepspeed() -> None:

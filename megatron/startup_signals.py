@@ -1,9 +1,12 @@
 """SIGTERM and SIGINT outside of the training loop, where there is nothing to save.
 
-They end the process immediately with one line and the exit code 128 + n. A thread reads them,
-because the main thread may be in a call of a library that lasts minutes, such as waiting for
-the other ranks, and Python's own handlers run between two bytecodes of the main thread. In the
-training loop, `training.graceful_stop` takes their place.
+They end the process immediately with the exit code 128 + n. Rank 0 also reports them in one line.
+The other ranks are silent: a launcher sends SIGTERM to all of them when one has failed, and
+their lines would bury the error of that one.
+
+A thread reads the signals, because the main thread may be in a call of a library that lasts
+minutes, such as waiting for the other ranks, and Python's own handlers run between two bytecodes
+of the main thread. In the training loop, `training.graceful_stop` takes their place.
 
 This module is imported before torch.
 """
@@ -21,9 +24,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def end_on_stop_signals() -> None:
-    """Let SIGTERM and SIGINT end this process from now on, with one line.
+    """Let SIGTERM and SIGINT end this process from now on, on rank 0 with one line.
 
-    A signal that is ignored stays ignored: a shell starts background jobs with SIGINT ignored.
+    The rank must be set before; see `parallel.ranks`. A signal that is ignored stays ignored: a
+    shell starts background jobs with SIGINT ignored.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -44,12 +48,13 @@ def _end_at_signal(reader: int) -> None:
         number = os.read(reader, 1)[0]
         if number in _SIGNALS:
             break
-    name = signal.Signals(number).name
-    error = InterruptedError(
-        f"{name} outside of the training loop: this process ends immediately, and there is "
-        "nothing to save"
-    )
-    log.report_error(error, immediately=True)
+    if log.is_rank0():
+        name = signal.Signals(number).name
+        error = InterruptedError(
+            f"{name} outside of the training loop: this process ends immediately, and there is "
+            "nothing to save"
+        )
+        log.report_error(error, immediately=True)
     os._exit(128 + number)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,25 @@ FAILURES = {
         "echo '[rank0]: Traceback'; echo '[rank0]: a.b.SomeError: no'; echo more",
         "[rank0]: a.b.SomeError: no\n",
     ),
+    "traceback of a rank and the end of another": (
+        "echo 'error: another rank ended, and its message says why'; "
+        "echo '[rank1]: Traceback'; echo 'SomeError: no'; echo more",
+        "SomeError: no\n",
+    ),
+    "signal before the error": (
+        "echo 'error: SIGTERM outside of the training loop: this process ends'; "
+        "echo '[rank 1] error: no file'; echo more",
+        "[rank 1] error: no file\n",
+    ),
+    "signal before the news": (
+        "echo '[rank 2] error: SIGTERM outside of the training loop: this process ends'; "
+        "echo '[rank 1] error: another rank ended'; echo more",
+        "[rank 1] error: another rank ended\n",
+    ),
+    "only signals": (
+        "echo 'error: SIGINT outside of the training loop: this process ends'; echo more",
+        "error: SIGINT outside of the training loop: this process ends\n",
+    ),
     "nothing": ("echo start; printf '\\0\\377 error: no\\n'", ""),
     "bytes of no text": (
         "printf '\\0\\377\\n'; echo 'error: größe'; printf '\\377\\n'",
@@ -276,6 +296,52 @@ def test_failed_run_ends_with_its_error(name, locale, tmp_path):
     )
     assert done.returncode == 3
     assert done.stderr.decode() == f"{error}run.sh: exit code 3; log: out/log.txt\n"
+
+
+RANKS = """
+while [[ $1 != *pretrain_gpt.py ]]; do shift; done
+export WORLD_SIZE=2 LOCAL_RANK=0
+RANK=0 "$PYTHON" "$@" & rank0=$!
+RANK=1 "$PYTHON" "$@" & rank1=$!
+wait $rank1
+code=$?
+kill -TERM $rank0
+wait $rank0
+exit $code
+"""
+FAILS_ON_RANK_1 = """
+import os, pathlib, time
+if os.environ["RANK"] == "1":
+    while not pathlib.Path("rank-0-is-starting").exists():
+        time.sleep(0.01)
+    raise RuntimeError("a library is broken")
+pathlib.Path("rank-0-is-starting").touch()
+time.sleep(600)
+"""
+
+
+def test_traceback_while_starting_is_the_cause(tmp_path):
+    """The launcher ends rank 0 by SIGTERM when rank 1 has failed, here during its imports."""
+    stand_in(tmp_path, "nvidia-smi", "exit 127")
+    stand_in(tmp_path, "deepspeed", RANKS)
+    stand_in(tmp_path, "python", f'exec {shlex.quote(sys.executable)} "$@"')
+    (tmp_path / "torch.py").write_text(FAILS_ON_RANK_1)
+    done = run_script(
+        RUN,
+        cwd=tmp_path,
+        PYTHON=f"{tmp_path}/bin/python",
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+        PYTHONPATH=str(tmp_path),
+        NUM_GPUS="2",
+        OUTPUT_DIR="out",
+    )
+    assert "Traceback" in done.stdout and "error: SIGTERM outside of" in done.stdout, (
+        done.stdout
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "RuntimeError: a library is broken\nrun.sh: exit code 1; log: out/log.txt\n"
+    )
 
 
 def test_launcher_is_quiet(tmp_path):

@@ -292,16 +292,19 @@ elif [ -n "$BY_SSH" ] && [ -z "${DS_ENV_FILE:-}" ]; then
     grep -ahs = ~/.deepspeed_env .deepspeed_env >>"$DS_ENV_FILE" || true # the files that it replaces
     export DS_ENV_FILE
 fi
-# Print the first error of the log after its first $1 bytes, which is not the news that another rank has ended; without
-# one the last line of a traceback. Ranks on other nodes have the host's name before their lines.
+# Print the cause of a failure, from the log after its first $1 bytes: the first error; without one the last line of a
+# traceback; then the news that another rank has ended; then the signal by which the launcher ends the ranks that are
+# still starting. Ranks on other nodes have the host's name before their lines.
 first_error() {
     local new errors error
+    local news='error: (another rank|rank [0-9]+) ended' stop='error: SIG(TERM|INT) outside of the training loop'
     new=$(mktemp)
     tail -c "+$(($1 + 1))" "$LOG" >"$new"
     errors=$(LC_ALL=C grep -aE '^([^ ]+: )?(\[rank [0-9]+\] )?error: ' "$new" || true)
-    error=$(LC_ALL=C grep -aEv -m 1 'error: (another rank|rank [0-9]+) ended' <<<"$errors" || true)
-    [ -n "$error" ] || error=$(head -n 1 <<<"$errors")
+    error=$(LC_ALL=C grep -aEv -m 1 "$news|$stop" <<<"$errors" || true)
     [ -n "$error" ] || error=$(LC_ALL=C grep -aE '^([^ ]+: )*[A-Za-z_][A-Za-z0-9_.]*(Error|Exception|Interrupt)(:|$)' "$new" | tail -n 1 || true)
+    [ -n "$error" ] || error=$(LC_ALL=C grep -aEv -m 1 "$stop" <<<"$errors" || true)
+    [ -n "$error" ] || error=$(head -n 1 <<<"$errors")
     # It is not repeated directly below itself.
     [ -z "$error" ] || [ "$error" = "$(tail -n 1 "$new" | LC_ALL=C tr -d '\0')" ] || echo "$error"
     rm -f "$new"

@@ -329,9 +329,9 @@ def test_run_script_through_launcher(data, tmp_path):
     bad = run(script, **{**env, "DATA_PATH": "/nowhere/y", "OUTPUT_DIR": str(tmp_path / "bad")})
     text = bad.stdout + bad.stderr
     assert bad.returncode != 0 and "Traceback" not in text
-    errors = [x for x in bad.stdout.splitlines() if "/nowhere/y" in x and "error:" in x]
-    assert len(errors) == 1
-    assert bad.stderr.splitlines()[-2:] == [
+    errors = [x for x in bad.stdout.splitlines() if "error:" in x]
+    assert len(errors) == 1 and "/nowhere/y" in errors[0], "rank 1 is ended, too"
+    assert text.splitlines()[-2:] == [
         *errors,
         f"run.sh: exit code {bad.returncode}; log: {tmp_path}/bad/log.txt",
     ]

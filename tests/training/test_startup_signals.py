@@ -70,6 +70,19 @@ def test_signal_while_waiting_for_ranks_is_one_line(data, tmp_path):
     assert stderr.startswith(LINE.format("SIGTERM")) and stderr.count("\n") == 1
 
 
+def test_other_ranks_end_in_silence(tmp_path):
+    """The launcher ends them by a signal because another rank has failed, which says why."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(600)\n"
+    )
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    process = started(["pretrain_gpt.py"], PYTHONPATH=f"{tmp_path}:{REPO}", **env)
+    assert process.stdout.readline() == "importing\n", process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (143, "", "")
+
+
 def wait_for_listener(port: int, process: subprocess.Popen) -> None:
     """Wait until a process listens on a port of this machine."""
     listening = f":{port:04X} "
