@@ -57,6 +57,13 @@ _STARTERS = (
         ("MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ),
     _Starter(
+        "mpirun",
+        "MV2_COMM_WORLD_RANK",
+        ("MV2_COMM_WORLD_SIZE",),
+        ("MV2_COMM_WORLD_LOCAL_RANK",),
+        ("MV2_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    _Starter(
         "srun",
         "SLURM_PROCID",
         ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
@@ -64,6 +71,10 @@ _STARTERS = (
         only_with="SLURM_STEP_ID",
     ),
 )
+
+
+# Variables of other process managers (PRRTE, Cray's PALS), which do not tell the number of ranks.
+_RANKS_WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")
 
 
 def set_rank(environ: Environment = os.environ) -> None:
@@ -75,6 +86,7 @@ def set_rank(environ: Environment = os.environ) -> None:
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         starter = _find_starter(environ)
         if starter is None:
+            _refuse_unknown_size(environ)
             for name, value in _ONE_PROCESS.items():
                 environ.setdefault(name, value)
             return
@@ -125,6 +137,26 @@ def _find_starter(environ: Environment) -> _Starter | None:
         if starter.rank in environ and size is not None:
             return starter if size != "1" else None
     return None
+
+
+def _refuse_unknown_size(environ: Environment) -> None:
+    """Raise ValueError if a process manager has started this process and maybe others.
+
+    Each of them would train on its own.
+    """
+    managers = [starter for starter in _STARTERS if not starter.only_with]
+    sizes = [size for starter in managers for size in starter.sizes]
+    if _first_set(tuple(sizes), environ) is not None:
+        return
+    for name in (*(starter.rank for starter in managers), *_RANKS_WITHOUT_SIZE):
+        require(
+            name not in environ,
+            name,
+            environ.get(name),
+            "only where the number of ranks is known, too",
+            "Set RANK, WORLD_SIZE and LOCAL_RANK from your launcher's variables, or start the "
+            "ranks by torchrun.",
+        )
 
 
 def _is_pmi_of_srun(environ: Environment) -> bool:

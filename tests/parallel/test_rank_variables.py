@@ -80,6 +80,12 @@ def output(process: subprocess.Popen) -> str:
     return stdout.splitlines()[-1]
 
 
+MVAPICH = {
+    "MV2_COMM_WORLD_RANK": "1",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "MV2_COMM_WORLD_LOCAL_RANK": "1",
+    "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+}
 PMI2 = {**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2"}
 
 
@@ -91,6 +97,8 @@ PMI2 = {**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2"}
         (SRUN, ("1", "2", "1"), ("127.0.0.1", "17388")),
         (MPIRUN, ("3", "4", "1"), None),
         (HYDRA, ("2", "3", "2"), ("127.0.0.1", "29500")),
+        (MVAPICH, ("1", "2", "1"), ("127.0.0.1", "29500")),
+        ({**SRUN, "PMIX_RANK": "1"}, ("1", "2", "1"), ("127.0.0.1", "17388")),
         (PMI2, ("1", "2", "1"), ("127.0.0.1", "17388")),
         (
             {**PMI2, "SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "a"},
@@ -123,6 +131,8 @@ PMI2 = {**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2"}
         "srun",
         "Open MPI",
         "Hydra",
+        "MVAPICH",
+        "srun with PMIx",
         "srun with PMI-2",
         "srun with PMI-2 on two nodes",
         "Hydra in a step of its daemons",
@@ -148,6 +158,16 @@ def test_ranks_come_from_what_started_them(env, found, meeting_point):
         return
     ranks.set_rendezvous(environ)
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == meeting_point
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PMIX_RANK", "PALS_RANKID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"],
+)
+def test_rank_without_a_size_is_refused(name):
+    """Each rank would train on its own."""
+    with pytest.raises(ValueError, match=f"^{name} is '0'; allowed: only where the number of"):
+        ranks.set_rank({name: "0"})
 
 
 @pytest.mark.parametrize(
