@@ -91,7 +91,7 @@ def train(
         plan.global_batch,
         plan.iterations,
         plan.built_samples,
-        describe_data(config),
+        describe_data(config, run.groups),
     )
     if run.checkpoint is not None:
         run.checkpoint.check(metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ DATA_ORDER_FIELDS = {
 the order of samples: changes are allowed, with a warning"""
 
 _DATA_PATH_FIELDS = ("data_path", "train_data_path", "streaming_data_path")
+_EVAL_PATH_FIELDS = ("valid_data_path", "test_data_path")
 
 
 def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None:
@@ -185,6 +187,13 @@ def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
             "samples that were already seen may come again",
             ", ".join(changes),
         )
+    eval_changes = _evaluation_changes(saved, current)
+    if eval_changes:
+        warn_on_rank0(
+            "%s differ(s) from the checkpoint's: evaluation figures from here on cannot be "
+            "compared with earlier ones",
+            ", ".join(eval_changes),
+        )
     options = _gate_option_changes(saved.config.gate_options, current.config.gate_options)
     if options:
         warn_on_rank0(
@@ -219,17 +228,62 @@ def _data_order_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
                 continue
             changes.append(_flag(name))
     data = current.config.data
-    # The order of streamed text and of cyclic samples does not depend on the length of the run.
-    follows_length = not data.streaming_data_path and data.dataloader_type != "cyclic"
+    # The order of streamed text, and of cyclic and mock samples, is independent of the length.
+    is_independent = data.streaming_data_path or data.mock_data
+    follows_length = not is_independent and data.dataloader_type != "cyclic"
     if follows_length and saved.built_samples != current.built_samples:
         changes.append(
             f"the number of samples of the run ({current.built_samples} instead of "
             f"{saved.built_samples})"
         )
-    streams = current.config.data.streaming_data_path
+    # A growing stream keeps the order of the text that it had.
+    ignored = {*data.streaming_data_path, *_evaluation_prefixes(current)}
+    changes += _changed_files(saved, current, current.data.keys() - ignored)
+    return changes
+
+
+def _evaluation_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
+    """Return which data differ that are evaluated on, but not trained on."""
+    old = reset_without_effect(saved.config).data
+    new = reset_without_effect(current.config).data
+    changes = []
+    for name in _EVAL_PATH_FIELDS:
+        is_equal = getattr(old, name) == getattr(new, name)
+        if not is_equal and not _is_same_data(saved, current, name):
+            changes.append(_flag(name))
+    for name, words in new.named_valid_sets.items():
+        old_words = old.named_valid_sets.get(name, words)
+        if old_words == words:
+            continue
+        flag = f"--valid-sets {name}="
+        contents = _contents(current, words, flag)
+        if not contents or contents != _contents(saved, old_words, flag):
+            changes.append(flag)
+    return changes + _changed_files(saved, current, _evaluation_prefixes(current))
+
+
+def _evaluation_prefixes(run: RunMetadata) -> set[str]:
+    """Return the prefixes of datasets that a run evaluates on, but does not train on."""
+    data = run.config.data
+    trained = set()
+    for words in (data.data_path, data.train_data_path):
+        trained |= {prefix for _, prefix in parse_blend(words, "--data-path")}
+    evaluated = set()
+    for words in (
+        data.valid_data_path,
+        data.test_data_path,
+        *data.named_valid_sets.values(),
+    ):
+        evaluated |= {prefix for _, prefix in parse_blend(words, "--valid-data-path")}
+    return evaluated - trained
+
+
+def _changed_files(
+    saved: RunMetadata, current: RunMetadata, prefixes: Collection[str]
+) -> list[str]:
+    changes = []
     for prefix, files in current.data.items():
-        # A growing stream keeps the order of the text that it had.
-        if prefix not in streams and _are_other_files(saved.data.get(prefix, files), files):
+        if prefix in prefixes and _are_other_files(saved.data.get(prefix, files), files):
             changes.append(f"the files of {prefix}")
     return changes
 
@@ -239,14 +293,19 @@ def _is_same_data(saved: RunMetadata, current: RunMetadata, name: str) -> bool:
 
     Checkpoints of format version 1 do not know the content: then only equal paths are the same.
     """
-    contents = _contents(saved, name)
-    return bool(contents) and contents == _contents(current, name)
+    flag = _flag(name)
+    contents = _contents(saved, getattr(saved.config.data, name), flag)
+    return bool(contents) and contents == _contents(
+        current, getattr(current.config.data, name), flag
+    )
 
 
-def _contents(run: RunMetadata, name: str) -> list[tuple[float | None, str]]:
+def _contents(
+    run: RunMetadata, words: Sequence[str], flag: str
+) -> list[tuple[float | None, str]]:
     """Return weight and content id of each dataset of a flag; nothing if one is not known."""
     contents = []
-    for weight, prefix in parse_blend(getattr(run.config.data, name), _flag(name)):
+    for weight, prefix in parse_blend(words, flag):
         known_id = run.data.get(prefix, {}).get("content_id")
         if not known_id:
             return []

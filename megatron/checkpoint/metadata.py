@@ -6,6 +6,7 @@ import functools
 import platform
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.sampling.blend import parse_blend
 from megatron.io.content_id import content_id
 from megatron.io.sha256 import file_sha256
+from megatron.parallel.background import BackgroundTask
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
 
@@ -168,25 +170,55 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def describe_data(config: RunConfig) -> dict[str, Any]:
+def describe_data(config: RunConfig, groups: Groups) -> dict[str, Any]:
     """Describe the data files of a run, so that changed files are noticed when it resumes, and
     moved ones are recognised.
+
+    Rank 0 reads a sample of every file, while the others wait without a time limit: thousands of
+    datasets on a cold file system take minutes. A run that neither saves nor loads a checkpoint
+    reads none.
 
     Returns:
         By prefix: bin_bytes and idx_bytes, content_id of both, and sidecar_sha256 if there is a
         sidecar. By file of --streaming-data-path: content_id. Files that do not exist have no
         entry.
+
+    Raises:
+        ValueError: The words of a flag are no blend.
+        OSError: Rank 0 cannot read a file; then all ranks raise it.
     """
+    if not (config.checkpoint.save or config.checkpoint.load):
+        return {}
+    streams, prefixes = _data_files(config)
+    task = BackgroundTask("describing the data", partial(_describe_files, streams, prefixes))
+    if groups.is_rank0:
+        task.start()
+    task.wait_for_all(groups)
+    outcome = task.outcomes(groups)[0]
+    if outcome.error:
+        raise OSError(outcome.error)
+    return outcome.result
+
+
+def _data_files(config: RunConfig) -> tuple[list[str], list[str]]:
+    """Return the sources of streamed text and the prefixes of datasets that a run names."""
+    streaming = parse_blend(config.data.streaming_data_path, "--streaming-data-path")
     words_by_flag = {flag_name(name): getattr(config.data, name) for name in _DATA_FLAGS}
     for name, words in config.data.named_valid_sets.items():
         words_by_flag[f"--valid-sets {name}="] = words
+    prefixes = []
+    for flag, words in words_by_flag.items():
+        prefixes += [prefix for _, prefix in parse_blend(words, flag)]
+    return [path for _, path in streaming], prefixes
+
+
+def _describe_files(streams: list[str], prefixes: list[str]) -> dict[str, Any]:
     described = {}
-    for _, path in parse_blend(config.data.streaming_data_path, "--streaming-data-path"):
+    for path in streams:
         if Path(path).is_file():
             described[path] = {"content_id": content_id([path])}
-    for flag, words in words_by_flag.items():
-        for _, prefix in parse_blend(words, flag):
-            described[prefix] = _describe_dataset(prefix)
+    for prefix in prefixes:
+        described[prefix] = _describe_dataset(prefix)
     return described
 
 

@@ -19,6 +19,7 @@ from megatron.checkpoint.compatibility import (
 )
 from megatron.checkpoint.metadata import RunMetadata, describe_data
 from megatron.config.schema import (
+    CheckpointConfig,
     DataConfig,
     ModelConfig,
     MoEConfig,
@@ -244,121 +245,6 @@ def test_changed_gate_options_are_logged(capsys):
     )
 
 
-def test_changed_order_of_samples_is_logged(capsys):
-    log.setup()
-    saved = RunMetadata(
-        RunConfig(), IDENTITY, global_batch_size=8, data={"a": {"bin_bytes": 1}}
-    )
-    warn_of_changes(saved, replace(saved, config=RunConfig(optimizer=OptimizerConfig(lr=1.0))))
-    assert capsys.readouterr().out == ""
-    warn_of_changes(
-        saved, replace(saved, config=RunConfig(train=TrainConfig(train_iters=7, seed=2)))
-    )
-    assert "--seed differ(s) from the checkpoint's" in capsys.readouterr().out
-    warn_of_changes(saved, replace(saved, data={"a": {"bin_bytes": 2}, "b": {}}))
-    assert " the files of a differ(s)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "data, follows",
-    [
-        ({}, True),
-        ({"dataloader_type": "cyclic"}, False),
-        ({"streaming_data_path": ("text.jsonl",)}, False),
-    ],
-)
-def test_order_follows_number_of_samples(data, follows, capsys):
-    """It follows neither the batch nor the number of iterations."""
-    log.setup()
-    config = RunConfig(data=DataConfig(**data))
-    old = RunMetadata(config, IDENTITY, global_batch_size=8, iterations=100)
-    warn_of_changes(old, replace(old, global_batch_size=4, iterations=200, samples=800))
-    out = capsys.readouterr().out
-    assert "a global batch of 4 samples; the checkpoint was made with 8" in out
-    assert "differ(s)" not in out
-    warn_of_changes(old, replace(old, samples=801))
-    expected = "the number of samples of the run (801 instead of 800) differ(s)"
-    assert (expected in capsys.readouterr().out) == follows
-
-
-def data_run(folder: Path, name: str, words: tuple[str, ...]) -> RunMetadata:
-    """Return the metadata of a run whose flag `name` has files in a folder."""
-    words = tuple(str(folder / word) if word in ("a", "b") else word for word in words)
-    config = RunConfig(data=DataConfig(**{name: words}))
-    return RunMetadata(config, IDENTITY, data=describe_data(config))
-
-
-@pytest.fixture
-def two_folders(tmp_path) -> tuple[Path, Path]:
-    """Return two folders with equal files: a.bin, a.idx, a, b.bin, b.idx and b."""
-    folders = tmp_path / "old", tmp_path / "new"
-    for folder in folders:
-        folder.mkdir()
-        for name in ("a", "b"):
-            for suffix in (".bin", ".idx", ""):
-                (folder / f"{name}{suffix}").write_text(f"{name}{suffix}")
-    return folders
-
-
-@pytest.mark.parametrize("name", ["data_path", "train_data_path", "streaming_data_path"])
-@pytest.mark.parametrize("words", [("a",), ("0.25", "a", "0.75", "b")])
-def test_moved_data_have_same_order(name, words, two_folders, capsys):
-    """The content is compared: a warning about each moved folder would hide the true ones."""
-    log.setup()
-    old, new = two_folders
-    saved = data_run(old, name, words)
-    warn_of_changes(saved, data_run(new, name, words))
-    assert capsys.readouterr().out == ""
-    flag = "--" + name.replace("_", "-")
-    for suffix in (".bin", ".idx", ""):
-        content = (new / f"a{suffix}").read_text()
-        (new / f"a{suffix}").write_text(content.upper())
-        warn_of_changes(saved, data_run(new, name, words))
-        is_part = (suffix == "") == (name == "streaming_data_path")
-        assert (f"{flag} differ(s)" in capsys.readouterr().out) == is_part
-        (new / f"a{suffix}").write_text(content)
-
-
-def test_order_of_moved_data_matters(two_folders, capsys):
-    log.setup()
-    old, new = two_folders
-    saved = data_run(old, "data_path", ("0.25", "a", "0.75", "b"))
-    for words in (("0.5", "a", "0.5", "b"), ("0.75", "b", "0.25", "a"), ("a", "b")):
-        warn_of_changes(saved, data_run(new, "data_path", words))
-        assert "--data-path differ(s)" in capsys.readouterr().out
-
-
-def test_changed_content_of_same_size_is_logged(two_folders, capsys):
-    log.setup()
-    old, _ = two_folders
-    saved = data_run(old, "data_path", ("a",))
-    (old / "a.bin").write_text("A.BIN")
-    warn_of_changes(saved, data_run(old, "data_path", ("a",)))
-    assert f" the files of {old}/a differ(s)" in capsys.readouterr().out
-
-
-def test_growing_stream_keeps_its_order(two_folders, capsys):
-    log.setup()
-    old, _ = two_folders
-    saved = data_run(old, "streaming_data_path", ("a",))
-    (old / "a").write_text("a and more")
-    warn_of_changes(saved, data_run(old, "streaming_data_path", ("a",)))
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("content_id", [{}, {"content_id": ""}])
-def test_unknown_content_is_compared_by_path(content_id, two_folders, capsys):
-    """Format version 1 stored sizes only."""
-    log.setup()
-    old, new = two_folders
-    current = data_run(old, "data_path", ("a",))
-    saved = replace(current, data={f"{old}/a": {"bin_bytes": 5, "idx_bytes": 5, **content_id}})
-    warn_of_changes(saved, current)
-    assert capsys.readouterr().out == ""
-    warn_of_changes(saved, data_run(new, "data_path", ("a",)))
-    assert "--data-path differ(s)" in capsys.readouterr().out
-
-
 def test_changed_topology_is_logged(capsys):
     log.setup()
     saved = RunMetadata(RunConfig(), IDENTITY, {"ranks": 2, "zero_stage": 1})
@@ -458,9 +344,11 @@ def test_metadata_survives_json(data):
     config = RunConfig(
         data=DataConfig(data_path=("0.5", data, "0.5", "nowhere")),
         optimizer=OptimizerConfig(bf16=True),
+        checkpoint=CheckpointConfig(save="checkpoints"),
     )
     groups = Groups(world_size=4, ep_size=2)
-    metadata = RunMetadata.of(config, groups, Words(), 8, 100, data=describe_data(config))
+    described = describe_data(config, Groups())
+    metadata = RunMetadata.of(config, groups, Words(), 8, 100, data=described)
     state = json.loads(json.dumps(metadata.to_state()))
     assert RunMetadata.from_state(config, state) == metadata
     assert metadata.topology == {
