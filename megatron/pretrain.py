@@ -16,7 +16,7 @@ from megatron.config import cli
 from megatron.config.schema import RunConfig
 from megatron.config.training import LENGTH_FIELDS
 from megatron.data.sampling.blend import Samples
-from megatron.exit_codes import exit_code
+from megatron.exit_codes import classify_error, exit_code
 from megatron.initialize import (
     Run,
     build_engine,
@@ -296,10 +296,10 @@ def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
     """Open the data of a run.
 
     One process of each node builds the sample indices, however long it takes; all ranks then
-    find them in the cache.
+    find them in the cache. If a cache cannot be written, every rank builds its own in memory.
     """
-    from megatron.data.index_builder import build_on_each_node
-    from megatron.data.splits import build_splits
+    from megatron.data.index_builder import all_can_store, build_on_each_node, build_on_ranks
+    from megatron.data.splits import build_splits, index_cache_folders
     from megatron.data.streaming.stream import StreamingContext
 
     groups = run.groups
@@ -324,13 +324,21 @@ def build_run_splits(run: Run, plan: TrainingPlan) -> dict[str, Samples | None]:
     )
     if groups.world_size == 1:
         return build(streaming=streaming)
+    build_own = partial(build, streaming=streaming)
+    if not all_can_store(index_cache_folders(config.data), groups):
+        if not config.data.streaming_data_path:
+            return build_on_ranks(build_own, groups)
+        # The producers must have been started before other ranks open their tokens.
+        splits = build_on_ranks(build_own, groups, takes_part=is_local_rank0)
+        others = build_on_ranks(build_own, groups, takes_part=not is_local_rank0)
+        return splits or others
     in_advance = {"streaming": replace(streaming, starts=False), "log_missing": False}
-    build_on_each_node(partial(build, **in_advance), groups)
+    build_on_each_node(partial(build, **in_advance), groups, classify_error)
     splits = None
     if is_local_rank0:
-        splits = build(streaming=streaming)
+        splits = build_own()
     if config.data.streaming_data_path:
         dist.barrier()  # the producers must have been started
     if splits is None:
-        splits = build(streaming=streaming)
+        splits = build_own()
     return splits

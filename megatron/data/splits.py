@@ -92,6 +92,26 @@ def build_splits(
     return splits
 
 
+def index_cache_folders(data: DataConfig) -> list[str]:
+    """Return the folders in which the sample indices of a run are stored."""
+    folders = set()
+    for words in (
+        data.data_path,
+        data.train_data_path,
+        data.valid_data_path,
+        data.test_data_path,
+        *data.named_valid_sets.values(),
+    ):
+        for _, prefix in parse_blend(words)[:1]:
+            folders.add(_cache_folder(data, prefix))
+    return sorted(folders)
+
+
+def _cache_folder(data: DataConfig, first_prefix: str) -> str:
+    """Return the folder for the indices of a blend that begins with this prefix."""
+    return data.data_cache_path or str(Path(first_prefix).parent / "index_cache")
+
+
 @dataclass(frozen=True)
 class _Source:
     """Documents of one dataset that belong to a split."""
@@ -257,9 +277,7 @@ class _SplitBuilder:
         weights = [source.weight for source in sources]
         if weights[0] is None:
             weights = [max(1, source.tokens) for source in sources]
-        cache_dir = self.data.data_cache_path
-        if not cache_dir:
-            cache_dir = str(Path(sources[0].dataset.prefix).parent / "index_cache")
+        cache_dir = _cache_folder(self.data, sources[0].dataset.prefix)
         parts = []
         logged_at = time.monotonic()
         for source, quota in zip(sources, quotas(weights, num_samples)):

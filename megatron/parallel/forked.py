@@ -12,6 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+ErrorClassifier = Callable[[ValueError | OSError | RuntimeError], tuple[Exception | None, int]]
+"""`megatron.exit_codes.classify_error`, which is of a higher layer"""
+
 
 class ForkedWork:
     """A forked process that runs a function, for its effects on disk.
@@ -24,9 +27,12 @@ class ForkedWork:
     Args:
         name: what the process does, for messages, such as "builds the sample indices".
         work: the function to run.
+        classify: returns, first, the error to report to the user for an exception of `work`, or
+            None if it is a mistake in the program. It runs in the child, because the traceback
+            that it depends on does not leave it.
     """
 
-    def __init__(self, name: str, work: Callable[[], object]):
+    def __init__(self, name: str, work: Callable[[], object], classify: ErrorClassifier):
         self._name = name
         error_reader, error_writer = os.pipe()
         lifeline_reader, self._lifeline = os.pipe()
@@ -36,7 +42,7 @@ class ForkedWork:
         if self.pid == 0:
             os.close(error_reader)
             os.close(self._lifeline)
-            _run_in_child(work, error_writer, lifeline_reader)
+            _run_in_child(work, classify, error_writer, lifeline_reader)
         os.close(error_writer)
         os.close(lifeline_reader)
         self._error_reader = error_reader
@@ -45,8 +51,9 @@ class ForkedWork:
         """Wait for the end of the process. To be called once.
 
         Returns:
-            None if the work was done, else the ValueError or OSError that it raised. Of another
-            exception the child prints the traceback. OSError if the child was killed.
+            None if the work was done, else the error that `classify` made of what it raised, or
+            OSError if the child was killed. RuntimeError for a mistake in the program, whose
+            traceback the child has printed.
         """
         with open(self._error_reader, "rb") as pipe:
             pickled = pipe.read()
@@ -66,7 +73,12 @@ class ForkedWork:
         return None
 
 
-def _run_in_child(work: Callable[[], object], error_descriptor: int, lifeline: int) -> NoReturn:
+def _run_in_child(
+    work: Callable[[], object],
+    classify: ErrorClassifier,
+    error_descriptor: int,
+    lifeline: int,
+) -> NoReturn:
     """Run the work in the child and exit without any cleanup, which is the parent's."""
     code = 1
     try:
@@ -77,9 +89,13 @@ def _run_in_child(work: Callable[[], object], error_descriptor: int, lifeline: i
         try:
             work()
             code = 0
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
+            reported, _ = classify(error)
+            if reported is None:
+                raise
+            pickled = pickle.dumps(reported)
             with open(error_descriptor, "wb") as pipe:
-                pipe.write(pickle.dumps(error))
+                pipe.write(pickled)
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()

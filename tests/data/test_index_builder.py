@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,11 +22,14 @@ from helpers import killable, runs
 from helpers.faulty import LIMIT_SECONDS
 from helpers.spawn import free_port, groups_for
 from helpers.waiting import wait_until
+from megatron import log
+from megatron.config.fields import require
 from megatron.config.schema import DataConfig
 from megatron.data import splits as splits_module
-from megatron.data.index_builder import build_on_each_node
+from megatron.data.index_builder import all_can_store, build_on_each_node, build_on_ranks
 from megatron.data.indexed.writer import IndexedWriter
 from megatron.data.sampling import sample_index
+from megatron.exit_codes import classify_error
 
 SHORT = ["--eval-iters", "0"]
 
@@ -46,12 +52,12 @@ def _build(local_ranks: list[int], outcomes: list[str], folder: str) -> str:
         elif outcome == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif outcome:
-            raise ValueError(outcome)
+            require(False, "--split", outcome, "proportions")
 
     default = timedelta(seconds=60)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
     try:
-        build_on_each_node(build, groups)
+        build_on_each_node(build, groups, classify_error)
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -64,8 +70,8 @@ def _build(local_ranks: list[int], outcomes: list[str], folder: str) -> str:
     [
         ([0, 1], ["slow", ""], "", ["built0"]),
         ([0, 0], ["", "slow"], "", ["built0", "built1"]),
-        ([0, 1], ["refused", ""], "ValueError: refused", ["built0"]),
-        ([0, 0], ["", "refused"], "ValueError: refused", ["built0", "built1"]),
+        ([0, 1], ["2,x", ""], "ValueError: --split is '2,x'; allowed", ["built0"]),
+        ([0, 0], ["", "2,x"], "ValueError: --split is '2,x'; allowed", ["built0", "built1"]),
         ([0, 1], ["killed", ""], "OSError: process ", ["built0"]),
     ],
 )
@@ -82,6 +88,95 @@ def test_ranks_wait_for_all_builders(
         assert errors[0] == ""
 
 
+def _build_in_memory(takes_part: list[bool], outcomes: list[str]) -> tuple[object, str]:
+    """On a rank: build with a time limit of 2 s per collective; return (result, error)."""
+    rank = dist.get_rank()
+
+    def build() -> dict:
+        if outcomes[rank] == "slow":
+            threading.Event().wait(3.0)
+        elif outcomes[rank]:
+            raise FileNotFoundError(outcomes[rank])
+        return {"train": [rank]}
+
+    default = timedelta(seconds=60)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+    try:
+        return build_on_ranks(build, groups_for(1), takes_part[rank]), ""
+    except FileNotFoundError as error:
+        return None, str(error)
+    finally:
+        dist.distributed_c10d._set_pg_timeout(default, dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    ("takes_part", "outcomes", "expected"),
+    [
+        ([True, True], ["", "slow"], [({"train": [0]}, ""), ({"train": [1]}, "")]),
+        ([True, False], ["slow", ""], [({"train": [0]}, ""), (None, "")]),
+        ([True, True], ["", "missing"], [({"train": [0]}, ""), (None, "missing")]),
+    ],
+)
+def test_ranks_wait_for_builds_in_memory(ranks2, takes_part, outcomes, expected):
+    assert ranks2.run(_build_in_memory, takes_part, outcomes) == expected
+
+
+def _probe(local_ranks: list[int], folders: list[str]) -> tuple[bool, str]:
+    """On a rank: return whether the cache of all nodes can be written, and the log."""
+    rank = dist.get_rank()
+    os.environ["RANK"] = str(rank)
+    groups = replace(groups_for(1), local_rank=local_ranks[rank])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        log.setup()
+        can_store = all_can_store([folders[rank]], groups)
+    return can_store, output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "names", "expected", "warns"),
+    [
+        ([0, 1], ["new/a", "new/b"], True, False),
+        ([0, 1], ["new/a", "file"], True, False),
+        ([0, 1], ["file", "new/a"], False, False),
+        ([0, 0], ["new/a", "file/a"], False, True),
+    ],
+)
+def test_one_rank_of_each_node_probes(ranks2, tmp_path, local_ranks, names, expected, warns):
+    (tmp_path / "file").touch()
+    folders = [str(tmp_path / name) for name in names]
+    answers = ranks2.run(_probe, local_ranks, folders)
+    assert [can_store for can_store, _ in answers] == [expected] * 2
+    expected_text = "cannot write the index cache on the node of rank 1"
+    assert [expected_text in text for _, text in answers] == [warns, False]
+    assert "--data-cache-path" in answers[0][1] or not warns
+    assert os.listdir(tmp_path) == ["file"], "a probe leaves nothing"
+
+
+def test_unwritable_cache_is_not_built_twice(data, tmp_path):
+    """Every rank builds its own, without a builder, and one line says so."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(data + suffix, tmp_path / f"d{suffix}")
+    (tmp_path / "index_cache").touch()  # a file: root can write every folder
+    argv = runs.flags(str(tmp_path / "d"), tmp_path, 2)
+    found = codes(start(argv, tmp_path, "killed"))
+    text = (tmp_path / "output.txt").read_text()
+    assert found == [0, 0], text
+    lines = [line for line in text.splitlines() if "index cache" in line]
+    assert len(lines) == 1 and not lines[0].startswith("[rank 1]")
+    assert "--data-cache-path" in lines[0] and "File exists" in lines[0]
+
+
+def test_bug_in_builder_shows_its_traceback(data, tmp_path):
+    """An error inside numpy is no mistake of the user, on two ranks as on one."""
+    argv = runs.flags(data, tmp_path, 2, *SHORT, "--data-cache-path", str(tmp_path))
+    assert codes(start(argv, tmp_path, "bug")) == [1, 1]
+    text = (tmp_path / "output.txt").read_text()
+    assert "in build_with_fault" in text
+    assert "ValueError: could not broadcast input array" in text
+    assert " error: could not broadcast" not in text
+
+
 def run(argv: list[str], rank: int, ranks: int, port: int, output: str, fault: str) -> None:
     """In a forked process: one rank of a run whose builder, a child of rank 0, has a fault."""
     from megatron.data import splits
@@ -95,6 +190,8 @@ def run(argv: list[str], rank: int, ranks: int, port: int, output: str, fault: s
                 threading.Event().wait(20.0)
             elif fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif fault == "bug":
+                np.zeros(3)[:] = np.zeros(4)
             elif fault == "hang":
                 Path(output).with_suffix(".pids").write_text(f"{trainer} {os.getpid()}\n")
                 threading.Event().wait()

@@ -8,14 +8,18 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from helpers.waiting import wait_until
+from megatron.data.sampling.blend import parse_blend
+from megatron.exit_codes import classify_error
 from megatron.parallel.forked import ForkedWork
 
 
 def outcome(function) -> Exception | None:
-    work = ForkedWork("counts", function)
+    work = ForkedWork("counts", function, classify_error)
     result = work.wait()
     with pytest.raises(ChildProcessError):  # it has been waited for
         os.waitpid(work.pid, os.WNOHANG)
@@ -32,7 +36,7 @@ def process_is_gone(pid: int) -> bool:
 
 def test_work_is_done_in_another_process(tmp_path):
     path = tmp_path / "pid"
-    work = ForkedWork("counts", lambda: path.write_text(str(os.getpid())))
+    work = ForkedWork("counts", lambda: path.write_text(str(os.getpid())), classify_error)
     assert work.wait() is None
     assert int(path.read_text()) == work.pid != os.getpid()
     assert process_is_gone(work.pid)
@@ -40,22 +44,32 @@ def test_work_is_done_in_another_process(tmp_path):
 
 def test_errors_reach_the_parent():
     def refuse():
-        raise ValueError("--flag is 3; allowed: 4")
+        parse_blend(["0.5", "a", "b"])
 
     def missing():
         Path("/nowhere/file").read_bytes()
 
     error = outcome(refuse)
-    assert type(error) is ValueError and str(error) == "--flag is 3; allowed: 4"
+    assert type(error) is ValueError and str(error).startswith("--data-path is '0.5 a b'; ")
     error = outcome(missing)
     assert isinstance(error, FileNotFoundError) and error.filename == "/nowhere/file"
 
 
-def test_bug_prints_its_traceback(capfd):
-    error = outcome(lambda: {}["x"])
+@pytest.mark.parametrize(
+    "bug, message",
+    [
+        (lambda: {}["x"], "KeyError: 'x'"),
+        (lambda: np.zeros(3) + np.zeros(4), "ValueError: operands could not be broadcast"),
+        (lambda: torch.zeros(3).view(4), "RuntimeError: shape '[4]' is invalid"),
+    ],
+)
+def test_bug_prints_its_traceback(bug, message, capfd):
+    """A ValueError of a package is a mistake in the program, as in a run of one rank."""
+    error = outcome(bug)
     assert isinstance(error, RuntimeError)
     assert re.fullmatch(r"process \d+, which counts, failed; see above", str(error))
-    assert "KeyError: 'x'" in capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert message in printed and "in <lambda>" in printed
 
 
 def test_killed_child_is_explained():
@@ -75,7 +89,7 @@ def test_child_ends_with_its_parent(tmp_path):
     path = tmp_path / "pid"
     parent = os.fork()
     if parent == 0:
-        work = ForkedWork("counts", threading.Event().wait)
+        work = ForkedWork("counts", threading.Event().wait, classify_error)
         path.write_text(f"{work.pid}\n")
         threading.Event().wait()
     wait_until(lambda: path.exists() and path.read_text().endswith("\n"), "the child's id")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ import numpy as np
 
 from megatron.io.atomic_write import atomic_open, temporary_pattern
 from megatron.io.mapped_file import map_file
-from megatron.log import get_logger
+from megatron.log import get_logger, warn_on_rank0
 
 _MAGIC = b"MOEIDX01"
 _HEADER = struct.Struct("<8sII")
@@ -39,8 +40,8 @@ def cached_arrays(
 ) -> Arrays:
     """Return the one-dimensional arrays of `build()`, from the cache if it has them.
 
-    A corrupt file is built again. If the folder cannot be written, a warning is logged and the
-    arrays stay in memory: the result is the same, but every process builds its own.
+    A corrupt file is built again. If the folder cannot be written, rank 0 logs one warning, and
+    the arrays stay in memory: the result is the same, but every process builds its own.
 
     Args:
         folder: folder of the cache, created if missing; empty: no cache.
@@ -67,16 +68,44 @@ def cached_arrays(
     except OSError as error:
         if error.errno in _OUT_OF_RESOURCES:
             raise
-        get_logger().warning(
-            "cannot write the index cache %s (%s): every process keeps its own in memory. Set "
-            "--data-cache-path to a folder that can be written",
-            path,
-            error.strerror or error,
-        )
+        _warn_not_stored(folder, error.strerror or str(error))
         if built is None:
             built = build()
         return built
     return _load(path) or built
+
+
+def unwritable_reason(folder: str) -> str:
+    """Return why no array can be stored in a folder; empty if one can be.
+
+    A folder that does not exist is not created, because its name may be a mistake: then the
+    nearest folder above it must be writable.
+
+    Raises:
+        OSError: this process has too many open files.
+    """
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    try:
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"0")
+    except OSError as error:
+        if error.errno in _OUT_OF_RESOURCES:
+            raise
+        return f"{folder}: {error.strerror or error}"
+    return ""
+
+
+@functools.cache
+def _warn_not_stored(folder: str, reason: str) -> None:
+    """Log once per folder that its arrays stay in memory: a blend has thousands of them."""
+    warn_on_rank0(
+        "cannot write the index cache %s (%s): every rank keeps the indices in its memory. Set "
+        "--data-cache-path to a folder that can be written",
+        folder,
+        reason,
+    )
 
 
 def files_key(*paths: str) -> list[list[Any]]:
