@@ -12,6 +12,7 @@ from megatron.config.effect import reset_without_effect
 from megatron.config.schema import RunConfig
 from megatron.config.training import RunLength
 from megatron.data.sampling.blend import parse_blend
+from megatron.io.content_id import comparable
 from megatron.log import get_logger, warn_on_rank0
 from megatron.model.meta_device import meta_device
 from megatron.moe.gate import create_gate
@@ -291,7 +292,8 @@ def _changed_files(
 def _is_same_data(saved: RunMetadata, current: RunMetadata, name: str) -> bool:
     """Return whether a flag names files of the same content in the same proportions, elsewhere.
 
-    Checkpoints of format version 1 do not know the content: then only equal paths are the same.
+    Earlier checkpoints do not know the content, or by another method: then only equal paths are
+    the same.
     """
     flag = _flag(name)
     contents = _contents(saved, getattr(saved.config.data, name), flag)
@@ -314,9 +316,9 @@ def _contents(
 
 
 def _are_other_files(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Return whether two descriptions differ, but for a content id that one does not know."""
+    """Return whether two descriptions differ, but for content ids that cannot be compared."""
     unknown = {"content_id"}
-    if old.get("content_id") and new.get("content_id"):
+    if comparable(old.get("content_id", ""), new.get("content_id", "")):
         unknown = set()
     names = (old.keys() | new.keys()) - unknown
     return any(old.get(name) != new.get(name) for name in names)

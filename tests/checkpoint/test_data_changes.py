@@ -224,9 +224,9 @@ def test_growing_stream_keeps_its_order(two_folders, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("content_id", [{}, {"content_id": ""}])
+@pytest.mark.parametrize("content_id", [{}, {"content_id": ""}, {"content_id": "0" * 32}])
 def test_unknown_content_is_compared_by_path(content_id, two_folders, capsys):
-    """Format version 1 stored sizes only."""
+    """Format version 1 stored sizes only; another method of identities is like none."""
     log.setup()
     old, new = two_folders
     current = data_run(old, "data_path", ("a",))

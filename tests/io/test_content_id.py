@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.io import content_id as module
-from megatron.io.content_id import content_id
+from megatron.io.content_id import comparable, content_id
 
 
 def written(path: Path, content: bytes) -> Path:
@@ -19,7 +19,7 @@ def written(path: Path, content: bytes) -> Path:
 def test_identity_is_that_of_the_content(tmp_path):
     a = written(tmp_path / "a", b"1234")
     b = written(tmp_path / "b", b"1234")
-    assert content_id([a]) == content_id([b]) and len(content_id([a])) == 32
+    assert content_id([a]) == content_id([b]) and len(content_id([a])) == 36
     assert content_id([a, b]) == content_id([b, a]) != content_id([a])
     c = written(tmp_path / "c", b"12345")
     assert content_id([a, c]) != content_id([c, a])
@@ -58,6 +58,30 @@ def test_large_files_are_sampled(tmp_path):
     first = content_id([path])
     os.truncate(path, (1 << 40) - 1)
     assert content_id([path]) != first
+
+
+def test_methods_are_not_compared(tmp_path):
+    current = content_id([written(tmp_path / "a", b"1")])
+    assert comparable(current, content_id([written(tmp_path / "b", b"2")]))
+    assert comparable("0" * 32, "1" * 32)
+    for other in ("", "0" * 32, "s2:" + "0" * 32):
+        assert not comparable(current, other) and not comparable(other, current)
+
+
+def test_little_is_read_of_large_files(tmp_path, monkeypatch):
+    """A start of a run with thousands of datasets reads this much of each file."""
+    path = written(tmp_path / "a", bytes(1 << 20))
+    read = []
+    sampled_blocks = module._sampled_blocks
+
+    def counted(file, size):
+        for block in sampled_blocks(file, size):
+            read.append(len(block))
+            yield block
+
+    monkeypatch.setattr(module, "_sampled_blocks", counted)
+    content_id([path])
+    assert sum(read) == 1 << 16
 
 
 def test_missing_file_is_an_error(tmp_path):
