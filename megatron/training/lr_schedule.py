@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 from megatron.checkpoint.metadata import Position
-from megatron.config.fields import require
+from megatron.config.fields import flag_name, require
 from megatron.config.schema import OptimizerConfig
 from megatron.training.plan import TrainingPlan
 
@@ -80,17 +81,14 @@ class LRSchedule:
         self.minimum = optimizer.min_lr
         self.style = optimizer.lr_decay_style
         self.wsd_style = optimizer.lr_wsd_decay_style
-        self.unit, self.decay_end = _first_set(optimizer, _DECAY_FIELDS) or plan.length
+        decay = _first_set(optimizer, _DECAY_FIELDS) or plan.length
+        self.unit = decay.unit
+        self.decay_end = decay.total
+        decay_flag = flag_name(decay.field)
         self.warmup_unit, self.warmup = self._warmup_of(optimizer)
         convert = plan.timeline.convert
         self.warmup_end = convert(self.warmup, self.warmup_unit, self.unit)
-        require(
-            self.warmup_end <= self.decay_end,
-            "--lr-warmup-*",
-            math.ceil(self.warmup_end),
-            f"at most the {self.decay_end} {self.unit} of the decay, of which it is a part",
-            "Shorten it or lengthen --lr-decay-iters or the run.",
-        )
+        self._check_warmup(optimizer, decay_flag)
         self.decay_start = self.warmup_end
         if self.style == "wsd":
             fraction = optimizer.lr_wsd_decay_fraction
@@ -106,11 +104,26 @@ class LRSchedule:
         # Without a warm-up, inverse-square-root starts from the first iteration or sample.
         self._smallest = plan.seq_length if self.unit == "tokens" else 1
 
+    def _check_warmup(self, optimizer: OptimizerConfig, decay_flag: str) -> None:
+        """Raise ValueError if the warm-up takes longer than the decay, of which it is a part."""
+        given = _first_set(optimizer, _WARMUP_FIELDS)
+        if given is None or self.warmup_end <= self.decay_end:
+            return
+        amount = f"{given.total} {given.unit}"
+        if given.unit != self.unit:
+            amount += f", or {math.ceil(self.warmup_end)} {self.unit}"
+        warmup_flag = flag_name(given.field)
+        raise ValueError(
+            f"{warmup_flag} is {amount}; allowed: at most the {self.decay_end} {self.unit} of "
+            f"{decay_flag}, of which the warm-up is a part. Lower {warmup_flag} or raise "
+            f"{decay_flag}"
+        )
+
     def _warmup_of(self, optimizer: OptimizerConfig) -> tuple[str, int | Fraction]:
         """Return the warm-up, from whichever of its flags is set, and its unit."""
         given = _first_set(optimizer, _WARMUP_FIELDS)
         if given is not None:
-            return given
+            return given.unit, given.total
         fraction = optimizer.lr_warmup_fraction
         if self.unit == "iterations":
             # round, not ceil: 0.07 * 100 is 7.000000000000001.
@@ -162,9 +175,17 @@ class LRSchedule:
         return max(self.minimum, rate)
 
 
-def _first_set(optimizer: OptimizerConfig, names: dict[str, str]) -> tuple[str, int] | None:
-    """Return the unit and the value of the field that is set, of one per unit; None: none is."""
+class _Amount(NamedTuple):
+    """Value of a field that is set, like `megatron.config.training.RunLength`."""
+
+    unit: str
+    total: int
+    field: str
+
+
+def _first_set(optimizer: OptimizerConfig, names: dict[str, str]) -> _Amount | None:
+    """Return the value of the field that is set, of one per unit; None: none is."""
     for unit, name in names.items():
         if getattr(optimizer, name):
-            return unit, getattr(optimizer, name)
+            return _Amount(unit, getattr(optimizer, name), name)
     return None

@@ -332,19 +332,32 @@ def test_schedule_has_no_state():
 
 
 def test_warmup_may_not_exceed_decay():
+    """The message names the flags that are in use, and the warm-up in the decay's unit."""
     with pytest.raises(
         ValueError,
-        match=r"--lr-warmup-\* is 11; allowed: at most the 10 iterations of the decay",
+        match="^--lr-warmup-iters is 11 iterations; allowed: at most the 10 iterations of "
+        "--train-iters, of which the warm-up is a part. Lower --lr-warmup-iters or raise "
+        "--train-iters$",
     ):
         lrs(10, lr_warmup_iters=11)
     with pytest.raises(
-        ValueError, match=r"--lr-warmup-\* is 6; allowed: at most the 5 iterations"
+        ValueError,
+        match="^--lr-warmup-tokens is 60 tokens, or 6 iterations; allowed: at most the 5 "
+        "iterations of --lr-decay-iters, .* or raise --lr-decay-iters$",
     ):
         lrs(10, lr_warmup_tokens=60, lr_decay_iters=5)
     with pytest.raises(
-        ValueError, match=r"--lr-warmup-\* is 12; allowed: at most the 11 samples"
+        ValueError,
+        match="^--lr-warmup-iters is 6 iterations, or 12 samples; allowed: at most the 11 "
+        "samples of --lr-decay-samples, ",
     ):
         lrs(10, lr_warmup_iters=6, lr_decay_samples=11)
+    with pytest.raises(
+        ValueError,
+        match="^--lr-warmup-samples is 12 samples, or 60 tokens; allowed: at most the 50 "
+        "tokens of --train-tokens, .* Lower --lr-warmup-samples or raise --train-tokens$",
+    ):
+        LRSchedule(OptimizerConfig(lr_warmup_samples=12), plan_of({"train_tokens": 50}))
     assert lrs(10, lr_warmup_iters=10)[-1] == 1.0
 
 
