@@ -28,7 +28,7 @@ from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
 from megatron.checkpoint.shards import CheckpointReader, rank_file_name
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.fields import require, shortened
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, TrainConfig
 from megatron.engine.engine import Engine
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
 from megatron.log import get_logger, warn_on_rank0
@@ -82,19 +82,26 @@ class LoadedCheckpoint:
     def keep_global_batch(self, config: RunConfig, groups: Groups) -> RunConfig:
         """Return the configuration with the checkpoint's global batch and its ramp-up.
 
-        It is unchanged with --global-batch-size or --finetune, and so is a ramp-up that is set.
+        It is unchanged with --finetune and with another --global-batch-size, which ends the
+        checkpoint's ramp-up; a ramp-up that is set is kept.
 
         Raises:
-            ValueError: The global batch is not a multiple of micro-batch x ranks.
+            ValueError: The global batch, or a batch of the checkpoint's ramp-up, is not a
+                multiple of micro-batch x ranks.
         """
         train = config.train
         saved_batch = self.metadata.global_batch_size
         samples_per_micro_step = train.micro_batch_size * groups.world_size
-        if self.options.finetune or train.global_batch_size:
+        if self.options.finetune:
             return config
-        rampup = train.rampup_batch_size or self._unfinished_rampup()
-        train = replace(train, rampup_batch_size=rampup)
-        if samples_per_micro_step == saved_batch:
+        if train.global_batch_size not in (0, saved_batch):
+            self._log_dropped_rampup(train)
+            return config
+        if not train.rampup_batch_size:
+            rampup = self._unfinished_rampup()
+            self._check_rampup(rampup, train.micro_batch_size, groups)
+            train = replace(train, rampup_batch_size=rampup)
+        if train.global_batch_size or samples_per_micro_step == saved_batch:
             return replace(config, train=train)
         require(
             saved_batch % samples_per_micro_step == 0,
@@ -116,6 +123,33 @@ class LoadedCheckpoint:
         if rampup and self.progress.consumed_samples > rampup[2]:
             return ()
         return rampup
+
+    def _log_dropped_rampup(self, train: TrainConfig) -> None:
+        """Log that another global batch ends the ramp-up of the checkpoint's run."""
+        rampup = self._unfinished_rampup()
+        if not rampup or train.rampup_batch_size:
+            return
+        get_logger().info(
+            "the checkpoint's ramp-up, --rampup-batch-size %s, is dropped: --global-batch-size "
+            "%d replaces the checkpoint's %d",
+            " ".join(map(str, rampup)),
+            train.global_batch_size,
+            self.metadata.global_batch_size,
+        )
+
+    def _check_rampup(
+        self, rampup: tuple[int, ...], micro_batch_size: int, groups: Groups
+    ) -> None:
+        samples_per_micro_step = micro_batch_size * groups.world_size
+        require(
+            not any(size % samples_per_micro_step for size in rampup[:2]),
+            "the unfinished ramp-up of the checkpoint",
+            list(rampup),
+            "a first batch and an increment that are multiples of --micro-batch-size "
+            f"{micro_batch_size} x {groups.world_size} ranks",
+            "Start another number of ranks, or set --rampup-batch-size, or a --global-batch-size "
+            f"other than {self.metadata.global_batch_size}, which drops the ramp-up.",
+        )
 
     def check(self, current: RunMetadata) -> None:
         """Check that the current run may start from this checkpoint, before anything is built.

@@ -356,6 +356,15 @@ def test_global_batch_is_kept_unless_set(options, size, three, ranks1):
     assert ranks1.run(_global_batch, config) == [size]
 
 
+def ramping(config, consumed):
+    """Return the checkpoint as if its run had a ramp-up from 2 samples to 4."""
+    loaded = loader.find_checkpoint(config.checkpoint, Groups())
+    saved = with_train(loaded.metadata.config, rampup_batch_size=(2, 2, 10))
+    loaded.metadata = replace(loaded.metadata, config=saved)
+    loaded.progress.consumed_samples = consumed
+    return loaded
+
+
 @pytest.mark.parametrize(
     "options, consumed, rampup",
     [
@@ -364,6 +373,9 @@ def test_global_batch_is_kept_unless_set(options, size, three, ranks1):
         ({"micro_batch_size": 2}, 10, (2, 2, 10)),
         ({"micro_batch_size": 4}, 11, ()),
         ({"rampup_batch_size": (1, 1, 6)}, 10, (1, 1, 6)),
+        ({"global_batch_size": 4}, 10, (2, 2, 10)),
+        ({"global_batch_size": 4}, 11, ()),
+        ({"global_batch_size": 4, "rampup_batch_size": (1, 1, 6)}, 10, (1, 1, 6)),
         ({"global_batch_size": 8}, 10, ()),
         ({"finetune": True}, 10, ()),
     ],
@@ -373,11 +385,36 @@ def test_rampup_is_kept_until_its_end(options, consumed, rampup, three):
     config = engines.loading(config_of(""), three)
     config = with_checkpoint(config, finetune=options.pop("finetune", False))
     config = with_train(config, **{"global_batch_size": 0, **options})
-    loaded = loader.find_checkpoint(config.checkpoint, Groups())
-    saved = with_train(loaded.metadata.config, rampup_batch_size=(2, 2, 10))
-    loaded.metadata = replace(loaded.metadata, config=saved)
-    loaded.progress.consumed_samples = consumed
+    loaded = ramping(config, consumed)
     assert loaded.keep_global_batch(config, Groups()).train.rampup_batch_size == rampup
+
+
+def test_dropped_rampup_is_logged(three, capsys):
+    log.setup()
+    config = with_train(engines.loading(config_of(""), three), global_batch_size=8)
+    ramping(config, 11).keep_global_batch(config, Groups())
+    assert "ramp-up" not in capsys.readouterr().out
+    ramping(config, 10).keep_global_batch(config, Groups())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(
+        "the checkpoint's ramp-up, --rampup-batch-size 2 2 10, is dropped: "
+        "--global-batch-size 8 replaces the checkpoint's 4"
+    )
+
+
+@pytest.mark.parametrize("global_batch_size", [0, 4])
+def test_misfit_of_saved_rampup_is_refused(global_batch_size, three):
+    """The message does not blame a flag that was not given."""
+    config = engines.loading(config_of(""), three)
+    config = with_train(config, global_batch_size=global_batch_size)
+    loaded = ramping(config, 10)
+    with pytest.raises(
+        ValueError,
+        match=r"^the unfinished ramp-up of the checkpoint is \[2, 2, 10\]; allowed: .* multiples "
+        "of --micro-batch-size 1 x 4 ranks. Start another number of ranks, or set "
+        "--rampup-batch-size, or a --global-batch-size other than 4, which drops the ramp-up",
+    ):
+        loaded.keep_global_batch(config, Groups(world_size=4))
 
 
 def test_indivisible_global_batch_is_refused(three, ranks1):
