@@ -15,10 +15,14 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from megatron.checkpoint.manifest import CorruptCheckpointError, read_json, read_manifest
+from megatron.checkpoint.manifest import (
+    CorruptCheckpointError,
+    migrate_json,
+    read_json,
+    read_manifest,
+)
 from megatron.config.fields import shortened
 from megatron.config.flags import flags_of
-from megatron.config.format_version import migrate
 from megatron.config.run_json import config_from_dict, parse_stored_values
 from megatron.config.schema import RunConfig
 from megatron.moe.gate import gate_config_class
@@ -192,7 +196,7 @@ def _read(file: Path, schema: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CorruptCheckpointError(f"{file} is {shortened(content)}; allowed: a JSON object")
     try:
-        return _adapter(schema).validate_python(migrate(file.name, content, str(file)))
+        return _adapter(schema).validate_python(migrate_json(file, content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(map(str, first["loc"]))

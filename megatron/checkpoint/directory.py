@@ -37,9 +37,11 @@ from megatron.checkpoint.manifest import (
     CorruptCheckpointError,
     check_files,
     read_manifest,
+    read_serial,
     write_manifest,
 )
 from megatron.config.fields import require
+from megatron.config.format_version import NewerVersionError
 from megatron.io.atomic_write import fsync_directory, temporary_pattern
 from megatron.io.sha256 import FileDigest
 from megatron.log import get_logger
@@ -53,6 +55,9 @@ class CheckpointEntry(NamedTuple):
 
     path: Path
     manifest: dict[str, Any]
+    newer: NewerVersionError | None = None
+    """Why the checkpoint cannot be used, if a newer version of this program wrote it; its
+    manifest here then has only iteration and serial"""
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -94,17 +99,41 @@ def list_checkpoints(directory: str | Path) -> tuple[list[CheckpointEntry], list
     Returns:
         (checkpoints with a valid manifest, newest first; what is wrong with the others).
     """
+    entries, problems = list_with_newer_versions(directory)
+    readable = [entry for entry in entries if entry.newer is None]
+    problems += [str(entry.newer) for entry in entries if entry.newer is not None]
+    return readable, problems
+
+
+def list_with_newer_versions(
+    directory: str | Path,
+) -> tuple[list[CheckpointEntry], list[str]]:
+    """List checkpoints as `list_checkpoints`, with those of newer versions of this program.
+
+    Those keep their place in the order of completion, so that none of them is passed over for
+    an older checkpoint. One whose serial number this version does not find is the newest.
+    """
     directory = Path(directory)
     entries = []
     problems = []
+    newer = []
     if directory.is_dir():
         for path in sorted(directory.iterdir()):
             if iteration_of(path) is None:
                 continue
             try:
                 entries.append(read_entry(path))
+            except NewerVersionError as error:
+                newer.append((path, error))
             except (CorruptCheckpointError, OSError) as error:
                 problems.append(str(error))
+    last = max((entry.manifest["serial"] for entry in entries), default=0)
+    for path, error in newer:
+        serial = read_serial(path)
+        if serial is None:
+            serial = last + 1
+        manifest = {"iteration": iteration_of(path), "serial": serial}
+        entries.append(CheckpointEntry(path, manifest, error))
     entries.sort(key=lambda entry: entry.manifest["serial"], reverse=True)
     return entries, problems
 
@@ -176,8 +205,8 @@ def select_checkpoints(path: Path, step: int = 0) -> CheckpointSelection:
         )
         entry = read_entry(path.resolve())
         return CheckpointSelection(path, candidates=[entry], is_single=True)
-    candidates, problems = list_checkpoints(path)
-    available = sorted(entry.manifest["iteration"] for entry in candidates)
+    candidates, problems = list_with_newer_versions(path)
+    available = sorted(e.manifest["iteration"] for e in candidates if e.newer is None)
     if step:
         candidates = [entry for entry in candidates if entry.manifest["iteration"] == step]
         problems = [problem for problem in problems if checkpoint_name(step) in problem]
@@ -237,10 +266,14 @@ def find_newest_valid(
     Raises:
         FileNotFoundError: There is no checkpoint, or none is valid.
         CorruptCheckpointError: The selection is one checkpoint, and it is not valid.
+        NewerVersionError: A newer version of this program wrote the checkpoint that would be
+            used. Resuming from an older one would abandon steps.
     """
     corrupt = []
     problems = list(selection.problems)
     for entry in selection.candidates:
+        if entry.newer is not None:
+            raise entry.newer
         found = verify(entry)
         if not found:
             return ValidCheckpoint(entry.path, entry.manifest, corrupt, problems)
@@ -274,7 +307,7 @@ def _not_found(
 
 def next_serial(directory: str | Path) -> int:
     """Return the serial number of the next checkpoint of a directory."""
-    entries, _ = list_checkpoints(directory)
+    entries, _ = list_with_newer_versions(directory)
     return 1 + max((entry.manifest["serial"] for entry in entries), default=0)
 
 
@@ -340,11 +373,11 @@ def apply_retention(
     entries, _ = list_checkpoints(directory)
     valid = [entry for entry in entries if entry.path.name not in corrupt]
     deleted = []
-    for path, manifest in valid[keep_last:]:
-        if keep_every and manifest["iteration"] % keep_every == 0:
+    for entry in valid[keep_last:]:
+        if keep_every and entry.manifest["iteration"] % keep_every == 0:
             continue
-        if _remove(path):
-            deleted.append(path.name)
+        if _remove(entry.path):
+            deleted.append(entry.path.name)
     return deleted
 
 

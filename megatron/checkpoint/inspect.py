@@ -24,6 +24,7 @@ from megatron.checkpoint.directory import (
 )
 from megatron.checkpoint.manifest import check_files, find_problems
 from megatron.checkpoint.shards import CheckpointReader
+from megatron.config.format_version import NewerVersionError
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.model.parameter_count import MODEL_PARTS, part_of
 
@@ -75,6 +76,8 @@ def summarize_directory(
     newest = None
     try:
         newest = find_newest_valid(selection, lambda entry: faults[entry.path]).path
+    except NewerVersionError:
+        pass  # one of `problems`
     except FileNotFoundError:
         if selection.is_empty:
             raise
@@ -136,7 +139,7 @@ def summarize_checkpoint(
     Raises:
         CorruptCheckpointError: A JSON file is missing or damaged; the message names it.
     """
-    _, manifest = read_entry(path)
+    manifest = read_entry(path).manifest
     faults = find_problems(path, manifest, verify, progress)
     check_files(path, [name for name in manifest["files"] if name.endswith(".json")], manifest)
     reader = CheckpointReader(path)

@@ -9,7 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron.config.format_version import CHECKPOINT_FORMAT, migrate, with_version
+from megatron.config.format_version import (
+    CHECKPOINT_FORMAT,
+    NewerVersionError,
+    migrate,
+    with_version,
+)
 from megatron.io import atomic_write
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.sha256 import FileDigest, digest_bytes, file_sha256
@@ -45,6 +50,21 @@ def read_json(path: Path) -> Any:
         raise CorruptCheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise CorruptCheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def migrate_json(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a JSON file of a checkpoint as the current version writes it.
+
+    Raises:
+        CorruptCheckpointError: Its version is not one.
+        NewerVersionError: It was written by a newer version of this program.
+    """
+    try:
+        return migrate(file.name, content, str(file))
+    except NewerVersionError:
+        raise
+    except ValueError as error:
+        raise CorruptCheckpointError(str(error)) from None
 
 
 def write_manifest(
@@ -92,7 +112,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{file} is not the manifest of a {CHECKPOINT_FORMAT!r}")
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise CorruptCheckpointError(f"{file} is corrupt: its checksum does not match")
-    manifest = migrate(MANIFEST, manifest, str(file))
+    manifest = migrate_json(file, manifest)
     if not _is_well_formed(manifest):
         raise CorruptCheckpointError(
             f"{file} is malformed: a field is missing or has a wrong type"
@@ -101,6 +121,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if missing:
         raise CorruptCheckpointError(f"{file} does not name {', '.join(missing)}")
     return manifest
+
+
+def read_serial(path: Path) -> int | None:
+    """Return the serial number in a manifest of a newer version; None if it has none there.
+
+    Raises:
+        CorruptCheckpointError: The manifest cannot be read.
+    """
+    serial = read_json(path / MANIFEST).get("serial")
+    return serial if _is_count(serial) else None
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

@@ -106,7 +106,7 @@ class Checkpointer:
 
     def _open_directory(self, continued_from: Path | None) -> None:
         """Lock the directory and remove the leftovers of a killed run. Runs on rank 0."""
-        entries, _ = directory.list_checkpoints(self.directory)
+        entries, _ = directory.list_with_newer_versions(self.directory)
         if entries and not self._is_own_directory(continued_from):
             raise ValueError(
                 f"--save is {self.options.save!r}, which has {entries[0].path.name}; allowed: a "

@@ -24,7 +24,7 @@ def config_of(folder: Path, **options):
 
 
 def iterations(folder: Path) -> list[int]:
-    return sorted(m["iteration"] for _, m in directory.list_checkpoints(folder)[0])
+    return sorted(e.manifest["iteration"] for e in directory.list_checkpoints(folder)[0])
 
 
 def _saves(config, number: int) -> list[str]:

@@ -19,9 +19,9 @@ def valid_iterations(folder: Path) -> list[int]:
     """Return the iterations of the checkpoints, all of which must be valid."""
     entries, problems = list_checkpoints(folder)
     assert not problems
-    for path, manifest in entries:
-        check_files(path, manifest["files"], manifest)
-    return [manifest["iteration"] for _, manifest in reversed(entries)]
+    for entry in entries:
+        check_files(entry.path, entry.manifest["files"], entry.manifest)
+    return [entry.manifest["iteration"] for entry in reversed(entries)]
 
 
 @needs_namespace

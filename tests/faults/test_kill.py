@@ -73,9 +73,9 @@ def newest(folder: Path) -> int:
     """Iteration of the newest checkpoint; all checkpoints must be valid."""
     valid, corrupt = directory.list_checkpoints(folder)
     assert not corrupt
-    for path, manifest in valid:
-        check_files(path, manifest["files"], manifest)
-    return valid[0][1]["iteration"] if valid else 0
+    for entry in valid:
+        check_files(entry.path, entry.manifest["files"], entry.manifest)
+    return valid[0].manifest["iteration"] if valid else 0
 
 
 def kill_repeatedly(data: str, out: Path, times: int) -> int:

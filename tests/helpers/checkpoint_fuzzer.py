@@ -179,7 +179,9 @@ def sign_manifest(path: Path, manifest: Any) -> None:
 def mutate(folder: Path, rng: random.Random) -> str:
     """Mutate the checkpoint in `folder`, or the files next to it, and return what was done."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    kind = rng.choice(("file", "json", "json", "json", "header", "manifest", "latest"))
+    kind = rng.choice(
+        ("file", "json", "json", "json", "header", "manifest", "version", "latest")
+    )
     if kind == "file":
         path = rng.choice(files)
     elif kind == "latest":
@@ -194,6 +196,13 @@ def mutate(folder: Path, rng: random.Random) -> str:
         what = _mutate_header(path, rng)
         _sign(folder)
         return f"{path.name}: {what}"
+    elif kind == "version":
+        path = folder / rng.choice(("manifest.json", "run.json", "state.json", "index.json"))
+        content = json.loads(path.read_text())
+        content["version"] = rng.choice(_VALUES)
+        path.write_text(json.dumps(content))
+        _sign(folder)
+        return f"{path.name}: 'version' = {content['version']!r:.50}"
     else:
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text())
