@@ -11,6 +11,16 @@ from megatron.config.fields import (
 )
 from megatron.config.needs import TRAINING, setting
 
+LOAD_OPTIONS = (
+    "load_step",
+    "load_or_init",
+    "finetune",
+    "load_optim",
+    "load_rng",
+    "override_lr_schedule",
+)
+"""Fields that say how the checkpoint of --load is loaded; with another --load they do not apply"""
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -47,7 +57,7 @@ class CheckpointConfig:
     load_or_init: bool = option(False, needs=setting("load"))
     """start from scratch when the directory given to --load holds no checkpoint; without
     this flag that is an error"""
-    finetune: bool = option(False, needs=setting("load"))
+    finetune: bool = option(False, needs=(setting("load"), setting("skip_train", False)))
     """load only the weights: the optimizer, the iteration and the data order start from
     scratch"""
     load_optim: bool = option(

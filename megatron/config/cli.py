@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron import __version__
+from megatron.config.checkpoint import LOAD_OPTIONS
 from megatron.config.effect import (
     describe_dropped,
     require_effect,
@@ -33,7 +34,7 @@ from megatron.config.flags import Flag, flags_of, index_flags
 from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED, translate
 from megatron.config.gate_overrides import apply_gate_overrides, drop_gate_overrides
 from megatron.config.run_json import load_config_json, parse_sections, parse_stored_values
-from megatron.config.schema import SECTIONS, MoEConfig, RunConfig
+from megatron.config.schema import SECTIONS, CheckpointConfig, MoEConfig, RunConfig
 from megatron.config.short_help import new_parser, short_help
 from megatron.config.values import format_flag, parse_value
 from megatron.log import warn_on_rank0
@@ -133,6 +134,7 @@ def parse_with(
     if gate_flag and known["--gate"] not in given:
         given.append(known["--gate"])  # by one of XMoE's spellings
     values["moe"]["gate"] = gate.name
+    _drop_load_options(values["checkpoint"], given, path)
     built = _build_sections(classes, values, given)
     while dropped := _check_effect(built, classes, values, given):
         if "gate" in dropped:
@@ -185,6 +187,35 @@ def _set_values(
             values[flag.section][flag.name] = parse_value(flag, _unmark(raw), flag.spellings[0])
             given.append(flag)
     return given
+
+
+def _drop_load_options(stored: dict[str, Any], given: list[Flag], path: str) -> None:
+    """Remove options of --load that a run.json stores from `stored` if the flag --load is given.
+
+    They describe the start of the stored run, from the checkpoint that it loaded.
+
+    Args:
+        stored: values of the section `checkpoint`, from the run.json and from flags.
+        given: flags on the command line.
+        path: the run.json.
+    """
+    names = {flag.name for flag in given}
+    if "load" not in names:
+        return
+    dropped = []
+    for flag in flags_of(CheckpointConfig, "checkpoint"):
+        if flag.name not in LOAD_OPTIONS or flag.name in names:
+            continue
+        value = stored.pop(flag.name, flag.default)
+        if value != flag.default:
+            dropped += format_flag(flag.spellings[0], value)
+    if dropped:
+        warn_on_rank0(
+            "%s of %s are about the checkpoint that its run loaded: not used with the --load "
+            "given here",
+            " ".join(dropped),
+            path,
+        )
 
 
 def to_flags(config: RunConfig, gate_config: Callable[[str], type]) -> list[str]:

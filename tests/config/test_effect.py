@@ -9,6 +9,7 @@ import pytest
 
 from helpers.fake_gates import run_json
 from megatron.config import cli
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.effect import reset_without_effect
 from megatron.config.fields import option
 from megatron.config.flags import flags_of
@@ -209,6 +210,11 @@ def test_gate_needs_experts(gate):
             "Change that or leave --override-lr-schedule out.",
         ),
         (
+            "--load x --skip-train --finetune",
+            "--finetune is set; it has an effect only without --skip-train. "
+            "Change that or leave --finetune out.",
+        ),
+        (
             "--profile-ranks 0 1",
             "--profile-ranks is [0, 1]; it has an effect only with --profile. "
             "Set --profile or leave --profile-ranks out.",
@@ -336,6 +342,34 @@ def test_dropped_settings_can_cost_others_their_effect(tmp_path, caplog):
     assert len(caplog.messages) == 1
     config = parse(["--config", path, "--save", "x", "--keep-last", "0"])
     assert (config.checkpoint.save_interval, config.checkpoint.keep_every) == (5, 0)
+
+
+OWN_LOAD = {"load": "a", "load_step": 2, "load_optim": False, "load_rng": False}
+OWN_LOAD |= {"load_or_init": True, "override_lr_schedule": True}
+
+
+def test_options_of_stored_load_stay_there(tmp_path, caplog):
+    """They are about the checkpoint that the stored run loaded, not the one of the flag."""
+    path = run_json(tmp_path, {"train": OWN_LOAD})
+    stored = parse(["--config", path]).checkpoint
+    assert dataclasses.asdict(stored) == {**dataclasses.asdict(CheckpointConfig()), **OWN_LOAD}
+    assert caplog.messages == []
+    words = ["--config", path, "--load", "b"]
+    assert parse(words).checkpoint == CheckpointConfig(load="b")
+    assert caplog.messages == [
+        "--load-step=2 --load-or-init --no-load-optim --no-load-rng --override-lr-schedule of "
+        f"{path} are about the checkpoint that its run loaded: not used with the --load given "
+        "here"
+    ]
+    given = CheckpointConfig(load="b", load_step=3, load_rng=False)
+    assert parse([*words, "--load-step", "3", "--no-load-rng"]).checkpoint == given
+
+
+@pytest.mark.parametrize("words", [["--load", "b"], ["--load", "b", "--skip-train"]])
+def test_stored_finetuning_is_not_repeated(words, tmp_path):
+    path = run_json(tmp_path, {"train": {"load": "a", "load_step": 2, "finetune": True}})
+    assert parse(["--config", path, *words]).checkpoint == CheckpointConfig(load="b")
+    assert parse(["--config", path, *words, "--load-step", "6"]).checkpoint.load_step == 6
 
 
 def test_flags_over_a_dense_run_json_need_experts(tmp_path):

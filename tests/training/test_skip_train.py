@@ -149,3 +149,13 @@ def test_other_model_is_refused(finished, data, tmp_path, ranks1):
     argv = evaluation_flags(data, tmp_path, finished, "--hidden-size", "64")
     with pytest.raises(RuntimeError, match="--hidden-size is 64 but checkpoint .* with 32"):
         ranks1.run(runs.train, argv, timeout=300)
+
+
+def test_finetuned_run_is_evaluated(finished, data, tmp_path, ranks1):
+    """Its run.json has the --finetune and --load-step of its start, which do not apply."""
+    own = tmp_path / "checkpoints"
+    start = ("--load", str(finished / "checkpoints"), "--load-step", "20", "--finetune")
+    ranks1.run(runs.train, runs.flags(data, tmp_path, 2, *start), timeout=300)
+    argv = ["--config", str(own / "iter_0000002/run.json"), "--load", str(own), "--skip-train"]
+    assert ranks1.run(evaluate, argv, timeout=300) == [[("EvaluationModel", 1.0)] * 2]
+    assert [row["iteration"] for row in runs.metrics(tmp_path, "eval")] == [0, 2, 2]
