@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -168,7 +169,6 @@ def evaluate_only(
         groups.rank,
         plan.iterations,
         plan.end.tokens,
-        completed=None,
     )
     with (
         contextlib.closing(writers),
@@ -246,7 +246,7 @@ def build_services(
         run.groups.rank,
         plan.iterations,
         plan.end.tokens,
-        run.progress.iteration,
+        iteration_of_interruption(run),
     )
     with contextlib.closing(writers):
         yield LoopServices(
@@ -257,6 +257,23 @@ def build_services(
             startup_timer=timer,
             profiler=profiler,
         )
+
+
+def iteration_of_interruption(run: Run) -> int | None:
+    """Return the iteration after which a run repeats steps that it logged before; None: it is new.
+
+    A run continues itself if it loads from its own --save directory. With --load-or-init it
+    starts again from 0 when it was interrupted before its first checkpoint.
+    """
+    options = run.config.checkpoint
+    if not options.save or not options.load or options.finetune:
+        return None
+    directory = Path(options.load).resolve()
+    if run.checkpoint is not None:
+        directory = run.checkpoint.path.resolve().parent
+    if directory != Path(options.save).resolve():
+        return None
+    return run.progress.iteration
 
 
 def build_profiler(run: Run, plan: TrainingPlan) -> StepProfiler | None:

@@ -46,9 +46,9 @@ class WriterSettings:
     """optimizer steps of the full run"""
     tokens: int
     """tokens of the full run"""
-    completed: int | None = 0
-    """iterations that were completed before this run started; None: it only evaluates, and
-    repeats none"""
+    completed: int | None = None
+    """iterations after which this run repeats what it logged before it was interrupted; None: it
+    is not the one that logged before, or only evaluates, and repeats none"""
 
 
 class MetricsWriter(Protocol):
@@ -201,12 +201,12 @@ class TensorboardWriter:
         ValueError: the package tensorboard is not installed.
     """
 
-    def __init__(self, folder: str | Path, first_iteration: int | None = 0):
+    def __init__(self, folder: str | Path, first_iteration: int | None = None):
         """Open the event file of this run.
 
         Args:
             first_iteration: TensorBoard forgets what earlier runs in the folder logged from this
-                iteration on: steps after their last checkpoint are repeated. None: nothing.
+                iteration on: steps after the last checkpoint are repeated. None: nothing.
         """
         import_optional("tensorboard", "tensorboard", f"--tensorboard-dir {folder}")
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -288,7 +288,7 @@ def build_metric_writers(
     rank: int,
     iterations: int,
     tokens: int,
-    completed: int | None = 0,
+    completed: int | None = None,
 ) -> MetricsWriters:
     """Create the console writer and the writers that flags enable, on rank 0 only.
 
@@ -297,8 +297,7 @@ def build_metric_writers(
             whether the run continues when a row cannot be written.
         iterations: optimizer steps of the full run.
         tokens: tokens of the full run.
-        completed: iterations that were completed before this run started; None: it only
-            evaluates, and repeats none.
+        completed: see `WriterSettings`.
 
     Raises:
         ValueError: --wandb-project is set, but the package is not installed.

@@ -8,12 +8,14 @@ import re
 import struct
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from helpers import runs
 from megatron import log, pretrain
-from megatron.config.schema import CheckpointConfig, LoggingConfig
+from megatron.checkpoint.metadata import TrainingProgress
+from megatron.config.schema import CheckpointConfig, LoggingConfig, RunConfig
 from megatron.training.metric_writers import (
     ConsoleWriter,
     JsonlWriter,
@@ -336,19 +338,68 @@ def test_tensorboard_forgets_repeated_steps(saved, tmp_path):
     assert shown == expected + [(i, 2.0) for i in range(saved + 1, 4)]
 
 
-def test_tensorboard_forgets_nothing_when_only_evaluating(tmp_path):
+@pytest.mark.parametrize("kind", ["eval", "train"])
+def test_tensorboard_forgets_nothing_of_others(kind, tmp_path):
+    """An evaluation and a new run leave what another run logged in the folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = LoggingConfig(tensorboard_dir=str(tmp_path))
-    for kind, completed, iterations in (("train", 0, range(5)), ("eval", None, [2])):
-        writers = build_metric_writers(options, CheckpointConfig(), 0, 10, 80, completed)
+    for row_kind, iterations in (("train", range(5)), (kind, [2])):
+        writers = build_metric_writers(options, CheckpointConfig(), 0, 10, 80)
         for i in iterations:
-            writers.write({"kind": kind, "iteration": i, "loss": 1.0})
+            writers.write({"kind": row_kind, "iteration": i, "loss": 1.0})
         writers.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
-    assert [event.step for event in events.Scalars("eval/loss")] == [2]
+    steps = [event.step for event in events.Scalars("train/loss")]
+    if kind == "eval":
+        assert steps == [0, 1, 2, 3, 4]
+        assert [event.step for event in events.Scalars("eval/loss")] == [2]
+    else:
+        assert steps == [0, 1, 2, 3, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "options, loaded, expected",
+    [
+        ({}, "", None),
+        ({"save": "a"}, "", None),
+        ({"load": "a"}, "a/iter_0000003", None),
+        ({"save": "a", "load": "b"}, "b/iter_0000003", None),
+        ({"save": "a", "load": "a", "finetune": True}, "a/iter_0000003", None),
+        ({"save": "a", "load": "b", "load_or_init": True}, "", None),
+        ({"save": "a", "load": "a"}, "a/iter_0000003", 3),
+        ({"save": "a", "load": "./a/iter_0000003"}, "a/iter_0000003", 3),
+        ({"save": "a", "load": "a", "load_or_init": True}, "", 0),
+    ],
+)
+def test_run_continues_from_own_directory(options, loaded, expected):
+    """Only then does it repeat steps that were logged before."""
+    checkpoint = None
+    progress = TrainingProgress()
+    if loaded:
+        checkpoint = types.SimpleNamespace(path=Path(loaded))
+        progress.iteration = 3
+    run = types.SimpleNamespace(
+        config=RunConfig(checkpoint=CheckpointConfig(**options)),
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    assert pretrain.iteration_of_interruption(run) == expected
+
+
+def test_new_run_purges_no_events(finished, data, tmp_path, ranks1):
+    """A run from 0 and one with --finetune share the folder of an earlier run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = str(tmp_path / "tb")
+    more = ("--tensorboard-dir", folder, "--save=", "--eval-iters", "0", "--split", "100,0,0")
+    finetune = ("--load", str(finished / "checkpoints"), "--finetune")
+    for options in ((), (), finetune):
+        ranks1.run(runs.train, runs.flags(data, tmp_path, 2, *more, *options), timeout=300)
+    events = EventAccumulator(folder)
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2] * 3
 
 
 def test_flags_choose_the_writers(tmp_path, monkeypatch):
