@@ -57,7 +57,7 @@ class CheckpointConfig:
     load_or_init: bool = option(False, needs=setting("load"))
     """start from scratch when the directory given to --load holds no checkpoint; without
     this flag that is an error"""
-    finetune: bool = option(False, needs=(setting("load"), setting("skip_train", False)))
+    finetune: bool = option(False, needs=(TRAINING, setting("load")))
     """load only the weights: the optimizer, the iteration and the data order start from
     scratch"""
     load_optim: bool = option(

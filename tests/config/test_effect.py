@@ -210,11 +210,6 @@ def test_gate_needs_experts(gate):
             "Change that or leave --override-lr-schedule out.",
         ),
         (
-            "--load x --skip-train --finetune",
-            "--finetune is set; it has an effect only without --skip-train. "
-            "Change that or leave --finetune out.",
-        ),
-        (
             "--profile-ranks 0 1",
             "--profile-ranks is [0, 1]; it has an effect only with --profile. "
             "Set --profile or leave --profile-ranks out.",
@@ -412,9 +407,12 @@ def test_rows_of_metrics_may_be_lost_without_checkpoints():
 
 def test_evaluation_resets_options_of_training(caplog):
     """--skip-train is added to the command line of a training."""
-    words = "--load out --save out --save-interval 5 --train-iters 20 --log-interval 1"
+    words = (
+        "--load out --save out --save-interval 5 --train-iters 20 --log-interval 1 --finetune"
+    )
     config = parse([*words.split(), "--skip-train"])
     assert config.checkpoint.save_interval == 0
     assert config.train.train_iters == 0
+    assert not config.checkpoint.finetune
     (message,) = caplog.messages
     assert message.count("--save-interval is 5") == 1
