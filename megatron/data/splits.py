@@ -21,6 +21,7 @@ from megatron.data.sampling.sample_index import (
 )
 from megatron.data.streaming.reader import StreamSamples
 from megatron.data.streaming.stream import StreamingContext, open_streams
+from megatron.io.content_id import content_id
 from megatron.log import get_logger, warn_on_rank0
 from megatron.tokenizer.base import Tokenizer
 
@@ -140,6 +141,8 @@ class _SplitBuilder:
     streaming: StreamingContext | None
     log_missing: bool
     _opened: dict[str, IndexedDataset] = field(default_factory=dict)
+    _compared: set[str] = field(default_factory=set)
+    """flags whose datasets were compared with each other"""
 
     def build(self, split: str, num_samples: int) -> Samples | None:
         """Build one split; None if it has no samples."""
@@ -302,7 +305,11 @@ class _SplitBuilder:
     ) -> list[tuple[float | None, IndexedDataset]]:
         """Open the datasets of a blend, and return them with their weights."""
         blend = [(weight, self._open(prefix)) for weight, prefix in parse_blend(words, flag)]
-        _check_unique([dataset for _, dataset in blend], flag)
+        datasets = [dataset for _, dataset in blend]
+        _check_unique(datasets, flag)
+        if self.log_missing and flag not in self._compared:
+            self._compared.add(flag)
+            _warn_of_copies(datasets, flag)
         return blend
 
     def _open(self, prefix: str) -> IndexedDataset:
@@ -386,6 +393,31 @@ def _check_unique(datasets: Sequence[IndexedDataset], flag: str) -> None:
                 f"its weights"
             )
         names[key] = dataset.prefix
+
+
+def _warn_of_copies(datasets: Sequence[IndexedDataset], flag: str) -> None:
+    """Log which dataset of a blend is a copy of another: it has the same order of samples."""
+    by_size: dict[tuple[int, int], list[str]] = {}
+    for dataset in datasets:
+        by_size.setdefault((dataset.num_documents, dataset.num_tokens), []).append(
+            dataset.prefix
+        )
+    for prefixes in by_size.values():
+        if len(prefixes) == 1:
+            continue
+        seen: dict[str, str] = {}
+        for prefix in prefixes:
+            content = content_id([f"{prefix}.idx", f"{prefix}.bin"])
+            first = seen.setdefault(content, prefix)
+            if first != prefix:
+                warn_on_rank0(
+                    "%s: %s has the same content as %s: each of its samples comes twice in a row. "
+                    "Name one of them, with the sum of their weights",
+                    flag,
+                    prefix,
+                    first,
+                )
+                return
 
 
 def _share_of(dataset: IndexedDataset, name: str, split: str) -> tuple[int, int]:

@@ -125,7 +125,7 @@ def test_long_list_of_small_shares_is_short(tmp_path, log):
     prefixes = tuple(write(tmp_path / f"d{i}", 3) for i in range(7))
     made = splits(DataConfig(data_path=prefixes), train=3)
     assert missing(made) == {"valid", "test"}
-    texts = [text for _, text in log()]
+    texts = [text for _, text in log() if "same content" not in text]
     assert len(texts) == 2
     for text in texts:
         assert text.count("(0 of 3 documents, 0 tokens)") == 5

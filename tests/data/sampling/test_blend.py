@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +355,20 @@ def test_dataset_named_twice_is_refused(tmp_path, monkeypatch, flag, weights):
     assert splits(DataConfig(**{flag: (d, other)}, split="1"))["train"] is not None
     with pytest.raises(ValueError, match="^--valid-data-path names .*d twice"):
         splits(DataConfig(train_data_path=(d,), valid_data_path=(other, d, d)), 5, 5)
+
+
+def test_copy_of_a_dataset_is_logged(tmp_path, caplog):
+    """Once, although training and validation share the blend."""
+    d = write(tmp_path / "d", 40)
+    copy = str(tmp_path / "copy")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(d + suffix, copy + suffix)
+    splits(DataConfig(data_path=("0.5", d, "0.5", copy), split="8,2"), 5, 5)
+    (message,) = [m for m in caplog.messages if "same content" in m]
+    assert message.startswith(f"--data-path: {copy} has the same content as {d}: each of its")
+    caplog.clear()
+    splits(DataConfig(data_path=(d, write(tmp_path / "other", 39)), split="8,2"), 5, 5)
+    assert not [m for m in caplog.messages if "same content" in m]
 
 
 def test_sidecar_must_match_tokenizer(tmp_path):
