@@ -31,9 +31,8 @@ RANKS = 2
 BAR = 1.5
 IMPORTS = "import torch, deepspeed\nprint('imported', flush=True)\n"
 FIRST_STEP = r"iteration +1/"
-SPAWNED = r"process \d+ spawned"
 IMPORTED = "imported"
-STAGES = r"start-up: [\d.]+ s: (.*)"
+STAGES = r"start-up: ([\d.]+) s: (.*)"
 TOTAL = "launch to first logged step"
 BASELINE = f"{RANKS} ranks that import torch and DeepSpeed"
 
@@ -142,13 +141,14 @@ def demo(folder: Path) -> dict[str, float]:
 def stages(lines: list[tuple[float, str]]) -> dict[str, float]:
     """Split the time of a launch into stages, whose sum is the time of the last line.
 
-    The stages are the launcher, those in the run's line on its start-up, and the rest:
-    starting Python, and printing.
+    The stages are the launcher, which ends when rank 0's process starts, those in the run's
+    line on its start-up, and the rest.
     """
-    launcher = max(seconds for seconds, line in lines if re.search(SPAWNED, line))
-    seconds_of = {"launcher": launcher}
-    logged = next(found[1] for _, line in lines if (found := re.search(STAGES, line)))
-    for stage in re.split(r"(?<=\d), ", logged):
+    logged_at, found = next(
+        (seconds, found) for seconds, line in lines if (found := re.search(STAGES, line))
+    )
+    seconds_of = {"launcher": logged_at - float(found[1])}
+    for stage in re.split(r"(?<=\d), ", found[2]):
         name, seconds = re.fullmatch(r"(.*) ([\d.]+)", stage).groups()
         seconds_of[name] = float(seconds)
     last, _ = lines[-1]

@@ -69,7 +69,7 @@ def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
         [sys.executable, str(REPO / "benchmarks" / name), "--quick", "--json", str(rows)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "TMPDIR": str(temp)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -160,8 +160,7 @@ def test_startup_is_split_into_stages():
     from benchmarks.startup import stages
 
     lines = [
-        (1.0, "[launch.py] process 7 spawned with command: x"),
-        (1.5, "[launch.py] process 8 spawned"),
+        (1.0, "12:00:00 experts run on the cpu backend"),
         (
             9.0,
             "12:00:00 start-up: 7.00 s: torch 2.50, DeepSpeed and process groups 3.25, "
@@ -170,11 +169,11 @@ def test_startup_is_split_into_stages():
         (9.5, "12:00:00 iteration   1/200 | loss 1"),
     ]
     assert stages(lines) == {
-        "launcher": 1.5,
+        "launcher": 2.0,
         "torch": 2.5,
         "DeepSpeed and process groups": 3.25,
         "first step": 1.25,
-        "the rest": 1.0,
+        "the rest": 0.5,
     }
 
 
