@@ -99,7 +99,7 @@ NOT_JSON = "bad.jsonl:2: not a JSON object in UTF-8"
         (b'{"text": "a"', NOT_JSON + " (unexpected end of data"),
         (b"text", NOT_JSON),
         (b'{"text": "\xff"}', NOT_JSON),
-        (b'{"text": "\\ud800"}', NOT_JSON),
+        (b'{"text": "\\ud800"}', "bad.jsonl:2: 'text' has a lone surrogate; allowed: a string"),
         (b'{"body": "a"}', "bad.jsonl:2: no key 'text'; there are: body. Set --json-keys"),
         (b"{}", "bad.jsonl:2: no key 'text'; there are: none"),
         (b'["text"]', "bad.jsonl:2: the line is a JSON list"),
