@@ -312,6 +312,8 @@ class Trainer:
             "consumed_tokens": self.progress.consumed_tokens,
             "elapsed_s": self._elapsed(),
         }
+        if row["grad_norm"] is None:  # zero_optimization.compute_grad_norm is false
+            del row["grad_norm"]
         row |= self.engine.metrics.read(training=True)
         self._window = LogWindow()
         self.services.metric_writers.write(row)

@@ -300,3 +300,14 @@ def test_aborted_run_completes_its_checkpoint(data, tmp_path, ranks2):
     ):
         ranks2.run(_save_slowly, argv, {3, 4}, timeout=300)
     assert saved(tmp_path) == ["iter_0000002"]
+
+
+def test_unknown_gradient_norm_is_left_out(data, tmp_path, ranks1):
+    """DeepSpeed can be told not to compute it."""
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"compute_grad_norm": false}}')
+    more = ["--zero-stage", "2", "--clip-grad", "0", "--deepspeed_config", str(path)]
+    ranks1.run(runs.train, runs.flags(data, tmp_path, 2, *more), timeout=300)
+    rows = runs.metrics(tmp_path)
+    assert rows
+    assert all("grad_norm" not in row and row["loss"] > 0 for row in rows)
