@@ -22,7 +22,7 @@ from megatron.data.sampling.sample_index import (
 from megatron.data.streaming.reader import StreamSamples
 from megatron.data.streaming.stream import StreamingContext, open_streams
 from megatron.io.content_id import content_id
-from megatron.log import get_logger, warn_on_rank0
+from megatron.log import get_logger, is_rank0, warn_on_rank0
 from megatron.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "valid", "test")
@@ -307,7 +307,7 @@ class _SplitBuilder:
         blend = [(weight, self._open(prefix)) for weight, prefix in parse_blend(words, flag)]
         datasets = [dataset for _, dataset in blend]
         _check_unique(datasets, flag)
-        if self.log_missing and flag not in self._compared:
+        if self.log_missing and is_rank0() and flag not in self._compared:
             self._compared.add(flag)
             _warn_of_copies(datasets, flag)
         return blend

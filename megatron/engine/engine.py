@@ -144,7 +144,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=config, dist_init_required=False
             )
-        if ds_options.zero_stage == 0:
+        if ds_options.zero_stage == 0 and optimizer.bf16:
             accumulate_in_fp32(self.model)
         if ds_options.zero_stage == 2 and not optimizer.grad_reduce_in_bf16:
             reduce_in_fp32_buckets(self.deepspeed.optimizer)

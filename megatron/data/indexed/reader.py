@@ -348,7 +348,7 @@ def _read_sidecar(prefix: str) -> dict[str, Any] | None:
         content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
+    except ValueError as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(
             f"{path} is corrupt ({error}). Remove it, or preprocess the text again"
         ) from None

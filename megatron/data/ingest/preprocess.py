@@ -9,7 +9,6 @@ ends with the same bytes as an uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +41,7 @@ from megatron.data.ingest.run_state import (
 )
 from megatron.data.ingest.sources import open_sources
 from megatron.io.staging_dir import StagingDir
+from megatron.io.untrusted import parse_json
 from megatron.log import get_logger
 
 _COMMIT_SECONDS = 10.0
@@ -290,14 +290,14 @@ class PreprocessRun:
             return None
         state = None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             reasons = identity_differences(self._identity, content.pop("job"))
             if reasons != ["layout"]:
                 state = RunState(**content)
                 reasons += self._obstacles(state)
                 if not reasons and not self._files_match(state):
                     reasons = ["files that were cut off or replaced"]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             reasons = ["its state, which cannot be read"]
         if reasons:
             get_logger().warning(
