@@ -12,7 +12,6 @@ from helpers import engines
 from megatron.config.schema import OptimizerConfig, RunConfig
 from megatron.engine import frozen
 from megatron.engine.zero_shards import GlobalLayout
-from megatron.model.builder import build_model
 from megatron.moe.gate import available_gates
 from megatron.parallel.groups import Groups
 
@@ -30,18 +29,6 @@ FROZEN = {
 STEPS = 3
 
 
-def build(config: RunConfig) -> nn.Module:
-    """Build the model of `engines.Run` before it is sharded."""
-    return build_model(
-        config.model,
-        config.moe,
-        config.gate_options,
-        vocab_size=engines.MODEL.vocab_size,
-        seed=7,
-        groups=Groups(),
-    )
-
-
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a parameter has weight decay."""
     return parameter.dim() > 1 and "embed" not in name and ".gate." not in name
@@ -53,7 +40,7 @@ def reference(config: RunConfig, pattern: str) -> tuple[list[float], float, dict
     Returns:
         Losses, the gradient norm of the last step before clipping, and the final parameters.
     """
-    model = build(config)
+    model = engines.build(config)
     engines.freeze(model, pattern)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -130,8 +117,8 @@ def test_training_equals_torch(name, gate, stage, ranks, ep_size, request, tmp_p
     answers = pool.run(_train, config, pattern, str(tmp_path))
     losses, norm, expected = reference(config, pattern)
     tensors = engines.full_tensors(tmp_path)
-    before = dict(build(config).named_parameters())
-    frozen_names = set(engines.frozen_names(build(config), pattern))
+    before = dict(engines.build(config).named_parameters())
+    frozen_names = set(engines.frozen_names(engines.build(config), pattern))
     assert answers[0][0] == pytest.approx(losses, abs=1e-5)
     if stage:  # DeepSpeed computes no norm without ZeRO in fp32
         assert answers[0][1] == pytest.approx(norm, rel=1e-4)
@@ -165,7 +152,7 @@ def test_bf16_keeps_frozen_weights_exact(name, stage, ranks2, tmp_path):
     assert answers[0][0] == pytest.approx(losses, abs=0.1)
     assert answers[0][1] == pytest.approx(norm, rel=0.1)
     tensors = engines.full_tensors(tmp_path)
-    model = build(config)
+    model = engines.build(config)
     frozen_names = engines.frozen_names(model, FROZEN[name])
     assert frozen_names
     for key, weight in model.named_parameters():
@@ -186,7 +173,7 @@ def test_fp32_copies_are_kept_if_needed(stage, ranks2):
     """Only tensors that bf16 does not represent have copies, divided over the ranks."""
     pattern = r"q_proj|\.gate\."
     config = engines.config_of("topk", 2, stage, "bf16")
-    model = build(config)
+    model = engines.build(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     number = sum(sizes[name] for name in engines.frozen_names(model, pattern))
     gates = sum(size for name, size in sizes.items() if ".gate." in name)
@@ -285,7 +272,7 @@ def test_frozen_model_is_refused(ranks2):
 def test_layout_divides_frozen_parameters():
     """Ranks that hold the same elements share them: with EP 2, every second rank for experts."""
     config = engines.config_of("topk", 1, 1)
-    model = build(config)
+    model = engines.build(config)
     engines.freeze(model, r"experts\.w1|norm\.weight")
     layout = GlobalLayout.of(model, Groups(rank=5, world_size=8, ep_size=2))
     assert set(layout.frozen) == set(engines.frozen_names(model, r"experts\.w1|norm\.weight"))

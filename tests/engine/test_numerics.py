@@ -27,26 +27,12 @@ def config_of(gate, ep_size, stage, precision, clip_grad=0.5, **options):
     return replace(config, optimizer=optimizer)
 
 
-def build(gate):
-    from megatron.model.builder import build_model
-
-    config = config_of(gate, 1, 1, "fp32")
-    return build_model(
-        config.model,
-        config.moe,
-        config.gate_options,
-        vocab_size=config.model.vocab_size,
-        seed=7,
-        groups=Groups(),
-    )
-
-
 @cache
 def reference(gate, precision, clip_grad):
     """Train in plain torch; gradient norms, and tensors as in a checkpoint after each step."""
     from megatron.engine.optimizer import parameter_groups
 
-    model = build(gate)
+    model = engines.build(config_of(gate, 1, 1, "fp32"))
     if precision == "bf16":
         for name, p in model.named_parameters():
             if ".gate." not in name:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megatron.config.schema import (
     CheckpointConfig,
@@ -19,6 +20,7 @@ from megatron.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from megatron.parallel.groups import Groups
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -91,6 +93,20 @@ def freeze(model: torch.nn.Module, pattern: str) -> None:
         model.get_parameter(name).requires_grad_(False)
 
 
+def build(config: RunConfig, groups: Groups | None = None, seed: int = 7) -> nn.Module:
+    """Build the model of a run; without `groups` it is not sharded."""
+    from megatron.model.builder import build_model
+
+    return build_model(
+        config.model,
+        config.moe,
+        config.gate_options,
+        vocab_size=MODEL.vocab_size,
+        seed=seed,
+        groups=groups or Groups(),
+    )
+
+
 class Run:
     """An engine, its progress and its checkpoints; resumed if --load is set in `config`.
 
@@ -110,7 +126,6 @@ class Run:
         from megatron.checkpoint.saver import Checkpointer
         from megatron.engine import distributed as parallel
         from megatron.engine.engine import Engine
-        from megatron.model.builder import build_model
 
         os.environ.update(
             RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
@@ -118,14 +133,7 @@ class Run:
         self.config = config
         self.groups = groups = parallel.init_distributed(config.moe.moe_expert_parallel_size)
         self.source = loader.find_checkpoint(config.checkpoint, groups)
-        model = build_model(
-            config.model,
-            config.moe,
-            config.gate_options,
-            vocab_size=MODEL.vocab_size,
-            seed=seed,
-            groups=groups,
-        )
+        model = build(config, groups, seed)
         topology = {
             "ranks": groups.world_size,
             "expert_parallel_size": groups.ep_size,

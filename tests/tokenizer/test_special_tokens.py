@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from helpers import sentencepiece_models
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer
@@ -229,24 +229,9 @@ def build(kind: str, model: Path | str, eod_token: str = ""):
 
 
 def sentencepiece_model(folder: Path, **options) -> Path:
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on the mat </s> don't <stop> you see\n"] * 20),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        num_threads=1,
-        **options,
-    )
-    path = folder / "t.model"
-    path.write_bytes(model.getvalue())
-    return path
+    sentences = ["the cat sat on the mat </s> don't <stop> you see\n"] * 20
+    options |= sentencepiece_models.EXACT
+    return sentencepiece_models.train(folder / "t.model", sentences, 300, **options)
 
 
 def test_sentencepiece_eod_is_no_text(tmp_path):

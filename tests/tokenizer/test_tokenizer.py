@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
 import sys
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from helpers import sentencepiece_models
 from megatron.config.schema import TOKENIZERS, TokenizerConfig
 from megatron.tokenizer import base, fast_bpe
 from megatron.tokenizer import build as module
@@ -74,23 +74,8 @@ def gpt2(**changes) -> base.Tokenizer:
 
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory) -> Path:
-    import sentencepiece
-
     path = tmp_path_factory.mktemp("sp") / "tiny.model"
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        vocab_size=320,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        num_threads=1,
-    )
-    path.write_bytes(model.getvalue())
-    return path
+    return sentencepiece_models.train(path, CORPUS, 320, **sentencepiece_models.EXACT)
 
 
 @pytest.fixture(params=[t for t in TOKENIZERS if t != "NullTokenizer"])
@@ -418,19 +403,7 @@ def test_sentencepiece_equals_the_library(sentencepiece_model, tmp_path):
 
 
 def test_llama2_requires_a_bos_token(tmp_path):
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        vocab_size=60,
-        model_type="bpe",
-        minloglevel=2,
-        num_threads=1,
-        bos_id=-1,
-    )
-    (tmp_path / "t.model").write_bytes(model.getvalue())
+    sentencepiece_models.train(tmp_path / "t.model", CORPUS, 60, bos_id=-1)
     with pytest.raises(
         ValueError, match="no begin-of-sequence token.*Use SentencePieceTokenizer"
     ):
