@@ -107,7 +107,8 @@ def test_checkpoint_page_lists_the_files(finished):
 
 
 def test_gate_table_has_every_gate():
-    rows = [line for line in GATES.splitlines() if re.match(r"\| `\w+` \|", line)]
+    table = GATES.partition("## Adding a gate")[0]
+    rows = [line for line in table.splitlines() if re.match(r"\| `\w+` \|", line)]
     names = [re.match(r"\| `(\w+)` \|", row)[1] for row in rows]
     assert sorted(names) == available_gates()
     assert all(row.count("|") == 8 for row in rows)

@@ -1,4 +1,4 @@
-"""The public names for writing and trying gates.
+"""The public names for writing and trying gates; they stay stable, see docs/gates.md.
 
 The names are imported on first use (PEP 562): `import megatron.moe` does not import
 torch, which takes seconds and which command-line parsing does not need.
@@ -10,25 +10,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron.moe.gate import Gate, available_gates, create_gate
-    from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
+    from megatron.config.needs import setting
+    from megatron.moe.gate import Gate, GateContext, available_gates, create_gate
+    from megatron.moe.gate_functional import linear_fp32
+    from megatron.moe.gate_options import LossConfig, ScopeConfig
+    from megatron.moe.losses import aux_losses, z_loss
+    from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
 
 __all__ = [
     "Gate",
+    "GateContext",
     "GateInput",
     "LoadBalancingLoss",
+    "LossConfig",
     "Routing",
+    "ScopeConfig",
+    "StepTotals",
+    "aux_losses",
     "available_gates",
     "create_gate",
+    "linear_fp32",
+    "setting",
+    "z_loss",
 ]
 
 _MODULES = {
     "Gate": "megatron.moe.gate",
+    "GateContext": "megatron.moe.gate",
     "GateInput": "megatron.moe.routing",
     "LoadBalancingLoss": "megatron.moe.routing",
+    "LossConfig": "megatron.moe.gate_options",
     "Routing": "megatron.moe.routing",
+    "ScopeConfig": "megatron.moe.gate_options",
+    "StepTotals": "megatron.moe.routing",
+    "aux_losses": "megatron.moe.losses",
     "available_gates": "megatron.moe.gate",
     "create_gate": "megatron.moe.gate",
+    "linear_fp32": "megatron.moe.gate_functional",
+    "setting": "megatron.config.needs",
+    "z_loss": "megatron.moe.losses",
 }
 
 
