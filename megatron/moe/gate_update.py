@@ -6,7 +6,7 @@ For example the expert biases of deepseek_v3, the L1 strength of remoe, and peer
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.moe.gate import Gate
 from megatron.moe.layer_sums import all_reduce_layer_sums, entries_with_prefix, find_moe_layers
@@ -40,16 +40,25 @@ class GateUpdater:
             skipped: the step changed no weights because a gradient or the loss was NaN or
                 infinite; then it changes no gate's state either.
         """
-        counted = all(layer.step_sums for layer in self.layers)
+        counted = [layer for layer in self.layers if layer.step_sums]
         if self._any_gate_with_state and counted and not skipped:
-            layer_sums = [layer.step_sums for layer in self.layers]
-            totals = all_reduce_layer_sums(layer_sums, self.groups)
-            load_LE = torch.stack([sums["load_E"] for sums in totals]).float()
-            for layer, sums, load_E in zip(self.layers, totals, load_LE, strict=True):
-                metric_sums = entries_with_prefix(sums, "sum/")
-                num_tokens = sums["tokens"].float()
-                layer.gate.post_optimizer_step(
-                    StepTotals(load_E, num_tokens, metric_sums, load_LE)
-                )
+            sums = all_reduce_layer_sums([layer.step_sums for layer in counted], self.groups)
+            _update_gates([layer.gate for layer in counted], sums)
         for layer in self.layers:
             layer.reset_step_state()
+
+
+def _update_gates(gates: list[Gate], layer_sums: list[dict[str, Tensor]]) -> None:
+    """Give each gate the totals of its layer, and the loads of all gates of its class."""
+    loads = [sums["load_E"].float() for sums in layer_sums]
+    for gate, sums, load_E in zip(gates, layer_sums, loads, strict=True):
+        same_gate = [
+            load
+            for other, load in zip(gates, loads, strict=True)
+            if type(other) is type(gate) and load.shape == load_E.shape
+        ]
+        metric_sums = entries_with_prefix(sums, "sum/")
+        num_tokens = sums["tokens"].float()
+        gate.post_optimizer_step(
+            StepTotals(load_E, num_tokens, metric_sums, torch.stack(same_gate))
+        )

@@ -22,26 +22,21 @@ def all_reduce_layer_sums(
     """Sum each layer's values over all ranks: one fp64 all-reduce.
 
     Args:
-        layer_sums: values of each layer by name; all layers have the same names and shapes.
+        layer_sums: values of each layer by name. Layers may differ in names and shapes, as
+            layers with different gates do; the ranks' values of one layer may not.
         to_host: also copy the result to the CPU, in one copy.
     """
-    names = list(layer_sums[0])
-    shapes = [layer_sums[0][name].shape for name in names]
-    rows = [_flatten(sums, names) for sums in layer_sums]
-    totals = all_reduce_sum(torch.stack(rows), groups)
+    # Sorted, because gates may fill in their metrics in another order on another rank.
+    layer_sums = [dict(sorted(sums.items())) for sums in layer_sums]
+    flat = [value.flatten() for sums in layer_sums for value in sums.values()]
+    totals = all_reduce_sum(torch.cat(flat), groups)
     if to_host:
         totals = totals.cpu()
-    sizes = [shape.numel() for shape in shapes]
+    rows = iter(totals.split([len(row) for row in flat]))
     reduced = []
-    for row in totals:
-        values = zip(names, row.split(sizes), shapes, strict=True)
-        reduced.append({name: value.view(shape) for name, value, shape in values})
+    for sums in layer_sums:
+        reduced.append({name: next(rows).view(value.shape) for name, value in sums.items()})
     return reduced
-
-
-def _flatten(sums: dict[str, Tensor], names: list[str]) -> Tensor:
-    """Concatenate these values to one row."""
-    return torch.cat([sums[name].flatten() for name in names])
 
 
 def entries_with_prefix(sums: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron.moe.layer import MoELayer
 from megatron.moe.layer_sums import all_reduce_layer_sums, entries_with_prefix, find_moe_layers
@@ -24,7 +25,7 @@ class MoEMetrics:
         self.groups = groups
 
     @torch.no_grad()
-    def read(self, training: bool = True) -> dict[str, float | list[float]]:
+    def read(self, training: bool = True) -> dict[str, float | list[float | None]]:
         """Return means over ranks and forward passes since the last call, then reset.
 
         Args:
@@ -45,10 +46,13 @@ class MoEMetrics:
 
             each also as a list `..._by_layer`; and experts_per_token_histogram, the
             share of tokens with 0, 1, 2, ... experts after capacity, over all layers.
+
+            The names are the union over layers. A mean is taken over the layers that have
+            the metric, and the list has None for the others.
         """
-        if not self.layers or not self.layers[0].counters[training]:
-            return {}
         counters = [layer.counters[training] for layer in self.layers]
+        if not any(counters):
+            return {}
         totals = all_reduce_layer_sums(counters, self.groups, to_host=True)
         for layer in self.layers:
             layer.counters[training].clear()
@@ -57,20 +61,29 @@ class MoEMetrics:
 
 def _summarize(
     layers: list[MoELayer], totals: list[dict[str, Tensor]]
-) -> dict[str, float | list[float]]:
-    """Return values per layer and their means over layers."""
-    by_layer: dict[str, list[float]] = {}
-    histogram = torch.zeros(())
-    for layer, sums in zip(layers, totals, strict=True):
+) -> dict[str, float | list[float | None]]:
+    """Return values per layer and their means over the layers that have them."""
+    by_layer: dict[str, list[float | None]] = {}
+    histograms = []
+    for i, (layer, sums) in enumerate(zip(layers, totals, strict=True)):
+        if not sums:  # the layer has not run
+            continue
         for name, value in _layer_values(layer, sums).items():
-            by_layer.setdefault(name, []).append(float(value))
-        histogram = histogram + sums["experts_per_token_histogram"]
-    means = {name: sum(values) / len(values) for name, values in by_layer.items()}
+            by_layer.setdefault(name, [None] * len(layers))[i] = float(value)
+        histograms.append(sums["experts_per_token_histogram"])
+    means = {name: _mean(values) for name, values in by_layer.items()}
+    # The bins of a layer end with its gate's largest number of experts per token.
+    histogram = pad_sequence(histograms, batch_first=True).sum(0)
     return {
         **means,
         "experts_per_token_histogram": (histogram / histogram.sum()).tolist(),
         **{f"{name}_by_layer": values for name, values in by_layer.items()},
     }
+
+
+def _mean(values: list[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present)
 
 
 def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:

@@ -212,4 +212,4 @@ class StepTotals:
     metric_sums: dict[str, Tensor]
     """fp64 sums of the gate's own `Routing.metric_sums`"""
     load_LE: Tensor
-    """fp32, load_E of all MoE layers of the model, in order"""
+    """fp32, load_E of all MoE layers of the model with the same gate, in order"""

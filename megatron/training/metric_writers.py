@@ -393,7 +393,8 @@ def _scalars(row: MetricsRow) -> Iterator[tuple[str, float]]:
         tag = f"{row['kind']}/{name}"
         if isinstance(value, (list, tuple)):
             for i, element in enumerate(value):
-                yield f"{tag}/{i}", element
+                if element is not None:  # a layer without this metric
+                    yield f"{tag}/{i}", element
         elif name not in ("kind", "iteration"):
             yield tag, value
 
@@ -407,14 +408,19 @@ def _round(value: Any) -> Any:
     return value
 
 
-def _format(value: float, template: str) -> str:
-    """Format a number, or NaN and infinities by name, padded to a number's width."""
-    if math.isfinite(value):
+def _format(value: float | None, template: str) -> str:
+    """Format a number, or NaN and infinities by name, padded to a number's width.
+
+    None, the value of a layer without the metric, is written as a dash.
+    """
+    if value is not None and math.isfinite(value):
         return template.format(value)
     prefix, _, rest = template.partition("{")
     suffix = rest.partition("}")[2]
     width = len(template.format(0)) - len(prefix) - len(suffix)
-    if math.isnan(value):
+    if value is None:
+        name = "-"
+    elif math.isnan(value):
         name = "NaN"
     elif value > 0:
         name = "Infinity"

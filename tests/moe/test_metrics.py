@@ -1,5 +1,7 @@
 """MoE metrics and the totals that gates receive, against sums done by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -133,3 +135,83 @@ def test_metrics_sum_over_ranks(ranks2):
         assert got["experts_per_token"] == pytest.approx(6 / 4)
         assert got["load_imbalance_max_over_mean"] == pytest.approx(3 / 2)
         assert steps == [([3, 2, 1], 4)]
+
+
+class WideGate(FixedGate):
+    """Has one more expert than `FixedGate`, and metrics of its own."""
+
+    def __init__(self, choices):
+        super().__init__(choices)
+        self.num_experts = 4
+        self.loads_of_same_gate = []
+
+    def forward(self, inp):
+        routing = super().forward(inp)
+        sums = {"pair": torch.tensor([1.0, 5.0])}
+        return replace(routing, metric_means={"width": torch.tensor(4.0)}, metric_sums=sums)
+
+    def summarise(self, sums):
+        return {"ratio": sums["pair"][1] / sums["pair"][0]}
+
+    def post_optimizer_step(self, step):
+        super().post_optimizer_step(step)
+        self.loads_of_same_gate.append(step.load_LE.tolist())
+
+
+def make_mixed_model():
+    """Layers with 3, 4, 3 and 4 experts; those with 4 have other metrics."""
+    wide = [
+        MoELayer(WideGate(choices), GroupedExperts(4, 4, 4, "gelu"), 4)
+        for choices in ([[0], [3]], [[0, 1, 2, 3], [2]])
+    ]
+    narrow = [make_layer([[0, 1], [0]]), make_layer([[2], [0]])]
+    return nn.ModuleList([narrow[0], wide[0], narrow[1], wide[1]])
+
+
+def _mixed():
+    model = make_mixed_model()
+    metrics = MoEMetrics(model, groups_for(1))
+    gate_updater = GateUpdater(model, groups_for(1))
+    for layer in model:
+        layer(torch.randn(1, 2, 4))
+    gate_updater.post_optimizer_step()
+    return metrics.read(), [layer.gate.steps for layer in model]
+
+
+def test_metric_names_are_a_union(ranks2):
+    """Layers whose gates differ in names, shapes and numbers of experts: on two ranks, which count
+    the same, every metric is there, with None in layers without it."""
+    for got, steps in ranks2.run(_mixed):
+        assert got["marker"] == 2 and got["marker_by_layer"] == [2, None, 2, None]
+        assert got["width"] == 4 and got["width_by_layer"] == [None, 4, None, 4]
+        assert got["ratio"] == 5 and got["ratio_by_layer"] == [None, 5, None, 5]
+        assert got["experts_per_token_by_layer"] == [1.5, 1, 1, 2.5]
+        histogram = [number / 8 for number in (0, 6, 1, 0, 1)]
+        assert got["experts_per_token_histogram"] == pytest.approx(histogram)
+        assert steps == [
+            [([4, 2, 0], 4)],
+            [([2, 0, 0, 2], 4)],
+            [([2, 0, 2], 4)],
+            [([2, 2, 4, 2], 4)],
+        ]
+
+
+def test_gates_receive_loads_of_same_gate():
+    """`load_LE` has the layers whose gate is of the same class, not those of other gates."""
+    model = make_mixed_model()
+    for layer in model:
+        layer(torch.randn(1, 2, 4))
+    GateUpdater(model, Groups()).post_optimizer_step()
+    for layer in (model[1], model[3]):
+        assert layer.gate.loads_of_same_gate == [[[1, 0, 0, 1], [1, 1, 2, 1]]]
+
+
+def test_layer_that_did_not_run_is_left_out():
+    """Its metrics are None, and its gate gets no totals."""
+    model = make_mixed_model()
+    metrics = MoEMetrics(model, Groups())
+    gate_updater = GateUpdater(model, Groups())
+    model[3](torch.randn(1, 2, 4))
+    gate_updater.post_optimizer_step()
+    assert [len(layer.gate.steps) for layer in model] == [0, 0, 0, 1]
+    assert metrics.read()["experts_per_token_by_layer"] == [None, None, None, 2.5]

@@ -86,8 +86,9 @@ def test_console_formats_rows_in_columns(printed):
 
 
 def test_named_set_has_own_names(printed, tmp_path, monkeypatch):
-    """A named validation set on the console, in metrics.jsonl, TensorBoard and W&B."""
-    row = {**EVAL, "kind": "eval/wiki", "experts_per_token_by_layer": [2.0]}
+    """A named validation set on the console, in metrics.jsonl, TensorBoard and W&B. What a layer
+    does not have is null in the file and left out by the others."""
+    row = {**EVAL, "kind": "eval/wiki", "experts_per_token_by_layer": [2.0, None]}
     ConsoleWriter(1000, 1000 * 8192).write(row)
     assert printed().startswith(
         "eval/wiki at   10/1000 | loss  4.00000 | perplexity     54.598"
@@ -95,7 +96,9 @@ def test_named_set_has_own_names(printed, tmp_path, monkeypatch):
     jsonl = JsonlWriter(tmp_path / "m.jsonl")
     jsonl.write(row)
     jsonl.close()
-    assert json.loads((tmp_path / "m.jsonl").read_text())["kind"] == "eval/wiki"
+    written = json.loads((tmp_path / "m.jsonl").read_text())
+    assert written["kind"] == "eval/wiki"
+    assert written["experts_per_token_by_layer"] == [2.0, None]
     tags = {
         "eval/wiki/loss": 4.0,
         "eval/wiki/perplexity": math.exp(4),
@@ -496,10 +499,10 @@ def test_console_shows_experts_of_evaluated_layers(printed):
         "iteration": 5,
         "loss": 1.0,
         "experts_per_token": 2.5,
-        "experts_per_token_by_layer": [1.25, float("nan")],
+        "experts_per_token_by_layer": [1.25, float("nan"), None],
     }
     ConsoleWriter(10, 80).write(row)
     ConsoleWriter(10, 80).write({**row, "kind": "train"})
     evaluation, training = printed().splitlines()
-    assert evaluation.endswith("experts/token  2.50 | by layer 1.25  NaN")
+    assert evaluation.endswith("experts/token  2.50 | by layer 1.25  NaN    -")
     assert "by layer" not in training
