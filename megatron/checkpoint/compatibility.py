@@ -68,6 +68,14 @@ DATA_ORDER_FIELDS = {
 """Fields by config section that, with the number of samples that the data are built for, set
 the order of samples: changes are allowed, with a warning"""
 
+_MOE_TRAINING_FIELDS = (
+    "moe_aux_loss_reduction",
+    "moe_train_capacity_factor",
+    "moe_eval_capacity_factor",
+    "moe_min_capacity",
+)
+"""Fields of the MoE config that change a training, but no weights: changes are logged"""
+
 _DATA_PATH_FIELDS = ("data_path", "train_data_path", "streaming_data_path")
 _EVAL_PATH_FIELDS = ("valid_data_path", "test_data_path")
 
@@ -201,6 +209,12 @@ def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
             "the gate continues with other options than the checkpoint's: %s",
             ", ".join(options),
         )
+    moe_changes = _moe_training_changes(saved.config, current.config)
+    if moe_changes:
+        warn_on_rank0(
+            "the MoE layers continue with other settings than the checkpoint's: %s",
+            ", ".join(moe_changes),
+        )
     if saved.global_batch_size != current.global_batch_size:
         get_logger().info(
             "the run continues with a global batch of %d samples; the checkpoint was made with %d",
@@ -329,6 +343,18 @@ def _gate_option_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for name, value in new.items():
         if old.get(name, value) != value:
             changes.append(f"{_flag(name)} {value} instead of {old[name]}")
+    return changes
+
+
+def _moe_training_changes(saved: RunConfig, current: RunConfig) -> list[str]:
+    old = reset_without_effect(saved).moe
+    new = reset_without_effect(current).moe
+    changes = []
+    for name in _MOE_TRAINING_FIELDS:
+        if getattr(old, name) != getattr(new, name):
+            changes.append(
+                f"{_flag(name)} {getattr(new, name)} instead of {getattr(old, name)}"
+            )
     return changes
 
 

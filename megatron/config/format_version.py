@@ -9,6 +9,7 @@ A new key with a default needs none: missing keys take their defaults.
     version 0   run.json only: the configuration under the key "config"
     version 1   no key "version"; the format of a manifest ends in " 1"
     version 2   the key "version"; descriptions of data files have a "content_id"
+    version 3   run.json: settings of MoE layers with another meaning; see `run_json_v3`
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-FORMAT_VERSION = 2
+from megatron.config import run_json_v3
+
+FORMAT_VERSION = 3
 CHECKPOINT_FORMAT = "moe-megatron checkpoint"
 """The format in a manifest; version 1 had its number here"""
 _KEY = "version"
@@ -100,6 +103,7 @@ def _state_1_to_2(content: Content) -> Content:
 MIGRATIONS: dict[int, dict[str, Callable[[Content], Content]]] = {
     0: {"run.json": _run_json_0_to_1},
     1: {"manifest.json": _manifest_1_to_2, "state.json": _state_1_to_2},
+    2: {"run.json": run_json_v3.migrate_run_json},
 }
 """By version and file name, the function that makes a file one version newer; files without one
 did not change"""

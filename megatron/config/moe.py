@@ -13,6 +13,7 @@ from megatron.config.fields import (
 )
 from megatron.config.needs import setting
 
+AUX_LOSS_REDUCTIONS = ("sum", "mean")
 MOE_BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
 
 
@@ -31,6 +32,12 @@ class MoEConfig:
     """gate (router) of the MoE layers; --gate NAME --help lists that gate's own flags"""
     moe_ffn_hidden_size: int = option(0, needs=setting("num_experts"))
     """hidden size of one expert; 0: that of a dense feed-forward layer"""
+    moe_aux_loss_reduction: str = option(
+        "sum", choices=AUX_LOSS_REDUCTIONS, needs=setting("num_experts")
+    )
+    """reduction of the gates' auxiliary losses (balance losses, z-losses and others) over MoE
+    layers. Published coefficients are those of the sum; with mean a router's gradient is that of
+    the sum divided by the number of MoE layers"""
     moe_train_capacity_factor: float = option(0.0, needs=setting("num_experts"))
     """capacity of an expert during training, for the tokens of one rank's micro-batch, as a
     multiple of tokens / experts (not multiplied by k); 0: no limit (dropless)"""

@@ -68,7 +68,13 @@ def build_model(
         return make_moe_layer(gate, model, moe, layer=layer, seed=seed, groups=groups)
 
     padded_size = model.padded_vocab(vocab_size)
-    gpt = GPT(model, padded_size, make_ffn=make_ffn, recompute=recompute)
+    gpt = GPT(
+        model,
+        padded_size,
+        make_ffn=make_ffn,
+        recompute=recompute,
+        aux_loss_reduction=moe.moe_aux_loss_reduction,
+    )
     if not next(gpt.parameters()).is_meta:
         gpt.init_weights(seed)
     return gpt

@@ -24,6 +24,7 @@ from megatron.model.document_attention import DocumentLayout
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary, Rotation
 from megatron.moe.ffn import FFNContext
+from megatron.moe.losses import reduce_over_layers
 
 
 class GPTOutput(NamedTuple):
@@ -39,7 +40,8 @@ class GPTOutput(NamedTuple):
     num_target_tokens: Tensor | None
     """Sum of the loss mask"""
     aux_loss: Tensor
-    """Mean of the auxiliary losses of the MoE layers; 0 without any"""
+    """Sum of the auxiliary losses of the MoE layers, or their mean with `aux_loss_reduction`
+    "mean"; 0 without any"""
     logits: Tensor | None
     """Logits [B, S, V] in the compute dtype"""
 
@@ -117,6 +119,7 @@ class GPT(nn.Module):
             `(x_BSD, FFNContext) -> FFNOutput`.
         recompute: activation recomputation: in training, store only the inputs of blocks and
             run their forward pass again during the backward pass.
+        aux_loss_reduction: "sum" or "mean" of the auxiliary losses over MoE layers.
     """
 
     def __init__(
@@ -126,9 +129,11 @@ class GPT(nn.Module):
         *,
         make_ffn: Callable[[int], nn.Module],
         recompute: bool = False,
+        aux_loss_reduction: str = "sum",
     ):
         super().__init__()
         self.config = model
+        self.aux_loss_reduction = aux_loss_reduction
         self.vocab_size = vocab_size
         self.recompute = recompute
         self.embed_tokens = TokenEmbedding(vocab_size, model.hidden_size)
@@ -212,7 +217,7 @@ class GPT(nn.Module):
         """Run all blocks.
 
         Returns:
-            The residual stream, and the mean auxiliary loss of the MoE layers (0 without any).
+            The residual stream, and the reduced auxiliary loss of the MoE layers.
         """
         rotation: Rotation | None = None
         if self.rotary is not None:
@@ -232,7 +237,7 @@ class GPT(nn.Module):
                 carry = new_carry
         if not aux_losses:
             return h_BSD, h_BSD.new_zeros((), dtype=torch.float32)
-        return h_BSD, torch.stack(aux_losses).mean()
+        return h_BSD, reduce_over_layers(torch.stack(aux_losses), self.aux_loss_reduction)
 
     def _run_block(
         self, block: Block, *args: Any

@@ -39,3 +39,17 @@ def z_loss(logits_TE: Tensor) -> Tensor:
         0-d fp32; 0 when there are no tokens.
     """
     return logits_TE.logsumexp(-1).square().sum() / max(1, logits_TE.shape[0])
+
+
+def reduce_over_layers(aux_loss_L: Tensor, reduction: str) -> Tensor:
+    """Reduce the auxiliary losses of the MoE layers to the term that is added to the loss.
+
+    Args:
+        aux_loss_L: one value for each of L MoE layers.
+        reduction: "sum", as in Megatron, DeepSpeed and the gates' papers, or "mean".
+    Returns:
+        0-d, in the dtype of the values.
+    """
+    if reduction == "mean":
+        return aux_loss_L.mean()
+    return aux_loss_L.sum()

@@ -11,18 +11,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron.moe.layer import MoELayer
 from megatron.moe.layer_sums import all_reduce_layer_sums, entries_with_prefix, find_moe_layers
+from megatron.moe.losses import reduce_over_layers
 from megatron.parallel.groups import Groups
 
 
 class MoEMetrics:
     """Collects the counters of a model's MoE layers.
 
-    Call `read` once per log line. It takes one all-reduce.
+    Call `read` once per log line. It takes one all-reduce. A model without the attribute
+    `aux_loss_reduction`, such as a single layer, counts as one that sums over layers.
     """
 
     def __init__(self, model: nn.Module, groups: Groups):
         self.layers = find_moe_layers(model)
         self.groups = groups
+        self.aux_loss_reduction = getattr(model, "aux_loss_reduction", "sum")
 
     @torch.no_grad()
     def read(self, training: bool = True) -> dict[str, float | list[float | None]]:
@@ -41,7 +44,8 @@ class MoEMetrics:
               experts, after capacity,
             - zero_computation_fraction: share of dispatched assignments that went to
               zero-computation experts; only for gates with such experts,
-            - moe_aux_loss,
+            - moe_aux_loss, which is not the mean but what the model adds to the loss:
+              the layers' sum, unless it averages them,
             - the gate's `metric_means`, and the metrics it makes of its `metric_sums`;
 
             each also as a list `..._by_layer`; and experts_per_token_histogram, the
@@ -56,13 +60,16 @@ class MoEMetrics:
         totals = all_reduce_layer_sums(counters, self.groups, to_host=True)
         for layer in self.layers:
             layer.counters[training].clear()
-        return _summarize(self.layers, totals)
+        return _summarize(self.layers, totals, self.aux_loss_reduction)
 
 
 def _summarize(
-    layers: list[MoELayer], totals: list[dict[str, Tensor]]
+    layers: list[MoELayer], totals: list[dict[str, Tensor]], aux_loss_reduction: str
 ) -> dict[str, float | list[float | None]]:
-    """Return values per layer and their means over the layers that have them."""
+    """Return values per layer and their means over the layers that have them.
+
+    The auxiliary losses are reduced as in the model.
+    """
     by_layer: dict[str, list[float | None]] = {}
     histograms = []
     for i, (layer, sums) in enumerate(zip(layers, totals, strict=True)):
@@ -72,6 +79,9 @@ def _summarize(
             by_layer.setdefault(name, [None] * len(layers))[i] = float(value)
         histograms.append(sums["experts_per_token_histogram"])
     means = {name: _mean(values) for name, values in by_layer.items()}
+    aux_losses = [value for value in by_layer["moe_aux_loss"] if value is not None]
+    aux_loss_L = torch.tensor(aux_losses, dtype=torch.float64)
+    means["moe_aux_loss"] = float(reduce_over_layers(aux_loss_L, aux_loss_reduction))
     # The bins of a layer end with its gate's largest number of experts per token.
     histogram = pad_sequence(histograms, batch_first=True).sum(0)
     return {

@@ -22,6 +22,7 @@ from helpers import engines, handmade
 from megatron.checkpoint import consolidate as c
 from megatron.checkpoint import directory, shards
 from megatron.checkpoint.manifest import CorruptCheckpointError, read_manifest
+from megatron.config.format_version import FORMAT_VERSION
 from megatron.config.run_json import read_run_json
 from megatron.io.safetensors_writer import TensorSpec
 from megatron.model.builder import build_model
@@ -223,7 +224,9 @@ def test_single_file_has_hash_and_no_index(made, tmp_path):
         and about["optimizer"] is True
     )
     assert about["manifest_checksum"] == read_manifest(made[0])["checksum"]
-    assert {"version": 2, **about["state"]} == json.loads((made[0] / "state.json").read_text())
+    assert {"version": FORMAT_VERSION, **about["state"]} == json.loads(
+        (made[0] / "state.json").read_text()
+    )
     assert read_run_json(tmp_path / "out/run.json") == handmade.CONFIG
     assert sorted(os.listdir(tmp_path)) == ["out", "save"], "no staging directory is left"
 

@@ -15,6 +15,7 @@ from megatron.checkpoint.content import (
     with_typed_gate_options,
 )
 from megatron.checkpoint.manifest import CorruptCheckpointError
+from megatron.config.format_version import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -36,9 +37,9 @@ def change(file: Path, path: str, value: object) -> None:
 
 def test_valid_files_are_returned_as_stored(made):
     state = json.loads((made / "state.json").read_text())
-    assert {"version": 2, **read_state(made)} == state
+    assert {"version": FORMAT_VERSION, **read_state(made)} == state
     index = json.loads((made / "index.json").read_text())
-    assert {"version": 2, **read_shard_index(made)} == index
+    assert {"version": FORMAT_VERSION, **read_shard_index(made)} == index
     assert read_config(made) == handmade.CONFIG
 
 

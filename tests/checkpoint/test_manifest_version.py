@@ -18,7 +18,9 @@ from megatron.checkpoint.directory import (
 )
 from megatron.checkpoint.inspect import summarize_directory
 from megatron.checkpoint.manifest import CorruptCheckpointError, find_problems
-from megatron.config.format_version import NewerVersionError
+from megatron.config.format_version import FORMAT_VERSION, NewerVersionError
+
+NEWER = FORMAT_VERSION + 1
 
 
 def make(folder: Path, iteration: int) -> Path:
@@ -42,8 +44,8 @@ def found(path: Path, step: int = 0) -> directory.ValidCheckpoint:
 def test_newer_version_is_not_passed_over(tmp_path):
     """Resuming from an older checkpoint would abandon the steps of the newer program."""
     make(tmp_path, 1)
-    change_manifest(make(tmp_path, 2), version=3, files="of another form")
-    message = "iter_0000002/manifest.json has format version 3; .*Update moe-megatron"
+    change_manifest(make(tmp_path, 2), version=NEWER, files="of another form")
+    message = f"iter_0000002/manifest.json has format version {NEWER}; .*Update moe-megatron"
     for path, step in ((tmp_path, 0), (tmp_path, 2), (tmp_path / "iter_0000002", 0)):
         with pytest.raises(NewerVersionError, match=message):
             found(path, step)
@@ -55,11 +57,11 @@ def test_newer_version_is_not_passed_over(tmp_path):
 def test_newer_version_matters_if_chosen(tmp_path):
     """An older one, one that `latest` goes back from, or another step's stops nothing."""
     make(tmp_path, 1)
-    change_manifest(make(tmp_path, 2), version=3)
+    change_manifest(make(tmp_path, 2), version=NEWER)
     assert found(tmp_path, 1).path.name == "iter_0000001"
     entries, (problem,) = list_checkpoints(tmp_path)
     assert [entry.path.name for entry in entries] == ["iter_0000001"]
-    assert "iter_0000002/manifest.json has format version 3" in problem
+    assert f"iter_0000002/manifest.json has format version {NEWER}" in problem
     (tmp_path / "latest").write_text("iter_0000001")
     assert found(tmp_path).path.name == "iter_0000001"
     newest = make(tmp_path, 3)
@@ -93,10 +95,10 @@ def test_malformed_version_is_passed_over(version, tmp_path):
 def test_inspection_lists_newer_versions(tmp_path):
     """It names no newest checkpoint when that is of a newer version."""
     make(tmp_path, 1)
-    change_manifest(make(tmp_path, 2), version=3)
+    change_manifest(make(tmp_path, 2), version=NEWER)
     older, newer = summarize_directory(tmp_path)
     assert (older["iteration"], older["newest"], older["faults"]) == (1, False, [])
-    assert "iter_0000002/manifest.json has format version 3" in newer["faults"][0]
+    assert f"iter_0000002/manifest.json has format version {NEWER}" in newer["faults"][0]
 
 
 @pytest.mark.parametrize("read", [read_state, read_shard_index])

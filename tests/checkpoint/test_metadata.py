@@ -97,6 +97,7 @@ FREE_CHANGES = {
     "init_method_std": 0.01,
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
+    "moe_aux_loss_reduction": "mean",
     "moe_train_capacity_factor": 1.0,
     "moe_eval_capacity_factor": 1.0,
     "moe_min_capacity": 8,
@@ -243,6 +244,29 @@ def test_changed_gate_options_are_logged(capsys):
         "the gate continues with other options than the checkpoint's: --topk 1 instead of 2"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moe_aux_loss_reduction", "mean"),
+        ("moe_train_capacity_factor", 1.25),
+        ("moe_eval_capacity_factor", 2.0),
+    ],
+)
+def test_changed_moe_settings_are_logged(name, value, capsys):
+    """Such as the mean over layers of a run that older versions have written."""
+    log.setup()
+    new = getattr(MoEConfig(), name)
+    flag = "--" + name.replace("_", "-")
+    warn_of_changes(with_change(name, value), with_change())
+    assert (
+        "the MoE layers continue with other settings than the checkpoint's: "
+        f"{flag} {new} instead of {value}\n"
+    ) in capsys.readouterr().out
+    dense = RunMetadata(RunConfig(moe=MoEConfig(**{name: value})), IDENTITY)
+    warn_of_changes(dense, replace(dense, config=RunConfig()))
+    assert capsys.readouterr().out == ""
 
 
 def test_changed_topology_is_logged(capsys):

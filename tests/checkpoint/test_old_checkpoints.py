@@ -3,12 +3,12 @@
 `versions/<format version>/` holds a checkpoint, and in expected.json what was true of it. That of
 version 1 was saved after three of six iterations, on two ranks with sharded experts, ZeRO 1, bf16
 and a gate with state (deepseek_v3), with the metrics of iterations 4 to 6. The training data are
-those of the `data` fixture. That of version 2 is of `helpers.engines`, of 27 kB.
+those of the `data` fixture. That of version 2 is of `helpers.engines`, of 27 kB; later ones are
+those of `helpers.stored_version`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -40,15 +40,6 @@ def same_kernels() -> bool:
         torch.__version__ == EXPECTED["torch"]
         and torch.backends.cpu.get_cpu_capability() == EXPECTED["cpu_capability"]
     )
-
-
-def tensors_sha256(folder: Path) -> str:
-    """Return a hash of all tensors of the newest checkpoint of a directory, with their names."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(engines.full_tensors(folder).items()):
-        sha256.update(name.encode())
-        sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha256.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +75,7 @@ def test_checkpoint_of_every_version_is_read(version, capsys):
     written = json.loads((loaded.path / "manifest.json").read_text()).get("version", 1)
     assert written == version
     assert loaded.progress.iteration == expected["iteration"]
-    assert tensors_sha256(folder / "checkpoints") == expected["tensors_sha256"]
+    assert engines.tensors_sha256(folder / "checkpoints") == expected["tensors_sha256"]
     config = loaded.metadata.config
     model = build_model(
         config.model,
@@ -101,8 +92,9 @@ def test_checkpoint_of_every_version_is_read(version, capsys):
         assert torch.equal(tensor, stored), name
 
 
-def test_checkpoint_of_version_2_resumes(ranks1):
-    folder = VERSIONS / "2"
+@pytest.mark.parametrize("version", range(2, FORMAT_VERSION + 1))
+def test_checkpoint_of_newer_versions_resumes(version, ranks1):
+    folder = VERSIONS / str(version)
     expected = json.loads((folder / "expected.json").read_text())
     options = CheckpointConfig(load=str(folder / "checkpoints"))
     config = loader.find_checkpoint(options, Groups()).metadata.config
@@ -128,4 +120,7 @@ def test_resumed_run_saves_same_tensors(resumed):
     """Weights, moments, and buffers after iteration 6 are equal bit by bit."""
     assert engines.latest(resumed / "checkpoints") == "iter_0000006"
     if same_kernels():
-        assert tensors_sha256(resumed / "checkpoints") == EXPECTED["tensors_sha256_after_6"]
+        assert (
+            engines.tensors_sha256(resumed / "checkpoints")
+            == EXPECTED["tensors_sha256_after_6"]
+        )

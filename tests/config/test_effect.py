@@ -13,6 +13,7 @@ from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.effect import reset_without_effect
 from megatron.config.fields import option
 from megatron.config.flags import flags_of
+from megatron.config.format_version import FORMAT_VERSION
 from megatron.config.needs import setting
 from megatron.config.run_json import config_from_dict
 from megatron.config.schema import SECTIONS, ModelConfig, MoEConfig, OptimizerConfig, RunConfig
@@ -307,6 +308,7 @@ def test_features_can_be_switched_off(words, off, message, caplog):
 # run.json
 
 MOE_RUN = {
+    "version": FORMAT_VERSION,
     "moe": {"num_experts": 4, "gate": "threshold", "moe_shared_experts": 1, "moe_layers": [1]},
     "gate_options": {"threshold": 0.5},
     "train": {"save": "out", "save_interval": 5},

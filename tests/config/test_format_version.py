@@ -45,15 +45,22 @@ def test_every_version_of_run_json_is_read(version, tmp_path):
 
 def test_migrations_run_one_after_the_other(monkeypatch):
     """A function from n to n + 1 gets what the one before returned."""
-    monkeypatch.setattr("megatron.config.format_version.FORMAT_VERSION", 4)
-    monkeypatch.setitem(MIGRATIONS, 2, {"a.json": lambda content: {**content, "seen": [2]}})
+    first = FORMAT_VERSION
+    second = FORMAT_VERSION + 1
+    monkeypatch.setattr("megatron.config.format_version.FORMAT_VERSION", second + 1)
     monkeypatch.setitem(
-        MIGRATIONS, 3, {"a.json": lambda content: {**content, "seen": [*content["seen"], 3]}}
+        MIGRATIONS, first, {"a.json": lambda content: {**content, "seen": [first]}}
     )
-    for version, seen in (({}, [2, 3]), ({"version": 2}, [2, 3])):
-        assert migrate("a.json", {"x": 1, **version}, "where") == {"x": 1, "seen": seen}
-    assert migrate("a.json", {"x": 1, "version": 4}, "where") == {"x": 1}
-    assert migrate("b.json", {"x": 1, "version": 2}, "where") == {"x": 1}
+    monkeypatch.setitem(
+        MIGRATIONS,
+        second,
+        {"a.json": lambda content: {**content, "seen": [*content["seen"], second]}},
+    )
+    for version in ({}, {"version": first}):
+        expected = {"x": 1, "seen": [first, second]}
+        assert migrate("a.json", {"x": 1, **version}, "where") == expected
+    assert migrate("a.json", {"x": 1, "version": second + 1}, "where") == {"x": 1}
+    assert migrate("b.json", {"x": 1, "version": first}, "where") == {"x": 1}
 
 
 def test_argument_is_not_changed():
@@ -99,3 +106,33 @@ def test_old_states_get_unknown_content_ids():
         },
         "x": 1,
     }
+
+
+@pytest.mark.parametrize("version", range(3))
+@pytest.mark.parametrize(
+    ("stored", "reduction"),
+    [
+        ({"num_experts": 4}, "mean"),
+        ({"num_experts": 4, "moe_aux_loss_reduction": "sum"}, "sum"),
+        ({"num_experts": 0}, "sum"),
+        ({}, "sum"),
+    ],
+)
+def test_old_runs_keep_mean_over_layers(version, stored, reduction):
+    """Runs of the versions that averaged auxiliary losses do so when they continue."""
+    content = {"moe": stored, "version": version}
+    if version == 0:
+        content = {"config": {"moe": stored}, "version": 0}
+    before = json.dumps(content)
+    assert config_from_dict(content).moe.moe_aux_loss_reduction == reduction
+    assert json.dumps(content) == before
+    new = {"moe": stored, "version": 3}
+    assert config_from_dict(new).moe.moe_aux_loss_reduction == stored.get(
+        "moe_aux_loss_reduction", "sum"
+    )
+
+
+@pytest.mark.parametrize("moe", [None, 3, [], "x"])
+def test_malformed_old_sections_reach_their_check(moe):
+    with pytest.raises(ValueError, match="^run.json: moe is .*; allowed: a JSON object$"):
+        config_from_dict({"moe": moe, "version": 2})

@@ -199,7 +199,7 @@ def test_config_from_dict_inverts_to_dict():
 # run.json of a run with a few flags set, as this version writes it.
 RUN_JSON = """\
 {
-  "version": 2,
+  "version": 3,
   "model": {
     "num_layers": 6,
     "hidden_size": 256,
@@ -228,6 +228,7 @@ RUN_JSON = """\
     "moe_layers": [],
     "gate": "topk",
     "moe_ffn_hidden_size": 0,
+    "moe_aux_loss_reduction": "sum",
     "moe_train_capacity_factor": 0.0,
     "moe_eval_capacity_factor": 0.0,
     "moe_min_capacity": 4,

@@ -94,6 +94,11 @@ REFUSED = [
             "moe_ffn_hidden_size",
         )
     ],
+    (
+        MoEConfig,
+        {"moe_aux_loss_reduction": "max"},
+        "--moe-aux-loss-reduction is 'max'; allowed: sum mean",
+    ),
     (MoEConfig, {"expert_interval": 0}, "--expert-interval is 0; allowed: a positive integer"),
     (
         MoEConfig,

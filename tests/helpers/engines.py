@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import replace
@@ -223,6 +224,15 @@ def full_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
         if kind == "weight" or name not in shards.frozen
     }
     return {**tensors, **{f"buffer/{name}": shards.buffer(name) for name in shards.buffers}}
+
+
+def tensors_sha256(folder: str | Path) -> str:
+    """Return a hash of all tensors of the newest checkpoint of a directory, with their names."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(full_tensors(folder).items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def loading(config: RunConfig, folder: str | Path, save: str | Path = "") -> RunConfig:

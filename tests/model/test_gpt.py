@@ -288,9 +288,11 @@ def test_loss_mask_weights_the_tokens():
     assert out.logits is None and model(tokens).loss is None and model(tokens).lm_loss is None
 
 
-def test_aux_loss_and_carry_pass_through():
+@pytest.mark.parametrize(("reduction", "divisor"), [("sum", 1), ("mean", 3)])
+def test_aux_loss_and_carry_pass_through(reduction, divisor):
     config = dataclasses.replace(LLAMA, num_layers=4)
-    model = make(config, make_ffn=moe_layers(config, {0, 2, 3}))
+    ffn = moe_layers(config, {0, 2, 3})
+    model = make(config, make_ffn=ffn, aux_loss_reduction=reduction)
     tokens, labels, mask = batch()
     norms, hooks = [], []
     for i in (0, 2, 3):
@@ -301,7 +303,7 @@ def test_aux_loss_and_carry_pass_through():
         )
     out = model(tokens, labels, mask, progress=0.5)
     aux = [(1.0 + i) * x.square().mean() for i, x in zip((0, 2, 3), norms)]
-    torch.testing.assert_close(out.aux_loss, sum(aux) / 3)
+    torch.testing.assert_close(out.aux_loss, sum(aux) / divisor)
     torch.testing.assert_close(out.loss, out.lm_loss + out.aux_loss)
     assert [model.layers[i].mlp.seen[0][1] for i in (0, 2, 3)] == [None, 1, 2]
     for i in (0, 2, 3):
