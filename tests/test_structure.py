@@ -59,6 +59,7 @@ GATE_IMPORTS = {
     "megatron.moe.gate",
     "megatron.moe.gate_options",
     "megatron.moe.gate_functional",
+    "megatron.moe.quantile_histogram",
 }
 # Words of an earlier dialect of this code base; the terms of the field are clearer.
 AVOIDED = re.compile(

@@ -58,7 +58,8 @@ def _update_gates(gates: list[Gate], layer_sums: list[dict[str, Tensor]]) -> Non
             if type(other) is type(gate) and load.shape == load_E.shape
         ]
         metric_sums = entries_with_prefix(sums, "sum/")
+        step_sums = entries_with_prefix(sums, "step/")
         num_tokens = sums["tokens"].float()
         gate.post_optimizer_step(
-            StepTotals(load_E, num_tokens, metric_sums, torch.stack(same_gate))
+            StepTotals(load_E, num_tokens, metric_sums, torch.stack(same_gate), step_sums)
         )

@@ -289,7 +289,11 @@ class MoELayer(nn.Module):
         _add(self.counters[self.training], forward_sums)
         if self.training:
             load_E = plan.assigned_C[: self.gate.num_experts]
-            _add(self.step_sums, {"tokens": one * num_tokens, "load_E": load_E, **gate_sums})
+            step_sums = {f"step/{name}": value for name, value in routing.step_sums.items()}
+            _add(
+                self.step_sums,
+                {"tokens": one * num_tokens, "load_E": load_E, **gate_sums, **step_sums},
+            )
 
     def _max_experts_per_token(self) -> int:
         """Return the most experts of both kinds that a token can have."""

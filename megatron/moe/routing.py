@@ -150,6 +150,9 @@ class Routing:
     """detached fp32 or fp64 sums over this rank's tokens. The layer sums them over
     ranks and micro-batches for `Gate.post_optimizer_step` (training only), and over a
     logging interval for `Gate.summarise`"""
+    step_sums: dict[str, Tensor] = field(default_factory=dict)
+    """like metric_sums, but for `Gate.post_optimizer_step` alone: large tensors such as
+    histograms, which no metric needs. Left empty in evaluation"""
 
     def check(self, num_tokens: int, num_choices: int) -> None:
         """Verify the gate contract. Synchronises with the device.
@@ -213,3 +216,5 @@ class StepTotals:
     """fp64 sums of the gate's own `Routing.metric_sums`"""
     load_LE: Tensor
     """fp32, load_E of all MoE layers of the model with the same gate, in order"""
+    step_sums: dict[str, Tensor] = field(default_factory=dict)
+    """fp64 sums of the gate's own `Routing.step_sums`"""

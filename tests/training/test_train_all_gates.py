@@ -103,6 +103,19 @@ def test_every_gate_trains(gate, data, tmp_path, ranks2):
         assert len(tables) >= 2 and not any(tables.values()), f"rank {rank}: {tables}"
 
 
+def test_expert_threshold_keeps_mean_experts(data, tmp_path, ranks2):
+    """After its warm-up a token has k experts on average, within 5 %, while the router learns."""
+    options = ["--topk", "1", "--threshold-warmup-steps", "10", "--log-interval", "10"]
+    argv = flags("expert_threshold", data, tmp_path, "--train-iters", "60", *options)
+    ranks2.run(runs.train, argv, timeout=300)
+    lines = runs.metrics(tmp_path)
+    means = [line["experts_per_token"] for line in lines]
+    assert len(means) == 6 and means[0] == 1.0, "the warm-up has exactly k"
+    assert sum(means[1:]) / 5 == pytest.approx(1.0, rel=0.05), means
+    assert any(mean != 1.0 for mean in means[1:]), "the number of experts varies"
+    assert lines[-1]["load_imbalance_max_over_mean"] < 1.3
+
+
 @pytest.mark.parametrize("gate", ["deepseek_v3", "remoe", "peer"])
 def test_gate_state_survives_resume(gate, data, tmp_path, ranks2):
     """Three steps and three after a resume equal six: losses and metrics, to the last bit."""
