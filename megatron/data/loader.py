@@ -48,6 +48,9 @@ class Batch:
     segments_BS: Tensor | None = None
     """int64 number of the token's document within the sample; attention stays within a
     document. None: attention spans the sample"""
+    padding_BS: Tensor | None = None
+    """bool, True where a position is padding, which is neither routed nor a target. None: no
+    padding, as in all samples of `make_batch`"""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""

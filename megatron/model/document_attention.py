@@ -74,12 +74,16 @@ class DocumentLayout:
         return int(self.lengths_N.max())
 
     @cached_property
+    def document_BS(self) -> Tensor:
+        """Number of each token's document in the micro-batch, int64 from 0 on."""
+        start_T = self.starts_N.new_zeros(self.segments_BS.numel())
+        start_T[self.starts_N] = 1
+        return start_T.cumsum(0).sub(1).view_as(self.segments_BS)
+
+    @cached_property
     def mask_B1SS(self) -> Tensor:
         """Whether a query may look at a key: in its document and not after it."""
-        document_BS = self.starts_N.new_zeros(self.segments_BS.numel())
-        document_BS[self.starts_N] = 1
-        document_BS = document_BS.cumsum(0).view_as(self.segments_BS)
-        same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
+        same_BSS = self.document_BS[:, :, None] == self.document_BS[:, None, :]
         return same_BSS.tril().unsqueeze(1)
 
     @cached_property

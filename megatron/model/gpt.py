@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from megatron.model.cross_entropy import linear_cross_entropy
 from megatron.model.document_attention import DocumentLayout
 from megatron.model.norm import build_norm
 from megatron.model.rotary import Rotary, Rotation
-from megatron.moe.ffn import FFNContext
+from megatron.moe.ffn import FFNContext, TokenLayout
 from megatron.moe.losses import reduce_over_layers
 
 
@@ -63,6 +64,37 @@ class GPTOutput(NamedTuple):
 def at_least_one(count: Tensor) -> Tensor:
     """Return `count` as a divisor: 1 where there is nothing to average."""
     return torch.where(count > 0, count, 1)
+
+
+def target_mask(
+    labels_BS: Tensor, loss_mask_BS: Tensor | None, padding_BS: Tensor | None
+) -> Tensor:
+    """Return the weight of each position in the loss, fp32: 0 for padding."""
+    if loss_mask_BS is None:
+        mask_BS = torch.ones(labels_BS.shape, device=labels_BS.device)
+    else:
+        mask_BS = loss_mask_BS.float()
+    if padding_BS is not None:
+        mask_BS = mask_BS.masked_fill(padding_BS, 0.0)
+    return mask_BS
+
+
+def _check_padding(padding_BS: Tensor | None, tokens_BS: Tensor) -> None:
+    if padding_BS is None:
+        return
+    require(
+        padding_BS.shape == tokens_BS.shape and padding_BS.dtype == torch.bool,
+        "padding_BS",
+        f"{padding_BS.dtype} {list(padding_BS.shape)}",
+        f"torch.bool {list(tokens_BS.shape)}, the shape of the tokens",
+    )
+
+
+def _token_layout(padding_BS: Tensor | None, documents: DocumentLayout | None) -> TokenLayout:
+    """Return what MoE layers need to know of padding and documents."""
+    if documents is None:
+        return TokenLayout(padding_BS)
+    return TokenLayout(padding_BS, documents.document_BS, len(documents.starts_N))
 
 
 def project(
@@ -155,7 +187,9 @@ class GPT(nn.Module):
         loss_mask_BS: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
         segments_BS: Tensor | None = None,
+        padding_BS: Tensor | None = None,
         progress: float = 0.0,
+        independent_sequences: bool = False,
     ) -> GPTOutput:
         """Predict the token after each position.
 
@@ -166,22 +200,33 @@ class GPT(nn.Module):
             position_ids_BS: positions, int64; None: 0 .. S - 1.
             segments_BS: number of each token's document, which limits attention to it:
                 neighbours with equal numbers are in one document; None: each sequence is one.
+                Balance losses of scope sequence count per document.
+            padding_BS: bool, True where a position is padding, which is not routed and has no
+                loss. Attention does not know it: padding follows the tokens of its sequence or
+                has a segment of its own. None: no padding.
             progress: completed fraction of the training, for gates that change over time.
+            independent_sequences: see `FFNContext`.
         Raises:
-            ValueError: the sequence is longer than the model has positions.
+            ValueError: the sequence is longer than the model has positions, or the padding has
+                another shape than the tokens.
         """
         self._check_length(tokens_BS.shape[1])
+        _check_padding(padding_BS, tokens_BS)
         h_BSD = self._embed(tokens_BS, position_ids_BS)
-        h_BSD, aux_loss = self._run_blocks(
-            h_BSD, tokens_BS, position_ids_BS, segments_BS, progress
+        documents = None
+        if segments_BS is not None:
+            documents = DocumentLayout(segments_BS)
+        context = FFNContext(
+            tokens_BS,
+            progress=progress,
+            layout=_token_layout(padding_BS, documents),
+            independent_sequences=independent_sequences,
         )
+        h_BSD, aux_loss = self._run_blocks(h_BSD, position_ids_BS, documents, context)
         h_BSD = self.norm(h_BSD)
         if labels_BS is None:
             return GPTOutput(None, None, aux_loss, self._output(h_BSD))
-        if loss_mask_BS is None:
-            mask_N = torch.ones(labels_BS.numel(), device=h_BSD.device)
-        else:
-            mask_N = loss_mask_BS.flatten().float()
+        mask_N = target_mask(labels_BS, loss_mask_BS, padding_BS).flatten()
         loss_sum = self._output(
             h_BSD.flatten(0, 1), labels_N=labels_BS.flatten(), mask_N=mask_N
         )
@@ -209,10 +254,9 @@ class GPT(nn.Module):
     def _run_blocks(
         self,
         h_BSD: Tensor,
-        tokens_BS: Tensor,
         position_ids_BS: Tensor | None,
-        segments_BS: Tensor | None,
-        progress: float,
+        documents: DocumentLayout | None,
+        context: FFNContext,
     ) -> tuple[Tensor, Tensor]:
         """Run all blocks.
 
@@ -221,20 +265,13 @@ class GPT(nn.Module):
         """
         rotation: Rotation | None = None
         if self.rotary is not None:
-            rotation = self.rotary(tokens_BS.shape[1], position_ids_BS)
-        documents: DocumentLayout | None = None
-        if segments_BS is not None:
-            documents = DocumentLayout(segments_BS)
-        carry: Tensor | None = None
+            rotation = self.rotary(h_BSD.shape[1], position_ids_BS)
         aux_losses: list[Tensor] = []
         for block in self.layers:
-            context = FFNContext(tokens_BS, carry, progress)
-            h_BSD, aux_loss, new_carry = self._run_block(
-                block, h_BSD, rotation, documents, context
-            )
+            h_BSD, aux_loss, carry = self._run_block(block, h_BSD, rotation, documents, context)
             if aux_loss is not None:  # an MoE layer
                 aux_losses.append(aux_loss)
-                carry = new_carry
+                context = replace(context, carry=carry)
         if not aux_losses:
             return h_BSD, h_BSD.new_zeros((), dtype=torch.float32)
         return h_BSD, reduce_over_layers(torch.stack(aux_losses), self.aux_loss_reduction)

@@ -105,8 +105,22 @@ class Gate(nn.Module):
             name = "local_paths"
         super().__setattr__(name, value)
 
+    def __call__(self, inp: GateInput) -> Routing:
+        """Run `forward` on the tokens that are not padding.
+
+        Padding gets no assignment, and no loss, metric or state counts it.
+        """
+        if inp.padding_T is None:
+            return super().__call__(inp)
+        inp = inp.without_padding()
+        return super().__call__(inp).with_padding(inp.unpadded_R)
+
     def forward(self, inp: GateInput) -> Routing:
-        """Choose experts for every token; see `megatron.moe.routing.Routing`."""
+        """Choose experts for every token; see `megatron.moe.routing.Routing`.
+
+        Args:
+            inp: has no padding, see `__call__`.
+        """
         raise NotImplementedError(f"gate {type(self).__name__} has no forward")
 
     def post_optimizer_step(self, step: StepTotals) -> None:

@@ -7,9 +7,13 @@ The layer is plain torch and imports no DeepSpeed, so a layer or a gate can be t
 without it. `megatron.engine.moe_adapter.wrap_moe_layers` adds the bookkeeping that
 DeepSpeed's engine looks for.
 
+Padding is not routed: it has no assignments, takes no capacity and is not counted. The
+experts' output there is 0, while shared experts compute it like any other position.
+
 Shape suffixes: B sequences, S positions (of a hidden state) or sorted rows (elsewhere),
-T = B x S tokens on this rank, D hidden, C choices (routed and zero-computation experts),
-E routed experts, G and N as in `megatron.moe.routing`.
+T = B x S positions on this rank, R those that are not padding, D hidden, C choices
+(routed and zero-computation experts), E routed experts, G and N as in
+`megatron.moe.routing`.
 """
 
 from __future__ import annotations
@@ -33,9 +37,10 @@ from megatron.moe.dispatch.plan import (
     capacity_from_factor,
 )
 from megatron.moe.experts.grouped_experts import GroupedExperts
-from megatron.moe.ffn import FFNContext, FFNOutput
+from megatron.moe.ffn import FFNContext, FFNOutput, TokenLayout
 from megatron.moe.gate import Gate
 from megatron.moe.routing import GateInput, Routing
+from megatron.moe.sequence_routing import route_each_sequence
 from megatron.parallel.groups import Groups, all_reduce_sum
 
 
@@ -92,15 +97,17 @@ class MoELayer(nn.Module):
 
         Args:
             x_BSD: normalised hidden states; [T, D] is accepted as well.
-            context: token ids, the previous MoE layer's carry and training progress.
+            context: token ids, padding and documents, the previous MoE layer's carry and
+                training progress.
         Returns:
             FFNOutput with y in the shape of x and the gate's auxiliary loss and carry.
         """
         context = context or FFNContext()
         x_TD = x_BSD.flatten(0, -2)
-        routing = self.gate(self._gate_input(x_BSD, context))
+        inp = self._gate_input(x_BSD, context)
+        routing = self._route(inp, context)
         self._check_first(routing, len(x_TD))
-        plan = self._plan(routing, len(x_TD))
+        plan = self._plan(routing, len(x_TD), self._expert_capacity(inp, context))
         in_flight = self.dispatcher.start(x_TD, routing, plan)
         local_outputs = self._local_outputs(x_BSD, routing, plan, context)  # overlaps
         expert_inputs, metadata = self.dispatcher.finish(in_flight)
@@ -109,7 +116,7 @@ class MoELayer(nn.Module):
         for output_TD in local_outputs:
             y_TD = y_TD + output_TD
         aux_loss = self._aux_loss(routing)
-        self._update_counters(routing, plan, aux_loss)
+        self._update_counters(inp, routing, plan, aux_loss)
         return FFNOutput(y_TD.view_as(x_BSD), aux_loss, routing.carry)
 
     def _make_dispatcher(self) -> TokenDispatcher:
@@ -121,12 +128,11 @@ class MoELayer(nn.Module):
         token_ids_T = None
         if context.token_ids_BS is not None:
             token_ids_T = context.token_ids_BS.flatten()
-        sequence_T = None
-        num_sequences = 1
-        if x_BSD.dim() == 3:
-            num_sequences = len(x_BSD)
-            sequence_B = torch.arange(num_sequences, device=x_BSD.device)
-            sequence_T = sequence_B.repeat_interleave(x_BSD.shape[1])
+        layout = context.layout or TokenLayout()
+        padding_T = None
+        if layout.padding_BS is not None:
+            padding_T = layout.padding_BS.flatten()
+        sequence_T, num_sequences = _sequences(x_BSD, layout)
         return GateInput(
             x_BSD.flatten(0, -2),
             token_ids_T,
@@ -134,7 +140,15 @@ class MoELayer(nn.Module):
             context.carry,
             context.progress,
             num_sequences,
+            padding_T,
+            layout.unpadded_R,
         )
+
+    def _route(self, inp: GateInput, context: FFNContext) -> Routing:
+        """Call the gate, with one sequence at a time if others must not matter to it."""
+        if context.independent_sequences and self.gate.sees_other_tokens:
+            return route_each_sequence(self.gate, inp)
+        return self.gate(inp)
 
     def _check_first(self, routing: Routing, num_tokens: int) -> None:
         """Check the gate contract once: the check synchronises with the device."""
@@ -144,30 +158,38 @@ class MoELayer(nn.Module):
         routing.check(num_tokens, num_choices)
         self._routing_checked = True
 
-    def _plan(self, routing: Routing, num_tokens: int) -> DispatchPlan:
+    def _plan(
+        self, routing: Routing, num_tokens: int, capacity: int | Tensor | None
+    ) -> DispatchPlan:
+        """Sort the assignments of `num_tokens` positions, padding included, by expert."""
         zero_computation = self.gate.zero_computation_experts
         return build_dispatch_plan(
             routing,
             num_tokens,
             self.gate.num_experts,
             num_zero_computation=len(zero_computation),
-            capacity=self._expert_capacity(routing, num_tokens),
+            capacity=capacity,
             num_zero_output=sum(getattr(e, "is_zero", False) for e in zero_computation),
             group=self.groups.ep_group,
         )
 
-    def _expert_capacity(self, routing: Routing, num_tokens: int) -> int | Tensor | None:
+    def _expert_capacity(self, inp: GateInput, context: FFNContext) -> int | Tensor | None:
         """Return the limit on rows per expert, by the gate's own rule or the formula.
+
+        It is a share of the tokens that are not padding.
 
         Returns:
             The limit of every routed expert, int64 [C] from a gate with its own rule,
             or None for no limit.
         """
         factor = self.capacity_factors[self.training]
+        num_tokens = inp.num_tokens
+        if context.independent_sequences:
+            factor = 0.0
         if factor:
             capacities = self.gate.capacities(num_tokens, factor, self.min_capacity)
             if capacities is not None:
-                return torch.tensor(capacities, device=routing.token_A.device)
+                return torch.tensor(capacities, device=inp.x_TD.device)
         return capacity_from_factor(
             num_tokens, self.gate.num_experts, factor, self.min_capacity
         )
@@ -263,15 +285,26 @@ class MoELayer(nn.Module):
         )
 
     @torch.no_grad()
-    def _update_counters(self, routing: Routing, plan: DispatchPlan, aux_loss: Tensor) -> None:
-        """Add this forward pass to the counters, unless it is a recomputed one."""
+    def _update_counters(
+        self, inp: GateInput, routing: Routing, plan: DispatchPlan, aux_loss: Tensor
+    ) -> None:
+        """Add this forward pass to the counters, unless it is a recomputed one.
+
+        Padding is not counted. A mean over tokens counts as often as it has tokens.
+        """
         if self._is_recompute:
             return
-        num_tokens = len(plan.dispatched_T)
-        assigned_T = bincount_static(routing.token_A, num_tokens)
+        num_tokens = inp.num_tokens
+        assigned_T = bincount_static(routing.token_A, len(inp.x_TD))
+        dispatched_R = plan.dispatched_T
+        if inp.padding_T is not None:
+            dispatched_R = dispatched_R[inp.unpadded_R]
         one = torch.ones((), device=assigned_T.device)
         gate_sums = {f"sum/{name}": value for name, value in routing.metric_sums.items()}
-        gate_means = {f"mean/{name}": value for name, value in routing.metric_means.items()}
+        gate_means = {
+            f"mean/{name}": value.double() * num_tokens
+            for name, value in routing.metric_means.items()
+        }
         num_bins = self._max_experts_per_token() + 1
         forward_sums = {
             "forwards": one,
@@ -280,7 +313,7 @@ class MoELayer(nn.Module):
             "assigned_C": plan.assigned_C,
             "dispatched_C": plan.dispatched_C,
             "experts_per_token_histogram": bincount_static(
-                plan.dispatched_T.clamp_max(num_bins - 1), num_bins
+                dispatched_R.clamp_max(num_bins - 1), num_bins
             ),
             "aux_loss": aux_loss,
             **gate_means,
@@ -301,6 +334,16 @@ class MoELayer(nn.Module):
         num_zero_computation = len(self.gate.zero_computation_experts)
         most = type(self.gate).experts_per_token(self.gate.config, num_experts)[1]
         return min(max(most, 1), num_experts) + num_zero_computation
+
+
+def _sequences(x_BSD: Tensor, layout: TokenLayout) -> tuple[Tensor | None, int]:
+    """Return the document or sequence of each position, and how many there are."""
+    if layout.document_BS is not None:
+        return layout.document_BS.flatten(), layout.num_documents
+    if x_BSD.dim() != 3:
+        return None, 1
+    sequence_B = torch.arange(len(x_BSD), device=x_BSD.device)
+    return sequence_B.repeat_interleave(x_BSD.shape[1]), len(x_BSD)
 
 
 class _RecomputeContext(AbstractContextManager):

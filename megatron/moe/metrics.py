@@ -98,7 +98,7 @@ def _mean(values: list[float | None]) -> float:
 
 def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor | float]:
     """Return the metrics of one layer, which are ratios of its sums."""
-    tokens = sums["tokens"]
+    tokens = sums["tokens"].clamp_min(1)
     assigned = sums["assigned_C"].sum()
     dispatched = sums["dispatched_C"].sum()
     load_E = sums["dispatched_C"][: layer.gate.num_experts]
@@ -113,6 +113,6 @@ def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor 
     if len(layer.gate.zero_computation_experts):
         values["zero_computation_fraction"] = 1 - load_E.sum() / dispatched.clamp_min(1)
     for name, value in entries_with_prefix(sums, "mean/").items():
-        values[name] = value / sums["forwards"]
+        values[name] = value / tokens
     values.update(layer.gate.summarise(entries_with_prefix(sums, "sum/")))
     return values

@@ -1,7 +1,8 @@
 """The gate contract: what a gate receives and what it returns.
 
-Shape suffixes: T tokens on this rank, D hidden, E routed experts, A assignments of a
-token to an expert, G balanced units (experts, or groups of them), N sequences.
+Shape suffixes: T tokens on this rank, R those that are not padding, D hidden, E routed
+experts, A assignments of a token to an expert, G balanced units (experts, or groups of
+them), N sequences.
 
 A gate returns a ragged list of assignments, not a dense mask and not a fixed k. This
 covers a variable number of experts per token (threshold, ReMoE), signed weights
@@ -10,7 +11,7 @@ covers a variable number of experts per token (threshold, ReMoE), signed weights
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,14 +30,53 @@ class GateInput:
     token_ids_T: Tensor | None = None
     """int64 token ids, for routing by token id"""
     sequence_T: Tensor | None = None
-    """int64 sequence number of each token, for sequence-wise balance"""
+    """int64 number of each token's sequence, or of its document where the batch has
+    documents, for sequence-wise balance"""
     carry: Tensor | None = None
-    """carry returned by the previous MoE layer's gate (MoE++: residual logits)"""
+    """carry returned by the previous MoE layer's gate (MoE++: residual logits), which
+    has no rows for padding"""
     progress: float = 0.0
     """consumed / total training samples, in [0, 1]"""
     num_sequences: int | None = None
     """N, given by the caller to avoid a device sync; None: the maximum of sequence_T +
-    1"""
+    1. Sequences without tokens count nowhere"""
+    padding_T: Tensor | None = None
+    """bool, True where a row is padding; None: no padding. `Gate.__call__` removes
+    these rows, so a gate's forward never sees them"""
+    unpadded_R: Tensor | None = None
+    """int64 rows that are not padding, given by the caller to avoid a device sync; None:
+    computed from padding_T"""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of rows that are not padding."""
+        if self.padding_T is None:
+            return len(self.x_TD)
+        return len(self._unpadded_rows())
+
+    def _unpadded_rows(self) -> Tensor:
+        if self.unpadded_R is not None:
+            return self.unpadded_R
+        return self.padding_T.logical_not().nonzero().flatten()
+
+    def without_padding(self) -> GateInput:
+        """Return the input of the rows that are not padding.
+
+        Its `unpadded_R` has their numbers. Without `padding_T` the input itself is
+        returned. Synchronises with the device unless `unpadded_R` is given.
+        """
+        if self.padding_T is None:
+            return self
+        num_rows = len(self.x_TD)
+        assert self.padding_T.shape == (num_rows,), (
+            f"padding_T has shape {tuple(self.padding_T.shape)}, x_TD has {num_rows} rows"
+        )
+        rows_R = self._unpadded_rows()
+        per_token = {"token_ids_T": self.token_ids_T, "sequence_T": self.sequence_T}
+        selected = {n: t if t is None else t[rows_R] for n, t in per_token.items()}
+        return replace(
+            self, x_TD=self.x_TD[rows_R], padding_T=None, unpadded_R=rows_R, **selected
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +98,8 @@ class LoadBalancingLoss:
     """fp32, differentiable mean score over the tokens of the row"""
     coeff: float | Tensor
     scope: str
+    num_rows: Tensor | int
+    """number of rows with tokens, at least 1: the loss is their mean"""
 
     @staticmethod
     def of(
@@ -71,6 +113,8 @@ class LoadBalancingLoss:
         per_token: bool = False,
     ) -> LoadBalancingLoss:
         """Count the choices and average the scores of each sequence or of all tokens.
+
+        Sequences without tokens do not enter the mean over sequences.
 
         Args:
             score_TG: fp32 scores; in most papers they sum to 1 over G.
@@ -94,7 +138,9 @@ class LoadBalancingLoss:
         tokens_N = member_NT.sum(-1)
         score_NG = (member_NT @ score_TG) / tokens_N.clamp_min(1)[:, None]
         total_N = tokens_N if per_token else count_NG.sum(-1)
-        return LoadBalancingLoss(count_NG, total_N, score_NG, coeff, scope)
+        if num_rows > 1:
+            num_rows = (tokens_N > 0).sum().clamp_min(1)
+        return LoadBalancingLoss(count_NG, total_N, score_NG, coeff, scope, num_rows)
 
     def loss(self, count_NG: Tensor | None = None, total_N: Tensor | None = None) -> Tensor:
         """Compute the loss from this rank's counts, or from the counts given.
@@ -107,8 +153,8 @@ class LoadBalancingLoss:
         if total_N is None:
             total_N = self.total_N
         load_NG = (count_NG / total_N.clamp_min(1)[:, None]).detach()
-        num_rows, size = load_NG.shape
-        return self.coeff * size / max(1, num_rows) * (load_NG * self.score_NG).sum()
+        size = load_NG.shape[1]
+        return self.coeff * size / self.num_rows * (load_NG * self.score_NG).sum()
 
 
 def _num_sequences(inp: GateInput) -> int:
@@ -137,7 +183,7 @@ class Routing:
     """priority under capacity, largest first; None: |weight|"""
     carry: Tensor | None = None
     """passed to the next MoE layer's gate, threaded through the layers as in
-    jax.lax.scan"""
+    jax.lax.scan; without rows for padding, see `GateInput.padding_T`"""
     token_major: bool = False
     """token_A is in ascending order, which saves the layer a sort"""
     metric_means: dict[str, Tensor] = field(default_factory=dict)
@@ -153,6 +199,14 @@ class Routing:
     step_sums: dict[str, Tensor] = field(default_factory=dict)
     """like metric_sums, but for `Gate.post_optimizer_step` alone: large tensors such as
     histograms, which no metric needs. Left empty in evaluation"""
+
+    def with_padding(self, unpadded_R: Tensor) -> Routing:
+        """Return the routing with tokens numbered as they are with padding.
+
+        Args:
+            unpadded_R: see `GateInput`.
+        """
+        return replace(self, token_A=unpadded_R[self.token_A])
 
     def check(self, num_tokens: int, num_choices: int) -> None:
         """Verify the gate contract. Synchronises with the device.

@@ -19,6 +19,7 @@ from megatron.config.batch_size import BatchSchedule
 from megatron.config.schema import DataConfig, TrainConfig
 from megatron.data.loader import Batch, BatchLoader, DataParallelShard
 from megatron.data.sampling.blend import Samples
+from megatron.model.gpt import target_mask
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.plan import TrainingPlan
@@ -72,7 +73,8 @@ class NextTokenLoss:
     """
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
-        num_target_tokens = batch.loss_mask_BS.float().sum()
+        mask_BS = target_mask(batch.labels_BS, batch.loss_mask_BS, batch.padding_BS)
+        num_target_tokens = mask_BS.sum()
         return {LM_LOSS: num_target_tokens, AUX_LOSS: torch.ones_like(num_target_tokens)}
 
     def loss_sums(self, model: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -82,6 +84,7 @@ class NextTokenLoss:
             loss_mask_BS=batch.loss_mask_BS,
             position_ids_BS=batch.position_ids_BS,
             segments_BS=batch.segments_BS,
+            padding_BS=batch.padding_BS,
             progress=progress,
         )
         return {LM_LOSS: out.lm_loss_sum, AUX_LOSS: out.aux_loss}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from megatron.moe.dispatch.dispatchers import TokenDispatcher
 from megatron.moe.dispatch.plan import DispatchPlan, build_dispatch_plan
 from megatron.moe.layer import MoELayer
@@ -28,9 +30,10 @@ class PEERLayer(MoELayer):
             return PEERLocalDispatcher()
         return AllGatherDispatcher(self.groups.ep_group)
 
-    def _plan(self, routing: Routing, num_tokens: int) -> DispatchPlan:
+    def _plan(
+        self, routing: Routing, num_tokens: int, capacity: int | Tensor | None
+    ) -> DispatchPlan:
         num_experts = self.gate.num_experts
-        capacity = self._expert_capacity(routing, num_tokens)
         if capacity is None and self.groups.ep_group is None:
             return DispatchPlan.unpermuted(routing, num_tokens, num_experts)
         return build_dispatch_plan(routing, num_tokens, num_experts, capacity=capacity)
