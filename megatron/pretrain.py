@@ -27,6 +27,7 @@ from megatron.initialize import (
 )
 from megatron.log import get_logger
 from megatron.moe.gate import available_gates, gate_config_class
+from megatron.moe.gate_registry import import_gate_files
 from megatron.training.metric_writers import require_writer_packages
 from megatron.training.plan import TrainingPlan
 from megatron.training.startup_timer import StartupTimer
@@ -51,9 +52,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         that says what to change.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    return exit_code(
-        lambda: train(cli.parse(arguments, gate_config_class, available_gates), started)
-    )
+    gates = (gate_config_class, available_gates, import_gate_files)
+    return exit_code(lambda: train(cli.parse(arguments, *gates), started))
 
 
 def train(

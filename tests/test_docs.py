@@ -18,7 +18,8 @@ from hypothesis import settings
 from test_structure import AVOIDED, LAYERS
 
 from helpers import markdown, runs
-from megatron.moe.gate import _registry, available_gates, create_gate, gate_config_class
+from megatron.moe.gate import available_gates, create_gate, gate_config_class
+from megatron.moe.gate_registry import REGISTRY
 from megatron.moe.routing import GateInput
 
 REPO = markdown.REPO
@@ -151,7 +152,7 @@ def example_gate(tmp_path):
     sys.modules["above_mean"] = module
     spec.loader.exec_module(module)
     yield module
-    del _registry["above_mean"]
+    REGISTRY.remove("above_mean")
     del sys.modules["above_mean"]
 
 

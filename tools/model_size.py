@@ -38,9 +38,10 @@ def run() -> None:
     from megatron.model.builder import build_model, size_table
     from megatron.model.meta_device import meta_device
     from megatron.moe.gate import available_gates, gate_config_class
+    from megatron.moe.gate_registry import import_gate_files
     from megatron.parallel.groups import Groups
 
-    config = cli.parse(sys.argv[1:], gate_config_class, available_gates)
+    config = cli.parse(sys.argv[1:], gate_config_class, available_gates, import_gate_files)
     vocab_size = vocabulary_size(config)
     with meta_device():
         model = build_model(

@@ -1,10 +1,10 @@
 """The command line of a training run, also accepted by tools that take the same flags.
 
-Parsing has two passes: the first finds `--gate` and `--config`; the second knows the chosen
-gate's own options as flags like all others. The gates live in a higher layer, so the caller
-passes functions that find them:
+Parsing has two passes: the first finds `--gate`, `--gate-path` and `--config`; the second knows
+the chosen gate's own options as flags like all others. The gates live in a higher layer, so the
+caller passes functions that find them:
 
-    parse(argv, gate_config_class, available_gates)
+    parse(argv, gate_config_class, available_gates, import_gate_files)
 
 Every error is a ValueError with one line, for the caller to print before it exits with
 status 2.
@@ -33,6 +33,13 @@ from megatron.config.flag_parser import FlagParser, add_flag
 from megatron.config.flags import Flag, flags_of, index_flags
 from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED, translate
 from megatron.config.gate_overrides import apply_gate_overrides, drop_gate_overrides
+from megatron.config.gate_path import (
+    ImportGateFiles,
+    find_gate_paths,
+    import_gate_paths,
+    pop_stored_paths,
+    with_stored_paths,
+)
 from megatron.config.run_json import load_config_json, parse_sections, parse_stored_values
 from megatron.config.schema import SECTIONS, CheckpointConfig, MoEConfig, RunConfig
 from megatron.config.short_help import new_parser, short_help
@@ -69,6 +76,7 @@ def parse(
     argv: Sequence[str] | None,
     gate_config: Callable[[str], type],
     gate_names: Callable[[], Iterable[str]] = tuple,
+    import_gate_files: ImportGateFiles | None = None,
     *,
     prog: str | None = None,
     description: str | None = None,
@@ -87,12 +95,19 @@ def parse(
             unknown name.
         gate_names: returns the names of all gates, for --help and for messages about flags
             of another gate.
+        import_gate_files: imports the files of --gate-path, before any other flag is parsed.
     Raises:
         ValueError: one line that says what was set, where, and what is allowed.
         SystemExit: with status 0, after --help, --help-all or --version.
     """
     config, _ = parse_with(
-        None, argv, gate_config, gate_names, prog=prog, description=description
+        None,
+        argv,
+        gate_config,
+        gate_names,
+        import_gate_files,
+        prog=prog,
+        description=description,
     )
     return config
 
@@ -102,6 +117,7 @@ def parse_with(
     argv: Sequence[str] | None,
     gate_config: Callable[[str], type],
     gate_names: Callable[[], Iterable[str]] = tuple,
+    import_gate_files: ImportGateFiles | None = None,
     *,
     prog: str | None = None,
     description: str | None = None,
@@ -112,8 +128,13 @@ def parse_with(
     """
     words = list(_normalize(sys.argv[1:] if argv is None else argv))
     gate_flag, path = _first_pass(words)
+    gate_paths = import_gate_paths(words, import_gate_files)
     stored = parse_sections(load_config_json(path), path) if path else {}
-    gate = _choose_gate(gate_flag, stored, path, gate_config, gate_names)
+    stored_paths = pop_stored_paths(stored)
+    try:
+        gate = _choose_gate(gate_flag, stored, path, gate_config, gate_names)
+    except ValueError as error:
+        raise with_stored_paths(error, stored_paths, path) from None
     classes = {**SECTIONS, "gate_options": gate.config_class}
     if options is not None:
         classes["options"] = options
@@ -134,6 +155,8 @@ def parse_with(
     if gate_flag and known["--gate"] not in given:
         given.append(known["--gate"])  # by one of XMoE's spellings
     values["moe"]["gate"] = gate.name
+    if gate_paths:
+        values["moe"]["gate_path"] = gate_paths
     _drop_load_options(values["checkpoint"], given, path)
     built = _build_sections(classes, values, given)
     while dropped := _check_effect(built, classes, values, given):
@@ -157,6 +180,7 @@ def refuse_early(argv: Sequence[str]) -> None:
     """
     words = list(_normalize(argv))
     _, path = _first_pass(words)
+    find_gate_paths(words)
     if path or not {"--help", "--help-all", "--version"}.isdisjoint(words):
         return
     known = index_flags(SECTIONS)

@@ -18,6 +18,7 @@ def option(
     *flags: str,
     choices: tuple | None = None,
     needs: Need | tuple[Need, ...] = (),
+    repeatable: bool = False,
 ) -> Any:
     """Declare a dataclass field with more than a default.
 
@@ -28,8 +29,10 @@ def option(
         choices: the closed set of values.
         needs: settings without which the option has no effect, all of them; setting it
             without them is an error.
+        repeatable: a flag that is given several times adds to the list; else the last
+            one replaces the others.
     """
-    metadata = {"flags": flags, "choices": choices, "needs": needs}
+    metadata = {"flags": flags, "choices": choices, "needs": needs, "repeatable": repeatable}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)

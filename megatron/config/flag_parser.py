@@ -48,8 +48,14 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag, default: Any) -> Non
     metavar = _METAVARS[flag.type.base]
     if flag.choices:
         metavar = "{" + ",".join(map(str, flag.choices)) + "}"
-    nargs = "+" if flag.type.is_list else None
-    group.add_argument(*flag.spellings, dest=flag.dest, metavar=metavar, nargs=nargs, help=text)
+    group.add_argument(
+        *flag.spellings,
+        dest=flag.dest,
+        metavar=metavar,
+        nargs="+" if flag.type.is_list else None,
+        action="extend" if flag.repeatable else "store",
+        help=text,
+    )
 
 
 def add_section_flags(

@@ -58,6 +58,8 @@ class Flag:
     help: str
     needs: tuple[Need, ...] = ()
     """settings without which the option has no effect"""
+    repeatable: bool = False
+    """whether each further occurrence of the flag adds to the list"""
 
     @property
     def dest(self) -> str:
@@ -98,6 +100,7 @@ def flags_of(cls: type, section: str) -> tuple[Flag, ...]:
             default=_default(field, where),
             help=help_texts.get(field.name, ""),
             needs=_needs(field, section),
+            repeatable=field.metadata.get("repeatable", False),
         )
         flags.append(flag)
     return tuple(flags)

@@ -30,6 +30,9 @@ class MoEConfig:
     --moe-first-k-dense"""
     gate: str = option("topk", needs=setting("num_experts"))
     """gate (router) of the MoE layers; --gate NAME --help lists that gate's own flags"""
+    gate_path: tuple[str, ...] = option((), needs=setting("num_experts"), repeatable=True)
+    """Python files or package folders with gates of your own, which are imported; may be
+    given several times"""
     moe_ffn_hidden_size: int = option(0, needs=setting("num_experts"))
     """hidden size of one expert; 0: that of a dense feed-forward layer"""
     moe_aux_loss_reduction: str = option(

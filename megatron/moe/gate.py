@@ -1,7 +1,7 @@
-"""The base class of gates, and their registry.
+"""The base class of gates, and their constructor.
 
-A gate is one paper in one file of `megatron/moe/gates/`. A subclass of `Gate` with
-`name=` registers itself:
+A gate is one paper in one file, of `megatron/moe/gates/` or outside the tree
+(`gate_registry.py`). A subclass of `Gate` with `name=` registers itself:
 
     class MyGate(Gate, name="mine"):
         @dataclass(frozen=True)
@@ -17,8 +17,6 @@ outlives a step is an fp32 buffer, which `post_optimizer_step` updates.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,11 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.log import warn_on_rank0
-from megatron.moe import gates
 from megatron.moe.gate_functional import make_linear
+from megatron.moe.gate_registry import REGISTRY
 from megatron.moe.routing import GateInput, Routing, StepTotals
-
-_registry: dict[str, type[Gate]] = {}
 
 
 @dataclass(frozen=True)
@@ -67,20 +63,17 @@ class Gate(nn.Module):
     """"grouped": stacked MLPs that run as grouped matrix products; "peer": PEER's
     tables of tiny experts, for which the gate has `output_gain(width)`"""
     name: ClassVar[str]
-    Config: ClassVar[type]
+
+    @dataclass(frozen=True)
+    class Config:
+        """Options of a gate; their fields become flags. This gate has none."""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if name is None:
             return
-        known = _registry.get(name)
-        if known is not None and _qualified_name(known) != _qualified_name(cls):
-            raise ValueError(
-                f"gate name {name!r} is taken by {_qualified_name(known)}; "
-                f"rename the one in {cls.__module__}"
-            )
+        REGISTRY.register(name, cls)
         cls.name = name
-        _registry[name] = cls
 
     def __init__(self, config: Any, context: GateContext):
         super().__init__()
@@ -182,9 +175,8 @@ class Gate(nn.Module):
 
 
 def available_gates() -> list[str]:
-    """Return the names of all gates, sorted."""
-    _import_gates()
-    return sorted(_registry)
+    """Return the names of all gates that can be chosen, sorted."""
+    return REGISTRY.available()
 
 
 def gate_class(name: str) -> type[Gate]:
@@ -193,10 +185,7 @@ def gate_class(name: str) -> type[Gate]:
     Raises:
         ValueError: no such gate; the message lists the known ones.
     """
-    _import_gates()
-    if name not in _registry:
-        raise ValueError(f"--gate is {name!r}; allowed: {' '.join(sorted(_registry))}")
-    return _registry[name]
+    return REGISTRY.find(name)
 
 
 def gate_config_class(name: str) -> type:
@@ -257,13 +246,3 @@ def _check_options(name: str, config_class: type, options: dict[str, Any]) -> No
         raise ValueError(
             f"gate {name!r} has no option {unknown[0]!r}; allowed: {' '.join(known)}"
         )
-
-
-def _qualified_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _import_gates() -> None:
-    """Import every file of `megatron/moe/gates/` once; each registers its gates."""
-    for module in pkgutil.iter_modules(gates.__path__):
-        importlib.import_module(f"{gates.__name__}.{module.name}")

@@ -102,6 +102,7 @@ FREE_CHANGES = {
     "moe_eval_capacity_factor": 1.0,
     "moe_min_capacity": 8,
     "moe_expert_parallel_size": 2,
+    "gate_path": ("/folder/gate.py",),
     "moe_backend": "reference",
 }
 """Another value of each field that a run may change; the first two not with learned positions"""

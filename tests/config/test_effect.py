@@ -44,10 +44,15 @@ ALWAYS_EFFECTIVE = {
 # Values that every check accepts, for fields where the value below from the type does not.
 VALUES = {"num_experts": 4, "min_lr": 1e-5, "gate": "threshold", "split": "8,1,1", "topk": 1}
 VALUES |= {"moe_layers": (1,), "n_group": 2, "moe_expert_parallel_size": 2, "topk_group": 1}
-VALUES |= {"valid_sets": ("wiki=a",)}
+VALUES |= {"valid_sets": ("wiki=a",), "gate_path": (__file__,)}
 VALUES |= {"peer_query_size": 64, "lambda_factor": 1.5, "peer_product_key_dim": (2, 2)}
 
-parse = partial(cli.parse, gate_config=gate_config_class, gate_names=available_gates)
+parse = partial(
+    cli.parse,
+    gate_config=gate_config_class,
+    gate_names=available_gates,
+    import_gate_files=lambda paths: None,
+)
 
 
 def section_flags():

@@ -227,6 +227,7 @@ RUN_JSON = """\
     "expert_interval": 1,
     "moe_layers": [],
     "gate": "topk",
+    "gate_path": [],
     "moe_ffn_hidden_size": 0,
     "moe_aux_loss_reduction": "sum",
     "moe_train_capacity_factor": 0.0,

@@ -105,10 +105,11 @@ def train(argv: list[str], build_task: Callable | None = None) -> None:
     from megatron import pretrain
     from megatron.config import cli
     from megatron.moe.gate import available_gates, gate_config_class
+    from megatron.moe.gate_registry import import_gate_files
 
     rank = str(dist.get_rank())
     os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
-    config = cli.parse(argv, gate_config_class, available_gates)
+    config = cli.parse(argv, gate_config_class, available_gates, import_gate_files)
     pretrain.train(config, build_task=build_task)
 
 
