@@ -60,6 +60,8 @@ GATE_IMPORTS = {
     "megatron.moe.gate_options",
     "megatron.moe.gate_functional",
     "megatron.moe.quantile_histogram",
+    "megatron.moe.gate_bias",
+    "megatron.moe.gate_topk",
 }
 # Words of an earlier dialect of this code base; the terms of the field are clearer.
 AVOIDED = re.compile(

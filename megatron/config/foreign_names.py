@@ -156,7 +156,7 @@ NOT_SUPPORTED = {
     ),
     "--moe-layer-freq": "use --expert-interval or --moe-layers",
     "--moe-layer-recompute": _RECOMPUTE,
-    "--moe-router-enable-expert-bias": "use --gate deepseek_v3",
+    "--moe-router-enable-expert-bias": "use --bias-rule sign",
     "--moe-router-load-balancing-type": "choose a --gate, and set --moe-loss-coeff",
     "--moe-router-score-function": "use --score-function",
     "--moe-shared-expert-intermediate-size": (

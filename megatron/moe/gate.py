@@ -98,6 +98,20 @@ class Gate(nn.Module):
             name = "local_paths"
         super().__setattr__(name, value)
 
+    @property
+    def has_state(self) -> bool:
+        """Whether `post_optimizer_step` has something to update."""
+        return type(self).post_optimizer_step is not Gate.post_optimizer_step
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the gate has parameters and none of them is trained.
+
+        Its state is then left as it is, too.
+        """
+        trained = [p.requires_grad for p in self.parameters()]
+        return bool(trained) and not any(trained)
+
     def __call__(self, inp: GateInput) -> Routing:
         """Run `forward` on the tokens that are not padding.
 
@@ -159,19 +173,25 @@ class Gate(nn.Module):
         return min(topk, num_experts), min(topk, num_experts)
 
     def make_router(
-        self, rows: int | None = None, generator: torch.Generator | None = None
+        self,
+        rows: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        bias: bool = False,
     ) -> nn.Linear:
-        """Return a bias-free [rows, D] router drawn from N(0, init_std^2).
+        """Return a [rows, D] router drawn from N(0, init_std^2).
 
         Args:
             rows: default: one per routed expert.
             generator: default: the context's.
+            bias: add a learned vector to the logits, which is 0 at the start.
         """
         if rows is None:
             rows = self.num_experts
         if generator is None:
             generator = self.context.generator()
-        return make_linear(self.context.hidden_size, rows, self.context.init_std, generator)
+        c = self.context
+        return make_linear(c.hidden_size, rows, c.init_std, generator, bias=bias)
 
 
 def available_gates() -> list[str]:

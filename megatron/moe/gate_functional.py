@@ -26,20 +26,27 @@ def group_limited_scores(score_TE: Tensor, n_group: int, topk_group: int, best: 
     return score_TGm.masked_fill(masked_TG[..., None], float("-inf")).flatten(-2)
 
 
-def make_linear(columns: int, rows: int, std: float, generator: torch.Generator) -> nn.Linear:
-    """Return a bias-free [rows, columns] linear layer drawn from N(0, std^2)."""
-    linear = nn.Linear(columns, rows, bias=False)
+def make_linear(
+    columns: int, rows: int, std: float, generator: torch.Generator, *, bias: bool = False
+) -> nn.Linear:
+    """Return a [rows, columns] linear layer drawn from N(0, std^2); its bias is 0."""
+    linear = nn.Linear(columns, rows, bias=bias)
     nn.init.normal_(linear.weight, std=std, generator=generator)
+    if bias:
+        nn.init.zeros_(linear.bias)
     return linear
 
 
 def linear_fp32(x_TD: Tensor, linear: nn.Linear) -> Tensor:
-    """Compute x W^T in fp32, even under autocast.
+    """Compute x W^T, plus the bias if there is one, in fp32, even under autocast.
 
     Rounded to bf16, the logits of different experts would often be equal.
     """
+    bias = linear.bias
+    if bias is not None:
+        bias = bias.float()
     with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD.float(), linear.weight.float())
+        return F.linear(x_TD.float(), linear.weight.float(), bias)
 
 
 def sum_and_square_sum(rows_TN: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,15 +63,76 @@ def sum_and_square_sum(rows_TN: Tensor) -> tuple[Tensor, Tensor]:
     return total_N, square_N + wide_mean_N * (2 * total_N - num_tokens * wide_mean_N)
 
 
-def normalized_scores(logits_TE: Tensor, score_function: str) -> Tensor:
-    """Return the scores, softmax or sigmoid of the logits, divided by their sum.
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
+"""softmax(z), sigmoid(z) and sqrt(log(1 + exp(z))), the last from DeepSeek-V4"""
 
-    Normalised sigmoids are computed as softmax(log sigmoid(z)), which is the same and
-    stays exact where the sigmoids themselves underflow to 0.
+_LINEAR_LOG_SOFTPLUS = -15.0
+"""Logit up to which log(log(1 + exp(z))) is z in fp32: the error is exp(z) / 2."""
+
+
+def log_scores(logits_TE: Tensor, score_function: str) -> Tensor:
+    """Return values whose softmax is the scores divided by their sum.
+
+    They are log s for sigmoid and sqrtsoftplus, which do not underflow where s does, and
+    the logits for softmax.
     """
     if score_function == "sigmoid":
-        logits_TE = F.logsigmoid(logits_TE)
+        return F.logsigmoid(logits_TE)
+    if score_function == "sqrtsoftplus":
+        is_low_TE = logits_TE < _LINEAR_LOG_SOFTPLUS
+        # The branch that is not selected must have a finite gradient, too.
+        log_TE = F.softplus(logits_TE.clamp_min(_LINEAR_LOG_SOFTPLUS)).log()
+        return 0.5 * torch.where(is_low_TE, logits_TE, log_TE)
+    return logits_TE
+
+
+def expert_scores(logits_TE: Tensor, score_function: str) -> Tensor:
+    """Return the scores s of all experts.
+
+    Args:
+        score_function: one of `SCORE_FUNCTIONS`.
+    """
+    if score_function == "sigmoid":
+        return logits_TE.sigmoid()
+    if score_function == "sqrtsoftplus":
+        # The square root itself has an infinite gradient where softplus underflows.
+        return log_scores(logits_TE, score_function).exp()
     return logits_TE.softmax(-1)
+
+
+def normalized_scores(logits_TE: Tensor, score_function: str) -> Tensor:
+    """Return the scores divided by their sum.
+
+    They are computed as softmax(log s), which is the same and stays exact where the
+    scores themselves underflow to 0.
+    """
+    return log_scores(logits_TE, score_function).softmax(-1)
+
+
+def selected_weights(
+    logits_TE: Tensor,
+    expert_Tk: Tensor,
+    score_function: str,
+    norm: bool,
+    floor: float = 0.0,
+) -> Tensor:
+    """Return the weights [T, k] of selected experts.
+
+    Args:
+        logits_TE: logits of all experts, which softmax needs.
+        norm: divide the selected scores by their sum.
+        floor: lower bound of that sum (ERNIE 4.5); 0: none.
+    """
+    logit_Tk = logits_TE.gather(-1, expert_Tk)
+    if norm and not floor:
+        return normalized_scores(logit_Tk, score_function)
+    if score_function == "softmax":
+        score_Tk = logits_TE.softmax(-1).gather(-1, expert_Tk)
+    else:
+        score_Tk = expert_scores(logit_Tk, score_function)
+    if norm:
+        score_Tk = score_Tk / score_Tk.sum(-1, keepdim=True).clamp_min(floor)
+    return score_Tk
 
 
 def select_topk(
@@ -75,18 +143,12 @@ def select_topk(
     Experts are ranked by logit, which orders them as scores do and does not saturate.
 
     Args:
-        score_function: softmax or sigmoid.
+        score_function: one of `SCORE_FUNCTIONS`.
         norm: divide the selected scores by their sum.
     Returns:
         Scores of the selected experts [T, k], the experts [T, k], and the scores of all
         experts divided by their sum [T, E].
     """
-    logit_Tk, expert_Tk = logits_TE.topk(k, dim=-1)
-    normalized_TE = normalized_scores(logits_TE, score_function)
-    if norm:
-        score_Tk = normalized_scores(logit_Tk, score_function)
-    elif score_function == "softmax":
-        score_Tk = normalized_TE.gather(-1, expert_Tk)
-    else:
-        score_Tk = logit_Tk.sigmoid()
-    return score_Tk, expert_Tk, normalized_TE
+    expert_Tk = logits_TE.topk(k, dim=-1).indices
+    score_Tk = selected_weights(logits_TE, expert_Tk, score_function, norm)
+    return score_Tk, expert_Tk, normalized_scores(logits_TE, score_function)

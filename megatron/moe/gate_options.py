@@ -6,6 +6,7 @@ Configs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,28 @@ def require_field(config: Any, name: str, ok: bool, allowed: str) -> None:
         )
 
 
+def require_choice(config: Any, name: str, choices: Iterable[str]) -> None:
+    """Raise ValueError unless an option has one of a few values."""
+    choices = tuple(choices)
+    require_field(config, name, getattr(config, name) in choices, " ".join(choices))
+
+
 @dataclass(frozen=True)
-class ScopeConfig:
+class GateOptions:
+    """Base of the option classes, which a gate's Config combines by inheritance.
+
+    Subclasses extend both methods and call those of `super()`.
+    """
+
+    def __post_init__(self):
+        """Raise ValueError for a value that an option cannot have."""
+
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError for options that do not fit the number of experts."""
+
+
+@dataclass(frozen=True)
+class ScopeConfig(GateOptions):
     """Option of gates with a balance loss."""
 
     balance_scope: str = field(default="micro-batch", metadata={"choices": SCOPES})
@@ -30,6 +51,7 @@ class ScopeConfig:
     sequence, or all ranks' tokens of the optimizer step so far (global-batch)"""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.balance_scope not in SCOPES:
             raise ValueError(
                 f"--moe-balance-scope is {self.balance_scope!r}; allowed: {' '.join(SCOPES)}"
@@ -101,6 +123,11 @@ class GroupConfig(LossConfig):
     device or node"""
     topk_group: int = field(default=1, metadata={"needs": setting("n_group", above=1)})
     """groups from which a token's experts are selected"""
+    group_score_best: int = field(
+        default=1, metadata={"choices": (1, 2), "needs": setting("n_group", above=1)}
+    )
+    """score of a group: that of its best expert, or the sum of its 2 best (of 1, if it
+    has one expert)"""
     norm_topk_prob: bool = False
     """divide the selected scores by their sum"""
 
@@ -116,17 +143,18 @@ class GroupConfig(LossConfig):
             1 <= self.topk_group <= self.n_group,
             f"1 to --n-group, which is {self.n_group}",
         )
+        require_field(self, "group_score_best", self.group_score_best in (1, 2), "1 or 2")
 
     def check(self, num_experts: int) -> None:
         """Raise ValueError for options that do not fit the number of experts."""
+        super().check(num_experts)
         if num_experts % self.n_group:
             raise ValueError(
                 f"--n-group is {self.n_group}; allowed: a divisor of the number of experts, "
                 f"which is {num_experts}"
             )
-        check_topk(
-            self.topk,
-            self.topk_group * (num_experts // self.n_group),
-            what="the number of experts in --topk-group groups",
-        )
+        what = "the number of experts"
+        if self.n_group > 1:
+            what += " in --topk-group groups"
+        check_topk(self.topk, self.topk_group * (num_experts // self.n_group), what=what)
         check_norm(self, num_experts)

@@ -25,16 +25,14 @@ class GateUpdater:
     def __init__(self, model: nn.Module, groups: Groups):
         self.layers = find_moe_layers(model)
         self.groups = groups
-        self._any_gate_with_state = any(
-            type(layer.gate).post_optimizer_step is not Gate.post_optimizer_step
-            for layer in self.layers
-        )
+        self._any_gate_with_state = any(layer.gate.has_state for layer in self.layers)
 
     @torch.no_grad()
     def post_optimizer_step(self, skipped: bool = False) -> None:
         """Call `Gate.post_optimizer_step` of every layer, then clear the step's counts.
 
-        One all-reduce; none if no gate of the model keeps state.
+        One all-reduce; none if no gate of the model keeps state. The state of a frozen gate
+        stays as it is: a bias or controller would otherwise change what frozen weights do.
 
         Args:
             skipped: the step changed no weights because a gradient or the loss was NaN or
@@ -52,6 +50,8 @@ def _update_gates(gates: list[Gate], layer_sums: list[dict[str, Tensor]]) -> Non
     """Give each gate the totals of its layer, and the loads of all gates of its class."""
     loads = [sums["load_E"].float() for sums in layer_sums]
     for gate, sums, load_E in zip(gates, layer_sums, loads, strict=True):
+        if gate.is_frozen:
+            continue
         same_gate = [
             load
             for other, load in zip(gates, loads, strict=True)

@@ -95,6 +95,8 @@ def fulfil(needed, known, without=None) -> list[str]:
     value = value_of(flag)
     if needed.values:
         value = needed.values[0]
+    elif flag.type.base is bool:
+        value = True
     return [*words, *format_flag(flag.spellings[0], value)]
 
 
@@ -109,7 +111,7 @@ def violate(needed, known) -> list[str]:
     elif not needed.holds({flag.name: flag.default}):
         return []
     else:
-        value = 0
+        value = flag.type.base(0)
     return [*words, *format_flag(flag.spellings[0], value)]
 
 

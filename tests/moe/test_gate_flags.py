@@ -8,7 +8,7 @@ from megatron.config import cli
 from megatron.moe.gate import available_gates, gate_config_class
 
 TOPK = "--topk is 9; allowed: 1 to the number of experts, which is 4"
-GROUPS = "--topk is 9; allowed: 1 to the number of experts in --topk-group groups, which is 4"
+GROUPS = "--topk is 3; allowed: 1 to the number of experts in --topk-group groups, which is 2"
 SAME_WEIGHTS = "--norm-topk-prob is on with --topk 1"
 
 
@@ -26,9 +26,11 @@ def parse(gate: str, *flags: str):
         ("threshold", "--topk 1 --norm-topk-prob", SAME_WEIGHTS),
         ("cosine", "--topk 9", TOPK),
         ("cosine", "--topk 1 --norm-topk-prob", SAME_WEIGHTS),
-        ("deepseek_v2", "--topk 9", GROUPS),
+        ("deepseek_v2", "--topk 9", TOPK),
         ("deepseek_v2", "--n-group 3", "--n-group is 3; allowed: a divisor of the number of"),
-        ("deepseek_v3", "--topk 9", GROUPS),
+        ("deepseek_v3", "--topk 9", TOPK),
+        ("topk", "--topk 3 --n-group 2", GROUPS),
+        ("deepseek_v3", "--topk 3 --n-group 2", GROUPS),
         ("deepseek_v3", "--topk 1 --norm-topk-prob", SAME_WEIGHTS),
         ("expert_choice", "--topk 9", TOPK),
         ("remoe", "--topk 9", TOPK),

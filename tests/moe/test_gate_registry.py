@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.moe_layers import D, E
+from megatron.config.needs import Need
 from megatron.moe.gate import (
     Gate,
     GateContext,
@@ -40,6 +41,19 @@ def flag_words(name, value):
     return [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
 
 
+def needed_words(field, fields):
+    """Flags of the gate's other options without which this option has no effect."""
+    needs = field.metadata.get("needs", ())
+    words = []
+    for need in (needs,) if isinstance(needs, Need) else needs:
+        defaults = {name: f.default for name, f in fields.items()}
+        if not need.holds(defaults):
+            setting = need.settings[0]
+            candidates = setting.values or other_values(fields[setting.name])
+            words += flag_words(setting.name, next(iter(candidates)))
+    return words
+
+
 @pytest.mark.parametrize(
     "name, option", [(n, f.name) for n in ALL for f in dataclasses.fields(gate_config_class(n))]
 )
@@ -51,13 +65,11 @@ def test_every_option_is_a_flag(name, option):
         argv = ["--gate", name, "--num-experts", str(E), *flags]
         return parse(argv, gate_config_class, available_gates).gate_options
 
-    # These three have no effect with a single group.
-    grouped = ("topk_group", "device_loss_coeff", "communication_loss_coeff")
-    base = {"n_group": 2} if option in grouped else {}
-    flags = [word for n, v in base.items() for word in flag_words(n, v)]
+    fields = {f.name: f for f in dataclasses.fields(gate_config_class(name))}
+    field = fields[option]
+    flags = needed_words(field, fields)
     before = gate_options(*flags)
     refusals = []
-    field = {f.name: f for f in dataclasses.fields(gate_config_class(name))}[option]
     for value in other_values(field):
         try:
             after = gate_options(*flags, *flag_words(option, value))
@@ -74,7 +86,7 @@ def test_create_gate_refuses_unknown_names():
     with pytest.raises(ValueError, match="--gate is 'nope'; allowed: .*threshold.*topk"):
         create_gate("nope", hidden_size=D, num_experts=E)
     with pytest.raises(
-        ValueError, match="gate 'topk' has no option 'threshold'; allowed: topk score_function"
+        ValueError, match="gate 'topk' has no option 'threshold'; allowed: jitter balance_scope"
     ):
         create_gate("topk", hidden_size=D, num_experts=E, threshold=0.5)
     with pytest.raises(ValueError, match="num_experts is 0"):

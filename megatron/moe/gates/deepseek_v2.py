@@ -41,12 +41,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from megatron.moe.gate import Gate
-from megatron.moe.gate_functional import group_limited_scores, linear_fp32
-from megatron.moe.gate_options import GroupConfig, require_field, setting
-from megatron.moe.losses import aux_losses, z_loss
+from megatron.moe.gate_options import require_field, setting
+from megatron.moe.gate_topk import TopKBaseGate, TopKConfig, TopKSelection, token_of_choices
 from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
 
 _GROUPS = setting("n_group", above=1)
@@ -55,13 +52,11 @@ _LOSSES = (
 )
 
 
-class DeepSeekV2Gate(Gate, name="deepseek_v2"):
+class DeepSeekV2Gate(TopKBaseGate, name="deepseek_v2"):
     """Select the k most probable experts of the groups with the highest maxima."""
 
     @dataclass(frozen=True)
-    class Config(GroupConfig):
-        routed_scaling_factor: float = 1.0
-        """factor applied to every weight"""
+    class Config(TopKConfig):
         loss_coeff: float = 0.003
         """coefficient of the balance loss over experts"""
         device_loss_coeff: float = field(default=0.05, metadata={"needs": _GROUPS})
@@ -79,41 +74,17 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
             for name in ("device_loss_coeff", "communication_loss_coeff"):
                 require_field(self, name, getattr(self, name) >= 0, "0 or more")
 
-    def __init__(self, config, context):
-        super().__init__(config, context)
-        self.router = self.make_router()
-
     def forward(self, inp: GateInput) -> Routing:
-        c = self.config
-        num_tokens = len(inp.x_TD)
-        logits_TE = linear_fp32(inp.x_TD, self.router)
-        probs_TE = logits_TE.softmax(-1)
-        limited_TE = group_limited_scores(probs_TE.detach(), c.n_group, c.topk_group, best=1)
-        expert_Tk = limited_TE.topk(c.topk, dim=-1).indices
-        weight_Tk = probs_TE.gather(-1, expert_Tk)
-        if c.norm_topk_prob:
-            weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True).clamp_min(1e-20)
-
-        token_A = torch.arange(num_tokens, device=expert_Tk.device).repeat_interleave(c.topk)
-        expert_A = expert_Tk.flatten()
-        balance = self._balance_losses(inp, probs_TE, token_A, expert_A)
-        z_term = 0.0
-        if c.z_loss_coeff:
-            z_term = c.z_loss_coeff * z_loss(logits_TE)
-        means = {"top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens)}
-        if c.n_group > 1:
-            means["groups_per_token"] = balance[-1].count_NG.sum() / max(1, num_tokens)
-        return Routing(
-            token_A=token_A,
-            token_major=True,
-            expert_A=expert_A,
-            weight_A=(weight_Tk * c.routed_scaling_factor).flatten(),
-            **aux_losses(*balance, extra=z_term),
-            metric_means=means,
-        )
+        selection = self.select(self.logits(inp.x_TD))
+        balance = self._balance_losses(inp, selection)
+        means = {}
+        if self.config.n_group > 1:
+            num_tokens = max(1, len(inp.x_TD))
+            means["groups_per_token"] = balance[-1].count_NG.sum() / num_tokens
+        return self.make_routing(selection, *balance, metric_means=means)
 
     def _balance_losses(
-        self, inp: GateInput, probs_TE: Tensor, token_A: Tensor, expert_A: Tensor
+        self, inp: GateInput, selection: TopKSelection
     ) -> list[LoadBalancingLoss]:
         """Return the expert, device and communication losses, in this order.
 
@@ -121,14 +92,13 @@ class DeepSeekV2Gate(Gate, name="deepseek_v2"):
         """
         c = self.config
         scope = c.balance_scope
-        expert_loss = LoadBalancingLoss.of(
-            inp, probs_TE, token_A, expert_A, coeff=c.loss_coeff, scope=scope
-        )
+        expert_loss = self.balance_loss(inp, selection, selection.expert_Tk)
         if c.n_group == 1:
             return [expert_loss]
         group_size = self.num_experts // c.n_group
-        probs_TG = probs_TE.unflatten(-1, (c.n_group, group_size)).sum(-1)
-        group_A = expert_A // group_size
+        probs_TG = selection.normalized_TE.unflatten(-1, (c.n_group, group_size)).sum(-1)
+        token_A = token_of_choices(selection.expert_Tk)
+        group_A = selection.expert_Tk.flatten() // group_size
         device_loss = LoadBalancingLoss.of(
             inp, probs_TG, token_A, group_A, coeff=c.device_loss_coeff, scope=scope
         )

@@ -382,7 +382,7 @@ def test_gate_has_no_state():
         ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
         (
             {"topk": 9},
-            "--topk is 9; allowed: 1 to the number of experts in --topk-group groups, which is 8",
+            "--topk is 9; allowed: 1 to the number of experts, which is 8",
         ),
         (
             {"topk": 5, "n_group": 4, "topk_group": 2},

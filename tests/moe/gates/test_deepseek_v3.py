@@ -460,7 +460,7 @@ def test_single_expert_needs_no_options():
         ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
         (
             {"topk": 9},
-            "--topk is 9; allowed: 1 to the number of experts in --topk-group groups, which is 8",
+            "--topk is 9; allowed: 1 to the number of experts, which is 8",
         ),
         (
             {"topk": 5, "n_group": 4, "topk_group": 2},

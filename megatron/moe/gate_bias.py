@@ -1,0 +1,149 @@
+"""Expert biases: they change which experts are selected, and not how much they weigh.
+
+    b_e: an fp32 buffer without gradient, one per routed expert, 0 at the start
+    experts are selected by s + b (bias_on score) or by z + b (bias_on logit)
+    weights use the scores s without b
+
+A rule updates b once per optimizer step, from counts of all ranks and micro-batches:
+
+    none   there is no bias, and no buffer
+    sign   b_e += bias_update_speed * sign(mean(c) - c_e), c_e: assignments to e before
+           capacity (auxiliary-loss-free load balancing, Wang et al. 2024; DeepSeek-V3).
+           With speed 0 a bias keeps its values, which are 0 in a new run.
+
+A new rule is a subclass of `BiasRule` in `BIAS_RULES`. One that needs more than the
+loads returns what it counts in a forward pass from `step_sums`.
+
+Shape suffixes: T tokens, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.config.needs import setting
+from megatron.moe.gate import Gate, GateContext
+from megatron.moe.gate_options import GateOptions, require_choice, require_field
+from megatron.moe.routing import StepTotals
+
+
+class BiasRule:
+    """An update of expert biases, once per optimizer step."""
+
+    def step_sums(self, config: Any, bias_E: Tensor, score_TE: Tensor) -> dict[str, Tensor]:
+        """Return what `update` needs of a forward pass besides the loads.
+
+        Args:
+            config: options of the gate.
+            score_TE: detached fp32 scores, or logits with bias_on logit, without bias.
+        Returns:
+            Sums over this rank's tokens, which `update` finds in `step.step_sums`.
+        """
+        return {}
+
+    def update(self, config: Any, bias_E: Tensor, step: StepTotals) -> None:
+        """Change `bias_E` in place.
+
+        Args:
+            config: options of the gate.
+        """
+        raise NotImplementedError(f"bias rule {type(self).__name__} has no update")
+
+
+class SignRule(BiasRule):
+    """Raises the bias of underloaded experts and lowers that of overloaded ones."""
+
+    def update(self, config: Any, bias_E: Tensor, step: StepTotals) -> None:
+        # fp64: the mean of equal loads must be exactly their value, so that no bias
+        # changes.
+        load_E = step.load_E.double()
+        direction_E = (load_E.mean() - load_E).sign().float()
+        bias_E.add_(direction_E, alpha=config.bias_update_speed)
+
+
+BIAS_RULES: dict[str, BiasRule | None] = {"none": None, "sign": SignRule()}
+_HAS_BIAS = setting("bias_rule", *(name for name, rule in BIAS_RULES.items() if rule))
+
+
+@dataclass(frozen=True)
+class BiasConfig(GateOptions):
+    """Options of gates with a bias per expert."""
+
+    bias_rule: str = field(default="none", metadata={"choices": tuple(BIAS_RULES)})
+    """update of the expert biases, by which experts are selected, after each optimizer
+    step: none, there are no biases; sign, by --bias-update-speed towards equal loads"""
+    bias_update_speed: float = field(
+        default=1e-3, metadata={"needs": setting("bias_rule", "sign")}
+    )
+    """amount by which an expert's bias changes after each optimizer step; 0: biases keep
+    their values"""
+    bias_on: str = field(
+        default="score", metadata={"choices": ("score", "logit"), "needs": _HAS_BIAS}
+    )
+    """what the bias is added to for the selection: scores or logits"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_choice(self, "bias_rule", BIAS_RULES)
+        require_choice(self, "bias_on", ("score", "logit"))
+        require_field(self, "bias_update_speed", self.bias_update_speed >= 0, "0 or more")
+
+
+class BiasedGate(Gate):
+    """Base class of gates whose Config is a `BiasConfig`."""
+
+    expert_bias: Tensor | None
+    """Bias [E] in fp32 that is added for selection only; None with bias_rule none."""
+
+    def __init__(self, config: Any, context: GateContext):
+        super().__init__(config, context)
+        self.bias_rule = BIAS_RULES[config.bias_rule]
+        bias_E = None
+        if self.bias_rule is not None:
+            bias_E = torch.zeros(self.num_experts)
+        self.register_buffer("expert_bias", bias_E)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether `post_optimizer_step` has something to do."""
+        return self.bias_rule is not None
+
+    def biased_scores(self, logits_TE: Tensor, score_TE: Tensor) -> Tensor:
+        """Return the detached values by which experts are selected."""
+        return self._unbiased_scores(logits_TE, score_TE) + self.expert_bias
+
+    def bias_step_sums(self, logits_TE: Tensor, score_TE: Tensor) -> dict[str, Tensor]:
+        """Return what the rule counts in a forward pass in training."""
+        if not self.training:
+            return {}
+        unbiased_TE = self._unbiased_scores(logits_TE, score_TE)
+        return self.bias_rule.step_sums(self.config, self.expert_bias, unbiased_TE)
+
+    def _unbiased_scores(self, logits_TE: Tensor, score_TE: Tensor) -> Tensor:
+        if self.config.bias_on == "logit":
+            return logits_TE.detach()
+        return score_TE.detach()
+
+    def bias_metric_means(self, expert_Tk: Tensor, highest_Tk: Tensor) -> dict[str, Tensor]:
+        """Return the effect of the bias on the selection, for `Routing.metric_means`.
+
+        Args:
+            expert_Tk: selected experts.
+            highest_Tk: experts with the highest scores without bias.
+        """
+        changed_Tk = (expert_Tk[:, :, None] != highest_Tk[:, None]).all(-1)
+        return {
+            # Fraction of the assignments that are not among the token's k highest
+            # scores.
+            "bias_changed_fraction": changed_Tk.sum() / max(1, changed_Tk.numel()),
+            "expert_bias_max_minus_min": self.expert_bias.amax() - self.expert_bias.amin(),
+        }
+
+    def post_optimizer_step(self, step: StepTotals) -> None:
+        """Update the expert biases by the rule."""
+        if self.bias_rule is not None:
+            self.bias_rule.update(self.config, self.expert_bias, step)
