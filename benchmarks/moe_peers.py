@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from megatron.engine import distributed
 from megatron.model.mlp import MLP
 from megatron.moe.experts.activations import is_gated
-from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.experts.expert_type import ExpertContext, create_experts
 from megatron.parallel.groups import Groups
 
 MARGIN = 1 / 32
@@ -231,9 +231,10 @@ def ours(problem: Problem, backend: str = "auto", groups: Groups | None = None) 
     gate.router.weight.data.copy_(problem.router_ED)
     own = own_experts(size, groups)
     with torch.device("meta"):
-        experts = GroupedExperts(
+        context = ExpertContext(
             len(own), size.hidden, size.width, problem.activation, backend=backend
         )
+        experts = create_experts("mlp", context)
     for name, stack in (("w1", problem.w1_EHD), ("w2", problem.w2_EDH), ("w3", problem.w3_EHD)):
         if stack is not None:
             setattr(experts, name, nn.Parameter(stack[own.start : own.stop]))

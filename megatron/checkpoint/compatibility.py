@@ -130,6 +130,9 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
         description |= {
             "the list of MoE layers": moe_layers,
             "--gate": moe.gate,
+            "--expert-type": moe.expert_type,
+            "--moe-weight-on-input": moe.moe_weight_on_input,
+            "--moe-latent-size": moe.moe_latent_size,
             "--moe-shared-experts": moe.moe_shared_experts,
             "the hidden size of an expert": moe.moe_ffn_hidden_size or model.ffn_size,
         }

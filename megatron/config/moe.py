@@ -33,6 +33,14 @@ class MoEConfig:
     gate_path: tuple[str, ...] = option((), needs=setting("num_experts"), repeatable=True)
     """Python files or package folders with gates of your own, which are imported; may be
     given several times"""
+    expert_type: str = option("mlp", needs=setting("num_experts"))
+    """kind of the routed experts; mlp: the MLP of dense layers; --expert-type NAME --help lists
+    that type's own flags"""
+    moe_weight_on_input: bool = option(False, needs=setting("num_experts"))
+    """multiply the input of an expert by the routing weight instead of its output (Llama 4)"""
+    moe_latent_size: int | None = option(None, needs=setting("num_experts"))
+    """run the experts on projections of the tokens to this many features, of which fewer bytes
+    are sent to other ranks (Nemotron 3); none: on the hidden states"""
     moe_ffn_hidden_size: int = option(0, needs=setting("num_experts"))
     """hidden size of one expert; 0: that of a dense feed-forward layer"""
     moe_aux_loss_reduction: str = option(
@@ -77,6 +85,8 @@ class MoEConfig:
             "moe_ffn_hidden_size",
         )
         require_positive_integers(self, "expert_interval", "moe_expert_parallel_size")
+        if self.moe_latent_size is not None:
+            require_positive_integers(self, "moe_latent_size")
         require_setting(
             self,
             "moe_layers",

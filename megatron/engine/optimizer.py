@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron.config.schema import OptimizerConfig
 from megatron.engine.startup_patches import UncompiledAdamMethods, import_muon_uncompiled
+from megatron.moe.experts.expert_type import ExpertType
 from megatron.moe.layer_sums import find_moe_layers
 
 
@@ -100,6 +101,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     experts have one group per expert-parallel group, as DeepSpeed requires.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    expert_vectors = _stacked_vectors(model)
     gates = {id(p) for layer in find_moe_layers(model) for p in layer.gate.parameters()}
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
     for p in model.parameters():
@@ -107,7 +109,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             continue
         if id(p) in gates:
             members["gates"].append(p)
-        elif p.dim() < 2 or id(p) in embeddings:
+        elif p.dim() < 2 or id(p) in embeddings or id(p) in expert_vectors:
             members["vectors"].append(p)
         else:
             members["matrices"].append(p)
@@ -119,3 +121,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
     split = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in split if group["params"]]
+
+
+def _stacked_vectors(model: nn.Module) -> set[int]:
+    """Return the ids of expert parameters that are stacks of vectors: the experts' biases."""
+    vectors = set()
+    for layer in find_moe_layers(model):
+        if isinstance(layer.experts, ExpertType):
+            vectors |= {id(p) for p in layer.experts.parameters() if p.dim() < 3}
+    return vectors

@@ -15,7 +15,7 @@ from megatron.model.mlp import MLP
 from megatron.model.parameter_count import count_parameters, parameter_table
 from megatron.moe.experts.backends import choose_expert_backend
 from megatron.moe.experts.expert_init import ExpertInit, expert_output_std
-from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.experts.expert_type import ExpertContext, ExpertType, create_experts
 from megatron.moe.gate import Gate, create_gate, gate_class
 from megatron.moe.layer import MoELayer
 from megatron.moe.peer.experts import PEERExperts, choose_peer_backend
@@ -31,6 +31,7 @@ def build_model(
     vocab_size: int,
     seed: int,
     groups: Groups,
+    expert_options: dict[str, Any] | None = None,
     recompute: bool = False,
 ) -> GPT:
     """Build a rank's model with its initial weights.
@@ -45,6 +46,7 @@ def build_model(
             `model.make_vocab_size_divisible_by`.
         seed: seed of the initial weights.
         groups: ranks over which experts are sharded.
+        expert_options: fields of the expert type's Config.
         recompute: activation recomputation.
     Raises:
         ValueError: the gate is unknown or refuses its options.
@@ -65,7 +67,9 @@ def build_model(
             init_std=model.init_method_std,
             **gate_options,
         )
-        return make_moe_layer(gate, model, moe, layer=layer, seed=seed, groups=groups)
+        return make_moe_layer(
+            gate, model, moe, expert_options, layer=layer, seed=seed, groups=groups
+        )
 
     padded_size = model.padded_vocab(vocab_size)
     gpt = GPT(
@@ -103,20 +107,27 @@ def choose_moe_backend(
     """
     if gate_class(moe.gate).expert_kind == "peer":
         return choose_peer_backend(moe.moe_backend, device.type, dtype)
-    features = (model.hidden_size, _expert_width(model, moe))
+    features = (moe.moe_latent_size or model.hidden_size, _expert_width(model, moe))
     return choose_expert_backend(moe.moe_backend, device.type, dtype, features)
 
 
 def make_moe_layer(
-    gate: Gate, model: ModelConfig, moe: MoEConfig, *, layer: int, seed: int, groups: Groups
+    gate: Gate,
+    model: ModelConfig,
+    moe: MoEConfig,
+    expert_options: dict[str, Any] | None = None,
+    *,
+    layer: int,
+    seed: int,
+    groups: Groups,
 ) -> MoELayer:
     """Build this rank's part of one MoE layer.
 
     Args:
+        expert_options: fields of the expert type's Config.
         layer: index of the block, which with `seed` determines the initial weights.
         groups: ranks over which the experts are sharded.
     """
-    width = _expert_width(model, moe)
     num_local = moe.num_experts // groups.ep_size
     init = ExpertInit(
         seed=seed,
@@ -125,33 +136,13 @@ def make_moe_layer(
         init_std=model.init_method_std,
         output_std=expert_output_std(model.init_method_std, model.num_layers),
     )
-    if gate.expert_kind == "peer":
-        layer_class = PEERLayer
-        experts = PEERExperts(
-            moe.num_experts,
-            num_local,
-            model.hidden_size,
-            width,
-            model.act,
-            init=replace(init, output_std=init.output_std * gate.output_gain(width)),
-            backend=moe.moe_backend,
-        )
-        num_stacks = experts.num_blocks
-    else:
-        layer_class = MoELayer
-        experts = GroupedExperts(
-            num_local,
-            model.hidden_size,
-            width,
-            model.act,
-            init=init,
-            backend=moe.moe_backend,
-        )
-        num_stacks = moe.num_experts
+    layer_class = PEERLayer if gate.expert_kind == "peer" else MoELayer
+    experts, num_stacks = _make_experts(gate, model, moe, expert_options or {}, num_local, init)
     shared = None
     if moe.moe_shared_experts:
-        shared = MLP(model.hidden_size, moe.moe_shared_experts * width, model.act)
-    return layer_class(
+        shared_width = moe.moe_shared_experts * _expert_width(model, moe)
+        shared = MLP(model.hidden_size, shared_width, model.act)
+    moe_layer = layer_class(
         gate,
         experts,
         num_stacks,
@@ -161,6 +152,46 @@ def make_moe_layer(
         min_capacity=moe.moe_min_capacity,
         groups=groups,
     )
+    if moe.moe_latent_size is not None:
+        moe_layer.run_experts_in_latent_space(model.hidden_size, moe.moe_latent_size)
+    return moe_layer
+
+
+def _make_experts(
+    gate: Gate,
+    model: ModelConfig,
+    moe: MoEConfig,
+    expert_options: dict[str, Any],
+    num_local: int,
+    init: ExpertInit,
+) -> tuple[ExpertType | PEERExperts, int]:
+    """Build this rank's experts of one layer.
+
+    Returns:
+        The experts, and the number of stacked weights over all ranks.
+    """
+    width = _expert_width(model, moe)
+    if gate.expert_kind == "peer":
+        tables = PEERExperts(
+            moe.num_experts,
+            num_local,
+            model.hidden_size,
+            width,
+            model.act,
+            init=replace(init, output_std=init.output_std * gate.output_gain(width)),
+            backend=moe.moe_backend,
+        )
+        return tables, tables.num_blocks
+    context = ExpertContext(
+        num_local,
+        moe.moe_latent_size or model.hidden_size,
+        width,
+        model.act,
+        init=init,
+        backend=moe.moe_backend,
+        weight_on_input=moe.moe_weight_on_input,
+    )
+    return create_experts(moe.expert_type, context, **expert_options), moe.num_experts
 
 
 def _expert_width(model: ModelConfig, moe: MoEConfig) -> int:

@@ -307,7 +307,7 @@ class GPT(nn.Module):
             if isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 module.reset_parameters()
                 continue
-            is_output = name.endswith(("o_proj", "down_proj"))
+            is_output = name.endswith(("o_proj", "down_proj", "fc2_latent_proj"))
             for key, parameter in module.named_parameters(recurse=False):
                 parameter_seed = zlib.crc32(f"{seed}.{name}.{key}".encode())
                 generator = torch.Generator().manual_seed(parameter_seed)

@@ -10,6 +10,7 @@ MODEL_PARTS = {
     "embedding": ("embed_tokens", "embed_positions"),
     "attention": ("self_attn",),
     "routed experts": ("experts",),
+    "latent layers": ("fc1_latent_proj", "fc2_latent_proj"),
     "shared experts": ("shared",),
     "router": ("gate",),
     "dense ffn": ("mlp",),

@@ -36,7 +36,7 @@ from megatron.moe.dispatch.plan import (
     build_dispatch_plan,
     capacity_from_factor,
 )
-from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.experts.expert_type import ExpertType
 from megatron.moe.ffn import FFNContext, FFNOutput, TokenLayout
 from megatron.moe.gate import Gate
 from megatron.moe.routing import GateInput, Routing
@@ -64,7 +64,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         gate: Gate,
-        experts: GroupedExperts,
+        experts: ExpertType,
         num_experts: int,
         *,
         shared: nn.Module | None = None,
@@ -77,6 +77,11 @@ class MoELayer(nn.Module):
         self.gate = gate
         self.experts = experts
         self.shared = shared
+        self.fc1_latent_proj: nn.Linear | None = None
+        """projection of the token rows that are sent to the experts; None: the experts
+        take hidden states"""
+        self.fc2_latent_proj: nn.Linear | None = None
+        """projection of the experts' combined outputs back to hidden states"""
         self.num_experts = num_experts
         self.capacity_factors = {True: train_capacity_factor, False: eval_capacity_factor}
         self.min_capacity = min_capacity
@@ -108,16 +113,46 @@ class MoELayer(nn.Module):
         routing = self._route(inp, context)
         self._check_first(routing, len(x_TD))
         plan = self._plan(routing, len(x_TD), self._expert_capacity(inp, context))
-        in_flight = self.dispatcher.start(x_TD, routing, plan)
+        in_flight = self.dispatcher.start(self._to_latent(x_TD), routing, plan)
         local_outputs = self._local_outputs(x_BSD, routing, plan, context)  # overlaps
         expert_inputs, metadata = self.dispatcher.finish(in_flight)
         expert_output = self.experts(*expert_inputs)
-        y_TD = self.dispatcher.combine(expert_output, metadata)
+        y_TD = self._from_latent(self.dispatcher.combine(expert_output, metadata))
         for output_TD in local_outputs:
             y_TD = y_TD + output_TD
         aux_loss = self._aux_loss(routing)
         self._update_counters(inp, routing, plan, aux_loss)
         return FFNOutput(y_TD.view_as(x_BSD), aux_loss, routing.carry)
+
+    def run_experts_in_latent_space(self, hidden_size: int, latent_size: int) -> None:
+        """Add projections around the routed experts, which then take and give rows [N].
+
+            y = W_up sum_e w_e E_e(W_down x)
+
+        The gate, shared experts and zero-computation experts see x itself. Rows of N
+        numbers are sent to other ranks instead of D.
+
+        Source: Nemotron 3 (NVIDIA 2025, LatentMoE); the names are Megatron's.
+        """
+        self.fc1_latent_proj = nn.Linear(hidden_size, latent_size, bias=False)
+        self.fc2_latent_proj = nn.Linear(latent_size, hidden_size, bias=False)
+
+    @property
+    def latent_projections(self) -> list[nn.Linear]:
+        """The projections around the experts; none without a latent space."""
+        if self.fc1_latent_proj is None:
+            return []
+        return [self.fc1_latent_proj, self.fc2_latent_proj]
+
+    def _to_latent(self, x_TD: Tensor) -> Tensor:
+        if self.fc1_latent_proj is None:
+            return x_TD
+        return self.fc1_latent_proj(x_TD)
+
+    def _from_latent(self, y_TN: Tensor) -> Tensor:
+        if self.fc2_latent_proj is None:
+            return y_TN
+        return self.fc2_latent_proj(y_TN)
 
     def _make_dispatcher(self) -> TokenDispatcher:
         if self.groups.ep_group is None:

@@ -202,6 +202,7 @@ def module_parts(model: GPT) -> dict[nn.Module, str]:
             parts[ffn] = "dense FFN"
             continue
         parts |= {ffn: "dispatch", ffn.gate: "gate", ffn.experts: "experts"}
+        parts |= dict.fromkeys(ffn.latent_projections, "experts")
         parts |= dict.fromkeys(ffn.gate.zero_computation_experts, "experts")
         if ffn.shared is not None:
             parts[ffn.shared] = "experts"

@@ -72,7 +72,7 @@ def value_of(flag):
     if flag.type.is_list:
         return (1,) if flag.type.base is int else ("x",)
     if flag.type.base is int:
-        return flag.default + 1
+        return (flag.default or 0) + 1
     return {bool: not flag.default, str: "x", float: 0.5}[flag.type.base]
 
 

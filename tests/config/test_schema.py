@@ -100,6 +100,7 @@ REFUSED = [
         "--moe-aux-loss-reduction is 'max'; allowed: sum mean",
     ),
     (MoEConfig, {"expert_interval": 0}, "--expert-interval is 0; allowed: a positive integer"),
+    (MoEConfig, {"moe_latent_size": 0}, "--moe-latent-size is 0; allowed: a positive integer"),
     (
         MoEConfig,
         {"moe_layers": (1,), "expert_interval": 2, "num_experts": 4},

@@ -37,7 +37,15 @@ LARGE_LOSS_OPTIONS = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"loss_coeff
 WITHOUT_LOSS = {"base", "expert_choice", "expert_threshold", "hash", "peer"}
 
 
-def build(gate, groups, activation="swiglu", shared=1):
+EXPERT_TYPES = {
+    "": {},
+    "biases": {"expert_type": "swiglu_clamped"},
+    "latent": {"moe_latent_size": 4, "moe_weight_on_input": True},
+}
+"""Fields of MoEConfig by a name of this file's tests"""
+
+
+def build(gate, groups, activation="swiglu", shared=1, experts=""):
     """This rank's part of the model."""
     from megatron.model.builder import build_model
 
@@ -47,6 +55,7 @@ def build(gate, groups, activation="swiglu", shared=1):
         moe_ffn_hidden_size=8,
         moe_shared_experts=shared,
         moe_expert_parallel_size=groups.ep_size,
+        **EXPERT_TYPES[experts],
     )
     return build_model(
         replace(MODEL, activation=activation),
@@ -68,7 +77,7 @@ def micro_batches(step):
         yield Batch(ids[:, :-1], ids[:, 1:], torch.ones(1, 8), None, None)
 
 
-def train_in_plain_torch(gate, activation="swiglu"):
+def train_in_plain_torch(gate, activation="swiglu", experts=""):
     """Train in one process without DeepSpeed.
 
     Returns:
@@ -77,7 +86,7 @@ def train_in_plain_torch(gate, activation="swiglu"):
     from megatron.engine.optimizer import parameter_groups
     from megatron.moe.gate_update import GateUpdater
 
-    model = build(gate, Groups(), activation)
+    model = build(gate, Groups(), activation, experts=experts)
     gate_updater = GateUpdater(model, Groups())
     adamw = torch.optim.AdamW(
         parameter_groups(model, OPTIMIZER["weight_decay"]),
@@ -106,7 +115,7 @@ def train_in_plain_torch(gate, activation="swiglu"):
     return losses, norms, {n: p.detach() for n, p in model.named_parameters()}
 
 
-def _train_with_deepspeed(gate, stage, precision="fp32", activation="swiglu"):
+def _train_with_deepspeed(gate, stage, precision="fp32", activation="swiglu", experts=""):
     """Run the same training in a rank under DeepSpeed, experts sharded over two ranks."""
     from megatron.engine import distributed
     from megatron.engine.engine import Engine
@@ -116,7 +125,7 @@ def _train_with_deepspeed(gate, stage, precision="fp32", activation="swiglu"):
         RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
     )
     groups = distributed.init_distributed(min(2, dist.get_world_size()))
-    model = build(gate, groups, activation)
+    model = build(gate, groups, activation, experts=experts)
     optimizer = OptimizerConfig(bf16=precision == "bf16", **OPTIMIZER)
     engine = Engine(
         model,
@@ -157,6 +166,11 @@ def test_training_equals_plain_torch(gate, world, stage, request):
     for got_losses, got_norms, _ in results:
         assert got_losses == pytest.approx(losses, abs=1e-5)
         assert got_norms == pytest.approx(norms, rel=1e-4)
+    check_weights(weights, results)
+
+
+def check_weights(weights, results):
+    """Compare every weight, and its copies on other ranks."""
     for name, expected in weights.items():
         parts = [result[2][name] for result in results]
         if ".experts." in name:
@@ -169,6 +183,22 @@ def test_training_equals_plain_torch(gate, world, stage, request):
             got, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
         assert all(torch.equal(a, b) for a, b in copies), f"{name} differs between ranks"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("experts", ["biases", "latent"])
+def test_expert_types_train_as_in_plain_torch(experts, stage, ranks2):
+    """Biases and latent projections, too: their gradients are reduced over the right ranks, and
+    biases, which start as zeros, move without weight decay."""
+    losses, norms, weights = train_in_plain_torch("topk", experts=experts)
+    results = ranks2.run(_train_with_deepspeed, "topk", stage, "fp32", "swiglu", experts)
+    for got_losses, got_norms, _ in results:
+        assert got_losses == pytest.approx(losses, abs=1e-5)
+        assert got_norms == pytest.approx(norms, rel=1e-4)
+    check_weights(weights, results)
+    added = {"biases": "experts.b1", "latent": "fc1_latent_proj"}[experts]
+    moved = [weight for name, weight in weights.items() if added in name]
+    assert len(moved) == MODEL.num_layers and all(weight.abs().sum() > 0 for weight in moved)
 
 
 def test_experts_without_gating_train(ranks2):
@@ -222,3 +252,25 @@ def test_parameter_groups_have_names():
     assert any("norm" in n for n in got["vectors"][0])
     assert not any("norm" in n for n in got["matrices"][0])
     assert set().union(*(g[0] for g in got.values())) == set(names.values())
+
+
+def test_expert_biases_have_no_weight_decay():
+    """They are stacks of vectors; latent projections are matrices that every rank holds."""
+    from megatron.engine.moe_adapter import wrap_moe_layers
+    from megatron.engine.optimizer import parameter_groups
+
+    decay = {}
+    for experts in ("biases", "latent"):
+        model = build("topk", Groups(), experts=experts)
+        wrap_moe_layers(model, Groups())
+        names = {id(p): n.removeprefix("layers.0.mlp.") for n, p in model.named_parameters()}
+        for group in parameter_groups(model, 0.1):
+            for p in group["params"]:
+                is_expert = getattr(p, "allreduce", True) is False
+                decay[names[id(p)]] = (group["weight_decay"], group["name"], is_expert)
+    for name in ("w1", "w2", "w3"):
+        assert decay[f"experts.{name}"] == (0.1, "ep_size_1", True)
+    for name in ("b1", "b2", "b3"):
+        assert decay[f"experts.{name}"] == (0.0, "ep_size_1", True)
+    for name in ("fc1_latent_proj", "fc2_latent_proj"):
+        assert decay[f"{name}.weight"] == (0.1, "matrices", False)

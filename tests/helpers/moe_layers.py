@@ -17,7 +17,15 @@ D, E = 8, 4
 
 
 def make_layer(
-    name, groups=None, num_experts=E, seed=0, shared=0, options=None, layer=0, **moe
+    name,
+    groups=None,
+    num_experts=E,
+    seed=0,
+    shared=0,
+    options=None,
+    expert_options=None,
+    layer=0,
+    **moe,
 ):
     """An MoE layer with the gate of this name; `moe` are fields of MoEConfig."""
     gate = create_gate(
@@ -43,6 +51,7 @@ def make_layer(
         gate,
         model,
         MoEConfig(num_experts=num_experts, moe_shared_experts=shared, gate=name, **moe),
+        expert_options,
         layer=layer,
         seed=seed,
         groups=groups or Groups(),

@@ -40,6 +40,7 @@ def test_parts_equal_counts_by_hand():
         "embedding": 64 * 16,
         "attention": 3 * (2 * 16 * 16 + 2 * 8 * 16),
         "routed experts": 2 * 8 * expert,
+        "latent layers": 0,
         "shared experts": 2 * 2 * expert,
         "router": 2 * 8 * 16,
         "dense ffn": 3 * 16 * 40,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers.spawn import groups_for
-from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.experts.expert_type import ExpertContext, create_experts
 from megatron.moe.gate import Gate, GateContext
 from megatron.moe.gate_update import GateUpdater
 from megatron.moe.layer import MoELayer
@@ -43,7 +43,7 @@ class FixedGate(Gate):
 def make_layer(choices, factor=0.0):
     return MoELayer(
         FixedGate(choices),
-        GroupedExperts(3, 4, 4, "gelu"),
+        create_experts("mlp", ExpertContext(3, 4, 4)),
         3,
         train_capacity_factor=factor,
         min_capacity=1,
@@ -161,7 +161,7 @@ class WideGate(FixedGate):
 def make_mixed_model():
     """Layers with 3, 4, 3 and 4 experts; those with 4 have other metrics."""
     wide = [
-        MoELayer(WideGate(choices), GroupedExperts(4, 4, 4, "gelu"), 4)
+        MoELayer(WideGate(choices), create_experts("mlp", ExpertContext(4, 4, 4)), 4)
         for choices in ([[0], [3]], [[0, 1, 2, 3], [2]])
     ]
     narrow = [make_layer([[0, 1], [0]]), make_layer([[2], [0]])]

@@ -368,7 +368,7 @@ def _train_with_sleeps(argv: list[str]) -> None:
     from megatron.engine.optimizer import AdamW
     from megatron.model import gpt
     from megatron.model.attention import Attention
-    from megatron.moe.experts.grouped_experts import GroupedExperts
+    from megatron.moe.experts.types.mlp import MLPExperts
 
     def sleep_before(cls, name: str, seconds: float, on_rank0: bool = True) -> None:
         function = getattr(cls, name)
@@ -394,7 +394,7 @@ def _train_with_sleeps(argv: list[str]) -> None:
         sleep_before(BatchLoader, "__next__", 0.02)
         sleep_before(AdamW, "step", 0.05)
         sleep_inside(Attention, 0.03, 0.04)
-        sleep_inside(GroupedExperts, 0.05, 0.06)
+        sleep_inside(MLPExperts, 0.05, 0.06)
         patch.setattr(
             gpt, "linear_cross_entropy", lambda *args: _Sleep.apply(loss(*args), 0.07, 0.08)
         )

@@ -45,6 +45,22 @@ class PermutedTokens:
         """Return the number of rows of each expert. Synchronises with the device."""
         return self.expert_offsets_E.diff(prepend=self.expert_offsets_E.new_zeros(1)).tolist()
 
+    def one_row_per_token(self, num_rows: int) -> PermutedTokens:
+        """Return these rows as if each was a token of its own, in the order of the rows.
+
+        Args:
+            num_rows: number of tokens; rows past the last expert's are tokens without
+                experts.
+        """
+        row_S = torch.arange(num_rows + 1, device=self.token_S.device)
+        return PermutedTokens(
+            source_index_S=row_S[:-1],
+            token_S=row_S[:-1],
+            unpermute_index_S=row_S[:-1],
+            token_offsets_T1=torch.minimum(row_S, self.expert_offsets_E[-1]),
+            expert_offsets_E=self.expert_offsets_E,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class AllToAllSplits:

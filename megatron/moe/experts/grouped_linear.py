@@ -1,5 +1,7 @@
 """`grouped_linear`: one matrix product per expert on its rows, in four backends.
 
+`add_expert_bias` adds one vector per expert to its rows, on any backend.
+
     reference   loop of plain linear layers: any dtype, any device, twice differentiable
     cpu         loop that writes into one tensor, forward and backward
     grouped_mm  torch's grouped matrix product
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.host_allocator import empty_cached
+from megatron.moe.dispatch.permute import segment_sum
 from megatron.moe.experts.backends import choose_expert_backend
 
 
@@ -46,6 +49,16 @@ def grouped_linear(
     from megatron.moe.experts.triton_mlp import TritonGroupedLinear
 
     return TritonGroupedLinear.apply(x_ND, weight_EHD, expert_offsets_E)
+
+
+def add_expert_bias(y_NH: Tensor, bias_EH: Tensor, expert_offsets_E: Tensor) -> Tensor:
+    """Return y_n + bias_e for the rows n of each expert e: [N, H].
+
+    Args:
+        y_NH: rows sorted by expert. There may be more than `expert_offsets_E` covers;
+            results for them are undefined, and the bias has no gradient from them.
+    """
+    return _AddExpertBias.apply(y_NH, bias_EH, expert_offsets_E)
 
 
 def rows_per_expert(expert_offsets_E: Tensor) -> list[int]:
@@ -106,6 +119,25 @@ class _Loop(torch.autograd.Function):
                 # An expert without rows gets zeros.
                 torch.mm(grad_nH.t(), x_nD, out=grad_weight_HD)
         return grad_x_ND, grad_weight_EHD, None
+
+
+class _AddExpertBias(torch.autograd.Function):
+    """Add one vector per expert; its gradient is a deterministic sum over the expert's rows."""
+
+    @staticmethod
+    def forward(ctx, y_NH: Tensor, bias_EH: Tensor, expert_offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(expert_offsets_E)
+        row_N = torch.arange(len(y_NH), device=y_NH.device)
+        expert_N = torch.searchsorted(expert_offsets_E, row_N, right=True)
+        return y_NH + bias_EH.index_select(0, expert_N.clamp_max(len(bias_EH) - 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NH: Tensor) -> tuple:
+        (expert_offsets_E,) = ctx.saved_tensors
+        row_N = torch.arange(len(grad_NH), device=grad_NH.device)
+        starts_E1 = F.pad(expert_offsets_E, (1, 0))
+        return grad_NH, segment_sum(grad_NH.contiguous(), row_N, starts_E1), None
 
 
 class _ContiguousGradient(torch.autograd.Function):

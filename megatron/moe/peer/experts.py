@@ -52,7 +52,7 @@ class PEERExperts(nn.Module):
     """PEER experts of one rank: one row [D] per table, expert and hidden unit.
 
     `w_in` [N_local, W, D] and, for swiglu and geglu, `w_up` [N_local, W, D] read the
-    token; `w_out` [N_local, W, D] writes one row per hidden unit (GroupedExperts.w2
+    token; `w_out` [N_local, W, D] writes one row per hidden unit (MLPExperts.w2
     transposed). They are views of the parameters w1, w3 and w2, which are stacks of
     blocks, [blocks here, experts of a block x W, D]: DeepSpeed's expert parallelism and
     the checkpoint format count stacked experts, and a million of them would be one row

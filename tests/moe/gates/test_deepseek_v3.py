@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from helpers.routings import step_totals
 from helpers.spawn import groups_for
-from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.experts.expert_type import ExpertContext, create_experts
 from megatron.moe.gate import create_gate
 from megatron.moe.gate_update import GateUpdater
 from megatron.moe.layer import MoELayer
@@ -310,7 +310,7 @@ def make_layer(seed=0, groups=None, **options):
     options = {"bias_update_speed": 0.02, "topk": 2, **options}
     return MoELayer(
         make(seed=seed, **options),
-        GroupedExperts(8, D, 4, "gelu"),
+        create_experts("mlp", ExpertContext(8, D, 4)),
         8,
         groups=groups or Groups(),
     )

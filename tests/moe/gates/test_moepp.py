@@ -13,7 +13,7 @@ from helpers.moe_layers import E, make_input, make_layer, reference_layer
 from helpers.spawn import groups_for
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import build_model
-from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.experts.types.mlp import MLPExperts
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import create_gate
 from megatron.moe.metrics import MoEMetrics
@@ -216,7 +216,7 @@ def test_zero_computation_saves_work():
     seen = count_rows(layer)
     layer(x)
     expert_A = layer.gate(GateInput(x[0])).expert_A
-    assert isinstance(layer.experts, GroupedExperts) and len(expert_A) == 80
+    assert isinstance(layer.experts, MLPExperts) and len(expert_A) == 80
     assert seen["experts"] == (expert_A < E).sum() < 80
     assert seen["paths"] == [(expert_A == E).sum(), (expert_A == E + 1).sum(), 0, 0]
     assert (expert_A >= E + 2).sum() > 0, "zero experts were chosen"

@@ -11,7 +11,11 @@ from helpers.routings import make_routing
 from megatron.moe.dispatch.plan import build_dispatch_plan
 from megatron.moe.experts.activations import is_gated
 from megatron.moe.experts.expert_init import ExpertInit, expert_output_std
-from megatron.moe.experts.grouped_experts import GroupedExperts
+from megatron.moe.experts.expert_type import ExpertContext, create_experts
+
+
+def mlp_experts(num_local, hidden, width, activation, **context):
+    return create_experts("mlp", ExpertContext(num_local, hidden, width, activation, **context))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -19,7 +23,7 @@ from megatron.moe.experts.grouped_experts import GroupedExperts
 def test_module_passes_weights_to_mlp(activation, backend):
     torch.manual_seed(0)
     init = ExpertInit(init_std=0.5, output_std=0.5)
-    experts = GroupedExperts(3, 4, 6, activation, init=init, backend=backend).double()
+    experts = mlp_experts(3, 4, 6, activation, init=init, backend=backend).double()
     x = torch.randn(5, 4, dtype=torch.float64)
     weights = torch.rand(4).double()
     assignments = [(0, 2), (1, 0), (1, 2), (4, 0)]
@@ -32,9 +36,9 @@ def test_module_passes_weights_to_mlp(activation, backend):
 
 
 def test_weights_do_not_depend_on_sharding():
-    full = GroupedExperts(4, 8, 6, "swiglu", init=ExpertInit(seed=3, layer=2))
+    full = mlp_experts(4, 8, 6, "swiglu", init=ExpertInit(seed=3, layer=2))
     shard_init = ExpertInit(seed=3, layer=2, first_expert=2)
-    shard = GroupedExperts(2, 8, 6, "swiglu", init=shard_init)
+    shard = mlp_experts(2, 8, 6, "swiglu", init=shard_init)
     for name in ("w1", "w2", "w3"):
         assert torch.equal(getattr(full, name)[2:], getattr(shard, name))
 
@@ -44,14 +48,14 @@ def test_no_two_experts_start_equal():
     for seed in (0, 1):
         for layer in (0, 1):
             init = ExpertInit(seed=seed, layer=layer)
-            stacks.append(GroupedExperts(4, 8, 6, "gelu", init=init).w1)
+            stacks.append(mlp_experts(4, 8, 6, "gelu", init=init).w1)
     flat = torch.cat(stacks).flatten(1)
     assert (torch.pdist(flat) > 1e-3).all()
 
 
 def test_initial_weights_have_requested_std():
     init = ExpertInit(init_std=0.5, output_std=0.1)
-    experts = GroupedExperts(8, 64, 64, "gelu", init=init)
+    experts = mlp_experts(8, 64, 64, "gelu", init=init)
     assert experts.w1.std().item() == pytest.approx(0.5, rel=0.05)
     assert experts.w2.std().item() == pytest.approx(0.1, rel=0.05)
     assert expert_output_std(0.02, 8) == pytest.approx(0.005)
@@ -59,9 +63,9 @@ def test_initial_weights_have_requested_std():
 
 def test_meta_device_allocates_nothing():
     with torch.device("meta"):
-        assert GroupedExperts(64, 1024, 4096, "swiglu").w2.is_meta
+        assert mlp_experts(64, 1024, 4096, "swiglu").w2.is_meta
 
 
 def test_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="activation is 'tanh'; allowed: gelu relu"):
-        GroupedExperts(2, 4, 6, "tanh")
+        mlp_experts(2, 4, 6, "tanh")
