@@ -6,6 +6,7 @@ in one record.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,21 +73,31 @@ def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
     return Run(config, groups, tokenizer, vocab_size, checkpoint, progress)
 
 
-def initialize_inference(load: str, load_step: int = 0) -> Run:
+def initialize_inference(
+    load: str, load_step: int = 0, eval_capacity_factor: float = 0.0
+) -> Run:
     """Start process groups, and take everything else from a checkpoint.
 
     Experts are sharded as in training if that fits the number of ranks, otherwise every rank
-    holds all of them. The model is dropless: under a capacity, the other prompts of a batch
-    would decide which experts a token gets.
+    holds all of them. The capacity factors of training do not apply: under a capacity, the
+    other prompts of a batch would decide which experts a token gets.
 
     Args:
         load: folder of checkpoints, or one checkpoint.
         load_step: iteration of the checkpoint; 0: the newest.
+        eval_capacity_factor: capacity factor of the MoE layers; 0 is dropless.
 
     Raises:
-        ValueError: the checkpoint does not fit the tokenizer that its flags name.
+        ValueError: the capacity factor is negative or not finite, or the checkpoint has no
+            experts for it, or does not fit the tokenizer that its flags name.
         OSError: there is no valid checkpoint.
     """
+    require(
+        0 <= eval_capacity_factor < math.inf,
+        "--moe-eval-capacity-factor",
+        eval_capacity_factor,
+        "a finite number, 0 or more",
+    )
     groups = _init_distributed(1)
     from megatron.checkpoint.loader import find_checkpoint
     from megatron.checkpoint.metadata import RunMetadata
@@ -101,7 +112,14 @@ def initialize_inference(load: str, load_step: int = 0) -> Run:
     tokenizer = build_tokenizer(config.tokenizer)
     checkpoint.check(RunMetadata.of(config, groups, tokenizer))
     # The backend of training need not exist on this machine.
-    moe = replace(config.moe, moe_eval_capacity_factor=0.0, moe_backend="auto")
+    moe = replace(config.moe, moe_eval_capacity_factor=eval_capacity_factor, moe_backend="auto")
+    require(
+        not eval_capacity_factor or moe.num_experts > 0,
+        "--moe-eval-capacity-factor",
+        eval_capacity_factor,
+        "0 for a model without experts",
+        "Leave it out.",
+    )
     config = replace(config, moe=moe)
     vocab_size = _vocab_size(config, tokenizer)
     return Run(config, groups, tokenizer, vocab_size, checkpoint, checkpoint.progress)

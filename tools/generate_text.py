@@ -5,7 +5,8 @@
 
 Any number of ranks can be started. Experts are sharded as in training if that fits the number
 of ranks; otherwise every rank holds all experts. Each continuation is printed on one line,
-`> prompt|continuation`, with newlines and other control characters shown as escapes.
+`> prompt|continuation`, with newlines and other control characters shown as escapes. It is
+the same with any other prompts, in any order.
 """
 
 from __future__ import annotations
@@ -61,6 +62,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="sample from this many most likely tokens; 0: all (default)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    parser.add_argument(
+        "--moe-eval-capacity-factor",
+        type=float,
+        default=0.0,
+        help="capacity factor of the experts, under which the text for a prompt depends on the "
+        "other prompts; 0: no token is dropped, whatever the training run used (default)",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -70,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron.inference.generate import generate
     from megatron.initialize import build_inference_model, initialize_inference
 
-    run = initialize_inference(args.load, args.load_step)
+    capacity_factor = args.moe_eval_capacity_factor
+    run = initialize_inference(args.load, args.load_step, capacity_factor)
     model = build_inference_model(run)
     tokenizer = run.tokenizer
     prompts = [tokenizer.encode(p).tolist() for p in args.prompt]
@@ -84,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         eod=tokenizer.eod,
         seed=args.seed,
         vocab_size=tokenizer.vocab_size,
+        independent_prompts=capacity_factor == 0,
     )
     if run.groups.is_rank0:
         for prompt, ids in zip(args.prompt, outputs, strict=True):

@@ -1,10 +1,16 @@
 """Text generation without a KV cache: every new token runs the model over the full window.
 
+The text for a prompt does not depend on the other prompts of the batch, up to rounding of
+the logits: matrix products of other sizes may differ in the last bit, which matters where
+two tokens, or a token's experts, are almost equally likely.
+
 Shape suffixes: B rows, S positions of the window, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +33,13 @@ def generate(
     eod: int | None = None,
     seed: int = 0,
     progress: float = 1.0,
+    independent_prompts: bool = True,
 ) -> list[list[int]]:
     """Continue each prompt.
 
     With sharded experts all ranks have to run in lockstep. So the model runs exactly
-    `max_new_tokens` times, even when every row has ended, and random numbers come from one
-    seeded CPU generator: ranks with the same arguments generate the same tokens.
+    `max_new_tokens` times, even when every row has ended. Each row has a CPU generator of its
+    own: ranks with the same arguments generate the same tokens.
 
     Args:
         tokens: prompts of any lengths; the model sees the last `max_positions` tokens of
@@ -45,6 +52,8 @@ def generate(
         top_k: choose among this many most likely tokens; 0: no limit.
         eod: a row ends with this token; None: rows end after `max_new_tokens`.
         progress: see `GPT.forward`; 1: the end of the training.
+        independent_prompts: no capacity limit, and gates that look at other tokens see one
+            prompt at a time. False: the layers' capacity factors of evaluation apply.
     Returns:
         The new tokens of each row, including `eod` if it ended the row.
     Raises:
@@ -53,7 +62,7 @@ def generate(
     sampling = _Sampling(temperature, top_p, top_k)
     sampling.check()
     _check_sizes(model, tokens, max_new_tokens, vocab_size)
-    generator = torch.Generator().manual_seed(seed)
+    generators = _row_generators(tokens, seed)
     rows = [list(row) for row in tokens]
     running = list(range(len(rows)))
     was_training = model.training
@@ -61,13 +70,11 @@ def generate(
     try:
         for _ in range(max_new_tokens):
             batch = [rows[i] for i in running]
-            if not batch:
-                # All rows have ended: the other ranks still need this one for their
-                # all-to-all exchanges, so run the model on one token.
-                batch = [rows[0][:1]]
-            logits_BV = _last_logits(model, batch, progress)[:, :vocab_size]
-            chosen = sampling.choose(logits_BV, generator)
-            for i, token in zip(running, chosen, strict=False):
+            logits_BV = _last_logits(model, batch, progress, independent_prompts)
+            chosen = sampling.choose(
+                logits_BV[:, :vocab_size], [generators[i] for i in running]
+            )
+            for i, token in zip(running, chosen, strict=True):
                 rows[i].append(token)
             running = [i for i in running if rows[i][-1] != eod]
     finally:
@@ -89,20 +96,40 @@ class _Sampling:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
 
-    def choose(self, logits_BV: Tensor, generator: torch.Generator) -> list[int]:
-        """Choose one token per row."""
+    def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
+        """Choose one token per row, with one random number of each row's generator."""
+        if not generators:
+            return []
         if self.temperature == 0:
             return logits_BV.argmax(-1).tolist()
         sorted_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         if self.top_k:
             sorted_BV = sorted_BV[:, : self.top_k]
             ids_BV = ids_BV[:, : self.top_k]
-        probability_BV = (sorted_BV / self.temperature).softmax(-1)
+        probability_BV = (sorted_BV / self.temperature).softmax(-1, dtype=torch.float64)
         # Probability of all tokens that are more likely than each one.
         before_BV = probability_BV.cumsum(-1) - probability_BV
         probability_BV = probability_BV.masked_fill(before_BV >= self.top_p, 0.0)
-        drawn_B1 = torch.multinomial(probability_BV, 1, generator=generator)
+        uniform_B1 = torch.stack([torch.rand(1, generator=g) for g in generators])
+        cumulative_BV = probability_BV.cumsum(-1)
+        # The first token whose cumulative probability is above the random number. An fp32
+        # number below 1 times the total stays below it in fp64.
+        limit_B1 = uniform_B1 * cumulative_BV[:, -1:]
+        drawn_B1 = (cumulative_BV <= limit_B1).sum(-1, keepdim=True)
         return ids_BV.gather(1, drawn_B1).squeeze(1).tolist()
+
+
+def _row_generators(tokens: list[list[int]], seed: int) -> list[torch.Generator]:
+    """Return a generator for each prompt, seeded by it and its number among equal ones."""
+    generators = []
+    seen: Counter[tuple[int, ...]] = Counter()
+    for row in tokens:
+        prompt = tuple(row)
+        digest = hashlib.sha256(repr((seed, seen[prompt], prompt)).encode()).digest()
+        seen[prompt] += 1
+        row_seed = int.from_bytes(digest[:8], "little") % 2**63
+        generators.append(torch.Generator().manual_seed(row_seed))
+    return generators
 
 
 def _check_sizes(
@@ -125,16 +152,30 @@ def _check_sizes(
     )
 
 
-def _last_logits(model: GPT, rows: list[list[int]], progress: float) -> Tensor:
+def _last_logits(
+    model: GPT, rows: list[list[int]], progress: float, independent_sequences: bool
+) -> Tensor:
     """Return the logits after the last token of each row, fp32 on the CPU [B, V].
 
-    Rows are padded on the right, where causal attention does not see the padding.
+    Rows are padded on the right, where causal attention does not see the padding and no gate
+    routes it. Without rows the model runs on one position of padding: the other ranks still
+    need this one for their all-to-all exchanges.
     """
     windows = [row[-model.config.max_positions :] for row in rows]
-    longest = max(map(len, windows))
+    lengths = [len(row) for row in windows]
+    longest = max(lengths, default=1)
     device = model.embed_tokens.weight.device
     padded = [row + [0] * (longest - len(row)) for row in windows]
-    tokens_BS = torch.tensor(padded, device=device)
-    last_B = torch.tensor([len(row) - 1 for row in windows], device=device)
-    logits_BSV = model(tokens_BS, progress=progress).logits
+    tokens_BS = torch.tensor(padded or [[0]], device=device)
+    lengths_B = torch.tensor(lengths or [0], device=device)
+    padding_BS = None
+    if min(lengths, default=0) < longest:
+        padding_BS = torch.arange(longest, device=device) >= lengths_B[:, None]
+    logits_BSV = model(
+        tokens_BS,
+        padding_BS=padding_BS,
+        progress=progress,
+        independent_sequences=independent_sequences,
+    ).logits
+    last_B = lengths_B[: len(rows)] - 1
     return logits_BSV[torch.arange(len(rows), device=device), last_B].float().cpu()

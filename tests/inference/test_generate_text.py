@@ -52,6 +52,41 @@ def test_rank0_prints_one_line_per_prompt(finished, ranks2):
     assert ranks2.run(_generate, argv)[0] == first, "the same seed should give the same text"
 
 
+def test_text_does_not_depend_on_neighbours(data, ranks1, ranks2, tmp_path):
+    """Nor on the number of ranks: one holds all experts, two share them. In fp32, where the sizes
+    of matrix products do not decide between likely tokens; the run has a capacity."""
+    argv = [*runs.flags(data, tmp_path, 2, *runs.EP2), "--moe-eval-capacity-factor", "0.5"]
+    argv = [*argv, "--eval-iters", "0", "--split", "100,0,0"]
+    ranks2.run(runs.train, [flag for flag in argv if flag != "--bf16"])
+    flags = ["--load", str(tmp_path / "checkpoints"), "--max-new-tokens", "8", "--prompt"]
+    prompts = ["the quick brown ", "d"]
+    together = ranks2.run(_generate, [*flags, *prompts])[0]
+    assert ranks2.run(_generate, [*flags, *reversed(prompts)])[0] == together[::-1]
+    for prompt, line in zip(prompts, together, strict=True):
+        assert ranks1.run(_generate, [*flags, prompt])[0] == [line]
+
+
+def test_capacity_factor_is_a_choice(finished, data, ranks1, tmp_path):
+    """It changes the text; values that cannot be used are refused in one line."""
+    flags = ["--load", str(finished / "checkpoints"), "--prompt", "the quick ", "fox", "a dog "]
+    factor = "--moe-eval-capacity-factor"
+    dropless = ranks1.run(_generate, flags)
+    assert ranks1.run(_generate, [*flags, factor, "0"]) == dropless
+    assert ranks1.run(_generate, [*flags, factor, "0.1"]) != dropless
+    for value in ("-1", "nan", "inf"):
+        with pytest.raises(RuntimeError, match=f"{factor} is {float(value)}; allowed: "):
+            ranks1.run(_generate, [*flags, factor, value])
+    argv = [*runs.flags(data, tmp_path, 1), "--eval-iters", "0", "--split", "100,0,0"]
+    dense = runs.with_gate(argv)
+    first = dense.index(runs.MOE[0])
+    del dense[first : first + len(runs.MOE)]
+    ranks1.run(runs.train, dense)
+    flags[1] = str(tmp_path / "checkpoints")
+    assert len(ranks1.run(_generate, flags)[0]) == 3
+    with pytest.raises(RuntimeError, match=f"{factor} is 2.0; allowed: 0 for a model without"):
+        ranks1.run(_generate, [*flags, factor, "2"])
+
+
 def test_control_characters_are_escaped():
     """A model may generate them; letters of all scripts stay."""
     sys.path.insert(0, str(REPO))
