@@ -1,7 +1,7 @@
 """Functions that several gates share.
 
 Shape suffixes: T tokens, D hidden, E experts, G groups of experts, m experts of a
-group, k experts per token, N features.
+group, k experts per token, N features or vectors, P dimensions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_MIN_LENGTH = 1e-8
+"""Length up to which a vector counts as zero; its square does not underflow in fp32."""
 
 
 def group_limited_scores(score_TE: Tensor, n_group: int, topk_group: int, best: int) -> Tensor:
@@ -152,3 +155,11 @@ def select_topk(
     expert_Tk = logits_TE.topk(k, dim=-1).indices
     score_Tk = selected_weights(logits_TE, expert_Tk, score_function, norm)
     return score_Tk, expert_Tk, normalized_scores(logits_TE, score_function)
+
+
+def unit_vectors(vectors_NP: Tensor) -> Tensor:
+    """Scale vectors to length 1; (almost) zero vectors become 0 without gradient."""
+    length_N1 = torch.linalg.vector_norm(vectors_NP, dim=-1, keepdim=True)
+    nonzero_N1 = length_N1 > _MIN_LENGTH
+    divisor_N1 = torch.where(nonzero_N1, length_N1, 1.0)
+    return torch.where(nonzero_N1, vectors_NP / divisor_N1, 0.0)

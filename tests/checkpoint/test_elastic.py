@@ -32,7 +32,15 @@ def check_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def test_gates_with_state_are_known():
-    assert gates_with_state() == ["deepseek_v3", "expert_threshold", "hash", "peer", "remoe"]
+    assert gates_with_state() == [
+        "blockffn",
+        "deepseek_v3",
+        "expert_threshold",
+        "hash",
+        "longcat",
+        "peer",
+        "remoe",
+    ]
 
 
 @pytest.mark.parametrize(

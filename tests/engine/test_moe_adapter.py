@@ -34,7 +34,7 @@ STEPS, VOCAB = 3, 64
 # Options of gates whose default auxiliary loss is too small in the first steps to change
 # the weights visibly.
 LARGE_LOSS_OPTIONS = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"loss_coeff": 0.1}}
-WITHOUT_LOSS = {"base", "expert_choice", "expert_threshold", "hash", "peer"}
+WITHOUT_LOSS = {"base", "expert_choice", "expert_threshold", "hash", "longcat", "peer"}
 
 
 EXPERT_TYPES = {

@@ -22,7 +22,7 @@ keeps its gradient: a plain clamp would make the gradient 0, and tau could never
 recover.
 
 Shape suffixes: T tokens, D hidden, P dimensions of the projection, E experts, k experts
-per token, A assignments, N vectors.
+per token, A assignments.
 """
 
 from __future__ import annotations
@@ -34,13 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.moe.gate import Gate
-from megatron.moe.gate_functional import linear_fp32, select_topk
+from megatron.moe.gate_functional import linear_fp32, select_topk, unit_vectors
 from megatron.moe.gate_options import LossConfig, check_norm, check_topk, require_field
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
-
-_MIN_LENGTH = 1e-8
-"""Length up to which a vector counts as zero; its square does not underflow in fp32."""
 
 
 class CosineGate(Gate, name="cosine"):
@@ -132,15 +129,7 @@ class CosineGate(Gate, name="cosine"):
 
     def cosines(self, x_TD: Tensor) -> Tensor:
         """Return cosines of projected tokens and expert embeddings: fp32 [T, E]."""
-        token_TP = _normalized(linear_fp32(x_TD, self.projection))
-        expert_EP = _normalized(self.embeddings_EP.float())
+        token_TP = unit_vectors(linear_fp32(x_TD, self.projection))
+        expert_EP = unit_vectors(self.embeddings_EP.float())
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(token_TP, expert_EP)
-
-
-def _normalized(vectors_NP: Tensor) -> Tensor:
-    """Scale vectors to length 1; (almost) zero vectors become 0 without gradient."""
-    length_N1 = torch.linalg.vector_norm(vectors_NP, dim=-1, keepdim=True)
-    nonzero_N1 = length_N1 > _MIN_LENGTH
-    divisor_N1 = torch.where(nonzero_N1, length_N1, 1.0)
-    return torch.where(nonzero_N1, vectors_NP / divisor_N1, 0.0)
