@@ -18,7 +18,23 @@ def keep_mean_over_layers(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "moe": {"moe_aux_loss_reduction": "mean", **moe}}
 
 
-STEPS = (keep_mean_over_layers,)
+def rename_cap_of_threshold(content: dict[str, Any]) -> dict[str, Any]:
+    """Rename the option `topk` of the gate `threshold`, which capped its experts per token."""
+    options = content.get("gate_options")
+    if not isinstance(options, dict) or "topk" not in options or _gate(content) != "threshold":
+        return content
+    renamed = {"threshold_max_experts": options["topk"], **options}
+    del renamed["topk"]
+    return {**content, "gate_options": renamed}
+
+
+def _gate(content: dict[str, Any]) -> Any:
+    """Return the stored name of the gate, or the default of version 2."""
+    moe = content.get("moe")
+    return moe.get("gate", "topk") if isinstance(moe, dict) else "topk"
+
+
+STEPS = (keep_mean_over_layers, rename_cap_of_threshold)
 """In this order; steps of gate options come before the one that changes their layout"""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.config.needs import setting
+from megatron.config.needs import Need, setting
 from megatron.moe.routing import SCOPES
 
 
@@ -26,6 +26,17 @@ def require_choice(config: Any, name: str, choices: Iterable[str]) -> None:
     """Raise ValueError unless an option has one of a few values."""
     choices = tuple(choices)
     require_field(config, name, getattr(config, name) in choices, " ".join(choices))
+
+
+def no_effect(alternative: str) -> Need:
+    """Return the need of an option that scripts set and the gate ignores.
+
+    When it is set, the run continues without it and logs one warning.
+
+    Args:
+        alternative: what the option needs instead, for the warning.
+    """
+    return Need(rule=lambda values: False, text=alternative, resets=True)
 
 
 @dataclass(frozen=True)
@@ -105,10 +116,11 @@ def check_norm(config: Any, num_experts: int, **single_expert_values: float) -> 
         return
     for name, value in (single_expert_values or {"topk": 1}).items():
         if getattr(config, name) == value:
+            flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"--norm-topk-prob is on with --{name} {value}: every weight would be the same "
+                f"--norm-topk-prob is on with {flag} {value}: every weight would be the same "
                 "and the router would get no gradient; add --no-norm-topk-prob or choose a "
-                f"larger --{name}"
+                f"larger {flag}"
             )
 
 

@@ -136,3 +136,18 @@ def test_old_runs_keep_mean_over_layers(version, stored, reduction):
 def test_malformed_old_sections_reach_their_check(moe):
     with pytest.raises(ValueError, match="^run.json: moe is .*; allowed: a JSON object$"):
         config_from_dict({"moe": moe, "version": 2})
+
+
+@pytest.mark.parametrize(
+    ("gate", "options", "migrated"),
+    [
+        ("threshold", {"topk": 3, "threshold": 0.5}, {"threshold_max_experts": 3}),
+        ("threshold", {"topk": 0, "threshold": 0.5}, {"threshold_max_experts": 0}),
+        ("threshold", {"threshold": 0.5}, {}),
+        ("topk", {"topk": 3, "threshold": 0.5}, {"topk": 3}),
+    ],
+)
+def test_cap_of_old_threshold_runs_is_renamed(gate, options, migrated):
+    content = {"version": 2, "moe": {"gate": gate}, "gate_options": options}
+    assert migrate("run.json", content, "x")["gate_options"] == {"threshold": 0.5, **migrated}
+    assert "topk" not in migrated or gate == "topk"

@@ -11,9 +11,10 @@ Paper: XMoE (Yang et al. 2024), adaptive number of fine-grained experts.
 Departures: the released code computes a full capacity of rows for every expert
 regardless of the number of assignments, replicates all experts on every GPU and
 initialises them identically. Here only assigned rows are dispatched, so the compute
-follows the demand. topk > 0 caps the number of experts per token. Renormalisation is an
-option; it is refused where every token has one expert, because every weight would be 1
-and the router would receive no gradient.
+follows the demand. threshold_max_experts > 0 caps the number of experts per token,
+which the paper does not; its scripts set a topk that does nothing, here too.
+Renormalisation is an option; it is refused where every token has one expert, because
+every weight would be 1 and the router would receive no gradient.
 
 Shape suffixes: T tokens, D hidden, E experts, R experts by descending probability
 (rank), A assignments.
@@ -21,13 +22,13 @@ Shape suffixes: T tokens, D hidden, E experts, R experts by descending probabili
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
-from megatron.moe.gate_options import LossConfig, check_norm, check_topk, require_field
+from megatron.moe.gate_options import LossConfig, check_norm, no_effect, require_field
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
@@ -39,8 +40,13 @@ class ThresholdGate(Gate, name="threshold"):
     class Config(LossConfig):
         threshold: float = 0.9
         """total probability that a token's experts must reach"""
-        topk: int = 0
+        threshold_max_experts: int = 0
         """largest number of experts per token; 0: no cap"""
+        topk: int = field(
+            default=0,
+            metadata={"needs": no_effect("another --gate: see --threshold-max-experts")},
+        )
+        """accepted, as in XMoE's scripts, and without effect"""
         norm_topk_prob: bool = False
         """divide the probabilities of the selected experts by their sum"""
         routed_scaling_factor: float = 1.0
@@ -50,11 +56,17 @@ class ThresholdGate(Gate, name="threshold"):
             super().__post_init__()
             in_range = 0 <= self.threshold <= 1
             require_field(self, "threshold", in_range, "0 (one expert) to 1 (all of them)")
-            require_field(self, "topk", self.topk >= 0, "0 (no cap) to the number of experts")
+            allowed = "0 (no cap) to the number of experts"
+            require_field(
+                self, "threshold_max_experts", self.threshold_max_experts >= 0, allowed
+            )
+            require_field(self, "topk", self.topk >= 0, "0 or more, without effect")
 
         def check(self, num_experts: int) -> None:
-            check_topk(self.topk, num_experts, least=0)
-            check_norm(self, num_experts, topk=1, threshold=0)
+            fits = self.threshold_max_experts <= num_experts
+            allowed = f"0 (no cap) to the number of experts, which is {num_experts}"
+            require_field(self, "threshold_max_experts", fits, allowed)
+            check_norm(self, num_experts, threshold_max_experts=1, threshold=0)
 
     def __init__(self, config, context):
         super().__init__(config, context)
@@ -62,7 +74,7 @@ class ThresholdGate(Gate, name="threshold"):
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
-        return 1, min(config.topk or num_experts, num_experts)
+        return 1, min(config.threshold_max_experts or num_experts, num_experts)
 
     def forward(self, inp: GateInput) -> Routing:
         c = self.config
@@ -107,6 +119,6 @@ class ThresholdGate(Gate, name="threshold"):
             # All experts: rounding of the running sum must not decide who is left out.
             selected_TR = torch.ones_like(sorted_TR, dtype=torch.bool)
         selected_TR[:, 0] = True
-        if c.topk:
-            selected_TR[:, c.topk :] = False
+        if c.threshold_max_experts:
+            selected_TR[:, c.threshold_max_experts :] = False
         return selected_TR

@@ -33,7 +33,7 @@ def reference(gate, x):
         for rank, e in enumerate(order):
             margin = min(margin, abs(before - c.threshold))
             if (rank == 0 or before < c.threshold or c.threshold == 1) and (
-                not c.topk or rank < c.topk
+                not c.threshold_max_experts or rank < c.threshold_max_experts
             ):
                 assigned.append((t, e, rank, p[e]))
             before += p[e]
@@ -65,7 +65,7 @@ def run(threshold, seed=0, experts=6, tokens=9, std=1.0, **options):
     st.sampled_from([0.05, 0.5, 2.0]),
 )
 def test_gate_matches_formula(seed, threshold, cap, std):
-    gate, x, out = run(threshold, seed, topk=cap, std=std, loss_coeff=0.2)
+    gate, x, out = run(threshold, seed, threshold_max_experts=cap, std=std, loss_coeff=0.2)
     assigned, aux, margin = reference(gate, x)
     if margin < EPS and threshold not in (0.0, 1.0):
         return  # the running sum is at the threshold: fp32 and fp64 may differ
@@ -113,7 +113,7 @@ def test_gradients_match_formula(seed, threshold, cap, norm):
         experts=4,
         tokens=3,
         std=0.5,
-        topk=cap,
+        threshold_max_experts=cap,
         norm_topk_prob=norm,
         loss_coeff=0.3,
         routed_scaling_factor=1.5,
@@ -169,7 +169,7 @@ def test_expert_rows_follow_demand(seed, tokens, std, cap):
             seed=seed,
             init_std=std,
             threshold=threshold,
-            topk=cap,
+            threshold_max_experts=cap,
         )
         layer = make_moe_layer(
             gate,
@@ -274,18 +274,22 @@ def test_balance_scope_reaches_loss():
     [
         ({"threshold": 1.5}, "--threshold is 1.5"),
         ({"threshold": -0.1}, "--threshold is -0.1"),
-        ({"topk": -1}, "--topk is -1"),
-        ({"topk": 7}, "--topk is 7; allowed: 0 to the number of experts, which is 6"),
+        ({"topk": -1}, "--topk is -1; allowed: 0 or more, without effect"),
+        ({"threshold_max_experts": -1}, "--threshold-max-experts is -1"),
         (
-            {"topk": 1, "norm_topk_prob": True},
-            "--norm-topk-prob is on with --topk 1: .*choose a larger --topk",
+            {"threshold_max_experts": 7},
+            r"--threshold-max-experts is 7; allowed: 0 \(no cap\) to .*, which is 6",
+        ),
+        (
+            {"threshold_max_experts": 1, "norm_topk_prob": True},
+            "on with --threshold-max-experts 1: .*choose a larger --threshold-max-experts",
         ),
         (
             {"threshold": 0, "norm_topk_prob": True},
             "--norm-topk-prob is on with --threshold 0: .*choose a larger --thresh",
         ),
         (
-            {"threshold": 0.0, "topk": 3, "norm_topk_prob": True},
+            {"threshold": 0.0, "threshold_max_experts": 3, "norm_topk_prob": True},
             "--norm-topk-prob is on with --threshold 0: ",
         ),
     ],
@@ -295,7 +299,7 @@ def test_invalid_options_are_refused(options, message):
         create_gate("threshold", hidden_size=8, num_experts=6, **options)
 
 
-@pytest.mark.parametrize("options", [{"topk": 1}, {"threshold": 0.0}])
+@pytest.mark.parametrize("options", [{"threshold_max_experts": 1}, {"threshold": 0.0}])
 def test_single_expert_may_be_renormalised(options):
     gate = create_gate(
         "threshold", hidden_size=8, num_experts=1, norm_topk_prob=True, **options
