@@ -28,13 +28,70 @@ def rename_cap_of_threshold(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "gate_options": renamed}
 
 
+_CAPACITY_FACTORS = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
+_LARGEST_FACTOR = 1e100
+"""Above any factor with an effect; larger integers have no quotient"""
+_TOPK_2 = (
+    "topk",
+    "cosine",
+    "deepseek_v2",
+    "deepseek_v3",
+    "remoe",
+    "tcmoe",
+    "expert_choice",
+)
+"""Gates of version 2 whose default of `topk` was 2; a gate outside the tree stores it"""
+_NO_K = ("threshold", "moepp", "hash", "base")
+"""Gates whose capacity did not change: without k, or like MoE++ with k in all versions"""
+
+
+def divide_capacity_factors(content: dict[str, Any]) -> dict[str, Any]:
+    """Divide capacity factors by the number of experts per token, k.
+
+    The capacity was ceil(factor * T / E) rows and is ceil(factor * k * T / E) now, each between
+    --moe-min-capacity and T, which did not change. The rule rounds off the error of the
+    division, so that the same number of rows results.
+    """
+    moe = content.get("moe")
+    k = _experts_per_token(content)
+    if not isinstance(moe, dict) or k is None:
+        return content
+    divided = {}
+    for name in _CAPACITY_FACTORS:
+        factor = moe.get(name)
+        if type(factor) in (int, float) and abs(factor) < _LARGEST_FACTOR:
+            divided[name] = factor / k
+    return {**content, "moe": {**moe, **divided}}
+
+
+def _experts_per_token(content: dict[str, Any]) -> int | None:
+    """Return k of the stored gate, or None where its capacity stays as it is."""
+    gate = _gate(content)
+    options = content.get("gate_options", {})
+    if gate in _NO_K or not isinstance(options, dict):
+        return None
+    if gate == "peer":
+        per_head = _integer(options, "peer_topk", 16)
+        most = _integer(content["moe"], "num_experts", per_head)
+        k = _integer(options, "peer_num_heads", 8) * min(per_head, most)
+    else:
+        k = _integer(options, "topk", 2 if gate in _TOPK_2 else 1)
+    return k if k > 1 else None
+
+
+def _integer(options: dict[str, Any], name: str, default: int) -> int:
+    """Return an option, or 1 for a value that the gate will refuse."""
+    value = options.get(name, default)
+    return value if type(value) is int and 0 < value < 2**31 else 1
+
+
 def _gate(content: dict[str, Any]) -> Any:
     """Return the stored name of the gate, or the default of version 2."""
     moe = content.get("moe")
     return moe.get("gate", "topk") if isinstance(moe, dict) else "topk"
 
 
-STEPS = (keep_mean_over_layers, rename_cap_of_threshold)
+STEPS = (keep_mean_over_layers, rename_cap_of_threshold, divide_capacity_factors)
 """In this order; steps of gate options come before the one that changes their layout"""
 
 

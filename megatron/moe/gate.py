@@ -154,6 +154,15 @@ class Gate(nn.Module):
         """
         return None
 
+    def capacity_k(self) -> int:
+        """Return the k of the common capacity, factor * k * T / E rows per expert.
+
+        It is the number of experts per token that fit at factor 1.0 when the load is even:
+        by default the option `topk`, or 1 for a gate without one. A gate whose number of
+        experts per token follows from the tokens returns 1.
+        """
+        return getattr(self.config, "topk", 1)
+
     def warn_once(self, message: str) -> None:
         """Log a warning on rank 0 for what every rank and every MoE layer notices.
 

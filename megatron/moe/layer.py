@@ -226,7 +226,11 @@ class MoELayer(nn.Module):
             if capacities is not None:
                 return torch.tensor(capacities, device=inp.x_TD.device)
         return capacity_from_factor(
-            num_tokens, self.gate.num_experts, factor, self.min_capacity
+            num_tokens,
+            self.gate.num_experts,
+            factor,
+            self.min_capacity,
+            k=self.gate.capacity_k(),
         )
 
     def _local_outputs(

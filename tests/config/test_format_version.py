@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from fractions import Fraction
 
 import pytest
 
@@ -16,6 +19,7 @@ from megatron.config.format_version import (
 )
 from megatron.config.run_json import config_from_dict, read_run_json, run_json_text
 from megatron.config.schema import ModelConfig, RunConfig
+from megatron.moe.dispatch.plan import capacity_from_factor
 
 
 def test_written_version_is_current():
@@ -151,3 +155,64 @@ def test_cap_of_old_threshold_runs_is_renamed(gate, options, migrated):
     content = {"version": 2, "moe": {"gate": gate}, "gate_options": options}
     assert migrate("run.json", content, "x")["gate_options"] == {"threshold": 0.5, **migrated}
     assert "topk" not in migrated or gate == "topk"
+
+
+@pytest.mark.parametrize(
+    ("gate", "options", "k"),
+    [
+        ("topk", {"topk": 6}, 6),
+        ("topk", {}, 2),
+        ("cosine", {"topk": 1}, 1),
+        ("deepseek_v3", {}, 2),
+        ("expert_choice", {"topk": 3}, 3),
+        ("outside", {"topk": 7}, 7),
+        ("outside", {}, 1),
+        ("peer", {"peer_num_heads": 2, "peer_topk": 3}, 6),
+        ("peer", {"peer_num_heads": 2, "peer_topk": 99}, 32),
+        ("peer", {}, 128),
+        ("threshold", {"topk": 8}, 1),
+        ("moepp", {"topk": 2}, 1),
+        ("hash", {}, 1),
+    ],
+)
+@pytest.mark.parametrize("factor", [0.0, 1, 1.25, 8.0])
+def test_capacity_of_old_runs_stays(gate, options, k, factor):
+    """Old: ceil(factor * T / E) rows. New: with k, and a factor that is divided by k."""
+    moe = {
+        "num_experts": 16,
+        "gate": gate,
+        "moe_train_capacity_factor": factor,
+        "moe_min_capacity": 4,
+    }
+    content = {"version": 2, "moe": moe, "gate_options": options}
+    migrated = migrate("run.json", content, "x")["moe"]
+    assert migrated["moe_min_capacity"] == 4 and "moe_eval_capacity_factor" not in migrated
+    new = migrated["moe_train_capacity_factor"]
+    assert new == pytest.approx(factor / k) and (k > 1 or new is factor)
+    for tokens, experts in itertools.product((1, 7, 96, 1000, 4096), (2, 6, 64)):
+        rows = math.ceil(Fraction(factor) * tokens / experts)
+        expected = min(tokens, max(4, rows)) if factor else None
+        assert capacity_from_factor(tokens, experts, new, 4, k) == expected
+
+
+@pytest.mark.parametrize("value", ["x", None, True, [1], 10**400])
+@pytest.mark.parametrize("where", ["factor", "topk", "gate_options", "gate"])
+def test_malformed_capacity_stays_as_it_is(value, where):
+    """Types are checked after the migration, which must not fail at them."""
+    moe = {"gate": "topk", "moe_train_capacity_factor": 2.0}
+    options = {"topk": 4}
+    if where == "factor":
+        moe["moe_train_capacity_factor"] = value
+    elif where == "gate":
+        moe["gate"] = value
+    elif where == "topk":
+        options["topk"] = value
+    else:
+        options = value
+    content = {"version": 2, "moe": moe, "gate_options": options}
+    migrated = migrate("run.json", content, "x")
+    factor = moe["moe_train_capacity_factor"]
+    if where == "gate":
+        factor = 0.5  # of a gate outside the tree with this option
+    assert migrated["moe"]["moe_train_capacity_factor"] == factor
+    assert migrated["gate_options"] == options

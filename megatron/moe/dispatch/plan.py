@@ -111,15 +111,18 @@ class DispatchPlan:
 
 
 def capacity_from_factor(
-    num_tokens: int, num_experts: int, factor: float, minimum: int
+    num_tokens: int, num_experts: int, factor: float, minimum: int, k: int = 1
 ) -> int | None:
-    """Compute an expert's capacity: min(T, max(minimum, ceil(T / E * factor))) rows.
+    """Compute an expert's capacity: min(T, max(minimum, ceil(factor * k * T / E))) rows.
 
-    A factor of 0 means no limit and returns None.
+    With a factor of 1.0 an even load of k experts per token fits exactly, as in DeepSpeed
+    and Megatron. A factor of 0 means no limit and returns None.
     """
     if factor == 0:
         return None
-    return min(num_tokens, max(minimum, math.ceil(num_tokens / num_experts * factor)))
+    rows = factor * k * num_tokens / num_experts
+    # Rounding of a factor like 4 / 3 must not add a row.
+    return min(num_tokens, max(minimum, math.ceil(round(rows, 6))))
 
 
 def build_dispatch_plan(

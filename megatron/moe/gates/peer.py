@@ -156,6 +156,9 @@ class PEERGate(Gate, name="peer"):
         most = config.peer_num_heads * config.peer_topk
         return min(config.peer_topk, num_experts), min(most, num_experts)
 
+    def capacity_k(self) -> int:
+        return self.config.peer_num_heads * min(self.config.peer_topk, self.num_experts)
+
     def forward(self, inp: GateInput) -> Routing:
         c = self.config
         query_THQ = linear_fp32(inp.x_TD, self.query)

@@ -5,7 +5,7 @@ Paper: XMoE (Yang et al. 2024), adaptive number of fine-grained experts.
     p = softmax(W x), sorted in descending order
     I = rank 0, and ranks whose preceding ranks sum to less than the threshold
     w_i = p_i (not renormalised)
-    priority under a capacity limit: lower rank first, then higher p
+    priority under a capacity limit of factor * T / E rows: lower rank first, then higher p
     aux = loss_coeff * E * sum_e mean_t(p_te) * mean_t[argmax_t = e]
 
 Departures: the released code computes a full capacity of rows for every expert
@@ -75,6 +75,9 @@ class ThresholdGate(Gate, name="threshold"):
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
         return 1, min(config.threshold_max_experts or num_experts, num_experts)
+
+    def capacity_k(self) -> int:
+        return 1  # XMoE's factor of 8.0 therefore holds 8 experts per token
 
     def forward(self, inp: GateInput) -> Routing:
         c = self.config

@@ -14,6 +14,9 @@ def test_capacity_formula():
     assert capacity_from_factor(100, 8, 1.25, 4) == 16  # ceil(100 / 8 * 1.25) = ceil(15.625)
     assert capacity_from_factor(100, 64, 1.0, 4) == 4  # the minimum
     assert capacity_from_factor(100, 8, 100.0, 4) == 100  # at most the number of tokens
+    assert capacity_from_factor(100, 8, 1.25, 4, k=2) == 32  # ceil(31.25)
+    assert capacity_from_factor(100, 8, 8.0, 4, k=2) == 100
+    assert capacity_from_factor(96, 64, 4 / 3, 1, k=6) == 12  # 12.000000000000002 in floats
     assert capacity_from_factor(3, 8, 1.0, 4) == 3
     assert capacity_from_factor(0, 8, 1.0, 4) == 0
 
