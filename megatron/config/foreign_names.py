@@ -19,6 +19,7 @@ ALIASES = {
     "--encoder-num-layers": "--num-layers",
     "--encoder-seq-length": "--seq-length",
     "--expert-model-parallel-size": "--moe-expert-parallel-size",
+    "--moe-aux-loss-coeff": "--moe-loss-coeff",
     "--moe-input-jitter-eps": "--jitter",
     "--moe-router-bias-update-rate": "--bias-update-speed",
     "--moe-router-group-topk": "--topk-group",
@@ -125,7 +126,6 @@ NOT_NEEDED = {
 
 _DEEPSPEED_FILE = "set it in the file of --deepspeed-config"
 _RECOMPUTE = "use --recompute-activations, which recomputes every block"
-_BALANCE = "use --moe-loss-coeff, which multiplies the mean over layers instead of their sum"
 
 NOT_SUPPORTED = {
     "--add-qkv-bias": "linear layers have no biases",
@@ -150,9 +150,9 @@ NOT_SUPPORTED = {
     "--lr-wsd-decay-iters": "use --lr-wsd-decay-fraction",
     "--lr-wsd-decay-samples": "use --lr-wsd-decay-fraction",
     "--min-loss-scale": _DEEPSPEED_FILE,
-    "--moe-aux-loss-coeff": _BALANCE,
     "--moe-expert-capacity-factor": (
-        "use --moe-train-capacity-factor, which is not multiplied by the experts per token"
+        "use --moe-train-capacity-factor and --moe-eval-capacity-factor, each with the same value, "
+        "and --moe-min-capacity 0"
     ),
     "--moe-layer-freq": "use --expert-interval or --moe-layers",
     "--moe-layer-recompute": _RECOMPUTE,

@@ -50,8 +50,9 @@ class MoEConfig:
     layers. Published coefficients are those of the sum; with mean a router's gradient is that of
     the sum divided by the number of MoE layers"""
     moe_train_capacity_factor: float = option(0.0, needs=setting("num_experts"))
-    """capacity of an expert during training, for the tokens of one rank's micro-batch, as a
-    multiple of tokens / experts (not multiplied by k); 0: no limit (dropless)"""
+    """capacity of an expert during training: it accepts factor * k * tokens / experts of the
+    tokens of one rank's micro-batch and drops the rest; k is the gate's experts per token, or 1
+    where their number varies from token to token (threshold); 0: no limit (dropless)"""
     moe_eval_capacity_factor: float = option(0.0, needs=setting("num_experts"))
     """capacity of an expert during evaluation, as --moe-train-capacity-factor"""
     moe_min_capacity: int = option(
