@@ -62,9 +62,11 @@ def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
     groups = _init_distributed(
         config.moe.moe_expert_parallel_size, config.fault_tolerance.timeout_minutes
     )
+    from megatron.checkpoint.gate_code import require_same_gates_on_ranks
     from megatron.checkpoint.loader import load_for_run
 
     timer.mark("DeepSpeed and process groups")
+    require_same_gates_on_ranks(config, groups)
     data = broadcast_from_rank0(lambda: read_data_args(config.data), groups)
     config = replace(config, data=data)
     log_expert_backend(config, groups)
@@ -89,7 +91,8 @@ def initialize_inference(
 
     Raises:
         ValueError: the capacity factor is negative or not finite, or the checkpoint has no
-            experts for it, or does not fit the tokenizer that its flags name.
+            experts for it, does not fit the tokenizer that its flags name, or has a gate that
+            is not imported.
         OSError: there is no valid checkpoint.
     """
     require(
@@ -99,12 +102,14 @@ def initialize_inference(
         "a finite number, 0 or more",
     )
     groups = _init_distributed(1)
+    from megatron.checkpoint.gate_code import require_same_gates_on_ranks
     from megatron.checkpoint.loader import find_checkpoint
     from megatron.checkpoint.metadata import RunMetadata
 
     options = CheckpointConfig(load=load, load_step=load_step, finetune=True)
     checkpoint = find_checkpoint(options, groups, required=True)
     config = checkpoint.metadata.config
+    require_same_gates_on_ranks(config, groups)
     ep_size = config.moe.moe_expert_parallel_size
     if groups.world_size % ep_size:
         ep_size = 1

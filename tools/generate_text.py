@@ -36,6 +36,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="iteration of the checkpoint; 0: the newest (default)",
     )
+    parser.add_argument(
+        "--gate-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files with the model's gate, if it is neither built-in nor installed",
+    )
     parser.add_argument("--prompt", nargs="+", default=["def "], help="one or more prompts")
     parser.add_argument(
         "--max-new-tokens",
@@ -77,7 +84,9 @@ def run(args: argparse.Namespace) -> None:
     """Generate and print the continuations."""
     from megatron.inference.generate import generate
     from megatron.initialize import build_inference_model, initialize_inference
+    from megatron.moe.gate_registry import import_gate_files
 
+    import_gate_files(args.gate_path)
     capacity_factor = args.moe_eval_capacity_factor
     run = initialize_inference(args.load, args.load_step, capacity_factor)
     model = build_inference_model(run)

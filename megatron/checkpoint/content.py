@@ -91,6 +91,7 @@ class StoredState(TypedDict):
     iterations: Count
     samples: NotRequired[Count]
     data: dict[str, dict[str, Count | str]]
+    gates: NotRequired[dict[str, dict[str, str]]]
     versions: dict[str, str]
     saved_at: str
     progress: StoredProgress

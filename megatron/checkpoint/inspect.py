@@ -271,6 +271,7 @@ def compare_checkpoints(
         "configuration": _differences(_flatten(a["config"]), _flatten(b["config"])),
         "tokenizer": _differences(a["identity"], b["identity"]),
         "data": _differences(_flatten(a["data"]), _flatten(b["data"])),
+        "gates": _differences(_flatten(a.get("gates", {})), _flatten(b.get("gates", {}))),
         "versions": _differences(a["versions"], b["versions"]),
         "tensors": _compare_shapes(tensors_a, tensors_b),
     }

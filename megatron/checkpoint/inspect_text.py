@@ -12,6 +12,7 @@ _DIFFERENCE_SECTIONS = (
     "configuration",
     "tokenizer",
     "data",
+    "gates",
     "versions",
 )
 
@@ -55,6 +56,7 @@ def format_checkpoint(summary: dict[str, Any]) -> list[str]:
         "parameters",
         *_table(_parameters(summary["parameters"])),
         *_gate_lines(summary["config"]),
+        *_gate_code_lines(summary.get("gates", {})),
         "tokenizer",
         *_table(tokenizer),
         "data",
@@ -108,6 +110,15 @@ def _gate_lines(config: dict[str, Any]) -> list[str]:
         f"gate, for {moe['num_experts']} experts",
         *_table({moe["gate"]: _name_value_list(config["gate_options"])}),
     ]
+
+
+def _gate_code_lines(gates: dict[str, dict[str, str]]) -> list[str]:
+    """Format where gates come from, which checkpoints of earlier versions do not record."""
+    rows = {}
+    for name, origin in gates.items():
+        words = [origin.get(key, "") for key in ("kind", "package", "path", "sha256")]
+        rows[name] = "  ".join(word for word in words if word)
+    return ["code of gates", *_table(rows)] if rows else []
 
 
 def _data(data: dict[str, dict[str, Any]]) -> dict[str, str]:

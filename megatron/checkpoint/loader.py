@@ -23,6 +23,7 @@ from megatron.checkpoint.directory import (
     find_newest_valid,
     select_checkpoints,
 )
+from megatron.checkpoint.gate_code import require_known_gates, warn_of_changed_gates
 from megatron.checkpoint.manifest import CorruptCheckpointError, check_files
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
 from megatron.checkpoint.shards import CheckpointReader, rank_file_name
@@ -58,6 +59,7 @@ class LoadedCheckpoint:
         self.options = options
         self.corrupt = corrupt
         state = read_state(path)
+        require_known_gates(state.get("gates", {}), str(path))
         config = with_typed_gate_options(read_config(path), path)
         self.metadata = RunMetadata.from_state(config, state)
         self.progress = TrainingProgress()
@@ -159,6 +161,7 @@ class LoadedCheckpoint:
                 --finetune or --skip-train is set) the schedule differ.
         """
         check_same_run(self.metadata, current, str(self.path))
+        warn_of_changed_gates(self.metadata.gates, current.gates)
         if self.options.finetune or current.config.train.skip_train:
             return
         if not self.options.override_lr_schedule:

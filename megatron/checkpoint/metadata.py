@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron import __version__
+from megatron.checkpoint.gate_code import describe_gates
 from megatron.config.fields import flag_name
 from megatron.config.schema import RunConfig
 from megatron.data.sampling.blend import parse_blend
@@ -25,7 +26,7 @@ _PACKAGES = ("torch", "deepspeed", "numpy")
 _DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _STATE_FIELDS = ("identity", "topology", "global_batch_size", "iterations", "data")
 # Fields that checkpoints of earlier versions lack.
-_NEW_STATE_FIELDS = ("samples",)
+_NEW_STATE_FIELDS = ("samples", "gates")
 
 
 class Position(NamedTuple):
@@ -100,6 +101,8 @@ class RunMetadata:
     """Data files by prefix, see `describe_data`"""
     samples: int = 0
     """Number of training samples that the data were built for; 0: not recorded"""
+    gates: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Origin of each gate by name, see `describe_gates`; empty: not recorded, or no experts"""
 
     @staticmethod
     def of(
@@ -135,6 +138,7 @@ class RunMetadata:
             iterations=iterations,
             data=data or {},
             samples=samples,
+            gates=describe_gates(config),
         )
 
     @property

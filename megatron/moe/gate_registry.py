@@ -327,7 +327,8 @@ def _hash_of(cls: type, kind: str) -> str:
 
     That is the hash of the file that defines the class. If other modules of its package
     have been imported, they belong to a gate of a --gate-path or of an installed package:
-    then it is the hash of the names and hashes of all these files.
+    then it is the hash of the names and hashes of all these files. Empty ones do not
+    count, so that the same file has one hash in a package and alone.
     """
     package = ""
     if kind == "file":
@@ -339,11 +340,13 @@ def _hash_of(cls: type, kind: str) -> str:
         for name, module in list(sys.modules.items()):
             if f"{name}.".startswith(f"{package}."):
                 paths.add(getattr(module, "__file__", None) or "")
-    files = [path for path in sorted(map(Path, paths - {""})) if path.is_file()]
-    hashes = [sha256(file.read_bytes()).hexdigest() for file in files]
+    hashes = {}
+    for path in sorted(map(Path, paths - {""})):
+        if path.is_file() and path.stat().st_size:
+            hashes[path] = sha256(path.read_bytes()).hexdigest()
     if len(hashes) <= 1:
-        return "".join(hashes)
-    lines = [f"{file.name} {hashed}\n" for file, hashed in zip(files, hashes, strict=True)]
+        return "".join(hashes.values())
+    lines = [f"{path.name} {hashed}\n" for path, hashed in hashes.items()]
     return sha256("".join(lines).encode()).hexdigest()
 
 

@@ -1,0 +1,100 @@
+"""The code of a run's gates: recorded in checkpoints, and compared when one is loaded.
+
+A gate may be a file of the user or of an installed package. A checkpoint records where its
+gates came from and a hash of their code. It is a record only: nothing is imported from a path
+that a checkpoint names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron.config.schema import RunConfig
+from megatron.log import warn_on_rank0
+from megatron.moe.gate import available_gates
+from megatron.moe.gate_registry import REGISTRY, GateOrigin, gate_origin
+from megatron.parallel.groups import Groups, all_gather_objects
+
+_SHOWN_DIGITS = 12
+"""Digits of a SHA-256 in messages"""
+
+
+def describe_gates(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return the fields of `GateOrigin` of each gate of a run, by name."""
+    if not config.moe.num_experts:
+        return {}
+    return {config.moe.gate: asdict(gate_origin(config.moe.gate))}
+
+
+def require_known_gates(saved: dict[str, dict[str, str]], where: str) -> None:
+    """Check that the gates of a checkpoint are built-in, installed or imported.
+
+    Args:
+        saved: result of `describe_gates` in the checkpoint; empty in those of earlier versions.
+        where: name of the checkpoint for messages.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, fields in saved.items():
+        if name in available_gates():
+            continue
+        origin = _origin(fields)
+        advice = "give --gate-path with that file or a copy of it"
+        if origin.package:
+            advice = f"install {origin.package}, or give its file with --gate-path"
+        reason = REGISTRY.conflicts.get(name) or REGISTRY.failures.get(name)
+        if reason:
+            advice = reason
+        raise ValueError(
+            f"checkpoint {where} was made with the gate {name!r} of {origin}, which is not "
+            f"imported (a path in a checkpoint never is): {advice}"
+        )
+
+
+def warn_of_changed_gates(
+    saved: dict[str, dict[str, str]], current: dict[str, dict[str, str]]
+) -> None:
+    """Log one line for each gate whose code is not that of the checkpoint."""
+    for name, fields in current.items():
+        old = _origin(saved.get(name, {}))
+        new = _origin(fields)
+        if old.sha256 and new.sha256 and old.sha256 != new.sha256:
+            warn_on_rank0(
+                "the code of gate %s has changed since the checkpoint: %s has the SHA-256 %s, "
+                "and %s had %s",
+                name,
+                new,
+                new.sha256[:_SHOWN_DIGITS],
+                old,
+                old.sha256[:_SHOWN_DIGITS],
+            )
+
+
+def require_same_gates_on_ranks(config: RunConfig, groups: Groups) -> None:
+    """Check that all ranks have imported the same code of the gates from outside the tree.
+
+    Raises:
+        ValueError: the files of two ranks differ; then all ranks raise it.
+    """
+    described = describe_gates(config)
+    if all(fields["kind"] == "built-in" for fields in described.values()):
+        return
+    on_ranks = all_gather_objects(described, groups)
+    for name in described:
+        first = on_ranks[0][name]
+        for rank, gates in enumerate(on_ranks):
+            if gates[name]["sha256"] != first["sha256"]:
+                raise ValueError(
+                    f"the code of gate {name!r} differs between ranks: {first['path']} has the "
+                    f"SHA-256 {first['sha256'][:_SHOWN_DIGITS]} on rank 0, and "
+                    f"{gates[name]['path']} has {gates[name]['sha256'][:_SHOWN_DIGITS]} on rank "
+                    f"{rank}; put the same file on every node"
+                )
+
+
+def _origin(fields: dict[str, Any]) -> GateOrigin:
+    """Return the origin that a checkpoint records, of which a later version may have more."""
+    known = {name: fields[name] for name in GateOrigin.__dataclass_fields__ if name in fields}
+    return GateOrigin(**{"kind": "", **known})
