@@ -222,6 +222,8 @@ def test_flags_that_cannot_apply_are_left_out(tmp_path):
     dense = flags_of(tmp_path, EP_SIZE="0")
     assert not {word for word in dense if "moe" in word or "expert" in word or "gate" in word}
     assert "--moe-min-capacity" in flags_of(tmp_path, MOE_MIN_CAP="8")
+    files = flags_of(tmp_path, GATE_PATH=f"'{__file__}' b.py")
+    assert files[files.index("--gate-path") + 1 :][:2] == [__file__, "b.py"]
     limited = flags_of(tmp_path, MOE_EVAL_CAP_FACTOR="2")
     assert [word for word in limited if "capacity" in word] == ["--moe-eval-capacity-factor"]
 

@@ -27,6 +27,7 @@ from megatron.config.flags import flags_of
 from megatron.config.gate_path import resolve_gate_paths
 from megatron.log import warn_on_rank0
 from megatron.moe import gates
+from megatron.moe.experts.expert_type import available_expert_types
 
 ENTRY_POINT_GROUP = "moe_megatron.gates"
 _IMPORTERS = (str(Path(__file__)), str(Path(importlib.__file__).parent), "<frozen ")
@@ -119,10 +120,12 @@ class GateRegistry:
     def import_file(self, path: str) -> tuple[str, ...]:
         """Import a file or package folder, once, and return the names of its gates.
 
+        It may register expert types (`megatron.moe.experts.expert_type`) as well, or only.
+
         Args:
             path: absolute.
         Raises:
-            ValueError: it cannot be imported, registers no gate, or one whose name is
+            ValueError: it cannot be imported, registers nothing, or a gate whose name is
                 taken or whose Config is wrong.
         """
         self.import_installed()
@@ -130,6 +133,7 @@ class GateRegistry:
             return self._files[path]
         file = Path(path)
         before = set(self.classes)
+        expert_types = available_expert_types()
         with self._importing(GateOrigin("file")):
             try:
                 _execute_file(file)
@@ -143,7 +147,7 @@ class GateRegistry:
                     f"--gate-path {path} cannot be imported: {type(error).__name__}: {error}"
                     f"{_own_frames(error, folder)}{_absolute_import_advice(error, folder)}"
                 ) from None
-        if not names:
+        if not names and available_expert_types() == expert_types:
             raise ValueError(
                 f"--gate-path {path} registers no gate; define a subclass of "
                 'megatron.moe.Gate with a name in it: class MyGate(Gate, name="my_gate")'
@@ -194,6 +198,7 @@ class GateRegistry:
         package = f"{point.dist.name} {point.dist.version}"
         what = f"the entry point {point.name!r} of the package {package}"
         before = set(self.classes)
+        expert_types = available_expert_types()
         try:
             with self._importing(GateOrigin("package", package=package)):
                 point.load()
@@ -203,7 +208,7 @@ class GateRegistry:
                     is_of_module = f"{cls.__module__}.".startswith(f"{point.module}.")
                     if name not in before or is_of_module:
                         names.append(name)
-                if not names:
+                if not names and available_expert_types() == expert_types:
                     raise ValueError(f"{point.value} registers no gate")
                 self._finish(names, package)
         except _NameTakenError as error:

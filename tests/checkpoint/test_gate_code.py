@@ -44,7 +44,7 @@ def test_dense_run_records_no_gate():
         (OUTSIDE, "of /folder/mine.py, which is not imported .*: give --gate-path with that"),
         (
             replace(OUTSIDE, kind="package", package="outside-demo 1.5"),
-            "of /folder/mine.py of the package outside-demo 1.5, which .*: install outside-demo 1.5, or give its",
+            "of /folder/mine.py of the package outside-demo 1.5, .*: install outside-demo 1.5, or",
         ),
         (GateOrigin("module"), "of a Python session, which is not imported"),
     ],

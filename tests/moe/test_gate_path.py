@@ -172,6 +172,21 @@ def test_two_files_with_one_gate_name(tmp_path):
         parse("--gate-path", a, b)
 
 
+def test_file_may_bring_only_an_expert_type(tmp_path):
+    from megatron.moe.experts import expert_type
+
+    path = tmp_path / "experts.py"
+    path.write_text(
+        "from megatron.moe.experts.expert_type import ExpertType\n\n\n"
+        'class MyExperts(ExpertType, name="outside_experts"):\n    pass\n'
+    )
+    try:
+        import_gate_files([str(path)])
+        assert "outside_experts" in expert_type.available_expert_types()
+    finally:
+        expert_type._registry._classes.pop("outside_experts", None)
+
+
 def test_gate_without_options_needs_no_config(tmp_path):
     path = tmp_path / "gate.py"
     path.write_text(f'{CLASS}class A(Gate, name="outside_a"):\n    pass\n')
