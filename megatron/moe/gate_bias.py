@@ -10,11 +10,22 @@ A rule updates b once per optimizer step, from counts of all ranks and micro-bat
     sign   b_e += bias_update_speed * sign(mean(c) - c_e), c_e: assignments to e before
            capacity (auxiliary-loss-free load balancing, Wang et al. 2024; DeepSeek-V3).
            With speed 0 a bias keeps its values, which are 0 in a new run.
+    quantile  quantile balancing (Kimi K3): b_e = the k/E-quantile of r_:e over the
+           step's tokens, then b -= mean(b), with
+           r_te = a_t - s_te, a_t: the (k+1)-th largest s_t + b
+           r_te is the bias from which on e is among the k best of t, so a share k/E of
+           the tokens would choose e against the others as they were. Meant for balance
+           without an auxiliary loss.
+
+The quantile comes from a histogram over [min b - 1, max b + 1] (`quantile_histogram`),
+which contains all r of sigmoid and softmax scores; with other scores, or logits, the
+biases move by 1 per step towards a quantile outside. A bin is 0.002 wide or more. The
+softmax scores of many experts differ by less: with them, use bias_on logit.
 
 A new rule is a subclass of `BiasRule` in `BIAS_RULES`. One that needs more than the
 loads returns what it counts in a forward pass from `step_sums`.
 
-Shape suffixes: T tokens, E experts, k experts per token.
+Shape suffixes: T tokens, E experts, k experts per token, K = k + 1, B bins.
 """
 
 from __future__ import annotations
@@ -28,6 +39,7 @@ from torch import Tensor
 from megatron.config.needs import setting
 from megatron.moe.gate import Gate, GateContext
 from megatron.moe.gate_options import GateOptions, require_choice, require_field
+from megatron.moe.quantile_histogram import histogram, quantile
 from megatron.moe.routing import StepTotals
 
 
@@ -65,7 +77,36 @@ class SignRule(BiasRule):
         bias_E.add_(direction_E, alpha=config.bias_update_speed)
 
 
-BIAS_RULES: dict[str, BiasRule | None] = {"none": None, "sign": SignRule()}
+class QuantileRule(BiasRule):
+    """Solves for the biases at which every expert is chosen by its share of the tokens."""
+
+    def step_sums(self, config: Any, bias_E: Tensor, score_TE: Tensor) -> dict[str, Tensor]:
+        if config.topk == len(bias_E):
+            return {}  # No expert is left out: the bias has no effect.
+        best_TK = (score_TE + bias_E).topk(config.topk + 1, dim=-1).values
+        required_TE = best_TK[:, -1:] - score_TE
+        return {"required_bias_counts": histogram(required_TE, *_quantile_range(bias_E))}
+
+    def update(self, config: Any, bias_E: Tensor, step: StepTotals) -> None:
+        if config.topk == len(bias_E):
+            return
+        counts_EB = step.step_sums["required_bias_counts"]
+        share = config.topk / len(bias_E)
+        solved_E = quantile(counts_EB, *_quantile_range(bias_E), share)
+        solved_E = solved_E - solved_E.mean()
+        bias_E.copy_(torch.where(step.num_tokens > 0, solved_E, bias_E.double()))
+
+
+def _quantile_range(bias_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the range of the histograms, which all ranks know from the biases."""
+    return (bias_E.min() - 1).expand_as(bias_E), (bias_E.max() + 1).expand_as(bias_E)
+
+
+BIAS_RULES: dict[str, BiasRule | None] = {
+    "none": None,
+    "sign": SignRule(),
+    "quantile": QuantileRule(),
+}
 _HAS_BIAS = setting("bias_rule", *(name for name, rule in BIAS_RULES.items() if rule))
 
 
@@ -75,7 +116,8 @@ class BiasConfig(GateOptions):
 
     bias_rule: str = field(default="none", metadata={"choices": tuple(BIAS_RULES)})
     """update of the expert biases, by which experts are selected, after each optimizer
-    step: none, there are no biases; sign, by --bias-update-speed towards equal loads"""
+    step: none, there are no biases; sign, by --bias-update-speed towards equal loads;
+    quantile, to the solution for equal loads of the step's tokens (quantile balancing)"""
     bias_update_speed: float = field(
         default=1e-3, metadata={"needs": setting("bias_rule", "sign")}
     )

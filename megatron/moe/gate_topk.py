@@ -89,6 +89,12 @@ class TopKConfig(BiasConfig, RouterConfig, GroupConfig):
         super().__post_init__()
         require_choice(self, "score_function", SCORE_FUNCTIONS)
         require_field(self, "norm_floor", self.norm_floor >= 0, "0 (no bound) or more")
+        if self.bias_rule == "quantile" and self.n_group > 1:
+            # The best biases depend on which groups a token keeps, and that on the biases.
+            raise ValueError(
+                f"--bias-rule is quantile with --n-group {self.n_group}; quantile balancing "
+                "needs --n-group 1, groups need --bias-rule sign or none"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ def test_frozen_gate_is_not_updated(name):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--bias-rule foo", "--bias-rule is 'foo'; allowed: none sign"),
+        ("--bias-rule foo", "--bias-rule is 'foo'; allowed: none sign quantile"),
         ("--bias-on foo", "--bias-on is 'foo'; allowed: score logit"),
         (
             "--bias-update-speed 0.1",
