@@ -10,13 +10,16 @@ A gate is one paper in one file, of `megatron/moe/gates/` or outside the tree
 
 A gate may not communicate, apply capacity, multiply expert outputs, log (except by
 `warn_once`), or read flags.
-Its forward changes no state, because activation recomputation runs it twice. State that
-outlives a step is an fp32 buffer, which `post_optimizer_step` updates.
+Its forward changes no state, because activation recomputation runs it twice, and takes
+the same discrete decisions both times (`megatron.moe.decisions`). State that outlives a
+step is an fp32 buffer, which `post_optimizer_step` updates.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.log import warn_on_rank0
+from megatron.moe.decisions import DecisionRecorder, DecisionRepeater
 from megatron.moe.gate_functional import make_linear
 from megatron.moe.gate_registry import REGISTRY
 from megatron.moe.routing import GateInput, Routing, StepTotals
@@ -81,6 +85,7 @@ class Gate(nn.Module):
         self.context = context
         self.num_experts = context.num_experts
         self._has_warned = context.layer > 0
+        self._decisions: DecisionRecorder | DecisionRepeater | None = None
         self.zero_computation_experts = nn.ModuleList()
 
     @property
@@ -162,6 +167,33 @@ class Gate(nn.Module):
         experts per token follows from the tokens returns 1.
         """
         return getattr(self.config, "topk", 1)
+
+    @contextmanager
+    def use_decisions(self, decisions: DecisionRecorder | DecisionRepeater) -> Iterator[None]:
+        """Record or repeat the discrete decisions of a forward pass that runs inside.
+
+        The MoE layer calls this under activation recomputation, see
+        `megatron.moe.decisions`.
+        """
+        self._decisions = decisions
+        try:
+            with decisions:
+                yield
+        finally:
+            self._decisions = None
+
+    def decide(self, function: Callable, *args: Any) -> Any:
+        """Return function(*args), computed without gradients, as one decision.
+
+        Under activation recomputation the function is called in the first forward pass
+        only. A gate needs this only for decisions that take many operations, such as
+        those of an iteration: each operation that decides something is otherwise recorded
+        by itself.
+        """
+        if self._decisions is not None:
+            return self._decisions.decide(function, *args)
+        with torch.no_grad():
+            return function(*args)
 
     def warn_once(self, message: str) -> None:
         """Log a warning on rank 0 for what every rank and every MoE layer notices.

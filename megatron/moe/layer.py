@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.moe.decisions import DecisionRecorder, DecisionRepeater
 from megatron.moe.dispatch.dispatchers import (
     AllToAllDispatcher,
     LocalDispatcher,
@@ -110,9 +111,7 @@ class MoELayer(nn.Module):
         context = context or FFNContext()
         x_TD = x_BSD.flatten(0, -2)
         inp = self._gate_input(x_BSD, context)
-        routing = self._route(inp, context)
-        self._check_first(routing, len(x_TD))
-        plan = self._plan(routing, len(x_TD), self._expert_capacity(inp, context))
+        routing, plan = self._route(inp, context)
         in_flight = self.dispatcher.start(self._to_latent(x_TD), routing, plan)
         local_outputs = self._local_outputs(x_BSD, routing, plan, context)  # overlaps
         expert_inputs, metadata = self.dispatcher.finish(in_flight)
@@ -159,6 +158,53 @@ class MoELayer(nn.Module):
             return LocalDispatcher()
         return AllToAllDispatcher(self.groups.ep_group)
 
+    def _route(self, inp: GateInput, context: FFNContext) -> tuple[Routing, DispatchPlan]:
+        """Run the gate and plan the dispatch.
+
+        The recomputed pass takes the gate's decisions and the plan of the first pass.
+        """
+        cache = self._recompute_cache
+        if self._is_recompute:
+            repeater = DecisionRepeater(cache["decisions"], self._gate_name())
+            with self.gate.use_decisions(repeater):
+                routing = self._run_gate(inp, context)
+            self._check_repeated(routing)
+            return routing, cache["plan"]
+        if cache is None:
+            routing = self._run_gate(inp, context)
+        else:
+            recorder = DecisionRecorder()
+            with self.gate.use_decisions(recorder):
+                routing = self._run_gate(inp, context)
+            cache["decisions"] = recorder.entries
+            cache["assignments"] = _fingerprint(routing)
+        num_positions = len(inp.x_TD)
+        self._check_first(routing, num_positions)
+        plan = self._plan(routing, num_positions, self._expert_capacity(inp, context))
+        if cache is not None:
+            cache["plan"] = plan
+        return routing, plan
+
+    def _gate_name(self) -> str:
+        gate_class = type(self.gate)
+        return f"gate {getattr(gate_class, 'name', gate_class.__name__)}"
+
+    def _check_repeated(self, routing: Routing) -> None:
+        """Compare the assignments of a recomputed pass with those of the first.
+
+        Their values are compared on the CPU only: elsewhere this would synchronise with
+        the device.
+        """
+        count, fingerprint = _fingerprint(routing)
+        first_count, first_fingerprint = self._recompute_cache["assignments"]
+        same = count == first_count
+        if same and fingerprint.device.type == "cpu":
+            same = bool(fingerprint == first_fingerprint)
+        assert same, (
+            f"{self._gate_name()} assigns other experts when activation recomputation runs it "
+            "again; its forward must compute token_A and expert_A from inp by torch operations"
+        )
+
     def _gate_input(self, x_BSD: Tensor, context: FFNContext) -> GateInput:
         token_ids_T = None
         if context.token_ids_BS is not None:
@@ -179,7 +225,7 @@ class MoELayer(nn.Module):
             layout.unpadded_R,
         )
 
-    def _route(self, inp: GateInput, context: FFNContext) -> Routing:
+    def _run_gate(self, inp: GateInput, context: FFNContext) -> Routing:
         """Call the gate, with one sequence at a time if others must not matter to it."""
         if context.independent_sequences and self.gate.sees_other_tokens:
             return route_each_sequence(self.gate, inp)
@@ -314,8 +360,8 @@ class MoELayer(nn.Module):
     def recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Return contexts for `torch.utils.checkpoint`: first pass and recomputed pass.
 
-        The recomputed pass updates no counters, communicates no loads and reuses the
-        loads of the first pass, so that its auxiliary loss is the same.
+        The recomputed pass repeats the gate's decisions and the plan of the first pass. It
+        updates no counters, communicates no loads and reuses the loads of the first pass.
         """
         cache: dict[str, Any] = {}
         return (
@@ -403,6 +449,19 @@ class _RecomputeContext(AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         self.layer._recompute_cache = None
         self.layer._is_recompute = False
+
+
+def _fingerprint(routing: Routing) -> tuple[int, Tensor]:
+    """Return the number of assignments and a 0-d int64 hash of them, in order.
+
+    The products overflow, as those of hash functions do.
+    """
+    position_A = torch.arange(len(routing.token_A), device=routing.token_A.device)
+    hash_A = routing.token_A
+    for value_A in (routing.expert_A, position_A):
+        hash_A = (hash_A ^ (hash_A >> 29)) * 0x3F58476D1CE4E5B9 + value_A
+    hash_A = (hash_A ^ (hash_A >> 32)) * 0x14D049BB133111EB
+    return len(hash_A), hash_A.sum()
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

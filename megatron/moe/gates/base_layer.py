@@ -70,7 +70,7 @@ class BaseGate(Gate, name="base"):
         expert_T = argmax_T
         rounds = 0
         if self.training:
-            expert_T, rounds = balanced_assignment(logits_TE)
+            expert_T, rounds = self.decide(balanced_assignment, logits_TE)
         is_argmax_T = expert_T == argmax_T
         return Routing(
             token_A=torch.arange(num_tokens, device=expert_T.device),
