@@ -97,6 +97,8 @@ def fulfil(needed, known, without=None) -> list[str]:
         value = needed.values[0]
     elif flag.type.base is bool:
         value = True
+    elif needed.above:
+        value = needed.above + 1
     return [*words, *format_flag(flag.spellings[0], value)]
 
 

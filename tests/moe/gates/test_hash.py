@@ -1,5 +1,7 @@
 """Hash gate: a balanced, repeatable table, and no parameters."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,3 +127,76 @@ def test_missing_vocab_or_ids_are_refused():
         make()(GateInput(torch.zeros(3, 6)))
     with pytest.raises(ValueError, match="no token ids"):
         make_layer()(torch.zeros(1, 3, 6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 200),
+    st.integers(2, 9),
+    st.integers(1, 9),
+    st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_several_experts_match_formula(seed, vocab, experts, k, function, learned, norm):
+    """k different experts per id, balanced up to k ids; weights 1 / k, or from the scores."""
+    k = min(k, experts)
+    options = {"topk": k, "learned_weights": learned, "score_function": function}
+    options |= {"norm_topk_prob": norm, "routed_scaling_factor": 1.5}
+    gate = make(vocab, experts, seed=seed, init_std=0.8, **options)
+    table = gate.table_V.view(vocab, k).tolist()
+    sizes = [sum(row.count(e) for row in table) for e in range(experts)]
+    assert all(len(set(row)) == k for row in table) and max(sizes) - min(sizes) <= k
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (6,), generator=g)
+    x = torch.randn(6, 6, generator=g)
+    out = gate(GateInput(x, ids))
+    out.check(6, experts)
+    assert out.expert_A.view(6, k).tolist() == [table[i] for i in ids.tolist()]
+    for t in range(6):
+        weights = [1 / k] * k
+        if learned:
+            z = (gate.router.weight.double() @ x[t].double()).tolist()
+            s = [math.exp(v) / sum(map(math.exp, z)) for v in z]
+            if function != "softmax":
+                s = [1 / (1 + math.exp(-v)) for v in z]
+            if function == "sqrtsoftplus":
+                s = [math.sqrt(math.log1p(math.exp(v))) for v in z]
+            chosen = [s[e] for e in table[ids[t]]]
+            weights = [1.5 * v / (sum(chosen) if norm and k > 1 else 1) for v in chosen]
+        assert out.weight_A.view(6, k)[t].tolist() == pytest.approx(weights, rel=1e-5)
+
+
+def test_learned_weights_train_the_router():
+    gate = make(topk=2, learned_weights=True, norm_topk_prob=True)
+    ids = torch.arange(50)
+    weight_A = gate(GateInput(torch.randn(50, 6), ids)).weight_A
+    torch.testing.assert_close(weight_A.view(50, 2).sum(1), torch.ones(50))
+    weight_A[::2].sum().backward()
+    assert (gate.router.weight.grad.abs().sum(1) > 0).all()
+
+
+def test_one_expert_has_the_same_table_with_weights():
+    """A stored table does not depend on the other options, and sets of experts differ."""
+    plain = make()
+    learned = make(learned_weights=True)
+    assert torch.equal(plain.table_V, learned.table_V)
+    pairs = make(vocab_size=1000, num_experts=16, topk=2).table_V.sort(-1).values
+    assert len(pairs.unique(dim=0)) > 60, "of 120 possible ones"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"topk": 0}, "--topk is 0; allowed: 1 to the number of experts"),
+        ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
+        (
+            {"score_function": "tanh"},
+            "--score-function is 'tanh'; allowed: softmax sigmoid sqrts",
+        ),
+    ],
+)
+def test_invalid_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
