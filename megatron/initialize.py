@@ -175,6 +175,7 @@ def _build_model(run: Run) -> GPT:
         vocab_size=run.vocab_size,
         seed=config.train.seed,
         groups=run.groups,
+        expert_options=config.expert_options,
         recompute=config.train.recompute_activations,
     )
 

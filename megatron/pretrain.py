@@ -26,6 +26,7 @@ from megatron.initialize import (
     restore_training_state,
 )
 from megatron.log import get_logger
+from megatron.moe.experts.expert_type import KNOWN_EXPERT_TYPES
 from megatron.moe.gate import available_gates, gate_config_class
 from megatron.moe.gate_registry import import_gate_files
 from megatron.training.metric_writers import require_writer_packages
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     gates = (gate_config_class, available_gates, import_gate_files)
-    return exit_code(lambda: train(cli.parse(arguments, *gates), started))
+    return exit_code(
+        lambda: train(cli.parse(arguments, *gates, expert_types=KNOWN_EXPERT_TYPES), started)
+    )
 
 
 def train(

@@ -37,11 +37,13 @@ def run() -> None:
     from megatron.config import cli
     from megatron.model.builder import build_model, size_table
     from megatron.model.meta_device import meta_device
+    from megatron.moe.experts.expert_type import KNOWN_EXPERT_TYPES
     from megatron.moe.gate import available_gates, gate_config_class
     from megatron.moe.gate_registry import import_gate_files
     from megatron.parallel.groups import Groups
 
-    config = cli.parse(sys.argv[1:], gate_config_class, available_gates, import_gate_files)
+    gates = (gate_config_class, available_gates, import_gate_files)
+    config = cli.parse(sys.argv[1:], *gates, expert_types=KNOWN_EXPERT_TYPES)
     vocab_size = vocabulary_size(config)
     with meta_device():
         model = build_model(
@@ -51,6 +53,7 @@ def run() -> None:
             vocab_size=vocab_size,
             seed=config.train.seed,
             groups=Groups(),
+            expert_options=config.expert_options,
         )
     print(size_table(model, config.moe, config.gate_options))
 

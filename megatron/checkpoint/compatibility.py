@@ -9,12 +9,14 @@ import torch
 
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.effect import reset_without_effect
+from megatron.config.flags import EXPERT_OPTIONS, flags_of
 from megatron.config.schema import RunConfig
 from megatron.config.training import RunLength
 from megatron.data.sampling.blend import parse_blend
 from megatron.io.content_id import comparable
 from megatron.log import get_logger, warn_on_rank0
 from megatron.model.meta_device import meta_device
+from megatron.moe.experts.expert_type import expert_config_class
 from megatron.moe.gate import create_gate
 
 TOKENIZER_FIELDS = {
@@ -136,6 +138,9 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
             "--moe-shared-experts": moe.moe_shared_experts,
             "the hidden size of an expert": moe.moe_ffn_hidden_size or model.ffn_size,
         }
+        expert_config = expert_config_class(moe.expert_type)(**config.expert_options)
+        for flag in flags_of(type(expert_config), EXPERT_OPTIONS):
+            description[flag.spellings[0]] = getattr(expert_config, flag.name)
     if len(moe_layers) < model.num_layers:
         description["--ffn-hidden-size"] = model.ffn_size
     return description

@@ -22,9 +22,10 @@ from megatron.checkpoint.manifest import (
     read_manifest,
 )
 from megatron.config.fields import shortened
-from megatron.config.flags import flags_of
+from megatron.config.flags import EXPERT_OPTIONS, flags_of
 from megatron.config.run_json import config_from_dict, parse_stored_values
 from megatron.config.schema import RunConfig
+from megatron.moe.experts.expert_type import expert_config_class
 from megatron.moe.gate import gate_config_class
 
 _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -174,6 +175,20 @@ def read_config(folder: Path) -> RunConfig:
     """
     file = folder / "run.json"
     return config_from_dict(read_json(file), str(file))
+
+
+def with_typed_expert_options(config: RunConfig, folder: Path) -> RunConfig:
+    """Return a configuration of `read_config` with expert options of the types that they have.
+
+    Raises:
+        ValueError: The expert type does not exist, or an option is unknown or has a wrong type.
+    """
+    flags = flags_of(expert_config_class(config.moe.expert_type), EXPERT_OPTIONS)
+    options = {}
+    for name, value in config.expert_options.items():
+        options[name] = list(value) if isinstance(value, tuple) else value
+    typed = parse_stored_values(options, EXPERT_OPTIONS, flags, str(folder / "run.json"))
+    return replace(config, expert_options=typed)
 
 
 def with_typed_gate_options(config: RunConfig, folder: Path) -> RunConfig:

@@ -109,6 +109,8 @@ def _gate_lines(config: dict[str, Any]) -> list[str]:
     return [
         f"gate, for {moe['num_experts']} experts",
         *_table({moe["gate"]: _name_value_list(config["gate_options"])}),
+        "expert type",
+        *_table({moe["expert_type"]: _name_value_list(config["expert_options"])}),
     ]
 
 

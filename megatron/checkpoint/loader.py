@@ -16,7 +16,12 @@ from megatron.checkpoint.compatibility import (
     check_same_schedule,
     warn_of_changes,
 )
-from megatron.checkpoint.content import read_config, read_state, with_typed_gate_options
+from megatron.checkpoint.content import (
+    read_config,
+    read_state,
+    with_typed_expert_options,
+    with_typed_gate_options,
+)
 from megatron.checkpoint.directory import (
     CheckpointEntry,
     CheckpointSelection,
@@ -61,6 +66,7 @@ class LoadedCheckpoint:
         state = read_state(path)
         require_known_gates(state.get("gates", {}), str(path))
         config = with_typed_gate_options(read_config(path), path)
+        config = with_typed_expert_options(config, path)
         self.metadata = RunMetadata.from_state(config, state)
         self.progress = TrainingProgress()
         if not options.finetune:

@@ -29,10 +29,20 @@ from megatron.config.effect import (
     values_by_name,
     without_effect,
 )
+from megatron.config.expert_choice import (
+    NO_EXPERT_TYPES,
+    ExpertChoice,
+    ExpertTypes,
+    choose_expert_type,
+)
 from megatron.config.flag_parser import FlagParser, add_flag
-from megatron.config.flags import Flag, flags_of, index_flags
+from megatron.config.flags import EXPERT_OPTIONS, Flag, flags_of, index_flags
 from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED, translate
-from megatron.config.gate_overrides import apply_gate_overrides, drop_gate_overrides
+from megatron.config.gate_overrides import (
+    apply_gate_overrides,
+    drop_gate_overrides,
+    refuse_expert_options,
+)
 from megatron.config.gate_path import (
     ImportGateFiles,
     find_gate_paths,
@@ -78,6 +88,7 @@ def parse(
     gate_names: Callable[[], Iterable[str]] = tuple,
     import_gate_files: ImportGateFiles | None = None,
     *,
+    expert_types: ExpertTypes = NO_EXPERT_TYPES,
     prog: str | None = None,
     description: str | None = None,
 ) -> RunConfig:
@@ -96,6 +107,7 @@ def parse(
         gate_names: returns the names of all gates, for --help and for messages about flags
             of another gate.
         import_gate_files: imports the files of --gate-path, before any other flag is parsed.
+        expert_types: the expert types that --expert-type may name.
     Raises:
         ValueError: one line that says what was set, where, and what is allowed.
         SystemExit: with status 0, after --help, --help-all or --version.
@@ -106,6 +118,7 @@ def parse(
         gate_config,
         gate_names,
         import_gate_files,
+        expert_types=expert_types,
         prog=prog,
         description=description,
     )
@@ -119,6 +132,7 @@ def parse_with(
     gate_names: Callable[[], Iterable[str]] = tuple,
     import_gate_files: ImportGateFiles | None = None,
     *,
+    expert_types: ExpertTypes = NO_EXPERT_TYPES,
     prog: str | None = None,
     description: str | None = None,
 ) -> tuple[RunConfig, Options | None]:
@@ -133,9 +147,10 @@ def parse_with(
     stored_paths = pop_stored_paths(stored)
     try:
         gate = _choose_gate(gate_flag, stored, path, gate_config, gate_names)
+        experts = choose_expert_type(words, stored, path, expert_types)
     except ValueError as error:
         raise with_stored_paths(error, stored_paths, path) from None
-    classes = {**SECTIONS, "gate_options": gate.config_class}
+    classes = {**SECTIONS, "gate_options": gate.config_class, **experts.sections}
     if options is not None:
         classes["options"] = options
     known = index_flags(classes)
@@ -146,10 +161,10 @@ def parse_with(
         shown = {"options": "flags of this program"} if options is not None else {}
         if gate_flag:
             shown["gate_options"] = f"gate {gate.name}"
-        print(short_help(classes, stored, shown, prog, description), end="")
+        print(short_help(classes, stored, shown | experts.titles, prog, description), end="")
         raise SystemExit(0)
     if unknown:
-        raise ValueError(_explain_unknown(unknown[0], known, gate))
+        raise ValueError(_explain_unknown(unknown[0], known, gate, experts))
     values = {section: dict(stored.get(section, {})) for section in classes}
     given = _set_values(values, namespace, known)
     if gate_flag and known["--gate"] not in given:
@@ -163,9 +178,11 @@ def parse_with(
         if "gate" in dropped:
             classes["gate_options"] = gate_config(MoEConfig.gate)
             values["gate_options"] = {}
+        if "expert_type" in dropped:
+            experts.reset(classes, values)
         built = _build_sections(classes, values, given)
     options = built.pop("options", None)
-    built["gate_options"] = dataclasses.asdict(built["gate_options"])
+    built |= {s: dataclasses.asdict(built[s]) for s in ("gate_options", EXPERT_OPTIONS)}
     return RunConfig(**built), options
 
 
@@ -242,7 +259,11 @@ def _drop_load_options(stored: dict[str, Any], given: list[Flag], path: str) -> 
         )
 
 
-def to_flags(config: RunConfig, gate_config: Callable[[str], type]) -> list[str]:
+def to_flags(
+    config: RunConfig,
+    gate_config: Callable[[str], type],
+    expert_types: ExpertTypes = NO_EXPERT_TYPES,
+) -> list[str]:
     """Return flags that parse to `config`, if all its values have an effect.
 
     They set the fields that differ from their defaults, and all gate options. Options
@@ -250,16 +271,19 @@ def to_flags(config: RunConfig, gate_config: Callable[[str], type]) -> list[str]
 
     Args:
         gate_config: as for `parse`.
+        expert_types: as for `parse`.
     Raises:
         ValueError: an element of a list starts with "--", which only run.json can express.
     """
     sections = {section: getattr(config, section) for section in SECTIONS}
     sections["gate_options"] = gate_config(config.moe.gate)(**config.gate_options)
+    expert_config = expert_types.config_class(config.moe.expert_type)
+    sections[EXPERT_OPTIONS] = expert_config(**config.expert_options)
     values = values_by_name(sections)
     words = []
     for section, section_config in sections.items():
         for flag in flags_of(type(section_config), section):
-            value = values[flag.name]
+            value = values[flag.key]
             is_set = section == "gate_options" or value != flag.default
             if is_set and unmet_need(flag, values) is None:
                 words += format_flag(flag.spellings[0], value)
@@ -375,6 +399,9 @@ def _build_parser(
         if section == "gate_options":
             title = f"gate {gate.name}"
             text = f"The gate's own flags. Gates: {' '.join(gate.all_names)}"
+        if section == EXPERT_OPTIONS:
+            title = "experts"
+            text = "The flags of the expert type that --expert-type selects."
         group = parser.add_argument_group(title, text)
         for flag in flags_of(cls, section):
             add_flag(group, flag, stored.get(section, {}).get(flag.name, flag.default))
@@ -429,6 +456,7 @@ def _build_sections(
         num_layers = built["model"].num_layers
         gate = moe.get("gate", MoEConfig.gate)
         apply_gate_overrides(built["gate_options"], moe, num_layers, gate)
+        refuse_expert_options(built["gate_options"], moe, built[EXPERT_OPTIONS], gate)
     built["moe"] = MoEConfig(**moe)
     num_experts = built["moe"].num_experts
     # The same check as in `create_gate`, before the run starts.
@@ -464,10 +492,12 @@ def _check_effect(
         )
     for flag, _ in dropped:
         del values[flag.section][flag.name]
-    return [flag.name for flag, _ in dropped]
+    return [flag.key for flag, _ in dropped]
 
 
-def _explain_unknown(word: str, known: dict[str, Flag], gate: _GateChoice) -> str:
+def _explain_unknown(
+    word: str, known: dict[str, Flag], gate: _GateChoice, experts: ExpertChoice
+) -> str:
     """Return the error message about an argument that no flag of this run takes."""
     flag = word.partition("=")[0]
     if not flag.startswith("--"):
@@ -481,6 +511,8 @@ def _explain_unknown(word: str, known: dict[str, Flag], gate: _GateChoice) -> st
             f"{flag} belongs to --gate {' or '.join(sorted(owners))}, but the gate is "
             f"{gate.name}; leave the flag out or choose another gate"
         )
+    if of_experts := experts.explain(flag):
+        return of_experts
     advice = "--help-all lists all flags"
     names = [*known, *GATE_ALIASES, *ALIASES, *NOT_NEEDED, *NOT_SUPPORTED]
     # Without the hyphens, which would make any two short flags similar.

@@ -13,17 +13,17 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron.config.flags import Flag, flags_of, negative_spellings
+from megatron.config.flags import Flag, flags_of, negative_spellings, value_key
 from megatron.config.needs import Need
 from megatron.config.schema import SECTIONS, RunConfig
 
 
 def values_by_name(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of all fields of several config sections by field name."""
+    """Return the values of all fields of several config sections by `Flag.key`."""
     values: dict[str, Any] = {}
-    for config in sections.values():
+    for section, config in sections.items():
         for field in dataclasses.fields(config):
-            values[field.name] = getattr(config, field.name)
+            values[value_key(section, field.name)] = getattr(config, field.name)
     return values
 
 
@@ -47,7 +47,7 @@ def is_switched_off(flag: Flag, values: Mapping[str, Any], given: Iterable[Flag]
         return False
     if need.resets:
         return True
-    names = {other.name for other in given}
+    names = {other.key for other in given}
     return any(s.name in names for s in need.settings if not s.values)
 
 
@@ -66,19 +66,19 @@ def require_effect(
     """
     lacking: dict[Need, list[Flag]] = {}
     for flag in given:
-        value = values[flag.name]
+        value = values[flag.key]
         need = unmet_need(flag, values)
         if need is None or is_switched_off(flag, values, given):
             continue
         if value or value != flag.default:
             lacking.setdefault(need, []).append(flag)
     for need, useless in lacking.items():
-        named = [_state(flag, values[flag.name]) for flag in useless]
+        named = [_state(flag, values[flag.key]) for flag in useless]
         subject = "they have"
         rest = "them"
         if len(useless) == 1:
             subject = "it has"
-            rest = _given_spelling(useless[0], values[useless[0].name])
+            rest = _given_spelling(useless[0], values[useless[0].key])
         raise ValueError(
             f"{_join(named, 'and')}; {subject} an effect only {_describe(need, values, flags)}. "
             f"{_advice(need, flags)} or leave {rest} out."
@@ -94,7 +94,7 @@ def without_effect(flags: Iterable[Flag], values: Mapping[str, Any]) -> list[tup
     found = []
     for flag in flags:
         need = unmet_need(flag, values)
-        if need is not None and values[flag.name] != flag.default:
+        if need is not None and values[flag.key] != flag.default:
             found.append((flag, need))
     return found
 
@@ -105,7 +105,7 @@ def describe_dropped(
     """Return a list of options and what they lack, for a warning."""
     by_need: dict[Need, list[str]] = {}
     for flag, need in dropped:
-        by_need.setdefault(need, []).append(_state(flag, values[flag.name]))
+        by_need.setdefault(need, []).append(_state(flag, values[flag.key]))
     parts = []
     for need, states in by_need.items():
         parts.append(f"{_join(states, 'and')} (only {_describe(need, values, flags)})")
@@ -177,7 +177,7 @@ def _advice(need: Need, flags: Iterable[Flag]) -> str:
 
 def _spellings(flags: Iterable[Flag]) -> dict[str, str]:
     """Return the preferred spelling of each field's flag."""
-    return {flag.name: flag.spellings[0] for flag in flags}
+    return {flag.key: flag.spellings[0] for flag in flags}
 
 
 def _join(texts: list[str], word: str) -> str:

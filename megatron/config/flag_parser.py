@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from megatron.config.effect import require_effect, values_by_name
 from megatron.config.fields import flag_name
-from megatron.config.flags import Flag, flags_of, negative_spellings
+from megatron.config.flags import EXPERT_OPTIONS, Flag, flags_of, negative_spellings
 from megatron.config.values import parse_value
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -120,7 +120,7 @@ def _shown_needs(flag: Flag) -> list[str]:
             shown.append(f"only with {need.text}")
         elif need.settings[0].values == (False,):
             shown.append(f"only without {flag_name(names[0])}")
-        elif flag.section != "gate_options" or names != ["num_experts"]:
+        elif flag.section not in ("gate_options", EXPERT_OPTIONS) or names != ["num_experts"]:
             texts = [setting.describe(flag_name(setting.name)) for setting in need.settings]
             shown.append(f"only with {' or '.join(texts)}")
     return shown

@@ -26,6 +26,8 @@ _MEGATRON_NAMES = {
     "z_loss_coeff": "--moe-z-loss-coeff",
     "balance_scope": "--moe-balance-scope",
 }
+EXPERT_OPTIONS = "expert_options"
+"""Section of the options of the expert type"""
 _FLAG_TYPES = (int, float, str, bool)
 
 
@@ -67,11 +69,26 @@ class Flag:
         return f"{self.section}.{self.name}"
 
     @property
+    def key(self) -> str:
+        """Name of the value among those of all sections, as needs name it.
+
+        Options of an expert type are named as their flags, since gates may have the same.
+        """
+        return value_key(self.section, self.name)
+
+    @property
     def all_spellings(self) -> tuple[str, ...]:
         """All spellings, of switches including the negative ones."""
         if self.type.base is bool:
             return (*self.spellings, *negative_spellings(self.spellings))
         return self.spellings
+
+
+def value_key(section: str, name: str) -> str:
+    """Return the key of a field's value among those of all sections; see `Flag.key`."""
+    if section == EXPERT_OPTIONS:
+        return f"expert_{name}"
+    return name
 
 
 def negative_spellings(spellings: Iterable[str]) -> list[str]:
@@ -109,9 +126,10 @@ def flags_of(cls: type, section: str) -> tuple[Flag, ...]:
 def flag_spellings(name: str, section: str, others: Iterable[str] = ()) -> tuple[str, ...]:
     """Return all spellings of a field's flag, the preferred one first.
 
-    That is Megatron's name if it has another one, or else the plain name.
+    That is Megatron's name if it has another one, or else the plain name, which begins with
+    --expert- for options of an expert type.
     """
-    plain = flag_name(name)
+    plain = flag_name(value_key(section, name))
     preferred = plain
     if section == "gate_options":
         preferred = _MEGATRON_NAMES.get(name, plain)
@@ -141,11 +159,11 @@ def index_flags(classes: dict[str, type]) -> dict[str, Flag]:
 
 
 def _needs(field: dataclasses.Field, section: str) -> tuple[Need, ...]:
-    """Return what an option needs; all options of a gate need experts."""
+    """Return what an option needs; all options of a gate or an expert type need experts."""
     needs = field.metadata.get("needs", ())
     if isinstance(needs, Need):
         needs = (needs,)
-    if section == "gate_options":
+    if section in ("gate_options", EXPERT_OPTIONS):
         needs = (setting("num_experts"), *needs)
     return tuple(needs)
 

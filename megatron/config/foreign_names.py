@@ -19,6 +19,7 @@ ALIASES = {
     "--encoder-num-layers": "--num-layers",
     "--encoder-seq-length": "--seq-length",
     "--expert-model-parallel-size": "--moe-expert-parallel-size",
+    "--moe-apply-probs-on-input": "--moe-weight-on-input",
     "--moe-aux-loss-coeff": "--moe-loss-coeff",
     "--moe-input-jitter-eps": "--jitter",
     "--moe-router-bias-update-rate": "--bias-update-speed",

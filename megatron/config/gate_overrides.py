@@ -9,7 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.config.fields import flag_name, require
+from megatron.config.flags import EXPERT_OPTIONS, flags_of
 from megatron.config.model import ModelConfig
+from megatron.config.moe import MoEConfig
+
+_OPTIONS_OF_GROUPED_EXPERTS = ("expert_type", "moe_weight_on_input", "moe_latent_size")
 
 
 def apply_gate_overrides(
@@ -36,6 +40,31 @@ def apply_gate_overrides(
             "Leave it out.",
         )
         moe[name] = value
+
+
+def refuse_expert_options(
+    gate_config: Any, moe: dict[str, Any], expert_config: Any, gate: str
+) -> None:
+    """Check that no option of grouped experts is set for a gate that has other experts (PEER).
+
+    Args:
+        gate_config: options of the gate.
+        moe: fields of MoEConfig that were set.
+        expert_config: options of the expert type.
+        gate: name of the gate.
+    Raises:
+        ValueError: one is set; the message names its flag.
+    """
+    if not hasattr(gate_config, "moe_overrides"):
+        return
+    allowed = f"left out with --gate {gate}, whose experts are of a kind of their own"
+    for name in _OPTIONS_OF_GROUPED_EXPERTS:
+        default = getattr(MoEConfig, name)
+        value = moe.get(name, default)
+        require(value == default, flag_name(name), value, allowed)
+    for flag in flags_of(type(expert_config), EXPERT_OPTIONS):
+        value = getattr(expert_config, flag.name)
+        require(value == flag.default, flag.spellings[0], value, allowed)
 
 
 def drop_gate_overrides(stored: dict[str, dict[str, Any]], gate_class: type) -> list[str]:

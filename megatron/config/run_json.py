@@ -58,14 +58,21 @@ def config_from_dict(content: dict[str, Any], where: str = "run.json") -> RunCon
 def _config_from_current(content: dict[str, Any], where: str) -> RunConfig:
     """Build a configuration from content as the current version writes it."""
     sections = parse_sections(content, where)
-    gate_options = {}
-    for name, value in sections.pop("gate_options", {}).items():
-        gate_options[name] = tuple(value) if isinstance(value, list) else value
+    gate_options = _with_tuples(sections.pop("gate_options", {}))
+    expert_options = _with_tuples(sections.pop("expert_options", {}))
     try:
         parts = {section: SECTIONS[section](**values) for section, values in sections.items()}
-        return RunConfig(**parts, gate_options=gate_options)
+        return RunConfig(**parts, gate_options=gate_options, expert_options=expert_options)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _with_tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with tuples in place of JSON's lists."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+    }
 
 
 def load_config_json(path: str | Path) -> Any:
@@ -105,6 +112,9 @@ def parse_sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
         require(isinstance(values, dict), f"{where}: {stored_section}", values, "a JSON object")
     sections: dict[str, dict[str, Any]] = {}
     for stored_section, values in content.items():
+        if stored_section == "expert_options":
+            sections["expert_options"] = values
+            continue
         if stored_section == "gate_options":
             sections["gate_options"] = values
             continue

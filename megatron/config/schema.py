@@ -68,6 +68,7 @@ RUN_JSON_LAYOUT: dict[str, tuple[str, ...]] = {
     "optimizer": ("optimizer", "deepspeed"),
     "train": ("fault_tolerance", "checkpoint", "train", "logging", "profiling"),
     "gate_options": ("gate_options",),
+    "expert_options": ("expert_options",),
 }
 
 
@@ -87,6 +88,8 @@ class RunConfig:
     logging: LoggingConfig = LoggingConfig()
     profiling: ProfilingConfig = ProfilingConfig()
     gate_options: dict[str, Any] = field(default_factory=dict)
+    expert_options: dict[str, Any] = field(default_factory=dict)
+    """fields of the expert type's Config"""
 
     def __post_init__(self):
         moe = self.moe

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.config.flag_parser import FlagParser, add_flag
-from megatron.config.flags import flags_of
+from megatron.config.flags import EXPERT_OPTIONS, flags_of
 
+_OPTIONS = ("gate_options", EXPERT_OPTIONS)
+"""Sections whose flags depend on the gate or the expert type"""
 FIRST_FLAGS = {
     "every run needs": ("data_path", "tokenizer_type", "tokenizer_model", "train_iters"),
     "most runs set": (
@@ -75,7 +77,7 @@ def short_help(
     """
     parser = new_parser(prog, description, f"{_groups(classes)}\n\n{EXAMPLE}")
     flags = [flag for section, cls in classes.items() for flag in flags_of(cls, section)]
-    by_name = {flag.name: flag for flag in flags if flag.section != "gate_options"}
+    by_name = {flag.name: flag for flag in flags if flag.section not in _OPTIONS}
     groups = {}
     for title, names in FIRST_FLAGS.items():
         groups[title] = [by_name[name] for name in names]
@@ -94,6 +96,9 @@ def _groups(classes: Mapping[str, type]) -> str:
     for section, cls in classes.items():
         summary = " ".join((cls.__doc__ or "").split())
         number = len(flags_of(cls, section))
+        if section == EXPERT_OPTIONS:
+            section = "expert"
+            summary = "Options of the expert type; --expert-type NAME --help lists them."
         if section == "gate_options":
             section = "gate"
             summary = "Options of the gate; --gate NAME --help lists them."

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron.config.needs import setting
+    from megatron.moe.dispatch.plan import PermutedTokens
+    from megatron.moe.experts.expert_type import (
+        ExpertContext,
+        ExpertType,
+        available_expert_types,
+        create_experts,
+    )
     from megatron.moe.gate import Gate, GateContext, available_gates, create_gate
     from megatron.moe.gate_functional import linear_fp32
     from megatron.moe.gate_options import LossConfig, ScopeConfig
@@ -18,16 +25,21 @@ if TYPE_CHECKING:
     from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
 
 __all__ = [
+    "ExpertContext",
+    "ExpertType",
     "Gate",
     "GateContext",
     "GateInput",
     "LoadBalancingLoss",
     "LossConfig",
+    "PermutedTokens",
     "Routing",
     "ScopeConfig",
     "StepTotals",
     "aux_losses",
+    "available_expert_types",
     "available_gates",
+    "create_experts",
     "create_gate",
     "linear_fp32",
     "setting",
@@ -35,16 +47,21 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ExpertContext": "megatron.moe.experts.expert_type",
+    "ExpertType": "megatron.moe.experts.expert_type",
     "Gate": "megatron.moe.gate",
     "GateContext": "megatron.moe.gate",
     "GateInput": "megatron.moe.routing",
     "LoadBalancingLoss": "megatron.moe.routing",
     "LossConfig": "megatron.moe.gate_options",
+    "PermutedTokens": "megatron.moe.dispatch.plan",
     "Routing": "megatron.moe.routing",
     "ScopeConfig": "megatron.moe.gate_options",
     "StepTotals": "megatron.moe.routing",
     "aux_losses": "megatron.moe.losses",
+    "available_expert_types": "megatron.moe.experts.expert_type",
     "available_gates": "megatron.moe.gate",
+    "create_experts": "megatron.moe.experts.expert_type",
     "create_gate": "megatron.moe.gate",
     "linear_fp32": "megatron.moe.gate_functional",
     "setting": "megatron.config.needs",

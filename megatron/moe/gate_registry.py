@@ -4,6 +4,7 @@ A gate registers itself when its module is imported. Modules come from three pla
 this order: `megatron/moe/gates/`; entry points of the group `moe_megatron.gates`, with
 which an installed package names its modules; and files or package folders that the user
 names with --gate-path. A path that a checkpoint or a run.json holds is never imported.
+Packages and files may bring expert types, too (`megatron.moe.experts.expert_registry`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron.config.flags import flags_of
 from megatron.config.gate_path import resolve_gate_paths
 from megatron.log import warn_on_rank0
 from megatron.moe import gates
-from megatron.moe.experts.expert_type import available_expert_types
+from megatron.moe.experts.expert_registry import EXPERT_TYPES
 
 ENTRY_POINT_GROUP = "moe_megatron.gates"
 _IMPORTERS = (str(Path(__file__)), str(Path(importlib.__file__).parent), "<frozen ")
@@ -133,7 +134,7 @@ class GateRegistry:
             return self._files[path]
         file = Path(path)
         before = set(self.classes)
-        expert_types = available_expert_types()
+        expert_types = dict(EXPERT_TYPES.classes)
         with self._importing(GateOrigin("file")):
             try:
                 _execute_file(file)
@@ -147,7 +148,7 @@ class GateRegistry:
                     f"--gate-path {path} cannot be imported: {type(error).__name__}: {error}"
                     f"{_own_frames(error, folder)}{_absolute_import_advice(error, folder)}"
                 ) from None
-        if not names and available_expert_types() == expert_types:
+        if not names and EXPERT_TYPES.classes == expert_types:
             raise ValueError(
                 f"--gate-path {path} registers no gate; define a subclass of "
                 'megatron.moe.Gate with a name in it: class MyGate(Gate, name="my_gate")'
@@ -184,12 +185,14 @@ class GateRegistry:
         outer = self._source
         classes = dict(self.classes)
         origins = dict(self.origins)
+        expert_types = dict(EXPERT_TYPES.classes)
         self._source = source
         try:
             yield
         except BaseException:
             self.classes = classes
             self.origins = origins
+            EXPERT_TYPES.classes = expert_types
             raise
         finally:
             self._source = outer
@@ -198,7 +201,7 @@ class GateRegistry:
         package = f"{point.dist.name} {point.dist.version}"
         what = f"the entry point {point.name!r} of the package {package}"
         before = set(self.classes)
-        expert_types = available_expert_types()
+        expert_types = dict(EXPERT_TYPES.classes)
         try:
             with self._importing(GateOrigin("package", package=package)):
                 point.load()
@@ -208,7 +211,7 @@ class GateRegistry:
                     is_of_module = f"{cls.__module__}.".startswith(f"{point.module}.")
                     if name not in before or is_of_module:
                         names.append(name)
-                if not names and available_expert_types() == expert_types:
+                if not names and EXPERT_TYPES.classes == expert_types:
                     raise ValueError(f"{point.value} registers no gate")
                 self._finish(names, package)
         except _NameTakenError as error:

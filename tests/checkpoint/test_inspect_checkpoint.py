@@ -187,6 +187,8 @@ def test_printed_summary(folder):
         "total 130",
         "gate, for 4 experts",
         "threshold threshold 0.8",
+        "expert type",
+        "mlp",
         "tokenizer",
         "name ByteTokenizer",
         "vocab_size 257",

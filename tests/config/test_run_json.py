@@ -82,7 +82,8 @@ def test_other_gate_drops_stored_options(tmp_path, caplog):
         ({"modle": {}}, "unknown key 'modle'; did you mean 'model'?"),
         (
             {"zzz": {}},
-            "unknown key 'zzz'; allowed: model moe tokenizer data optimizer train gate_options",
+            "unknown key 'zzz'; allowed: model moe tokenizer data optimizer train gate_options "
+            "expert_options",
         ),
         ({"model": 3}, "model is 3; allowed: a JSON object"),
         (
@@ -354,7 +355,8 @@ RUN_JSON = """\
     ],
     "limit": null,
     "names": null
-  }
+  },
+  "expert_options": {}
 }
 """
 
@@ -374,7 +376,7 @@ def test_run_json_layout_does_not_change(tmp_path):
 
 def test_run_json_layout_covers_all_sections():
     stored = [section for sections in RUN_JSON_LAYOUT.values() for section in sections]
-    assert sorted(stored) == sorted([*SECTIONS, "gate_options"])
+    assert sorted(stored) == sorted([*SECTIONS, "gate_options", "expert_options"])
 
 
 # Round trip

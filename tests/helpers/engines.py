@@ -105,6 +105,7 @@ def build(config: RunConfig, groups: Groups | None = None, seed: int = 7) -> nn.
         vocab_size=MODEL.vocab_size,
         seed=seed,
         groups=groups or Groups(),
+        expert_options=config.expert_options,
     )
 
 

@@ -16,9 +16,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from megatron.config.flags import flags_of
+from megatron.config.flags import EXPERT_OPTIONS, flags_of
 from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED
 from megatron.config.schema import SECTIONS
+from megatron.moe.experts.expert_type import available_expert_types, expert_config_class
 from megatron.moe.gate import available_gates, gate_config_class
 
 REPO = Path(__file__).resolve().parents[2]
@@ -127,6 +128,8 @@ def known_flags() -> frozenset[str]:
         flags |= set(tool_parser(tool)._option_string_actions)
     sections = [*SECTIONS.items()]
     sections += [("gate_options", gate_config_class(name)) for name in available_gates()]
+    for name in available_expert_types():
+        sections.append((EXPERT_OPTIONS, expert_config_class(name)))
     for section, cls in sections:
         for flag in flags_of(cls, section):
             flags |= set(flag.all_spellings)
@@ -142,6 +145,7 @@ def unknown_flags(text: str) -> set[str]:
     fields = set(re.findall(r"^        (\w+): ", text, re.MULTILINE))
     fields |= set(re.findall(r"^    --([a-z0-9-]+) ", text, re.MULTILINE))
     shown = {"--" + field.replace("_", "-") for field in fields}
+    shown |= {"--expert-" + field.replace("_", "-") for field in fields}
     return flags - known_flags() - shown
 
 

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron.moe.experts.expert_registry import EXPERT_TYPES
+from megatron.moe.experts.expert_type import available_expert_types
 from megatron.moe.gate_registry import REGISTRY
 
 GATE = '''\
@@ -57,8 +59,9 @@ def write_gate(folder: Path, name: str, *, file: str = "", before: str = "") -> 
 
 @contextlib.contextmanager
 def restored_registry() -> Iterator[None]:
-    """Forget the gates that are imported in the body of the `with` statement."""
-    REGISTRY.import_installed()
+    """Forget gates and expert types that are imported in the body of the `with` statement."""
+    available_expert_types()
+    expert_types = dict(EXPERT_TYPES.classes)
     before = {
         name: dict(value) for name, value in vars(REGISTRY).items() if isinstance(value, dict)
     }
@@ -66,3 +69,4 @@ def restored_registry() -> Iterator[None]:
         yield
     finally:
         vars(REGISTRY).update(before)
+        EXPERT_TYPES.classes = expert_types

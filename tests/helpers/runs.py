@@ -104,12 +104,14 @@ def train(argv: list[str], build_task: Callable | None = None) -> None:
     """
     from megatron import pretrain
     from megatron.config import cli
+    from megatron.moe.experts.expert_type import KNOWN_EXPERT_TYPES
     from megatron.moe.gate import available_gates, gate_config_class
     from megatron.moe.gate_registry import import_gate_files
 
     rank = str(dist.get_rank())
     os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
-    config = cli.parse(argv, gate_config_class, available_gates, import_gate_files)
+    gates = (gate_config_class, available_gates, import_gate_files)
+    config = cli.parse(argv, *gates, expert_types=KNOWN_EXPERT_TYPES)
     pretrain.train(config, build_task=build_task)
 
 

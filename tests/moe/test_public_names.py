@@ -12,10 +12,15 @@ import pytest
 import megatron.moe
 from megatron.config import needs
 from megatron.moe import gate, gate_functional, gate_options, losses, routing
+from megatron.moe.dispatch import plan
+from megatron.moe.experts import expert_type
+from megatron.moe.experts.expert_init import ExpertInit
 
 REPO = Path(__file__).resolve().parents[2]
 HOMES = {
     gate: ("Gate", "GateContext", "available_gates", "create_gate"),
+    plan: ("PermutedTokens",),
+    expert_type: ("ExpertContext", "ExpertType", "available_expert_types", "create_experts"),
     routing: ("GateInput", "LoadBalancingLoss", "Routing", "StepTotals"),
     gate_options: ("LossConfig", "ScopeConfig"),
     losses: ("aux_losses", "z_loss"),
@@ -61,6 +66,15 @@ RECORDS = {
         "metric_sums": REQUIRED,
         "load_LE": REQUIRED,
     },
+    "ExpertContext": {
+        "num_local": REQUIRED,
+        "hidden_size": REQUIRED,
+        "ffn_size": REQUIRED,
+        "activation": "gelu",
+        "init": ExpertInit(),
+        "backend": "auto",
+        "weight_on_input": False,
+    },
     "LossConfig": {"balance_scope": "micro-batch", "loss_coeff": 0.01, "z_loss_coeff": 0.0},
     "ScopeConfig": {"balance_scope": "micro-batch"},
 }
@@ -77,6 +91,16 @@ SIGNATURES = {
     "aux_losses": "*terms extra=0.0",
     "z_loss": "logits_TE",
     "linear_fp32": "x_TD linear",
+    "create_experts": "name context **options",
+    "available_expert_types": "",
+    "ExpertType.__init__": "self config context",
+    "ExpertType.add_matrix": "self name outputs inputs * is_output=False",
+    "ExpertType.add_vector": "self name size * exists=True",
+    "ExpertType.init_expert": "self local generator",
+    "ExpertType.apply_experts": "self x_TD weight_S rows",
+    "ExpertType.gather": "self x_TD rows",
+    "ExpertType.linear": "self x_SD weight_EHD rows bias_EH=None",
+    "ExpertType.combine": "self y_SD weight_S rows",
     "setting": "name *values above=0",
     "Gate.__init__": "self config context",
     "Gate.forward": "self inp",
@@ -85,7 +109,7 @@ SIGNATURES = {
     "Gate.capacities": "self num_tokens factor minimum",
     "Gate.warn_once": "self message",
     "Gate.experts_per_token": "config num_experts",
-    "Gate.make_router": "self rows=None generator=None",
+    "Gate.make_router": "self rows=None generator=None * bias=False",
 }
 # Attributes that a gate may set.
 GATE_ATTRIBUTES = {

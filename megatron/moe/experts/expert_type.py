@@ -1,4 +1,4 @@
-"""The base class of expert types, and their registry.
+"""The base class of expert types, and their constructor.
 
 An expert type is one file of `megatron/moe/experts/types/`, or outside the tree. A
 subclass of `ExpertType` with `name=` registers itself:
@@ -26,20 +26,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from megatron.config.expert_choice import ExpertTypes
 from megatron.moe.dispatch.permute import PermuteTokens, UnpermuteTokens
 from megatron.moe.dispatch.plan import PermutedTokens
-from megatron.moe.experts import types
 from megatron.moe.experts.backends import choose_expert_backend
 from megatron.moe.experts.expert_init import ExpertInit
+from megatron.moe.experts.expert_registry import EXPERT_TYPES
 from megatron.moe.experts.grouped_linear import add_expert_bias, grouped_linear
-from megatron.moe.registry import Registry
-
-_registry = Registry("expert type", "--expert-type", types)
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Options of an expert type that has none."""
+from megatron.moe.gate_registry import REGISTRY
 
 
 @dataclass(frozen=True)
@@ -69,12 +63,15 @@ class ExpertType(nn.Module):
     """`create_experts` draws the initial weights, so the model's initialisation skips
     them"""
     name: ClassVar[str]
-    Config: ClassVar[type] = NoOptions
+
+    @dataclass(frozen=True)
+    class Config:
+        """Options of an expert type; their fields become flags. This type has none."""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if name is not None:
-            _registry.add(name, cls)
+            EXPERT_TYPES.register(name, cls)
             cls.name = name
 
     def __init__(self, config: Any, context: ExpertContext):
@@ -191,7 +188,8 @@ class ExpertType(nn.Module):
 
 def available_expert_types() -> list[str]:
     """Return the names of all expert types, sorted."""
-    return _registry.names()
+    _import_all()
+    return sorted(EXPERT_TYPES.classes)
 
 
 def expert_config_class(name: str) -> type:
@@ -200,7 +198,8 @@ def expert_config_class(name: str) -> type:
     Raises:
         ValueError: no such type; the message lists the known ones.
     """
-    return _registry.get(name).Config
+    _import_all()
+    return EXPERT_TYPES.find(name).Config
 
 
 @torch.no_grad()
@@ -214,8 +213,20 @@ def create_experts(name: str, context: ExpertContext, **options: Any) -> ExpertT
         ValueError: unknown type or option (the message lists the known ones), or a
             value that the type refuses.
     """
-    experts = _registry.get(name)(_registry.make_config(name, options), context)
+    _import_all()
+    config = EXPERT_TYPES.make_config(name, options)
+    experts = EXPERT_TYPES.find(name)(config, context)
     if not any(parameter.is_meta for parameter in experts.parameters()):
         for local in range(context.num_local):
             experts.init_expert(local, context.init.generator(local))
     return experts
+
+
+def _import_all() -> None:
+    """Import built-in types and those of installed packages."""
+    EXPERT_TYPES.import_built_in()
+    REGISTRY.import_installed()
+
+
+KNOWN_EXPERT_TYPES = ExpertTypes(expert_config_class, available_expert_types)
+"""The expert types of this process, for the parser of flags"""

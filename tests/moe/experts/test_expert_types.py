@@ -12,11 +12,11 @@ from helpers.expert_types import (
     reference_experts,
 )
 from helpers.moe_layers import make_input, make_layer
+from helpers.outside_gates import restored_registry
 from helpers.routings import make_routing
 from helpers.spawn import groups_for
 from megatron.moe.dispatch.permute import GatherWeights
 from megatron.moe.dispatch.plan import build_dispatch_plan
-from megatron.moe.experts import expert_type
 from megatron.moe.experts.expert_init import ExpertInit
 from megatron.moe.experts.expert_type import (
     ExpertContext,
@@ -34,11 +34,10 @@ ASSIGNMENTS = [(0, 1), (0, 2), (1, 2), (3, 0), (3, 1), (4, 1), (5, 0), (5, 2)]
 
 
 @pytest.fixture
-def own_registry(monkeypatch):
+def own_registry():
     """Forget the types that a test registers."""
-    available_expert_types()
-    registry = expert_type._registry
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    with restored_registry():
+        yield
 
 
 def rows_of(assignments, capacity=None, weight=None):
@@ -236,8 +235,8 @@ def test_unknown_types_and_options_are_refused():
 def test_two_types_of_one_name_are_refused():
     with pytest.raises(
         ValueError,
-        match=r"expert type name 'mlp' is taken by megatron\.moe\.experts\.types\.mlp\."
-        "MLPExperts; rename the one in .*test_expert_types",
+        match=r"two expert types have the name 'mlp': megatron\.moe\.experts\.types\.mlp\."
+        "MLPExperts, and .*Other; rename one",
     ):
 
         class Other(ExpertType, name="mlp"):
