@@ -49,6 +49,7 @@ LAYERS = {
     "megatron.checkpoint": 8,
     "megatron.training": 9,
     "megatron.exit_codes": 9,
+    "megatron.gate_checks": 10,
     "megatron.initialize": 10,
     "megatron.pretrain": 11,
 }

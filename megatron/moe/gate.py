@@ -63,6 +63,8 @@ class Gate(nn.Module):
     them"""
     sees_other_tokens: ClassVar[bool] = False
     """a token's experts depend on the other tokens of its rank's micro-batch"""
+    surrogate_gradients: ClassVar[bool] = False
+    """the weights' gradients are not their derivatives (straight-through estimators)"""
     expert_kind: ClassVar[str] = "grouped"
     """"grouped": stacked MLPs that run as grouped matrix products; "peer": PEER's
     tables of tiny experts, for which the gate has `output_gain(width)`"""

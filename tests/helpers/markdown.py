@@ -21,6 +21,7 @@ from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED
 from megatron.config.schema import SECTIONS
 from megatron.moe.experts.expert_type import available_expert_types, expert_config_class
 from megatron.moe.gate import available_gates, gate_config_class
+from tools.check_gate import CheckOptions
 
 REPO = Path(__file__).resolve().parents[2]
 PYTHON_HEREDOC = r"python - <<'EOF'\n(.*?)\nEOF\n"
@@ -126,7 +127,7 @@ def known_flags() -> frozenset[str]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source.read_text()))
     for tool in TOOLS:
         flags |= set(tool_parser(tool)._option_string_actions)
-    sections = [*SECTIONS.items()]
+    sections = [*SECTIONS.items(), ("options", CheckOptions)]
     sections += [("gate_options", gate_config_class(name)) for name in available_gates()]
     for name in available_expert_types():
         sections.append((EXPERT_OPTIONS, expert_config_class(name)))

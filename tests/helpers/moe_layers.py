@@ -7,13 +7,30 @@ from decimal import Decimal
 
 import torch
 
-from megatron.config.schema import ModelConfig, MoEConfig
-from megatron.model.builder import make_moe_layer
-from megatron.moe.experts.activations import activate
-from megatron.moe.gate import create_gate, gate_class
-from megatron.parallel.groups import Groups
+from megatron.gate_checks.cases import (
+    HIDDEN_SIZE,
+    GateCase,
+    make_carry,
+    make_input,
+    reference_expert,
+    reference_layer,
+)
+from megatron.moe.gate import gate_class
 
-D, E = 8, 4
+__all__ = [
+    "D",
+    "E",
+    "exact_shares",
+    "has_topk",
+    "make_carry",
+    "make_input",
+    "make_layer",
+    "reference_expert",
+    "reference_layer",
+    "reference_topk",
+]
+
+D, E = HIDDEN_SIZE, 4
 
 
 def make_layer(
@@ -28,78 +45,8 @@ def make_layer(
     **moe,
 ):
     """An MoE layer with the gate of this name; `moe` are fields of MoEConfig."""
-    gate = create_gate(
-        name,
-        hidden_size=D,
-        num_experts=num_experts,
-        layer=layer,
-        num_moe_layers=layer + 1,
-        vocab_size=50,
-        seed=seed,
-        init_std=0.5,
-        **(options or {}),
-    )
-    model = ModelConfig(
-        num_layers=1,
-        hidden_size=D,
-        num_attention_heads=1,
-        ffn_hidden_size=12,
-        activation="swiglu",
-        init_method_std=0.4,
-    )
-    return make_moe_layer(
-        gate,
-        model,
-        MoEConfig(num_experts=num_experts, moe_shared_experts=shared, gate=name, **moe),
-        expert_options,
-        layer=layer,
-        seed=seed,
-        groups=groups or Groups(),
-    )
-
-
-def make_input(tokens, seed=0, scale=1.0):
-    """Hidden states [1, tokens, D] and token ids [1, tokens]."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, tokens, D, generator=g) * scale
-    return x, torch.randint(0, 50, (1, tokens), generator=g)
-
-
-def make_carry(gate, tokens, seed=0, scale=1.0):
-    """A carry as the previous MoE layer's gate may return it: a number for each choice."""
-    g = torch.Generator().manual_seed(seed + 1000)
-    num_choices = gate.num_experts + len(gate.zero_computation_experts)
-    return torch.randn(tokens, num_choices, generator=g) * scale
-
-
-def reference_layer(layer, x_TD, routing, dispatched=None):
-    """y_t = sum over the gate's assignments, or over some of them: one expert call each."""
-    y = [torch.zeros(D) for _ in x_TD]
-    for a in range(len(routing.token_A)) if dispatched is None else dispatched:
-        t = int(routing.token_A[a])
-        e = int(routing.expert_A[a])
-        if e >= layer.num_experts:
-            out = layer.gate.zero_computation_experts[e - layer.num_experts](x_TD[t : t + 1])[0]
-        elif layer.gate.expert_kind == "peer":
-            out = reference_peer_expert(layer.experts, e, x_TD[t])
-        else:
-            out = reference_expert(layer, e, x_TD[t])
-        y[t] = y[t] + routing.weight_A[a] * out
-    return torch.stack(y)
-
-
-def reference_peer_expert(tables, e, x):
-    """One SwiGLU expert in PEER's tables, on [D]: one hidden unit at a time."""
-    return sum(
-        activate("swiglu", tables.w_in[e, j] @ x, tables.w_up[e, j] @ x) * tables.w_out[e, j]
-        for j in range(tables.width)
-    )
-
-
-def reference_expert(layer, e, x):
-    """One SwiGLU expert on [..., D]."""
-    w1, w3, w2 = (getattr(layer.experts, name)[e].T for name in ("w1", "w3", "w2"))
-    return activate("swiglu", x @ w1, x @ w3) @ w2
+    case = GateCase(name, options or {}, num_experts)
+    return case.layer(groups, expert_options, seed=seed, layer=layer, shared=shared, **moe)
 
 
 def exact_shares(logits):

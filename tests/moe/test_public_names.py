@@ -115,6 +115,7 @@ SIGNATURES = {
 GATE_ATTRIBUTES = {
     "initialises_itself": True,
     "sees_other_tokens": False,
+    "surrogate_gradients": False,
     "expert_kind": "grouped",
 }
 

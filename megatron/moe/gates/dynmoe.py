@@ -29,6 +29,7 @@ Shape suffixes: T tokens, D hidden, E experts, A assignments.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
 
 class DynMoEGate(Gate, name="dynmoe"):
     """Select all experts whose learned threshold the token's cosine exceeds."""
+
+    surrogate_gradients: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(ScopeConfig):
