@@ -28,6 +28,22 @@ def rename_cap_of_threshold(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "gate_options": renamed}
 
 
+_AUTOMATIC_NUMBERS = {"moepp": "num_constant_experts", "tcmoe": "num_null_experts"}
+"""By gate, the option whose value for an automatic number was 0 and is -1, as 0 means none"""
+
+
+def rename_automatic_numbers(content: dict[str, Any]) -> dict[str, Any]:
+    """Store -1 for numbers of choices without an expert that follow from other options."""
+    options = content.get("gate_options")
+    gate = _gate(content)
+    if not isinstance(options, dict) or not isinstance(gate, str):
+        return content
+    name = _AUTOMATIC_NUMBERS.get(gate)
+    if name not in options or options[name] != 0 or type(options[name]) is not int:
+        return content
+    return {**content, "gate_options": {**options, name: -1}}
+
+
 _CAPACITY_FACTORS = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
 _LARGEST_FACTOR = 1e100
 """Above any factor with an effect; larger integers have no quotient"""
@@ -91,7 +107,12 @@ def _gate(content: dict[str, Any]) -> Any:
     return moe.get("gate", "topk") if isinstance(moe, dict) else "topk"
 
 
-STEPS = (keep_mean_over_layers, rename_cap_of_threshold, divide_capacity_factors)
+STEPS = (
+    keep_mean_over_layers,
+    rename_cap_of_threshold,
+    rename_automatic_numbers,
+    divide_capacity_factors,
+)
 """In this order; steps of gate options come before the one that changes their layout"""
 
 

@@ -158,6 +158,25 @@ def test_cap_of_old_threshold_runs_is_renamed(gate, options, migrated):
 
 
 @pytest.mark.parametrize(
+    ("gate", "name"), [("moepp", "num_constant_experts"), ("tcmoe", "num_null_experts")]
+)
+def test_automatic_numbers_of_old_runs_stay(gate, name):
+    """0 meant a number that follows from other options; now -1 does, and 0 means none."""
+    for stored, expected in ((0, -1), (2, 2), (False, False), ("x", "x")):
+        options = {name: stored, "topk": 3}
+        content = {"version": 2, "moe": {"gate": gate}, "gate_options": options}
+        migrated = migrate("run.json", content, "x")["gate_options"]
+        assert migrated == {name: expected, "topk": 3} and type(migrated[name]) is type(stored)
+        assert options[name] is stored
+        other = {**content, "moe": {"gate": "topk"}}
+        assert migrate("run.json", other, "x")["gate_options"] == options
+        new = {**content, "version": 3}
+        assert migrate("run.json", new, "x")["gate_options"] == options
+    content = {"version": 2, "moe": {"gate": gate}, "gate_options": {"topk": 3}}
+    assert migrate("run.json", content, "x")["gate_options"] == {"topk": 3}
+
+
+@pytest.mark.parametrize(
     ("gate", "options", "k"),
     [
         ("topk", {"topk": 6}, 6),

@@ -12,6 +12,7 @@ from helpers.fake_gates import TopK, gate_config, parse, parse_moe, run_json
 from megatron.config import cli
 from megatron.config.effect import reset_without_effect
 from megatron.config.flags import flags_of
+from megatron.config.format_version import with_version
 from megatron.config.run_json import config_from_dict, read_run_json, write_run_json
 from megatron.config.schema import RUN_JSON_LAYOUT, SECTIONS, RunConfig
 from megatron.io import atomic_write
@@ -187,7 +188,8 @@ def test_run_json_of_a_checkpoint(tmp_path):
 
 def test_config_from_dict_inverts_to_dict():
     config = parse_moe("--levels", "1", "--num-layers", "3")
-    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    content = with_version(config.to_dict())
+    assert config_from_dict(json.loads(json.dumps(content))) == config
     assert config_from_dict({}) == RunConfig()
     with pytest.raises(
         ValueError, match=r"^here: --num-layers is 0; allowed: a positive integer$"
@@ -430,4 +432,5 @@ def test_to_flags_and_json_round_trip(chosen, data):
     if not effective.moe.num_experts:
         effective = dataclasses.replace(effective, gate_options=dataclasses.asdict(TopK()))
     assert parse(*flags) == effective
-    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    content = with_version(config.to_dict())
+    assert config_from_dict(json.loads(json.dumps(content))) == config

@@ -106,6 +106,9 @@ class LongCatGate(Gate, name="longcat"):
         fewest = max(0, config.topk - config.num_identities(num_experts))
         return fewest, min(config.topk, num_experts)
 
+    def capacity_k(self) -> int:
+        return max(1, round(self.config.target(self.num_experts)))
+
     def forward(self, inp: GateInput) -> Routing:
         c = self.config
         probs_TC = linear_fp32(inp.x_TD, self.router).softmax(-1)

@@ -81,8 +81,8 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         """number of experts that return 0"""
         num_copy_experts: int = 1
         """number of experts that return their input"""
-        num_constant_experts: int = 0
-        """number of experts that mix their input with a learned vector; 0: a quarter of
+        num_constant_experts: int = -1
+        """number of experts that mix their input with a learned vector; -1: a quarter of
         the number of experts, less zero and copy experts, but at least 1 (the paper has
         2 for 8 experts)"""
         tau: float = field(
@@ -99,15 +99,17 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         def __post_init__(self):
             super().__post_init__()
             require_field(self, "topk", self.topk >= 1, "1 or more")
-            for kind in ("zero", "copy", "constant"):
+            for kind, least in (("zero", 0), ("copy", 0), ("constant", -1)):
                 name = f"num_{kind}_experts"
-                require_field(self, name, getattr(self, name) >= 0, "0 or more")
+                require_field(self, name, getattr(self, name) >= least, f"{least} or more")
             require_field(self, "tau", self.tau > 0, "above 0")
 
         def num_constants(self, num_experts: int) -> int:
             """Return the number of constant experts."""
+            if self.num_constant_experts >= 0:
+                return self.num_constant_experts
             others = self.num_zero_experts + self.num_copy_experts
-            return self.num_constant_experts or max(num_experts // 4 - others, 1)
+            return max(num_experts // 4 - others, 1)
 
         def num_zero_computation(self, num_experts: int) -> int:
             """Return the number of zero-computation experts of all three kinds."""
@@ -187,11 +189,8 @@ class MoEPlusPlusGate(Gate, name="moepp"):
     def _fractions(self, choice_A: Tensor) -> dict[str, Tensor]:
         """Return the fraction of assignments to each zero-computation kind."""
         c = self.config
-        sizes = {
-            "constant": c.num_constants(self.num_experts),
-            "copy": c.num_copy_experts,
-            "zero": c.num_zero_experts,
-        }
+        sizes = {"constant": c.num_constants(self.num_experts)}
+        sizes |= {"copy": c.num_copy_experts, "zero": c.num_zero_experts}
         fractions = {}
         first = self.num_experts
         for kind, size in sizes.items():

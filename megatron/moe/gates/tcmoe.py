@@ -50,30 +50,38 @@ class TCMoEGate(Gate, name="tcmoe"):
     class Config(LossConfig):
         topk: int = 2
         """choices per token, including nulls"""
-        num_null_experts: int = 0
-        """number of null choices; 0: as many as --topk"""
+        num_null_experts: int = -1
+        """number of null choices; -1: as many as --topk"""
         reward_coeff: float = 1e-5
         """reward for the probability of nulls: a higher value makes tokens use fewer
         experts"""
 
         def __post_init__(self):
             super().__post_init__()
-            for name, least in (("topk", 1), ("num_null_experts", 0), ("reward_coeff", 0)):
+            for name, least in (("topk", 1), ("reward_coeff", 0)):
                 require_field(self, name, getattr(self, name) >= least, f"{least} or more")
+            allowed = "-1 (as many as --topk) or more"
+            require_field(self, "num_null_experts", self.num_null_experts >= -1, allowed)
+
+        def num_nulls(self) -> int:
+            """Return the number of null choices."""
+            return self.topk if self.num_null_experts < 0 else self.num_null_experts
 
         def check(self, num_experts: int) -> None:
             check_topk(self.topk, num_experts)
+            # The only choice of a token has the weight +1 or -1, whatever its probability.
+            learns = self.topk > 1 or self.num_nulls() > 0
+            require_field(self, "num_null_experts", learns, "1 or more with --topk 1")
 
     def __init__(self, config, context):
         super().__init__(config, context)
-        self.num_nulls = config.num_null_experts or config.topk
+        self.num_nulls = config.num_nulls()
         self.router = self.make_router(2 * context.num_experts + self.num_nulls)
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
         # Choices beyond the number of nulls go to experts, possibly to e and -e.
-        num_nulls = config.num_null_experts or config.topk
-        non_null = max(0, config.topk - num_nulls)
+        non_null = max(0, config.topk - config.num_nulls())
         return (non_null + 1) // 2, min(config.topk, num_experts)
 
     def forward(self, inp: GateInput) -> Routing:

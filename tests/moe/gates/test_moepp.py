@@ -89,7 +89,6 @@ def test_gate_matches_formula(seed, k, experts, kinds, tau, later, carried, by_s
     In particular f sums to k, the loss has no factor C, and weights are not
     renormalised.
     """
-    kinds = (kinds[0], kinds[1], kinds[2] + 1)
     C = experts + sum(kinds)
     gate = random_gate(seed, k, experts, kinds, tau, later, by_sequence)
     g = torch.Generator().manual_seed(seed)
@@ -473,6 +472,20 @@ def test_active_experts():
     assert active(topk=2, num_zero_experts=0, num_copy_experts=0) == (1, 2)
 
 
+def test_number_of_constant_experts():
+    """-1 derives it from the others; 0 means none, also without any other special expert."""
+
+    def count(num_experts=8, **options):
+        gate = create_gate("moepp", hidden_size=4, num_experts=num_experts, **options)
+        return len(gate.zero_computation_experts), len(gate.router.weight)
+
+    assert count() == (3, 11) and count(32) == (8, 40)
+    assert count(num_constant_experts=-1) == (3, 11)
+    assert count(num_constant_experts=0) == (2, 10)
+    assert count(num_constant_experts=0, num_zero_experts=0, num_copy_experts=0) == (0, 8)
+    assert count(num_constant_experts=4) == (6, 14)
+
+
 def test_token_may_use_every_choice():
     gate = create_gate("moepp", hidden_size=4, num_experts=2, topk=5)
     layer = make_layer("moepp", num_experts=2, options={"topk": 5})
@@ -492,7 +505,7 @@ def test_token_may_use_every_choice():
         ({"topk": 8}, "--topk is 8; allowed: 1 to the number of choices, which is 7"),
         ({"num_zero_experts": -1}, "--num-zero-experts is -1; allowed: 0 or more"),
         ({"num_copy_experts": -1}, "--num-copy-experts is -1"),
-        ({"num_constant_experts": -1}, "--num-constant-experts is -1"),
+        ({"num_constant_experts": -2}, "--num-constant-experts is -2; allowed: -1 or more"),
         ({"tau": 0.0}, "--tau is 0.0; allowed: above 0"),
         ({"loss_coeff": -1.0}, "--moe-loss-coeff is -1.0"),
     ],

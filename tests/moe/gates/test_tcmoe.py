@@ -93,6 +93,7 @@ def test_gate_matches_formula(seed, experts, rank, nulls, by_sequence):
     experts. For half of the seeds the null rows get +10 back, so that nulls compete.
     """
     k = 1 + rank % experts
+    nulls = max(nulls, 2 - k)  # one choice without nulls is refused
     gate = random_gate(seed, experts, k, nulls, by_sequence)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 4, generator=g)
@@ -263,9 +264,22 @@ def test_default_number_of_nulls_is_topk():
         options: gate().experts_per_token(
             type(gate().config)(topk=options[0], num_null_experts=options[1]), 4
         )
-        for options in ((2, 0), (2, 1), (4, 1), (4, 4))
+        for options in ((2, -1), (2, 0), (2, 1), (4, 1), (4, 4))
     }
-    assert active == {(2, 0): (0, 2), (2, 1): (1, 2), (4, 1): (2, 4), (4, 4): (0, 4)}
+    assert active.pop((2, 0)) == (1, 2), "0 means none: both choices are experts"
+    assert active == {(2, -1): (0, 2), (2, 1): (1, 2), (4, 1): (2, 4), (4, 4): (0, 4)}
+
+
+def test_no_nulls():
+    """Every choice is an expert or its negative, and the weights' magnitudes sum to 1."""
+    gate = create_gate(
+        "tcmoe", hidden_size=4, num_experts=4, topk=3, num_null_experts=0, init_std=0.8
+    )
+    assert gate.router.weight.shape == (8, 4)
+    out = gate(GateInput(torch.randn(20, 4, generator=torch.Generator().manual_seed(0))))
+    assert len(out.token_A) == 60 and out.metric_means["null_fraction"] == 0
+    total_T = torch.zeros(20).index_add(0, out.token_A, out.weight_A.abs())
+    torch.testing.assert_close(total_T, torch.ones(20))
 
 
 @pytest.mark.parametrize("null", [False, True])
@@ -310,7 +324,11 @@ def test_evaluation_is_deterministic():
     [
         ({"topk": 0}, "--topk is 0; allowed: 1 or more"),
         ({"topk": 5}, "--topk is 5; allowed: 1 to the number of experts, which is 4"),
-        ({"num_null_experts": -1}, "--num-null-experts is -1; allowed: 0 or more"),
+        ({"num_null_experts": -2}, "--num-null-experts is -2; allowed: -1 .* or more"),
+        (
+            {"topk": 1, "num_null_experts": 0},
+            "--num-null-experts is 0; allowed: 1 or more with --topk 1",
+        ),
         ({"reward_coeff": -1e-5}, "--reward-coeff is -1e-05; allowed: 0 or more"),
         ({"z_loss_coeff": -1.0}, "--moe-z-loss-coeff is -1.0"),
     ],
