@@ -98,6 +98,22 @@ def test_gates_have_equal_model_size(scale, tmp_path):
             assert got.active_max == pytest.approx(top_k.active_max, rel=0.02), gate
 
 
+@pytest.mark.parametrize("gate", available_gates())
+@pytest.mark.parametrize("scale", ["demo", "xmoe"])
+def test_scripts_are_dropless_unless_asked(gate, scale, tmp_path):
+    """Also where run.sh alone has the capacity of XMoE's recipe."""
+
+    def factors(**env):
+        moe = config(gate, tmp_path, SCALE=scale, **env).moe
+        return moe.moe_train_capacity_factor, moe.moe_eval_capacity_factor
+
+    default = {"threshold": 8.0, "moepp": 1.1}.get(gate, 1.25)
+    assert factors() == (0, 0)
+    assert factors(MOE_DROP_TOKEN="true") == (default, default)
+    assert factors(MOE_TRAIN_CAP_FACTOR="2") == (2, 2)
+    assert factors(MOE_EVAL_CAP_FACTOR="2") == (0, 2)
+
+
 def test_environment_variables_override_scripts(tmp_path):
     run = config("topk", tmp_path, SCALE="158m", TOPK="3", EP_SIZE="32", NUM_LAYERS="4")
     assert (run.gate_options["topk"], run.moe.num_experts, run.model.num_layers) == (3, 32, 4)

@@ -216,7 +216,8 @@ def test_flags_that_cannot_apply_are_left_out(tmp_path):
     """The program refuses a flag without effect, unless the user has set it."""
     usual = flags_of(tmp_path)
     assert {"--lr-warmup-fraction", "--eval-interval"} < set(usual)
-    assert not {word for word in usual if "capacity" in word}
+    unlimited = flags_of(tmp_path, MOE_DROP_TOKEN="false")
+    assert not {word for word in unlimited if "capacity" in word}
     assert "--lr-warmup-fraction" not in flags_of(tmp_path, WARMUP_FRACTION="0.0")
     assert "--eval-interval" not in flags_of(tmp_path, EVAL_ITERS="0")
     dense = flags_of(tmp_path, EP_SIZE="0")
@@ -224,7 +225,7 @@ def test_flags_that_cannot_apply_are_left_out(tmp_path):
     assert "--moe-min-capacity" in flags_of(tmp_path, MOE_MIN_CAP="8")
     files = flags_of(tmp_path, GATE_PATH=f"'{__file__}' b.py")
     assert files[files.index("--gate-path") + 1 :][:2] == [__file__, "b.py"]
-    limited = flags_of(tmp_path, MOE_EVAL_CAP_FACTOR="2")
+    limited = flags_of(tmp_path, MOE_TRAIN_CAP_FACTOR="0", MOE_EVAL_CAP_FACTOR="2")
     assert [word for word in limited if "capacity" in word] == ["--moe-eval-capacity-factor"]
 
 

@@ -103,7 +103,9 @@ def test_defaults_are_the_reference_recipe(tmp_path):
         1.0,
         True,
     )
-    assert e.moe_expert_parallel_size == 8 and e.moe_train_capacity_factor == 0
+    assert e.moe_expert_parallel_size == 8 and e.moe_aux_loss_reduction == "sum"
+    assert (e.moe_train_capacity_factor, e.moe_eval_capacity_factor) == (8.0, 8.0)
+    assert config.gate_options["threshold_max_experts"] == 0
     assert "total" in size.lower() and "active" in size.lower()
 
 
@@ -123,7 +125,7 @@ VARIABLES = {
     "EP_SIZE": "8",
     "EP_PARALLEL_SIZE": "2",
     "EP_INTERVAL": "2",
-    "TOPK": "3",
+    "MAX_EXPERTS": "3",
     "THRESHOLD": "0.7",
     "GATE": "threshold",
     "MLC": "0.05",
@@ -178,7 +180,7 @@ def test_model_variables_arrive(words):
         c.moe.moe_min_capacity,
     ) == (8, 48, 2, 2, 2.0, 3.0, 8)
     assert (
-        c.gate_options["topk"],
+        c.gate_options["threshold_max_experts"],
         c.gate_options["threshold"],
         c.gate_options["loss_coeff"],
     ) == (3, 0.7, 0.05)
@@ -472,16 +474,28 @@ def test_gate_variables_follow_the_gate(tmp_path):
 @pytest.mark.parametrize(
     "env, train, evaluation",
     [
-        ({}, 0, 0),
+        ({}, 8, 8),
         ({"MOE_DROP_TOKEN": "true"}, 8, 8),
+        ({"MOE_DROP_TOKEN": "false"}, 0, 0),
         ({"MOE_TRAIN_CAP_FACTOR": "2"}, 2, 2),
-        ({"MOE_EVAL_CAP_FACTOR": "2"}, 0, 2),
+        ({"MOE_TRAIN_CAP_FACTOR": "0"}, 0, 0),
+        ({"MOE_EVAL_CAP_FACTOR": "2"}, 8, 2),
         ({"MOE_DROP_TOKEN": "false", "MOE_TRAIN_CAP_FACTOR": "2"}, 0, 0),
+        ({"GATE": "topk"}, 0, 0),
+        ({"GATE": "topk", "MOE_DROP_TOKEN": "true"}, 1.25, 1.25),
+        ({"GATE": "moepp", "MOE_DROP_TOKEN": "true"}, 1.1, 1.1),
+        ({"GATE": "topk", "MOE_EVAL_CAP_FACTOR": "2"}, 0, 2),
     ],
 )
 def test_capacity_variables_set_factors(env, train, evaluation, tmp_path):
     moe = config_of(dry(tmp_path, **env)[0]).moe
     assert (moe.moe_train_capacity_factor, moe.moe_eval_capacity_factor) == (train, evaluation)
+
+
+def test_drop_token_is_true_or_false(tmp_path):
+    done = run_script(RUN, cwd=tmp_path, DRY_RUN="1", MOE_DROP_TOKEN="yes")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "run.sh: MOE_DROP_TOKEN is 'yes'; allowed: true or false\n"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ export GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16} BATCH_SIZE=${BATCH_SIZE:-8} TR
 export LR=${LR:-2e-3} MIN_LR=${MIN_LR:-2e-4} WARMUP_FRACTION=${WARMUP_FRACTION:-0.1}
 export LOG_INTERVAL=${LOG_INTERVAL:-10} EVAL_INTERVAL=${EVAL_INTERVAL:-50} EVAL_ITERS=${EVAL_ITERS:-8}
 export SAVE_INTERVAL=${SAVE_INTERVAL:-0}
+[ -n "${MOE_DROP_TOKEN:-}" ] || export MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-0} # dropless
 [ -n "${STREAMING_DATA_PATH:-}" ] || [ "${MOCK_DATA:-}" = true ] || export SPLIT=${SPLIT:-95,4,1}
 training=(bash examples_deepspeed/MoE/run.sh --normalization RMSNorm --activation gelu "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then exec "${training[@]}"; fi

@@ -2,8 +2,10 @@
 # Train a mixture-of-experts GPT. Every setting is an environment variable, so nothing here needs editing:
 #   EP_SIZE=64 TOPK=8 THRESHOLD=0.9 DATA_PATH=data/owt_text_document bash examples_deepspeed/MoE/run.sh
 # EP_SIZE is the number of experts, as in Megatron-DeepSpeed's scripts; EP_PARALLEL_SIZE is the number of ranks that
-# share them. The defaults are XMoE's reference recipe without its capacity limit (MOE_DROP_TOKEN=true sets the
-# recipe's capacity factor 8.0). Running again with the same NAME or OUTPUT_DIR resumes. DRY_RUN=1 prints the command
+# share them. The defaults are XMoE's reference recipe: a token uses as many experts as it takes to reach THRESHOLD of
+# its routing probability, and an expert accepts at most 8 x tokens / experts. As in XMoE, TOPK has no effect on this
+# gate; MAX_EXPERTS caps the experts of a token, and MOE_DROP_TOKEN=false removes the limit of the experts. Another GATE
+# has no limit unless one is set. Running again with the same NAME or OUTPUT_DIR resumes. DRY_RUN=1 prints the command
 # and the size of the model. Arguments are passed on as flags of pretrain_gpt.py. The exit status is that of the run;
 # when it failed, the last lines on the screen are its error and the path of the log. CUDA_VISIBLE_DEVICES selects the
 # GPUs of this machine, all by default; if it is empty, the run uses the CPU.
@@ -120,12 +122,23 @@ if [ "$EP_SIZE" -eq 0 ] || [ "$EP_INTERVAL" != 1 ] || [ "$GATE" = peer ]; then
     FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-$((4 * HIDDEN_SIZE))}
 fi
 TOPK=${TOPK:-}
+MAX_EXPERTS=${MAX_EXPERTS:-} # of the threshold gate: largest number of experts per token
 THRESHOLD=${THRESHOLD:-$([ "$GATE" = threshold ] && echo 0.9 || true)}
 MLC=${MLC:-}
-# Capacity factors: 0 is dropless. MOE_DROP_TOKEN=true changes their default to the recipe's 8.0 (to 1.1 for MoE++,
-# whose factor is also multiplied by k); MOE_DROP_TOKEN=false sets both to 0, whatever the other variables are.
+# Capacity factors: 0 is dropless, the default of all gates but that of the recipe. MOE_DROP_TOKEN=true sets a default
+# for every gate: the recipe's 8.0 for threshold, MoE++'s 1.1, and Switch's 1.25; MOE_DROP_TOKEN=false sets both to 0,
+# whatever the other variables are. An expert accepts factor x k x tokens / experts; k is 1 for threshold.
 MOE_DROP_TOKEN=${MOE_DROP_TOKEN:-}
-MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-$([ "$MOE_DROP_TOKEN" != true ] && echo 0 || { [ "$GATE" = moepp ] && echo 1.1 || echo 8.0; })}
+[[ $MOE_DROP_TOKEN =~ ^(true|false)?$ ]] || fail "MOE_DROP_TOKEN is '$MOE_DROP_TOKEN'; allowed: true or false"
+default_capacity_factor() {
+    case $GATE,$MOE_DROP_TOKEN in
+    threshold,*) echo 8.0 ;;
+    moepp,true) echo 1.1 ;;
+    *,true) echo 1.25 ;;
+    *) echo 0 ;;
+    esac
+}
+MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-$(default_capacity_factor)}
 MOE_EVAL_CAP_FACTOR=${MOE_EVAL_CAP_FACTOR:-$MOE_TRAIN_CAP_FACTOR}
 [ "$MOE_DROP_TOKEN" = false ] && MOE_TRAIN_CAP_FACTOR=0 MOE_EVAL_CAP_FACTOR=0
 MOE_MIN_CAP=${MOE_MIN_CAP:-} # by default the program's, if there is a capacity
@@ -168,7 +181,7 @@ VOCAB_PATH=${VOCAB_PATH:-dataset/gpt2-vocab.json}
 MERGE_PATH=${MERGE_PATH:-dataset/gpt2-merges.txt}
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-GPT2BPETokenizer}
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-}
-NAME=${NAME:-gpt-${NUM_LAYERS}l-${HIDDEN_SIZE}h-${EP_SIZE}e-${GATE}${TOPK:+-k$TOPK}${THRESHOLD:+-t$THRESHOLD}}
+NAME=${NAME:-gpt-${NUM_LAYERS}l-${HIDDEN_SIZE}h-${EP_SIZE}e-${GATE}${TOPK:+-k$TOPK}${THRESHOLD:+-t$THRESHOLD}${MAX_EXPERTS:+-m$MAX_EXPERTS}}
 OUTPUT_DIR=${OUTPUT_DIR:-runs/$NAME}
 
 flags=(
@@ -217,7 +230,7 @@ fi
 if [ "$EP_SIZE" -gt 0 ]; then
     flags+=(
         --num-experts "$EP_SIZE" --moe-expert-parallel-size "$EP_PARALLEL_SIZE" --gate "$GATE"
-        ${THRESHOLD:+--threshold "$THRESHOLD"} ${MLC:+--moe-loss-coeff "$MLC"}
+        ${THRESHOLD:+--threshold "$THRESHOLD"} ${MAX_EXPERTS:+--threshold-max-experts "$MAX_EXPERTS"} ${MLC:+--moe-loss-coeff "$MLC"}
         ${MOE_MIN_CAP:+--moe-min-capacity "$MOE_MIN_CAP"}
     )
     add_words --gate-path GATE_PATH

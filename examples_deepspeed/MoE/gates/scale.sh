@@ -4,6 +4,7 @@
 #   158m   LibMoE's small shape: 16 layers, hidden 512, 66 experts of width 128, 8 per token
 #   679m   LibMoE's large shape: 18 layers, hidden 1024, 66 experts of width 256, 8 per token
 #   xmoe   XMoE's recipe, run.sh's defaults: 12 layers, hidden 768, 64 experts of width 384 in every 2nd layer, 8 per token
+# All gates are dropless, so that they can be compared, unless MOE_DROP_TOKEN or a capacity factor is set.
 # SHARED=n replaces n of the experts, and n of the experts per token, by shared experts. COARSE=1 is for gates with one
 # expert per token: k times fewer experts, each k times as wide, where k is the others' experts per token. Both keep the
 # total and the active number of parameters.
@@ -37,6 +38,7 @@ xmoe) shape 12 768 12 64 384 8 ;;
     ;;
 esac
 export GATE
+[ -n "${MOE_DROP_TOKEN:-}" ] || export MOE_TRAIN_CAP_FACTOR=${MOE_TRAIN_CAP_FACTOR:-0}
 # Print the flags for DeepSeek's expert groups: 8 groups, of which a token may use $1, if the number of routed experts
 # is a multiple of 8; otherwise 2 groups, of which a token uses 1.
 grouped() { if [ $((EP_SIZE % 8)) = 0 ]; then echo --n-group 8 --topk-group "$1"; else echo --n-group 2 --topk-group 1; fi; }
