@@ -31,7 +31,7 @@ from megatron.engine.numerics_patches import (
     reduce_in_fp32_buckets,
     skip_dummy_step,
 )
-from megatron.engine.optimizer import build_optimizer
+from megatron.engine.optimizer import build_optimizer, set_learning_rate
 from megatron.engine.startup_patches import freeze_gc
 from megatron.engine.zero_shards import GlobalLayout, ZeroShards
 from megatron.log import get_logger
@@ -199,8 +199,7 @@ class Engine:
             ValueError: there are fewer micro-batches, or more.
         """
         self.deepspeed.train()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer, lr)
         skipped_before = self.skipped_steps
         batches = [batch.to(self.groups.device) for batch in batches]
         micro_steps = self.deepspeed.gradient_accumulation_steps()

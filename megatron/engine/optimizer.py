@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron.config.schema import OptimizerConfig
 from megatron.engine.startup_patches import UncompiledAdamMethods, import_muon_uncompiled
+from megatron.log import get_logger
 from megatron.moe.experts.expert_type import ExpertType
 from megatron.moe.layer_sums import find_moe_layers
 
@@ -73,8 +74,14 @@ def build_optimizer(
     optimizer_class = AdamW
     if zero_stage == 0 and config.precision == "fp32":
         optimizer_class = partial(ClippedAdamW, max_norm=config.clip_grad)
+    groups = parameter_groups(model, config.weight_decay)
+    for group in groups:
+        if "lr_scale" in group:
+            get_logger().info(
+                "optimizer group: %s: %d tensors", group["name"], len(group["params"])
+            )
     return optimizer_class(
-        parameter_groups(model, config.weight_decay),
+        groups,
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
@@ -96,31 +103,68 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Split parameters into named groups: matrices, vectors, gates, and experts.
 
     Only matrices have weight decay: norms, biases, embeddings and gate parameters have
-    none. Gate parameters have a group of their own because they are fp32 where the
+    none. Gate parameters have groups of their own because they are fp32 where the
     others are bf16, and ZeRO flattens each group into one buffer of one dtype. Sharded
     experts have one group per expert-parallel group, as DeepSpeed requires.
+
+    Returns:
+        Groups as torch's optimizers take them. `lr_scale` is a factor of the learning rate
+        where a gate has set one.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     expert_vectors = _stacked_vectors(model)
-    gates = {id(p) for layer in find_moe_layers(model) for p in layer.gate.parameters()}
+    gates = _gate_groups(model)
+    options: dict[str, dict[str, float]] = {"matrices": {"weight_decay": weight_decay}}
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
     for p in model.parameters():
         if not p.requires_grad:
             continue
         if id(p) in gates:
-            members["gates"].append(p)
+            name, group_options = gates[id(p)]
+            options[name] = group_options
         elif p.dim() < 2 or id(p) in embeddings or id(p) in expert_vectors:
-            members["vectors"].append(p)
+            name = "vectors"
         else:
-            members["matrices"].append(p)
-    decay = {"matrices": weight_decay}
+            name = "matrices"
+        members.setdefault(name, []).append(p)
     groups = [
-        {"name": name, "params": params, "weight_decay": decay.get(name, 0.0)}
+        {"name": name, "params": params, "weight_decay": 0.0, **options.get(name, {})}
         for name, params in members.items()
         if params
     ]
     split = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in split if group["params"]]
+
+
+def _gate_groups(model: nn.Module) -> dict[int, tuple[str, dict[str, float]]]:
+    """Return name and options of the group of each gate parameter, by the parameter's id.
+
+    Raises:
+        ValueError: a gate puts a parameter of another module, or one twice, into its groups.
+    """
+    found = {}
+    for layer in find_moe_layers(model):
+        gate = layer.gate
+        own = {id(p) for p in gate.parameters()}
+        found |= dict.fromkeys(own, ("gates", {}))
+        for group in gate.parameter_groups():
+            values = {"lr_scale": group.lr_scale, "weight_decay": group.weight_decay}
+            name = f"gates, lr x{group.lr_scale:g}, weight decay {group.weight_decay:g}"
+            for p in group.params:
+                if id(p) not in own:
+                    raise ValueError(
+                        f"parameter_groups of gate {gate.name!r} has a parameter twice, or one "
+                        "that is not the gate's; allowed: each of gate.parameters() once"
+                    )
+                own.remove(id(p))
+                found[id(p)] = (name, values)
+    return found
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups, multiplied by their `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def _stacked_vectors(model: nn.Module) -> set[int]:

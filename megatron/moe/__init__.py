@@ -18,7 +18,13 @@ if TYPE_CHECKING:
         available_expert_types,
         create_experts,
     )
-    from megatron.moe.gate import Gate, GateContext, available_gates, create_gate
+    from megatron.moe.gate import (
+        Gate,
+        GateContext,
+        ParameterGroup,
+        available_gates,
+        create_gate,
+    )
     from megatron.moe.gate_functional import linear_fp32
     from megatron.moe.gate_options import LossConfig, ScopeConfig
     from megatron.moe.losses import aux_losses, z_loss
@@ -32,6 +38,7 @@ __all__ = [
     "GateInput",
     "LoadBalancingLoss",
     "LossConfig",
+    "ParameterGroup",
     "PermutedTokens",
     "Routing",
     "ScopeConfig",
@@ -54,6 +61,7 @@ _MODULES = {
     "GateInput": "megatron.moe.routing",
     "LoadBalancingLoss": "megatron.moe.routing",
     "LossConfig": "megatron.moe.gate_options",
+    "ParameterGroup": "megatron.moe.gate",
     "PermutedTokens": "megatron.moe.dispatch.plan",
     "Routing": "megatron.moe.routing",
     "ScopeConfig": "megatron.moe.gate_options",

@@ -18,7 +18,8 @@ step is an fp32 buffer, which `post_optimizer_step` updates.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -50,6 +51,34 @@ class GateContext:
     def generator(self) -> torch.Generator:
         """Return a generator seeded by (seed, layer): all ranks draw the same."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.layer) % 2**63)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters of a gate that have an optimizer group of their own.
+
+    Raises:
+        ValueError: a factor is not positive, a weight decay is negative, or one of them
+            is not finite.
+    """
+
+    params: Sequence[nn.Parameter]
+    lr_scale: float = 1.0
+    """factor of the learning rate of each step"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; --weight-decay does not apply to gates"""
+
+    def __post_init__(self):
+        if not 0 < self.lr_scale < math.inf:
+            raise ValueError(
+                f"lr_scale of a gate's parameter group is {self.lr_scale}; allowed: a positive "
+                "number. Freeze parameters with requires_grad_(False)"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay of a gate's parameter group is {self.weight_decay}; allowed: 0 "
+                "or more"
+            )
 
 
 class Gate(nn.Module):
@@ -136,6 +165,14 @@ class Gate(nn.Module):
             inp: has no padding, see `__call__`.
         """
         raise NotImplementedError(f"gate {type(self).__name__} has no forward")
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return groups of parameters with a learning rate or weight decay of their own.
+
+        The others have the learning rate of the run and no weight decay. Groups with the
+        same values are one group of the optimizer, over all layers.
+        """
+        return []
 
     def post_optimizer_step(self, step: StepTotals) -> None:
         """Update the gate's state; called once after each optimizer step.

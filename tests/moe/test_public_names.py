@@ -18,7 +18,7 @@ from megatron.moe.experts.expert_init import ExpertInit
 
 REPO = Path(__file__).resolve().parents[2]
 HOMES = {
-    gate: ("Gate", "GateContext", "available_gates", "create_gate"),
+    gate: ("Gate", "GateContext", "ParameterGroup", "available_gates", "create_gate"),
     plan: ("PermutedTokens",),
     expert_type: ("ExpertContext", "ExpertType", "available_expert_types", "create_experts"),
     routing: ("GateInput", "LoadBalancingLoss", "Routing", "StepTotals"),
@@ -60,6 +60,7 @@ RECORDS = {
         "balance": (),
         "metric_sums": {},
     },
+    "ParameterGroup": {"params": REQUIRED, "lr_scale": 1.0, "weight_decay": 0.0},
     "StepTotals": {
         "load_E": REQUIRED,
         "num_tokens": REQUIRED,
@@ -104,6 +105,7 @@ SIGNATURES = {
     "setting": "name *values above=0",
     "Gate.__init__": "self config context",
     "Gate.forward": "self inp",
+    "Gate.parameter_groups": "self",
     "Gate.post_optimizer_step": "self step",
     "Gate.summarise": "self sums",
     "Gate.capacities": "self num_tokens factor minimum",
