@@ -118,6 +118,7 @@ def selected_weights(
     score_function: str,
     norm: bool,
     floor: float = 0.0,
+    normalized_TE: Tensor | None = None,
 ) -> Tensor:
     """Return the weights [T, k] of selected experts.
 
@@ -125,12 +126,15 @@ def selected_weights(
         logits_TE: logits of all experts, which softmax needs.
         norm: divide the selected scores by their sum.
         floor: lower bound of that sum (ERNIE 4.5); 0: none.
+        normalized_TE: `normalized_scores` of all experts, if the caller has them.
     """
     logit_Tk = logits_TE.gather(-1, expert_Tk)
     if norm and not floor:
         return normalized_scores(logit_Tk, score_function)
     if score_function == "softmax":
-        score_Tk = logits_TE.softmax(-1).gather(-1, expert_Tk)
+        if normalized_TE is None:
+            normalized_TE = logits_TE.softmax(-1)
+        score_Tk = normalized_TE.gather(-1, expert_Tk)
     else:
         score_Tk = expert_scores(logit_Tk, score_function)
     if norm:
@@ -153,8 +157,11 @@ def select_topk(
         experts divided by their sum [T, E].
     """
     expert_Tk = logits_TE.topk(k, dim=-1).indices
-    score_Tk = selected_weights(logits_TE, expert_Tk, score_function, norm)
-    return score_Tk, expert_Tk, normalized_scores(logits_TE, score_function)
+    normalized_TE = normalized_scores(logits_TE, score_function)
+    score_Tk = selected_weights(
+        logits_TE, expert_Tk, score_function, norm, normalized_TE=normalized_TE
+    )
+    return score_Tk, expert_Tk, normalized_TE
 
 
 def unit_vectors(vectors_NP: Tensor) -> Tensor:

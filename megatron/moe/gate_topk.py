@@ -166,14 +166,20 @@ class TopKBaseGate(BiasedGate):
                     ranked_TE, c.n_group, c.topk_group, best=c.group_score_best
                 )
             expert_Tk = ranked_TE.topk(c.topk, dim=-1).indices
+        normalized_TE = normalized_scores(logits_TE, c.score_function)
         weight_Tk = selected_weights(
-            logits_TE, expert_Tk, c.score_function, c.norm_topk_prob, c.norm_floor
+            logits_TE,
+            expert_Tk,
+            c.score_function,
+            c.norm_topk_prob,
+            c.norm_floor,
+            normalized_TE,
         )
         if c.expert_scale:
             weight_Tk = weight_Tk * self.expert_scale_E.float()[expert_Tk]
         return TopKSelection(
             logits_TE=logits_TE,
-            normalized_TE=normalized_scores(logits_TE, c.score_function),
+            normalized_TE=normalized_TE,
             expert_Tk=expert_Tk,
             weight_Tk=weight_Tk * c.routed_scaling_factor,
             highest_Tk=highest_Tk,
