@@ -35,6 +35,23 @@ STEPS, VOCAB = 3, 64
 # the weights visibly.
 LARGE_LOSS_OPTIONS = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"loss_coeff": 0.1}}
 WITHOUT_LOSS = {"base", "expert_choice", "expert_threshold", "hash", "longcat", "peer"}
+WITHOUT_LOSS |= {"hash with weights"}
+GATES_WITH_OPTIONS = {
+    "topk with all options": (
+        "topk",
+        {
+            "score_function": "sqrtsoftplus",
+            "bias_rule": "sign",
+            "bias_update_speed": 0.1,
+            "router_bias": True,
+            "router_norm": True,
+            "expert_scale": True,
+            "logit_softcap": 2.0,
+        },
+    ),
+    "hash with weights": ("hash", {"topk": 2, "learned_weights": True}),
+}
+"""Gate and options by a name of this file's tests"""
 
 
 EXPERT_TYPES = {
@@ -49,6 +66,9 @@ def build(gate, groups, activation="swiglu", shared=1, experts=""):
     """This rank's part of the model."""
     from megatron.model.builder import build_model
 
+    options = LARGE_LOSS_OPTIONS.get(gate, {})
+    if gate in GATES_WITH_OPTIONS:
+        gate, options = GATES_WITH_OPTIONS[gate]
     moe = MoEConfig(
         num_experts=4,
         gate=gate,
@@ -60,7 +80,7 @@ def build(gate, groups, activation="swiglu", shared=1, experts=""):
     return build_model(
         replace(MODEL, activation=activation),
         moe,
-        LARGE_LOSS_OPTIONS.get(gate, {}),
+        options,
         vocab_size=VOCAB,
         seed=7,
         groups=groups,
@@ -183,6 +203,22 @@ def check_weights(weights, results):
             got, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
         assert all(torch.equal(a, b) for a, b in copies), f"{name} differs between ranks"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("gate", GATES_WITH_OPTIONS)
+def test_gate_options_train_as_in_plain_torch(gate, stage, ranks2):
+    """Learned vectors of a router, too: reduced, clipped, and moved on all ranks alike."""
+    losses, norms, weights = train_in_plain_torch(gate)
+    results = ranks2.run(_train_with_deepspeed, gate, stage)
+    for got_losses, got_norms, _ in results:
+        assert got_losses == pytest.approx(losses, abs=1e-5)
+        assert got_norms == pytest.approx(norms, rel=1e-4)
+    check_weights(weights, results)
+    start = dict(build(gate, Groups()).named_parameters())
+    moved = [n for n, p in weights.items() if ".gate." in n and not torch.equal(p, start[n])]
+    number = {"topk with all options": 4, "hash with weights": 1}[gate]
+    assert len(moved) == number * MODEL.num_layers
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
