@@ -225,6 +225,9 @@ def test_flags_that_cannot_apply_are_left_out(tmp_path):
     assert "--moe-min-capacity" in flags_of(tmp_path, MOE_MIN_CAP="8")
     files = flags_of(tmp_path, GATE_PATH=f"'{__file__}' b.py")
     assert files[files.index("--gate-path") + 1 :][:2] == [__file__, "b.py"]
+    clamped = flags_of(tmp_path, EXPERT_TYPE="swiglu_clamped")
+    assert clamped[clamped.index("--expert-type") + 1] == "swiglu_clamped"
+    assert "--expert-type" not in usual
     limited = flags_of(tmp_path, MOE_TRAIN_CAP_FACTOR="0", MOE_EVAL_CAP_FACTOR="2")
     assert [word for word in limited if "capacity" in word] == ["--moe-eval-capacity-factor"]
 

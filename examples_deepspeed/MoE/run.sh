@@ -117,6 +117,7 @@ EP_INTERVAL=${EP_INTERVAL:-2}
 MOE_FFN_HIDDEN_SIZE=${MOE_FFN_HIDDEN_SIZE:-$((HIDDEN_SIZE / 2))}
 GATE=${GATE:-threshold}
 GATE_PATH=${GATE_PATH:-} # Python files or package folders with gates of your own, separated by blanks
+EXPERT_TYPE=${EXPERT_TYPE:-} # kind of the routed experts, such as swiglu_clamped; mlp if empty
 # The width of dense layers; there are none when every layer is an MoE layer.
 if [ "$EP_SIZE" -eq 0 ] || [ "$EP_INTERVAL" != 1 ] || [ "$GATE" = peer ]; then
     FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-$((4 * HIDDEN_SIZE))}
@@ -234,6 +235,7 @@ if [ "$EP_SIZE" -gt 0 ]; then
         ${MOE_MIN_CAP:+--moe-min-capacity "$MOE_MIN_CAP"}
     )
     add_words --gate-path GATE_PATH
+    flags+=(${EXPERT_TYPE:+--expert-type "$EXPERT_TYPE"})
     is_zero "$MOE_TRAIN_CAP_FACTOR" || flags+=(--moe-train-capacity-factor "$MOE_TRAIN_CAP_FACTOR")
     is_zero "$MOE_EVAL_CAP_FACTOR" || flags+=(--moe-eval-capacity-factor "$MOE_EVAL_CAP_FACTOR")
     if [ "$GATE" = peer ]; then # PEER has flags of its own for its layers and the width of an expert
