@@ -93,6 +93,7 @@ class StoredState(TypedDict):
     samples: NotRequired[Count]
     data: dict[str, dict[str, Count | str]]
     gates: NotRequired[dict[str, dict[str, str]]]
+    expert_types: NotRequired[dict[str, dict[str, str]]]
     versions: dict[str, str]
     saved_at: str
     progress: StoredProgress

@@ -13,7 +13,12 @@ from typing import Any
 from megatron.config.schema import RunConfig
 from megatron.log import warn_on_rank0
 from megatron.moe.gate import available_gates
-from megatron.moe.gate_registry import REGISTRY, GateOrigin, gate_origin
+from megatron.moe.gate_registry import (
+    REGISTRY,
+    GateOrigin,
+    expert_type_origin,
+    gate_origin,
+)
 from megatron.parallel.groups import Groups, all_gather_objects
 
 _SHOWN_DIGITS = 12
@@ -25,6 +30,13 @@ def describe_gates(config: RunConfig) -> dict[str, dict[str, str]]:
     if not config.moe.num_experts:
         return {}
     return {config.moe.gate: asdict(gate_origin(config.moe.gate))}
+
+
+def describe_expert_types(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return the fields of `GateOrigin` of the expert type of a run, by name."""
+    if not config.moe.num_experts:
+        return {}
+    return {config.moe.expert_type: asdict(expert_type_origin(config.moe.expert_type))}
 
 
 def require_known_gates(saved: dict[str, dict[str, str]], where: str) -> None:
@@ -54,16 +66,21 @@ def require_known_gates(saved: dict[str, dict[str, str]], where: str) -> None:
 
 
 def warn_of_changed_gates(
-    saved: dict[str, dict[str, str]], current: dict[str, dict[str, str]]
+    saved: dict[str, dict[str, str]], current: dict[str, dict[str, str]], kind: str = "gate"
 ) -> None:
-    """Log one line for each gate whose code is not that of the checkpoint."""
+    """Log one line for each gate, or expert type, whose code is not that of the checkpoint.
+
+    Args:
+        kind: what the names are, for messages.
+    """
     for name, fields in current.items():
         old = _origin(saved.get(name, {}))
         new = _origin(fields)
         if old.sha256 and new.sha256 and old.sha256 != new.sha256:
             warn_on_rank0(
-                "the code of gate %s has changed since the checkpoint: %s has the SHA-256 %s, "
+                "the code of %s %s has changed since the checkpoint: %s has the SHA-256 %s, "
                 "and %s had %s",
+                kind,
                 name,
                 new,
                 new.sha256[:_SHOWN_DIGITS],
@@ -73,12 +90,18 @@ def warn_of_changed_gates(
 
 
 def require_same_gates_on_ranks(config: RunConfig, groups: Groups) -> None:
-    """Check that all ranks have imported the same code of the gates from outside the tree.
+    """Check that all ranks have imported the same code from outside the tree.
 
     Raises:
         ValueError: the files of two ranks differ; then all ranks raise it.
     """
-    described = describe_gates(config)
+    _require_same_on_ranks(describe_gates(config), "gate", groups)
+    _require_same_on_ranks(describe_expert_types(config), "expert type", groups)
+
+
+def _require_same_on_ranks(
+    described: dict[str, dict[str, str]], kind: str, groups: Groups
+) -> None:
     if all(fields["kind"] == "built-in" for fields in described.values()):
         return
     on_ranks = all_gather_objects(described, groups)
@@ -87,7 +110,7 @@ def require_same_gates_on_ranks(config: RunConfig, groups: Groups) -> None:
         for rank, gates in enumerate(on_ranks):
             if gates[name]["sha256"] != first["sha256"]:
                 raise ValueError(
-                    f"the code of gate {name!r} differs between ranks: {first['path']} has the "
+                    f"the code of {kind} {name!r} differs between ranks: {first['path']} has the "
                     f"SHA-256 {first['sha256'][:_SHOWN_DIGITS]} on rank 0, and "
                     f"{gates[name]['path']} has {gates[name]['sha256'][:_SHOWN_DIGITS]} on rank "
                     f"{rank}; put the same file on every node"

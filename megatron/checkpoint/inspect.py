@@ -272,6 +272,9 @@ def compare_checkpoints(
         "tokenizer": _differences(a["identity"], b["identity"]),
         "data": _differences(_flatten(a["data"]), _flatten(b["data"])),
         "gates": _differences(_flatten(a.get("gates", {})), _flatten(b.get("gates", {}))),
+        "expert_types": _differences(
+            _flatten(a.get("expert_types", {})), _flatten(b.get("expert_types", {}))
+        ),
         "versions": _differences(a["versions"], b["versions"]),
         "tensors": _compare_shapes(tensors_a, tensors_b),
     }

@@ -13,6 +13,7 @@ _DIFFERENCE_SECTIONS = (
     "tokenizer",
     "data",
     "gates",
+    "expert_types",
     "versions",
 )
 
@@ -56,7 +57,8 @@ def format_checkpoint(summary: dict[str, Any]) -> list[str]:
         "parameters",
         *_table(_parameters(summary["parameters"])),
         *_gate_lines(summary["config"]),
-        *_gate_code_lines(summary.get("gates", {})),
+        *_code_lines("gates", summary.get("gates", {})),
+        *_code_lines("expert types", summary.get("expert_types", {})),
         "tokenizer",
         *_table(tokenizer),
         "data",
@@ -114,13 +116,18 @@ def _gate_lines(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _gate_code_lines(gates: dict[str, dict[str, str]]) -> list[str]:
-    """Format where gates come from, which checkpoints of earlier versions do not record."""
+def _code_lines(kind: str, origins: dict[str, dict[str, str]]) -> list[str]:
+    """Format where gates come from, which checkpoints of earlier versions do not record.
+
+    Args:
+        kind: gates or expert types.
+        origins: their origins by name.
+    """
     rows = {}
-    for name, origin in gates.items():
+    for name, origin in origins.items():
         words = [origin.get(key, "") for key in ("kind", "package", "path", "sha256")]
         rows[name] = "  ".join(word for word in words if word)
-    return ["code of gates", *_table(rows)] if rows else []
+    return [f"code of {kind}", *_table(rows)] if rows else []
 
 
 def _data(data: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -168,6 +168,7 @@ class LoadedCheckpoint:
         """
         check_same_run(self.metadata, current, str(self.path))
         warn_of_changed_gates(self.metadata.gates, current.gates)
+        warn_of_changed_gates(self.metadata.expert_types, current.expert_types, "expert type")
         if self.options.finetune or current.config.train.skip_train:
             return
         if not self.options.override_lr_schedule:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron import __version__
-from megatron.checkpoint.gate_code import describe_gates
+from megatron.checkpoint.gate_code import describe_expert_types, describe_gates
 from megatron.config.fields import flag_name
 from megatron.config.schema import RunConfig
 from megatron.data.sampling.blend import parse_blend
@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "deepspeed", "numpy")
 _DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _STATE_FIELDS = ("identity", "topology", "global_batch_size", "iterations", "data")
 # Fields that checkpoints of earlier versions lack.
-_NEW_STATE_FIELDS = ("samples", "gates")
+_NEW_STATE_FIELDS = ("samples", "gates", "expert_types")
 
 
 class Position(NamedTuple):
@@ -103,6 +103,8 @@ class RunMetadata:
     """Number of training samples that the data were built for; 0: not recorded"""
     gates: dict[str, dict[str, str]] = field(default_factory=dict)
     """Origin of each gate by name, see `describe_gates`; empty: not recorded, or no experts"""
+    expert_types: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Likewise of the expert type, see `describe_expert_types`"""
 
     @staticmethod
     def of(
@@ -139,6 +141,7 @@ class RunMetadata:
             data=data or {},
             samples=samples,
             gates=describe_gates(config),
+            expert_types=describe_expert_types(config),
         )
 
     @property

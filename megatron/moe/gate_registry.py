@@ -28,11 +28,14 @@ from megatron.config.flags import flags_of
 from megatron.config.gate_path import resolve_gate_paths
 from megatron.log import warn_on_rank0
 from megatron.moe import gates
+from megatron.moe.experts import types as types_of_experts
 from megatron.moe.experts.expert_registry import EXPERT_TYPES
 
 ENTRY_POINT_GROUP = "moe_megatron.gates"
 _IMPORTERS = (str(Path(__file__)), str(Path(importlib.__file__).parent), "<frozen ")
 """Beginnings of the file names of Python's importer and of this one"""
+_FILE_MODULES = "moe_megatron_gates_"
+"""Beginning of the module names of files of --gate-path"""
 _MOST_FRAMES = 3
 """Frames of a traceback that an error message shows"""
 
@@ -262,6 +265,19 @@ def gate_origin(name: str) -> GateOrigin:
     return REGISTRY.origins[name]
 
 
+def expert_type_origin(name: str) -> GateOrigin:
+    """Return where the code of an expert type comes from.
+
+    A type of an installed package counts as a module; its hash includes the package's others.
+    """
+    cls = EXPERT_TYPES.find(name)
+    if cls.__module__.startswith(f"{types_of_experts.__name__}."):
+        return GateOrigin("built-in", _source_file(cls), "", _hash_of(cls, "built-in"))
+    if cls.__module__.startswith(_FILE_MODULES):
+        return GateOrigin("file", _source_file(cls), "", _hash_of(cls, "file"))
+    return GateOrigin("module", _source_file(cls), "", _hash_of(cls, "package"))
+
+
 def _entry_points() -> Iterable[EntryPoint]:
     return entry_points(group=ENTRY_POINT_GROUP)
 
@@ -273,7 +289,7 @@ def _execute_file(path: Path) -> None:
     `from .neighbour import x` finds the files next to it, and two files of one name do
     not replace each other. A folder becomes a package.
     """
-    unique = f"moe_megatron_gates_{sha256(str(path).encode()).hexdigest()[:12]}"
+    unique = f"{_FILE_MODULES}{sha256(str(path).encode()).hexdigest()[:12]}"
     if path.is_dir():
         _execute(unique, path / "__init__.py", [str(path)])
         return

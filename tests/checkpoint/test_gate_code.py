@@ -10,6 +10,7 @@ from helpers.outside_gates import restored_registry, write_gate
 from helpers.spawn import groups_for
 from megatron.checkpoint.content import read_state
 from megatron.checkpoint.gate_code import (
+    describe_expert_types,
     describe_gates,
     require_known_gates,
     require_same_gates_on_ranks,
@@ -17,7 +18,14 @@ from megatron.checkpoint.gate_code import (
 )
 from megatron.checkpoint.loader import find_checkpoint
 from megatron.config.schema import CheckpointConfig, MoEConfig, RunConfig
-from megatron.moe.gate_registry import REGISTRY, GateOrigin, gate_origin, import_gate_files
+from megatron.moe import ExpertType
+from megatron.moe.gate_registry import (
+    REGISTRY,
+    GateOrigin,
+    expert_type_origin,
+    gate_origin,
+    import_gate_files,
+)
 from megatron.parallel.groups import Groups
 
 NO_EVALUATION = ("--eval-iters", "0", "--split", "100,0,0")
@@ -33,9 +41,76 @@ def test_checkpoint_records_built_in_gate(finished):
     origin = gate_origin("threshold")
     assert state["gates"] == {"threshold": asdict(origin)} and len(origin.sha256) == 64
 
+    assert list(state["expert_types"]) == ["mlp"]
+    recorded = state["expert_types"]["mlp"]
+    assert recorded == asdict(expert_type_origin("mlp")) and recorded["kind"] == "built-in"
+
 
 def test_dense_run_records_no_gate():
     assert describe_gates(RunConfig(moe=MoEConfig(num_experts=0))) == {}
+    assert describe_expert_types(RunConfig(moe=MoEConfig(num_experts=0))) == {}
+
+
+EXPERTS = """\
+from megatron.moe import ExpertType
+
+
+class Mine(ExpertType, name="outside_experts"):
+    pass
+"""
+
+
+def import_experts(path, text=EXPERTS):
+    """Import an expert type from a file; its description."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    with restored_registry():
+        import_gate_files([str(path)])
+        moe = MoEConfig(num_experts=4, expert_type="outside_experts")
+        return describe_expert_types(RunConfig(moe=moe))
+
+
+def test_changed_expert_type_is_one_warning(tmp_path, caplog):
+    old = import_experts(tmp_path / "a/mine.py")
+    origin = old["outside_experts"]
+    assert (origin["kind"], origin["path"]) == ("file", str(tmp_path / "a/mine.py"))
+    warn_of_changed_gates(old, import_experts(tmp_path / "b/mine.py"), "expert type")
+    assert not caplog.messages
+    changed = import_experts(tmp_path / "c/mine.py", f"{EXPERTS}# changed\n")
+    warn_of_changed_gates(old, changed, "expert type")
+    assert len(caplog.messages) == 1
+    assert "the code of expert type outside_experts has changed" in caplog.messages[0]
+
+
+def test_expert_type_of_a_program_is_a_module():
+    """A program of the user imported it."""
+    with restored_registry():
+
+        class Mine(ExpertType, name="outside_experts"):
+            pass
+
+        origin = expert_type_origin("outside_experts")
+    assert (origin.kind, origin.path) == ("module", __file__) and origin.sha256
+
+
+def compare_expert_types(folder, names):
+    """Import an expert type from this rank's own file, and compare it with the other rank's."""
+    groups = groups_for(1)
+    with restored_registry():
+        import_gate_files([str(folder / names[groups.rank] / "mine.py")])
+        moe = MoEConfig(num_experts=4, expert_type="outside_experts")
+        try:
+            require_same_gates_on_ranks(RunConfig(moe=moe), groups)
+        except ValueError as error:
+            return str(error)
+
+
+def test_ranks_must_have_same_expert_type(ranks2, tmp_path):
+    for name, text in (("d", EXPERTS), ("e", EXPERTS), ("f", f"{EXPERTS}# changed\n")):
+        import_experts(tmp_path / name / "mine.py", text)
+    assert ranks2.run(compare_expert_types, tmp_path, ("d", "e")) == [None, None]
+    first, second = ranks2.run(compare_expert_types, tmp_path, ("d", "f"))
+    assert first == second and "expert type 'outside_experts' differs between ranks" in first
 
 
 @pytest.mark.parametrize(

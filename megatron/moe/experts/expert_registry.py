@@ -47,6 +47,7 @@ class ExpertRegistry:
         Raises:
             ValueError: there is none, or its Config cannot be flags.
         """
+        self.import_built_in()
         if name not in self.classes:
             raise ValueError(
                 f"--expert-type is {name!r}; allowed: {' '.join(sorted(self.classes))}. A type "
