@@ -126,3 +126,16 @@ def test_parameter_table_has_trainable_column():
         "attention           100.00 M    100.00 M   100.00 M",
         "total               112.00 M    100.00 M   112.00 M",
     ]
+
+
+def test_biases_and_latent_projections_are_counted():
+    """Experts of N = 4 features with biases; the projections are used by every token."""
+    moe = dataclasses.replace(MOE, expert_type="swiglu_clamped", moe_latent_size=4)
+    expert = 3 * 4 * 24 + 2 * 24 + 4
+    for groups in ({}, {"rank": 1, "world_size": 4, "ep_size": 4}):
+        size = count_parameters(build(moe=moe, **groups), (1, 3))
+        assert size.parts["routed experts"] == 2 * 8 * expert
+        assert size.parts["latent layers"] == 2 * 2 * 16 * 4
+        assert size.parts["other"] == 0
+        assert size.active_max - size.active_min == 2 * 2 * expert
+    assert "latent layers" in parameter_table(size)
