@@ -101,14 +101,14 @@ def test_readme_log_lines_have_console_format(monkeypatch):
         {
             "kind": "train",
             "iteration": 200,
-            "loss": 4.49388,
-            "aux_loss": 0.01074,
+            "loss": 4.49745,
+            "aux_loss": 0.03123,
             "lr": 2.001e-4,
-            "grad_norm": 0.683,
+            "grad_norm": 0.708,
             "tokens_per_s": 2810.0,
-            "experts_per_token": 8.777,
-            "experts_per_token_before_capacity": 8.777,
-            "load_imbalance_max_over_mean": 1.45,
+            "experts_per_token": 9.69,
+            "experts_per_token_before_capacity": 9.69,
+            "load_imbalance_max_over_mean": 1.42,
             "dropped_assignment_fraction": 0.0,
             "skipped_steps": 0,
         }
@@ -117,13 +117,13 @@ def test_readme_log_lines_have_console_format(monkeypatch):
         {
             "kind": "test",
             "iteration": 200,
-            "loss": 4.74514,
-            "perplexity": 115.024,
-            "experts_per_token": 8.814,
-            "experts_per_token_before_capacity": 8.814,
-            "load_imbalance_max_over_mean": 1.47,
+            "loss": 4.75318,
+            "perplexity": 115.952,
+            "experts_per_token": 9.82,
+            "experts_per_token_before_capacity": 9.82,
+            "load_imbalance_max_over_mean": 1.39,
             "dropped_assignment_fraction": 0.0,
-            "experts_per_token_by_layer": [6.85, 10.09, 9.50],
+            "experts_per_token_by_layer": [7.39, 11.14, 10.92],
         }
     )
     assert len(lines) == 2

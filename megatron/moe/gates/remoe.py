@@ -11,8 +11,10 @@ mean at k.
         S: fraction of zeros in R over all MoE layers, ranks and micro-batches
 
 Training starts nearly dense, because any R of a token may be above 0, and becomes
-sparse once lambda has grown. One lambda serves all layers: each layer holds a copy in a
-buffer, and all copies are updated identically.
+sparse once lambda has grown. The losses of MoE layers are summed, as in the released
+code; if they are averaged, lambda settles at a value as many times larger. One lambda
+serves all layers: each layer holds a copy in a buffer, and all copies are updated
+identically.
 
 Departures: lambda is limited to [1e-30, 1e30], because it could not recover from 0 or
 infinity after a long one-sided phase; balance_scope selects the tokens that f counts.
