@@ -305,3 +305,16 @@ def test_single_expert_may_be_renormalised(options):
         "threshold", hidden_size=8, num_experts=1, norm_topk_prob=True, **options
     )
     assert gate(GateInput(torch.randn(3, 8))).weight_A.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 6), ({"threshold_max_experts": 2}, 2), ({"topk": 2}, 6), ({"topk": 99}, 6)],
+)
+def test_cap_limits_active_experts(options, most):
+    """The sizes of a model follow the cap, and the gate ignores topk."""
+    gate, _, out = run(0.95, tokens=50, std=0.1, **options)
+    assert type(gate).experts_per_token(gate.config, 6) == (1, most)
+    counts_T = torch.bincount(out.token_A)
+    assert counts_T.max() == min(most, 6)
+    assert gate.capacity_k() == 1
