@@ -69,13 +69,17 @@ class NextTokenLoss:
     """The loss of next-token prediction, for tasks whose micro-batches are `Batch` records.
 
     The cross-entropy is summed over the loss mask and divided by the number of target tokens of
-    the global batch. The auxiliary loss is averaged over micro-batches and ranks.
+    the global batch. The auxiliary loss is averaged over micro-batches and ranks that have
+    tokens: those of padding only do not count.
     """
 
     def normalizers(self, batch: Batch) -> dict[str, Tensor]:
         mask_BS = target_mask(batch.labels_BS, batch.loss_mask_BS, batch.padding_BS)
         num_target_tokens = mask_BS.sum()
-        return {LM_LOSS: num_target_tokens, AUX_LOSS: torch.ones_like(num_target_tokens)}
+        has_tokens = torch.ones_like(num_target_tokens)
+        if batch.padding_BS is not None:
+            has_tokens = batch.padding_BS.logical_not().any().float()
+        return {LM_LOSS: num_target_tokens, AUX_LOSS: has_tokens}
 
     def loss_sums(self, model: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         out = model(

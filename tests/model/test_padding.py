@@ -15,6 +15,7 @@ from helpers.moe_layers import D, make_carry, make_input, make_layer
 from helpers.spawn import groups_for
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.data.loader import Batch
+from megatron.engine.loss import term_weights
 from megatron.model.builder import build_model
 from megatron.moe.ffn import FFNContext, TokenLayout
 from megatron.moe.gate import available_gates, gate_class
@@ -185,6 +186,22 @@ def test_padding_of_false_changes_nothing():
     expected = step(make("deepseek_v3"), batch)
     for name, value in expected.items():
         assert value is None or torch.equal(got[name], value), name
+
+
+def test_micro_batch_of_padding_is_no_mean():
+    """It has no weight in the mean over micro-batches of either loss term."""
+    batch = padded(documents())
+    task = NextTokenLoss()
+    only_padding = dataclasses.replace(
+        batch, padding_BS=torch.ones_like(batch.tokens_BS, dtype=torch.bool)
+    )
+    normalizers = [task.normalizers(b) for b in (batch, only_padding)]
+    assert normalizers[1] == {LM_LOSS: 0, AUX_LOSS: 0}
+    weights = term_weights(normalizers, Groups())
+    assert weights == [{LM_LOSS: 2, AUX_LOSS: 2}, {LM_LOSS: 0, AUX_LOSS: 0}]
+    for name in ALL:
+        sums = task.loss_sums(make(name), only_padding, 0.5)
+        assert sums == {LM_LOSS: 0, AUX_LOSS: 0}
 
 
 class CountNonzero(TorchDispatchMode):
