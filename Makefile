@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: venv demo test test-slow test-latest lint
+.PHONY: venv demo test test-slow test-latest test-gpu bench-gpu lint
 
 venv: $(STAMP)
 
@@ -29,7 +29,7 @@ demo: venv
 	PYTHON=$(BIN)/python bash examples_deepspeed/MoE/demo.sh
 
 # Tests start up to four ranks, with one thread each.
-test test-slow test-latest: export OMP_NUM_THREADS := 1
+test test-slow test-latest test-gpu: export OMP_NUM_THREADS := 1
 
 # Most tests use one core, so two processes share the test files, in the order set by tests/conftest.py. A file is not
 # split, because each process has pools of ranks of its own.
@@ -45,6 +45,11 @@ test-slow: venv
 test-latest: export TORCH := $(TORCH)
 test-latest: venv
 	$(BIN)/python tools/test_latest.py
+
+# The tests that need a GPU, and the MoE layer against other systems' on one. Without a GPU they say what is missing and
+# fail with exit code 2.
+test-gpu bench-gpu: venv
+	$(BIN)/python tools/gpu.py $(@:-gpu=)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@ dispatch, experts and combine in bf16 with the gate in fp32, for a top-k gate wi
 capacity limit. The baseline "dense" is a dense feed-forward layer of k times an
 expert's width with the same activation: the same multiply-adds on the same tokens.
 "GEMMs alone" are its matrix products, and those of the experts on rows in place, into
-preallocated memory: a bound that no layer can beat.
+preallocated memory: a bound that no layer can beat. On a GPU, where many small products
+do not fill the device, "F.grouped_mm alone" is the bound.
 
 1. Sizes: our layer by backend, a per-expert loop, DeepSpeed's native layer (nothing
    dropped), and transformers' Mixtral and OLMoE blocks with each implementation of
@@ -143,6 +144,9 @@ def size_rows(
             [size.tokens], size.hidden, wide, gated, problem.x_TD
         ),
         "experts' GEMMs alone": peers.bare_gemms(
+            loads, size.hidden, size.width, gated, problem.x_TD
+        ),
+        "F.grouped_mm alone": peers.bare_grouped_mm(
             loads, size.hidden, size.width, gated, problem.x_TD
         ),
         **{name: layer.step(problem) for name, layer in layers.items()},
@@ -316,6 +320,9 @@ def main() -> int:
     args = parse_arguments()
     import torch
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device is cuda; allowed: cpu, torch finds no GPU", file=sys.stderr)
+        return 2
     from benchmarks.moe_peers import Size
     from megatron.engine import distributed
 

@@ -461,6 +461,31 @@ def bare_gemms(
     return step
 
 
+def bare_grouped_mm(
+    rows: list[int], hidden: int, width: int, gated: bool, like: Tensor
+) -> Callable[[], None]:
+    """Return a function that computes the products of `bare_gemms` by `F.grouped_mm`.
+
+    It allocates its outputs, which `F.grouped_mm` cannot avoid.
+    """
+    offsets_E = torch.tensor(rows, device=like.device).cumsum(0, dtype=torch.int32)
+    x_SD, y_grad_SD = (like.new_ones(sum(rows), hidden) for _ in range(2))
+    a_SH, h_grad_SH = (like.new_ones(sum(rows), width) for _ in range(2))
+    up_EDH = like.new_ones(len(rows), width, hidden).transpose(1, 2)
+    down_EHD = like.new_ones(len(rows), hidden, width).transpose(1, 2)
+    for leaf in (x_SD, a_SH, up_EDH, down_EHD):
+        leaf.requires_grad_()
+    products = [(x_SD, up_EDH, h_grad_SH)] * (2 if gated else 1)
+    products.append((a_SH, down_EHD, y_grad_SD))
+
+    def step() -> None:
+        for rows_S, weight_E, grad_S in products:
+            out_S = F.grouped_mm(rows_S, weight_E, offs=offsets_E)
+            torch.autograd.grad(out_S, (rows_S, weight_E), grad_S)
+
+    return step
+
+
 def loads(problem: Problem) -> list[int]:
     """Return the number of rows of each expert."""
     logits_TE = problem.x_TD.float() @ problem.router_ED.T

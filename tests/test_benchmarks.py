@@ -329,6 +329,14 @@ def test_step_leaves_no_gradients():
     assert all(p.grad is None for p in layer.module.parameters()) and problem.x_TD.grad is None
 
 
+def grouped_mm_flops(a_shape, b_shape, *args, out_shape, **kwargs):
+    """Every row of a is multiplied by one matrix; between matrices, rows are the inner size."""
+    rows, inner = a_shape
+    if len(b_shape) == 2:  # a gradient of the weights: a is transposed
+        rows, inner = inner, rows
+    return 2 * rows * inner * b_shape[-1]
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_baselines_do_equal_multiply_adds(activation):
     problem = peers.Problem.draw(SMALL, activation, CPU)
@@ -337,13 +345,15 @@ def test_baselines_do_equal_multiply_adds(activation):
         peers.dense(problem).step(problem),
         peers.bare_gemms([40], 32, 2 * 16, gated, x_TD),
         peers.bare_gemms(peers.loads(problem), 32, 16, gated, x_TD),
+        peers.bare_grouped_mm(peers.loads(problem), 32, 16, gated, x_TD),
     ]
     totals = []
     for step in steps:
-        with FlopCounterMode(display=False) as counter:
+        mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             step()
         totals.append(counter.get_total_flops())
-    assert totals == [40 * 2 * 3 * (3 if gated else 2) * 2 * 32 * 16] * 3
+    assert totals == [40 * 2 * 3 * (3 if gated else 2) * 2 * 32 * 16] * 4
 
 
 def test_skipped_layers_name_their_reason():
@@ -513,12 +523,10 @@ def test_moe_layer_runs_quickly(tmp_path):
     ]
     label = "E16 H128 k4"
     rows = [(r["name"], r["baseline"]) for r in table if r["name"].startswith(f"{label}: ")]
-    assert rows[:12] == [
-        (f"{label}: {name}", f"{label}: dense")
-        for name in ("dense GEMMs alone", "experts' GEMMs alone", *layers)
-    ]
-    assert rows[12] == (f"{label}: ours, auto", f"{label}: DeepSpeed MoE") and len(rows) == 14
-    assert [(r["name"], r["baseline"]) for r in table[14:]] == [
+    bare = ("dense GEMMs alone", "experts' GEMMs alone", "F.grouped_mm alone")
+    assert rows[:13] == [(f"{label}: {name}", f"{label}: dense") for name in (*bare, *layers)]
+    assert rows[13] == (f"{label}: ours, auto", f"{label}: DeepSpeed MoE") and len(rows) == 15
+    assert [(r["name"], r["baseline"]) for r in table[15:]] == [
         ("ours, E 32", "ours, E 8"),
         (f"{label} memory: ours, auto", f"{label} memory: OLMoE, grouped_mm"),
     ]

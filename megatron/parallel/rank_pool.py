@@ -1,4 +1,4 @@
-"""A pool of gloo ranks on this machine, started once and then given functions to run.
+"""A pool of ranks on this machine, joined by gloo or NCCL, started once and then given functions to run.
 
 For tests and for `tools/check_gate.py`, which run many short functions on the same ranks: starting
 a rank takes seconds.
@@ -50,7 +50,7 @@ def groups_for(ep_size: int) -> Groups:
         _groups[ep_size] = Groups(
             rank=rank,
             world_size=world,
-            backend="gloo",
+            backend=dist.get_backend(),
             reason="a pool of ranks on this machine",
             ep_size=ep_size,
             ep_group=mine if ep_size > 1 else None,
@@ -58,12 +58,19 @@ def groups_for(ep_size: int) -> Groups:
     return _groups[ep_size]
 
 
-def _worker(rank: int, world_size: int, store: str, path: list[str], pipe: Any) -> None:
+def _worker(
+    rank: int, world_size: int, backend: str, store: str, path: list[str], pipe: Any
+) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # as a launcher would
+    if backend == "nccl":
+        os.environ["DS_ACCELERATOR"] = "cuda"
+        torch.cuda.set_device(rank)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
@@ -78,13 +85,17 @@ def _worker(rank: int, world_size: int, store: str, path: list[str], pipe: Any) 
 
 
 class RankPool:
-    """Processes joined by gloo; `run(f, *args)` runs f on all and returns results by rank.
+    """Processes that share a group; `run(f, *args)` runs f on all and returns results by rank.
 
     They are started by the first `run`, and again after `stop`.
+
+    Args:
+        backend: gloo, with all on the CPU, or nccl, with a GPU for each.
     """
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, backend: str = "gloo"):
         self._world_size = world_size
+        self._backend = backend
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
 
@@ -100,6 +111,7 @@ class RankPool:
                 args=(
                     rank,
                     self._world_size,
+                    self._backend,
                     str(Path(self._folder.name) / "store"),
                     sys.path,
                     theirs,

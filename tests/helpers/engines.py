@@ -59,7 +59,13 @@ def config_of(
         if gate
         else MoEConfig()
     )
-    optimizer = OptimizerConfig(bf16=precision == "bf16", lr=0.02, adam_eps=1e-3, clip_grad=0.5)
+    optimizer = OptimizerConfig(
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        lr=0.02,
+        adam_eps=1e-3,
+        clip_grad=0.5,
+    )
     return RunConfig(
         MODEL,
         moe,
@@ -130,7 +136,9 @@ class Run:
         from megatron.engine.engine import Engine
 
         os.environ.update(
-            RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0"
+            RANK=str(dist.get_rank()),
+            WORLD_SIZE=str(dist.get_world_size()),
+            LOCAL_RANK=str(dist.get_rank()),
         )
         self.config = config
         self.groups = groups = parallel.init_distributed(config.moe.moe_expert_parallel_size)

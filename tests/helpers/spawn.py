@@ -1,4 +1,4 @@
-"""Gloo ranks for tests: the pool of `megatron.parallel.rank_pool`."""
+"""Ranks for tests: the pool of `megatron.parallel.rank_pool`."""
 
 from megatron.parallel.rank_pool import RankPool as Ranks
 from megatron.parallel.rank_pool import free_port, groups_for

@@ -263,6 +263,7 @@ def test_varlen_needs_kernel_and_inputs(changes, usable, monkeypatch):
     assert subject.can_use_varlen(q, case["dropout"]) == usable
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", PACKED)
 def test_varlen_kernel_equals_batches(name, monkeypatch):

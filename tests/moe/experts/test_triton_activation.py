@@ -17,7 +17,7 @@ from megatron.moe.experts.triton_activation import (  # noqa: E402
     weighted_activation_grad,
 )
 
-pytestmark = pytest.mark.usefixtures("checked_memory")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("checked_memory")]
 
 
 @pytest.mark.parametrize("activation", available_activations())

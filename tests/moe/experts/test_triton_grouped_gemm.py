@@ -35,7 +35,7 @@ from megatron.moe.experts.triton_grouped_gemm import (  # noqa: E402
 )
 from megatron.moe.experts.triton_grouped_gemm import triton_grouped_gemm as gemm  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("checked_memory")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("checked_memory")]
 
 
 @few

@@ -32,7 +32,7 @@ from helpers.triton_kernels import (  # noqa: E402
 from megatron.moe.experts import triton_mlp  # noqa: E402
 from megatron.moe.experts.activations import available_activations  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("checked_memory")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("checked_memory")]
 
 
 def run(inputs, rows, activation):

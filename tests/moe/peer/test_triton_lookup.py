@@ -20,6 +20,8 @@ from megatron.moe.peer.triton_lookup import (  # noqa: E402
     triton_dots,
 )
 
+pytestmark = pytest.mark.gpu
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative to the largest number: only sums, or the two parts of a sum, are rounded to the
 dtype."""
