@@ -1,4 +1,4 @@
-"""A pool of ranks on this machine, joined by gloo or NCCL, started once and then given functions to run.
+"""A pool of ranks on this machine, started once and then given functions to run; gloo or NCCL.
 
 For tests and for `tools/check_gate.py`, which run many short functions on the same ranks: starting
 a rank takes seconds.
