@@ -30,6 +30,7 @@ MOST_CONSTRUCTOR_ARGUMENTS = 8
 LAYERS = {
     "megatron": 0,
     "megatron.io": 0,
+    "megatron.first_order": 0,
     "megatron.host_allocator": 0,
     "megatron.log": 0,
     "megatron.optional_packages": 0,

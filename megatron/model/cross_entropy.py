@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron.first_order import first_order_only
 from megatron.host_allocator import empty_cached
 
 
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (loss_N * mask_N).sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = [_scaled(saved, grad, ctx.dtype) for saved in ctx.saved_tensors]
         return *grads, None, None, None, None

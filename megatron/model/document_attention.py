@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron.first_order import first_order_only
 from megatron.moe.dispatch.permute import gather_rows
 
 _PADDED_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -244,7 +244,7 @@ class _PadDocuments(torch.autograd.Function):
         return gather_rows(x_TD, batches.token_P)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_PD: Tensor) -> tuple:
         return gather_rows(grad_PD, ctx.batches.row_T), None
 
@@ -258,7 +258,7 @@ class _UnpadDocuments(torch.autograd.Function):
         return gather_rows(rows_PD, batches.row_T)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_TD: Tensor) -> tuple:
         grad_PD = grad_TD.new_zeros(len(ctx.batches.token_P), grad_TD.shape[1])
         return grad_PD.index_copy_(0, ctx.batches.row_T, grad_TD), None

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron.first_order import first_order_only
 from megatron.host_allocator import empty_cached
 from megatron.moe.dispatch.plan import AllToAllSplits, PermutedTokens, exclusive_cumsum
 
@@ -67,7 +67,7 @@ class _Start(torch.autograd.Function):
         return state.start(tensors, state.input_splits, state.output_splits)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, *grads: Tensor) -> tuple:
         state = ctx.state
         state.wait()
@@ -86,7 +86,7 @@ class _Finish(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, *grads: Tensor) -> tuple:
         # Autograd checks gradients against the shape of the received rows, but the
         # tensors that `_Start` must return have the shape of the sent rows. So they

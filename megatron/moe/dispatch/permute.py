@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron.first_order import first_order_only
 from megatron.host_allocator import empty_cached
 from megatron.moe.dispatch.plan import PermutedTokens
 
@@ -69,7 +69,7 @@ class PermuteTokens(torch.autograd.Function):
         return gather_rows(x_TD, permuted.token_S)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_SD: Tensor) -> tuple:
         permuted = ctx.permuted
         grad_TD = segment_sum(
@@ -102,7 +102,7 @@ class UnpermuteTokens(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_TD: Tensor) -> tuple:
         grad_SD = gather_rows(grad_TD, ctx.permuted.token_S[: ctx.length])
         saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor only once
@@ -128,7 +128,7 @@ class GatherWeights(torch.autograd.Function):
         return weight_A.index_select(0, permuted.source_index_S)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_S: Tensor) -> tuple:
         permuted = ctx.permuted
         row_S = torch.arange(len(grad_S), device=grad_S.device)

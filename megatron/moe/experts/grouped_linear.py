@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron.first_order import first_order_only
 from megatron.host_allocator import empty_cached
 from megatron.moe.dispatch.permute import segment_sum
 from megatron.moe.experts.backends import choose_expert_backend
@@ -99,7 +99,7 @@ class _Loop(torch.autograd.Function):
         return y_NH
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_NH: Tensor) -> tuple:
         x_ND, weight_EHD = ctx.saved_tensors
         grad_n = grad_NH.split(ctx.counts)
@@ -132,7 +132,7 @@ class _AddExpertBias(torch.autograd.Function):
         return y_NH + bias_EH.index_select(0, expert_N.clamp_max(len(bias_EH) - 1))
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_NH: Tensor) -> tuple:
         (expert_offsets_E,) = ctx.saved_tensors
         row_N = torch.arange(len(grad_NH), device=grad_NH.device)

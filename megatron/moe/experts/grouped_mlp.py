@@ -18,8 +18,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron.first_order import first_order_only
 from megatron.host_allocator import empty_cached
 from megatron.moe.dispatch.permute import PermuteTokens, UnpermuteTokens, segment_sum
 from megatron.moe.dispatch.plan import PermutedTokens
@@ -114,7 +114,7 @@ class _CpuMLP(torch.autograd.Function):
         return segment_sum(y_SD, rows.unpermute_index_S, rows.token_offsets_T1)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_TD: Tensor) -> tuple:
         x_TD, weight_S, w1, w3, w2, gate_SH, up_SH = ctx.saved_tensors
         need_x, need_weight, need_w1, need_w3, need_w2 = ctx.needs_input_grad[:5]

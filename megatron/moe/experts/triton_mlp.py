@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron.first_order import first_order_only
 from megatron.moe.dispatch.plan import PermutedTokens
 from megatron.moe.experts.activations import is_gated
 from megatron.moe.experts.triton_activation import (
@@ -85,7 +85,7 @@ class TritonGroupedLinear(torch.autograd.Function):
         return triton_grouped_gemm(x_SD, weight_EHD, expert_offsets_E)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_SH: Tensor) -> tuple:
         x_SD, weight_EHD, expert_offsets_E = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -154,7 +154,7 @@ class _ExpertMLP(torch.autograd.Function):
         return weighted_combine(y_SD, unpermute_index_S, token_offsets_T1)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_TD: Tensor) -> tuple:
         s = _Saved(*ctx.saved_tensors)
         offsets_E = s.expert_offsets_E

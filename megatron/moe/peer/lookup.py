@@ -28,8 +28,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron.first_order import first_order_only
 from megatron.host_allocator import empty_cached
 from megatron.moe.dispatch import permute
 from megatron.moe.dispatch.plan import bincount_static
@@ -160,7 +160,7 @@ class PairDots(torch.autograd.Function):
         return ops.pair_dots(rows_TD, stack, TokenExpertPairs(*pairs))
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_P: Tensor) -> tuple:
         rows_TD, stack, *saved = ctx.saved_tensors
         pairs = TokenExpertPairs(*saved)
@@ -184,7 +184,7 @@ class WeightedRowSum(torch.autograd.Function):
         return ops.token_sums(stack, scale_P, TokenExpertPairs(*pairs))
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_TD: Tensor) -> tuple:
         stack, scale_P, *saved = ctx.saved_tensors
         pairs = TokenExpertPairs(*saved)
