@@ -36,8 +36,15 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),
-        help="dtype of the parameters (default: float32, as they are trained); buffers and "
-        "moments keep theirs",
+        help="dtype of the parameters (default: float32, as they are trained); routers have "
+        "--router-dtype, buffers and moments keep theirs",
+    )
+    p.add_argument(
+        "--router-dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the parameters of gates (default: float32): rounded, they may choose other "
+        "experts",
     )
     p.add_argument(
         "--optimizer",
@@ -66,7 +73,10 @@ def run(args: argparse.Namespace, prog: str) -> None:
 
     require(args.load_step >= 0, "--load-step", args.load_step, "0 or more")
     options = c.ConsolidateOptions(
-        c.WEIGHT_DTYPES[args.dtype], args.optimizer, c.parse_size(args.max_shard_size)
+        dtype=c.WEIGHT_DTYPES[args.dtype],
+        router_dtype=c.WEIGHT_DTYPES[args.router_dtype],
+        optimizer=args.optimizer,
+        max_shard_bytes=c.parse_size(args.max_shard_size),
     )
     c.check_output(Path(args.output).resolve())
     with progress_bar("verify") as bar:

@@ -62,6 +62,8 @@ class ConsolidateOptions:
 
     dtype: torch.dtype = torch.float32
     """Dtype of the parameters; buffers and moments keep theirs"""
+    router_dtype: torch.dtype = torch.float32
+    """Dtype of the gates' parameters, which training stores in fp32"""
     optimizer: bool = False
     """Whether the two moments of every trained parameter are written, too"""
     max_shard_bytes: int = 5 * 1000**3
@@ -139,10 +141,15 @@ class ConsolidationPlan:
     def _model_specs(self) -> list[TensorSpec]:
         specs = []
         for name, shape in self.reader.shapes.items():
-            specs.append(TensorSpec(name, self.options.dtype, shape))
+            specs.append(TensorSpec(name, self._weight_dtype(name), shape))
         for name in self.reader.buffers:
             specs.append(self.reader.buffer_spec(name))
         return specs
+
+    def _weight_dtype(self, name: str) -> torch.dtype:
+        if is_gate_parameter(name):
+            return self.options.router_dtype
+        return self.options.dtype
 
     def _moment_specs(self) -> list[TensorSpec]:
         moment_keys = [key for key in self.reader.state_keys if key != "weight"]
@@ -214,6 +221,11 @@ class ConsolidationPlan:
             progress(len(values) * spec.dtype.itemsize)
 
 
+def is_gate_parameter(name: str) -> bool:
+    """Return whether a name of a model's parameter is that of a gate's."""
+    return ".mlp.gate." in f".{name}"
+
+
 def _file_name(stem: str, number: int, total: int) -> str:
     """Return the name of a file as Hugging Face names them."""
     if total == 1:
@@ -254,8 +266,9 @@ def _cast(values: Tensor, spec: TensorSpec) -> Tensor:
     alternative = "float32"
     if spec.dtype == torch.float16:
         alternative = "bfloat16 or float32"
+    flag = "--router-dtype" if is_gate_parameter(spec.name) else "--dtype"
     raise ValueError(
-        f"--dtype {str(spec.dtype).removeprefix('torch.')} holds values up to "
+        f"{flag} {str(spec.dtype).removeprefix('torch.')} holds values up to "
         f"{torch.finfo(spec.dtype).max:.5g}, and {spec.name} has one of size {largest:.5g}. "
         f"Use {alternative}"
     )
@@ -339,6 +352,7 @@ def _describe_source(source: ValidCheckpoint, options: ConsolidateOptions) -> di
         "checkpoint": source.path.name,
         "manifest_checksum": source.manifest["checksum"],
         "dtype": str(options.dtype).removeprefix("torch."),
+        "router_dtype": str(options.router_dtype).removeprefix("torch."),
         "optimizer": options.optimizer,
         "state": read_state(source.path),
     }

@@ -84,7 +84,8 @@ class ParameterGroup:
 class Gate(nn.Module):
     """Base class of all gates.
 
-    Parameters and buffers stay fp32, whatever dtype the engine casts the model to.
+    Parameters and buffers stay fp32, whatever dtype the model is cast to: rounded to
+    bf16, the logits of different experts are often equal, and a bias cannot be updated.
     """
 
     initialises_itself: ClassVar[bool] = True
@@ -173,6 +174,18 @@ class Gate(nn.Module):
         same values are one group of the optimizer, over all layers.
         """
         return []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """Apply what moves or casts a module, but no cast to a narrower dtype than fp32."""
+
+        def apply_without_rounding(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_rounded = moved.dtype in (torch.bfloat16, torch.float16)
+            if is_rounded and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(apply_without_rounding, recurse)
 
     def post_optimizer_step(self, step: StepTotals) -> None:
         """Update the gate's state; called once after each optimizer step.

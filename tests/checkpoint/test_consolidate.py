@@ -134,6 +134,34 @@ def test_only_parameters_are_cast(dtype, made, tmp_path):
     check_equal(found, {name: t.to(dtype) for name, t in made[1].items()} | BUFFERS)
 
 
+def test_routers_have_their_own_dtype(tmp_path):
+    """They stay fp32 under --dtype; dense layers with similar names do not."""
+    tensors = handmade.weights(
+        layers__0__mlp__gate__router__weight=(4, 8),
+        layers__1__mlp__gate_proj__weight=(4, 8),
+        layers__2__mlp__experts__w1=(4, 6, 5),
+    )
+    source = handmade.checkpoint(tmp_path / "save", tensors)
+    router, *others = tensors
+    found = consolidate(source, tmp_path / "out", dtype=torch.bfloat16)
+    check_equal(found, {router: tensors[router]} | {n: tensors[n].bfloat16() for n in others})
+    flags = ("--dtype", "bfloat16", "--router-dtype", "float16")
+    handmade.run(TOOL, source, tmp_path / "two", *flags)
+    check_equal(
+        contents(tmp_path / "two"),
+        {router: tensors[router].half()} | {n: tensors[n].bfloat16() for n in others},
+    )
+    about = json.loads((tmp_path / "two/consolidated.json").read_text())
+    assert about["dtype"] == "bfloat16" and about["router_dtype"] == "float16"
+    large = {router: torch.full((4, 8), 1e6)}
+    with pytest.raises(ValueError, match="^--router-dtype float16 holds values up to 65504"):
+        consolidate(
+            handmade.checkpoint(tmp_path / "large", large),
+            tmp_path / "three",
+            router_dtype=torch.float16,
+        )
+
+
 def test_moments_are_never_cast(made, tmp_path):
     found = consolidate(made[0], tmp_path / "out", dtype=torch.bfloat16, optimizer=True)
     assert found["embed.weight"].dtype == torch.bfloat16 and len(found) == 6
