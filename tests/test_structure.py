@@ -61,6 +61,7 @@ GATE_IMPORTS = {
     "megatron.moe.gate",
     "megatron.moe.gate_options",
     "megatron.moe.gate_functional",
+    "megatron.moe.gate_controllers",
     "megatron.moe.neighbour_losses",
     "megatron.moe.quantile_histogram",
     "megatron.moe.gate_bias",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron.moe.routing import LoadBalancingLoss
@@ -28,6 +29,38 @@ def aux_losses(*terms: LoadBalancingLoss, extra: Tensor | float = 0.0) -> dict[s
         else:
             aux_loss = aux_loss + term.loss()
     return {"aux_loss": aux_loss, "balance": tuple(global_terms)}
+
+
+def entropy_loss(logits_TE: Tensor) -> Tensor:
+    """Compute mean_t -sum_e p_te log p_te, which makes each token's choice sharper.
+
+    It keeps dynamic routing from using all experts (Huang et al. 2024, eq. 6).
+
+    Args:
+        logits_TE: fp32 [T, E].
+    Returns:
+        0-d fp32; 0 when there are no tokens.
+    """
+    log_TE = logits_TE.log_softmax(-1)
+    return -(log_TE.exp() * log_TE).sum() / max(1, logits_TE.shape[0])
+
+
+def simbal_loss(weight_ED: Tensor) -> Tensor:
+    """Compute || W W^T - 1 ||_1, which makes router rows orthogonal, of length 1.
+
+    A router that keeps similarities of tokens sends similar ones to the same experts
+    (SimBal, Omi et al. 2025). The norm is the sum over the entries; the paper writes
+    R^T R with R = W^T.
+
+    Args:
+        weight_ED: router weights, a row per choice.
+    Returns:
+        0-d fp32.
+    """
+    weight_ED = weight_ED.float()
+    with torch.autocast(weight_ED.device.type, enabled=False):
+        gram_EE = weight_ED @ weight_ED.t()
+    return (gram_EE - torch.eye(len(gram_EE), device=gram_EE.device)).abs().sum()
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:

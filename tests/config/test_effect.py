@@ -45,6 +45,7 @@ ALWAYS_EFFECTIVE = {
 VALUES = {"num_experts": 4, "min_lr": 1e-5, "gate": "threshold", "split": "8,1,1", "topk": 1}
 VALUES |= {"moe_layers": (1,), "n_group": 2, "moe_expert_parallel_size": 2, "topk_group": 1}
 VALUES |= {"valid_sets": ("wiki=a",), "gate_path": (__file__,)}
+VALUES |= {"threshold_target": 2.0, "threshold_gain": 0.3}
 VALUES |= {"peer_query_size": 64, "lambda_factor": 1.5, "peer_product_key_dim": (2, 2)}
 
 parse = partial(

@@ -7,6 +7,9 @@ Paper: XMoE (Yang et al. 2024), adaptive number of fine-grained experts.
     w_i = p_i (not renormalised)
     priority under a capacity limit of factor * T / E rows: lower rank first, then higher p
     aux = loss_coeff * E * sum_e mean_t(p_te) * mean_t[argmax_t = e]
+        + entropy_coeff * mean_t -sum_e p_te log p_te        (Huang et al. 2024)
+With threshold_target the threshold follows the mean number of experts per token, see
+`gate_controllers`.
 
 Departures: the released code computes a full capacity of rows for every expert
 regardless of the number of assignments, replicates all experts on every GPU and
@@ -27,19 +30,18 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron.moe.gate import Gate
+from megatron.moe.gate_controllers import ThresholdController, ThresholdTargetConfig
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import LossConfig, check_norm, no_effect, require_field
-from megatron.moe.losses import aux_losses, z_loss
-from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
+from megatron.moe.losses import aux_losses, entropy_loss, z_loss
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
 
 
 class ThresholdGate(Gate, name="threshold"):
     """Select the smallest set of experts that reaches the threshold."""
 
     @dataclass(frozen=True)
-    class Config(LossConfig):
-        threshold: float = 0.9
-        """total probability that a token's experts must reach"""
+    class Config(ThresholdTargetConfig, LossConfig):
         threshold_max_experts: int = 0
         """largest number of experts per token; 0: no cap"""
         topk: int = field(
@@ -51,26 +53,36 @@ class ThresholdGate(Gate, name="threshold"):
         """divide the probabilities of the selected experts by their sum"""
         routed_scaling_factor: float = 1.0
         """factor applied to every weight"""
+        entropy_coeff: float = 0.0
+        """coefficient of the mean entropy of p: a higher value makes tokens use fewer
+        experts"""
 
         def __post_init__(self):
             super().__post_init__()
-            in_range = 0 <= self.threshold <= 1
-            require_field(self, "threshold", in_range, "0 (one expert) to 1 (all of them)")
             allowed = "0 (no cap) to the number of experts"
             require_field(
                 self, "threshold_max_experts", self.threshold_max_experts >= 0, allowed
             )
             require_field(self, "topk", self.topk >= 0, "0 or more, without effect")
+            require_field(self, "entropy_coeff", self.entropy_coeff >= 0, "0 or more")
 
         def check(self, num_experts: int) -> None:
             fits = self.threshold_max_experts <= num_experts
             allowed = f"0 (no cap) to the number of experts, which is {num_experts}"
             require_field(self, "threshold_max_experts", fits, allowed)
+            most = self.threshold_max_experts or num_experts
+            allowed = f"at most {most}, the largest number of experts per token"
+            require_field(self, "threshold_target", self.threshold_target <= most, allowed)
             check_norm(self, num_experts, threshold_max_experts=1, threshold=0)
 
     def __init__(self, config, context):
         super().__init__(config, context)
         self.router = self.make_router()
+        self.controller = ThresholdController(config) if config.threshold_target else None
+
+    @property
+    def has_state(self) -> bool:
+        return self.controller is not None
 
     @classmethod
     def experts_per_token(cls, config, num_experts: int) -> tuple[int, int]:
@@ -96,28 +108,33 @@ class ThresholdGate(Gate, name="threshold"):
         balance = LoadBalancingLoss.of(
             inp, probs_TE, all_T, expert_TR[:, 0], coeff=c.loss_coeff, scope=c.balance_scope
         )
-        z_term = 0.0
+        extra = 0.0
         if c.z_loss_coeff:
-            z_term = c.z_loss_coeff * z_loss(logits_TE)
-        top1_probability = sorted_TR[:, 0].detach().sum() / max(1, num_tokens)
+            extra = c.z_loss_coeff * z_loss(logits_TE)
+        if c.entropy_coeff:
+            extra = extra + c.entropy_coeff * entropy_loss(logits_TE)
+        means = {"top1_probability": sorted_TR[:, 0].detach().sum() / max(1, num_tokens)}
+        if self.controller is not None:
+            means["threshold"] = self.controller.threshold()
         return Routing(
             token_A=token_A,
             token_major=True,
             expert_A=expert_TR[token_A, rank_A],
             weight_A=weight_TR[token_A, rank_A] * c.routed_scaling_factor,
-            **aux_losses(balance, extra=z_term),
+            **aux_losses(balance, extra=extra),
             # fp64 holds rank and probability in one number without rounding either
             # away.
             priority_A=sorted_TR.detach()[token_A, rank_A].double() - rank_A,
-            metric_means={"top1_probability": top1_probability},
+            metric_means=means,
         )
 
     def _select(self, sorted_TR: torch.Tensor) -> torch.Tensor:
         """Return bool [T, R]: which ranks of each token are assigned."""
         c = self.config
-        if c.threshold < 1:
+        if self.controller is not None or c.threshold < 1:
+            threshold = c.threshold if self.controller is None else self.controller.threshold()
             preceding_TR = sorted_TR.cumsum(-1) - sorted_TR
-            selected_TR = preceding_TR < c.threshold
+            selected_TR = preceding_TR < threshold
         else:
             # All experts: rounding of the running sum must not decide who is left out.
             selected_TR = torch.ones_like(sorted_TR, dtype=torch.bool)
@@ -125,3 +142,7 @@ class ThresholdGate(Gate, name="threshold"):
         if c.threshold_max_experts:
             selected_TR[:, c.threshold_max_experts :] = False
         return selected_TR
+
+    def post_optimizer_step(self, step: StepTotals) -> None:
+        if self.controller is not None:
+            self.controller.update(step)
