@@ -31,6 +31,7 @@ from megatron.log import warn_on_rank0
 from megatron.moe.decisions import DecisionRecorder, DecisionRepeater
 from megatron.moe.gate_functional import make_linear
 from megatron.moe.gate_registry import REGISTRY
+from megatron.moe.losses import simbal_loss
 from megatron.moe.routing import GateInput, Routing, StepTotals
 
 
@@ -155,9 +156,18 @@ class Gate(nn.Module):
         Padding gets no assignment, and no loss, metric or state counts it.
         """
         if inp.padding_T is None:
-            return super().__call__(inp)
+            return self._with_simbal_loss(super().__call__(inp))
         inp = inp.without_padding()
-        return super().__call__(inp).with_padding(inp.unpadded_R)
+        routing = self._with_simbal_loss(super().__call__(inp))
+        return routing.with_padding(inp.unpadded_R)
+
+    def _with_simbal_loss(self, routing: Routing) -> Routing:
+        """Add the loss of the router's weights, with the option simbal_coeff."""
+        coeff = getattr(self.config, "simbal_coeff", 0.0)
+        if not coeff:
+            return routing
+        aux_loss = routing.aux_loss + coeff * simbal_loss(self.router.weight)
+        return dataclasses.replace(routing, aux_loss=aux_loss)
 
     def forward(self, inp: GateInput) -> Routing:
         """Choose experts for every token; see `megatron.moe.routing.Routing`.

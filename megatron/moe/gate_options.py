@@ -54,6 +54,19 @@ class GateOptions:
 
 
 @dataclass(frozen=True)
+class SimBalConfig(GateOptions):
+    """Option of gates whose attribute `router` is a linear layer; `Gate` adds the loss."""
+
+    simbal_coeff: float = 0.0
+    """coefficient of SimBal's loss, the sum of absolute values of W W^T - 1, which makes
+    the rows of the router W orthogonal; 0: no such loss"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_field(self, "simbal_coeff", self.simbal_coeff >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
 class ScopeConfig(GateOptions):
     """Option of gates with a balance loss."""
 
@@ -88,6 +101,11 @@ class LossConfig(ScopeConfig):
             if value < 0:
                 flag = f"--moe-{name.replace('_', '-')}"
                 raise ValueError(f"{flag} is {value}; allowed: 0 or more")
+
+
+@dataclass(frozen=True)
+class RouterLossConfig(SimBalConfig, LossConfig):
+    """Options of gates with a linear router, a balance loss and a z-loss."""
 
 
 def check_topk(

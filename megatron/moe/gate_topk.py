@@ -40,8 +40,8 @@ from megatron.moe.gate_functional import (
     selected_weights,
 )
 from megatron.moe.gate_options import (
-    GateOptions,
     GroupConfig,
+    SimBalConfig,
     require_choice,
     require_field,
     setting,
@@ -53,7 +53,7 @@ _NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class RouterConfig(GateOptions):
+class RouterConfig(SimBalConfig):
     """Options of the linear layer that computes logits, and of its input and output."""
 
     router_bias: bool = False

@@ -30,7 +30,7 @@ def other_values(field):
         return [(2, 2)]
     if isinstance(default, int):
         return [default + 1, 2 * default or E]
-    return [0.5 * default or 0.25, default + 1]
+    return [0.5 * default, default + 1] if default else [1.0, 0.25]
 
 
 def flag_words(name, value):

@@ -23,7 +23,6 @@ Shape suffixes: T tokens, D hidden, E experts, A assignments (one per token), B 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
+from megatron.moe.gate_options import SimBalConfig
 from megatron.moe.routing import GateInput, Routing
 
 ASSIGNMENT_TOLERANCE = 0.02
@@ -51,9 +51,7 @@ class BaseGate(Gate, name="base"):
 
     sees_other_tokens: ClassVar[bool] = True
 
-    @dataclass(frozen=True)
-    class Config:
-        pass
+    Config = SimBalConfig
 
     def __init__(self, config, context):
         super().__init__(config, context)

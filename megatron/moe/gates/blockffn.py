@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
-from megatron.moe.gate_options import require_field, setting
+from megatron.moe.gate_options import SimBalConfig, require_field, setting
 from megatron.moe.neighbour_losses import chunk_loss, continues_sequence, locality_loss
 from megatron.moe.routing import GateInput, Routing, StepTotals
 
@@ -47,7 +47,7 @@ class BlockFFNGate(Gate, name="blockffn"):
     """Select all experts with a positive logit; weigh them after an RMSNorm."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(SimBalConfig):
         locality_coeff: float = 2e-3
         """coefficient of the activation locality loss"""
         locality_sharpness: float = field(
@@ -66,6 +66,7 @@ class BlockFFNGate(Gate, name="blockffn"):
         """optimizer steps before the first change of the chunk loss's coefficient"""
 
         def __post_init__(self):
+            super().__post_init__()
             for name in ("locality_coeff", "chunk_coeff"):
                 require_field(self, name, getattr(self, name) >= 0, "0 or more")
             require_field(self, "locality_sharpness", self.locality_sharpness > 0, "above 0")

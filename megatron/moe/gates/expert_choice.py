@@ -31,7 +31,7 @@ import torch
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
-from megatron.moe.gate_options import check_topk, require_field
+from megatron.moe.gate_options import SimBalConfig, check_topk, require_field
 from megatron.moe.routing import GateInput, Routing
 
 
@@ -41,12 +41,13 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
     sees_other_tokens: ClassVar[bool] = True
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(SimBalConfig):
         topk: int = 2
         """average number of experts per token: each expert takes
         ceil(tokens * topk / experts) tokens"""
 
         def __post_init__(self):
+            super().__post_init__()
             require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
 
         def check(self, num_experts: int) -> None:

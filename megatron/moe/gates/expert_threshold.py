@@ -36,7 +36,7 @@ from torch import Tensor
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
-from megatron.moe.gate_options import check_topk, require_field
+from megatron.moe.gate_options import SimBalConfig, check_topk, require_field
 from megatron.moe.quantile_histogram import histogram, quantile
 from megatron.moe.routing import GateInput, Routing, StepTotals
 
@@ -48,7 +48,7 @@ class ExpertThresholdGate(Gate, name="expert_threshold"):
     """Select all experts whose threshold the token's logit exceeds."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(SimBalConfig):
         topk: int = 2
         """mean number of experts per token"""
         threshold_decay: float = 0.99
@@ -58,6 +58,7 @@ class ExpertThresholdGate(Gate, name="expert_threshold"):
         thresholds are estimated"""
 
         def __post_init__(self):
+            super().__post_init__()
             require_field(self, "topk", self.topk >= 1, "1 to the number of experts")
             in_range = 0 <= self.threshold_decay < 1
             require_field(self, "threshold_decay", in_range, "0 <= decay < 1")
@@ -90,7 +91,8 @@ class ExpertThresholdGate(Gate, name="expert_threshold"):
         num_experts_T = selected_TE.sum(-1)
         step_sums = {}
         if self.training:
-            step_sums["logit_counts"] = histogram(logits_TE.detach(), *self._range())
+            counts_EB = self.decide(histogram, logits_TE.detach(), *self._range())
+            step_sums["logit_counts"] = counts_EB
         return Routing(
             token_A=token_A,
             token_major=True,

@@ -20,8 +20,8 @@ the released inference code; the report is the source of the update, of which it
 publishes no speed.
 
 Departures: the bias starts at 0 and its speed is constant (the report lets it decay).
-The report's balance loss between device groups is left out. A token's identity paths
-are one assignment with the sum of their weights, because they all return x.
+The report's balance loss between device groups is left out. The identity paths of a token
+are one assignment with the sum of their weights.
 
 Shape suffixes: T tokens, D hidden, E FFN experts, C choices, k choices per token,
 A assignments.
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
-from megatron.moe.gate_options import check_topk, require_field
+from megatron.moe.gate_options import SimBalConfig, check_topk, require_field
 from megatron.moe.routing import GateInput, Routing, StepTotals
 
 
@@ -44,7 +44,7 @@ class LongCatGate(Gate, name="longcat"):
     """Select the top k of FFN experts and identity paths."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(SimBalConfig):
         topk: int = 2
         """choices per token: FFN experts and identity paths together"""
         num_identity_experts: int = -1
@@ -54,16 +54,16 @@ class LongCatGate(Gate, name="longcat"):
         """mean number of FFN experts per token that the biases aim at; 0: two thirds of
         --topk"""
         bias_update_speed: float = 1e-2
-        """factor of an expert's load error by which its bias changes after each
-        optimizer step; 0: biases keep their values"""
+        """share of an expert's load error by which its bias changes after each
+        optimizer step"""
         routed_scaling_factor: float = 6.0
         """factor applied to every weight"""
 
         def __post_init__(self):
+            super().__post_init__()
             require_field(self, "topk", self.topk >= 1, "1 or more")
-            allowed = "-1 (half the number of experts) or more"
-            identities = self.num_identity_experts
-            require_field(self, "num_identity_experts", identities >= -1, allowed)
+            is_count = self.num_identity_experts >= -1
+            require_field(self, "num_identity_experts", is_count, "-1 (automatic) or more")
             in_range = 0 <= self.target_ffn_experts <= self.topk
             allowed = f"0 (two thirds of --topk) to --topk, which is {self.topk}"
             require_field(self, "target_ffn_experts", in_range, allowed)

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from megatron.moe.gate import Gate, GateContext
 from megatron.moe.gate_functional import linear_fp32, make_linear
-from megatron.moe.gate_options import LossConfig, check_topk, require_field, setting
+from megatron.moe.gate_options import RouterLossConfig, check_topk, require_field, setting
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
@@ -74,7 +74,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
     """Select the top k of MLP and zero-computation experts."""
 
     @dataclass(frozen=True)
-    class Config(LossConfig):
+    class Config(RouterLossConfig):
         topk: int = 2
         """choices per token: MLP experts and zero-computation experts together"""
         num_zero_experts: int = 1

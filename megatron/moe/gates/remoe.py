@@ -31,7 +31,7 @@ from torch import Tensor
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
-from megatron.moe.gate_options import ScopeConfig, check_topk, require_field
+from megatron.moe.gate_options import ScopeConfig, SimBalConfig, check_topk, require_field
 from megatron.moe.losses import aux_losses
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
 
@@ -40,7 +40,7 @@ class ReMoEGate(Gate, name="remoe"):
     """Select all experts with a positive logit, which is also their weight."""
 
     @dataclass(frozen=True)
-    class Config(ScopeConfig):
+    class Config(SimBalConfig, ScopeConfig):
         topk: int = 2
         """target for the mean number of experts per token"""
         lambda_init: float = 1e-8

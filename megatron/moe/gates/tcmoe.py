@@ -34,7 +34,7 @@ from torch import Tensor
 
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
-from megatron.moe.gate_options import LossConfig, check_topk, require_field
+from megatron.moe.gate_options import RouterLossConfig, check_topk, require_field
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
 
@@ -47,7 +47,7 @@ class TCMoEGate(Gate, name="tcmoe"):
     """Select the top k among experts, their negatives, and nulls."""
 
     @dataclass(frozen=True)
-    class Config(LossConfig):
+    class Config(RouterLossConfig):
         topk: int = 2
         """choices per token, including nulls"""
         num_null_experts: int = -1

@@ -32,7 +32,7 @@ import torch
 from megatron.moe.gate import Gate
 from megatron.moe.gate_controllers import ThresholdController, ThresholdTargetConfig
 from megatron.moe.gate_functional import linear_fp32
-from megatron.moe.gate_options import LossConfig, check_norm, no_effect, require_field
+from megatron.moe.gate_options import RouterLossConfig, check_norm, no_effect, require_field
 from megatron.moe.losses import aux_losses, entropy_loss, z_loss
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
 
@@ -41,7 +41,7 @@ class ThresholdGate(Gate, name="threshold"):
     """Select the smallest set of experts that reaches the threshold."""
 
     @dataclass(frozen=True)
-    class Config(ThresholdTargetConfig, LossConfig):
+    class Config(ThresholdTargetConfig, RouterLossConfig):
         threshold_max_experts: int = 0
         """largest number of experts per token; 0: no cap"""
         topk: int = field(

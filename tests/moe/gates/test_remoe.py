@@ -303,7 +303,7 @@ def test_active_experts_and_options():
     gate = create_gate("remoe", hidden_size=4, num_experts=8, topk=3)
     assert gate.experts_per_token(gate.config, 8) == (3, 8)
     names = {f.name for f in dataclasses.fields(gate.config)}
-    assert names == {"topk", "lambda_init", "lambda_factor", "balance_scope"}
+    assert names == {"topk", "lambda_init", "lambda_factor", "balance_scope", "simbal_coeff"}
 
 
 @pytest.mark.parametrize(
