@@ -164,6 +164,15 @@ def select_topk(
     return score_Tk, expert_Tk, normalized_TE
 
 
+class ZeroExpert(nn.Module):
+    """A zero-computation expert that returns zeros. The layer dispatches no rows to it."""
+
+    is_zero = True
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.zeros_like(x_TD)
+
+
 def unit_vectors(vectors_NP: Tensor) -> Tensor:
     """Scale vectors to length 1; (almost) zero vectors become 0 without gradient."""
     length_N1 = torch.linalg.vector_norm(vectors_NP, dim=-1, keepdim=True)

@@ -116,13 +116,15 @@ def test_expert_threshold_keeps_mean_experts(data, tmp_path, ranks2):
     assert lines[-1]["load_imbalance_max_over_mean"] < 1.3
 
 
-@pytest.mark.parametrize("gate", ["deepseek_v3", "remoe", "peer"])
+@pytest.mark.parametrize("gate", ["deepseek_v3", "remoe", "peer", "threshold", "topk"])
 def test_gate_state_survives_resume(gate, data, tmp_path, ranks2):
     """Three steps and three after a resume equal six: losses and metrics, to the last bit."""
     options = {
         "deepseek_v3": ["--bias-update-speed", "0.1"],
         "remoe": ["--lambda-init", "0.1"],
         "peer": [],
+        "threshold": ["--threshold-target", "2", "--entropy-coeff", "1e-3"],
+        "topk": ["--bias-rule", "quantile", "--bias-on", "logit", "--simbal-coeff", "1e-3"],
     }[gate]
     full, halves = tmp_path / "full", tmp_path / "halves"
     for folder in (full, halves):

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.moe.gate import Gate, GateContext
-from megatron.moe.gate_functional import linear_fp32, make_linear
+from megatron.moe.gate_functional import ZeroExpert, linear_fp32, make_linear
 from megatron.moe.gate_options import RouterLossConfig, check_topk, require_field, setting
 from megatron.moe.losses import aux_losses, z_loss
 from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
@@ -59,15 +59,6 @@ class Constant(nn.Module):
         share_T2 = linear_fp32(x_TD, self.mix).softmax(-1)
         y_TD = share_T2[:, :1] * x_TD.float() + share_T2[:, 1:] * self.vector.float()
         return y_TD.to(x_TD.dtype)
-
-
-class Zero(nn.Module):
-    """Return zeros. The layer dispatches no rows to it."""
-
-    is_zero = True
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return torch.zeros_like(x_TD)
 
 
 class MoEPlusPlusGate(Gate, name="moepp"):
@@ -132,7 +123,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         constants = config.num_constants(num_experts)
         paths = [Constant(context, generator) for _ in range(constants)]
         paths += [nn.Identity() for _ in range(config.num_copy_experts)]
-        paths += [Zero() for _ in range(config.num_zero_experts)]
+        paths += [ZeroExpert() for _ in range(config.num_zero_experts)]
         self.zero_computation_experts.extend(paths)
 
     @classmethod

@@ -184,7 +184,7 @@ def test_order_and_number_of_experts():
         options={"num_zero_experts": 2, "num_copy_experts": 1, "num_constant_experts": 3},
     )
     kinds = [type(path).__name__ for path in layer.gate.zero_computation_experts]
-    assert kinds == ["Constant"] * 3 + ["Identity"] + ["Zero"] * 2
+    assert kinds == ["Constant"] * 3 + ["Identity"] + ["ZeroExpert"] * 2
     for experts, constants in ((1, 1), (8, 1), (16, 2), (32, 6)):
         gate = create_gate("moepp", hidden_size=4, num_experts=experts)
         assert (
