@@ -89,7 +89,7 @@ def test_create_gate_refuses_unknown_names():
     with pytest.raises(ValueError, match="--gate is 'nope'; allowed: .*threshold.*topk"):
         create_gate("nope", hidden_size=D, num_experts=E)
     with pytest.raises(
-        ValueError, match="gate 'topk' has no option 'threshold'; allowed: jitter balance_scope"
+        ValueError, match="gate 'topk' has no option 'threshold'; allowed: jitter num_null"
     ):
         create_gate("topk", hidden_size=D, num_experts=E, threshold=0.5)
     with pytest.raises(ValueError, match="num_experts is 0"):
