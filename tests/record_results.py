@@ -36,7 +36,8 @@ PEER = """
     --ffn-hidden-size 64
 """
 GATES = """
-    base cosine deepseek_v2 deepseek_v3 expert_choice hash moepp peer remoe tcmoe threshold topk
+    base blockffn cosine deepseek_v2 deepseek_v3 dynmoe expert_choice expert_threshold hash
+    longcat moepp peer remoe tcmoe threshold topk
 """
 FIELDS = ("loss", "aux_loss", "grad_norm", "lr")
 
