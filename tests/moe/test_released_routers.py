@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,32 @@ def test_at_least_66_families_are_equal():
     families = {name.split("/")[0] for name in RELEASED_ROUTERS}
     partly = {name.split("/")[0] for name in NOT_EXPRESSED} & families
     assert len(families - partly) >= 66
+
+
+def test_options_follow_the_configuration():
+    """None keeps our default, greedy selection has no groups, and a bias may be switched off."""
+    config = SimpleNamespace(
+        num_experts_per_tok=4,
+        n_group=None,
+        topk_group=None,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.5,
+    )
+    routers = RELEASED_ROUTERS
+    common = {"topk": 4, "routed_scaling_factor": 1.5}
+    expected = {**common, "norm_topk_prob": True}
+    assert routers["axk2/AXK2TopkRouter"].options_of(config) == expected
+    config.n_group = 4
+    config.topk_group = 2
+    grouped = {**common, "n_group": 4, "topk_group": 2}
+    assert routers["deepseek_v2/DeepseekV2TopkRouter"].options_of(config) == grouped
+    config.topk_method = "greedy"
+    assert routers["deepseek_v2/DeepseekV2TopkRouter"].options_of(config) == common
+    config.use_expert_bias = False
+    expected["bias_rule"] = "none"
+    assert routers["lfm2_moe/Lfm2MoeTopKRouter"].options_of(config) == expected
+    privacy_filter = routers["openai_privacy_filter/OpenAIPrivacyFilterTopKRouter"]
+    assert privacy_filter.options_of(config)["routed_scaling_factor"] == 0.25
 
 
 def test_documentation_has_the_tables():
