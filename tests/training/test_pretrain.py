@@ -216,7 +216,11 @@ def run(argv: list[str], **env: str) -> subprocess.CompletedProcess:
         ),
         (("--metrics-file", "/proc/nowhere/m.jsonl"), r"/proc/nowhere"),
         (("--global-batch-size", "7"), r"--global-batch-size is 7; allowed: a multiple of"),
-        (("--topk", "9"), r"--topk is 9; allowed: 0 to the number of experts, which is 4"),
+        (
+            ("--threshold-max-experts", "9"),
+            r"--threshold-max-experts is 9; allowed: 0 \(no cap\) to .* which is 4",
+        ),
+        (("--topk", "-1"), r"--topk is -1; allowed: 0 or more, without effect"),
         (("--score-function", "sigmoid"), r"--score-function.*topk"),
     ],
 )
