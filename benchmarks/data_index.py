@@ -144,7 +144,7 @@ def feed(folder: str, rounds: int) -> tuple[dict[str, list[float]], int]:
     gpt = build_model(
         model,
         replace(moe, moe_expert_parallel_size=1),
-        {"threshold": THRESHOLD},
+        {"threshold": {"threshold": THRESHOLD}},
         vocab_size=VOCAB,
         seed=0,
         groups=groups,

@@ -73,7 +73,7 @@ def train(name: str, steps: int) -> tuple[float, float]:
             init_method_std=0.06,
         ),
         MoEConfig(num_experts=16, gate="threshold", moe_ffn_hidden_size=256, expert_interval=2),
-        {"threshold": 0.7},
+        {"threshold": {"threshold": 0.7}},
         vocab_size=VOCAB,
         seed=0,
         groups=Groups(),

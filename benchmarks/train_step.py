@@ -150,7 +150,7 @@ def make_engines(groups, batch):
     from megatron.training.task import NextTokenLoss
 
     model, moe, optimizer, train = configs()
-    options = {"threshold": THRESHOLD}
+    options = {"threshold": {"threshold": THRESHOLD}}
     moe_model = build_model(model, moe, options, vocab_size=VOCAB, seed=0, groups=groups)
     moe_engine = Engine(moe_model, optimizer, DeepSpeedConfig(), train, groups)
     moe_engine.step([batch], NextTokenLoss(), 0.0, 0.0)
@@ -252,7 +252,7 @@ def measure_reduction(groups, rounds: int) -> dict[str, list[float]]:
     model, moe, optimizer, train = configs()
     steps = {}
     for name, in_bf16 in (("reduced in fp32", False), ("reduced in bf16", True)):
-        options = {"threshold": THRESHOLD}
+        options = {"threshold": {"threshold": THRESHOLD}}
         gpt = build_model(model, moe, options, vocab_size=VOCAB, seed=0, groups=groups)
         reduction = replace(optimizer, grad_reduce_in_bf16=in_bf16)
         engine = Engine(gpt, reduction, DeepSpeedConfig(), train, groups)
@@ -303,7 +303,7 @@ def our_model(s: Shape, groups):
     gpt = build_model(
         model,
         moe,
-        {"topk": s.topk, "norm_topk_prob": True},
+        {"topk": {"topk": s.topk, "norm_topk_prob": True}},
         vocab_size=s.vocab,
         seed=0,
         groups=groups,

@@ -102,7 +102,7 @@ def train(
     task = (build_task or build_pretraining_task)(run, plan)
     timer.mark("data")
     model = build_run_model(run)
-    get_logger().info("%s", size_table(model, config.moe, config.gate_options))
+    get_logger().info("%s", size_table(model))
     timer.mark("model")
     engine = build_engine(run, model)
     restore_training_state(run, engine)

@@ -162,7 +162,7 @@ def test_example_gate_becomes_flags(example_gate):
     config = parse(
         ["--num-experts", "4", "--gate", "above_mean", "--margin", "0.5"], gate_config_class
     )
-    assert config.gate_options["margin"] == 0.5
+    assert config.gate_options["above_mean"]["margin"] == 0.5
 
 
 def test_example_gate_follows_its_formula(example_gate):

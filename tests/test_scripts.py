@@ -93,7 +93,8 @@ def test_defaults_are_the_reference_recipe(tmp_path):
         2,
         "threshold",
     )
-    assert config.gate_options["threshold"] == 0.9 and config.gate_options["loss_coeff"] == 0.01
+    options = config.gate_options["threshold"]
+    assert options["threshold"] == 0.9 and options["loss_coeff"] == 0.01
     assert (t.global_batch_size, t.train_iters, o.lr, o.min_lr) == (256, 60000, 4.5e-4, 4.5e-6)
     assert o.lr_warmup_fraction == 0.1
     assert (o.adam_beta1, o.adam_beta2, o.weight_decay, o.clip_grad, o.bf16) == (
@@ -105,7 +106,7 @@ def test_defaults_are_the_reference_recipe(tmp_path):
     )
     assert e.moe_expert_parallel_size == 8 and e.moe_aux_loss_reduction == "sum"
     assert (e.moe_train_capacity_factor, e.moe_eval_capacity_factor) == (8.0, 8.0)
-    assert config.gate_options["threshold_max_experts"] == 0
+    assert config.gate_options["threshold"]["threshold_max_experts"] == 0
     assert "total" in size.lower() and "active" in size.lower()
 
 
@@ -180,9 +181,9 @@ def test_model_variables_arrive(words):
         c.moe.moe_min_capacity,
     ) == (8, 48, 2, 2, 2.0, 3.0, 8)
     assert (
-        c.gate_options["threshold_max_experts"],
-        c.gate_options["threshold"],
-        c.gate_options["loss_coeff"],
+        c.gate_options["threshold"]["threshold_max_experts"],
+        c.gate_options["threshold"]["threshold"],
+        c.gate_options["threshold"]["loss_coeff"],
     ) == (3, 0.7, 0.05)
 
 
@@ -465,7 +466,7 @@ def test_output_after_signal_is_logged(number, tmp_path):
 
 
 def test_gate_variables_follow_the_gate(tmp_path):
-    assert config_of(dry(tmp_path, GATE="topk", TOPK="4")[0]).gate_options["topk"] == 4
+    assert config_of(dry(tmp_path, GATE="topk", TOPK="4")[0]).gate_options["topk"]["topk"] == 4
     dense = config_of(dry(tmp_path, EP_SIZE="0")[0])
     assert dense.moe.num_experts == 0 and dense.moe.moe_expert_parallel_size == 1
     assert config_of(dry(tmp_path, "--seed", "77")[0]).train.seed == 77

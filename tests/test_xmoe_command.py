@@ -34,7 +34,7 @@ def gate_of(printed: str):
         num_experts=config.moe.num_experts,
         init_std=config.model.init_method_std,
         seed=config.train.seed,
-        **config.gate_options,
+        **config.gate_options[config.moe.gate],
     )
 
 

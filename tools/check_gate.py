@@ -99,7 +99,8 @@ def parse_case(
         CheckOptions, words, gate_config_class, available_gates, import_gate_files
     )
     paths = tuple(dict.fromkeys([*paths, *config.moe.gate_path]))
-    return GateCase(name, config.gate_options, config.moe.num_experts, paths), options
+    chosen = config.gate_options[config.moe.gate]
+    return GateCase(name, chosen, config.moe.num_experts, paths), options
 
 
 def check(case: GateCase, title: str) -> list[CheckResult]:

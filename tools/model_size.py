@@ -55,7 +55,7 @@ def run() -> None:
             groups=Groups(),
             expert_options=config.expert_options,
         )
-    print(size_table(model, config.moe, config.gate_options))
+    print(size_table(model))
 
 
 def main() -> int:

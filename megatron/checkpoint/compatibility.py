@@ -9,7 +9,9 @@ import torch
 
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.effect import reset_without_effect
+from megatron.config.fields import flag_name
 from megatron.config.flags import EXPERT_OPTIONS, flags_of
+from megatron.config.gate_layers import per_layer_text
 from megatron.config.schema import RunConfig
 from megatron.config.training import RunLength
 from megatron.data.sampling.blend import parse_blend
@@ -97,10 +99,12 @@ def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None
     saved_model = _model_description(saved)
     for what, value in _model_description(current).items():
         _require_same(saved_model.get(what), value, what, where)
-    if _gate_shapes(saved.config) != _gate_shapes(current.config):
-        saved_options = saved.config.gate_options
-        for name, value in current.config.gate_options.items():
-            _require_same(saved_options.get(name), value, _flag(name), where)
+    for gate in current.config.moe.gate_layers.gates:
+        if _gate_shapes(gate, saved.config) != _gate_shapes(gate, current.config):
+            saved_options = saved.config.gate_options.get(gate, {})
+            for name, value in current.config.gate_options.get(gate, {}).items():
+                what = _option_flag(gate, name, current.config)
+                _require_same(saved_options.get(name), value, what, where)
     if current.config.model.position_embedding_type == "learned":
         _require_same(
             saved.config.model.max_positions,
@@ -118,7 +122,7 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
     config = reset_without_effect(run.config)
     model = config.model
     moe = config.moe
-    description = {_flag(name): getattr(model, name) for name in _MODEL_FIELDS}
+    description = {flag_name(name): getattr(model, name) for name in _MODEL_FIELDS}
     vocab_size = model.vocab_size or run.identity["tokenizer_vocab_size"]
     description |= {
         "--num-query-groups": model.query_groups,
@@ -127,11 +131,13 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
         "the padded vocabulary size": model.padded_vocab(vocab_size),
         "--num-experts": moe.num_experts,
     }
-    moe_layers = [i for i in range(model.num_layers) if moe.is_moe_layer(i)]
+    gates = moe.gates(model.num_layers)
+    moe_layers = [i for i, gate in enumerate(gates) if gate is not None]
     if moe.num_experts:
+        names = set(gates) - {None}
         description |= {
             "the list of MoE layers": moe_layers,
-            "--gate": moe.gate,
+            "--gate": names.pop() if len(names) == 1 else per_layer_text(gates),
             "--expert-type": moe.expert_type,
             "--moe-weight-on-input": moe.moe_weight_on_input,
             "--moe-latent-size": moe.moe_latent_size,
@@ -161,7 +167,7 @@ def check_same_schedule(saved: RunMetadata, current: RunMetadata, where: str) ->
         "use the checkpoint's value, or add --override-lr-schedule to continue with the new one"
     )
     for name in SCHEDULE_FIELDS:
-        _require_same(getattr(old, name), getattr(new, name), _flag(name), where, advice)
+        _require_same(getattr(old, name), getattr(new, name), flag_name(name), where, advice)
     decay_length_is_set = new.lr_decay_iters or new.lr_decay_samples or new.lr_decay_tokens
     if not decay_length_is_set:
         if new.lr_decay_style != "constant" or new.lr_warmup_fraction:
@@ -211,7 +217,7 @@ def warn_of_changes(saved: RunMetadata, current: RunMetadata) -> None:
             "compared with earlier ones",
             ", ".join(eval_changes),
         )
-    options = _gate_option_changes(saved.config.gate_options, current.config.gate_options)
+    options = _gate_option_changes(saved.config, current.config)
     if options:
         warn_on_rank0(
             "the gate continues with other options than the checkpoint's: %s",
@@ -249,7 +255,7 @@ def _data_order_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
                 continue
             if name in _DATA_PATH_FIELDS and _is_same_data(saved, current, name):
                 continue
-            changes.append(_flag(name))
+            changes.append(flag_name(name))
     data = current.config.data
     # The order of streamed text, and of cyclic and mock samples, is independent of the length.
     is_independent = data.streaming_data_path or data.mock_data
@@ -273,7 +279,7 @@ def _evaluation_changes(saved: RunMetadata, current: RunMetadata) -> list[str]:
     for name in _EVAL_PATH_FIELDS:
         is_equal = getattr(old, name) == getattr(new, name)
         if not is_equal and not _is_same_data(saved, current, name):
-            changes.append(_flag(name))
+            changes.append(flag_name(name))
     for name, words in new.named_valid_sets.items():
         old_words = old.named_valid_sets.get(name, words)
         if old_words == words:
@@ -317,7 +323,7 @@ def _is_same_data(saved: RunMetadata, current: RunMetadata, name: str) -> bool:
     Earlier checkpoints do not know the content, or by another method: then only equal paths are
     the same.
     """
-    flag = _flag(name)
+    flag = flag_name(name)
     contents = _contents(saved, getattr(saved.config.data, name), flag)
     return bool(contents) and contents == _contents(
         current, getattr(current.config.data, name), flag
@@ -346,11 +352,14 @@ def _are_other_files(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return any(old.get(name) != new.get(name) for name in names)
 
 
-def _gate_option_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _gate_option_changes(saved: RunConfig, current: RunConfig) -> list[str]:
     changes = []
-    for name, value in new.items():
-        if old.get(name, value) != value:
-            changes.append(f"{_flag(name)} {value} instead of {old[name]}")
+    for gate, options in current.gate_options.items():
+        old = saved.gate_options.get(gate, {})
+        for name, value in options.items():
+            if old.get(name, value) != value:
+                flag = _option_flag(gate, name, current)
+                changes.append(f"{flag} {value} instead of {old[name]}")
     return changes
 
 
@@ -361,16 +370,23 @@ def _moe_training_changes(saved: RunConfig, current: RunConfig) -> list[str]:
     for name in _MOE_TRAINING_FIELDS:
         if getattr(old, name) != getattr(new, name):
             changes.append(
-                f"{_flag(name)} {getattr(new, name)} instead of {getattr(old, name)}"
+                f"{flag_name(name)} {getattr(new, name)} instead of {getattr(old, name)}"
             )
     return changes
+
+
+def _option_flag(gate: str, name: str, config: RunConfig) -> str:
+    """Return the flag of a gate's option; with the gate's name if there are several gates."""
+    if len(config.moe.gate_layers.gates) == 1:
+        return flag_name(name)
+    return f"{flag_name(gate)}.{flag_name(name).removeprefix('--')}"
 
 
 def _describe_topology(topology: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in topology.items())
 
 
-def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
+def _gate_shapes(gate: str, config: RunConfig) -> dict[str, torch.Size]:
     """Return names and shapes of a gate's parameters and buffers.
 
     Options that change them cannot change when a run resumes.
@@ -378,20 +394,16 @@ def _gate_shapes(config: RunConfig) -> dict[str, torch.Size]:
     if not config.moe.num_experts:
         return {}
     with meta_device():
-        gate = create_gate(
-            config.moe.gate,
+        built = create_gate(
+            gate,
             hidden_size=config.model.hidden_size,
             num_experts=config.moe.num_experts,
             layer=1,
             num_moe_layers=2,
             vocab_size=1,
-            **config.gate_options,
+            **config.gate_options.get(gate, {}),
         )
-    return {name: tensor.shape for name, tensor in gate.state_dict().items()}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return {name: tensor.shape for name, tensor in built.state_dict().items()}
 
 
 def _require_same(

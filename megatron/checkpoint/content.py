@@ -196,16 +196,17 @@ def with_typed_gate_options(config: RunConfig, folder: Path) -> RunConfig:
     """Return a configuration of `read_config` with gate options of the types that the gate has.
 
     Raises:
-        ValueError: The gate does not exist, or an option is unknown or has a wrong type.
+        ValueError: A gate does not exist, or an option is unknown or has a wrong type.
     """
-    flags = flags_of(gate_config_class(config.moe.gate), "gate_options")
-    options = {}
-    for name, value in config.gate_options.items():
-        options[name] = list(value) if isinstance(value, tuple) else value
     where = str(folder / "run.json")
-    return replace(
-        config, gate_options=parse_stored_values(options, "gate_options", flags, where)
-    )
+    typed = {}
+    for gate in config.moe.gate_layers.gates:
+        flags = flags_of(gate_config_class(gate), "gate_options")
+        options = {}
+        for name, value in config.gate_options.get(gate, {}).items():
+            options[name] = list(value) if isinstance(value, tuple) else value
+        typed[gate] = parse_stored_values(options, f"gate_options.{gate}", flags, where)
+    return replace(config, gate_options=typed)
 
 
 def _read(file: Path, schema: type) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def describe_gates(config: RunConfig) -> dict[str, dict[str, str]]:
     """Return the fields of `GateOrigin` of each gate of a run, by name."""
     if not config.moe.num_experts:
         return {}
-    return {config.moe.gate: asdict(gate_origin(config.moe.gate))}
+    return {name: asdict(gate_origin(name)) for name in config.moe.gate_layers.gates}
 
 
 def describe_expert_types(config: RunConfig) -> dict[str, dict[str, str]]:

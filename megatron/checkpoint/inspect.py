@@ -322,12 +322,14 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
     return different
 
 
-def _flatten(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _flatten(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested sections as {"section.name": value}."""
     flat = {}
-    for section, values in sections.items():
-        for name, value in values.items():
-            flat[f"{section}.{name}"] = value
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
     return flat
 
 

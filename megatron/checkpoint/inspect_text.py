@@ -108,9 +108,15 @@ def _gate_lines(config: dict[str, Any]) -> list[str]:
     moe = config["moe"]
     if not moe["num_experts"]:
         return []
+    rows = {}
+    for gate, options in config["gate_options"].items():
+        rows[gate] = _name_value_list(options)
+    title = "gate"
+    if len(rows) > 1:
+        title = f"gates {moe['gate']}"
     return [
-        f"gate, for {moe['num_experts']} experts",
-        *_table({moe["gate"]: _name_value_list(config["gate_options"])}),
+        f"{title}, for {moe['num_experts']} experts",
+        *_table(rows),
         "expert type",
         *_table({moe["expert_type"]: _name_value_list(config["expert_options"])}),
     ]

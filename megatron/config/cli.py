@@ -1,7 +1,7 @@
 """The command line of a training run, also accepted by tools that take the same flags.
 
 Parsing has two passes: the first finds `--gate`, `--gate-path` and `--config`; the second knows
-the chosen gate's own options as flags like all others. The gates live in a higher layer, so the
+the chosen gates' own options as flags like all others. The gates live in a higher layer, so the
 caller passes functions that find them:
 
     parse(argv, gate_config_class, available_gates, import_gate_files)
@@ -17,18 +17,11 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron import __version__
 from megatron.config.checkpoint import LOAD_OPTIONS
-from megatron.config.effect import (
-    describe_dropped,
-    require_effect,
-    unmet_need,
-    values_by_name,
-    without_effect,
-)
+from megatron.config.effect import require_effect, unmet_need, values_by_name
 from megatron.config.expert_choice import (
     NO_EXPERT_TYPES,
     ExpertChoice,
@@ -36,12 +29,13 @@ from megatron.config.expert_choice import (
     choose_expert_type,
 )
 from megatron.config.flag_parser import FlagParser, add_flag
-from megatron.config.flags import EXPERT_OPTIONS, Flag, flags_of, index_flags
+from megatron.config.flags import EXPERT_OPTIONS, Flag, flags_of, index_flags, is_gate_section
 from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED, translate
-from megatron.config.gate_overrides import (
-    apply_gate_overrides,
-    drop_gate_overrides,
-    refuse_expert_options,
+from megatron.config.gate_choice import (
+    GateChoice,
+    choose_gates,
+    options_by_gate,
+    sections_of_each_gate,
 )
 from megatron.config.gate_path import (
     ImportGateFiles,
@@ -50,8 +44,9 @@ from megatron.config.gate_path import (
     pop_stored_paths,
     with_stored_paths,
 )
-from megatron.config.run_json import load_config_json, parse_sections, parse_stored_values
-from megatron.config.schema import SECTIONS, CheckpointConfig, MoEConfig, RunConfig
+from megatron.config.run_json import load_config_json, parse_sections
+from megatron.config.run_sections import RunSections
+from megatron.config.schema import SECTIONS, CheckpointConfig, RunConfig
 from megatron.config.short_help import new_parser, short_help
 from megatron.config.values import format_flag, parse_value
 from megatron.log import warn_on_rank0
@@ -68,20 +63,6 @@ _VALUE_MARK = "\0"
 Options = TypeVar("Options")
 
 
-@dataclass(frozen=True)
-class _GateChoice:
-    """The gate of a run, and the others that could be chosen."""
-
-    name: str
-    config_class: type
-    others: dict[str, type]
-    """Config of every available gate by name; may include the chosen one"""
-
-    @property
-    def all_names(self) -> list[str]:
-        return sorted({self.name, *self.others})
-
-
 def parse(
     argv: Sequence[str] | None,
     gate_config: Callable[[str], type],
@@ -95,10 +76,10 @@ def parse(
     """Return the run's configuration: flags take precedence over `--config run.json`, which
     takes precedence over defaults.
 
-    The stored gate options of run.json apply only to the gate that is stored with them. When
-    flags name another gate, all of them are dropped with a warning: the same name means
+    The stored options of a gate apply only to this gate. When flags name other gates, those
+    of gates that the run does not have are dropped with a warning: the same name means
     different things for different gates (topk is a count for one and a limit for another),
-    so the new gate starts from its own defaults.
+    so a new gate starts from its own defaults.
 
     Args:
         argv: arguments without the program's name; None: sys.argv[1:].
@@ -146,11 +127,11 @@ def parse_with(
     stored = parse_sections(load_config_json(path), path) if path else {}
     stored_paths = pop_stored_paths(stored)
     try:
-        gate = _choose_gate(gate_flag, stored, path, gate_config, gate_names)
+        gate = choose_gates(gate_flag, stored, path, gate_config, gate_names)
         experts = choose_expert_type(words, stored, path, expert_types)
     except ValueError as error:
         raise with_stored_paths(error, stored_paths, path) from None
-    classes = {**SECTIONS, "gate_options": gate.config_class, **experts.sections}
+    classes = {**SECTIONS, **gate.sections, **experts.sections}
     if options is not None:
         classes["options"] = options
     known = index_flags(classes)
@@ -160,29 +141,25 @@ def parse_with(
     if namespace.help:
         shown = {"options": "flags of this program"} if options is not None else {}
         if gate_flag:
-            shown["gate_options"] = f"gate {gate.name}"
+            shown |= {section: gate.title(section) for section in gate.sections}
         print(short_help(classes, stored, shown | experts.titles, prog, description), end="")
         raise SystemExit(0)
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], known, gate, experts))
     values = {section: dict(stored.get(section, {})) for section in classes}
     given = _set_values(values, namespace, known)
+    shared = gate.set_values(values, namespace, given, _unmark)
     if gate_flag and known["--gate"] not in given:
         given.append(known["--gate"])  # by one of XMoE's spellings
-    values["moe"]["gate"] = gate.name
+    values["moe"]["gate"] = gate.layers.text
     if gate_paths:
         values["moe"]["gate_path"] = gate_paths
     _drop_load_options(values["checkpoint"], given, path)
-    built = _build_sections(classes, values, given)
-    while dropped := _check_effect(built, classes, values, given):
-        if "gate" in dropped:
-            classes["gate_options"] = gate_config(MoEConfig.gate)
-            values["gate_options"] = {}
-        if "expert_type" in dropped:
-            experts.reset(classes, values)
-        built = _build_sections(classes, values, given)
+    sections = RunSections(classes, values, given, shared, gate, experts)
+    built = sections.build_effective(gate_config)
     options = built.pop("options", None)
-    built |= {s: dataclasses.asdict(built[s]) for s in ("gate_options", EXPERT_OPTIONS)}
+    built["gate_options"] = options_by_gate(built, sections.gate)
+    built[EXPERT_OPTIONS] = dataclasses.asdict(built[EXPERT_OPTIONS])
     return RunConfig(**built), options
 
 
@@ -276,17 +253,22 @@ def to_flags(
         ValueError: an element of a list starts with "--", which only run.json can express.
     """
     sections = {section: getattr(config, section) for section in SECTIONS}
-    sections["gate_options"] = gate_config(config.moe.gate)(**config.gate_options)
+    gate = choose_gates(config.moe.gate, {}, "", gate_config, tuple)
+    for name, cls in gate.classes.items():
+        sections[gate.section(name)] = cls(**config.gate_options.get(name, {}))
     expert_config = expert_types.config_class(config.moe.expert_type)
     sections[EXPERT_OPTIONS] = expert_config(**config.expert_options)
-    values = values_by_name(sections)
-    words = []
-    for section, section_config in sections.items():
-        for flag in flags_of(type(section_config), section):
-            value = values[flag.key]
-            is_set = section == "gate_options" or value != flag.default
-            if is_set and unmet_need(flag, values) is None:
-                words += format_flag(flag.spellings[0], value)
+    words: list[str] = []
+    done: set[str] = set()
+    for seen in sections_of_each_gate(sections):
+        values = values_by_name(seen)
+        for section in [name for name in seen if name not in done]:
+            done.add(section)
+            for flag in flags_of(type(seen[section]), section):
+                value = values[flag.key]
+                is_set = is_gate_section(section) or value != flag.default
+                if is_set and unmet_need(flag, values) is None:
+                    words += format_flag(flag.spellings[0], value)
     return words
 
 
@@ -338,55 +320,13 @@ def _first_pass(words: list[str]) -> tuple[str | None, str]:
     return next(iter(flag_of_gate), None), args.config
 
 
-def _choose_gate(
-    gate_flag: str | None,
-    stored: dict[str, dict[str, Any]],
-    path: str,
-    gate_config: Callable[[str], type],
-    gate_names: Callable[[], Iterable[str]],
-) -> _GateChoice:
-    """Choose the gate, and keep in `stored` only what applies to it.
-
-    Fields of MoEConfig that followed from the stored gate's options are removed, and so are
-    the options themselves if the gate is another one.
-    """
-    stored_gate = stored.get("moe", {}).get("gate", MoEConfig.gate)
-    name = gate_flag or stored_gate
-    others = {other: gate_config(other) for other in gate_names()}
-    dropped_flags = []
-    if stored_gate in {name, *others}:  # a gate that no longer exists may be replaced
-        dropped_flags = drop_gate_overrides(stored, gate_config(stored_gate))
-    config_class = gate_config(name)
-    if name == stored_gate:
-        stored["gate_options"] = parse_stored_values(
-            stored.get("gate_options", {}),
-            "gate_options",
-            flags_of(config_class, "gate_options"),
-            path,
-        )
-    elif stored.pop("gate_options", {}):
-        derived = ""
-        if dropped_flags:
-            derived = f" with the {' '.join(dropped_flags)} that came from them"
-        warn_on_rank0(
-            "--gate %s replaces %s of %s: the gate options stored there are dropped%s, "
-            "and %s starts from its own defaults",
-            name,
-            stored_gate,
-            path,
-            derived,
-            name,
-        )
-    return _GateChoice(name, config_class, others)
-
-
 # Second pass: all flags
 
 
 def _build_parser(
     classes: dict[str, type],
     stored: dict[str, dict[str, Any]],
-    gate: _GateChoice | None,
+    gate: GateChoice | None,
     prog: str | None,
     description: str | None,
 ) -> FlagParser:
@@ -396,8 +336,8 @@ def _build_parser(
     for section, cls in classes.items():
         title = section
         text = cls.__doc__
-        if section == "gate_options":
-            title = f"gate {gate.name}"
+        if is_gate_section(section):
+            title = gate.title(section)
             text = f"The gate's own flags. Gates: {' '.join(gate.all_names)}"
         if section == EXPERT_OPTIONS:
             title = "experts"
@@ -410,6 +350,9 @@ def _build_parser(
                 group.add_argument(
                     alias, action="store_true", help=f"the same as --gate {name}"
                 )
+    if gate is not None:
+        for flag, targets in gate.other_flags:
+            add_flag(parser, flag, targets[0].default, is_hidden=True)
     return parser
 
 
@@ -437,82 +380,15 @@ def _add_general_flags(parser: argparse.ArgumentParser) -> None:
     general.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
 
-def _build_sections(
-    classes: dict[str, type], values: dict[str, dict[str, Any]], given: list[Flag]
-) -> dict[str, Any]:
-    """Build the sections from their values, with those that the gate's options determine.
-
-    Args:
-        given: flags on the command line.
-    """
-    built = {}
-    for section, cls in classes.items():
-        if section != "moe":
-            built[section] = cls(**values[section])
-    moe = dict(values["moe"])
-    # The flag --num-experts 0 makes the model dense, whatever the gate's options say.
-    is_dense = moe.get("num_experts") == 0 and any(flag.name == "num_experts" for flag in given)
-    if not is_dense:
-        num_layers = built["model"].num_layers
-        gate = moe.get("gate", MoEConfig.gate)
-        apply_gate_overrides(built["gate_options"], moe, num_layers, gate)
-        refuse_expert_options(built["gate_options"], moe, built[EXPERT_OPTIONS], gate)
-    built["moe"] = MoEConfig(**moe)
-    num_experts = built["moe"].num_experts
-    # The same check as in `create_gate`, before the run starts.
-    if num_experts and hasattr(built["gate_options"], "check"):
-        built["gate_options"].check(num_experts)
-    return built
-
-
-def _check_effect(
-    built: dict[str, Any],
-    classes: dict[str, type],
-    values: dict[str, dict[str, Any]],
-    given: list[Flag],
-) -> list[str]:
-    """Check that flags have an effect, and drop other values that have none.
-
-    Those are values of a run.json, and flags of what other flags switch off. They are removed
-    from `values`, and named in a warning.
-
-    Returns:
-        The names of the dropped fields.
-    """
-    flags = [flag for section, cls in classes.items() for flag in flags_of(cls, section)]
-    current = values_by_name(built)
-    # A gate that was dropped takes its options along.
-    require_effect([flag for flag in given if flag in flags], current, flags)
-    is_set = [flag for flag in flags if flag.name in values[flag.section]]
-    dropped = without_effect(is_set, current)
-    if dropped:
-        warn_on_rank0(
-            "these settings have no effect in this run and return to their defaults: %s",
-            describe_dropped(dropped, current, flags),
-        )
-    for flag, _ in dropped:
-        del values[flag.section][flag.name]
-    return [flag.key for flag, _ in dropped]
-
-
 def _explain_unknown(
-    word: str, known: dict[str, Flag], gate: _GateChoice, experts: ExpertChoice
+    word: str, known: dict[str, Flag], gate: GateChoice, experts: ExpertChoice
 ) -> str:
     """Return the error message about an argument that no flag of this run takes."""
     flag = word.partition("=")[0]
     if not flag.startswith("--"):
         return f"unexpected argument {_unmark(word)!r}; every value follows its flag"
-    owners = []
-    for name, config_class in gate.others.items():
-        if name != gate.name and flag in index_flags({"gate_options": config_class}):
-            owners.append(name)
-    if owners:
-        return (
-            f"{flag} belongs to --gate {' or '.join(sorted(owners))}, but the gate is "
-            f"{gate.name}; leave the flag out or choose another gate"
-        )
-    if of_experts := experts.explain(flag):
-        return of_experts
+    if reason := gate.explain(flag) or experts.explain(flag):
+        return reason
     advice = "--help-all lists all flags"
     names = [*known, *GATE_ALIASES, *ALIASES, *NOT_NEEDED, *NOT_SUPPORTED]
     # Without the hyphens, which would make any two short flags similar.

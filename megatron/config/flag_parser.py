@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from megatron.config.effect import require_effect, values_by_name
 from megatron.config.fields import flag_name
-from megatron.config.flags import EXPERT_OPTIONS, Flag, flags_of, negative_spellings
+from megatron.config.flags import Flag, flags_of, is_options_section, negative_spellings
 from megatron.config.values import parse_value
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -34,14 +34,19 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, option_string not in self.negative)
 
 
-def add_flag(group: argparse._ActionsContainer, flag: Flag, default: Any) -> None:
+def add_flag(
+    group: argparse._ActionsContainer, flag: Flag, default: Any, *, is_hidden: bool = False
+) -> None:
     """Add a flag to a parser or group. Its value stays None when it is not given.
 
     Args:
         default: value shown in the help text.
+        is_hidden: leave the flag out of the help text.
     """
     facts = "; ".join([f"default: {_shown(default)}", *_shown_needs(flag)])
     text = f"{flag.help} ({facts})".strip().replace("%", "%%")
+    if is_hidden:
+        text = argparse.SUPPRESS
     if flag.type.base is bool:
         group.add_argument(*flag.spellings, dest=flag.dest, action=_Switch, help=text)
         return
@@ -120,7 +125,7 @@ def _shown_needs(flag: Flag) -> list[str]:
             shown.append(f"only with {need.text}")
         elif need.settings[0].values == (False,):
             shown.append(f"only without {flag_name(names[0])}")
-        elif flag.section not in ("gate_options", EXPERT_OPTIONS) or names != ["num_experts"]:
+        elif not is_options_section(flag.section) or names != ["num_experts"]:
             texts = [setting.describe(flag_name(setting.name)) for setting in need.settings]
             shown.append(f"only with {' or '.join(texts)}")
     return shown

@@ -92,8 +92,12 @@ def value_key(section: str, name: str) -> str:
 
 
 def negative_spellings(spellings: Iterable[str]) -> list[str]:
-    """Return the --no-x form of each switch --x."""
-    return ["--no-" + spelling.removeprefix("--") for spelling in spellings]
+    """Return the --no-x form of each switch --x; that of --gate.x is --gate.no-x."""
+    negative = []
+    for spelling in spellings:
+        prefix, dot, name = spelling.removeprefix("--").rpartition(".")
+        negative.append(f"--{prefix}{dot}no-{name}")
+    return negative
 
 
 @functools.cache
@@ -127,14 +131,29 @@ def flag_spellings(name: str, section: str, others: Iterable[str] = ()) -> tuple
     """Return all spellings of a field's flag, the preferred one first.
 
     That is Megatron's name if it has another one, or else the plain name, which begins with
-    --expert- for options of an expert type.
+    --expert- for options of an expert type. Flags of the section `gate_options.NAME` begin with
+    the name of the gate: --NAME.topk.
     """
     plain = flag_name(value_key(section, name))
     preferred = plain
-    if section == "gate_options":
+    if is_gate_section(section):
         preferred = _MEGATRON_NAMES.get(name, plain)
     hyphenated = [spelling.replace("_", "-") for spelling in others]
-    return tuple(dict.fromkeys((preferred, plain, *hyphenated)))
+    spellings = tuple(dict.fromkeys((preferred, plain, *hyphenated)))
+    gate = section.partition(".")[2]
+    if not gate:
+        return spellings
+    return tuple(f"{flag_name(gate)}.{s.removeprefix('--')}" for s in spellings)
+
+
+def is_gate_section(section: str) -> bool:
+    """Return whether a section holds the options of a gate."""
+    return section.partition(".")[0] == "gate_options"
+
+
+def is_options_section(section: str) -> bool:
+    """Return whether a section holds the options of a gate or of an expert type."""
+    return is_gate_section(section) or section == EXPERT_OPTIONS
 
 
 def index_flags(classes: dict[str, type]) -> dict[str, Flag]:
@@ -163,7 +182,7 @@ def _needs(field: dataclasses.Field, section: str) -> tuple[Need, ...]:
     needs = field.metadata.get("needs", ())
     if isinstance(needs, Need):
         needs = (needs,)
-    if section in ("gate_options", EXPERT_OPTIONS):
+    if is_options_section(section):
         needs = (setting("num_experts"), *needs)
     return tuple(needs)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.config.fields import flag_name, require
 from megatron.config.flags import EXPERT_OPTIONS, flags_of
+from megatron.config.gate_layers import DENSE, parse_gate_layers
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 
@@ -24,13 +25,33 @@ def apply_gate_overrides(
     Args:
         gate_config: options of the gate.
         moe: fields of MoEConfig that were set; changed in place.
-        gate: name of the gate, for messages.
+        gate: name of the gate.
     Raises:
-        ValueError: a field was set to another value.
+        ValueError: a field was set to another value, or another gate has layers, too.
     """
     if not hasattr(gate_config, "moe_overrides"):
         return
-    for name, value in gate_config.moe_overrides(moe, num_layers).items():
+    layers = parse_gate_layers(moe.get("gate", MoEConfig.gate))
+    others = [name for name in layers.gates if name != gate]
+    require(
+        not others,
+        "--gate",
+        layers.text,
+        f"{gate} as the only gate of a model, with {DENSE} layers",
+        f"Its options set --num-experts and --moe-ffn-hidden-size, which {' '.join(others)} would "
+        "share.",
+    )
+    known = dict(moe)
+    if layers.is_per_layer:
+        blocks = range(num_layers)
+        known["moe_layers"] = tuple(i for i in blocks if layers.gate_of(i) is not None)
+    overrides = gate_config.moe_overrides(known, num_layers)
+    if layers.is_per_layer:
+        chosen = overrides.pop("moe_layers", known["moe_layers"])
+        allowed = f"layers as the flags of {gate} say, which are {list(chosen)}"
+        same = sorted(chosen) == list(known["moe_layers"])
+        require(same, "--gate", layers.text, allowed, "Set them in one place only.")
+    for name, value in overrides.items():
         current = moe.get(name) or value
         require(
             current == value,
@@ -67,7 +88,9 @@ def refuse_expert_options(
         require(value == flag.default, flag.spellings[0], value, allowed)
 
 
-def drop_gate_overrides(stored: dict[str, dict[str, Any]], gate_class: type) -> list[str]:
+def drop_gate_overrides(
+    stored: dict[str, dict[str, Any]], gate: str, gate_class: type
+) -> list[str]:
     """Remove the fields of MoEConfig that the stored gate's options determined.
 
     Flags may then change these options, or replace the gate.
@@ -75,7 +98,8 @@ def drop_gate_overrides(stored: dict[str, dict[str, Any]], gate_class: type) -> 
     Args:
         stored: sections of a run.json, whose gate options are not checked yet; changed in
             place.
-        gate_class: Config of the gate stored there.
+        gate: name of a gate stored there.
+        gate_class: its Config.
     Returns:
         The flags of the removed fields.
     """
@@ -84,7 +108,7 @@ def drop_gate_overrides(stored: dict[str, dict[str, Any]], gate_class: type) -> 
         return []
     num_layers = stored.get("model", {}).get("num_layers", ModelConfig.num_layers)
     options = {}
-    for name, value in stored.get("gate_options", {}).items():
+    for name, value in stored.get("gate_options", {}).get(gate, {}).items():
         options[name] = tuple(value) if isinstance(value, list) else value
     overrides = _overrides(gate_class(**options), moe["num_experts"], num_layers)
     names = [name for name, value in overrides.items() if moe.get(name) == value]

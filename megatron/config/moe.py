@@ -11,9 +11,12 @@ from megatron.config.fields import (
     require_positive_integers,
     require_setting,
 )
+from megatron.config.gate_layers import GateLayers, parse_gate_layers
 from megatron.config.needs import setting
 
 AUX_LOSS_REDUCTIONS = ("sum", "mean")
+LAYER_FIELDS = ("moe_layers", "expert_interval", "moe_first_k_dense")
+"""Fields that select the MoE layers where --gate names a single gate"""
 MOE_BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
 
 
@@ -29,7 +32,9 @@ class MoEConfig:
     """indices of the MoE layers, counted from 0; alternative to --expert-interval and
     --moe-first-k-dense"""
     gate: str = option("topk", needs=setting("num_experts"))
-    """gate (router) of the MoE layers; --gate NAME --help lists that gate's own flags"""
+    """gate (router) of the MoE layers, or a gate per layer, such as hash@0-2,deepseek_v3@3-
+    (blocks counted from 0; dense@0 makes block 0 dense); --gate NAME --help lists that gate's
+    own flags"""
     gate_path: tuple[str, ...] = option((), needs=setting("num_experts"), repeatable=True)
     """Python files or package folders with gates of your own, which are imported; may be
     given several times"""
@@ -95,6 +100,8 @@ class MoEConfig:
             "only without --expert-interval and --moe-first-k-dense",
             "Use one of the two.",
         )
+        if self.gate_layers.is_per_layer:
+            self._refuse_layer_flags()
         ep_size = self.moe_expert_parallel_size
         require_setting(
             self,
@@ -105,10 +112,35 @@ class MoEConfig:
         )
         require_choices(self)
 
+    def _refuse_layer_flags(self) -> None:
+        """Raise ValueError for flags that select MoE layers, which a list of gates does."""
+        for name in LAYER_FIELDS:
+            is_default = getattr(self, name) == getattr(MoEConfig, name, ())
+            allowed = f"left out with --gate {self.gate}, which says which layers are dense"
+            require_setting(self, name, is_default, allowed, "Use one of the two.")
+
+    @property
+    def gate_layers(self) -> GateLayers:
+        """The gate, or the gate of each layer."""
+        return parse_gate_layers(self.gate)
+
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether block `layer`, counted from 0, has an MoE layer."""
+        return self.gate_of(layer) is not None
+
+    def gate_of(self, layer: int) -> str | None:
+        """Return the gate of block `layer`, counted from 0; None if the block is dense."""
         if self.num_experts == 0:
-            return False
+            return None
+        if self.gate_layers.is_per_layer:
+            return self.gate_layers.gate_of(layer)
         if self.moe_layers:
-            return layer in self.moe_layers
-        return layer >= self.moe_first_k_dense and (layer + 1) % self.expert_interval == 0
+            has_experts = layer in self.moe_layers
+        else:
+            is_late = layer >= self.moe_first_k_dense
+            has_experts = is_late and (layer + 1) % self.expert_interval == 0
+        return self.gate if has_experts else None
+
+    def gates(self, num_layers: int) -> list[str | None]:
+        """Return the gate of each block of a model; None for those that are dense."""
+        return [self.gate_of(layer) for layer in range(num_layers)]

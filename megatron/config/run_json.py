@@ -58,7 +58,9 @@ def config_from_dict(content: dict[str, Any], where: str = "run.json") -> RunCon
 def _config_from_current(content: dict[str, Any], where: str) -> RunConfig:
     """Build a configuration from content as the current version writes it."""
     sections = parse_sections(content, where)
-    gate_options = _with_tuples(sections.pop("gate_options", {}))
+    gate_options = {}
+    for gate, options in sections.pop("gate_options", {}).items():
+        gate_options[gate] = _with_tuples(options)
     expert_options = _with_tuples(sections.pop("expert_options", {}))
     try:
         parts = {section: SECTIONS[section](**values) for section, values in sections.items()}
@@ -97,7 +99,7 @@ def load_config_json(path: str | Path) -> Any:
 def parse_sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
     """Return the fields of each config section stored in a run.json, checked and typed.
 
-    Gate options are returned as they are: their gate may not be known yet.
+    The options of each gate are returned as they are: the gate may not be known yet.
 
     Args:
         content: the parsed JSON.
@@ -116,7 +118,10 @@ def parse_sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
             sections["expert_options"] = values
             continue
         if stored_section == "gate_options":
-            sections["gate_options"] = values
+            for gate, options in values.items():
+                key = f"{where}: gate_options.{shortened(gate)}"
+                require(isinstance(options, dict), key, options, "a JSON object")
+            sections["gate_options"] = dict(values)
             continue
         flags: list[Flag] = []
         for section in RUN_JSON_LAYOUT[stored_section]:

@@ -107,17 +107,33 @@ def _gate(content: dict[str, Any]) -> Any:
     return moe.get("gate", "topk") if isinstance(moe, dict) else "topk"
 
 
+def name_gate_of_options(content: dict[str, Any]) -> dict[str, Any]:
+    """Store the gate's options under its name: runs had one gate up to version 2."""
+    options = content.get("gate_options")
+    if not isinstance(options, dict) or not options:
+        return content
+    return {**content, "gate_options": {str(_gate(content)): options}}
+
+
 STEPS = (
     keep_mean_over_layers,
     rename_cap_of_threshold,
     rename_automatic_numbers,
     divide_capacity_factors,
+    name_gate_of_options,
 )
 """In this order; steps of gate options come before the one that changes their layout"""
 
 
 def migrate_run_json(content: dict[str, Any]) -> dict[str, Any]:
-    """Apply all steps."""
+    """Apply all steps.
+
+    A file without a version counts as an old one. If it has options by gate, it was written by
+    hand for version 3, and nothing changes.
+    """
+    options = content.get("gate_options")
+    if isinstance(options, dict) and any(isinstance(value, dict) for value in options.values()):
+        return content
     for step in STEPS:
         content = step(content)
     return content

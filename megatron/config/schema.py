@@ -74,7 +74,7 @@ RUN_JSON_LAYOUT: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run. `gate_options` is the chosen gate's own Config, as a plain dict."""
+    """All settings of a run. `gate_options` holds the options of each gate by its name."""
 
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
@@ -87,7 +87,8 @@ class RunConfig:
     fault_tolerance: FaultToleranceConfig = FaultToleranceConfig()
     logging: LoggingConfig = LoggingConfig()
     profiling: ProfilingConfig = ProfilingConfig()
-    gate_options: dict[str, Any] = field(default_factory=dict)
+    gate_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """fields of each gate's Config by the name of the gate"""
     expert_options: dict[str, Any] = field(default_factory=dict)
     """fields of the expert type's Config"""
 
@@ -116,6 +117,11 @@ class RunConfig:
             list(moe.moe_layers),
             f"blocks from 0 to {num_layers - 1}",
         )
+        moe.gate_layers.check(num_layers)
+        for name, options in self.gate_options.items():
+            known = name in moe.gate_layers.gates and isinstance(options, dict)
+            allowed = f"options by gate, of {' '.join(moe.gate_layers.gates)}"
+            require(known, "gate_options", {name: options}, allowed)
         require(
             moe.num_experts == 0 or any(map(moe.is_moe_layer, range(num_layers))),
             "--expert-interval",

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.config.flag_parser import FlagParser, add_flag
-from megatron.config.flags import EXPERT_OPTIONS, flags_of
+from megatron.config.flags import EXPERT_OPTIONS, flags_of, is_gate_section, is_options_section
 
-_OPTIONS = ("gate_options", EXPERT_OPTIONS)
-"""Sections whose flags depend on the gate or the expert type"""
 FIRST_FLAGS = {
     "every run needs": ("data_path", "tokenizer_type", "tokenizer_model", "train_iters"),
     "most runs set": (
@@ -77,7 +75,7 @@ def short_help(
     """
     parser = new_parser(prog, description, f"{_groups(classes)}\n\n{EXAMPLE}")
     flags = [flag for section, cls in classes.items() for flag in flags_of(cls, section)]
-    by_name = {flag.name: flag for flag in flags if flag.section not in _OPTIONS}
+    by_name = {flag.name: flag for flag in flags if not is_options_section(flag.section)}
     groups = {}
     for title, names in FIRST_FLAGS.items():
         groups[title] = [by_name[name] for name in names]
@@ -99,8 +97,8 @@ def _groups(classes: Mapping[str, type]) -> str:
         if section == EXPERT_OPTIONS:
             section = "expert"
             summary = "Options of the expert type; --expert-type NAME --help lists them."
-        if section == "gate_options":
-            section = "gate"
+        if is_gate_section(section):
+            section = section.replace("gate_options", "gate")
             summary = "Options of the gate; --gate NAME --help lists them."
         lines.append(f"  {section:<16} {number:>3}  {summary}")
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def run_config(
         moe,
         optimizer=OPTIMIZER,
         deepspeed=DeepSpeedConfig(zero_stage=zero_stage),
-        gate_options=case.options,
+        gate_options={case.name: case.options},
         train=TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH),
         checkpoint=CheckpointConfig(**checkpoint),
     )

@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch.nn.functional as F
@@ -58,6 +59,11 @@ class Block(nn.Module):
         out: FFNOutput = self.mlp(normed_BSD, context or FFNContext())
         h_BSD = h_BSD + F.dropout(out.y, self.dropout, self.training)
         return h_BSD, out.aux_loss, out.carry
+
+    @property
+    def carry_key(self) -> Hashable | None:
+        """Key of the blocks among which carries are passed; None: this block has no carry."""
+        return getattr(self.mlp, "carry_key", None)
 
     def recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Return the contexts that `torch.utils.checkpoint` enters for the forward pass and for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron.parallel.groups import Groups
 def build_model(
     model: ModelConfig,
     moe: MoEConfig,
-    gate_options: dict[str, Any],
+    gate_options: Mapping[str, Mapping[str, Any]],
     *,
     vocab_size: int,
     seed: int,
@@ -41,7 +42,8 @@ def build_model(
     on how experts are sharded.
 
     Args:
-        gate_options: fields of the gate's Config.
+        gate_options: fields of each gate's Config by the name of the gate; those that are
+            missing have their defaults.
         vocab_size: size of the vocabulary before padding; it is padded to a multiple of
             `model.make_vocab_size_divisible_by`.
         seed: seed of the initial weights.
@@ -49,32 +51,31 @@ def build_model(
         expert_options: fields of the expert type's Config.
         recompute: activation recomputation.
     Raises:
-        ValueError: the gate is unknown or refuses its options.
+        ValueError: a gate is unknown or refuses its options.
     """
-    moe_layers = [i for i in range(model.num_layers) if moe.is_moe_layer(i)]
+    gates = _gate_of_each_layer(model, moe, gate_options)
 
     def make_ffn(layer: int) -> nn.Module:
-        if layer not in moe_layers:
+        name = gates[layer]
+        if name is None:
             return MLP(model.hidden_size, model.ffn_size, model.act)
         gate = create_gate(
-            moe.gate,
+            name,
             hidden_size=model.hidden_size,
             num_experts=moe.num_experts,
-            layer=moe_layers.index(layer),
-            num_moe_layers=len(moe_layers),
             vocab_size=vocab_size,
             seed=seed,
             init_std=model.init_method_std,
-            **gate_options,
+            **_position(gates, layer),
+            **gate_options.get(name, {}),
         )
         return make_moe_layer(
             gate, model, moe, expert_options, layer=layer, seed=seed, groups=groups
         )
 
-    padded_size = model.padded_vocab(vocab_size)
     gpt = GPT(
         model,
-        padded_size,
+        model.padded_vocab(vocab_size),
         make_ffn=make_ffn,
         recompute=recompute,
         aux_loss_reduction=moe.moe_aux_loss_reduction,
@@ -84,12 +85,37 @@ def build_model(
     return gpt
 
 
-def size_table(model: GPT, moe: MoEConfig, gate_options: dict[str, Any]) -> str:
+def _gate_of_each_layer(
+    model: ModelConfig, moe: MoEConfig, gate_options: Mapping[str, Any]
+) -> list[str | None]:
+    """Return the gate of each block; None: dense.
+
+    Raises:
+        AssertionError: options are not by gate, and would be ignored.
+    """
+    gates = moe.gate_layers.gates
+    unknown = gate_options.keys() - gates
+    assert not unknown, f"gate_options has {sorted(unknown)}; allowed: {' '.join(gates)}"
+    return moe.gates(model.num_layers)
+
+
+def _position(gates: Sequence[str | None], layer: int) -> dict[str, int]:
+    """Return where block `layer` is among the MoE layers, as `create_gate` takes it.
+
+    Args:
+        gates: gate of each block; None: dense.
+    """
+    with_experts = [name is not None for name in gates]
+    return {
+        "layer": sum(with_experts[:layer]),
+        "num_moe_layers": sum(with_experts),
+        "gate_layer": gates[:layer].count(gates[layer]),
+    }
+
+
+def size_table(model: GPT) -> str:
     """Return a table of the model's parameters by part, in total and active per token."""
-    gate = gate_class(moe.gate)
-    gate_config = gate.Config(**gate_options)
-    experts_per_token = gate.experts_per_token(gate_config, max(1, moe.num_experts))
-    return parameter_table(count_parameters(model, experts_per_token))
+    return parameter_table(count_parameters(model))
 
 
 def choose_moe_backend(
@@ -105,7 +131,8 @@ def choose_moe_backend(
     Raises:
         ValueError: --moe-backend names a backend that cannot be used here.
     """
-    if gate_class(moe.gate).expert_kind == "peer":
+    kinds = {gate_class(name).expert_kind for name in moe.gate_layers.gates}
+    if kinds == {"peer"}:
         return choose_peer_backend(moe.moe_backend, device.type, dtype)
     features = (moe.moe_latent_size or model.hidden_size, _expert_width(model, moe))
     return choose_expert_backend(moe.moe_backend, device.type, dtype, features)

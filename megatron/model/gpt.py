@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -266,12 +266,14 @@ class GPT(nn.Module):
         rotation: Rotation | None = None
         if self.rotary is not None:
             rotation = self.rotary(h_BSD.shape[1], position_ids_BS)
+        carries: dict[Hashable, Tensor | None] = {}
         aux_losses: list[Tensor] = []
         for block in self.layers:
+            context = replace(context, carry=carries.get(block.carry_key))
             h_BSD, aux_loss, carry = self._run_block(block, h_BSD, rotation, documents, context)
             if aux_loss is not None:  # an MoE layer
                 aux_losses.append(aux_loss)
-                context = replace(context, carry=carry)
+                carries[block.carry_key] = carry
         if not aux_losses:
             return h_BSD, h_BSD.new_zeros((), dtype=torch.float32)
         return h_BSD, reduce_over_layers(torch.stack(aux_losses), self.aux_loss_reduction)

@@ -41,17 +41,13 @@ class ParameterCount:
         return self.total - sum(self.frozen_parts.values())
 
 
-def count_parameters(
-    model: nn.Module, experts_per_token: tuple[int, int] = (0, 0)
-) -> ParameterCount:
+def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of a model, on any device including `meta`, before ZeRO shards them.
 
     Routed experts are stacks [number of local stacks, ...] in the module `experts` of a layer
     with the attributes `num_experts`, the number of stacks over all ranks, and `gate`. All
-    stacks are counted, also where this rank holds a slice, and a token uses its share of them.
-
-    Args:
-        experts_per_token: fewest and most routed experts that one token visits.
+    stacks are counted, also where this rank holds a slice, and a token uses its share of them:
+    as many experts as the gate of the layer says.
     """
     moe_layers = {}
     for name, module in model.named_modules():
@@ -67,7 +63,9 @@ def count_parameters(
         if part == "routed experts":
             layer = moe_layers[name.partition(".experts.")[0]]
             number = number // parameter.shape[0] * layer.num_experts
-            fractions = tuple(visited / layer.gate.num_experts for visited in experts_per_token)
+            gate = layer.gate
+            experts_per_token = gate.experts_per_token(gate.config, gate.num_experts)
+            fractions = tuple(visited / gate.num_experts for visited in experts_per_token)
         parts[part] += number
         if not parameter.requires_grad:
             frozen_parts[part] = frozen_parts.get(part, 0) + number

@@ -39,7 +39,7 @@ class FFNContext:
     token_ids_BS: Tensor | None = None
     """int64 token ids"""
     carry: Tensor | None = None
-    """carry of the previous MoE layer's gate, threaded through the layers as in
+    """carry of the previous MoE layer with the same gate, threaded through the layers as in
     jax.lax.scan"""
     progress: float = 0.0
     """consumed / total training samples, in [0, 1]"""
@@ -60,4 +60,4 @@ class FFNOutput:
     aux_loss: Tensor | None = None
     """0-d fp32 auxiliary loss; None from a dense layer"""
     carry: Tensor | None = None
-    """carry for the next MoE layer's gate; None if there is none"""
+    """carry for the next MoE layer with the same gate; None if there is none"""

@@ -42,12 +42,16 @@ class GateContext:
     hidden_size: int
     num_experts: int
     layer: int = 0
-    """index of this MoE layer among the MoE layers"""
+    """index of this MoE layer among the MoE layers, whatever their gates"""
     num_moe_layers: int = 1
+    """number of MoE layers of the model, whatever their gates"""
     vocab_size: int | None = None
     seed: int = 0
     init_std: float = 0.02
     """standard deviation of router weights"""
+    gate_layer: int = 0
+    """index of this MoE layer among those that have the same gate; its carry comes from the
+    layer before in that order"""
 
     def generator(self) -> torch.Generator:
         """Return a generator seeded by (seed, layer): all ranks draw the same."""
@@ -117,7 +121,7 @@ class Gate(nn.Module):
         self.config = config
         self.context = context
         self.num_experts = context.num_experts
-        self._has_warned = context.layer > 0
+        self._has_warned = context.gate_layer > 0
         self._decisions: DecisionRecorder | DecisionRepeater | None = None
         self.zero_computation_experts = nn.ModuleList()
 
@@ -260,7 +264,7 @@ class Gate(nn.Module):
     def warn_once(self, message: str) -> None:
         """Log a warning on rank 0 for what every rank and every MoE layer notices.
 
-        Only the first MoE layer's first call logs.
+        Only the first call of the first layer with this gate logs.
         """
         if not self._has_warned:
             self._has_warned = True
@@ -330,6 +334,7 @@ def create_gate(
     vocab_size: int | None = None,
     seed: int = 0,
     init_std: float = 0.02,
+    gate_layer: int | None = None,
     **options: Any,
 ) -> Gate:
     """Build a gate: the one constructor for models, tests and interactive sessions.
@@ -340,6 +345,8 @@ def create_gate(
         vocab_size: number of token ids, for gates that route by token id.
         seed: seed of the router's initial weights.
         init_std: standard deviation of router weights.
+        gate_layer: index among the MoE layers that have this gate; None: `layer`, as in a
+            model with one gate.
         options: fields of the gate's Config.
     Raises:
         ValueError: unknown gate or option (the message lists the known ones), or a
@@ -353,8 +360,10 @@ def create_gate(
     # A Config may also check its options against the number of experts.
     if hasattr(config, "check"):
         config.check(num_experts)
+    if gate_layer is None:
+        gate_layer = layer
     context = GateContext(
-        hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std
+        hidden_size, num_experts, layer, num_moe_layers, vocab_size, seed, init_std, gate_layer
     )
     return cls(config, context)
 

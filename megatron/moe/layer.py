@@ -18,6 +18,7 @@ T = B x S positions on this rank, R those that are not padding, D hidden, C choi
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -103,8 +104,8 @@ class MoELayer(nn.Module):
 
         Args:
             x_BSD: normalised hidden states; [T, D] is accepted as well.
-            context: token ids, padding and documents, the previous MoE layer's carry and
-                training progress.
+            context: token ids, padding and documents, the carry of the previous layer with
+                the same gate, and training progress.
         Returns:
             FFNOutput with y in the shape of x and the gate's auxiliary loss and carry.
         """
@@ -152,6 +153,11 @@ class MoELayer(nn.Module):
         if self.fc2_latent_proj is None:
             return y_TN
         return self.fc2_latent_proj(y_TN)
+
+    @property
+    def carry_key(self) -> Hashable:
+        """Key of the layers among which carries are passed: those with the same gate."""
+        return type(self.gate)
 
     def _make_dispatcher(self) -> TokenDispatcher:
         if self.groups.ep_group is None:

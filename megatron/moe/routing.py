@@ -33,8 +33,8 @@ class GateInput:
     """int64 number of each token's sequence, or of its document where the batch has
     documents, for sequence-wise balance"""
     carry: Tensor | None = None
-    """carry returned by the previous MoE layer's gate (MoE++: residual logits), which
-    has no rows for padding"""
+    """carry returned by the gate of the previous MoE layer with the same gate (MoE++:
+    residual logits), which has no rows for padding"""
     progress: float = 0.0
     """consumed / total training samples, in [0, 1]"""
     num_sequences: int | None = None
@@ -182,8 +182,8 @@ class Routing:
     priority_A: Tensor | None = None
     """priority under capacity, largest first; None: |weight|"""
     carry: Tensor | None = None
-    """passed to the next MoE layer's gate, threaded through the layers as in
-    jax.lax.scan; without rows for padding, see `GateInput.padding_T`"""
+    """passed to the gate of the next MoE layer with the same gate, threaded through the
+    layers as in jax.lax.scan; without rows for padding, see `GateInput.padding_T`"""
     token_major: bool = False
     """token_A is in ascending order, which saves the layer a sort"""
     metric_means: dict[str, Tensor] = field(default_factory=dict)

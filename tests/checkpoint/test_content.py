@@ -122,18 +122,23 @@ def test_other_json_is_refused(name, read, made):
 
 
 def test_gate_options_have_types_of_the_gate(made):
-    change(made / "run.json", "gate_options.threshold", 1)
+    change(made / "run.json", "gate_options.threshold.threshold", 1)
     typed = with_typed_gate_options(read_config(made), made)
-    assert type(typed.gate_options["threshold"]) is float
+    assert type(typed.gate_options["threshold"]["threshold"]) is float
     for name, value, message in (
         ("threshold", "high", "threshold is 'high'; allowed: a finite number"),
-        ("unknown", 3, "unknown key 'gate_options.unknown'"),
+        ("unknown", 3, "unknown key 'gate_options.threshold.unknown'"),
     ):
-        change(made / "run.json", f"gate_options.{name}", value)
+        change(made / "run.json", f"gate_options.threshold.{name}", value)
         with pytest.raises(ValueError, match=f"run.json: .*{message}"):
             with_typed_gate_options(read_config(made), made)
-        change(made / "run.json", f"gate_options.{name}", 0.5)
+        change(made / "run.json", f"gate_options.threshold.{name}", 0.5)
     change(made / "run.json", "moe.gate", "nothing")
+    with pytest.raises(
+        ValueError, match="gate_options is .*; allowed: options by gate, of not"
+    ):
+        read_config(made)
+    change(made / "run.json", "gate_options", {})
     with pytest.raises(ValueError, match="--gate is 'nothing'; allowed: base"):
         with_typed_gate_options(read_config(made), made)
 

@@ -355,7 +355,7 @@ def make_different(folder: Path) -> None:
     config = replace(
         handmade.CONFIG,
         model=replace(handmade.CONFIG.model, num_layers=7),
-        gate_options={"other": 1},
+        gate_options={"threshold": {"other": 1}},
     )
     handmade.checkpoint(
         folder,
@@ -381,8 +381,8 @@ def test_every_difference_is_listed(folder, tmp_path):
     missing = inspect.ABSENT
     assert differences["configuration"] == {
         "model.num_layers": [4, 7],
-        "gate_options.threshold": [0.8, missing],
-        "gate_options.other": [missing, 1],
+        "gate_options.threshold.threshold": [0.8, missing],
+        "gate_options.threshold.other": [missing, 1],
     }
     assert differences["progress"] == {
         "iteration": [2, 9],
@@ -424,7 +424,7 @@ def test_differences_are_printed(folder, tmp_path):
     assert text[:2] == [f"first {folder}/iter_0000002", f"second {tmp_path}/b/iter_0000009"]
     for line in (
         "model.num_layers 4 -> 7",
-        "gate_options.other (not there) -> 1",
+        "gate_options.threshold.other (not there) -> 1",
         "ranks 3 -> 2",
         "strange only in the first",
         "new only in the second",

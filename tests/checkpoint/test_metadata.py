@@ -240,10 +240,11 @@ def test_old_warmup_fraction_is_refused():
 
 def test_changed_gate_options_are_logged(capsys):
     log.setup()
-    saved = RunMetadata(RunConfig(gate_options={"topk": 2, "loss_coeff": 0.1}), IDENTITY)
-    warn_of_changes(
-        saved, replace(saved, config=RunConfig(gate_options={"topk": 1, "loss_coeff": 0.1}))
+    saved = RunMetadata(
+        RunConfig(gate_options={"topk": {"topk": 2, "loss_coeff": 0.1}}), IDENTITY
     )
+    options = {"topk": {"topk": 1, "loss_coeff": 0.1}}
+    warn_of_changes(saved, replace(saved, config=RunConfig(gate_options=options)))
     assert (
         "the gate continues with other options than the checkpoint's: --topk 1 instead of 2"
         in capsys.readouterr().out
@@ -427,7 +428,7 @@ def test_learned_positions_must_be_equal():
 def test_shape_of_gate_cannot_change(gate, option, old, new):
     def metadata(value):
         moe = MoEConfig(num_experts=16, gate=gate)
-        return RunMetadata(RunConfig(moe=moe, gate_options={option: value}), IDENTITY)
+        return RunMetadata(RunConfig(moe=moe, gate_options={gate: {option: value}}), IDENTITY)
 
     flag = "--" + option.replace("_", "-")
     with pytest.raises(
@@ -441,7 +442,7 @@ def test_shape_of_gate_cannot_change(gate, option, old, new):
 def test_other_gate_options_may_change():
     def metadata(**options):
         return RunMetadata(
-            RunConfig(moe=MoEConfig(num_experts=4, gate="topk"), gate_options=options), IDENTITY
+            RunConfig(moe=MoEConfig(num_experts=4), gate_options={"topk": options}), IDENTITY
         )
 
     assert (

@@ -31,7 +31,7 @@ from megatron.moe.gate import available_gates, gate_config_class
 
 
 def test_no_flags_give_the_defaults():
-    assert parse() == RunConfig(gate_options=dataclasses.asdict(TopK()))
+    assert parse() == RunConfig(gate_options={"topk": dataclasses.asdict(TopK())})
 
 
 def test_argv_none_reads_sys_argv(monkeypatch):
@@ -90,19 +90,18 @@ def test_flags_set_typed_values(words, where, expected):
     ],
 )
 def test_gate_options_set_typed_values(words, name, expected):
-    options = parse_moe(*words.split()).gate_options
+    options = parse_moe(*words.split()).gate_options["topk"]
     assert options == {**dataclasses.asdict(TopK()), name: expected}
 
 
 def test_gate_determines_the_available_flags():
     config = parse_moe("--threshold", "0.5", "--gate", "threshold", "--topk", "3")
     assert config.moe.gate == "threshold" and config.gate_options == {
-        "threshold": 0.5,
-        "topk": 3,
+        "threshold": {"threshold": 0.5, "topk": 3}
     }
-    assert parse_moe("--gate", "topk", "--gate=mass").gate_options == dataclasses.asdict(
-        Mass()
-    ), "the last --gate applies"
+    options = {"mass": dataclasses.asdict(Mass())}
+    last = parse_moe("--gate", "topk", "--gate=mass")
+    assert last.gate_options == options, "the last --gate applies"
 
 
 @pytest.mark.parametrize(
@@ -401,7 +400,7 @@ def test_example_of_help_parses(tmp_path):
     config = cli.parse(
         words[words.index("pretrain_gpt.py") + 1 :], gate_config_class, available_gates
     )
-    assert config.moe.num_experts == 4 and config.gate_options["topk"] == 2
+    assert config.moe.num_experts == 4 and config.gate_options["topk"]["topk"] == 2
 
 
 def test_help_shows_run_json_values(capsys, tmp_path):
@@ -452,7 +451,7 @@ def test_to_flags_omits_defaults():
         model=ModelConfig(num_layers=2, swiglu=True),
         moe=MoEConfig(num_experts=4, gate="threshold"),
         optimizer=OptimizerConfig(lr=1e-3),
-        gate_options={"threshold": 0.5, "topk": 3},
+        gate_options={"threshold": {"threshold": 0.5, "topk": 3}},
     )
     assert cli.to_flags(config, gate_config) == [
         "--num-layers=2",

@@ -79,7 +79,7 @@ def value_of(flag):
 
 def stored_value(config: RunConfig, flag):
     if flag.section == "gate_options":
-        return config.gate_options[flag.name]
+        return config.gate_options[config.moe.gate][flag.name]
     return getattr(getattr(config, flag.section), flag.name)
 
 
@@ -320,7 +320,7 @@ def test_features_can_be_switched_off(words, off, message, caplog):
 MOE_RUN = {
     "version": FORMAT_VERSION,
     "moe": {"num_experts": 4, "gate": "threshold", "moe_shared_experts": 1, "moe_layers": [1]},
-    "gate_options": {"threshold": 0.5},
+    "gate_options": {"threshold": {"threshold": 0.5}},
     "train": {"save": "out", "save_interval": 5},
 }
 
@@ -338,7 +338,9 @@ def test_dense_run_drops_stored_expert_settings(tmp_path, caplog):
 
 def test_stored_settings_with_effect_are_silent(tmp_path, caplog):
     config = parse(["--config", run_json(tmp_path, MOE_RUN)])
-    assert config.moe.gate == "threshold" and config.gate_options["threshold"] == 0.5
+    assert (
+        config.moe.gate == "threshold" and config.gate_options["threshold"]["threshold"] == 0.5
+    )
     assert config.checkpoint.save_interval == 5 and caplog.messages == []
 
 

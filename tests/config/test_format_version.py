@@ -153,7 +153,8 @@ def test_malformed_old_sections_reach_their_check(moe):
 )
 def test_cap_of_old_threshold_runs_is_renamed(gate, options, migrated):
     content = {"version": 2, "moe": {"gate": gate}, "gate_options": options}
-    assert migrate("run.json", content, "x")["gate_options"] == {"threshold": 0.5, **migrated}
+    expected = {gate: {"threshold": 0.5, **migrated}}
+    assert migrate("run.json", content, "x")["gate_options"] == expected
     assert "topk" not in migrated or gate == "topk"
 
 
@@ -166,14 +167,15 @@ def test_automatic_numbers_of_old_runs_stay(gate, name):
         options = {name: stored, "topk": 3}
         content = {"version": 2, "moe": {"gate": gate}, "gate_options": options}
         migrated = migrate("run.json", content, "x")["gate_options"]
-        assert migrated == {name: expected, "topk": 3} and type(migrated[name]) is type(stored)
+        assert migrated == {gate: {name: expected, "topk": 3}}
+        assert type(migrated[gate][name]) is type(stored)
         assert options[name] is stored
         other = {**content, "moe": {"gate": "topk"}}
-        assert migrate("run.json", other, "x")["gate_options"] == options
+        assert migrate("run.json", other, "x")["gate_options"] == {"topk": options}
         new = {**content, "version": 3}
         assert migrate("run.json", new, "x")["gate_options"] == options
     content = {"version": 2, "moe": {"gate": gate}, "gate_options": {"topk": 3}}
-    assert migrate("run.json", content, "x")["gate_options"] == {"topk": 3}
+    assert migrate("run.json", content, "x")["gate_options"] == {gate: {"topk": 3}}
 
 
 @pytest.mark.parametrize(
@@ -234,4 +236,27 @@ def test_malformed_capacity_stays_as_it_is(value, where):
     if where == "gate":
         factor = 0.5  # of a gate outside the tree with this option
     assert migrated["moe"]["moe_train_capacity_factor"] == factor
-    assert migrated["gate_options"] == options
+    if where == "gate_options":
+        assert migrated["gate_options"] == options
+    else:
+        assert migrated["gate_options"] == {str(moe["gate"]): options}
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("moe", [{}, {"gate": "mass"}])
+def test_options_of_old_runs_get_a_gate(version, moe):
+    """Options are stored by gate from version 3 on; runs had one gate before."""
+    run = {"moe": moe, "gate_options": {"topk": 3}}
+    content = {"config": run} if version == 0 else run
+    config = config_from_dict({**content, "version": version})
+    assert config.gate_options == {moe.get("gate", "topk"): {"topk": 3}}
+    with pytest.raises(ValueError, match=r"^x: gate_options.'topk' is 3; allowed: a JSON obj"):
+        config_from_dict({**run, "version": 3}, "x")
+
+
+def test_file_without_version_may_have_options_by_gate():
+    """Only version 3 has them, so nothing else of the file is migrated either."""
+    run = {"moe": {"num_experts": 4}, "gate_options": {"topk": {"topk": 3}}}
+    config = config_from_dict(run)
+    assert config == config_from_dict({**run, "version": 3})
+    assert config.gate_options == {"topk": {"topk": 3}}

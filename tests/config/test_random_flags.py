@@ -30,7 +30,7 @@ def _build(argv: list[str]) -> None:
             seed=config.train.seed,
             groups=Groups(),
         )
-    size_table(model, config.moe, config.gate_options)
+    size_table(model)
 
 
 def _train(argv: list[str], folder: str) -> str:

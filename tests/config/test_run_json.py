@@ -34,11 +34,11 @@ def test_flags_precede_file_and_defaults(tmp_path):
         512,
         256,
     )
-    assert config.gate_options == {
-        **dataclasses.asdict(TopK()),
-        "topk": 3,
-    } and config.data.data_path == ("a",)
-    assert parse("--config", path, "--topk", "5", "--data-path=").gate_options["topk"] == 5
+    options = {**dataclasses.asdict(TopK()), "topk": 3}
+    assert config.gate_options == {"topk": options} and config.data.data_path == ("a",)
+    assert (
+        parse("--config", path, "--topk", "5", "--data-path=").gate_options["topk"]["topk"] == 5
+    )
 
 
 def test_run_json_selects_the_gate(tmp_path):
@@ -49,8 +49,8 @@ def test_run_json_selects_the_gate(tmp_path):
             "gate_options": {"threshold": 0.25},
         },
     )
-    assert parse("--config", path).gate_options == {"threshold": 0.25, "topk": 0}
-    assert parse("--config", path, "--use-threshold").gate_options["threshold"] == 0.25
+    assert parse("--config", path).gate_options["threshold"] == {"threshold": 0.25, "topk": 0}
+    assert parse("--config", path, "--use-threshold") == parse("--config", path)
 
 
 def test_other_gate_drops_stored_options(tmp_path, caplog):
@@ -58,20 +58,15 @@ def test_other_gate_drops_stored_options(tmp_path, caplog):
     path = run_json(tmp_path, {"moe": moe, "gate_options": {"topk": 5}})
     config = parse("--config", path, "--gate", "threshold", "--threshold", "0.5")
     assert config.moe.gate == "threshold" and config.gate_options == {
-        "threshold": 0.5,
-        "topk": 0,
+        "threshold": {"threshold": 0.5, "topk": 0}
     }
     assert caplog.messages == [
         f"--gate threshold replaces topk of {path}: the gate options stored there are dropped, "
         "and threshold starts from its own defaults"
     ]
     caplog.clear()
-    assert (
-        parse_moe("--config", run_json(tmp_path, {}), "--gate", "threshold").gate_options[
-            "topk"
-        ]
-        == 0
-    )
+    config = parse_moe("--config", run_json(tmp_path, {}), "--gate", "threshold")
+    assert config.gate_options["threshold"]["topk"] == 0
     assert caplog.messages == []
 
 
@@ -93,7 +88,7 @@ def test_other_gate_drops_stored_options(tmp_path, caplog):
         ),
         (
             {"gate_options": {"tpok": 3}},
-            r"unknown key 'gate_options\.tpok'; did you mean 'gate_options\.topk'?",
+            r"unknown key 'gate_options\.topk\.tpok'; did you mean 'gate_options\.topk\.topk'?",
         ),
         ({"model": {"num_layers": True}}, r"model\.num_layers is True; allowed: an integer"),
         ({"model": {"num_layers": [1]}}, r"model\.num_layers is \[1\]; allowed: an integer"),
@@ -108,7 +103,7 @@ def test_other_gate_drops_stored_options(tmp_path, caplog):
         ),
         (
             {"gate_options": {"levels": [1, "x"]}},
-            r"gate_options\.levels is 'x'; allowed: an integer",
+            r"gate_options\.topk\.levels is 'x'; allowed: an integer",
         ),
     ],
 )
@@ -347,16 +342,18 @@ RUN_JSON = """\
     "profile_dir": ""
   },
   "gate_options": {
-    "topk": 3,
-    "score": "sigmoid",
-    "loss_coeff": 0.02,
-    "renormalise": true,
-    "levels": [
-      1,
-      2
-    ],
-    "limit": null,
-    "names": null
+    "topk": {
+      "topk": 3,
+      "score": "sigmoid",
+      "loss_coeff": 0.02,
+      "renormalise": true,
+      "levels": [
+        1,
+        2
+      ],
+      "limit": null,
+      "names": null
+    }
   },
   "expert_options": {}
 }
@@ -421,7 +418,7 @@ def test_to_flags_and_json_round_trip(chosen, data):
         section, flag = FIELDS[i]
         parts[section][flag.name] = data.draw(values(flag), label=flag.dest)
     try:
-        options = dataclasses.asdict(TopK(**parts.pop("gate_options")))
+        options = {"topk": dataclasses.asdict(TopK(**parts.pop("gate_options")))}
         config = RunConfig(
             **{s: SECTIONS[s](**v) for s, v in parts.items()}, gate_options=options
         )
@@ -430,7 +427,8 @@ def test_to_flags_and_json_round_trip(chosen, data):
     flags = cli.to_flags(config, gate_config)
     effective = reset_without_effect(config)
     if not effective.moe.num_experts:
-        effective = dataclasses.replace(effective, gate_options=dataclasses.asdict(TopK()))
+        options = {"topk": dataclasses.asdict(TopK())}
+        effective = dataclasses.replace(effective, gate_options=options)
     assert parse(*flags) == effective
     content = with_version(config.to_dict())
     assert config_from_dict(json.loads(json.dumps(content))) == config

@@ -467,8 +467,9 @@ def test_mock_data_requires_a_vocabulary():
 
 
 def test_to_dict_is_plain_and_complete():
-    content = RunConfig(gate_options={"topk": 2}).to_dict()
-    assert list(content) == list(RUN_JSON_LAYOUT) and content["gate_options"] == {"topk": 2}
+    options = {"topk": {"topk": 2}}
+    content = RunConfig(gate_options=options).to_dict()
+    assert list(content) == list(RUN_JSON_LAYOUT) and content["gate_options"] == options
     assert content["model"]["num_layers"] == 4
 
 

@@ -44,9 +44,8 @@ def build(groups, seed=7):
         moe_shared_experts=1,
         moe_expert_parallel_size=groups.ep_size,
     )
-    return build_model(
-        MODEL, moe, {"bias_update_speed": SPEED}, vocab_size=VOCAB, seed=seed, groups=groups
-    )
+    options = {"deepseek_v3": {"bias_update_speed": SPEED}}
+    return build_model(MODEL, moe, options, vocab_size=VOCAB, seed=seed, groups=groups)
 
 
 def make_engine(groups, stage, precision, deepspeed_config, seed=7, source=None):

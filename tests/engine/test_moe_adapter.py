@@ -80,7 +80,7 @@ def build(gate, groups, activation="swiglu", shared=1, experts=""):
     return build_model(
         replace(MODEL, activation=activation),
         moe,
-        options,
+        {gate: options},
         vocab_size=VOCAB,
         seed=7,
         groups=groups,

@@ -71,7 +71,7 @@ def config_of(
         moe,
         optimizer=optimizer,
         deepspeed=DeepSpeedConfig(zero_stage=stage),
-        gate_options=OPTIONS.get(gate, {}),
+        gate_options={gate: OPTIONS[gate]} if gate in OPTIONS else {},
         train=TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH),
         checkpoint=CheckpointConfig(**checkpoint),
     )

@@ -32,7 +32,8 @@ from megatron.io.sha256 import FileDigest
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = RunConfig(
-    moe=MoEConfig(num_experts=4, gate="threshold"), gate_options={"threshold": 0.8}
+    moe=MoEConfig(num_experts=4, gate="threshold"),
+    gate_options={"threshold": {"threshold": 0.8}},
 )
 IDENTITY = {
     "tokenizer_name": "ByteTokenizer",

@@ -42,7 +42,7 @@ CONFIG = RunConfig(
     MoEConfig(num_experts=2, gate="threshold", moe_ffn_hidden_size=4),
     optimizer=OptimizerConfig(bf16=True, lr=0.02, adam_eps=1e-3, clip_grad=0.5),
     train=TrainConfig(micro_batch_size=1, global_batch_size=engines.GLOBAL_BATCH),
-    gate_options={"threshold": 0.6, "loss_coeff": 0.5},
+    gate_options={"threshold": {"threshold": 0.6, "loss_coeff": 0.5}},
 )
 """Two MoE layers, whose auxiliary losses are large enough to show in the losses"""
 

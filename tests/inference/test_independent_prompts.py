@@ -57,7 +57,7 @@ def make(gate: str, groups: Groups | None = None, **options) -> GPT:
     return build_model(
         shape,
         moe,
-        {key: value for key, value in options.items() if key in known},
+        {gate: {key: value for key, value in options.items() if key in known}},
         vocab_size=V,
         seed=2,
         groups=groups or Groups(),

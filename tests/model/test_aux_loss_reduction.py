@@ -44,7 +44,7 @@ def model_of(num_layers: int, gate: str, reduction: str = "sum", recompute: bool
     model = build_model(
         config,
         MoEConfig(num_experts=E, gate=gate, moe_aux_loss_reduction=reduction),
-        {"loss_coeff": COEFF, **OPTIONS[gate]},
+        {gate: {"loss_coeff": COEFF, **OPTIONS[gate]}},
         vocab_size=VOCAB,
         seed=3,
         groups=Groups(),
@@ -155,7 +155,7 @@ def step_and_evaluate(reduction: str) -> dict[str, float]:
 def config(reduction: str):
     base = engines.config_of("topk", 1, 1)
     moe = replace(base.moe, moe_aux_loss_reduction=reduction)
-    return replace(base, moe=moe, gate_options={"loss_coeff": 2.0})
+    return replace(base, moe=moe, gate_options={"topk": {"loss_coeff": 2.0}})
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -26,7 +26,7 @@ def build(ep_size=1, rank=0, seed=3, **moe):
     return build_model(
         MODEL,
         config,
-        {"threshold": 0.5},
+        {"threshold": {"threshold": 0.5}},
         vocab_size=100,
         seed=seed,
         groups=Groups(rank=rank, world_size=ep_size, ep_size=ep_size),

@@ -68,10 +68,11 @@ def make(
     groups = Groups(
         rank=0, world_size=1, backend="gloo", reason="test", ep_size=1, ep_group=None
     )
+    moe = moe or MoEConfig()
     return build_model(
         config,
-        moe or MoEConfig(),
-        options,
+        moe,
+        {moe.gate: options},
         vocab_size=V,
         seed=3,
         groups=groups,

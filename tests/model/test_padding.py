@@ -68,7 +68,7 @@ def make(gate: str, recompute: bool = False, capacity: float = 0.0, **options):
         moe_min_capacity=1,
     )
     return build_model(
-        MODEL, moe, options, vocab_size=V, seed=1, groups=Groups(), recompute=recompute
+        MODEL, moe, {gate: options}, vocab_size=V, seed=1, groups=Groups(), recompute=recompute
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import build_model
 from megatron.model.parameter_count import ParameterCount, count_parameters, parameter_table
+from megatron.moe.layer_sums import find_moe_layers
 from megatron.parallel.groups import Groups
 
 CONFIG = ModelConfig(
@@ -34,6 +35,14 @@ def build(config=CONFIG, moe=MOE, *, device="meta", **groups):
         return build_model(config, moe, {}, vocab_size=50, seed=0, groups=Groups(**groups))
 
 
+def build_varying(**kwargs):
+    """Build a model whose tokens have 1 to 3 experts."""
+    model = build(**kwargs)
+    for layer in find_moe_layers(model):
+        layer.gate.experts_per_token = lambda config, num_experts: (1, 3)
+    return model
+
+
 def test_parts_equal_counts_by_hand():
     expert = 3 * 16 * 24
     parts = {
@@ -48,14 +57,28 @@ def test_parts_equal_counts_by_hand():
         "output layer": 0,
         "other": 0,
     }
-    size = count_parameters(build(), (1, 3))
+    size = count_parameters(build_varying())
     assert size.parts == parts and size.total == sum(parts.values())
     assert size.active_min == size.total - parts["routed experts"] + 2 * 1 * expert
     assert size.active_max == size.total - parts["routed experts"] + 2 * 3 * expert
-    assert count_parameters(build(rank=1, world_size=4, ep_size=4), (1, 3)) == size, (
+    assert count_parameters(build_varying(rank=1, world_size=4, ep_size=4)) == size, (
         "a slice should count as all experts"
     )
-    assert count_parameters(build(device="cpu"), (1, 3)) == size
+    assert count_parameters(build_varying(device="cpu")) == size
+
+
+def test_active_experts_follow_each_layer():
+    """A token has 1 expert of the hash layer and 3 of the top-k layer."""
+    moe = MoEConfig(num_experts=8, moe_ffn_hidden_size=24, gate="dense@0,hash@1,topk@2")
+    options = {"topk": {"topk": 3}}
+    with torch.device("meta"):
+        model = build_model(CONFIG, moe, options, vocab_size=50, seed=0, groups=Groups())
+    size = count_parameters(model)
+    expert = 3 * 16 * 24
+    assert size.parts["routed experts"] == 2 * 8 * expert
+    assert size.parts["router"] == 8 * 16, "the hash layer has none"
+    assert size.active_min == size.active_max
+    assert size.total - size.active_max == (7 + 5) * expert
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
@@ -99,19 +122,19 @@ def test_parameter_table_formats_counts():
 
 def test_parameter_table_has_trainable_column():
     """It is there if some parameters are frozen, and active parameters are counted as before."""
-    model = build()
-    plain = count_parameters(model, (1, 3))
+    model = build_varying()
+    plain = count_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".experts." not in name and "norm" not in name)
-    size = count_parameters(model, (1, 3))
+    size = count_parameters(model)
     expert = plain.parts["routed experts"]
     assert size.frozen_parts == {"routed experts": expert, "norms": 7 * 16}
     assert size.trainable == plain.total - expert - 7 * 16 and plain.trainable == plain.total
     assert (size.total, size.active_max) == (plain.total, plain.active_max)
-    sharded = build(rank=1, world_size=4, ep_size=4)
+    sharded = build_varying(rank=1, world_size=4, ep_size=4)
     for name, parameter in sharded.named_parameters():
         parameter.requires_grad_(".experts." not in name and "norm" not in name)
-    assert count_parameters(sharded, (1, 3)) == size
+    assert count_parameters(sharded) == size
     size = ParameterCount(
         112_000_000,
         {"embedding": 12_000_000, "attention": 100_000_000, "norms": 0},
@@ -133,7 +156,7 @@ def test_biases_and_latent_projections_are_counted():
     moe = dataclasses.replace(MOE, expert_type="swiglu_clamped", moe_latent_size=4)
     expert = 3 * 4 * 24 + 2 * 24 + 4
     for groups in ({}, {"rank": 1, "world_size": 4, "ep_size": 4}):
-        size = count_parameters(build(moe=moe, **groups), (1, 3))
+        size = count_parameters(build_varying(moe=moe, **groups))
         assert size.parts["routed experts"] == 2 * 8 * expert
         assert size.parts["latent layers"] == 2 * 2 * 16 * 4
         assert size.parts["other"] == 0

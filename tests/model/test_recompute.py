@@ -28,7 +28,7 @@ def train(gate, recompute, options):
     """
     moe = MoEConfig(num_experts=4, gate=gate, moe_ffn_hidden_size=8)
     model = build_model(
-        MODEL, moe, options, vocab_size=64, seed=1, groups=Groups(), recompute=recompute
+        MODEL, moe, {gate: options}, vocab_size=64, seed=1, groups=Groups(), recompute=recompute
     )
     gate_updater = GateUpdater(model, Groups())
     losses = []

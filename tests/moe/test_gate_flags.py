@@ -64,7 +64,7 @@ def test_fitting_options_are_parsed(gate):
 def test_dense_model_needs_no_fitting_options():
     for words in ([], ["--gate", "topk", "--topk", "9", "--num-experts", "0"]):
         config = cli.parse(words, gate_config_class, available_gates)
-        assert config.moe.num_experts == 0 and config.gate_options["topk"] == 2
+        assert config.moe.num_experts == 0 and config.gate_options["topk"]["topk"] == 2
 
 
 @pytest.mark.parametrize("source", ["flag", "alias", "run.json", "flag and run.json"])
@@ -82,7 +82,7 @@ def test_topk_of_threshold_is_ignored(topk, source, tmp_path, caplog):
         content = {
             "version": FORMAT_VERSION,
             "moe": {"gate": "threshold", "num_experts": 4},
-            "gate_options": {"topk": int(topk)},
+            "gate_options": {"threshold": {"topk": int(topk)}},
         }
         path.write_text(json.dumps(content))
         words += ["--config", str(path)]

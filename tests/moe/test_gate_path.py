@@ -32,7 +32,7 @@ def parse(*words):
 def test_options_of_a_file_are_flags(tmp_path):
     path = write_gate(tmp_path, "outside_a")
     config = parse("--gate-path", path, "--gate", "outside_a", "--shift", "3")
-    assert config.gate_options["shift"] == 3
+    assert config.gate_options["outside_a"]["shift"] == 3
     assert config.moe.gate_path == (str(path),)
     assert "outside_a" in available_gates()
     gate = create_gate("outside_a", hidden_size=4, num_experts=2, shift=1)
@@ -187,7 +187,7 @@ def test_file_may_bring_only_an_expert_type(tmp_path):
 def test_gate_without_options_needs_no_config(tmp_path):
     path = tmp_path / "gate.py"
     path.write_text(f'{CLASS}class A(Gate, name="outside_a"):\n    pass\n')
-    assert parse("--gate-path", path, "--gate", "outside_a").gate_options == {}
+    assert parse("--gate-path", path, "--gate", "outside_a").gate_options == {"outside_a": {}}
 
 
 @pytest.mark.parametrize("name", ["missing.py", "folder", "gate.txt"])
@@ -239,7 +239,9 @@ def test_path_of_run_json_is_not_imported(tmp_path):
     assert config.moe.gate_path == () and config.moe.gate == "topk"
     copy = write_gate(tmp_path / "copy", "outside_a")
     config = parse("--config", stored, "--gate-path", copy)
-    assert config.gate_options["shift"] == 2 and config.moe.gate_path == (str(copy),)
+    assert config.gate_options["outside_a"]["shift"] == 2 and config.moe.gate_path == (
+        str(copy),
+    )
 
 
 def test_flags_of_a_config_import_again(tmp_path):

@@ -66,7 +66,7 @@ def test_every_option_is_a_flag(name, option):
 
     def gate_options(*flags):
         argv = ["--gate", name, "--num-experts", str(E), *flags]
-        return parse(argv, gate_config_class, available_gates).gate_options
+        return parse(argv, gate_config_class, available_gates).gate_options[name]
 
     fields = {f.name: f for f in dataclasses.fields(gate_config_class(name))}
     field = fields[option]

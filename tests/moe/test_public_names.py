@@ -83,7 +83,7 @@ RECORDS = {
 SIGNATURES = {
     "create_gate": (
         "name * hidden_size num_experts layer=0 num_moe_layers=1 vocab_size=None seed=0 "
-        "init_std=0.02 **options"
+        "init_std=0.02 gate_layer=None **options"
     ),
     "available_gates": "",
     "LoadBalancingLoss.of": (

@@ -118,7 +118,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
         generator = context.generator()
         self.router = self.make_router(num_choices, generator)
         self.residual = None
-        if context.layer > 0:
+        if context.gate_layer > 0:
             self.residual = make_linear(num_choices, num_choices, context.init_std, generator)
         constants = config.num_constants(num_experts)
         paths = [Constant(context, generator) for _ in range(constants)]

@@ -183,7 +183,7 @@ def test_file_with_gate_and_expert_type(tmp_path):
     words = ("--gate-path", path, "--gate", "outside_gate", "--expert-type", "outside")
     config = parse(*EXPERTS, *words, "--shift", "5", "--expert-shift", "0.5")
     assert config.expert_options == {"shift": 0.5}
-    assert config.gate_options["shift"] == 5
+    assert config.gate_options["outside_gate"]["shift"] == 5
 
 
 def test_type_of_a_stored_path_is_not_imported(tmp_path):

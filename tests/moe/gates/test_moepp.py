@@ -382,7 +382,7 @@ def run_model(recompute, cut=False):
     model = build_model(
         config,
         moe,
-        {"loss_coeff": 0.5},
+        {"moepp": {"loss_coeff": 0.5}},
         vocab_size=20,
         seed=1,
         groups=Groups(),

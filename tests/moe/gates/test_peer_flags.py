@@ -102,7 +102,7 @@ def test_flags_set_experts_and_block():
         gate_config_class,
         available_gates,
     )
-    assert run.gate_options["peer_product_key_dim"] == (3, 4)
+    assert run.gate_options["peer"]["peer_product_key_dim"] == (3, 4)
     assert (run.moe.num_experts, run.moe.moe_ffn_hidden_size, run.moe.moe_layers) == (
         12,
         2,
