@@ -78,6 +78,9 @@ class MoEConfig:
     moe_backend: str = option("auto", choices=MOE_BACKENDS, needs=setting("num_experts"))
     """implementation of the expert computation; auto: cpu on the CPU, and on a GPU the first
     available of triton, grouped_mm, reference"""
+    check_routing: bool = option(False, needs=setting("num_experts"))
+    """check in every forward pass that gates keep their contract: ranges of tokens and
+    experts, finite weights; synchronises with the device"""
 
     def __post_init__(self):
         require_not_negative(

@@ -154,7 +154,10 @@ def make_moe_layer(
         expert_options: fields of the expert type's Config.
         layer: index of the block, which with `seed` determines the initial weights.
         groups: ranks over which the experts are sharded.
+    Raises:
+        ValueError: a parameter of the gate has no dimension.
     """
+    _check_parameters(gate)
     num_local = moe.num_experts // groups.ep_size
     init = ExpertInit(
         seed=seed,
@@ -179,9 +182,20 @@ def make_moe_layer(
         min_capacity=moe.moe_min_capacity,
         groups=groups,
     )
+    moe_layer.check_routing = moe.check_routing
     if moe.moe_latent_size is not None:
         moe_layer.run_experts_in_latent_space(model.hidden_size, moe.moe_latent_size)
     return moe_layer
+
+
+def _check_parameters(gate: Gate) -> None:
+    """Raise ValueError for a 0-d parameter: ranges of it cannot be stored or sharded."""
+    for name, parameter in gate.named_parameters():
+        if parameter.dim() == 0:
+            raise ValueError(
+                f"parameter {name} of {type(gate).__name__} has shape (); allowed: one dimension "
+                "or more. Use nn.Parameter(torch.full((1,), value))"
+            )
 
 
 def _make_experts(

@@ -25,6 +25,8 @@ class GateUpdater:
     def __init__(self, model: nn.Module, groups: Groups):
         self.layers = find_moe_layers(model)
         self.groups = groups
+        for layer in self.layers:
+            layer.sum_loads_over_step()
         self._any_gate_with_state = any(layer.gate.has_state for layer in self.layers)
 
     @torch.no_grad()

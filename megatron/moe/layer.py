@@ -95,6 +95,9 @@ class MoELayer(nn.Module):
         self.step_sums: dict[str, Tensor] = {}
         """fp64 sums since the last optimizer step, on this rank"""
         self._step_loads: list[tuple[Tensor, Tensor]] = []
+        self._sums_loads_over_step = False
+        self.check_routing = False
+        """check the values of every routing, not only of the first: one device sync"""
         self._recompute_cache: dict[str, Any] | None = None
         self._is_recompute = False
         self._routing_checked = False
@@ -185,7 +188,7 @@ class MoELayer(nn.Module):
             cache["decisions"] = recorder.entries
             cache["assignments"] = _fingerprint(routing)
         num_positions = len(inp.x_TD)
-        self._check_first(routing, num_positions)
+        self._check(routing, num_positions)
         plan = self._plan(routing, num_positions, self._expert_capacity(inp, context))
         if cache is not None:
             cache["plan"] = plan
@@ -237,12 +240,19 @@ class MoELayer(nn.Module):
             return route_each_sequence(self.gate, inp)
         return self.gate(inp)
 
-    def _check_first(self, routing: Routing, num_tokens: int) -> None:
-        """Check the gate contract once: the check synchronises with the device."""
-        if self._routing_checked:
-            return
+    def _check(self, routing: Routing, num_tokens: int) -> None:
+        """Check the gate contract.
+
+        Checks of values synchronise with the device: they are made in the first forward
+        pass, and in all with `check_routing`.
+        """
         num_choices = self.gate.num_experts + len(self.gate.zero_computation_experts)
-        routing.check(num_tokens, num_choices)
+        if self.check_routing:
+            routing.check(num_tokens, num_choices)
+        elif not self._routing_checked:
+            routing.check(num_tokens, num_choices, finite=False)
+        else:
+            routing.check_layout()
         self._routing_checked = True
 
     def _plan(
@@ -337,8 +347,8 @@ class MoELayer(nn.Module):
     def _global_loads(self, routing: Routing) -> list[tuple[Tensor, Tensor]]:
         """Sum (count, total) of each balance loss over ranks and micro-batches.
 
-        The sum covers the micro-batches of this step up to and including this one. It
-        takes one all-reduce.
+        The sum covers the micro-batches of this step up to and including this one, or
+        this one only if nothing announces the end of a step. It takes one all-reduce.
         """
         local = []
         for term in routing.balance:
@@ -350,13 +360,22 @@ class MoELayer(nn.Module):
         for i, term in enumerate(routing.balance):
             count_NG = summed[2 * i].view_as(term.count_NG)
             total_N = summed[2 * i + 1]
-            if self._step_loads:
+            if self._step_loads and self._sums_loads_over_step:
                 previous_count_NG, previous_total_N = self._step_loads[i]
                 count_NG = count_NG + previous_count_NG
                 total_N = total_N + previous_total_N
             loads.append((count_NG, total_N))
         self._step_loads = loads
         return loads
+
+    def sum_loads_over_step(self) -> None:
+        """Add the loads of balance losses over the micro-batches of a step from now on.
+
+        `GateUpdater` calls this, because it announces the end of every step. A training
+        loop without it would otherwise add up the loads of all steps.
+        """
+        self._sums_loads_over_step = True
+        self._step_loads = []
 
     def reset_step_state(self) -> None:
         """Clear the sums and loads of the finished optimizer step."""

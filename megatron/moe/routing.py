@@ -208,24 +208,33 @@ class Routing:
         """
         return replace(self, token_A=unpadded_R[self.token_A])
 
-    def check(self, num_tokens: int, num_choices: int) -> None:
+    def check(self, num_tokens: int, num_choices: int, finite: bool = True) -> None:
         """Verify the gate contract. Synchronises with the device.
 
         Args:
             num_choices: E + len(zero_computation_experts).
+            finite: refuse weights, priorities and losses that are NaN or infinite, too.
         Raises:
             AssertionError: the routing breaks the contract; the message names the
                 field.
         """
-        self._check_shapes_and_dtypes()
+        self.check_layout()
         _check_range("token_A", self.token_A, num_tokens)
         _check_range("expert_A", self.expert_A, num_choices)
         if self.token_major:
             assert bool((self.token_A.diff() >= 0).all()), (
                 "token_major is set, but token_A is not in ascending order"
             )
+        if finite:
+            for name in ("weight_A", "priority_A", "aux_loss"):
+                _check_finite(name, getattr(self, name))
 
-    def _check_shapes_and_dtypes(self) -> None:
+    def check_layout(self) -> None:
+        """Verify shapes, dtypes and devices, without synchronising with the device.
+
+        Raises:
+            AssertionError: as `check`.
+        """
         shape = self.token_A.shape
         assert len(shape) == 1, f"token_A must be one-dimensional, got shape {tuple(shape)}"
         dtypes = {"token_A": torch.int64, "expert_A": torch.int64, "weight_A": torch.float32}
@@ -247,6 +256,17 @@ class Routing:
             f"aux_loss must be a 0-d fp32 tensor, got {self.aux_loss.dim()}-d "
             f"{self.aux_loss.dtype}"
         )
+
+
+def _check_finite(name: str, tensor: Tensor | None) -> None:
+    """Raise AssertionError if a value is NaN or infinite."""
+    if tensor is None:
+        return
+    num_bad = int((~tensor.isfinite()).sum())
+    assert num_bad == 0, (
+        f"{name} has {num_bad} of {tensor.numel()} values that are NaN or infinite; "
+        "allowed: finite ones"
+    )
 
 
 def _check_range(name: str, tensor: Tensor, bound: int) -> None:

@@ -39,6 +39,18 @@ class Groups:
     def is_rank0(self) -> bool:
         return self.rank == 0
 
+    def __deepcopy__(self, memo: dict) -> Groups:
+        """Return itself: copies of a model communicate in the same process groups."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.ep_group is not None:
+            raise TypeError(
+                "a model whose experts are sharded holds process groups, which exist in this "
+                "process only, and cannot be pickled; allowed: its state_dict()"
+            )
+        return self.__dict__
+
 
 def choose_comm_backend() -> tuple[str, torch.device, str]:
     """Choose NCCL if this rank has a CUDA device, and gloo on the CPU otherwise.

@@ -107,6 +107,7 @@ FREE_CHANGES = {
     "moe_expert_parallel_size": 2,
     "gate_path": ("/folder/gate.py",),
     "moe_backend": "reference",
+    "check_routing": True,
 }
 """Another value of each field that a run may change; the first two not with learned positions"""
 

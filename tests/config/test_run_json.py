@@ -237,7 +237,8 @@ RUN_JSON = """\
     "moe_shared_experts": 0,
     "moe_first_k_dense": 0,
     "moe_expert_parallel_size": 1,
-    "moe_backend": "auto"
+    "moe_backend": "auto",
+    "check_routing": false
   },
   "tokenizer": {
     "tokenizer_type": "NullTokenizer",

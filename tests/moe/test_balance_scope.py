@@ -49,6 +49,7 @@ def _one_step(name, ep_size, numbers, recompute=False):
     """Losses of this rank's micro-batches of one step, and the gate's gradients of their sum."""
     groups = groups_for(ep_size)
     layer = make_layer(name, groups, options=options(name, "global-batch"))
+    layer.sum_loads_over_step()
     losses = []
     for number in numbers[groups.rank]:
         x, ids = micro_batch(number)
@@ -168,3 +169,23 @@ def test_evaluation_uses_local_loads(name):
         local(*_args(2)).aux_loss.item(), rel=1e-5
     )
     assert layer.step_sums == {} and layer._step_loads == []
+
+
+def test_loop_without_step_ends_keeps_no_loads():
+    """A training loop that never announces the end of a step: the balance loss of scope
+    global-batch counts one forward pass, whatever ran before it or failed in the middle."""
+    layer = make_layer("topk", options=options("topk", "global-batch"))
+    alone = layer(*_args(2)).aux_loss.item()
+    layer(*_args(1))
+    layer.experts.forward = None
+    with pytest.raises(TypeError):
+        layer(*_args(1))
+    del layer.experts.forward
+    layer.eval()(*_args(1))
+    assert layer.train()(*_args(2)).aux_loss.item() == alone
+    gate_updater = GateUpdater(torch.nn.ModuleList([layer]), Groups())
+    assert layer(*_args(2)).aux_loss.item() == alone, "what ran before is no part of the step"
+    layer(*_args(1))
+    assert layer(*_args(2)).aux_loss.item() != alone
+    gate_updater.post_optimizer_step()
+    assert layer(*_args(2)).aux_loss.item() == alone

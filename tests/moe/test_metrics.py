@@ -199,9 +199,10 @@ def test_metric_names_are_a_union(ranks2):
 def test_gates_receive_loads_of_same_gate():
     """`load_LE` has the layers whose gate is of the same class, not those of other gates."""
     model = make_mixed_model()
+    gate_updater = GateUpdater(model, Groups())
     for layer in model:
         layer(torch.randn(1, 2, 4))
-    GateUpdater(model, Groups()).post_optimizer_step()
+    gate_updater.post_optimizer_step()
     for layer in (model[1], model[3]):
         assert layer.gate.loads_of_same_gate == [[[1, 0, 0, 1], [1, 1, 2, 1]]]
 

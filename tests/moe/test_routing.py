@@ -44,6 +44,12 @@ def test_valid_routing_passes():
         ({"token_A": torch.tensor([0, 2])}, r"token_A spans \[0, 2\], allowed \[0, 2\)"),
         ({"expert_A": torch.tensor([0, 3])}, r"expert_A spans \[0, 3\], allowed \[0, 3\)"),
         ({"expert_A": torch.tensor([-1, 0])}, r"expert_A spans \[-1, 0\]"),
+        (
+            {"weight_A": torch.tensor([0.5, float("nan")])},
+            "weight_A has 1 of 2 values that are NaN",
+        ),
+        ({"priority_A": torch.tensor([-float("inf"), 1.0])}, "priority_A has 1 of 2 values"),
+        ({"aux_loss": torch.tensor(float("inf"))}, "aux_loss has 1 of 1 values"),
     ],
 )
 def test_invalid_routing_names_the_field(changes, message):

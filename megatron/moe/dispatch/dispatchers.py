@@ -35,6 +35,10 @@ class TokenDispatcher(ABC):
     with the communication of the gradients.
     """
 
+    def __deepcopy__(self, memo: dict) -> TokenDispatcher:
+        """Return itself: it has no state but the process group, which copies share."""
+        return self
+
     @abstractmethod
     def start(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Any:
         """Start sending tokens to the experts; return the record for `finish`."""

@@ -1,0 +1,58 @@
+"""--check-routing: which routings a layer refuses, and when."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.moe_layers import make_input, make_layer
+
+
+def layer_with(change, **moe):
+    """A layer whose gate breaks the contract once `change` is in the returned list."""
+    layer = make_layer("topk", **moe)
+    changes = []
+    forward = layer.gate.forward
+
+    def faulty(inp):
+        routing = forward(inp)
+        return replace(routing, **change(routing)) if changes else routing
+
+    layer.gate.forward = faulty
+    return layer, changes
+
+
+VALUES = {
+    "expert_A spans": lambda r: {"expert_A": r.expert_A - 1},
+    "weight_A has 22 of 22 values that are NaN": lambda r: {"weight_A": r.weight_A * torch.nan},
+}
+
+
+@pytest.mark.parametrize("message", VALUES)
+def test_values_of_every_routing_are_checked(message):
+    layer, changes = layer_with(VALUES[message], check_routing=True)
+    x, _ = make_input(11)
+    layer(x)
+    changes.append(True)
+    with pytest.raises(AssertionError, match=message):
+        layer(x)
+
+
+def test_layout_is_always_checked():
+    """Shapes and dtypes, also without the flag and after the first forward pass."""
+    layer, changes = layer_with(lambda r: {"weight_A": r.weight_A.double()})
+    x, _ = make_input(11)
+    layer(x)
+    changes.append(True)
+    with pytest.raises(
+        AssertionError, match="weight_A is torch.float64; allowed: torch.float32"
+    ):
+        layer(x)
+
+
+def test_first_routing_may_have_nan():
+    """Without the flag NaN is the training loop's matter, which skips the step."""
+    layer, changes = layer_with(VALUES["weight_A has 22 of 22 values that are NaN"])
+    changes.append(True)
+    x, _ = make_input(11)
+    assert layer(x).y.isnan().all()
