@@ -100,6 +100,10 @@ class Gate(nn.Module):
     """a token's experts depend on the other tokens of its rank's micro-batch"""
     surrogate_gradients: ClassVar[bool] = False
     """the weights' gradients are not their derivatives (straight-through estimators)"""
+    stochastic: ClassVar[bool] = False
+    """forward draws random numbers from torch's default generator in training (never in
+    evaluation). Its state differs between ranks and is part of checkpoints, and
+    recomputation repeats the numbers; tests of the gate seed it"""
     expert_kind: ClassVar[str] = "grouped"
     """"grouped": stacked MLPs that run as grouped matrix products; "peer": PEER's
     tables of tiny experts, for which the gate has `output_gain(width)`"""

@@ -41,6 +41,7 @@ from megatron.moe.dispatch.plan import (
 from megatron.moe.experts.expert_type import ExpertType
 from megatron.moe.ffn import FFNContext, FFNOutput, TokenLayout
 from megatron.moe.gate import Gate
+from megatron.moe.losses import named_losses
 from megatron.moe.routing import GateInput, Routing
 from megatron.moe.sequence_routing import route_each_sequence
 from megatron.parallel.groups import Groups, all_reduce_sum
@@ -123,8 +124,9 @@ class MoELayer(nn.Module):
         y_TD = self._from_latent(self.dispatcher.combine(expert_output, metadata))
         for output_TD in local_outputs:
             y_TD = y_TD + output_TD
-        aux_loss = self._aux_loss(routing)
-        self._update_counters(inp, routing, plan, aux_loss)
+        losses = named_losses(routing, self.gate.config)
+        aux_loss = sum(losses.values(), self._aux_loss(routing))
+        self._update_counters(inp, routing, plan, {"aux_loss": aux_loss, **losses})
         return FFNOutput(y_TD.view_as(x_BSD), aux_loss, routing.carry)
 
     def run_experts_in_latent_space(self, hidden_size: int, latent_size: int) -> None:
@@ -396,11 +398,14 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def _update_counters(
-        self, inp: GateInput, routing: Routing, plan: DispatchPlan, aux_loss: Tensor
+        self, inp: GateInput, routing: Routing, plan: DispatchPlan, losses: dict[str, Tensor]
     ) -> None:
         """Add this forward pass to the counters, unless it is a recomputed one.
 
         Padding is not counted. A mean over tokens counts as often as it has tokens.
+
+        Args:
+            losses: the auxiliary loss, and parts of it that are logged, by name.
         """
         if self._is_recompute:
             return
@@ -425,7 +430,7 @@ class MoELayer(nn.Module):
             "experts_per_token_histogram": bincount_static(
                 dispatched_R.clamp_max(num_bins - 1), num_bins
             ),
-            "aux_loss": aux_loss,
+            **{f"loss/{name}": value for name, value in losses.items()},
             **gate_means,
             **gate_sums,
         }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.moe.routing import LoadBalancingLoss
+from megatron.moe.routing import LoadBalancingLoss, Routing
 
 
 def aux_losses(*terms: LoadBalancingLoss, extra: Tensor | float = 0.0) -> dict[str, Any]:
@@ -72,6 +72,23 @@ def z_loss(logits_TE: Tensor) -> Tensor:
         0-d fp32; 0 when there are no tokens.
     """
     return logits_TE.logsumexp(-1).square().sum() / max(1, logits_TE.shape[0])
+
+
+def named_losses(routing: Routing, config: Any) -> dict[str, Tensor]:
+    """Return the losses of a routing that are logged by name, coefficients applied.
+
+    These are the gate's own, and the general losses of a gate that returns its logits: the
+    z-loss, if the gate has the option `z_loss_coeff` and it is not 0.
+
+    Args:
+        config: options of the gate.
+    """
+    losses = dict(routing.losses)
+    coeff = getattr(config, "z_loss_coeff", 0.0)
+    if routing.logits_TE is not None and coeff:
+        assert "z_loss" not in losses, "the layer adds the z-loss of a gate with logits_TE"
+        losses["z_loss"] = coeff * z_loss(routing.logits_TE)
+    return losses
 
 
 def reduce_over_layers(aux_loss_L: Tensor, reduction: str) -> Tensor:

@@ -45,7 +45,8 @@ class MoEMetrics:
             - zero_computation_fraction: share of dispatched assignments that went to
               zero-computation experts; only for gates with such experts,
             - moe_aux_loss, which is not the mean but what the model adds to the loss:
-              the layers' sum, unless it averages them,
+              the layers' sum, unless it averages them; likewise the gate's `losses`, each
+              as moe_<name>,
             - the gate's `metric_means`, and the metrics it makes of its `metric_sums`;
 
             each also as a list `..._by_layer`; and experts_per_token_histogram, the
@@ -71,17 +72,20 @@ def _summarize(
     The auxiliary losses are reduced as in the model.
     """
     by_layer: dict[str, list[float | None]] = {}
+    loss_names: set[str] = set()
     histograms = []
     for i, (layer, sums) in enumerate(zip(layers, totals, strict=True)):
         if not sums:  # the layer has not run
             continue
+        loss_names |= {f"moe_{name}" for name in entries_with_prefix(sums, "loss/")}
         for name, value in _layer_values(layer, sums).items():
             by_layer.setdefault(name, [None] * len(layers))[i] = float(value)
         histograms.append(sums["experts_per_token_histogram"])
     means = {name: _mean(values) for name, values in by_layer.items()}
-    aux_losses = [value for value in by_layer["moe_aux_loss"] if value is not None]
-    aux_loss_L = torch.tensor(aux_losses, dtype=torch.float64)
-    means["moe_aux_loss"] = float(reduce_over_layers(aux_loss_L, aux_loss_reduction))
+    for name in loss_names:
+        losses = [value for value in by_layer[name] if value is not None]
+        loss_L = torch.tensor(losses, dtype=torch.float64)
+        means[name] = float(reduce_over_layers(loss_L, aux_loss_reduction))
     # The bins of a layer end with its gate's largest number of experts per token.
     histogram = pad_sequence(histograms, batch_first=True).sum(0)
     return {
@@ -108,8 +112,9 @@ def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor 
         "dropped_assignment_fraction": (assigned - dispatched) / assigned.clamp_min(1),
         "tokens_with_drops_fraction": sums["tokens_with_drops"] / tokens,
         "load_imbalance_max_over_mean": load_E.max() / load_E.mean().clamp_min(1 / len(load_E)),
-        "moe_aux_loss": sums["aux_loss"] / sums["forwards"],
     }
+    for name, value in entries_with_prefix(sums, "loss/").items():
+        values[f"moe_{name}"] = value / sums["forwards"]
     if len(layer.gate.zero_computation_experts):
         values["zero_computation_fraction"] = 1 - load_E.sum() / dispatched.clamp_min(1)
     for name, value in entries_with_prefix(sums, "mean/").items():

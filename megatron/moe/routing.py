@@ -199,6 +199,13 @@ class Routing:
     step_sums: dict[str, Tensor] = field(default_factory=dict)
     """like metric_sums, but for `Gate.post_optimizer_step` alone: large tensors such as
     histograms, which no metric needs. Left empty in evaluation"""
+    logits_TE: Tensor | None = None
+    """fp32, differentiable logits of the router. A gate that returns them gets the z-loss
+    of its option z_loss_coeff from the layer, see `megatron.moe.losses.named_losses`;
+    None: the gate has none, or has added the loss to aux_loss itself"""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """0-d fp32 losses by name, coefficients applied: the layer adds them to aux_loss,
+    and the log has each as `moe_<name>`"""
 
     def with_padding(self, unpadded_R: Tensor) -> Routing:
         """Return the routing with tokens numbered as they are with padding.
@@ -221,6 +228,21 @@ class Routing:
         self.check_layout()
         _check_range("token_A", self.token_A, num_tokens)
         _check_range("expert_A", self.expert_A, num_choices)
+        logits_TE = self.logits_TE
+        if logits_TE is not None:
+            assert logits_TE.dim() == 2 and len(logits_TE) == num_tokens, (
+                f"logits_TE has shape {tuple(logits_TE.shape)}; allowed: ({num_tokens}, experts)"
+            )
+            assert logits_TE.dtype == torch.float32, (
+                f"logits_TE is {logits_TE.dtype}; allowed: {torch.float32}"
+            )
+        for name, loss in self.losses.items():
+            assert name.isidentifier() and name != "aux_loss", (
+                f"losses has the name {name!r}; allowed: a Python name other than aux_loss"
+            )
+            assert loss.dim() == 0 and loss.dtype == torch.float32, (
+                f"the loss {name!r} must be a 0-d fp32 tensor, got {loss.dim()}-d {loss.dtype}"
+            )
         if self.token_major:
             assert bool((self.token_A.diff() >= 0).all()), (
                 "token_major is set, but token_A is not in ascending order"

@@ -118,6 +118,7 @@ GATE_ATTRIBUTES = {
     "initialises_itself": True,
     "sees_other_tokens": False,
     "surrogate_gradients": False,
+    "stochastic": False,
     "expert_kind": "grouped",
 }
 
