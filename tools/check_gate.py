@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        print((__doc__ or "").strip())
+        print(f"usage: check_gate.py NAME|FILE [flags]\n\n{(__doc__ or '').strip()}")
         return 0 if arguments else 2
     passed = []
     code = exit_code(lambda: passed.append(run(arguments)))

@@ -339,7 +339,7 @@ def test_profile_works_in_other_modes(options, data, tmp_path, ranks1):
         if is_dense:
             assert rows[part]["all"] == 0
         else:
-            assert rows[part]["backward"] > 0
+            assert rows[part]["backward"] > 0, part
     assert rows["attention"]["backward"] > 0
 
 
