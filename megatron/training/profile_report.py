@@ -60,6 +60,11 @@ class Span:
     """Microseconds of the device kernels that it launched itself."""
 
 
+# What torch records around each operation that runs inside a mode of its dispatcher, as in gates
+# under activation recomputation. A range that is opened there begins inside it and ends later.
+_DISPATCH_MODE = "PythonDispatchMode"
+
+
 @dataclass(frozen=True, slots=True)
 class StepBreakdown:
     """Milliseconds of one step by (part, phase), averaged over the profiled steps."""
@@ -109,7 +114,9 @@ def break_down_step(spans: Iterable[Span]) -> StepBreakdown:
     # On a device the backward pass has its own thread, while the step's thread waits.
     threads = {span.thread for span in spans if span.name.startswith(NODE)}
     threads.add(steps[0].thread)
-    relevant = [span for span in spans if span.thread in threads]
+    relevant = [
+        span for span in spans if span.thread in threads and span.name != _DISPATCH_MODE
+    ]
     relevant.sort(key=lambda span: (span.start, -span.end))
     open_spans = _OpenSpans(len(steps))
     device_ms: Counter = Counter()
