@@ -284,7 +284,8 @@ def _check_finite(name: str, tensor: Tensor | None) -> None:
     """Raise AssertionError if a value is NaN or infinite."""
     if tensor is None:
         return
-    num_bad = int((~tensor.isfinite()).sum())
+    # Detached: autograd would save tensors that a recomputed pass does not.
+    num_bad = int((~tensor.detach().isfinite()).sum())
     assert num_bad == 0, (
         f"{name} has {num_bad} of {tensor.numel()} values that are NaN or infinite; "
         "allowed: finite ones"

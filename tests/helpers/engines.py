@@ -54,6 +54,7 @@ def config_of(
             gate=gate,
             moe_ffn_hidden_size=8,
             moe_expert_parallel_size=ep_size,
+            check_routing=True,
             moe_shared_experts=0 if gate == "peer" else 1,
         )
         if gate

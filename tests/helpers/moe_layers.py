@@ -44,7 +44,11 @@ def make_layer(
     layer=0,
     **moe,
 ):
-    """An MoE layer with the gate of this name; `moe` are fields of MoEConfig."""
+    """An MoE layer with the gate of this name; `moe` are fields of MoEConfig.
+
+    Every routing is checked, unless `check_routing` is set to False.
+    """
+    moe.setdefault("check_routing", True)
     case = GateCase(name, options or {}, num_experts)
     return case.layer(groups, expert_options, seed=seed, layer=layer, shared=shared, **moe)
 

@@ -40,7 +40,9 @@ def test_values_of_every_routing_are_checked(message):
 
 def test_layout_is_always_checked():
     """Shapes and dtypes, also without the flag and after the first forward pass."""
-    layer, changes = layer_with(lambda r: {"weight_A": r.weight_A.double()})
+    layer, changes = layer_with(
+        lambda r: {"weight_A": r.weight_A.double()}, check_routing=False
+    )
     x, _ = make_input(11)
     layer(x)
     changes.append(True)
@@ -52,7 +54,9 @@ def test_layout_is_always_checked():
 
 def test_first_routing_may_have_nan():
     """Without the flag NaN is the training loop's matter, which skips the step."""
-    layer, changes = layer_with(VALUES["weight_A has 22 of 22 values that are NaN"])
+    layer, changes = layer_with(
+        VALUES["weight_A has 22 of 22 values that are NaN"], check_routing=False
+    )
     changes.append(True)
     x, _ = make_input(11)
     assert layer(x).y.isnan().all()
