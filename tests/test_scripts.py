@@ -465,6 +465,17 @@ def test_output_after_signal_is_logged(number, tmp_path):
     assert (tmp_path / "out/log.txt").read_text() == "started\nsaved\n"
 
 
+def test_gate_per_layer_is_a_variable(tmp_path):
+    """The list takes the place of EP_INTERVAL, and the default folder has a portable name."""
+    words, _ = dry(tmp_path, GATE="dense@0,hash@1,threshold@2-", OUTPUT_DIR="")
+    config = config_of(words)
+    assert config.moe.gates(4) == [None, "hash", "threshold", "threshold"]
+    assert config.moe.expert_interval == 1
+    assert config.gate_options["threshold"]["threshold"] == 0.9
+    assert "e-dense-0-hash-1-threshold-2--t0.9/" in config.checkpoint.save
+    assert config.model.ffn_hidden_size == 4 * config.model.hidden_size
+
+
 def test_gate_variables_follow_the_gate(tmp_path):
     assert config_of(dry(tmp_path, GATE="topk", TOPK="4")[0]).gate_options["topk"]["topk"] == 4
     dense = config_of(dry(tmp_path, EP_SIZE="0")[0])

@@ -115,16 +115,19 @@ largest_common_divisor() { if [ "$2" -eq 0 ]; then echo "$1"; else largest_commo
 EP_PARALLEL_SIZE=${EP_PARALLEL_SIZE:-$([ "$EP_SIZE" -gt 0 ] && largest_common_divisor "$EP_SIZE" "$RANKS" || echo 1)}
 EP_INTERVAL=${EP_INTERVAL:-2}
 MOE_FFN_HIDDEN_SIZE=${MOE_FFN_HIDDEN_SIZE:-$((HIDDEN_SIZE / 2))}
-GATE=${GATE:-threshold}
+GATE=${GATE:-threshold} # or a gate per layer: hash@0-2,deepseek_v3@3- (see docs/gates.md)
+# Whether a gate, or `dense`, is the only one or in the list.
+has_gate() { [[ ",$GATE" == ",$1" || ",$GATE" == *",$1@"* ]]; }
+[[ $GATE != *@* ]] || EP_INTERVAL=1 # the list says which layers are dense
 GATE_PATH=${GATE_PATH:-} # Python files or package folders with gates of your own, separated by blanks
 EXPERT_TYPE=${EXPERT_TYPE:-} # kind of the routed experts, such as swiglu_clamped; mlp if empty
 # The width of dense layers; there are none when every layer is an MoE layer.
-if [ "$EP_SIZE" -eq 0 ] || [ "$EP_INTERVAL" != 1 ] || [ "$GATE" = peer ]; then
+if [ "$EP_SIZE" -eq 0 ] || [ "$EP_INTERVAL" != 1 ] || [ "$GATE" = peer ] || has_gate dense; then
     FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-$((4 * HIDDEN_SIZE))}
 fi
 TOPK=${TOPK:-}
 MAX_EXPERTS=${MAX_EXPERTS:-} # of the threshold gate: largest number of experts per token
-THRESHOLD=${THRESHOLD:-$([ "$GATE" = threshold ] && echo 0.9 || true)}
+THRESHOLD=${THRESHOLD:-$(has_gate threshold && echo 0.9 || true)}
 MLC=${MLC:-}
 # Capacity factors: 0 is dropless, the default of all gates but that of the recipe. MOE_DROP_TOKEN=true sets a default
 # for every gate: the recipe's 8.0 for threshold, MoE++'s 1.1, and Switch's 1.25; MOE_DROP_TOKEN=false sets both to 0,
@@ -182,7 +185,7 @@ VOCAB_PATH=${VOCAB_PATH:-dataset/gpt2-vocab.json}
 MERGE_PATH=${MERGE_PATH:-dataset/gpt2-merges.txt}
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-GPT2BPETokenizer}
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-}
-NAME=${NAME:-gpt-${NUM_LAYERS}l-${HIDDEN_SIZE}h-${EP_SIZE}e-${GATE}${TOPK:+-k$TOPK}${THRESHOLD:+-t$THRESHOLD}${MAX_EXPERTS:+-m$MAX_EXPERTS}}
+NAME=${NAME:-gpt-${NUM_LAYERS}l-${HIDDEN_SIZE}h-${EP_SIZE}e-${GATE//[^A-Za-z0-9_-]/-}${TOPK:+-k$TOPK}${THRESHOLD:+-t$THRESHOLD}${MAX_EXPERTS:+-m$MAX_EXPERTS}}
 OUTPUT_DIR=${OUTPUT_DIR:-runs/$NAME}
 
 flags=(
@@ -238,10 +241,11 @@ if [ "$EP_SIZE" -gt 0 ]; then
     flags+=(${EXPERT_TYPE:+--expert-type "$EXPERT_TYPE"})
     is_zero "$MOE_TRAIN_CAP_FACTOR" || flags+=(--moe-train-capacity-factor "$MOE_TRAIN_CAP_FACTOR")
     is_zero "$MOE_EVAL_CAP_FACTOR" || flags+=(--moe-eval-capacity-factor "$MOE_EVAL_CAP_FACTOR")
-    if [ "$GATE" = peer ]; then # PEER has flags of its own for its layers and the width of an expert
+    if has_gate peer; then # PEER has flags of its own for its layers and the width of an expert
         flags+=(${TOPK:+--peer-topk "$TOPK"})
     else
-        flags+=(--expert-interval "$EP_INTERVAL" --moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE" ${TOPK:+--topk "$TOPK"})
+        [[ $GATE == *@* ]] || flags+=(--expert-interval "$EP_INTERVAL")
+        flags+=(--moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE" ${TOPK:+--topk "$TOPK"})
     fi
 fi
 if [ -n "$TRAIN_TOKENS" ]; then

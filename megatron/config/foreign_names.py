@@ -155,7 +155,7 @@ NOT_SUPPORTED = {
         "use --moe-train-capacity-factor and --moe-eval-capacity-factor, each with the same value, "
         "and --moe-min-capacity 0"
     ),
-    "--moe-layer-freq": "use --expert-interval or --moe-layers",
+    "--moe-layer-freq": "use --expert-interval, --moe-layers or a list for --gate",
     "--moe-layer-recompute": _RECOMPUTE,
     "--moe-router-enable-expert-bias": "use --bias-rule sign",
     "--moe-router-load-balancing-type": "choose a --gate, and set --moe-loss-coeff",
