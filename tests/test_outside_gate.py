@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from helpers import runs
 from helpers.outside_gates import restored_registry, write_gate
 from helpers.spawn import free_port
+from megatron.checkpoint.content import read_state
 from megatron.moe.gate import available_gates
 
 REPO = Path(__file__).resolve().parents[1]
@@ -160,6 +161,24 @@ def test_tools_need_no_gate_code(resumed, trained, project, tmp_path, capsys, mo
     shown = run_tool(inspect_checkpoint, first, checkpoints / "iter_0000003")
     assert "outside_demo.kind" in shown and "file -> package" in shown
     assert f"{project}/outside_demo/gate.py -> " in shown and "outside_demo.sha256" not in shown
+
+
+def test_gates_of_both_kinds_share_a_model(data, project, ranks2, tmp_path):
+    """A gate of a file in one layer and a built-in one in the other, with options of each."""
+    layers = ("--num-layers", "3", "--expert-interval", "1")
+    flags = [*runs.flags(data, tmp_path, 2, *runs.EP2), *NO_EVALUATION, *layers]
+    options = ("--outside_demo.shift", "1", "--topk.topk", "3")
+    gates = ("--gate", "outside_demo@0,topk@1,dense@2", *options)
+    path = project / "outside_demo/gate.py"
+    argv = [*runs.with_gate(flags, *gates), "--gate-path", str(path)]
+    ranks2.run(train_and_forget, argv)
+    (row,) = [row for row in runs.metrics(tmp_path) if row["iteration"] == 2]
+    assert row["experts_per_token_by_layer"] == [1.0, 3.0]
+    state = read_state(tmp_path / "checkpoints/iter_0000002")
+    assert {name: gate["kind"] for name, gate in state["gates"].items()} == {
+        "outside_demo": "file",
+        "topk": "built-in",
+    }
 
 
 def generate_with_file(checkpoints, path):
