@@ -112,7 +112,7 @@ def _gate_lines(config: dict[str, Any]) -> list[str]:
     for gate, options in config["gate_options"].items():
         rows[gate] = _name_value_list(options)
     title = "gate"
-    if len(rows) > 1:
+    if "@" in moe["gate"]:
         title = f"gates {moe['gate']}"
     return [
         f"{title}, for {moe['num_experts']} experts",

@@ -25,6 +25,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from megatron.config.flags import flags_of
+from megatron.config.gate_layers import DENSE, GATE_NAME
 from megatron.config.gate_path import resolve_gate_paths
 from megatron.log import warn_on_rank0
 from megatron.moe import gates
@@ -91,8 +92,13 @@ class GateRegistry:
         """Add a class; a later definition of the same class replaces it.
 
         Raises:
-            ValueError: another gate has the name.
+            ValueError: another gate has the name, or no flag can begin with it.
         """
+        if name == DENSE or not GATE_NAME.fullmatch(name):
+            raise ValueError(
+                f"gate name {name!r} of {_qualified_name(cls)}; allowed: letters, digits, _ and "
+                f"-, but not {DENSE!r}, which --gate uses for dense layers"
+            )
         origin = dataclasses.replace(self._source, path=_source_file(cls))
         if cls.__module__.startswith(f"{gates.__name__}."):
             origin = dataclasses.replace(origin, kind="built-in")

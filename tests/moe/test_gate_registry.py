@@ -113,3 +113,14 @@ def test_missing_forward_is_an_error():
 
     with pytest.raises(NotImplementedError, match="gate Empty has no forward"):
         Empty({}, GateContext(D, E))(GateInput(torch.zeros(1, D)))
+
+
+@pytest.mark.parametrize("name", ["dense", "a@0", "a,b", "a.b", "", "_a"])
+def test_names_that_no_flag_can_have(name):
+    """A gate's name is part of --gate NAME@LAYERS and of --NAME.OPTION."""
+    with pytest.raises(
+        ValueError, match="gate name .*; allowed: letters, digits, _ and -, but"
+    ):
+
+        class Unnamed(Gate, name=name):
+            pass
