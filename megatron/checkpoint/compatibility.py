@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron.io.content_id import comparable
 from megatron.log import get_logger, warn_on_rank0
 from megatron.model.meta_device import meta_device
 from megatron.moe.experts.expert_type import expert_config_class
-from megatron.moe.gate import create_gate
+from megatron.moe.gate import create_gate, gate_config_class
 
 TOKENIZER_FIELDS = {
     "tokenizer_name": "the tokenizer",
@@ -100,11 +101,7 @@ def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None
     for what, value in _model_description(current).items():
         _require_same(saved_model.get(what), value, what, where)
     for gate in current.config.moe.gate_layers.gates:
-        if _gate_shapes(gate, saved.config) != _gate_shapes(gate, current.config):
-            saved_options = saved.config.gate_options.get(gate, {})
-            for name, value in current.config.gate_options.get(gate, {}).items():
-                what = _option_flag(gate, name, current.config)
-                _require_same(saved_options.get(name), value, what, where)
+        _require_same_gate_shapes(gate, saved.config, current.config, where)
     if current.config.model.position_embedding_type == "learned":
         _require_same(
             saved.config.model.max_positions,
@@ -354,13 +351,26 @@ def _are_other_files(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def _gate_option_changes(saved: RunConfig, current: RunConfig) -> list[str]:
     changes = []
-    for gate, options in current.gate_options.items():
-        old = saved.gate_options.get(gate, {})
-        for name, value in options.items():
-            if old.get(name, value) != value:
-                flag = _option_flag(gate, name, current)
-                changes.append(f"{flag} {value} instead of {old[name]}")
+    for gate in current.gate_options:
+        changes += _changes_of_gate(gate, saved, current)
     return changes
+
+
+def _changes_of_gate(gate: str, saved: RunConfig, current: RunConfig) -> list[str]:
+    """Return which options of a gate differ, as flags with both values."""
+    old = _gate_options(gate, saved)
+    changes = []
+    for name, value in _gate_options(gate, current).items():
+        if old[name] != value:
+            flag = _option_flag(gate, name, current)
+            changes.append(f"{flag} {value} instead of {old[name]}")
+    return changes
+
+
+def _gate_options(gate: str, config: RunConfig) -> dict[str, Any]:
+    """Return all options of a gate: versions before an option did what its default does."""
+    defaults = dataclasses.asdict(gate_config_class(gate)())
+    return defaults | config.gate_options.get(gate, {})
 
 
 def _moe_training_changes(saved: RunConfig, current: RunConfig) -> list[str]:
@@ -386,22 +396,37 @@ def _describe_topology(topology: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in topology.items())
 
 
-def _gate_shapes(gate: str, config: RunConfig) -> dict[str, torch.Size]:
-    """Return names and shapes of a gate's parameters and buffers.
+def _require_same_gate_shapes(
+    gate: str, saved: RunConfig, current: RunConfig, where: str
+) -> None:
+    """Check that a gate's parameters and buffers have the same names and shapes in two runs.
 
-    Options that change them cannot change when a run resumes.
+    Raises:
+        ValueError: They differ. The message names all options that differ: some of them alone
+            may not be valid, so that none can be tried by itself.
     """
-    if not config.moe.num_experts:
-        return {}
+    if not current.moe.num_experts:
+        return
+    shapes = _gate_shapes(gate, saved, current)
+    if shapes != _gate_shapes(gate, current, current):
+        raise ValueError(
+            f"gate {gate} has other parameters than in checkpoint {where}: "
+            f"{', '.join(_changes_of_gate(gate, saved, current))}; use the checkpoint's options, "
+            "or start a new run without --load"
+        )
+
+
+def _gate_shapes(gate: str, run: RunConfig, model: RunConfig) -> dict[str, torch.Size]:
+    """Return names and shapes of the parameters and buffers of a run's gate in a model."""
     with meta_device():
         built = create_gate(
             gate,
-            hidden_size=config.model.hidden_size,
-            num_experts=config.moe.num_experts,
+            hidden_size=model.model.hidden_size,
+            num_experts=model.moe.num_experts,
             layer=1,
             num_moe_layers=2,
             vocab_size=1,
-            **config.gate_options.get(gate, {}),
+            **_gate_options(gate, run),
         )
     return {name: tensor.shape for name, tensor in built.state_dict().items()}
 

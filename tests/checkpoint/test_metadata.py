@@ -252,6 +252,38 @@ def test_changed_gate_options_are_logged(capsys):
     )
 
 
+def run_of_topk_gate(**options: object) -> RunMetadata:
+    """Return the metadata of a run that stored these options of its gate, and no others."""
+    moe = MoEConfig(num_experts=4)
+    return RunMetadata(RunConfig(moe=moe, gate_options={"topk": options}), IDENTITY)
+
+
+def test_options_that_older_versions_do_not_store_have_their_defaults(capsys):
+    """Only what differs from the default is a change."""
+    log.setup()
+    saved = run_of_topk_gate(topk=2)
+    options = {"topk": 2, "router_norm": False, "loss_coeff": 0.01}
+    same = run_of_topk_gate(**options)
+    assert check_same_run(saved, same, "x") is None
+    warn_of_changes(saved, same)
+    assert capsys.readouterr().out == ""
+    warn_of_changes(saved, run_of_topk_gate(**options, logit_scale=2.0))
+    assert "checkpoint's: --logit-scale 2.0 instead of 1.0\n" in capsys.readouterr().out
+
+
+def test_gate_options_that_change_its_parameters_are_refused():
+    """All changed options are named, since any of them may be the one that does not fit."""
+    saved = run_of_topk_gate(topk=2, loss_coeff=0.01)
+    changed = run_of_topk_gate(router_bias=False, loss_coeff=0.1, topk=2, num_null_experts=2)
+    with pytest.raises(
+        ValueError,
+        match="^gate topk has other parameters than in checkpoint x: --loss-coeff 0.1 instead of "
+        "0.01, --num-null-experts 2 instead of 0; use the checkpoint's options, or start a new "
+        "run without --load$",
+    ):
+        check_same_run(saved, changed, "x")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -434,8 +466,8 @@ def test_shape_of_gate_cannot_change(gate, option, old, new):
     flag = "--" + option.replace("_", "-")
     with pytest.raises(
         ValueError,
-        match=f"{flag} is {re.escape(repr(new))} but checkpoint x was made with "
-        f"{re.escape(repr(old))}",
+        match=f"{gate} has other parameters than in checkpoint x: {flag} {re.escape(str(new))} "
+        f"instead of {re.escape(str(old))};",
     ):
         check_same_run(metadata(old), metadata(new), "x")
 
