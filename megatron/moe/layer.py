@@ -402,7 +402,8 @@ class MoELayer(nn.Module):
     ) -> None:
         """Add this forward pass to the counters, unless it is a recomputed one.
 
-        Padding is not counted. A mean over tokens counts as often as it has tokens.
+        Padding is not counted. A mean over tokens counts as often as it has tokens, and the
+        losses of a pass without tokens count neither here nor in the model's loss.
 
         Args:
             losses: the auxiliary loss, and parts of it that are logged, by name.
@@ -420,9 +421,11 @@ class MoELayer(nn.Module):
             f"mean/{name}": value.double() * num_tokens
             for name, value in routing.metric_means.items()
         }
+        if num_tokens == 0:
+            losses = {name: torch.zeros_like(value) for name, value in losses.items()}
         num_bins = self._max_experts_per_token() + 1
         forward_sums = {
-            "forwards": one,
+            "forwards": one * (num_tokens > 0),
             "tokens": one * num_tokens,
             "tokens_with_drops": (plan.dispatched_T < assigned_T).sum(),
             "assigned_C": plan.assigned_C,

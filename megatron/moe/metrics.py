@@ -29,7 +29,7 @@ class MoEMetrics:
 
     @torch.no_grad()
     def read(self, training: bool = True) -> dict[str, float | list[float | None]]:
-        """Return means over ranks and forward passes since the last call, then reset.
+        """Return means over ranks and forward passes with tokens since the last call, then reset.
 
         Args:
             training: read the counters of training or those of evaluation.
@@ -114,7 +114,7 @@ def _layer_values(layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Tensor 
         "load_imbalance_max_over_mean": load_E.max() / load_E.mean().clamp_min(1 / len(load_E)),
     }
     for name, value in entries_with_prefix(sums, "loss/").items():
-        values[f"moe_{name}"] = value / sums["forwards"]
+        values[f"moe_{name}"] = value / sums["forwards"].clamp_min(1)
     if len(layer.gate.zero_computation_experts):
         values["zero_computation_fraction"] = 1 - load_E.sum() / dispatched.clamp_min(1)
     for name, value in entries_with_prefix(sums, "mean/").items():

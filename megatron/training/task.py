@@ -78,7 +78,7 @@ class NextTokenLoss:
         num_target_tokens = mask_BS.sum()
         has_tokens = torch.ones_like(num_target_tokens)
         if batch.padding_BS is not None:
-            has_tokens = batch.padding_BS.logical_not().any().float()
+            has_tokens = _has_tokens(batch.padding_BS)
         return {LM_LOSS: num_target_tokens, AUX_LOSS: has_tokens}
 
     def loss_sums(self, model: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -91,7 +91,15 @@ class NextTokenLoss:
             padding_BS=batch.padding_BS,
             progress=progress,
         )
-        return {LM_LOSS: out.lm_loss_sum, AUX_LOSS: out.aux_loss}
+        aux_loss = out.aux_loss
+        if batch.padding_BS is not None:  # losses of weights alone are not 0 without tokens
+            aux_loss = aux_loss * _has_tokens(batch.padding_BS)
+        return {LM_LOSS: out.lm_loss_sum, AUX_LOSS: aux_loss}
+
+
+def _has_tokens(padding_BS: Tensor) -> Tensor:
+    """Return 1.0 if a position is not padding, else 0.0, without waiting for the device."""
+    return padding_BS.logical_not().any().float()
 
 
 class PretrainingTask(NextTokenLoss, Task):

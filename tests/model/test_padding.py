@@ -212,6 +212,9 @@ def test_micro_batch_of_padding_is_no_mean():
     for name in ALL:
         sums = task.loss_sums(make(name, **balance_only(name)), only_padding, 0.5)
         assert sums == {LM_LOSS: 0, AUX_LOSS: 0}
+    model = make("topk", simbal_coeff=0.5)
+    assert model(only_padding.tokens_BS, padding_BS=only_padding.padding_BS).aux_loss > 0.1
+    assert task.loss_sums(model, only_padding, 0.5) == {LM_LOSS: 0, AUX_LOSS: 0}
 
 
 class CountNonzero(TorchDispatchMode):

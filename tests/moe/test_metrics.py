@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.moe_layers import D
+from helpers.moe_layers import make_layer as make_gate_layer
 from helpers.spawn import groups_for
 from megatron.moe.experts.expert_type import ExpertContext, create_experts
+from megatron.moe.ffn import FFNContext, TokenLayout
 from megatron.moe.gate import Gate, GateContext
 from megatron.moe.gate_update import GateUpdater
 from megatron.moe.layer import MoELayer
@@ -69,6 +72,22 @@ def test_metrics_equal_sums_by_hand():
     assert got["experts_per_token_by_layer"] == pytest.approx([5 / 4])
     assert got["experts_per_token_histogram"] == pytest.approx([1 / 4, 1 / 4, 2 / 4, 0])
     assert metrics.read() == {}, "read must reset the counters"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_losses_of_a_pass_of_padding_do_not_count(training):
+    """They have no weight in the model's loss either, though a loss of weights is not 0 there."""
+    options = {"simbal_coeff": 0.5, "loss_coeff": 0.0}
+    layer = make_gate_layer("topk", options=options).train(training)
+    metrics = MoEMetrics(nn.ModuleList([layer]), Groups())
+    x_BSD = torch.randn(2, 3, D)
+    padding_BS = torch.ones(2, 3, dtype=torch.bool)
+    context = FFNContext(layout=TokenLayout(padding_BS))
+    assert layer(x_BSD, context).aux_loss > 0.1
+    assert metrics.read(training)["moe_aux_loss"] == 0
+    aux_loss = layer(x_BSD).aux_loss.item()
+    layer(x_BSD, context)
+    assert metrics.read(training)["moe_aux_loss"] == pytest.approx(aux_loss)
 
 
 def test_training_and_evaluation_count_separately():
