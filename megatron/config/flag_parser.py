@@ -42,7 +42,15 @@ def add_flag(
     Args:
         default: value shown in the help text.
         is_hidden: leave the flag out of the help text.
+    Raises:
+        ValueError: the parser has the flag, such as --help.
     """
+    for spelling in flag.all_spellings:
+        if spelling in group._option_string_actions:
+            raise ValueError(
+                f"the flag {spelling} of {flag.section}.{flag.name} is taken by one of every "
+                "program; rename the field"
+            )
     facts = "; ".join([f"default: {_shown(default)}", *_shown_needs(flag)])
     text = f"{flag.help} ({facts})".strip().replace("%", "%%")
     if is_hidden:

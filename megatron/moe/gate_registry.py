@@ -244,6 +244,7 @@ class GateRegistry:
                     f"the Config of gate {name!r} is no dataclass; write "
                     "@dataclass(frozen=True) above it"
                 )
+            _check_annotations(name, cls.Config)
             flags_of(cls.Config, "gate_options")
             kind = "package" if package else self.origins[name].kind
             self.origins[name] = GateOrigin(
@@ -282,6 +283,31 @@ def expert_type_origin(name: str) -> GateOrigin:
     if cls.__module__.startswith(_FILE_MODULES):
         return GateOrigin("file", _source_file(cls), "", _hash_of(cls, "file"))
     return GateOrigin("module", _source_file(cls), "", _hash_of(cls, "package"))
+
+
+def _check_annotations(name: str, config: type) -> None:
+    """Refuse attributes that look like options, but are no fields of the dataclass.
+
+    Raises:
+        ValueError: a number, a text or a list has no type, or a class that adds options has no
+            decorator. Names in capitals are constants.
+    """
+    for cls in config.__mro__:
+        where = f"the class {cls.__name__} of the Config of gate {name!r}"
+        types = inspect.get_annotations(cls)
+        options = [option for option in types if "ClassVar" not in str(types[option])]
+        if options and "__dataclass_fields__" not in vars(cls):
+            raise ValueError(
+                f"{where} adds {options[0]!r}, but is no dataclass; write "
+                "@dataclass(frozen=True) above it"
+            )
+        for option, value in vars(cls).items():
+            is_constant = option.startswith("_") or option.isupper() or option in types
+            if not is_constant and isinstance(value, (int, float, str, list, tuple)):
+                raise ValueError(
+                    f"{where} has {option!r} without a type, so that it is no option; write "
+                    f"{option}: {type(value).__name__} = {value!r}"
+                )
 
 
 def _entry_points() -> Iterable[EntryPoint]:

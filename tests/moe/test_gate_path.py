@@ -152,6 +152,16 @@ CLASS = "from dataclasses import dataclass\nfrom megatron.moe import Gate\n\n\n"
             "    @dataclass\n    class Config:\n        x: list = 0\n",
             "A.Config.x has the type <class 'list'>; a flag can be",
         ),
+        (
+            f'{CLASS}class A(Gate, name="outside_a"):\n'
+            "    @dataclass\n    class Config:\n        x = 0.5\n",
+            "Config of gate 'outside_a' has 'x' without a type, .* write x: float = 0.5",
+        ),
+        (
+            f'{CLASS}from megatron.moe import LossConfig\n\n\nclass A(Gate, name="outside_a"):\n'
+            "    class Config(LossConfig):\n        x: int = 0\n",
+            "Config of gate 'outside_a' adds 'x', but is no dataclass; write @dataclass",
+        ),
     ],
 )
 def test_unusable_gate_is_refused(tmp_path, text, message):
@@ -163,6 +173,28 @@ def test_unusable_gate_is_refused(tmp_path, text, message):
         parse("--gate-path", path)
     assert available_gates() == before
     assert gate_origin("topk").kind == "built-in"
+
+
+def test_config_may_have_constants(tmp_path):
+    """Class variables, names in capitals and methods are no options."""
+    path = tmp_path / "gate.py"
+    path.write_text(
+        f"from typing import ClassVar\n{CLASS}"
+        'class A(Gate, name="outside_a"):\n    @dataclass\n    class Config:\n'
+        "        MOST = 3\n        few: ClassVar[int] = 1\n        x: int = 2\n"
+    )
+    config = parse("--gate-path", path, "--gate", "outside_a")
+    assert config.gate_options == {"outside_a": {"x": 2}}
+
+
+def test_option_named_like_help_is_refused(tmp_path):
+    path = tmp_path / "gate.py"
+    path.write_text(
+        f'{CLASS}class A(Gate, name="outside_a"):\n'
+        "    @dataclass\n    class Config:\n        help: int = 0\n"
+    )
+    with pytest.raises(ValueError, match="the flag --help of gate_options.help is taken by"):
+        parse("--gate-path", path, "--gate", "outside_a")
 
 
 def test_two_files_with_one_gate_name(tmp_path):
