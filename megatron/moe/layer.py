@@ -190,7 +190,7 @@ class MoELayer(nn.Module):
             cache["decisions"] = recorder.entries
             cache["assignments"] = _fingerprint(routing)
         num_positions = len(inp.x_TD)
-        self._check(routing, num_positions)
+        self._check(routing, inp)
         plan = self._plan(routing, num_positions, self._expert_capacity(inp, context))
         if cache is not None:
             cache["plan"] = plan
@@ -242,17 +242,20 @@ class MoELayer(nn.Module):
             return route_each_sequence(self.gate, inp)
         return self.gate(inp)
 
-    def _check(self, routing: Routing, num_tokens: int) -> None:
+    def _check(self, routing: Routing, inp: GateInput) -> None:
         """Check the gate contract.
 
         Checks of values synchronise with the device: they are made in the first forward
         pass, and in all with `check_routing`.
         """
         num_choices = self.gate.num_experts + len(self.gate.zero_computation_experts)
-        if self.check_routing:
-            routing.check(num_tokens, num_choices)
-        elif not self._routing_checked:
-            routing.check(num_tokens, num_choices, finite=False)
+        if self.check_routing or not self._routing_checked:
+            routing.check(
+                len(inp.x_TD),
+                num_choices,
+                finite=self.check_routing,
+                num_logits=inp.num_tokens,
+            )
         else:
             routing.check_layout()
         self._routing_checked = True

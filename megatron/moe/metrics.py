@@ -90,7 +90,7 @@ def _summarize(
     histogram = pad_sequence(histograms, batch_first=True).sum(0)
     return {
         **means,
-        "experts_per_token_histogram": (histogram / histogram.sum()).tolist(),
+        "experts_per_token_histogram": (histogram / histogram.sum().clamp_min(1)).tolist(),
         **{f"{name}_by_layer": values for name, values in by_layer.items()},
     }
 

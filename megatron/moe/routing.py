@@ -200,9 +200,10 @@ class Routing:
     """like metric_sums, but for `Gate.post_optimizer_step` alone: large tensors such as
     histograms, which no metric needs. Left empty in evaluation"""
     logits_TE: Tensor | None = None
-    """fp32, differentiable logits of the router. A gate that returns them gets the z-loss
-    of its option z_loss_coeff from the layer, see `megatron.moe.losses.named_losses`;
-    None: the gate has none, or has added the loss to aux_loss itself"""
+    """fp32, differentiable logits of the router, without rows for padding. A gate that
+    returns them gets the z-loss of its option z_loss_coeff from the layer, see
+    `megatron.moe.losses.named_losses`; None: the gate has none, or has added the loss to
+    aux_loss itself"""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """0-d fp32 losses by name, coefficients applied: the layer adds them to aux_loss,
     and the log has each as `moe_<name>`"""
@@ -215,12 +216,20 @@ class Routing:
         """
         return replace(self, token_A=unpadded_R[self.token_A])
 
-    def check(self, num_tokens: int, num_choices: int, finite: bool = True) -> None:
+    def check(
+        self,
+        num_tokens: int,
+        num_choices: int,
+        finite: bool = True,
+        num_logits: int | None = None,
+    ) -> None:
         """Verify the gate contract. Synchronises with the device.
 
         Args:
             num_choices: E + len(zero_computation_experts).
             finite: refuse weights, priorities and losses that are NaN or infinite, too.
+            num_logits: number of tokens that are not padding, for which `logits_TE` has
+                rows; None: all.
         Raises:
             AssertionError: the routing breaks the contract; the message names the
                 field.
@@ -230,8 +239,10 @@ class Routing:
         _check_range("expert_A", self.expert_A, num_choices)
         logits_TE = self.logits_TE
         if logits_TE is not None:
-            assert logits_TE.dim() == 2 and len(logits_TE) == num_tokens, (
-                f"logits_TE has shape {tuple(logits_TE.shape)}; allowed: ({num_tokens}, experts)"
+            if num_logits is None:
+                num_logits = num_tokens
+            assert logits_TE.dim() == 2 and len(logits_TE) == num_logits, (
+                f"logits_TE has shape {tuple(logits_TE.shape)}; allowed: ({num_logits}, experts)"
             )
             assert logits_TE.dtype == torch.float32, (
                 f"logits_TE is {logits_TE.dtype}; allowed: {torch.float32}"
@@ -250,6 +261,8 @@ class Routing:
         if finite:
             for name in ("weight_A", "priority_A", "aux_loss"):
                 _check_finite(name, getattr(self, name))
+            for name, loss in self.losses.items():
+                _check_finite(f"the loss {name!r}", loss)
 
     def check_layout(self) -> None:
         """Verify shapes, dtypes and devices, without synchronising with the device.

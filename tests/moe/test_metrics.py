@@ -29,7 +29,7 @@ class FixedGate(Gate):
 
     def forward(self, inp):
         pairs = [(t, e) for t, experts in enumerate(self.choices) for e in experts]
-        token, expert = (torch.tensor(v, dtype=torch.int64) for v in zip(*pairs, strict=True))
+        token, expert = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(-1)
         weight = torch.linspace(1, 0.1, len(pairs))
         return Routing(
             token,
@@ -105,6 +105,17 @@ def test_nothing_counted_gives_no_metrics():
     """A model without MoE layers, and one without forward passes."""
     assert MoEMetrics(nn.Linear(1, 1), Groups()).read() == {}
     assert MoEMetrics(nn.ModuleList([make_layer([[0]])]), Groups()).read() == {}
+
+
+def test_interval_without_tokens_has_finite_metrics():
+    """All micro-batches of the interval are padding."""
+    layer = make_layer([[]] * 5)
+    metrics = MoEMetrics(layer, Groups())
+    padding_BS = torch.ones(1, 5, dtype=torch.bool)
+    layer(torch.randn(1, 5, 4), FFNContext(layout=TokenLayout(padding_BS)))
+    row = metrics.read()
+    assert row["experts_per_token"] == 0
+    assert row["experts_per_token_histogram"] == [0, 0, 0, 0]
 
 
 def test_gates_receive_each_step_once():

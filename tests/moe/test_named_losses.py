@@ -9,6 +9,7 @@ from torch import nn
 from helpers.moe_layers import E, make_input, make_layer
 from helpers.outside_gates import restored_registry
 from megatron.moe import Gate, LossConfig, Routing, linear_fp32
+from megatron.moe.ffn import FFNContext, TokenLayout
 from megatron.moe.gate_update import GateUpdater
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
@@ -89,6 +90,19 @@ def test_losses_are_added_and_logged(gate, reduction):
         assert row[name] == pytest.approx(sum(values) / divisor, rel=1e-5)
 
 
+def test_logits_have_no_rows_for_padding(gate):
+    """The losses and gradients of a padded batch are those of its tokens alone."""
+    x, ids = make_input(7)
+    padding_BS = torch.tensor([[False, True, False, False, True, False, True]])
+    results = []
+    for tokens, padding in ((x, padding_BS), (x[:, ~padding_BS[0]], None)):
+        layer = make_layer("outside_losses", options={"z_loss_coeff": 0.1})
+        aux_loss = layer(tokens, FFNContext(layout=TokenLayout(padding))).aux_loss
+        aux_loss.backward()
+        results.append((aux_loss, layer.gate.router.weight.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_layers_may_have_different_losses(gate):
     """A name that one layer lacks is reduced over the others."""
     layers = [make_layer(name, options={"z_loss_coeff": 0.1}) for name in ("topk", gate.name)]
@@ -131,6 +145,7 @@ def test_second_z_loss_is_refused(gate, monkeypatch):
         ({"losses": {"aux_loss": torch.zeros(())}}, "losses has the name 'aux_loss'"),
         ({"losses": {"a": torch.zeros(1)}}, "loss 'a' must be a 0-d fp32 tensor, got 1-d"),
         ({"losses": {"a": torch.zeros(()).double()}}, "0-d fp32 tensor, got 0-d torch.float64"),
+        ({"losses": {"a": torch.tensor(torch.nan)}}, "the loss 'a' has 1 of 1 values that are"),
     ],
 )
 def test_check_refuses_wrong_losses(fields, message):
