@@ -57,7 +57,7 @@ def make_layer(name: str):
         experts = PEER_EXPERTS
         width = 1
         options = {"peer_num_heads": 8, "peer_topk": 16}
-    if name != "threshold" and hasattr(gate_config_class(name), "topk"):
+    if name not in ("threshold", *SINGLE) and hasattr(gate_config_class(name), "topk"):
         options = {"topk": TOPK}
     gate = create_gate(
         name,
