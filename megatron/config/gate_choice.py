@@ -215,11 +215,11 @@ def choose_gates(
     stored_text = stored.get("moe", {}).get("gate", MoEConfig.gate)
     layers = parse_gate_layers(with_known_names(gate_flag or stored_text, others))
     stored_text = with_known_names(stored_text, others)
-    stored_gates = parse_gate_layers(stored_text).gates
+    stored_layers = parse_gate_layers(stored_text)
     dropped_flags = []
-    for name in stored_gates:
+    for name in stored_layers.gates:
         if name in {*layers.gates, *others}:  # a gate that no longer exists may be replaced
-            dropped_flags += drop_gate_overrides(stored, name, gate_config(name))
+            dropped_flags += drop_gate_overrides(stored, name, gate_config(name), path)
     choice = GateChoice(layers, {name: gate_config(name) for name in layers.gates}, others)
     options = stored.pop(GATE_OPTIONS, {})
     for name, cls in choice.classes.items():
@@ -234,6 +234,13 @@ def choose_gates(
             _drop_layer_fields(stored, layers, path)
         if unused:
             _warn_of_dropped(layers, stored_text, unused, dropped_flags, path)
+        elif not layers.is_per_layer and stored_layers.has_dense:
+            warn_on_rank0(
+                "--gate %s replaces %s of %s, which made layers dense",
+                layers.text,
+                stored_text,
+                path,
+            )
     elif unused:
         name = next(iter(unused))
         raise ValueError(

@@ -67,6 +67,11 @@ class GateLayers:
         names = dict.fromkeys(layers.gate for layers in self.ranges)
         return tuple(name for name in names if name != DENSE)
 
+    @property
+    def has_dense(self) -> bool:
+        """Whether the list makes blocks dense."""
+        return any(layers.gate == DENSE for layers in self.ranges)
+
     def gate_of(self, layer: int) -> str | None:
         """Return the gate of a block in a list; None if it is dense or not in the list."""
         for layers in self.ranges:

@@ -13,6 +13,7 @@ from megatron.config.flags import EXPERT_OPTIONS, flags_of
 from megatron.config.gate_layers import DENSE, parse_gate_layers
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
+from megatron.config.run_json import parse_stored_values
 
 _OPTIONS_OF_GROUPED_EXPERTS = ("expert_type", "moe_weight_on_input", "moe_latent_size")
 
@@ -89,7 +90,7 @@ def refuse_expert_options(
 
 
 def drop_gate_overrides(
-    stored: dict[str, dict[str, Any]], gate: str, gate_class: type
+    stored: dict[str, dict[str, Any]], gate: str, gate_class: type, path: str
 ) -> list[str]:
     """Remove the fields of MoEConfig that the stored gate's options determined.
 
@@ -100,16 +101,22 @@ def drop_gate_overrides(
             place.
         gate: name of a gate stored there.
         gate_class: its Config.
+        path: the run.json, for messages.
     Returns:
         The flags of the removed fields.
+    Raises:
+        ValueError: an option of the gate is unknown, has a wrong type, or is refused.
     """
     moe = stored.get("moe", {})
     if not hasattr(gate_class, "moe_overrides") or not moe.get("num_experts"):
         return []
     num_layers = stored.get("model", {}).get("num_layers", ModelConfig.num_layers)
-    options = {}
-    for name, value in stored.get("gate_options", {}).get(gate, {}).items():
-        options[name] = tuple(value) if isinstance(value, list) else value
+    options = parse_stored_values(
+        stored.get("gate_options", {}).get(gate, {}),
+        f"gate_options.{gate}",
+        flags_of(gate_class, "gate_options"),
+        path,
+    )
     overrides = _overrides(gate_class(**options), moe["num_experts"], num_layers)
     names = [name for name, value in overrides.items() if moe.get(name) == value]
     for name in names:

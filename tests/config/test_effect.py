@@ -395,6 +395,25 @@ def test_experts_of_peer_can_be_removed(tmp_path):
     assert parse(["--config", path, "--num-experts", "0"]) == parse([])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"peer_tokp": 3},
+            r"unknown key 'gate_options\.peer\.peer_tokp'; did you mean .*topk'.",
+        ),
+        ({"peer_topk": "x"}, r"gate_options\.peer\.peer_topk is 'x'; allowed: an integer"),
+    ],
+)
+@pytest.mark.parametrize("words", [(), ("--gate", "hash")])
+def test_stored_options_of_peer_are_checked(tmp_path, options, message, words):
+    """They are used before other options, because the number of experts follows from them."""
+    moe = {"gate": "peer", "num_experts": 16}
+    path = run_json(tmp_path, {"moe": moe, "gate_options": options})
+    with pytest.raises(ValueError, match=f"^{path}: {message}$"):
+        parse(["--config", path, *words])
+
+
 def test_settings_of_old_checkpoints_stay_readable():
     """Checkpoints may hold options without effect, which earlier versions accepted."""
     stored = RunConfig(

@@ -86,6 +86,17 @@ def test_options_of_a_gate_that_stays_are_kept(tmp_path, caplog):
         parse("--config", run_json(tmp_path, {**stored, "gate_options": {"hash": {"x": 1}}}))
 
 
+def test_single_gate_says_that_dense_layers_are_replaced(tmp_path, caplog):
+    path = tmp_path / "run.json"
+    write_run_json(parse("--gate", "dense@0,topk@1-", "--topk", "3"), path)
+    config = parse("--config", str(path), "--gate", "topk")
+    assert config.gate_options["topk"]["topk"] == 3
+    assert config.moe.gates(4) == ["topk"] * 4
+    assert caplog.messages == [
+        f"--gate topk replaces dense@0,topk@1- of {path}, which made layers dense"
+    ]
+
+
 def test_shared_flag_without_effect_in_one_gate(caplog):
     """It is reset there with a warning, and is no error."""
     words = ("--gate", "topk@0,cosine@1-", "--moe-balance-scope", "sequence")
