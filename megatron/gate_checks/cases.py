@@ -61,7 +61,7 @@ class GateCase:
     @property
     def is_stochastic(self) -> bool:
         """Whether the gate declares that its forward pass draws random numbers in training."""
-        return getattr(self.gate_class, "stochastic", False)
+        return self.gate_class.stochastic
 
     def gate(self, **sizes: Any) -> Gate:
         """Build the gate of the second of two MoE layers, which receives a carry.
