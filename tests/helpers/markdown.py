@@ -128,7 +128,11 @@ def known_flags() -> frozenset[str]:
     for tool in TOOLS:
         flags |= set(tool_parser(tool)._option_string_actions)
     sections = [*SECTIONS.items(), ("options", CheckOptions)]
-    sections += [("gate_options", gate_config_class(name)) for name in available_gates()]
+    for name in available_gates():
+        sections.append(("gate_options", gate_config_class(name)))
+        for flag in flags_of(gate_config_class(name), "gate_options"):
+            spellings = [spelling.removeprefix("--") for spelling in flag.all_spellings]
+            flags |= {f"--{name}.{spelling}".replace("_", "-") for spelling in spellings}
     for name in available_expert_types():
         sections.append((EXPERT_OPTIONS, expert_config_class(name)))
     for section, cls in sections:
@@ -141,8 +145,8 @@ def unknown_flags(text: str) -> set[str]:
     """Return flags in inline code that no program and no gate shown on the page has."""
     flags = set()
     for inline in re.findall(r"`(--[^`]+)`", text):
-        found = re.findall(r"(?:^|\s)(--[a-z][a-z0-9_-]*)", inline)
-        flags |= {flag.replace("_", "-") for flag in found}
+        found = re.findall(r"(?:^|\s)(--[a-z][a-z0-9_.-]*)", inline)
+        flags |= {flag.rstrip(".").replace("_", "-") for flag in found}
     fields = set(re.findall(r"^        (\w+): ", text, re.MULTILINE))
     fields |= set(re.findall(r"^    --([a-z0-9-]+) ", text, re.MULTILINE))
     shown = {"--" + field.replace("_", "-") for field in fields}
