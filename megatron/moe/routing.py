@@ -20,6 +20,9 @@ SCOPES = ("micro-batch", "sequence", "global-batch")
 """Tokens over which a balance loss takes its loads: this rank's micro-batch, each
 sequence, or all ranks' tokens of the current optimizer step so far."""
 
+_MAX_MATMUL_ROWS = 32
+"""Largest number of sequences whose scores are added up by a matrix product"""
+
 
 @dataclass(frozen=True, slots=True)
 class GateInput:
@@ -134,9 +137,9 @@ class LoadBalancingLoss:
         ones_A = torch.ones_like(choice_A, dtype=torch.float32)
         count_NG.scatter_add_(0, row_T[token_A] * size + choice_A, ones_A)
         count_NG = count_NG.view(num_rows, size)
-        member_NT = (row_T == torch.arange(num_rows, device=device)[:, None]).to(score_TG.dtype)
-        tokens_N = member_NT.sum(-1)
-        score_NG = (member_NT @ score_TG) / tokens_N.clamp_min(1)[:, None]
+        tokens_N = torch.zeros(num_rows, device=device)
+        tokens_N.scatter_add_(0, row_T, torch.ones_like(row_T, dtype=torch.float32))
+        score_NG = _sum_rows(score_TG, row_T, num_rows) / tokens_N.clamp_min(1)[:, None]
         total_N = tokens_N if per_token else count_NG.sum(-1)
         if num_rows > 1:
             num_rows = (tokens_N > 0).sum().clamp_min(1)
@@ -155,6 +158,19 @@ class LoadBalancingLoss:
         load_NG = (count_NG / total_N.clamp_min(1)[:, None]).detach()
         size = load_NG.shape[1]
         return self.coeff * size / self.num_rows * (load_NG * self.score_NG).sum()
+
+
+def _sum_rows(score_TG: Tensor, row_T: Tensor, num_rows: int) -> Tensor:
+    """Add up the scores of the tokens of each row: [N, G].
+
+    The product with a [N, T] matrix is fast and deterministic on a GPU, but packed
+    batches may have thousands of documents, and autograd would keep the matrix.
+    """
+    if num_rows > _MAX_MATMUL_ROWS:
+        total_NG = score_TG.new_zeros(num_rows, score_TG.shape[1])
+        return total_NG.index_add(0, row_T, score_TG)
+    row_N1 = torch.arange(num_rows, device=row_T.device)[:, None]
+    return (row_T == row_N1).to(score_TG.dtype) @ score_TG
 
 
 def _num_sequences(inp: GateInput) -> int:

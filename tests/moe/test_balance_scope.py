@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from helpers.moe_layers import D, make_layer
+from helpers.moe_layers import D, E, make_layer
 from helpers.spawn import groups_for
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import available_gates, gate_class
 from megatron.moe.gate_update import GateUpdater
-from megatron.moe.routing import GateInput
+from megatron.moe.routing import GateInput, LoadBalancingLoss
 from megatron.parallel.groups import Groups
 
 NAMES = [
@@ -157,6 +157,35 @@ def test_sequence_scope_averages_sequences(name):
     together = layer(x, FFNContext(ids)).aux_loss.item()
     parts = [layer(x[i : i + 1], FFNContext(ids[i : i + 1])).aux_loss.item() for i in range(3)]
     assert together == pytest.approx(sum(parts) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("documents", [3, 100])
+def test_many_documents_need_little_memory(documents):
+    """Value and gradient are the mean of each document's; autograd keeps nothing whose size
+    is tokens times documents. Some documents have no tokens, and the order is free."""
+    tokens = 300
+    g = torch.Generator().manual_seed(0)
+    score_TG = torch.rand(tokens, E, generator=g, requires_grad=True)
+    choice_T = torch.randint(0, E, (tokens,), generator=g)
+    document_T = torch.randint(0, documents, (tokens,), generator=g) // 2 * 2
+    inp = GateInput(torch.zeros(tokens, D), None, document_T, num_sequences=documents)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
+        loss = LoadBalancingLoss.of(
+            inp, score_TG, torch.arange(tokens), choice_T, coeff=0.5, scope="sequence"
+        ).loss()
+    expected = []
+    for document in document_T.unique():
+        mine = document_T == document
+        load_G = torch.stack([(choice_T[mine] == e).float().mean() for e in range(E)])
+        expected.append(0.5 * E * (load_G * score_TG[mine].mean(0)).sum())
+    expected = sum(expected) / len(expected)
+    torch.testing.assert_close(loss, expected)
+    got, want = (torch.autograd.grad(v, score_TG)[0] for v in (loss, expected))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
+    assert max(saved) <= tokens * E
 
 
 @pytest.mark.parametrize("name", NAMES)
