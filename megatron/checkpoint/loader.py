@@ -216,14 +216,20 @@ class LoadedCheckpoint:
 
     def _require_same_tensors(self, layout: GlobalLayout, model: nn.Module) -> None:
         buffers = model.state_dict()
-        expected = {*layout.shapes.items()}
-        expected |= {(name, tuple(buffers[name].shape)) for name in layout.buffers}
-        stored = {*self.reader.shapes.items()}
-        stored |= {(name, self.reader.buffer_spec(name).shape) for name in self.reader.buffers}
-        if expected != stored:
-            first = min(map(str, expected ^ stored))
+        expected = {name: tuple(shape) for name, shape in layout.shapes.items()}
+        expected |= {name: tuple(buffers[name].shape) for name in layout.buffers}
+        stored = {name: tuple(shape) for name, shape in self.reader.shapes.items()}
+        for name in self.reader.buffers:
+            stored[name] = tuple(self.reader.buffer_spec(name).shape)
+        for name in sorted({*expected, *stored}):
+            if expected.get(name) == stored.get(name):
+                continue
+            theirs = f"has shape {shortened(stored[name])}" if name in stored else "is missing"
+            ours = f"has shape {expected[name]}" if name in expected else "does not exist"
             raise CorruptCheckpointError(
-                f"{self.path / 'index.json'} does not fit the model: {shortened(first)}"
+                f"{self.path / 'index.json'} does not fit the model: {shortened(name)} {theirs} "
+                f"in the checkpoint, but {ours} in the model. If the code of the model or of a "
+                "gate has changed, use that of the checkpoint"
             )
 
     def _read_weight(self, name: str, start: int, length: int) -> torch.Tensor:

@@ -163,11 +163,17 @@ class Gate(nn.Module):
 
         Padding gets no assignment, and no loss, metric or state counts it.
         """
-        if inp.padding_T is None:
-            return self._with_simbal_loss(super().__call__(inp))
-        inp = inp.without_padding()
-        routing = self._with_simbal_loss(super().__call__(inp))
-        return routing.with_padding(inp.unpadded_R)
+        unpadded = inp.without_padding()
+        routing = super().__call__(unpadded)
+        if not isinstance(routing, Routing):
+            raise TypeError(
+                f"{type(self).__qualname__}.forward returned {type(routing).__name__}; allowed: "
+                "megatron.moe.Routing"
+            )
+        routing = self._with_simbal_loss(routing)
+        if unpadded is inp:
+            return routing
+        return routing.with_padding(unpadded.unpadded_R)
 
     def _with_simbal_loss(self, routing: Routing) -> Routing:
         """Add the loss of the router's weights, with the option simbal_coeff."""

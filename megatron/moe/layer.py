@@ -249,15 +249,18 @@ class MoELayer(nn.Module):
         pass, and in all with `check_routing`.
         """
         num_choices = self.gate.num_experts + len(self.gate.zero_computation_experts)
-        if self.check_routing or not self._routing_checked:
-            routing.check(
-                len(inp.x_TD),
-                num_choices,
-                finite=self.check_routing,
-                num_logits=inp.num_tokens,
-            )
-        else:
-            routing.check_layout()
+        try:
+            if self.check_routing or not self._routing_checked:
+                routing.check(
+                    len(inp.x_TD),
+                    num_choices,
+                    finite=self.check_routing,
+                    num_logits=inp.num_tokens,
+                )
+            else:
+                routing.check_layout()
+        except AssertionError as error:
+            raise AssertionError(f"{self._gate_name()}: {error}") from None
         self._routing_checked = True
 
     def _plan(

@@ -286,6 +286,11 @@ class Routing:
         Raises:
             AssertionError: as `check`.
         """
+        for name in ("token_A", "expert_A", "weight_A", "aux_loss"):
+            tensor = getattr(self, name)
+            assert isinstance(tensor, Tensor), (
+                f"{name} is of type {type(tensor).__name__}; allowed: a tensor"
+            )
         shape = self.token_A.shape
         assert len(shape) == 1, f"token_A must be one-dimensional, got shape {tuple(shape)}"
         dtypes = {"token_A": torch.int64, "expert_A": torch.int64, "weight_A": torch.float32}

@@ -148,12 +148,17 @@ def test_corrupt_checkpoints_are_remembered(three, tmp_path):
         (
             "index.json",
             lambda c: c["tensors"].pop("norm.weight"),
-            "does not fit the model: .*norm.weight",
+            r"does not fit the model: 'norm.weight' is missing in the checkpoint, but has shape ",
+        ),
+        (
+            "index.json",
+            lambda c: c["tensors"].update(other=c["tensors"]["norm.weight"]),
+            "'other' has shape .* in the checkpoint, but does not exist in the model. If ",
         ),
         (
             "index.json",
             lambda c: c["tensors"]["norm.weight"].update(shape=[4, 4]),
-            "does not fit the model: .*norm.weight",
+            r"the model: 'norm.weight' has shape \(4, 4\) in the checkpoint, but has shape \(16",
         ),
         (
             "index.json",

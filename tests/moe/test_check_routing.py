@@ -52,6 +52,25 @@ def test_layout_is_always_checked():
         layer(x)
 
 
+@pytest.mark.parametrize("returned", [None, (torch.zeros(1), torch.zeros(1))])
+def test_other_types_than_routing_are_refused(returned):
+    layer = make_layer("topk")
+    layer.gate.forward = lambda inp: returned
+    name = type(returned).__name__
+    with pytest.raises(TypeError, match=f"^TopKGate.forward returned {name}; allowed: "):
+        layer(make_input(11)[0])
+
+
+def test_error_names_the_gate():
+    """A model may have several gates."""
+    layer, changes = layer_with(lambda r: {"aux_loss": None})
+    changes.append(True)
+    with pytest.raises(
+        AssertionError, match="^gate topk: aux_loss is of type NoneType; allowed: a tensor$"
+    ):
+        layer(make_input(11)[0])
+
+
 def test_first_routing_may_have_nan():
     """Without the flag NaN is the training loop's matter, which skips the step."""
     layer, changes = layer_with(

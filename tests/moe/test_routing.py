@@ -40,6 +40,8 @@ def test_valid_routing_passes():
         ({"weight_A": torch.empty(2, device="meta")}, "weight_A is on meta"),
         ({"priority_A": torch.tensor([1.0])}, "priority_A"),
         ({"aux_loss": torch.zeros(1)}, "aux_loss"),
+        ({"aux_loss": 0.0}, "aux_loss is of type float; allowed: a tensor"),
+        ({"expert_A": [0, 1]}, "expert_A is of type list; allowed: a tensor"),
         ({"aux_loss": torch.tensor(0.0).bfloat16()}, "aux_loss"),
         ({"token_A": torch.tensor([0, 2])}, r"token_A spans \[0, 2\], allowed \[0, 2\)"),
         ({"expert_A": torch.tensor([0, 3])}, r"expert_A spans \[0, 3\], allowed \[0, 3\)"),
