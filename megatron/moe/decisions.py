@@ -42,6 +42,10 @@ _VALUES_AND_INDEX = {
 }
 """Operations that return (values, indices), where values = input.gather(dim, indices)"""
 
+_DECIDE = "a function passed to decide"
+"""Takes the place of the operation in entries of `decide`: a bound method or a lambda is
+another object in each pass"""
+
 _RELU = {aten.relu.default, aten.relu_.default}
 
 _WITHOUT_DERIVATIVE = {
@@ -94,7 +98,7 @@ class DecisionRecorder(TorchDispatchMode):
                 out = function(*args)
         finally:
             self._paused = False
-        self.entries.append((function, _copies(out)))
+        self.entries.append((_DECIDE, _copies(out)))
         return out
 
 
@@ -128,10 +132,10 @@ class DecisionRepeater(TorchDispatchMode):
 
     def decide(self, function: Callable, *args: Any) -> Any:
         """Return what `DecisionRecorder.decide` returned for this call."""
-        outputs = [_copy(output) for output in self._recorded(function)]
+        outputs = [_copy(output) for output in self._recorded(_DECIDE)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _recorded(self, func: Callable) -> tuple:
+    def _recorded(self, func: Any) -> tuple:
         """Return the outputs of the next decision, which this operation must take."""
         known = self._next < len(self._entries) and self._entries[self._next][0] is func
         assert known, self._changed(f"its decision {self._next} was not {func}")
@@ -219,6 +223,8 @@ def _copies(out: Any) -> tuple:
 
 
 def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copy(item) for name, item in value.items()}
     return value.clone() if isinstance(value, Tensor) else value
 
 

@@ -263,8 +263,9 @@ class Gate(nn.Module):
 
         Under activation recomputation the function is called in the first forward pass
         only. A gate needs this only for decisions that take many operations, such as
-        those of an iteration: each operation that decides something is otherwise recorded
-        by itself.
+        those of an iteration or the counts of a histogram: each operation that decides
+        something is otherwise recorded by itself. The outputs are tensors, or a dict of
+        them.
         """
         if self._decisions is not None:
             return self._decisions.decide(function, *args)

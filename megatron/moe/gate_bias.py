@@ -163,7 +163,8 @@ class BiasedGate(Gate):
         if not self.training:
             return {}
         unbiased_TE = self._unbiased_scores(logits_TE, score_TE)
-        return self.bias_rule.step_sums(self.config, self.expert_bias, unbiased_TE)
+        # One decision: recomputation would otherwise keep the bin of each score.
+        return self.decide(self.bias_rule.step_sums, self.config, self.expert_bias, unbiased_TE)
 
     def _unbiased_scores(self, logits_TE: Tensor, score_TE: Tensor) -> Tensor:
         if self.config.bias_on == "logit":

@@ -164,6 +164,29 @@ def check_fails(first, second, match):
         second()
 
 
+class Chooser:
+    def choose(self, x):
+        return {"index": x.argmax(-1), "count": (x > 0).sum()}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda: Chooser().choose, lambda: lambda x: Chooser().choose(x)],
+    ids=["method", "lambda"],
+)
+def test_method_or_lambda_is_decided_once(function):
+    """Each pass makes another object of it. Its outputs may have names."""
+    with DecisionRecorder() as recorder:
+        first = recorder.decide(function(), X)
+        expected = {name: value.clone() for name, value in first.items()}
+        first["index"].zero_()
+    assert len(recorder.entries) == 1
+    with DecisionRepeater(recorder.entries, "the function") as repeater:
+        again = repeater.decide(function(), X + NOISE)
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
 def test_other_operations_are_refused():
     """More, fewer and other decisions, and outputs that cannot be repeated."""
     check_fails(lambda: X.argsort(), lambda: X > 0, "its decision 0 was not aten.gt")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from helpers.moe_layers import D, make_input, make_layer
 from helpers.routings import step_totals
@@ -195,3 +196,24 @@ def test_ranks_solve_for_all_tokens(ranks2):
 def test_groups_are_refused():
     with pytest.raises(ValueError, match="--bias-rule is quantile with --n-group 2; quantile"):
         make_gate(n_group=2, topk_group=1)
+
+
+def test_recompute_keeps_no_scores():
+    """A recomputed layer counts once, and keeps the counts instead of the bin of each score."""
+    num_experts = 64
+    options = {"bias_rule": "quantile", "topk": K}
+    layer = make_layer("topk", num_experts=num_experts, options=options)
+    x, _ = make_input(4000)
+    contexts = layer.recompute_contexts()
+    out = checkpoint(layer, x, use_reentrant=False, context_fn=lambda: contexts)
+    counts = layer.step_sums["step/required_bias_counts"].clone()
+    assert counts.sum() == 4000 * num_experts
+    kept = 0
+    for _, outputs in contexts[0].cache["decisions"]:
+        tensors = [
+            v for out in outputs for v in (out.values() if isinstance(out, dict) else [out])
+        ]
+        kept += sum(tensor.numel() for tensor in tensors)
+    assert kept < 0.5 * 4000 * num_experts
+    out.y.sum().backward()
+    assert torch.equal(layer.step_sums["step/required_bias_counts"], counts)
