@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron.config.gate_layers import parse_gate_layers
+
 _DIFFERENCE_SECTIONS = (
     "progress",
     "run",
@@ -109,8 +111,9 @@ def _gate_lines(config: dict[str, Any]) -> list[str]:
     if not moe["num_experts"]:
         return []
     rows = {}
-    for gate, options in config["gate_options"].items():
-        rows[gate] = _name_value_list(options)
+    for gate in parse_gate_layers(moe["gate"]).gates:
+        # Runs of earlier versions store nothing for a gate without options.
+        rows[gate] = _name_value_list(config["gate_options"].get(gate, {}))
     title = "gate"
     if "@" in moe["gate"]:
         title = f"gates {moe['gate']}"

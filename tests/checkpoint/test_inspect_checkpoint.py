@@ -16,6 +16,7 @@ from helpers import engines, handmade
 from megatron.checkpoint import directory, inspect, shards
 from megatron.checkpoint.inspect_text import format_checkpoint
 from megatron.checkpoint.manifest import CorruptCheckpointError, read_manifest
+from megatron.config.schema import MoEConfig, RunConfig
 from megatron.io import sha256
 from megatron.model.builder import build_model
 from megatron.model.parameter_count import count_parameters
@@ -221,6 +222,15 @@ def test_printed_summary_of_untrained_dense_model(tmp_path):
     ]
     assert "none on record" in text and not [line for line in text if line.startswith("gate")]
     assert any(line.startswith("holds weights of 1 parameters, ") for line in text)
+
+
+def test_gate_without_stored_options_is_named(tmp_path):
+    """Up to version 2, a run with the gate hash stored none."""
+    config = RunConfig(moe=MoEConfig(num_experts=4, gate="hash"))
+    path = handmade.checkpoint(tmp_path, handmade.weights(norm__weight=(3,)), config=config)
+    text = [line.strip() for line in format_checkpoint(inspect.summarize_checkpoint(path))]
+    start = text.index("gate, for 4 experts")
+    assert text[start + 1 : start + 3] == ["hash", "expert type"]
 
 
 def test_json_output_is_the_summary(folder):
