@@ -40,7 +40,9 @@ def messages(caplog, monkeypatch):
     """Import installed gates as a new process does, and return the log lines."""
 
     def import_installed():
-        monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+        logger = logging.getLogger("megatron")
+        monkeypatch.setattr(logger, "propagate", True)
+        monkeypatch.setattr(logger, "handlers", [])  # other tests may have left caplog's
         REGISTRY._has_imported_installed = False
         caplog.clear()
         REGISTRY.import_installed()
