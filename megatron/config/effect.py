@@ -116,12 +116,12 @@ def reset_without_effect(config: RunConfig) -> RunConfig:
     """Return a configuration in which options without effect have their defaults.
 
     Runs whose configurations are then equal are the same, whatever else was set for them.
-    Gate options are not reset.
+    Gate options are not reset, but a gate of a dense model takes its options along.
     """
     while True:
         sections = {section: getattr(config, section) for section in SECTIONS}
         values = values_by_name(sections)
-        changed = {}
+        changed: dict[str, Any] = {}
         for section, cls in SECTIONS.items():
             useless = without_effect(flags_of(cls, section), values)
             if useless:
@@ -129,7 +129,11 @@ def reset_without_effect(config: RunConfig) -> RunConfig:
                 changed[section] = dataclasses.replace(sections[section], **defaults)
         if not changed:
             return config
-        config = dataclasses.replace(config, **changed)
+        gates = changed.get("moe", config.moe).gate_layers.gates
+        options = {
+            name: values for name, values in config.gate_options.items() if name in gates
+        }
+        config = dataclasses.replace(config, gate_options=options, **changed)
 
 
 def _state(flag: Flag, value: Any) -> str:

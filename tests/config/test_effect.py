@@ -433,6 +433,17 @@ def test_settings_of_old_checkpoints_stay_readable():
     assert reset_without_effect(chained) == expected
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_dense_run_may_have_stored_a_gate(version):
+    options = {"threshold": 0.5}
+    if version == 3:
+        options = {"threshold": options}
+    content = {"version": version, "moe": {"gate": "threshold"}, "gate_options": options}
+    stored = config_from_dict(content)
+    assert stored.gate_options == {"threshold": {"threshold": 0.5}}
+    assert reset_without_effect(stored) == RunConfig()
+
+
 def test_rows_of_metrics_may_be_lost_without_checkpoints():
     config = parse(["--metrics-file", "m.jsonl", "--on-save-error", "continue"])
     assert config.checkpoint.on_save_error == "continue"
