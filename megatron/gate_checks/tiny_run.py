@@ -122,6 +122,9 @@ def micro_batches(step: int, groups: Groups) -> list:
 class TinyRun:
     """An engine, its progress and its checkpoints; resumed if the configuration has `load`."""
 
+    identity = IDENTITY
+    """tokenizer that the checkpoints record"""
+
     def __init__(self, config: RunConfig):
         from megatron.checkpoint import loader
         from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
@@ -133,17 +136,18 @@ class TinyRun:
         os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
         self.groups = groups = distributed.init_distributed(config.moe.moe_expert_parallel_size)
         self.source = loader.find_checkpoint(config.checkpoint, groups)
-        model = build(config, groups)
+        model = self.build_model(config)
         topology = {
             "ranks": groups.world_size,
             "expert_parallel_size": groups.ep_size,
             "zero_stage": config.deepspeed.zero_stage,
             "precision": config.optimizer.precision,
         }
-        metadata = RunMetadata(config, IDENTITY, topology, GLOBAL_BATCH, 100)
+        metadata = RunMetadata(config, self.identity, topology, GLOBAL_BATCH, 100)
         if self.source:
             self.source.check(metadata)
             self.source.load_weights(model, groups)
+        self.change_model(model)
         self.engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
         self.progress = TrainingProgress()
         if self.source:
@@ -151,6 +155,13 @@ class TinyRun:
         self.checkpoints = Checkpointer(
             config.checkpoint, self.engine, metadata, groups, self.source
         )
+
+    def build_model(self, config: RunConfig) -> nn.Module:
+        """Build this rank's part of the model."""
+        return build(config, self.groups)
+
+    def change_model(self, model: nn.Module) -> None:
+        """Change a model that has its weights before the engine gets it; here nothing."""
 
     def steps(self, number: int, curve: Curve) -> None:
         """Train so many more steps, and add them to a curve."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from megatron.config.schema import (
@@ -21,6 +19,7 @@ from megatron.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from megatron.gate_checks.tiny_run import GLOBAL_BATCH, TinyRun
 from megatron.parallel.groups import Groups
 
 MODEL = ModelConfig(
@@ -34,7 +33,6 @@ MODEL = ModelConfig(
     make_vocab_size_divisible_by=1,
     vocab_size=61,
 )
-GLOBAL_BATCH = 4
 OPTIONS = {
     "remoe": {"lambda_init": 0.1},
     "deepseek_v3": {"bias_update_speed": 0.07},
@@ -116,12 +114,14 @@ def build(config: RunConfig, groups: Groups | None = None, seed: int = 7) -> nn.
     )
 
 
-class Run:
+class Run(TinyRun):
     """An engine, its progress and its checkpoints; resumed if --load is set in `config`.
 
     Parameters whose name matches the regular expression `frozen` are not trained. With
     `representable` all weights are rounded to bf16 first.
     """
+
+    identity = IDENTITY
 
     def __init__(
         self,
@@ -130,42 +130,20 @@ class Run:
         frozen: str = "(?!)",
         representable: bool = False,
     ):
-        from megatron.checkpoint import loader
-        from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
-        from megatron.checkpoint.saver import Checkpointer
-        from megatron.engine import distributed as parallel
-        from megatron.engine.engine import Engine
-
-        os.environ.update(
-            RANK=str(dist.get_rank()),
-            WORLD_SIZE=str(dist.get_world_size()),
-            LOCAL_RANK=str(dist.get_rank()),
-        )
         self.config = config
-        self.groups = groups = parallel.init_distributed(config.moe.moe_expert_parallel_size)
-        self.source = loader.find_checkpoint(config.checkpoint, groups)
-        model = build(config, groups, seed)
-        topology = {
-            "ranks": groups.world_size,
-            "expert_parallel_size": groups.ep_size,
-            "zero_stage": config.deepspeed.zero_stage,
-            "precision": config.optimizer.precision,
-        }
-        record = RunMetadata(config, IDENTITY, topology, GLOBAL_BATCH, 100)
-        if self.source:
-            self.source.check(record)
-            self.source.load_weights(model, groups)
-        freeze(model, frozen)
-        if representable:
+        self.seed = seed
+        self.frozen = frozen
+        self.representable = representable
+        super().__init__(config)
+
+    def build_model(self, config: RunConfig) -> nn.Module:
+        return build(config, self.groups, self.seed)
+
+    def change_model(self, model: nn.Module) -> None:
+        freeze(model, self.frozen)
+        if self.representable:
             for parameter in model.parameters():
                 parameter.data = parameter.data.bfloat16().float()
-        self.engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
-        self.progress = (
-            self.source.restore(self.engine, groups) if self.source else TrainingProgress()
-        )
-        self.checkpoints = Checkpointer(
-            config.checkpoint, self.engine, record, groups, self.source
-        )
 
     def steps(self, number: int) -> list[float]:
         """Mean losses over ranks of so many more steps."""
@@ -180,13 +158,6 @@ class Run:
             self.progress.iteration += 1
             self.checkpoints.poll()
         return losses
-
-    def save(self) -> None:
-        self.checkpoints.save(self.progress)
-        self.checkpoints.finish()
-
-    def close(self) -> None:
-        self.checkpoints.__exit__()
 
     def local_weights(self) -> dict[str, torch.Tensor]:
         """What the forward pass uses, of this rank (a share under ZeRO 3)."""
