@@ -239,10 +239,10 @@ class Gate(nn.Module):
         """Return the k of the common capacity, factor * k * T / E rows per expert.
 
         It is the number of experts per token that fit at factor 1.0 when the load is even:
-        by default the option `topk`, or 1 for a gate without one. A gate whose number of
-        experts per token follows from the tokens returns 1.
+        by default the option `topk`, or 1 for a gate without one or where it is 0 (no
+        limit). A gate whose number of experts per token follows from the tokens returns 1.
         """
-        return getattr(self.config, "topk", 1)
+        return getattr(self.config, "topk", 0) or 1
 
     @contextmanager
     def use_decisions(self, decisions: DecisionRecorder | DecisionRepeater) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from helpers.moe_layers import make_layer
 from megatron.moe.dispatch.plan import capacity_from_factor
 from megatron.moe.ffn import FFNContext
-from megatron.moe.gate import create_gate
+from megatron.moe.gate import Gate, GateContext, create_gate
 
 T = 64
 E = 64
@@ -86,11 +87,24 @@ def test_overloaded_expert_keeps_its_capacity(gate, options, rows):
         ("base", {}, 1),
         ("peer", {"peer_num_heads": 2, "peer_topk": 3}, 6),
         ("peer", {"peer_num_heads": 2, "peer_topk": 99}, 32),
+        ("longcat", {"topk": 3}, 2),
+        ("expert_threshold", {"topk": 3}, 3),
+        ("blockffn", {}, 1),
+        ("dynmoe", {}, 1),
+        ("topk", {"topk": 3, "num_null_experts": 1}, 3),
     ],
 )
 def test_gates_declare_their_k(gate, options, k):
     built = create_gate(gate, hidden_size=8, num_experts=16, **options)
     assert built.capacity_k() == k
+
+
+@pytest.mark.parametrize(("topk", "k"), [(0, 1), (None, 1), (3, 3)])
+def test_gate_without_limit_has_a_capacity(topk, k):
+    """A gate outside the tree may have topk 0 for no limit: its experts take factor * T / E
+    rows, not --moe-min-capacity."""
+    gate = Gate(SimpleNamespace(topk=topk), GateContext(8, 4))
+    assert gate.capacity_k() == k
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
