@@ -14,18 +14,21 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from megatron.config.schema import RunConfig
     from megatron.gate_checks.card import CheckResult
     from megatron.gate_checks.cases import GateCase
 
 
 NUM_EXPERTS = 4
+USED_FIELDS = ("num_experts", "gate_path")
+"""Fields of the run's configuration that the checks use, apart from the gate's options"""
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,44 @@ def parse_case(
     """Return the case of a gate and its flags.
 
     Raises:
-        ValueError: a flag is unknown, or the gate refuses its value.
+        ValueError: a flag is unknown or has no effect, or the gate refuses its value.
     """
     from megatron.config import cli
+    from megatron.config.fields import require
     from megatron.gate_checks.cases import GateCase
     from megatron.moe.gate import available_gates, gate_config_class
     from megatron.moe.gate_registry import import_gate_files
 
-    words = ["--gate", name, "--num-experts", str(NUM_EXPERTS), *flags]
-    config, options = cli.parse_with(
-        CheckOptions, words, gate_config_class, available_gates, import_gate_files
-    )
+    gates = (gate_config_class, available_gates, import_gate_files)
+    words = ["--gate", name, "--num-experts", str(NUM_EXPERTS)]
+    config, options = cli.parse_with(CheckOptions, [*words, *flags], *gates)
+    refuse_other_flags(cli.parse(words, *gates), config)
+    has_folder = Path(options.html).absolute().parent.is_dir()
+    require(has_folder, "--html", options.html, "a file in an existing folder")
     paths = tuple(dict.fromkeys([*paths, *config.moe.gate_path]))
     chosen = config.gate_options[config.moe.gate]
     return GateCase(name, chosen, config.moe.num_experts, paths), options
+
+
+def refuse_other_flags(default: RunConfig, config: RunConfig) -> None:
+    """Refuse flags of a training run, which would have no effect on the checks.
+
+    Args:
+        default: the configuration without flags.
+        config: that with the flags.
+    Raises:
+        ValueError: another field than those of `USED_FIELDS` differs.
+    """
+    from megatron.config.fields import flag_name, require
+    from megatron.config.schema import SECTIONS
+
+    for section in SECTIONS:
+        for field in fields(getattr(default, section)):
+            values = [getattr(getattr(c, section), field.name) for c in (default, config)]
+            has_effect = values[0] == values[1] or field.name in USED_FIELDS
+            allowed = "left out, because it has no effect on the checks"
+            advice = "The gate's own flags, --num-experts, --gate-path and --html have"
+            require(has_effect, flag_name(field.name), values[1], allowed, advice)
 
 
 def check(case: GateCase, title: str) -> list[CheckResult]:

@@ -344,15 +344,14 @@ def _own_frames(error: BaseException, folder: Path | None = None) -> str:
     """Return the lines of a gate's own code that an error passed, as ` (file:line in name)`.
 
     Args:
-        folder: the gate's; None: all but the importer is its own code, and that of
-            libraries is at the end, which is cut.
+        folder: the gate's, which may hold this program, too; None: all but the importer is
+            its own code, and that of libraries is at the end, which is cut.
     """
     frames = []
     for frame in traceback.extract_tb(error.__traceback__):
+        is_own = not frame.filename.startswith(_IMPORTERS)
         if folder is not None:
-            is_own = Path(frame.filename).is_relative_to(folder)
-        else:
-            is_own = not frame.filename.startswith(_IMPORTERS)
+            is_own = is_own and Path(frame.filename).is_relative_to(folder)
         if is_own:
             frames.append(f"{frame.filename}:{frame.lineno} in {frame.name}")
     if not frames:

@@ -189,6 +189,19 @@ def test_built_in_gates_pass(name, ranks2, tmp_path):
             "--topk is 9; allowed: 1 to the number of experts, which is 4",
         ),
         (["topk", "--margin", "1"], "--margin is no flag"),
+        (
+            ["topk", "--lr", "0.1"],
+            "--lr is 0.1; allowed: left out, because it has no effect on the checks",
+        ),
+        (["topk", "--gate", "hash"], "--gate is 'hash'; allowed: left out, because"),
+        (
+            ["topk", "--expert-type", "swiglu_clamped"],
+            "--expert-type is 'swiglu_clamped'; allowed: ",
+        ),
+        (
+            ["topk", "--html", "no_folder/card.html"],
+            "--html is 'no_folder/card.html'; allowed: ",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):

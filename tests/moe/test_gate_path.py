@@ -10,7 +10,7 @@ import pytest
 from helpers.outside_gates import restored_registry, write_gate
 from megatron.config import cli
 from megatron.config.run_json import read_run_json, write_run_json
-from megatron.moe import create_gate
+from megatron.moe import create_gate, gate_registry
 from megatron.moe.gate import available_gates, gate_class, gate_config_class
 from megatron.moe.gate_registry import gate_origin, import_gate_files
 
@@ -130,6 +130,16 @@ def test_failing_file_is_one_line(tmp_path, text, message):
         parse("--gate-path", path)
     error.match(message.format(path))
     assert "\n" not in str(error.value) and "importlib" not in str(error.value)
+
+
+def test_frames_of_the_importer_are_left_out(tmp_path):
+    """The gate's folder may hold this program, as when the file lies next to pretrain_gpt.py."""
+    path = tmp_path / "gate.py"
+    path.write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError) as error:
+        gate_registry._execute_file(path)
+    frames = gate_registry._own_frames(error.value, Path(path.anchor))
+    assert f"{path}:1 in <module>" in frames and "gate_registry.py" not in frames
 
 
 CLASS = "from dataclasses import dataclass\nfrom megatron.moe import Gate\n\n\n"
