@@ -43,7 +43,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         help="files with the model's gate, if it is neither built-in nor installed",
     )
-    parser.add_argument("--prompt", nargs="+", default=["def "], help="one or more prompts")
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        action="extend",
+        help="one or more prompts; may be repeated (default 'def ')",
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -77,7 +82,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "other prompts; 0: no token is dropped, whatever the training run used (default)",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.prompt = args.prompt or ["def "]  # a default would be extended, not replaced
+    return args
 
 
 def run(args: argparse.Namespace) -> None:

@@ -87,6 +87,14 @@ def test_capacity_factor_is_a_choice(finished, data, ranks1, tmp_path):
         ranks1.run(_generate, [*flags, factor, "2"])
 
 
+def test_prompt_may_be_repeated():
+    from tools.generate_text import parse
+
+    assert parse(["--load", "x"]).prompt == ["def "]
+    words = ["--load", "x", "--prompt", "a", "b", "--prompt", "c"]
+    assert parse(words).prompt == ["a", "b", "c"]
+
+
 def test_control_characters_are_escaped():
     """A model may generate them; letters of all scripts stay."""
     sys.path.insert(0, str(REPO))

@@ -47,7 +47,8 @@ from megatron.parallel.groups import all_reduce_sum
 def run():
     groups = distributed.init_distributed(1, timeout_minutes=1)
     total = int(all_reduce_sum(torch.tensor(groups.rank + 1), groups))
-    print("rank", groups.rank, groups.local_rank, groups.world_size, total, flush=True)
+    line = f"rank {groups.rank} {groups.local_rank} {groups.world_size} {total}\\n"
+    os.write(1, line.encode())  # in one piece: both ranks write to one pipe
 exit_process(exit_code(run))
 """
 
