@@ -55,6 +55,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=32,
         help="tokens to generate per prompt (default 32)",
     )
+    _add_sampling_flags(parser)
+    parser.add_argument(
+        "--moe-eval-capacity-factor",
+        type=float,
+        default=0.0,
+        help="capacity factor of the experts, under which the text for a prompt depends on the "
+        "other prompts; 0: no token is dropped, whatever the training run used (default)",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.prompt = args.prompt or ["def "]  # a default would be extended, not replaced
+    return args
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about how each token is chosen."""
     parser.add_argument(
         "--temperature",
         type=float,
@@ -74,17 +90,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="sample from this many most likely tokens; 0: all (default)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
-    parser.add_argument(
-        "--moe-eval-capacity-factor",
-        type=float,
-        default=0.0,
-        help="capacity factor of the experts, under which the text for a prompt depends on the "
-        "other prompts; 0: no token is dropped, whatever the training run used (default)",
-    )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.prompt = args.prompt or ["def "]  # a default would be extended, not replaced
-    return args
 
 
 def run(args: argparse.Namespace) -> None:
