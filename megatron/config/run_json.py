@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron.config.fields import require, shortened
+from megatron.config.fields import flag_name, require, shortened
 from megatron.config.flags import Flag, flags_of
-from megatron.config.format_version import migrate, with_version
+from megatron.config.format_version import FORMAT_VERSION, migrate, with_version
 from megatron.config.schema import RUN_JSON_LAYOUT, SECTIONS, RunConfig
 from megatron.config.values import parse_value
 from megatron.io.atomic_write import write_text
 from megatron.io.untrusted import parse_json
+from megatron.log import warn_on_rank0
 
 
 def write_run_json(config: RunConfig, path: str | Path) -> None:
@@ -93,7 +94,32 @@ def load_config_json(path: str | Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     require(isinstance(content, dict), str(path), content, "a JSON object")
-    return migrate("run.json", content, str(path))
+    migrated = migrate("run.json", content, str(path))
+    if "version" not in content and "config" not in content:
+        _warn_of_migration(content, migrated, path)
+    return migrated
+
+
+def _warn_of_migration(
+    content: dict[str, Any], migrated: dict[str, Any], path: str | Path
+) -> None:
+    """Log what a file without a version, which may be written by hand, is taken to mean."""
+    before = content.get("moe")
+    after = migrated.get("moe")
+    if not isinstance(before, dict) or before == after:
+        return
+    changed = [
+        f"{flag_name(name)} {value}"
+        for name, value in after.items()
+        if value != before.get(name)
+    ]
+    warn_on_rank0(
+        "%s has no version and is read as the run of an older one, with %s; if it was written "
+        'for this one, add "version": %d to it',
+        path,
+        ", ".join(changed),
+        FORMAT_VERSION,
+    )
 
 
 def parse_sections(content: Any, where: str) -> dict[str, dict[str, Any]]:

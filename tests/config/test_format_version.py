@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 from fractions import Fraction
 
@@ -17,7 +18,12 @@ from megatron.config.format_version import (
     migrate,
     with_version,
 )
-from megatron.config.run_json import config_from_dict, read_run_json, run_json_text
+from megatron.config.run_json import (
+    config_from_dict,
+    load_config_json,
+    read_run_json,
+    run_json_text,
+)
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.moe.dispatch.plan import capacity_from_factor
 
@@ -252,6 +258,24 @@ def test_options_of_old_runs_get_a_gate(version, moe):
     assert config.gate_options == {moe.get("gate", "topk"): {"topk": 3}}
     with pytest.raises(ValueError, match=r"^x: gate_options.'topk' is 3; allowed: a JSON obj"):
         config_from_dict({**run, "version": 3}, "x")
+
+
+def test_meaning_of_file_without_version_is_logged(tmp_path, caplog, monkeypatch):
+    """It may be written by hand for the present version; nothing is logged where it is equal."""
+    monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+    moe = {"num_experts": 4, "moe_train_capacity_factor": 3.0}
+    path = tmp_path / "hand.json"
+    path.write_text(json.dumps({"moe": moe}), encoding="utf-8")
+    migrated = load_config_json(path)["moe"]
+    assert migrated["moe_aux_loss_reduction"] == "mean"
+    assert migrated["moe_train_capacity_factor"] == 1.5
+    (message,) = set(caplog.messages)
+    assert "--moe-aux-loss-reduction mean, --moe-train-capacity-factor 1.5; if" in message
+    caplog.clear()
+    for content in ({"moe": moe, "version": FORMAT_VERSION}, {"model": {"num_layers": 2}}):
+        path.write_text(json.dumps(content), encoding="utf-8")
+        load_config_json(path)
+    assert caplog.messages == []
 
 
 def test_file_without_version_may_have_options_by_gate():

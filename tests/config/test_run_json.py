@@ -55,7 +55,8 @@ def test_run_json_selects_the_gate(tmp_path):
 
 def test_other_gate_drops_stored_options(tmp_path, caplog):
     moe = {"gate": "topk", "num_experts": 4}
-    path = run_json(tmp_path, {"moe": moe, "gate_options": {"topk": 5}})
+    content = {"version": 3, "moe": moe, "gate_options": {"topk": {"topk": 5}}}
+    path = run_json(tmp_path, content)
     config = parse("--config", path, "--gate", "threshold", "--threshold", "0.5")
     assert config.moe.gate == "threshold" and config.gate_options == {
         "threshold": {"threshold": 0.5, "topk": 0}
