@@ -299,7 +299,13 @@ def our_model(s: Shape, groups):
         activation="swiglu",
         untie_embeddings_and_output_weights=True,
     )
-    moe = MoEConfig(num_experts=s.experts, gate="topk", moe_ffn_hidden_size=s.width)
+    moe = MoEConfig(
+        num_experts=s.experts,
+        gate="topk",
+        moe_ffn_hidden_size=s.width,
+        # transformers averages over layers, too: it pools their tokens.
+        moe_aux_loss_reduction="mean",
+    )
     gpt = build_model(
         model,
         moe,

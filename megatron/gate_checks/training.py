@@ -37,8 +37,9 @@ def check_zero_update(case: GateCase, ranks: RankPool, zero_stage: int, folder: 
     config = run_config(case, ep_size=2, zero_stage=zero_stage, save=str(folder))
     for curve in ranks.run(train_in_rank, config, case.gate_paths, 3, timeout=_TIMEOUT):
         _require_close("the losses", curve.losses, expected_curve.losses, 1e-5, 1e-5)
+        # Gates with hard thresholds amplify the rounding of the steps before.
         _require_close(
-            "gradient norms", curve.grad_norms, expected_curve.grad_norms, 1e-5, 1e-4
+            "gradient norms", curve.grad_norms, expected_curve.grad_norms, 1e-5, 1e-3
         )
     got = saved_tensors(folder, 3)
     for name, want in expected.items():
