@@ -7,7 +7,7 @@ model learns within a few dozen steps.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,9 @@ MODEL = ModelConfig(
     vocab_size=VOCAB_SIZE,
 )
 # A large epsilon keeps Adam smooth: with a tiny one, a gradient of rounding size would
-# move a weight by the full learning rate.
+# move a weight by the full learning rate. Where weights are compared it is larger still, for
+# gates with steep functions (blockffn).
+SMOOTH_EPS = 1e-2
 OPTIMIZER = OptimizerConfig(lr=0.02, adam_eps=1e-3, clip_grad=0.5, weight_decay=0.1)
 IDENTITY = {
     "tokenizer_name": "none",
@@ -64,7 +66,12 @@ class Curve:
 
 
 def run_config(
-    case: GateCase, *, ep_size: int = 1, zero_stage: int = 1, **checkpoint: str
+    case: GateCase,
+    *,
+    ep_size: int = 1,
+    zero_stage: int = 1,
+    adam_eps: float = OPTIMIZER.adam_eps,
+    **checkpoint: str,
 ) -> RunConfig:
     """Return the configuration of a tiny run.
 
@@ -80,7 +87,7 @@ def run_config(
     return RunConfig(
         MODEL,
         moe,
-        optimizer=OPTIMIZER,
+        optimizer=replace(OPTIMIZER, adam_eps=adam_eps),
         deepspeed=DeepSpeedConfig(zero_stage=zero_stage),
         gate_options={case.name: case.options},
         train=TrainConfig(micro_batch_size=1, global_batch_size=GLOBAL_BATCH),
