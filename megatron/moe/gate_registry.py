@@ -24,13 +24,13 @@ from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from megatron.config.flags import flags_of
 from megatron.config.gate_layers import DENSE, GATE_NAME
 from megatron.config.gate_path import resolve_gate_paths
+from megatron.config.option_class import check_option_class
 from megatron.log import warn_on_rank0
 from megatron.moe import gates
 from megatron.moe.experts import types as types_of_experts
-from megatron.moe.experts.expert_registry import EXPERT_TYPES
+from megatron.moe.experts.expert_registry import EXPERT_TYPES, qualified_name
 
 ENTRY_POINT_GROUP = "moe_megatron.gates"
 _IMPORTERS = (str(Path(__file__)), str(Path(importlib.__file__).parent), "<frozen ")
@@ -96,14 +96,14 @@ class GateRegistry:
         """
         if name == DENSE or not GATE_NAME.fullmatch(name):
             raise ValueError(
-                f"gate name {name!r} of {_qualified_name(cls)}; allowed: letters, digits, _ and "
+                f"gate name {name!r} of {qualified_name(cls)}; allowed: letters, digits, _ and "
                 f"-, but not {DENSE!r}, which --gate uses for dense layers"
             )
         origin = dataclasses.replace(self._source, path=_source_file(cls))
         if cls.__module__.startswith(f"{gates.__name__}."):
             origin = dataclasses.replace(origin, kind="built-in")
         known = self.classes.get(name)
-        if known is not None and _qualified_name(known) != _qualified_name(cls):
+        if known is not None and qualified_name(known) != qualified_name(cls):
             raise _NameTakenError(name, self.origins[name], origin)
         self.classes[name] = cls
         self.origins[name] = dataclasses.replace(origin, sha256=_hash_of(cls, origin.kind))
@@ -239,13 +239,7 @@ class GateRegistry:
         """
         for name in names:
             cls = self.classes[name]
-            if not dataclasses.is_dataclass(cls.Config):
-                raise ValueError(
-                    f"the Config of gate {name!r} is no dataclass; write "
-                    "@dataclass(frozen=True) above it"
-                )
-            _check_annotations(name, cls.Config)
-            flags_of(cls.Config, "gate_options")
+            check_option_class(cls.Config, f"gate {name!r}", "gate_options")
             kind = "package" if package else self.origins[name].kind
             self.origins[name] = GateOrigin(
                 kind, self.origins[name].path, package, _hash_of(cls, kind)
@@ -283,31 +277,6 @@ def expert_type_origin(name: str) -> GateOrigin:
     if cls.__module__.startswith(_FILE_MODULES):
         return GateOrigin("file", _source_file(cls), "", _hash_of(cls, "file"))
     return GateOrigin("module", _source_file(cls), "", _hash_of(cls, "package"))
-
-
-def _check_annotations(name: str, config: type) -> None:
-    """Refuse attributes that look like options, but are no fields of the dataclass.
-
-    Raises:
-        ValueError: a number, a text or a list has no type, or a class that adds options has no
-            decorator. Names in capitals are constants.
-    """
-    for cls in config.__mro__:
-        where = f"the class {cls.__name__} of the Config of gate {name!r}"
-        types = inspect.get_annotations(cls)
-        options = [option for option in types if "ClassVar" not in str(types[option])]
-        if options and "__dataclass_fields__" not in vars(cls):
-            raise ValueError(
-                f"{where} adds {options[0]!r}, but is no dataclass; write "
-                "@dataclass(frozen=True) above it"
-            )
-        for option, value in vars(cls).items():
-            is_constant = option.startswith("_") or option.isupper() or option in types
-            if not is_constant and isinstance(value, (int, float, str, list, tuple)):
-                raise ValueError(
-                    f"{where} has {option!r} without a type, so that it is no option; write "
-                    f"{option}: {type(value).__name__} = {value!r}"
-                )
 
 
 def _entry_points() -> Iterable[EntryPoint]:
@@ -403,7 +372,3 @@ def _hash_of(cls: type, kind: str) -> str:
         return "".join(hashes.values())
     lines = [f"{path.name} {hashed}\n" for path, hashed in hashes.items()]
     return sha256("".join(lines).encode()).hexdigest()
-
-
-def _qualified_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

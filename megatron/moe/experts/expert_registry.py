@@ -12,7 +12,8 @@ import importlib
 import pkgutil
 from typing import Any
 
-from megatron.config.flags import flags_of
+from megatron.config.flags import EXPERT_OPTIONS
+from megatron.config.option_class import check_option_class
 from megatron.moe.experts import types
 
 
@@ -29,10 +30,10 @@ class ExpertRegistry:
             ValueError: another class has the name.
         """
         known = self.classes.get(name)
-        if known is not None and _qualified_name(known) != _qualified_name(cls):
+        if known is not None and qualified_name(known) != qualified_name(cls):
             raise ValueError(
-                f"two expert types have the name {name!r}: {_qualified_name(known)}, and "
-                f"{_qualified_name(cls)}; rename one"
+                f"two expert types have the name {name!r}: {qualified_name(known)}, and "
+                f"{qualified_name(cls)}; rename one"
             )
         self.classes[name] = cls
 
@@ -53,13 +54,7 @@ class ExpertRegistry:
                 f"--expert-type is {name!r}; allowed: {' '.join(sorted(self.classes))}. A type "
                 "outside the tree needs --gate-path FILE.py, or its package installed"
             )
-        config_class = self.classes[name].Config
-        if not dataclasses.is_dataclass(config_class):
-            raise ValueError(
-                f"the Config of expert type {name!r} is no dataclass; write "
-                "@dataclass(frozen=True) above it"
-            )
-        flags_of(config_class, "expert_options")
+        check_option_class(self.classes[name].Config, f"expert type {name!r}", EXPERT_OPTIONS)
         return self.classes[name]
 
     def make_config(self, name: str, options: dict[str, Any]) -> Any:
@@ -83,5 +78,6 @@ EXPERT_TYPES = ExpertRegistry()
 """The expert types of this process"""
 
 
-def _qualified_name(cls: type) -> str:
+def qualified_name(cls: type) -> str:
+    """Return the module and name of a class, which a later definition of it shares."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -226,6 +226,10 @@ def test_failing_file_registers_nothing(tmp_path, text, message):
             "the Config of expert type 'outside' is no dataclass; write @dataclass",
         ),
         (
+            OUTSIDE.replace(": float = 2.0", " = 2.0"),
+            "has 'slope' without a type, so that it is no option; write slope: float = 2.0",
+        ),
+        (
             OUTSIDE.replace("float = 2.0", "dict = None"),
             "Config.slope has the type .*a flag can",
         ),
