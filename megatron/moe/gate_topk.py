@@ -104,6 +104,8 @@ class TopKSelection:
     logits_TE: Tensor
     normalized_TE: Tensor
     """scores of all experts divided by their sum"""
+    token_A: Tensor
+    """token of each of the flattened choices"""
     expert_Tk: Tensor
     weight_Tk: Tensor
     highest_Tk: Tensor
@@ -177,9 +179,11 @@ class TopKBaseGate(BiasedGate):
         )
         if c.expert_scale:
             weight_Tk = weight_Tk * self.expert_scale_E.float()[expert_Tk]
+        token_T = torch.arange(len(expert_Tk), device=expert_Tk.device)
         return TopKSelection(
             logits_TE=logits_TE,
             normalized_TE=normalized_TE,
+            token_A=token_T.repeat_interleave(c.topk),
             expert_Tk=expert_Tk,
             weight_Tk=weight_Tk * c.routed_scaling_factor,
             highest_Tk=highest_Tk,
@@ -198,7 +202,7 @@ class TopKBaseGate(BiasedGate):
         return LoadBalancingLoss.of(
             inp,
             selection.normalized_TE,
-            token_of_choices(expert_Tk),
+            selection.token_A,
             expert_Tk.flatten(),
             coeff=c.loss_coeff,
             scope=c.balance_scope,
@@ -225,7 +229,7 @@ class TopKBaseGate(BiasedGate):
         if self.bias_rule is not None:
             means |= self.bias_metric_means(selection.expert_Tk, selection.highest_Tk)
         return Routing(
-            token_A=token_of_choices(selection.expert_Tk),
+            token_A=selection.token_A,
             token_major=True,
             expert_A=selection.expert_Tk.flatten(),
             weight_A=selection.weight_Tk.flatten(),
@@ -233,9 +237,3 @@ class TopKBaseGate(BiasedGate):
             metric_means=means,
             step_sums=selection.step_sums,
         )
-
-
-def token_of_choices(expert_Tk: Tensor) -> Tensor:
-    """Return the token of each of the flattened choices: int64 [T * k]."""
-    num_tokens, k = expert_Tk.shape
-    return torch.arange(num_tokens, device=expert_Tk.device).repeat_interleave(k)

@@ -13,26 +13,16 @@ from torch import nn
 from megatron.config.schema import (
     CheckpointConfig,
     DeepSpeedConfig,
-    ModelConfig,
     MoEConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
 )
+from megatron.gate_checks import tiny_run
 from megatron.gate_checks.tiny_run import GLOBAL_BATCH, TinyRun
 from megatron.parallel.groups import Groups
 
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=16,
-    num_attention_heads=2,
-    seq_length=8,
-    activation="swiglu",
-    ffn_hidden_size=24,
-    init_method_std=0.3,
-    make_vocab_size_divisible_by=1,
-    vocab_size=61,
-)
+MODEL = replace(tiny_run.MODEL, seq_length=8)
 OPTIONS = {
     "remoe": {"lambda_init": 0.1},
     "deepseek_v3": {"bias_update_speed": 0.07},

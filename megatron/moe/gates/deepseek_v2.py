@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron.moe.gate_options import require_field, setting
-from megatron.moe.gate_topk import TopKBaseGate, TopKConfig, TopKSelection, token_of_choices
+from megatron.moe.gate_topk import TopKBaseGate, TopKConfig, TopKSelection
 from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
 
 _GROUPS = setting("n_group", above=1)
@@ -97,7 +97,7 @@ class DeepSeekV2Gate(TopKBaseGate, name="deepseek_v2"):
             return [expert_loss]
         group_size = self.num_experts // c.n_group
         probs_TG = selection.normalized_TE.unflatten(-1, (c.n_group, group_size)).sum(-1)
-        token_A = token_of_choices(selection.expert_Tk)
+        token_A = selection.token_A
         group_A = selection.expert_Tk.flatten() // group_size
         device_loss = LoadBalancingLoss.of(
             inp, probs_TG, token_A, group_A, coeff=c.device_loss_coeff, scope=scope
