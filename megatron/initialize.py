@@ -176,6 +176,8 @@ def _build_model(run: Run) -> GPT:
         seed=config.train.seed,
         groups=run.groups,
         expert_options=config.expert_options,
+        attention=config.attention,
+        rotary=config.rotary,
         recompute=config.train.recompute_activations,
     )
 

@@ -54,6 +54,8 @@ def run() -> None:
             seed=config.train.seed,
             groups=Groups(),
             expert_options=config.expert_options,
+            attention=config.attention,
+            rotary=config.rotary,
         )
     print(size_table(model))
 

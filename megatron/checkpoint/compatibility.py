@@ -40,6 +40,9 @@ _MODEL_FIELDS = (
     "untie_embeddings_and_output_weights",
 )
 
+_ATTENTION_FIELDS = ("add_qkv_bias", "attention_output_bias")
+_ROTARY_FIELDS = ("rotary_percent",)
+
 SCHEDULE_FIELDS = (
     "lr",
     "min_lr",
@@ -119,7 +122,9 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
     config = reset_without_effect(run.config)
     model = config.model
     moe = config.moe
-    description = {flag_name(name): getattr(model, name) for name in _MODEL_FIELDS}
+    description = _values_by_flag(model, _MODEL_FIELDS)
+    description |= _values_by_flag(config.attention, _ATTENTION_FIELDS)
+    description |= _values_by_flag(config.rotary, _ROTARY_FIELDS)
     vocab_size = model.vocab_size or run.identity["tokenizer_vocab_size"]
     description |= {
         "--num-query-groups": model.query_groups,
@@ -147,6 +152,10 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
     if len(moe_layers) < model.num_layers:
         description["--ffn-hidden-size"] = model.ffn_size
     return description
+
+
+def _values_by_flag(section: Any, names: Sequence[str]) -> dict[str, Any]:
+    return {flag_name(name): getattr(section, name) for name in names}
 
 
 def check_same_schedule(saved: RunMetadata, current: RunMetadata, where: str) -> None:

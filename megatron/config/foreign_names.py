@@ -69,7 +69,7 @@ NOT_NEEDED = {
     "--deepspeed-activation-checkpointing": NotNeeded(
         "--recompute-activations does not depend on DeepSpeed"
     ),
-    "--disable-bias-linear": NotNeeded("linear layers have no biases"),
+    "--disable-bias-linear": NotNeeded("linear layers have no biases unless set"),
     "--dist-ckpt-format": NotNeeded(_FORMAT, ANY),
     "--distributed-backend": NotNeeded("the device decides: NCCL or gloo", ("nccl", "gloo")),
     "--ds-sequence-parallel-size": NotNeeded("there is no sequence parallelism", ("1",)),
@@ -129,7 +129,6 @@ _DEEPSPEED_FILE = "set it in the file of --deepspeed-config"
 _RECOMPUTE = "use --recompute-activations, which recomputes every block"
 
 NOT_SUPPORTED = {
-    "--add-qkv-bias": "linear layers have no biases",
     "--apply-layernorm-1p": "choose --normalization RMSNorm or LayerNorm",
     "--apply-residual-connection-post-layernorm": "blocks are pre-norm",
     "--checkpoint-num-layers": _RECOMPUTE,
@@ -172,7 +171,6 @@ NOT_SUPPORTED = {
     "--recompute-granularity": _RECOMPUTE,
     "--recompute-method": _RECOMPUTE,
     "--recompute-num-layers": _RECOMPUTE,
-    "--rotary-percent": "rotary positions apply to the full head",
     "--rotary-seq-len-interpolation-factor": "leave it out",
     "--squared-relu": "choose an --activation",
     "--start-weight-decay": "use --weight-decay, which is constant",

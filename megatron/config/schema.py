@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.config.attention import AttentionConfig
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig
@@ -20,6 +21,7 @@ from megatron.config.model import ACTIVATIONS, ModelConfig
 from megatron.config.moe import MOE_BACKENDS, MoEConfig
 from megatron.config.monitoring import LoggingConfig, ProfilingConfig
 from megatron.config.optimizer import DECAY_STYLES, OptimizerConfig
+from megatron.config.rotary import RotaryConfig
 from megatron.config.tokenizer import TOKENIZERS, TokenizerConfig
 from megatron.config.training import TrainConfig
 
@@ -30,6 +32,7 @@ __all__ = [
     "RUN_JSON_LAYOUT",
     "SECTIONS",
     "TOKENIZERS",
+    "AttentionConfig",
     "CheckpointConfig",
     "DataConfig",
     "DeepSpeedConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "MoEConfig",
     "OptimizerConfig",
     "ProfilingConfig",
+    "RotaryConfig",
     "RunConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -46,6 +50,8 @@ __all__ = [
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
+    "attention": AttentionConfig,
+    "rotary": RotaryConfig,
     "moe": MoEConfig,
     "tokenizer": TokenizerConfig,
     "data": DataConfig,
@@ -61,7 +67,7 @@ SECTIONS: dict[str, type] = {
 # The sections of run.json, and the config sections whose fields each of them holds, in this
 # order. Checkpoints contain run.json, so this layout outlives a rearrangement of SECTIONS.
 RUN_JSON_LAYOUT: dict[str, tuple[str, ...]] = {
-    "model": ("model",),
+    "model": ("model", "attention", "rotary"),
     "moe": ("moe",),
     "tokenizer": ("tokenizer",),
     "data": ("data",),
@@ -87,6 +93,8 @@ class RunConfig:
     fault_tolerance: FaultToleranceConfig = FaultToleranceConfig()
     logging: LoggingConfig = LoggingConfig()
     profiling: ProfilingConfig = ProfilingConfig()
+    attention: AttentionConfig = AttentionConfig()
+    rotary: RotaryConfig = RotaryConfig()
     gate_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """fields of each gate's Config by the name of the gate"""
     expert_options: dict[str, Any] = field(default_factory=dict)
@@ -130,6 +138,7 @@ class RunConfig:
             f"{moe.moe_first_k_dense} of which are dense",
             "Lower it or --moe-first-k-dense.",
         )
+        self.rotary.check_heads(self.model)
         self._check_mock_data()
 
     def _check_mock_data(self) -> None:

@@ -106,6 +106,8 @@ def build(config: RunConfig, groups: Groups) -> nn.Module:
         vocab_size=VOCAB_SIZE,
         seed=7,
         groups=groups,
+        attention=config.attention,
+        rotary=config.rotary,
     )
 
 

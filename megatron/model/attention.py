@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
-from megatron.model.document_attention import DocumentLayout, attend, document_attention
-from megatron.model.rotary import Rotation
+from megatron.model.attention_context import AttentionContext
+from megatron.model.document_attention import attend, document_attention
 
 
 class Attention(nn.Module):
@@ -19,47 +20,52 @@ class Attention(nn.Module):
     Grouped-query attention: Ainslie et al. 2023.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, options: AttentionConfig | None = None):
         super().__init__()
+        options = options or AttentionConfig()
         self.num_heads = config.num_attention_heads
         self.num_groups = config.query_groups
         self.head_size = config.head_size
         self.dropout = config.attention_dropout
         q_size = self.num_heads * self.head_size
         kv_size = self.num_groups * self.head_size
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        bias = options.add_qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, options.attention_output_bias)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotation: Rotation | None = None,
-        documents: DocumentLayout | None = None,
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: AttentionContext | None = None) -> Tensor:
         """Attend to earlier tokens.
 
         Args:
             x_BSD: normalised hidden states.
-            rotation: rotation of queries and keys; None without rotary positions.
-            documents: documents of the samples, to which attention is limited; None: plain
-                causal attention.
+            context: positions, documents and cached keys; None: plain causal attention
+                without rotary positions.
         Returns:
             [B, S, D].
         """
+        context = context or AttentionContext()
         q_BHSK = self._split_heads(self.q_proj(x_BSD), self.num_heads)
         k_BGSK = self._split_heads(self.k_proj(x_BSD), self.num_groups)
         v_BGSK = self._split_heads(self.v_proj(x_BSD), self.num_groups)
-        if rotation is not None:
-            q_BHSK = rotation.apply(q_BHSK)
-            k_BGSK = rotation.apply(k_BGSK)
-        dropout = self.dropout if self.training else 0.0
-        if documents is None:
-            y_BHSK = attend(q_BHSK, k_BGSK, v_BGSK, dropout)
-        else:
-            y_BHSK = document_attention(q_BHSK, k_BGSK, v_BGSK, documents, dropout)
+        if context.rotation is not None:
+            q_BHSK = context.rotation.apply(q_BHSK)
+            k_BGSK = context.rotation.apply(k_BGSK)
+        y_BHSK = self._attend(q_BHSK, k_BGSK, v_BGSK, context)
         return self.o_proj(y_BHSK.transpose(1, 2).flatten(2))
+
+    def _attend(
+        self, q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionContext
+    ) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if context.documents is not None:
+            return document_attention(q_BHSK, k_BGSK, v_BGSK, context.documents, dropout)
+        mask_B1SL = None
+        if context.cache is not None:
+            k_BGSK, v_BGSK = context.cache.update(k_BGSK, v_BGSK)
+            mask_B1SL = context.visible.mask(k_BGSK.shape[2])
+        return attend(q_BHSK, k_BGSK, v_BGSK, dropout, mask_B1SL)
 
     def _split_heads(self, x: Tensor, heads: int) -> Tensor:
         """Reshape [B, S, heads * K] -> [B, heads, S, K]."""

@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
 from megatron.model.attention import Attention
-from megatron.model.document_attention import DocumentLayout
+from megatron.model.attention_context import AttentionContext
 from megatron.model.norm import build_norm
-from megatron.model.rotary import Rotation
 from megatron.moe.ffn import FFNContext, FFNOutput
 
 
@@ -25,35 +25,36 @@ class Block(nn.Module):
     Args:
         config: shape of the model.
         ffn: dense or MoE layer, `(x_BSD, FFNContext) -> FFNOutput`.
+        attention: options of the attention layer; None: the defaults.
     """
 
-    def __init__(self, config: ModelConfig, ffn: nn.Module):
+    def __init__(
+        self, config: ModelConfig, ffn: nn.Module, attention: AttentionConfig | None = None
+    ):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.input_layernorm = build_norm(config)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, attention)
         self.post_attention_layernorm = build_norm(config)
         self.mlp = ffn
 
     def forward(
         self,
         h_BSD: Tensor,
-        rotation: Rotation | None = None,
-        documents: DocumentLayout | None = None,
+        attention: AttentionContext | None = None,
         context: FFNContext | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the block.
 
         Args:
             h_BSD: residual stream.
-            rotation: rotary positions; see `Attention.forward`.
-            documents: documents of the samples; see `Attention.forward`.
+            attention: passed to the attention layer.
             context: passed to the feed-forward layer.
         Returns:
             The new residual stream [B, S, D], and the feed-forward layer's auxiliary loss and
             carry. They are plain tensors in a tuple so that a pipeline stage can send them.
         """
-        attended_BSD = self.self_attn(self.input_layernorm(h_BSD), rotation, documents)
+        attended_BSD = self.self_attn(self.input_layernorm(h_BSD), attention)
         h_BSD = h_BSD + F.dropout(attended_BSD, self.dropout, self.training)
         normed_BSD = self.post_attention_layernorm(h_BSD)
         out: FFNOutput = self.mlp(normed_BSD, context or FFNContext())

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
+from megatron.config.rotary import RotaryConfig
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 from megatron.model.parameter_count import count_parameters, parameter_table
@@ -34,6 +36,8 @@ def build_model(
     groups: Groups,
     expert_options: dict[str, Any] | None = None,
     recompute: bool = False,
+    attention: AttentionConfig | None = None,
+    rotary: RotaryConfig | None = None,
 ) -> GPT:
     """Build a rank's model with its initial weights.
 
@@ -50,6 +54,8 @@ def build_model(
         groups: ranks over which experts are sharded.
         expert_options: fields of the expert type's Config.
         recompute: activation recomputation.
+        attention: options of the attention layers; None: the defaults.
+        rotary: options of rotary positions; None: the defaults.
     Raises:
         ValueError: a gate is unknown or refuses its options.
     """
@@ -59,16 +65,8 @@ def build_model(
         name = gates[layer]
         if name is None:
             return MLP(model.hidden_size, model.ffn_size, model.act)
-        gate = create_gate(
-            name,
-            hidden_size=model.hidden_size,
-            num_experts=moe.num_experts,
-            vocab_size=vocab_size,
-            seed=seed,
-            init_std=model.init_method_std,
-            **_position(gates, layer),
-            **gate_options.get(name, {}),
-        )
+        options = {**_position(gates, layer), **gate_options.get(name, {})}
+        gate = _create_gate(name, model, moe, vocab_size=vocab_size, seed=seed, options=options)
         return make_moe_layer(
             gate, model, moe, expert_options, layer=layer, seed=seed, groups=groups
         )
@@ -79,10 +77,32 @@ def build_model(
         make_ffn=make_ffn,
         recompute=recompute,
         aux_loss_reduction=moe.moe_aux_loss_reduction,
+        attention=attention,
+        rotary=rotary,
     )
     if not next(gpt.parameters()).is_meta:
         gpt.init_weights(seed)
     return gpt
+
+
+def _create_gate(
+    name: str,
+    model: ModelConfig,
+    moe: MoEConfig,
+    *,
+    vocab_size: int,
+    seed: int,
+    options: dict[str, Any],
+) -> Gate:
+    return create_gate(
+        name,
+        hidden_size=model.hidden_size,
+        num_experts=moe.num_experts,
+        vocab_size=vocab_size,
+        seed=seed,
+        init_std=model.init_method_std,
+        **options,
+    )
 
 
 def _gate_of_each_layer(

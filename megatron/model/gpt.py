@@ -17,15 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron.config.attention import AttentionConfig
 from megatron.config.fields import require
 from megatron.config.model import ModelConfig
+from megatron.config.rotary import RotaryConfig
+from megatron.model.attention_context import AttentionCache, AttentionContext, VisibleKeys
 from megatron.model.block import Block
 from megatron.model.cross_entropy import linear_cross_entropy
 from megatron.model.document_attention import DocumentLayout
 from megatron.model.norm import build_norm
-from megatron.model.rotary import Rotary, Rotation
+from megatron.model.rotary import build_rotary
 from megatron.moe.ffn import FFNContext, TokenLayout
 from megatron.moe.losses import reduce_over_layers
+
+_INITIALLY_ZERO = ("bias",)
+"""Names of parameters that start at zero"""
 
 
 class GPTOutput(NamedTuple):
@@ -152,6 +158,8 @@ class GPT(nn.Module):
         recompute: activation recomputation: in training, store only the inputs of blocks and
             run their forward pass again during the backward pass.
         aux_loss_reduction: "sum" or "mean" of the auxiliary losses over MoE layers.
+        attention: options of the attention layers; None: the defaults.
+        rotary: options of rotary positions; None: the defaults.
     """
 
     def __init__(
@@ -162,6 +170,8 @@ class GPT(nn.Module):
         make_ffn: Callable[[int], nn.Module],
         recompute: bool = False,
         aux_loss_reduction: str = "sum",
+        attention: AttentionConfig | None = None,
+        rotary: RotaryConfig | None = None,
     ):
         super().__init__()
         self.config = model
@@ -174,8 +184,10 @@ class GPT(nn.Module):
         if model.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(model.max_positions, model.hidden_size)
         else:
-            self.rotary = Rotary(model.head_size, model.max_positions, model.rotary_base)
-        self.layers = nn.ModuleList(Block(model, make_ffn(i)) for i in range(model.num_layers))
+            self.rotary = build_rotary(model, rotary or RotaryConfig())
+        self.layers = nn.ModuleList()
+        for i in range(model.num_layers):
+            self.layers.append(Block(model, make_ffn(i), attention))
         self.norm = build_norm(model)
         if model.untie_embeddings_and_output_weights:
             self.lm_head = OutputLayer(model.hidden_size, vocab_size, bias=False)
@@ -190,6 +202,7 @@ class GPT(nn.Module):
         padding_BS: Tensor | None = None,
         progress: float = 0.0,
         independent_sequences: bool = False,
+        cache: AttentionCache | None = None,
     ) -> GPTOutput:
         """Predict the token after each position.
 
@@ -197,7 +210,8 @@ class GPT(nn.Module):
             tokens_BS: token ids, int64.
             labels_BS: the tokens to predict; None: return logits and no loss.
             loss_mask_BS: weight of each token in the loss; None: 1 for all tokens.
-            position_ids_BS: positions, int64; None: 0 .. S - 1.
+            position_ids_BS: positions, int64; None: 0 .. S - 1, or with a cache the slots of
+                the tokens in it.
             segments_BS: number of each token's document, which limits attention to it:
                 neighbours with equal numbers are in one document; None: each sequence is one.
                 Balance losses of scope sequence count per document.
@@ -206,11 +220,18 @@ class GPT(nn.Module):
                 has a segment of its own. None: no padding.
             progress: completed fraction of the training, for gates that change over time.
             independent_sequences: see `FFNContext`.
+            cache: attention states of earlier tokens, to which those of these tokens are
+                added. It knows of padding anywhere in a row. None: no earlier tokens.
         Raises:
             ValueError: the sequence is longer than the model has positions, or the padding has
                 another shape than the tokens.
         """
-        self._check_length(tokens_BS.shape[1])
+        assert cache is None or segments_BS is None, "cached attention knows no documents"
+        length = tokens_BS.shape[1]
+        if cache is not None and position_ids_BS is None:
+            position_ids_BS = cache.slot_BS
+            length = int(position_ids_BS.max()) + 1
+        self._check_length(length)
         _check_padding(padding_BS, tokens_BS)
         h_BSD = self._embed(tokens_BS, position_ids_BS)
         documents = None
@@ -222,11 +243,18 @@ class GPT(nn.Module):
             layout=_token_layout(padding_BS, documents),
             independent_sequences=independent_sequences,
         )
-        h_BSD, aux_loss = self._run_blocks(h_BSD, position_ids_BS, documents, context)
+        attention = self._attention_context(tokens_BS.shape[1], position_ids_BS, documents)
+        h_BSD, aux_loss = self._run_blocks(h_BSD, attention, context, cache)
         h_BSD = self.norm(h_BSD)
         if labels_BS is None:
             return GPTOutput(None, None, aux_loss, self._output(h_BSD))
-        mask_N = target_mask(labels_BS, loss_mask_BS, padding_BS).flatten()
+        mask_BS = target_mask(labels_BS, loss_mask_BS, padding_BS)
+        return self._loss_output(h_BSD, labels_BS, mask_BS, aux_loss)
+
+    def _loss_output(
+        self, h_BSD: Tensor, labels_BS: Tensor, mask_BS: Tensor, aux_loss: Tensor
+    ) -> GPTOutput:
+        mask_N = mask_BS.flatten()
         loss_sum = self._output(
             h_BSD.flatten(0, 1), labels_N=labels_BS.flatten(), mask_N=mask_N
         )
@@ -251,26 +279,35 @@ class GPT(nn.Module):
             h_BSD = h_BSD + self.embed_positions(position_ids_BS)
         return F.dropout(h_BSD, self.config.hidden_dropout, self.training)
 
+    def _attention_context(
+        self, length: int, position_ids_BS: Tensor | None, documents: DocumentLayout | None
+    ) -> AttentionContext:
+        """Return what all attention layers get, without caches."""
+        if self.rotary is None:
+            return AttentionContext(documents=documents)
+        return AttentionContext(self.rotary(length, position_ids_BS), documents)
+
     def _run_blocks(
         self,
         h_BSD: Tensor,
-        position_ids_BS: Tensor | None,
-        documents: DocumentLayout | None,
+        attention: AttentionContext,
         context: FFNContext,
+        cache: AttentionCache | None,
     ) -> tuple[Tensor, Tensor]:
         """Run all blocks.
 
         Returns:
             The residual stream, and the reduced auxiliary loss of the MoE layers.
         """
-        rotation: Rotation | None = None
-        if self.rotary is not None:
-            rotation = self.rotary(h_BSD.shape[1], position_ids_BS)
+        if cache is not None:
+            attention = replace(attention, visible=VisibleKeys(cache.slot_BS, cache.is_key_BL))
         carries: dict[Hashable, Tensor | None] = {}
         aux_losses: list[Tensor] = []
-        for block in self.layers:
+        for i, block in enumerate(self.layers):
             context = replace(context, carry=carries.get(block.carry_key))
-            h_BSD, aux_loss, carry = self._run_block(block, h_BSD, rotation, documents, context)
+            if cache is not None:
+                attention = replace(attention, cache=cache.layer(i))
+            h_BSD, aux_loss, carry = self._run_block(block, h_BSD, attention, context)
             if aux_loss is not None:  # an MoE layer
                 aux_losses.append(aux_loss)
                 carries[block.carry_key] = carry
@@ -296,7 +333,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw the initial weights from N(0, init_method_std).
+        """Draw the initial weights from N(0, init_method_std); biases are 0.
 
         The standard deviation of output projections is divided by sqrt(2 x layers). Each
         parameter has its own generator, seeded by (seed, its name), so that a weight depends
@@ -311,6 +348,9 @@ class GPT(nn.Module):
                 continue
             is_output = name.endswith(("o_proj", "down_proj", "fc2_latent_proj"))
             for key, parameter in module.named_parameters(recurse=False):
+                if key in _INITIALLY_ZERO:
+                    parameter.zero_()
+                    continue
                 parameter_seed = zlib.crc32(f"{seed}.{name}.{key}".encode())
                 generator = torch.Generator().manual_seed(parameter_seed)
                 values = torch.empty(parameter.shape)

@@ -1,6 +1,7 @@
 """Rotary position embeddings (Su et al. 2021), in the rotate-half layout of Hugging Face's Llama.
 
-Shape suffixes: B batch, S sequence, H heads, K head dimension, P number of positions.
+Shape suffixes: B batch, S sequence, H heads, K head dimension, R rotated dimensions of a head,
+P number of positions.
 """
 
 from __future__ import annotations
@@ -11,60 +12,72 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron.config.model import ModelConfig
+from megatron.config.rotary import RotaryConfig
+
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every token's angles, fp32 [B or 1, 1, S, K]; heads are broadcast."""
+    """Cosine and sine of every token's angles, fp32 [B or 1, 1, S, R]; heads are broadcast."""
 
     cos: Tensor
     sin: Tensor
 
     def apply(self, x_BHSK: Tensor) -> Tensor:
-        """Rotate queries or keys [B, H, S, K].
+        """Rotate the first R dimensions of queries or keys [B, H, S, K].
 
         Computes in fp32 (in fp64 for fp64 inputs) and returns the dtype of the input.
         """
-        first, second = x_BHSK.chunk(2, -1)
+        rotated_size = self.cos.shape[-1]
+        if rotated_size == x_BHSK.shape[-1]:
+            return self._rotate(x_BHSK)
+        x_BHSR = x_BHSK[..., :rotated_size]
+        return torch.cat((self._rotate(x_BHSR), x_BHSK[..., rotated_size:]), -1)
+
+    def _rotate(self, x_BHSR: Tensor) -> Tensor:
+        first, second = x_BHSR.chunk(2, -1)
         turned = torch.cat((-second, first), -1)
-        return (x_BHSK * self.cos + turned * self.sin).to(x_BHSK.dtype)
+        return (x_BHSR * self.cos + turned * self.sin).to(x_BHSR.dtype)
 
 
 class Rotary(nn.Module):
-    """Table of rotations. The angle of pair i at position p is p * base^(-2i / K).
+    """Table of rotations. The angle of pair i at position p is p * base^(-2i / R).
 
     Args:
-        head_size: K, even.
+        rotated_size: R, even.
         max_positions: P.
         base: base of the frequencies.
     """
 
-    cos_PK: Tensor
-    sin_PK: Tensor
+    cos_PR: Tensor
+    sin_PR: Tensor
 
-    def __init__(self, head_size: int, max_positions: int, base: float = 10000.0):
+    def __init__(self, rotated_size: int, max_positions: int, base: float = 10000.0):
         super().__init__()
-        self.head_size = head_size
+        self.rotated_size = rotated_size
         self.max_positions = max_positions
         self.base = base
         self._build()
 
     def _build(self, device: torch.device | None = None) -> None:
-        table_PK = torch.empty(self.max_positions, self.head_size, device=device)
-        if table_PK.is_meta:
+        table_PR = torch.empty(self.max_positions, self.rotated_size, device=device)
+        if table_PR.is_meta:
             # Shapes only: arithmetic on `meta` imports torch's compiler (2 s).
-            self.register_buffer("cos_PK", table_PK, persistent=False)
-            self.register_buffer("sin_PK", table_PK, persistent=False)
+            self.register_buffer("cos_PR", table_PR, persistent=False)
+            self.register_buffer("sin_PR", table_PR, persistent=False)
             return
-        exponent_k = torch.arange(0, self.head_size, 2, device=device).float() / self.head_size
+        exponent_r = (
+            torch.arange(0, self.rotated_size, 2, device=device).float() / self.rotated_size
+        )
         position_P = torch.arange(self.max_positions, device=device).float()
-        angle_PK = torch.outer(position_P, self.base**-exponent_k).repeat(1, 2)
-        self.register_buffer("cos_PK", angle_PK.cos(), persistent=False)
-        self.register_buffer("sin_PK", angle_PK.sin(), persistent=False)
+        angle_PR = torch.outer(position_P, self.base**-exponent_r).repeat(1, 2)
+        self.register_buffer("cos_PR", angle_PR.cos(), persistent=False)
+        self.register_buffer("sin_PR", angle_PR.sin(), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Rotary:
         # .bfloat16() would round the table and .to_empty() would leave it uninitialised: let
         # torch move the buffers, then compute them again on the new device.
         super()._apply(fn, recurse)
-        self._build(self.cos_PK.device)
+        self._build(self.cos_PR.device)
         return self
 
     def forward(self, length: int, position_ids_BS: Tensor | None = None) -> Rotation:
@@ -75,7 +88,13 @@ class Rotary(nn.Module):
             position_ids_BS: int64, below P; None: 0 .. S - 1.
         """
         if position_ids_BS is None:
-            return Rotation(self.cos_PK[None, None, :length], self.sin_PK[None, None, :length])
-        cos_B1SK = self.cos_PK[position_ids_BS].unsqueeze(1)
-        sin_B1SK = self.sin_PK[position_ids_BS].unsqueeze(1)
-        return Rotation(cos_B1SK, sin_B1SK)
+            return Rotation(self.cos_PR[None, None, :length], self.sin_PR[None, None, :length])
+        cos_B1SR = self.cos_PR[position_ids_BS].unsqueeze(1)
+        sin_B1SR = self.sin_PR[position_ids_BS].unsqueeze(1)
+        return Rotation(cos_B1SR, sin_B1SR)
+
+
+def build_rotary(model: ModelConfig, options: RotaryConfig) -> Rotary:
+    """Build the table of rotations of a model's queries and keys."""
+    rotated_size = options.rotated_size(model.head_size)
+    return Rotary(rotated_size, model.max_positions, model.rotary_base)

@@ -26,6 +26,8 @@ ALWAYS_EFFECTIVE = {
     "seq_length max_position_embeddings position_embedding_type normalization norm_epsilon "
     "activation swiglu untie_embeddings_and_output_weights init_method_std attention_dropout "
     "hidden_dropout make_vocab_size_divisible_by vocab_size",
+    "attention": "add_qkv_bias attention_output_bias",
+    "rotary": "",
     "moe": "num_experts",
     "tokenizer": "tokenizer_type",
     "data": "data_path data_args_path per_split_data_args_path train_data_path mock_data "

@@ -219,7 +219,10 @@ RUN_JSON = """\
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "make_vocab_size_divisible_by": 128,
-    "vocab_size": 0
+    "vocab_size": 0,
+    "add_qkv_bias": false,
+    "attention_output_bias": false,
+    "rotary_percent": 1.0
   },
   "moe": {
     "num_experts": 8,

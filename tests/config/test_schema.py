@@ -15,6 +15,7 @@ from megatron.config.schema import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    RotaryConfig,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -82,6 +83,7 @@ REFUSED = [
         "--attention-dropout is 1.0; allowed: 0 <= p < 1",
     ),
     (ModelConfig, {"hidden_dropout": -0.1}, "--hidden-dropout is -0.1; allowed: 0 <= p < 1"),
+    (RotaryConfig, {"rotary_percent": 1.5}, "--rotary-percent is 1.5; allowed: 0 < share <= 1"),
     *[
         (MoEConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
         for name in (
@@ -488,3 +490,16 @@ def test_experts_without_moe_layer_are_refused():
         RunConfig(
             model=ModelConfig(num_layers=2), moe=MoEConfig(num_experts=4, moe_layers=(0, 2))
         )
+
+
+@pytest.mark.parametrize("kv_channels", [2, 8])
+def test_odd_number_of_rotated_dimensions_refused(kv_channels):
+    message = (
+        f"--rotary-percent is 0.4; allowed: a share of the head's {kv_channels} dimensions that "
+        "is an even number of them"
+    )
+    model = ModelConfig(kv_channels=kv_channels)
+    with pytest.raises(ValueError, match=message):
+        RunConfig(model=model, rotary=RotaryConfig(rotary_percent=0.4))
+    learned = dataclasses.replace(model, position_embedding_type="learned")
+    assert RunConfig(model=learned, rotary=RotaryConfig(rotary_percent=0.4))

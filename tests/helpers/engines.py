@@ -101,6 +101,8 @@ def build(config: RunConfig, groups: Groups | None = None, seed: int = 7) -> nn.
         seed=seed,
         groups=groups or Groups(),
         expert_options=config.expert_options,
+        attention=config.attention,
+        rotary=config.rotary,
     )
 
 

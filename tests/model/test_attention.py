@@ -7,6 +7,7 @@ import torch
 
 from megatron.config.schema import ModelConfig
 from megatron.model.attention import Attention
+from megatron.model.attention_context import AttentionContext
 from megatron.model.document_attention import DocumentLayout
 from megatron.model.rotary import Rotary
 
@@ -64,7 +65,8 @@ def test_attention_equals_a_loop(groups, rope, packed, document_path):
     rotation = Rotary(6, 7)(7) if rope else None
     weight = torch.randn(2, 7, 12, dtype=torch.float64)
 
-    y = attention(x, rotation, None if segments is None else DocumentLayout(segments))
+    documents = None if segments is None else DocumentLayout(segments)
+    y = attention(x, AttentionContext(rotation, documents))
     (y * weight).sum().backward()
     p = {name: q.detach().clone().requires_grad_() for name, q in attention.named_parameters()}
     x_again = x.detach().clone().requires_grad_()
@@ -82,7 +84,8 @@ def test_one_document_is_plain_causal_attention(document_path):
     attention = Attention(ModelConfig(hidden_size=16, num_attention_heads=2, seq_length=9))
     x = torch.randn(2, 9, 16)
     torch.testing.assert_close(
-        attention(x), attention(x, None, DocumentLayout(torch.full((2, 9), 4)))
+        attention(x),
+        attention(x, AttentionContext(documents=DocumentLayout(torch.full((2, 9), 4)))),
     )
 
 

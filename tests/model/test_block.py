@@ -42,7 +42,7 @@ def test_ffn_context_and_carry_pass_through():
     ffn = Recorder()
     block = Block(CONFIG, ffn)
     context = FFNContext(torch.zeros(2, 5, dtype=torch.int64), torch.ones(1), 0.25)
-    y, aux, carry = block(torch.randn(2, 5, 8), None, None, context)
+    y, aux, carry = block(torch.randn(2, 5, 8), None, context)
     assert ffn.context is context
     assert aux == 7 and torch.equal(carry, torch.ones(3)) and y.shape == (2, 5, 8)
     block(torch.randn(2, 5, 8))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron.config.schema import ModelConfig, MoEConfig
+from megatron.config.schema import AttentionConfig, ModelConfig, MoEConfig
 from megatron.model.builder import build_model
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
@@ -392,12 +392,17 @@ def test_initial_weights_have_configured_std():
         ffn_hidden_size=0,
         untie_embeddings_and_output_weights=True,
     )
-    model = make(config, std=0.02)
+    attention = AttentionConfig(add_qkv_bias=True, attention_output_bias=True)
+    model = make(config, std=0.02, attention=attention)
+    assert sum("proj.bias" in name for name, _ in model.named_parameters()) == 4 * 8
     for name, p in model.named_parameters():
         if "norm" in name:
             assert torch.equal(
                 p, torch.ones_like(p) if name.endswith("weight") else torch.zeros_like(p)
             ), name
+            continue
+        if name.endswith("bias"):
+            assert not p.any(), name
             continue
         std = 0.02 / math.sqrt(16) if "o_proj" in name or "down_proj" in name else 0.02
         assert abs(p.std() / std - 1) < 0.12 and p.mean().abs() < 0.2 * std, name

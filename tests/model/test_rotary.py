@@ -5,7 +5,8 @@ import cmath
 import pytest
 import torch
 
-from megatron.model.rotary import Rotary
+from megatron.config.schema import ModelConfig, RotaryConfig
+from megatron.model.rotary import Rotary, build_rotary
 
 
 def turned(x_K: torch.Tensor, position: int, base: float) -> torch.Tensor:
@@ -54,15 +55,15 @@ def test_table_stays_fp32_after_casts():
     expected = Rotary(8, 32, 1000.0)
     for cast in (lambda r: r.bfloat16(), lambda r: r.half(), lambda r: r.double()):
         rotary = cast(Rotary(8, 32, 1000.0))
-        assert rotary.cos_PK.dtype == rotary.sin_PK.dtype == torch.float32
-        assert torch.equal(rotary.cos_PK, expected.cos_PK) and torch.equal(
-            rotary.sin_PK, expected.sin_PK
+        assert rotary.cos_PR.dtype == rotary.sin_PR.dtype == torch.float32
+        assert torch.equal(rotary.cos_PR, expected.cos_PR) and torch.equal(
+            rotary.sin_PR, expected.sin_PR
         )
     with torch.device("meta"):
         rotary = Rotary(8, 32, 1000.0)
-    assert rotary.cos_PK.is_meta
+    assert rotary.cos_PR.is_meta
     rotary.to_empty(device="cpu")
-    assert torch.equal(rotary.cos_PK, expected.cos_PK)
+    assert torch.equal(rotary.cos_PR, expected.cos_PR)
     assert not rotary.state_dict(), "the table should not be saved"
 
 
@@ -71,3 +72,11 @@ def test_bf16_is_rotated_in_fp32():
     x = torch.randn(1, 2, 9, 8).bfloat16()
     rotation = Rotary(8, 9)(9)
     assert torch.equal(rotation.apply(x), rotation.apply(x.float()).bfloat16())
+
+
+def test_share_of_a_head_is_rotated():
+    x = torch.randn(1, 2, 9, 8)
+    config = ModelConfig(kv_channels=8, seq_length=9, rotary_base=100.0)
+    y = build_rotary(config, RotaryConfig(rotary_percent=0.5))(9).apply(x)
+    assert torch.equal(y[..., 4:], x[..., 4:])
+    assert torch.equal(y[..., :4], Rotary(4, 9, 100.0)(9).apply(x[..., :4]))
