@@ -5,16 +5,19 @@ Shape suffixes: B batch, S sequence, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
 from megatron.model.attention import Attention
-from megatron.model.attention_context import AttentionContext
+from megatron.model.attention_context import AttentionCache, AttentionContext, VisibleKeys
 from megatron.model.norm import build_norm
 from megatron.moe.ffn import FFNContext, FFNOutput
 
@@ -73,3 +76,58 @@ class Block(nn.Module):
         if hasattr(self.mlp, "recompute_contexts"):
             return self.mlp.recompute_contexts()
         return nullcontext(), nullcontext()
+
+
+def run_blocks(
+    blocks: Iterable[Block],
+    h_BSD: Tensor,
+    attention: AttentionContext,
+    context: FFNContext,
+    cache: AttentionCache | None = None,
+    *,
+    recompute: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the blocks of a model one after the other.
+
+    Args:
+        h_BSD: residual stream.
+        attention: what all attention layers get, without a cache.
+        context: what all feed-forward layers get, without a carry.
+        cache: attention states of earlier tokens; None: there are none.
+        recompute: store only the inputs of blocks, and run their forward pass again during
+            the backward pass.
+    Returns:
+        The residual stream, and the auxiliary loss of each MoE layer.
+    """
+    if cache is not None:
+        attention = replace(attention, visible=VisibleKeys(cache.slot_BS, cache.is_key_BL))
+    carries: dict[Hashable, Tensor | None] = {}
+    aux_losses: list[Tensor] = []
+    for i, block in enumerate(blocks):
+        context = replace(context, carry=carries.get(block.carry_key))
+        if cache is not None:
+            attention = replace(attention, cache=cache.layer(i))
+        h_BSD, aux_loss, carry = _run_block(block, h_BSD, attention, context, recompute)
+        if aux_loss is not None:  # an MoE layer
+            aux_losses.append(aux_loss)
+            carries[block.carry_key] = carry
+    return h_BSD, aux_losses
+
+
+def _run_block(
+    block: Block,
+    h_BSD: Tensor,
+    attention: AttentionContext,
+    context: FFNContext,
+    recompute: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if not recompute or not torch.is_grad_enabled():
+        return block(h_BSD, attention, context)
+    return checkpoint(
+        block,
+        h_BSD,
+        attention,
+        context,
+        use_reentrant=False,
+        context_fn=block.recompute_contexts,
+    )

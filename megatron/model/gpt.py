@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron.config.attention import AttentionConfig
 from megatron.config.fields import require
 from megatron.config.model import ModelConfig
 from megatron.config.rotary import RotaryConfig
-from megatron.model.attention_context import AttentionCache, AttentionContext, VisibleKeys
-from megatron.model.block import Block
+from megatron.model.attention_context import AttentionCache, AttentionContext
+from megatron.model.block import Block, run_blocks
 from megatron.model.cross_entropy import linear_cross_entropy
 from megatron.model.document_attention import DocumentLayout
 from megatron.model.norm import build_norm
@@ -96,7 +94,7 @@ def _check_padding(padding_BS: Tensor | None, tokens_BS: Tensor) -> None:
     )
 
 
-def _token_layout(padding_BS: Tensor | None, documents: DocumentLayout | None) -> TokenLayout:
+def token_layout(padding_BS: Tensor | None, documents: DocumentLayout | None) -> TokenLayout:
     """Return what MoE layers need to know of padding and documents."""
     if documents is None:
         return TokenLayout(padding_BS)
@@ -240,7 +238,7 @@ class GPT(nn.Module):
         context = FFNContext(
             tokens_BS,
             progress=progress,
-            layout=_token_layout(padding_BS, documents),
+            layout=token_layout(padding_BS, documents),
             independent_sequences=independent_sequences,
         )
         attention = self._attention_context(tokens_BS.shape[1], position_ids_BS, documents)
@@ -299,30 +297,13 @@ class GPT(nn.Module):
         Returns:
             The residual stream, and the reduced auxiliary loss of the MoE layers.
         """
-        if cache is not None:
-            attention = replace(attention, visible=VisibleKeys(cache.slot_BS, cache.is_key_BL))
-        carries: dict[Hashable, Tensor | None] = {}
-        aux_losses: list[Tensor] = []
-        for i, block in enumerate(self.layers):
-            context = replace(context, carry=carries.get(block.carry_key))
-            if cache is not None:
-                attention = replace(attention, cache=cache.layer(i))
-            h_BSD, aux_loss, carry = self._run_block(block, h_BSD, attention, context)
-            if aux_loss is not None:  # an MoE layer
-                aux_losses.append(aux_loss)
-                carries[block.carry_key] = carry
+        recompute = self.recompute and self.training
+        h_BSD, aux_losses = run_blocks(
+            self.layers, h_BSD, attention, context, cache, recompute=recompute
+        )
         if not aux_losses:
             return h_BSD, h_BSD.new_zeros((), dtype=torch.float32)
         return h_BSD, reduce_over_layers(torch.stack(aux_losses), self.aux_loss_reduction)
-
-    def _run_block(
-        self, block: Block, *args: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(
-                block, *args, use_reentrant=False, context_fn=block.recompute_contexts
-            )
-        return block(*args)
 
     @property
     def _output(self) -> Callable[..., Tensor]:
