@@ -48,6 +48,7 @@ LAYERS = {
     "megatron.engine": 7,
     "megatron.inference": 7,
     "megatron.checkpoint": 8,
+    "megatron.interop": 9,
     "megatron.training": 9,
     "megatron.exit_codes": 9,
     "megatron.gate_checks": 10,

@@ -31,7 +31,7 @@ def grouped_linear(
     Args:
         x_ND: rows sorted by expert. With the backends grouped_mm and triton there may
             be more rows than `expert_offsets_E` covers; results for them are undefined.
-        weight_EHD: contiguous stacked weights.
+        weight_EHD: stacked weights, each matrix contiguous.
         expert_offsets_E: int64, end of each expert's rows.
         backend: one of the backends above, or auto.
     Raises:

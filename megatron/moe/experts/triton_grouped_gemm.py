@@ -294,7 +294,7 @@ def triton_grouped_gemm(
     Args:
         x_MD: bf16, fp16 or fp32, in any strides; without `gather_S`, the S rows
             themselves.
-        weight_EHD: contiguous, in the dtype of x.
+        weight_EHD: each matrix contiguous, in the dtype of x.
         gather_S: int64, the row of x for each of the S rows.
     Returns:
         [S, H] in the dtype of x; contiguous.

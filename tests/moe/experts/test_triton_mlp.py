@@ -66,6 +66,21 @@ def test_mlp_matches_loop(activation, dtype):
     assert_mlp(routed(*CHOICES, 9, 5), activation, 24, 20, dtype)
 
 
+def test_halves_of_fused_weights_equal_copies():
+    """Slices of one stack, as models of transformers have them, need no copy."""
+    rows = routed(*CHOICES, 9, 5)
+    inputs = mlp_inputs(rows, "swiglu", 24, 20, torch.float32)
+    expected = run(inputs, rows, "swiglu")
+    fused = torch.cat([inputs["w1"], inputs["w3"]], dim=1).detach().requires_grad_()
+    w1, w3 = fused.chunk(2, dim=1)
+    actual = run({**inputs, "w1": w1, "w3": w3}, rows, "swiglu")
+    assert not w1.is_contiguous() and torch.equal(actual, expected)
+    grad = randn(*expected.shape, dtype=torch.float32, seed=9)
+    grads = torch.autograd.grad(expected, (inputs["w1"], inputs["w3"]), grad)
+    (fused_grad,) = torch.autograd.grad(actual, (fused,), grad)
+    assert torch.equal(fused_grad, torch.cat(grads, dim=1))
+
+
 EXTREME_ROWS = {
     "all rows on one expert": ([0, 0, 1, 2, 2, 2], [1] * 6, 3, 3, None),
     "token without experts, token with an expert twice": (
