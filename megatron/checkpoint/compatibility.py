@@ -41,7 +41,6 @@ _MODEL_FIELDS = (
 )
 
 _ATTENTION_FIELDS = ("add_qkv_bias", "attention_output_bias")
-_ROTARY_FIELDS = ("rotary_percent",)
 
 SCHEDULE_FIELDS = (
     "lr",
@@ -105,6 +104,7 @@ def check_same_run(saved: RunMetadata, current: RunMetadata, where: str) -> None
         _require_same(saved_model.get(what), value, what, where)
     for gate in current.config.moe.gate_layers.gates:
         _require_same_gate_shapes(gate, saved.config, current.config, where)
+    _check_rope_scaling(saved.config, current.config, where)
     if current.config.model.position_embedding_type == "learned":
         _require_same(
             saved.config.model.max_positions,
@@ -124,7 +124,7 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
     moe = config.moe
     description = _values_by_flag(model, _MODEL_FIELDS)
     description |= _values_by_flag(config.attention, _ATTENTION_FIELDS)
-    description |= _values_by_flag(config.rotary, _ROTARY_FIELDS)
+    description |= _values_by_flag(config.rotary, ("rotary_percent",))
     vocab_size = model.vocab_size or run.identity["tokenizer_vocab_size"]
     description |= {
         "--num-query-groups": model.query_groups,
@@ -156,6 +156,41 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
 
 def _values_by_flag(section: Any, names: Sequence[str]) -> dict[str, Any]:
     return {flag_name(name): getattr(section, name) for name in names}
+
+
+def _check_rope_scaling(saved: RunConfig, current: RunConfig, where: str) -> None:
+    """Check that rotary frequencies are scaled as in the checkpoint, unless with --finetune.
+
+    Weights fit any scaling, and a new run may extend the context.
+
+    Raises:
+        ValueError: They are scaled in another way. The message names the first difference.
+    """
+    old = _rope_scaling(saved)
+    changes = []
+    for flag, value in _rope_scaling(current).items():
+        if not current.checkpoint.finetune:
+            _require_same(old[flag], value, flag, where)
+        if value != old[flag]:
+            changes.append(f"{flag} {value} instead of {old[flag]}")
+    if changes:
+        warn_on_rank0(
+            "rotary frequencies are scaled in another way than in the checkpoint: %s",
+            ", ".join(changes),
+        )
+
+
+def _rope_scaling(config: RunConfig) -> dict[str, Any]:
+    """Return the options that scale rotary frequencies by flag; original positions resolved."""
+    config = reset_without_effect(config)
+    rotary = config.rotary
+    if rotary.rope_scaling in ("llama3", "yarn") and not rotary.rope_original_max_positions:
+        rotary = dataclasses.replace(
+            rotary, rope_original_max_positions=config.model.max_positions
+        )
+    names = [field.name for field in dataclasses.fields(rotary)]
+    names.remove("rotary_percent")
+    return _values_by_flag(rotary, names)
 
 
 def check_same_schedule(saved: RunMetadata, current: RunMetadata, where: str) -> None:

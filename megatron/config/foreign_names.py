@@ -27,9 +27,13 @@ ALIASES = {
     "--moe-router-num-groups": "--n-group",
     "--moe-router-topk": "--topk",
     "--moe-router-topk-scaling-factor": "--routed-scaling-factor",
+    "--mscale": "--yarn-mscale",
+    "--mscale-all-dim": "--yarn-mscale-all-dim",
     "--num-key-value-heads": "--num-query-groups",
     "--override-lr-scheduler": "--override-lr-schedule",
     "--override-opt-param-scheduler": "--override-lr-schedule",
+    "--rotary-scaling-factor": "--rope-scaling-factor",
+    "--use-rope-scaling": "--rope-scaling=llama3",
     "--use-rotary-position-embeddings": "--position-embedding-type=rope",
 }
 """Other names of our flags; a value after `=` belongs to the name"""
@@ -171,14 +175,13 @@ NOT_SUPPORTED = {
     "--recompute-granularity": _RECOMPUTE,
     "--recompute-method": _RECOMPUTE,
     "--recompute-num-layers": _RECOMPUTE,
-    "--rotary-seq-len-interpolation-factor": "leave it out",
+    "--rotary-seq-len-interpolation-factor": "use --rope-scaling linear and --rope-scaling-factor",
     "--squared-relu": "choose an --activation",
     "--start-weight-decay": "use --weight-decay, which is constant",
     "--train-weighted-split-paths": "use --train-data-path with weights",
     "--use-checkpoint-opt-param-scheduler": (
         "set the checkpoint's schedule, which a resumed run must have"
     ),
-    "--use-rope-scaling": "leave it out",
     "--vocab-extra-ids": "use --vocab-size",
     "--wandb-entity": "set the variable WANDB_ENTITY",
     "--wandb-save-dir": "set the variable WANDB_DIR",

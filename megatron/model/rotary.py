@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al. 2021), in the rotate-half layout of Hugging Face's Llama.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, R rotated dimensions of a head,
-P number of positions.
+F rotated pairs, P number of positions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
 from megatron.config.rotary import RotaryConfig
+from megatron.model.rotary_scaling import FrequencyScaling, build_scaling
 
 
 class Rotation(NamedTuple):
@@ -46,16 +47,24 @@ class Rotary(nn.Module):
         rotated_size: R, even.
         max_positions: P.
         base: base of the frequencies.
+        scaling: change of the frequencies; None: they stay.
     """
 
     cos_PR: Tensor
     sin_PR: Tensor
 
-    def __init__(self, rotated_size: int, max_positions: int, base: float = 10000.0):
+    def __init__(
+        self,
+        rotated_size: int,
+        max_positions: int,
+        base: float = 10000.0,
+        scaling: FrequencyScaling | None = None,
+    ):
         super().__init__()
         self.rotated_size = rotated_size
         self.max_positions = max_positions
         self.base = base
+        self.scaling = scaling
         self._build()
 
     def _build(self, device: torch.device | None = None) -> None:
@@ -65,13 +74,19 @@ class Rotary(nn.Module):
             self.register_buffer("cos_PR", table_PR, persistent=False)
             self.register_buffer("sin_PR", table_PR, persistent=False)
             return
-        exponent_r = (
-            torch.arange(0, self.rotated_size, 2, device=device).float() / self.rotated_size
-        )
         position_P = torch.arange(self.max_positions, device=device).float()
-        angle_PR = torch.outer(position_P, self.base**-exponent_r).repeat(1, 2)
-        self.register_buffer("cos_PR", angle_PR.cos(), persistent=False)
-        self.register_buffer("sin_PR", angle_PR.sin(), persistent=False)
+        angle_PR = torch.outer(position_P, self._frequencies(device)).repeat(1, 2)
+        amplitude = 1.0 if self.scaling is None else self.scaling.amplitude
+        self.register_buffer("cos_PR", angle_PR.cos() * amplitude, persistent=False)
+        self.register_buffer("sin_PR", angle_PR.sin() * amplitude, persistent=False)
+
+    def _frequencies(self, device: torch.device | None) -> Tensor:
+        """Return the angle per position of each pair of dimensions, fp32."""
+        exponent_F = torch.arange(0, self.rotated_size, 2, device=device).float()
+        frequency_F = 1 / self.base ** (exponent_F / self.rotated_size)
+        if self.scaling is None:
+            return frequency_F
+        return self.scaling.scale(frequency_F, self.base)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Rotary:
         # .bfloat16() would round the table and .to_empty() would leave it uninitialised: let
@@ -97,4 +112,5 @@ class Rotary(nn.Module):
 def build_rotary(model: ModelConfig, options: RotaryConfig) -> Rotary:
     """Build the table of rotations of a model's queries and keys."""
     rotated_size = options.rotated_size(model.head_size)
-    return Rotary(rotated_size, model.max_positions, model.rotary_base)
+    scaling = build_scaling(options, model.max_positions)
+    return Rotary(rotated_size, model.max_positions, model.rotary_base, scaling)

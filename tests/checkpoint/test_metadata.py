@@ -19,11 +19,13 @@ from megatron.checkpoint.compatibility import (
 )
 from megatron.checkpoint.metadata import RunMetadata, describe_data
 from megatron.config.schema import (
+    AttentionConfig,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    RotaryConfig,
     RunConfig,
     TrainConfig,
 )
@@ -79,8 +81,36 @@ MODEL_CHANGES = {
     "moe_ffn_hidden_size": 64,
     "moe_shared_experts": 1,
     "moe_first_k_dense": 2,
+    "add_qkv_bias": True,
+    "attention_output_bias": True,
+    "rotary_percent": 0.5,
+    "rope_scaling": "linear",
+    "rope_scaling_factor": 2.0,
+    "rope_original_max_positions": 128,
+    "rope_low_freq_factor": 2.0,
+    "rope_high_freq_factor": 8.0,
+    "yarn_beta_fast": 16.0,
+    "yarn_beta_slow": 2.0,
+    "yarn_truncate": False,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 1.0,
+    "yarn_attention_factor": 1.5,
 }
 """Another value of each field that changes the model"""
+
+NEEDED = {
+    "rope_scaling_factor": {"rope_scaling": "linear"},
+    "rope_original_max_positions": {"rope_scaling": "llama3"},
+    "rope_low_freq_factor": {"rope_scaling": "llama3"},
+    "rope_high_freq_factor": {"rope_scaling": "llama3"},
+    "yarn_beta_fast": {"rope_scaling": "yarn"},
+    "yarn_beta_slow": {"rope_scaling": "yarn"},
+    "yarn_truncate": {"rope_scaling": "yarn"},
+    "yarn_mscale": {"rope_scaling": "yarn", "yarn_mscale_all_dim": 2.0},
+    "yarn_mscale_all_dim": {"rope_scaling": "yarn"},
+    "yarn_attention_factor": {"rope_scaling": "yarn"},
+}
+"""Settings without which a field has no effect"""
 
 NAMES_IN_MESSAGES = {
     "swiglu": "--activation",
@@ -112,19 +142,24 @@ FREE_CHANGES = {
 """Another value of each field that a run may change; the first two not with learned positions"""
 
 
-def with_change(name: str = "", value: object = None) -> RunMetadata:
-    """Return the metadata of a run with another value of one field of its model."""
-    model = ModelConfig(ffn_hidden_size=256)
-    moe = MoEConfig(num_experts=4)
-    if hasattr(model, name):
-        model = replace(model, **{name: value})
-    if hasattr(moe, name):
-        moe = replace(moe, **{name: value})
-    return RunMetadata(RunConfig(model=model, moe=moe), IDENTITY)
+def with_change(name: str = "", value: object = None, **others: object) -> RunMetadata:
+    """Return the metadata of a run with other values of one field of its model, or several."""
+    sections = {
+        "model": ModelConfig(ffn_hidden_size=256),
+        "moe": MoEConfig(num_experts=4),
+        "attention": AttentionConfig(),
+        "rotary": RotaryConfig(),
+    }
+    changes = {**others, name: value}
+    for key, section in sections.items():
+        own = {field: new for field, new in changes.items() if hasattr(section, field)}
+        sections[key] = replace(section, **own)
+    return RunMetadata(RunConfig(**sections), IDENTITY)
 
 
 def test_every_model_field_is_compared_or_free():
-    names = [field.name for section in (ModelConfig, MoEConfig) for field in fields(section)]
+    sections = (ModelConfig, MoEConfig, AttentionConfig, RotaryConfig)
+    names = [field.name for section in sections for field in fields(section)]
     assert sorted(names) == sorted([*MODEL_CHANGES, *FREE_CHANGES])
 
 
@@ -133,13 +168,38 @@ def test_changed_model_is_refused(name, value):
     flag = "--" + name.replace("_", "-")
     what = NAMES_IN_MESSAGES.get(name, flag)
     with pytest.raises(ValueError, match=f"^{what} is .* but checkpoint x was made with"):
-        check_same_run(with_change(), with_change(name, value), "x")
+        needed = NEEDED.get(name, {})
+        check_same_run(with_change(**needed), with_change(name, value, **needed), "x")
 
 
 @pytest.mark.parametrize(("name", "value"), FREE_CHANGES.items())
 def test_changes_that_fit_the_weights_are_allowed(name, value):
     assert with_change(name, value).config != with_change().config
     check_same_run(with_change(), with_change(name, value), "x")
+
+
+def test_finetuning_may_scale_rotary_frequencies(caplog):
+    scaled = with_change(rope_scaling="yarn", rope_scaling_factor=4.0)
+    finetune = CheckpointConfig(load="x", finetune=True)
+    new_run = replace(scaled, config=replace(scaled.config, checkpoint=finetune))
+    check_same_run(with_change(), new_run, "x")
+    assert caplog.messages == [
+        "rotary frequencies are scaled in another way than in the checkpoint: --rope-scaling yarn "
+        "instead of none, --rope-scaling-factor 4.0 instead of 8.0, "
+        "--rope-original-max-positions 256 instead of 0"
+    ]
+
+
+def test_original_positions_default_to_the_models():
+    unset = with_change(rope_scaling="llama3")
+    check_same_run(
+        unset, with_change("rope_original_max_positions", 256, rope_scaling="llama3"), "x"
+    )
+    longer = with_change("max_position_embeddings", 512, rope_scaling="llama3")
+    with pytest.raises(
+        ValueError, match="--rope-original-max-positions is 512 but checkpoint x"
+    ):
+        check_same_run(unset, longer, "x")
 
 
 def test_length_and_rate_may_change():

@@ -47,6 +47,9 @@ def test_alias_sets_our_flag(name):
         "n_group": ["--gate=deepseek_v3"],
         "load_step": ["--load=x"],
         "override_lr_schedule": ["--load=x"],
+        "rope_scaling_factor": ["--rope-scaling=yarn"],
+        "yarn_mscale": ["--rope-scaling=yarn", "--yarn-mscale-all-dim=1"],
+        "yarn_mscale_all_dim": ["--rope-scaling=yarn"],
     }.get(flag.name, [])
     if flag.name == "jitter":
         words[1] = "0.5"

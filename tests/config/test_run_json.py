@@ -222,7 +222,18 @@ RUN_JSON = """\
     "vocab_size": 0,
     "add_qkv_bias": false,
     "attention_output_bias": false,
-    "rotary_percent": 1.0
+    "rotary_percent": 1.0,
+    "rope_scaling": "none",
+    "rope_scaling_factor": 8.0,
+    "rope_original_max_positions": 0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_truncate": true,
+    "yarn_mscale": 0.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_attention_factor": 0.0
   },
   "moe": {
     "num_experts": 8,

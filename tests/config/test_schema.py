@@ -84,6 +84,34 @@ REFUSED = [
     ),
     (ModelConfig, {"hidden_dropout": -0.1}, "--hidden-dropout is -0.1; allowed: 0 <= p < 1"),
     (RotaryConfig, {"rotary_percent": 1.5}, "--rotary-percent is 1.5; allowed: 0 < share <= 1"),
+    (
+        RotaryConfig,
+        {"rope_scaling": "ntk"},
+        "--rope-scaling is 'ntk'; allowed: none linear llama3 yarn",
+    ),
+    *[
+        (RotaryConfig, {name: 0.0}, f"--{name.replace('_', '-')} is 0.0; allowed: a positive")
+        for name in ("rope_scaling_factor", "rope_low_freq_factor", "yarn_beta_slow")
+    ],
+    *[
+        (RotaryConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
+        for name in (
+            "rope_original_max_positions",
+            "yarn_mscale",
+            "yarn_mscale_all_dim",
+            "yarn_attention_factor",
+        )
+    ],
+    (
+        RotaryConfig,
+        {"rope_high_freq_factor": 1.0},
+        "--rope-high-freq-factor is 1.0; allowed: above --rope-low-freq-factor, which is 1.0",
+    ),
+    (
+        RotaryConfig,
+        {"yarn_beta_fast": 0.5},
+        "--yarn-beta-fast is 0.5; allowed: above --yarn-beta-slow, which is 1.0",
+    ),
     *[
         (MoEConfig, {name: -1}, f"--{name.replace('_', '-')} is -1; allowed: 0 or more")
         for name in (
@@ -503,3 +531,11 @@ def test_odd_number_of_rotated_dimensions_refused(kv_channels):
         RunConfig(model=model, rotary=RotaryConfig(rotary_percent=0.4))
     learned = dataclasses.replace(model, position_embedding_type="learned")
     assert RunConfig(model=learned, rotary=RotaryConfig(rotary_percent=0.4))
+
+
+def test_yarn_needs_a_base_above_one():
+    model = ModelConfig(rotary_base=1.0)
+    assert RunConfig(model=model)
+    message = "--rotary-base is 1.0; allowed: above 1 with --rope-scaling yarn"
+    with pytest.raises(ValueError, match=message):
+        RunConfig(model=model, rotary=RotaryConfig(rope_scaling="yarn"))
