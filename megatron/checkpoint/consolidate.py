@@ -132,11 +132,11 @@ class ConsolidationPlan:
         self.reader = CheckpointReader(source)
         model = self._model_specs()
         self.num_tensors = len(model)
-        self.files = {"model": _split_into_files(model, options.max_shard_bytes)}
+        self.files = {"model": split_into_files(model, options.max_shard_bytes)}
         """Tensors of every file, by the stem of its name"""
         if options.optimizer:
             moments = self._moment_specs()
-            self.files["optimizer"] = _split_into_files(moments, options.max_shard_bytes)
+            self.files["optimizer"] = split_into_files(moments, options.max_shard_bytes)
 
     def _model_specs(self) -> list[TensorSpec]:
         specs = []
@@ -174,7 +174,7 @@ class ConsolidationPlan:
         total = 0
         for files in self.files.values():
             for specs in files:
-                total += _total_bytes(specs)
+                total += total_bytes(specs)
         return total
 
     def write(self, folder: Path, progress: ProgressCallback) -> dict[str, FileDigest]:
@@ -190,7 +190,7 @@ class ConsolidationPlan:
         written = {}
         weight_map = {}
         for number, specs in enumerate(files, 1):
-            name = _file_name(stem, number, len(files))
+            name = shard_file_name(stem, number, len(files))
             with SafetensorsWriter(folder / name, specs, {"format": "pt"}) as writer:
                 for spec in writer.specs:
                     writer.write_parts(self._slices(spec, stem, progress))
@@ -198,7 +198,7 @@ class ConsolidationPlan:
             for spec in specs:
                 weight_map[spec.name] = name
         if len(files) > 1:
-            total_size = sum(_total_bytes(specs) for specs in files)
+            total_size = sum(total_bytes(specs) for specs in files)
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             name = f"{stem}.safetensors.index.json"
             written[name] = write_with_digest(folder / name, json.dumps(index, indent=2) + "\n")
@@ -217,7 +217,7 @@ class ConsolidationPlan:
         if stem == "optimizer":
             state_key, name = spec.name.split("/", 1)
         for values in self.reader.slices(state_key, name):
-            yield _cast(values, spec)
+            yield cast_checked(values, spec)
             progress(len(values) * spec.dtype.itemsize)
 
 
@@ -226,18 +226,18 @@ def is_gate_parameter(name: str) -> bool:
     return ".mlp.gate." in f".{name}"
 
 
-def _file_name(stem: str, number: int, total: int) -> str:
+def shard_file_name(stem: str, number: int, total: int) -> str:
     """Return the name of a file as Hugging Face names them."""
     if total == 1:
         return f"{stem}.safetensors"
     return f"{stem}-{number:05d}-of-{total:05d}.safetensors"
 
 
-def _total_bytes(specs: Sequence[TensorSpec]) -> int:
+def total_bytes(specs: Sequence[TensorSpec]) -> int:
     return sum(spec.nbytes for spec in specs)
 
 
-def _split_into_files(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+def split_into_files(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
     """Fill files with consecutive tensors up to a size; a larger tensor has its own file.
 
     There is one empty file if there are no tensors.
@@ -253,7 +253,7 @@ def _split_into_files(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[
     return files
 
 
-def _cast(values: Tensor, spec: TensorSpec) -> Tensor:
+def cast_checked(values: Tensor, spec: TensorSpec) -> Tensor:
     """Cast values to the dtype of the output.
 
     Raises:

@@ -100,7 +100,7 @@ class LoadedCheckpoint:
         train = config.train
         saved_batch = self.metadata.global_batch_size
         samples_per_micro_step = train.micro_batch_size * groups.world_size
-        if self.options.finetune:
+        if self.options.finetune or not saved_batch:
             return config
         if train.global_batch_size not in (0, saved_batch):
             self._log_dropped_rampup(train)
@@ -170,6 +170,8 @@ class LoadedCheckpoint:
         warn_of_changed_gates(self.metadata.gates, current.gates)
         warn_of_changed_gates(self.metadata.expert_types, current.expert_types, "expert type")
         if self.options.finetune or current.config.train.skip_train:
+            return
+        if not self.metadata.has_schedule:
             return
         if not self.options.override_lr_schedule:
             check_same_schedule(self.metadata, current, str(self.path))
@@ -268,7 +270,9 @@ class LoadedCheckpoint:
             zero_shards.set_loss_scaler_state(self._loss_scaler)
         else:
             get_logger().info("the optimizer starts from scratch, as --no-load-optim sets")
-        if not self.options.load_rng:
+        if not self.metadata.has_schedule:
+            pass  # the random streams start as they were seeded
+        elif not self.options.load_rng:
             get_logger().info("random streams start from --seed, as --no-load-rng sets")
         elif self.metadata.topology["ranks"] == groups.world_size:
             self._restore_random_states(groups.rank)

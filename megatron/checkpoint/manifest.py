@@ -21,6 +21,8 @@ from megatron.io.sha256 import FileDigest, digest_bytes, file_sha256
 from megatron.io.untrusted import read_json_file
 
 MANIFEST = "manifest.json"
+HF_FOLDER = "hf"
+"""Folder in a checkpoint with what a Hugging Face model had besides our tensors"""
 JSON_FILES = ("run.json", "state.json", "index.json")
 """Files without tensors that every checkpoint has"""
 
@@ -158,7 +160,9 @@ def _is_count(value: Any) -> bool:
 
 def _is_file_entry(name: str, digest: Any) -> bool:
     """Return whether an entry is a digest of a file inside the checkpoint's own directory."""
-    if not re.fullmatch(r"\w[\w.-]{0,200}", name, re.ASCII) or not isinstance(digest, list):
+    if not re.fullmatch(rf"({HF_FOLDER}/)?\w[\w.-]{{0,200}}", name, re.ASCII) or not isinstance(
+        digest, list
+    ):
         return False
     if [type(value) for value in digest] != [int, str]:
         return False

@@ -145,6 +145,11 @@ class RunMetadata:
         )
 
     @property
+    def has_schedule(self) -> bool:
+        """Whether the run had a length: a checkpoint of weights alone has none to continue."""
+        return self.iterations > 0
+
+    @property
     def built_samples(self) -> int:
         """Number of training samples that the data were built for.
 

@@ -93,6 +93,14 @@ class HuggingFaceTokenizer(FastBPE):
             ) from None
         return [encoding.ids for encoding in encodings]
 
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True)
+
+    def literal(self, token: int) -> str:
+        """Return the text of a token in the vocabulary, such as <|endoftext|>."""
+        return self._tokenizer.id_to_token(token)
+
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 

@@ -228,7 +228,7 @@ def test_files_are_split_by_size(made, tmp_path):
 @given(sizes=st.lists(st.integers(0, 10), max_size=12), limit=st.integers(1, 15))
 def test_files_are_as_full_as_allowed(sizes, limit):
     specs = [TensorSpec(str(i), torch.int8, (size,)) for i, size in enumerate(sizes)]
-    files = c._split_into_files(specs, limit)
+    files = c.split_into_files(specs, limit)
     assert [spec for file in files for spec in file] == specs
     totals = [sum(spec.nbytes for spec in file) for file in files]
     assert all(total <= limit or len(file) == 1 for total, file in zip(totals, files))

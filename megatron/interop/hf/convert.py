@@ -1,0 +1,142 @@
+"""Convert a Hugging Face folder to a checkpoint of ours, a slice of a tensor at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron.checkpoint.directory import checkpoint_name
+from megatron.checkpoint.manifest import HF_FOLDER
+from megatron.checkpoint.weights_only import (
+    WeightsSource,
+    require_no_checkpoints,
+    write_weights_checkpoint,
+)
+from megatron.config.schema import RunConfig, TokenizerConfig
+from megatron.interop.hf.config_map import run_config_of
+from megatron.interop.hf.hf_folder import COPIED_FILES, files_to_copy, write_hf_folder
+from megatron.interop.hf.source import HFSource
+from megatron.interop.hf.tokenizer_choice import build_checked, choose_tokenizer, moved
+from megatron.interop.hf.weights import HFWeights
+from megatron.interop.model_specs import ModelSpecs, model_specs
+from megatron.io.progress import ProgressCallback, no_progress
+from megatron.io.sha256 import FileDigest
+from megatron.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face folder whose config and tensors have been mapped; no tensor is read yet."""
+
+    source: HFSource
+    config: RunConfig
+    """Configuration of the model; its tokenizer has the folder's files"""
+    tokenizer: Tokenizer
+    specs: ModelSpecs
+    weights: HFWeights
+    """Our tensors, read from the folder"""
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was written."""
+
+    path: Path
+    """Directory of the checkpoint"""
+    family: str
+    num_tensors: int
+    """Number of tensors of the source that the checkpoint has"""
+    num_parameters: int
+    kept: list[str]
+    """Tensors that are kept aside"""
+    dropped: list[str]
+    """Tensors that are dropped, as the family says"""
+
+
+def open_hf_model(folder: str | Path, tokenizer: TokenizerConfig | None = None) -> HFModel:
+    """Open a Hugging Face folder and check everything but the values of its tensors.
+
+    Args:
+        tokenizer: Another tokenizer than the folder's.
+
+    Raises:
+        ValueError: A file, a key of config.json or a tensor is missing, malformed or unknown.
+        OSError: A file cannot be read.
+    """
+    source = HFSource(folder)
+    config = run_config_of(source.family, source.config, tokenizer)
+    if tokenizer is None:
+        chosen = choose_tokenizer(
+            source.folder, source.config | {"vocab_size": config.model.vocab_size}
+        )
+        config = replace(config, tokenizer=chosen)
+    vocab_size = config.model.vocab_size
+    built = build_checked(config.tokenizer, vocab_size)
+    specs = model_specs(config, vocab_size)
+    weights = HFWeights(source, config, specs.all_shapes)
+    return HFModel(source, config, built, specs, weights)
+
+
+def convert_from_hf(
+    folder: str | Path,
+    output: str | Path,
+    progress: ProgressCallback = no_progress,
+    planned: ProgressCallback = no_progress,
+) -> ConvertResult:
+    """Convert a Hugging Face folder to a new directory of checkpoints with one of iteration 0.
+
+    Args:
+        progress: Called with the bytes that were written since the last call.
+        planned: Called once before, with the bytes that will be written.
+
+    Raises:
+        ValueError: As `open_hf_model`, or the output is not empty.
+        OSError: A file cannot be read or written, or the disk is too full.
+    """
+    output = Path(output).resolve()
+    require_no_checkpoints(output)
+    model = open_hf_model(folder)
+    unused = model.weights.unused
+    source = WeightsSource(
+        model.specs.shapes, model.specs.buffers, model.weights.read, model.weights.buffer
+    )
+
+    def write_files(partial: Path) -> dict[str, FileDigest]:
+        digests = write_hf_folder(
+            partial / HF_FOLDER, model.source, unused.kept, unused.dropped
+        )
+        return {f"{HF_FOLDER}/{name}": digest for name, digest in digests.items()}
+
+    planned(source.nbytes)
+    hf_folder = output / checkpoint_name(0) / HF_FOLDER
+    path = write_weights_checkpoint(
+        output,
+        replace(model.config, tokenizer=moved(model.config.tokenizer, hf_folder)),
+        model.tokenizer,
+        source,
+        extra_files=write_files,
+        extra_bytes=_extra_bytes(model),
+        progress=progress,
+    )
+    return ConvertResult(
+        path,
+        model.source.family.name,
+        len(model.weights.map.shapes),
+        model.specs.num_parameters,
+        unused.kept,
+        unused.dropped,
+    )
+
+
+def _extra_bytes(model: HFModel) -> int:
+    """Return the size of the files that are copied, and of the tensors that are kept aside."""
+    total = 0
+    for name in files_to_copy(model.source.folder, COPIED_FILES):
+        total += (model.source.folder / name).stat().st_size
+    for name in model.weights.unused.kept:
+        tensor = model.source.tensors[name]
+        size = tensor.dtype.itemsize
+        for length in tensor.shape:
+            size *= length
+        total += size
+    return total
