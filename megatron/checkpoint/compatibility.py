@@ -40,7 +40,16 @@ _MODEL_FIELDS = (
     "untie_embeddings_and_output_weights",
 )
 
-_ATTENTION_FIELDS = ("add_qkv_bias", "attention_output_bias")
+_ATTENTION_FIELDS = (
+    "attention",
+    "add_qkv_bias",
+    "attention_output_bias",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+)
 
 SCHEDULE_FIELDS = (
     "lr",

@@ -184,16 +184,17 @@ class LoadedCheckpoint:
             CorruptCheckpointError: It has more layers than tensors, or a huge table of positions.
         """
         model = self.metadata.config.model
+        head_size = self.metadata.config.attention.rotary_head_size(model)
         num_tensors = len(self.reader.shapes)
         if model.num_layers > num_tensors:
             raise CorruptCheckpointError(
                 f"{self.path / 'run.json'} has {model.num_layers} layers; allowed: up to the "
                 f"{num_tensors} tensors in index.json"
             )
-        if model.max_positions * model.head_size > _LARGEST_POSITION_TABLE:
+        if model.max_positions * head_size > _LARGEST_POSITION_TABLE:
             raise CorruptCheckpointError(
                 f"{self.path / 'run.json'} has {model.max_positions} positions; allowed: up to "
-                f"{_LARGEST_POSITION_TABLE // model.head_size}"
+                f"{_LARGEST_POSITION_TABLE // head_size}"
             )
 
     def check_model(self, model: nn.Module, groups: Groups) -> None:

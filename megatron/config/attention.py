@@ -4,12 +4,78 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.config.fields import (
+    option,
+    require,
+    require_choices,
+    require_not_negative,
+    require_positive_integers,
+    require_setting,
+)
+from megatron.config.model import ModelConfig
+from megatron.config.needs import setting
+
+_MLA = setting("attention", "mla")
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Options of the attention layers; the number and size of heads belong to the model."""
+    """Options of the attention layers; number and size of ordinary heads belong to the model."""
 
+    attention: str = option("gqa", choices=("gqa", "mla"))
+    """kind of attention; gqa: grouped queries; mla: multi-head latent attention (DeepSeek-V2),
+    which caches one small latent per token and layer"""
     add_qkv_bias: bool = False
-    """add biases to the projections of queries, keys and values"""
+    """add biases to the projections of queries, keys and values; with mla to those of hidden
+    states to latents"""
     attention_output_bias: bool = False
     """add a bias to the output projection of attention"""
+    q_lora_rank: int = option(0, needs=_MLA)
+    """size of the latents of queries; 0: queries are projections of hidden states"""
+    kv_lora_rank: int = option(512, needs=_MLA)
+    """size of the latents of keys and values"""
+    qk_rope_head_dim: int = option(64, needs=_MLA)
+    """features of a head's queries and keys that are rotated; all heads share those of keys"""
+    qk_nope_head_dim: int = option(128, needs=_MLA)
+    """features of a head's queries and keys that are not rotated"""
+    v_head_dim: int = option(128, needs=_MLA)
+    """features of a head's values"""
+
+    def __post_init__(self):
+        require_choices(self)
+        require_not_negative(self, "q_lora_rank")
+        require_positive_integers(
+            self, "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"
+        )
+
+    def check_heads(self, model: ModelConfig) -> None:
+        """Check that the sizes of attention heads fit together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        has_rope = model.position_embedding_type == "rope"
+        if self.attention == "mla":
+            is_even = self.qk_rope_head_dim % 2 == 0
+            allowed = "an even number with rotary positions"
+            require_setting(self, "qk_rope_head_dim", is_even or not has_rope, allowed)
+            return
+        require_setting(
+            model,
+            "num_attention_heads",
+            model.kv_channels > 0 or model.hidden_size % model.num_attention_heads == 0,
+            f"a divisor of the hidden size {model.hidden_size}",
+            "Or set --kv-channels.",
+        )
+        require(
+            not has_rope or model.head_size % 2 == 0,
+            "--kv-channels",
+            model.head_size,
+            "an even number with rotary positions",
+        )
+
+    def rotary_head_size(self, model: ModelConfig) -> int:
+        """Return the features of a head to which rotary positions may apply."""
+        if self.attention == "mla":
+            return self.qk_rope_head_dim
+        return model.head_size

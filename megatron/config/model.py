@@ -50,9 +50,9 @@ class ModelConfig:
     to a multiple of 64, for swiglu and geglu)"""
     num_attention_heads: int = 4
     """number of query heads"""
-    num_query_groups: int = 0
+    num_query_groups: int = option(0, needs=setting("attention", "gqa"))
     """number of key/value heads (grouped-query attention); 0: as many as query heads"""
-    kv_channels: int = 0
+    kv_channels: int = option(0, needs=setting("attention", "gqa"))
     """dimension of one attention head; 0: hidden size / heads"""
     seq_length: int = 256
     """tokens per training sample"""
@@ -112,18 +112,6 @@ class ModelConfig:
             "only swiglu with --swiglu",
             "Leave one of the two out.",
         )
-        self._check_heads()
-        require_setting(
-            self,
-            "max_position_embeddings",
-            self.max_positions >= self.seq_length,
-            f"at least the sequence length {self.seq_length}",
-        )
-        dropouts = ("attention_dropout", "hidden_dropout")
-        require_each(self, dropouts, lambda value: 0 <= value < 1, "0 <= p < 1")
-
-    def _check_heads(self) -> None:
-        """Raise ValueError if the sizes of the attention heads do not fit together."""
         heads = self.num_attention_heads
         require(
             heads % self.query_groups == 0,
@@ -133,17 +121,12 @@ class ModelConfig:
         )
         require_setting(
             self,
-            "num_attention_heads",
-            self.kv_channels > 0 or self.hidden_size % heads == 0,
-            f"a divisor of the hidden size {self.hidden_size}",
-            "Or set --kv-channels.",
+            "max_position_embeddings",
+            self.max_positions >= self.seq_length,
+            f"at least the sequence length {self.seq_length}",
         )
-        require(
-            self.position_embedding_type != "rope" or self.head_size % 2 == 0,
-            "--kv-channels",
-            self.head_size,
-            "an even number with rotary positions",
-        )
+        dropouts = ("attention_dropout", "hidden_dropout")
+        require_each(self, dropouts, lambda value: 0 <= value < 1, "0 <= p < 1")
 
     @property
     def query_groups(self) -> int:

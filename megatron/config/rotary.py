@@ -24,7 +24,9 @@ _YARN = setting("rope_scaling", "yarn")
 class RotaryConfig:
     """Options of rotary position embeddings; their base belongs to the model."""
 
-    rotary_percent: float = option(1.0, needs=setting("position_embedding_type", "rope"))
+    rotary_percent: float = option(
+        1.0, needs=(setting("position_embedding_type", "rope"), setting("attention", "gqa"))
+    )
     """share of a head's dimensions that is rotated, from the first one on; 0.5: one half"""
     rope_scaling: str = option(
         "none", choices=ROPE_SCALINGS, needs=setting("position_embedding_type", "rope")
@@ -87,21 +89,23 @@ class RotaryConfig:
             allowed = f"above {flag}, which is {lower}"
             require_setting(self, high, getattr(self, high) > lower, allowed)
 
-    def check_model(self, model: ModelConfig) -> None:
+    def check_model(self, model: ModelConfig, head_size: int) -> None:
         """Check that the options fit the model's heads and base.
 
+        Args:
+            head_size: dimensions of a head to which rotary positions may apply.
         Raises:
             ValueError: an odd number of dimensions would be rotated, or none, or the base of
                 the frequencies is too small for YaRN.
         """
         if model.position_embedding_type != "rope":
             return
-        size = self.rotated_size(model.head_size)
+        size = self.rotated_size(head_size)
         require_setting(
             self,
             "rotary_percent",
             size > 0 and size % 2 == 0,
-            f"a share of the head's {model.head_size} dimensions that is an even number of them",
+            f"a share of the head's {head_size} dimensions that is an even number of them",
         )
         require_setting(
             model,

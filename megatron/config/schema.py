@@ -138,7 +138,8 @@ class RunConfig:
             f"{moe.moe_first_k_dense} of which are dense",
             "Lower it or --moe-first-k-dense.",
         )
-        self.rotary.check_model(self.model)
+        self.attention.check_heads(self.model)
+        self.rotary.check_model(self.model, self.attention.rotary_head_size(self.model))
         self._check_mock_data()
 
     def _check_mock_data(self) -> None:

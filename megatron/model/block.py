@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
+from megatron.config.rotary import RotaryConfig
 from megatron.model.attention import Attention
 from megatron.model.attention_context import AttentionCache, AttentionContext, VisibleKeys
+from megatron.model.mla import LatentAttention
 from megatron.model.norm import build_norm
 from megatron.moe.ffn import FFNContext, FFNOutput
 
@@ -29,15 +31,20 @@ class Block(nn.Module):
         config: shape of the model.
         ffn: dense or MoE layer, `(x_BSD, FFNContext) -> FFNOutput`.
         attention: options of the attention layer; None: the defaults.
+        rotary: options of rotary positions; None: the defaults.
     """
 
     def __init__(
-        self, config: ModelConfig, ffn: nn.Module, attention: AttentionConfig | None = None
+        self,
+        config: ModelConfig,
+        ffn: nn.Module,
+        attention: AttentionConfig | None = None,
+        rotary: RotaryConfig | None = None,
     ):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.input_layernorm = build_norm(config)
-        self.self_attn = Attention(config, attention)
+        self.self_attn = _build_attention(config, attention, rotary)
         self.post_attention_layernorm = build_norm(config)
         self.mlp = ffn
 
@@ -131,3 +138,11 @@ def _run_block(
         use_reentrant=False,
         context_fn=block.recompute_contexts,
     )
+
+
+def _build_attention(
+    config: ModelConfig, options: AttentionConfig | None, rotary: RotaryConfig | None
+) -> Attention | LatentAttention:
+    if options is not None and options.attention == "mla":
+        return LatentAttention(config, options, rotary)
+    return Attention(config, options)

@@ -172,6 +172,8 @@ class GPT(nn.Module):
         rotary: RotaryConfig | None = None,
     ):
         super().__init__()
+        attention = attention or AttentionConfig()
+        rotary = rotary or RotaryConfig()
         self.config = model
         self.aux_loss_reduction = aux_loss_reduction
         self.vocab_size = vocab_size
@@ -182,10 +184,10 @@ class GPT(nn.Module):
         if model.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(model.max_positions, model.hidden_size)
         else:
-            self.rotary = build_rotary(model, rotary or RotaryConfig())
+            self.rotary = build_rotary(model, rotary, attention.rotary_head_size(model))
         self.layers = nn.ModuleList()
         for i in range(model.num_layers):
-            self.layers.append(Block(model, make_ffn(i), attention))
+            self.layers.append(Block(model, make_ffn(i), attention, rotary))
         self.norm = build_norm(model)
         if model.untie_embeddings_and_output_weights:
             self.lm_head = OutputLayer(model.hidden_size, vocab_size, bias=False)

@@ -109,8 +109,14 @@ class Rotary(nn.Module):
         return Rotation(cos_B1SR, sin_B1SR)
 
 
-def build_rotary(model: ModelConfig, options: RotaryConfig) -> Rotary:
-    """Build the table of rotations of a model's queries and keys."""
-    rotated_size = options.rotated_size(model.head_size)
+def build_rotary(
+    model: ModelConfig, options: RotaryConfig, head_size: int | None = None
+) -> Rotary:
+    """Build the table of rotations of a model's queries and keys.
+
+    Args:
+        head_size: dimensions of a head to which rotary positions may apply; None: all.
+    """
+    rotated_size = options.rotated_size(head_size or model.head_size)
     scaling = build_scaling(options, model.max_positions)
     return Rotary(rotated_size, model.max_positions, model.rotary_base, scaling)

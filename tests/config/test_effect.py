@@ -22,11 +22,11 @@ from megatron.moe.gate import available_gates, gate_config_class
 
 # Fields that have an effect in every run. A new field is listed here, or declares its needs.
 ALWAYS_EFFECTIVE = {
-    "model": "num_layers hidden_size num_attention_heads num_query_groups kv_channels "
+    "model": "num_layers hidden_size num_attention_heads "
     "seq_length max_position_embeddings position_embedding_type normalization norm_epsilon "
     "activation swiglu untie_embeddings_and_output_weights init_method_std attention_dropout "
     "hidden_dropout make_vocab_size_divisible_by vocab_size",
-    "attention": "add_qkv_bias attention_output_bias",
+    "attention": "attention add_qkv_bias attention_output_bias",
     "rotary": "",
     "moe": "num_experts",
     "tokenizer": "tokenizer_type",
@@ -49,6 +49,7 @@ VALUES |= {"moe_layers": (1,), "n_group": 2, "moe_expert_parallel_size": 2, "top
 VALUES |= {"rope_low_freq_factor": 0.5, "rope_high_freq_factor": 2.0}
 VALUES |= {"yarn_beta_fast": 16.0, "yarn_beta_slow": 0.5}
 VALUES |= {"valid_sets": ("wiki=a",), "gate_path": (__file__,)}
+VALUES |= {"kv_channels": 2, "qk_rope_head_dim": 2}
 VALUES |= {"threshold_target": 2.0, "threshold_gain": 0.3}
 VALUES |= {"peer_query_size": 64, "lambda_factor": 1.5, "peer_product_key_dim": (2, 2)}
 

@@ -50,6 +50,8 @@ def test_alias_sets_our_flag(name):
         "rope_scaling_factor": ["--rope-scaling=yarn"],
         "yarn_mscale": ["--rope-scaling=yarn", "--yarn-mscale-all-dim=1"],
         "yarn_mscale_all_dim": ["--rope-scaling=yarn"],
+        "qk_nope_head_dim": ["--attention=mla"],
+        "qk_rope_head_dim": ["--attention=mla"],
     }.get(flag.name, [])
     if flag.name == "jitter":
         words[1] = "0.5"

@@ -8,6 +8,7 @@ from megatron.config.fields import require
 from megatron.config.schema import (
     RUN_JSON_LAYOUT,
     SECTIONS,
+    AttentionConfig,
     CheckpointConfig,
     DataConfig,
     DeepSpeedConfig,
@@ -64,16 +65,6 @@ REFUSED = [
     (ModelConfig, {"num_query_groups": -4}, "--num-query-groups is -4; allowed: 0 or more"),
     (
         ModelConfig,
-        {"hidden_size": 30},
-        "--num-attention-heads is 4; allowed: a divisor of the hidden size 30. Or set",
-    ),
-    (
-        ModelConfig,
-        {"kv_channels": 5},
-        "--kv-channels is 5; allowed: an even number with rotary positions",
-    ),
-    (
-        ModelConfig,
         {"max_position_embeddings": 8},
         "--max-position-embeddings is 8; allowed: at least the sequence",
     ),
@@ -83,6 +74,12 @@ REFUSED = [
         "--attention-dropout is 1.0; allowed: 0 <= p < 1",
     ),
     (ModelConfig, {"hidden_dropout": -0.1}, "--hidden-dropout is -0.1; allowed: 0 <= p < 1"),
+    (AttentionConfig, {"attention": "mha"}, "--attention is 'mha'; allowed: gqa mla"),
+    (AttentionConfig, {"q_lora_rank": -1}, "--q-lora-rank is -1; allowed: 0 or more"),
+    *[
+        (AttentionConfig, {name: 0}, f"--{name.replace('_', '-')} is 0; allowed: a positive")
+        for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    ],
     (RotaryConfig, {"rotary_percent": 1.5}, "--rotary-percent is 1.5; allowed: 0 < share <= 1"),
     (
         RotaryConfig,
@@ -539,3 +536,35 @@ def test_yarn_needs_a_base_above_one():
     message = "--rotary-base is 1.0; allowed: above 1 with --rope-scaling yarn"
     with pytest.raises(ValueError, match=message):
         RunConfig(model=model, rotary=RotaryConfig(rope_scaling="yarn"))
+
+
+@pytest.mark.parametrize(
+    "model, attention, message",
+    [
+        (
+            {"hidden_size": 30},
+            {},
+            "--num-attention-heads is 4; allowed: a divisor of the hidden size 30. Or set "
+            "--kv-channels.",
+        ),
+        (
+            {"kv_channels": 5},
+            {},
+            "--kv-channels is 5; allowed: an even number with rotary positions",
+        ),
+        (
+            {},
+            {"attention": "mla", "qk_rope_head_dim": 5},
+            "--qk-rope-head-dim is 5; allowed: an even number with rotary positions",
+        ),
+    ],
+)
+def test_sizes_of_heads_fit_together(model, attention, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        RunConfig(model=ModelConfig(**model), attention=AttentionConfig(**attention))
+
+
+def test_latent_heads_are_free_of_hidden_size():
+    model = ModelConfig(hidden_size=30, position_embedding_type="learned")
+    attention = AttentionConfig(attention="mla", qk_rope_head_dim=5)
+    assert RunConfig(model=model, attention=attention).attention.rotary_head_size(model) == 5

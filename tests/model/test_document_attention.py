@@ -201,6 +201,7 @@ def test_memory_is_linear_in_length(lengths, monkeypatch):
 def reference_varlen(q, k, v, offsets_q, offsets_k, longest_q, longest_k, **options):
     """Attend as torch's varlen_attn, one document at a time."""
     assert offsets_q.dtype == offsets_k.dtype == torch.int32
+    assert options.pop("scale") is None
     assert options == {"window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
     assert longest_q == longest_k == int(torch.diff(offsets_q).max())
     outputs = []
