@@ -34,7 +34,7 @@ class Same:
     key: str
     ours: str
     zero_for_none: bool = False
-    """Whether null means our 0"""
+    """Whether null means our 0, and the other way round"""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -234,7 +234,11 @@ MODEL_RULES: tuple[ConfigRule, ...] = (
     Same("vocab_size", "model.vocab_size"),
     Same("initializer_range", "model.init_method_std"),
     Same("rms_norm_eps", "model.norm_epsilon"),
-    Same("attention_dropout", "model.attention_dropout", zero_for_none=True),
+    Converted(
+        ("attention_dropout",),
+        lambda config: {"model.attention_dropout": config["attention_dropout"] or 0.0},
+        lambda run: {"attention_dropout": run.model.attention_dropout},
+    ),
     Fixed("hidden_act", ("silu",), {"model.activation": "swiglu"}),
     Converted(("max_position_embeddings",), _position_settings, _position_keys),
     Converted(("tie_word_embeddings",), _tied_settings, _tied_keys),
