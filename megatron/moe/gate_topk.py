@@ -236,4 +236,5 @@ class TopKBaseGate(BiasedGate):
             **aux_losses(*balance, extra=z_term),
             metric_means=means,
             step_sums=selection.step_sums,
+            router_logits_TC=selection.logits_TE,
         )

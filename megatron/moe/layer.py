@@ -100,7 +100,7 @@ class MoELayer(nn.Module):
         self._step_loads: list[tuple[Tensor, Tensor]] = []
         self._sums_loads_over_step = False
         self.router_logits: nn.Module | None = None
-        """a module `(logits_TE, gate_input)` that is called with the logits of each routing, for
+        """a module `(logits_TC, gate_input)` that is called with the logits of each routing, for
         programs that record the outputs of modules; None: nothing is called"""
         self.check_routing = False
         """check the values of every routing, not only of the first: one device sync"""
@@ -123,7 +123,10 @@ class MoELayer(nn.Module):
         inp = self._gate_input(x_BSD, context)
         routing, plan = self._route(inp, context)
         if self.router_logits is not None:
-            self.router_logits(routing.logits_TE, inp)
+            logits_TC = routing.router_logits_TC
+            if logits_TC is None:
+                logits_TC = routing.logits_TE
+            self.router_logits(logits_TC, inp)
         in_flight = self.dispatcher.start(self._to_latent(x_TD), routing, plan)
         local_outputs = self._local_outputs(x_BSD, routing, plan, context)  # overlaps
         expert_inputs, metadata = self.dispatcher.finish(in_flight)

@@ -1,8 +1,8 @@
 """The gate contract: what a gate receives and what it returns.
 
 Shape suffixes: T tokens on this rank, R those that are not padding, D hidden, E routed
-experts, A assignments of a token to an expert, G balanced units (experts, or groups of
-them), N sequences.
+experts, C choices (experts and what else the gate chooses from), A assignments of a token to
+an expert, G balanced units (experts, or groups of them), N sequences.
 
 A gate returns a ragged list of assignments, not a dense mask and not a fixed k. This
 covers a variable number of experts per token (threshold, ReMoE), signed weights
@@ -220,6 +220,9 @@ class Routing:
     returns them gets the z-loss of its option z_loss_coeff from the layer, see
     `megatron.moe.losses.named_losses`; None: the gate has none, or has added the loss to
     aux_loss itself"""
+    router_logits_TC: Tensor | None = None
+    """fp32 logits of all choices of the gate, without rows for padding, for programs that
+    record them; None: they are `logits_TE`, or the gate has none"""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """0-d fp32 losses by name, coefficients applied: the layer adds them to aux_loss,
     and the log has each as `moe_<name>`"""
@@ -244,8 +247,8 @@ class Routing:
         Args:
             num_choices: E + len(zero_computation_experts).
             finite: refuse weights, priorities and losses that are NaN or infinite, too.
-            num_logits: number of tokens that are not padding, for which `logits_TE` has
-                rows; None: all.
+            num_logits: number of tokens that are not padding, for which logits have rows;
+                None: all.
         Raises:
             AssertionError: the routing breaks the contract; the message names the
                 field.
@@ -253,15 +256,17 @@ class Routing:
         self.check_layout()
         _check_range("token_A", self.token_A, num_tokens)
         _check_range("expert_A", self.expert_A, num_choices)
-        logits_TE = self.logits_TE
-        if logits_TE is not None:
-            if num_logits is None:
-                num_logits = num_tokens
-            assert logits_TE.dim() == 2 and len(logits_TE) == num_logits, (
-                f"logits_TE has shape {tuple(logits_TE.shape)}; allowed: ({num_logits}, experts)"
+        if num_logits is None:
+            num_logits = num_tokens
+        for name in ("logits_TE", "router_logits_TC"):
+            logits = getattr(self, name)
+            if logits is None:
+                continue
+            assert logits.dim() == 2 and len(logits) == num_logits, (
+                f"{name} has shape {tuple(logits.shape)}; allowed: ({num_logits}, experts)"
             )
-            assert logits_TE.dtype == torch.float32, (
-                f"logits_TE is {logits_TE.dtype}; allowed: {torch.float32}"
+            assert logits.dtype == torch.float32, (
+                f"{name} is {logits.dtype}; allowed: {torch.float32}"
             )
         for name, loss in self.losses.items():
             assert name.isidentifier() and name != "aux_loss", (

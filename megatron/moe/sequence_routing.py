@@ -76,6 +76,7 @@ def _combine(parts: list[Routing], rows: list[Tensor]) -> Routing:
         carry=_in_row_order(_cat([part.carry for part in parts]), rows),
         metric_means=means,
         metric_sums=sums,
+        router_logits_TC=_in_row_order(_cat([p.router_logits_TC for p in parts]), rows),
     )
 
 
@@ -85,8 +86,8 @@ def _cat(tensors: list[Tensor | None]) -> Tensor | None:
     return torch.cat(tensors)
 
 
-def _in_row_order(carry: Tensor | None, rows: list[Tensor]) -> Tensor | None:
-    """Return a carry that is sorted by sequence in the order of the tokens."""
-    if carry is None:
+def _in_row_order(values: Tensor | None, rows: list[Tensor]) -> Tensor | None:
+    """Return a carry or logits that are sorted by sequence in the order of the tokens."""
+    if values is None:
         return None
-    return carry[torch.cat(rows).argsort()]
+    return values[torch.cat(rows).argsort()]

@@ -80,6 +80,7 @@ class BaseGate(Gate, name="base"):
                 "favourite_expert_fraction": is_argmax_T.sum() / max(1, num_tokens),
                 "auction_rounds": logits_TE.new_tensor(float(rounds)),
             },
+            router_logits_TC=logits_TE,
         )
 
 

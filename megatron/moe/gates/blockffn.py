@@ -123,6 +123,7 @@ class BlockFFNGate(Gate, name="blockffn"):
                 "chunk_lambda": self.chunk_lambda.clone(),
             },
             metric_sums={"chunk_loss": chunk_sum.detach(), "chunks": num_chunks},
+            router_logits_TC=logits_TE,
         )
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:

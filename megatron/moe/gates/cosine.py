@@ -125,6 +125,7 @@ class CosineGate(Gate, name="cosine"):
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                 "temperature": tau.detach()[0],
             },
+            router_logits_TC=logits_TE,
         )
 
     def cosines(self, x_TD: Tensor) -> Tensor:

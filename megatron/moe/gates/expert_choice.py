@@ -70,7 +70,8 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
         num_tokens = len(inp.x_TD)
         per_expert = -(-num_tokens * self.config.topk // self.num_experts)
         per_expert = min(num_tokens, max(1, per_expert))
-        probs_TE = linear_fp32(inp.x_TD, self.router).softmax(-1)
+        logits_TE = linear_fp32(inp.x_TD, self.router)
+        probs_TE = logits_TE.softmax(-1)
         weight_EC, token_EC = probs_TE.t().topk(per_expert, dim=-1)
 
         token_A = token_EC.flatten()
@@ -86,4 +87,5 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
                 "top1_probability": probs_TE.detach().amax(-1).sum() / max(1, num_tokens),
                 "untaken_token_fraction": (1 - taken_T).sum() / max(1, num_tokens),
             },
+            router_logits_TC=logits_TE,
         )

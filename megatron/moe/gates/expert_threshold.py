@@ -104,6 +104,7 @@ class ExpertThresholdGate(Gate, name="expert_threshold"):
                 "expert_threshold_mean": self.expert_threshold.mean(),
             },
             step_sums=step_sums,
+            router_logits_TC=logits_TE,
         )
 
     def _select(self, logits_TE: Tensor) -> Tensor:

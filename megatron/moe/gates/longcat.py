@@ -111,7 +111,8 @@ class LongCatGate(Gate, name="longcat"):
 
     def forward(self, inp: GateInput) -> Routing:
         c = self.config
-        probs_TC = linear_fp32(inp.x_TD, self.router).softmax(-1)
+        logits_TC = linear_fp32(inp.x_TD, self.router)
+        probs_TC = logits_TC.softmax(-1)
         num_tokens, num_choices = probs_TC.shape
         bias_C = torch.zeros(num_choices, device=probs_TC.device)
         bias_C[: self.num_experts] = self.expert_bias
@@ -136,6 +137,7 @@ class LongCatGate(Gate, name="longcat"):
                 "ffn_experts_per_token": chosen_T.sum() / max(1, num_tokens),
                 "expert_bias_max_minus_min": self.expert_bias.amax() - self.expert_bias.amin(),
             },
+            router_logits_TC=logits_TC,
         )
 
     @torch.no_grad()

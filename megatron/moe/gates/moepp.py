@@ -175,6 +175,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
             **aux_losses(balance, extra=z_term),
             carry=logits_TC,
             metric_means=self._fractions(choice_A),
+            router_logits_TC=logits_TC,
         )
 
     def _fractions(self, choice_A: Tensor) -> dict[str, Tensor]:

@@ -78,7 +78,8 @@ class ReMoEGate(Gate, name="remoe"):
 
     def forward(self, inp: GateInput) -> Routing:
         c = self.config
-        relu_TE = linear_fp32(inp.x_TD, self.router).relu()
+        logits_TE = linear_fp32(inp.x_TD, self.router)
+        relu_TE = logits_TE.relu()
         token_A, expert_A = relu_TE.nonzero(as_tuple=True)
         penalty = LoadBalancingLoss.of(
             inp,
@@ -100,6 +101,7 @@ class ReMoEGate(Gate, name="remoe"):
                 "sparsity": 1 - num_positive / max(1, relu_TE.numel()),
                 "lambda": self.reg_lambda.clone(),
             },
+            router_logits_TC=logits_TE,
         )
 
     @torch.no_grad()

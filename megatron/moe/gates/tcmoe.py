@@ -121,6 +121,7 @@ class TCMoEGate(Gate, name="tcmoe"):
                 "null_fraction": (~non_null_Tk).sum() / num_choices,
                 "negative_fraction": negative_Tk.sum() / num_choices,
             },
+            router_logits_TC=logits_TC,
         )
 
     def _logits(self, x_TD: Tensor) -> Tensor:

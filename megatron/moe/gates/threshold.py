@@ -126,6 +126,7 @@ class ThresholdGate(Gate, name="threshold"):
             # away.
             priority_A=sorted_TR.detach()[token_A, rank_A].double() - rank_A,
             metric_means=means,
+            router_logits_TC=logits_TE,
         )
 
     def _select(self, sorted_TR: torch.Tensor) -> torch.Tensor:
