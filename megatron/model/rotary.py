@@ -72,7 +72,7 @@ class Rotary(nn.Module):
         if table_PR.is_meta:
             # Shapes only: arithmetic on `meta` imports torch's compiler (2 s).
             self.register_buffer("cos_PR", table_PR, persistent=False)
-            self.register_buffer("sin_PR", table_PR, persistent=False)
+            self.register_buffer("sin_PR", torch.empty_like(table_PR), persistent=False)
             return
         position_P = torch.arange(self.max_positions, device=device).float()
         angle_PR = torch.outer(position_P, self._frequencies(device)).repeat(1, 2)
