@@ -60,16 +60,15 @@ _TRAINING_FIELDS = {
 }
 """Fields by section that change no result of the model in inference, or that are compared
 in another form"""
-_RESOLVED_FIELDS = (
+_RESOLVED_MODEL_FIELDS = (
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
     "activation",
     "swiglu",
     "max_position_embeddings",
-    "rope_original_max_positions",
 )
-"""Fields that are compared by the value that they mean"""
+"""Fields of the model that are compared by the value that they mean"""
 
 
 class _Content(dict[str, Any]):
@@ -95,7 +94,26 @@ def complete(family: Family, content: Mapping[str, Any]) -> Mapping[str, Any]:
             "What it means for the model is not known here, so it is not ignored; remove it "
             "if it has no effect.",
         )
-    return _Content({**family.defaults, **content})
+    return _Content({**family.defaults, **_with_common_names(family, content)})
+
+
+def _with_common_names(family: Family, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a config.json with the names of keys that rules use.
+
+    Raises:
+        ValueError: A key has another value than its other name.
+    """
+    renamed = {}
+    for key, value in content.items():
+        name = family.aliases.get(key, key)
+        require(
+            value == renamed.setdefault(name, value),
+            f"config.json: {key}",
+            value,
+            f"the value of its other name, {shortened(renamed[name])}",
+            "Remove one of the two.",
+        )
+    return renamed
 
 
 def settings_of(family: Family, content: Mapping[str, Any]) -> Settings:
@@ -231,9 +249,6 @@ def _comparable(run: RunConfig) -> dict[str, Any]:
         "model.max_position_embeddings": run.model.max_positions,
         "model.activation": run.model.act,
     }
-    if run.rotary.rope_scaling in ("llama3", "yarn"):
-        positions = run.rotary.rope_original_max_positions or run.model.max_positions
-        values["rotary.rope_original_max_positions"] = positions
     gates = run.moe.gates(run.model.num_layers)
     if None in gates:
         values["model.ffn_hidden_size"] = run.model.ffn_size
@@ -246,7 +261,7 @@ def _comparable(run: RunConfig) -> dict[str, Any]:
         for name, value in dataclasses.asdict(expert_config).items():
             values[f"expert.expert_{name}"] = value
     for section in compared:
-        left_out = {*_TRAINING_FIELDS.get(section, "").split(), *_RESOLVED_FIELDS}
+        left_out = {*_TRAINING_FIELDS.get(section, "").split(), *_RESOLVED_MODEL_FIELDS}
         for name, value in dataclasses.asdict(getattr(run, section)).items():
             if name not in left_out:
                 values[f"{section}.{name}"] = value

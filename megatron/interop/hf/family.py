@@ -106,6 +106,8 @@ class Family:
     """Layouts on disk of the other tensors; the first is how the family is released"""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of keys that config.json may leave out, as transformers defines them"""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of keys in config.json, which files may have, and the names that rules use"""
     unmapped: tuple[UnmappedTensors, ...] = ()
     note: str = ""
     """Remark for the table of families in the documentation"""
@@ -115,8 +117,8 @@ class Family:
 
     @property
     def known_keys(self) -> frozenset[str]:
-        """Keys of config.json that some rule understands."""
-        keys: set[str] = set()
+        """Keys of config.json that some rule understands, and their aliases."""
+        keys: set[str] = set(self.aliases)
         for rule in self.config:
             keys.update(rule.keys)
         return frozenset(keys)
@@ -164,11 +166,6 @@ ATTENTION_BIASES = same_names(
 HEAD_NORMS = same_names("self_attn", "q_norm.weight", "k_norm.weight")
 DENSE_TENSORS = same_names("mlp", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
-ROTARY_FREQUENCIES = UnmappedTensors(
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-    "frequencies of rotary positions, which are computed",
-)
-
 
 def expert_tensors(
     part: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
@@ -213,4 +210,21 @@ def router_tensors(theirs: str, **tensors: str) -> tuple[TensorRule, ...]:
     for ours, name in tensors.items():
         tensor = f"layers.{{layer}}.mlp.gate.{ours.replace('__', '.')}"
         rules.append(TensorRule(tensor, f"{prefix}.{name}"))
+    return tuple(rules)
+
+
+def shared_expert_tensors(theirs: str) -> tuple[TensorRule, ...]:
+    """Return the rules of the MLP of all shared experts.
+
+    Args:
+        theirs: Module of the block that has it, such as "mlp.shared_experts".
+    """
+    rules = []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        rules.append(
+            TensorRule(
+                f"layers.{{layer}}.mlp.shared.{name}.weight",
+                f"model.layers.{{layer}}.{theirs}.{name}.weight",
+            )
+        )
     return tuple(rules)

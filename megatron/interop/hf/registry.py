@@ -13,13 +13,11 @@ from megatron.config.schema import RunConfig
 from megatron.interop.hf import families
 from megatron.interop.hf.config_map import first_difference
 from megatron.interop.hf.family import Family
+from megatron.interop.hf.unsupported import unsupported_reason
 from megatron.log import get_logger
 
 EXPORT_ORDER = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "llama", "qwen3", "qwen2")
 """Families that are tried first for a model that came from none"""
-
-UNSUPPORTED: dict[str, str] = {}
-"""Reason by model_type for families that are known and not expressed"""
 
 
 @functools.cache
@@ -44,8 +42,9 @@ def find_family(name: str, what: str = "config.json: model_type") -> Family:
         ValueError: There is none.
     """
     known = all_families()
-    if name in UNSUPPORTED:
-        raise ValueError(f"{what} is {name!r}, which is not supported: {UNSUPPORTED[name]}")
+    reason = unsupported_reason(name)
+    if reason:
+        raise ValueError(f"{what} is {name!r}, which is not supported: {reason}")
     require(isinstance(name, str) and name in known, what, name, " ".join(sorted(known)))
     return known[name]
 

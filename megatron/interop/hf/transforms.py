@@ -87,6 +87,9 @@ EVEN_ROWS = Transform("even rows", _doubled, lambda theirs: theirs[0::2])
 ODD_ROWS = Transform("odd rows", _doubled, lambda theirs: theirs[1::2])
 
 
+ONE_ROW = Transform("one row", lambda shape: (1, *shape), lambda theirs: theirs[0], _first)
+
+
 def transposed(rows: Transform) -> Transform:
     """Return the transform of a block that is transposed after `rows`, such as [C, 2R]."""
     return Transform(

@@ -6,7 +6,6 @@ from megatron.interop.hf.config_rules import HEAD_RULE, MODEL_RULES, Always, Fix
 from megatron.interop.hf.family import (
     ATTENTION_TENSORS,
     DECODER_TENSORS,
-    ROTARY_FREQUENCIES,
     Family,
     TensorLayout,
     expert_tensors,
@@ -40,7 +39,6 @@ MIXTRAL = Family(
         ),
         TensorLayout("fused", (*router_tensors("mlp.gate"), *fused_expert_tensors())),
     ),
-    unmapped=(ROTARY_FREQUENCIES,),
     defaults={
         "vocab_size": 32000,
         "hidden_size": 4096,
