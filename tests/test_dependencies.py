@@ -69,8 +69,7 @@ def test_imports_are_declared_and_used():
     found = set(imported())
     assert found <= core | optional, found - core - optional
     assert core - found == {"ninja"}
-    # sentencepiece's own module imports protobuf, and the benchmarks compare with transformers.
-    assert optional - found == {"protobuf", "transformers"}
+    assert optional - found == {"protobuf"}  # sentencepiece's own module imports it
 
 
 def test_optional_packages_are_imported_at_use():
@@ -120,7 +119,7 @@ def test_constraints_are_of_required_packages():
     _, extras = declared()
     for name in set().union(*extras.values()) - {"moe-megatron"}:
         assert name in pinned, name
-    assert "lm_eval" not in pinned and "wandb" in pinned
+    assert "wandb" in pinned
 
 
 def test_every_dependency_is_explained():

@@ -53,7 +53,8 @@ LAYERS = {
     "megatron.exit_codes": 9,
     "megatron.gate_checks": 10,
     "megatron.initialize": 10,
-    "megatron.pretrain": 11,
+    "megatron.evaluation": 11,
+    "megatron.pretrain": 12,
 }
 GATE_IMPORTS = {
     "megatron.moe",
