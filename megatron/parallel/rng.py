@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
 
@@ -26,3 +31,17 @@ def set_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def preserved() -> Iterator[None]:
+    """Restore the random streams of torch, NumPy and Python's random module at the end."""
+    torch_state = get_state()
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+    try:
+        yield
+    finally:
+        set_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

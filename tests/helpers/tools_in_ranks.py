@@ -1,0 +1,27 @@
+"""Tools of the repository in ranks of the pool."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def run_tool(name: str, argv: list[str]) -> str:
+    """Run a tool in a rank as a launcher would start it; return what it prints to stdout."""
+    if str(REPO) not in sys.path:
+        sys.path.insert(0, str(REPO))
+    tool = importlib.import_module(f"tools.{name}")
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        tool.run(tool.parse(argv))
+    return out.getvalue()
