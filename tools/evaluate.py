@@ -1,0 +1,221 @@
+"""Evaluates a checkpoint or a Hugging Face folder on tasks of lm-evaluation-harness.
+
+    python tools/evaluate.py --load runs/x/checkpoints --tasks lambada_openai,hellaswag
+    torchrun --nproc-per-node 8 tools/evaluate.py --load runs/x/checkpoints --tasks mmlu
+
+Any number of ranks can be started; they share the examples. Experts are sharded as in training
+if that fits the number of ranks; otherwise every rank holds all experts. docs/evaluation.md
+says how the numbers are normalised and how to evaluate without a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from megatron.evaluation.task_suite import TaskSuite
+    from megatron.initialize import Run
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_model_flags(parser)
+    _add_task_flags(parser)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not args.list_tasks and not (args.load and args.tasks):
+        parser.error("--load and --tasks are needed, or --list-tasks alone")
+    return args
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--load", help="directory of checkpoints, or a Hugging Face folder")
+    parser.add_argument(
+        "--load-step",
+        type=int,
+        default=0,
+        help="iteration of the checkpoint; 0: the newest (default)",
+    )
+    parser.add_argument(
+        "--gate-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files with the model's gate, if it is neither built-in nor installed",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="rows per forward pass of a rank (default 8)"
+    )
+
+
+def _add_task_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: [name for name in text.split(",") if name],
+        help="tasks, groups or tags of the harness, or paths of task files, with commas between",
+    )
+    parser.add_argument(
+        "--list-tasks", action="store_true", help="print the names of all tasks and end"
+    )
+    parser.add_argument(
+        "--include-path",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="folders with further task files",
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        help="solved examples before each question (default: each task's own number)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        help="examples of each task, for a quick look: a number, or a fraction below 1 "
+        "(default: all)",
+    )
+    parser.add_argument(
+        "--bootstrap-iters",
+        type=int,
+        default=1000,
+        help="resamples for standard errors that have no formula; 0: no standard errors "
+        "(default 1000)",
+    )
+    parser.add_argument(
+        "--output", help="JSON file that the results are written to, with the tasks' settings"
+    )
+    parser.add_argument(
+        "--log-samples",
+        action="store_true",
+        help="include every prompt and answer in the JSON file",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, print a table, and write the JSON file."""
+    from megatron.evaluation.lm_harness import model_for_harness
+    from megatron.evaluation.lockstep import LockstepRanks
+    from megatron.initialize import build_inference_model, initialize_inference
+    from megatron.moe.gate_registry import import_gate_files
+
+    _check(args)
+    if args.list_tasks:
+        list_tasks(args.include_path)
+        return
+    import_gate_files(args.gate_path)
+    run = initialize_inference(args.load, args.load_step)
+    # Before the model is built: a wrong name shows immediately.
+    suite = LockstepRanks(run.groups, {}).run(lambda: _load_tasks(args))
+    model = build_inference_model(run)
+    harness_model = model_for_harness(
+        model, run.groups, run.tokenizer, args.batch_size, "--tasks"
+    )
+    harness_model.ranks.run(lambda: _evaluate(args, run, suite, harness_model))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for a value that is not allowed."""
+    from megatron.config.fields import require
+
+    require(
+        args.num_fewshot is None or args.num_fewshot >= 0,
+        "--num-fewshot",
+        args.num_fewshot,
+        "0 or more",
+    )
+    is_limit = args.limit is None or 0 < args.limit < 1 or args.limit.is_integer()
+    require(
+        is_limit and (args.limit is None or args.limit > 0),
+        "--limit",
+        args.limit,
+        "a positive integer, or a fraction between 0 and 1",
+    )
+    require(
+        args.bootstrap_iters == 0 or args.bootstrap_iters > 1,
+        "--bootstrap-iters",
+        args.bootstrap_iters,
+        "0, or 2 or more",
+    )
+    require(
+        not args.log_samples or bool(args.output),
+        "--log-samples",
+        True,
+        "only with --output FILE",
+    )
+    folder = os.path.dirname(os.path.abspath(args.output or "results.json"))
+    require(
+        os.path.isdir(folder) and not os.path.isdir(args.output or ""),
+        "--output",
+        args.output,
+        "the path of a file in an existing directory",
+    )
+
+
+def _load_tasks(args: argparse.Namespace) -> TaskSuite:
+    from megatron.evaluation.task_suite import TaskSuite
+
+    return TaskSuite(args.tasks, "--tasks", args.include_path, args.num_fewshot)
+
+
+def _evaluate(args: argparse.Namespace, run: Run, suite: TaskSuite, harness_model: Any) -> None:
+    """Run the tasks and report the results, on rank 0."""
+    from lm_eval.utils import make_table
+
+    from megatron.evaluation.source import describe_source
+    from megatron.evaluation.task_suite import RunOptions
+    from megatron.io import atomic_write
+
+    options = RunOptions(args.limit, args.bootstrap_iters, args.log_samples)
+    results = suite.run(harness_model, args.tasks, options)
+    print(make_table(results))
+    if "groups" in results:
+        print(make_table(results, "groups"))
+    sys.stdout.flush()
+    if args.output:
+        settings = {**describe_source(run, args.load), **_settings(args)}
+        described = {**settings, **results}
+        text = json.dumps(described, indent=2, default=str, ensure_ascii=False)
+        atomic_write.write_text(args.output, text + "\n")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the evaluation that are in no task file."""
+    from importlib.metadata import version
+
+    return {
+        "lm_eval_version": version("lm_eval"),
+        "num_fewshot": args.num_fewshot,
+        "limit": args.limit,
+        "bootstrap_iters": args.bootstrap_iters,
+    }
+
+
+def list_tasks(include_paths: list[str]) -> None:
+    """Print the names of all tasks, groups and tags, one per line."""
+    from megatron.evaluation.task_suite import known_tasks
+    from megatron.optional_packages import require_package
+
+    require_package("lm_eval", "eval", "--list-tasks")
+    print(*known_tasks(include_paths).all_tasks, sep="\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    from megatron.exit_codes import exit_code
+
+    return exit_code(lambda: run(parse(argv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
