@@ -44,6 +44,8 @@ _ATTENTION_FIELDS = (
     "attention",
     "add_qkv_bias",
     "attention_output_bias",
+    "qk_norm",
+    "clip_qkv",
     "q_lora_rank",
     "kv_lora_rank",
     "qk_rope_head_dim",
@@ -153,6 +155,8 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
             "--moe-weight-on-input": moe.moe_weight_on_input,
             "--moe-latent-size": moe.moe_latent_size,
             "--moe-shared-experts": moe.moe_shared_experts,
+            "--moe-shared-expert-intermediate-size": moe.moe_shared_expert_intermediate_size,
+            "--moe-shared-expert-gate": moe.moe_shared_expert_gate,
             "the hidden size of an expert": moe.moe_ffn_hidden_size or model.ffn_size,
         }
         expert_config = expert_config_class(moe.expert_type)(**config.expert_options)

@@ -15,6 +15,7 @@ from megatron.config.fields import (
 from megatron.config.model import ModelConfig
 from megatron.config.needs import setting
 
+_GQA = setting("attention", "gqa")
 _MLA = setting("attention", "mla")
 
 
@@ -30,6 +31,12 @@ class AttentionConfig:
     states to latents"""
     attention_output_bias: bool = False
     """add a bias to the output projection of attention"""
+    qk_norm: str = option("none", choices=("none", "head", "all-heads"), needs=_GQA)
+    """normalise queries and keys before rotary positions; head: the features of each head (Qwen3,
+    GLM-4.5); all-heads: those of all heads together (OLMoE)"""
+    clip_qkv: float = option(0.0, needs=_GQA)
+    """clamp queries, keys and values to -X .. X before rotary positions (OLMoE); 0: no limit"""
+
     q_lora_rank: int = option(0, needs=_MLA)
     """size of the latents of queries; 0: queries are projections of hidden states"""
     kv_lora_rank: int = option(512, needs=_MLA)
@@ -43,7 +50,7 @@ class AttentionConfig:
 
     def __post_init__(self):
         require_choices(self)
-        require_not_negative(self, "q_lora_rank")
+        require_not_negative(self, "q_lora_rank", "clip_qkv")
         require_positive_integers(
             self, "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"
         )

@@ -35,6 +35,7 @@ ALIASES = {
     "--override-opt-param-scheduler": "--override-lr-schedule",
     "--qk-head-dim": "--qk-nope-head-dim",
     "--qk-pos-emb-head-dim": "--qk-rope-head-dim",
+    "--qk-layernorm": "--qk-norm=head",
     "--rotary-scaling-factor": "--rope-scaling-factor",
     "--use-rope-scaling": "--rope-scaling=llama3",
     "--use-rotary-position-embeddings": "--position-embedding-type=rope",
@@ -166,14 +167,10 @@ NOT_SUPPORTED = {
     "--moe-router-enable-expert-bias": "use --bias-rule sign",
     "--moe-router-load-balancing-type": "choose a --gate, and set --moe-loss-coeff",
     "--moe-router-score-function": "use --score-function",
-    "--moe-shared-expert-intermediate-size": (
-        "use --moe-shared-experts, a multiple of the hidden size of an expert"
-    ),
     "--mtp-num-layers": "leave it out",
     "--no-position-embedding": "choose --position-embedding-type rope or learned",
     "--num-layers-per-virtual-pipeline-stage": _NO_PP,
     "--partition-activations": _NO_TP,
-    "--qk-layernorm": "leave it out",
     "--recompute-granularity": _RECOMPUTE,
     "--recompute-method": _RECOMPUTE,
     "--recompute-num-layers": _RECOMPUTE,

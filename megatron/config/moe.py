@@ -71,6 +71,10 @@ class MoEConfig:
     moe_shared_experts: int = option(0, needs=setting("num_experts"))
     """number of shared experts, which process every token; computed as one MLP of this many
     times the expert hidden size"""
+    moe_shared_expert_intermediate_size: int = option(0, needs=setting("moe_shared_experts"))
+    """hidden size of that MLP if it is not such a multiple; 0: it is"""
+    moe_shared_expert_gate: bool = option(False, needs=setting("moe_shared_experts"))
+    """multiply the output of the shared experts by sigmoid(w x) with a learned w (Qwen2-MoE)"""
     moe_first_k_dense: int = option(0, needs=setting("num_experts"))
     """the first k layers are dense"""
     moe_expert_parallel_size: int = option(1, needs=setting("num_experts"))
@@ -87,6 +91,7 @@ class MoEConfig:
             self,
             "num_experts",
             "moe_shared_experts",
+            "moe_shared_expert_intermediate_size",
             "moe_first_k_dense",
             "moe_train_capacity_factor",
             "moe_eval_capacity_factor",

@@ -12,6 +12,7 @@ from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
 from megatron.model.attention_context import AttentionContext
 from megatron.model.document_attention import attend, document_attention
+from megatron.model.norm import build_norm
 
 
 class Attention(nn.Module):
@@ -34,6 +35,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, options.attention_output_bias)
+        self.qk_norm = options.qk_norm
+        self.clip = options.clip_qkv
+        if self.qk_norm == "head":
+            self.q_norm = build_norm(config, self.head_size)
+            self.k_norm = build_norm(config, self.head_size)
+        if self.qk_norm == "all-heads":
+            self.q_norm = build_norm(config, q_size)
+            self.k_norm = build_norm(config, kv_size)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext | None = None) -> Tensor:
         """Attend to earlier tokens.
@@ -46,14 +55,33 @@ class Attention(nn.Module):
             [B, S, D].
         """
         context = context or AttentionContext()
-        q_BHSK = self._split_heads(self.q_proj(x_BSD), self.num_heads)
-        k_BGSK = self._split_heads(self.k_proj(x_BSD), self.num_groups)
-        v_BGSK = self._split_heads(self.v_proj(x_BSD), self.num_groups)
+        q_BHSK, k_BGSK, v_BGSK = self._project(x_BSD)
         if context.rotation is not None:
             q_BHSK = context.rotation.apply(q_BHSK)
             k_BGSK = context.rotation.apply(k_BGSK)
         y_BHSK = self._attend(q_BHSK, k_BGSK, v_BGSK, context)
         return self.o_proj(y_BHSK.transpose(1, 2).flatten(2))
+
+    def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values before rotary positions."""
+        q = self.q_proj(x_BSD)
+        k = self.k_proj(x_BSD)
+        v = self.v_proj(x_BSD)
+        if self.qk_norm == "all-heads":
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q_BSHK = q.unflatten(-1, (self.num_heads, self.head_size))
+        k_BSGK = k.unflatten(-1, (self.num_groups, self.head_size))
+        v_BSGK = v.unflatten(-1, (self.num_groups, self.head_size))
+        if self.qk_norm == "head":
+            q_BSHK = self.q_norm(q_BSHK)
+            k_BSGK = self.k_norm(k_BSGK)
+        heads = []
+        for x_BSHK in (q_BSHK, k_BSGK, v_BSGK):
+            if self.clip:
+                x_BSHK = x_BSHK.clamp(-self.clip, self.clip)
+            heads.append(x_BSHK.transpose(1, 2))
+        return tuple(heads)
 
     def _attend(
         self, q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionContext
@@ -66,7 +94,3 @@ class Attention(nn.Module):
             k_BGSK, v_BGSK = context.cache.update(k_BGSK, v_BGSK)
             mask_B1SL = context.visible.mask(k_BGSK.shape[2])
         return attend(q_BHSK, k_BGSK, v_BGSK, dropout, mask_B1SL)
-
-    def _split_heads(self, x: Tensor, heads: int) -> Tensor:
-        """Reshape [B, S, heads * K] -> [B, heads, S, K]."""
-        return x.unflatten(-1, (heads, self.head_size)).transpose(1, 2)

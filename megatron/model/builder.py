@@ -190,8 +190,7 @@ def make_moe_layer(
     experts, num_stacks = _make_experts(gate, model, moe, expert_options or {}, num_local, init)
     shared = None
     if moe.moe_shared_experts:
-        shared_width = moe.moe_shared_experts * _expert_width(model, moe)
-        shared = MLP(model.hidden_size, shared_width, model.act)
+        shared = MLP(model.hidden_size, _shared_width(model, moe), model.act)
     moe_layer = layer_class(
         gate,
         experts,
@@ -203,6 +202,8 @@ def make_moe_layer(
         groups=groups,
     )
     moe_layer.check_routing = moe.check_routing
+    if moe.moe_shared_expert_gate:
+        moe_layer.gate_shared_experts(model.hidden_size)
     if moe.moe_latent_size is not None:
         moe_layer.run_experts_in_latent_space(model.hidden_size, moe.moe_latent_size)
     return moe_layer
@@ -258,3 +259,9 @@ def _make_experts(
 def _expert_width(model: ModelConfig, moe: MoEConfig) -> int:
     """Return the hidden size of one expert."""
     return moe.moe_ffn_hidden_size or model.ffn_size
+
+
+def _shared_width(model: ModelConfig, moe: MoEConfig) -> int:
+    """Return the hidden size of the MLP of all shared experts."""
+    size = moe.moe_shared_expert_intermediate_size
+    return size or moe.moe_shared_experts * _expert_width(model, moe)

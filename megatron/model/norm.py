@@ -7,7 +7,11 @@ from torch import nn
 from megatron.config.model import ModelConfig
 
 
-def build_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
-    """Build the configured normalisation over the last dimension, [..., D] -> [..., D]."""
+def build_norm(config: ModelConfig, size: int | None = None) -> nn.RMSNorm | nn.LayerNorm:
+    """Build the configured normalisation over the last dimension, [..., D] -> [..., D].
+
+    Args:
+        size: D; None: that of hidden states.
+    """
     kinds = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
-    return kinds[config.normalization](config.hidden_size, eps=config.norm_epsilon)
+    return kinds[config.normalization](size or config.hidden_size, eps=config.norm_epsilon)

@@ -11,7 +11,7 @@ MODEL_PARTS = {
     "attention": ("self_attn",),
     "routed experts": ("experts",),
     "latent layers": ("fc1_latent_proj", "fc2_latent_proj"),
-    "shared experts": ("shared",),
+    "shared experts": ("shared", "shared_gate"),
     "router": ("gate",),
     "dense ffn": ("mlp",),
     "norms": ("input_layernorm", "post_attention_layernorm", "norm"),

@@ -80,6 +80,8 @@ class MoELayer(nn.Module):
         self.gate = gate
         self.experts = experts
         self.shared = shared
+        self.shared_gate: nn.Linear | None = None
+        """its sigmoid multiplies the output of `shared`; None: nothing does"""
         self.fc1_latent_proj: nn.Linear | None = None
         """projection of the token rows that are sent to the experts; None: the experts
         take hidden states"""
@@ -149,6 +151,13 @@ class MoELayer(nn.Module):
         """
         self.fc1_latent_proj = nn.Linear(hidden_size, latent_size, bias=False)
         self.fc2_latent_proj = nn.Linear(latent_size, hidden_size, bias=False)
+
+    def gate_shared_experts(self, hidden_size: int) -> None:
+        """Multiply the output of the shared experts by sigmoid(w x), with one w for the layer.
+
+        Source: Qwen2-MoE (Qwen Team 2024).
+        """
+        self.shared_gate = nn.Linear(hidden_size, 1, bias=False)
 
     @property
     def latent_projections(self) -> list[nn.Linear]:
@@ -319,8 +328,14 @@ class MoELayer(nn.Module):
         if plan.zero_computation is not None:
             outputs.append(self._zero_computation_output(x_BSD, routing, plan))
         if self.shared is not None:
-            outputs.append(self.shared(x_BSD, context).y.flatten(0, -2))
+            outputs.append(self._shared_output(x_BSD, context).flatten(0, -2))
         return outputs
+
+    def _shared_output(self, x_BSD: Tensor, context: FFNContext) -> Tensor:
+        y_BSD = self.shared(x_BSD, context).y
+        if self.shared_gate is None:
+            return y_BSD
+        return torch.sigmoid(self.shared_gate(x_BSD)) * y_BSD
 
     def _zero_computation_output(
         self, x_BSD: Tensor, routing: Routing, plan: DispatchPlan

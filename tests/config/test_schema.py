@@ -80,6 +80,8 @@ REFUSED = [
         (AttentionConfig, {name: 0}, f"--{name.replace('_', '-')} is 0; allowed: a positive")
         for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     ],
+    (AttentionConfig, {"qk_norm": "rms"}, "--qk-norm is 'rms'; allowed: none head all-heads"),
+    (AttentionConfig, {"clip_qkv": -1.0}, "--clip-qkv is -1.0; allowed: 0 or more"),
     (RotaryConfig, {"rotary_percent": 1.5}, "--rotary-percent is 1.5; allowed: 0 < share <= 1"),
     (
         RotaryConfig,
@@ -114,6 +116,7 @@ REFUSED = [
         for name in (
             "num_experts",
             "moe_shared_experts",
+            "moe_shared_expert_intermediate_size",
             "moe_first_k_dense",
             "moe_train_capacity_factor",
             "moe_eval_capacity_factor",

@@ -60,15 +60,16 @@ _TRAINING_FIELDS = {
 }
 """Fields by section that change no result of the model in inference, or that are compared
 in another form"""
-_RESOLVED_MODEL_FIELDS = (
+_RESOLVED_FIELDS = (
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
     "activation",
     "swiglu",
     "max_position_embeddings",
+    "rope_original_max_positions",
 )
-"""Fields of the model that are compared by the value that they mean"""
+"""Fields that are compared by the value that they mean"""
 
 
 class _Content(dict[str, Any]):
@@ -249,6 +250,9 @@ def _comparable(run: RunConfig) -> dict[str, Any]:
         "model.max_position_embeddings": run.model.max_positions,
         "model.activation": run.model.act,
     }
+    if run.rotary.rope_scaling in ("llama3", "yarn"):
+        positions = run.rotary.rope_original_max_positions or run.model.max_positions
+        values["rotary.rope_original_max_positions"] = positions
     gates = run.moe.gates(run.model.num_layers)
     if None in gates:
         values["model.ffn_hidden_size"] = run.model.ffn_size
@@ -261,7 +265,7 @@ def _comparable(run: RunConfig) -> dict[str, Any]:
         for name, value in dataclasses.asdict(expert_config).items():
             values[f"expert.expert_{name}"] = value
     for section in compared:
-        left_out = {*_TRAINING_FIELDS.get(section, "").split(), *_RESOLVED_MODEL_FIELDS}
+        left_out = {*_TRAINING_FIELDS.get(section, "").split(), *_RESOLVED_FIELDS}
         for name, value in dataclasses.asdict(getattr(run, section)).items():
             if name not in left_out:
                 values[f"{section}.{name}"] = value

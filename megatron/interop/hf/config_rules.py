@@ -34,7 +34,7 @@ class Same:
     key: str
     ours: str
     zero_for_none: bool = False
-    """Whether null means our 0"""
+    """Whether null means our 0, and the other way round"""
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -166,6 +166,11 @@ ATTENTION_BIASES = same_names(
 HEAD_NORMS = same_names("self_attn", "q_norm.weight", "k_norm.weight")
 DENSE_TENSORS = same_names("mlp", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
+ROTARY_FREQUENCIES = UnmappedTensors(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    "frequencies of rotary positions, which are computed",
+)
+
 
 def expert_tensors(
     part: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"

@@ -6,6 +6,7 @@ from megatron.interop.hf.config_rules import HEAD_RULE, MODEL_RULES, Always, Fix
 from megatron.interop.hf.family import (
     ATTENTION_TENSORS,
     DECODER_TENSORS,
+    ROTARY_FREQUENCIES,
     Family,
     TensorLayout,
     expert_tensors,
@@ -39,6 +40,7 @@ MIXTRAL = Family(
         ),
         TensorLayout("fused", (*router_tensors("mlp.gate"), *fused_expert_tensors())),
     ),
+    unmapped=(ROTARY_FREQUENCIES,),
     defaults={
         "vocab_size": 32000,
         "hidden_size": 4096,

@@ -1,0 +1,148 @@
+"""Make an MoE model from a dense one, layer by layer.
+
+Shape suffixes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.checkpoint.weights_only import require_no_checkpoints, write_weights_checkpoint
+from megatron.config.schema import RunConfig
+from megatron.interop.model_specs import build_meta_model
+from megatron.interop.upcycle.dense_ffn import FFNStatistics
+from megatron.interop.upcycle.dense_source import DenseSource
+from megatron.interop.upcycle.flags import UpcycleRequest
+from megatron.interop.upcycle.gates import StartWeights
+from megatron.interop.upcycle.sample_text import read_sample
+from megatron.interop.upcycle.scale import set_scales
+from megatron.interop.upcycle.statistics import add_importance, collect_activity
+from megatron.interop.upcycle.weights import UpcycledWeights
+from megatron.io.progress import ProgressCallback, no_progress
+from megatron.log import get_logger
+from megatron.model.builder import size_table
+from megatron.model.gpt import GPT
+from megatron.model.parameter_count import ParameterCount, count_parameters
+
+BuildDense = Callable[[], GPT]
+"""Builds the dense model with its weights, fp32"""
+
+
+@dataclass(frozen=True)
+class UpcycleResult:
+    """What was written."""
+
+    path: Path
+    """directory of the checkpoint"""
+    config: RunConfig
+    dense_size: ParameterCount
+    moe_size: ParameterCount
+    table: str
+    """sizes of the MoE model by part"""
+    start: Mapping[str, StartWeights]
+    """sum of the weights of a token's experts by gate"""
+    description: str
+    """what the result computes before it is trained"""
+
+
+def prepare_weights(
+    source: DenseSource, request: UpcycleRequest, build_dense: BuildDense | None = None
+) -> UpcycledWeights:
+    """Return the tensors of the MoE model, which are computed when they are read.
+
+    Args:
+        build_dense: builds the dense model if the options need statistics.
+    Raises:
+        ValueError: the sample of text cannot be used, or a gate does not fit the options.
+    """
+    model = build_meta_model(request.config, source.vocab_size)
+    scaled = set_scales(request, model)
+    request = scaled.request
+    model = build_meta_model(request.config, source.vocab_size)
+    statistics = {}
+    if request.options.sample_data:
+        statistics = _statistics(source, request, build_dense)
+    return UpcycledWeights(request, model, source.read, scaled.weight_scales, statistics)
+
+
+def _statistics(
+    source: DenseSource, request: UpcycleRequest, build_dense: BuildDense
+) -> dict[int, FFNStatistics]:
+    options = request.options
+    length = request.config.model.seq_length
+    sequences = read_sample(
+        options.sample_data, source.tokenizer, options.sample_tokens, length
+    )
+    num_tokens = sum(len(tokens) - 1 for tokens in sequences)
+    get_logger().info(
+        "running the dense model on %d tokens of %s", num_tokens, options.sample_data
+    )
+    model = build_dense().eval()
+    found = collect_activity(model, sequences, request.moe_layers, options.active_fraction)
+    if options.strategy != "gradient":
+        return found
+    num_experts = request.config.moe.num_experts
+    seed = request.config.train.seed
+    return add_importance(model, sequences, found, num_experts, seed)
+
+
+def upcycle(
+    source: DenseSource,
+    request: UpcycleRequest,
+    output: str | Path,
+    build_dense: BuildDense | None = None,
+    progress: ProgressCallback = no_progress,
+    planned: ProgressCallback = no_progress,
+) -> UpcycleResult:
+    """Write the checkpoint of the MoE model to a new directory of checkpoints.
+
+    Args:
+        build_dense: see `prepare_weights`.
+        progress: called with the bytes that were written since the last call.
+        planned: called once before, with the bytes that will be written.
+    Raises:
+        ValueError: the output exists, or as `prepare_weights`.
+        OSError: a file cannot be read or written, or the disk is too full.
+    """
+    require_no_checkpoints(Path(output).resolve())
+    weights = prepare_weights(source, request, build_dense)
+    request = weights.request
+    tensors = weights.source()
+    planned(tensors.nbytes)
+    start = weights.start_weights()
+    path = write_weights_checkpoint(
+        output, request.config, source.tokenizer, tensors, progress=progress
+    )
+    dense = build_meta_model(source.config, source.vocab_size)
+    return UpcycleResult(
+        path,
+        request.config,
+        count_parameters(dense),
+        count_parameters(weights.model),
+        size_table(weights.model),
+        start,
+        describe_start(request, start),
+    )
+
+
+def describe_start(request: UpcycleRequest, start: Mapping[str, StartWeights]) -> str:
+    """Return what the MoE layers compute before they are trained, as one sentence."""
+    options = request.options
+    changes = []
+    if options.noise_std:
+        changes.append("their noise")
+    if options.drop_ratio:
+        changes.append("the neurons that were drawn again")
+    if all(weights.are_one for weights in start.values()):
+        if changes:
+            return f"the MoE layers differ from the dense ones by {' and '.join(changes)}"
+        return "the MoE layers compute what the dense ones do"
+    ranges = []
+    for name, weights in start.items():
+        ranges.append(f"{weights.lowest:.4g} to {weights.highest:.4g} with gate {name}")
+    return (
+        "the MoE layers approximate the dense ones: a slice of a dense layer has the weight "
+        f"{', '.join(ranges)} instead of 1"
+    )

@@ -1,0 +1,101 @@
+"""The dense model that is upcycled: a checkpoint of ours or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.checkpoint.loader import find_checkpoint
+from megatron.checkpoint.metadata import RunMetadata
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.fields import require
+from megatron.config.schema import RunConfig
+from megatron.interop.hf.convert import open_hf_model
+from megatron.interop.hf.weights import ReadRange
+from megatron.interop.model_specs import build_meta_model
+from megatron.parallel.groups import Groups
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.build import build_tokenizer
+
+HF_FAMILIES = ("llama", "qwen2", "qwen3")
+"""Families of dense models in Hugging Face folders"""
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """A dense model, of which no tensor has been read."""
+
+    path: Path
+    """the checkpoint, or the Hugging Face folder"""
+    config: RunConfig
+    tokenizer: Tokenizer
+    vocab_size: int
+    """size of the model's vocabulary before padding"""
+    shapes: Mapping[str, tuple[int, ...]]
+    read: ReadRange
+    is_hf: bool = False
+
+
+def open_dense_source(path: str | Path, load_step: int = 0) -> DenseSource:
+    """Open a dense model and check everything but the values of its tensors.
+
+    Args:
+        path: directory of checkpoints, one checkpoint, or a Hugging Face folder.
+        load_step: iteration of the checkpoint; 0: the newest.
+    Raises:
+        ValueError: the model is not dense, or a file is malformed.
+        OSError: a file cannot be read, or there is no valid checkpoint.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return _open_hf_folder(path, load_step)
+    options = CheckpointConfig(load=str(path), load_step=load_step, finetune=True)
+    groups = Groups()
+    checkpoint = find_checkpoint(options, groups, required=True)
+    config = checkpoint.metadata.config
+    _require_dense(config)
+    tokenizer = build_tokenizer(config.tokenizer)
+    checkpoint.check(RunMetadata.of(config, groups, tokenizer))
+    checkpoint.check_sizes()
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    checkpoint.check_model(build_meta_model(config, vocab_size), groups)
+    reader = checkpoint.reader
+
+    def read(name: str, start: int, length: int):
+        return reader.read("weight", name, start, length)
+
+    return DenseSource(checkpoint.path, config, tokenizer, vocab_size, reader.shapes, read)
+
+
+def _open_hf_folder(path: Path, load_step: int) -> DenseSource:
+    require(not load_step, "--load-step", load_step, "left out with a Hugging Face folder")
+    model = open_hf_model(path)
+    _require_dense(model.config)
+    require(
+        model.source.family.name in HF_FAMILIES,
+        f"{path / 'config.json'}: model_type",
+        model.source.family.name,
+        " ".join(HF_FAMILIES),
+    )
+    vocab_size = model.config.model.vocab_size
+    return DenseSource(
+        path,
+        model.config,
+        model.tokenizer,
+        vocab_size,
+        model.specs.shapes,
+        model.weights.read,
+        is_hf=True,
+    )
+
+
+def _require_dense(config: RunConfig) -> None:
+    moe = config.moe
+    require(
+        moe.num_experts == 0,
+        "the number of experts of the model",
+        moe.num_experts,
+        "0, a dense model",
+        f"It is an MoE model with the gate {moe.gate} already; continue its training with --load.",
+    )

@@ -1,0 +1,91 @@
+"""Makes an MoE model from a dense one.
+
+    python tools/upcycle.py runs/dense/checkpoints runs/moe --num-experts 8 --topk 2
+    python tools/upcycle.py Llama-3.2-1B runs/moe --strategy kmeans --num-experts 16 --topk 4
+
+The first argument is the dense model: a directory of checkpoints, one checkpoint, or a Hugging Face
+folder of a Llama, Qwen2 or Qwen3 model. The second is a new directory of checkpoints, which
+training continues with --load. Flags are those of training that concern MoE layers and gates, the
+seed, and those of this program; docs/upcycling.md describes them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from megatron.interop.upcycle.convert import UpcycleResult
+    from megatron.model.gpt import GPT
+
+PROG = "upcycle.py"
+
+
+def run(argv: list[str]) -> None:
+    """Upcycle the model that the arguments name, and print sizes and what to expect.
+
+    Raises:
+        ValueError: an argument, the dense model or the sample of text is refused.
+        OSError: a file cannot be read or written.
+    """
+    from tqdm import tqdm
+
+    from megatron.config.fields import require
+    from megatron.interop.upcycle.convert import upcycle
+    from megatron.interop.upcycle.dense_source import open_dense_source
+    from megatron.interop.upcycle.flags import parse_request, show_help
+
+    if {"-h", "--help", "--help-all", "--version"} & set(argv):
+        flags = [word for word in argv if word.startswith("-")]
+        show_help(f"{PROG} SOURCE OUTPUT", __doc__ or "", flags)
+    paths = argv[:2]
+    require(
+        len(paths) == 2 and not any(path.startswith("-") for path in paths),
+        "the first two arguments",
+        " ".join(paths),
+        "the dense model and a new directory",
+        f"For example: {PROG} runs/dense/checkpoints runs/moe --num-experts 8",
+    )
+    source = open_dense_source(paths[0])
+    request = parse_request(source.config, argv[2:])
+    with tqdm(desc="write", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        result = upcycle(
+            source, request, paths[1], lambda: build_dense(paths[0]), bar.update, bar.reset
+        )
+    print(report(result))
+
+
+def build_dense(path: str) -> GPT:
+    """Build the dense model with its weights, on the GPU if there is one."""
+    from megatron.initialize import build_run_model, initialize_inference
+
+    run = initialize_inference(path)
+    return build_run_model(run).to(run.groups.device)
+
+
+def report(result: UpcycleResult) -> str:
+    """Return sizes and what to expect, for the end of the output."""
+    dense = result.dense_size
+    moe = result.moe_size
+    active = f"{moe.active_min:,}"
+    if moe.active_max != moe.active_min:
+        active = f"{moe.active_min:,} to {moe.active_max:,}"
+    return (
+        f"{result.table}\n{result.path}: {moe.total:,} parameters, {active} active per token; the "
+        f"dense model has {dense.total:,}\nBefore training, {result.description}."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    from megatron.exit_codes import exit_code
+
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
