@@ -53,33 +53,36 @@ def make_inputs(segments, dtype):
 
 def attend_masked(q, k, v, segments):
     """Attend under a mask of all pairs."""
-    from megatron.model.document_attention import DocumentLayout, attend
+    from megatron.model.attend import ScoreOptions, attend
+    from megatron.model.document_attention import DocumentLayout
 
-    return attend(q, k, v, 0.0, DocumentLayout(segments).mask_B1SS)
+    return attend(q, k, v, ScoreOptions(), DocumentLayout(segments).mask_B1SS)
 
 
 def attend_in_batches(q, k, v, segments):
     """Attend in batches of documents, whatever the length of the samples."""
     from megatron.model import document_attention as model
+    from megatron.model.attend import ScoreOptions, attend
 
     batches = model.DocumentLayout(segments).batches
     if batches is None:
-        return model.attend(q, k, v, 0.0)
-    return model._attend_in_batches(q, k, v, batches, 0.0)
+        return attend(q, k, v, ScoreOptions())
+    return model._attend_in_batches(q, k, v, batches, ScoreOptions())
 
 
 def attend_in_a_loop(q, k, v, segments):
     """Attend to one document after the other."""
     import torch
 
-    from megatron.model.document_attention import DocumentLayout, attend
+    from megatron.model.attend import ScoreOptions, attend
+    from megatron.model.document_attention import DocumentLayout
 
     lengths = DocumentLayout(segments).lengths_N.tolist()
     rows = [x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)]
     outputs = []
     for document in zip(*rows, strict=True):
         inputs = [x[None].transpose(1, 2) for x in document]
-        outputs.append(attend(*inputs, 0.0).transpose(1, 2)[0])
+        outputs.append(attend(*inputs, ScoreOptions()).transpose(1, 2)[0])
     return torch.cat(outputs).unflatten(0, segments.shape).transpose(1, 2)
 
 

@@ -37,6 +37,12 @@ class AttentionConfig:
     clip_qkv: float = option(0.0, needs=_GQA)
     """clamp queries, keys and values to -X .. X before rotary positions (OLMoE); 0: no limit"""
 
+    attention_sinks: bool = option(False, needs=_GQA)
+    """add a learned logit per head to the denominator of the softmax over keys (gpt-oss)"""
+    window_size: int = option(0, needs=_GQA)
+    """sliding window: a query sees this many last keys, its own included; 0: all"""
+    window_layers: tuple[int, ...] = option((), needs=setting("window_size"))
+    """indices of the blocks with a sliding window, counted from 0; empty: all"""
     q_lora_rank: int = option(0, needs=_MLA)
     """size of the latents of queries; 0: queries are projections of hidden states"""
     kv_lora_rank: int = option(512, needs=_MLA)
@@ -50,17 +56,23 @@ class AttentionConfig:
 
     def __post_init__(self):
         require_choices(self)
-        require_not_negative(self, "q_lora_rank", "clip_qkv")
+        require_not_negative(self, "q_lora_rank", "clip_qkv", "window_size")
         require_positive_integers(
             self, "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"
         )
 
     def check_heads(self, model: ModelConfig) -> None:
-        """Check that the sizes of attention heads fit together.
+        """Check that the sizes of attention heads fit together, and that windows have a block.
 
         Raises:
             ValueError: they do not.
         """
+        require_setting(
+            self,
+            "window_layers",
+            all(0 <= layer < model.num_layers for layer in self.window_layers),
+            f"blocks from 0 to {model.num_layers - 1}",
+        )
         has_rope = model.position_embedding_type == "rope"
         if self.attention == "mla":
             is_even = self.qk_rope_head_dim % 2 == 0
@@ -86,3 +98,9 @@ class AttentionConfig:
         if self.attention == "mla":
             return self.qk_rope_head_dim
         return model.head_size
+
+    def window_of(self, layer: int) -> int:
+        """Return the sliding window of block `layer`, counted from 0; 0: no limit."""
+        if self.window_layers and layer not in self.window_layers:
+            return 0
+        return self.window_size

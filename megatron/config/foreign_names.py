@@ -184,7 +184,6 @@ NOT_SUPPORTED = {
     "--vocab-extra-ids": "use --vocab-size",
     "--wandb-entity": "set the variable WANDB_ENTITY",
     "--wandb-save-dir": "set the variable WANDB_DIR",
-    "--window-size": "leave it out",
     "--zero-reduce-bucket-size": _DEEPSPEED_FILE,
 }
 """Flags that would change a run, each with what to do instead"""

@@ -6,12 +6,14 @@ dimension.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
+from megatron.model.attend import ScoreOptions, attend
 from megatron.model.attention_context import AttentionContext
-from megatron.model.document_attention import attend, document_attention
+from megatron.model.document_attention import document_attention
 from megatron.model.norm import build_norm
 
 
@@ -19,9 +21,16 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(K)) v over earlier tokens; each key/value head serves H / G query heads.
 
     Grouped-query attention: Ainslie et al. 2023.
+
+    Args:
+        config: number and size of heads.
+        options: None: the defaults.
+        layer: index of the block, which some options depend on.
     """
 
-    def __init__(self, config: ModelConfig, options: AttentionConfig | None = None):
+    def __init__(
+        self, config: ModelConfig, options: AttentionConfig | None = None, layer: int = 0
+    ):
         super().__init__()
         options = options or AttentionConfig()
         self.num_heads = config.num_attention_heads
@@ -37,6 +46,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, options.attention_output_bias)
         self.qk_norm = options.qk_norm
         self.clip = options.clip_qkv
+        self.window = options.window_of(layer)
+        self.sinks = None
+        if options.attention_sinks:
+            self.sinks = nn.Parameter(torch.zeros(self.num_heads))
         if self.qk_norm == "head":
             self.q_norm = build_norm(config, self.head_size)
             self.k_norm = build_norm(config, self.head_size)
@@ -87,10 +100,11 @@ class Attention(nn.Module):
         self, q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionContext
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        options = ScoreOptions(dropout, window=self.window, sinks_H=self.sinks)
         if context.documents is not None:
-            return document_attention(q_BHSK, k_BGSK, v_BGSK, context.documents, dropout)
+            return document_attention(q_BHSK, k_BGSK, v_BGSK, context.documents, options)
         mask_B1SL = None
         if context.cache is not None:
             k_BGSK, v_BGSK = context.cache.update(k_BGSK, v_BGSK)
-            mask_B1SL = context.visible.mask(k_BGSK.shape[2])
-        return attend(q_BHSK, k_BGSK, v_BGSK, dropout, mask_B1SL)
+            mask_B1SL = context.visible.mask(k_BGSK.shape[2], self.window)
+        return attend(q_BHSK, k_BGSK, v_BGSK, options, mask_B1SL)

@@ -62,11 +62,10 @@ class VisibleKeys:
             window: number of last keys that a query sees, its own included; 0: all.
         Returns:
             Bool [B, 1, S, L], True where a query looks at a key: at those not after its own,
-            in the window, that are not padding, and always at its own. None: plain causal
-            attention, because all keys are new and none is padding.
+            in the window, that are not padding, and always at its own. None: causal attention
+            in the window, because all keys are new and none is padding.
         """
-        is_prefill = num_keys == self.slot_BS.shape[1] and self.is_key_BL is None
-        if is_prefill and not 0 < window < num_keys:
+        if num_keys == self.slot_BS.shape[1] and self.is_key_BL is None:
             return None
         if window not in self._masks:
             self._masks[window] = self._build_mask(num_keys, window)

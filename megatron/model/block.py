@@ -32,6 +32,7 @@ class Block(nn.Module):
         ffn: dense or MoE layer, `(x_BSD, FFNContext) -> FFNOutput`.
         attention: options of the attention layer; None: the defaults.
         rotary: options of rotary positions; None: the defaults.
+        layer: index of the block, which options of attention may depend on.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Block(nn.Module):
         ffn: nn.Module,
         attention: AttentionConfig | None = None,
         rotary: RotaryConfig | None = None,
+        layer: int = 0,
     ):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.input_layernorm = build_norm(config)
-        self.self_attn = _build_attention(config, attention, rotary)
+        self.self_attn = _build_attention(config, attention, rotary, layer)
         self.post_attention_layernorm = build_norm(config)
         self.mlp = ffn
 
@@ -141,8 +143,11 @@ def _run_block(
 
 
 def _build_attention(
-    config: ModelConfig, options: AttentionConfig | None, rotary: RotaryConfig | None
+    config: ModelConfig,
+    options: AttentionConfig | None,
+    rotary: RotaryConfig | None,
+    layer: int,
 ) -> Attention | LatentAttention:
     if options is not None and options.attention == "mla":
         return LatentAttention(config, options, rotary)
-    return Attention(config, options)
+    return Attention(config, options, layer)

@@ -11,7 +11,7 @@ heads, G key/value heads, K head dimension, D any.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.first_order import first_order_only
+from megatron.model.attend import ScoreOptions, attend, window_mask
 from megatron.moe.dispatch.permute import gather_rows
 
 _PADDED_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -49,6 +50,7 @@ class DocumentLayout:
     segments_BS: Tensor
     """Number of each token's document: neighbours of a sample with equal numbers are in the same
     document"""
+    _window_masks: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def starts_N(self) -> Tensor:
@@ -85,6 +87,16 @@ class DocumentLayout:
         """Whether a query may look at a key: in its document and not after it."""
         same_BSS = self.document_BS[:, :, None] == self.document_BS[:, None, :]
         return same_BSS.tril().unsqueeze(1)
+
+    def mask(self, window: int) -> Tensor:
+        """Return the mask [B, 1, S, S] with another limit of the distance; 0: none."""
+        if not window:
+            return self.mask_B1SS
+        if window not in self._window_masks:
+            length = self.segments_BS.shape[1]
+            near_SS = window_mask(length, length, window, self.segments_BS.device)
+            self._window_masks[window] = self.mask_B1SS & near_SS
+        return self._window_masks[window]
 
     @cached_property
     def batches(self) -> DocumentBatches | None:
@@ -128,58 +140,29 @@ def document_attention(
     k_BGSK: Tensor,
     v_BGSK: Tensor,
     documents: DocumentLayout,
-    dropout: float,
-    scale: float | None = None,
+    options: ScoreOptions,
 ) -> Tensor:
     """Attend to earlier tokens of the same document.
 
     Args:
-        dropout: probability with which attention weights are dropped. The fused kernels of CPUs
-            have no dropout: memory is then quadratic in the length of a document.
-        scale: factor of the scores; None: K^-0.5.
+        options: how weights are computed. The fused kernels of CPUs have no dropout: memory is
+            then quadratic in the length of a document.
     Returns:
         [B, H, S, K].
     """
-    if can_use_varlen(q_BHSK, dropout):
-        return _attend_varlen(q_BHSK, k_BGSK, v_BGSK, documents, scale)
+    if can_use_varlen(q_BHSK, options.dropout) and options.sinks_H is None:
+        return _attend_varlen(q_BHSK, k_BGSK, v_BGSK, documents, options)
     if q_BHSK.shape[2] <= longest_masked(q_BHSK.dtype):
-        return attend(q_BHSK, k_BGSK, v_BGSK, dropout, documents.mask_B1SS, scale)
+        mask_B1SS = documents.mask(options.window)
+        return attend(q_BHSK, k_BGSK, v_BGSK, options, mask_B1SS)
     if documents.batches is None:
-        return attend(q_BHSK, k_BGSK, v_BGSK, dropout, scale=scale)
-    return _attend_in_batches(q_BHSK, k_BGSK, v_BGSK, documents.batches, dropout, scale)
+        return attend(q_BHSK, k_BGSK, v_BGSK, options)
+    return _attend_in_batches(q_BHSK, k_BGSK, v_BGSK, documents.batches, options)
 
 
 def longest_masked(dtype: torch.dtype) -> int:
     """Return the length of the longest samples whose documents are separated by a mask."""
     return _LONGEST_MASKED.get(dtype, _LONGEST_MASKED_OTHERS)
-
-
-def attend(
-    q_BHSK: Tensor,
-    k_BGSK: Tensor,
-    v_BGSK: Tensor,
-    dropout: float,
-    mask_B1SS: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Compute attention under a mask; without one, plain causal attention [B, H, S, K].
-
-    Args:
-        scale: factor of the scores; None: K^-0.5.
-    """
-    # enable_gqa reads the shared heads in place. Compared with expanded copies of k and v,
-    # forward + backward on one CPU core took 0.92-1.01 of the time in bf16 and 0.87-0.99
-    # in fp32 (H/G 3 and 4, S 256-1024, K 64).
-    return F.scaled_dot_product_attention(
-        q_BHSK,
-        k_BGSK,
-        v_BGSK,
-        attn_mask=mask_B1SS,
-        is_causal=mask_B1SS is None,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=k_BGSK.shape[1] != q_BHSK.shape[1],
-    )
 
 
 def can_use_varlen(q_BHSK: Tensor, dropout: float) -> bool:
@@ -204,7 +187,7 @@ def _attend_varlen(
     k_BGSK: Tensor,
     v_BGSK: Tensor,
     documents: DocumentLayout,
-    scale: float | None,
+    options: ScoreOptions,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -217,8 +200,9 @@ def _attend_varlen(
         offsets_N1,
         documents.longest,
         documents.longest,
-        scale=scale,
-        window_size=(-1, 0),  # causal
+        scale=options.scale,
+        # Keys before and after the query's own; -1: all.
+        window_size=(options.window - 1, 0),
         enable_gqa=k_BGSK.shape[1] != q_BHSK.shape[1],
     )
     return _from_rows(y_THK, len(q_BHSK))
@@ -229,8 +213,7 @@ def _attend_in_batches(
     k_BGSK: Tensor,
     v_BGSK: Tensor,
     batches: DocumentBatches,
-    dropout: float,
-    scale: float | None = None,
+    options: ScoreOptions,
 ) -> Tensor:
     sizes = [count * length for count, length in batches.shapes]
     inputs = []
@@ -242,7 +225,7 @@ def _attend_in_batches(
     outputs = []
     for (count, _), q, k, v in zip(batches.shapes, *inputs, strict=True):
         inputs_of_batch = (_from_rows(x, count) for x in (q, k, v))
-        y = attend(*inputs_of_batch, dropout, scale=scale)
+        y = attend(*inputs_of_batch, options)
         outputs.append(_to_rows(y).flatten(1))
     y_TD = _UnpadDocuments.apply(torch.cat(outputs), batches)
     return _from_rows(y_TD.unflatten(1, (q_BHSK.shape[1], -1)), len(q_BHSK))

@@ -28,7 +28,7 @@ from megatron.model.rotary import build_rotary
 from megatron.moe.ffn import FFNContext, TokenLayout
 from megatron.moe.losses import reduce_over_layers
 
-_INITIALLY_ZERO = ("bias",)
+_INITIALLY_ZERO = ("bias", "sinks")
 """Names of parameters that start at zero"""
 
 
@@ -187,7 +187,7 @@ class GPT(nn.Module):
             self.rotary = build_rotary(model, rotary, attention.rotary_head_size(model))
         self.layers = nn.ModuleList()
         for i in range(model.num_layers):
-            self.layers.append(Block(model, make_ffn(i), attention, rotary))
+            self.layers.append(Block(model, make_ffn(i), attention, rotary, i))
         self.norm = build_norm(model)
         if model.untie_embeddings_and_output_weights:
             self.lm_head = OutputLayer(model.hidden_size, vocab_size, bias=False)

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
 from megatron.config.rotary import RotaryConfig
+from megatron.model.attend import ScoreOptions, attend
 from megatron.model.attention_context import AttentionContext
-from megatron.model.document_attention import attend, document_attention
+from megatron.model.document_attention import document_attention
 from megatron.model.rotary_scaling import latent_score_factor
 
 LATENT_NORM_EPSILON = 1e-6
@@ -163,11 +164,11 @@ class LatentAttention(nn.Module):
         """
         width = max(q_BHSK.shape[-1], v_BHLV.shape[-1])
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q_BHSK, k_BHLK, v_BHLV))
-        dropout = self.dropout if self.training else 0.0
+        options = ScoreOptions(self.dropout if self.training else 0.0, self.scale)
         if context.documents is None:
-            y = attend(q, k, v, dropout, mask_B1SL, scale=self.scale)
+            y = attend(q, k, v, options, mask_B1SL)
         else:
-            y = document_attention(q, k, v, context.documents, dropout, scale=self.scale)
+            y = document_attention(q, k, v, context.documents, options)
         return y[..., : self.value_size]
 
     def _attend_to_latents(

@@ -91,6 +91,9 @@ MODEL_CHANGES = {
     "attention_output_bias": True,
     "qk_norm": "head",
     "clip_qkv": 6.0,
+    "attention_sinks": True,
+    "window_size": 32,
+    "window_layers": (1,),
     "moe_shared_expert_intermediate_size": 24,
     "moe_shared_expert_gate": True,
     "rotary_percent": 0.5,
@@ -109,6 +112,7 @@ MODEL_CHANGES = {
 """Another value of each field that changes the model"""
 
 NEEDED = {
+    "window_layers": {"window_size": 16},
     "q_lora_rank": {"attention": "mla"},
     "kv_lora_rank": {"attention": "mla"},
     "qk_rope_head_dim": {"attention": "mla"},

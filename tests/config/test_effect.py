@@ -45,7 +45,13 @@ ALWAYS_EFFECTIVE = {
 }
 # Values that every check accepts, for fields where the value below from the type does not.
 VALUES = {"num_experts": 4, "min_lr": 1e-5, "gate": "threshold", "split": "8,1,1", "topk": 1}
-VALUES |= {"moe_layers": (1,), "n_group": 2, "moe_expert_parallel_size": 2, "topk_group": 1}
+VALUES |= {
+    "moe_layers": (1,),
+    "window_layers": (1,),
+    "n_group": 2,
+    "moe_expert_parallel_size": 2,
+    "topk_group": 1,
+}
 VALUES |= {"rope_low_freq_factor": 0.5, "rope_high_freq_factor": 2.0}
 VALUES |= {"yarn_beta_fast": 16.0, "yarn_beta_slow": 0.5}
 VALUES |= {"valid_sets": ("wiki=a",), "gate_path": (__file__,)}

@@ -82,6 +82,7 @@ REFUSED = [
     ],
     (AttentionConfig, {"qk_norm": "rms"}, "--qk-norm is 'rms'; allowed: none head all-heads"),
     (AttentionConfig, {"clip_qkv": -1.0}, "--clip-qkv is -1.0; allowed: 0 or more"),
+    (AttentionConfig, {"window_size": -1}, "--window-size is -1; allowed: 0 or more"),
     (RotaryConfig, {"rotary_percent": 1.5}, "--rotary-percent is 1.5; allowed: 0 < share <= 1"),
     (
         RotaryConfig,
@@ -571,3 +572,13 @@ def test_latent_heads_are_free_of_hidden_size():
     model = ModelConfig(hidden_size=30, position_embedding_type="learned")
     attention = AttentionConfig(attention="mla", qk_rope_head_dim=5)
     assert RunConfig(model=model, attention=attention).attention.rotary_head_size(model) == 5
+
+
+def test_windows_belong_to_blocks():
+    attention = AttentionConfig(window_size=8, window_layers=(0, 2))
+    assert [attention.window_of(i) for i in range(4)] == [8, 0, 8, 0]
+    assert AttentionConfig(window_size=8).window_of(3) == 8
+    assert RunConfig(model=ModelConfig(num_layers=3), attention=attention)
+    message = r"--window-layers is \[0, 2\]; allowed: blocks from 0 to 1"
+    with pytest.raises(ValueError, match=message):
+        RunConfig(model=ModelConfig(num_layers=2), attention=attention)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from helpers import engines
+from helpers.reference_training import reference_training
 from megatron.config.schema import OptimizerConfig, RunConfig
 from megatron.engine import frozen
 from megatron.engine.zero_shards import GlobalLayout
@@ -27,43 +28,6 @@ FROZEN = {
     "all but experts": r"^(?!.*\.experts\.)",
 }
 STEPS = 3
-
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether a parameter has weight decay."""
-    return parameter.dim() > 1 and "embed" not in name and ".gate." not in name
-
-
-def reference(config: RunConfig, pattern: str) -> tuple[list[float], float, dict]:
-    """Train with torch's AdamW in one process.
-
-    Returns:
-        Losses, the gradient norm of the last step before clipping, and the final parameters.
-    """
-    model = engines.build(config)
-    engines.freeze(model, pattern)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p], "weight_decay": config.optimizer.weight_decay * decays(name, p)}
-            for name, p in trained.items()
-        ],
-        lr=0.02,
-        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-        eps=config.optimizer.adam_eps,
-    )
-    losses = []
-    for step in range(STEPS):
-        outputs = [
-            model(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS)
-            for batch in engines.micro_batches(step, Groups())
-        ]
-        (sum(out.loss for out in outputs) / len(outputs)).backward()
-        losses.append(float(sum(out.lm_loss.detach() for out in outputs) / len(outputs)))
-        norm = nn.utils.clip_grad_norm_(trained.values(), config.optimizer.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, float(norm), {n: p.detach() for n, p in model.named_parameters()}
 
 
 def _train(config: RunConfig, pattern: str, save: str):
@@ -115,7 +79,7 @@ def test_training_equals_torch(name, gate, stage, ranks, ep_size, request, tmp_p
     config = engines.config_of(gate, ep_size, stage)
     pool = request.getfixturevalue(f"ranks{ranks}")
     answers = pool.run(_train, config, pattern, str(tmp_path))
-    losses, norm, expected = reference(config, pattern)
+    losses, norm, expected = reference_training(config, STEPS, pattern)
     tensors = engines.full_tensors(tmp_path)
     before = dict(engines.build(config).named_parameters())
     frozen_names = set(engines.frozen_names(engines.build(config), pattern))
@@ -148,7 +112,7 @@ def test_bf16_keeps_frozen_weights_exact(name, stage, ranks2, tmp_path):
     """A checkpoint has the fp32 weights from before rounding, bit by bit."""
     config = engines.config_of("topk" if stage else "", 2 if stage else 1, stage, "bf16")
     answers = ranks2.run(_train, config, FROZEN[name], str(tmp_path))
-    losses, norm, _ = reference(config, FROZEN[name])
+    losses, norm, _ = reference_training(config, STEPS, FROZEN[name])
     assert answers[0][0] == pytest.approx(losses, abs=0.1)
     assert answers[0][1] == pytest.approx(norm, rel=0.1)
     tensors = engines.full_tensors(tmp_path)
@@ -243,7 +207,7 @@ def _recompute(config: RunConfig, pattern: str) -> list[float]:
 @pytest.mark.parametrize("name", ["embedding", "all but a gate", "all experts"])
 def test_recomputation_under_zero3_equals_torch(name, ranks2):
     config = engines.config_of("topk", 2, 3)
-    losses, _, _ = reference(config, FROZEN[name])
+    losses, _, _ = reference_training(config, STEPS, FROZEN[name])
     assert ranks2.run(_recompute, config, FROZEN[name])[0] == pytest.approx(losses, abs=1e-5)
 
 
@@ -252,7 +216,7 @@ def test_output_layer_alone_is_trained(ranks2):
     pattern = r"^(?!lm_head)"
     for stage in (1, 3):
         config = replace(engines.config_of("topk", 2, stage), model=model)
-        losses, _, _ = reference(config, pattern)
+        losses, _, _ = reference_training(config, STEPS, pattern)
         answers = ranks2.run(_recompute, config, pattern)
         assert answers[0] == pytest.approx(losses, abs=1e-5)
 

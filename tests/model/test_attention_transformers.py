@@ -13,9 +13,16 @@ from megatron.model.rotary import build_rotary
 
 pytest.importorskip("transformers", reason="the reference implementation is not installed")
 
-from transformers import Glm4MoeConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
-from transformers.masking_utils import create_causal_mask
+from transformers import (
+    Glm4MoeConfig,
+    GptOssConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.glm4_moe import modeling_glm4_moe as glm
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
@@ -78,13 +85,15 @@ CASES = {
 }
 
 
-def assert_equal_attention(theirs, config, rotary_class, ours, rotation):
+def assert_equal_attention(
+    theirs, config, rotary_class, ours, rotation, make_mask=create_causal_mask
+):
     """Copy their weights, and compare outputs and gradients by name."""
     for parameter in theirs.parameters():
         torch.nn.init.uniform_(parameter, -0.5, 0.5)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, LENGTH, config.hidden_size)
-    mask = create_causal_mask(config, x, attention_mask=None, past_key_values=None)
+    mask = make_mask(config, x, attention_mask=None, past_key_values=None)
     position_ids = torch.arange(LENGTH)[None]
     positions = rotary_class(config)(x, position_ids)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -117,3 +126,52 @@ def test_attention_equals_transformers(case):
     rotation = build_rotary(model, rotary)(LENGTH)
     theirs = attention_class(config, 0)
     assert_equal_attention(theirs, config, rotary_class, ours, rotation)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_attention_equals_gpt_oss(layer):
+    """With sinks and biases; every second layer, from the first one on, has a window."""
+    config = GptOssConfig(
+        **{**SHAPE, "num_hidden_layers": 2, "max_position_embeddings": 64},
+        head_dim=8,
+        sliding_window=4,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    )
+    model = ModelConfig(
+        hidden_size=24,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        seq_length=64,
+        rotary_base=150.0,
+    )
+    attention = AttentionConfig(
+        add_qkv_bias=True,
+        attention_output_bias=True,
+        attention_sinks=True,
+        window_size=4,
+        window_layers=(0,),
+    )
+    rotary = RotaryConfig(
+        rope_scaling="yarn",
+        rope_scaling_factor=4.0,
+        rope_original_max_positions=16,
+        yarn_truncate=False,
+    )
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    assert_equal_attention(
+        gpt_oss.GptOssAttention(config, layer),
+        config,
+        gpt_oss.GptOssRotaryEmbedding,
+        Attention(model, attention, layer),
+        build_rotary(model, rotary)(LENGTH),
+        [create_sliding_window_causal_mask, create_causal_mask][layer],
+    )

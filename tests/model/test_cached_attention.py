@@ -20,6 +20,15 @@ LEARNED = ModelConfig(
     seq_length=12,
     position_embedding_type="learned",
 )
+OPTIONS = AttentionConfig(
+    add_qkv_bias=True,
+    attention_output_bias=True,
+    qk_norm="head",
+    attention_sinks=True,
+    window_size=4,
+    window_layers=(1,),
+)
+CASES = {"rope": (ROPE, None), "learned": (LEARNED, None), "options": (ROPE, OPTIONS)}
 
 
 def make(config: ModelConfig, attention: AttentionConfig | None = None) -> GPT:
@@ -33,11 +42,12 @@ def make(config: ModelConfig, attention: AttentionConfig | None = None) -> GPT:
     return model.eval()
 
 
-@pytest.mark.parametrize("config", [ROPE, LEARNED], ids=["rope", "learned"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [7, 1, 1, 1, 1, 1], [5, 4, 3]])
 @torch.no_grad()
-def test_cached_chunks_equal_one_pass(config, chunks):
-    model = make(config)
+def test_cached_chunks_equal_one_pass(case, chunks):
+    config, attention = CASES[case]
+    model = make(config, attention)
     tokens_BS = torch.randint(0, V, (2, 12))
     cache = ListCache(config.num_layers, 2)
     logits = []
@@ -47,11 +57,12 @@ def test_cached_chunks_equal_one_pass(config, chunks):
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens_BS).logits)
 
 
-@pytest.mark.parametrize("config", [ROPE, LEARNED], ids=["rope", "learned"])
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_ragged_rows_equal_rows_alone(config):
+def test_ragged_rows_equal_rows_alone(case):
     """Prompts of other lengths are padded on the right; the next token replaces the padding."""
-    model = make(config)
+    config, attention = CASES[case]
+    model = make(config, attention)
     prompts = [torch.randint(0, V, (n,)) for n in (3, 6, 1)]
     steps_BS = torch.randint(0, V, (3, 4))
     cache = ListCache(config.num_layers, 3)
@@ -69,10 +80,11 @@ def test_ragged_rows_equal_rows_alone(config):
         torch.testing.assert_close(logits_BSV[i], model(row).logits[0, -4:])
 
 
+@pytest.mark.parametrize("attention", [None, OPTIONS], ids=["plain", "options"])
 @torch.no_grad()
-def test_keys_of_padding_are_not_seen():
+def test_keys_of_padding_are_not_seen(attention):
     """Rows padded on the left, as transformers does: positions then differ from slots."""
-    model = make(ROPE)
+    model = make(ROPE, attention)
     row = torch.randint(0, V, (1, 8))
     padded_BS = torch.cat((torch.zeros(1, 2, dtype=torch.int64), row), 1)
     position_ids_BS = torch.tensor([[0, 0, *range(8)]])

@@ -9,6 +9,7 @@ from torch.nn.attention import varlen
 
 from benchmarks import report
 from megatron.model import document_attention as subject
+from megatron.model.attend import ScoreOptions
 from megatron.model.document_attention import DocumentLayout
 
 # Lengths of the documents of each sample.
@@ -131,7 +132,11 @@ def test_batches_equal_dense_mask(name, heads, groups, dtype, monkeypatch):
     q, k, v, upstream = draw(segments, heads, groups, 8, dtype)
     layout = DocumentLayout(segments)
     ours = with_gradients(
-        lambda q, k, v: subject.document_attention(q, k, v, layout, 0.0), q, k, v, upstream
+        lambda q, k, v: subject.document_attention(q, k, v, layout, ScoreOptions()),
+        q,
+        k,
+        v,
+        upstream,
     )
     mask = dense_mask(segments)
     expected = with_gradients(
@@ -148,7 +153,9 @@ def test_batches_equal_dense_mask(name, heads, groups, dtype, monkeypatch):
 def test_short_samples_use_a_mask(dtype, longest):
     for length, masked in ((longest, True), (longest + 1, False)):
         layout = DocumentLayout(segments_of([[3, length - 3]]))
-        subject.document_attention(*draw(layout.segments_BS, 1, 1, 8, dtype)[:3], layout, 0.0)
+        subject.document_attention(
+            *draw(layout.segments_BS, 1, 1, 8, dtype)[:3], layout, ScoreOptions()
+        )
         assert ("mask_B1SS" in vars(layout)) == masked
         assert ("batches" in vars(layout)) != masked
 
@@ -164,7 +171,7 @@ def test_dropout_has_the_same_distribution(monkeypatch):
     v = torch.eye(S).expand(draws, 1, S, S)
     torch.manual_seed(3)
     layout = DocumentLayout(segments.expand(draws, -1))
-    weights = subject.document_attention(q, k, v, layout, p)
+    weights = subject.document_attention(q, k, v, layout, ScoreOptions(p))
     kept = weights != 0
     assert not kept[:, ~(expected[0] > 0)].any()
     scaled = (expected / (1 - p)).expand_as(weights)
@@ -190,7 +197,8 @@ def test_memory_is_linear_in_length(lengths, monkeypatch):
         def attend(segments=segments, inputs=inputs):
             layout = DocumentLayout(segments)
             return with_gradients(
-                lambda q, k, v: subject.document_attention(q, k, v, layout, 0.0), *inputs
+                lambda q, k, v: subject.document_attention(q, k, v, layout, ScoreOptions()),
+                *inputs,
             )
 
         bytes_of[times] = report.peak_bytes(attend)
@@ -202,29 +210,35 @@ def reference_varlen(q, k, v, offsets_q, offsets_k, longest_q, longest_k, **opti
     """Attend as torch's varlen_attn, one document at a time."""
     assert offsets_q.dtype == offsets_k.dtype == torch.int32
     assert options.pop("scale") is None
-    assert options == {"window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    before, after = options.pop("window_size")
+    assert after == 0 and options == {"enable_gqa": q.shape[1] != k.shape[1]}
     assert longest_q == longest_k == int(torch.diff(offsets_q).max())
     outputs = []
     for start, stop in zip(offsets_q[:-1].tolist(), offsets_q[1:].tolist(), strict=True):
         document = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
-        causal = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
-        outputs.append(reference(*document, causal)[0].transpose(0, 1))
+        mask = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+        if before >= 0:
+            mask = mask.triu(-before)
+        outputs.append(reference(*document, mask)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("heads, groups", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("heads, groups, window", [(2, 2, 0), (6, 2, 0), (6, 2, 3)])
 @pytest.mark.parametrize("name", PACKED)
-def test_varlen_gets_rows_and_offsets(name, heads, groups, monkeypatch):
+def test_varlen_gets_rows_and_offsets(name, heads, groups, window, monkeypatch):
     """The kernel for GPUs is replaced by a loop over the offsets that it gets."""
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     monkeypatch.setattr(subject, "can_use_varlen", lambda q, dropout: True)
     segments = segments_of(PACKED[name])
     inputs = draw(segments, heads, groups, 8, torch.float64)
     layout = DocumentLayout(segments)
+    options = ScoreOptions(window=window)
     ours = with_gradients(
-        lambda q, k, v: subject.document_attention(q, k, v, layout, 0.0), *inputs
+        lambda q, k, v: subject.document_attention(q, k, v, layout, options), *inputs
     )
     mask = dense_mask(segments)
+    if window:
+        mask = mask.triu(1 - window)
     expected = with_gradients(lambda q, k, v: reference(q, k, v, mask), *inputs)
     for actual, exact in zip(ours, expected, strict=True):
         torch.testing.assert_close(actual, exact)
@@ -266,8 +280,10 @@ def test_varlen_needs_kernel_and_inputs(changes, usable, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("name", PACKED)
-def test_varlen_kernel_equals_batches(name, monkeypatch):
+def test_varlen_kernel_equals_batches(name, window, monkeypatch):
+    options = ScoreOptions(window=window)
     segments = segments_of(PACKED[name]).cuda()
     inputs = [x.cuda() for x in draw(segments, 4, 2, 64, torch.bfloat16)]
     results = []
@@ -280,7 +296,9 @@ def test_varlen_kernel_equals_batches(name, monkeypatch):
         layout = DocumentLayout(segments)
         results.append(
             with_gradients(
-                lambda q, k, v, layout=layout: subject.document_attention(q, k, v, layout, 0.0),
+                lambda q, k, v, layout=layout: subject.document_attention(
+                    q, k, v, layout, options
+                ),
                 *inputs,
             )
         )
@@ -293,7 +311,7 @@ def test_grouped_queries_share_keys_in_order():
     segments = segments_of([[70, 30]])
     q, k, v, _ = draw(segments, 4, 2, 8, torch.float64)
     layout = DocumentLayout(segments)
-    ours = subject.document_attention(q, k, v, layout, 0.0)
+    ours = subject.document_attention(q, k, v, layout, ScoreOptions())
     for head in range(4):
         alone = F.scaled_dot_product_attention(
             q[:, head : head + 1],

@@ -392,16 +392,19 @@ def test_initial_weights_have_configured_std():
         ffn_hidden_size=0,
         untie_embeddings_and_output_weights=True,
     )
-    attention = AttentionConfig(add_qkv_bias=True, attention_output_bias=True)
+    attention = AttentionConfig(
+        add_qkv_bias=True, attention_output_bias=True, attention_sinks=True, qk_norm="head"
+    )
     model = make(config, std=0.02, attention=attention)
-    assert sum("proj.bias" in name for name, _ in model.named_parameters()) == 4 * 8
+    names = [name for name, _ in model.named_parameters()]
+    assert sum(name.endswith(("proj.bias", "sinks")) for name in names) == 5 * 8
     for name, p in model.named_parameters():
         if "norm" in name:
             assert torch.equal(
                 p, torch.ones_like(p) if name.endswith("weight") else torch.zeros_like(p)
             ), name
             continue
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             assert not p.any(), name
             continue
         std = 0.02 / math.sqrt(16) if "o_proj" in name or "down_proj" in name else 0.02
