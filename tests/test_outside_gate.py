@@ -134,7 +134,7 @@ def test_generation_warns_of_changed_code(resumed, site):
     (warning,) = [line for line in output.splitlines() if "WARNING" in line]
     assert "the code of gate outside_demo has changed since the checkpoint: " in warning
     assert f"{file} of the package outside-demo 1.5 has the SHA-256" in warning
-    assert [line for line in output.splitlines() if line.startswith("> def |")]
+    assert [line for line in output.splitlines() if line.startswith("| ")]
 
 
 def test_tools_need_no_gate_code(resumed, trained, project, tmp_path, capsys, monkeypatch):

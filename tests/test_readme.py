@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from helpers import markdown
+from megatron.inference.text import Continuation
+from megatron.inference.transcript import Transcript
 from megatron.training import metric_writers
 
 REPO = markdown.REPO
@@ -129,3 +131,18 @@ def test_readme_log_lines_have_console_format(monkeypatch):
     assert len(lines) == 2
     for line in lines:
         assert f" {line}\n" in README, line
+
+
+def test_readme_continuations_have_printed_form():
+    """The sample output has the prompts of demo.sh, and a text for each, as they are printed."""
+    script = (REPO / "examples_deepspeed/MoE/demo.sh").read_text(encoding="utf-8")
+    prompts = re.findall(r'"(.*?)"', re.search(r"PROMPTS=\((.*)\)", script)[1])
+    shown = re.search(r"== 5/5 .*\n((?:[>|] .*\n)*)log: ", README)[1]
+    texts = re.findall(r"> (.*)\n((?:\| .*\n)+)", shown)
+    printed = []
+    transcript = Transcript(prompts, is_live=False, write=printed.append)
+    for number, (_, lines) in enumerate(texts):
+        text = re.sub("^\\| ", "", lines, flags=re.MULTILINE).removesuffix("\n")
+        transcript.callbacks.on_text(number, text)
+        transcript.callbacks.on_end(number, Continuation(text, [], "length"))
+    assert "".join(printed) == shown and len(texts) == len(prompts) == 5

@@ -59,11 +59,12 @@ env -u CUDA_VISIBLE_DEVICES PATH="$(dirname "$PYTHON"):$PATH" "${LAUNCHER[@]}" t
     cat "$OUTPUT_DIR/generated.txt" "$OUTPUT_DIR/generated.log" >&2
     exit "$status"
 }
-# -a: grep prints no lines of a file with bytes that are no text in the locale.
-LC_ALL=C grep -a '^>' "$OUTPUT_DIR/generated.txt" || true
-lines=$(LC_ALL=C grep -ac '^>' "$OUTPUT_DIR/generated.txt" || true)
-[ "$lines" -eq "${#PROMPTS[@]}" ] ||
-    fail "$OUTPUT_DIR/generated.txt has $lines of ${#PROMPTS[@]} continuations; see it and generated.log" 1
+# Lines of prompts begin with >, those of continuations with |. -a: grep prints no lines of a file with bytes that are no
+# text in the locale.
+LC_ALL=C grep -a '^[>|] ' "$OUTPUT_DIR/generated.txt" || true
+texts=$(LC_ALL=C grep -ac '^> ' "$OUTPUT_DIR/generated.txt" || true)
+[ "$texts" -eq "${#PROMPTS[@]}" ] ||
+    fail "$OUTPUT_DIR/generated.txt has $texts of ${#PROMPTS[@]} continuations; see it and generated.log" 1
 for part in log.txt metrics.jsonl tensorboard checkpoints/latest; do
     path=$OUTPUT_DIR/$part
     if [ -d "$path" ]; then [ -n "$(ls -A "$path")" ]; else [ -s "$path" ]; fi || fail "the run has not written $path" 1

@@ -1,23 +1,44 @@
-"""Text generation without a KV cache: every new token runs the model over the full window.
+"""Generation of tokens, with a cache of attention states.
 
-The text for a prompt does not depend on the other prompts of the batch, up to rounding of
+The first forward pass runs the model on the prompts, and each later one on the last token of each
+row. Without the cache every new token runs the model over the full window, with the same result
+up to rounding. It is not used
+
+- while a row is longer than the model has positions: the window slides, and with it the
+  positions of all its tokens;
+- for gates that look at other tokens, and under a capacity: the experts of earlier tokens may
+  change with each new token.
+
+The tokens for a prompt do not depend on the other prompts of the batch, up to rounding of
 the logits: matrix products of other sizes may differ in the last bit, which matters where
 two tokens, or a token's experts, are almost equally likely.
+
+Ranks that share experts run in lockstep: a rank whose rows have ended runs the model without
+tokens until those of the others have. Each row has a CPU generator of its own: ranks with the
+same arguments generate the same tokens.
 
 Shape suffixes: B rows, S positions of the window, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.fields import require
+from megatron.inference.kv_cache import KVCache
+from megatron.inference.sampling import Sampling, row_generators
+from megatron.log import get_logger
 from megatron.model.gpt import GPT
+from megatron.moe.layer import MoELayer
+from megatron.moe.layer_sums import find_moe_layers
+
+OnToken = Callable[[int, int], bool | None]
+"""Called with the number of a row and its new token; True ends the row"""
 
 
 @torch.no_grad()
@@ -27,113 +48,118 @@ def generate(
     *,
     max_new_tokens: int,
     vocab_size: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    eod: int | None = None,
+    sampling: Sampling | None = None,
+    eod: int | Collection[int] | None = None,
     seed: int = 0,
     progress: float = 1.0,
     independent_prompts: bool = True,
+    use_cache: bool = True,
+    batch_size: int = 0,
+    on_token: OnToken | None = None,
+    fixed_steps: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt.
-
-    With sharded experts all ranks have to run in lockstep. So the model runs exactly
-    `max_new_tokens` times, even when every row has ended. Each row has a CPU generator of its
-    own: ranks with the same arguments generate the same tokens.
 
     Args:
         tokens: prompts of any lengths; the model sees the last `max_positions` tokens of
             prompt and continuation.
-        vocab_size: vocabulary size of the tokenizer; larger ids are padding and are never
-            chosen.
-        temperature: divisor of the logits; 0: always choose the most likely token.
-        top_p: choose among the fewest most likely tokens whose probabilities sum to this; 1:
-            no limit.
-        top_k: choose among this many most likely tokens; 0: no limit.
-        eod: a row ends with this token; None: rows end after `max_new_tokens`.
+        max_new_tokens: the same on ranks that share experts.
+        vocab_size: of the tokenizer; larger ids are padding and are never chosen.
+        sampling: how tokens are chosen; None: from the probabilities of the model.
+        eod: a row ends with this token, or with one of several; None: rows end after
+            `max_new_tokens`.
         progress: see `GPT.forward`; 1: the end of the training.
         independent_prompts: no capacity limit, and gates that look at other tokens see one
             prompt at a time. False: the layers' capacity factors of evaluation apply.
+        use_cache: False: run the model over the full window for every token.
+        batch_size: most prompts that run together; 0: all. Ranks that share experts need the
+            same number of batches.
+        on_token: called for each new token, also for one of `eod`.
+        fixed_steps: run the model `max_new_tokens` times for each batch, even when every row has
+            ended: for models whose other weights are sharded as well (ZeRO 3).
     Returns:
-        The new tokens of each row, including `eod` if it ended the row.
+        The new tokens of each row, including the one that ended it.
     Raises:
         ValueError: a prompt is empty, or a setting is out of its range.
     """
-    sampling = _Sampling(temperature, top_p, top_k)
-    sampling.check()
-    _check_sizes(model, tokens, max_new_tokens, vocab_size)
-    generators = _row_generators(tokens, seed)
+    _check_sizes(model, tokens, max_new_tokens, vocab_size, batch_size)
     rows = [list(row) for row in tokens]
-    running = list(range(len(rows)))
+    run = _Generation(
+        runner=_Runner(model, progress, independent_prompts, use_cache),
+        rows=rows,
+        generators=row_generators(tokens, seed),
+        sampling=sampling or Sampling(),
+        vocab_size=vocab_size,
+        end_tokens=token_set(eod),
+        on_token=on_token,
+    )
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            batch = [rows[i] for i in running]
-            logits_BV = _last_logits(model, batch, progress, independent_prompts)
-            chosen = sampling.choose(
-                logits_BV[:, :vocab_size], [generators[i] for i in running]
-            )
-            for i, token in zip(running, chosen, strict=True):
-                rows[i].append(token)
-            running = [i for i in running if rows[i][-1] != eod]
+        for batch in _batches(len(rows), batch_size):
+            run.continue_rows(batch, max_new_tokens, fixed_steps)
     finally:
         model.train(was_training)
     return [row[len(prompt) :] for row, prompt in zip(rows, tokens, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Sampling:
-    """How the next token is chosen; see `generate`."""
+@dataclass
+class _Generation:
+    """Rows of tokens that grow; see `generate`."""
 
-    temperature: float
-    top_p: float
-    top_k: int
+    runner: _Runner
+    rows: list[list[int]]
+    generators: list[torch.Generator]
+    sampling: Sampling
+    vocab_size: int
+    end_tokens: frozenset[int]
+    on_token: OnToken | None
 
-    def check(self) -> None:
-        """Raise ValueError if a setting is out of its range."""
-        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+    def continue_rows(self, batch: list[int], max_new_tokens: int, fixed_steps: bool) -> None:
+        """Add tokens to the rows with these numbers until they end."""
+        longest = max(len(self.rows[i]) for i in batch)
+        self.runner.start_batch(longest + max_new_tokens)
+        running = batch
+        for _ in range(max_new_tokens):
+            if not fixed_steps and not self.runner.has_rows_anywhere(len(running)):
+                break
+            rows = {i: self.rows[i] for i in running}
+            logits_BV = self.runner.last_logits(rows)[:, : self.vocab_size]
+            generators = [self.generators[i] for i in running]
+            chosen = self.sampling.choose(logits_BV, generators, list(rows.values()))
+            running = [
+                i for i, token in zip(running, chosen, strict=True) if not self._add(i, token)
+            ]
 
-    def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """Choose one token per row, with one random number of each row's generator."""
-        if not generators:
-            return []
-        if self.temperature == 0:
-            return logits_BV.argmax(-1).tolist()
-        sorted_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-        if self.top_k:
-            sorted_BV = sorted_BV[:, : self.top_k]
-            ids_BV = ids_BV[:, : self.top_k]
-        probability_BV = (sorted_BV / self.temperature).softmax(-1, dtype=torch.float64)
-        # Probability of all tokens that are more likely than each one.
-        before_BV = probability_BV.cumsum(-1) - probability_BV
-        probability_BV = probability_BV.masked_fill(before_BV >= self.top_p, 0.0)
-        uniform_B1 = torch.stack([torch.rand(1, generator=g) for g in generators])
-        cumulative_BV = probability_BV.cumsum(-1)
-        # The first token whose cumulative probability is above the random number. An fp32
-        # number below 1 times the total stays below it in fp64.
-        limit_B1 = uniform_B1 * cumulative_BV[:, -1:]
-        drawn_B1 = (cumulative_BV <= limit_B1).sum(-1, keepdim=True)
-        return ids_BV.gather(1, drawn_B1).squeeze(1).tolist()
+    def _add(self, row: int, token: int) -> bool:
+        """Add a token to a row; return whether it ends the row."""
+        self.rows[row].append(token)
+        ends = self.on_token is not None and self.on_token(row, token)
+        return bool(ends) or token in self.end_tokens
 
 
-def _row_generators(tokens: list[list[int]], seed: int) -> list[torch.Generator]:
-    """Return a generator for each prompt, seeded by it and its number among equal ones."""
-    generators = []
-    seen: Counter[tuple[int, ...]] = Counter()
-    for row in tokens:
-        prompt = tuple(row)
-        digest = hashlib.sha256(repr((seed, seen[prompt], prompt)).encode()).digest()
-        seen[prompt] += 1
-        row_seed = int.from_bytes(digest[:8], "little") % 2**63
-        generators.append(torch.Generator().manual_seed(row_seed))
-    return generators
+def _batches(num_rows: int, batch_size: int) -> list[list[int]]:
+    """Split the numbers of rows into batches; 0: one batch."""
+    rows = list(range(num_rows))
+    size = batch_size or num_rows
+    return [rows[first : first + size] for first in range(0, num_rows, size)]
+
+
+def token_set(eod: int | Collection[int] | None) -> frozenset[int]:
+    """Return end-of-document tokens as a set."""
+    if eod is None:
+        return frozenset()
+    if isinstance(eod, int):
+        return frozenset([eod])
+    return frozenset(eod)
 
 
 def _check_sizes(
-    model: GPT, tokens: list[list[int]], max_new_tokens: int, vocab_size: int
+    model: GPT,
+    tokens: list[list[int]],
+    max_new_tokens: int,
+    vocab_size: int,
+    batch_size: int,
 ) -> None:
     """Raise ValueError if a prompt is empty or a number of tokens is out of its range."""
     require(
@@ -150,32 +176,108 @@ def _check_sizes(
         vocab_size,
         f"1 to the model's {model.vocab_size}",
     )
+    require(batch_size >= 0, "batch_size", batch_size, "1 or more, or 0 for all prompts")
 
 
-def _last_logits(
-    model: GPT, rows: list[list[int]], progress: float, independent_sequences: bool
-) -> Tensor:
-    """Return the logits after the last token of each row, fp32 on the CPU [B, V].
+class _Runner:
+    """Runs the model on the rows of a batch, and holds the cache of their attention states.
 
-    Rows are padded on the right, where causal attention does not see the padding and no gate
-    routes it. Without rows the model runs on one position of padding: the other ranks still
-    need this one for their all-to-all exchanges.
+    Args:
+        model: in evaluation mode.
+        progress: see `GPT.forward`.
+        independent_sequences: see `FFNContext`.
+        use_cache: whether to use a cache if the model allows it.
     """
-    windows = [row[-model.config.max_positions :] for row in rows]
-    lengths = [len(row) for row in windows]
-    longest = max(lengths, default=1)
-    device = model.embed_tokens.weight.device
-    padded = [row + [0] * (longest - len(row)) for row in windows]
-    tokens_BS = torch.tensor(padded or [[0]], device=device)
-    lengths_B = torch.tensor(lengths or [0], device=device)
-    padding_BS = None
-    if min(lengths, default=0) < longest:
-        padding_BS = torch.arange(longest, device=device) >= lengths_B[:, None]
-    logits_BSV = model(
-        tokens_BS,
-        padding_BS=padding_BS,
-        progress=progress,
-        independent_sequences=independent_sequences,
-    ).logits
-    last_B = lengths_B[: len(rows)] - 1
-    return logits_BSV[torch.arange(len(rows), device=device), last_B].float().cpu()
+
+    def __init__(
+        self, model: GPT, progress: float, independent_sequences: bool, use_cache: bool
+    ):
+        self.model = model
+        self.progress = progress
+        self.independent_sequences = independent_sequences
+        self.device = model.embed_tokens.weight.device
+        self.max_positions = model.config.max_positions
+        moe_layers = find_moe_layers(model)
+        groups = {layer.groups.ep_group for layer in moe_layers}
+        self.ep_group = groups.pop() if groups else None
+        self.use_cache = use_cache
+        if use_cache and moe_layers:
+            reason = _why_not_cached(moe_layers, independent_sequences)
+            self.use_cache = reason is None
+            if reason:
+                get_logger().info("generation without a cache of keys and values: %s", reason)
+        self.start_batch(0)
+
+    def start_batch(self, max_slots: int) -> None:
+        """Forget the rows of the last batch.
+
+        Args:
+            max_slots: most tokens that a row of the next batch may have.
+        """
+        self.max_slots = min(max_slots, self.max_positions)
+        self.cache: KVCache | None = None
+        self.cached_rows: list[int] = []
+
+    def has_rows_anywhere(self, num_rows: int) -> bool:
+        """Whether a rank that shares experts with this one has rows that have not ended."""
+        if self.ep_group is None:
+            return num_rows > 0
+        total = torch.tensor(num_rows, device=self.device)
+        dist.all_reduce(total, group=self.ep_group)
+        return total.item() > 0
+
+    def last_logits(self, rows: dict[int, list[int]]) -> Tensor:
+        """Return the logits after the last token of each row, fp32 on the CPU [B, V].
+
+        Args:
+            rows: all tokens of the rows that have not ended, by number. Without rows the model
+                runs on one position of padding: the other ranks still need this one for their
+                all-to-all exchanges.
+        """
+        longest = max(map(len, rows.values()), default=0)
+        if not rows or not self.use_cache or longest > self.max_positions:
+            self.cache = None
+            return self._forward([row[-self.max_positions :] for row in rows.values()])
+        if self.cache is None:
+            num_layers = len(self.model.layers)
+            self.cache = KVCache(num_layers, len(rows), self.max_slots, self.device)
+            new = list(rows.values())
+        else:
+            self.cache.keep_rows([i for i, row in enumerate(self.cached_rows) if row in rows])
+            new = [row[-1:] for row in rows.values()]
+        self.cached_rows = list(rows)
+        self.cache.announce([len(row) for row in new])
+        return self._forward(new)
+
+    def _forward(self, rows: list[list[int]]) -> Tensor:
+        """Run the model on tokens of each row, and on the cache if there is one.
+
+        Rows are padded on the right, where causal attention does not see the padding and no gate
+        routes it.
+        """
+        lengths = [len(row) for row in rows] or [0]
+        longest = max(1, *lengths)
+        padded = [row + [0] * (longest - len(row)) for row in rows] or [[0]]
+        lengths_B = torch.tensor(lengths, device=self.device)
+        padding_BS = None
+        if min(lengths) < longest:
+            padding_BS = torch.arange(longest, device=self.device) >= lengths_B[:, None]
+        logits_B1V = self.model(
+            torch.tensor(padded, device=self.device),
+            padding_BS=padding_BS,
+            progress=self.progress,
+            independent_sequences=self.independent_sequences,
+            cache=self.cache,
+            logits_at_B=(lengths_B - 1).clamp_min(0),
+        ).logits
+        return logits_B1V[: len(rows), 0].float().cpu()
+
+
+def _why_not_cached(moe_layers: list[MoELayer], independent_sequences: bool) -> str | None:
+    """Return why the experts of earlier tokens change with new tokens; None: they do not."""
+    if not independent_sequences:
+        return "the capacity of experts depends on all tokens"
+    for layer in moe_layers:
+        if layer.gate.sees_other_tokens:
+            return f"the gate {layer.gate.name} looks at other tokens"
+    return None

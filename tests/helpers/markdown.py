@@ -32,6 +32,7 @@ TOOLS = (
     "tools/train_tokenizer.py",
     "tools/inspect_checkpoint.py",
     "tools/consolidate_checkpoint.py",
+    "tools/generate_text.py",
     "dataset/make_corpus.py",
 )
 GENERAL_FLAGS = {"--help", "--help-all", "--version", "--config"}

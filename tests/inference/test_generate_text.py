@@ -6,21 +6,24 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from helpers import runs
+from megatron.inference.transcript import visible
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def _generate(argv: list[str]) -> list[str]:
-    """Run the tool in a rank of the pool; return the continuations that it prints."""
+def _generate(argv: list[str], typed: str = "") -> list[tuple[str, str]]:
+    """Run the tool in a rank of the pool; return the prompts and texts that it prints."""
     sys.path.insert(0, str(REPO))
     from tools import generate_text
 
@@ -30,26 +33,43 @@ def _generate(argv: list[str]) -> list[str]:
         LOCAL_RANK=str(dist.get_rank()),
     )
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        generate_text.run(generate_text.parse(argv))
-    return [line for line in out.getvalue().splitlines() if line.startswith(">")]
+    err = io.StringIO()
+    stdin = sys.stdin
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        tempfile.TemporaryFile("w+") as sys.stdin,
+    ):
+        sys.stdin.write(typed)
+        sys.stdin.flush()
+        os.lseek(sys.stdin.fileno(), 0, os.SEEK_SET)
+        try:
+            generate_text.run(generate_text.parse(argv))
+        finally:
+            sys.stdin = stdin
+    if dist.get_rank() == 0:
+        assert re.search(r"\d+ tokens in [\d.]+ s: [\d.]+ tokens/s\n", err.getvalue())
+    return _blocks(out.getvalue())
 
 
-def test_rank0_prints_one_line_per_prompt(finished, ranks2):
-    argv = [
-        "--load",
-        str(finished / "checkpoints"),
-        "--prompt",
-        "the quick ",
-        "fox\n",
-        "--max-new-tokens",
-        "8",
+def _blocks(printed: str) -> list[tuple[str, str]]:
+    """Return the prompts and texts of printed lines, without log lines."""
+    blocks = re.findall(r"((?:^> .*\n)+)((?:^\| .*\n)+)", printed, re.MULTILINE)
+    return [
+        tuple(re.sub("^. ", "", text, flags=re.MULTILINE)[:-1] for text in block)
+        for block in blocks
     ]
+
+
+def test_rank0_prints_each_prompt_and_text(finished, ranks2):
+    """Blanks and newlines as they are; streamed, in batches and without a cache the same."""
+    argv = ["--load", str(finished / "checkpoints"), "--prompt", "the quick ", "fox\n\n", "a"]
+    argv = [*argv, "--max-new-tokens", "8"]
     first, second = ranks2.run(_generate, argv)
-    assert second == [] and len(first) == 2
-    assert first[0].startswith("> the quick |") and first[1].startswith("> fox\\n|")
-    assert all(len(line.split("|", 1)[1]) >= 1 for line in first)
-    assert ranks2.run(_generate, argv)[0] == first, "the same seed should give the same text"
+    assert second == [] and [prompt for prompt, _ in first] == ["the quick ", "fox\n\n", "a"]
+    assert all(text for _, text in first)
+    for more in (["--stream"], ["--stream", "--batch-size", "2"], ["--no-cache"]):
+        assert ranks2.run(_generate, [*argv, *more])[0] == first, "the same seed and text"
 
 
 def test_text_does_not_depend_on_neighbours(data, ranks1, ranks2, tmp_path):
@@ -62,8 +82,8 @@ def test_text_does_not_depend_on_neighbours(data, ranks1, ranks2, tmp_path):
     prompts = ["the quick brown ", "d"]
     together = ranks2.run(_generate, [*flags, *prompts])[0]
     assert ranks2.run(_generate, [*flags, *reversed(prompts)])[0] == together[::-1]
-    for prompt, line in zip(prompts, together, strict=True):
-        assert ranks1.run(_generate, [*flags, prompt])[0] == [line]
+    for prompt, block in zip(prompts, together, strict=True):
+        assert ranks1.run(_generate, [*flags, prompt])[0] == [block]
 
 
 def test_capacity_factor_is_a_choice(finished, data, ranks1, tmp_path):
@@ -93,17 +113,93 @@ def test_prompt_may_be_repeated():
     assert parse(["--load", "x"]).prompt == ["def "]
     words = ["--load", "x", "--prompt", "a", "b", "--prompt", "c"]
     assert parse(words).prompt == ["a", "b", "c"]
+    assert parse(["--load", "x", "--interactive"]).prompt is None
 
 
-def test_control_characters_are_escaped():
-    """A model may generate them; letters of all scripts stay."""
-    sys.path.insert(0, str(REPO))
-    from tools.generate_text import one_line
+def test_prompt_file_and_output(finished, ranks2, tmp_path):
+    """Every rank reads the file; rank 0 writes JSON lines and prints nothing."""
+    (tmp_path / "prompts.jsonl").write_text('{"q": "the quick "}\n\n{"q": "fox"}\n')
+    (tmp_path / "prompts.txt").write_text("the quick \n\nfox\n")
+    argv = ["--load", str(finished / "checkpoints"), "--greedy", "--prompt"]
+    expected = ranks2.run(_generate, [*argv, "the quick ", "fox"])[0]
+    argv[-1] = "--prompt-file"
+    assert ranks2.run(_generate, [*argv, str(tmp_path / "prompts.txt")])[0] == expected
+    output = tmp_path / "out.jsonl"
+    argv = [
+        *argv,
+        str(tmp_path / "prompts.jsonl"),
+        "--prompt-key",
+        "q",
+        "--output",
+        str(output),
+    ]
+    assert ranks2.run(_generate, argv) == [[], []]
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["the quick ", "fox"]
+    assert [visible(record["text"]) for record in records] == [text for _, text in expected]
+    assert all(record["end"] == "length" and len(record["tokens"]) == 32 for record in records)
 
-    text = "> a\n\r\t\0\x1b[2J\x85\u2028\ud800|größe 日本\u3000\xa0"
-    shown = one_line(text)
-    assert shown == r"> a\n\r\t\x00\x1b[2J\x85\u2028\ud800|größe 日本" + "\u3000\xa0"
-    assert shown.splitlines() == [shown]
+
+def test_text_ends_before_stop_strings(finished, ranks1):
+    argv = ["--load", str(finished / "checkpoints"), "--greedy", "--prompt", "the quick "]
+    (((_, text),),) = ranks1.run(_generate, argv)
+    stop = text[3:6]
+    (((_, cut),),) = ranks1.run(_generate, [*argv, "--stop", "@@@@", stop])
+    assert cut == text[: text.index(stop)]
+
+
+def test_lines_of_a_user_are_answered(finished, ranks2):
+    """Without a chat template each line is a prompt. Rank 0 alone reads; other ranks follow."""
+    argv = ["--load", str(finished / "checkpoints"), "--max-new-tokens", "8"]
+    expected = ranks2.run(_generate, [*argv, "--prompt", "the quick ", "fox"])[0]
+    typed = "the quick \n\n" + "x" * 200 + "\nfox"
+    first, second = ranks2.run(_generate, [*argv, "--interactive"], typed)
+    assert first == expected and second == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--interactive", "--prompt", "a"],
+            "source of prompts is '--prompt and --interactive'",
+        ),
+        (["--prompt-file", "none.txt"], "No such file or directory: 'none.txt'"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; allowed: 1 or more"),
+        (["--batch-size", "-1"], "--batch-size is -1"),
+        (["--stop", "x", ""], "--stop is ''; allowed: a text of one character or more"),
+        (
+            ["--greedy", "--temperature", "0.5"],
+            "--temperature is 0.5; allowed: none with --greedy",
+        ),
+        (["--min-p", "2"], "min_p is 2.0; allowed: 0 to 1"),
+        (
+            ["--output", "none/x.jsonl"],
+            "--output is 'none/x.jsonl'; allowed: the path of a file",
+        ),
+        (
+            ["--interactive", "--output", "x"],
+            "--output is 'x'; allowed: none with --interactive",
+        ),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message, tmp_path, monkeypatch, capsys):
+    """Before a checkpoint is looked for."""
+    from tools import generate_text
+
+    monkeypatch.chdir(tmp_path)
+    assert generate_text.main(["--load", "nowhere", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_long_and_empty_prompts_are_refused(finished, ranks1):
+    argv = ["--load", str(finished / "checkpoints"), "--prompt"]
+    for prompt, number in (("x" * 200, 200), ("", 0)):
+        message = (
+            f"number of tokens of the prompt '{prompt}' is {number}; allowed: 1 to the model"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            ranks1.run(_generate, [*argv, prompt])
 
 
 def test_deepspeed_config_of_training_is_not_read(data, ranks1, tmp_path):

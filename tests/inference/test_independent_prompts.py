@@ -14,7 +14,9 @@ import torch
 
 from helpers.spawn import groups_for
 from megatron.config.schema import ModelConfig, MoEConfig
+from megatron.inference import sampling
 from megatron.inference.generate import generate
+from megatron.inference.sampling import Sampling
 from megatron.model.builder import build_model
 from megatron.model.gpt import GPT
 from megatron.moe.gate import available_gates, gate_class
@@ -29,8 +31,8 @@ LONG = [3, 9, 30, 9, 1, 12, 28, 7]
 OTHER = [11, 0, 22, 6]
 EOD = 40
 V = 41
-SAMPLED = {"temperature": 1.5, "top_p": 0.95, "seed": 3}
-GREEDY = {"temperature": 0}
+SAMPLED = {"sampling": Sampling(1.5, top_p=0.95), "seed": 3}
+GREEDY = {"sampling": sampling.GREEDY}
 
 
 def make(gate: str, groups: Groups | None = None, **options) -> GPT:
@@ -80,6 +82,19 @@ def test_neighbours_do_not_change_text(name, how):
     assert texts(model, [LONG, SHORT], **how) == [alone[1], alone[0]]
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_cache_does_not_change_text(name, how):
+    """Past the window, too, and after the prompt that is past it has ended."""
+    model = make(name)
+    widths = []
+    hook = model.register_forward_hook(lambda m, args, out: widths.append(args[0].shape[1]))
+    cached = texts(model, [SHORT, LONG, OTHER], **how)
+    hook.remove()
+    assert cached == texts(model, [SHORT, LONG, OTHER], use_cache=False, **how)
+    assert (1 in widths) != gate_class(name).sees_other_tokens
+
+
 @pytest.mark.parametrize("name", ["topk", "threshold", "expert_choice"])
 def test_capacity_applies_on_request(name):
     """With it the neighbours do change the text."""
@@ -98,8 +113,10 @@ def test_capacity_applies_on_request(name):
 def test_generation_counts_no_padding(name):
     """And nothing is dropped: the counters hold each prompt's tokens of each step."""
     model = make(name)
-    generate(model, [SHORT, LONG], max_new_tokens=3, vocab_size=V, temperature=0)
-    tokens = sum(len(SHORT) + len(LONG) + 2 * n for n in range(3))
+    generate(model, [SHORT, LONG], max_new_tokens=3, vocab_size=V, **GREEDY)
+    tokens = len(SHORT) + len(LONG) + 2 * 2
+    if gate_class(name).sees_other_tokens:  # without a cache
+        tokens = sum(len(SHORT) + len(LONG) + 2 * n for n in range(3))
     for layer in find_moe_layers(model):
         sums = layer.counters[False]
         assert sums["tokens"] == tokens and sums["experts_per_token_histogram"].sum() == tokens
@@ -144,16 +161,15 @@ def test_two_ranks_generate_same_text(name, ranks2):
 
 
 def test_rank_without_rows_sends_no_token():
-    """All rows end with the first token; the model still runs four times, on padding only."""
+    """All rows end with the first token; with a fixed number of steps the model runs on padding."""
     model = make("topk")
     eod = texts(model, [SHORT], **GREEDY)[0][0]
     for layer in find_moe_layers(model):
         layer.counters[False].clear()
     calls = []
     model.register_forward_hook(lambda m, args, out: calls.append(args[0].shape))
-    assert generate(model, [SHORT], max_new_tokens=4, vocab_size=V, temperature=0, eod=eod) == [
-        [eod]
-    ]
+    options = {"max_new_tokens": 4, "vocab_size": V, "eod": eod, **GREEDY}
+    assert generate(model, [SHORT], fixed_steps=True, **options) == [[eod]]
     assert calls == [(1, 2)] + [(1, 1)] * 3
     for layer in find_moe_layers(model):
         assert layer.counters[False]["tokens"] == len(SHORT)

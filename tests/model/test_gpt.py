@@ -262,6 +262,17 @@ def test_packed_documents_are_separate(config):
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("untied", [False, True])
+@torch.no_grad()
+def test_logits_of_one_token_per_row(untied):
+    model = make(dataclasses.replace(LLAMA, untie_embeddings_and_output_weights=untied))
+    tokens, *_ = batch(B=3, S=8)
+    logits = model(tokens).logits
+    chosen = model(tokens, logits_at_B=torch.tensor([7, 0, 3])).logits
+    expected = torch.stack([logits[0, 7:8], logits[1, 0:1], logits[2, 3:4]])
+    torch.testing.assert_close(chosen, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_too_long_sequence_is_refused():
     model = make(dataclasses.replace(LLAMA, seq_length=4, max_position_embeddings=6))
     assert model(torch.zeros(1, 6, dtype=torch.int64)).logits.shape == (1, 6, V)
