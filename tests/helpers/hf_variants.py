@@ -190,7 +190,7 @@ FAMILIES: dict[str, HFFamily] = {
             },
         },
         one_moe_layer=ONE,
-        refused=(({"clip_qkv": -1.0}, "clip_qkv"),),
+        refused=(({"clip_qkv": -1.0}, "--clip-qkv"),),
     ),
     "glm4_moe": HFFamily(
         {
