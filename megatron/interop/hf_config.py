@@ -3,57 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from megatron.checkpoint.gate_code import describe_expert_types, describe_gates
 from megatron.config.fields import require
-from megatron.config.format_version import with_version
-from megatron.config.run_json import config_from_dict
 from megatron.config.schema import RunConfig
+from megatron.interop.hf.families.moe_megatron import (
+    ARCHITECTURE,
+    MODEL_TYPE,
+    model_fields,
+    run_of_fields,
+)
 from megatron.optional_packages import import_optional
 
 _transformers = import_optional("transformers", "hf", "megatron.interop.hf_model")
-
-MODEL_TYPE = "moe_megatron"
-ARCHITECTURE = "MoEMegatronForCausalLM"
-_SECTIONS = ("model", "moe", "gate_options", "expert_options")
-"""Sections of run.json that describe a model"""
-_OF_A_RUN = {
-    "gate_path": (),
-    "moe_expert_parallel_size": 1,
-    "moe_backend": "auto",
-    "moe_eval_capacity_factor": 0.0,
-    "check_routing": False,
-}
-"""Fields of the section moe that belong to a run and its machine, with their values here. Under a
-capacity the other sequences of a batch would decide which experts a token gets"""
 _GATES_OF_TOKEN_IDS = ("hash",)
 """Gates with a table that has one row per token id"""
 
 
-def config_fields(run: RunConfig, vocab_size: int) -> dict[str, Any]:
-    """Return the fields of a config.json that describe the model of a run.
-
-    Args:
-        vocab_size: size of the vocabulary before padding.
-    """
-    stored = run.to_dict()
-    sections = {name: dict(stored[name]) for name in _SECTIONS}
-    sections["model"]["vocab_size"] = vocab_size
-    sections["moe"] |= _OF_A_RUN
-    return {
-        "model_type": MODEL_TYPE,
-        "architectures": [ARCHITECTURE],
-        "run": json.loads(json.dumps(with_version(sections))),
-        "gates": describe_gates(run),
-        "expert_types": describe_expert_types(run),
-    }
-
-
 @cache
-def _parse(text: str, where: str) -> RunConfig:
-    return config_from_dict(json.loads(text), where)
+def _parse(run: str, gates: str, where: str) -> RunConfig:
+    return run_of_fields(json.loads(run), json.loads(gates), where)
 
 
 class MoEMegatronConfig(_transformers.PreTrainedConfig):
@@ -69,8 +40,8 @@ class MoEMegatronConfig(_transformers.PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     run: dict[str, Any] | None = None
-    """the sections model, moe, gate_options and expert_options of a run.json, with its version.
-    `vocab_size` in the section model is the size before padding"""
+    """sections of a run.json, with its version: model, moe, gate_options and expert_options.
+    `vocab_size` in the section model is the size before padding. Default: a dense model"""
     gates: dict[str, Any] | None = None
     """origin of the code of each gate, as checkpoints record it"""
     expert_types: dict[str, Any] | None = None
@@ -82,12 +53,10 @@ class MoEMegatronConfig(_transformers.PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any):
-        self.run = self.run or {}
+        self.run = self.run or {"model": {"vocab_size": 256}}
         self.gates = self.gates or {}
         self.expert_types = self.expert_types or {}
-        unknown = sorted(self.run.keys() - {"version", *_SECTIONS})
-        require(not unknown, "run of a config.json", unknown, f"the sections {_SECTIONS}")
-        assert self.run_config is not None
+        assert self.run_config.model.vocab_size > 0
         super().__post_init__(**kwargs)
 
     @staticmethod
@@ -98,14 +67,14 @@ class MoEMegatronConfig(_transformers.PreTrainedConfig):
             vocab_size: size of the vocabulary before padding.
             kwargs: other fields of the config.
         """
-        fields = config_fields(run, vocab_size)
-        del fields["model_type"]
-        return MoEMegatronConfig(**fields, **kwargs)
+        run = replace(run, model=replace(run.model, vocab_size=vocab_size))
+        fields = model_fields(run)
+        return MoEMegatronConfig(architectures=[ARCHITECTURE], **fields, **kwargs)
 
     @property
     def run_config(self) -> RunConfig:
         """The sections, parsed; all others have their defaults."""
-        return _parse(json.dumps(self.run), "run of a config.json")
+        return _parse(json.dumps(self.run), json.dumps(self.gates), "config.json")
 
     @property
     def vocab_size(self) -> int:

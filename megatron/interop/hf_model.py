@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from megatron.checkpoint.gate_code import (
     describe_expert_types,
     describe_gates,
-    require_known_gates,
     warn_of_changed_gates,
 )
 from megatron.config.fields import require
+from megatron.interop.hf.families.moe_megatron import MODEL_TYPE, require_gates
 from megatron.interop.hf_cache import place_tokens
-from megatron.interop.hf_config import MODEL_TYPE, MoEMegatronConfig
+from megatron.interop.hf_config import MoEMegatronConfig
 from megatron.interop.hf_experts import register_experts
 from megatron.interop.router_logits import RouterLogits
 from megatron.model.attention_context import AttentionContext
@@ -66,13 +66,7 @@ def build_gpt(config: MoEMegatronConfig) -> GPT:
     Raises:
         ValueError: a gate is not imported, or refuses its options.
     """
-    where = config.name_or_path or "config.json"
-    try:
-        require_known_gates(config.gates, where)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. In Python: megatron.moe.gate_registry.import_gate_files([FILE])"
-        ) from None
+    require_gates(config.gates, config.name_or_path or "config.json")
     run = config.run_config
     warn_of_changed_gates(config.gates, describe_gates(run))
     warn_of_changed_gates(config.expert_types, describe_expert_types(run), "expert type")
@@ -92,12 +86,6 @@ def build_gpt(config: MoEMegatronConfig) -> GPT:
 
 def _build_fp32(config: MoEMegatronConfig) -> GPT:
     run = config.run_config
-    require(
-        run.model.vocab_size > 0,
-        "vocab_size of the section model",
-        run.model.vocab_size,
-        "a positive integer, the size of the vocabulary before padding",
-    )
     return build_model(
         run.model,
         run.moe,
@@ -294,6 +282,9 @@ class MoEMegatronForCausalLM(MoEMegatronPreTrainedModel, _transformers.Generatio
     def __init__(self, config: MoEMegatronConfig):
         super().__init__(config)
         gpt = build_gpt(config)
+        # `generate` never chooses the rows that pad the vocabulary.
+        padding = range(config.run_config.model.vocab_size, config.vocab_size)
+        self.generation_config.suppress_tokens = list(padding) or None
         self.model = MoEMegatronModel(config, gpt)
         if config.tie_word_embeddings:
             weight = gpt.embed_tokens.weight

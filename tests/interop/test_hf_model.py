@@ -51,13 +51,11 @@ def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
 
 def greedy(model, prompts: list[list[int]], count: int = 8, **options) -> list[list[int]]:
     batch = left_padded(prompts)
-    unused = list(range(VOCAB, model.config.vocab_size))
     rows = model.generate(
         **batch,
         max_new_tokens=count,
         do_sample=False,
         pad_token_id=0,
-        suppress_tokens=unused,
         **options,
     )
     return rows[:, batch["input_ids"].shape[1] :].tolist()

@@ -152,10 +152,13 @@ def test_misshapen_tensor_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda run: run.update(data={}), r"run of a config.json is \['data'\]; allowed: "),
+        (lambda run: run.update(data={}), r"config.json: run is \[.data.\]; allowed: "),
         (lambda run: run["moe"].update(num_expert=3), "unknown key 'moe.num_expert'; did you"),
         (lambda run: run["model"].update(hidden_size=-1), "--hidden-size is -1"),
-        (lambda run: run["model"].update(vocab_size=0), "vocab_size of the section model is 0"),
+        (
+            lambda run: run["model"].update(vocab_size=0),
+            "config.json: run.model.vocab_size is 0",
+        ),
         (lambda run: run.update(version=99), "format version 99"),
     ],
 )

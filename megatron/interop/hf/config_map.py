@@ -169,6 +169,11 @@ def run_config_of(
     Raises:
         ValueError: As `settings_of`, or a section refuses a value.
     """
+    if family.read_run is not None:
+        config = family.read_run(complete(family, content))
+        optimizer = OptimizerConfig(**_precision_of(content))
+        tokenizer = tokenizer or config.tokenizer
+        return dataclasses.replace(config, tokenizer=tokenizer, optimizer=optimizer)
     sections = sections_of(settings_of(family, content))
     gate_values = sections.pop("gate", {})
     expert_values = sections.pop("expert", {})
@@ -223,6 +228,8 @@ def _config_json(family: Family, run: RunConfig) -> dict[str, Any]:
 
 def first_difference(family: Family, run: RunConfig) -> str:
     """Return what of a model a family cannot express, as one sentence; empty: nothing."""
+    if family.read_run is not None:
+        return ""  # it holds our configuration itself
     if family.adjust is not None:
         run = family.adjust(run)
     ours = _comparable(run)

@@ -67,7 +67,9 @@ def open_hf_model(folder: str | Path, tokenizer: TokenizerConfig | None = None) 
     config = run_config_of(source.family, source.config, tokenizer)
     if tokenizer is None:
         chosen = choose_tokenizer(
-            source.folder, source.config | {"vocab_size": config.model.vocab_size}
+            source.folder,
+            source.config | {"vocab_size": config.model.vocab_size},
+            config.tokenizer,
         )
         config = replace(config, tokenizer=chosen)
     vocab_size = config.model.vocab_size

@@ -7,6 +7,7 @@ names, order and dtypes of that folder; another one as its family is usually sto
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from megatron.checkpoint.shards import CheckpointReader
 from megatron.config.schema import RunConfig
 from megatron.interop.hf.config_map import config_json_of
 from megatron.interop.hf.export_config import merged_config
-from megatron.interop.hf.export_tokenizer import write_tokenizer
+from megatron.interop.hf.export_tokenizer import special_token_ids, write_tokenizer
 from megatron.interop.hf.family import Family
 from megatron.interop.hf.hf_folder import (
     GENERATION_CONFIG,
@@ -112,6 +113,8 @@ class ExportPlan:
         self.family: Family = choose_family(options.family, self.config, stored_family)
         if stored_family != self.family.name:
             self.stored = None
+        if self.family.pads_vocabulary:
+            self.config = _with_vocab_size(self.config, _unpadded_vocab_size(source))
         shapes = self._our_shapes()
         names = self._stored_names()
         layout = find_layout(self.family, shapes, names)
@@ -186,6 +189,8 @@ class ExportPlan:
         links = self.map.theirs.get(name, [])
         if links and links[0].ours in self.reader.buffers:
             return stored or self.reader.buffer_spec(links[0].ours).dtype
+        if links and re.fullmatch(self.family.fp32_tensors, links[0].ours):
+            return stored or torch.float32
         return self.options.dtype or stored or self.default_dtype
 
     @property
@@ -208,7 +213,7 @@ class ExportPlan:
         dtype = self.options.dtype or self.default_dtype
         content["dtype"] = str(dtype).removeprefix("torch.")
         if self.stored is None:
-            return content
+            return content | special_token_ids(self.config.tokenizer)
         original = read_config_json(self.hf_folder)
         merged = merged_config(self.family, original, self.config, content)
         if self.options.dtype is not None:
@@ -263,11 +268,19 @@ def _checkpoint_config(source: Path, reader: CheckpointReader) -> RunConfig:
     """Return the configuration of a checkpoint with the vocabulary size of its model."""
     config = with_typed_gate_options(read_config(source), source)
     config = with_typed_expert_options(config, source)
-    vocab_size = (
-        config.model.vocab_size or read_state(source)["identity"]["tokenizer_vocab_size"]
-    )
+    vocab_size = _unpadded_vocab_size(source)
     if EMBEDDING in reader.shapes:
         vocab_size = reader.shapes[EMBEDDING][0]
+    return _with_vocab_size(config, vocab_size)
+
+
+def _unpadded_vocab_size(source: Path) -> int:
+    """Return the vocabulary size of a checkpoint's model before padding."""
+    stored = read_config(source).model.vocab_size
+    return stored or read_state(source)["identity"]["tokenizer_vocab_size"]
+
+
+def _with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 

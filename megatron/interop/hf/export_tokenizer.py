@@ -40,6 +40,19 @@ def write_tokenizer(config: TokenizerConfig, hf_folder: Path, target: Path) -> N
         get_logger().info("the folder has no tokenizer: %s", reason)
 
 
+def special_token_ids(config: TokenizerConfig) -> dict[str, int | None]:
+    """Return the keys of config.json for the ids of a run's tokenizer that begin and end texts.
+
+    Without them transformers would take the ids of the family's released models. Empty if the
+    tokenizer cannot be built.
+    """
+    try:
+        tokenizer = build_tokenizer(config)
+    except (OSError, ValueError):
+        return {}
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod, "pad_token_id": None}
+
+
 def _try_write(config: TokenizerConfig, target: Path) -> str:
     """Write the files of one of our tokenizers. Returns why it cannot be done, or nothing."""
     try:

@@ -114,6 +114,14 @@ class Family:
     adjust: Callable[[RunConfig], RunConfig] | None = None
     """Makes a configuration of ours comparable before it is exported, for settings that two
     spellings express"""
+    default_rule: Callable[[str], TensorRule] | None = None
+    """Returns the rule of a tensor of ours that no other rule has; None: there is none"""
+    read_run: Callable[[Mapping[str, Any]], RunConfig] | None = None
+    """Returns the configuration that a config.json holds, in place of the rules' `to_ours`"""
+    fp32_tensors: str = ""
+    """Regular expression of our tensors that are written in fp32, whatever the others are"""
+    pads_vocabulary: bool = False
+    """Whether config.json has the size of the vocabulary before padding"""
 
     @property
     def known_keys(self) -> frozenset[str]:

@@ -18,6 +18,8 @@ from megatron.log import get_logger
 
 EXPORT_ORDER = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "llama", "qwen3", "qwen2")
 """Families that are tried first for a model that came from none"""
+FALLBACK = "moe_megatron"
+"""Family that expresses every model, which transformers knows by importing a module of ours"""
 
 
 @functools.cache
@@ -65,14 +67,14 @@ def family_of(content: Mapping[str, Any]) -> Family:
 
 
 def family_for_export(run: RunConfig) -> tuple[Family | None, str]:
-    """Choose a family that can express a model.
+    """Choose a family of transformers that can express a model.
 
     Returns:
         The family, or None if there is none, and why the first one that was tried cannot.
     """
     known = all_families()
     names = [name for name in EXPORT_ORDER if name in known]
-    names += [name for name in known if name not in names]
+    names += [name for name in known if name not in (*names, FALLBACK)]
     reason = ""
     for name in names:
         problem = first_difference(known[name], run)
@@ -90,7 +92,7 @@ def choose_family(name: str, run: RunConfig, origin: str = "") -> Family:
         origin: Family from which the model came; empty: none.
 
     Raises:
-        ValueError: The family is unknown, or no family expresses the model.
+        ValueError: The family is unknown.
     """
     if name != "auto":
         return find_family(name, "--family")
@@ -101,5 +103,11 @@ def choose_family(name: str, run: RunConfig, origin: str = "") -> Family:
         get_logger().info("%s", problem)
     family, reason = family_for_export(run)
     if family is None:
-        raise ValueError(reason)
+        get_logger().info(
+            "the family is %s, which transformers knows after `import megatron.interop.hf_model`; "
+            "%s",
+            FALLBACK,
+            reason.partition(". Use --family")[0],
+        )
+        return all_families()[FALLBACK]
     return family

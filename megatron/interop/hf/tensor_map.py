@@ -74,6 +74,8 @@ def map_tensors(
     tensor_map = TensorMap({}, {}, {})
     for name, shape in shapes.items():
         layer, pattern = _split_layer(name)
+        if pattern not in rules and family.default_rule is not None:
+            rules[pattern] = family.default_rule(pattern)
         require(
             pattern in rules,
             "the model's tensor",

@@ -14,11 +14,14 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 
 
-def choose_tokenizer(folder: Path, content: Mapping[str, Any]) -> TokenizerConfig:
+def choose_tokenizer(
+    folder: Path, content: Mapping[str, Any], without_files: TokenizerConfig
+) -> TokenizerConfig:
     """Choose the tokenizer for the files of a folder.
 
     Args:
         content: Content of its config.json.
+        without_files: Tokenizer that config.json names, which counts if it needs no files.
 
     Returns:
         Its configuration; that of a NullTokenizer, which reads and writes ids, if there are no
@@ -36,6 +39,8 @@ def choose_tokenizer(folder: Path, content: Mapping[str, Any]) -> TokenizerConfi
         return TokenizerConfig(
             "GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges)
         )
+    if not without_files.lacks_files:
+        return without_files
     get_logger().info(
         "%s has no files of a tokenizer: the tokenizer is NullTokenizer, whose text is ids",
         folder,
