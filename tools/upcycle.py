@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megatron.model.gpt import GPT
 
 PROG = "upcycle.py"
+_GATE_FLAGS = "The flags of a gate: pretrain_gpt.py --gate NAME --help"
 
 
 def run(argv: list[str]) -> None:
@@ -31,16 +32,8 @@ def run(argv: list[str]) -> None:
         ValueError: an argument, the dense model or the sample of text is refused.
         OSError: a file cannot be read or written.
     """
-    from tqdm import tqdm
-
     from megatron.config.fields import require
-    from megatron.interop.upcycle.convert import upcycle
-    from megatron.interop.upcycle.dense_source import open_dense_source
-    from megatron.interop.upcycle.flags import parse_request, show_help
 
-    if {"-h", "--help", "--help-all", "--version"} & set(argv):
-        flags = [word for word in argv if word.startswith("-")]
-        show_help(f"{PROG} SOURCE OUTPUT", __doc__ or "", flags)
     paths = argv[:2]
     require(
         len(paths) == 2 and not any(path.startswith("-") for path in paths),
@@ -49,6 +42,12 @@ def run(argv: list[str]) -> None:
         "the dense model and a new directory",
         f"For example: {PROG} runs/dense/checkpoints runs/moe --num-experts 8",
     )
+    from tqdm import tqdm
+
+    from megatron.interop.upcycle.convert import upcycle
+    from megatron.interop.upcycle.dense_source import open_dense_source
+    from megatron.interop.upcycle.flags import parse_request
+
     source = open_dense_source(paths[0])
     request = parse_request(source.config, argv[2:])
     with tqdm(desc="write", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
@@ -56,6 +55,23 @@ def run(argv: list[str]) -> None:
             source, request, paths[1], lambda: build_dense(paths[0]), bar.update, bar.reset
         )
     print(report(result))
+
+
+def print_help() -> None:
+    """Print the help of this program's flags and of those of MoE layers."""
+    from megatron.config.flag_parser import add_flag
+    from megatron.config.flags import flags_of
+    from megatron.config.moe import MoEConfig
+    from megatron.config.short_help import new_parser
+    from megatron.interop.upcycle.options import UpcycleOptions
+
+    parser = new_parser(f"{PROG} SOURCE OUTPUT", None, f"{__doc__}\n{_GATE_FLAGS}")
+    sections = {"upcycling": UpcycleOptions, "MoE layers": MoEConfig}
+    for title, cls in sections.items():
+        group = parser.add_argument_group(title)
+        for flag in flags_of(cls, title):
+            add_flag(group, flag, flag.default)
+    print(parser.format_help(), end="")
 
 
 def build_dense(path: str) -> GPT:
@@ -84,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     from megatron.exit_codes import exit_code
 
     arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help", "--help-all"} & set(arguments):
+        print_help()
+        return 0
     return exit_code(lambda: run(arguments))
 
 

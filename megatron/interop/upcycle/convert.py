@@ -5,12 +5,20 @@ Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron.checkpoint.consolidate import check_output, find_verified_checkpoint
+from megatron.checkpoint.directory import checkpoint_name
+from megatron.checkpoint.manifest import HF_FOLDER
 from megatron.checkpoint.weights_only import require_no_checkpoints, write_weights_checkpoint
 from megatron.config.schema import RunConfig
+from megatron.config.tokenizer import TokenizerConfig
+from megatron.interop.hf.export import ExportOptions, convert_to_hf
+from megatron.interop.hf.hf_folder import copy_file, files_to_copy
+from megatron.interop.hf.tokenizer_choice import moved
 from megatron.interop.model_specs import build_meta_model
 from megatron.interop.upcycle.dense_ffn import FFNStatistics
 from megatron.interop.upcycle.dense_source import DenseSource
@@ -21,6 +29,7 @@ from megatron.interop.upcycle.scale import set_scales
 from megatron.interop.upcycle.statistics import add_importance, collect_activity
 from megatron.interop.upcycle.weights import UpcycledWeights
 from megatron.io.progress import ProgressCallback, no_progress
+from megatron.io.sha256 import FileDigest
 from megatron.log import get_logger
 from megatron.model.builder import size_table
 from megatron.model.gpt import GPT
@@ -35,7 +44,7 @@ class UpcycleResult:
     """What was written."""
 
     path: Path
-    """directory of the checkpoint"""
+    """directory of the checkpoint, or the Hugging Face folder"""
     config: RunConfig
     dense_size: ParameterCount
     moe_size: ParameterCount
@@ -96,7 +105,7 @@ def upcycle(
     progress: ProgressCallback = no_progress,
     planned: ProgressCallback = no_progress,
 ) -> UpcycleResult:
-    """Write the checkpoint of the MoE model to a new directory of checkpoints.
+    """Write the MoE model to a new directory of checkpoints, or as a Hugging Face folder.
 
     Args:
         build_dense: see `prepare_weights`.
@@ -106,25 +115,88 @@ def upcycle(
         ValueError: the output exists, or as `prepare_weights`.
         OSError: a file cannot be read or written, or the disk is too full.
     """
-    require_no_checkpoints(Path(output).resolve())
+    output = Path(output).resolve()
+    is_hf = request.options.output_format == "hf"
+    check = check_output if is_hf else require_no_checkpoints
+    check(output)
     weights = prepare_weights(source, request, build_dense)
-    request = weights.request
-    tensors = weights.source()
-    planned(tensors.nbytes)
     start = weights.start_weights()
-    path = write_weights_checkpoint(
-        output, request.config, source.tokenizer, tensors, progress=progress
-    )
+    if is_hf:
+        path = _write_hf(source, weights, output, progress, planned)
+    else:
+        path = _write_checkpoint(source, weights, output, progress, planned)
     dense = build_meta_model(source.config, source.vocab_size)
     return UpcycleResult(
         path,
-        request.config,
+        weights.request.config,
         count_parameters(dense),
         count_parameters(weights.model),
         size_table(weights.model),
         start,
-        describe_start(request, start),
+        describe_start(weights.request, start),
     )
+
+
+def _write_checkpoint(
+    source: DenseSource,
+    weights: UpcycledWeights,
+    output: Path,
+    progress: ProgressCallback,
+    planned: ProgressCallback,
+) -> Path:
+    """Write a directory of checkpoints with one of iteration 0; return the checkpoint."""
+    config = weights.request.config
+    names: list[str] = []
+    if source.hf_folder is not None:
+        names = files_to_copy(source.hf_folder)
+        if _has_files_in(config.tokenizer, source.hf_folder):
+            target = output / checkpoint_name(0) / HF_FOLDER
+            config = replace(config, tokenizer=moved(config.tokenizer, target))
+
+    def copy_files(partial: Path) -> dict[str, FileDigest]:
+        digests = {}
+        if names:
+            (partial / HF_FOLDER).mkdir()
+        for name in names:
+            path = f"{HF_FOLDER}/{name}"
+            digests[path] = copy_file(source.hf_folder / name, partial / path)
+        return digests
+
+    tensors = weights.source()
+    planned(tensors.nbytes)
+    return write_weights_checkpoint(
+        output,
+        config,
+        source.tokenizer,
+        tensors,
+        extra_files=copy_files,
+        extra_bytes=sum((source.hf_folder / name).stat().st_size for name in names),
+        progress=progress,
+    )
+
+
+def _has_files_in(tokenizer: TokenizerConfig, folder: Path) -> bool:
+    """Return whether the files of a tokenizer are in a folder."""
+    paths = (tokenizer.tokenizer_model, tokenizer.vocab_file, tokenizer.merge_file)
+    files = [Path(path) for path in paths if path and Path(path).is_file()]
+    return any(file.resolve().parent == folder.resolve() for file in files)
+
+
+def _write_hf(
+    source: DenseSource,
+    weights: UpcycledWeights,
+    output: Path,
+    progress: ProgressCallback,
+    planned: ProgressCallback,
+) -> Path:
+    """Write a Hugging Face folder by way of a checkpoint of ours on the same disk."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as folder:
+        path = _write_checkpoint(source, weights, Path(folder) / "moe", progress, planned)
+        checkpoint = find_verified_checkpoint(path)
+        result = convert_to_hf(checkpoint, output, ExportOptions(), progress, planned)
+    get_logger().info("%s is a Hugging Face folder of the family %s", output, result.family)
+    return output
 
 
 def describe_start(request: UpcycleRequest, start: Mapping[str, StartWeights]) -> str:

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from megatron.checkpoint.loader import find_checkpoint
+from megatron.checkpoint.manifest import HF_FOLDER
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.fields import require
@@ -34,7 +37,8 @@ class DenseSource:
     """size of the model's vocabulary before padding"""
     shapes: Mapping[str, tuple[int, ...]]
     read: ReadRange
-    is_hf: bool = False
+    hf_folder: Path | None = None
+    """Hugging Face folder with files of a tokenizer, which the result gets, too"""
 
 
 def open_dense_source(path: str | Path, load_step: int = 0) -> DenseSource:
@@ -62,10 +66,19 @@ def open_dense_source(path: str | Path, load_step: int = 0) -> DenseSource:
     checkpoint.check_model(build_meta_model(config, vocab_size), groups)
     reader = checkpoint.reader
 
-    def read(name: str, start: int, length: int):
+    def read(name: str, start: int, length: int) -> Tensor:
         return reader.read("weight", name, start, length)
 
-    return DenseSource(checkpoint.path, config, tokenizer, vocab_size, reader.shapes, read)
+    hf_folder = checkpoint.path / HF_FOLDER
+    return DenseSource(
+        checkpoint.path,
+        config,
+        tokenizer,
+        vocab_size,
+        reader.shapes,
+        read,
+        hf_folder=hf_folder if hf_folder.is_dir() else None,
+    )
 
 
 def _open_hf_folder(path: Path, load_step: int) -> DenseSource:
@@ -86,7 +99,7 @@ def _open_hf_folder(path: Path, load_step: int) -> DenseSource:
         vocab_size,
         model.specs.shapes,
         model.weights.read,
-        is_hf=True,
+        hf_folder=path,
     )
 
 

@@ -27,6 +27,7 @@ from megatron.moe.gate_registry import import_gate_files
 _GATES = (gate_config_class, available_gates, import_gate_files)
 _NEW_VALUES = (("model", "init_method_std"), ("train", "seed"))
 """Fields outside of the section `moe` that may be set: the router's noise and its seed"""
+_SHARED_FLAGS = ("--moe-shared-experts", "--moe-shared-expert-intermediate-size")
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,6 @@ class UpcycleRequest:
         return self.options.granularity
 
 
-def show_help(prog: str, description: str, argv: Sequence[str]) -> None:
-    """Print the help of the flags and raise SystemExit."""
-    cli.parse_with(
-        UpcycleOptions,
-        argv,
-        *_GATES,
-        expert_types=KNOWN_EXPERT_TYPES,
-        prog=prog,
-        description=description,
-    )
-
-
 def parse_request(dense: RunConfig, argv: Sequence[str]) -> UpcycleRequest:
     """Return the MoE model that flags make of a dense model.
 
@@ -78,23 +67,47 @@ def parse_request(dense: RunConfig, argv: Sequence[str]) -> UpcycleRequest:
     """
     width = dense.model.ffn_size
     dense = _base_config(dense)
-    given = frozenset(word.partition("=")[0] for word in argv if word.startswith("--"))
-    config, options = _parse(dense, argv)
+    words = [_with_hyphens(word) for word in argv]
+    given = frozenset(word.partition("=")[0] for word in words if word.startswith("--"))
+    words += _shared_flags(words)
+    config, options = _parse(dense, words)
     require(config.moe.num_experts > 0, "--num-experts", 0, "a positive number", "Set it.")
     for name in config.moe.gate_layers.gates:
         is_grouped = gate_class(name).expert_kind == "grouped"
         require(
             is_grouped, "--gate", name, "a gate whose experts are MLPs", "Choose another one."
         )
-    _refuse_other_experts(config)
+    _refuse_other_experts(config, given)
     more = _size_flags(width, config, options) + _norm_flags(config, given)
     # Compared before the width of dense layers is left out, where no dense layer remains.
     _refuse_other_changes(dense, config)
-    if more:
-        if width != _expert_width(width, config, options):
-            dense = _without_unused_width(dense, config)
-        config, options = _parse(dense, [*argv, *more])
+    config, options = _parse(_without_unused_width(dense, config), [*words, *more])
     return UpcycleRequest(config, options, given, width)
+
+
+def _with_hyphens(word: str) -> str:
+    """Return a flag as the parser spells it."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _shared_flags(words: Sequence[str]) -> list[str]:
+    """Return the flags of a shared expert if --shared-neurons is among the words.
+
+    They are known before anything is parsed, because other flags, such as that of a gate on the
+    shared expert, have an effect only with them.
+    """
+    neurons = ""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--shared-neurons":
+            neurons = value if equals else "".join(words[i + 1 : i + 2])
+    if not neurons.isdecimal() or int(neurons) == 0:
+        return []
+    experts, width = _SHARED_FLAGS
+    return [experts, "1", width, neurons]
 
 
 def _parse(dense: RunConfig, argv: Sequence[str]) -> tuple[RunConfig, UpcycleOptions]:
@@ -150,7 +163,7 @@ def _refuse_other_changes(dense: RunConfig, config: RunConfig) -> None:
             )
 
 
-def _refuse_other_experts(config: RunConfig) -> None:
+def _refuse_other_experts(config: RunConfig, given: frozenset[str]) -> None:
     """Raise ValueError for experts that cannot compute what a dense layer does."""
     moe = config.moe
     require(
@@ -164,12 +177,13 @@ def _refuse_other_experts(config: RunConfig) -> None:
         moe.moe_latent_size is None, "--moe-latent-size", moe.moe_latent_size, "none", advice
     )
     require(not moe.moe_weight_on_input, "--moe-weight-on-input", True, "off", advice)
-    require(
-        not moe.moe_shared_experts,
-        "--moe-shared-experts",
-        moe.moe_shared_experts,
-        "left out; --shared-neurons makes a shared expert of some of the dense layer's neurons",
-    )
+    for flag in _SHARED_FLAGS:
+        require(
+            flag not in given,
+            flag,
+            "set",
+            "left out; --shared-neurons makes a shared expert of some of the dense layer's neurons",
+        )
 
 
 def _expert_width(width: int, config: RunConfig, options: UpcycleOptions) -> int:
@@ -227,16 +241,7 @@ def _size_flags(width: int, config: RunConfig, options: UpcycleOptions) -> list[
         f"{expert_width}, which follows from the dense layer and the number of experts",
         "Leave it out.",
     )
-    flags = []
-    if expert_width != width:
-        flags += ["--moe-ffn-hidden-size", str(expert_width)]
-    if options.shared_neurons:
-        flags += _shared_flags(options.shared_neurons)
-    return flags
-
-
-def _shared_flags(neurons: int) -> list[str]:
-    return ["--moe-shared-experts", "1", "--moe-shared-expert-intermediate-size", str(neurons)]
+    return ["--moe-ffn-hidden-size", str(expert_width)]
 
 
 def _norm_flags(config: RunConfig, given: frozenset[str]) -> list[str]:

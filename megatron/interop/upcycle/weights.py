@@ -32,7 +32,7 @@ from megatron.model.gpt import GPT
 from megatron.moe.experts.activations import is_gated
 from megatron.moe.gate import Gate
 
-_MOE_TENSOR = re.compile(r"layers\.(\d+)\.mlp\.(gate|experts|shared)\.(.+)")
+_MOE_TENSOR = re.compile(r"layers\.(\d+)\.mlp\.(gate|experts|shared|shared_gate)\.(.+)")
 _EXPERT_MATRICES = {"w1": "first_WD", "w3": "up_WD", "w2": "down_DW"}
 _SHARED_MATRICES = {"up_proj.weight": "up_WD", "down_proj.weight": "down_DW"}
 
@@ -95,8 +95,10 @@ class UpcycledWeights:
             return self._read_experts(layer, name, found[3], start, length)
         if found[2] == "gate":
             full = self._gate(layer).state_dict()[found[3]]
-        else:
+        elif found[2] == "shared":
             full = self._shared(layer, found[3])
+        else:
+            full = torch.zeros(self.shapes[name])
         return full.reshape(-1)[start : start + length].float()
 
     def buffer(self, name: str) -> Tensor:
@@ -182,14 +184,16 @@ class UpcycledWeights:
         return self._expert.weights
 
     def _shared(self, layer: int, name: str) -> Tensor:
-        """Return a matrix of the shared expert, or of the gate on its output.
+        """Return a matrix of the shared expert.
 
-        That gate is 0 at the start, so that it halves the output; the down projection is
-        twice as large instead.
+        A gate on its output is 0 at the start, and its sigmoid 1/2: the down projection is twice as
+        large.
         """
         shared = self._dense_ffn(layer).take(self.groups(layer).shared_N)
         if name == "gate_proj.weight" or (name == "up_proj.weight" and shared.up_WD is None):
             return shared.first_WD
+        if name == "down_proj.weight" and self.request.config.moe.moe_shared_expert_gate:
+            return 2 * shared.down_DW
         return getattr(shared, _SHARED_MATRICES[name])
 
     def _gate_name(self, layer: int) -> str:

@@ -1,0 +1,130 @@
+"""Hugging Face folders in and out: a dense model of transformers becomes one of its MoE models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import dense_models
+from megatron.checkpoint.consolidate import find_verified_checkpoint
+from megatron.checkpoint.loader import find_checkpoint
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.interop.hf.export import ExportOptions, convert_to_hf
+from megatron.interop.upcycle.convert import UpcycleResult, upcycle
+from megatron.interop.upcycle.dense_source import open_dense_source
+from megatron.interop.upcycle.flags import parse_request
+from megatron.model.gpt import GPT
+from megatron.parallel.groups import Groups
+
+VOCAB_SIZE = 61
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("hf") / "llama"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
+    return folder
+
+
+def run(folder: Path, output: Path, flags: str) -> UpcycleResult:
+    source = open_dense_source(folder)
+    return upcycle(source, parse_request(source.config, flags.split()), output)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """Return the logits of transformers' model of a folder."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(4))
+
+
+def our_logits(directory: Path) -> torch.Tensor:
+    options = CheckpointConfig(load=str(directory), finetune=True)
+    checkpoint = find_checkpoint(options, Groups(), required=True)
+    config = checkpoint.metadata.config
+    model: GPT = dense_models.build(config, config.model.vocab_size)
+    checkpoint.load_weights(model, Groups())
+    with torch.no_grad():
+        return model.eval()(tokens()).logits
+
+
+@pytest.mark.parametrize(
+    "flags", ["--num-experts 4 --topk 2", "--num-experts 8 --granularity 2 --topk 4"]
+)
+def test_llama_becomes_mixtral_in_transformers(llama, tmp_path, flags):
+    result = run(llama, tmp_path / "mixtral", f"{flags} --output-format hf")
+    assert result.path == tmp_path / "mixtral"
+    config = json.loads((tmp_path / "mixtral" / "config.json").read_text())
+    assert config["model_type"] == "mixtral"
+    assert config["num_local_experts"] == int(flags.split()[1])
+    torch.testing.assert_close(logits(tmp_path / "mixtral"), logits(llama), rtol=0, atol=1e-5)
+    assert (tmp_path / "mixtral" / "generation_config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["mixtral"]
+
+
+def test_llama_becomes_our_checkpoint(llama, tmp_path):
+    run(llama, tmp_path / "moe", "--num-experts 4 --topk 2")
+    torch.testing.assert_close(our_logits(tmp_path / "moe"), logits(llama), rtol=0, atol=1e-5)
+    folder = tmp_path / "moe" / "iter_0000000" / "hf"
+    assert [path.name for path in folder.iterdir()] == ["generation_config.json"]
+    checkpoint = find_verified_checkpoint(tmp_path / "moe")
+    convert_to_hf(checkpoint, tmp_path / "mixtral", ExportOptions())
+    torch.testing.assert_close(logits(tmp_path / "mixtral"), logits(llama), rtol=0, atol=1e-5)
+
+
+def test_split_equals_itself_in_transformers(llama, tmp_path):
+    """The factor E is in the down projections, because Mixtral has none."""
+    flags = "--num-experts 4 --topk 2 --strategy kmeans --router-init centroids --seed 7"
+    run(llama, tmp_path / "moe", flags)
+    run(llama, tmp_path / "mixtral", f"{flags} --output-format hf")
+    expected = our_logits(tmp_path / "moe")
+    torch.testing.assert_close(logits(tmp_path / "mixtral"), expected, rtol=0, atol=1e-5)
+
+
+def test_factor_in_the_gate_is_refused_by_mixtral(llama, tmp_path):
+    flags = "--num-experts 4 --topk 2 --strategy random --output-format hf --scale-in gate"
+    with pytest.raises(ValueError, match="routed-scaling-factor"):
+        run(llama, tmp_path / "mixtral", flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_moe_folder_is_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**SIZES, num_local_experts=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(ValueError, match="is 2; allowed: 0, a dense model"):
+        open_dense_source(tmp_path / "mixtral")
+
+
+def test_step_of_a_folder_is_refused(llama):
+    with pytest.raises(ValueError, match="--load-step is 3; allowed: left out"):
+        open_dense_source(llama, 3)
+
+
+def test_existing_folder_is_refused(llama, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="allowed: a new or an empty directory"):
+        run(llama, tmp_path, "--num-experts 4 --topk 2 --output-format hf")
