@@ -107,7 +107,7 @@ def _write_random_model(directory, flags):
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in specs.shapes.items():
-        tensors[name] = 0.2 * torch.randn(shape, generator=generator)
+        tensors[name] = torch.randn(shape, generator=generator)
 
     def read(name, start, length):
         return tensors[name].flatten()[start : start + length]

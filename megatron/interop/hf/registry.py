@@ -44,10 +44,11 @@ def find_family(name: str, what: str = "config.json: model_type") -> Family:
         ValueError: There is none.
     """
     known = all_families()
-    reason = unsupported_reason(name)
+    is_name = isinstance(name, str)
+    reason = unsupported_reason(name) if is_name else ""
     if reason:
         raise ValueError(f"{what} is {name!r}, which is not supported: {reason}")
-    require(isinstance(name, str) and name in known, what, name, " ".join(sorted(known)))
+    require(is_name and name in known, what, name, " ".join(sorted(known)))
     return known[name]
 
 
