@@ -42,7 +42,7 @@ def write(directory, source, **options):
 
 
 def test_checkpoint_has_weights_and_buffers(tmp_path):
-    """Values of other dtypes are stored in fp32; nothing is said of an optimizer."""
+    """Values of other dtypes are stored in fp32; there are no moments."""
     tensors = {
         "a.weight": torch.arange(6.0).view(2, 3).bfloat16(),
         "empty": torch.empty(0, 3),

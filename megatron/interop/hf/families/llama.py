@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from megatron.interop.hf.config_rules import HEAD_RULE, MODEL_RULES, Fixed, Ignored, Same
+from megatron.interop.hf.config_rules import (
+    HEAD_RULE,
+    MODEL_RULES,
+    Converted,
+    Fixed,
+    Ignored,
+    Same,
+)
 from megatron.interop.hf.family import (
+    ATTENTION_BIASES,
     ATTENTION_TENSORS,
     DECODER_TENSORS,
     DENSE_TENSORS,
@@ -20,12 +28,19 @@ LLAMA = Family(
         HEAD_RULE,
         Rope(),
         Same("intermediate_size", "model.ffn_hidden_size"),
-        Fixed("attention_bias", (False,), {"attention.add_qkv_bias": False}),
+        Converted(
+            ("attention_bias",),
+            lambda config: {
+                "attention.add_qkv_bias": config["attention_bias"],
+                "attention.attention_output_bias": config["attention_bias"],
+            },
+            lambda run: {"attention_bias": run.attention.add_qkv_bias},
+        ),
         Fixed("mlp_bias", (False,), reason="Dense layers have no biases here."),
         # Tensor-parallel slices of matrix products, which only change their rounding.
         Ignored(("pretraining_tp",)),
     ),
-    tensors=(*DECODER_TENSORS, *ATTENTION_TENSORS, *DENSE_TENSORS),
+    tensors=(*DECODER_TENSORS, *ATTENTION_TENSORS, *ATTENTION_BIASES, *DENSE_TENSORS),
     unmapped=(ROTARY_FREQUENCIES,),
     defaults={
         "vocab_size": 32000,
