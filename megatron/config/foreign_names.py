@@ -184,6 +184,7 @@ NOT_SUPPORTED = {
     "--vocab-extra-ids": "use --vocab-size",
     "--wandb-entity": "set the variable WANDB_ENTITY",
     "--wandb-save-dir": "set the variable WANDB_DIR",
+    "--window-attn-skip-freq": "use --window-layers",
     "--zero-reduce-bucket-size": _DEEPSPEED_FILE,
 }
 """Flags that would change a run, each with what to do instead"""
