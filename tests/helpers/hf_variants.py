@@ -99,6 +99,7 @@ FAMILIES: dict[str, HFFamily] = {
         },
         {
             "tied": {"tie_word_embeddings": True, "head_dim": 12},
+            "window": {"sliding_window": 5, "rope_parameters": LINEAR_ROPE},
         },
         one_moe_layer=ONE,
         refused=(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -10,11 +11,12 @@ from helpers.hf_models import tested_families
 from helpers.hf_variants import FAMILIES
 from megatron.interop.hf.config_map import COMMON_KEYS
 from megatron.interop.hf.registry import all_families, find_family
-from megatron.interop.hf.unsupported import UNSUPPORTED, unsupported_reason
+from megatron.interop.hf.unsupported import UNSUPPORTED, unsupported_reason, unsupported_table
 from megatron.moe.released_routers import NOT_EXPRESSED, RELEASED_ROUTERS
 
 pytest.importorskip("transformers", reason="the reference implementations are not installed")
 
+REPO = Path(__file__).resolve().parents[2]
 COMING = {"deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe_lite"}
 every_family = pytest.mark.parametrize("model_type", tested_families())
 
@@ -67,6 +69,12 @@ def test_every_router_family_is_decided():
     undecided = {name for name in families - {*all_families()} if not unsupported_reason(name)}
     assert undecided <= {*FAMILIES, *COMING}
     assert not {*all_families()} & {*UNSUPPORTED}
+
+
+def test_documentation_has_all_families():
+    text = (REPO / "docs/huggingface.md").read_text(encoding="utf-8")
+    assert unsupported_table() in text
+    assert [name for name in all_families() if f"`{name}`" not in text] == []
 
 
 def test_unsupported_model_type_has_a_reason():

@@ -68,6 +68,10 @@ _RESOLVED_FIELDS = (
     "swiglu",
     "max_position_embeddings",
     "rope_original_max_positions",
+    "window_size",
+    "window_layers",
+    "moe_shared_experts",
+    "moe_shared_expert_intermediate_size",
 )
 """Fields that are compared by the value that they mean"""
 
@@ -256,6 +260,7 @@ def _comparable(run: RunConfig) -> dict[str, Any]:
         "model.kv_channels": run.model.head_size,
         "model.max_position_embeddings": run.model.max_positions,
         "model.activation": run.model.act,
+        "attention.window_size": _windows(run),
     }
     if run.rotary.rope_scaling in ("llama3", "yarn"):
         positions = run.rotary.rope_original_max_positions or run.model.max_positions
@@ -279,7 +284,15 @@ def _comparable(run: RunConfig) -> dict[str, Any]:
     if run.moe.num_experts:
         width = run.moe.moe_ffn_hidden_size or run.model.ffn_size
         values["moe.moe_ffn_hidden_size"] = width
+        shared_width = run.moe.moe_shared_expert_intermediate_size
+        shared_width = shared_width or run.moe.moe_shared_experts * width
+        values["moe.moe_shared_expert_intermediate_size"] = shared_width
     return values
+
+
+def _windows(run: RunConfig) -> list[int]:
+    """Return the sliding window of each block; 0: none."""
+    return [run.attention.window_of(layer) for layer in range(run.model.num_layers)]
 
 
 def _gate_values(run: RunConfig) -> dict[str, Any]:

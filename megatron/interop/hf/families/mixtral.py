@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron.interop.hf.config_rules import HEAD_RULE, MODEL_RULES, Always, Fixed, Router, Same
+from megatron.interop.hf.block_rules import EveryWindow
+from megatron.interop.hf.config_rules import HEAD_RULE, MODEL_RULES, Always, Router, Same
 from megatron.interop.hf.family import (
     ATTENTION_TENSORS,
     DECODER_TENSORS,
@@ -26,7 +27,7 @@ MIXTRAL = Family(
         Same("num_local_experts", "moe.num_experts"),
         Same("intermediate_size", "moe.moe_ffn_hidden_size"),
         Same("router_jitter_noise", "gate.jitter"),
-        Fixed("sliding_window", (None,)),
+        EveryWindow(),
         Always({"moe.expert_type": "mlp"}),
     ),
     tensors=(*DECODER_TENSORS, *ATTENTION_TENSORS),
