@@ -135,6 +135,7 @@ NOT_NEEDED = {
 
 _DEEPSPEED_FILE = "set it in the file of --deepspeed-config"
 _RECOMPUTE = "use --recompute-activations, which recomputes every block"
+_UPCYCLING = "make the first checkpoint with tools/upcycle.py, and give it to --load"
 
 NOT_SUPPORTED = {
     "--apply-layernorm-1p": "choose --normalization RMSNorm or LayerNorm",
@@ -167,6 +168,8 @@ NOT_SUPPORTED = {
     "--moe-router-enable-expert-bias": "use --bias-rule sign",
     "--moe-router-load-balancing-type": "choose a --gate, and set --moe-loss-coeff",
     "--moe-router-score-function": "use --score-function",
+    "--moe-upcycling-granularity": _UPCYCLING,
+    "--moe-use-upcycling": _UPCYCLING,
     "--mtp-num-layers": "leave it out",
     "--no-position-embedding": "choose --position-embedding-type rope or learned",
     "--num-layers-per-virtual-pipeline-stage": _NO_PP,

@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron.config.flags import EXPERT_OPTIONS, flags_of
 from megatron.config.foreign_names import ALIASES, NOT_NEEDED, NOT_SUPPORTED
 from megatron.config.schema import SECTIONS
+from megatron.interop.upcycle.options import UpcycleOptions
 from megatron.moe.experts.expert_type import available_expert_types, expert_config_class
 from megatron.moe.gate import available_gates, gate_config_class
 from tools.check_gate import CheckOptions
@@ -128,7 +129,7 @@ def known_flags() -> frozenset[str]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source.read_text()))
     for tool in TOOLS:
         flags |= set(tool_parser(tool)._option_string_actions)
-    sections = [*SECTIONS.items(), ("options", CheckOptions)]
+    sections = [*SECTIONS.items(), ("options", CheckOptions), ("options", UpcycleOptions)]
     for name in available_gates():
         sections.append(("gate_options", gate_config_class(name)))
         for flag in flags_of(gate_config_class(name), "gate_options"):

@@ -21,9 +21,6 @@ from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 
-HF_FAMILIES = ("llama", "qwen2", "qwen3")
-"""Families of dense models in Hugging Face folders"""
-
 
 @dataclass(frozen=True)
 class DenseSource:
@@ -41,20 +38,20 @@ class DenseSource:
     """Hugging Face folder with files of a tokenizer, which the result gets, too"""
 
 
-def open_dense_source(path: str | Path, load_step: int = 0) -> DenseSource:
+def open_dense_source(path: str | Path) -> DenseSource:
     """Open a dense model and check everything but the values of its tensors.
 
     Args:
-        path: directory of checkpoints, one checkpoint, or a Hugging Face folder.
-        load_step: iteration of the checkpoint; 0: the newest.
+        path: directory of checkpoints, of which the newest is taken, one checkpoint, or a Hugging
+            Face folder.
     Raises:
         ValueError: the model is not dense, or a file is malformed.
         OSError: a file cannot be read, or there is no valid checkpoint.
     """
     path = Path(path)
     if (path / "config.json").is_file():
-        return _open_hf_folder(path, load_step)
-    options = CheckpointConfig(load=str(path), load_step=load_step, finetune=True)
+        return _open_hf_folder(path)
+    options = CheckpointConfig(load=str(path), finetune=True)
     groups = Groups()
     checkpoint = find_checkpoint(options, groups, required=True)
     config = checkpoint.metadata.config
@@ -81,16 +78,9 @@ def open_dense_source(path: str | Path, load_step: int = 0) -> DenseSource:
     )
 
 
-def _open_hf_folder(path: Path, load_step: int) -> DenseSource:
-    require(not load_step, "--load-step", load_step, "left out with a Hugging Face folder")
+def _open_hf_folder(path: Path) -> DenseSource:
     model = open_hf_model(path)
     _require_dense(model.config)
-    require(
-        model.source.family.name in HF_FAMILIES,
-        f"{path / 'config.json'}: model_type",
-        model.source.family.name,
-        " ".join(HF_FAMILIES),
-    )
     vocab_size = model.config.model.vocab_size
     return DenseSource(
         path,

@@ -67,7 +67,7 @@ class UpcycleOptions:
 
     output_format: str = option("megatron", choices=("megatron", "hf"))
     """megatron: a directory of checkpoints that --load continues; hf: a Hugging Face folder of the
-    first family that expresses the model, such as Mixtral"""
+    first family that expresses the model, such as Mixtral, or of moe_megatron if none does"""
 
     def __post_init__(self):
         require_choices(self)

@@ -10,6 +10,7 @@ import torch
 from helpers import dense_models
 from megatron.checkpoint.loader import find_checkpoint
 from megatron.config.checkpoint import CheckpointConfig
+from megatron.interop.upcycle import scale
 from megatron.interop.upcycle.convert import UpcycleResult, prepare_weights, upcycle
 from megatron.interop.upcycle.dense_source import open_dense_source
 from megatron.interop.upcycle.flags import parse_request
@@ -272,7 +273,10 @@ def test_run_json_does_not_name_the_dense_run(dense, tmp_path):
             "--num-experts 4 --strategy gradient",
             "--strategy is 'gradient'; allowed: .* without --sample-data",
         ),
-        ("--num-experts 4 --gate peer", "peer"),
+        (
+            "--gate peer --peer-num-experts 16",
+            "--gate is 'peer'; allowed: a gate whose experts are MLPs",
+        ),
         ("--num-experts 4 --hidden-size 64", "--hidden-size is 64; allowed: 32, as the dense"),
         ("--num-experts 4 --moe-ffn-hidden-size 7", "--moe-ffn-hidden-size is 7; allowed: 48"),
         ("--num-experts 4 --expert-type swiglu_clamped", "--expert-type is 'swiglu_clamped'"),
@@ -318,6 +322,15 @@ def test_wrong_flags_are_refused(dense, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(dense[0], tmp_path / "moe", flags)
     assert not (tmp_path / "moe").exists()
+
+
+def test_gate_without_positive_weights_is_refused(dense, tmp_path, monkeypatch):
+    """Such as a gate outside the tree with signed weights; no gate in the tree does that."""
+    monkeypatch.setattr(scale, "uniform_weight_sum", lambda gate: -0.5)
+    flags = "--num-experts 4 --topk 2"
+    with pytest.raises(ValueError, match="weights of gate topk is -0.5; .* Set --scale none"):
+        run(dense[0], tmp_path / "moe", flags)
+    run(dense[0], tmp_path / "moe", f"{flags} --scale none")
 
 
 def test_moe_model_is_refused(dense, tmp_path):
