@@ -193,6 +193,37 @@ FAMILIES: dict[str, HFFamily] = {
         one_moe_layer=ONE,
         refused=(({"clip_qkv": -1.0}, "--clip-qkv"),),
     ),
+    "gpt_oss": HFFamily(
+        {
+            **_SHAPE,
+            **_HEAD,
+            "intermediate_size": 24,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "router_aux_loss_coef": 0.02,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                **YARN_ROPE,
+                "truncate": False,
+            },
+        },
+        {
+            "no_bias": {
+                "attention_bias": False,
+                "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+                "swiglu_alpha": 1.1,
+                "tie_word_embeddings": True,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 90.0},
+            },
+        },
+        one_moe_layer=ONE,
+        refused=(
+            ({"layer_types": ["full_attention"]}, "layer_types"),
+            ({"swiglu_limit": 0.0}, "--expert-limit"),
+            ({"sliding_window": None}, "sliding_window"),
+        ),
+    ),
     "glm4_moe": HFFamily(
         {
             **_SHAPE,

@@ -116,7 +116,7 @@ class HFWeights:
             return tensor.read(offset + start, length)
         theirs = self._read_their_block(link, their_size)
         ours = link.transform.take(theirs, link.shape, self.config)
-        return ours.view(-1)[start : start + length]
+        return ours.reshape(-1)[start : start + length]
 
     def _read_their_block(self, link: BlockLink, size: int) -> Tensor:
         """Return a block of theirs, which consecutive ranges of ours need again."""
