@@ -42,6 +42,8 @@ class Run:
     """the checkpoint that the run starts from"""
     progress: TrainingProgress
     """how far the run is: at the start, or where the checkpoint was saved"""
+    hf_folder: str = ""
+    """folder of the Hugging Face model whose weights the run starts from; empty: none"""
 
 
 def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
@@ -72,27 +74,30 @@ def initialize_training(config: RunConfig, timer: StartupTimer) -> Run:
     log_expert_backend(config, groups)
     checkpoint, config, progress = load_for_run(config, groups)
     vocab_size = _vocab_size(config, tokenizer)
-    return Run(config, groups, tokenizer, vocab_size, checkpoint, progress)
+    hf_folder = ""
+    if checkpoint is None:
+        hf_folder = config.checkpoint.init_from_hf
+    return Run(config, groups, tokenizer, vocab_size, checkpoint, progress, hf_folder)
 
 
 def initialize_inference(
     load: str, load_step: int = 0, eval_capacity_factor: float = 0.0
 ) -> Run:
-    """Start process groups, and take everything else from a checkpoint.
+    """Start process groups, and take everything else from a checkpoint or a Hugging Face folder.
 
     Experts are sharded as in training if that fits the number of ranks, otherwise every rank
     holds all of them. The capacity factors of training do not apply: under a capacity, the
     other prompts of a batch would decide which experts a token gets.
 
     Args:
-        load: folder of checkpoints, or one checkpoint.
+        load: folder of checkpoints, one checkpoint, or a Hugging Face model.
         load_step: iteration of the checkpoint; 0: the newest.
         eval_capacity_factor: capacity factor of the MoE layers; 0 is dropless.
 
     Raises:
         ValueError: the capacity factor is negative or not finite, or the checkpoint has no
             experts for it, does not fit the tokenizer that its flags name, or has a gate that
-            is not imported.
+            is not imported; the Hugging Face model is not valid, or a step of it is requested.
         OSError: there is no valid checkpoint.
     """
     require(
@@ -102,6 +107,8 @@ def initialize_inference(
         "a finite number, 0 or more",
     )
     groups = _init_distributed(1)
+    if is_hf_folder(load):
+        return _initialize_hf_inference(load, load_step, eval_capacity_factor, groups)
     from megatron.checkpoint.gate_code import require_same_gates_on_ranks
     from megatron.checkpoint.loader import find_checkpoint
     from megatron.checkpoint.metadata import RunMetadata
@@ -116,6 +123,44 @@ def initialize_inference(
     groups = _init_distributed(ep_size)
     tokenizer = build_tokenizer(config.tokenizer)
     checkpoint.check(RunMetadata.of(config, groups, tokenizer))
+    config = _with_inference_settings(config, eval_capacity_factor)
+    vocab_size = _vocab_size(config, tokenizer)
+    return Run(config, groups, tokenizer, vocab_size, checkpoint, checkpoint.progress)
+
+
+def is_hf_folder(path: str) -> bool:
+    """Return whether a path is the folder of a Hugging Face model instead of checkpoints."""
+    return (Path(path) / "config.json").is_file()
+
+
+def _initialize_hf_inference(
+    folder: str, load_step: int, eval_capacity_factor: float, groups: Groups
+) -> Run:
+    """As `initialize_inference`, from a Hugging Face folder."""
+    from megatron.checkpoint.gate_code import require_same_gates_on_ranks
+    from megatron.checkpoint.metadata import TrainingProgress
+    from megatron.interop.hf.convert import open_hf_model
+
+    require(
+        load_step == 0,
+        "--load-step",
+        load_step,
+        "0 for a Hugging Face model",
+        "Leave it out.",
+    )
+    model = broadcast_from_rank0(lambda: open_hf_model(folder).config, groups)
+    require_same_gates_on_ranks(model, groups)
+    config = _with_inference_settings(model, eval_capacity_factor)
+    if config.moe.num_experts % groups.world_size == 0:
+        groups = _init_distributed(groups.world_size)
+    tokenizer = build_tokenizer(config.tokenizer)
+    vocab_size = _vocab_size(config, tokenizer)
+    progress = TrainingProgress()
+    return Run(config, groups, tokenizer, vocab_size, None, progress, folder)
+
+
+def _with_inference_settings(config: RunConfig, eval_capacity_factor: float) -> RunConfig:
+    """Return a configuration whose experts run here, with this capacity factor."""
     # The backend of training need not exist on this machine.
     moe = replace(config.moe, moe_eval_capacity_factor=eval_capacity_factor, moe_backend="auto")
     require(
@@ -125,25 +170,27 @@ def initialize_inference(
         "0 for a model without experts",
         "Leave it out.",
     )
-    config = replace(config, moe=moe)
-    vocab_size = _vocab_size(config, tokenizer)
-    return Run(config, groups, tokenizer, vocab_size, checkpoint, checkpoint.progress)
+    return replace(config, moe=moe)
 
 
 def build_run_model(run: Run) -> GPT:
-    """Build the model of a run, with the checkpoint's weights if there is one.
+    """Build the model of a run, with the weights of its checkpoint or Hugging Face folder, if any.
 
     Raises:
-        ValueError: the gate refuses its options, or the checkpoint holds another model.
+        ValueError: the gate refuses its options, or the checkpoint or folder holds another model.
     """
     model = _build_model(run)
     if run.checkpoint is not None:
         run.checkpoint.load_weights(model, run.groups)
+    elif run.hf_folder:
+        from megatron.interop.hf.initial_weights import load_hf_weights
+
+        load_hf_weights(model, run.groups, run.hf_folder)
     return model
 
 
 def build_inference_model(run: Run) -> GPT:
-    """Build the model of a checkpoint on this rank's device, in the dtypes of training.
+    """Build the model of an inference run on this rank's device, in the dtypes of training.
 
     There is no engine and no optimizer, and nothing of `--deepspeed_config` is read: every rank
     holds all weights but the experts of other ranks.
@@ -155,11 +202,12 @@ def build_inference_model(run: Run) -> GPT:
     from megatron.model.meta_device import meta_device
 
     checkpoint = run.checkpoint
-    checkpoint.check_sizes()
-    with meta_device():
-        shapes_only = _build_model(run)
-    # Before any memory is allocated: the configuration is as trustworthy as its origin.
-    checkpoint.check_model(shapes_only, run.groups)
+    if checkpoint is not None:
+        checkpoint.check_sizes()
+        with meta_device():
+            shapes_only = _build_model(run)
+        # Before any memory is allocated: the configuration is as trustworthy as its origin.
+        checkpoint.check_model(shapes_only, run.groups)
     model = build_run_model(run)
     return cast_for_inference(model, run.config.optimizer.precision, run.groups.device)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -35,7 +35,9 @@ from megatron.training.startup_timer import StartupTimer
 from megatron.training.task import PretrainingTask, Task
 
 if TYPE_CHECKING:
+    from megatron.checkpoint.metadata import RunMetadata
     from megatron.checkpoint.saver import Checkpointer
+    from megatron.engine.engine import Engine
     from megatron.training.profiler import StepProfiler
     from megatron.training.trainer import LoopServices
 
@@ -53,10 +55,30 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         that says what to change.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    gates = (gate_config_class, available_gates, import_gate_files)
-    return exit_code(
-        lambda: train(cli.parse(arguments, *gates, expert_types=KNOWN_EXPERT_TYPES), started)
+    return exit_code(lambda: train(parse_flags(arguments), started))
+
+
+def parse_flags(arguments: Sequence[str]) -> RunConfig:
+    """Return the configuration that the flags of a training run describe.
+
+    Raises:
+        ValueError: see `megatron.config.cli.parse`.
+    """
+    return cli.parse(
+        arguments,
+        gate_config_class,
+        available_gates,
+        import_gate_files,
+        expert_types=KNOWN_EXPERT_TYPES,
+        read_hf_config=_read_hf_settings,
     )
+
+
+def _read_hf_settings(folder: str) -> dict[str, dict[str, Any]]:
+    """Read the settings of --init-from-hf; only runs that use it import what reads them."""
+    from megatron.interop.hf.initial_weights import read_hf_settings
+
+    return read_hf_settings(folder)
 
 
 def train(
@@ -82,7 +104,6 @@ def train(
         evaluate_only(run, build_task)
         return
     from megatron.checkpoint.metadata import RunMetadata, describe_data
-    from megatron.checkpoint.saver import Checkpointer
     from megatron.model.builder import size_table
     from megatron.training.trainer import LoopConfig, Trainer, log_run_summary
 
@@ -110,13 +131,29 @@ def train(
     log_run_summary(plan, run.groups, config.optimizer.precision, num_experts, run.progress)
     sections = LoopConfig(config.train, config.checkpoint, config.fault_tolerance)
     with (
-        Checkpointer(
-            config.checkpoint, engine, metadata, run.groups, run.checkpoint
-        ) as checkpointer,
+        build_checkpointer(run, engine, metadata) as checkpointer,
         build_services(run, plan, checkpointer, timer, started) as services,
     ):
         timer.mark("engine")
         Trainer(engine, task, plan, run.progress, run.groups, sections, services).run()
+
+
+def build_checkpointer(run: Run, engine: Engine, metadata: RunMetadata) -> Checkpointer:
+    """Build what saves the run's checkpoints.
+
+    Raises:
+        ValueError: --save names a directory that the run may not write to.
+        OSError: it cannot be written.
+    """
+    from megatron.checkpoint.saver import Checkpointer
+
+    write_origin = None
+    if run.hf_folder:
+        from megatron.interop.hf import initial_weights
+
+        write_origin = partial(initial_weights.write_origin, run.hf_folder)
+    options = run.config.checkpoint
+    return Checkpointer(options, engine, metadata, run.groups, run.checkpoint, write_origin)
 
 
 def build_plan(run: Run) -> TrainingPlan:
@@ -216,6 +253,8 @@ def check_and_log_splits(run: Run, splits: list[str]) -> None:
     what = "the initial weights"
     if run.checkpoint is not None:
         what = str(run.checkpoint.path)
+    elif run.hf_folder:
+        what = run.hf_folder
     get_logger().info(
         "--skip-train: evaluating %s on %s; %d rank(s) on %s, %s, no optimizer",
         what,

@@ -34,16 +34,12 @@ def vocabulary_size(config: RunConfig) -> int:
 
 def run() -> None:
     """Print the table of sizes."""
-    from megatron.config import cli
     from megatron.model.builder import build_model, size_table
     from megatron.model.meta_device import meta_device
-    from megatron.moe.experts.expert_type import KNOWN_EXPERT_TYPES
-    from megatron.moe.gate import available_gates, gate_config_class
-    from megatron.moe.gate_registry import import_gate_files
     from megatron.parallel.groups import Groups
+    from megatron.pretrain import parse_flags
 
-    gates = (gate_config_class, available_gates, import_gate_files)
-    config = cli.parse(sys.argv[1:], *gates, expert_types=KNOWN_EXPERT_TYPES)
+    config = parse_flags(sys.argv[1:])
     vocab_size = vocabulary_size(config)
     with meta_device():
         model = build_model(

@@ -10,6 +10,9 @@
 # when it failed, the last lines on the screen are its error and the path of the log. CUDA_VISIBLE_DEVICES selects the
 # GPUs of this machine, all by default; if it is empty, the run uses the CPU.
 #
+# INIT_FROM_HF=DIR starts from the weights of a Hugging Face model: its config.json sets the model, experts, gate and
+# tokenizer, and only those of their variables that are set here replace something. See continue/ for examples.
+#
 # Several nodes are launched in one of two ways. Both need a folder tree that every node sees under the same paths:
 # this repository, the Python environment, the data, and OUTPUT_DIR, where every rank writes its part of a checkpoint.
 #   HOSTFILE=hosts bash run.sh
@@ -100,22 +103,39 @@ if [ "$GPUS_HERE" -eq 0 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES / NUM_GPUS > 0 ? CORES / NUM_GPUS : 1))}
 fi
 
+# Set a variable to a default, unless the model of INIT_FROM_HF sets what it is about.
+INIT_FROM_HF=${INIT_FROM_HF:-}
+[ -z "$INIT_FROM_HF" ] || [ -f "$INIT_FROM_HF/config.json" ] ||
+    fail "INIT_FROM_HF is '$INIT_FROM_HF'; allowed: a folder with the config.json of a Hugging Face model"
+default() {
+    local value=
+    [ -n "$INIT_FROM_HF" ] || value=$2
+    printf -v "$1" %s "${!1:-$value}"
+}
 # Model
-NUM_LAYERS=${NUM_LAYERS:-12}
-HIDDEN_SIZE=${HIDDEN_SIZE:-768}
-NUM_ATTN_HEADS=${NUM_ATTN_HEADS:-12}
+default NUM_LAYERS 12
+default HIDDEN_SIZE 768
+default NUM_ATTN_HEADS 12
 SEQ_LEN=${SEQ_LEN:-1024}
-INIT_STD=${INIT_STD:-0.014}
+default INIT_STD 0.014
 
 # MoE. EP_SIZE is the number of experts, not a parallel size: the name comes from Megatron-DeepSpeed's scripts.
 # EP_PARALLEL_SIZE is the number of ranks that share the experts; by default the largest number that divides both the
 # experts and the ranks.
+if [ -n "$INIT_FROM_HF" ]; then
+    EP_SIZE=${EP_SIZE:-$("$PYTHON" -c '
+import json, sys
+config = json.load(open(sys.argv[1], encoding="utf-8"))
+names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+print(config.get("moe", {}).get("num_experts") or next((config[name] for name in names if config.get(name)), 0))
+' "$INIT_FROM_HF/config.json")} || fail "INIT_FROM_HF is '$INIT_FROM_HF', whose config.json cannot be read"
+fi
 EP_SIZE=${EP_SIZE:-64}
 largest_common_divisor() { if [ "$2" -eq 0 ]; then echo "$1"; else largest_common_divisor "$2" $(($1 % $2)); fi; }
 EP_PARALLEL_SIZE=${EP_PARALLEL_SIZE:-$([ "$EP_SIZE" -gt 0 ] && largest_common_divisor "$EP_SIZE" "$RANKS" || echo 1)}
-EP_INTERVAL=${EP_INTERVAL:-2}
-MOE_FFN_HIDDEN_SIZE=${MOE_FFN_HIDDEN_SIZE:-$((HIDDEN_SIZE / 2))}
-GATE=${GATE:-threshold} # or a gate per layer: hash@0-2,deepseek_v3@3- (see docs/gates.md)
+default EP_INTERVAL 2
+default MOE_FFN_HIDDEN_SIZE $((HIDDEN_SIZE / 2))
+default GATE threshold # or a gate per layer: hash@0-2,deepseek_v3@3- (see docs/gates.md)
 # Whether a gate, or `dense`, is the only one or in the list.
 has_gate() { [[ ",$GATE" == ",$1" || ",$GATE" == *",$1@"* ]]; }
 [[ $GATE != *@* ]] || EP_INTERVAL=1 # the list says which layers are dense
@@ -123,7 +143,7 @@ GATE_PATH=${GATE_PATH:-} # Python files or package folders with gates of your ow
 EXPERT_TYPE=${EXPERT_TYPE:-} # kind of the routed experts, such as swiglu_clamped; mlp if empty
 # The width of dense layers; there are none when every layer is an MoE layer.
 if [ "$EP_SIZE" -eq 0 ] || [ "$EP_INTERVAL" != 1 ] || [ "$GATE" = peer ] || has_gate dense; then
-    FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-$((4 * HIDDEN_SIZE))}
+    default FFN_HIDDEN_SIZE $((4 * HIDDEN_SIZE))
 fi
 TOPK=${TOPK:-}
 MAX_EXPERTS=${MAX_EXPERTS:-} # of the threshold gate: largest number of experts per token
@@ -176,21 +196,23 @@ DATA_PATH=${DATA_PATH:-dataset/corpus_text_document} # a path with blanks needs 
 DATA_ARGS_PATH=${DATA_ARGS_PATH:-}           # file with the words of DATA_PATH, which it replaces
 STREAMING_DATA_PATH=${STREAMING_DATA_PATH:-} # text files, tokenized during training; replaces DATA_PATH
 MOCK_DATA=${MOCK_DATA:-false}                # true: random tokens, without data and tokenizer files
-VOCAB_SIZE=${VOCAB_SIZE:-50257}              # with MOCK_DATA=true
+default VOCAB_SIZE 50257                     # with MOCK_DATA=true
 SPLIT=${SPLIT:-}                             # shares of DATA_PATH to train, validate and test on; 95,5,0 has no test
 VALID_DATA_PATH=${VALID_DATA_PATH:-}         # shards to validate on, instead of a share of DATA_PATH
 TEST_DATA_PATH=${TEST_DATA_PATH:-}           # shards to test on, instead of a share of DATA_PATH
 VALID_SETS=${VALID_SETS:-}                   # further validation sets: name=shard name=shard
 VOCAB_PATH=${VOCAB_PATH:-dataset/gpt2-vocab.json}
 MERGE_PATH=${MERGE_PATH:-dataset/gpt2-merges.txt}
-TOKENIZER_TYPE=${TOKENIZER_TYPE:-GPT2BPETokenizer}
+default TOKENIZER_TYPE GPT2BPETokenizer
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-}
+[ -z "$INIT_FROM_HF" ] || NAME=${NAME:-continue-$(basename "$INIT_FROM_HF")${GATE:+-${GATE//[^A-Za-z0-9_-]/-}}}
 NAME=${NAME:-gpt-${NUM_LAYERS}l-${HIDDEN_SIZE}h-${EP_SIZE}e-${GATE//[^A-Za-z0-9_-]/-}${TOPK:+-k$TOPK}${THRESHOLD:+-t$THRESHOLD}${MAX_EXPERTS:+-m$MAX_EXPERTS}}
 OUTPUT_DIR=${OUTPUT_DIR:-runs/$NAME}
 
 flags=(
-    --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE"
-    --num-attention-heads "$NUM_ATTN_HEADS" --seq-length "$SEQ_LEN" --init-method-std "$INIT_STD"
+    ${INIT_FROM_HF:+--init-from-hf "$INIT_FROM_HF"}
+    ${NUM_LAYERS:+--num-layers "$NUM_LAYERS"} ${HIDDEN_SIZE:+--hidden-size "$HIDDEN_SIZE"}
+    ${NUM_ATTN_HEADS:+--num-attention-heads "$NUM_ATTN_HEADS"} --seq-length "$SEQ_LEN" ${INIT_STD:+--init-method-std "$INIT_STD"}
     --micro-batch-size "$BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
     --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
@@ -198,7 +220,7 @@ flags=(
     --log-interval "$LOG_INTERVAL" --eval-iters "$EVAL_ITERS"
     --save "$OUTPUT_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --tensorboard-dir "$OUTPUT_DIR/tensorboard" --metrics-file "$OUTPUT_DIR/metrics.jsonl"
-    --tokenizer-type "$TOKENIZER_TYPE"
+    ${TOKENIZER_TYPE:+--tokenizer-type "$TOKENIZER_TYPE"}
 )
 # Only flags that apply: the program refuses one that cannot take effect.
 is_zero() { [[ $1 =~ ^[0.]*$ ]]; }
@@ -214,7 +236,7 @@ add_words() { # a flag, and the name of the variable that holds its words; nothi
     flags+=("$1" "${words[@]}")
 }
 if [ "$MOCK_DATA" = true ]; then
-    flags+=(--mock-data --vocab-size "$VOCAB_SIZE")
+    flags+=(--mock-data ${VOCAB_SIZE:+--vocab-size "$VOCAB_SIZE"})
 elif [ -n "$STREAMING_DATA_PATH" ]; then
     add_words --streaming-data-path STREAMING_DATA_PATH
 elif [ -n "$DATA_ARGS_PATH" ]; then
@@ -233,7 +255,7 @@ elif [ "$MOCK_DATA" != true ]; then
 fi
 if [ "$EP_SIZE" -gt 0 ]; then
     flags+=(
-        --num-experts "$EP_SIZE" --moe-expert-parallel-size "$EP_PARALLEL_SIZE" --gate "$GATE"
+        --num-experts "$EP_SIZE" --moe-expert-parallel-size "$EP_PARALLEL_SIZE" ${GATE:+--gate "$GATE"}
         ${THRESHOLD:+--threshold "$THRESHOLD"} ${MAX_EXPERTS:+--threshold-max-experts "$MAX_EXPERTS"} ${MLC:+--moe-loss-coeff "$MLC"}
         ${MOE_MIN_CAP:+--moe-min-capacity "$MOE_MIN_CAP"}
     )
@@ -244,8 +266,8 @@ if [ "$EP_SIZE" -gt 0 ]; then
     if has_gate peer; then # PEER has flags of its own for its layers and the width of an expert
         flags+=(${TOPK:+--peer-topk "$TOPK"})
     else
-        [[ $GATE == *@* ]] || flags+=(--expert-interval "$EP_INTERVAL")
-        flags+=(--moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE" ${TOPK:+--topk "$TOPK"})
+        [[ $GATE == *@* ]] || flags+=(${EP_INTERVAL:+--expert-interval "$EP_INTERVAL"})
+        flags+=(${MOE_FFN_HIDDEN_SIZE:+--moe-ffn-hidden-size "$MOE_FFN_HIDDEN_SIZE"} ${TOPK:+--topk "$TOPK"})
     fi
 fi
 if [ -n "$TRAIN_TOKENS" ]; then

@@ -22,12 +22,14 @@ from megatron.checkpoint import directory
 from megatron.checkpoint.loader import LoadedCheckpoint
 from megatron.checkpoint.manifest import write_with_digest
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
+from megatron.checkpoint.origin_files import copy_hf_folder
 from megatron.checkpoint.shards import (
     ShardRange,
     make_index,
     rank_file_name,
     write_tensors,
 )
+from megatron.checkpoint.weights_only import ExtraFiles
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.format_version import with_version
 from megatron.config.run_json import run_json_text
@@ -54,7 +56,9 @@ class Checkpointer:
         options: --save and the flags that belong to it; without --save nothing is written.
         metadata: Description of the run for every checkpoint.
         loaded: The checkpoint that the run started from, if any. Checkpoints that were found
-            corrupt before it do not count for --keep-last.
+            corrupt before it do not count for --keep-last, and its folder `hf/` is copied.
+        write_origin: Writes the folder `hf/` of the first checkpoint, for a run that started
+            from a Hugging Face model.
 
     Raises:
         ValueError: Another run writes to the directory, or it has checkpoints of a run that this
@@ -69,7 +73,11 @@ class Checkpointer:
         metadata: RunMetadata,
         groups: Groups,
         loaded: LoadedCheckpoint | None = None,
+        write_origin: ExtraFiles | None = None,
     ):
+        self._write_origin = write_origin
+        if loaded is not None:
+            self._write_origin = partial(copy_hf_folder, loaded.path)
         self.options = options
         self.engine = engine
         self.metadata = metadata
@@ -307,10 +315,14 @@ class Checkpointer:
         """
         for name, text in pending.json_files.items():
             files[name] = write_with_digest(pending.unfinished / name, text)
+        if self._write_origin is not None:
+            files |= self._write_origin(pending.unfinished)
         target = directory.commit_checkpoint(
             pending.unfinished, self.directory, pending.iteration, files
         )
         self._corrupt.discard(target.name)
+        # The checkpoint or the folder that the run started from may be deleted.
+        self._write_origin = partial(copy_hf_folder, target)
         get_logger().info(
             "saved %s: %.1f MB in %.1f s",
             target,

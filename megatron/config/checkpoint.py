@@ -8,6 +8,7 @@ from megatron.config.fields import (
     option,
     require_choices,
     require_not_negative,
+    require_setting,
 )
 from megatron.config.needs import TRAINING, setting
 
@@ -47,6 +48,10 @@ class CheckpointConfig:
     """whether the run stops or continues when a checkpoint or a row of metrics cannot be
     written (for example, the disk is full); the checkpoint at the end of the run is always
     required"""
+    init_from_hf: str = ""
+    """directory of a Hugging Face model whose weights the run starts from; its config.json
+    sets the model, the experts, the gate and the tokenizer, and flags take precedence over it.
+    With --load-or-init it is used when there is no checkpoint yet"""
     load: str = ""
     """directory of checkpoints to resume from its newest complete one, or from that which its
     edited file `latest` names; or the path of one checkpoint; the number of ranks,
@@ -76,3 +81,10 @@ class CheckpointConfig:
     def __post_init__(self):
         require_not_negative(self, "save_interval", "keep_last", "keep_every", "load_step")
         require_choices(self)
+        require_setting(
+            self,
+            "init_from_hf",
+            not (self.init_from_hf and self.load) or self.load_or_init,
+            "without --load, or with --load and --load-or-init",
+            "A checkpoint has weights of its own.",
+        )

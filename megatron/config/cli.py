@@ -44,10 +44,10 @@ from megatron.config.gate_path import (
     pop_stored_paths,
     with_stored_paths,
 )
-from megatron.config.run_json import load_config_json, parse_sections
 from megatron.config.run_sections import RunSections
 from megatron.config.schema import SECTIONS, CheckpointConfig, RunConfig
 from megatron.config.short_help import new_parser, short_help
+from megatron.config.stored_settings import ReadHFConfig, load_stored_settings
 from megatron.config.values import format_flag, parse_value
 from megatron.log import warn_on_rank0
 
@@ -70,6 +70,7 @@ def parse(
     import_gate_files: ImportGateFiles | None = None,
     *,
     expert_types: ExpertTypes = NO_EXPERT_TYPES,
+    read_hf_config: ReadHFConfig | None = None,
     prog: str | None = None,
     description: str | None = None,
 ) -> RunConfig:
@@ -89,6 +90,8 @@ def parse(
             of another gate.
         import_gate_files: imports the files of --gate-path, before any other flag is parsed.
         expert_types: the expert types that --expert-type may name.
+        read_hf_config: reads the settings of the model that --init-from-hf names, which take
+            precedence over --config; None: the program cannot start from one.
     Raises:
         ValueError: one line that says what was set, where, and what is allowed.
         SystemExit: with status 0, after --help, --help-all or --version.
@@ -100,6 +103,7 @@ def parse(
         gate_names,
         import_gate_files,
         expert_types=expert_types,
+        read_hf_config=read_hf_config,
         prog=prog,
         description=description,
     )
@@ -114,6 +118,7 @@ def parse_with(
     import_gate_files: ImportGateFiles | None = None,
     *,
     expert_types: ExpertTypes = NO_EXPERT_TYPES,
+    read_hf_config: ReadHFConfig | None = None,
     prog: str | None = None,
     description: str | None = None,
 ) -> tuple[RunConfig, Options | None]:
@@ -122,9 +127,10 @@ def parse_with(
     See `parse`.
     """
     words = list(_normalize(sys.argv[1:] if argv is None else argv))
-    gate_flag, path = _first_pass(words)
+    gate_flag, config_path, hf_folder = _first_pass(words)
     gate_paths = import_gate_paths(words, import_gate_files)
-    stored = parse_sections(load_config_json(path), path) if path else {}
+    stored = load_stored_settings(config_path, hf_folder, read_hf_config)
+    path = hf_folder or config_path
     stored_paths = pop_stored_paths(stored)
     try:
         gate = choose_gates(gate_flag, stored, path, gate_config, gate_names)
@@ -167,15 +173,16 @@ def refuse_early(argv: Sequence[str]) -> None:
     """Refuse what is wrong whatever the gate, before gates and torch are imported.
 
     `parse` makes all checks, these too. Flags that are unknown here may be the gate's, and its
-    options may determine the experts. A run.json is left to `parse`.
+    options may determine the experts. Command lines with --config or --init-from-hf, whose files
+    hold further settings, are left to `parse`.
 
     Raises:
         ValueError: as `parse`.
     """
     words = list(_normalize(argv))
-    _, path = _first_pass(words)
+    _, config_path, hf_folder = _first_pass(words)
     find_gate_paths(words)
-    if path or not {"--help", "--help-all", "--version"}.isdisjoint(words):
+    if config_path or hf_folder or not {"--help", "--help-all", "--version"}.isdisjoint(words):
         return
     known = index_flags(SECTIONS)
     parser = _build_parser(SECTIONS, {}, None, None, None)
@@ -220,6 +227,8 @@ def _drop_load_options(stored: dict[str, Any], given: list[Flag], path: str) -> 
     names = {flag.name for flag in given}
     if "load" not in names:
         return
+    if "init_from_hf" not in names:
+        stored.pop("init_from_hf", None)
     dropped = []
     for flag in flags_of(CheckpointConfig, "checkpoint"):
         if flag.name not in LOAD_OPTIONS or flag.name in names:
@@ -301,11 +310,12 @@ def _unmark(raw: Any) -> Any:
     return raw
 
 
-def _first_pass(words: list[str]) -> tuple[str | None, str]:
-    """Return the gate that flags name, if any, and the path given to --config, or ""."""
+def _first_pass(words: list[str]) -> tuple[str | None, str, str]:
+    """Return the gate that flags name, if any, and the paths of --config and --init-from-hf."""
     parser = FlagParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gate")
     parser.add_argument("--config", default="")
+    parser.add_argument("--init-from-hf", default="")
     for alias in GATE_ALIASES:
         parser.add_argument(
             alias, dest="aliases", action="append_const", const=alias, default=[]
@@ -317,7 +327,7 @@ def _first_pass(words: list[str]) -> tuple[str | None, str]:
     if len(flag_of_gate) > 1:
         flags = " and ".join(flag_of_gate.values())
         raise ValueError(f"{flags} name different gates; give one of them")
-    return next(iter(flag_of_gate), None), args.config
+    return next(iter(flag_of_gate), None), args.config, _unmark(args.init_from_hf)
 
 
 # Second pass: all flags

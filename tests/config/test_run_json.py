@@ -338,6 +338,7 @@ RUN_JSON = """\
     "keep_last": 2,
     "keep_every": 0,
     "on_save_error": "stop",
+    "init_from_hf": "",
     "load": "out",
     "load_step": 0,
     "load_or_init": true,

@@ -62,7 +62,7 @@ def gate_config(name: str) -> type:
 
 def parse(*argv: str) -> RunConfig:
     """Parse a command line of a run with the fake gates."""
-    return cli.parse(argv, gate_config, lambda: list(GATES))
+    return cli.parse(argv, gate_config, lambda: list(GATES), read_hf_config=lambda folder: {})
 
 
 def parse_moe(*argv: str) -> RunConfig:

@@ -103,16 +103,10 @@ def train(argv: list[str], build_task: Callable | None = None) -> None:
         build_task: as in `pretrain.train`.
     """
     from megatron import pretrain
-    from megatron.config import cli
-    from megatron.moe.experts.expert_type import KNOWN_EXPERT_TYPES
-    from megatron.moe.gate import available_gates, gate_config_class
-    from megatron.moe.gate_registry import import_gate_files
 
     rank = str(dist.get_rank())
     os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
-    gates = (gate_config_class, available_gates, import_gate_files)
-    config = cli.parse(argv, *gates, expert_types=KNOWN_EXPERT_TYPES)
-    pretrain.train(config, build_task=build_task)
+    pretrain.train(pretrain.parse_flags(argv), build_task=build_task)
 
 
 def logged_train(argv: list[str], build_task: Callable | None = None) -> list[str]:

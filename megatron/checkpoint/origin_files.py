@@ -1,0 +1,41 @@
+"""The folder `hf/` of a checkpoint, which each checkpoint of a run takes from the one before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron.checkpoint.manifest import HF_FOLDER, read_manifest
+from megatron.io.atomic_write import fsync_directory, fsync_path
+from megatron.io.sha256 import FileDigest, file_sha256
+
+
+def copy_hf_folder(source: Path, unfinished: Path) -> dict[str, FileDigest]:
+    """Copy the folder of one checkpoint to another one, which is not complete yet.
+
+    Args:
+        source: Directory of a complete checkpoint, which may have no such folder.
+        unfinished: Directory of the other one.
+
+    Returns:
+        The digest of every file by path in the checkpoint.
+
+    Raises:
+        CorruptCheckpointError: The manifest of `source` cannot be read.
+        OSError: A file cannot be read or written.
+    """
+    digests = {}
+    names = [
+        name for name in read_manifest(source)["files"] if name.startswith(f"{HF_FOLDER}/")
+    ]
+    if names:
+        (unfinished / HF_FOLDER).mkdir()
+    for name in names:
+        target = unfinished / name
+        shutil.copyfile(source / name, target)
+        fsync_path(target)
+        digests[name] = FileDigest(os.path.getsize(target), file_sha256(target))
+    if names:
+        fsync_directory(unfinished / HF_FOLDER)
+    return digests

@@ -1,0 +1,151 @@
+"""--init-from-hf: training from the weights of a Hugging Face folder, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import runs
+from helpers.hf_folders import save_model
+from megatron.checkpoint.consolidate import find_verified_checkpoint
+from megatron.checkpoint.shards import CheckpointReader
+from megatron.interop.hf.export import ExportOptions, convert_to_hf
+from megatron.interop.hf.initial_weights import read_hf_settings
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Path:
+    """A Mixtral in several files."""
+    return save_model(tmp_path_factory.mktemp("hf") / "mixtral", "mixtral")
+
+
+def flags(folder: Path, out: Path, *more: str) -> list[str]:
+    """Return the flags of a run that starts from a folder, on random tokens."""
+    return [
+        *("--init-from-hf", str(folder), "--mock-data", "--seq-length", "16"),
+        *("--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "3"),
+        *("--lr", "1e-3", "--adam-eps", "1e-3", "--eval-iters", "0", "--log-interval", "1"),
+        *("--save", str(out / "checkpoints"), "--metrics-file", str(out / "metrics.jsonl")),
+        *more,
+    ]
+
+
+def export(out: Path, **options) -> dict[str, dict[str, torch.Tensor]]:
+    """Export a run's newest checkpoint; return its tensors by file."""
+    source = find_verified_checkpoint(out / "checkpoints")
+    convert_to_hf(source, out / "hf", ExportOptions(**options))
+    return tensors_of(out / "hf")
+
+
+def tensors_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def require_close(got: dict, expected: dict, **tolerances: float) -> None:
+    """Compare two folders: files, names, and values."""
+    assert {file: list(tensors) for file, tensors in got.items()} == {
+        file: list(tensors) for file, tensors in expected.items()
+    }
+    for file, tensors in expected.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(got[file][name], tensor, **tolerances, msg=name)
+
+
+SHARDED = ("--moe-expert-parallel-size", "2", "--zero-stage", "3")
+
+
+def test_weights_return_unchanged(ranks2, mixtral, tmp_path):
+    """With a learning rate that changes nothing the export equals the origin, to the bit."""
+    frozen = ("--lr", "1e-30", "--weight-decay", "0", "--train-iters", "1")
+    ranks2.run(runs.train, flags(mixtral, tmp_path, *SHARDED, *frozen))
+    got = export(tmp_path)
+    require_close(got, tensors_of(mixtral), rtol=0, atol=0)
+    assert len(got) > 3
+    for name in ("config.json", "generation_config.json"):
+        ours = json.loads((tmp_path / "hf" / name).read_text())
+        assert ours == json.loads((mixtral / name).read_text())
+    tokenizer = (tmp_path / "hf/tokenizer.json").read_bytes()
+    assert tokenizer == (mixtral / "tokenizer.json").read_bytes()
+
+
+def test_sharded_training_exports_the_same_weights(ranks1, ranks2, mixtral, tmp_path):
+    """Experts on two ranks under ZeRO 3 give the tensors of one rank."""
+    ranks1.run(runs.train, flags(mixtral, tmp_path / "one"))
+    ranks2.run(runs.train, flags(mixtral, tmp_path / "two", *SHARDED))
+    one = export(tmp_path / "one")
+    two = export(tmp_path / "two")
+    # Three steps of size lr; sums over ranks are in another order.
+    require_close(two, one, rtol=1e-5, atol=1e-6)
+    before = tensors_of(mixtral)
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    (file,) = [file for file, tensors in before.items() if name in tensors]
+    assert (one[file][name] - before[file][name]).abs().max() > 1e-4
+
+
+def test_resumed_run_keeps_the_origin(ranks1, mixtral, tmp_path):
+    """Checkpoints of a resumed run have the folder of the origin, which may be gone by then."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in mixtral.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    resume = ("--load", str(tmp_path / "checkpoints"), "--load-or-init", "--save-interval", "1")
+    ranks1.run(runs.train, flags(folder, tmp_path, *resume, "--exit-interval", "2"))
+    weights = sorted(folder.glob("model*"))
+    assert len(weights) > 3
+    for path in weights:
+        path.unlink()
+    ranks1.run(runs.train, flags(folder, tmp_path, *resume))
+    rows = runs.metrics(tmp_path)
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    got = export(tmp_path)
+    assert list(got) == list(tensors_of(mixtral))
+
+
+def test_another_gate_takes_the_router(ranks1, mixtral, tmp_path):
+    """The threshold gate starts from the router of the folder's top-k gate."""
+    gate = ("--gate", "threshold", "--threshold", "0.6", "--lr", "1e-30", "--train-iters", "1")
+    ranks1.run(runs.train, flags(mixtral, tmp_path, *gate, "--weight-decay", "0"))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("iter_*")
+    name = "block_sparse_moe.gate.weight"
+    theirs = [t for file in tensors_of(mixtral).values() for n, t in file.items() if name in n]
+    reader = CheckpointReader(checkpoint)
+    for layer in range(2):
+        router = reader.read("weight", f"layers.{layer}.mlp.gate.router.weight")
+        assert any(torch.equal(router, tensor.flatten()) for tensor in theirs)
+
+
+def test_tensors_of_another_gate_keep_initial_values(ranks1, mixtral, tmp_path):
+    gate = ("--gate", "cosine", "--lr", "1e-30", "--train-iters", "1")
+    (lines,) = ranks1.run(runs.logged_train, flags(mixtral, tmp_path, *gate))
+    text = "\n".join(lines)
+    assert "tensors of the gate are not in" in text
+    assert "tensors of the gate in" in text and "are not used" in text
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--num-layers", "1"), r"layers\.1\..* in the model of this run it does not exist"),
+        (("--num-layers", "3"), r"layers\.2\..* does not exist; in the model of this run"),
+        (("--moe-ffn-hidden-size", "40"), "experts.w1. has the shape"),
+        (("--num-experts", "8"), "experts.w1. has the shape"),
+    ],
+)
+def test_flags_that_change_the_model_are_refused(ranks1, mixtral, tmp_path, more, message):
+    with pytest.raises(RuntimeError, match=f"(?s)--init-from-hf is.*{message}"):
+        ranks1.run(runs.train, flags(mixtral, tmp_path, *more))
+    assert not list(tmp_path.glob("checkpoints/iter_*"))
+
+
+def test_unknown_family_is_refused_before_training(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="model_type is 'bert'; allowed: .*mixtral"):
+        read_hf_settings(str(folder))
+    with pytest.raises(ValueError, match="has no config.json"):
+        read_hf_settings(str(tmp_path))
