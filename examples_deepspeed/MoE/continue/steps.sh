@@ -2,7 +2,7 @@
 # model, export the result as a Hugging Face model, and generate with transformers.
 #   INIT_FROM_HF=models/Mixtral-8x7B-v0.1 DATA_PATH=data/corpus_text_document bash continue/mixtral.sh
 # Every variable of run.sh may be set. The weights are read from the files of INIT_FROM_HF, each rank its part; nothing
-# is converted first. Running again resumes. OUTPUT_DIR/hf/iter_N is the exported model, which other programs load; the
+# is converted first. Running again resumes. OUTPUT_DIR/hf-N is the exported model, which other programs load; the
 # export is skipped with EXPORT=false, and the text with PROMPT= (empty).
 set -euo pipefail
 FOLDER=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,6 +22,7 @@ PROMPT=${PROMPT-Once upon a time}
 bash "$REPO/examples_deepspeed/MoE/run.sh" "$@"
 # One process exports: the node with rank 0, after the run has ended on all nodes.
 if [ "${DRY_RUN:-0}" = 1 ] || [ "${EXPORT:-true}" != true ] || [ "${NODE_RANK:-0}" != 0 ]; then exit 0; fi
-HF=$OUTPUT_DIR/hf/$(cat "$OUTPUT_DIR/checkpoints/latest")
+LATEST=$(cat "$OUTPUT_DIR/checkpoints/latest")
+HF=$OUTPUT_DIR/hf-${LATEST#iter_}
 [ -d "$HF" ] || "$PYTHON" "$REPO/tools/convert_to_hf.py" "$OUTPUT_DIR/checkpoints" "$HF"
 [ -z "$PROMPT" ] || "$PYTHON" "$FOLDER/generate.py" "$HF" --prompt "$PROMPT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from torch import nn
 from megatron.checkpoint.consolidate import is_gate_parameter
 from megatron.checkpoint.manifest import HF_FOLDER
 from megatron.config.fields import shortened
+from megatron.config.run_json import run_json_text
+from megatron.config.schema import TokenizerConfig
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
-from megatron.interop.hf.config_map import sections_of, settings_of
+from megatron.interop.hf.config_map import run_config_of
 from megatron.interop.hf.convert import HFModel, open_hf_model
 from megatron.interop.hf.hf_folder import write_hf_folder
 from megatron.interop.hf.registry import family_of
@@ -23,6 +26,9 @@ from megatron.log import get_logger
 from megatron.parallel.groups import Groups
 
 Shapes = Mapping[str, tuple[int, ...]]
+_MODEL_SECTIONS = ("model", "moe", "gate_options", "expert_options", "tokenizer")
+_TRAINING_FIELDS = ("seq_length", "attention_dropout", "hidden_dropout")
+"""Fields of the section model that are the run's own"""
 
 
 def read_hf_settings(folder: str) -> dict[str, dict[str, Any]]:
@@ -35,21 +41,18 @@ def read_hf_settings(folder: str) -> dict[str, dict[str, Any]]:
     """
     path = Path(folder)
     content = read_config_json(path)
-    sections = sections_of(settings_of(family_of(content), content))
-    stored: dict[str, dict[str, Any]] = {"model": {}, "moe": {}}
-    for section in ("model", "attention", "rotary"):
-        stored["model"] |= sections.get(section, {})
-    stored["moe"] |= sections.get("moe", {})
-    if "gate" in sections:
-        stored["gate_options"] = {stored["moe"]["gate"]: sections["gate"]}
-    stored["expert_options"] = sections.get("expert", {})
-    tokenizer = choose_tokenizer(path, content | {"vocab_size": stored["model"]["vocab_size"]})
+    config = run_config_of(family_of(content), content)
+    stored = json.loads(run_json_text(config))
+    vocab = {"vocab_size": config.model.vocab_size}
+    tokenizer = choose_tokenizer(path, content | vocab, config.tokenizer)
     stored["tokenizer"] = {
         name: value
         for name, value in vars(tokenizer).items()
-        if value != getattr(type(tokenizer), name, None)
+        if value != getattr(TokenizerConfig, name)
     }
-    return stored
+    for name in _TRAINING_FIELDS:
+        del stored["model"][name]
+    return {section: stored[section] for section in _MODEL_SECTIONS}
 
 
 def load_hf_weights(model: nn.Module, groups: Groups, folder: str) -> None:

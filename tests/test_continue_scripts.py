@@ -1,0 +1,99 @@
+"""examples_deepspeed/MoE/continue: from a Hugging Face folder to one that transformers runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import runs
+from helpers.hf_folders import save_model
+
+REPO = Path(__file__).resolve().parents[1]
+FOLDER = REPO / "examples_deepspeed/MoE/continue"
+MODEL_TYPES = {
+    "mixtral": "mixtral",
+    "qwen2_moe": "qwen2_moe",
+    "deepseek": "deepseek_v2",
+    "olmoe": "olmoe",
+}
+
+
+def run_script(name: str, out: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run a script of the folder on the CPU for a few steps."""
+    sizes = {"SEQ_LEN": "32", "GLOBAL_BATCH_SIZE": "4", "TRAIN_ITERS": "2", "EVAL_ITERS": "0"}
+    variables = {**os.environ, "PYTHON": sys.executable, "OUTPUT_DIR": str(out), **sizes, **env}
+    return subprocess.run(
+        ["bash", str(FOLDER / f"{name}.sh")],
+        env=variables,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def require_continued(name: str, data: str, tmp_path: Path, **env: str) -> None:
+    """Train, export and generate by a script, and compare the export with its origin."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    origin = save_model(tmp_path / "origin", MODEL_TYPES[name])
+    variables = {"INIT_FROM_HF": str(origin), "DATA_PATH": data, "SPLIT": "100,0,0", **env}
+    done = run_script(name, tmp_path / "out", PROMPT="the quick", **variables)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].startswith("the quick")
+    assert [row["iteration"] for row in runs.metrics(tmp_path / "out")][-1] == 2
+    exported = tmp_path / "out/hf-0000002"
+    config = AutoConfig.from_pretrained(exported)
+    assert config.to_dict() == AutoConfig.from_pretrained(origin).to_dict()
+    before = AutoModelForCausalLM.from_pretrained(origin).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(exported).state_dict()
+    assert before.keys() == after.keys()
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert any("experts" in key for key in changed) and any("q_" in key for key in changed)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    """Write token ids below 256 as a .bin/.idx pair. Returns its prefix."""
+    import numpy as np
+
+    from megatron.data.indexed.writer import IndexedWriter
+
+    prefix = str(tmp_path_factory.mktemp("data") / "tiny_text_document")
+    generator = np.random.default_rng(0)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(40):
+            writer.add_document(generator.integers(1, 256, 100))
+    return prefix
+
+
+def test_mixtral_continues_on_two_ranks(shards, tmp_path):
+    require_continued("mixtral", shards, tmp_path, NUM_GPUS="2", LR="1e-2", PRECISION="fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_families_continue_in_bf16(name, shards, tmp_path):
+    require_continued(name, shards, tmp_path, NUM_GPUS="2", LR="1e-2", ZERO_STAGE="2")
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_missing_model_is_named(name, tmp_path):
+    done = run_script(name, tmp_path / "out", INIT_FROM_HF="")
+    assert done.returncode == 2
+    assert f"{name}.sh: INIT_FROM_HF is empty; set it to the folder" in done.stderr
+    done = run_script(name, tmp_path / "out", INIT_FROM_HF=str(tmp_path))
+    assert done.returncode == 2
+    assert "with the config.json of a Hugging Face model" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_script_has_a_family():
+    scripts = {path.stem for path in FOLDER.glob("*.sh")}
+    assert scripts == {*MODEL_TYPES, "steps"}
