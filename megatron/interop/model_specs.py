@@ -14,7 +14,7 @@ from megatron.model.gpt import GPT
 from megatron.model.meta_device import meta_device
 from megatron.parallel.groups import Groups
 
-_MOST_BLOCKS = 10_000
+MOST_BLOCKS = 10_000
 """Largest number of blocks of which a model is built to know its tensors"""
 
 
@@ -48,10 +48,10 @@ def model_specs(config: RunConfig, vocab_size: int) -> ModelSpecs:
         ValueError: A gate or the expert type refuses its options, or the model is too deep.
     """
     require(
-        config.model.num_layers <= _MOST_BLOCKS,
+        config.model.num_layers <= MOST_BLOCKS,
         "--num-layers",
         config.model.num_layers,
-        f"up to {_MOST_BLOCKS}",
+        f"up to {MOST_BLOCKS}",
     )
     model = build_meta_model(config, vocab_size)
     layout = GlobalLayout.of(model, Groups())

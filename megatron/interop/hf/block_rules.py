@@ -56,7 +56,18 @@ def _num_first_dense(run: RunConfig) -> int:
     return is_moe.index(True) if True in is_moe else len(is_moe)
 
 
-def _number(config: Config, key: str, low: int, high: int) -> int:
+def flag_of(config: Config, key: str) -> bool:
+    """Return the value of a key that is true or false.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    value = config[key]
+    require(isinstance(value, bool), f"config.json: {key}", value, "true or false")
+    return value
+
+
+def number_of(config: Config, key: str, low: int, high: int) -> int:
     """Return an integer between two limits.
 
     Raises:
@@ -74,7 +85,7 @@ def _number(config: Config, key: str, low: int, high: int) -> int:
 
 
 def _first_dense_settings(config: Config) -> Settings:
-    first = _number(config, "first_k_dense_replace", 0, config["num_hidden_layers"] - 1)
+    first = number_of(config, "first_k_dense_replace", 0, config["num_hidden_layers"] - 1)
     return {"moe.moe_first_k_dense": first}
 
 
@@ -88,7 +99,7 @@ FIRST_DENSE = Converted(
 
 def _sparse_step_settings(config: Config) -> Settings:
     num_layers = config["num_hidden_layers"]
-    step = _number(config, "decoder_sparse_step", 1, num_layers)
+    step = number_of(config, "decoder_sparse_step", 1, num_layers)
     dense = config["mlp_only_layers"] or []
     require(
         isinstance(dense, list) and all(layer in range(num_layers) for layer in dense),
@@ -166,7 +177,7 @@ class SharedExperts:
 
     def to_ours(self, config: Config) -> Settings:
         least = 0 if self.may_be_none else 1
-        return {"moe.moe_shared_experts": _number(config, self.key, least, 1 << 20)}
+        return {"moe.moe_shared_experts": number_of(config, self.key, least, 1 << 20)}
 
     def to_theirs(self, run: RunConfig) -> dict[str, Any]:
         moe = run.moe
@@ -228,7 +239,8 @@ class EveryWindow:
         return ("sliding_window", self.switch) if self.switch else ("sliding_window",)
 
     def to_ours(self, config: Config) -> Settings:
-        if not config["sliding_window"] or (self.switch and not config[self.switch]):
+        is_on = not self.switch or flag_of(config, self.switch)
+        if not is_on or not config["sliding_window"]:
             return {}
         return window_settings(config, range(config["num_hidden_layers"]))
 
@@ -252,7 +264,7 @@ def window_settings(config: Config, sliding: Sequence[int]) -> Settings:
     if not sliding:
         return {}
     settings: Settings = {
-        "attention.window_size": _number(config, "sliding_window", 1, 1 << 40)
+        "attention.window_size": number_of(config, "sliding_window", 1, 1 << 40)
     }
     if len(sliding) < config["num_hidden_layers"]:
         settings["attention.window_layers"] = tuple(sliding)

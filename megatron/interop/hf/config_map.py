@@ -22,6 +22,7 @@ from megatron.config.schema import (
     TokenizerConfig,
 )
 from megatron.interop.hf.family import Family, Settings
+from megatron.interop.model_specs import MOST_BLOCKS
 from megatron.moe.experts.expert_type import expert_config_class
 from megatron.moe.gate import gate_config_class
 
@@ -128,9 +129,22 @@ def settings_of(family: Family, content: Mapping[str, Any]) -> Settings:
         ValueError: A key is missing or not understood, or a value is refused.
     """
     config = complete(family, content)
+    num_layers = config["num_hidden_layers"]
+    require(
+        isinstance(num_layers, int) and 0 < num_layers <= MOST_BLOCKS,
+        "config.json: num_hidden_layers",
+        num_layers,
+        f"an integer from 1 to {MOST_BLOCKS}",
+    )
     settings: Settings = {}
     for rule in family.config:
-        settings |= rule.to_ours(config)
+        try:
+            settings |= rule.to_ours(config)
+        except (TypeError, ZeroDivisionError, OverflowError) as error:
+            found = {key: config[key] for key in rule.keys if key in config}
+            raise ValueError(
+                f"config.json has {shortened(found)}: a value is of a wrong type or 0 ({error})"
+            ) from None
     return settings
 
 

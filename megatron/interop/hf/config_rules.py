@@ -165,6 +165,10 @@ class Router:
 
     def to_ours(self, config: Mapping[str, Any]) -> Settings:
         settings: Settings = {"moe.gate": self._released.gate}
+        for option, key in self._released.from_config.items():
+            key = key.removeprefix("1/")
+            is_set = config[key] is not None or option in ("n_group", "topk_group")
+            require(is_set, f"config.json: {key}", None, "a value")
         for option, value in self._released.options_of(SimpleNamespace(**config)).items():
             settings[f"gate.{option}"] = value
         if self.loss_key:

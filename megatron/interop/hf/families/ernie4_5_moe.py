@@ -11,6 +11,7 @@ from megatron.interop.hf.block_rules import (
     SharedExperts,
     has_moe_layer,
     moe_layer_settings,
+    number_of,
 )
 from megatron.interop.hf.config_rules import (
     HEAD_RULE,
@@ -43,19 +44,22 @@ _BIAS = "layers.{layer}.mlp.gate.expert_bias"
 
 def _layer_settings(config: Mapping[str, Any]) -> Settings:
     num_layers = config["num_hidden_layers"]
-    last = config["moe_layer_end_index"]
+    first = number_of(config, "moe_layer_start_index", 0, num_layers)
+    last = number_of(config, "moe_layer_end_index", -1, num_layers)
+    interval = number_of(config, "moe_layer_interval", 1, num_layers)
     if last == -1:
         last = num_layers - 1
     is_moe = []
     for layer in range(num_layers):
-        in_range = config["moe_layer_start_index"] <= layer <= last
-        is_moe.append(in_range and (layer + 1) % config["moe_layer_interval"] == 0)
+        is_moe.append(first <= layer <= last and (layer + 1) % interval == 0)
     return moe_layer_settings(is_moe, "moe_layer_start_index")
 
 
 def _layer_keys(run: RunConfig) -> dict[str, Any]:
     """Return the range and the interval of the MoE layers, if they have one."""
     layers = [layer for layer, is_moe in enumerate(has_moe_layer(run)) if is_moe]
+    if not layers:
+        return {}
     interval = 1
     if len(layers) > 1:
         interval = layers[1] - layers[0]

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.config.fields import require
 from megatron.config.schema import RunConfig
 from megatron.interop.hf.block_rules import (
     ATTENTION_BIAS,
     SPARSE_STEP,
     EveryWindow,
     LayerWindows,
+    flag_of,
+    number_of,
 )
 from megatron.interop.hf.config_rules import (
     HEAD_RULE,
@@ -45,18 +46,13 @@ from megatron.interop.hf.rope import Rope
 
 def _slides(config: Mapping[str, Any], layer: int) -> bool:
     """Return whether a block of Qwen2-MoE has a window: every second one of the first blocks."""
-    is_early = layer < config["max_window_layers"]
-    return bool(config["use_sliding_window"]) and is_early and layer % 2 == 0
+    if not flag_of(config, "use_sliding_window"):
+        return False
+    return layer < config["max_window_layers"] and layer % 2 == 0
 
 
 def _shared_settings(config: Mapping[str, Any]) -> Settings:
-    width = config["shared_expert_intermediate_size"]
-    require(
-        isinstance(width, int) and width > 0,
-        "config.json: shared_expert_intermediate_size",
-        width,
-        "a positive number",
-    )
+    width = number_of(config, "shared_expert_intermediate_size", 1, 1 << 40)
     return {
         "moe.moe_shared_experts": 1,
         "moe.moe_shared_expert_intermediate_size": width,

@@ -22,6 +22,7 @@ from megatron.interop.hf.block_rules import (
     Accepted,
     LayerWindows,
     SharedExperts,
+    flag_of,
 )
 from megatron.interop.hf.config_rules import (
     HEAD_RULE,
@@ -99,7 +100,7 @@ def _slides(config: Mapping[str, Any], layer: int) -> bool:
 
 
 def _head_norm_settings(config: Mapping[str, Any]) -> Settings:
-    return {"attention.qk_norm": "head" if config["use_qk_norm"] else "none"}
+    return {"attention.qk_norm": "head" if flag_of(config, "use_qk_norm") else "none"}
 
 
 def _head_norm_keys(run: RunConfig) -> dict[str, Any]:
