@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
     from megatron.interop.upcycle.convert import UpcycleResult
-    from megatron.model.gpt import GPT
 
 PROG = "upcycle.py"
 _GATE_FLAGS = "The flags of a gate: pretrain_gpt.py --gate NAME --help"
@@ -51,9 +50,7 @@ def run(argv: list[str]) -> None:
     source = open_dense_source(paths[0])
     request = parse_request(source.config, argv[2:])
     with tqdm(desc="write", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        result = upcycle(
-            source, request, paths[1], lambda: build_dense(paths[0]), bar.update, bar.reset
-        )
+        result = upcycle(source, request, paths[1], bar.update, bar.reset)
     print(report(result))
 
 
@@ -72,14 +69,6 @@ def print_help() -> None:
         for flag in flags_of(cls, title):
             add_flag(group, flag, flag.default)
     print(parser.format_help(), end="")
-
-
-def build_dense(path: str) -> GPT:
-    """Build the dense model with its weights, on the GPU if there is one."""
-    from megatron.initialize import build_run_model, initialize_inference
-
-    run = initialize_inference(path)
-    return build_run_model(run).to(run.groups.device)
 
 
 def report(result: UpcycleResult) -> str:

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, E experts.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from megatron.interop.hf.hf_folder import copy_file, files_to_copy
 from megatron.interop.hf.tokenizer_choice import moved
 from megatron.interop.model_specs import build_meta_model
 from megatron.interop.upcycle.dense_ffn import FFNStatistics
-from megatron.interop.upcycle.dense_source import DenseSource
+from megatron.interop.upcycle.dense_source import DenseSource, build_dense_model
 from megatron.interop.upcycle.flags import UpcycleRequest
 from megatron.interop.upcycle.gates import StartWeights
 from megatron.interop.upcycle.sample_text import read_sample
@@ -32,11 +32,7 @@ from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.sha256 import FileDigest
 from megatron.log import get_logger
 from megatron.model.builder import size_table
-from megatron.model.gpt import GPT
 from megatron.model.parameter_count import ParameterCount, count_parameters
-
-BuildDense = Callable[[], GPT]
-"""Builds the dense model with its weights, fp32"""
 
 
 @dataclass(frozen=True)
@@ -56,13 +52,11 @@ class UpcycleResult:
     """what the result computes before it is trained"""
 
 
-def prepare_weights(
-    source: DenseSource, request: UpcycleRequest, build_dense: BuildDense | None = None
-) -> UpcycledWeights:
+def prepare_weights(source: DenseSource, request: UpcycleRequest) -> UpcycledWeights:
     """Return the tensors of the MoE model, which are computed when they are read.
 
-    Args:
-        build_dense: builds the dense model if the options need statistics.
+    If the options need statistics of the dense model, it is built and runs on a sample of text.
+
     Raises:
         ValueError: the sample of text cannot be used, or a gate does not fit the options.
     """
@@ -72,13 +66,11 @@ def prepare_weights(
     model = build_meta_model(request.config, source.vocab_size)
     statistics = {}
     if request.options.sample_data:
-        statistics = _statistics(source, request, build_dense)
+        statistics = _statistics(source, request)
     return UpcycledWeights(request, model, source.read, scaled.weight_scales, statistics)
 
 
-def _statistics(
-    source: DenseSource, request: UpcycleRequest, build_dense: BuildDense
-) -> dict[int, FFNStatistics]:
+def _statistics(source: DenseSource, request: UpcycleRequest) -> dict[int, FFNStatistics]:
     options = request.options
     length = request.config.model.seq_length
     sequences = read_sample(
@@ -88,7 +80,7 @@ def _statistics(
     get_logger().info(
         "running the dense model on %d tokens of %s", num_tokens, options.sample_data
     )
-    model = build_dense().eval()
+    model = build_dense_model(source)
     found = collect_activity(model, sequences, request.moe_layers, options.active_fraction)
     if options.strategy != "gradient":
         return found
@@ -101,14 +93,12 @@ def upcycle(
     source: DenseSource,
     request: UpcycleRequest,
     output: str | Path,
-    build_dense: BuildDense | None = None,
     progress: ProgressCallback = no_progress,
     planned: ProgressCallback = no_progress,
 ) -> UpcycleResult:
     """Write the MoE model to a new directory of checkpoints, or as a Hugging Face folder.
 
     Args:
-        build_dense: see `prepare_weights`.
         progress: called with the bytes that were written since the last call.
         planned: called once before, with the bytes that will be written.
     Raises:
@@ -119,7 +109,7 @@ def upcycle(
     is_hf = request.options.output_format == "hf"
     check = check_output if is_hf else require_no_checkpoints
     check(output)
-    weights = prepare_weights(source, request, build_dense)
+    weights = prepare_weights(source, request)
     start = weights.start_weights()
     if is_hf:
         path = _write_hf(source, weights, output, progress, planned)

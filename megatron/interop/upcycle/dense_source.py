@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron.checkpoint.loader import find_checkpoint
@@ -14,9 +15,11 @@ from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.fields import require
 from megatron.config.schema import RunConfig
+from megatron.engine.zero_shards import GlobalLayout, fill_weights
 from megatron.interop.hf.convert import open_hf_model
 from megatron.interop.hf.weights import ReadRange
-from megatron.interop.model_specs import build_meta_model
+from megatron.interop.model_specs import build_full_model, build_meta_model
+from megatron.model.gpt import GPT
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
@@ -36,6 +39,15 @@ class DenseSource:
     read: ReadRange
     hf_folder: Path | None = None
     """Hugging Face folder with files of a tokenizer, which the result gets, too"""
+
+
+def build_dense_model(source: DenseSource) -> GPT:
+    """Build the dense model with its weights in fp32, on the GPU if there is one."""
+    model = build_full_model(source.config, source.vocab_size)
+    layout = GlobalLayout.of(model, Groups())
+    assert not layout.buffers, f"a dense model has the buffers {layout.buffers}"
+    fill_weights(model, layout, source.read, model.state_dict().__getitem__)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def open_dense_source(path: str | Path) -> DenseSource:

@@ -42,7 +42,7 @@ def run(directory: Path, output: Path, flags: str) -> UpcycleResult:
     """Upcycle a checkpoint as the tool does."""
     source = open_dense_source(directory)
     request = parse_request(source.config, flags.split())
-    return upcycle(source, request, output, lambda: load(directory))
+    return upcycle(source, request, output)
 
 
 def load(directory: Path) -> GPT:

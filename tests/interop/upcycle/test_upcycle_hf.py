@@ -60,14 +60,18 @@ def tokens() -> torch.Tensor:
     return torch.randint(VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(4))
 
 
-def our_logits(directory: Path) -> torch.Tensor:
+def our_model(directory: Path) -> GPT:
     options = CheckpointConfig(load=str(directory), finetune=True)
     checkpoint = find_checkpoint(options, Groups(), required=True)
     config = checkpoint.metadata.config
-    model: GPT = dense_models.build(config, config.model.vocab_size)
+    model = dense_models.build(config, config.model.vocab_size)
     checkpoint.load_weights(model, Groups())
+    return model.eval()
+
+
+def our_logits(directory: Path) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(tokens()).logits
+        return our_model(directory)(tokens()).logits
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,20 @@ def test_split_equals_itself_in_transformers(llama, tmp_path):
     run(llama, tmp_path / "mixtral", f"{flags} --output-format hf")
     expected = our_logits(tmp_path / "moe")
     torch.testing.assert_close(logits(tmp_path / "mixtral"), expected, rtol=0, atol=1e-5)
+
+
+def test_dense_folder_runs_on_text(llama, tmp_path):
+    """Its tokenizer without files reads ids."""
+    ids = " ".join(str(i) for i in tokens().flatten().tolist())
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": ids}) + "\n")
+    flags = f"--strategy gradient --num-experts 4 --topk 4 --sample-data {tmp_path}/text.jsonl"
+    run(llama, tmp_path / "moe", flags)
+    model = our_model(tmp_path / "moe")
+    for block in model.layers:
+        torch.nn.init.zeros_(block.mlp.gate.router.weight)
+    with torch.no_grad():
+        ours = model(tokens()).logits
+    torch.testing.assert_close(ours, logits(llama), rtol=0, atol=1e-5)
 
 
 def test_factor_in_the_gate_needs_another_family(llama, tmp_path):

@@ -99,15 +99,6 @@ def test_tool_reports_sizes_and_start(dense, tmp_path, capsys):
     assert config.moe.num_experts == 4
 
 
-def test_strategies_with_data_run_the_dense_model(dense, tmp_path, ranks1):
-    """`initialize` builds the dense model, which needs a process group."""
-    text = dense_models.write_text(tmp_path / "text.jsonl")
-    argv = [str(dense), str(tmp_path / "moe"), "--num-experts", "4", "--strategy", "gradient"]
-    argv += ["--sample-data", str(text), "--sample-tokens", "200"]
-    ranks1.run(run_tool, argv, timeout=300)
-    assert (tmp_path / "moe" / "iter_0000000").is_dir()
-
-
 def test_wrong_arguments_end_with_code_2(capsys):
     assert tool().main(["--num-experts", "4"]) == 2
     assert "the first two arguments is '--num-experts 4'; allowed" in capsys.readouterr().err
