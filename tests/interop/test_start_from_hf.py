@@ -149,3 +149,30 @@ def test_unknown_family_is_refused_before_training(tmp_path):
         read_hf_settings(str(folder))
     with pytest.raises(ValueError, match="has no config.json"):
         read_hf_settings(str(tmp_path))
+
+
+def greedy(folder: str, prompts: list[list[int]]) -> list[list[int]]:
+    """Continue prompts in a rank of the pool with the model of a folder."""
+    from megatron.inference.generate import generate
+    from megatron.inference.sampling import Sampling
+    from megatron.initialize import build_inference_model, initialize_inference
+
+    run = initialize_inference(folder)
+    model = build_inference_model(run)
+    assert run.groups.ep_size == run.groups.world_size
+    sizes = {"max_new_tokens": 8, "vocab_size": run.tokenizer.vocab_size}
+    return generate(model, prompts, sampling=Sampling(temperature=0), **sizes)
+
+
+def test_inference_programs_take_a_folder(ranks1, ranks2, mixtral):
+    """Text generated from the folder is transformers', also with the experts on two ranks."""
+    from transformers import AutoModelForCausalLM
+
+    prompt = [72, 101, 108, 111, 9]
+    model = AutoModelForCausalLM.from_pretrained(mixtral)
+    bounded = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    banned = [[token] for token in range(257, 300)]  # beyond the tokenizer's ids
+    output = model.generate(torch.tensor([prompt]), bad_words_ids=banned, **bounded)
+    expected = output[0, len(prompt) :].tolist()
+    assert ranks1.run(greedy, str(mixtral), [prompt]) == [[expected]]
+    assert ranks2.run(greedy, str(mixtral), [prompt]) == [[expected]] * 2
