@@ -96,6 +96,12 @@ def copy_dataset(prefix: str, copy: Path) -> str:
     return str(copy)
 
 
+def set_rank_variables() -> None:
+    """Set the environment of a rank of the pool to what the launcher would set."""
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
+
+
 def train(argv: list[str], build_task: Callable | None = None) -> None:
     """Train in a rank of the pool, as the launcher would start it.
 
@@ -104,8 +110,7 @@ def train(argv: list[str], build_task: Callable | None = None) -> None:
     """
     from megatron import pretrain
 
-    rank = str(dist.get_rank())
-    os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
+    set_rank_variables()
     pretrain.train(pretrain.parse_flags(argv), build_task=build_task)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
+from helpers import runs
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -19,8 +18,7 @@ def run_tool(name: str, argv: list[str]) -> str:
     if str(REPO) not in sys.path:
         sys.path.insert(0, str(REPO))
     tool = importlib.import_module(f"tools.{name}")
-    rank = str(dist.get_rank())
-    os.environ.update(RANK=rank, WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=rank)
+    runs.set_rank_variables()
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         tool.run(tool.parse(argv))

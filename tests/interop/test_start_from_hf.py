@@ -157,6 +157,7 @@ def greedy(folder: str, prompts: list[list[int]]) -> list[list[int]]:
     from megatron.inference.sampling import Sampling
     from megatron.initialize import build_inference_model, initialize_inference
 
+    runs.set_rank_variables()
     run = initialize_inference(folder)
     model = build_inference_model(run)
     assert run.groups.ep_size == run.groups.world_size
