@@ -282,9 +282,7 @@ class MoEMegatronForCausalLM(MoEMegatronPreTrainedModel, _transformers.Generatio
     def __init__(self, config: MoEMegatronConfig):
         super().__init__(config)
         gpt = build_gpt(config)
-        # `generate` never chooses the rows that pad the vocabulary.
-        padding = range(config.run_config.model.vocab_size, config.vocab_size)
-        self.generation_config.suppress_tokens = list(padding) or None
+        self._set_generation_defaults(gpt)
         self.model = MoEMegatronModel(config, gpt)
         if config.tie_word_embeddings:
             weight = gpt.embed_tokens.weight
@@ -344,6 +342,16 @@ class MoEMegatronForCausalLM(MoEMegatronPreTrainedModel, _transformers.Generatio
             hidden_states=out.hidden_states,
             router_logits=out.router_logits,
         )
+
+    def _set_generation_defaults(self, gpt: GPT) -> None:
+        """Keep `generate` from choosing padding of the vocabulary, and from a cache where the
+        experts of earlier tokens change with each new one.
+        """
+        config = self.config
+        padding = range(config.run_config.model.vocab_size, config.vocab_size)
+        self.generation_config.suppress_tokens = list(padding) or None
+        if any(layer.gate.sees_other_tokens for layer in find_moe_layers(gpt)):
+            self.generation_config.use_cache = False
 
     @staticmethod
     def create_masks_for_generate(

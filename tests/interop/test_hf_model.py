@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from helpers.transformers_twins import VOCAB, make_run, twins  # noqa: E402
 from megatron.inference.generate import generate  # noqa: E402
+from megatron.inference.sampling import Sampling  # noqa: E402
 from megatron.moe.gate import available_gates, gate_class  # noqa: E402
 from megatron.moe.layer_sums import find_moe_layers  # noqa: E402
 
@@ -30,7 +31,28 @@ VARIANTS = {
         "rotary": {"rotary_percent": 0.5},
         "moe": {"moe_first_k_dense": 1, "moe_aux_loss_reduction": "mean"},
     },
-    "dense": {"moe": {"num_experts": 0}},
+    "window": {
+        "attention": {
+            "window_size": 4,
+            "window_layers": (1,),
+            "attention_sinks": True,
+            "qk_norm": "head",
+        },
+        "rotary": {"rope_scaling": "yarn", "rope_scaling_factor": 4.0},
+        "moe": {"expert_type": "swiglu_clamped"},
+    },
+    "latent": {
+        "num_query_groups": 0,
+        "attention": {
+            "attention": "mla",
+            "q_lora_rank": 6,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 6,
+            "v_head_dim": 5,
+        },
+    },
+    "dense": {},
 }
 
 
@@ -98,17 +120,19 @@ def test_logits_and_gradients_equal_training(name):
 
 @pytest.mark.parametrize("name", [*GATES, *VARIANTS])
 def test_greedy_text_equals_ours(name):
-    """In a left-padded batch and alone, with and without a cache. A gate that looks at other
-    tokens has less to look at with a cache: only the new token."""
+    """In a left-padded batch and alone, with and without a cache, which is off by default for
+    gates that look at other tokens."""
     gpt, model = twins(run_of(name))
     prompts = [SHORT, LONG, OTHER]
-    expected = generate(gpt, prompts, max_new_tokens=8, vocab_size=VOCAB, temperature=0)
+    best = Sampling(temperature=0)
+    expected = generate(gpt, prompts, max_new_tokens=8, vocab_size=VOCAB, sampling=best)
     assert len({tuple(text) for text in expected}) == 3
     assert greedy(model, prompts, use_cache=False) == expected
     assert greedy(model, [LONG], use_cache=False) == expected[1:2]
-    if name in VARIANTS or not gate_class(name).sees_other_tokens:
-        assert greedy(model, prompts) == expected
-        assert greedy(model, [SHORT]) == expected[:1]
+    assert greedy(model, prompts) == expected
+    assert greedy(model, [SHORT]) == expected[:1]
+    looks_at_others = name in GATES and gate_class(name).sees_other_tokens
+    assert model.generation_config.use_cache is not looks_at_others
     if name in ("moepp", *VARIANTS):
         assert greedy(model, prompts, cache_implementation="static") == expected
     for layer in find_moe_layers(model):
