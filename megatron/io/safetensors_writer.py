@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ SAFETENSORS_DTYPES = {
 }
 
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+"""Dtypes of the files that are written here"""
+
+FOREIGN_DTYPES = {**TORCH_DTYPES, "F8_E4M3": torch.float8_e4m3fn}
+"""Dtypes of the files of others that can be read: with those of quantised weights"""
 
 
 @dataclass(frozen=True)
@@ -158,13 +162,18 @@ def in_file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
-def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
+def read_header(
+    path: str | Path, dtypes: Mapping[str, torch.dtype] = TORCH_DTYPES
+) -> tuple[dict[str, dict], int]:
     """Read and check the header of a safetensors file.
+
+    Args:
+        dtypes: The allowed dtypes by their name in the header.
 
     Returns:
         ({tensor: {"dtype", "shape", "data_offsets"}}, position of the first byte of data). Every
-        dtype is in TORCH_DTYPES, and the size of every tensor is that of its shape and dtype. A
-        tensor may end behind the end of a truncated file.
+        dtype is allowed, and the size of every tensor is that of its shape and dtype. A tensor
+        may end behind the end of a truncated file.
 
     Raises:
         ValueError: The file is not a safetensors file; the message names it.
@@ -190,23 +199,23 @@ def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
         raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if not _is_tensor_entry(entry):
+        if not _is_tensor_entry(entry, dtypes):
             raise ValueError(
                 f"{path} is not a safetensors file that can be read: the entry of tensor "
-                f"{name[:200]!r} is {str(entry)[:200]}; allowed dtypes: {' '.join(TORCH_DTYPES)}"
+                f"{name[:200]!r} is {str(entry)[:200]}; allowed dtypes: {' '.join(dtypes)}"
             )
     return header, 8 + length
 
 
-def _is_tensor_entry(entry: Any) -> bool:
+def _is_tensor_entry(entry: Any, dtypes: Mapping[str, torch.dtype]) -> bool:
     """Return whether an entry of a header has a known dtype and positions that fit its shape."""
-    if not isinstance(entry, dict) or str(entry.get("dtype")) not in TORCH_DTYPES:
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in dtypes:
         return False
     shape = entry.get("shape")
     offsets = entry.get("data_offsets")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         return False
-    nbytes = math.prod(shape) * TORCH_DTYPES[entry["dtype"]].itemsize
+    nbytes = math.prod(shape) * dtypes[entry["dtype"]].itemsize
     return offsets[1] - offsets[0] == nbytes
 
 

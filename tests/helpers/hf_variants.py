@@ -30,6 +30,14 @@ _SHAPE = {
 }
 _HEAD = {"head_dim": 12}
 _DENSE = {"intermediate_size": 40}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 18,
+    "kv_lora_rank": 14,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
+}
 _V3 = {
     "intermediate_size": 40,
     "moe_intermediate_size": 24,
@@ -339,6 +347,77 @@ FAMILIES: dict[str, HFFamily] = {
         },
         {"tied": {"tie_word_embeddings": True, "rope_parameters": LINEAR_ROPE}},
         refused=(({"router_jitter_noise": 0.1}, "router_jitter_noise"),),
+    ),
+    "deepseek_v2": HFFamily(
+        {
+            **_SHAPE,
+            **_V3,
+            **_LATENT,
+            "norm_topk_prob": False,
+            "topk_method": "group_limited_greedy",
+            "rope_parameters": {**YARN_ROPE, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        {
+            "greedy": {
+                "topk_method": "greedy",
+                "n_group": None,
+                "topk_group": None,
+                "q_lora_rank": None,
+                "attention_bias": True,
+                "first_k_dense_replace": 0,
+                "tie_word_embeddings": True,
+                "rope_parameters": LINEAR_ROPE,
+            },
+        },
+        refused=(
+            ({"topk_method": "noaux_tc"}, "topk_method"),
+            ({"mlp_bias": True}, "mlp_bias"),
+            ({"num_key_value_heads": 2}, "num_key_value_heads"),
+            ({"n_shared_experts": 0}, "n_shared_experts"),
+            ({"seq_aux": 1}, "seq_aux"),
+            ({"moe_layer_freq": 2}, "moe_layer_freq"),
+        ),
+    ),
+    "deepseek_v3": HFFamily(
+        {
+            **_SHAPE,
+            **_V3,
+            **_LATENT,
+            "rope_parameters": {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        {
+            "plain": {
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": False,
+                "q_lora_rank": None,
+                "attention_bias": True,
+                "first_k_dense_replace": 0,
+                "tie_word_embeddings": True,
+                "rope_parameters": {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.5},
+            },
+        },
+        kept=("model.layers.3.eh_proj.weight", "model.layers.3.self_attn.q_a_proj.weight"),
+        refused=(
+            ({"rope_interleave": False}, "rope_interleave"),
+            ({"scoring_func": "softmax"}, "scoring_func"),
+            ({"qk_head_dim": 7}, "qk_head_dim"),
+            ({"kv_lora_rank": 0}, "--kv-lora-rank"),
+        ),
+    ),
+    "glm4_moe_lite": HFFamily(
+        {
+            **{
+                key: v
+                for key, v in {**_SHAPE, **_V3, **_LATENT}.items()
+                if "first_k" not in key
+            },
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+        },
+        {"plain": {"n_group": 1, "topk_group": 1, "mlp_layer_types": None}},
+        kept=("model.layers.3.eh_proj.weight",),
     ),
     "llama": HFFamily(
         {**_SHAPE, **_DENSE, "head_dim": 8},

@@ -30,6 +30,8 @@ _COMMON_KEYS = (
     # What the file describes, and how it was written.
     "architectures auto_map base_model_name _name_or_path model_type torch_dtype dtype "
     "transformers_version transformers.js_config name_or_path "
+    # How the tensors are stored, which their reader decides.
+    "quantization_config "
     # How transformers runs the model.
     "use_cache output_attentions output_hidden_states output_router_logits return_dict "
     "torchscript use_bfloat16 attn_implementation _attn_implementation "

@@ -38,6 +38,7 @@ from megatron.interop.hf.config_map import config_json_of
 from megatron.interop.hf.export_config import merged_config
 from megatron.interop.hf.export_tokenizer import special_token_ids, write_tokenizer
 from megatron.interop.hf.family import Family
+from megatron.interop.hf.file_tensor import FileTensor
 from megatron.interop.hf.hf_folder import (
     GENERATION_CONFIG,
     LAYOUT,
@@ -48,7 +49,7 @@ from megatron.interop.hf.hf_folder import (
     read_layout,
 )
 from megatron.interop.hf.registry import choose_family
-from megatron.interop.hf.source import CONFIG, INDEX, FileTensor, read_config_json
+from megatron.interop.hf.source import CONFIG, INDEX, read_config_json
 from megatron.interop.hf.tensor_map import TensorMap, find_layout, map_tensors
 from megatron.interop.hf.weights import EMBEDDING, OUTPUT_WEIGHT, HFTensors, slices
 from megatron.io.atomic_write import commit_files, fsync_directory, write_text

@@ -58,13 +58,18 @@ class UnmappedTensors:
     """Whether they are kept aside and written back on export; otherwise they are dropped"""
     num_layers_key: str = ""
     """Key of config.json whose value is the least {layer} of the pattern's group "layer\""""
+    num_further_key: str = ""
+    """Key of config.json with the number of layers from there on; empty: any number"""
 
     def matches(self, name: str, config: Mapping[str, Any]) -> bool:
         """Return whether a tensor of a source belongs to these."""
         found = re.fullmatch(self.pattern, name)
         if found is None or not self.num_layers_key:
             return found is not None
-        return int(found.group("layer")) >= config[self.num_layers_key]
+        further = int(found.group("layer")) - config[self.num_layers_key]
+        if not self.num_further_key:
+            return further >= 0
+        return 0 <= further < config[self.num_further_key]
 
 
 class ConfigRule(Protocol):

@@ -20,7 +20,8 @@ import torch
 
 from megatron.checkpoint.manifest import CorruptCheckpointError, write_with_digest
 from megatron.config.fields import shortened
-from megatron.interop.hf.source import CONFIG, FileTensor, HFSource, read_file_tensors
+from megatron.interop.hf.file_tensor import FileTensor, read_file_tensors
+from megatron.interop.hf.source import CONFIG, HFSource
 from megatron.interop.hf.weights import slices
 from megatron.io.atomic_write import fsync_directory, fsync_path
 from megatron.io.safetensors_writer import (
@@ -147,7 +148,7 @@ def _write_kept(path: Path, source: HFSource, names: Sequence[str]) -> FileDiges
         for spec in writer.specs:
             tensor = source.tensors[spec.name]
             numel = spec.nbytes // spec.dtype.itemsize
-            writer.write_parts(tensor.read(*part) for part in slices(numel))
+            writer.write_parts(tensor.read(*part).to(spec.dtype) for part in slices(numel))
         return writer.finish()
 
 

@@ -6,86 +6,21 @@ a missing or truncated file, an index that does not fit the files, weights that 
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from megatron.config.fields import require, shortened
 from megatron.interop.hf.family import Family
+from megatron.interop.hf.file_tensor import FileTensor, SourceTensor, read_file_tensors
+from megatron.interop.hf.fp8 import dequantize_fp8, refuse_unscaled
 from megatron.interop.hf.registry import family_of
-from megatron.io.safetensors_writer import TORCH_DTYPES, read_header
-from megatron.io.untrusted import open_regular, read_json_file
+from megatron.io.untrusted import read_json_file
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = f"{SINGLE_FILE}.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-class SourceTensor(Protocol):
-    """A tensor of a source, in the form in which a family maps it."""
-
-    @property
-    def file(self) -> str:
-        """Name of the file that has it, or its main part."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the values that `read` returns."""
-        ...
-
-    def read(self, start: int, length: int) -> Tensor:
-        """Return elements `start` to `start + length` of the flattened tensor."""
-        ...
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor as it is in a safetensors file."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    position: int
-    """First byte in the file"""
-
-    @property
-    def file(self) -> str:
-        """Name of the file."""
-        return self.path.name
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def read(self, start: int, length: int) -> Tensor:
-        """Return elements `start` to `start + length` of the flattened tensor.
-
-        Raises:
-            OSError: The file cannot be read, or has become shorter.
-        """
-        assert start >= 0 and start + length <= self.numel, f"{self} has no such range"
-        if not length:
-            return torch.empty(0, dtype=self.dtype)
-        nbytes = length * self.dtype.itemsize
-        offset = self.position + start * self.dtype.itemsize
-        with open_regular(self.path) as file:
-            raw = np.fromfile(file, np.uint8, nbytes, offset=offset)
-        if len(raw) < nbytes:
-            raise OSError(f"{self.path} has become shorter while it was read")
-        return torch.from_numpy(raw).view(self.dtype)
 
 
 Dequantizer = Callable[[dict[str, FileTensor], Mapping[str, Any]], dict[str, SourceTensor]]
@@ -94,7 +29,7 @@ the value of quantization_config
 
 Raises ValueError for a scale without its tensor and other inconsistencies."""
 
-DEQUANTIZERS: dict[str, Dequantizer] = {}
+DEQUANTIZERS: dict[str, Dequantizer] = {"fp8": dequantize_fp8}
 """Dequantizers by quant_method"""
 
 
@@ -167,6 +102,7 @@ class HFSource:
     def _dequantize(self) -> dict[str, SourceTensor]:
         quantization = self.config.get("quantization_config")
         if not quantization:
+            refuse_unscaled(self.stored)
             return dict(self.stored)
         what = "config.json: quantization_config"
         require(isinstance(quantization, dict), what, quantization, "an object")
@@ -204,34 +140,6 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     require(isinstance(content, dict), str(path), content, "a JSON object")
     return content
-
-
-def read_file_tensors(path: Path) -> dict[str, FileTensor]:
-    """Read the header of a safetensors file.
-
-    Returns:
-        Its tensors by name, in the order of their positions.
-
-    Raises:
-        ValueError: It is not one, or is truncated.
-    """
-    header, data_start = read_header(path)
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    tensors = {}
-    end = 0
-    for name, entry in entries:
-        start, end = entry["data_offsets"]
-        dtype = TORCH_DTYPES[entry["dtype"]]
-        tensors[name] = FileTensor(path, tuple(entry["shape"]), dtype, data_start + start)
-    size = os.path.getsize(path)
-    require(
-        size == data_start + end,
-        f"the size of {path}",
-        size,
-        f"{data_start + end} bytes, as its header says",
-        "The file is truncated or damaged: download it again.",
-    )
-    return tensors
 
 
 def _check_indexed(path: Path, tensor: str, expected: str | None, found: str) -> None:
