@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -205,7 +206,7 @@ class _Runner:
             reason = _why_not_cached(moe_layers, independent_sequences)
             self.use_cache = reason is None
             if reason:
-                get_logger().info("generation without a cache of keys and values: %s", reason)
+                _log_missing_cache(reason)
         self.start_batch(0)
 
     def start_batch(self, max_slots: int) -> None:
@@ -271,6 +272,12 @@ class _Runner:
             logits_at_B=(lengths_B - 1).clamp_min(0),
         ).logits
         return logits_B1V[: len(rows), 0].float().cpu()
+
+
+@cache
+def _log_missing_cache(reason: str) -> None:
+    """Log once why there is no cache: a conversation generates after each line."""
+    get_logger().info("generation without a cache of keys and values: %s", reason)
 
 
 def _why_not_cached(moe_layers: list[MoELayer], independent_sequences: bool) -> str | None:

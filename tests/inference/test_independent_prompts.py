@@ -8,12 +8,14 @@ largest are far apart compared with rounding.
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers.spawn import groups_for
 from megatron.config.schema import ModelConfig, MoEConfig
+from megatron.inference import generate as generation
 from megatron.inference import sampling
 from megatron.inference.generate import generate
 from megatron.inference.sampling import Sampling
@@ -82,8 +84,9 @@ def test_neighbours_do_not_change_text(name, how):
     assert texts(model, [LONG, SHORT], **how) == [alone[1], alone[0]]
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("name", "how"), [*((name, GREEDY) for name in ALL), ("topk", SAMPLED)]
+)
 def test_cache_does_not_change_text(name, how):
     """Past the window, too, and after the prompt that is past it has ended."""
     model = make(name)
@@ -93,6 +96,22 @@ def test_cache_does_not_change_text(name, how):
     hook.remove()
     assert cached == texts(model, [SHORT, LONG, OTHER], use_cache=False, **how)
     assert (1 in widths) != gate_class(name).sees_other_tokens
+
+
+def test_missing_cache_is_logged_once(monkeypatch):
+    """With its reason: a gate that looks at other tokens, or a capacity."""
+    lines = []
+    logger = SimpleNamespace(info=lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(generation, "get_logger", lambda: logger)
+    generation._log_missing_cache.cache_clear()
+    for options in ({}, {}, {"independent_prompts": False}):
+        texts(make("expert_choice"), [SHORT], **GREEDY, **options)
+    texts(make("topk"), [SHORT], **GREEDY)
+    start = "generation without a cache of keys and values: "
+    assert lines == [
+        f"{start}the gate expert_choice looks at other tokens",
+        f"{start}the capacity of experts depends on all tokens",
+    ]
 
 
 @pytest.mark.parametrize("name", ["topk", "threshold", "expert_choice"])
