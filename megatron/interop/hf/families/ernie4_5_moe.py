@@ -127,7 +127,8 @@ ERNIE4_5_MOE = Family(
         Accepted("moe_gate", ("topk",)),
         Accepted("moe_use_aux_free", (True,)),
         Accepted("use_rmsnorm", (True,)),
-        Ignored(("moe_capacity", "num_nextn_predict_layers", "fuse_rope")),
+        Accepted("compression_ratio", (1.0,)),
+        Ignored(("moe_capacity", "num_nextn_predict_layers", "fuse_rope", "ignored_index")),
     ),
     tensors=(
         *DECODER_TENSORS,

@@ -23,6 +23,7 @@ from megatron.interop.hf.config_rules import (
     MODEL_RULES,
     Always,
     Converted,
+    Ignored,
     Router,
     Same,
 )
@@ -149,6 +150,8 @@ QWEN3_MOE = Family(
         ATTENTION_BIAS,
         SPARSE_STEP,
         EveryWindow(switch="use_sliding_window"),
+        # Released files have it; the window is that of all blocks.
+        Ignored(("max_window_layers",)),
         Always({"attention.qk_norm": "head"}),
     ),
     tensors=(

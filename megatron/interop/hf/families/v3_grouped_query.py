@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.config.fields import require
 from megatron.config.schema import RunConfig
 from megatron.interop.hf.block_rules import (
     ATTENTION_BIAS,
@@ -72,6 +73,7 @@ _V3_RULES: tuple[ConfigRule, ...] = (
     Accepted("scoring_func", ("sigmoid", "noaux_tc")),
     Accepted("topk_method", ("noaux_tc",)),
     Accepted("moe_layer_freq", (1,)),
+    Ignored(("pretraining_tp", "ep_size")),
 )
 _PREDICTION_LAYERS = UnmappedTensors(
     r"model\.layers\.(?P<layer>\d+)\..+",
@@ -105,6 +107,14 @@ def _head_norm_settings(config: Mapping[str, Any]) -> Settings:
 
 def _head_norm_keys(run: RunConfig) -> dict[str, Any]:
     return {"use_qk_norm": run.attention.qk_norm == "head"}
+
+
+def _full_attention(config: Mapping[str, Any]) -> Settings:
+    """Check that all blocks of MiniMax have full attention (1), none linear attention (0)."""
+    kinds = config.get("attn_type_list") or []
+    is_full = isinstance(kinds, list) and all(kind == 1 for kind in kinds)
+    require(is_full, "config.json: attn_type_list", kinds, "a list of 1")
+    return {}
 
 
 GLM4_MOE = Family(
@@ -157,6 +167,7 @@ DOTS1 = Family(
         ATTENTION_BIAS,
         FIRST_DENSE,
         LayerWindows(_slides, other_keys=("max_window_layers",)),
+        Accepted("use_sliding_window", (False,)),
         Always({"attention.qk_norm": "head"}),
     ),
     tensors=(*_V3_TENSORS, *ATTENTION_BIASES, *HEAD_NORMS),
@@ -190,6 +201,7 @@ SOLAR_OPEN = Family(
         Same("attention_bias", "attention.add_qkv_bias"),
         # Released files name the dense blocks that other families have.
         Accepted("first_k_dense_replace", (0,)),
+        Accepted("use_qk_norm", (False,)),
         Ignored(("intermediate_size", "num_nextn_predict_layers")),
         Always({"moe.moe_first_k_dense": 0}),
     ),
@@ -318,6 +330,7 @@ MINIMAX_M2 = Family(
         Accepted("attention_bias", (False,)),
         Accepted("sliding_window", (None,)),
         Accepted("shared_intermediate_size", (0,)),
+        Converted(("attn_type_list",), _full_attention, lambda run: {}),
         Accepted("layernorm_full_attention_beta", (1.0,)),
         Accepted("layernorm_mlp_beta", (1.0,)),
         Always({"attention.qk_norm": "all-heads", "moe.moe_first_k_dense": 0}),
