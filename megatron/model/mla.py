@@ -159,8 +159,9 @@ class LatentAttention(nn.Module):
         """Attend to expanded keys and values.
 
         Flash kernels need heads of one size for keys and values, so the shorter ones are
-        padded with zeros. On a CPU that took 0.92 to 0.49 of the time without in fp32, where
-        torch otherwise writes all scores to memory.
+        padded with zeros; torch otherwise writes all scores to memory. On a CPU the layer,
+        forward and backward, took 0.86 (1024 tokens) to 1.07 (256) of the time without padding
+        in fp32, and 1.11 to 1.16 in bf16; memory is linear in the length instead of quadratic.
         """
         width = max(q_BHSK.shape[-1], v_BHLV.shape[-1])
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q_BHSK, k_BHLK, v_BHLV))

@@ -29,6 +29,8 @@ def _build(argv: list[str]) -> None:
             vocab_size=config.model.vocab_size or 257,
             seed=config.train.seed,
             groups=Groups(),
+            attention=config.attention,
+            rotary=config.rotary,
         )
     size_table(model)
 
