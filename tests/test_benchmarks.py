@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import dispatch, moe_layer, report, train_step
+from benchmarks import dispatch, hf_experts, moe_layer, report, train_step
 from benchmarks import moe_peers as peers
 from helpers.spawn import groups_for
+from megatron.interop.hf_experts import register_experts
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -333,6 +334,14 @@ def test_baselines_do_equal_multiply_adds(activation):
             step()
         totals.append(counter.get_total_flops())
     assert totals == [40 * 2 * 3 * (3 if gated else 2) * 2 * 32 * 16] * 4
+
+
+def test_experts_in_transformers_are_compared(capsys):
+    register_experts()
+    rows = hf_experts.size_rows(SMALL, CPU, rounds=2, bar=None)
+    names = [(row.name.split(": ")[1], row.baseline.split(": ")[1]) for row in rows]
+    assert names == [("moe_megatron", "grouped_mm"), ("eager", "grouped_mm")]
+    assert "largest relative difference" in capsys.readouterr().out
 
 
 def test_skipped_layers_name_their_reason():
