@@ -282,7 +282,6 @@ class MoEMegatronForCausalLM(MoEMegatronPreTrainedModel, _transformers.Generatio
     def __init__(self, config: MoEMegatronConfig):
         super().__init__(config)
         gpt = build_gpt(config)
-        self._set_generation_defaults(gpt)
         self.model = MoEMegatronModel(config, gpt)
         if config.tie_word_embeddings:
             weight = gpt.embed_tokens.weight
@@ -290,8 +289,25 @@ class MoEMegatronForCausalLM(MoEMegatronPreTrainedModel, _transformers.Generatio
             self.lm_head.weight = weight
         else:
             self.lm_head = gpt.lm_head
+        self._set_generation_defaults()
         _mark_initialized(self)
         self.post_init()
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Load the folder's settings of generation, and complete them."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self._set_generation_defaults()
+
+    def _set_generation_defaults(self) -> None:
+        """Keep `generate` from choosing padding of the vocabulary, and from a cache where the
+        experts of earlier tokens change with each new one.
+        """
+        settings = self.generation_config
+        padding = range(self.config.run_config.model.vocab_size, self.config.vocab_size)
+        suppressed = sorted({*(settings.suppress_tokens or ()), *padding})
+        settings.suppress_tokens = suppressed or None
+        if any(layer.gate.sees_other_tokens for layer in find_moe_layers(self)):
+            settings.use_cache = False
 
     @_transformers.utils.can_return_tuple
     def forward(
@@ -342,16 +358,6 @@ class MoEMegatronForCausalLM(MoEMegatronPreTrainedModel, _transformers.Generatio
             hidden_states=out.hidden_states,
             router_logits=out.router_logits,
         )
-
-    def _set_generation_defaults(self, gpt: GPT) -> None:
-        """Keep `generate` from choosing padding of the vocabulary, and from a cache where the
-        experts of earlier tokens change with each new one.
-        """
-        config = self.config
-        padding = range(config.run_config.model.vocab_size, config.vocab_size)
-        self.generation_config.suppress_tokens = list(padding) or None
-        if any(layer.gate.sees_other_tokens for layer in find_moe_layers(gpt)):
-            self.generation_config.use_cache = False
 
     @staticmethod
     def create_masks_for_generate(

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from helpers import runs  # noqa: E402
 from helpers.outside_gates import restored_registry, write_gate  # noqa: E402
 from helpers.transformers_twins import VOCAB, build, make_run, twin_state  # noqa: E402
 from megatron.checkpoint.consolidate import find_verified_checkpoint  # noqa: E402
@@ -20,6 +22,9 @@ from megatron.checkpoint.weights_only import (  # noqa: E402
     write_weights_checkpoint,
 )
 from megatron.config.schema import MoEConfig, RunConfig, TokenizerConfig  # noqa: E402
+from megatron.inference.generate import generate  # noqa: E402
+from megatron.inference.sampling import Sampling  # noqa: E402
+from megatron.initialize import build_inference_model, initialize_inference  # noqa: E402
 from megatron.interop.hf.convert import convert_from_hf, open_hf_model  # noqa: E402
 from megatron.interop.hf.export import ExportOptions, convert_to_hf  # noqa: E402
 from megatron.interop.hf_model import MoEMegatronForCausalLM  # noqa: E402
@@ -171,3 +176,37 @@ def test_outside_gate_is_not_imported_by_path(tmp_path):
         assert open_hf_model(folder).config.moe.gate == "travelling"
     with restored_registry(), pytest.raises(ValueError, match="'travelling' of .*not imported"):
         open_hf_model(folder)
+
+
+def _greedy_tokens(folder: str) -> list[list[int]]:
+    run = initialize_inference(folder)
+    model = build_inference_model(run)
+    return generate(
+        model,
+        TOKENS.tolist(),
+        max_new_tokens=5,
+        vocab_size=run.vocab_size,
+        sampling=Sampling(temperature=0),
+    )
+
+
+def test_programs_start_from_a_folder(ranks1, tmp_path):
+    """Generation gives transformers' tokens, and a run that changes nothing the same tensors."""
+    write_checkpoint(with_tokenizer(make_run("cosine")), tmp_path / "ours")
+    folder = export(tmp_path / "ours", tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = model.generate(TOKENS, max_new_tokens=5, do_sample=False)[:, 8:].tolist()
+    assert ranks1.run(_greedy_tokens, str(folder)) == [expected]
+    flags = [
+        *("--init-from-hf", str(folder), "--mock-data", "--seq-length", "16"),
+        *("--micro-batch-size", "1", "--global-batch-size", "1", "--train-iters", "1"),
+        *("--lr", "1e-30", "--weight-decay", "0", "--eval-iters", "0"),
+        *("--save", str(tmp_path / "run")),
+    ]
+    ranks1.run(runs.train, flags)
+    again = export(tmp_path / "run", tmp_path / "again")
+    before = safetensors_torch.load_file(folder / "model.safetensors")
+    after = safetensors_torch.load_file(again / "model.safetensors")
+    assert list(before) == list(after)
+    for key, tensor in before.items():
+        assert torch.equal(after[key], tensor), key
