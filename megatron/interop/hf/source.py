@@ -14,6 +14,7 @@ from megatron.config.fields import require, shortened
 from megatron.interop.hf.family import Family
 from megatron.interop.hf.file_tensor import FileTensor, SourceTensor, read_file_tensors
 from megatron.interop.hf.fp8 import dequantize_fp8, refuse_unscaled
+from megatron.interop.hf.mxfp4 import dequantize_mxfp4
 from megatron.interop.hf.registry import family_of
 from megatron.io.untrusted import read_json_file
 
@@ -29,7 +30,7 @@ the value of quantization_config
 
 Raises ValueError for a scale without its tensor and other inconsistencies."""
 
-DEQUANTIZERS: dict[str, Dequantizer] = {"fp8": dequantize_fp8}
+DEQUANTIZERS: dict[str, Dequantizer] = {"fp8": dequantize_fp8, "mxfp4": dequantize_mxfp4}
 """Dequantizers by quant_method"""
 
 
