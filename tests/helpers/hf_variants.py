@@ -239,7 +239,7 @@ FAMILIES: dict[str, HFFamily] = {
             **_V3,
             "use_qk_norm": True,
             "attention_bias": True,
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": 1,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 600.0,
@@ -258,7 +258,10 @@ FAMILIES: dict[str, HFFamily] = {
             },
         },
         kept=("model.layers.3.eh_proj.weight", "model.layers.3.self_attn.q_proj.weight"),
-        refused=(({"topk_group": 9}, "--topk-group"),),
+        refused=(
+            ({"topk_group": 9}, "--topk-group"),
+            ({"num_nextn_predict_layers": None}, "num_nextn_predict_layers"),
+        ),
     ),
     "dots1": HFFamily(
         {**_SHAPE, **_HEAD, **_V3, "sliding_window": None, "max_window_layers": 3},

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.config.fields import require
 from megatron.config.schema import RunConfig
 from megatron.interop.hf.config_rules import Converted
-from megatron.interop.hf.family import Settings
+from megatron.interop.hf.family import Settings, UnmappedTensors
 
 Config = Mapping[str, Any]
 
@@ -158,6 +158,30 @@ def _mlp_type_keys(run: RunConfig) -> dict[str, Any]:
 
 MLP_LAYER_TYPES = Converted(("mlp_layer_types",), _mlp_type_settings, _mlp_type_keys)
 """A name for each block; without them, all but the first have experts"""
+
+
+# Layers that predict further tokens (multi-token prediction), after those of the model.
+
+
+def _check_further_layers(config: Config) -> Settings:
+    number_of(config, "num_nextn_predict_layers", 0, 1000)
+    return {}
+
+
+FURTHER_LAYERS = Converted(
+    ("num_nextn_predict_layers",),
+    _check_further_layers,
+    lambda run: {"num_nextn_predict_layers": 0},
+)
+"""Their number; our models have none"""
+FURTHER_TOKENS = UnmappedTensors(
+    r"model\.layers\.(?P<layer>\d+)\..+",
+    "layers that predict further tokens",
+    kept=True,
+    num_layers_key="num_hidden_layers",
+    num_further_key="num_nextn_predict_layers",
+)
+"""Their tensors"""
 
 
 # Shared experts.

@@ -5,15 +5,16 @@ GLM-4.7-Flash (glm4_moe_lite) differs in the names of dense blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from megatron.config.schema import RunConfig
-from megatron.interop.hf.block_rules import FIRST_DENSE, MLP_LAYER_TYPES, SharedExperts
+from megatron.interop.hf.block_rules import (
+    FIRST_DENSE,
+    FURTHER_LAYERS,
+    FURTHER_TOKENS,
+    MLP_LAYER_TYPES,
+    SharedExperts,
+)
 from megatron.interop.hf.config_rules import (
     MODEL_RULES,
     Always,
-    Converted,
     Fixed,
     Ignored,
     Router,
@@ -25,9 +26,7 @@ from megatron.interop.hf.family import (
     ROTARY_FREQUENCIES,
     ConfigRule,
     Family,
-    Settings,
     TensorLayout,
-    UnmappedTensors,
     expert_tensors,
     fused_expert_tensors,
     router_tensors,
@@ -38,24 +37,6 @@ from megatron.interop.hf.latent_attention import (
     LATENT_ATTENTION_TENSORS,
 )
 from megatron.interop.hf.rope import Rope
-
-
-def _no_settings(config: Mapping[str, Any]) -> Settings:
-    return {}
-
-
-def _no_further_layers(run: RunConfig) -> dict[str, Any]:
-    return {"num_nextn_predict_layers": 0}
-
-
-FURTHER_TOKENS = UnmappedTensors(
-    r"model\.layers\.(?P<layer>\d+)\..+",
-    "layers that predict further tokens",
-    kept=True,
-    num_layers_key="num_hidden_layers",
-    num_further_key="num_nextn_predict_layers",
-)
-"""Multi-token prediction: layers after the last one of the model"""
 
 _RULES: tuple[ConfigRule, ...] = (
     *MODEL_RULES,
@@ -68,7 +49,7 @@ _RULES: tuple[ConfigRule, ...] = (
     SharedExperts("n_shared_experts"),
     Same("moe_intermediate_size", "moe.moe_ffn_hidden_size"),
     Same("intermediate_size", "model.ffn_hidden_size"),
-    Converted(("num_nextn_predict_layers",), _no_settings, _no_further_layers),
+    FURTHER_LAYERS,
     Always({"moe.expert_type": "mlp"}),
 )
 _TENSORS = (

@@ -19,6 +19,8 @@ from megatron.config.schema import RunConfig
 from megatron.interop.hf.block_rules import (
     ATTENTION_BIAS,
     FIRST_DENSE,
+    FURTHER_LAYERS,
+    FURTHER_TOKENS,
     MLP_LAYER_TYPES,
     Accepted,
     LayerWindows,
@@ -128,7 +130,7 @@ GLM4_MOE = Family(
         Same("attention_bias", "attention.add_qkv_bias"),
         Converted(("use_qk_norm",), _head_norm_settings, _head_norm_keys),
         FIRST_DENSE,
-        Ignored(("num_nextn_predict_layers",)),
+        FURTHER_LAYERS,
     ),
     tensors=(*_V3_TENSORS, *ATTENTION_BIASES[:3], *HEAD_NORMS),
     layouts=(_PER_EXPERT, _FUSED),
@@ -136,7 +138,7 @@ GLM4_MOE = Family(
         "num_local_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",
     },
-    unmapped=(_PREDICTION_LAYERS,),
+    unmapped=(FURTHER_TOKENS,),
     defaults={
         **_V3_DEFAULTS,
         "vocab_size": 151552,
