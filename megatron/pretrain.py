@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from megatron.checkpoint.metadata import RunMetadata
     from megatron.checkpoint.saver import Checkpointer
     from megatron.engine.engine import Engine
+    from megatron.evaluation.task_suite import TaskSuite
     from megatron.training.profiler import StepProfiler
     from megatron.training.trainer import LoopServices
 
@@ -120,6 +121,7 @@ def train(
     )
     if run.checkpoint is not None:
         run.checkpoint.check(metadata)
+    suite = load_evaluation_tasks(run, timer)
     task = (build_task or build_pretraining_task)(run, plan)
     timer.mark("data")
     model = build_run_model(run)
@@ -135,6 +137,7 @@ def train(
         build_services(run, plan, checkpointer, timer, started) as services,
     ):
         timer.mark("engine")
+        services = with_task_evaluation(services, run, suite, engine)
         Trainer(engine, task, plan, run.progress, run.groups, sections, services).run()
 
 
@@ -154,6 +157,34 @@ def build_checkpointer(run: Run, engine: Engine, metadata: RunMetadata) -> Check
         write_origin = partial(initial_weights.write_origin, run.hf_folder)
     options = run.config.checkpoint
     return Checkpointer(options, engine, metadata, run.groups, run.checkpoint, write_origin)
+
+
+def load_evaluation_tasks(run: Run, timer: StartupTimer) -> TaskSuite | None:
+    """Load the tasks of --eval-tasks on rank 0; None on other ranks and without any.
+
+    Raises:
+        ValueError: a task or its data set cannot be loaded; nothing has been trained yet.
+    """
+    if not run.config.evaluation.eval_tasks:
+        return None
+    from megatron.evaluation.continuous import load_tasks
+
+    suite = load_tasks(run)
+    timer.mark("evaluation tasks")
+    return suite
+
+
+def with_task_evaluation(
+    services: LoopServices, run: Run, suite: TaskSuite | None, engine: Engine
+) -> LoopServices:
+    """Return the services with the evaluation on the tasks of --eval-tasks, if there are any."""
+    config = run.config.evaluation
+    if not config.eval_tasks:
+        return services
+    from megatron.evaluation.continuous import TaskEvaluation
+
+    evaluation = TaskEvaluation(config, suite, engine, run, services.metric_writers)
+    return replace(services, task_evaluation=evaluation)
 
 
 def build_plan(run: Run) -> TrainingPlan:

@@ -20,21 +20,31 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from megatron.evaluation.lm_harness import HarnessModel
     from megatron.evaluation.task_suite import TaskSuite
+    from megatron.inference.chat import ChatTemplate
     from megatron.initialize import Run
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _add_model_flags(parser)
     _add_task_flags(parser)
+    _add_prompt_flags(parser)
+    _add_output_flags(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    command_line = parser()
+    args = command_line.parse_args(argv)
     if not args.list_tasks and not (args.load and args.tasks):
-        parser.error("--load and --tasks are needed, or --list-tasks alone")
+        command_line.error("--load and --tasks are needed, or --list-tasks alone")
     return args
 
 
@@ -75,16 +85,31 @@ def _add_task_flags(parser: argparse.ArgumentParser) -> None:
         help="folders with further task files",
     )
     parser.add_argument(
-        "--num-fewshot",
-        type=int,
-        help="solved examples before each question (default: each task's own number)",
-    )
-    parser.add_argument(
         "--limit",
         type=float,
         help="examples of each task, for a quick look: a number, or a fraction below 1 "
         "(default: all)",
     )
+
+
+def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        help="solved examples before each question (default: each task's own number)",
+    )
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="prompts are messages of a conversation, in the template of the tokenizer's files; "
+        "solved examples are earlier messages",
+    )
+    parser.add_argument(
+        "--system-instruction", help="first message, or first line, of every prompt"
+    )
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bootstrap-iters",
         type=int,
@@ -104,9 +129,8 @@ def _add_task_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print a table, and write the JSON file."""
-    from megatron.evaluation.lm_harness import model_for_harness
     from megatron.evaluation.lockstep import LockstepRanks
-    from megatron.initialize import build_inference_model, initialize_inference
+    from megatron.initialize import initialize_inference
     from megatron.moe.gate_registry import import_gate_files
 
     _check(args)
@@ -115,13 +139,63 @@ def run(args: argparse.Namespace) -> None:
         return
     import_gate_files(args.gate_path)
     run = initialize_inference(args.load, args.load_step)
-    # Before the model is built: a wrong name shows immediately.
+    # Before the model is built: a wrong flag shows immediately.
     suite = LockstepRanks(run.groups, {}).run(lambda: _load_tasks(args))
-    model = build_inference_model(run)
-    harness_model = model_for_harness(
-        model, run.groups, run.tokenizer, args.batch_size, "--tasks"
-    )
+    template = find_template(args, run)
+    harness_model = build_model_of_run(args, run, template)
     harness_model.ranks.run(lambda: _evaluate(args, run, suite, harness_model))
+
+
+def find_template(args: argparse.Namespace, run: Run) -> ChatTemplate | None:
+    """Return the chat template of --apply-chat-template.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from megatron.config.fields import require
+    from megatron.evaluation.source import folders_of_tokenizer
+    from megatron.inference.chat import find_chat_template
+
+    if not args.apply_chat_template:
+        return None
+    folders = folders_of_tokenizer(run, args.load)
+    template = find_chat_template(folders)
+    require(
+        template is not None,
+        "--apply-chat-template",
+        True,
+        "for a tokenizer with a chat template in tokenizer_config.json or chat_template.jinja",
+        f"Looked in {', '.join(map(str, folders))}.",
+    )
+    return template
+
+
+def build_model_of_run(
+    args: argparse.Namespace, run: Run, template: ChatTemplate | None
+) -> HarnessModel:
+    """Build the model, and the harness's model around it."""
+    from megatron.evaluation.lm_harness import build_harness_model
+    from megatron.evaluation.scoring import TokenScorer
+    from megatron.evaluation.source import folders_of_tokenizer
+    from megatron.evaluation.text_generation import TextGenerator
+    from megatron.inference.chat import find_end_tokens
+    from megatron.initialize import build_inference_model
+
+    model = build_inference_model(run)
+    tokenizer = run.tokenizer
+    max_positions = model.config.max_positions
+    scorer = TokenScorer(
+        model, run.groups, tokenizer.vocab_size, max_positions, args.batch_size
+    )
+    end_tokens = find_end_tokens(folders_of_tokenizer(run, args.load))
+    if template is not None:
+        end_tokens |= template.end_tokens
+    if tokenizer.eod is not None:
+        end_tokens.add(tokenizer.eod)
+    generator = TextGenerator(
+        model, run.groups, tokenizer, args.batch_size, end_tokens=frozenset(end_tokens)
+    )
+    return build_harness_model(scorer, generator, tokenizer, "--tasks", template)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -168,7 +242,9 @@ def _load_tasks(args: argparse.Namespace) -> TaskSuite:
     return TaskSuite(args.tasks, "--tasks", args.include_path, args.num_fewshot)
 
 
-def _evaluate(args: argparse.Namespace, run: Run, suite: TaskSuite, harness_model: Any) -> None:
+def _evaluate(
+    args: argparse.Namespace, run: Run, suite: TaskSuite, harness_model: HarnessModel
+) -> None:
     """Run the tasks and report the results, on rank 0."""
     from lm_eval.utils import make_table
 
@@ -176,7 +252,13 @@ def _evaluate(args: argparse.Namespace, run: Run, suite: TaskSuite, harness_mode
     from megatron.evaluation.task_suite import RunOptions
     from megatron.io import atomic_write
 
-    options = RunOptions(args.limit, args.bootstrap_iters, args.log_samples)
+    options = RunOptions(
+        args.limit,
+        args.bootstrap_iters,
+        args.log_samples,
+        args.apply_chat_template,
+        args.system_instruction,
+    )
     results = suite.run(harness_model, args.tasks, options)
     print(make_table(results))
     if "groups" in results:
@@ -198,6 +280,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "num_fewshot": args.num_fewshot,
         "limit": args.limit,
         "bootstrap_iters": args.bootstrap_iters,
+        "chat_template": args.apply_chat_template,
+        "system_instruction": args.system_instruction,
     }
 
 

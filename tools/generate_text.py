@@ -233,12 +233,14 @@ class _Session:
     """Generates text with one model, as the flags say, and measures the speed."""
 
     def __init__(self, args: argparse.Namespace, run: Run, model: GPT, options: dict[str, Any]):
-        from megatron.inference.chat import find_end_tokens
+        from megatron.inference.chat import find_end_tokens, template_folders
 
         self.args = args
         self.run = run
         self.model = model
-        self.folders = _tokenizer_folders(args, run)
+        checkpoint = run.checkpoint and run.checkpoint.path
+        model_file = run.config.tokenizer.tokenizer_model
+        self.folders = template_folders(args.load, checkpoint, model_file)
         self.end_tokens = find_end_tokens(self.folders)
         if run.tokenizer.eod is not None:
             self.end_tokens.add(run.tokenizer.eod)
@@ -357,17 +359,6 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
         "use_cache": not args.no_cache,
         "independent_prompts": args.moe_eval_capacity_factor == 0,
     }
-
-
-def _tokenizer_folders(args: argparse.Namespace, run: Run) -> list[Path]:
-    """Return folders that may have a chat template and a generation_config.json."""
-    folders = [Path(args.load)]
-    if run.checkpoint is not None:
-        folders.append(run.checkpoint.path / "hf")
-    model = run.config.tokenizer.tokenizer_model
-    if model:
-        folders += [Path(model), Path(model).parent]
-    return folders
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from megatron.config.attention import AttentionConfig
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig
+from megatron.config.evaluation import EvaluationConfig
 from megatron.config.fault_tolerance import FaultToleranceConfig
 from megatron.config.fields import require
 from megatron.config.model import ACTIVATIONS, ModelConfig
@@ -36,6 +37,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DeepSpeedConfig",
+    "EvaluationConfig",
     "FaultToleranceConfig",
     "LoggingConfig",
     "ModelConfig",
@@ -58,6 +60,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "deepspeed": DeepSpeedConfig,
     "train": TrainConfig,
+    "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "fault_tolerance": FaultToleranceConfig,
     "logging": LoggingConfig,
@@ -72,7 +75,7 @@ RUN_JSON_LAYOUT: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokenizer",),
     "data": ("data",),
     "optimizer": ("optimizer", "deepspeed"),
-    "train": ("fault_tolerance", "checkpoint", "train", "logging", "profiling"),
+    "train": ("fault_tolerance", "checkpoint", "train", "evaluation", "logging", "profiling"),
     "gate_options": ("gate_options",),
     "expert_options": ("expert_options",),
 }
@@ -93,6 +96,7 @@ class RunConfig:
     fault_tolerance: FaultToleranceConfig = FaultToleranceConfig()
     logging: LoggingConfig = LoggingConfig()
     profiling: ProfilingConfig = ProfilingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     attention: AttentionConfig = AttentionConfig()
     rotary: RotaryConfig = RotaryConfig()
     gate_options: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -228,6 +228,22 @@ class Engine:
         """
         self.deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, float("nan")))
         self.deepspeed.step()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """Put the model into evaluation mode; what MoE layers count there is not logged.
+
+        A collective at the end: all ranks must run the model equally often.
+
+        Yields:
+            A module that runs the model as in training.
+        """
+        self.deepspeed.eval()
+        try:
+            yield self.deepspeed
+        finally:
+            self.deepspeed.train()
+        self.metrics.read(training=False)
 
     @torch.no_grad()
     def evaluate(

@@ -17,9 +17,8 @@ from megatron.evaluation.lockstep import LockstepRanks
 from megatron.evaluation.scoring import ScoreRequest, TokenScore, TokenScorer
 from megatron.evaluation.text_generation import GenerationRequest, TextGenerator
 from megatron.evaluation.windows import Window, continuation_windows, scored_windows
-from megatron.model.gpt import GPT
+from megatron.inference.chat import ChatTemplate
 from megatron.optional_packages import import_optional
-from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
 
 SCORE = "score"
@@ -41,10 +40,18 @@ class HarnessModel:
         ranks: calls SCORE and GENERATE on all ranks.
         tokenizer: of the model.
         max_positions: most tokens that the model sees.
+        template: turns conversations into text; None: prompts are ordinary text.
     """
 
-    def __init__(self, ranks: LockstepRanks, tokenizer: Tokenizer, max_positions: int):
+    def __init__(
+        self,
+        ranks: LockstepRanks,
+        tokenizer: Tokenizer,
+        max_positions: int,
+        template: ChatTemplate | None = None,
+    ):
         super().__init__()
+        self.template = template
         self.ranks = ranks
         self.text_tokenizer = tokenizer
         self.max_length = max_positions
@@ -72,10 +79,23 @@ class HarnessModel:
         Args:
             add_special_tokens: False: without the token that the tokenizer puts before texts.
         """
+        if self.template is not None:
+            return self.template.encode_text(string)
         ids = self.text_tokenizer.encode(string).tolist()
         if add_special_tokens is False and self.text_tokenizer.bos is not None:
             return ids[1:]
         return ids
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name under which the harness would store prompts."""
+        return self.text_tokenizer.name
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the text of a conversation."""
+        return self.template.render(chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: Sequence[Any], **_: object) -> list[tuple[float, bool]]:
         """Score continuations after their contexts; see `TemplateLM`, without a second bar."""
@@ -155,12 +175,17 @@ class HarnessModel:
 
 
 def build_harness_model(
-    scorer: TokenScorer, generator: TextGenerator, tokenizer: Tokenizer, needed_by: str
+    scorer: TokenScorer,
+    generator: TextGenerator,
+    tokenizer: Tokenizer,
+    needed_by: str,
+    template: ChatTemplate | None = None,
 ) -> HarnessModel:
     """Build the harness's language model around a scorer and a generator.
 
     Args:
         needed_by: the flag that needs the harness.
+        template: of conversations; None: prompts are ordinary text.
 
     Raises:
         ValueError: lm_eval is not installed.
@@ -170,22 +195,7 @@ def build_harness_model(
     ranks = LockstepRanks(scorer.groups, functions)
     # The base class is imported at use only, because the package is optional.
     harness_class = type("MegatronLM", (HarnessModel, base), {})
-    return harness_class(ranks, tokenizer, scorer.max_positions)
-
-
-def model_for_harness(
-    model: GPT, groups: Groups, tokenizer: Tokenizer, batch_size: int, needed_by: str
-) -> HarnessModel:
-    """Build the harness's language model around a finished model in evaluation mode.
-
-    Raises:
-        ValueError: the batch size is not positive, or lm_eval is not installed.
-    """
-    scorer = TokenScorer(
-        model, groups, tokenizer.vocab_size, model.config.max_positions, batch_size
-    )
-    generator = TextGenerator(model, groups, tokenizer, batch_size)
-    return build_harness_model(scorer, generator, tokenizer, needed_by)
+    return harness_class(ranks, tokenizer, scorer.max_positions, template)
 
 
 def prefix_token(tokenizer: Tokenizer) -> int:

@@ -37,18 +37,27 @@ class LockstepRanks:
         groups: the ranks.
         functions: called in the main thread of every rank with the same arguments; each returns
             its result on rank 0.
+
+    Attributes:
+        function_error: the exception that a function raised in the program of a single rank;
+            with several ranks the program does not see it.
     """
 
     def __init__(self, groups: Groups, functions: Mapping[str, Callable[..., Any]]):
         self.groups = groups
         self._functions = functions
+        self.function_error: BaseException | None = None
         self._commands: queue.Queue[_Command] = queue.Queue()
         self._answers: queue.Queue[Any] = queue.Queue()
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function on all ranks and return rank 0's result. Only the program calls this."""
         if self.groups.world_size == 1:
-            return self._functions[function](*arguments)
+            try:
+                return self._functions[function](*arguments)
+            except BaseException as error:
+                self.function_error = error
+                raise
         self._commands.put(_Command(function, arguments))
         return self._answers.get()
 

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.directory import iteration_of
+from megatron.inference.chat import template_folders
 from megatron.initialize import Run
+
+
+def folders_of_tokenizer(run: Run, load: str) -> list[Path]:
+    """Return folders that may have a chat template and a generation_config.json.
+
+    Args:
+        load: as in `describe_source`.
+    """
+    checkpoint = run.checkpoint and run.checkpoint.path
+    return template_folders(load, checkpoint, run.config.tokenizer.tokenizer_model)
 
 
 def describe_source(run: Run, load: str) -> dict[str, Any]:

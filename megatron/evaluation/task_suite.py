@@ -20,6 +20,7 @@ import torch
 
 from megatron.config.fields import require
 from megatron.optional_packages import import_optional
+from megatron.parallel import rng
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 """Task files of this package, which are found like those of the harness"""
@@ -42,7 +43,9 @@ class RunOptions:
     log_samples: bool = False
     """whether the results contain every prompt and answer"""
     chat_template: bool = False
-    """whether prompts are messages of a conversation"""
+    """whether prompts are messages of a conversation, solved examples among them"""
+    system_instruction: str | None = None
+    """first message, or first line, of every prompt"""
 
 
 class TaskSuite:
@@ -78,9 +81,8 @@ class TaskSuite:
         self.num_fewshot = num_fewshot
         manager = _task_manager(names, flag, include_paths)
         self.loaded: dict[str, dict[str, Any]] = {}
-        _set_seeds()
         for name in names:
-            with _explained(flag, name), _quiet():
+            with _explained(flag, name), _quiet(), _seeded():
                 self.loaded[name] = manager.load([name])
             if num_fewshot is not None:
                 _set_num_fewshot(self.loaded[name], num_fewshot)
@@ -98,16 +100,16 @@ class TaskSuite:
         from lm_eval.evaluator import evaluate
 
         tasks = self._merged(names)
-        _set_seeds()
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
-        with _quiet():
+        with _quiet(), _seeded():
             return evaluate(
                 model,
                 tasks,
                 limit=options.limit,
                 bootstrap_iters=options.bootstrap_iters,
                 log_samples=options.log_samples,
+                system_instruction=options.system_instruction,
                 apply_chat_template=options.chat_template,
                 fewshot_as_multiturn=options.chat_template,
             )
@@ -151,6 +153,9 @@ def _task_manager(names: Sequence[str], flag: str, include_paths: Sequence[str])
     names are in the other folders or files, with the members of groups.
     """
     import_optional("lm_eval.tasks", "eval", f"{flag} {','.join(names)}")
+    for name in names:
+        is_path = name.endswith((".yaml", ".yml")) or os.sep in name
+        require(not is_path or os.path.isfile(name), flag, name, "the path of a task file")
     manager = known_tasks(include_paths, with_harness=False)
     if all(_is_complete(manager, name) or os.path.isfile(name) for name in names):
         return manager
@@ -181,10 +186,14 @@ def _set_num_fewshot(loaded: dict[str, Any], number: int) -> None:
             task.set_config(key="num_fewshot", value=number)
 
 
-def _set_seeds() -> None:
-    random.seed(_PYTHON_SEED)
-    np.random.seed(_SEED)
-    torch.manual_seed(_SEED)
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Start the random streams as the harness does, and restore them at the end."""
+    with rng.preserved():
+        random.seed(_PYTHON_SEED)
+        np.random.seed(_SEED)
+        torch.manual_seed(_SEED)
+        yield
 
 
 @contextlib.contextmanager

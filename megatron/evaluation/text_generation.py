@@ -42,6 +42,7 @@ class TextGenerator:
         batch_size: prompts of a batch.
         progress: see `GPT.forward`; 1: the end of the training.
         is_sharded: whether every step needs all ranks (ZeRO 3).
+        end_tokens: tokens that end a text; None: the tokenizer's end-of-document token.
     """
 
     model: GPT
@@ -50,6 +51,7 @@ class TextGenerator:
     batch_size: int = 8
     progress: float = 1.0
     is_sharded: bool = False
+    end_tokens: frozenset[int] | None = None
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[str]:
         """Return the new text of each request, on all ranks."""
@@ -94,6 +96,7 @@ class TextGenerator:
             prompts,
             max_new_tokens=request.max_new_tokens,
             stop=request.stop,
+            eod=self.end_tokens,
             sampling=sampling,
             progress=self.progress,
             fixed_steps=self.is_sharded,

@@ -47,11 +47,47 @@ class ChatTemplate:
             list(messages), add_generation_prompt=True, return_dict=False
         )
 
+    def render(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the text of a conversation.
+
+        Args:
+            add_generation_prompt: True: up to where the next answer begins; False: the last
+                message is an answer that is not complete.
+        """
+        return self._tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the tokens of a text of `render`, in which special tokens are recognised."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
     @property
     def end_tokens(self) -> set[int]:
         """Tokens that end an answer."""
         token = self._tokenizer.eos_token_id
         return set() if token is None else {token}
+
+
+def template_folders(load: str, checkpoint: Path | None, tokenizer_model: str) -> list[Path]:
+    """Return folders that may have a chat template and a generation_config.json.
+
+    Args:
+        load: directory of checkpoints, or a Hugging Face folder.
+        checkpoint: the checkpoint that was found; None: none was.
+        tokenizer_model: of the run's configuration; may be empty.
+    """
+    folders = [Path(load)]
+    if checkpoint is not None:
+        folders.append(checkpoint / "hf")
+    if tokenizer_model:
+        folders += [Path(tokenizer_model), Path(tokenizer_model).parent]
+    return folders
 
 
 def find_chat_template(folders: Sequence[Path]) -> ChatTemplate | None:

@@ -384,6 +384,11 @@ _COLUMNS = (
     _Column("load_imbalance_max_over_mean", "load max/mean {:6.2f}"),
     _Column("dropped_assignment_fraction", "dropped {:6.2%}"),
     _Column("skipped_steps", "skipped {:3.0f}"),
+    _Column("acc", "acc {:7.4f}"),
+    _Column("acc_norm", "acc_norm {:7.4f}"),
+    _Column("exact_match", "exact_match {:7.4f}"),
+    _Column("word_perplexity", "perplexity per word {:10.3f}"),
+    _Column("bits_per_byte", "bits per byte {:7.4f}"),
 )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from megatron.checkpoint.metadata import Position, TrainingProgress
 from megatron.checkpoint.saver import Checkpointer
@@ -37,6 +37,15 @@ class LoopConfig:
     fault_tolerance: FaultToleranceConfig
 
 
+class PeriodicEvaluation(Protocol):
+    """An evaluation of the model that the training loop starts between steps on all ranks."""
+
+    interval: int
+    """optimizer steps between evaluations; 0: only at the start and the end of the run"""
+
+    def evaluate(self, progress: TrainingProgress, fraction_done: float) -> None: ...
+
+
 @dataclass(frozen=True)
 class LoopServices:
     """What the training loop calls around its steps."""
@@ -47,6 +56,7 @@ class LoopServices:
     stop: GracefulStop
     startup_timer: StartupTimer
     profiler: StepProfiler | None = None
+    task_evaluation: PeriodicEvaluation | None = None
 
 
 class Trainer:
@@ -120,6 +130,7 @@ class Trainer:
         last = self.plan.iterations
         if self.progress.iteration == 0:
             self.evaluate("valid")
+            self._evaluate_tasks()
         self.services.startup_timer.mark("evaluation")
         length = self.plan.length
         done = self.plan.amount_done(self.progress)
@@ -203,6 +214,21 @@ class Trainer:
         if not stop_requested and (ends or _is_multiple(iteration, train.eval_interval)):
             self.evaluate("valid")
         self._save_if_due(ends)
+        if not stop_requested:  # else there is no time
+            self._evaluate_tasks_if_due(completed)
+
+    def _evaluate_tasks_if_due(self, completed: bool) -> None:
+        """Evaluate on tasks at their interval and at the end of the schedule."""
+        tasks = self.services.task_evaluation
+        if tasks is None:
+            return
+        if completed or _is_multiple(self.progress.iteration, tasks.interval):
+            self._evaluate_tasks()
+
+    def _evaluate_tasks(self) -> None:
+        if self.services.task_evaluation is not None:
+            fraction_done = self.plan.fraction_done(self.progress)
+            self.services.task_evaluation.evaluate(self.progress, fraction_done)
 
     def _save_if_due(self, ends: bool) -> None:
         """Save at the save interval and at the end of the run.

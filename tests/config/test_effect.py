@@ -38,6 +38,7 @@ ALWAYS_EFFECTIVE = {
     "deepspeed": "zero_stage deepspeed_config",
     "train": "micro_batch_size global_batch_size rampup_batch_size seed eval_iters "
     "recompute_activations",
+    "evaluation": "",
     "checkpoint": "init_from_hf save load",
     "fault_tolerance": "max_bad_steps loss_spike_threshold timeout_minutes",
     "logging": "tensorboard_dir metrics_file wandb_project",

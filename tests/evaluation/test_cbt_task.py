@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers import harness_tasks as tasks
-from megatron.evaluation.lm_harness import model_for_harness
 from megatron.evaluation.task_suite import OWN_TASKS, RunOptions, TaskSuite, known_tasks
 from megatron.evaluation.tasks.cbt.preprocess_cbt import ordinary_text, to_choices
-from megatron.parallel.groups import Groups
 
 STORY = ["The fox ran .", "`` I do n't know , '' said the dog ."]
 EXAMPLES = [
@@ -66,7 +64,7 @@ def test_local_examples_equal_direct_computation(tmp_path: Path):
     (tmp_path / "local_cbt.yaml").write_text(json.dumps(task))
     suite = TaskSuite(["local_cbt"], "--tasks", [str(tmp_path)])
     model = tasks.tiny_model()
-    harness = model_for_harness(model, Groups(), tasks.byte_tokenizer(), 8, "--tasks")
+    harness = tasks.harness_model(model)
     options = RunOptions(bootstrap_iters=0, log_samples=True)
     found = suite.run(harness, ["local_cbt"], options)
     right = 0

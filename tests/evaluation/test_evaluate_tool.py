@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from helpers import harness_tasks as tasks
+from helpers.hf_folders import save_model
 from helpers.tools_in_ranks import run_tool
 
-NAMES = ["local_choice", "local_last_word", "local_pages"]
+NAMES = ["local_choice", "local_last_word", "local_pages", "local_answers"]
 
 
 def flags(load, folder: str, *more: str) -> list[str]:
@@ -48,7 +50,7 @@ def test_limit_and_shots_reach_tasks(small_checkpoint, ranks1, tmp_path):
     argv = flags(small_checkpoint, folder, "--limit", "1", "--output", str(output))
     ranks1.run(run_tool, "evaluate", [*argv, "--bootstrap-iters", "0"])
     content = json.loads(output.read_text())
-    assert [content["n-samples"][name]["effective"] for name in NAMES] == [1, 1, 1]
+    assert [content["n-samples"][name]["effective"] for name in NAMES] == [1, 1, 1, 1]
     assert content["results"]["local_choice"]["acc_stderr,none"] == "N/A"
 
 
@@ -59,6 +61,10 @@ def test_limit_and_shots_reach_tasks(small_checkpoint, ranks1, tmp_path):
         (["--limit", "1.5"], "--limit is 1.5; allowed: a positive integer, or a fraction"),
         (["--num-fewshot", "-1"], "--num-fewshot is -1; allowed: 0 or more"),
         (["--bootstrap-iters", "1"], "--bootstrap-iters is 1; allowed: 0, or 2 or more"),
+        (
+            ["--apply-chat-template"],
+            "--apply-chat-template is True; allowed: for a tokenizer wi",
+        ),
         (["--log-samples"], "--log-samples is True; allowed: only with --output FILE"),
         (["--output", "/none/a.json"], "--output is '/none/a.json'; allowed: the path of"),
         (["--output", "/"], "--output is '/'; allowed: the path of a file"),
@@ -85,3 +91,25 @@ def test_tasks_can_be_listed(capsys, tmp_path, monkeypatch, repo):
     with pytest.raises(SystemExit):
         evaluate.parse(["--tasks", "piqa"])
     assert "--load and --tasks are needed" in capsys.readouterr().err
+
+
+def test_folder_of_transformers_is_evaluated(ranks2, tmp_path, monkeypatch):
+    """Two ranks share its experts; figures are those of its own class."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save_model(tmp_path / "mixtral", "mixtral")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(tasks, "POSITIONS", model.config.max_position_embeddings)
+    pages = [document["page"] for document in tasks.DOCUMENTS]
+    rows = [[0, *tokenizer(page)["input_ids"]] for page in pages]
+    nll = -sum(tasks.text_score(model, row)[0] for row in rows)
+    bits = nll / sum(len(page.encode()) for page in pages) / math.log(2)
+    output = tmp_path / "out.json"
+    argv = ["--load", str(folder), "--tasks", "local_pages", "--output", str(output)]
+    argv += ["--include-path", tasks.write_tasks(tmp_path / "tasks")]
+    ranks2.run(run_tool, "evaluate", argv)
+    content = json.loads(output.read_text())
+    assert content["load"] == str(folder) and content["iteration"] is None
+    found = content["results"]["local_pages"]["bits_per_byte,none"]
+    assert found == pytest.approx(bits, rel=1e-5)

@@ -130,3 +130,15 @@ def test_results_of_group_have_its_name(folder):
     assert suite.tasks_of("locals") == ["locals"]
     assert suite.tasks_of("local_answers") == ["local_answers"]
     assert list(suite.loaded["locals"]["tasks"]) == ["local_choice", "local_pages"]
+
+
+def test_example_in_tree_needs_no_network(monkeypatch, repo):
+    """Its data are found from the repository's root, and each answer is a choice."""
+    monkeypatch.chdir(repo)
+    path = "examples_deepspeed/MoE/evaluation/python_lines.yaml"
+    suite = load(path)
+    (task,) = suite.loaded[path]["tasks"].values()
+    assert len(task.eval_docs) == 24
+    for question in task.eval_docs:
+        assert len(set(question["choices"])) == 3
+        assert 0 <= question["answer"] < 3

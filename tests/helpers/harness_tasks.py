@@ -6,11 +6,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron.config.schema import ModelConfig, MoEConfig, TokenizerConfig
+from megatron.evaluation.lm_harness import build_harness_model
+from megatron.evaluation.scoring import TokenScorer
+from megatron.evaluation.text_generation import TextGenerator
 from megatron.model.builder import build_model
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
@@ -18,6 +22,7 @@ from megatron.tokenizer.build import build_tokenizer
 
 POSITIONS = 40
 NEW_TOKENS = 6
+STOPS = ["\n", "q"]
 QUESTIONS = [
     {
         "question": "Which animal barks?",
@@ -70,7 +75,7 @@ _FILES = {
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n", "q"], "max_gen_toks": NEW_TOKENS},
+        "generation_kwargs": {"until": STOPS, "max_gen_toks": NEW_TOKENS},
         "metric_list": [{"metric": "exact_match"}],
     },
 }
@@ -104,6 +109,26 @@ def write_task(folder: Path, name: str, settings: dict, records: list[dict]) -> 
     }
     path.write_text(json.dumps({**source, **settings}))
     return path
+
+
+def generation_settings() -> dict:
+    """Return the settings of a task that generates text."""
+    options = {"until": STOPS, "max_gen_toks": NEW_TOKENS}
+    return {**_FILES["local_answers"], "generation_kwargs": options}
+
+
+def harness_model(model: nn.Module | None = None, batch_size: int = 3, **options: Any) -> Any:
+    """Build the harness's model around a model of bytes.
+
+    Args:
+        options: further arguments of `build_harness_model`.
+    """
+    model = model or tiny_model()
+    options.setdefault("tokenizer", byte_tokenizer())
+    tokenizer = options["tokenizer"]
+    scorer = TokenScorer(model, Groups(), tokenizer.vocab_size, POSITIONS, batch_size)
+    generator = TextGenerator(model, Groups(), tokenizer, batch_size)
+    return build_harness_model(scorer, generator, needed_by="--tasks", **options)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -173,7 +198,7 @@ def greedy_text(model: nn.Module, prompt: str) -> str:
             break
         new.append(token)
         text = bytes(new).decode(errors="replace")
-        for stop in ("\n", "q"):
+        for stop in STOPS:
             if stop in text:
                 return text[: text.index(stop)]
     return bytes(new).decode(errors="replace")

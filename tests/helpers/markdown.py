@@ -34,6 +34,8 @@ TOOLS = (
     "tools/inspect_checkpoint.py",
     "tools/consolidate_checkpoint.py",
     "tools/generate_text.py",
+    "tools/evaluate.py",
+    "tools/evaluate_perplexity.py",
     "dataset/make_corpus.py",
 )
 GENERAL_FLAGS = {"--help", "--help-all", "--version", "--config"}

@@ -29,6 +29,7 @@ SMALL = {
     "gate": ("nope", "topk", "hash", "peer"),
     "train_data_path": ((), ("missing",), ("0.5", "missing"), ("0.5",)),
     "data_path": ((), ("missing",), ("1", "missing", "x")),
+    "eval_tasks": ((), ("missing.yaml",)),  # a name is looked up in thousands of files
 }
 """Values of fields for which those of the type would take long, or say little"""
 MAY_BE_LARGE = """
