@@ -79,6 +79,9 @@ _RESOLVED_FIELDS = (
 """Fields that are compared by the value that they mean"""
 
 
+_COMPARED_FIRST = ("moe.num_experts", "moe.gate", "moe.expert_type")
+
+
 class _Content(dict[str, Any]):
     """Content of a config.json, in which a missing key is the user's mistake."""
 
@@ -258,7 +261,8 @@ def first_difference(family: Family, run: RunConfig) -> str:
         theirs = _comparable(run_config_of(family, _config_json(family, run)))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         return f"the family {family.name} cannot express this model: {error}. {advice}"
-    for name in sorted({*ours, *theirs}):
+    # First what other differences may follow from.
+    for name in dict.fromkeys((*_COMPARED_FIRST, *sorted({*ours, *theirs}))):
         if ours.get(name) != theirs.get(name):
             flag = flag_name(name.partition(".")[2])
             return (
@@ -277,6 +281,7 @@ def _comparable(run: RunConfig) -> dict[str, Any]:
         "model.max_position_embeddings": run.model.max_positions,
         "model.activation": run.model.act,
         "attention.window_size": _windows(run),
+        "moe.num_experts": run.moe.num_experts,
     }
     if run.rotary.rope_scaling in ("llama3", "yarn"):
         positions = run.rotary.rope_original_max_positions or run.model.max_positions

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from megatron.interop.hf.block_rules import ATTENTION_BIAS
 from megatron.interop.hf.config_rules import (
     HEAD_RULE,
     MODEL_RULES,
-    Converted,
     Fixed,
     Ignored,
     Same,
@@ -28,14 +28,7 @@ LLAMA = Family(
         HEAD_RULE,
         Rope(),
         Same("intermediate_size", "model.ffn_hidden_size"),
-        Converted(
-            ("attention_bias",),
-            lambda config: {
-                "attention.add_qkv_bias": config["attention_bias"],
-                "attention.attention_output_bias": config["attention_bias"],
-            },
-            lambda run: {"attention_bias": run.attention.add_qkv_bias},
-        ),
+        ATTENTION_BIAS,
         Fixed("mlp_bias", (False,), reason="Dense layers have no biases here."),
         # Tensor-parallel slices of matrix products, which only change their rounding.
         Ignored(("pretraining_tp",)),
