@@ -33,6 +33,8 @@ TOOLS = (
     "tools/train_tokenizer.py",
     "tools/inspect_checkpoint.py",
     "tools/consolidate_checkpoint.py",
+    "tools/convert_from_hf.py",
+    "tools/convert_to_hf.py",
     "tools/generate_text.py",
     "tools/evaluate.py",
     "tools/evaluate_perplexity.py",

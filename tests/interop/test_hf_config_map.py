@@ -175,7 +175,7 @@ def test_equal_models_in_other_words_are_expressed():
         ({"model": {"normalization": "LayerNorm"}}, "--normalization"),
         ({"model": {"position_embedding_type": "learned"}}, "--position-embedding-type"),
         ({"moe": {"moe_layers": (1,)}}, r"--gate is \[None, 'topk'\]"),
-        ({"moe": {"moe_shared_experts": 1}}, "--moe-shared-experts is 1"),
+        ({"moe": {"moe_shared_experts": 1}}, "--moe-shared-expert-intermediate-size is 48"),
         ({"moe": {"moe_weight_on_input": True}}, "--moe-weight-on-input"),
         ({"gate_options": {"norm_topk_prob": False}}, "--norm-topk-prob is False"),
         ({"gate_options": {"bias_rule": "quantile"}}, "--bias-rule is 'sign'"),
