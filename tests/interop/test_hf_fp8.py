@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.hf_models import HFCase, hf_model, save_hf
 from megatron.checkpoint.consolidate import find_verified_checkpoint
 from megatron.interop.hf.convert import convert_from_hf, open_hf_model
 from megatron.interop.hf.export import ExportOptions, convert_to_hf
@@ -250,6 +251,26 @@ def test_other_quantization_is_refused(quantization, message, fp8_folder, tmp_pa
     with pytest.raises(ValueError) as error:
         open_hf_model(folder)
     assert message in str(error.value)
+
+
+def test_fp8_of_another_family_is_read(tmp_path):
+    """MiniMax-M2 names experts like Mixtral and the format like torch."""
+    model = hf_model(HFCase("minimax_m2", "base"))
+    folder = save_hf(model, tmp_path / "hf", dtype=torch.bfloat16)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        tensors[name] = tensor
+        if is_quantized(name, tensor) and "moe.gate." not in name:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensor.float())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    quantization = {"quant_method": "fp8", "fmt": "float8_e4m3fn"}
+    edit_quantization(folder, {**quantization, "weight_block_size": [*BLOCK]})
+    weights = open_hf_model(folder).weights
+    expected = dequantized(folder)
+    name = "model.layers.1.block_sparse_moe.experts.{}.w3.weight"
+    stack = torch.stack([expected[name.format(e)] for e in range(6)])
+    found = weights.read("layers.1.mlp.experts.w3", 0, stack.numel())
+    assert torch.equal(found.view_as(stack), stack)
 
 
 def test_own_files_have_no_fp8(fp8_folder):

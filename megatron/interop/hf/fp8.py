@@ -111,7 +111,9 @@ def dequantize_fp8(
 def _block_size(quantization: Mapping[str, Any]) -> tuple[int, int]:
     """Return rows and columns of a block."""
     number_format = quantization.get("fmt", "e4m3")
-    require(number_format == "e4m3", f"{_CONFIG}: fmt", number_format, "'e4m3'")
+    # MiniMax-M2 names the format as torch does.
+    is_known = number_format in ("e4m3", "float8_e4m3fn")
+    require(is_known, f"{_CONFIG}: fmt", number_format, "'e4m3'")
     block = quantization.get("weight_block_size", _DEFAULT_BLOCK)
     is_pair = isinstance(block, list) and len(block) == 2
     require(
