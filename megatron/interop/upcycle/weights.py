@@ -147,7 +147,8 @@ class UpcycledWeights:
 
     def _dense_ffn(self, layer: int) -> DenseFFN:
         if self._dense is None or self._dense[0] != layer:
-            self._dense = None  # frees its memory first
+            self._dense = None  # frees its memory first, and that of the expert made from it
+            self._expert = None
             model = self.request.config.model
             sizes = (model.hidden_size, self.request.dense_width)
             ffn = DenseFFN.read(self._read_dense, layer, *sizes, is_gated(model.act))
@@ -174,6 +175,8 @@ class UpcycledWeights:
     def _expert_weights(self, layer: int, number: int) -> DenseFFN:
         current = self._expert
         if current is None or (current.layer, current.number) != (layer, number):
+            current = None
+            self._expert = None  # frees its memory first
             options = self.request.options
             scale = self._weight_scales[self._gate_name(layer)]
             change = ExpertChange(options.noise_std, options.drop_ratio, scale)
