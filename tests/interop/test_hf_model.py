@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from helpers.transformers_twins import VOCAB, make_run, twins  # noqa: E402
 from megatron.inference.generate import generate  # noqa: E402
 from megatron.inference.sampling import Sampling  # noqa: E402
 from megatron.moe.gate import available_gates, gate_class  # noqa: E402
+from megatron.moe.gate_update import GateUpdater  # noqa: E402
 from megatron.moe.layer_sums import find_moe_layers  # noqa: E402
+from megatron.parallel.groups import Groups  # noqa: E402
 
 GATES = available_gates()
 SHORT = [5, 17]
@@ -285,3 +289,32 @@ def test_inputs_are_checked():
         model(torch.zeros(1, 25, dtype=torch.int64))
     embeds = model.get_input_embeddings()(tokens)
     assert torch.equal(model(inputs_embeds=embeds).logits, model(tokens).logits)
+
+
+def test_steps_train_weights_and_state_of_gates():
+    """A training loop like that of transformers' Trainer, and GateUpdater after each step."""
+    _, model = twins(make_run("deepseek_v3", {"topk": 2, "bias_update_speed": 0.1}))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    copied = copy.deepcopy(model)
+    updater = GateUpdater(model.train(), Groups())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.randint(VOCAB, (4, 12))
+    losses = []
+    for _ in range(4):
+        for part in tokens.split(2):
+            out = model(part, labels=part, num_items_in_batch=44)
+            out.loss.backward()
+        losses.append(out.loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.post_optimizer_step()
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+    bias = before["model.layers.0.mlp.gate.expert_bias"]
+    change = model.state_dict()["model.layers.0.mlp.gate.expert_bias"] - bias
+    assert change.abs().max() >= 0.1 - 1e-6
+    for name, tensor in copied.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    out = copied(tokens, output_router_logits=True)
+    assert len(out.router_logits) == 2
