@@ -1,6 +1,6 @@
 """Log-probabilities of tokens given the tokens before them, on all ranks in lockstep.
 
-Shape suffixes: B rows of a batch, S positions, V vocabulary, N scored tokens.
+Shape suffixes: B rows of a batch, S positions, K last positions, V vocabulary, N scored tokens.
 """
 
 from __future__ import annotations
@@ -104,31 +104,40 @@ class TokenScorer:
         self, rows: list[_Row], requests: Sequence[ScoreRequest]
     ) -> dict[int, TokenScore]:
         """Run the model on a batch; return the scores by the number of their request."""
-        logits_BSV = self._forward([row.inputs for row in rows])
-        row_N, position_N, target_N = _scored_positions(rows, requests)
+        most_scored = max(
+            (requests[i].num_scored for row in rows for i in row.requests), default=1
+        )
+        logits_BKV = self._forward([row.inputs for row in rows], most_scored)
+        row_N, index_N, target_N = _scored_tokens(rows, requests, most_scored)
         if not len(target_N):
             return {}
-        device = logits_BSV.device
+        device = logits_BKV.device
         logprobs = []
         greedy = []
-        step = max(1, _LOGITS_AT_A_TIME // logits_BSV.shape[-1])
+        step = max(1, _LOGITS_AT_A_TIME // logits_BKV.shape[-1])
         for first in range(0, len(target_N), step):
             part = slice(first, first + step)
             target_n = torch.from_numpy(target_N[part]).to(device)
-            logits_nV = logits_BSV[row_N[part], position_N[part]].float()
+            logits_nV = logits_BKV[row_N[part], index_N[part]].float()
             target_n1 = target_n[:, None]
             logprobs.append(logits_nV.log_softmax(-1).gather(1, target_n1).squeeze(1))
             greedy.append(logits_nV[:, : self.vocab_size].argmax(-1) == target_n)
         return _sums_by_request(rows, requests, torch.cat(logprobs), torch.cat(greedy))
 
-    def _forward(self, inputs: list[np.ndarray]) -> Tensor:
-        """Run the model on rows that are padded on the right; returns the logits [B, S, V]."""
+    def _forward(self, inputs: list[np.ndarray], most_scored: int) -> Tensor:
+        """Run the model on rows that are padded on the right.
+
+        Returns:
+            The logits of the last `most_scored` tokens of each row [B, K, V]; before the
+            beginning of a short row, those of its first token.
+        """
         device = self.groups.device
         lengths_B = np.array([len(row) for row in inputs] or [0])
         longest = max(1, int(lengths_B.max()))
         tokens_BS = np.zeros((len(lengths_B), longest), np.int64)
         for row, tokens in zip(tokens_BS, inputs):
             row[: len(tokens)] = tokens
+        last_BK = lengths_B[:, None] + np.arange(-most_scored, 0)
         padding_BS = None
         if lengths_B.min() < longest:
             is_padding_BS = np.arange(longest) >= lengths_B[:, None]
@@ -138,6 +147,7 @@ class TokenScorer:
             padding_BS=padding_BS,
             progress=self.progress,
             independent_sequences=True,
+            logits_at_BK=torch.from_numpy(last_BK.clip(min=0)).to(device),
         )
         return out.logits
 
@@ -163,23 +173,26 @@ def _rounds(num_batches: int, world_size: int, is_rank0: bool) -> Sequence[int]:
     return tqdm(firsts, unit=" batches", leave=False)
 
 
-def _scored_positions(
-    rows: list[_Row], requests: Sequence[ScoreRequest]
+def _scored_tokens(
+    rows: list[_Row], requests: Sequence[ScoreRequest], most_scored: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return row, position and target of all scored tokens of a batch, int64 [N] each."""
+    """Return row, index and target of all scored tokens of a batch, int64 [N] each.
+
+    The index is that of the logits which predict the target, among the last `most_scored` of
+    its row.
+    """
     found: list[np.ndarray] = [np.zeros((3, 0), np.int64)]
     for number, row in enumerate(rows):
         for i in row.requests:
             request = requests[i]
             count = request.num_scored
-            length = len(row.inputs)
             part = np.empty((3, count), np.int64)
             part[0] = number
-            part[1] = np.arange(length - count, length)
+            part[1] = np.arange(most_scored - count, most_scored)
             part[2] = request.tokens[len(request.tokens) - count :]
             found.append(part)
-    row_N, position_N, target_N = np.concatenate(found, axis=1)
-    return row_N, position_N, target_N
+    row_N, index_N, target_N = np.concatenate(found, axis=1)
+    return row_N, index_N, target_N
 
 
 def _sums_by_request(

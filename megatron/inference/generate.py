@@ -269,7 +269,7 @@ class _Runner:
             progress=self.progress,
             independent_sequences=self.independent_sequences,
             cache=self.cache,
-            logits_at_B=(lengths_B - 1).clamp_min(0),
+            logits_at_BK=(lengths_B - 1).clamp_min(0)[:, None],
         ).logits
         return logits_B1V[: len(rows), 0].float().cpu()
 

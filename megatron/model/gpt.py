@@ -94,11 +94,11 @@ def _check_padding(padding_BS: Tensor | None, tokens_BS: Tensor) -> None:
     )
 
 
-def _tokens_at(h_BSD: Tensor, index_B: Tensor | None) -> Tensor:
-    """Return the hidden state of one token of each row [B, 1, D]; without an index, all."""
-    if index_B is None:
+def _tokens_at(h_BSD: Tensor, index_BK: Tensor | None) -> Tensor:
+    """Return the hidden states of some tokens of each row [B, K, D]; without indices, all."""
+    if index_BK is None:
         return h_BSD
-    return h_BSD[torch.arange(len(h_BSD), device=h_BSD.device), index_B].unsqueeze(1)
+    return h_BSD[torch.arange(len(h_BSD), device=h_BSD.device)[:, None], index_BK]
 
 
 def token_layout(padding_BS: Tensor | None, documents: DocumentLayout | None) -> TokenLayout:
@@ -210,7 +210,7 @@ class GPT(nn.Module):
         progress: float = 0.0,
         independent_sequences: bool = False,
         cache: AttentionCache | None = None,
-        logits_at_B: Tensor | None = None,
+        logits_at_BK: Tensor | None = None,
     ) -> GPTOutput:
         """Predict the token after each position.
 
@@ -230,7 +230,7 @@ class GPT(nn.Module):
             independent_sequences: see `FFNContext`.
             cache: attention states of earlier tokens, to which those of these tokens are
                 added. It knows of padding anywhere in a row. None: no earlier tokens.
-            logits_at_B: index of the token of each row that gets logits [B, 1, V]; None: all.
+            logits_at_BK: indices of the tokens of each row that get logits [B, K, V]; None: all.
         Raises:
             ValueError: the sequence is longer than the model has positions, or the padding has
                 another shape than the tokens.
@@ -254,7 +254,9 @@ class GPT(nn.Module):
         h_BSD, aux_loss = self._run_blocks(h_BSD, attention, context, cache)
         h_BSD = self.norm(h_BSD)
         if labels_BS is None:
-            return GPTOutput(None, None, aux_loss, self._output(_tokens_at(h_BSD, logits_at_B)))
+            return GPTOutput(
+                None, None, aux_loss, self._output(_tokens_at(h_BSD, logits_at_BK))
+            )
         mask_BS = target_mask(labels_BS, loss_mask_BS, padding_BS)
         return self._loss_output(h_BSD, labels_BS, mask_BS, aux_loss)
 

@@ -264,12 +264,12 @@ def test_packed_documents_are_separate(config):
 
 @pytest.mark.parametrize("untied", [False, True])
 @torch.no_grad()
-def test_logits_of_one_token_per_row(untied):
+def test_logits_of_chosen_tokens(untied):
     model = make(dataclasses.replace(LLAMA, untie_embeddings_and_output_weights=untied))
     tokens, *_ = batch(B=3, S=8)
     logits = model(tokens).logits
-    chosen = model(tokens, logits_at_B=torch.tensor([7, 0, 3])).logits
-    expected = torch.stack([logits[0, 7:8], logits[1, 0:1], logits[2, 3:4]])
+    chosen = model(tokens, logits_at_BK=torch.tensor([[7, 2], [0, 1], [3, 3]])).logits
+    expected = torch.stack([logits[0, [7, 2]], logits[1, [0, 1]], logits[2, [3, 3]]])
     torch.testing.assert_close(chosen, expected, rtol=1e-5, atol=1e-6)
 
 
