@@ -169,7 +169,7 @@ def _measure(
         totals = measure_perplexity(
             chosen, lambda requests: ranks.call("score", requests), options
         )
-        text = "decoded from tokens" if documents.is_tokens else "original"
+        text = "decoded" if documents.is_tokens else "original"
         result = {"data": path, "text": text, **vars(totals), **totals.figures()}
         results.append(result)
         print(describe(result), flush=True)

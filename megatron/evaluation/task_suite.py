@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import json
 import logging
 import os
 import random
@@ -220,7 +221,7 @@ def _loading_problem(flag: str, name: str, error: Exception) -> str:
             f"{flag} {name}: the data files{where} {files} cannot be loaded ({reason}). "
             "Relative paths begin in the working directory"
         )
-    arguments = ", ".join(repr(part) for part in (path, task.DATASET_NAME) if part)
+    arguments = ", ".join(json.dumps(part) for part in (path, task.DATASET_NAME) if part)
     return (
         f"{flag} {name}: the data set {path}{where} cannot be loaded ({reason}). It comes from "
         "the Hugging Face Hub: with network access run python -c 'import datasets; "

@@ -384,6 +384,8 @@ _COLUMNS = (
     _Column("load_imbalance_max_over_mean", "load max/mean {:6.2f}"),
     _Column("dropped_assignment_fraction", "dropped {:6.2%}"),
     _Column("skipped_steps", "skipped {:3.0f}"),
+    _Column("seconds", "{:6.1f} s"),
+    _Column("failures", "failed {:2.0f}"),
     _Column("acc", "acc {:7.4f}"),
     _Column("acc_norm", "acc_norm {:7.4f}"),
     _Column("exact_match", "exact_match {:7.4f}"),

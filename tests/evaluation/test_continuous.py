@@ -27,7 +27,7 @@ def task_flags(folder: str, *more: str) -> list[str]:
     return ["--eval-tasks", ",".join(NAMES), "--eval-tasks-path", folder, *more]
 
 
-@pytest.mark.parametrize("stage", ["1", "3"])
+@pytest.mark.parametrize("stage", [pytest.param("1", marks=pytest.mark.slow), "3"])
 def test_training_is_not_changed(data, ranks2, tmp_path, stage):
     """Losses, routing and later random numbers are those of a run without tasks."""
     folder = tasks.write_tasks(tmp_path / "tasks")

@@ -71,7 +71,7 @@ def test_missing_data_set_is_named(monkeypatch):
         "--tasks cbt: the data set cam-cst/cbt of its task cbt_cn cannot be loaded "
         "(ConnectionError: Couldn't reach cam-cst/cbt on the Hub). It comes from the Hugging "
         "Face Hub: with network access run python -c 'import datasets; "
-        "datasets.load_dataset('cam-cst/cbt', 'CN')', and copy ~/.cache/huggingface (HF_HOME) "
+        'datasets.load_dataset("cam-cst/cbt", "CN")\', and copy ~/.cache/huggingface (HF_HOME) '
         "to this machine"
     )
 
