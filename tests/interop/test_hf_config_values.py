@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 
 from helpers.hf_models import HFCase, tested_families
-from megatron.interop.hf.config_map import run_config_of
+from helpers.hf_variants import LLAMA3_ROPE
+from megatron.config.rotary import RotaryConfig
+from megatron.interop.hf.config_map import config_json_of, run_config_of
 from megatron.interop.hf.registry import find_family
 
 pytest.importorskip("transformers", reason="the reference implementations are not installed")
@@ -52,6 +57,10 @@ def test_odd_values_are_refused_or_harmless(model_type):
         ("glm4_moe", "scoring_func", "softmax"),
         ("qwen3_moe", "num_experts", 7),
         ("minimax_m2", "attn_type_list", [1, 0, 1]),
+        ("mixtral", "partial_rotary_factor", 0.5),
+        ("deepseek_v3", "partial_rotary_factor", 0.5),
+        ("olmoe", "clip_qkv", 0.0),
+        ("deepseek_v2", "q_lora_rank", 0),
     ],
 )
 def test_refused_value_is_named(model_type, key, value):
@@ -63,108 +72,52 @@ def test_refused_value_is_named(model_type, key, value):
         run_config_of(family, {**config, key: value})
 
 
-RELEASED = {
-    "qwen2_moe": {
-        "decoder_sparse_step": 1,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 5632,
-        "max_position_embeddings": 8192,
-        "max_window_layers": 21,
-        "moe_intermediate_size": 1408,
-        "norm_topk_prob": False,
-        "num_attention_heads": 16,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "num_hidden_layers": 24,
-        "num_key_value_heads": 16,
-        "output_router_logits": False,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "router_aux_loss_coef": 0.001,
-        "shared_expert_intermediate_size": 5632,
-        "sliding_window": 8192,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    },
-    "qwen3_moe": {
-        "attention_bias": False,
-        "decoder_sparse_step": 1,
-        "head_dim": 128,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 48,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_attention_heads": 32,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    },
-    "glm4_moe": {
-        "attention_bias": True,
-        "eos_token_id": [151329, 151336, 151338],
-        "first_k_dense_replace": 1,
-        "head_dim": 128,
-        "hidden_size": 4096,
-        "intermediate_size": 10944,
-        "moe_intermediate_size": 1408,
-        "n_group": 1,
-        "n_routed_experts": 128,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_attention_heads": 96,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 46,
-        "num_key_value_heads": 8,
-        "num_nextn_predict_layers": 1,
-        "partial_rotary_factor": 0.5,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "routed_scaling_factor": 1.0,
-        "topk_group": 1,
-        "use_qk_norm": False,
-        "vocab_size": 151552,
-    },
-    "minimax_m2": {
-        "attn_type_list": [1] * 62,
-        "head_dim": 128,
-        "num_mtp_modules": 3,
-        "qk_norm_type": "per_layer",
-        "rope_theta": 5000000,
-        "rotary_dim": 64,
-        "scoring_func": "sigmoid",
-        "use_mtp": True,
-        "use_qk_norm": True,
-        "use_routing_bias": True,
-    },
-}
-"""Keys of the files that came with released models: transformers no longer writes all of them"""
+def test_attention_factor_of_zero_is_refused():
+    """It would make all logits equal; our 0 means that it follows from the factor."""
+    family, config = family_and_config("llama")
+    rope = {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.0}
+    with pytest.raises(ValueError, match="rope attention_factor is 0.0"):
+        run_config_of(family, {**config, "rope_parameters": rope})
 
 
-@pytest.mark.parametrize("model_type", RELEASED)
-def test_released_configuration_is_understood(model_type):
-    """It means what transformers makes of it; earlier names of keys are understood, too."""
-    from transformers import CONFIG_MAPPING
+EARLIER_ROPE = [
+    ("mixtral", {"rope_theta": 50.0}),
+    ("mixtral", {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("mixtral", {}),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}}),
+    ("llama", {"rope_scaling": {**LLAMA3_ROPE}}),
+    ("glm4_moe", {"rope_theta": 50.0, "partial_rotary_factor": 1.0}),
+    ("glm4_moe", {"rope_theta": 50.0, "rope_scaling": None}),
+    ("minimax_m2", {"rotary_dim": 6}),
+    ("minimax_m2", {"rotary_dim": 4, "partial_rotary_factor": 0.5}),
+    ("gpt_oss", {"rope_theta": 50.0}),
+    ("gpt_oss", {"rope_parameters": {}}),
+]
 
-    family = find_family(model_type)
-    ours = run_config_of(family, {"model_type": model_type, **RELEASED[model_type]})
-    written = CONFIG_MAPPING[model_type](**RELEASED[model_type]).to_dict()
-    known = {key: value for key, value in written.items() if key in family.known_keys}
-    theirs = run_config_of(family, known)
-    for section in ("model", "attention", "rotary", "moe", "gate_options"):
-        assert getattr(ours, section) == getattr(theirs, section)
-    assert ours.rotary.rotary_percent in (0.5, 1.0)
+
+@pytest.mark.parametrize("model_type, keys", EARLIER_ROPE)
+def test_earlier_rope_keys_mean_the_same(model_type, keys):
+    """They mean what transformers makes of them, which it writes as rope_parameters."""
+    from transformers import AutoConfig
+
+    family, config = family_and_config(model_type)
+    del config["rope_parameters"]
+    written = AutoConfig.for_model(**config, **copy.deepcopy(keys)).to_dict()
+    theirs = run_config_of(family, {**config, "rope_parameters": written["rope_parameters"]})
+    ours = run_config_of(family, {**config, **keys})
+    assert ours.rotary == theirs.rotary
+    assert ours.model.rotary_base == theirs.model.rotary_base
+
+
+def test_partial_rotation_is_exported_where_it_is_read():
+    """Most families of transformers ignore partial_rotary_factor without a word."""
+    family, config = family_and_config("glm4_moe")
+    run = run_config_of(family, config)
+    assert run.rotary.rotary_percent == 0.5
+    written = config_json_of(family, run)
+    assert written["rope_parameters"].get("partial_rotary_factor", 0.5) == 0.5
+    llama, config = family_and_config("llama")
+    run = run_config_of(llama, config)
+    half = dataclasses.replace(run, rotary=RotaryConfig(rotary_percent=0.5))
+    with pytest.raises(ValueError, match="--rotary-percent is 0.5; allowed in .* llama: 1.0"):
+        config_json_of(llama, half)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ class Same:
     key: str
     ours: str
     zero_for_none: bool = False
-    """Whether null means our 0, and the other way round"""
+    """Whether null means our 0, and the other way round; their 0 is refused"""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -42,8 +43,9 @@ class Same:
 
     def to_ours(self, config: Mapping[str, Any]) -> Settings:
         value = config[self.key]
-        if value is None and self.zero_for_none:
-            value = 0
+        if self.zero_for_none:
+            require(value != 0, f"config.json: {self.key}", value, "another number, or null")
+            value = 0 if value is None else value
         return {self.ours: value}
 
     def to_theirs(self, run: RunConfig) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class Fixed:
 
 
 def _json_text(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value))
+    return json.dumps(value)
 
 
 @dataclass(frozen=True)

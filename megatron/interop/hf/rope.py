@@ -57,6 +57,8 @@ class Rope:
 
     default_base: float = 10000.0
     """rope_theta of a config.json without one"""
+    is_partial: bool = False
+    """Whether transformers' code of the family reads partial_rotary_factor"""
     default_share: float = 1.0
     """partial_rotary_factor of a config.json without one"""
     size_key: str = ""
@@ -76,8 +78,9 @@ class Rope:
         settings: Settings = {
             "model.position_embedding_type": "rope",
             "model.rotary_base": parameters.pop("rope_theta"),
-            "rotary.rotary_percent": parameters.pop("partial_rotary_factor", None)
-            or self._share(config),
+            "rotary.rotary_percent": self._share(
+                parameters.pop("partial_rotary_factor", None), config
+            ),
             "rotary.rope_scaling": "none" if kind == "default" else kind,
         }
         if kind in ("llama3", "yarn"):
@@ -87,6 +90,13 @@ class Rope:
             require(
                 isinstance(number, int | float), f"config.json: rope {name}", number, "a number"
             )
+        factor = parameters.get("attention_factor")
+        require(
+            factor is None or factor > 0,  # 0 of ours means that it is not set
+            "config.json: rope attention_factor",
+            factor,
+            "a number above 0, or null",
+        )
         for name, value in parameters.items():
             if name in _OPTIONS[kind] and value is not None:
                 settings[f"rotary.{_OPTIONS[kind][name]}"] = value
@@ -94,17 +104,29 @@ class Rope:
                 _refuse(name, value, kind)
         return settings
 
-    def _share(self, config: Mapping[str, Any]) -> float:
-        """Return the share of a head's dimensions that is rotated."""
-        if self.size_key and config.get(self.size_key):
+    def _share(self, share: float | None, config: Mapping[str, Any]) -> float:
+        """Return the share of a head's dimensions that is rotated.
+
+        Args:
+            share: partial_rotary_factor among the parameters; None: there is none.
+        """
+        share = share or config.get("partial_rotary_factor")
+        require(
+            self.is_partial or share in (None, 1.0),
+            "config.json: partial_rotary_factor",
+            share,
+            "1.0 or no such key",
+            "The family rotates all dimensions of a head.",
+        )
+        if not share and self.size_key and config.get(self.size_key):
             return config[self.size_key] / config["head_dim"]
-        return config.get("partial_rotary_factor") or self.default_share
+        return share or self.default_share
 
     def to_theirs(self, run: RunConfig) -> dict[str, Any]:
         rotary = run.rotary
         kind = "default" if rotary.rope_scaling == "none" else rotary.rope_scaling
         parameters = {"rope_type": kind, "rope_theta": run.model.rotary_base}
-        if rotary.rotary_percent != self.default_share:
+        if self.is_partial and rotary.rotary_percent != self.default_share:
             parameters["partial_rotary_factor"] = rotary.rotary_percent
         for name, field_name in _OPTIONS[kind].items():
             value = getattr(rotary, field_name)

@@ -62,7 +62,7 @@ class _DefaultYarn(Rope):
     """Rotary positions that are scaled by YaRN if config.json says nothing."""
 
     def to_ours(self, config: Mapping[str, Any]) -> Settings:
-        if not config.get("rope_scaling") and not config.get("rope_parameters"):
+        if not config.get("rope_scaling") and config.get("rope_parameters") is None:
             config = {**config, "rope_parameters": _YARN}
         return super().to_ours(config)
 

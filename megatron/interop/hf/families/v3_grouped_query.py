@@ -124,7 +124,7 @@ GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
     config=(
         *_V3_RULES,
-        Rope(default_share=0.5),
+        Rope(is_partial=True, default_share=0.5),
         Router("glm4_moe/Glm4MoeTopkRouter"),
         Same("intermediate_size", "model.ffn_hidden_size"),
         Same("attention_bias", "attention.add_qkv_bias"),
@@ -198,7 +198,7 @@ SOLAR_OPEN = Family(
     architecture="SolarOpenForCausalLM",
     config=(
         *_V3_RULES,
-        Rope(default_base=1e6),
+        Rope(default_base=1e6, is_partial=True),
         Router("solar_open/SolarOpenTopkRouter"),
         Same("attention_bias", "attention.add_qkv_bias"),
         # Released files name the dense blocks that other families have.
@@ -307,7 +307,7 @@ MINIMAX_M2 = Family(
     config=(
         *MODEL_RULES,
         HEAD_RULE,
-        Rope(default_base=5e6, size_key="rotary_dim"),
+        Rope(default_base=5e6, is_partial=True, size_key="rotary_dim"),
         Router("minimax_m2/MiniMaxM2TopKRouter"),
         Same("num_local_experts", "moe.num_experts"),
         Same("intermediate_size", "moe.moe_ffn_hidden_size"),
