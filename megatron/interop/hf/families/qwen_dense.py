@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.interop.hf.block_rules import ATTENTION_BIAS, LayerWindows
+from megatron.interop.hf.block_rules import ATTENTION_BIAS, Accepted, LayerWindows
 from megatron.interop.hf.config_rules import HEAD_RULE, MODEL_RULES, Always, Same
 from megatron.interop.hf.family import (
     ATTENTION_BIASES,
@@ -57,6 +57,8 @@ QWEN2 = Family(
         Same("intermediate_size", "model.ffn_hidden_size"),
         Always({"attention.add_qkv_bias": True}),
         _WINDOWS,
+        # Positions in three dimensions, of models that see images.
+        Accepted("use_mrope", (False,)),
     ),
     tensors=(*DECODER_TENSORS, *ATTENTION_TENSORS, *ATTENTION_BIASES[:3], *DENSE_TENSORS),
     unmapped=(ROTARY_FREQUENCIES,),
