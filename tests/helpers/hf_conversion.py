@@ -42,13 +42,13 @@ def import_model(folder: Path) -> Imported:
     return Imported(source, model)
 
 
-def build_our_model(config: RunConfig) -> GPT:
-    """Build a model with initial weights."""
+def build_our_model(config: RunConfig, vocab_size: int = 0) -> GPT:
+    """Build a model with initial weights, by default of the vocabulary of its configuration."""
     return build_model(
         config.model,
         config.moe,
         config.gate_options,
-        vocab_size=config.model.vocab_size,
+        vocab_size=vocab_size or config.model.vocab_size,
         seed=1,
         groups=Groups(),
         expert_options=config.expert_options,

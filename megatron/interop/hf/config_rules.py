@@ -11,6 +11,8 @@ from typing import Any
 from megatron.config.fields import require
 from megatron.config.schema import RunConfig
 from megatron.interop.hf.family import ConfigRule, Settings
+from megatron.moe.experts.expert_type import expert_config_class
+from megatron.moe.gate import gate_config_class
 from megatron.moe.released_routers import RELEASED_ROUTERS, ReleasedRouter
 
 _LONGEST_SAMPLE = 4096
@@ -18,13 +20,15 @@ _LONGEST_SAMPLE = 4096
 
 
 def get_setting(run: RunConfig, name: str) -> Any:
-    """Return the value of a setting "section.field"; None for an option that is not set."""
+    """Return the value of a setting "section.field"; None if the gate has no such option."""
     section, _, field_name = name.partition(".")
     if section == "expert":
-        return run.expert_options.get(field_name)
+        defaults = expert_config_class(run.moe.expert_type)
+        return run.expert_options.get(field_name, getattr(defaults, field_name, None))
     if section == "gate":
-        gates = run.moe.gate_layers.gates
-        return run.gate_options.get(gates[0], {}).get(field_name)
+        gate = run.moe.gate_layers.gates[0]
+        default = getattr(gate_config_class(gate), field_name, None)
+        return run.gate_options.get(gate, {}).get(field_name, default)
     return getattr(getattr(run, section), field_name)
 
 

@@ -116,6 +116,7 @@ class ExportPlan:
             self.stored = None
         if self.family.pads_vocabulary:
             self.config = _with_vocab_size(self.config, _unpadded_vocab_size(source))
+        config_json_of(self.family, self.config)  # refuses what the family cannot express
         shapes = self._our_shapes()
         names = self._stored_names()
         layout = find_layout(self.family, shapes, names)
