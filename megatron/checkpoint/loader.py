@@ -31,6 +31,7 @@ from megatron.checkpoint.directory import (
 from megatron.checkpoint.gate_code import require_known_gates, warn_of_changed_gates
 from megatron.checkpoint.manifest import CorruptCheckpointError, check_files
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
+from megatron.checkpoint.origin_files import with_found_files
 from megatron.checkpoint.shards import CheckpointReader, rank_file_name
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.fields import require, shortened
@@ -67,6 +68,7 @@ class LoadedCheckpoint:
         require_known_gates(state.get("gates", {}), str(path))
         config = with_typed_gate_options(read_config(path), path)
         config = with_typed_expert_options(config, path)
+        config = replace(config, tokenizer=with_found_files(config.tokenizer, path))
         self.metadata = RunMetadata.from_state(config, state)
         self.progress = TrainingProgress()
         if not options.finetune:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.checkpoint.manifest import HF_FOLDER, read_manifest
+from megatron.config.tokenizer import TokenizerConfig
 from megatron.io.atomic_write import fsync_directory, fsync_path
 from megatron.io.sha256 import FileDigest, file_sha256
 
@@ -39,3 +41,20 @@ def copy_hf_folder(source: Path, unfinished: Path) -> dict[str, FileDigest]:
     if names:
         fsync_directory(unfinished / HF_FOLDER)
     return digests
+
+
+def with_found_files(tokenizer: TokenizerConfig, checkpoint: Path) -> TokenizerConfig:
+    """Return a tokenizer's configuration with files of a checkpoint in place of missing ones.
+
+    The folder that a converted checkpoint names may have been moved since.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+    """
+    found = {}
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = Path(getattr(tokenizer, name))
+        copy = checkpoint / HF_FOLDER / path.name
+        if path.name and not path.exists() and copy.is_file():
+            found[name] = str(copy)
+    return replace(tokenizer, **found)

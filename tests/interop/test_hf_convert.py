@@ -9,10 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.hf_folders import save_model
 from megatron.checkpoint.consolidate import find_verified_checkpoint
+from megatron.checkpoint.loader import LoadedCheckpoint
 from megatron.checkpoint.shards import CheckpointReader
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.run_json import read_run_json
 from megatron.interop.hf.convert import convert_from_hf, open_hf_model
 from megatron.interop.hf.export import ExportOptions, convert_to_hf
+from megatron.tokenizer.build import build_tokenizer
 
 SIZES = {
     "vocab_size": 61,
@@ -100,3 +105,31 @@ def test_other_tensors_are_refused(mixtral, tmp_path, change):
     with pytest.raises(ValueError, match=r"experts\.[23]\.w3\.weight"):
         convert_from_hf(folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_moved_checkpoint_finds_its_tokenizer(tmp_path):
+    """The flags name files next to the checkpoint; text generation takes those inside it."""
+    folder = save_model(tmp_path / "hf", "mixtral")
+    path = convert_from_hf(folder, tmp_path / "ours").path
+    named = Path(read_run_json(path / "run.json").tokenizer.tokenizer_model)
+    assert named == tmp_path / "ours/tokenizer/tokenizer.json" and named.is_file()
+    (tmp_path / "ours").rename(tmp_path / "moved")
+    loaded = LoadedCheckpoint(
+        tmp_path / "moved/iter_0000000", CheckpointConfig(load="x", finetune=True), []
+    )
+    tokenizer = build_tokenizer(loaded.metadata.config.tokenizer)
+    assert tokenizer.decode(tokenizer.encode("text")) == "text"
+
+
+def test_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
+    """Not even the tokenizer in a directory that existed before."""
+    folder = save_model(tmp_path / "hf", "mixtral")
+    (tmp_path / "ours").mkdir()
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("megatron.interop.hf.convert.write_hf_folder", fail)
+    with pytest.raises(OSError, match="no space"):
+        convert_from_hf(folder, tmp_path / "ours")
+    assert not list((tmp_path / "ours").iterdir())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.checkpoint.directory import checkpoint_name
 from megatron.checkpoint.manifest import HF_FOLDER
 from megatron.checkpoint.weights_only import (
     WeightsSource,
@@ -14,7 +14,13 @@ from megatron.checkpoint.weights_only import (
 )
 from megatron.config.schema import RunConfig, TokenizerConfig
 from megatron.interop.hf.config_map import run_config_of
-from megatron.interop.hf.hf_folder import COPIED_FILES, files_to_copy, write_hf_folder
+from megatron.interop.hf.hf_folder import (
+    COPIED_FILES,
+    TOKENIZER_FILES,
+    copy_file,
+    files_to_copy,
+    write_hf_folder,
+)
 from megatron.interop.hf.source import HFSource
 from megatron.interop.hf.tokenizer_choice import build_checked, choose_tokenizer, moved
 from megatron.interop.hf.weights import HFWeights
@@ -103,23 +109,29 @@ def convert_from_hf(
         model.specs.shapes, model.specs.buffers, model.weights.read, model.weights.buffer
     )
 
+    tokenizer_folder = output / "tokenizer"
+
     def write_files(partial: Path) -> dict[str, FileDigest]:
+        _copy_tokenizer(model.source.folder, tokenizer_folder)
         digests = write_hf_folder(
             partial / HF_FOLDER, model.source, unused.kept, unused.dropped
         )
         return {f"{HF_FOLDER}/{name}": digest for name, digest in digests.items()}
 
     planned(source.nbytes)
-    hf_folder = output / checkpoint_name(0) / HF_FOLDER
-    path = write_weights_checkpoint(
-        output,
-        replace(model.config, tokenizer=moved(model.config.tokenizer, hf_folder)),
-        model.tokenizer,
-        source,
-        extra_files=write_files,
-        extra_bytes=_extra_bytes(model),
-        progress=progress,
-    )
+    try:
+        path = write_weights_checkpoint(
+            output,
+            replace(model.config, tokenizer=moved(model.config.tokenizer, tokenizer_folder)),
+            model.tokenizer,
+            source,
+            extra_files=write_files,
+            extra_bytes=_extra_bytes(model),
+            progress=progress,
+        )
+    except BaseException:
+        shutil.rmtree(tokenizer_folder, ignore_errors=True)
+        raise
     return ConvertResult(
         path,
         model.source.family.name,
@@ -128,6 +140,15 @@ def convert_from_hf(
         unused.kept,
         unused.dropped,
     )
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files to a folder that outlives the checkpoint of iteration 0."""
+    names = files_to_copy(source, TOKENIZER_FILES)
+    if names:
+        target.mkdir()
+    for name in names:
+        copy_file(source / name, target / name)
 
 
 def _extra_bytes(model: HFModel) -> int:
