@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron.checkpoint.weights_only import (
     require_no_checkpoints,
     write_weights_checkpoint,
 )
+from megatron.config.fields import require
 from megatron.config.schema import RunConfig, TokenizerConfig
 from megatron.interop.hf.config_map import run_config_of
 from megatron.interop.hf.hf_folder import (
@@ -28,6 +30,10 @@ from megatron.interop.model_specs import ModelSpecs, model_specs
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.sha256 import FileDigest
 from megatron.tokenizer.base import Tokenizer
+
+_LARGEST_EXCESS = 4
+"""A model with this many times the parameters that its files hold is a mistake of config.json"""
+_SMALL_MODEL = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,24 @@ def open_hf_model(folder: str | Path, tokenizer: TokenizerConfig | None = None) 
     vocab_size = config.model.vocab_size
     built = build_checked(config.tokenizer, vocab_size)
     specs = model_specs(config, vocab_size)
+    _require_possible_size(specs, source)
     weights = HFWeights(source, config, specs.all_shapes)
     return HFModel(source, config, built, specs, weights)
+
+
+def _require_possible_size(specs: ModelSpecs, source: HFSource) -> None:
+    """Refuse a config.json whose model is far larger than its files, before it is mapped.
+
+    Smaller differences are missing tensors, which are found and named one by one.
+    """
+    held = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    require(
+        specs.num_parameters <= _LARGEST_EXCESS * held + _SMALL_MODEL,
+        "the model of config.json",
+        f"{specs.num_parameters} parameters",
+        f"about the {held} elements that its files hold",
+        "Correct config.json, or download the model's files again.",
+    )
 
 
 def convert_from_hf(
