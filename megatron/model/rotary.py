@@ -70,9 +70,11 @@ class Rotary(nn.Module):
     def _build(self, device: torch.device | None = None) -> None:
         table_PR = torch.empty(self.max_positions, self.rotated_size, device=device)
         if table_PR.is_meta:
-            # Shapes only: arithmetic on `meta` imports torch's compiler (2 s).
+            # Shapes only: arithmetic on `meta` imports torch's compiler (2 s), and so does
+            # `empty_like` (0.5 s).
             self.register_buffer("cos_PR", table_PR, persistent=False)
-            self.register_buffer("sin_PR", torch.empty_like(table_PR), persistent=False)
+            sin_PR = torch.empty(table_PR.shape, device="meta")
+            self.register_buffer("sin_PR", sin_PR, persistent=False)
             return
         position_P = torch.arange(self.max_positions, device=device).float()
         angle_PR = torch.outer(position_P, self._frequencies(device)).repeat(1, 2)
