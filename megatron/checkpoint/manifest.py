@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,13 @@ def write_with_digest(path: Path, text: str) -> FileDigest:
     content = text.encode()
     atomic_write.write_bytes(path, content)
     return digest_bytes(content)
+
+
+def copy_with_digest(source: Path, target: Path) -> FileDigest:
+    """Copy a file, following links, sync the copy to the disk, and return its digest."""
+    shutil.copyfile(source, target)
+    atomic_write.fsync_path(target)
+    return FileDigest(os.path.getsize(target), file_sha256(target))
 
 
 def read_json(path: Path) -> Any:

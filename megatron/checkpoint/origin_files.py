@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.checkpoint.manifest import HF_FOLDER, read_manifest
+from megatron.checkpoint.manifest import (
+    HF_FOLDER,
+    CorruptCheckpointError,
+    copy_with_digest,
+    read_manifest,
+)
 from megatron.config.tokenizer import TokenizerConfig
-from megatron.io.atomic_write import fsync_directory, fsync_path
-from megatron.io.sha256 import FileDigest, file_sha256
+from megatron.io.atomic_write import fsync_directory
+from megatron.io.sha256 import FileDigest
 
 
 def copy_hf_folder(source: Path, unfinished: Path) -> dict[str, FileDigest]:
     """Copy the folder of one checkpoint to another one, which is not complete yet.
 
     Args:
-        source: Directory of a complete checkpoint, which may have no such folder.
+        source: Directory of a complete checkpoint.
         unfinished: Directory of the other one.
 
     Returns:
         The digest of every file by path in the checkpoint.
 
     Raises:
-        CorruptCheckpointError: The manifest of `source` cannot be read.
-        OSError: A file cannot be read or written.
+        OSError: A file cannot be read or written, or `source` is no longer a checkpoint.
     """
     digests = {}
-    names = [
-        name for name in read_manifest(source)["files"] if name.startswith(f"{HF_FOLDER}/")
-    ]
+    try:
+        files = read_manifest(source)["files"]
+    except CorruptCheckpointError as error:
+        raise OSError(f"the folder {HF_FOLDER}/ cannot be copied: {error}") from None
+    names = [name for name in files if name.startswith(f"{HF_FOLDER}/")]
     if names:
         (unfinished / HF_FOLDER).mkdir()
     for name in names:
-        target = unfinished / name
-        shutil.copyfile(source / name, target)
-        fsync_path(target)
-        digests[name] = FileDigest(os.path.getsize(target), file_sha256(target))
+        digests[name] = copy_with_digest(source / name, unfinished / name)
     if names:
         fsync_directory(unfinished / HF_FOLDER)
     return digests

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron.checkpoint import directory
 from megatron.checkpoint.loader import LoadedCheckpoint
-from megatron.checkpoint.manifest import write_with_digest
+from megatron.checkpoint.manifest import HF_FOLDER, write_with_digest
 from megatron.checkpoint.metadata import RunMetadata, TrainingProgress
 from megatron.checkpoint.origin_files import copy_hf_folder
 from megatron.checkpoint.shards import (
@@ -76,7 +76,7 @@ class Checkpointer:
         write_origin: ExtraFiles | None = None,
     ):
         self._write_origin = write_origin
-        if loaded is not None:
+        if loaded is not None and (loaded.path / HF_FOLDER).is_dir():
             self._write_origin = partial(copy_hf_folder, loaded.path)
         self.options = options
         self.engine = engine
@@ -321,8 +321,9 @@ class Checkpointer:
             pending.unfinished, self.directory, pending.iteration, files
         )
         self._corrupt.discard(target.name)
-        # The checkpoint or the folder that the run started from may be deleted.
-        self._write_origin = partial(copy_hf_folder, target)
+        if self._write_origin is not None:
+            # The checkpoint or the folder that the run started from may be deleted.
+            self._write_origin = partial(copy_hf_folder, target)
         get_logger().info(
             "saved %s: %.1f MB in %.1f s",
             target,

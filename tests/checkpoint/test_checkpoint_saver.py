@@ -278,3 +278,28 @@ def test_stage_0_is_written_once_and_resumes_exactly(precision, ranks2, tmp_path
     elsewhere = ranks2.run(engines.train, at_stage_3, 0, 3, 8)
     tolerance = 1e-5 if precision == "fp32" else 0.05
     assert elsewhere[0][1] == pytest.approx(uninterrupted[0][1], abs=tolerance)
+
+
+def _save_without_start(config, start):
+    """Run on a rank: load a checkpoint, delete it, and save."""
+    run = engines.Run(config)
+    try:
+        shutil.rmtree(start)
+        run.steps(1)
+        run.checkpoints.save(run.progress)
+        return run.checkpoints.failures
+    finally:
+        run.close()
+
+
+@pytest.mark.parametrize("has_origin", [False, True])
+def test_deleted_start_does_not_end_run(has_origin, ranks1, tmp_path):
+    """Only a start with the folder hf/ is needed again; without it the save has failed."""
+    ranks1.run(_saves, config_of(tmp_path / "first"), 1)
+    start = tmp_path / "first/iter_0000001"
+    if has_origin:
+        (start / "hf").mkdir()
+    options = {"load": str(start), "finetune": True, "on_save_error": "continue"}
+    config = config_of(tmp_path / "second", **options)
+    assert ranks1.run(_save_without_start, config, start)[0] == int(has_origin)
+    assert iterations(tmp_path / "second") == ([] if has_origin else [1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from helpers.hf_folders import save_model
 from megatron.checkpoint.consolidate import find_verified_checkpoint
 from megatron.checkpoint.shards import CheckpointReader
 from megatron.interop.hf.export import ExportOptions, convert_to_hf
-from megatron.interop.hf.initial_weights import read_hf_settings
+from megatron.interop.hf.initial_weights import read_hf_settings, write_origin
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,17 @@ def test_unknown_family_is_refused_before_training(tmp_path):
         read_hf_settings(str(folder))
     with pytest.raises(ValueError, match="has no config.json"):
         read_hf_settings(str(tmp_path))
+
+
+def test_changed_folder_fails_the_save(mixtral, tmp_path):
+    """An OSError, for which --on-save-error has a rule; nothing is left in the checkpoint."""
+    folder = shutil.copytree(mixtral, tmp_path / "model")
+    (folder / "config.json").unlink()
+    checkpoint = tmp_path / "iter_0000003"
+    checkpoint.mkdir()
+    with pytest.raises(OSError, match="was changed during the run: .* has no config.json"):
+        write_origin(str(folder), checkpoint)
+    assert not list(checkpoint.iterdir())
 
 
 def greedy(folder: str, prompts: list[list[int]]) -> list[list[int]]:

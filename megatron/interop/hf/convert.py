@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.checkpoint.manifest import HF_FOLDER
+from megatron.checkpoint.manifest import HF_FOLDER, copy_with_digest
 from megatron.checkpoint.weights_only import (
     WeightsSource,
     require_no_checkpoints,
@@ -19,7 +19,6 @@ from megatron.interop.hf.config_map import run_config_of
 from megatron.interop.hf.hf_folder import (
     COPIED_FILES,
     TOKENIZER_FILES,
-    copy_file,
     files_to_copy,
     write_hf_folder,
 )
@@ -47,6 +46,23 @@ class HFModel:
     specs: ModelSpecs
     weights: HFWeights
     """Our tensors, read from the folder"""
+
+    def write_origin(self, checkpoint: Path) -> dict[str, FileDigest]:
+        """Write what a checkpoint needs to be exported as its origin was: the folder `hf/`.
+
+        Args:
+            checkpoint: Unfinished directory of the checkpoint.
+
+        Returns:
+            The digest of every file by path in the checkpoint.
+
+        Raises:
+            OSError: A file cannot be read or written.
+        """
+        unused = self.weights.unused
+        target = checkpoint / HF_FOLDER
+        digests = write_hf_folder(target, self.source, unused.kept, unused.dropped)
+        return {f"{HF_FOLDER}/{name}": digest for name, digest in digests.items()}
 
 
 @dataclass(frozen=True)
@@ -135,10 +151,7 @@ def convert_from_hf(
 
     def write_files(partial: Path) -> dict[str, FileDigest]:
         _copy_tokenizer(model.source.folder, tokenizer_folder)
-        digests = write_hf_folder(
-            partial / HF_FOLDER, model.source, unused.kept, unused.dropped
-        )
-        return {f"{HF_FOLDER}/{name}": digest for name, digest in digests.items()}
+        return model.write_origin(partial)
 
     planned(source.nbytes)
     try:
@@ -170,7 +183,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     if names:
         target.mkdir()
     for name in names:
-        copy_file(source / name, target / name)
+        copy_with_digest(source / name, target / name)
 
 
 def _extra_bytes(model: HFModel) -> int:

@@ -31,7 +31,7 @@ from megatron.checkpoint.content import (
     with_typed_gate_options,
 )
 from megatron.checkpoint.directory import ValidCheckpoint
-from megatron.checkpoint.manifest import HF_FOLDER
+from megatron.checkpoint.manifest import HF_FOLDER, copy_with_digest
 from megatron.checkpoint.shards import CheckpointReader
 from megatron.config.schema import RunConfig
 from megatron.interop.hf.config_map import config_json_of
@@ -43,7 +43,6 @@ from megatron.interop.hf.hf_folder import (
     GENERATION_CONFIG,
     LAYOUT,
     StoredLayout,
-    copy_file,
     files_to_copy,
     read_kept,
     read_layout,
@@ -319,7 +318,7 @@ def convert_to_hf(
             plan.write_tensors(partial, progress)
             write_text(partial / CONFIG, json.dumps(config_json, indent=2) + "\n")
             for name in files_to_copy(plan.hf_folder, (GENERATION_CONFIG,)):
-                copy_file(plan.hf_folder / name, partial / name)
+                copy_with_digest(plan.hf_folder / name, partial / name)
             write_tokenizer(plan.config.tokenizer, plan.hf_folder, partial)
             fsync_directory(partial)
             commit_files([(partial, output)])

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.manifest import copy_with_digest
 from megatron.config.tokenizer import TokenizerConfig
-from megatron.interop.hf.hf_folder import TOKENIZER_FILES, copy_file, files_to_copy
+from megatron.interop.hf.hf_folder import TOKENIZER_FILES, files_to_copy
 from megatron.io.atomic_write import write_text
 from megatron.log import get_logger
 from megatron.tokenizer.build import build_tokenizer
@@ -29,7 +30,7 @@ def write_tokenizer(config: TokenizerConfig, hf_folder: Path, target: Path) -> N
     """
     names = files_to_copy(hf_folder, TOKENIZER_FILES)
     for name in names:
-        copy_file(hf_folder / name, target / name)
+        copy_with_digest(hf_folder / name, target / name)
     if names:
         return
     if config.tokenizer_type in ("NullTokenizer", "ByteTokenizer"):
@@ -60,7 +61,7 @@ def _try_write(config: TokenizerConfig, target: Path) -> str:
     except (OSError, ValueError) as error:
         return str(error)
     if config.tokenizer_type in _SENTENCEPIECE:
-        copy_file(Path(config.tokenizer_model), target / "tokenizer.model")
+        copy_with_digest(Path(config.tokenizer_model), target / "tokenizer.model")
         settings: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
         settings["add_bos_token"] = tokenizer.bos is not None
         _write_settings(target, settings)
@@ -74,7 +75,7 @@ def _try_write(config: TokenizerConfig, target: Path) -> str:
     if config.tokenizer_type == "HuggingFaceTokenizer":
         for name in files_to_copy(folder, TOKENIZER_FILES):
             if name != "tokenizer.json":
-                copy_file(folder / name, target / name)
+                copy_with_digest(folder / name, target / name)
     if not (target / "tokenizer_config.json").exists():
         if tokenizer.eod is not None:
             settings["eos_token"] = tokenizer.literal(tokenizer.eod)

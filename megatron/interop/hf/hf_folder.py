@@ -9,8 +9,6 @@ kept.safetensors    tensors that our model does not have, such as those of layer
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +16,23 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.manifest import CorruptCheckpointError, write_with_digest
+from megatron.checkpoint.manifest import (
+    CorruptCheckpointError,
+    copy_with_digest,
+    write_with_digest,
+)
 from megatron.config.fields import shortened
 from megatron.interop.hf.file_tensor import FileTensor, read_file_tensors
 from megatron.interop.hf.source import CONFIG, HFSource
 from megatron.interop.hf.weights import slices
-from megatron.io.atomic_write import fsync_directory, fsync_path
+from megatron.io.atomic_write import fsync_directory
 from megatron.io.safetensors_writer import (
     SAFETENSORS_DTYPES,
     TORCH_DTYPES,
     SafetensorsWriter,
     TensorSpec,
 )
-from megatron.io.sha256 import FileDigest, file_sha256
+from megatron.io.sha256 import FileDigest
 from megatron.io.untrusted import read_json_file
 
 LAYOUT = "layout.json"
@@ -132,7 +134,7 @@ def write_hf_folder(
         LAYOUT: write_with_digest(target / LAYOUT, layout.to_json()),
     }
     for name in files_to_copy(source.folder):
-        digests[name] = copy_file(source.folder / name, target / name)
+        digests[name] = copy_with_digest(source.folder / name, target / name)
     if kept:
         digests[KEPT] = _write_kept(target / KEPT, source, kept)
     fsync_directory(target)
@@ -150,13 +152,6 @@ def _write_kept(path: Path, source: HFSource, names: Sequence[str]) -> FileDiges
             numel = spec.nbytes // spec.dtype.itemsize
             writer.write_parts(tensor.read(*part).to(spec.dtype) for part in slices(numel))
         return writer.finish()
-
-
-def copy_file(source: Path, target: Path) -> FileDigest:
-    """Copy a file, following links, and sync the copy to the disk. Returns its digest."""
-    shutil.copyfile(source, target)
-    fsync_path(target)
-    return FileDigest(os.path.getsize(target), file_sha256(target))
 
 
 def read_kept(folder: Path) -> Mapping[str, FileTensor]:

@@ -10,14 +10,12 @@ from typing import Any
 from torch import nn
 
 from megatron.checkpoint.consolidate import is_gate_parameter
-from megatron.checkpoint.manifest import HF_FOLDER
 from megatron.config.fields import shortened
 from megatron.config.run_json import run_json_text
 from megatron.config.schema import TokenizerConfig
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
 from megatron.interop.hf.config_map import run_config_of
-from megatron.interop.hf.convert import HFModel, open_hf_model
-from megatron.interop.hf.hf_folder import write_hf_folder
+from megatron.interop.hf.convert import open_hf_model
 from megatron.interop.hf.registry import family_of
 from megatron.interop.hf.source import read_config_json
 from megatron.interop.hf.tokenizer_choice import choose_tokenizer
@@ -129,22 +127,18 @@ def _tensors_without_source(ours: Shapes, theirs: Shapes, folder: str) -> set[st
 
 
 def write_origin(folder: str, checkpoint: Path) -> dict[str, FileDigest]:
-    """Write what a checkpoint needs to be exported as its origin was: the folder `hf/`.
+    """Write the folder `hf/` of a checkpoint, see `HFModel.write_origin`.
 
     Args:
         folder: Hugging Face folder from which the run started.
         checkpoint: Unfinished directory of the checkpoint.
 
-    Returns:
-        The digest of every file by path in the checkpoint.
-
     Raises:
-        ValueError: The folder is no longer valid.
-        OSError: A file cannot be read or written.
+        OSError: A file cannot be read or written, or the folder is no longer valid: the
+            checkpoint cannot be saved, for which --on-save-error has a rule.
     """
-    source: HFModel = open_hf_model(folder)
-    unused = source.weights.unused
-    digests = write_hf_folder(
-        checkpoint / HF_FOLDER, source.source, unused.kept, unused.dropped
-    )
-    return {f"{HF_FOLDER}/{name}": digest for name, digest in digests.items()}
+    try:
+        source = open_hf_model(folder)
+    except ValueError as error:
+        raise OSError(f"--init-from-hf {folder} was changed during the run: {error}") from None
+    return source.write_origin(checkpoint)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from megatron.checkpoint.consolidate import check_output, find_verified_checkpoint
 from megatron.checkpoint.directory import checkpoint_name
-from megatron.checkpoint.manifest import HF_FOLDER
+from megatron.checkpoint.manifest import HF_FOLDER, copy_with_digest
 from megatron.checkpoint.weights_only import require_no_checkpoints, write_weights_checkpoint
 from megatron.config.schema import RunConfig
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.interop.hf.export import ExportOptions, convert_to_hf
-from megatron.interop.hf.hf_folder import copy_file, files_to_copy
+from megatron.interop.hf.hf_folder import files_to_copy
 from megatron.interop.hf.tokenizer_choice import moved
 from megatron.interop.model_specs import build_meta_model
 from megatron.interop.upcycle.dense_ffn import FFNStatistics
@@ -149,7 +149,7 @@ def _write_checkpoint(
             (partial / HF_FOLDER).mkdir()
         for name in names:
             path = f"{HF_FOLDER}/{name}"
-            digests[path] = copy_file(source.hf_folder / name, partial / path)
+            digests[path] = copy_with_digest(source.hf_folder / name, partial / path)
         return digests
 
     tensors = weights.source()
