@@ -213,21 +213,9 @@ def build_inference_model(run: Run) -> GPT:
 
 
 def _build_model(run: Run) -> GPT:
-    from megatron.model.builder import build_model
+    from megatron.model.builder import build_run_config_model
 
-    config = run.config
-    return build_model(
-        config.model,
-        config.moe,
-        config.gate_options,
-        vocab_size=run.vocab_size,
-        seed=config.train.seed,
-        groups=run.groups,
-        expert_options=config.expert_options,
-        attention=config.attention,
-        rotary=config.rotary,
-        recompute=config.train.recompute_activations,
-    )
+    return build_run_config_model(run.config, run.vocab_size, run.groups)
 
 
 def build_engine(run: Run, model: GPT) -> Engine:

@@ -34,25 +34,14 @@ def vocabulary_size(config: RunConfig) -> int:
 
 def run() -> None:
     """Print the table of sizes."""
-    from megatron.model.builder import build_model, size_table
+    from megatron.model.builder import build_run_config_model, size_table
     from megatron.model.meta_device import meta_device
-    from megatron.parallel.groups import Groups
     from megatron.pretrain import parse_flags
 
     config = parse_flags(sys.argv[1:])
     vocab_size = vocabulary_size(config)
     with meta_device():
-        model = build_model(
-            config.model,
-            config.moe,
-            config.gate_options,
-            vocab_size=vocab_size,
-            seed=config.train.seed,
-            groups=Groups(),
-            expert_options=config.expert_options,
-            attention=config.attention,
-            rotary=config.rotary,
-        )
+        model = build_run_config_model(config, vocab_size)
     print(size_table(model))
 
 

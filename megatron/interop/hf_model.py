@@ -33,7 +33,7 @@ from megatron.interop.hf_experts import register_experts
 from megatron.interop.router_logits import RouterLogits
 from megatron.model.attention_context import AttentionContext
 from megatron.model.block import Block, run_blocks
-from megatron.model.builder import build_model
+from megatron.model.builder import build_run_config_model
 from megatron.model.document_attention import DocumentLayout
 from megatron.model.gpt import GPT, token_layout
 from megatron.model.meta_device import meta_device
@@ -43,7 +43,6 @@ from megatron.moe.ffn import FFNContext
 from megatron.moe.layer_sums import find_moe_layers
 from megatron.moe.losses import reduce_over_layers
 from megatron.optional_packages import import_optional
-from megatron.parallel.groups import Groups
 
 _NEEDED_BY = "megatron.interop.hf_model"
 _transformers = import_optional("transformers", "hf", _NEEDED_BY)
@@ -75,28 +74,13 @@ def build_gpt(config: MoEMegatronConfig) -> GPT:
     try:
         if torch.empty(0).is_meta:
             with meta_device():
-                gpt = _build_fp32(config)
+                gpt = build_run_config_model(run, run.model.vocab_size)
         else:
-            gpt = _build_fp32(config)
+            gpt = build_run_config_model(run, run.model.vocab_size)
     finally:
         torch.set_default_dtype(dtype)
     cast_parameters(gpt, dtype)
     return gpt
-
-
-def _build_fp32(config: MoEMegatronConfig) -> GPT:
-    run = config.run_config
-    return build_model(
-        run.model,
-        run.moe,
-        run.gate_options,
-        vocab_size=run.model.vocab_size,
-        seed=run.train.seed,
-        groups=Groups(),
-        expert_options=run.expert_options,
-        attention=run.attention,
-        rotary=run.rotary,
-    )
 
 
 class MoEMegatronPreTrainedModel(_transformers.PreTrainedModel):

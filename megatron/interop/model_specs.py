@@ -9,7 +9,7 @@ from megatron.config.fields import require
 from megatron.config.schema import RunConfig
 from megatron.engine.zero_shards import GlobalLayout
 from megatron.io.safetensors_writer import TensorSpec
-from megatron.model.builder import build_model
+from megatron.model.builder import build_run_config_model
 from megatron.model.gpt import GPT
 from megatron.model.meta_device import meta_device
 from megatron.parallel.groups import Groups
@@ -65,19 +65,4 @@ def model_specs(config: RunConfig, vocab_size: int) -> ModelSpecs:
 def build_meta_model(config: RunConfig, vocab_size: int) -> GPT:
     """Build the model of a configuration on `meta`, where it takes no memory."""
     with meta_device():
-        return build_full_model(config, vocab_size)
-
-
-def build_full_model(config: RunConfig, vocab_size: int) -> GPT:
-    """Build the model of a configuration on one process, with its initial weights in fp32."""
-    return build_model(
-        config.model,
-        config.moe,
-        config.gate_options,
-        vocab_size=vocab_size,
-        seed=config.train.seed,
-        groups=Groups(),
-        expert_options=config.expert_options,
-        attention=config.attention,
-        rotary=config.rotary,
-    )
+        return build_run_config_model(config, vocab_size)

@@ -13,6 +13,7 @@ from megatron.config.attention import AttentionConfig
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
 from megatron.config.rotary import RotaryConfig
+from megatron.config.schema import RunConfig
 from megatron.model.gpt import GPT
 from megatron.model.mlp import MLP
 from megatron.model.parameter_count import count_parameters, parameter_table
@@ -83,6 +84,29 @@ def build_model(
     if not next(gpt.parameters()).is_meta:
         gpt.init_weights(seed)
     return gpt
+
+
+def build_run_config_model(
+    config: RunConfig, vocab_size: int, groups: Groups | None = None
+) -> GPT:
+    """Build a rank's model of all sections of a configuration; see `build_model`.
+
+    Args:
+        vocab_size: vocabulary size before padding.
+        groups: ranks over which experts are sharded; None: this process has all of them.
+    """
+    return build_model(
+        config.model,
+        config.moe,
+        config.gate_options,
+        vocab_size=vocab_size,
+        seed=config.train.seed,
+        groups=groups or Groups(),
+        expert_options=config.expert_options,
+        recompute=config.train.recompute_activations,
+        attention=config.attention,
+        rotary=config.rotary,
+    )
 
 
 def _create_gate(

@@ -12,9 +12,8 @@ from megatron.config.model import ModelConfig
 from megatron.config.schema import RunConfig
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.interop.model_specs import model_specs
-from megatron.model.builder import build_model
+from megatron.model.builder import build_run_config_model
 from megatron.model.gpt import GPT
-from megatron.parallel.groups import Groups
 from megatron.tokenizer.build import build_tokenizer
 
 VOCAB_SIZE = 257
@@ -40,17 +39,7 @@ def dense_config(**model) -> RunConfig:
 
 def build(config: RunConfig, vocab_size: int = VOCAB_SIZE) -> GPT:
     """Build the model of a configuration with its initial weights."""
-    return build_model(
-        config.model,
-        config.moe,
-        config.gate_options,
-        vocab_size=vocab_size,
-        seed=config.train.seed,
-        groups=Groups(),
-        expert_options=config.expert_options,
-        attention=config.attention,
-        rotary=config.rotary,
-    )
+    return build_run_config_model(config, vocab_size)
 
 
 def save(model: GPT, config: RunConfig, directory: Path) -> Path:

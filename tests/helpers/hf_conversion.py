@@ -16,9 +16,8 @@ from megatron.config.schema import RunConfig
 from megatron.interop.hf.convert import HFModel, open_hf_model
 from megatron.interop.hf.export import ExportOptions, convert_to_hf
 from megatron.interop.hf.weights import HFWeights, read_from
-from megatron.model.builder import build_model
+from megatron.model.builder import build_run_config_model
 from megatron.model.gpt import GPT
-from megatron.parallel.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,7 @@ def import_model(folder: Path) -> Imported:
 
 def build_our_model(config: RunConfig, vocab_size: int = 0) -> GPT:
     """Build a model with initial weights, by default of the vocabulary of its configuration."""
-    return build_model(
-        config.model,
-        config.moe,
-        config.gate_options,
-        vocab_size=vocab_size or config.model.vocab_size,
-        seed=1,
-        groups=Groups(),
-        expert_options=config.expert_options,
-        attention=config.attention,
-        rotary=config.rotary,
-    )
+    return build_run_config_model(config, config.model.vocab_size)
 
 
 @torch.no_grad()

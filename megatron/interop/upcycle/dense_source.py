@@ -18,7 +18,8 @@ from megatron.config.schema import RunConfig
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
 from megatron.interop.hf.convert import open_hf_model
 from megatron.interop.hf.weights import ReadRange
-from megatron.interop.model_specs import build_full_model, build_meta_model
+from megatron.interop.model_specs import build_meta_model
+from megatron.model.builder import build_run_config_model
 from megatron.model.gpt import GPT
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.base import Tokenizer
@@ -43,7 +44,7 @@ class DenseSource:
 
 def build_dense_model(source: DenseSource) -> GPT:
     """Build the dense model with its weights in fp32, on the GPU if there is one."""
-    model = build_full_model(source.config, source.vocab_size)
+    model = build_run_config_model(source.config, source.vocab_size)
     layout = GlobalLayout.of(model, Groups())
     assert not layout.buffers, f"a dense model has the buffers {layout.buffers}"
     fill_weights(model, layout, source.read, model.state_dict().__getitem__)
