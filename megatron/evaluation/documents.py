@@ -11,9 +11,8 @@ import numpy as np
 from megatron.config.fields import require
 from megatron.data.indexed.reader import IndexedDataset, dataset_prefix
 from megatron.data.indexed.validation import check_sidecar
-from megatron.data.ingest.formats import DocumentSource
-from megatron.data.ingest.records import Chunk, FlagNames
-from megatron.data.ingest.sources import open_sources
+from megatron.data.ingest.records import FlagNames
+from megatron.data.ingest.texts import read_texts
 from megatron.tokenizer.base import Tokenizer
 
 _CHUNK_BYTES = 1 << 20
@@ -62,26 +61,11 @@ class DocumentSet:
         if self.is_tokens:
             yield from self._decoded()
             return
-        for source in open_sources([self.path], _FLAGS):
-            yield from self._encoded(source)
-
-    def _encoded(self, source: DocumentSource) -> Iterator[TextDocument]:
-        lines_before = 0
-        for chunk in source.chunks([self.key], chunk_bytes=_CHUNK_BYTES):
-            texts, lines = self._texts(chunk, lines_before)
-            lines_before += lines
+        for texts in read_texts(self.path, self.key, _FLAGS, _CHUNK_BYTES):
             ids, lengths = self.tokenizer.encode_batch(texts)
             ends = np.cumsum(lengths)
             for text, start, end in zip(texts, ends - lengths, ends, strict=True):
                 yield self._document(ids[start:end], text)
-
-    def _texts(self, chunk: Chunk, lines_before: int) -> tuple[list[str], int]:
-        """Return the texts of a chunk, and its number of lines."""
-        parsed = chunk.parse([self.key])
-        if parsed.rejected:
-            first = parsed.rejected[0]
-            raise chunk.rejection_error(first, lines_before + first.line)
-        return parsed.texts[self.key], parsed.lines
 
     def _decoded(self) -> Iterator[TextDocument]:
         """Yield the documents of a token dataset, which end where the index or a token says so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from megatron.config.fields import require, shortened
 from megatron.data.ingest.formats import FILE_FORMATS
 from megatron.data.ingest.records import FlagNames
-from megatron.data.ingest.sources import open_sources
+from megatron.data.ingest.texts import read_texts
 from megatron.inference.text import Continuation
 from megatron.io.atomic_write import write_bytes
 
@@ -54,16 +55,7 @@ def _read_lines(path: str) -> list[str]:
 
 
 def _read_records(path: str, key: str) -> list[str]:
-    prompts = []
-    line = 0
-    for source in open_sources([path], _FLAGS):
-        for chunk in source.chunks([key]):
-            parsed = chunk.parse([key])
-            for rejected in parsed.rejected:
-                raise chunk.rejection_error(rejected, line + rejected.line)
-            prompts += parsed.texts[key]
-            line += parsed.lines
-    return prompts
+    return list(itertools.chain.from_iterable(read_texts(path, key, _FLAGS)))
 
 
 def require_fitting_prompt(tokens: Sequence[int], text: str, max_positions: int) -> None:
@@ -74,16 +66,6 @@ def require_fitting_prompt(tokens: Sequence[int], text: str, max_positions: int)
         len(tokens),
         f"1 to the model's {max_positions} positions",
         "Cut the prompt.",
-    )
-
-
-def require_output_path(path: str) -> None:
-    """Raise ValueError if a file could not be written after the generation."""
-    require(
-        Path(path).parent.is_dir() and not Path(path).is_dir(),
-        "--output",
-        path,
-        "the path of a file in a folder that exists",
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.config.fields import require
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.ingest.records import FlagNames
-from megatron.data.ingest.sources import open_sources
+from megatron.data.ingest.texts import read_texts
 from megatron.tokenizer.base import Tokenizer
 
 FLAG = "--sample-data"
@@ -66,13 +66,6 @@ def _indexed(prefix: str) -> Iterator[np.ndarray]:
 def _encoded(path: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Yield the tokens of the documents of text files, each with its end."""
     end = [] if tokenizer.eod is None else [tokenizer.eod]
-    for source in open_sources([path], _FLAGS):
-        line = 0
-        for chunk in source.chunks([_KEY]):
-            parsed = chunk.parse([_KEY])
-            if parsed.rejected:
-                first = parsed.rejected[0]
-                raise chunk.rejection_error(first, line + first.line)
-            line += parsed.lines
-            for text in parsed.texts[_KEY]:
-                yield np.concatenate([tokenizer.encode(text), np.array(end, np.uint32)])
+    for texts in read_texts(path, _KEY, _FLAGS):
+        for text in texts:
+            yield np.concatenate([tokenizer.encode(text), np.array(end, np.uint32)])
