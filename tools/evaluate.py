@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
     _add_task_flags(parser)
     _add_prompt_flags(parser)
     _add_output_flags(parser)
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
@@ -49,20 +47,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", help="directory of checkpoints, or a Hugging Face folder")
-    parser.add_argument(
-        "--load-step",
-        type=int,
-        default=0,
-        help="iteration of the checkpoint; 0: the newest (default)",
-    )
-    parser.add_argument(
-        "--gate-path",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="files with the model's gate, if it is neither built-in nor installed",
-    )
+    from megatron.config.tool_flags import add_load_flags
+
+    add_load_flags(parser, required=False)
     parser.add_argument(
         "--batch-size", type=int, default=8, help="rows per forward pass of a rank (default 8)"
     )
@@ -201,6 +188,7 @@ def build_model_of_run(
 def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for a value that is not allowed."""
     from megatron.config.fields import require
+    from megatron.config.tool_flags import require_output_file
 
     require(
         args.num_fewshot is None or args.num_fewshot >= 0,
@@ -227,13 +215,8 @@ def _check(args: argparse.Namespace) -> None:
         True,
         "only with --output FILE",
     )
-    folder = os.path.dirname(os.path.abspath(args.output or "results.json"))
-    require(
-        os.path.isdir(folder) and not os.path.isdir(args.output or ""),
-        "--output",
-        args.output,
-        "the path of a file in an existing directory",
-    )
+    if args.output:
+        require_output_file(args.output)
 
 
 def _load_tasks(args: argparse.Namespace) -> TaskSuite:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,6 @@ def parser() -> argparse.ArgumentParser:
         "--limit", type=int, default=0, help="documents of each path; 0: all (default)"
     )
     parser.add_argument("--output", help="JSON file that the figures are written to")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
@@ -73,22 +71,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--load", required=True, help="directory of checkpoints, or a Hugging Face folder"
-    )
-    parser.add_argument(
-        "--load-step",
-        type=int,
-        default=0,
-        help="iteration of the checkpoint; 0: the newest (default)",
-    )
-    parser.add_argument(
-        "--gate-path",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="files with the model's gate, if it is neither built-in nor installed",
-    )
+    from megatron.config.tool_flags import add_load_flags
+
+    add_load_flags(parser)
     parser.add_argument(
         "--batch-size", type=int, default=8, help="rows per forward pass of a rank (default 8)"
     )
@@ -97,13 +82,15 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print the figures, and write the JSON file."""
     from megatron.config.fields import require
+    from megatron.config.tool_flags import require_output_file
     from megatron.evaluation.lockstep import LockstepRanks
     from megatron.evaluation.scoring import TokenScorer
     from megatron.initialize import build_inference_model, initialize_inference
     from megatron.moe.gate_registry import import_gate_files
 
     require(args.limit >= 0, "--limit", args.limit, "0 or more")
-    _check_output(args.output)
+    if args.output:
+        require_output_file(args.output)
     import_gate_files(args.gate_path)
     run = initialize_inference(args.load, args.load_step)
     options = _window_options(args, run.tokenizer, run.config.model.max_positions)
@@ -113,17 +100,6 @@ def run(args: argparse.Namespace) -> None:
     )
     ranks = LockstepRanks(run.groups, {"score": scorer.score})
     ranks.run(lambda: _measure(args, run, ranks, options))
-
-
-def _check_output(path: str | None) -> None:
-    from megatron.config.fields import require
-
-    require(
-        not path or (os.path.isdir(os.path.dirname(os.path.abspath(path)) or ".")),
-        "--output",
-        path,
-        "the path of a file in an existing directory",
-    )
 
 
 def _window_options(

@@ -35,31 +35,15 @@ _KEEP_ALIVE_SECONDS = 60.0
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    from megatron.config.tool_flags import add_load_flags
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--load",
-        required=True,
-        help="directory of checkpoints (--save of the training run), or a Hugging Face folder",
-    )
-    parser.add_argument(
-        "--load-step",
-        type=int,
-        default=0,
-        help="iteration of the checkpoint; 0: the newest (default)",
-    )
-    parser.add_argument(
-        "--gate-path",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="files with the model's gate, if it is neither built-in nor installed",
-    )
+    add_load_flags(parser)
     _add_prompt_flags(parser)
     _add_sampling_flags(parser)
     _add_running_flags(parser)
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
@@ -204,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that exclude each other, and for values out of range."""
     from megatron.config.fields import require
-    from megatron.inference.prompts import require_output_path
+    from megatron.config.tool_flags import require_output_file
 
     given = {
         "--prompt": bool(args.prompt),
@@ -226,7 +210,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.output:
         require(not args.interactive, "--output", args.output, "none with --interactive")
-        require_output_path(args.output)
+        require_output_file(args.output)
 
 
 class _Session:

@@ -155,6 +155,7 @@ def test_unusable_data_is_refused(tmp_path):
         (["--limit", "-1"], "--limit is -1; allowed: 0 or more"),
         (["--batch-size", "0"], "--batch-size is 0; allowed: a positive integer"),
         (["--output", "/none/out.json"], "--output is '/none/out.json'; allowed: the path of"),
+        (["--output", "/"], "--output is '/'; allowed: the path of a file"),
     ],
 )
 def test_bad_flags_are_refused(small_checkpoint, ranks1, tmp_path, flags, message):

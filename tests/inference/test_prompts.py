@@ -7,10 +7,10 @@ import json
 
 import pytest
 
+from megatron.config.tool_flags import require_output_file
 from megatron.inference.prompts import (
     read_prompts,
     require_fitting_prompt,
-    require_output_path,
     write_continuations,
 )
 from megatron.inference.text import Continuation
@@ -62,10 +62,10 @@ def test_continuations_are_json_lines(tmp_path):
 
 
 def test_output_path_is_checked(tmp_path):
-    require_output_path(str(tmp_path / "a"))
+    require_output_file(str(tmp_path / "a"))
     for path in (tmp_path, tmp_path / "none/a"):
         with pytest.raises(ValueError, match="--output is .*; allowed: the path of a file"):
-            require_output_path(str(path))
+            require_output_file(str(path))
 
 
 def test_prompt_must_fit_positions():
