@@ -172,6 +172,11 @@ class HFTensors:
         assert theirs is not None
         yield theirs
 
+    def read_full(self, name: str) -> Tensor:
+        """Return a tensor of theirs in its full shape."""
+        parts = [part.reshape(-1) for part in self.parts(name)]
+        return torch.cat(parts).view(self.map.shapes[name])
+
 
 def _offset(link: BlockLink) -> int:
     assert link.transform.offset is not None
