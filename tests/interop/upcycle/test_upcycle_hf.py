@@ -88,6 +88,42 @@ def test_llama_becomes_mixtral_in_transformers(llama, tmp_path, flags):
     assert [path.name for path in tmp_path.iterdir()] == ["mixtral"]
 
 
+@pytest.mark.parametrize("name, family", [("Qwen2", "moe_megatron"), ("Qwen3", "qwen3_moe")])
+def test_qwen_becomes_moe_in_transformers(tmp_path, name, family):
+    """Biases and norms of the attention are taken over; Qwen2-MoE has a shared expert."""
+    import transformers
+
+    import megatron.interop.hf_model  # noqa: F401 - registers moe_megatron
+
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**SIZES, head_dim=8)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path / "dense")
+    flags = "--num-experts 4 --topk 2 --output-format hf"
+    run(tmp_path / "dense", tmp_path / "moe", flags)
+    content = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert content["model_type"] == family
+    expected = logits(tmp_path / "dense")
+    torch.testing.assert_close(logits(tmp_path / "moe"), expected, rtol=0, atol=1e-5)
+
+
+def test_shared_neurons_become_those_of_qwen2_moe(tmp_path):
+    """Its shared expert has a gate, which starts at a half of the doubled output."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(Qwen2Config(**SIZES)).save_pretrained(tmp_path / "dense")
+    flags = (
+        "--num-experts 4 --topk 4 --strategy random --shared-neurons 16 --init-method-std 1e-8"
+    )
+    flags += " --moe-shared-expert-gate --output-format hf"
+    run(tmp_path / "dense", tmp_path / "moe", flags)
+    content = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert content["model_type"] == "qwen2_moe"
+    assert content["shared_expert_intermediate_size"] == 16
+    expected = logits(tmp_path / "dense")
+    torch.testing.assert_close(logits(tmp_path / "moe"), expected, rtol=0, atol=1e-5)
+
+
 def test_llama_becomes_our_checkpoint(llama, tmp_path):
     run(llama, tmp_path / "moe", "--num-experts 4 --topk 2")
     torch.testing.assert_close(our_logits(tmp_path / "moe"), logits(llama), rtol=0, atol=1e-5)
