@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import runs
+from helpers import runs, scripts
 from helpers.hf_folders import save_model
 
 REPO = Path(__file__).resolve().parents[1]
@@ -102,3 +102,27 @@ def test_missing_model_is_named(name, tmp_path):
 def test_every_script_has_a_family():
     scripts = {path.stem for path in FOLDER.glob("*.sh")}
     assert scripts == {*MODEL_TYPES, "steps"}
+
+
+@pytest.mark.parametrize(
+    "config, experts",
+    [
+        ({"num_local_experts": 4}, "4"),
+        ({"run": {"moe": {"num_experts": 6}}}, "6"),  # a folder of a model of ours
+        ({"num_hidden_layers": 2}, None),
+    ],
+)
+def test_experts_of_folder_are_sharded(config, experts, tmp_path):
+    """run.sh divides the experts of the folder's config.json among the ranks."""
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    env = {"DRY_RUN": "1", "NUM_GPUS": "2", "INIT_FROM_HF": str(tmp_path)}
+    # The command is printed before its flags are checked, which needs a complete config.json.
+    done = scripts.run_script(FOLDER.parent / "run.sh", cwd=tmp_path, **env)
+    words = scripts.launch_command(done.stdout)
+    assert words[words.index("--init-from-hf") + 1] == str(tmp_path)
+    if experts is None:
+        assert "--num-experts" not in words
+        return
+    assert words[words.index("--num-experts") + 1] == experts
+    assert words[words.index("--moe-expert-parallel-size") + 1] == "2"
+    assert "--gate" not in words and "--hidden-size" not in words

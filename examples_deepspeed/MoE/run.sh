@@ -127,7 +127,8 @@ if [ -n "$INIT_FROM_HF" ]; then
 import json, sys
 config = json.load(open(sys.argv[1], encoding="utf-8"))
 names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-print(config.get("moe", {}).get("num_experts") or next((config[name] for name in names if config.get(name)), 0))
+own = config.get("run", {}).get("moe", {})
+print(own.get("num_experts") or next((config[name] for name in names if config.get(name)), 0))
 ' "$INIT_FROM_HF/config.json")} || fail "INIT_FROM_HF is '$INIT_FROM_HF', whose config.json cannot be read"
 fi
 EP_SIZE=${EP_SIZE:-64}
