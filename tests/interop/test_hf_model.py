@@ -195,6 +195,14 @@ def test_beams_and_samples_are_generated():
     assert len(set(sampled[:, -1].tolist())) > 2
 
 
+@pytest.mark.parametrize("name", ["topk", *VARIANTS])
+def test_rejected_guesses_leave_the_cache(name):
+    """Tokens that transformers guesses from the prompt are removed from the cache again."""
+    _, model = twins(run_of(name))
+    prompt = [[3, 4, 5, 3, 4]]
+    assert greedy(model, prompt, prompt_lookup_num_tokens=2) == greedy(model, prompt)
+
+
 def test_checkpointing_keeps_loss_and_gradients():
     """The recomputed pass repeats the routing of the first, random numbers included."""
     _, model = twins(make_run(options={"topk": 2, "jitter": 0.3}, hidden_dropout=0.2))
