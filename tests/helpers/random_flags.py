@@ -17,6 +17,8 @@ INTEGERS = (-1, 0, 1, 2, 3, 4, 8, 16)
 NUMBERS = (-1.0, 0.0, 1e-8, 1e-3, 0.5, 1.0, 2.0, 1e30)
 LARGEST = 2**63 - 1
 TEXTS = ("", "missing", "folder", "file.txt")
+NO_TASK = ("missing.yaml",)
+"""A path, because a name is looked up in thousands of files"""
 SMALL = {
     "num_workers": (-1, 0),  # the ranks of tests cannot start processes
     "timeout_minutes": (-1.0, 0.0, 0.5, 10.0),  # a shorter one ends the process of the test
@@ -29,7 +31,7 @@ SMALL = {
     "gate": ("nope", "topk", "hash", "peer"),
     "train_data_path": ((), ("missing",), ("0.5", "missing"), ("0.5",)),
     "data_path": ((), ("missing",), ("1", "missing", "x")),
-    "eval_tasks": ((), ("missing.yaml",)),  # a name is looked up in thousands of files
+    "eval_tasks": ((), NO_TASK),
 }
 """Values of fields for which those of the type would take long, or say little"""
 MAY_BE_LARGE = """
@@ -85,6 +87,8 @@ def _needed(flag: Flag, by_name: dict[str, Flag], rng: random.Random) -> list[st
         for needed in need.settings[:1]:
             other = by_name[needed.name]
             values: Sequence[Any] = needed.values or (4, 0.5, True, "folder", ("folder",))
+            if needed.name == "eval_tasks":
+                values = (NO_TASK,)
             fitting = [value for value in values if _fits(other, value)]
             words += _words(other, rng.choice(fitting), rng)
     return words
