@@ -54,6 +54,8 @@ def test_odd_values_are_refused_or_harmless(model_type):
         ("hy_v3", "mlp_layer_types", ["sparse"]),
         ("hy_v3", "mlp_layer_types", ["dense"] * 3),
         ("dots1", "layer_types", ["chunked_attention"] * 3),
+        ("qwen2", "layer_types", ["sliding_attention"] * 3),
+        ("qwen2_moe", "layer_types", ["sliding_attention"] * 3),
         ("glm4_moe", "scoring_func", "softmax"),
         ("qwen3_moe", "num_experts", 7),
         ("minimax_m2", "attn_type_list", [1, 0, 1]),

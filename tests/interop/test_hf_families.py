@@ -156,6 +156,19 @@ def test_kept_tensors_are_written_back(model_type, hf_folder, tmp_path):
         assert torch.equal(tensor, expected["model.safetensors"][name])
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "deepseek_v3", "llama"])
+def test_stored_rotary_frequencies_are_dropped(model_type, hf_folder, tmp_path):
+    """Files that earlier versions of transformers wrote have them; they are computed."""
+    folder = tmp_path / "hf"
+    shutil.copytree(hf_folder(HFCase(model_type, "base")), folder)
+    expected = read_tensors(folder)["model.safetensors"]
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert convert_from_hf(folder, tmp_path / "ours").dropped == [name]
+    found = read_tensors(export_hf(tmp_path / "ours", tmp_path / "back"))["model.safetensors"]
+    assert found.keys() == expected.keys()
+
+
 @pytest.mark.parametrize(
     "model_type", [name for name in tested_families() if FAMILIES[name].has_balance_loss]
 )

@@ -237,6 +237,13 @@ class LayerWindows:
         else:
             types = _layer_types(config, "layer_types", (_FULL, _SLIDING))
             sliding = [layer for layer, name in enumerate(types) if name == _SLIDING]
+        is_on = not self.switch or flag_of(config, self.switch)
+        require(
+            is_on or not sliding,
+            "config.json: layer_types",
+            f"{_SLIDING} without a window",
+            f"{_FULL} while {self.switch} is false",
+        )
         return window_settings(config, sliding)
 
     def to_theirs(self, run: RunConfig) -> dict[str, Any]:
