@@ -43,7 +43,7 @@ def import_model(folder: Path) -> Imported:
 
 def build_our_model(config: RunConfig, vocab_size: int = 0) -> GPT:
     """Build a model with initial weights, by default of the vocabulary of its configuration."""
-    return build_run_config_model(config, config.model.vocab_size)
+    return build_run_config_model(config, vocab_size or config.model.vocab_size)
 
 
 @torch.no_grad()
