@@ -129,7 +129,7 @@ config = json.load(open(sys.argv[1], encoding="utf-8"))
 names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 own = config.get("run", {}).get("moe", {})
 print(own.get("num_experts") or next((config[name] for name in names if config.get(name)), 0))
-' "$INIT_FROM_HF/config.json")} || fail "INIT_FROM_HF is '$INIT_FROM_HF', whose config.json cannot be read"
+' "$INIT_FROM_HF/config.json" 2>/dev/null)} || fail "INIT_FROM_HF is '$INIT_FROM_HF', whose config.json is not a JSON object"
 fi
 EP_SIZE=${EP_SIZE:-64}
 largest_common_divisor() { if [ "$2" -eq 0 ]; then echo "$1"; else largest_common_divisor "$2" $(($1 % $2)); fi; }

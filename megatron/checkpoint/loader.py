@@ -384,7 +384,10 @@ def _advice(selection: CheckpointSelection, required: bool) -> str:
     if selection.step:
         return "Set --load-step to the iteration of another checkpoint, or leave it out"
     if required and selection.is_empty:
-        return "Point --load at the directory given to --save of a training run"
+        return (
+            "Give the directory given to --save of a training run, or the folder of a downloaded "
+            "Hugging Face model"
+        )
     if required:
         return "Restore its files from a copy, or point --load at the directory of another run"
     if selection.is_empty:

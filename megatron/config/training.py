@@ -63,8 +63,9 @@ class TrainConfig:
     the end of the run"""
     eval_iters: int = 10
     """batches of the global batch size per evaluation; 0: no evaluation"""
-    skip_train: bool = option(False, needs=setting("load"))
-    """only evaluate the checkpoint of --load on the validation and test sets"""
+    skip_train: bool = option(False, needs=setting("load") | setting("init_from_hf"))
+    """only evaluate the checkpoint of --load, or the model of --init-from-hf, on the validation
+    and test sets"""
     log_interval: int = option(10, needs=TRAINING)
     """optimizer steps between log lines"""
     recompute_activations: bool = False

@@ -183,6 +183,11 @@ def read_header(
         prefix = file.read(8)
         if len(prefix) < 8:
             raise ValueError(f"{path} is not a safetensors file: it has {len(prefix)} bytes")
+        if prefix == b"version ":  # as a length, 2.3e18 bytes
+            raise ValueError(
+                f"{path} is not a safetensors file: it is a pointer of Git LFS to one. Download "
+                "the file itself, with git lfs pull"
+            )
         (length,) = struct.unpack("<Q", prefix)
         if length > os.fstat(file.fileno()).st_size:
             raise ValueError(

@@ -409,6 +409,7 @@ def header_of(text: str, encoding: str = "utf-8") -> bytes:
     [
         ((2**62).to_bytes(8, "little") + b"{}", "its header is longer than the file"),
         (b"\x02\x00\x00", "it has 3 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
         (header_of("{,"), "its header is not JSON: Expecting property name"),
         (header_of("\xff", "latin-1"), "its header is not JSON: 'utf-8' codec"),
         (header_of("[" * 500 + "]" * 500), "its header is not JSON: it is nested deeper"),

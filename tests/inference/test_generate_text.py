@@ -227,8 +227,8 @@ def test_missing_checkpoint_is_one_line_error(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {tmp_path} has no valid checkpoint. Point --load at the directory given to --save "
-        "of a training run\n"
+        f"error: {tmp_path} has no valid checkpoint. Give the directory given to --save of a "
+        "training run, or the folder of a downloaded Hugging Face model\n"
     )
 
 

@@ -127,6 +127,21 @@ def test_tensors_of_another_gate_keep_initial_values(ranks1, mixtral, tmp_path):
     assert "tensors of the gate in" in text and "are not used" in text
 
 
+def test_folder_is_evaluated_without_training(ranks1, mixtral, tmp_path):
+    """--skip-train on --init-from-hf gives the figures of iteration 0, and writes no checkpoint."""
+    evaluation = ("--eval-iters", "2", "--eval-interval", "3")
+    ranks1.run(runs.train, flags(mixtral, tmp_path / "run", *evaluation))
+    (lines,) = ranks1.run(
+        runs.logged_train, flags(mixtral, tmp_path, *evaluation, "--skip-train")
+    )
+    assert f"--skip-train: evaluating {mixtral} on" in "\n".join(lines)
+    first = runs.metrics(tmp_path / "run", "eval")[0]
+    (row,) = runs.metrics(tmp_path, "eval")
+    assert first["iteration"] == row["iteration"] == 0
+    assert row["loss"] == pytest.approx(first["loss"], rel=1e-3)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -14,7 +14,8 @@ REPO=$(cd "$FOLDER/../../.." && pwd)
 export INIT_FROM_HF LR=${LR:-1e-5} MIN_LR=${MIN_LR:-1e-6} WARMUP_FRACTION=${WARMUP_FRACTION:-0.01}
 export SEQ_LEN=${SEQ_LEN:-4096} GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-256} TRAIN_ITERS=${TRAIN_ITERS:-2000}
 export SAVE_INTERVAL=${SAVE_INTERVAL:-500} ZERO_STAGE=${ZERO_STAGE:-1} ACTIVATION_CHECKPOINT=${ACTIVATION_CHECKPOINT:-true}
-export OUTPUT_DIR=${OUTPUT_DIR:-runs/continue-$(basename "$INIT_FROM_HF")}
+# The folder that run.sh would choose: another gate is another run.
+export OUTPUT_DIR=${OUTPUT_DIR:-runs/${NAME:-continue-$(basename "$INIT_FROM_HF")${GATE:+-${GATE//[^A-Za-z0-9_-]/-}}}}
 PYTHON=${PYTHON:-$([ -x "$REPO/.venv/bin/python" ] && echo "$REPO/.venv/bin/python" || command -v python3)}
 export PYTHON
 PROMPT=${PROMPT-Once upon a time}
