@@ -99,6 +99,42 @@ def test_missing_model_is_named(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{oops", "whose config.json is not a JSON object"),
+        ("[1]", "whose config.json is not a JSON object"),
+        ('{"model_type": "llama"}', "has no experts; make an MoE model of it with"),
+    ],
+)
+def test_unfit_config_is_one_line(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    out = tmp_path / "out"
+    done = run_script("mixtral", out, INIT_FROM_HF=str(tmp_path), GATE="threshold")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("run.sh: ") and message in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "folder"),
+    [
+        ({}, "runs/continue-origin"),
+        ({"GATE": "threshold"}, "runs/continue-origin-threshold"),
+        ({"NAME": "mine", "GATE": "threshold"}, "runs/mine"),
+    ],
+)
+def test_runs_have_folders_by_name_and_gate(env, folder, tmp_path):
+    """Another gate does not resume the run of the model's own; `false` replaces Python."""
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    (origin / "config.json").write_text("{}")
+    variables = {"INIT_FROM_HF": str(origin), "EP_SIZE": "4", "DRY_RUN": "1", **env}
+    done = run_script("mixtral", Path(), PYTHON="/bin/false", **variables | {"OUTPUT_DIR": ""})
+    assert f"--save {folder}/checkpoints" in done.stdout
+
+
 def test_every_script_has_a_family():
     scripts = {path.stem for path in FOLDER.glob("*.sh")}
     assert scripts == {*MODEL_TYPES, "steps"}

@@ -130,6 +130,8 @@ names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expert
 own = config.get("run", {}).get("moe", {})
 print(own.get("num_experts") or next((config[name] for name in names if config.get(name)), 0))
 ' "$INIT_FROM_HF/config.json" 2>/dev/null)} || fail "INIT_FROM_HF is '$INIT_FROM_HF', whose config.json is not a JSON object"
+    [ "$EP_SIZE" != 0 ] || [ -z "${GATE:-}" ] ||
+        fail "GATE is '$GATE', but the model of INIT_FROM_HF '$INIT_FROM_HF' has no experts; make an MoE model of it with tools/upcycle.py, or leave GATE out"
 fi
 EP_SIZE=${EP_SIZE:-64}
 largest_common_divisor() { if [ "$2" -eq 0 ]; then echo "$1"; else largest_common_divisor "$2" $(($1 % $2)); fi; }
