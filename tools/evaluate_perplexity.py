@@ -174,7 +174,7 @@ def describe(result: dict[str, Any]) -> str:
         figures.append(f"{label} {'-' if value is None else format(value, '.6g')}")
     sizes = (
         f"{result['documents']} documents, {result['tokens']} tokens, {result['bytes']} bytes, "
-        f"{result['words']} words of {result['text']} text"
+        f"{result['words']} words; text: {result['text']}"
     )
     return f"{result['data']}: {', '.join(figures)} ({sizes})"
 

@@ -65,6 +65,7 @@ parse = partial(
     gate_config=gate_config_class,
     gate_names=available_gates,
     import_gate_files=lambda paths: None,
+    read_hf_config=lambda folder: {},
 )
 
 

@@ -221,3 +221,13 @@ def test_experts_are_no_part_of_llama():
     )
     problem = first_difference(find_family("llama"), run)
     assert problem.startswith("--num-experts is 4; allowed in the family llama: 0.")
+
+
+@pytest.mark.parametrize("gate", ["threshold", "remoe", "peer", "moepp"])
+def test_another_gate_is_the_reason(gate):
+    """Not an option that this gate does not have."""
+    run = RunConfig(
+        model=ModelConfig(activation="swiglu"), moe=MoEConfig(num_experts=4, gate=gate)
+    )
+    problem = first_difference(find_family("mixtral"), run)
+    assert problem.startswith(f"--gate is {gate!r}; allowed in the family mixtral: 'topk'.")

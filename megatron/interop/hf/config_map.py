@@ -21,6 +21,7 @@ from megatron.config.schema import (
     RunConfig,
     TokenizerConfig,
 )
+from megatron.interop.hf.config_rules import Router
 from megatron.interop.hf.family import Family, Settings
 from megatron.interop.model_specs import MOST_BLOCKS
 from megatron.moe.experts.expert_type import expert_config_class
@@ -260,6 +261,9 @@ def first_difference(family: Family, run: RunConfig) -> str:
     try:
         theirs = _comparable(run_config_of(family, _config_json(family, run)))
     except (ValueError, TypeError, ZeroDivisionError) as error:
+        other = _other_gate(family, run)
+        if other:  # the error follows from its options
+            return f"{other}. {advice}"
         return f"the family {family.name} cannot express this model: {error}. {advice}"
     # First what other differences may follow from.
     for name in dict.fromkeys((*_COMPARED_FIRST, *sorted({*ours, *theirs}))):
@@ -269,6 +273,16 @@ def first_difference(family: Family, run: RunConfig) -> str:
                 f"{flag} is {shortened(ours.get(name))}; allowed in the family {family.name}: "
                 f"{shortened(theirs.get(name))}. {advice}"
             )
+    return ""
+
+
+def _other_gate(family: Family, run: RunConfig) -> str:
+    """Return which gate of a model is not the family's, as half a sentence; empty: none."""
+    allowed = {rule.gate for rule in family.config if isinstance(rule, Router)}
+    for gate in run.moe.gate_layers.gates if allowed and run.moe.num_experts else ():
+        if gate not in allowed:
+            gates = " or ".join(map(repr, sorted(allowed)))
+            return f"--gate is {gate!r}; allowed in the family {family.name}: {gates}"
     return ""
 
 

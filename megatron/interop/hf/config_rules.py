@@ -155,6 +155,11 @@ class Router:
     the loads over a token's k choices: ours is k times as large"""
 
     @property
+    def gate(self) -> str:
+        """The gate that computes what this router does."""
+        return self._released.gate
+
+    @property
     def _released(self) -> ReleasedRouter:
         return RELEASED_ROUTERS[self.router]
 
@@ -170,7 +175,7 @@ class Router:
         return tuple(keys)
 
     def to_ours(self, config: Mapping[str, Any]) -> Settings:
-        settings: Settings = {"moe.gate": self._released.gate}
+        settings: Settings = {"moe.gate": self.gate}
         for option, key in self._released.from_config.items():
             key = key.removeprefix("1/")
             is_set = config[key] is not None or option in ("n_group", "topk_group")
