@@ -231,3 +231,9 @@ def test_another_gate_is_the_reason(gate):
     )
     problem = first_difference(find_family("mixtral"), run)
     assert problem.startswith(f"--gate is {gate!r}; allowed in the family mixtral: 'topk'.")
+
+
+def test_nan_is_named_as_the_value():
+    with pytest.raises(ValueError, match="nan") as caught:
+        run_config_of(find_family("mixtral"), {**MIXTRAL, "rms_norm_eps": float("nan")})
+    assert "other name" not in str(caught.value)

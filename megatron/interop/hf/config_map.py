@@ -118,11 +118,12 @@ def _with_common_names(family: Family, content: Mapping[str, Any]) -> dict[str, 
     renamed = {}
     for key, value in content.items():
         name = family.aliases.get(key, key)
+        other = renamed.setdefault(name, value)
         require(
-            value == renamed.setdefault(name, value),
+            value is other or value == other,  # a NaN is not equal to itself
             f"config.json: {key}",
             value,
-            f"the value of its other name, {shortened(renamed[name])}",
+            f"the value of its other name, {shortened(other)}",
             "Remove one of the two.",
         )
     return renamed
