@@ -254,9 +254,8 @@ class GPT(nn.Module):
         h_BSD, aux_loss = self._run_blocks(h_BSD, attention, context, cache)
         h_BSD = self.norm(h_BSD)
         if labels_BS is None:
-            return GPTOutput(
-                None, None, aux_loss, self._output(_tokens_at(h_BSD, logits_at_BK))
-            )
+            logits_BSV = self._output(_tokens_at(h_BSD, logits_at_BK))
+            return GPTOutput(None, None, aux_loss, logits_BSV)
         mask_BS = target_mask(labels_BS, loss_mask_BS, padding_BS)
         return self._loss_output(h_BSD, labels_BS, mask_BS, aux_loss)
 

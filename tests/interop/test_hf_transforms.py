@@ -90,7 +90,7 @@ def test_absurd_depth_is_refused():
 
 
 def test_far_too_large_config_is_refused(tmp_path):
-    """Nobody maps the names of a billion experts."""
+    """The names of a billion experts are not made."""
     from safetensors.torch import save_file
 
     content = {

@@ -255,10 +255,12 @@ def first_difference(family: Family, run: RunConfig) -> str:
     """Return what of a model a family cannot express, as one sentence; empty: nothing."""
     if family.read_run is not None:
         return ""  # it holds our configuration itself
+    advice = "Use --family moe_megatron, which expresses every model"
+    if not run.moe.num_experts and any(isinstance(rule, Router) for rule in family.config):
+        return f"--num-experts is 0; allowed in the family {family.name}: 1 or more. {advice}"
     if family.adjust is not None:
         run = family.adjust(run)
     ours = _comparable(run)
-    advice = "Use --family moe_megatron, which expresses every model"
     try:
         theirs = _comparable(run_config_of(family, _config_json(family, run)))
     except (ValueError, TypeError, ZeroDivisionError) as error:
