@@ -16,6 +16,7 @@ from megatron.config.schema import TokenizerConfig
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
 from megatron.interop.hf.config_map import run_config_of
 from megatron.interop.hf.convert import open_hf_model
+from megatron.interop.hf.families.moe_megatron import MODEL_SECTIONS
 from megatron.interop.hf.registry import family_of
 from megatron.interop.hf.source import read_config_json
 from megatron.interop.hf.tokenizer_choice import choose_tokenizer
@@ -24,7 +25,6 @@ from megatron.log import get_logger
 from megatron.parallel.groups import Groups
 
 Shapes = Mapping[str, tuple[int, ...]]
-_MODEL_SECTIONS = ("model", "moe", "gate_options", "expert_options", "tokenizer")
 _TRAINING_FIELDS = ("seq_length", "attention_dropout", "hidden_dropout")
 """Fields of the section model that are the run's own"""
 
@@ -50,7 +50,7 @@ def read_hf_settings(folder: str) -> dict[str, dict[str, Any]]:
     }
     for name in _TRAINING_FIELDS:
         del stored["model"][name]
-    return {section: stored[section] for section in _MODEL_SECTIONS}
+    return {section: stored[section] for section in MODEL_SECTIONS}
 
 
 def load_hf_weights(model: nn.Module, groups: Groups, folder: str) -> None:
