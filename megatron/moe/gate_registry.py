@@ -35,6 +35,8 @@ from megatron.moe.experts.expert_registry import EXPERT_TYPES, qualified_name
 ENTRY_POINT_GROUP = "moe_megatron.gates"
 _IMPORTERS = (str(Path(__file__)), str(Path(importlib.__file__).parent), "<frozen ")
 """Beginnings of the file names of Python's importer and of this one"""
+_ENTRY_POINT_BACKPORT = "importlib_metadata"
+"""Package whose import replaces Python's finder of entry points, as some libraries make it do"""
 _FILE_MODULES = "moe_megatron_gates_"
 """Beginning of the module names of files of --gate-path"""
 _MOST_FRAMES = 3
@@ -319,6 +321,7 @@ def _own_frames(error: BaseException, folder: Path | None = None) -> str:
     frames = []
     for frame in traceback.extract_tb(error.__traceback__):
         is_own = not frame.filename.startswith(_IMPORTERS)
+        is_own = is_own and Path(frame.filename).parent.name != _ENTRY_POINT_BACKPORT
         if folder is not None:
             is_own = is_own and Path(frame.filename).is_relative_to(folder)
         if is_own:

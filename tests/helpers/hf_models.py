@@ -42,7 +42,7 @@ class HFCase:
         return any("experts" in key for key in self.config)
 
 
-def tested_families() -> list[str]:
+def families_under_test() -> list[str]:
     """Return the families that have a converter and configurations to test it."""
     return [name for name in FAMILIES if name in all_families()]
 
@@ -51,7 +51,7 @@ def cases(*model_types: str) -> list[HFCase]:
     """Return all configurations of some families, or of all."""
     return [
         HFCase(model_type, variant)
-        for model_type in model_types or tested_families()
+        for model_type in model_types or families_under_test()
         for variant in ("base", *FAMILIES[model_type].variants)
     ]
 

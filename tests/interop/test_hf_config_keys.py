@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.hf_models import tested_families
+from helpers.hf_models import families_under_test
 from helpers.hf_variants import FAMILIES
 from megatron.interop.hf.config_map import COMMON_KEYS
 from megatron.interop.hf.registry import all_families, find_family
@@ -17,7 +17,7 @@ from megatron.moe.released_routers import NOT_EXPRESSED, RELEASED_ROUTERS
 pytest.importorskip("transformers", reason="the reference implementations are not installed")
 
 REPO = Path(__file__).resolve().parents[2]
-every_family = pytest.mark.parametrize("model_type", tested_families())
+every_family = pytest.mark.parametrize("model_type", families_under_test())
 
 
 def config_class(model_type):

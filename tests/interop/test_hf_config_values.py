@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from helpers.hf_models import HFCase, tested_families
+from helpers.hf_models import HFCase, families_under_test
 from helpers.hf_variants import LLAMA3_ROPE
 from megatron.config.rotary import RotaryConfig
 from megatron.interop.hf.config_map import config_json_of, run_config_of
@@ -26,7 +26,7 @@ def family_and_config(model_type):
     return find_family(model_type), config
 
 
-@pytest.mark.parametrize("model_type", tested_families())
+@pytest.mark.parametrize("model_type", families_under_test())
 def test_odd_values_are_refused_or_harmless(model_type):
     """No other error than a ValueError of one line comes up."""
     family, config = family_and_config(model_type)

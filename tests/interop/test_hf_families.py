@@ -26,6 +26,7 @@ from helpers.hf_models import (
     HFCase,
     cases,
     edit_tensors,
+    families_under_test,
     gradients_as_weights,
     hf_model,
     load_hf,
@@ -34,7 +35,6 @@ from helpers.hf_models import (
     read_tensors,
     save_hf,
     tensor_order,
-    tested_families,
     tokens,
 )
 from helpers.hf_variants import FAMILIES
@@ -134,7 +134,7 @@ def test_round_trip_is_bit_identical(case, options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_type", [name for name in tested_families() if FAMILIES[name].kept]
+    "model_type", [name for name in families_under_test() if FAMILIES[name].kept]
 )
 def test_kept_tensors_are_written_back(model_type, hf_folder, tmp_path):
     """Layers that predict further tokens are not part of the model, and are not lost."""
@@ -170,7 +170,7 @@ def test_stored_rotary_frequencies_are_dropped(model_type, hf_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_type", [name for name in tested_families() if FAMILIES[name].has_balance_loss]
+    "model_type", [name for name in families_under_test() if FAMILIES[name].has_balance_loss]
 )
 def test_balance_loss_equals_pooled_loss(model_type, tmp_path):
     """At one layer transformers' loss is k times ours: it divides loads by T, and we by k T.

@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 
-from helpers.hf_models import HFCase, edit_config, edit_tensors, tested_families
+from helpers.hf_models import HFCase, edit_config, edit_tensors, families_under_test
 from helpers.hf_variants import FAMILIES
 from megatron.interop.hf.convert import convert_from_hf
 
 pytest.importorskip("transformers", reason="the reference implementations are not installed")
 
-every_family = pytest.mark.parametrize("model_type", tested_families())
+every_family = pytest.mark.parametrize("model_type", families_under_test())
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_unknown_key_is_named(model_type, folder):
     "model_type, changes, name",
     [
         (model_type, changes, name)
-        for model_type in tested_families()
+        for model_type in families_under_test()
         for changes, name in FAMILIES[model_type].refused
     ],
 )

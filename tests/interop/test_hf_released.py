@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 
-from helpers.hf_models import tested_families
+from helpers.hf_models import families_under_test
 from helpers.hf_released import RELEASED
 from megatron.interop.hf.config_map import COMMON_KEYS, first_difference, run_config_of
 from megatron.interop.hf.registry import find_family
@@ -21,7 +21,9 @@ from megatron.interop.model_specs import model_specs
 
 pytest.importorskip("transformers", reason="the reference implementations are not installed")
 
-NAMES = [name for name in RELEASED if RELEASED[name].config["model_type"] in tested_families()]
+NAMES = [
+    name for name in RELEASED if RELEASED[name].config["model_type"] in families_under_test()
+]
 every_release = pytest.mark.parametrize("name", NAMES)
 BLOCKS = 4
 SECTIONS = ("attention", "rotary", "moe", "gate_options", "expert_options")

@@ -269,7 +269,8 @@ def test_gate_never_sees_padding(name, tokens):
         full[place_R] = part
     for unpadded_R in (None, place_R):
         got = gate(GateInput(x_TD, ids_T, sequence_T, carry, 0.0, 9, padding, unpadded_R))
-        got.check(len(padding), gate.num_experts + len(gate.zero_computation_experts))
+        num_choices = gate.num_experts + len(gate.zero_computation_experts)
+        got.check(len(padding), num_choices, num_logits=tokens)
         assert torch.equal(got.token_A, place_R[expected.token_A])
         assert torch.equal(got.expert_A, expected.expert_A)
         assert torch.equal(got.weight_A, expected.weight_A)

@@ -92,7 +92,10 @@ def test_next_step_has_k_experts():
 
 @pytest.mark.parametrize("updates", [0, 5])
 def test_future_tokens_do_not_matter(updates):
-    """Other later tokens, or none: the earlier tokens' outputs are the same, to the bit."""
+    """Whatever tokens follow, the earlier ones' experts and weights are the same, to the bit.
+
+    Their outputs are so up to rounding: an expert's matrix product has another number of rows.
+    """
     layer = make_layer("expert_threshold", options={"threshold_warmup_steps": 5})
     with torch.no_grad():
         layer.gate.num_updates.fill_(updates)
@@ -100,13 +103,13 @@ def test_future_tokens_do_not_matter(updates):
     changed = x.clone()
     changed[:, 7:] = make_input(5, seed=9)[0] * 3
     route = [layer.gate(GateInput(inputs[0])) for inputs in (x, changed, x[:, :7])]
-    pairs = [
-        [(t, e) for t, e in zip(r.token_A.tolist(), r.expert_A.tolist()) if t < 7]
-        for r in route
-    ]
-    assert pairs[0] == pairs[1] == pairs[2]
+    chosen = []
+    for r in route:
+        assignments = zip(r.token_A.tolist(), r.expert_A.tolist(), r.weight_A.tolist())
+        chosen.append([assignment for assignment in assignments if assignment[0] < 7])
+    assert chosen[0] == chosen[1] == chosen[2]
     outputs = [layer(inputs).y[:, :7] for inputs in (x, changed)]
-    assert torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
 def test_evaluation_uses_frozen_thresholds():
