@@ -27,11 +27,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from megatron.interop.hf.convert import convert_from_hf
+    from megatron.io.progress import byte_progress_bar
 
-    with tqdm(desc="write", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with byte_progress_bar("write") as bar:
         result = convert_from_hf(args.source, args.output, bar.update, bar.reset)
     print(
         f"{args.source} -> {result.path}: {result.family}, {result.num_tensors} tensors, "

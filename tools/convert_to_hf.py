@@ -58,29 +58,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, prog: str) -> None:
-    from tqdm import tqdm
-
     from megatron.checkpoint import consolidate as c
-    from megatron.config.fields import require
     from megatron.interop.hf.export import ExportOptions, convert_to_hf
+    from megatron.io.progress import byte_progress_bar
 
-    def progress_bar(description: str) -> tqdm:
-        return tqdm(
-            desc=description, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
-        )
-
-    require(args.load_step >= 0, "--load-step", args.load_step, "0 or more")
     options = ExportOptions(
         family=args.family,
         dtype=c.WEIGHT_DTYPES.get(args.dtype),
         max_shard_bytes=c.parse_size(args.max_shard_size) if args.max_shard_size else None,
     )
     c.check_output(Path(args.output).resolve())
-    with progress_bar("verify") as bar:
-        source = c.find_verified_checkpoint(Path(args.folder), args.load_step, bar.update)
-    for problem in source.problems:
-        print(f"{prog}: warning: {problem}; not used", file=sys.stderr)
-    with progress_bar("write") as bar:
+    source = c.open_for_tool(args.folder, args.load_step, prog)
+    with byte_progress_bar("write") as bar:
         result = convert_to_hf(source, args.output, options, bar.update, bar.reset)
     print(
         f"{source.path} -> {args.output}: {result.family}, {result.num_tensors} tensors, "

@@ -50,11 +50,10 @@ def parser() -> argparse.ArgumentParser:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print what was found and return the exit code."""
-    from tqdm import tqdm
-
+    from megatron.io.progress import byte_progress_bar
     from megatron.log import printable
 
-    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with byte_progress_bar() as bar:
         if args.other:
             report = compare(args, bar.update)
         else:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from megatron.tokenizer.base import Tokenizer
 
 EPILOG = """Exit code: 0 all sound, 1 a fault in files that can be read, 2 corrupt or missing files,
@@ -82,13 +80,6 @@ def build_tokenizer_of(args: argparse.Namespace) -> Tokenizer | None:
     return build_tokenizer(TokenizerConfig(**values))
 
 
-def progress_bar(total: int) -> tqdm:
-    """Return a progress bar in bytes, shown only on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-
-
 def inspect(
     prefix: str, args: argparse.Namespace, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
@@ -102,18 +93,19 @@ def inspect(
     from megatron.data.indexed.opened import open_dataset
     from megatron.data.indexed.reader import dataset_prefix
     from megatron.data.indexed.repair import repair
+    from megatron.io.progress import byte_progress_bar
 
     opened = open_dataset(prefix, tokenizer)
     size = opened.dataset.tokens.nbytes
     if args.repair:
         out = dataset_prefix(args.repair)
-        with progress_bar(2 * size) as bar:
+        with byte_progress_bar(total=2 * size) as bar:
             eod = repair(opened, out, tokenizer, bar.update)
         print(f"{prefix} -> {out}: {opened.uncounted_tokens} documents end with {eod} now")
         opened = open_dataset(out, tokenizer)
     found = summarize(opened, tokenizer, args.documents, args.tokens)
     if args.full:
-        with progress_bar(size) as bar:
+        with byte_progress_bar(total=size) as bar:
             found["full"], problems = scan(opened, tokenizer, bar.update)
         found["faults"] += problems
     print(*describe(found), sep="\n", flush=True)

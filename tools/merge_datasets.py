@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
     import numpy as np
-    from tqdm import tqdm
 
     from megatron.data.indexed.reader import IndexedDataset
     from megatron.io.progress import ProgressCallback
@@ -260,23 +259,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def progress_bar(total: int, label: str) -> tqdm:
-    """Return a progress bar in bytes, shown only on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total,
-        desc=label,
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-    )
-
-
 def merge(args: argparse.Namespace) -> None:
     """Merge the inputs and publish the result, after reading it back if requested."""
     from megatron.data.indexed.reader import IndexedDataset, dataset_prefix
     from megatron.data.indexed.writer import IndexedWriter, require_merge_space
+    from megatron.io.progress import byte_progress_bar
 
     out = dataset_prefix(args.output_prefix)
     shards = [describe_shard(prefix) for prefix in find_prefixes(args.input, out)]
@@ -289,12 +276,12 @@ def merge(args: argparse.Namespace) -> None:
     require_merge_space(out, datasets())
     for shard in shards:
         print_shard(shard)
-    with progress_bar(size, "copy") as bar, IndexedWriter(out, shards[0].dtype) as writer:
+    with byte_progress_bar("copy", size) as bar, IndexedWriter(out, shards[0].dtype) as writer:
         for dataset in datasets():
             writer.add_dataset(dataset, bar.update)
         staged = writer.prepare(sidecar)
         if args.verify:
-            with progress_bar(size, "verify") as verify_bar:
+            with byte_progress_bar("verify", size) as verify_bar:
                 verify(staged, datasets(), verify_bar.update)
         writer.finish()
     line = f"-> {out}: {writer.num_documents} documents, {writer.num_tokens} tokens"

@@ -41,15 +41,14 @@ def run(argv: list[str]) -> None:
         "the dense model and a new directory",
         f"For example: {PROG} runs/dense/checkpoints runs/moe --num-experts 8",
     )
-    from tqdm import tqdm
-
     from megatron.interop.upcycle.convert import upcycle
     from megatron.interop.upcycle.dense_source import open_dense_source
     from megatron.interop.upcycle.flags import parse_request
+    from megatron.io.progress import byte_progress_bar
 
     source = open_dense_source(paths[0])
     request = parse_request(source.config, argv[2:])
-    with tqdm(desc="write", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with byte_progress_bar("write") as bar:
         result = upcycle(source, request, paths[1], bar.update, bar.reset)
     print(report(result))
 

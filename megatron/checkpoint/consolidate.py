@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +35,11 @@ from megatron.checkpoint.manifest import find_problems, write_with_digest
 from megatron.checkpoint.shards import CheckpointReader
 from megatron.config.fields import require
 from megatron.config.run_json import run_json_text
-from megatron.io.atomic_write import commit_files, fsync_directory
 from megatron.io.disk_space import require_disk_space
-from megatron.io.progress import ProgressCallback, no_progress
+from megatron.io.progress import ProgressCallback, byte_progress_bar, no_progress
 from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec
 from megatron.io.sha256 import FileDigest
-from megatron.io.staging_dir import StagingDir
+from megatron.io.staging_dir import staged_folder
 
 WEIGHT_DTYPES = {
     "float32": torch.float32,
@@ -117,6 +116,25 @@ def find_verified_checkpoint(
         return find_problems(entry.path, entry.manifest, progress=progress)
 
     return find_newest_valid(select_checkpoints(path, step), verify)
+
+
+def open_for_tool(path: str, step: int, prog: str) -> ValidCheckpoint:
+    """Find the checkpoint that a program reads, with a progress bar and warnings on stderr.
+
+    Args:
+        step: Value of --load-step.
+        prog: Name of the program.
+
+    Raises:
+        ValueError: The step is negative, or as `find_verified_checkpoint`.
+        FileNotFoundError: As `find_verified_checkpoint`.
+    """
+    require(step >= 0, "--load-step", step, "0 or more")
+    with byte_progress_bar("verify") as bar:
+        source = find_verified_checkpoint(Path(path), step, bar.update)
+    for problem in source.problems:
+        print(f"{prog}: warning: {problem}; not used", file=sys.stderr)
+    return source
 
 
 class ConsolidationPlan:
@@ -317,18 +335,10 @@ def consolidate(
     plan = ConsolidationPlan(source.path, options)
     require_disk_space(output, plan.nbytes + _JSON_FILES_BYTES)
     planned(plan.nbytes)
-    with StagingDir(output) as staging_dir:
-        partial = staging_dir.path / "folder"
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed program
-        partial.mkdir()
-        try:
-            files = plan.write(partial, progress)
-            files |= _write_json_files(partial, source, options)
-            _write_sha256sums(partial, files)
-            fsync_directory(partial)
-            commit_files([(partial, output)])
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with staged_folder(output) as partial:
+        files = plan.write(partial, progress)
+        files |= _write_json_files(partial, source, options)
+        _write_sha256sums(partial, files)
     sizes = {name: digest.nbytes for name, digest in files.items()}
     return ConsolidateResult(sizes, plan.num_tensors)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from megatron.io.atomic_write import errors_with_path
+from megatron.io.atomic_write import commit_files, errors_with_path, fsync_directory
 from megatron.log import get_logger
 
 _LOCK = "lock"
@@ -132,6 +134,31 @@ class StagingDir:
             self.release()
             raise
         return True
+
+
+@contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `output` when the context ends without an error.
+
+    Its files must be synced to the disk. After an error nothing is left.
+
+    Args:
+        output: A path that does not exist, or an empty directory.
+
+    Raises:
+        StagingDirLocked: Another process writes the same output.
+        OSError: The folder cannot be made or renamed.
+    """
+    with StagingDir(output) as staging_dir:
+        partial = staging_dir.path / "folder"
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed program
+        partial.mkdir()
+        try:
+            yield partial
+            fsync_directory(partial)
+            commit_files([(partial, output)])
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def lock_holder(prefix: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron.checkpoint.manifest import HF_FOLDER, copy_with_digest
 from megatron.checkpoint.weights_only import (
@@ -16,6 +18,7 @@ from megatron.checkpoint.weights_only import (
 from megatron.config.fields import require
 from megatron.config.schema import RunConfig, TokenizerConfig
 from megatron.interop.hf.config_map import run_config_of
+from megatron.interop.hf.family import Family
 from megatron.interop.hf.hf_folder import (
     COPIED_FILES,
     TOKENIZER_FILES,
@@ -81,6 +84,30 @@ class ConvertResult:
     """Tensors that are dropped, as the family says"""
 
 
+def folder_config(
+    folder: Path,
+    family: Family,
+    content: Mapping[str, Any],
+    tokenizer: TokenizerConfig | None = None,
+) -> RunConfig:
+    """Return the configuration of a folder's model, with the tokenizer of its files.
+
+    Args:
+        content: Content of its config.json.
+        tokenizer: Another tokenizer than the folder's.
+
+    Raises:
+        ValueError: A key of config.json is missing, unknown or has a value that is refused.
+    """
+    config = run_config_of(family, content, tokenizer)
+    if tokenizer is not None:
+        return config
+    vocab = {"vocab_size": config.model.vocab_size}
+    return replace(
+        config, tokenizer=choose_tokenizer(folder, {**content, **vocab}, config.tokenizer)
+    )
+
+
 def open_hf_model(folder: str | Path, tokenizer: TokenizerConfig | None = None) -> HFModel:
     """Open a Hugging Face folder and check everything but the values of its tensors.
 
@@ -92,14 +119,7 @@ def open_hf_model(folder: str | Path, tokenizer: TokenizerConfig | None = None) 
         OSError: A file cannot be read.
     """
     source = HFSource(folder)
-    config = run_config_of(source.family, source.config, tokenizer)
-    if tokenizer is None:
-        chosen = choose_tokenizer(
-            source.folder,
-            source.config | {"vocab_size": config.model.vocab_size},
-            config.tokenizer,
-        )
-        config = replace(config, tokenizer=chosen)
+    config = folder_config(source.folder, source.family, source.config, tokenizer)
     vocab_size = config.model.vocab_size
     built = build_checked(config.tokenizer, vocab_size)
     specs = model_specs(config, vocab_size)

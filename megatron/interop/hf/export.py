@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,11 +50,11 @@ from megatron.interop.hf.registry import choose_family
 from megatron.interop.hf.source import CONFIG, INDEX, read_config_json
 from megatron.interop.hf.tensor_map import TensorMap, find_layout, map_tensors
 from megatron.interop.hf.weights import EMBEDDING, OUTPUT_WEIGHT, HFTensors, slices
-from megatron.io.atomic_write import commit_files, fsync_directory, write_text
+from megatron.io.atomic_write import write_text
 from megatron.io.disk_space import require_disk_space
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec
-from megatron.io.staging_dir import StagingDir
+from megatron.io.staging_dir import staged_folder
 from megatron.log import get_logger
 
 _OTHER_FILES_BYTES = 64 << 20
@@ -310,18 +309,10 @@ def convert_to_hf(
     config_json = plan.config_json()
     require_disk_space(output, plan.nbytes + _OTHER_FILES_BYTES)
     planned(plan.nbytes)
-    with StagingDir(output) as staging_dir:
-        partial = staging_dir.path / "folder"
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed program
-        partial.mkdir()
-        try:
-            plan.write_tensors(partial, progress)
-            write_text(partial / CONFIG, json.dumps(config_json, indent=2) + "\n")
-            for name in files_to_copy(plan.hf_folder, (GENERATION_CONFIG,)):
-                copy_with_digest(plan.hf_folder / name, partial / name)
-            write_tokenizer(plan.config.tokenizer, plan.hf_folder, partial)
-            fsync_directory(partial)
-            commit_files([(partial, output)])
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with staged_folder(output) as partial:
+        plan.write_tensors(partial, progress)
+        write_text(partial / CONFIG, json.dumps(config_json, indent=2) + "\n")
+        for name in files_to_copy(plan.hf_folder, (GENERATION_CONFIG,)):
+            copy_with_digest(plan.hf_folder / name, partial / name)
+        write_tokenizer(plan.config.tokenizer, plan.hf_folder, partial)
     return ExportResult(plan.family.name, len(plan.shapes), list(plan.files), plan.nbytes)

@@ -14,12 +14,10 @@ from megatron.config.fields import shortened
 from megatron.config.run_json import run_json_text
 from megatron.config.schema import TokenizerConfig
 from megatron.engine.zero_shards import GlobalLayout, fill_weights
-from megatron.interop.hf.config_map import run_config_of
-from megatron.interop.hf.convert import open_hf_model
+from megatron.interop.hf.convert import folder_config, open_hf_model
 from megatron.interop.hf.families.moe_megatron import MODEL_SECTIONS
 from megatron.interop.hf.registry import family_of
 from megatron.interop.hf.source import read_config_json
-from megatron.interop.hf.tokenizer_choice import choose_tokenizer
 from megatron.io.sha256 import FileDigest
 from megatron.log import get_logger
 from megatron.parallel.groups import Groups
@@ -39,13 +37,11 @@ def read_hf_settings(folder: str) -> dict[str, dict[str, Any]]:
     """
     path = Path(folder)
     content = read_config_json(path)
-    config = run_config_of(family_of(content), content)
+    config = folder_config(path, family_of(content), content)
     stored = json.loads(run_json_text(config))
-    vocab = {"vocab_size": config.model.vocab_size}
-    tokenizer = choose_tokenizer(path, content | vocab, config.tokenizer)
     stored["tokenizer"] = {
         name: value
-        for name, value in vars(tokenizer).items()
+        for name, value in vars(config.tokenizer).items()
         if value != getattr(TokenizerConfig, name)
     }
     for name in _TRAINING_FIELDS:
