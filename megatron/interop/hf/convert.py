@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,26 +167,17 @@ def convert_from_hf(
         model.specs.shapes, model.specs.buffers, model.weights.read, model.weights.buffer
     )
 
-    tokenizer_folder = output / "tokenizer"
-
-    def write_files(partial: Path) -> dict[str, FileDigest]:
-        _copy_tokenizer(model.source.folder, tokenizer_folder)
-        return model.write_origin(partial)
-
     planned(source.nbytes)
-    try:
-        path = write_weights_checkpoint(
-            output,
-            replace(model.config, tokenizer=moved(model.config.tokenizer, tokenizer_folder)),
-            model.tokenizer,
-            source,
-            extra_files=write_files,
-            extra_bytes=_extra_bytes(model),
-            progress=progress,
-        )
-    except BaseException:
-        shutil.rmtree(tokenizer_folder, ignore_errors=True)
-        raise
+    path = write_converted_checkpoint(
+        output,
+        model.config,
+        model.tokenizer,
+        source,
+        tokenizer_source=model.source.folder,
+        extra_files=model.write_origin,
+        extra_bytes=_extra_bytes(model),
+        progress=progress,
+    )
     return ConvertResult(
         path,
         model.source.family.name,
@@ -197,13 +188,65 @@ def convert_from_hf(
     )
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files to a folder that outlives the checkpoint of iteration 0."""
-    names = files_to_copy(source, TOKENIZER_FILES)
-    if names:
-        target.mkdir()
-    for name in names:
-        copy_with_digest(source / name, target / name)
+def write_converted_checkpoint(
+    output: Path,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    source: WeightsSource,
+    *,
+    tokenizer_source: Path | None,
+    extra_files: Callable[[Path], dict[str, FileDigest]],
+    extra_bytes: int,
+    progress: ProgressCallback = no_progress,
+) -> Path:
+    """Write a new directory of checkpoints with one of iteration 0 and the tokenizer.
+
+    The tokenizer's files are copied to `OUTPUT/tokenizer`, because a training run that continues
+    there may delete the checkpoint of iteration 0.
+
+    Args:
+        output: Absolute path of a directory without checkpoints.
+        tokenizer_source: Folder whose tokenizer files the configuration names; None if it names
+            files elsewhere, which are not copied.
+        extra_files: Writes further files into the unfinished checkpoint and returns their digests.
+        extra_bytes: Size of those files.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        ValueError: The directory is not empty, or another process writes to it.
+        OSError: A file cannot be read or written, or the disk is too full.
+    """
+    folder = output / "tokenizer"
+    if tokenizer_source is not None:
+        config = replace(config, tokenizer=moved(config.tokenizer, folder))
+
+    copied: list[Path] = []
+
+    def write_files(partial: Path) -> dict[str, FileDigest]:
+        names = files_to_copy(tokenizer_source, TOKENIZER_FILES) if tokenizer_source else []
+        if names:
+            folder.mkdir()
+            copied.append(folder)
+        for name in names:
+            copy_with_digest(tokenizer_source / name, folder / name)
+        return extra_files(partial)
+
+    try:
+        return write_weights_checkpoint(
+            output,
+            config,
+            tokenizer,
+            source,
+            extra_files=write_files,
+            extra_bytes=extra_bytes,
+            progress=progress,
+        )
+    except BaseException:
+        for path in copied:  # never a folder that was there before
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _extra_bytes(model: HFModel) -> int:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.consolidate import check_output, find_verified_checkpoint
-from megatron.checkpoint.directory import checkpoint_name
 from megatron.checkpoint.manifest import HF_FOLDER, copy_with_digest
-from megatron.checkpoint.weights_only import require_no_checkpoints, write_weights_checkpoint
+from megatron.checkpoint.weights_only import require_no_checkpoints
 from megatron.config.schema import RunConfig
 from megatron.config.tokenizer import TokenizerConfig
+from megatron.interop.hf.convert import write_converted_checkpoint
 from megatron.interop.hf.export import ExportOptions, convert_to_hf
 from megatron.interop.hf.hf_folder import files_to_copy
-from megatron.interop.hf.tokenizer_choice import moved
 from megatron.interop.model_specs import build_meta_model
 from megatron.interop.upcycle.dense_ffn import FFNStatistics
 from megatron.interop.upcycle.dense_source import DenseSource, build_dense_model
@@ -137,11 +136,11 @@ def _write_checkpoint(
     """Write a directory of checkpoints with one of iteration 0; return the checkpoint."""
     config = weights.request.config
     names: list[str] = []
+    tokenizer_source = None
     if source.hf_folder is not None:
         names = files_to_copy(source.hf_folder)
         if _has_files_in(config.tokenizer, source.hf_folder):
-            target = output / checkpoint_name(0) / HF_FOLDER
-            config = replace(config, tokenizer=moved(config.tokenizer, target))
+            tokenizer_source = source.hf_folder
 
     def copy_files(partial: Path) -> dict[str, FileDigest]:
         digests = {}
@@ -154,11 +153,12 @@ def _write_checkpoint(
 
     tensors = weights.source()
     planned(tensors.nbytes)
-    return write_weights_checkpoint(
+    return write_converted_checkpoint(
         output,
         config,
         source.tokenizer,
         tensors,
+        tokenizer_source=tokenizer_source,
         extra_files=copy_files,
         extra_bytes=sum((source.hf_folder / name).stat().st_size for name in names),
         progress=progress,

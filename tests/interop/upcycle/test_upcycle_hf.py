@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from megatron.interop.upcycle.dense_source import open_dense_source
 from megatron.interop.upcycle.flags import parse_request
 from megatron.model.gpt import GPT
 from megatron.parallel.groups import Groups
+from megatron.tokenizer.build import build_tokenizer
 
 VOCAB_SIZE = 61
 SIZES = {
@@ -132,6 +134,25 @@ def test_llama_becomes_our_checkpoint(llama, tmp_path):
     checkpoint = find_verified_checkpoint(tmp_path / "moe")
     convert_to_hf(checkpoint, tmp_path / "mixtral", ExportOptions())
     torch.testing.assert_close(logits(tmp_path / "mixtral"), logits(llama), rtol=0, atol=1e-5)
+
+
+def test_tokenizer_outlives_the_checkpoint_of_iteration_0(llama, tmp_path):
+    """A training run that continues there may delete that checkpoint (`--keep-last`)."""
+    words = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    content = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    }
+    dense = shutil.copytree(llama, tmp_path / "dense")
+    (dense / "tokenizer.json").write_text(json.dumps(content))
+    run(dense, tmp_path / "moe", "--num-experts 4 --topk 2")
+    options = CheckpointConfig(load=str(tmp_path / "moe"), finetune=True)
+    checkpoint = find_checkpoint(options, Groups(), required=True)
+    tokenizer = checkpoint.metadata.config.tokenizer
+    assert Path(tokenizer.tokenizer_model).parent == tmp_path / "moe" / "tokenizer"
+    shutil.rmtree(dense)
+    shutil.rmtree(tmp_path / "moe" / "iter_0000000")
+    assert build_tokenizer(tokenizer).encode("w3").tolist() == [3]
 
 
 def test_split_equals_itself_in_transformers(llama, tmp_path):
