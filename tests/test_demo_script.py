@@ -19,7 +19,9 @@ DEMO = Path(__file__).resolve().parents[1] / "examples_deepspeed/MoE/demo.sh"
     "cpu_flags, env, precision",
     [
         ("fma avx2 bmi2", {}, "fp32"),
+        ("avx2 avx512f avx512_vnni", {}, "fp32"),
         ("avx2 avx512f avx512_bf16", {}, "bf16"),
+        ("avx512f amx_bf16 amx_tile", {}, "bf16"),
         ("asimd bf16", {}, "bf16"),
         ("fma avx2 bmi2", {"PRECISION": "bf16"}, "bf16"),
     ],

@@ -34,7 +34,8 @@ def test_readme_preprocessing_writes_token_files(tmp_path):
     vocabulary = REPO.parent / "shared/data"
     if not (vocabulary / "gpt2-vocab.json").exists():
         pytest.skip("this machine has no GPT-2 vocabulary in ../shared/data")
-    (command,) = [c for c in markdown.commands(README) if "preprocess_data.py" in c]
+    commands = [c for c in markdown.commands(README) if "preprocess_data.py" in c]
+    (command,) = [c for c in commands if "--vocab-file dataset/gpt2-vocab.json" in c]
     for name in ("gpt2-vocab.json", "gpt2-merges.txt"):
         command = command.replace(f"dataset/{name}", str(vocabulary / name))
     (tmp_path / "corpus.jsonl").write_text('{"text": "hello world"}\n')
