@@ -106,12 +106,13 @@ def initialize_inference(
         eval_capacity_factor,
         "a finite number, 0 or more",
     )
+    from megatron.checkpoint.gate_code import require_same_gates_on_ranks
+    from megatron.checkpoint.loader import find_checkpoint, is_hf_folder
+    from megatron.checkpoint.metadata import RunMetadata
+
     groups = _init_distributed(1)
     if is_hf_folder(load):
         return _initialize_hf_inference(load, load_step, eval_capacity_factor, groups)
-    from megatron.checkpoint.gate_code import require_same_gates_on_ranks
-    from megatron.checkpoint.loader import find_checkpoint
-    from megatron.checkpoint.metadata import RunMetadata
 
     options = CheckpointConfig(load=load, load_step=load_step, finetune=True)
     checkpoint = find_checkpoint(options, groups, required=True)
@@ -126,11 +127,6 @@ def initialize_inference(
     config = _with_inference_settings(config, eval_capacity_factor)
     vocab_size = _vocab_size(config, tokenizer)
     return Run(config, groups, tokenizer, vocab_size, checkpoint, checkpoint.progress)
-
-
-def is_hf_folder(path: str) -> bool:
-    """Return whether a path is the folder of a Hugging Face model instead of checkpoints."""
-    return (Path(path) / "config.json").is_file()
 
 
 def _initialize_hf_inference(

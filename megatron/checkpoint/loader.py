@@ -356,7 +356,8 @@ def find_checkpoint(
         The checkpoint. None without --load, or with --load-or-init when there is no checkpoint.
 
     Raises:
-        FileNotFoundError: There is no checkpoint, none is valid, or that of --load-step is not.
+        FileNotFoundError: There is no checkpoint, none is valid, or that of --load-step is not;
+            or --load is the folder of a Hugging Face model, also with --load-or-init.
         ValueError: The single checkpoint that --load names is corrupt.
     """
     if not options.load:
@@ -364,7 +365,8 @@ def find_checkpoint(
     selection = broadcast_from_rank0(
         lambda: select_checkpoints(Path(options.load), options.load_step), groups
     )
-    if selection.is_empty and options.load_or_init and not options.load_step:
+    may_start = options.load_or_init and not options.load_step
+    if selection.is_empty and may_start and not is_hf_folder(selection.path):
         get_logger().info(
             "%s holds no checkpoint: the run starts from scratch, as --load-or-init allows",
             options.load,
@@ -380,6 +382,11 @@ def find_checkpoint(
     return LoadedCheckpoint(found.path, options, found.corrupt)
 
 
+def is_hf_folder(path: str | Path) -> bool:
+    """Return whether a path is the folder of a Hugging Face model instead of checkpoints."""
+    return (Path(path) / "config.json").is_file()
+
+
 def _advice(selection: CheckpointSelection, required: bool) -> str:
     if selection.step:
         return "Set --load-step to the iteration of another checkpoint, or leave it out"
@@ -390,6 +397,8 @@ def _advice(selection: CheckpointSelection, required: bool) -> str:
         )
     if required:
         return "Restore its files from a copy, or point --load at the directory of another run"
+    if is_hf_folder(selection.path):
+        return "To start from this Hugging Face model, give it as --init-from-hf instead"
     if selection.is_empty:
         return (
             "Point --load at the directory given to --save of an earlier run, leave it out, or "

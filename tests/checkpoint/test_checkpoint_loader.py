@@ -225,6 +225,15 @@ def test_load_or_init_refuses_corrupt_checkpoints(tmp_path):
         loader.find_checkpoint(replace(options, load_step=3), Groups())
 
 
+@pytest.mark.parametrize("load_or_init", [False, True])
+def test_load_of_a_hugging_face_folder_names_init_from_hf(load_or_init, tmp_path):
+    """--load-or-init must not start from scratch where the user gave weights."""
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    options = CheckpointConfig(load=str(tmp_path), load_or_init=load_or_init)
+    with pytest.raises(FileNotFoundError, match="no valid checkpoint. .* as --init-from-hf"):
+        loader.find_checkpoint(options, Groups())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_finetuning_loads_only_the_weights(precision, three, ranks1):
     """All bits of the fp32 weights are loaded, and nothing of the optimizer."""
