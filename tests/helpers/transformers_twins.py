@@ -100,3 +100,14 @@ def twins(run: RunConfig, vocab_size: int = VOCAB) -> tuple[GPT, Any]:
     result = model.load_state_dict(twin_state(gpt), strict=False)
     assert result.missing_keys in ([], ["lm_head.weight"]) and not result.unexpected_keys
     return gpt, model
+
+
+def with_aligned_weights(model: Any) -> Any:
+    """Copy a loaded model's tensors to memory of their own, and return the model.
+
+    `from_pretrained` maps them from the file, where they begin at any multiple of 4 bytes. Some
+    CPUs' matrix products sum in another order then, and the results differ in the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model

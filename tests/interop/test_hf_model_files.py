@@ -12,7 +12,14 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from helpers.outside_gates import restored_registry, write_gate  # noqa: E402
-from helpers.transformers_twins import VOCAB, build, make_run, twin_state, twins  # noqa: E402
+from helpers.transformers_twins import (  # noqa: E402
+    VOCAB,
+    build,
+    make_run,
+    twin_state,
+    twins,
+    with_aligned_weights,
+)
 from megatron.inference.model import cast_for_inference  # noqa: E402
 from megatron.interop.hf_model import (  # noqa: E402
     MoEMegatronConfig,
@@ -26,7 +33,8 @@ TOKENS = torch.tensor([[3, 9, 30, 9, 1, 12, 28, 7], [5, 17, 11, 0, 22, 6, 40, 2]
 
 
 def load(folder, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    return with_aligned_weights(model)
 
 
 @pytest.mark.parametrize("name", available_gates())
@@ -72,7 +80,7 @@ def test_auto_classes_find_config_and_base_model(tmp_path):
     assert config.vocab_size == 48 and config.run_config.model.vocab_size == VOCAB
     assert config.max_position_embeddings == 24 and config.num_experts == 4
     assert config.intermediate_size == 64 and not config.tie_word_embeddings
-    base = transformers.AutoModel.from_pretrained(tmp_path)
+    base = with_aligned_weights(transformers.AutoModel.from_pretrained(tmp_path))
     assert type(base) is MoEMegatronModel
     hidden = base(TOKENS).last_hidden_state
     assert torch.equal(model.lm_head(hidden), model(TOKENS).logits)

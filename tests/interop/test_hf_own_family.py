@@ -14,7 +14,13 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from helpers import runs  # noqa: E402
 from helpers.outside_gates import restored_registry, write_gate  # noqa: E402
-from helpers.transformers_twins import VOCAB, build, make_run, twin_state  # noqa: E402
+from helpers.transformers_twins import (  # noqa: E402
+    VOCAB,
+    build,
+    make_run,
+    twin_state,
+    with_aligned_weights,
+)
 from megatron.checkpoint.consolidate import find_verified_checkpoint  # noqa: E402
 from megatron.checkpoint.shards import CheckpointReader  # noqa: E402
 from megatron.checkpoint.weights_only import (  # noqa: E402
@@ -78,7 +84,7 @@ def test_round_trip_is_bit_identical(name, tmp_path):
     """A checkpoint, exported, loaded by transformers, saved by it, converted, exported again."""
     gpt = write_checkpoint(with_tokenizer(make_run(name)), tmp_path / "ours")
     folder = export(tmp_path / "ours", tmp_path / "hf", family="moe_megatron")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = with_aligned_weights(transformers.AutoModelForCausalLM.from_pretrained(folder))
     for key, tensor in twin_state(gpt).items():
         assert torch.equal(model.state_dict()[key], tensor), key
     expected = gpt(TOKENS, progress=1.0, independent_sequences=True).logits
@@ -127,7 +133,7 @@ def test_gates_per_layer_and_dense_blocks_are_exported(tmp_path):
     )
     gpt = write_checkpoint(run, tmp_path / "ours")
     folder = export(tmp_path / "ours", tmp_path / "hf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = with_aligned_weights(transformers.AutoModelForCausalLM.from_pretrained(folder))
     expected = gpt(TOKENS, progress=1.0, independent_sequences=True).logits
     assert torch.equal(model(TOKENS).logits, expected)
     options = open_hf_model(folder).config.gate_options
