@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import signal
 import sys
 import threading
@@ -14,6 +15,10 @@ from typing import NoReturn
 
 ErrorClassifier = Callable[[ValueError | OSError | RuntimeError], tuple[Exception | None, int]]
 """`megatron.exit_codes.classify_error`, which is of a higher layer"""
+
+_SECONDS_TO_START = 20
+"""How long a forked process may take to run; a busy machine needs a second or two"""
+_MAX_FORKS = 5
 
 
 class ForkedWork:
@@ -30,22 +35,55 @@ class ForkedWork:
         classify: returns, first, the error to report to the user for an exception of `work`, or
             None if it is a mistake in the program. It runs in the child, because the traceback
             that it depends on does not leave it.
+
+    Raises:
+        OSError: no process could be started.
     """
 
     def __init__(self, name: str, work: Callable[[], object], classify: ErrorClassifier):
         self._name = name
-        error_reader, error_writer = os.pipe()
-        lifeline_reader, self._lifeline = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
+        for _ in range(_MAX_FORKS):
+            if self._fork(work, classify):
+                return
+        raise OSError(
+            f"no process that {name} could be started: {_MAX_FORKS} forked processes did not run "
+            f"within {_SECONDS_TO_START} s each. Start the program again"
+        )
+
+    def _fork(self, work: Callable[[], object], classify: ErrorClassifier) -> bool:
+        """Fork, and return whether the child runs; one that does not is killed.
+
+        In CPython 3.11 and earlier, a child waits forever in `os.fork` if another thread of its
+        parent, such as one of gloo, was adding itself to the interpreter's threads at that moment:
+        the lock of their list is held by a thread that the child does not have.
+        """
+        error_reader, error_writer = os.pipe()
+        lifeline_reader, lifeline = os.pipe()
+        started_reader, started_writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
             os.close(error_reader)
-            os.close(self._lifeline)
+            os.close(lifeline)
+            os.close(started_reader)
+            os.write(started_writer, b"1")
+            os.close(started_writer)
             _run_in_child(work, classify, error_writer, lifeline_reader)
-        os.close(error_writer)
-        os.close(lifeline_reader)
+        for descriptor in (error_writer, lifeline_reader, started_writer):
+            os.close(descriptor)
+        poll = select.poll()
+        poll.register(started_reader, select.POLLIN)
+        # The end of the child is an event, too, which `wait` reports.
+        runs = poll.poll(_SECONDS_TO_START * 1000)
+        os.close(started_reader)
+        self.pid = pid
+        self._lifeline = lifeline
         self._error_reader = error_reader
+        if not runs:
+            os.kill(pid, signal.SIGKILL)
+            self.wait()
+        return bool(runs)
 
     def wait(self) -> Exception | None:
         """Wait for the end of the process. To be called once.

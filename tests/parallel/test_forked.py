@@ -15,6 +15,7 @@ import torch
 from helpers.waiting import wait_until
 from megatron.data.sampling.blend import parse_blend
 from megatron.exit_codes import classify_error
+from megatron.parallel import forked
 from megatron.parallel.forked import ForkedWork
 
 
@@ -40,6 +41,48 @@ def test_work_is_done_in_another_process(tmp_path):
     assert work.wait() is None
     assert int(path.read_text()) == work.pid != os.getpid()
     assert process_is_gone(work.pid)
+
+
+@pytest.fixture
+def stuck_children(monkeypatch):
+    """Let the first `n` children of os.fork never return from it; returns (list for n, pids)."""
+    number, pids = [0], []
+    fork = os.fork
+
+    def fork_with_stuck_children():
+        pid = fork()
+        if pid == 0 and len(pids) < number[0]:
+            while True:
+                signal.pause()
+        pids.append(pid)
+        return pid
+
+    monkeypatch.setattr(os, "fork", fork_with_stuck_children)
+    return number, pids
+
+
+def test_child_that_never_runs_is_replaced(stuck_children, monkeypatch, tmp_path):
+    """A child inherits the interpreter's locks as they were, and may wait for one forever."""
+    monkeypatch.setattr(forked, "_SECONDS_TO_START", 1.0)
+    number, pids = stuck_children
+    number[0] = 2
+    open_before = len(os.listdir("/proc/self/fd"))
+    path = tmp_path / "pid"
+    # A child that is slow to run on a busy machine is replaced, too.
+    work = ForkedWork("counts", lambda: path.write_text(str(os.getpid())), classify_error)
+    assert work.wait() is None
+    assert len(pids) >= 3 and int(path.read_text()) == work.pid == pids[-1]
+    assert all(process_is_gone(pid) for pid in pids)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_no_child_that_runs_is_an_error(stuck_children, monkeypatch):
+    monkeypatch.setattr(forked, "_SECONDS_TO_START", 0.05)
+    number, pids = stuck_children
+    number[0] = 99
+    with pytest.raises(OSError, match="no process that counts could be started: 5 forked"):
+        ForkedWork("counts", print, classify_error)
+    assert len(pids) == 5 and all(process_is_gone(pid) for pid in pids)
 
 
 def test_errors_reach_the_parent():
