@@ -1,5 +1,6 @@
 """MoE layers under DeepSpeed train as in plain torch, at every ZeRO stage and sharding."""
 
+import functools
 import os
 from dataclasses import replace
 
@@ -36,6 +37,8 @@ STEPS, VOCAB = 3, 64
 LARGE_LOSS_OPTIONS = {"remoe": {"lambda_init": 0.1}, "deepseek_v3": {"loss_coeff": 0.1}}
 WITHOUT_LOSS = {"base", "expert_choice", "expert_threshold", "hash", "longcat", "peer"}
 WITHOUT_LOSS |= {"hash with weights"}
+ALWAYS = {"topk", "deepseek_v3", "peer"}
+"""Gates whose tests are not slow on any topology: a loss, buffers, and experts of another kind"""
 GATES_WITH_OPTIONS = {
     "topk with all options": (
         "topk",
@@ -97,6 +100,7 @@ def micro_batches(step):
         yield Batch(ids[:, :-1], ids[:, 1:], torch.ones(1, 8), None, None)
 
 
+@functools.cache
 def train_in_plain_torch(gate, activation="swiglu", experts=""):
     """Train in one process without DeepSpeed.
 
@@ -173,10 +177,15 @@ def _train_with_deepspeed(gate, stage, precision="fp32", activation="swiglu", ex
     return losses, norms, weights
 
 
-@pytest.mark.parametrize("gate", available_gates())
-@pytest.mark.parametrize(
-    "world, stage", [(1, 1), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)]
-)
+def topologies():
+    """Return parameters (gate, ranks, stage); some of most gates are slow tests."""
+    for world, stage in [(1, 1), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)]:
+        for gate in available_gates():
+            always = (world, stage) in [(1, 1), (2, 3), (4, 1), (4, 3)] or gate in ALWAYS
+            yield pytest.param(gate, world, stage, marks=[] if always else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("gate, world, stage", topologies())
 def test_training_equals_plain_torch(gate, world, stage, request):
     """Losses, gradient norms and every weight after three clipped steps, by name."""
     losses, norms, weights = train_in_plain_torch(gate)
