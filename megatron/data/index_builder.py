@@ -92,12 +92,11 @@ def build_on_each_node(
         ValueError, OSError: `build` raised it on some node; then all ranks raise it.
         RuntimeError: `build` has a mistake; its process has printed the traceback.
     """
-
-    def build_in_a_process() -> Exception | None:
-        return ForkedWork("builds the sample indices", build, classify).wait()
-
-    task = BackgroundTask("building the sample indices", build_in_a_process)
-    if groups.local_rank == 0:
+    builds = groups.local_rank == 0
+    # Forked before the collectives, whose threads take locks that the child would inherit.
+    wait = _start_builder(build, classify) if builds else lambda: None
+    task = BackgroundTask("building the sample indices", wait)
+    if builds:
         task.start()
     task.wait_for_all(groups)
     for outcome in task.outcomes(groups):
@@ -105,3 +104,14 @@ def build_on_each_node(
             raise OSError(outcome.error)
         if outcome.result is not None:
             raise outcome.result
+
+
+def _start_builder(
+    build: Callable[[], object], classify: ErrorClassifier
+) -> Callable[[], Exception | None]:
+    """Start the builder's process; return a function that waits for it and returns its error."""
+    try:
+        return ForkedWork("builds the sample indices", build, classify).wait
+    except OSError as error:
+        failure = error
+    return lambda: failure

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,10 +55,14 @@ def _build(local_ranks: list[int], outcomes: list[str], folder: str) -> str:
         elif outcome:
             require(False, "--split", outcome, "proportions")
 
+    fork = os.fork
+    if outcomes[rank] == "no fork":
+        fork = mock.Mock(side_effect=OSError("no process can be started"))
     default = timedelta(seconds=60)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
     try:
-        build_on_each_node(build, groups, classify_error)
+        with mock.patch.object(os, "fork", fork):
+            build_on_each_node(build, groups, classify_error)
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -73,6 +78,7 @@ def _build(local_ranks: list[int], outcomes: list[str], folder: str) -> str:
         ([0, 1], ["2,x", ""], "ValueError: --split is '2,x'; allowed", ["built0"]),
         ([0, 0], ["", "2,x"], "ValueError: --split is '2,x'; allowed", ["built0", "built1"]),
         ([0, 1], ["killed", ""], "OSError: process ", ["built0"]),
+        ([0, 0], ["", "no fork"], "OSError: no process can be started", ["built0"]),
     ],
 )
 def test_ranks_wait_for_all_builders(
