@@ -54,7 +54,7 @@ def runs_that_resume():
             yield pytest.param(gate, precision, stage, ep_size, marks=marks)
 
 
-@pytest.mark.parametrize("gate, precision, stage, ep_size", runs_that_resume())
+@pytest.mark.parametrize("gate, precision, stage, ep_size", list(runs_that_resume()))
 def test_resumed_run_equals_uninterrupted_run(
     gate, precision, stage, ep_size, ranks2, tmp_path
 ):

@@ -185,7 +185,7 @@ def topologies():
             yield pytest.param(gate, world, stage, marks=[] if always else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("gate, world, stage", topologies())
+@pytest.mark.parametrize("gate, world, stage", list(topologies()))
 def test_training_equals_plain_torch(gate, world, stage, request):
     """Losses, gradient norms and every weight after three clipped steps, by name."""
     losses, norms, weights = train_in_plain_torch(gate)
