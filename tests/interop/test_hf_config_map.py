@@ -167,6 +167,15 @@ def test_equal_models_in_other_words_are_expressed():
     assert content["intermediate_size"] == 48 and content["num_key_value_heads"] == 2
 
 
+def test_default_widths_are_spelled_out():
+    """0 means a width that follows from others, in our configuration only."""
+    model = ModelConfig(activation="swiglu", hidden_size=48)
+    content = config_json_of(find_family("llama"), RunConfig(model=model))
+    assert content["intermediate_size"] == model.ffn_size == 128
+    run = ours(model={"ffn_hidden_size": 40}, moe={"moe_ffn_hidden_size": 0})
+    assert config_json_of(find_family("mixtral"), run)["intermediate_size"] == 40
+
+
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [

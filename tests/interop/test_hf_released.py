@@ -14,7 +14,14 @@ import torch
 
 from helpers.hf_models import families_under_test
 from helpers.hf_released import RELEASED
-from megatron.interop.hf.config_map import COMMON_KEYS, first_difference, run_config_of
+from megatron.config.effect import reset_without_effect
+from megatron.interop.hf.config_map import (
+    COMMON_KEYS,
+    config_json_of,
+    first_difference,
+    run_config_of,
+)
+from megatron.interop.hf.export_config import merged_config
 from megatron.interop.hf.registry import find_family
 from megatron.interop.hf.tensor_map import map_tensors
 from megatron.interop.model_specs import model_specs
@@ -54,6 +61,17 @@ def their_config(name, blocks=None):
     config = released_config(name, blocks)
     config.pop("quantization_config", None)
     return AutoConfig.for_model(**config)
+
+
+@every_release
+def test_unchanged_model_has_an_unchanged_config(name):
+    """A training run resets settings without effect, such as the width of absent dense layers."""
+    family = family_of_release(name)
+    content = released_config(name)
+    run = run_config_of(family, content)
+    for trained in (run, reset_without_effect(run)):
+        merged = merged_config(family, content, trained, config_json_of(family, trained))
+        assert merged == content
 
 
 def their_shapes(name, blocks):

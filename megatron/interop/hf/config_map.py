@@ -246,9 +246,19 @@ def _config_json(family: Family, run: RunConfig) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": family.name,
     }
+    run = _with_widths(run)
     for rule in family.config:
         content |= rule.to_theirs(run)
     return content
+
+
+def _with_widths(run: RunConfig) -> RunConfig:
+    """Return a configuration that spells out the widths of which 0 means a default."""
+    model = dataclasses.replace(run.model, ffn_hidden_size=run.model.ffn_size)
+    moe = run.moe
+    if moe.num_experts and not moe.moe_ffn_hidden_size:
+        moe = dataclasses.replace(moe, moe_ffn_hidden_size=run.model.ffn_size)
+    return dataclasses.replace(run, model=model, moe=moe)
 
 
 def first_difference(family: Family, run: RunConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.config.effect import reset_without_effect
 from megatron.config.schema import RunConfig
 from megatron.interop.hf.config_map import config_json_of, run_config_of
 from megatron.interop.hf.family import Family
@@ -23,8 +24,12 @@ def merged_config(
         run: Configuration of the checkpoint.
         content: Content of a config.json for `run`.
     """
-    before = config_json_of(family, run_config_of(family, original, run.tokenizer))
-    changed = {key for key, value in content.items() if before.get(key) != value}
+    origin = run_config_of(family, original, run.tokenizer)
+    # A training run resets settings without effect, such as the width of dense layers in a model
+    # without any: these are no changes.
+    before = config_json_of(family, reset_without_effect(origin))
+    after = config_json_of(family, reset_without_effect(run))
+    changed = {key for key, value in after.items() if before.get(key) != value}
     changed -= {"architectures", "model_type", "dtype"}
     merged = dict(original)
     for rule in family.config:
@@ -32,5 +37,5 @@ def merged_config(
         if changed.intersection(rule.keys):
             for key in rule.keys:
                 merged.pop(key, None)
-            merged |= rule.to_theirs(run)
+            merged |= {key: content[key] for key in rule.keys if key in content}
     return merged
