@@ -67,22 +67,20 @@ class ForkedWork:
             os.close(error_reader)
             os.close(lifeline)
             os.close(started_reader)
-            os.write(started_writer, b"1")
-            os.close(started_writer)
-            _run_in_child(work, classify, error_writer, lifeline_reader)
+            _run_in_child(work, classify, started_writer, error_writer, lifeline_reader)
         for descriptor in (error_writer, lifeline_reader, started_writer):
             os.close(descriptor)
         poll = select.poll()
         poll.register(started_reader, select.POLLIN)
         # The end of the child is an event, too, which `wait` reports.
         runs = poll.poll(_SECONDS_TO_START * 1000)
-        os.close(started_reader)
         self.pid = pid
         self._lifeline = lifeline
         self._error_reader = error_reader
         if not runs:
             os.kill(pid, signal.SIGKILL)
             self.wait()
+        os.close(started_reader)
         return bool(runs)
 
     def wait(self) -> Exception | None:
@@ -114,12 +112,15 @@ class ForkedWork:
 def _run_in_child(
     work: Callable[[], object],
     classify: ErrorClassifier,
+    started: int,
     error_descriptor: int,
     lifeline: int,
 ) -> NoReturn:
     """Run the work in the child and exit without any cleanup, which is the parent's."""
     code = 1
     try:
+        os.write(started, b"1")
+        os.close(started)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent acts on it, and ends this
