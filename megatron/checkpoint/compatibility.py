@@ -160,7 +160,7 @@ def _model_description(run: RunMetadata) -> dict[str, Any]:
             "--moe-shared-experts": moe.moe_shared_experts,
             "--moe-shared-expert-intermediate-size": moe.moe_shared_expert_intermediate_size,
             "--moe-shared-expert-gate": moe.moe_shared_expert_gate,
-            "the hidden size of an expert": moe.moe_ffn_hidden_size or model.ffn_size,
+            "the hidden size of an expert": moe.expert_size(model.ffn_size),
         }
         expert_config = expert_config_class(moe.expert_type)(**config.expert_options)
         for flag in flags_of(type(expert_config), EXPERT_OPTIONS):

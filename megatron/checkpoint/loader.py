@@ -397,7 +397,7 @@ def _advice(selection: CheckpointSelection, required: bool) -> str:
         )
     if required:
         return "Restore its files from a copy, or point --load at the directory of another run"
-    if is_hf_folder(selection.path):
+    if selection.is_empty and is_hf_folder(selection.path):
         return "To start from this Hugging Face model, give it as --init-from-hf instead"
     if selection.is_empty:
         return (

@@ -132,6 +132,15 @@ class MoEConfig:
         """The gate, or the gate of each layer."""
         return parse_gate_layers(self.gate)
 
+    def expert_size(self, ffn_size: int) -> int:
+        """Return the hidden size of a routed expert; `ffn_size` is that of a dense layer."""
+        return self.moe_ffn_hidden_size or ffn_size
+
+    def shared_size(self, ffn_size: int) -> int:
+        """Return the hidden size of the MLP of all shared experts; 0 without any."""
+        size = self.moe_shared_expert_intermediate_size
+        return size or self.moe_shared_experts * self.expert_size(ffn_size)
+
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether block `layer`, counted from 0, has an MoE layer."""
         return self.gate_of(layer) is not None

@@ -178,7 +178,7 @@ def choose_moe_backend(
     kinds = {gate_class(name).expert_kind for name in moe.gate_layers.gates}
     if kinds == {"peer"}:
         return choose_peer_backend(moe.moe_backend, device.type, dtype)
-    features = (moe.moe_latent_size or model.hidden_size, _expert_width(model, moe))
+    features = (moe.moe_latent_size or model.hidden_size, moe.expert_size(model.ffn_size))
     return choose_expert_backend(moe.moe_backend, device.type, dtype, features)
 
 
@@ -214,7 +214,7 @@ def make_moe_layer(
     experts, num_stacks = _make_experts(gate, model, moe, expert_options or {}, num_local, init)
     shared = None
     if moe.moe_shared_experts:
-        shared = MLP(model.hidden_size, _shared_width(model, moe), model.act)
+        shared = MLP(model.hidden_size, moe.shared_size(model.ffn_size), model.act)
     moe_layer = layer_class(
         gate,
         experts,
@@ -256,7 +256,7 @@ def _make_experts(
     Returns:
         The experts, and the number of stacked weights over all ranks.
     """
-    width = _expert_width(model, moe)
+    width = moe.expert_size(model.ffn_size)
     if gate.expert_kind == "peer":
         tables = PEERExperts(
             moe.num_experts,
@@ -278,14 +278,3 @@ def _make_experts(
         weight_on_input=moe.moe_weight_on_input,
     )
     return create_experts(moe.expert_type, context, **expert_options), moe.num_experts
-
-
-def _expert_width(model: ModelConfig, moe: MoEConfig) -> int:
-    """Return the hidden size of one expert."""
-    return moe.moe_ffn_hidden_size or model.ffn_size
-
-
-def _shared_width(model: ModelConfig, moe: MoEConfig) -> int:
-    """Return the hidden size of the MLP of all shared experts."""
-    size = moe.moe_shared_expert_intermediate_size
-    return size or moe.moe_shared_experts * _expert_width(model, moe)

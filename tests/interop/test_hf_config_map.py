@@ -172,6 +172,8 @@ def test_default_widths_are_spelled_out():
     model = ModelConfig(activation="swiglu", hidden_size=48)
     content = config_json_of(find_family("llama"), RunConfig(model=model))
     assert content["intermediate_size"] == model.ffn_size == 128
+    content = config_json_of(find_family("moe_megatron"), RunConfig(model=model))
+    assert content["run"]["model"]["ffn_hidden_size"] == 0
     run = ours(model={"ffn_hidden_size": 40}, moe={"moe_ffn_hidden_size": 0})
     assert config_json_of(find_family("mixtral"), run)["intermediate_size"] == 40
 
@@ -208,9 +210,9 @@ def test_original_keys_keep_their_spelling():
         "router_aux_loss_coef": 0.001,
     }
     run = run_config_of(family, original)
-    assert merged_config(family, original, run, config_json_of(family, run)) == original
+    assert merged_config(family, original, run) == original
     run = replace(run, model=replace(run.model, max_position_embeddings=100, seq_length=64))
-    merged = merged_config(family, original, run, config_json_of(family, run))
+    merged = merged_config(family, original, run)
     assert merged == {**original, "max_position_embeddings": 100}
 
 

@@ -205,8 +205,8 @@ class SharedExperts:
 
     def to_theirs(self, run: RunConfig) -> dict[str, Any]:
         moe = run.moe
-        width = moe.moe_ffn_hidden_size or run.model.ffn_size
-        total = moe.moe_shared_expert_intermediate_size or moe.moe_shared_experts * width
+        width = moe.expert_size(run.model.ffn_size)
+        total = moe.shared_size(run.model.ffn_size)
         # A width that is no multiple is found when the keys are mapped back.
         return {self.key: total // width if moe.moe_shared_experts else 0}
 

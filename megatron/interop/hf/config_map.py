@@ -246,19 +246,9 @@ def _config_json(family: Family, run: RunConfig) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": family.name,
     }
-    run = _with_widths(run)
     for rule in family.config:
         content |= rule.to_theirs(run)
     return content
-
-
-def _with_widths(run: RunConfig) -> RunConfig:
-    """Return a configuration that spells out the widths of which 0 means a default."""
-    model = dataclasses.replace(run.model, ffn_hidden_size=run.model.ffn_size)
-    moe = run.moe
-    if moe.num_experts and not moe.moe_ffn_hidden_size:
-        moe = dataclasses.replace(moe, moe_ffn_hidden_size=run.model.ffn_size)
-    return dataclasses.replace(run, model=model, moe=moe)
 
 
 def first_difference(family: Family, run: RunConfig) -> str:
@@ -330,11 +320,9 @@ def _comparable(run: RunConfig) -> dict[str, Any]:
             if name not in left_out:
                 values[f"{section}.{name}"] = value
     if run.moe.num_experts:
-        width = run.moe.moe_ffn_hidden_size or run.model.ffn_size
-        values["moe.moe_ffn_hidden_size"] = width
-        shared_width = run.moe.moe_shared_expert_intermediate_size
-        shared_width = shared_width or run.moe.moe_shared_experts * width
-        values["moe.moe_shared_expert_intermediate_size"] = shared_width
+        values["moe.moe_ffn_hidden_size"] = run.moe.expert_size(run.model.ffn_size)
+        shared_size = run.moe.shared_size(run.model.ffn_size)
+        values["moe.moe_shared_expert_intermediate_size"] = shared_size
     return values
 
 

@@ -20,7 +20,14 @@ _LONGEST_SAMPLE = 4096
 
 
 def get_setting(run: RunConfig, name: str) -> Any:
-    """Return the value of a setting "section.field"; None if the gate has no such option."""
+    """Return the value of a setting "section.field"; None if the gate has no such option.
+
+    A width is the one that the model has, also where 0 in our configuration means a default.
+    """
+    if name == "model.ffn_hidden_size":
+        return run.model.ffn_size
+    if name == "moe.moe_ffn_hidden_size":
+        return run.moe.expert_size(run.model.ffn_size)
     section, _, field_name = name.partition(".")
     if section == "expert":
         defaults = expert_config_class(run.moe.expert_type)

@@ -215,7 +215,7 @@ class ExportPlan:
         if self.stored is None:
             return content | special_token_ids(self.config.tokenizer)
         original = read_config_json(self.hf_folder)
-        merged = merged_config(self.family, original, self.config, content)
+        merged = merged_config(self.family, original, self.config)
         if self.options.dtype is not None:
             merged.pop("torch_dtype", None)
             merged["dtype"] = content["dtype"]

@@ -12,7 +12,7 @@ from megatron.interop.hf.family import Family
 
 
 def merged_config(
-    family: Family, original: Mapping[str, Any], run: RunConfig, content: Mapping[str, Any]
+    family: Family, original: Mapping[str, Any], run: RunConfig
 ) -> dict[str, Any]:
     """Return the original config.json with what training has changed.
 
@@ -22,7 +22,6 @@ def merged_config(
     Args:
         original: Content of the folder's config.json.
         run: Configuration of the checkpoint.
-        content: Content of a config.json for `run`.
     """
     origin = run_config_of(family, original, run.tokenizer)
     # A training run resets settings without effect, such as the width of dense layers in a model
@@ -37,5 +36,5 @@ def merged_config(
         if changed.intersection(rule.keys):
             for key in rule.keys:
                 merged.pop(key, None)
-            merged |= {key: content[key] for key in rule.keys if key in content}
+            merged |= rule.to_theirs(run)
     return merged

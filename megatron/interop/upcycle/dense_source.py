@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.loader import find_checkpoint
+from megatron.checkpoint.loader import find_checkpoint, is_hf_folder
 from megatron.checkpoint.manifest import HF_FOLDER
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.checkpoint import CheckpointConfig
@@ -62,7 +62,7 @@ def open_dense_source(path: str | Path) -> DenseSource:
         OSError: a file cannot be read, or there is no valid checkpoint.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
+    if is_hf_folder(path):
         return _open_hf_folder(path)
     options = CheckpointConfig(load=str(path), finetune=True)
     groups = Groups()

@@ -62,10 +62,7 @@ def _shared_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def _shared_keys(run: RunConfig) -> dict[str, Any]:
-    width = run.moe.moe_shared_expert_intermediate_size
-    if not width:
-        width = run.moe.moe_shared_experts * run.moe.moe_ffn_hidden_size
-    return {"shared_expert_intermediate_size": width}
+    return {"shared_expert_intermediate_size": run.moe.shared_size(run.model.ffn_size)}
 
 
 _LAYOUTS = (
