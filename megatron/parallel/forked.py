@@ -19,6 +19,7 @@ ErrorClassifier = Callable[[ValueError | OSError | RuntimeError], tuple[Exceptio
 _SECONDS_TO_START = 20
 """How long a forked process may take to run; a busy machine needs a second or two"""
 _MAX_FORKS = 5
+_STARTED = b"1"
 
 
 class ForkedWork:
@@ -59,29 +60,30 @@ class ForkedWork:
         parent, such as one of gloo, was adding itself to the interpreter's threads at that moment:
         the lock of their list is held by a thread that the child does not have.
         """
-        error_reader, error_writer = os.pipe()
+        report_reader, report_writer = os.pipe()
         lifeline_reader, lifeline = os.pipe()
-        started_reader, started_writer = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.close(error_reader)
+            os.close(report_reader)
             os.close(lifeline)
-            os.close(started_reader)
-            _run_in_child(work, classify, started_writer, error_writer, lifeline_reader)
-        for descriptor in (error_writer, lifeline_reader, started_writer):
-            os.close(descriptor)
+            _run_in_child(work, classify, report_writer, lifeline_reader)
+        os.close(report_writer)
+        os.close(lifeline_reader)
         poll = select.poll()
-        poll.register(started_reader, select.POLLIN)
-        # The end of the child is an event, too, which `wait` reports.
-        runs = poll.poll(_SECONDS_TO_START * 1000)
-        self.pid = pid
-        self._lifeline = lifeline
-        self._error_reader = error_reader
-        if not runs:
+        poll.register(report_reader, select.POLLIN)
+        if not poll.poll(_SECONDS_TO_START * 1000):
             os.kill(pid, signal.SIGKILL)
-            self.wait()
-        os.close(started_reader)
-        return bool(runs)
+            os.waitpid(pid, 0)
+            os.close(report_reader)
+            os.close(lifeline)
+            return False
+        os.read(
+            report_reader, len(_STARTED)
+        )  # empty if the child has ended, which `wait` reports
+        self.pid = pid
+        self._report_reader = report_reader
+        self._lifeline = lifeline
+        return True
 
     def wait(self) -> Exception | None:
         """Wait for the end of the process. To be called once.
@@ -91,7 +93,7 @@ class ForkedWork:
             OSError if the child was killed. RuntimeError for a mistake in the program, whose
             traceback the child has printed.
         """
-        with open(self._error_reader, "rb") as pipe:
+        with open(self._report_reader, "rb") as pipe:
             pickled = pipe.read()
         _, status = os.waitpid(self.pid, 0)
         os.close(self._lifeline)
@@ -112,15 +114,18 @@ class ForkedWork:
 def _run_in_child(
     work: Callable[[], object],
     classify: ErrorClassifier,
-    started: int,
-    error_descriptor: int,
+    report: int,
     lifeline: int,
 ) -> NoReturn:
-    """Run the work in the child and exit without any cleanup, which is the parent's."""
+    """Run the work in the child and exit without any cleanup, which is the parent's.
+
+    Args:
+        report: pipe for `_STARTED`, and then for the pickled error if there is one.
+        lifeline: pipe whose other end closes with the parent.
+    """
     code = 1
     try:
-        os.write(started, b"1")
-        os.close(started)
+        os.write(report, _STARTED)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent acts on it, and ends this
@@ -133,7 +138,7 @@ def _run_in_child(
             if reported is None:
                 raise
             pickled = pickle.dumps(reported)
-            with open(error_descriptor, "wb") as pipe:
+            with open(report, "wb") as pipe:
                 pipe.write(pickled)
         sys.stdout.flush()
     except BaseException:

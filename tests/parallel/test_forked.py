@@ -44,28 +44,33 @@ def test_work_is_done_in_another_process(tmp_path):
 
 
 @pytest.fixture
-def stuck_children(monkeypatch):
-    """Let the first `n` children of os.fork never return from it; returns (list for n, pids)."""
-    number, pids = [0], []
-    fork = os.fork
+def stick_children(monkeypatch):
+    """Return a function that lets the next `n` children of os.fork never return from it.
 
-    def fork_with_stuck_children():
-        pid = fork()
-        if pid == 0 and len(pids) < number[0]:
-            while True:
-                signal.pause()
-        pids.append(pid)
-        return pid
+    Each is waited for `seconds`. The function returns the list to which all pids are added.
+    """
 
-    monkeypatch.setattr(os, "fork", fork_with_stuck_children)
-    return number, pids
+    def stick(n: int, seconds: float) -> list[int]:
+        fork, pids = os.fork, []
+
+        def fork_with_stuck_children():
+            pid = fork()
+            if pid == 0 and len(pids) < n:
+                while True:
+                    signal.pause()
+            pids.append(pid)
+            return pid
+
+        monkeypatch.setattr(os, "fork", fork_with_stuck_children)
+        monkeypatch.setattr(forked, "_SECONDS_TO_START", seconds)
+        return pids
+
+    return stick
 
 
-def test_child_that_never_runs_is_replaced(stuck_children, monkeypatch, tmp_path):
+def test_child_that_never_runs_is_replaced(stick_children, tmp_path):
     """A child inherits the interpreter's locks as they were, and may wait for one forever."""
-    monkeypatch.setattr(forked, "_SECONDS_TO_START", 1.0)
-    number, pids = stuck_children
-    number[0] = 2
+    pids = stick_children(2, seconds=1.0)
     open_before = len(os.listdir("/proc/self/fd"))
     path = tmp_path / "pid"
     # A child that is slow to run on a busy machine is replaced, too.
@@ -76,10 +81,8 @@ def test_child_that_never_runs_is_replaced(stuck_children, monkeypatch, tmp_path
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_no_child_that_runs_is_an_error(stuck_children, monkeypatch):
-    monkeypatch.setattr(forked, "_SECONDS_TO_START", 0.05)
-    number, pids = stuck_children
-    number[0] = 99
+def test_no_child_that_runs_is_an_error(stick_children):
+    pids = stick_children(99, seconds=0.05)
     with pytest.raises(OSError, match="no process that counts could be started: 5 forked"):
         ForkedWork("counts", print, classify_error)
     assert len(pids) == 5 and all(process_is_gone(pid) for pid in pids)
