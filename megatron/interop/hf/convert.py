@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.manifest import HF_FOLDER, copy_with_digest
 from megatron.checkpoint.weights_only import (
+    ExtraFiles,
     WeightsSource,
     require_no_checkpoints,
     write_weights_checkpoint,
@@ -195,7 +197,7 @@ def write_converted_checkpoint(
     source: WeightsSource,
     *,
     tokenizer_source: Path | None,
-    extra_files: Callable[[Path], dict[str, FileDigest]],
+    extra_files: ExtraFiles,
     extra_bytes: int,
     progress: ProgressCallback = no_progress,
 ) -> Path:
@@ -222,19 +224,18 @@ def write_converted_checkpoint(
     if tokenizer_source is not None:
         config = replace(config, tokenizer=moved(config.tokenizer, folder))
 
-    copied: list[Path] = []
+    with ExitStack() as on_failure:
 
-    def write_files(partial: Path) -> dict[str, FileDigest]:
-        names = files_to_copy(tokenizer_source, TOKENIZER_FILES) if tokenizer_source else []
-        if names:
-            folder.mkdir()
-            copied.append(folder)
-        for name in names:
-            copy_with_digest(tokenizer_source / name, folder / name)
-        return extra_files(partial)
+        def write_files(partial: Path) -> dict[str, FileDigest]:
+            names = files_to_copy(tokenizer_source, TOKENIZER_FILES) if tokenizer_source else []
+            if names:
+                folder.mkdir()
+                on_failure.callback(shutil.rmtree, folder, ignore_errors=True)
+            for name in names:
+                copy_with_digest(tokenizer_source / name, folder / name)
+            return extra_files(partial)
 
-    try:
-        return write_weights_checkpoint(
+        path = write_weights_checkpoint(
             output,
             config,
             tokenizer,
@@ -243,10 +244,8 @@ def write_converted_checkpoint(
             extra_bytes=extra_bytes,
             progress=progress,
         )
-    except BaseException:
-        for path in copied:  # never a folder that was there before
-            shutil.rmtree(path, ignore_errors=True)
-        raise
+        on_failure.pop_all()
+    return path
 
 
 def _extra_bytes(model: HFModel) -> int:
