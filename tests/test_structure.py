@@ -41,6 +41,7 @@ LAYERS = {
     "megatron.moe": 4,
     "megatron.moe.layer": 5,
     "megatron.moe.layer_sums": 5,
+    "megatron.moe.routing_record": 5,
     "megatron.moe.gate_update": 5,
     "megatron.moe.metrics": 5,
     "megatron.moe.peer.layer": 5,
@@ -53,6 +54,7 @@ LAYERS = {
     "megatron.exit_codes": 9,
     "megatron.gate_checks": 10,
     "megatron.initialize": 10,
+    "megatron.analysis": 11,
     "megatron.evaluation": 11,
     "megatron.pretrain": 12,
 }

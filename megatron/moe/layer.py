@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ from megatron.moe.losses import named_losses
 from megatron.moe.routing import GateInput, Routing
 from megatron.moe.sequence_routing import route_each_sequence
 from megatron.parallel.groups import Groups, all_reduce_sum
+
+
+class RoutingObserver(Protocol):
+    """Receives what a layer's gate was given, its routing, and what was dispatched of it.
+
+    Padding has no assignments.
+    """
+
+    def __call__(self, inp: GateInput, routing: Routing, plan: DispatchPlan) -> None: ...
 
 
 class MoELayer(nn.Module):
@@ -102,6 +111,8 @@ class MoELayer(nn.Module):
         self.router_logits: nn.Module | None = None
         """a module `(logits_TC, gate_input)` that is called with the logits of each routing, for
         programs that record the outputs of modules; None: nothing is called"""
+        self.routing_observer: RoutingObserver | None = None
+        """called with each routing that is not recomputed, see `RoutingObserver`"""
         self.check_routing = False
         """check the values of every routing, not only of the first: one device sync"""
         self._recompute_cache: dict[str, Any] | None = None
@@ -127,6 +138,8 @@ class MoELayer(nn.Module):
             if logits_TC is None:
                 logits_TC = routing.logits_TE
             self.router_logits(logits_TC, inp)
+        if self.routing_observer is not None and not self._is_recompute:
+            self.routing_observer(inp, routing, plan)
         in_flight = self.dispatcher.start(self._to_latent(x_TD), routing, plan)
         local_outputs = self._local_outputs(x_BSD, routing, plan, context)  # overlaps
         expert_inputs, metadata = self.dispatcher.finish(in_flight)

@@ -41,6 +41,28 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def without_repeated_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of one curve: those that a resumed run logged again replace the first ones.
+
+    A run that was killed after its last checkpoint repeats the steps since then. It announces
+    the iteration from which it continues in its row of kind `run`; in files without such rows, a
+    training row whose iteration does not exceed the previous one's shows it.
+    """
+    kept: list[dict[str, Any]] = []
+    last_trained = -1
+    for row in rows:
+        iteration = row.get("iteration", 0)
+        if row.get("kind") == "run":
+            kept = [earlier for earlier in kept if earlier.get("iteration", 0) <= iteration]
+            last_trained = iteration
+        elif row.get("kind") == "train":
+            if iteration <= last_trained:
+                kept = [earlier for earlier in kept if earlier.get("iteration", 0) < iteration]
+            last_trained = iteration
+        kept.append(row)
+    return kept
+
+
 def current_name(name: str) -> str:
     """Return today's name of a metric; names that did not change are returned as they are."""
     if name.endswith(_BY_LAYER):

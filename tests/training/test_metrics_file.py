@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from megatron.training.metric_writers import JsonlWriter
-from megatron.training.metrics_file import current_name, read_metrics
+from megatron.training.metrics_file import current_name, read_metrics, without_repeated_steps
 
 WRITTEN_BEFORE = Path(__file__).resolve().parents[1] / "checkpoint/versions/1"
 
@@ -59,3 +59,25 @@ def test_written_rows_are_read_back(tmp_path):
     writer.close()
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert math.isnan(row["loss"]) and row["grad_norm"] == math.inf
+
+
+def curve(*points):
+    return [{"kind": kind, "iteration": iteration} for kind, iteration in points]
+
+
+def test_resumed_run_replaces_repeated_steps():
+    """With the row of kind run, and without, as in files of earlier versions."""
+    before = curve(
+        ("run", 0), ("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3)
+    )
+    after = curve(("run", 2), ("train", 3), ("train", 4), ("eval", 4))
+    assert without_repeated_steps(before + after) == before[:-1] + after
+    assert without_repeated_steps(before[1:] + after[1:]) == before[1:-1] + after[1:]
+
+
+def test_restart_from_scratch_replaces_all():
+    rows = curve(("eval", 0), ("train", 1), ("train", 2))
+    assert without_repeated_steps(rows + curve(("run", 0), ("train", 1)))[-2:] == curve(
+        ("run", 0), ("train", 1)
+    )
+    assert len(without_repeated_steps(rows + rows)) == 4  # the evaluations at 0, once each
