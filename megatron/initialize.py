@@ -226,6 +226,7 @@ def build_engine(run: Run, model: GPT) -> Engine:
         config.train,
         run.groups,
         evaluation_only=config.train.skip_train,
+        routing_metrics=config.logging.routing_metrics,
     )
 
 

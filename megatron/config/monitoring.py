@@ -22,6 +22,10 @@ class LoggingConfig:
     """Weights & Biases project to log to; needs the wandb extra; empty: off"""
     wandb_exp_name: str = option("", needs=setting("wandb_project"))
     """name of this run in Weights & Biases"""
+    routing_metrics: bool = True
+    """log what the gates do beyond loads, drops and experts per token: evenness of the loads,
+    gate mass, margins, entropies, router inputs, the gates' state, and gradient norms of the
+    parts of the model"""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Engine:
         groups: the data-parallel ranks.
         evaluation_only: build no optimizer; the engine can only evaluate. DeepSpeed is then
             used under ZeRO 3 only, which shards the weights.
+        routing_metrics: measure what --routing-metrics describes.
 
     Raises:
         ValueError: fp16 on the CPU, all parameters are frozen, or a --deepspeed_config that
@@ -71,6 +72,7 @@ class Engine:
         train: TrainConfig,
         groups: Groups,
         evaluation_only: bool = False,
+        routing_metrics: bool = True,
     ):
         require(
             not (optimizer.fp16 and groups.device.type == "cpu"),
@@ -91,7 +93,7 @@ class Engine:
         else:
             self._start_deepspeed(model, optimizer, ds_options, train, evaluation_only)
         self.gate_updater = GateUpdater(self.model, groups)
-        self.metrics = MoEMetrics(self.model, groups)
+        self.metrics = MoEMetrics(self.model, groups, routing_metrics)
 
     def _start_deepspeed(
         self,

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from megatron.moe.gate_functional import linear_fp32
     from megatron.moe.gate_options import LossConfig, ScopeConfig
     from megatron.moe.losses import aux_losses, z_loss
-    from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
+    from megatron.moe.routing import (
+        GateInput,
+        LoadBalancingLoss,
+        Routing,
+        RoutingScores,
+        StepTotals,
+    )
 
 __all__ = [
     "ExpertContext",
@@ -41,6 +47,7 @@ __all__ = [
     "ParameterGroup",
     "PermutedTokens",
     "Routing",
+    "RoutingScores",
     "ScopeConfig",
     "StepTotals",
     "aux_losses",
@@ -64,6 +71,7 @@ _MODULES = {
     "ParameterGroup": "megatron.moe.gate",
     "PermutedTokens": "megatron.moe.dispatch.plan",
     "Routing": "megatron.moe.routing",
+    "RoutingScores": "megatron.moe.routing",
     "ScopeConfig": "megatron.moe.gate_options",
     "StepTotals": "megatron.moe.routing",
     "aux_losses": "megatron.moe.losses",

@@ -227,6 +227,15 @@ class Gate(nn.Module):
         """
         return {}
 
+    def state_metrics(self) -> dict[str, Tensor]:
+        """Return the state to log: buffers that `post_optimizer_step` updates, by name.
+
+        The log has their values at the end of an interval: a 0-d tensor as it is, and of
+        another one `<name>_min`, `_max`, `_mean` and `_std` (over its elements, divided by
+        their number).
+        """
+        return {}
+
     def capacities(self, num_tokens: int, factor: float, minimum: int) -> list[int] | None:
         """Return the rows that each choice accepts under a capacity factor.
 

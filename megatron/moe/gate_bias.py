@@ -186,6 +186,11 @@ class BiasedGate(Gate):
             "expert_bias_max_minus_min": self.expert_bias.amax() - self.expert_bias.amin(),
         }
 
+    def state_metrics(self) -> dict[str, Tensor]:
+        if self.expert_bias is None:
+            return {}
+        return {"expert_bias": self.expert_bias}
+
     def post_optimizer_step(self, step: StepTotals) -> None:
         """Update the expert biases by the rule."""
         if self.bias_rule is not None:

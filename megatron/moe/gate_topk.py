@@ -47,7 +47,7 @@ from megatron.moe.gate_options import (
     setting,
 )
 from megatron.moe.losses import aux_losses, z_loss
-from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, RoutingScores
 
 _NORM_EPS = 1e-6
 
@@ -112,6 +112,8 @@ class TopKSelection:
     """experts with the highest scores: without bias and groups"""
     step_sums: dict[str, Tensor]
     """what the rule of the bias counts"""
+    ranked_TE: Tensor
+    """detached scores by which the experts were selected, -inf in groups that were not"""
 
 
 class RouterNorm(nn.Module):
@@ -156,6 +158,7 @@ class TopKBaseGate(BiasedGate):
         c = self.config
         highest_Tk = logits_TE.detach().topk(c.topk, dim=-1).indices
         expert_Tk = highest_Tk
+        ranked_TE = logits_TE.detach()
         step_sums = {}
         if c.n_group > 1 or self.bias_rule is not None:
             score_TE = expert_scores(logits_TE.detach(), c.score_function)
@@ -188,6 +191,7 @@ class TopKBaseGate(BiasedGate):
             weight_Tk=weight_Tk * c.routed_scaling_factor,
             highest_Tk=highest_Tk,
             step_sums=step_sums,
+            ranked_TE=ranked_TE,
         )
 
     def balance_loss(
@@ -237,4 +241,7 @@ class TopKBaseGate(BiasedGate):
             metric_means=means,
             step_sums=selection.step_sums,
             router_logits_TC=selection.logits_TE,
+            scores=RoutingScores(
+                ranked_TC=selection.ranked_TE, share_TC=selection.normalized_TE.detach()
+            ),
         )

@@ -34,15 +34,16 @@ from megatron.moe.dispatch.dispatchers import (
 from megatron.moe.dispatch.permute import GatherWeights, PermuteTokens, UnpermuteTokens
 from megatron.moe.dispatch.plan import (
     DispatchPlan,
-    bincount_static,
     build_dispatch_plan,
     capacity_from_factor,
 )
 from megatron.moe.experts.expert_type import ExpertType
 from megatron.moe.ffn import FFNContext, FFNOutput, TokenLayout
 from megatron.moe.gate import Gate
+from megatron.moe.layer_counters import add_counts, forward_counts, step_counts
 from megatron.moe.losses import named_losses
 from megatron.moe.routing import GateInput, Routing
+from megatron.moe.routing_details import detail_counts
 from megatron.moe.sequence_routing import route_each_sequence
 from megatron.parallel.groups import Groups, all_reduce_sum
 
@@ -104,6 +105,8 @@ class MoELayer(nn.Module):
         self.counters: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
         """fp64 sums since the last reading, by training mode; `megatron.moe.metrics`
         reads and clears them"""
+        self.counts_details = {True: False, False: False}
+        """whether forward passes also measure `detail_counts`, by training mode"""
         self.step_sums: dict[str, Tensor] = {}
         """fp64 sums since the last optimizer step, on this rank"""
         self._step_loads: list[tuple[Tensor, Tensor]] = []
@@ -444,56 +447,17 @@ class MoELayer(nn.Module):
     ) -> None:
         """Add this forward pass to the counters, unless it is a recomputed one.
 
-        Padding is not counted. A mean over tokens counts as often as it has tokens, and the
-        losses of a pass without tokens count neither here nor in the model's loss.
-
         Args:
             losses: the auxiliary loss, and parts of it that are logged, by name.
         """
         if self._is_recompute:
             return
-        num_tokens = inp.num_tokens
-        assigned_T = bincount_static(routing.token_A, len(inp.x_TD))
-        dispatched_R = plan.dispatched_T
-        if inp.padding_T is not None:
-            dispatched_R = dispatched_R[inp.unpadded_R]
-        one = torch.ones((), device=assigned_T.device)
-        gate_sums = {f"sum/{name}": value for name, value in routing.metric_sums.items()}
-        gate_means = {
-            f"mean/{name}": value.double() * num_tokens
-            for name, value in routing.metric_means.items()
-        }
-        if num_tokens == 0:
-            losses = {name: torch.zeros_like(value) for name, value in losses.items()}
-        num_bins = self._max_experts_per_token() + 1
-        forward_sums = {
-            "forwards": one * (num_tokens > 0),
-            "tokens": one * num_tokens,
-            "tokens_with_drops": (plan.dispatched_T < assigned_T).sum(),
-            "assigned_C": plan.assigned_C,
-            "dispatched_C": plan.dispatched_C,
-            "experts_per_token_histogram": bincount_static(
-                dispatched_R.clamp_max(num_bins - 1), num_bins
-            ),
-            **{f"loss/{name}": value for name, value in losses.items()},
-            **gate_means,
-            **gate_sums,
-        }
-        _add(self.counters[self.training], forward_sums)
+        counters = self.counters[self.training]
+        add_counts(counters, forward_counts(self.gate, inp, routing, plan, losses))
+        if self.counts_details[self.training]:
+            add_counts(counters, detail_counts(self.gate, inp, routing))
         if self.training:
-            load_E = plan.assigned_C[: self.gate.num_experts]
-            step_sums = {f"step/{name}": value for name, value in routing.step_sums.items()}
-            _add(
-                self.step_sums,
-                {"tokens": one * num_tokens, "load_E": load_E, **gate_sums, **step_sums},
-            )
-
-    def _max_experts_per_token(self) -> int:
-        """Return the most experts of both kinds that a token can have."""
-        num_experts = self.gate.num_experts
-        num_zero_computation = len(self.gate.zero_computation_experts)
-        most = type(self.gate).experts_per_token(self.gate.config, num_experts)[1]
-        return min(max(most, 1), num_experts) + num_zero_computation
+            add_counts(self.step_sums, step_counts(self.gate, inp, routing, plan))
 
 
 def _sequences(x_BSD: Tensor, layout: TokenLayout) -> tuple[Tensor | None, int]:
@@ -537,13 +501,3 @@ def _fingerprint(routing: Routing) -> tuple[int, Tensor]:
         hash_A = (hash_A ^ (hash_A >> 29)) * 0x3F58476D1CE4E5B9 + value_A
     hash_A = (hash_A ^ (hash_A >> 32)) * 0x14D049BB133111EB
     return len(hash_A), hash_A.sum()
-
-
-def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Add values to sums in fp64, so that counts of a long interval stay exact."""
-    for name, value in values.items():
-        value = value.detach().double()
-        if name in sums:
-            sums[name] = sums[name] + value
-        else:
-            sums[name] = value.clone()

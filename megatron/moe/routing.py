@@ -182,6 +182,26 @@ def _num_sequences(inp: GateInput) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingScores:
+    """What a gate compared in order to choose, for metrics only.
+
+    The tensors are detached and fp32, without rows for padding. A gate passes tensors that
+    it has computed anyway. The columns are choices: routed experts, then zero-computation
+    experts, unless `selected_Tk` is given.
+    """
+
+    ranked_TC: Tensor | None = None
+    """scores by which the gate ranked the choices of each token, with biases; -inf where a
+    choice was excluded. None: they are the router's logits, in the same order"""
+    selected_Tk: Tensor | None = None
+    """int64 columns of ranked_TC that each token selected, for gates whose columns are not
+    the choices of `Routing.expert_A`; None: those of the assignments"""
+    share_TC: Tensor | None = None
+    """scores of all choices, 0 or more; metrics divide them by their sum. None: the softmax
+    of the router's logits"""
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     """Output of a gate. `check` verifies the rules."""
 
@@ -226,6 +246,8 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     """0-d fp32 losses by name, coefficients applied: the layer adds them to aux_loss,
     and the log has each as `moe_<name>`"""
+    scores: RoutingScores | None = None
+    """what the gate compared, for metrics; None: its logits, if it returns any"""
 
     def with_padding(self, unpadded_R: Tensor) -> Routing:
         """Return the routing with tokens numbered as they are with padding.
@@ -258,16 +280,12 @@ class Routing:
         _check_range("expert_A", self.expert_A, num_choices)
         if num_logits is None:
             num_logits = num_tokens
-        for name in ("logits_TE", "router_logits_TC"):
-            logits = getattr(self, name)
-            if logits is None:
-                continue
-            assert logits.dim() == 2 and len(logits) == num_logits, (
-                f"{name} has shape {tuple(logits.shape)}; allowed: ({num_logits}, experts)"
-            )
-            assert logits.dtype == torch.float32, (
-                f"{name} is {logits.dtype}; allowed: {torch.float32}"
-            )
+        _check_rows("logits_TE", self.logits_TE, num_logits)
+        _check_rows("router_logits_TC", self.router_logits_TC, num_logits)
+        if self.scores is not None:
+            _check_rows("scores.ranked_TC", self.scores.ranked_TC, num_logits)
+            _check_rows("scores.share_TC", self.scores.share_TC, num_logits)
+            _check_rows("scores.selected_Tk", self.scores.selected_Tk, num_logits, torch.int64)
         for name, loss in self.losses.items():
             assert name.isidentifier() and name != "aux_loss", (
                 f"losses has the name {name!r}; allowed: a Python name other than aux_loss"
@@ -317,6 +335,18 @@ class Routing:
             f"aux_loss must be a 0-d fp32 tensor, got {self.aux_loss.dim()}-d "
             f"{self.aux_loss.dtype}"
         )
+
+
+def _check_rows(
+    name: str, rows: Tensor | None, num_rows: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise AssertionError unless a tensor has two dimensions, a row per token and a dtype."""
+    if rows is None:
+        return
+    assert rows.dim() == 2 and len(rows) == num_rows, (
+        f"{name} has shape {tuple(rows.shape)}; allowed: ({num_rows}, experts)"
+    )
+    assert rows.dtype == dtype, f"{name} is {rows.dtype}; allowed: {dtype}"
 
 
 def _check_finite(name: str, tensor: Tensor | None) -> None:

@@ -41,7 +41,7 @@ ALWAYS_EFFECTIVE = {
     "evaluation": "",
     "checkpoint": "init_from_hf save load",
     "fault_tolerance": "max_bad_steps loss_spike_threshold timeout_minutes",
-    "logging": "tensorboard_dir metrics_file wandb_project",
+    "logging": "tensorboard_dir metrics_file wandb_project routing_metrics",
     "profiling": "",
 }
 # Values that every check accepts, for fields where the value below from the type does not.

@@ -368,6 +368,7 @@ RUN_JSON = """\
     "metrics_file": "",
     "wandb_project": "w",
     "wandb_exp_name": "",
+    "routing_metrics": true,
     "profile": true,
     "profile_step_start": 10,
     "profile_step_end": 12,

@@ -21,7 +21,7 @@ HOMES = {
     gate: ("Gate", "GateContext", "ParameterGroup", "available_gates", "create_gate"),
     plan: ("PermutedTokens",),
     expert_type: ("ExpertContext", "ExpertType", "available_expert_types", "create_experts"),
-    routing: ("GateInput", "LoadBalancingLoss", "Routing", "StepTotals"),
+    routing: ("GateInput", "LoadBalancingLoss", "Routing", "RoutingScores", "StepTotals"),
     gate_options: ("LossConfig", "ScopeConfig"),
     losses: ("aux_losses", "z_loss"),
     gate_functional: ("linear_fp32",),

@@ -36,7 +36,7 @@ from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import SimBalConfig, require_field, setting
 from megatron.moe.neighbour_losses import chunk_loss, continues_sequence, locality_loss
-from megatron.moe.routing import GateInput, Routing, StepTotals
+from megatron.moe.routing import GateInput, Routing, RoutingScores, StepTotals
 
 _EPS = 1e-6
 _GROWTH = (1.025, 4.0)
@@ -124,6 +124,7 @@ class BlockFFNGate(Gate, name="blockffn"):
             },
             metric_sums={"chunk_loss": chunk_sum.detach(), "chunks": num_chunks},
             router_logits_TC=logits_TE,
+            scores=RoutingScores(share_TC=relu_TE.detach()),
         )
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:

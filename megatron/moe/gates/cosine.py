@@ -37,7 +37,7 @@ from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32, select_topk, unit_vectors
 from megatron.moe.gate_options import LossConfig, check_norm, check_topk, require_field
 from megatron.moe.losses import aux_losses, z_loss
-from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, RoutingScores
 
 
 class CosineGate(Gate, name="cosine"):
@@ -126,6 +126,7 @@ class CosineGate(Gate, name="cosine"):
                 "temperature": tau.detach()[0],
             },
             router_logits_TC=logits_TE,
+            scores=RoutingScores(share_TC=probs_TE.detach()),
         )
 
     def cosines(self, x_TD: Tensor) -> Tensor:

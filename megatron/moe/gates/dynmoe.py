@@ -39,7 +39,7 @@ from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import unit_vectors
 from megatron.moe.gate_options import ScopeConfig, require_field, setting
 from megatron.moe.losses import aux_losses
-from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing
+from megatron.moe.routing import SCOPES, GateInput, LoadBalancingLoss, Routing, RoutingScores
 
 
 class DynMoEGate(Gate, name="dynmoe"):
@@ -82,7 +82,8 @@ class DynMoEGate(Gate, name="dynmoe"):
         c = self.config
         direction_ED = unit_vectors(self.router.weight.float())
         score_TE = self._scores(inp.x_TD, direction_ED)
-        margin_TE = (score_TE - self.threshold_E.float().sigmoid()).relu()
+        ranked_TE = score_TE - self.threshold_E.float().sigmoid()
+        margin_TE = ranked_TE.relu()
         # The value is 1 exactly, the gradient that of the margin, which is 0 elsewhere.
         gate_TE = (margin_TE > 0).float() + (margin_TE - margin_TE.detach())
         if not self.training:
@@ -115,6 +116,7 @@ class DynMoEGate(Gate, name="dynmoe"):
                 "untaken_token_fraction": untaken,
                 "learned_threshold_mean": self.threshold_E.detach().sigmoid().mean(),
             },
+            scores=RoutingScores(ranked_TC=ranked_TE.detach(), share_TC=score_TE.detach()),
         )
 
     def _scores(self, x_TD: Tensor, direction_ED: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import SimBalConfig, check_topk, require_field
-from megatron.moe.routing import GateInput, Routing
+from megatron.moe.routing import GateInput, Routing, RoutingScores
 
 
 class ExpertChoiceGate(Gate, name="expert_choice"):
@@ -88,4 +88,5 @@ class ExpertChoiceGate(Gate, name="expert_choice"):
                 "untaken_token_fraction": (1 - taken_T).sum() / max(1, num_tokens),
             },
             router_logits_TC=logits_TE,
+            scores=RoutingScores(share_TC=probs_TE.detach()),
         )

@@ -38,7 +38,7 @@ from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import SimBalConfig, check_topk, require_field
 from megatron.moe.quantile_histogram import histogram, quantile
-from megatron.moe.routing import GateInput, Routing, StepTotals
+from megatron.moe.routing import GateInput, Routing, RoutingScores, StepTotals
 
 _RANGE = 8.0
 """Half of the histogram's range around the thresholds, in logits."""
@@ -86,7 +86,8 @@ class ExpertThresholdGate(Gate, name="expert_threshold"):
 
     def forward(self, inp: GateInput) -> Routing:
         logits_TE = linear_fp32(inp.x_TD, self.router)
-        selected_TE = self._select(logits_TE.detach())
+        margin_TE = logits_TE.detach() - self.expert_threshold
+        selected_TE = self._select(margin_TE)
         token_A, expert_A = selected_TE.nonzero(as_tuple=True)
         num_experts_T = selected_TE.sum(-1)
         step_sums = {}
@@ -101,15 +102,14 @@ class ExpertThresholdGate(Gate, name="expert_threshold"):
             aux_loss=logits_TE.new_zeros(()),
             metric_means={
                 "untaken_token_fraction": (num_experts_T == 0).sum() / max(1, len(logits_TE)),
-                "expert_threshold_mean": self.expert_threshold.mean(),
             },
             step_sums=step_sums,
             router_logits_TC=logits_TE,
+            scores=RoutingScores(ranked_TC=margin_TE),
         )
 
-    def _select(self, logits_TE: Tensor) -> Tensor:
-        """Return bool [T, E]: the experts of each token."""
-        margin_TE = logits_TE - self.expert_threshold
+    def _select(self, margin_TE: Tensor) -> Tensor:
+        """Return bool [T, E]: the experts of each token, by the distance to the thresholds."""
         best_Tk = margin_TE.topk(self.config.topk, dim=-1).indices
         warmup_TE = torch.zeros_like(margin_TE, dtype=torch.bool).scatter(-1, best_Tk, True)
         is_warmup = self.num_updates < self.config.threshold_warmup_steps
@@ -117,6 +117,9 @@ class ExpertThresholdGate(Gate, name="expert_threshold"):
 
     def _range(self) -> tuple[Tensor, Tensor]:
         return self.expert_threshold - _RANGE, self.expert_threshold + _RANGE
+
+    def state_metrics(self) -> dict[str, Tensor]:
+        return {"expert_threshold": self.expert_threshold}
 
     @torch.no_grad()
     def post_optimizer_step(self, step: StepTotals) -> None:

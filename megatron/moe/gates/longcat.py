@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import SimBalConfig, check_topk, require_field
-from megatron.moe.routing import GateInput, Routing, StepTotals
+from megatron.moe.routing import GateInput, Routing, RoutingScores, StepTotals
 
 
 class LongCatGate(Gate, name="longcat"):
@@ -116,7 +116,8 @@ class LongCatGate(Gate, name="longcat"):
         num_tokens, num_choices = probs_TC.shape
         bias_C = torch.zeros(num_choices, device=probs_TC.device)
         bias_C[: self.num_experts] = self.expert_bias
-        choice_Tk = (probs_TC.detach() + bias_C).topk(c.topk, dim=-1).indices
+        ranked_TC = probs_TC.detach() + bias_C
+        choice_Tk = ranked_TC.topk(c.topk, dim=-1).indices
         weight_Tk = probs_TC.gather(-1, choice_Tk) * c.routed_scaling_factor
         is_ffn_Tk = choice_Tk < self.num_experts
         chosen_T = is_ffn_Tk.sum(-1)
@@ -138,7 +139,13 @@ class LongCatGate(Gate, name="longcat"):
                 "expert_bias_max_minus_min": self.expert_bias.amax() - self.expert_bias.amin(),
             },
             router_logits_TC=logits_TC,
+            scores=RoutingScores(
+                ranked_TC=ranked_TC, selected_Tk=choice_Tk, share_TC=probs_TC.detach()
+            ),
         )
+
+    def state_metrics(self) -> dict[str, Tensor]:
+        return {"expert_bias": self.expert_bias}
 
     @torch.no_grad()
     def post_optimizer_step(self, step: StepTotals) -> None:

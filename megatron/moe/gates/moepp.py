@@ -43,7 +43,7 @@ from megatron.moe.gate import Gate, GateContext
 from megatron.moe.gate_functional import ZeroExpert, linear_fp32, make_linear
 from megatron.moe.gate_options import RouterLossConfig, check_topk, require_field, setting
 from megatron.moe.losses import aux_losses, z_loss
-from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, RoutingScores
 
 
 class Constant(nn.Module):
@@ -176,6 +176,7 @@ class MoEPlusPlusGate(Gate, name="moepp"):
             carry=logits_TC,
             metric_means=self._fractions(choice_A),
             router_logits_TC=logits_TC,
+            scores=RoutingScores(share_TC=probs_TC.detach()),
         )
 
     def _fractions(self, choice_A: Tensor) -> dict[str, Tensor]:

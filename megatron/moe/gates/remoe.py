@@ -33,7 +33,13 @@ from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import ScopeConfig, SimBalConfig, check_topk, require_field
 from megatron.moe.losses import aux_losses
-from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
+from megatron.moe.routing import (
+    GateInput,
+    LoadBalancingLoss,
+    Routing,
+    RoutingScores,
+    StepTotals,
+)
 
 
 class ReMoEGate(Gate, name="remoe"):
@@ -102,6 +108,7 @@ class ReMoEGate(Gate, name="remoe"):
                 "lambda": self.reg_lambda.clone(),
             },
             router_logits_TC=logits_TE,
+            scores=RoutingScores(share_TC=relu_TE.detach()),
         )
 
     @torch.no_grad()

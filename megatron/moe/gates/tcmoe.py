@@ -36,7 +36,7 @@ from megatron.moe.gate import Gate
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import RouterLossConfig, check_topk, require_field
 from megatron.moe.losses import aux_losses, z_loss
-from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing
+from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, RoutingScores
 
 # Offsets of the logits of -e and of nulls: initially almost all choices are +e.
 _NEGATIVE_OFFSET = -1.0
@@ -122,6 +122,11 @@ class TCMoEGate(Gate, name="tcmoe"):
                 "negative_fraction": negative_Tk.sum() / num_choices,
             },
             router_logits_TC=logits_TC,
+            scores=RoutingScores(
+                ranked_TC=logits_TC.detach(),
+                selected_Tk=choice_Tk,
+                share_TC=probs_TC.detach(),
+            ),
         )
 
     def _logits(self, x_TD: Tensor) -> Tensor:

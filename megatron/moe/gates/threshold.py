@@ -34,7 +34,13 @@ from megatron.moe.gate_controllers import ThresholdController, ThresholdTargetCo
 from megatron.moe.gate_functional import linear_fp32
 from megatron.moe.gate_options import RouterLossConfig, check_norm, no_effect, require_field
 from megatron.moe.losses import aux_losses, entropy_loss, z_loss
-from megatron.moe.routing import GateInput, LoadBalancingLoss, Routing, StepTotals
+from megatron.moe.routing import (
+    GateInput,
+    LoadBalancingLoss,
+    Routing,
+    RoutingScores,
+    StepTotals,
+)
 
 
 class ThresholdGate(Gate, name="threshold"):
@@ -127,6 +133,7 @@ class ThresholdGate(Gate, name="threshold"):
             priority_A=sorted_TR.detach()[token_A, rank_A].double() - rank_A,
             metric_means=means,
             router_logits_TC=logits_TE,
+            scores=RoutingScores(share_TC=probs_TE.detach()),
         )
 
     def _select(self, sorted_TR: torch.Tensor) -> torch.Tensor:
