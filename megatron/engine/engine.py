@@ -32,6 +32,7 @@ from megatron.engine.numerics_patches import (
     skip_dummy_step,
 )
 from megatron.engine.optimizer import build_optimizer, set_learning_rate
+from megatron.engine.part_grad_norms import PartGradNorms
 from megatron.engine.startup_patches import freeze_gc
 from megatron.engine.zero_shards import GlobalLayout, ZeroShards
 from megatron.log import get_logger
@@ -94,6 +95,11 @@ class Engine:
             self._start_deepspeed(model, optimizer, ds_options, train, evaluation_only)
         self.gate_updater = GateUpdater(self.model, groups)
         self.metrics = MoEMetrics(self.model, groups, routing_metrics)
+        self._part_grad_norms: PartGradNorms | None = None
+        if routing_metrics and self._optimizer is not None:
+            self._part_grad_norms = PartGradNorms(
+                self._optimizer, self.deepspeed, self.layout, groups
+            )
 
     def _start_deepspeed(
         self,
@@ -178,8 +184,20 @@ class Engine:
         norm = self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    def part_grad_norms(self) -> dict[str, float]:
+        """Gradient norm of each part of the model in the last step, see `PartGradNorms.read`;
+        empty without routing metrics. A collective."""
+        if self._part_grad_norms is None:
+            return {}
+        return self._part_grad_norms.read(self.grad_norm())
+
     def step(
-        self, batches: Iterable[Any], task: LossFunction, lr: float, progress: float
+        self,
+        batches: Iterable[Any],
+        task: LossFunction,
+        lr: float,
+        progress: float,
+        logged: bool = True,
     ) -> dict[str, Tensor]:
         """Run one optimizer step over its micro-batches.
 
@@ -192,6 +210,7 @@ class Engine:
             task: computes their loss terms.
             lr: learning rate of the step.
             progress: share of the training that is done, for gates that change over time.
+            logged: measure gradient norms of parts, and details of routings.
 
         Returns:
             By term, this rank's part of the step's loss, 0-d fp32: the mean over ranks is the
@@ -201,6 +220,9 @@ class Engine:
             ValueError: there are fewer micro-batches, or more.
         """
         self.deepspeed.train()
+        self.metrics.count_details(training=True, enabled=logged)
+        if self._part_grad_norms is not None:
+            self._part_grad_norms.start_step(measure=logged)
         set_learning_rate(self._optimizer, lr)
         skipped_before = self.skipped_steps
         batches = [batch.to(self.groups.device) for batch in batches]
@@ -218,6 +240,7 @@ class Engine:
             weighted = {name: term * weight[name] for name, term in terms.items()}
             self._backward_and_step(sum(weighted.values()))
             losses.append({name: term.detach() for name, term in weighted.items()})
+        self.metrics.end_step()
         self.gate_updater.post_optimizer_step(skipped=self.skipped_steps > skipped_before)
         return _mean_by_term(losses)
 
@@ -241,9 +264,11 @@ class Engine:
             A module that runs the model as in training.
         """
         self.deepspeed.eval()
+        self.metrics.count_details(training=False, enabled=False)
         try:
             yield self.deepspeed
         finally:
+            self.metrics.count_details(training=False, enabled=True)
             self.deepspeed.train()
         self.metrics.read(training=False)
 

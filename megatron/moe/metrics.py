@@ -121,9 +121,11 @@ class MoEMetrics:
     def _add_routing_sums(self, counters: list[dict[str, Tensor]], training: bool) -> None:
         """Add to each layer's counters what else the ranks sum."""
         for layer, loads, sums in zip(self.layers, self._step_loads, counters, strict=True):
+            if not sums:  # the layer has not run
+                continue
             if training:
                 sums |= loads.sums()
-            if self.groups.ep_size > 1 and sums:
+            if self.groups.ep_size > 1:
                 num_experts = layer.gate.num_experts
                 rows_P = received_rows(sums["dispatched_C"], num_experts, self.groups)
                 sums["received_rows_P"] = rows_P

@@ -400,7 +400,8 @@ def _scalars(row: MetricsRow) -> Iterator[tuple[str, float]]:
         tag = f"{row['kind']}/{name}"
         if isinstance(value, (list, tuple)):
             for i, element in enumerate(value):
-                if element is not None:  # a layer without this metric
+                # None: a layer without this metric. Lists by layer and expert are no scalars.
+                if element is not None and not isinstance(element, list):
                     yield f"{tag}/{i}", element
         elif name not in ("kind", "iteration"):
             yield tag, value

@@ -21,6 +21,7 @@ from megatron.training.log_window import LogWindow
 from megatron.training.loss_spikes import Spike, SpikeDetector
 from megatron.training.lr_schedule import LRSchedule
 from megatron.training.metric_writers import MetricsWriters, ProgressBar
+from megatron.training.persistent_loads import PersistentLoads
 from megatron.training.plan import TrainingPlan
 from megatron.training.profiler import StepProfiler
 from megatron.training.startup_timer import StartupTimer
@@ -97,6 +98,7 @@ class Trainer:
         self.evaluator = Evaluator(engine, task, self.watchdog, services.metric_writers)
         self.start_time = self.evaluator.start_time
         self._window = LogWindow()
+        self._persistent_loads = PersistentLoads()
         self._consecutive_bad_steps = 0
         """consecutive skipped steps, including the last one"""
         self._good_steps = 0
@@ -162,7 +164,8 @@ class Trainer:
         )
         skipped_before = self.engine.skipped_steps
         progress_share = self.plan.fraction_done(progress)
-        losses = self.engine.step(batches, self.task, lr, progress_share)
+        logged = self._is_log_due(progress.iteration + 1)
+        losses = self.engine.step(batches, self.task, lr, progress_share, logged)
         consensus = self.services.stop.all_reduce_step_status(losses[LM_LOSS], losses[AUX_LOSS])
         self._stop_reason = consensus.stop_reason
         progress.add_step(step)
@@ -202,7 +205,7 @@ class Trainer:
         if may_exit and _is_multiple(iteration, exit_interval):
             self._stop_reason = f"--exit-interval {exit_interval}"
         ends = completed or bool(self._stop_reason)
-        if ends or _is_multiple(iteration, train.log_interval):
+        if ends or self._is_log_due(iteration):
             self.log()
         if self._stop_reason:
             get_logger().info(
@@ -216,6 +219,19 @@ class Trainer:
         self._save_if_due(ends)
         if not stop_requested:  # else there is no time
             self._evaluate_tasks_if_due(completed)
+
+    def _is_log_due(self, iteration: int) -> bool:
+        """Whether the schedule and the intervals end an iteration with a log line.
+
+        A signal, the end of the run's time and an error add others, which no step knows of
+        when it begins.
+        """
+        exit_interval = self.config.fault_tolerance.exit_interval
+        return (
+            iteration == self.plan.iterations
+            or _is_multiple(iteration, exit_interval)
+            or _is_multiple(iteration, self.config.train.log_interval)
+        )
 
     def _evaluate_tasks_if_due(self, completed: bool) -> None:
         """Evaluate on tasks at their interval and at the end of the schedule."""
@@ -340,7 +356,10 @@ class Trainer:
         }
         if row["grad_norm"] is None:  # zero_optimization.compute_grad_norm is false
             del row["grad_norm"]
+        row |= self.engine.part_grad_norms()
         row |= self.engine.metrics.read(training=True)
+        for message in self._persistent_loads.update(row):
+            get_logger().info("%s", message)
         self._window = LogWindow()
         self.services.metric_writers.write(row)
 
