@@ -36,32 +36,27 @@ class PersistentLoads:
             if shares is None or not any(shares):
                 continue
             hot = HOT_FACTOR * sum(shares) / len(shares)
-            messages += self._update(
-                layer,
-                [share == 0 for share in shares],
-                "dead",
-                (f"had no token for {PERSISTENT_LINES} log lines", "get tokens again"),
+            dead = [share == 0 for share in shares]
+            begins, ends = self._update(("dead", layer), dead)
+            messages += _message(
+                layer, begins, f"had no token for {PERSISTENT_LINES} log lines"
             )
-            messages += self._update(
-                layer,
-                [share > hot for share in shares],
-                "hot",
-                (
-                    f"had more than {HOT_FACTOR:g} times the mean load for "
-                    f"{PERSISTENT_LINES} log lines",
-                    f"no longer have more than {HOT_FACTOR:g} times the mean load",
-                ),
-            )
+            messages += _message(layer, ends, "had tokens again")
+            begins, ends = self._update(("hot", layer), [share > hot for share in shares])
+            many = f"more than {HOT_FACTOR:g} times the mean load"
+            messages += _message(layer, begins, f"had {many} for {PERSISTENT_LINES} log lines")
+            messages += _message(layer, ends, f"no longer had {many}")
         return messages
 
     def _update(
-        self, layer: int, holds: Sequence[bool], state: str, texts: tuple[str, str]
-    ) -> list[str]:
-        """Count the lines of one state in one layer; return what begins and what ends."""
+        self, state: tuple[str, int], holds: Sequence[bool]
+    ) -> tuple[list[int], list[int]]:
+        """Count a line of one state in one layer; return the experts in which the state
+        becomes persistent, and those in which a persistent one ends."""
         begins = []
         ends = []
         for expert, is_in_state in enumerate(holds):
-            key = (state, layer, expert)
+            key = (*state, expert)
             lines = self._lines.pop(key, 0)
             if is_in_state:
                 self._lines[key] = lines + 1
@@ -69,11 +64,14 @@ class PersistentLoads:
                     begins.append(expert)
             elif lines >= PERSISTENT_LINES:
                 ends.append(expert)
-        messages = []
-        for experts, text in zip((begins, ends), texts, strict=True):
-            if experts:
-                messages.append(f"layer {layer}: {_names(experts)} {text}")
-        return messages
+        return begins, ends
+
+
+def _message(layer: int, experts: list[int], text: str) -> list[str]:
+    """Return one message about experts of a layer, or none if there are none."""
+    if not experts:
+        return []
+    return [f"layer {layer}: {_names(experts)} {text}"]
 
 
 def _names(experts: list[int]) -> str:
