@@ -2,7 +2,7 @@
 
 A row of metrics is a flat dict: `kind` (train, eval, eval/NAME for a named validation set,
 test), `iteration`, and metrics with their units in their names, as scalars or, per layer, as
-lists:
+lists. The row of kind `run` describes the run instead, see `megatron.training.run_row`:
 
     loss perplexity aux_loss lr grad_norm tokens_per_s global_batch_size
     consumed_samples consumed_tokens
@@ -33,6 +33,9 @@ from megatron.log import get_logger
 from megatron.optional_packages import import_optional, require_package
 
 MetricsRow = dict[str, Any]
+
+RUN_KIND = "run"
+"""`kind` of the row that describes a run instead of its metrics"""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class ConsoleWriter:
         return ConsoleWriter(settings.iterations, settings.tokens)
 
     def write(self, row: MetricsRow) -> None:
+        if row["kind"] == RUN_KIND:  # the log describes the run in its own words
+            return
         fields = [self._position(row)]
         fields += [column.text(row) for column in _COLUMNS if column.metric in row]
         is_train = row["kind"] == "train"
@@ -225,6 +230,10 @@ class TensorboardWriter:
         return TensorboardWriter(folder, first_iteration)
 
     def write(self, row: MetricsRow) -> None:
+        if row["kind"] == RUN_KIND:
+            self.writer.add_text("run", _as_markdown(row), row["iteration"])
+            self.writer.flush()
+            return
         for tag, value in _scalars(row):
             self.writer.add_scalar(tag, value, row["iteration"])
         self.writer.flush()
@@ -252,6 +261,8 @@ class WandbWriter:
         return WandbWriter(logging.wandb_project, logging.wandb_exp_name)
 
     def write(self, row: MetricsRow) -> None:
+        if row["kind"] == RUN_KIND:
+            return
         self.run.log(dict(_scalars(row)), step=row["iteration"])
 
     def close(self) -> None:
@@ -404,6 +415,11 @@ def _scalars(row: MetricsRow) -> Iterator[tuple[str, float]]:
                     yield f"{tag}/{i}", element
         elif name not in ("kind", "iteration"):
             yield tag, value
+
+
+def _as_markdown(row: MetricsRow) -> str:
+    """Format a row as a block of JSON, which TensorBoard shows as it is."""
+    return "```json\n" + json.dumps(row, indent=1) + "\n```"
 
 
 def _round(value: Any) -> Any:
