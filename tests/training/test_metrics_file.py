@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from megatron.training.metric_writers import JsonlWriter
+from megatron.training.jsonl_writer import JsonlWriter
 from megatron.training.metrics_file import current_name, read_metrics, without_repeated_steps
 
 WRITTEN_BEFORE = Path(__file__).resolve().parents[1] / "checkpoint/versions/1"
