@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megatron.optional_packages import import_optional
-from megatron.training.metric_rows import RUN_KIND, MetricsRow, scalars
+from megatron.training.heat_map import heat_map
+from megatron.training.metric_rows import (
+    RUN_KIND,
+    MetricsRow,
+    histograms,
+    is_evaluation,
+    scalars,
+    tables,
+)
 from megatron.training.writer_settings import WriterSettings
+
+_LOAD_BUCKETS = 30
 
 
 class TensorboardWriter:
-    """Writes scalars `kind/name`; a list becomes `kind/name/0`, `kind/name/1`, ...
+    """Writes scalars, histograms, heat maps and the description of the run.
+
+    A scalar is named `kind/name`; a list by layer becomes `kind/name/0`, `kind/name/1`, ...
+    Tables by layer and expert are drawn at evaluations only: at every log line they would be
+    most of the files' size.
 
     Raises:
         ValueError: the package tensorboard is not installed.
@@ -42,15 +60,72 @@ class TensorboardWriter:
 
     def write(self, row: MetricsRow) -> None:
         if row["kind"] == RUN_KIND:
-            self.writer.add_text("run", _as_markdown(row), row["iteration"])
-            self.writer.flush()
-            return
-        for tag, value in scalars(row):
-            self.writer.add_scalar(tag, value, row["iteration"])
+            self._describe_run(row)
+        else:
+            self._add_metrics(row)
         self.writer.flush()
+
+    def _describe_run(self, row: MetricsRow) -> None:
+        """Add the description as text, and the settings as hyperparameters."""
+        # The first iteration that it describes: another resume from here replaces it.
+        step = row["iteration"] + 1
+        self.writer.add_text("run", _as_markdown(row), step)
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = dict.fromkeys(("train/loss", "eval/loss"))
+        for summary in hparams(flat_settings(row["config"]), metrics):
+            self.writer.file_writer.add_summary(summary, step)
+
+    def _add_metrics(self, row: MetricsRow) -> None:
+        step = row["iteration"]
+        for tag, value in scalars(row):
+            self.writer.add_scalar(tag, value, step)
+        for tag, fractions in histograms(row):
+            self._add_histogram(tag, fractions, step)
+        if not is_evaluation(row):
+            return
+        for tag, shares in tables(row):
+            self.writer.add_image(tag, heat_map(shares), step, dataformats="HWC")
+            for layer, shares_E in enumerate(shares):
+                if shares_E:
+                    multiples_E = np.asarray(shares_E, dtype=float) * len(shares_E)
+                    tag_of_layer = f"{tag}/{layer}"
+                    self.writer.add_histogram(tag_of_layer, multiples_E, step, _LOAD_BUCKETS)
+
+    def _add_histogram(self, tag: str, fractions: Sequence[float], step: int) -> None:
+        """Add the fractions of 0, 1, 2, ... as one bucket around each number."""
+        fractions_C = np.asarray(fractions, dtype=float)
+        numbers_C = np.arange(len(fractions))
+        self.writer.add_histogram_raw(
+            tag,
+            min=-0.5,
+            max=len(fractions) - 0.5,
+            num=fractions_C.sum(),
+            sum=fractions_C @ numbers_C,
+            sum_squares=fractions_C @ numbers_C**2,
+            bucket_limits=(numbers_C + 0.5).tolist(),
+            bucket_counts=fractions_C.tolist(),
+            global_step=step,
+        )
 
     def close(self) -> None:
         self.writer.close()
+
+
+def flat_settings(config: dict[str, Any]) -> dict[str, float | str | bool]:
+    """Return the settings of a run.json in one level, such as `optimizer/lr`.
+
+    Lists are written as JSON. Settings without a value are left out.
+    """
+    flat: dict[str, float | str | bool] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}/{key}": entry for key, entry in flat_settings(value).items()}
+        elif isinstance(value, list):
+            flat[name] = json.dumps(value)
+        elif value is not None:
+            flat[name] = value
+    return flat
 
 
 def _as_markdown(row: MetricsRow) -> str:
