@@ -104,28 +104,19 @@ def train(
     if config.train.skip_train:
         evaluate_only(run, build_task)
         return
-    from megatron.checkpoint.metadata import RunMetadata, describe_data
-    from megatron.model.builder import size_table
+    from megatron.model.parameter_count import count_parameters, parameter_table
+    from megatron.training.run_row import describe_run
     from megatron.training.trainer import LoopConfig, Trainer, log_run_summary
 
     config = run.config
     plan = build_plan(run)
-    metadata = RunMetadata.of(
-        config,
-        run.groups,
-        run.tokenizer,
-        plan.global_batch,
-        plan.iterations,
-        plan.built_samples,
-        describe_data(config, run.groups),
-    )
-    if run.checkpoint is not None:
-        run.checkpoint.check(metadata)
+    metadata = build_metadata(run, plan)
     suite = load_evaluation_tasks(run, timer)
     task = (build_task or build_pretraining_task)(run, plan)
     timer.mark("data")
     model = build_run_model(run)
-    get_logger().info("%s", size_table(model))
+    size = count_parameters(model)
+    get_logger().info("%s", parameter_table(size))
     timer.mark("model")
     engine = build_engine(run, model)
     restore_training_state(run, engine)
@@ -138,7 +129,33 @@ def train(
     ):
         timer.mark("engine")
         services = with_task_evaluation(services, run, suite, engine)
-        Trainer(engine, task, plan, run.progress, run.groups, sections, services).run()
+        trainer = Trainer(engine, task, plan, run.progress, run.groups, sections, services)
+        services.metric_writers.write(
+            describe_run(config, run.groups, size, run.progress.iteration, started)
+        )
+        trainer.run()
+
+
+def build_metadata(run: Run, plan: TrainingPlan) -> RunMetadata:
+    """Describe the run for its checkpoints, and compare it with the one that it starts from.
+
+    Raises:
+        ValueError: the checkpoint is of a run that this one cannot continue.
+    """
+    from megatron.checkpoint.metadata import RunMetadata, describe_data
+
+    metadata = RunMetadata.of(
+        run.config,
+        run.groups,
+        run.tokenizer,
+        plan.global_batch,
+        plan.iterations,
+        plan.built_samples,
+        describe_data(run.config, run.groups),
+    )
+    if run.checkpoint is not None:
+        run.checkpoint.check(metadata)
+    return metadata
 
 
 def build_checkpointer(run: Run, engine: Engine, metadata: RunMetadata) -> Checkpointer:

@@ -175,7 +175,9 @@ def record(repo: Path, output: Path) -> None:
             )
             results["runs"][name] = {
                 "losses": [
-                    [line["kind"], *(line.get(field) for field in FIELDS)] for line in lines
+                    [line["kind"], *(line.get(field) for field in FIELDS)]
+                    for line in lines
+                    if line["kind"] != "run"  # earlier versions write none
                 ],
                 "tensors": tensor_digests(checkpoint),
             }

@@ -10,7 +10,7 @@ import pytest
 from helpers import markdown
 from megatron.inference.text import Continuation
 from megatron.inference.transcript import Transcript
-from megatron.training import metric_writers
+from megatron.training import console_writer
 
 REPO = markdown.REPO
 NAMES = ("README.md", "dataset/README.md")
@@ -98,8 +98,8 @@ def test_readme_log_lines_have_console_format(monkeypatch):
     """The sample log lines are what the console writer prints for these metrics."""
     lines = []
     logger = SimpleNamespace(info=lines.append)
-    monkeypatch.setattr(metric_writers, "get_logger", lambda: logger)
-    console = metric_writers.ConsoleWriter(200, 200 * 4096)
+    monkeypatch.setattr(console_writer, "get_logger", lambda: logger)
+    console = console_writer.ConsoleWriter(200, 200 * 4096)
     console.write(
         {
             "kind": "train",

@@ -18,7 +18,8 @@ from megatron.initialize import Run
 from megatron.log import get_logger
 from megatron.optional_packages import require_package
 from megatron.parallel import rng
-from megatron.training.metric_writers import MetricsRow, MetricsWriters
+from megatron.training.metric_rows import MetricsRow
+from megatron.training.metric_writers import MetricsWriters
 
 _FLAG = "--eval-tasks"
 _BOOTSTRAP_ITERS = 100

@@ -53,7 +53,9 @@ def without_repeated_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         iteration = row.get("iteration", 0)
         if row.get("kind") == "run":
-            kept = [earlier for earlier in kept if earlier.get("iteration", 0) <= iteration]
+            # A start from scratch repeats the evaluation of the initial weights, too.
+            last_kept = iteration if iteration > 0 else -1
+            kept = [earlier for earlier in kept if earlier.get("iteration", 0) <= last_kept]
             last_trained = iteration
         elif row.get("kind") == "train":
             if iteration <= last_trained:

@@ -20,10 +20,11 @@ from megatron.training.graceful_stop import GracefulStop, StepConsensus
 from megatron.training.log_window import LogWindow
 from megatron.training.loss_spikes import Spike, SpikeDetector
 from megatron.training.lr_schedule import LRSchedule
-from megatron.training.metric_writers import MetricsWriters, ProgressBar
+from megatron.training.metric_writers import MetricsWriters
 from megatron.training.persistent_loads import PersistentLoads
 from megatron.training.plan import TrainingPlan
 from megatron.training.profiler import StepProfiler
+from megatron.training.progress_bar import ProgressBar
 from megatron.training.startup_timer import StartupTimer
 from megatron.training.task import AUX_LOSS, LM_LOSS, Task
 from megatron.training.watchdog import Watchdog

@@ -104,7 +104,7 @@ def test_checkpoint_of_newer_versions_resumes(version, ranks1):
 
 def test_old_checkpoint_resumes_bit_for_bit(resumed):
     """All metrics but times are equal: loss, gradient norm, load of the experts, gate biases."""
-    rows = read_metrics(resumed / "metrics.jsonl")
+    rows = runs.metrics(resumed)
     expected = read_metrics(WRITTEN_BEFORE / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == [4, 5, 6]
     for row, old in zip(rows, expected, strict=True):
