@@ -22,6 +22,16 @@ class LoggingConfig:
     """Weights & Biases project to log to; needs the wandb extra; empty: off"""
     wandb_exp_name: str = option("", needs=setting("wandb_project"))
     """name of this run in Weights & Biases"""
+    routing_probe_samples: int = option(16, needs=(TRAINING, setting("num_experts")))
+    """samples of the validation set, over all ranks and rounded up to micro-batches, on which the
+    changes of the routing are measured between steps; 0: not measured"""
+    routing_probe_interval: int = option(
+        0, needs=(setting("num_experts"), setting("routing_probe_samples"))
+    )
+    """optimizer steps between these measurements; 0: as --eval-interval"""
+
+    def __post_init__(self):
+        require_not_negative(self, "routing_probe_samples", "routing_probe_interval")
 
 
 @dataclass(frozen=True)

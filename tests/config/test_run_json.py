@@ -368,6 +368,8 @@ RUN_JSON = """\
     "metrics_file": "",
     "wandb_project": "w",
     "wandb_exp_name": "",
+    "routing_probe_samples": 16,
+    "routing_probe_interval": 0,
     "profile": true,
     "profile_step_start": 10,
     "profile_step_end": 12,
