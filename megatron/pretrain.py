@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -129,6 +130,7 @@ def train(
     ):
         timer.mark("engine")
         services = with_task_evaluation(services, run, suite, engine)
+        services = with_routing_probe(services, run, engine, task)
         trainer = Trainer(engine, task, plan, run.progress, run.groups, sections, services)
         services.metric_writers.write(
             describe_run(config, run.groups, size, run.progress.iteration, started)
@@ -202,6 +204,30 @@ def with_task_evaluation(
 
     evaluation = TaskEvaluation(config, suite, engine, run, services.metric_writers)
     return replace(services, task_evaluation=evaluation)
+
+
+def with_routing_probe(
+    services: LoopServices, run: Run, engine: Engine, task: Task
+) -> LoopServices:
+    """Return the services with measurements of routing on a probe batch, if there are any."""
+    config = run.config
+    samples = config.logging.routing_probe_samples
+    if not samples or not config.moe.num_experts:
+        return services
+    from megatron.analysis.routing_probe import RoutingProbe, probe_batches
+
+    samples_per_batch = config.train.micro_batch_size * run.groups.world_size
+    may_reread = not config.data.streaming_data_path
+    batches = probe_batches(task, math.ceil(samples / samples_per_batch), may_reread)
+    if not batches:
+        get_logger().info(
+            "routing is not probed: there is no validation set, and streamed training text is "
+            "read once"
+        )
+        return services
+    interval = config.logging.routing_probe_interval or config.train.eval_interval
+    probe = RoutingProbe(interval, engine, task, batches, run.groups, services.metric_writers)
+    return replace(services, routing_probe=probe)
 
 
 def build_plan(run: Run) -> TrainingPlan:

@@ -26,6 +26,16 @@ class LoggingConfig:
     """log what the gates do beyond loads, drops and experts per token: evenness of the loads,
     gate mass, margins, entropies, router inputs, the gates' state, and gradient norms of the
     parts of the model"""
+    routing_probe_samples: int = option(16, needs=(TRAINING, setting("num_experts")))
+    """samples of the validation set, over all ranks and rounded up to micro-batches, on which the
+    changes of the routing are measured between steps; 0: not measured"""
+    routing_probe_interval: int = option(
+        0, needs=(setting("num_experts"), setting("routing_probe_samples"))
+    )
+    """optimizer steps between these measurements; 0: as --eval-interval"""
+
+    def __post_init__(self):
+        require_not_negative(self, "routing_probe_samples", "routing_probe_interval")
 
 
 @dataclass(frozen=True)

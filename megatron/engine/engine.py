@@ -272,6 +272,19 @@ class Engine:
             self.deepspeed.train()
         self.metrics.read(training=False)
 
+    def full_parameters(
+        self, parameters: Iterable[nn.Parameter]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which parameters of this rank have all their elements.
+
+        ZeRO 3 shards them; then entering is a collective. Changes to them are lost. Experts of
+        other ranks stay there.
+        """
+        parameters = list(parameters)
+        if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters)
+
     @torch.no_grad()
     def evaluate(
         self, batches: Iterable[Any], task: LossFunction, progress: float

@@ -48,6 +48,19 @@ class PeriodicEvaluation(Protocol):
     def evaluate(self, progress: TrainingProgress, fraction_done: float) -> None: ...
 
 
+class RoutingProbeService(Protocol):
+    """Measurements of routing between steps on all ranks; `megatron.analysis.routing_probe`."""
+
+    interval: int
+    """optimizer steps between probes; 0: only at the start and the end of the run"""
+
+    def start(self, progress: TrainingProgress, fraction_done: float) -> None: ...
+
+    def evaluate(self, progress: TrainingProgress, fraction_done: float) -> None: ...
+
+    def checkpoint_saved(self, progress: TrainingProgress, fraction_done: float) -> None: ...
+
+
 @dataclass(frozen=True)
 class LoopServices:
     """What the training loop calls around its steps."""
@@ -59,6 +72,7 @@ class LoopServices:
     startup_timer: StartupTimer
     profiler: StepProfiler | None = None
     task_evaluation: PeriodicEvaluation | None = None
+    routing_probe: RoutingProbeService | None = None
 
 
 class Trainer:
@@ -134,6 +148,8 @@ class Trainer:
         if self.progress.iteration == 0:
             self.evaluate("valid")
             self._evaluate_tasks()
+        if self.services.routing_probe is not None:
+            self.services.routing_probe.start(self.progress, self._fraction_done())
         self.services.startup_timer.mark("evaluation")
         length = self.plan.length
         done = self.plan.amount_done(self.progress)
@@ -217,6 +233,8 @@ class Trainer:
             )
         if not stop_requested and (ends or _is_multiple(iteration, train.eval_interval)):
             self.evaluate("valid")
+        if not stop_requested:
+            self._probe_routing_if_due(ends)
         self._save_if_due(ends)
         if not stop_requested:  # else there is no time
             self._evaluate_tasks_if_due(completed)
@@ -234,6 +252,14 @@ class Trainer:
             or _is_multiple(iteration, self.config.train.log_interval)
         )
 
+    def _probe_routing_if_due(self, ends: bool) -> None:
+        """Measure the routing of the probe batch at its interval and at the end of the run."""
+        probe = self.services.routing_probe
+        if probe is None:
+            return
+        if ends or _is_multiple(self.progress.iteration, probe.interval):
+            probe.evaluate(self.progress, self._fraction_done())
+
     def _evaluate_tasks_if_due(self, completed: bool) -> None:
         """Evaluate on tasks at their interval and at the end of the schedule."""
         tasks = self.services.task_evaluation
@@ -244,8 +270,7 @@ class Trainer:
 
     def _evaluate_tasks(self) -> None:
         if self.services.task_evaluation is not None:
-            fraction_done = self.plan.fraction_done(self.progress)
-            self.services.task_evaluation.evaluate(self.progress, fraction_done)
+            self.services.task_evaluation.evaluate(self.progress, self._fraction_done())
 
     def _save_if_due(self, ends: bool) -> None:
         """Save at the save interval and at the end of the run.
@@ -270,6 +295,9 @@ class Trainer:
         if ends or self._save_due:
             self.checkpointer.save(self.progress, last=ends)
             self._save_due = False
+            probe = self.services.routing_probe
+            if probe is not None and not ends:
+                probe.checkpoint_saved(self.progress, self._fraction_done())
 
     def _on_skipped_step(self, consensus: StepConsensus, step: Position) -> None:
         """Count and log a skipped step; raise if there were too many in a row.
@@ -366,7 +394,10 @@ class Trainer:
 
     def evaluate(self, name: str) -> None:
         """Log the mean losses on the validation sets ("valid") or the test set ("test")."""
-        self.evaluator.evaluate(name, self.progress, self.plan.fraction_done(self.progress))
+        self.evaluator.evaluate(name, self.progress, self._fraction_done())
+
+    def _fraction_done(self) -> float:
+        return self.plan.fraction_done(self.progress)
 
 
 def _is_multiple(iteration: int, interval: int) -> bool:

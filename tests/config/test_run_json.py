@@ -369,6 +369,8 @@ RUN_JSON = """\
     "wandb_project": "w",
     "wandb_exp_name": "",
     "routing_metrics": true,
+    "routing_probe_samples": 16,
+    "routing_probe_interval": 0,
     "profile": true,
     "profile_step_start": 10,
     "profile_step_end": 12,
