@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from megatron.checkpoint.saver import Checkpointer
     from megatron.engine.engine import Engine
     from megatron.evaluation.task_suite import TaskSuite
+    from megatron.model.flops import ModelFlops
+    from megatron.model.gpt import GPT
     from megatron.training.profiler import StepProfiler
     from megatron.training.trainer import LoopServices
 
@@ -105,7 +107,6 @@ def train(
         evaluate_only(run, build_task)
         return
     from megatron.checkpoint.metadata import RunMetadata, describe_data
-    from megatron.model.builder import size_table
     from megatron.training.trainer import LoopConfig, Trainer, log_run_summary
 
     config = run.config
@@ -125,7 +126,7 @@ def train(
     task = (build_task or build_pretraining_task)(run, plan)
     timer.mark("data")
     model = build_run_model(run)
-    get_logger().info("%s", size_table(model))
+    flops = log_model_size(model)
     timer.mark("model")
     engine = build_engine(run, model)
     restore_training_state(run, engine)
@@ -137,8 +138,17 @@ def train(
         build_services(run, plan, checkpointer, timer, started) as services,
     ):
         timer.mark("engine")
-        services = with_task_evaluation(services, run, suite, engine)
+        services = with_task_evaluation(replace(services, flops=flops), run, suite, engine)
         Trainer(engine, task, plan, run.progress, run.groups, sections, services).run()
+
+
+def log_model_size(model: GPT) -> ModelFlops:
+    """Log the parameters of a model by part, and return its FLOPs, before ZeRO shards it."""
+    from megatron.model.builder import size_table
+    from megatron.model.flops import ModelFlops
+
+    get_logger().info("%s", size_table(model))
+    return ModelFlops.of(model)
 
 
 def build_checkpointer(run: Run, engine: Engine, metadata: RunMetadata) -> Checkpointer:

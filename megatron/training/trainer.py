@@ -14,6 +14,7 @@ from megatron.config.fields import flag_name
 from megatron.config.schema import CheckpointConfig, FaultToleranceConfig, TrainConfig
 from megatron.engine.engine import Engine
 from megatron.log import get_logger, warn_on_rank0
+from megatron.model.flops import ModelFlops
 from megatron.parallel.groups import Groups, all_reduce_mean
 from megatron.training.evaluator import Evaluator
 from megatron.training.graceful_stop import GracefulStop, StepConsensus
@@ -57,6 +58,8 @@ class LoopServices:
     startup_timer: StartupTimer
     profiler: StepProfiler | None = None
     task_evaluation: PeriodicEvaluation | None = None
+    flops: ModelFlops | None = None
+    """of the model, for the metrics of training rows; None: they are left out"""
 
 
 class Trainer:
@@ -341,6 +344,9 @@ class Trainer:
         if row["grad_norm"] is None:  # zero_optimization.compute_grad_norm is false
             del row["grad_norm"]
         row |= self.engine.metrics.read(training=True)
+        if self.services.flops is not None:
+            tokens_per_s = row["tokens_per_s"] / self.groups.world_size
+            row |= self.services.flops.training_metrics(row, tokens_per_s)
         self._window = LogWindow()
         self.services.metric_writers.write(row)
 
