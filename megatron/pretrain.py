@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from megatron.checkpoint.saver import Checkpointer
     from megatron.engine.engine import Engine
     from megatron.evaluation.task_suite import TaskSuite
+    from megatron.model.flops import ModelFlops
+    from megatron.model.gpt import GPT
+    from megatron.model.parameter_count import ParameterCount
     from megatron.training.profiler import StepProfiler
     from megatron.training.trainer import LoopServices
 
@@ -105,7 +108,6 @@ def train(
     if config.train.skip_train:
         evaluate_only(run, build_task)
         return
-    from megatron.model.parameter_count import count_parameters, parameter_table
     from megatron.training.run_row import describe_run
     from megatron.training.trainer import LoopConfig, Trainer, log_run_summary
 
@@ -116,8 +118,7 @@ def train(
     task = (build_task or build_pretraining_task)(run, plan)
     timer.mark("data")
     model = build_run_model(run)
-    size = count_parameters(model)
-    get_logger().info("%s", parameter_table(size))
+    size, flops = log_model_size(model)
     timer.mark("model")
     engine = build_engine(run, model)
     restore_training_state(run, engine)
@@ -129,7 +130,7 @@ def train(
         build_services(run, plan, checkpointer, timer, started) as services,
     ):
         timer.mark("engine")
-        services = with_task_evaluation(services, run, suite, engine)
+        services = with_task_evaluation(replace(services, flops=flops), run, suite, engine)
         services = with_routing_probe(services, run, engine, task)
         trainer = Trainer(engine, task, plan, run.progress, run.groups, sections, services)
         services.metric_writers.write(
@@ -158,6 +159,16 @@ def build_metadata(run: Run, plan: TrainingPlan) -> RunMetadata:
     if run.checkpoint is not None:
         run.checkpoint.check(metadata)
     return metadata
+
+
+def log_model_size(model: GPT) -> tuple[ParameterCount, ModelFlops]:
+    """Log the parameters of a model by part; return them and its FLOPs, before ZeRO shards it."""
+    from megatron.model.flops import ModelFlops
+    from megatron.model.parameter_count import count_parameters, parameter_table
+
+    size = count_parameters(model)
+    get_logger().info("%s", parameter_table(size))
+    return size, ModelFlops.of(model)
 
 
 def build_checkpointer(run: Run, engine: Engine, metadata: RunMetadata) -> Checkpointer:

@@ -80,6 +80,49 @@ def window_mask(num_queries: int, num_keys: int, window: int, device: torch.devi
     return (distance_SL >= 0) & (distance_SL < window)
 
 
+def visible_pairs(length: int, window: int = 0) -> int:
+    """Return how many pairs of a query and a key causal attention of a sequence has.
+
+    Args:
+        window: as in `ScoreOptions`.
+    """
+    window = min(window or length, length)
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def computed_pairs(length: int, window: int = 0, has_sinks: bool = False) -> int:
+    """Return the pairs of the rectangles in which `attend` computes causal attention.
+
+    Kernels may skip those parts of a rectangle that no query sees.
+
+    Args:
+        window: as in `ScoreOptions`.
+        has_sinks: whether there is one more key, and without a mask one more query.
+    """
+    if not 0 < window < length:
+        return (length + has_sinks) ** 2
+    size = _block_size(window)
+    first = min(length, size)
+    is_masked = window < first
+    pairs = (first + (has_sinks and not is_masked)) * (first + has_sinks)
+    return pairs + _num_later_blocks(length, size) * size * (2 * size + has_sinks)
+
+
+def padded_head_size(head_size: int) -> int:
+    """Return the features of a head with those that hold the sink."""
+    # Fused kernels on GPUs need a multiple of 8, and heads of one size for keys and values.
+    return -(-(head_size + 2) // 8) * 8
+
+
+def _block_size(window: int) -> int:
+    return max(window, _SMALLEST_BLOCK)
+
+
+def _num_later_blocks(length: int, size: int) -> int:
+    """Return the number of blocks of queries after the first one."""
+    return -(-(length - min(length, size)) // size)
+
+
 def _attend(
     q_BHSK: Tensor,
     k_BGLK: Tensor,
@@ -115,7 +158,7 @@ def _attend_in_window(
     """Attend block by block: the first one alone, the others with the block before."""
     length = q_BHSK.shape[2]
     window = options.window
-    size = max(window, _SMALLEST_BLOCK)
+    size = _block_size(window)
     options = replace(options, window=0)
     first = min(length, size)
     mask_SS = None
@@ -126,7 +169,7 @@ def _attend_in_window(
     y_BHSK = attend(*heads, options, mask_SS)
     if length <= size:
         return y_BHSK
-    num_blocks = -(-(length - size) // size)
+    num_blocks = _num_later_blocks(length, size)
     missing = (num_blocks + 1) * size - length
     q_XHCK = _blocks(F.pad(q_BHSK[:, :, size:], (0, 0, 0, missing)), size, size)
     k_XGLK = _blocks(F.pad(k_BGSK, (0, 0, 0, missing)), 2 * size, size)
@@ -153,8 +196,7 @@ def _attend_with_sinks(
 ) -> Tensor:
     size = q_BHSK.shape[3]
     scale = options.scale or size**-0.5
-    # Fused kernels on GPUs need a multiple of 8, and heads of one size for keys and values.
-    added = -(-(size + 2) // 8) * 8 - size
+    added = padded_head_size(size) - size
     sinks_H2 = _in_two_parts(options.sinks_H, scale, q_BHSK.dtype)
     sinks_BHS2 = sinks_H2[None, :, None].expand(*q_BHSK.shape[:3], 2)
     q_BHSK = F.pad(torch.cat((q_BHSK, sinks_BHS2), -1), (0, added - 2))

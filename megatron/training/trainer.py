@@ -14,6 +14,7 @@ from megatron.config.fields import flag_name
 from megatron.config.schema import CheckpointConfig, FaultToleranceConfig, TrainConfig
 from megatron.engine.engine import Engine
 from megatron.log import get_logger, warn_on_rank0
+from megatron.model.flops import ModelFlops
 from megatron.parallel.groups import Groups, all_reduce_mean
 from megatron.training.evaluator import Evaluator
 from megatron.training.graceful_stop import GracefulStop, StepConsensus
@@ -73,6 +74,8 @@ class LoopServices:
     profiler: StepProfiler | None = None
     task_evaluation: PeriodicEvaluation | None = None
     routing_probe: RoutingProbeService | None = None
+    flops: ModelFlops | None = None
+    """of the model, for the metrics of training rows; None: they are left out"""
 
 
 class Trainer:
@@ -389,6 +392,9 @@ class Trainer:
         row |= self.engine.metrics.read(training=True)
         for message in self._persistent_loads.update(row):
             get_logger().info("%s", message)
+        if self.services.flops is not None:
+            tokens_per_s = row["tokens_per_s"] / self.groups.world_size
+            row |= self.services.flops.training_metrics(row, tokens_per_s)
         self._window = LogWindow()
         self.services.metric_writers.write(row)
 

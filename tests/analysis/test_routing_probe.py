@@ -98,7 +98,7 @@ def test_rows_equal_naive_computation_on_two_ranks(data, ranks2, tmp_path, stage
     for number, (row, sets) in enumerate(zip(rows, snapshots, strict=True)):
         (matrix,) = row["coactivation"]
         for found, expected in zip(matrix, expected_coactivation(sets), strict=True):
-            assert found == pytest.approx(expected, rel=1e-6)
+            assert found == pytest.approx(expected, abs=5e-5)  # 4 significant digits
         if number == 0:
             continue
         before = snapshots[number - 1]
