@@ -106,8 +106,9 @@ def initialize_inference(
         eval_capacity_factor,
         "a finite number, 0 or more",
     )
+    from megatron.checkpoint.directory import is_hf_folder
     from megatron.checkpoint.gate_code import require_same_gates_on_ranks
-    from megatron.checkpoint.loader import find_checkpoint, is_hf_folder
+    from megatron.checkpoint.loader import find_checkpoint
     from megatron.checkpoint.metadata import RunMetadata
 
     groups = _init_distributed(1)

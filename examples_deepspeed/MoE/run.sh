@@ -5,10 +5,10 @@
 # share them. The defaults are XMoE's reference recipe: a token uses as many experts as it takes to reach THRESHOLD of
 # its routing probability, and an expert accepts at most 8 x tokens / experts. As in XMoE, TOPK has no effect on this
 # gate; MAX_EXPERTS caps the experts of a token, and MOE_DROP_TOKEN=false removes the limit of the experts. Another GATE
-# has no limit unless one is set. Running again with the same NAME or OUTPUT_DIR resumes. DRY_RUN=1 prints the command
-# and the size of the model. Arguments are passed on as flags of pretrain_gpt.py. The exit status is that of the run;
-# when it failed, the last lines on the screen are its error and the path of the log. CUDA_VISIBLE_DEVICES selects the
-# GPUs of this machine, all by default; if it is empty, the run uses the CPU.
+# has no limit unless one is set. Running again with the same NAME or OUTPUT_DIR resumes. DRY_RUN=1 prints the command,
+# the size of the model and its FLOPs. Arguments are passed on as flags of pretrain_gpt.py. The exit status is that of
+# the run; when it failed, the last lines on the screen are its error and the path of the log. CUDA_VISIBLE_DEVICES
+# selects the GPUs of this machine, all by default; if it is empty, the run uses the CPU.
 #
 # INIT_FROM_HF=DIR starts from the weights of a Hugging Face model: its config.json sets the model, experts, gate and
 # tokenizer, and only those of their variables that are set here replace something. See continue/ for examples.
@@ -318,7 +318,7 @@ command=("${launcher[@]}" "$REPO/pretrain_gpt.py" "${flags[@]}")
 if [ "${DRY_RUN:-0}" = 1 ]; then
     printf '%q ' "${command[@]}"
     echo
-    exec "$PYTHON" "$REPO/tools/model_size.py" "${flags[@]}"
+    exec "$PYTHON" "$REPO/tools/analyze_model.py" "${flags[@]}"
 fi
 [ "$NUM_NODES" -eq 1 ] || [ -n "$NODES" ] ||
     fail "NUM_NODES is $NUM_NODES but HOSTFILE is empty; set HOSTFILE to a file with a line 'name slots=$NUM_GPUS' per node, or set NODE_RANK"

@@ -78,6 +78,11 @@ def is_checkpoint(path: Path) -> bool:
     return iteration_of(path) is not None or (path / MANIFEST).is_file()
 
 
+def is_hf_folder(path: str | Path) -> bool:
+    """Return whether a path is the folder of a Hugging Face model instead of checkpoints."""
+    return (Path(path) / "config.json").is_file()
+
+
 def read_entry(path: Path) -> CheckpointEntry:
     """Read the manifest of a checkpoint.
 

@@ -26,6 +26,7 @@ from megatron.checkpoint.directory import (
     CheckpointEntry,
     CheckpointSelection,
     find_newest_valid,
+    is_hf_folder,
     select_checkpoints,
 )
 from megatron.checkpoint.gate_code import require_known_gates, warn_of_changed_gates
@@ -380,11 +381,6 @@ def find_checkpoint(
         selection, partial(_verify_on_all_ranks, groups), _advice(selection, required)
     )
     return LoadedCheckpoint(found.path, options, found.corrupt)
-
-
-def is_hf_folder(path: str | Path) -> bool:
-    """Return whether a path is the folder of a Hugging Face model instead of checkpoints."""
-    return (Path(path) / "config.json").is_file()
 
 
 def _advice(selection: CheckpointSelection, required: bool) -> str:

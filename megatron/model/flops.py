@@ -33,6 +33,7 @@ from megatron.model.parameter_count import part_of
 from megatron.moe.gate_flops import Flops, GateFlops, count_gate
 from megatron.moe.layer import MoELayer
 from megatron.moe.layer_sums import find_moe_layers
+from megatron.moe.peer.layer import PEERLayer
 
 FLOP_PARTS = (
     "attention",
@@ -82,7 +83,7 @@ class MoELayerFlops:
     zero_computation: Flops
     """of one zero-computation expert for one token"""
     fewest: int
-    """routed experts of a token, at least"""
+    """routed experts of a token, at least; those that it has several times count so often"""
     most: int
     """routed experts of a token, at most"""
 
@@ -122,11 +123,8 @@ class ModelFlops:
         layers = find_moe_layers(model)
         for layer, gate in zip(layers, _count_gates(layers), strict=True):
             fixed["router"] += gate.routing
-            fewest, most = layer.gate.experts_per_token(
-                layer.gate.config, layer.gate.num_experts
-            )
             moe_layers.append(
-                MoELayerFlops(_assignment(layer), gate.zero_computation, fewest, most)
+                MoELayerFlops(_assignment(layer), gate.zero_computation, *_assignments(layer))
             )
         return ModelFlops(fixed, tuple(moe_layers), visible, model.recompute)
 
@@ -194,6 +192,15 @@ class ModelFlops:
 def _linear(module: nn.Module) -> Flops:
     """Return the operations of a layer with one matrix, per row."""
     return Flops.of_matrix(module.weight.numel(), trained=module.weight.requires_grad)
+
+
+def _assignments(layer: MoELayer) -> tuple[int, int]:
+    """Return the fewest and the most routed assignments of a token."""
+    gate = layer.gate
+    if isinstance(layer, PEERLayer):
+        # Heads that choose the same expert look it up each for itself.
+        return gate.capacity_k(), gate.capacity_k()
+    return gate.experts_per_token(gate.config, gate.num_experts)
 
 
 def _assignment(layer: MoELayer) -> Flops:

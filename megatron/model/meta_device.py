@@ -21,7 +21,7 @@ class _SkipInitialization(TorchFunctionMode):
     """Leaves out random initialization, which has no effect on `meta`.
 
     torch implements it there in Python and imports its compiler for that, which takes as long
-    as importing torch: tools/model_size.py took 5.0 s instead of 2.7 s.
+    as importing torch: tools/analyze_model.py took 5.0 s instead of 2.7 s.
     """
 
     def __torch_function__(

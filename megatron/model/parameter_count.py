@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -41,18 +42,25 @@ class ParameterCount:
         return self.total - sum(self.frozen_parts.values())
 
 
-def count_parameters(model: nn.Module) -> ParameterCount:
+def count_parameters(
+    model: nn.Module, experts_per_token: Sequence[float] | None = None
+) -> ParameterCount:
     """Count the parameters of a model, on any device including `meta`, before ZeRO shards them.
 
     Routed experts are stacks [number of local stacks, ...] in the module `experts` of a layer
     with the attributes `num_experts`, the number of stacks over all ranks, and `gate`. All
     stacks are counted, also where this rank holds a slice, and a token uses its share of them:
     as many experts as the gate of the layer says.
+
+    Args:
+        experts_per_token: mean number of routed experts that a token uses in each MoE layer;
+            None: the fewest and the most that the gates allow.
     """
     moe_layers = {}
     for name, module in model.named_modules():
-        if hasattr(module, "num_experts"):
+        if hasattr(module, "num_experts") and hasattr(module, "gate"):
             moe_layers[name] = module
+    visited = _visited_experts(moe_layers, experts_per_token)
     parts = dict.fromkeys(MODEL_PARTS, 0)
     frozen_parts: dict[str, int] = {}
     active = [0, 0]
@@ -61,17 +69,32 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         number = parameter.numel()
         fractions = (1.0, 1.0)
         if part == "routed experts":
-            layer = moe_layers[name.partition(".experts.")[0]]
+            layer_name = name.partition(".experts.")[0]
+            layer = moe_layers[layer_name]
             number = number // parameter.shape[0] * layer.num_experts
-            gate = layer.gate
-            experts_per_token = gate.experts_per_token(gate.config, gate.num_experts)
-            fractions = tuple(visited / gate.num_experts for visited in experts_per_token)
+            fractions = tuple(n / layer.gate.num_experts for n in visited[layer_name])
         parts[part] += number
         if not parameter.requires_grad:
             frozen_parts[part] = frozen_parts.get(part, 0) + number
         for i, fraction in enumerate(fractions):
             active[i] += round(number * fraction)
     return ParameterCount(sum(parts.values()), parts, *active, frozen_parts)
+
+
+def _visited_experts(
+    moe_layers: dict[str, nn.Module], experts_per_token: Sequence[float] | None
+) -> dict[str, tuple[float, float]]:
+    """Return the fewest and the most routed experts of a token by the name of the layer."""
+    visited = {}
+    for i, (name, layer) in enumerate(moe_layers.items()):
+        gate = layer.gate
+        if experts_per_token is None:
+            visited[name] = gate.experts_per_token(gate.config, gate.num_experts)
+        else:
+            # The experts of a token may repeat, as those of PEER's heads.
+            mean = min(experts_per_token[i], gate.num_experts)
+            visited[name] = (mean, mean)
+    return visited
 
 
 def parameter_table(size: ParameterCount) -> str:

@@ -22,6 +22,7 @@ from megatron.config.schema import SECTIONS
 from megatron.interop.upcycle.options import UpcycleOptions
 from megatron.moe.experts.expert_type import available_expert_types, expert_config_class
 from megatron.moe.gate import available_gates, gate_config_class
+from tools.analyze_model import AnalysisOptions
 from tools.check_gate import CheckOptions
 
 REPO = Path(__file__).resolve().parents[2]
@@ -133,7 +134,9 @@ def known_flags() -> frozenset[str]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source.read_text()))
     for tool in TOOLS:
         flags |= set(tool_parser(tool)._option_string_actions)
-    sections = [*SECTIONS.items(), ("options", CheckOptions), ("options", UpcycleOptions)]
+    sections = [*SECTIONS.items()]
+    for options in (AnalysisOptions, CheckOptions, UpcycleOptions):
+        sections.append(("options", options))
     for name in available_gates():
         sections.append(("gate_options", gate_config_class(name)))
         for flag in flags_of(gate_config_class(name), "gate_options"):

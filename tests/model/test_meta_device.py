@@ -41,12 +41,12 @@ def test_initialization_outside_is_as_before():
 
 
 @pytest.mark.parametrize("gate", ["topk", "peer"])
-def test_size_table_imports_no_compiler(gate):
+def test_costs_import_no_compiler(gate):
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['model_size.py', '--num-experts', '4', '--gate', {gate!r}]\n"
+        f"sys.argv = ['analyze_model.py', '--num-experts', '4', '--gate', {gate!r}]\n"
         "try:\n"
-        "    runpy.run_path('tools/model_size.py', run_name='__main__')\n"
+        "    runpy.run_path('tools/analyze_model.py', run_name='__main__')\n"
         "except SystemExit as end:\n"
         "    assert not end.code, end.code\n"
         "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"

@@ -162,3 +162,13 @@ def test_biases_and_latent_projections_are_counted():
         assert size.parts["other"] == 0
         assert size.active_max - size.active_min == 2 * 2 * expert
     assert "latent layers" in parameter_table(size)
+
+
+def test_given_experts_replace_the_range():
+    """The mean of each layer counts; a token cannot use an expert twice."""
+    size = count_parameters(build_varying(), [1.5, 2.0])
+    expert = 3 * 16 * 24
+    outside = size.total - size.parts["routed experts"]
+    assert size.active_min == size.active_max == outside + 3.5 * expert
+    size = count_parameters(build_varying(), [8.0, 20.0])
+    assert size.active_max == size.total

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.loader import find_checkpoint, is_hf_folder
+from megatron.checkpoint.directory import is_hf_folder
+from megatron.checkpoint.loader import find_checkpoint
 from megatron.checkpoint.manifest import HF_FOLDER
 from megatron.checkpoint.metadata import RunMetadata
 from megatron.config.checkpoint import CheckpointConfig

@@ -1,0 +1,201 @@
+"""Shows what a model costs: parameters and FLOPs by part, without building it.
+
+    python tools/analyze_model.py runs/x                       # a run, with its measured experts
+    python tools/analyze_model.py runs/x/checkpoints --json costs.json --png costs.png
+    python tools/analyze_model.py Mixtral-8x7B-v0.1 --seq-length 4096
+    python tools/analyze_model.py --num-experts 64 --gate topk --topk 8 --vocab-size 50257
+
+The model is that of pretrain_gpt.py's flags. A path before them is a run folder, a folder of
+checkpoints, one checkpoint, a run.json, or a Hugging Face folder, of which config.json is enough;
+flags then change what it says. The experts per token of a gate that chooses their number are those
+of the run's last training row, unless --experts-per-token assumes another mean; without either,
+costs are given for the fewest and the most. FLOPs are those of matrix products, see
+docs/metrics.md. --help lists the most important flags, --help-all all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from megatron.analysis.model_cost import AnalysedModel
+    from megatron.analysis.model_source import ModelSource
+    from megatron.config.schema import RunConfig
+
+GPT2_VOCABULARY_SIZE = 50257
+
+
+@dataclass(frozen=True)
+class AnalysisOptions:
+    """Flags of the analysis."""
+
+    experts_per_token: float = 0.0
+    """mean number of routed experts per token to assume for gates that choose it; 0: that of the
+    run, or else the fewest and the most that the gates allow"""
+    json: str = ""
+    """JSON file that the costs are written to"""
+    png: str = ""
+    """PNG file for a chart of the costs by part"""
+
+    def __post_init__(self):
+        from megatron.config.fields import require_not_negative
+
+        require_not_negative(self, "experts_per_token")
+
+
+def run(argv: list[str]) -> None:
+    """Print the costs, and write them to the files that flags name.
+
+    Raises:
+        ValueError: a flag or the path of the model is wrong.
+        OSError: a file cannot be read or written.
+    """
+    import json
+
+    from megatron.analysis.model_cost import model_sections, report_dict, report_text
+    from megatron.io.atomic_write import write_bytes, write_text
+
+    source, flags = split_source(argv)
+    words = [*source.flags, *flags] if source else flags
+    config, options = parse_flags(words)
+    check_output(options)
+    analysed = analysed_model(config, options, source)
+    sections = model_sections(analysed)
+    print(report_text(sections))
+    if options.json:
+        write_text(options.json, json.dumps(report_dict(sections), indent=1) + "\n")
+    if options.png:
+        from megatron.analysis.cost_chart import cost_png
+
+        title = source.path if source else "Model of the flags"
+        write_bytes(options.png, cost_png(sections, title))
+
+
+def split_source(argv: list[str]) -> tuple[ModelSource | None, list[str]]:
+    """Return what the path before the flags tells, and the flags.
+
+    Raises:
+        ValueError: the path is no model.
+    """
+    if not argv or argv[0].startswith("-"):
+        return None, argv
+    from megatron.analysis.model_source import find_model_source
+    from megatron.config.gate_path import import_gate_paths
+    from megatron.moe.gate_registry import import_gate_files
+
+    import_gate_paths(argv[1:], import_gate_files)
+    return find_model_source(argv[0]), argv[1:]
+
+
+def parse_flags(words: list[str]) -> tuple[RunConfig, AnalysisOptions]:
+    """Return the configuration of the model, and the flags of this program.
+
+    Raises:
+        ValueError: see `megatron.config.cli.parse`.
+    """
+    from megatron.config import cli
+    from megatron.moe.experts.expert_type import KNOWN_EXPERT_TYPES
+    from megatron.moe.gate import available_gates, gate_config_class
+    from megatron.moe.gate_registry import import_gate_files
+
+    return cli.parse_with(
+        AnalysisOptions,
+        words,
+        gate_config_class,
+        available_gates,
+        import_gate_files,
+        expert_types=KNOWN_EXPERT_TYPES,
+        read_hf_config=read_hf_settings,
+        prog="analyze_model.py",
+        description=__doc__,
+    )
+
+
+def read_hf_settings(folder: str) -> dict:
+    """Read the settings of a Hugging Face folder; other models do not import what reads them."""
+    from megatron.interop.hf import initial_weights
+
+    return initial_weights.read_hf_settings(folder)
+
+
+def check_output(options: AnalysisOptions) -> None:
+    """Check before the analysis that its files can be written.
+
+    Raises:
+        ValueError: one cannot, or the chart needs a package that is missing.
+    """
+    from megatron.config.fields import require
+
+    for flag, path in (("--json", options.json), ("--png", options.png)):
+        is_file = Path(path).absolute().parent.is_dir() and not Path(path).is_dir()
+        require(not path or is_file, flag, path, "a file in an existing folder")
+    if options.png:
+        from megatron.analysis.cost_chart import require_chart_packages
+
+        require_chart_packages("--png")
+
+
+def analysed_model(
+    config: RunConfig, options: AnalysisOptions, source: ModelSource | None
+) -> AnalysedModel:
+    """Return the model to analyse, with what was measured if it is the source's own."""
+    from megatron.analysis.model_cost import AnalysedModel
+    from megatron.model.flops import ExpertUse
+
+    if source is None:
+        return AnalysedModel(
+            config, vocabulary_size(config), assumed_experts=options.experts_per_token
+        )
+    measured = None
+    measured_in = ""
+    row = source.training_row
+    if row is not None and same_routing(parse_flags(list(source.flags))[0], config):
+        measured = ExpertUse.of_metrics(row)
+        measured_in = f"measured at iteration {row['iteration']} in {source.metrics_file}"
+    return AnalysedModel(
+        config,
+        config.model.vocab_size or source.vocab_size or vocabulary_size(config),
+        ranks=source.ranks or 1,
+        assumed_experts=options.experts_per_token,
+        measured=measured,
+        measured_in=measured_in,
+    )
+
+
+def same_routing(first: RunConfig, second: RunConfig) -> bool:
+    """Return whether the MoE layers of two configurations have the same gates and experts."""
+    routings = []
+    for config in (first, second):
+        routings.append((config.moe, config.gate_options, config.model.num_layers))
+    return routings[0] == routings[1]
+
+
+def vocabulary_size(config: RunConfig) -> int:
+    """Return the vocabulary size before padding; that of GPT-2 if its files are missing."""
+    from megatron.tokenizer.build import build_tokenizer
+
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    try:
+        return build_tokenizer(config.tokenizer).vocab_size
+    except FileNotFoundError as error:
+        if config.tokenizer.tokenizer_type != "GPT2BPETokenizer":
+            raise
+        print(f"(vocabulary taken as {GPT2_VOCABULARY_SIZE}: {error})")
+        return GPT2_VOCABULARY_SIZE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    from megatron.exit_codes import exit_code
+
+    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
