@@ -22,6 +22,8 @@ from tools import check_environment, test_latest  # noqa: E402
 SOURCES = [p for folder in ("megatron", "tools") for p in (REPO / folder).rglob("*.py")]
 OWN = {"megatron", "tools"}
 OF_DEEPSPEED = {"packaging"}  # a package that DeepSpeed requires
+DISTRIBUTIONS = {"yaml": "pyyaml", "vl_convert": "vl-convert-python"}
+"""Packages whose name is not that of their module"""
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -57,6 +59,7 @@ def imported() -> dict[str, set[str]]:
                 name = module.split(".")[0]
                 if name in sys.stdlib_module_names or name in OWN | OF_DEEPSPEED:
                     continue
+                name = DISTRIBUTIONS.get(name, name)
                 at_start = {f"{path}:{node.lineno}"} if node in tree.body else set()
                 found[name] |= at_start
     return found
@@ -97,11 +100,8 @@ def test_missing_transformers_is_named(module):
 def test_program_starts_without_extras():
     """All modules but Triton kernels and classes of transformers import without the extras."""
     _, extras = declared()
-    modules = {
-        "protobuf": "google.protobuf",
-        "pyyaml": "yaml",
-        "vl-convert-python": "vl_convert",
-    }
+    modules = {package: module for module, package in DISTRIBUTIONS.items()}
+    modules["protobuf"] = "google.protobuf"
     blocked = sorted(modules.get(name, name) for name in set().union(*extras.values()))
     paths = [
         path.relative_to(REPO).with_suffix("") for path in (REPO / "megatron").rglob("*.py")

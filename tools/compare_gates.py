@@ -131,12 +131,12 @@ def compare(study: Study, output: Path, args: argparse.Namespace) -> int:
     """Plan the study, and run it unless --plan is set; return the exit code."""
     from megatron.analysis.compare.devices import parse_devices
     from megatron.analysis.compare.output import CellFolders
-    from megatron.analysis.compare.plan import build_plan
+    from megatron.analysis.compare.plan import plan_study
     from megatron.analysis.compare.plan_table import plan_text
     from megatron.pretrain import parse_flags
 
     devices = parse_devices(args.devices, study.ranks)
-    plan = build_plan(study, parse_flags)
+    plan = plan_study(study, parse_flags)
     folders = CellFolders(output)
     print(plan_text(plan, folders, len(devices)), flush=True)
     plan.require_matched()

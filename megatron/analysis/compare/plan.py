@@ -82,7 +82,7 @@ class StudyPlan:
         )
 
 
-def build_plan(study: Study, parse_flags: ParseFlags) -> StudyPlan:
+def plan_study(study: Study, parse_flags: ParseFlags) -> StudyPlan:
     """Plan a study: parse the flags of every run, count parameters, look for its data.
 
     Cells whose parameters do not match are in the plan; `StudyPlan.require_matched` refuses them.
@@ -96,10 +96,7 @@ def build_plan(study: Study, parse_flags: ParseFlags) -> StudyPlan:
     cells = build_cells(study)
     with _no_repeated_warnings():
         groups = build_tuning_groups(cells)
-        tunings = tuple(
-            PlannedTuning(group, tuple(planner.plan(cell) for cell in group.cells))
-            for group in groups
-        )
+        tunings = tuple(planner.plan_tuning(group) for group in groups)
         planned = tuple(planner.plan(cell) for cell in cells)
         planned = tuple(planner.with_mismatch(cell) for cell in planned)
     return StudyPlan(study, planned, tunings)
@@ -129,6 +126,10 @@ class _Planner:
             check_data(config)
             size = self._size(config)
         return PlannedCell(cell, config, size, length.end.iterations, length.end.tokens)
+
+    def plan_tuning(self, group: TuningGroup) -> PlannedTuning:
+        """Plan the runs of a grid."""
+        return PlannedTuning(group, tuple(self.plan(cell) for cell in group.cells))
 
     def with_mismatch(self, planned: PlannedCell) -> PlannedCell:
         """Compare the parameters of a cell with those of its reference.

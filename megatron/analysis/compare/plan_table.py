@@ -88,7 +88,8 @@ def _time_line(plan: StudyPlan, folders: CellFolders, slots: int) -> str:
 
 def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
     """Format rows of cells as lines: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    columns = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
