@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 REPO = Path(__file__).resolve().parent.parent
+PROGRAM = REPO / "pretrain_gpt.py"
 sys.path.insert(0, str(REPO))
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def run_cells(plan: StudyPlan, folders, devices, args: argparse.Namespace) -> Ru
     with StagingDir(folders.root / CELLS_FOLDER):
         require_space(plan, folders, len(devices), remove_checkpoints=args.remove_checkpoints)
         prepare_output(plan, folders, args.rerun)
-        options = RunnerOptions(REPO / "pretrain_gpt.py", devices, args.remove_checkpoints)
+        options = RunnerOptions(PROGRAM, devices, args.remove_checkpoints)
         return StudyRunner(plan, folders, options).run()
 
 

@@ -104,7 +104,7 @@ class _StudyReader:
         allowed = f"a mapping with some of the keys {' '.join(keys)}"
         self.require(isinstance(value, dict), path, value, allowed)
         for key in value:
-            self.require(key in keys, path, key, allowed)
+            self.require(key in keys, (*path, key), key, allowed)
         return value
 
     def positive_integer(self, value: Any, path: YamlPath) -> int:
@@ -246,8 +246,10 @@ class _StudyReader:
 
     def seeds(self, base: FlagValues) -> tuple[int, ...]:
         path = ("seeds",)
-        default = [base.get("seed", TrainConfig.seed)]
-        seeds = self.list_of(self.content.get("seeds", default), path, "integers")
+        default = base.get("seed", TrainConfig.seed)
+        if isinstance(default, str) and default.isdecimal():  # of a command line
+            default = int(default)
+        seeds = self.list_of(self.content.get("seeds", [default]), path, "integers")
         for i, seed in enumerate(seeds):
             is_seed = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
             self.require(is_seed, (*path, i), seed, "an integer, 0 or more")
