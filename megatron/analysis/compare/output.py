@@ -88,6 +88,7 @@ def prepare_output(
     """
     study = plan.study
     _refuse_changed(plan, folders, rerun)
+    folders.root.mkdir(parents=True, exist_ok=True)
     for run in plan.runs:
         folder = folders.of(run.cell)
         if _is_rerun(run.cell, folders, rerun) and folder.exists():

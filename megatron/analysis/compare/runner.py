@@ -35,7 +35,7 @@ from megatron.log import get_logger
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
 _LOCK_SECONDS = 300.0
 """How long to wait for the processes of a killed runner, which save a checkpoint and end"""
 
