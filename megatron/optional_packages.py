@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-_DISTRIBUTIONS = {"google": "protobuf"}
+_DISTRIBUTIONS = {"google": "protobuf", "yaml": "pyyaml"}
 """packages whose name is not that of their module"""
 
 
