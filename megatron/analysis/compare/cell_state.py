@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class CellState:
     """device of the last attempt, as in --devices"""
     started: str = ""
     """start of the last attempt, ISO 8601 in UTC"""
+    matched: list[str] = field(default_factory=lambda: ["total", "active"])
+    """which of its numbers of parameters are compared with the reference's"""
     parameters_total: int | None = None
     active_parameters_planned: float | None = None
     """parameters that a token uses, before the run: exact for gates with a fixed number of
@@ -87,7 +89,7 @@ class CellState:
             return None
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); {_ADVICE}") from None
-        names = {field.name for field in dataclasses.fields(CellState)}
+        names = {f.name for f in dataclasses.fields(CellState)}
         if not isinstance(content, dict) or _REQUIRED - content.keys():
             raise ValueError(f"{path} does not hold the state of a cell; {_ADVICE}")
         # Fields of later versions are ignored.

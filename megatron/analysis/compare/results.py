@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,18 @@ class MatchRule:
         active: float | None,
         reference_total: float | None,
         reference_active: float | None,
+        matched: Sequence[str] = ("total", "active"),
     ) -> list[str]:
         """Describe in which of the two numbers of parameters a cell is not matched.
 
-        Numbers that are not known are not compared.
+        Numbers that are not known, and those that `matched` does not name, are not compared.
         """
         found = []
         for name, ours, theirs, tolerance in (
             ("total", total, reference_total, self.total_tolerance),
             ("active", active, reference_active, self.active_tolerance),
         ):
-            if tolerance is None or ours is None or theirs is None:
+            if name not in matched or tolerance is None or ours is None or theirs is None:
                 continue
             share = abs(ours - theirs) / theirs
             if not share <= tolerance:
@@ -98,6 +99,8 @@ class CellResult:
     held_out_loss: float | None = None
     wall_seconds: float = 0.0
     attempts: int = 0
+    matched: list[str] = field(default_factory=lambda: ["total", "active"])
+    """which of its numbers of parameters are compared with the reference's"""
 
     @property
     def is_finished(self) -> bool:
@@ -189,7 +192,7 @@ class StudyRecord:
         path = folder / STUDY_RECORD
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            names = {field.name for field in dataclasses.fields(StudyRecord)}
+            names = {f.name for f in dataclasses.fields(StudyRecord)}
             values = {name: value for name, value in content.items() if name in names}
             if values.get("match") is not None:
                 values["match"] = MatchRule(**values["match"])
@@ -236,6 +239,7 @@ def _result(state: CellState, folder: Path) -> CellResult:
         held_out_loss=state.held_out_loss,
         wall_seconds=state.wall_seconds,
         attempts=state.attempts,
+        matched=state.matched,
     )
 
 
@@ -263,6 +267,7 @@ def _with_mismatches(cells: list[CellResult], match: MatchRule | None) -> list[C
             cell.active_parameters,
             references[0].parameters_total,
             active,
+            cell.matched,
         )
         flagged.append(dataclasses.replace(cell, mismatch="; ".join(deviations)))
     return flagged

@@ -1,0 +1,108 @@
+"""What a finished cell measured: held-out loss, experts per token, active parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.analysis.compare.cell_size import CellSize
+from megatron.training.metrics_file import read_metrics, without_repeated_steps
+
+LAST_PART = 0.2
+"""Share of the training, at its end, over which the experts per token are averaged"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of a finished run."""
+
+    held_out_loss: float
+    """of the last evaluation; nats"""
+    experts_per_token: float | None
+    """computing experts per token, mean over MoE layers; None: a dense model"""
+    active_parameters: float
+    """parameters that a token used, with the measured experts per token of each layer"""
+
+
+def completed_iterations(metrics_path: Path) -> int:
+    """Return the last iteration in a run's metrics; 0: it has none."""
+    if not metrics_path.exists():
+        return 0
+    rows = without_repeated_steps(read_metrics(metrics_path))
+    return max((row.get("iteration", 0) for row in rows), default=0)
+
+
+def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) -> Measured:
+    """Measure a run that has completed its schedule.
+
+    Args:
+        iterations: optimizer steps of the complete training.
+        held_out: kind of the rows with the held-out loss.
+
+    Raises:
+        ValueError: the run has not evaluated on the held-out set at its end.
+    """
+    rows = without_repeated_steps(read_metrics(metrics_path))
+    losses = [
+        row["loss"]
+        for row in rows
+        if row.get("kind") == held_out and row.get("iteration") == iterations and "loss" in row
+    ]
+    if not losses:
+        raise ValueError(
+            f"{metrics_path} has no loss of kind {held_out} at iteration {iterations}: the run "
+            "has no such held-out set. Give it one (--split, --valid-data-path, --test-data-path, "
+            "--valid-sets), or change eval.set of the study"
+        )
+    by_layer = experts_by_layer(rows, len(size.routed), (1 - LAST_PART) * iterations)
+    if not by_layer:
+        return Measured(losses[-1], None, float(size.total))
+    mean = math.fsum(by_layer) / len(by_layer)
+    return Measured(losses[-1], mean, size.active(by_layer))
+
+
+def experts_by_layer(
+    rows: Sequence[dict[str, Any]], num_layers: int, after: float
+) -> list[float]:
+    """Return the computing experts per token of each MoE layer, after capacity.
+
+    It is the mean over the steps of the training rows after an iteration, or of the last row if
+    there is none. Zero-computation experts are not counted: they compute nothing.
+
+    Args:
+        rows: rows of metrics.jsonl without repeated steps.
+        num_layers: MoE layers of the model.
+        after: iteration after which rows count.
+    """
+    train = [row for row in rows if row.get("kind") == "train" and "experts_per_token" in row]
+    chosen = [row for row in train if row["iteration"] > after] or train[-1:]
+    if not chosen or not num_layers:
+        return []
+    before = {}
+    previous = 0
+    for row in train:
+        before[row["iteration"]] = previous
+        previous = row["iteration"]
+    weights = [max(1, row["iteration"] - before[row["iteration"]]) for row in chosen]
+    means = []
+    for layer in range(num_layers):
+        values = [_computing_experts(row, layer) for row in chosen]
+        used = math.fsum(value * steps for value, steps in zip(values, weights, strict=True))
+        means.append(used / sum(weights))
+    return means
+
+
+def _computing_experts(row: dict[str, Any], layer: int) -> float:
+    experts = _of_layer(row, "experts_per_token", layer)
+    return experts * (1 - _of_layer(row, "zero_computation_fraction", layer))
+
+
+def _of_layer(row: dict[str, Any], name: str, layer: int) -> float:
+    """Return a metric of a layer; 0: the layer does not have it."""
+    values = row.get(f"{name}_by_layer")
+    if values is None or layer >= len(values):
+        return row.get(name, 0.0)
+    return values[layer] or 0.0
