@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers.studies import StudyFolder, curve_rows, eval_row, train_row
+from helpers.study_results import StudyFolder, curve_rows, eval_row, train_row
 from megatron.analysis.compare.cell_measures import CellMeasures, Quartiles
 from megatron.analysis.compare.results import MatchRule
 from megatron.analysis.compare.seed_statistics import detectable_difference
@@ -34,7 +34,13 @@ def study(tmp_path):
     for gate, losses in LOSSES.items():
         for seed, loss in enumerate(losses, 1):
             rows = curve_rows([9.0, 4.0, loss], step_time_ms=STEP_MS[gate], load_cv=0.1 * seed)
-            study.add({"gate": gate}, seed, rows, active_parameters=500.0 + seed)
+            study.add(
+                {"gate": gate},
+                seed,
+                rows,
+                active_parameters=500.0 + seed,
+                experts_per_token=1.5,
+            )
     return study
 
 
@@ -51,6 +57,7 @@ def test_losses_over_seeds_equal_numpy(study):
         assert (found.final_loss.low, found.final_loss.high) == pytest.approx(interval)
         assert found.loss_by_seed == dict(enumerate(losses, 1))
         assert found.active_parameters == 502.0 and found.parameters_total == 1000
+        assert found.computing_experts == 1.5
 
 
 def test_comparisons_equal_scipy(study):

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron.analysis.compare.measured import LAST_PART
 from megatron.analysis.compare.results import CellResult
 from megatron.analysis.curves import MetricCurve, RunCurves
 
-LAST_PART = 0.2
-"""share of the training tokens at whose end metrics of routing are averaged"""
 ROUTING_METRICS = (
-    "experts_per_token",
     "max_violation",
     "load_cv",
     "dead_expert_fraction",
@@ -81,7 +79,7 @@ def _mean_of_last_part(curves: RunCurves, metric: str) -> float:
     curve = curves.curve("train", metric)
     if not len(curve):
         return math.nan
-    is_late_R = curve.tokens_R > (1 - LAST_PART) * curve.tokens_R[-1]
+    is_late_R = curve.iteration_R > (1 - LAST_PART) * curve.iteration_R[-1]
     return float(curve.value_R[is_late_R].mean())
 
 

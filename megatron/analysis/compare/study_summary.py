@@ -43,6 +43,9 @@ class ConfigurationSummary:
     parameters_total: int | None
     active_parameters: float
     """measured; mean over the seeds; NaN if none is known"""
+    computing_experts: float
+    """measured experts that compute something per token and MoE layer; mean over the seeds; NaN
+    if there are none"""
     mismatches: tuple[str, ...]
     """how cells differ from the parameters that the study wants matched; without repetitions"""
     tuning: dict[str, Any] | None
@@ -199,11 +202,6 @@ def _summarize_configuration(
     routing = {}
     for name in ROUTING_METRICS:
         routing[name] = SeedStatistics.of([measure.routing[name] for measure in compared])
-    active = [
-        measure.cell.active_parameters
-        for measure in compared
-        if measure.cell.active_parameters is not None
-    ]
     times_ms = [time_ms for measure in compared for time_ms in measure.step_times_ms]
     is_baseline = bool(results.baseline) and axes == {**axes, **results.baseline}
     return ConfigurationSummary(
@@ -215,11 +213,16 @@ def _summarize_configuration(
         step_time_ms=Quartiles.of(times_ms),
         routing=routing,
         parameters_total=seeds[0].cell.parameters_total,
-        active_parameters=SeedStatistics.of(active).mean,
+        active_parameters=_mean_known([m.cell.active_parameters for m in compared]),
+        computing_experts=_mean_known([m.cell.experts_per_token for m in compared]),
         mismatches=tuple(dict.fromkeys(filter(None, (m.cell.mismatch for m in seeds)))),
         tuning=next((m.cell.tuning for m in seeds if m.cell.tuning is not None), None),
         is_baseline=is_baseline,
     )
+
+
+def _mean_known(values: Sequence[float | None]) -> float:
+    return SeedStatistics.of([value for value in values if value is not None]).mean
 
 
 def _compared(

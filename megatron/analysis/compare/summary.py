@@ -129,6 +129,7 @@ def _configuration_row(found: ConfigurationSummary) -> dict[str, Any]:
         "step_time_ms_q75": found.step_time_ms.high,
         "parameters_total": found.parameters_total,
         "active_parameters": found.active_parameters,
+        "computing_experts": found.computing_experts,
         "mismatch": "; ".join(found.mismatches),
     }
     for name in ROUTING_METRICS:
@@ -145,6 +146,7 @@ def _cell_row(measure: CellMeasures) -> dict[str, Any]:
     row |= {
         "parameters_total": cell.parameters_total,
         "active_parameters": cell.active_parameters,
+        "computing_experts": cell.experts_per_token,
         "mismatch": cell.mismatch,
     }
     for name in ROUTING_METRICS:

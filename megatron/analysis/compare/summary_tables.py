@@ -167,7 +167,7 @@ _COST_COLUMNS: tuple[tuple[str, Callable[[ConfigurationSummary], str]], ...] = (
     ),
     ("parameters", lambda found: _count(found.parameters_total)),
     ("active", lambda found: _count(found.active_parameters)),
-    ("experts/token", lambda found: _mean(found, "experts_per_token", ".2f")),
+    ("experts/token", lambda found: _number(found.computing_experts, ".2f")),
     ("MaxVio", lambda found: _mean(found, "max_violation", ".2f")),
     ("load CV", lambda found: _mean(found, "load_cv", ".2f")),
     ("dead experts", lambda found: _mean(found, "dead_expert_fraction", ".1%")),
