@@ -42,6 +42,8 @@ LAYERS = {
     "megatron.moe.layer": 5,
     "megatron.moe.layer_sums": 5,
     "megatron.moe.routing_record": 5,
+    "megatron.moe.routing_trace": 5,
+    "megatron.moe.routing_trace_file": 5,
     "megatron.moe.gate_update": 5,
     "megatron.moe.metrics": 5,
     "megatron.moe.peer.layer": 5,

@@ -179,6 +179,38 @@ def read_header(
         ValueError: The file is not a safetensors file; the message names it.
         OSError: It cannot be read.
     """
+    header, data_start = _read_raw_header(path)
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_tensor_entry(entry, dtypes):
+            raise ValueError(
+                f"{path} is not a safetensors file that can be read: the entry of tensor "
+                f"{name[:200]!r} is {str(entry)[:200]}; allowed dtypes: {' '.join(dtypes)}"
+            )
+    return header, data_start
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the strings that a safetensors file has in its header; none: an empty dict.
+
+    Raises:
+        ValueError: The file is not a safetensors file, or has other values than strings there;
+            the message names the file.
+        OSError: It cannot be read.
+    """
+    header, _ = _read_raw_header(path)
+    metadata = header.get("__metadata__", {})
+    is_valid = isinstance(metadata, dict)
+    if not is_valid or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(
+            f"{path} is not a safetensors file: __metadata__ of its header is "
+            f"{str(metadata)[:200]}; allowed: strings by name"
+        )
+    return metadata
+
+
+def _read_raw_header(path: str | Path) -> tuple[dict[str, Any], int]:
+    """Return the JSON object at the beginning of a file, and where its data begin."""
     with open_regular(path) as file:
         prefix = file.read(8)
         if len(prefix) < 8:
@@ -202,13 +234,6 @@ def read_header(
         ) from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if not _is_tensor_entry(entry, dtypes):
-            raise ValueError(
-                f"{path} is not a safetensors file that can be read: the entry of tensor "
-                f"{name[:200]!r} is {str(entry)[:200]}; allowed dtypes: {' '.join(dtypes)}"
-            )
     return header, 8 + length
 
 
