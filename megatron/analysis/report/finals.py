@@ -1,0 +1,108 @@
+"""Final figures of groups: held-out losses with confidence intervals, speed, length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.analysis.report.groups import RunGroup
+from megatron.analysis.report.runs import ReportRun
+from megatron.analysis.report.series import rows_of_kind
+from megatron.optional_packages import import_optional
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean of a figure over seeds, with its confidence interval."""
+
+    values: tuple[float, ...]
+    """the figure of each seed that has it"""
+    mean: float
+    low: float
+    """end of the interval of CONFIDENCE (Student's t, n - 1 degrees of freedom); NaN for n = 1"""
+    high: float
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Return the mean of the finite values and its interval; None: there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    mean = float(np.mean(finite))
+    half = float("nan")
+    if len(finite) > 1:
+        stats = import_optional("scipy.stats", "analysis", "a confidence interval")
+        deviation = float(np.std(finite, ddof=1))
+        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(finite) - 1)
+        half = float(quantile) * deviation / math.sqrt(len(finite))
+    return Estimate(tuple(finite), mean, mean - half, mean + half)
+
+
+def final_loss(group: RunGroup, kind: str) -> Estimate | None:
+    """Return a group's loss in the last evaluation of a kind; None: no run has a number there."""
+    return estimate(last_loss(run, kind) for run in group.runs)
+
+
+def last_loss(run: ReportRun, kind: str) -> float:
+    """Return a run's loss in its last row of a kind; NaN if it is NaN, or without rows."""
+    rows = rows_of_kind(run, kind)
+    return rows.last("loss") if rows else float("nan")
+
+
+def held_out_kinds(groups: Iterable[RunGroup]) -> list[str]:
+    """List the kinds of evaluations of all runs, in the order of their first appearance."""
+    kinds: dict[str, None] = {}
+    for group in groups:
+        for run in group.runs:
+            kinds.update(dict.fromkeys(run.held_out))
+    return list(kinds)
+
+
+def main_held_out_kind(kinds: list[str]) -> str:
+    """Return the kind that the summary uses: validation, else the first there is, else ''."""
+    if "eval" in kinds:
+        return "eval"
+    return kinds[0] if kinds else ""
+
+
+def kind_title(kind: str) -> str:
+    """Return the name of a kind in words."""
+    names = {"train": "training", "eval": "validation", "test": "test"}
+    return names.get(kind, kind.removeprefix("eval/"))
+
+
+def median(run: ReportRun, metric: str) -> float:
+    """Return the median of a training metric over a run's rows; NaN without the metric."""
+    values_R = run.train.values.get(metric)
+    if values_R is None or not np.isfinite(values_R).any():
+        return float("nan")
+    return float(np.nanmedian(values_R))
+
+
+def quantiles(group: RunGroup, metric: str, shares: tuple[float, ...]) -> list[float] | None:
+    """Return quantiles of a training metric over all rows of a group; None: no run has it."""
+    columns = [run.train.values[metric] for run in group.runs if metric in run.train.values]
+    if not columns:
+        return None
+    values = np.concatenate(columns)
+    values = values[np.isfinite(values)]
+    return [float(value) for value in np.quantile(values, shares)] if len(values) else None
+
+
+def constant_value(groups: Iterable[RunGroup], metric: str) -> float | None:
+    """Return the value that a training metric has in all rows of all runs; None: it varies."""
+    bounds = []
+    for group in groups:
+        for run in group.runs:
+            values_R = run.train.values.get(metric, np.empty(0))
+            if np.isfinite(values_R).any():
+                bounds += [float(np.nanmin(values_R)), float(np.nanmax(values_R))]
+    return bounds[0] if bounds and min(bounds) == max(bounds) else None

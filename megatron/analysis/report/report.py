@@ -1,0 +1,480 @@
+"""Write a report of runs: one HTML file with curves, load maps, final losses and commands.
+
+Sections follow from the metrics that the runs have. A section whose metrics no run has is left
+out, and a note says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import megatron
+from megatron.analysis.report import blocks, charts, tables
+from megatron.analysis.report.charts import Axis, CurveColumns
+from megatron.analysis.report.finals import (
+    CONFIDENCE,
+    constant_value,
+    held_out_kinds,
+    kind_title,
+    main_held_out_kind,
+    quantiles,
+)
+from megatron.analysis.report.groups import RunGroup, group_runs
+from megatron.analysis.report.page import (
+    PageContent,
+    chart_figure,
+    escape,
+    read_asset,
+    render_page,
+)
+from megatron.analysis.report.problems import problems
+from megatron.analysis.report.runs import TRAIN, ReportRun, read_run
+from megatron.analysis.report.sources import RunSource
+from megatron.analysis.report.words import summary
+from megatron.io.atomic_write import write_text
+
+LOSS = Axis("loss, nats per token")
+MOST_HISTORY_COLUMNS = 200
+SMOOTHED_FROM = 60
+"""Points of a curve from which on it is smoothed at first"""
+
+BALANCE = {
+    "load_imbalance_max_over_mean": ("Largest load", Axis("load of the busiest expert / mean")),
+    "load_min_over_mean": ("Smallest load", Axis("load of the idlest expert / mean", True)),
+    "load_cv": ("Variation of loads", Axis("coefficient of variation", True)),
+    "max_violation": (
+        "MaxVio over the interval",
+        Axis("MaxVio (largest load / mean − 1)", True),
+    ),
+    "max_violation_batch": ("MaxVio per step", Axis("MaxVio (largest load / mean − 1)", True)),
+    "dead_expert_fraction": ("Dead experts", Axis("share of experts", True, "~%")),
+    "load_entropy": ("Entropy of the load", Axis("entropy, nats")),
+    "router_entropy": ("Entropy of the router", Axis("entropy per token, nats")),
+    "experts_per_token": ("Experts per token", Axis("experts per token")),
+    "dropped_assignment_fraction": (
+        "Dropped assignments",
+        Axis("share of assignments", True, "~%"),
+    ),
+    "zero_computation_fraction": (
+        "Zero-computation experts",
+        Axis("share of assignments", True, "~%"),
+    ),
+    "choice_margin": (
+        "Margin of the choice",
+        Axis("last chosen − first not chosen score", True),
+    ),
+    "near_tie_fraction": ("Near ties", Axis("share of tokens", True, "~%")),
+    "top1_probability": ("Largest probability", Axis("mean of the tokens' largest score")),
+    "rank_rows_max_over_mean": ("Rows per rank", Axis("rows of the busiest rank / mean")),
+    "bias_changed_fraction": (
+        "Choices changed by the bias",
+        Axis("share of assignments", True, "~%"),
+    ),
+    "moe_aux_loss": ("Auxiliary loss", Axis("as added to the loss")),
+}
+OPTIMIZATION = {
+    "grad_norm": ("Gradient norm", Axis("norm before clipping")),
+    "lr": ("Learning rate", Axis("learning rate", True, "~e")),
+    "router_input_rms": ("Input of the router", Axis("root mean square")),
+    "router_input_p99": ("Input of the router, 99th percentile", Axis("absolute value")),
+}
+"""Metrics of training rows by name: title of the chart and its y axis"""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report is called."""
+
+    title: str = ""
+    """title of the page; empty: made from the runs"""
+
+
+@dataclass
+class _Draft:
+    """The parts of a page, as the sections add them."""
+
+    groups: list[RunGroup]
+    unit: blocks.TimeUnit
+    body: list[str] = field(default_factory=list)
+    charts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    datasets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    """metrics that no run has"""
+    constant: list[str] = field(default_factory=list)
+    """metrics that never change, with their value"""
+    rows_per_point: int = 1
+    """rows that a point of a curve stands for, at most"""
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the groups, in the order of the legend."""
+        return [group.label for group in self.groups]
+
+    def section(
+        self,
+        title: str,
+        explanation: str,
+        figures: list[str],
+        controls: str = "",
+        is_large: bool = False,
+    ) -> None:
+        """Add a section, unless it has no figures; large ones have at most two columns."""
+        figures = [figure for figure in figures if figure]
+        if not figures:
+            return
+        tools = f'<div class="controls">{controls}</div>' if controls else ""
+        kind = "charts pair" if is_large else "charts"
+        self.body.append(
+            f'<section><h2>{escape(title)}</h2><p class="explain">{escape(explanation)}</p>{tools}'
+            f'<div class="{kind}">{"".join(figures)}</div></section>'
+        )
+
+    def curve(
+        self, metric: str, title: str, axis: Axis, kinds: Sequence[str] = (TRAIN,)
+    ) -> str:
+        """Add the curves of a metric, and return their figure; '' if no run has it."""
+        data = blocks.curve_data(self.groups, kinds, metric, self.unit)
+        if data is None:
+            self.missing.append(metric)
+            return ""
+        chart_id = f"curve-{metric}" if list(kinds) == [TRAIN] else f"held-out-{metric}"
+        self.rows_per_point = max(self.rows_per_point, data.rows_per_point)
+        columns = CurveColumns(
+            positions=tuple(self.settings["positions"].items()),
+            spread=data.has_spread,
+            extremes=data.has_extremes,
+        )
+        self.charts[chart_id] = charts.curves(chart_id, self.labels, axis, columns)
+        self.datasets[chart_id] = data.blocks
+        return chart_figure(chart_id, title)
+
+
+def write_report(
+    sources: Sequence[RunSource],
+    output: Path,
+    options: ReportOptions | None = None,
+    on_read: Callable[[int], object] = lambda count: None,
+) -> list[ReportRun]:
+    """Read runs and write their report.
+
+    Args:
+        sources: from `sources.find_runs`.
+        on_read: called with 1 after each run.
+
+    Returns:
+        The runs of the report.
+
+    Raises:
+        ValueError: no run has a row, or the extra is not installed.
+        OSError: the report cannot be written.
+    """
+    charts.altair()  # before minutes of reading
+    runs = []
+    for source in sources:
+        runs.append(read_run(source, MOST_HISTORY_COLUMNS))
+        on_read(1)
+    write_text(output, report_html(runs, options or ReportOptions()))
+    return runs
+
+
+def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
+    """Return the HTML of a report.
+
+    Raises:
+        ValueError: no run has a row, or the extra is not installed.
+    """
+    shown = [run for run in runs if not run.is_empty]
+    if not shown:
+        files = ", ".join(str(run.source.path) for run in runs[:3])
+        raise ValueError(
+            f"no run has a training row or an evaluation (read: {files}); allowed: runs that have "
+            "logged at least once, see --log-interval"
+        )
+    groups = group_runs(shown)
+    kinds = held_out_kinds(groups)
+    draft = _Draft(groups, _time_unit(shown))
+    draft.settings = _settings(shown, draft.unit)
+    title = options.title or _title(groups)
+    found = [(run, problems(run)) for run in runs]
+    found = [(run, sentences) for run, sentences in found if sentences]
+    draft.body.append(tables.summary_list(summary(groups, main_held_out_kind(kinds))))
+    if found:
+        draft.body.append(
+            f'<section class="warning"><h2>{len(found)} of {len(runs)} runs need attention</h2>'
+            f"{tables.problem_list(found)}</section>"
+        )
+    draft.body.append(_toolbar(draft))
+    _loss_section(draft, kinds)
+    _final_section(draft, kinds)
+    _load_section(draft)
+    _experts_section(draft)
+    _metric_section(draft, "Routing and balance", _BALANCE_EXPLANATION, BALANCE)
+    _speed_section(draft)
+    _metric_section(draft, "Optimization", "Values of the last step of each row.", OPTIMIZATION)
+    _table_section(draft, kinds)
+    _command_section(draft, shown)
+    return render_page(
+        PageContent(
+            title=title,
+            body=_page_body(title, draft, runs),
+            charts=draft.charts,
+            datasets=draft.datasets,
+            settings=draft.settings,
+            scripts=(read_asset("report.js"),),
+            styles=(read_asset("report.css"),),
+        )
+    )
+
+
+_BALANCE_EXPLANATION = (
+    "Means over the MoE layers and the steps of each row of metrics.jsonl, over all ranks. "
+    "docs/metrics.md defines them."
+)
+
+
+def _time_unit(runs: list[ReportRun]) -> blocks.TimeUnit:
+    ends = [run.train.seconds_R for run in runs if run.train.seconds_R is not None]
+    return blocks.TimeUnit.of(
+        max((float(end_R[-1]) for end_R in ends if len(end_R)), default=0.0)
+    )
+
+
+def _settings(runs: list[ReportRun], unit: blocks.TimeUnit) -> dict[str, Any]:
+    """Return what report.js needs to know: positions that some run has, and their titles."""
+    positions = {"iteration": "iteration", "tokens": "training tokens"}
+    tables_of_rows = [run.train for run in runs] + [
+        rows for run in runs for rows in run.held_out.values()
+    ]
+    if any(rows.flops_R is not None and len(rows) for rows in tables_of_rows):
+        positions["flops"] = "training FLOPs"
+    if any(rows.seconds_R is not None and len(rows) for rows in tables_of_rows):
+        positions["time"] = f"training time, {unit.name}"
+    return {"positions": positions}
+
+
+def _title(groups: list[RunGroup]) -> str:
+    labels = [group.label for group in groups]
+    if len(labels) == 1:
+        return f"Training report: {labels[0]}"
+    if len(labels) <= 4:
+        return f"Training report: {', '.join(labels)}"
+    return f"Training report: {len(labels)} configurations"
+
+
+def _page_body(title: str, draft: _Draft, runs: list[ReportRun]) -> str:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    number = f"{len(runs)} runs in {len(draft.groups)} groups" if len(runs) > 1 else "One run"
+    lede = f"{number}. Written {now:%Y-%m-%d %H:%M} UTC by moe-megatron {megatron.__version__}."
+    return (
+        '<a class="skip" href="#content">Skip to the report</a>'
+        f'<header><h1>{escape(title)}</h1><p class="lede">{escape(lede)}</p></header>'
+        "<noscript><p>The charts need JavaScript; the tables do not.</p></noscript>"
+        f'<main id="content">{"".join(draft.body)}</main>'
+        f"<footer>{_notes(draft)}</footer>"
+    )
+
+
+def _notes(draft: _Draft) -> str:
+    """Return how the data were reduced, and what is missing."""
+    notes = []
+    if draft.rows_per_point > 1:
+        notes.append(
+            f"Each point of a curve stands for up to {draft.rows_per_point} rows of "
+            "metrics.jsonl: the line is their mean, the fainter band reaches from their minimum to "
+            "their maximum."
+        )
+    if any(len(group) > 1 for group in draft.groups):
+        notes.append(
+            "Runs that differ in the seed only are one group: its line is the mean over the seeds "
+            "at the same iteration, its band one standard deviation to both sides, the fainter "
+            "band the range."
+        )
+    notes.append(
+        "Training time is the time of the optimizer steps, without start-up, evaluations and "
+        "checkpoints. Steps that a resumed run repeated count once."
+    )
+    if draft.constant:
+        notes.append(f"The same in all rows, so without a chart: {', '.join(draft.constant)}.")
+    if draft.missing:
+        names = ", ".join(dict.fromkeys(draft.missing))
+        notes.append(f"Left out, because no run has recorded it: {names}.")
+    return "".join(f"<p>{escape(note)}</p>" for note in notes)
+
+
+def _toolbar(draft: _Draft) -> str:
+    positions = draft.settings["positions"]
+    first = "tokens"
+    choices = [(name, title) for name, title in positions.items()]
+    axis = tables.options(choices, first)
+    missing = {"flops": "training FLOPs", "time": "training time"}
+    for name, title in missing.items():
+        if name not in positions:
+            axis += f'<option value="{name}" disabled>{title} (not recorded)</option>'
+    longest = max((len(run.train) for group in draft.groups for run in group.runs), default=0)
+    smoothing = tables.options(
+        [("0", "off"), ("2", "5 points"), ("5", "11 points"), ("12", "25 points")],
+        "2" if longest >= SMOOTHED_FROM else "0",
+    )
+    return (
+        '<div class="toolbar"><div class="controls">'
+        f"{tables.select('axis', 'x axis', axis)}"
+        f"{tables.select('smoothing', 'running mean', smoothing)}</div>"
+        f"{tables.legend(draft.groups)}</div>"
+    )
+
+
+def _loss_section(draft: _Draft, kinds: list[str]) -> None:
+    figures = [draft.curve("loss", "Training loss", LOSS)]
+    controls = ""
+    if kinds:
+        figures.append(draft.curve("loss", "Held-out loss", LOSS, kinds))
+        choices = [(kind, kind_title(kind)) for kind in kinds]
+        controls = tables.select(
+            "held-out", "held-out set", tables.options(choices, main_held_out_kind(kinds))
+        )
+    explanation = "Cross-entropy per token in nats, without auxiliary losses."
+    draft.section("Loss", explanation, figures, controls, is_large=True)
+
+
+def _final_section(draft: _Draft, kinds: list[str]) -> None:
+    data = blocks.final_blocks(draft.groups, kinds)
+    if not data:
+        return
+    draft.charts["final-loss"] = charts.intervals(
+        "final-loss", draft.labels, LOSS.title, f"{CONFIDENCE:.0%} interval"
+    )
+    draft.datasets["final-loss"] = data
+    figure = chart_figure("final-loss", "Loss in the last evaluation", wide=True)
+    draft.section(
+        "Final held-out loss",
+        f"Filled: mean over the seeds; line: its {CONFIDENCE:.0%} confidence interval (Student's "
+        "t, n − 1 degrees of freedom; none for a single run); rings: the runs. The set is the one "
+        "selected above.",
+        [figure],
+    )
+
+
+def _load_section(draft: _Draft) -> None:
+    chosen = [(run, group) for group in draft.groups for run in group.runs if run.loads]
+    if not chosen:
+        draft.missing.append("load_by_expert")
+        return
+    most_cells = blocks.MOST_CELLS // len(chosen)
+    data = []
+    experts: dict[str, dict[str, int]] = {}
+    for number, (run, _) in enumerate(chosen):
+        grids = blocks.load_grids(run.loads, str(number), most_cells)
+        experts[str(number)] = {
+            grid["constants"]["layer"]: len(grid["down"]["expert"]) for grid in grids
+        }
+        data += grids
+    draft.settings["experts"] = experts
+    draft.charts["load"] = charts.load_map("load", max(experts["0"].values()))
+    draft.datasets["load"] = data
+    runs = tables.options([(str(i), run.name) for i, (run, _) in enumerate(chosen)])
+    draft.section(
+        "Load of the experts over training",
+        "Assignments to each routed expert divided by the mean over the layer's experts: 1 is a "
+        "uniform load. The colour scale ends at 1/8 and 8; a dead expert has the colour of 1/8.",
+        [chart_figure("load", "Load by expert and iteration", wide=True)],
+        tables.select("load-run", "run", runs) + tables.select("load-layer", "MoE layer", ""),
+    )
+
+
+def _experts_section(draft: _Draft) -> None:
+    figures = []
+    final = blocks.histogram_blocks(draft.groups)
+    if final:
+        draft.charts["histogram"] = charts.histogram("histogram", draft.labels)
+        draft.datasets["histogram"] = final
+        figures.append(chart_figure("histogram", "Experts per token in the last row"))
+    layers = blocks.experts_by_layer_blocks(draft.groups)
+    if layers:
+        axis = Axis("mean experts per token")
+        draft.charts["experts-by-layer"] = charts.by_layer(
+            "experts-by-layer", draft.labels, axis
+        )
+        draft.datasets["experts-by-layer"] = layers
+        figures.append(chart_figure("experts-by-layer", "Experts per token by layer, last row"))
+    chosen = [run for group in draft.groups for run in group.runs if run.experts_per_token]
+    controls = ""
+    if chosen:
+        most_cells = blocks.MOST_CELLS // 4 // len(chosen)
+        grids = [
+            blocks.histogram_grid(run, {"run": str(number)}, most_cells)
+            for number, run in enumerate(chosen)
+        ]
+        draft.datasets["histogram-map"] = grids
+        draft.settings["counts"] = {
+            grid["constants"]["run"]: len(grid["down"]["experts"]) for grid in grids
+        }
+        draft.charts["histogram-map"] = charts.histogram_map(
+            "histogram-map", draft.settings["counts"]["0"]
+        )
+        figures.append(
+            chart_figure("histogram-map", "Experts per token over training", wide=True)
+        )
+        runs = tables.options([(str(i), run.name) for i, run in enumerate(chosen)])
+        controls = tables.select("histogram-run", "run over training", runs)
+    else:
+        draft.missing.append("experts_per_token_histogram")
+    draft.section(
+        "Experts per token",
+        "Share of tokens that a number of experts process, after capacity, over all MoE layers.",
+        figures,
+        controls,
+        is_large=True,
+    )
+
+
+def _metric_section(
+    draft: _Draft, title: str, explanation: str, metrics: dict[str, tuple[str, Axis]]
+) -> None:
+    figures = []
+    for metric, (name, axis) in metrics.items():
+        value = constant_value(draft.groups, metric)
+        if value is None:
+            figures.append(draft.curve(metric, name, axis))
+        else:
+            draft.constant.append(f"{metric} ({value:g})")
+    draft.section(title, explanation, figures)
+
+
+def _speed_section(draft: _Draft) -> None:
+    figures = [draft.curve("tokens_per_s", "Throughput", Axis("tokens per second", True, "~s"))]
+    data = []
+    for group in draft.groups:
+        found = quantiles(group, "step_time_ms", (0.1, 0.5, 0.9))
+        if found:
+            rows = sum(len(run.train) for run in group.runs)
+            data.append(blocks.interval_block(group.label, found, rows))
+    if data:
+        draft.charts["step-time"] = charts.intervals(
+            "step-time", draft.labels, "step time, ms", "10th to 90th percentile"
+        )
+        draft.datasets["step-time"] = data
+        figures.append(chart_figure("step-time", "Step time: median, 10th to 90th percentile"))
+    draft.section(
+        "Throughput", "Of all ranks together, without evaluations.", figures, is_large=True
+    )
+
+
+def _table_section(draft: _Draft, kinds: list[str]) -> None:
+    draft.body.append(
+        "<section><h2>Runs</h2>"
+        '<p class="explain">Losses are those of the last row of each kind.</p>'
+        f"{tables.run_table(draft.groups, kinds)}</section>"
+    )
+
+
+def _command_section(draft: _Draft, runs: list[ReportRun]) -> None:
+    commands = tables.command_list(runs)
+    if commands:
+        draft.body.append(f"<section><h2>Commands</h2>{commands}</section>")
+    else:
+        draft.missing.append("the command (rows of kind run)")

@@ -1,0 +1,140 @@
+"""Curves of groups: mean and spread over seeds, in few points that keep the extremes.
+
+Shape suffixes: S runs (seeds) of a group, I iterations at which a run has a row, P points drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.analysis.report.groups import RunGroup
+from megatron.analysis.report.history import bucket_edges
+from megatron.analysis.report.runs import TRAIN, KindRows, ReportRun
+
+POSITIONS = ("iteration", "tokens", "flops", "seconds")
+"""What curves can be drawn against"""
+
+MOST_POINTS = 400
+"""Points of a curve when there are few: more than the pixels that a phone gives it"""
+
+FEWEST_POINTS = 80
+TOTAL_POINTS = 12_000
+"""Points of all groups in one chart; a point of the loss takes about 70 bytes of the page"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of a group over its training; arrays are [P], NaN where there is no value."""
+
+    positions: dict[str, np.ndarray]
+    """by name of POSITIONS; a position that a run of the group lacks is missing"""
+    mean: np.ndarray
+    """mean over the seeds, and over the rows of the point"""
+    low: np.ndarray
+    """mean minus one standard deviation over seeds; NaN with one seed"""
+    high: np.ndarray
+    least: np.ndarray
+    """smallest value of a row of any seed among the rows of the point"""
+    most: np.ndarray
+    num_seeds: np.ndarray
+    """seeds that have the point"""
+    rows_per_point: int
+    """rows of a run that a point stands for, at most"""
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether a point has several seeds."""
+        return bool(np.isfinite(self.low).any())
+
+
+def points_per_curve(num_groups: int) -> int:
+    """Return how many points a curve may have, so that all groups together stay small."""
+    return int(np.clip(TOTAL_POINTS // max(num_groups, 1), FEWEST_POINTS, MOST_POINTS))
+
+
+def rows_of_kind(run: ReportRun, kind: str) -> KindRows | None:
+    """Return a run's rows of a kind; None: it has none."""
+    if kind == TRAIN:
+        return run.train if len(run.train) else None
+    return run.held_out.get(kind)
+
+
+def group_series(
+    group: RunGroup, kind: str, metric: str, most_points: int = MOST_POINTS
+) -> Series | None:
+    """Return a metric of a group; None: no run has it.
+
+    Seeds are joined by iteration: a point is the mean of the seeds that have a row there, and its
+    position in tokens, FLOPs and seconds the mean of theirs. Of more rows than points, each point
+    stands for equally many consecutive rows: it keeps their mean, minimum and maximum.
+    """
+    tables = [rows_of_kind(run, kind) for run in group.runs]
+    tables = [table for table in tables if table is not None and metric in table.values]
+    if not tables:
+        return None
+    iteration_I = np.unique(np.concatenate([table.iteration_R for table in tables]))
+    place_SR = [np.searchsorted(iteration_I, table.iteration_R) for table in tables]
+
+    def joined(columns: Iterable[np.ndarray]) -> np.ndarray:
+        value_SI = np.full((len(tables), len(iteration_I)), np.nan)
+        for s, column_R in enumerate(columns):
+            value_SI[s, place_SR[s]] = column_R
+        return value_SI
+
+    value_SI = joined(table.values[metric] for table in tables)
+    positions = {}
+    for name in POSITIONS:
+        columns = [getattr(table, f"{name}_R") for table in tables]
+        if all(column is not None for column in columns):
+            positions[name] = mean_of_numbers(joined(columns))
+    return _in_points(value_SI, positions, most_points)
+
+
+def _in_points(
+    value_SI: np.ndarray, positions: dict[str, np.ndarray], most_points: int
+) -> Series:
+    edges = bucket_edges(value_SI.shape[1], most_points)
+    starts = edges[:-1]
+    mean_I = mean_of_numbers(value_SI)
+    spread_I = _standard_deviation(value_SI)
+    num_seeds_I = np.isfinite(value_SI).sum(axis=0)
+    return Series(
+        positions={name: _means(value_I, starts) for name, value_I in positions.items()},
+        mean=_means(mean_I, starts),
+        low=_means(mean_I - spread_I, starts),
+        high=_means(mean_I + spread_I, starts),
+        # fmin and fmax ignore NaN where there is a number.
+        least=np.fmin.reduceat(np.fmin.reduce(value_SI), starts),
+        most=np.fmax.reduceat(np.fmax.reduce(value_SI), starts),
+        num_seeds=np.maximum.reduceat(num_seeds_I, starts),
+        rows_per_point=int(np.diff(edges).max()),
+    )
+
+
+def mean_of_numbers(value_SI: np.ndarray) -> np.ndarray:
+    """Return the mean over the first axis of the values that are numbers; NaN if none is."""
+    return _divide(np.nansum(value_SI, axis=0), np.isfinite(value_SI).sum(axis=0))
+
+
+def _standard_deviation(value_SI: np.ndarray) -> np.ndarray:
+    """Return the standard deviation over seeds (n - 1); NaN where fewer than two have a value."""
+    deviation_SI = value_SI - mean_of_numbers(value_SI)
+    count_I = np.isfinite(value_SI).sum(axis=0)
+    return np.sqrt(_divide(np.nansum(deviation_SI**2, axis=0), np.maximum(count_I - 1, 0)))
+
+
+def _means(value_I: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the means of the numbers in consecutive parts of an array."""
+    sum_P = np.add.reduceat(np.nan_to_num(value_I), starts)
+    return _divide(sum_P, np.add.reduceat(np.isfinite(value_I).astype(np.int64), starts))
+
+
+def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return total / count; NaN where the count is 0."""
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)

@@ -1,0 +1,138 @@
+"""Find the runs that a report is about: run folders, metrics files and folders of studies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+_STUDY_CELLS = "cells"
+_CELL_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """One run of a report: where its metrics are, and what is known of it without them."""
+
+    path: Path
+    """its metrics.jsonl, which a failed run may not have written"""
+    name: str
+    """name in tables"""
+    label: str = ""
+    """name of its group, if the user or a study gave one; runs with the same label are one group"""
+    seed: int | None = None
+    """seed of a study's cell; None: the run's own configuration has it"""
+    state: str = ""
+    """state of a study's cell: planned, running, interrupted, failed or finished"""
+    error: str = ""
+    """why a study's cell failed, in one line"""
+    from_study: bool = field(default=False, repr=False)
+
+
+def find_runs(arguments: Iterable[str]) -> list[RunSource]:
+    """Find the runs of a command line.
+
+    Args:
+        arguments: run folders, metrics files or output folders of tools/compare_gates.py, each
+            as PATH or LABEL=PATH.
+
+    Raises:
+        ValueError: a path does not exist, holds no run, or is given twice.
+    """
+    sources: list[RunSource] = []
+    for argument in arguments:
+        label = ""
+        path = Path(argument)
+        if not path.exists() and "=" in argument:
+            label, _, rest = argument.partition("=")
+            path = Path(rest)
+        sources += _runs_below(path, label)
+    seen = set()
+    for source in sources:
+        place = source.path.resolve()
+        if place in seen and not source.from_study:
+            raise ValueError(f"{source.path} is given twice; name each run once")
+        seen.add(place)
+    return _with_unique_names(sources)
+
+
+def _runs_below(path: Path, label: str) -> list[RunSource]:
+    if not path.exists():
+        raise ValueError(
+            f"RUN is {str(path)!r}, which does not exist; allowed: a run folder (OUTPUT_DIR of "
+            f"run.sh), a {METRICS_FILE}, or the output folder of a comparison of gates; "
+            "LABEL=PATH names it"
+        )
+    if path.is_file():
+        folder = path.resolve().parent
+        name = folder.name if path.name == METRICS_FILE else path.stem
+        return [RunSource(path, name, label)]
+    if (path / METRICS_FILE).is_file():
+        return [RunSource(path / METRICS_FILE, path.resolve().name, label)]
+    if (path / _STUDY_CELLS).is_dir():
+        return _study_cells(path, label)
+    below = sorted(found.parent.name for found in path.glob(f"*/{METRICS_FILE}"))
+    advice = (
+        f"name the folders below it: {', '.join(below[:8])}"
+        if below
+        else ("was the run started with --metrics-file? run.sh does that")
+    )
+    raise ValueError(f"{path} has no {METRICS_FILE} and no {_STUDY_CELLS}/; {advice}")
+
+
+def _study_cells(study: Path, label: str) -> list[RunSource]:
+    """List the cells of a study that have metrics or a state; without any it is an error."""
+    cells = []
+    for folder in sorted((study / _STUDY_CELLS).iterdir()):
+        if (folder / METRICS_FILE).is_file() or (folder / _CELL_STATE).is_file():
+            cells.append(_study_cell(folder, label))
+    if not cells:
+        raise ValueError(
+            f"{study}/{_STUDY_CELLS} has no cell with {METRICS_FILE}; allowed: the output folder "
+            "of a comparison of gates in which a cell has started"
+        )
+    return cells
+
+
+def _study_cell(folder: Path, label: str) -> RunSource:
+    state = _read_state(folder / _CELL_STATE)
+    run_folder = folder
+    if state.get("same_as") and not (folder / METRICS_FILE).exists():
+        run_folder = (folder / str(state["same_as"])).resolve()
+    axes = state.get("axes")
+    names = [str(value) for value in axes.values()] if isinstance(axes, dict) else []
+    cell_label = ", ".join([label, *names] if label else names)
+    seed = state.get("seed")
+    return RunSource(
+        path=run_folder / METRICS_FILE,
+        name=str(state.get("cell_id") or folder.name),
+        label=cell_label,
+        seed=seed if isinstance(seed, int) else None,
+        state=str(state.get("state") or ""),
+        error=str(state.get("error") or ""),
+        from_study=True,
+    )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read the state of a cell; {} if there is none that can be read: its metrics may be fine."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _with_unique_names(sources: list[RunSource]) -> list[RunSource]:
+    """Replace names that several runs have by their paths."""
+    names = [source.name for source in sources]
+    unique = []
+    for source in sources:
+        is_ambiguous = names.count(source.name) > 1
+        name = str(source.path.parent) if is_ambiguous else source.name
+        values = {**source.__dict__, "name": name}
+        unique.append(RunSource(**values))
+    return unique
