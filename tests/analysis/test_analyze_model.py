@@ -10,12 +10,14 @@ import pytest
 
 from helpers import runs
 from helpers.hf_folders import save_model
+from helpers.outside_gates import restored_registry, write_gate
 from megatron.analysis import cost_chart
 from megatron.analysis.model_source import find_model_source
 from megatron.config import cli
 from megatron.model.builder import build_run_config_model
 from megatron.model.flops import ModelFlops
 from megatron.moe.gate import available_gates, gate_config_class
+from megatron.moe.gate_registry import import_gate_files
 from tools import analyze_model
 
 SHAPE = (
@@ -146,6 +148,21 @@ def test_run_without_checkpoints_has_its_config(run_folder, finished, data, tmp_
     assert found["parameters"] == expected["parameters"]
     assert found["flops"]["most_experts"] == expected["flops"]["most_experts"]
     assert find_model_source(str(run_folder)).ranks == 2
+
+
+def test_gate_file_of_a_run_is_named_by_the_user(tmp_path, capsys):
+    """What a run recorded does not decide which code is executed."""
+    gate_file = write_gate(tmp_path, "outside_cost")
+    words = f"{SHAPE} {MOE} --gate outside_cost --gate-path {gate_file}".split()
+    with restored_registry():
+        config = cli.parse(words, gate_config_class, available_gates, import_gate_files)
+    start = {"kind": "run", "iteration": 0, "config": config.to_dict()}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(start) + "\n")
+    with restored_registry():
+        assert "--gate is 'outside_cost'; allowed: " in error_of(capsys, tmp_path)
+        _, found = analyse(tmp_path, capsys, str(tmp_path), "--gate-path", str(gate_file))
+    parts = found["flops"]["most_experts"]["parts"]
+    assert parts["router"] == {"forward": 3 * 2 * 8 * 32, "backward": 3 * 4 * 8 * 32}
 
 
 def test_run_json_is_a_model(finished, tmp_path, capsys):

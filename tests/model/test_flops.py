@@ -20,6 +20,7 @@ from megatron.model import attend
 from megatron.model.builder import build_run_config_model
 from megatron.model.flops import FLOP_PARTS, ExpertUse, ModelFlops
 from megatron.model.meta_device import meta_device
+from megatron.moe.experts.expert_type import available_expert_types
 from megatron.moe.gate import available_gates
 from megatron.moe.gate_flops import Flops
 from megatron.moe.layer_sums import find_moe_layers
@@ -169,13 +170,18 @@ def test_attention_and_dense_layers_equal_the_counter(flags):
         "--moe-shared-experts 2 --moe-shared-expert-gate --swiglu",
         "--moe-latent-size 8",
         "--moe-first-k-dense 1 --recompute-activations",
-        "--expert-type swiglu_clamped",
-        "--expert-linear-bias",
+        "--expert-linear-bias --swiglu",
         "--moe-weight-on-input --gate topk",
     ],
 )
 def test_expert_options_equal_the_counter(flags):
     compare(f"{SHAPE} {MOE} {flags}")
+
+
+@pytest.mark.parametrize("name", available_expert_types())
+def test_expert_types_equal_the_counter(name):
+    """A row is multiplied once by each matrix of its expert."""
+    compare(f"{SHAPE} {MOE} --expert-type {name}")
 
 
 def test_mixed_gates_equal_the_counter():
