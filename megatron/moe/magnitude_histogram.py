@@ -48,10 +48,10 @@ def magnitude_percentile(counts: Tensor, percent: int) -> float:
     bin_number = int((below * 100 < percent * below[-1]).sum())
     count = float(counts[bin_number])
     fraction = (percent * float(below[-1]) / 100 - (float(below[bin_number]) - count)) / count
-    low, high = _edge(bin_number), _edge(bin_number + 1)
-    if bin_number == 0:
-        low = 0.0
-    return low + fraction * (high - low)
+    low = 0.0
+    if bin_number > 0:
+        low = _edge(bin_number)
+    return low + fraction * (_edge(bin_number + 1) - low)
 
 
 def _edge(bin_number: int) -> float:

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.moe_layers import E, make_input, make_layer
 from helpers.outside_gates import restored_registry
-from megatron.moe import Gate, LossConfig, Routing, linear_fp32
+from megatron.moe import Gate, LossConfig, Routing, RoutingScores, linear_fp32
 from megatron.moe.ffn import FFNContext, TokenLayout
 from megatron.moe.gate_update import GateUpdater
 from megatron.moe.metrics import MoEMetrics
@@ -140,6 +140,12 @@ def test_second_z_loss_is_refused(gate, monkeypatch):
     [
         ({"logits_TE": torch.zeros(3)}, r"logits_TE has shape \(3,\); allowed: \(3, experts\)"),
         ({"logits_TE": torch.zeros(2, E)}, r"logits_TE has shape \(2, 4\); allowed: \(3, exp"),
+        ({"scores": RoutingScores(torch.zeros(2, E))}, r"scores.ranked_TC has shape \(2, 4\)"),
+        ({"scores": RoutingScores(share_TC=torch.zeros(3, E).half())}, "scores.share_TC is"),
+        (
+            {"scores": RoutingScores(selected_Tk=torch.zeros(3, 2))},
+            "scores.selected_Tk is torch.float32; allowed: torch.int64",
+        ),
         ({"logits_TE": torch.zeros(3, E).half()}, "logits_TE is torch.float16; allowed"),
         ({"losses": {"a b": torch.zeros(())}}, "losses has the name 'a b'; allowed: a Python"),
         ({"losses": {"aux_loss": torch.zeros(())}}, "losses has the name 'aux_loss'"),

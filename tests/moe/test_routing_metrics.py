@@ -6,20 +6,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.moe_layers import D, make_layer
 from helpers.naive_metrics import boundaries, input_percentile, naive_metrics, record_passes
 from helpers.spawn import groups_for
 from megatron.config.schema import ModelConfig, MoEConfig
 from megatron.model.builder import build_model
+from megatron.moe.count_metrics import detail_metrics, load_metrics
 from megatron.moe.experts.expert_type import ExpertContext, create_experts
 from megatron.moe.ffn import FFNContext, TokenLayout
 from megatron.moe.gate import Gate, GateContext, available_gates
 from megatron.moe.gate_update import GateUpdater
 from megatron.moe.layer import MoELayer
 from megatron.moe.layer_sums import find_moe_layers
+from megatron.moe.magnitude_histogram import NUM_MAGNITUDES
 from megatron.moe.metrics import MoEMetrics
-from megatron.moe.routing import Routing, RoutingScores
+from megatron.moe.routing import GateInput, Routing, RoutingScores
+from megatron.moe.routing_details import detail_counts
 from megatron.moe.step_loads import MAX_KEPT_STEPS
 from megatron.parallel.groups import Groups, all_gather_objects
 
@@ -299,6 +303,60 @@ def test_many_experts_are_not_listed():
     assert not any(name in row for name in absent)
     assert row["dead_expert_fraction"] == pytest.approx(1 - row["expert_usage"])
     assert row["max_violation"] > 0 and row["router_input_rms"] > 0
+
+
+class Operations(TorchDispatchMode):
+    """Records operations that wait for the device, and the largest tensor that one makes."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_copy")
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.name().partition("::")[2].partition(".")[0]
+        moves = name != "_to_copy" or "device" in (kwargs or {})
+        if name in self.WAITING and moves:
+            self.waiting.append(name)
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", available_gates())
+def test_details_do_not_wait_for_device(name):
+    """With padding, whose rows the caller has located."""
+    layer = make_layer(name)
+    inp = GateInput(
+        torch.randn(6, D),
+        token_ids_T=torch.arange(6),
+        padding_T=torch.tensor([False] * 5 + [True]),
+        unpadded_R=torch.arange(5),
+    )
+    routing = layer.gate(inp)
+    with Operations() as operations:
+        detail_counts(layer.gate, inp, routing)
+    assert operations.waiting == []
+
+
+def test_million_experts_need_no_tensor_of_tokens_by_experts():
+    """Nothing larger than the histogram of the router's input is made in a forward pass."""
+    num_experts = 1024**2
+    token_A = torch.arange(64).repeat_interleave(2)
+    expert_A = torch.randint(0, num_experts, (128,))
+    routing = Routing(token_A, expert_A, torch.rand(128), torch.zeros(()))
+    gate = GivenScores([])
+    gate.num_experts = num_experts
+    with Operations() as operations:
+        sums = detail_counts(gate, GateInput(torch.randn(64, D)), routing)
+    assert operations.largest <= max(NUM_MAGNITUDES, 64 * D)
+    loads_C = torch.bincount(expert_A, minlength=num_experts).double()
+    used = (loads_C > 0).double().mean()
+    assert load_metrics(loads_C, num_experts)["dead_expert_fraction"] == pytest.approx(1 - used)
+    assert detail_metrics(gate, sums).keys() == {"router_input_rms", "router_input_p99"}
 
 
 def test_interval_without_assignments_is_finite():
