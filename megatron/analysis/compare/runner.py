@@ -220,7 +220,7 @@ class StudyRunner:
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             tuning=self._tuning_record(planned),
         )
-        command = pretrain_command(self.options.program, self.folders.words(cell))
+        command = pretrain_command(self.options.program, cell.run_words(folder))
         process = self._started_process(folder, command, device, cell.ranks)
         if process is None:
             if not self._signals:
