@@ -22,7 +22,8 @@ if str(REPO) not in sys.path:
 
 from tools import compare_gates  # noqa: E402
 
-IDS = ["gate-topk_seed-1", "gate-topk_seed-2", "gate-xmoe_seed-1", "gate-xmoe_seed-2"]
+IDS = ["gate-topk_seed-1", "gate-xmoe_seed-1", "gate-topk_seed-2", "gate-xmoe_seed-2"]
+"""In the order in which they run"""
 WITH_FAKE = (
     "import pathlib, sys; from tools import compare_gates; "
     f"compare_gates.PROGRAM = pathlib.Path({str(FAKE_PROGRAM)!r}); "
@@ -245,17 +246,17 @@ def test_killed_training_equals_an_uninterrupted_one(tmp_path, data, monkeypatch
     out = tmp_path / "out"
     real_program = "import sys; from tools import compare_gates; sys.exit(compare_gates.main())"
     runner = start(study, out, code=real_program)
-    checkpoints = out / "cells" / IDS[2] / "checkpoints"
+    checkpoints = out / "cells" / IDS[1] / "checkpoints"
     wait_until(lambda: list(checkpoints.glob("iter_*/run.json")), "a checkpoint of the second")
     runner.send_signal(signal.SIGSTOP)
     kill_children(runner.pid)
     runner.kill()
     runner.communicate()
-    assert CellState.read(out / "cells" / IDS[2]).state == "running"
+    assert CellState.read(out / "cells" / IDS[1]).state == "running"
     before = json.loads((out / "cells" / IDS[0] / "state.json").read_text())
     assert before["state"] == "finished"
     assert compare_gates.main([str(study), "--output", str(out)]) == 0
     assert json.loads((out / "cells" / IDS[0] / "state.json").read_text()) == before
-    assert CellState.read(out / "cells" / IDS[2]).attempts == 2
+    assert CellState.read(out / "cells" / IDS[1]).attempts == 2
     assert compare_gates.main([str(study), "--output", str(tmp_path / "other")]) == 0
     assert curves(out) == curves(tmp_path / "other")

@@ -97,7 +97,7 @@ def prepare_output(
         state = CellState.read(folder)
         if state is None or not state.attempts and not state.same_as:
             initial_state(run).write(folder)
-    _log_other_cells(plan, folders)
+    _pass_other_cells(plan, folders)
 
 
 def _refuse_changed(plan: StudyPlan, folders: CellFolders, rerun: Sequence[str] | None) -> None:
@@ -141,10 +141,19 @@ def _is_rerun(cell: Cell, folders: CellFolders, rerun: Sequence[str] | None) -> 
     return any(fnmatch.fnmatch(cell.cell_id, pattern) for pattern in rerun)
 
 
-def _log_other_cells(plan: StudyPlan, folders: CellFolders) -> None:
+def _pass_other_cells(plan: StudyPlan, folders: CellFolders) -> None:
+    """Log which cells of earlier starts are not in this plan; those that never ran are removed."""
     planned = {run.cell.cell_id for run in plan.cells}
     parent = folders.root / CELLS_FOLDER
-    others = sorted(path.name for path in parent.iterdir() if path.name not in planned)
+    others = []
+    for path in sorted(parent.iterdir()):
+        if path.name in planned:
+            continue
+        state = CellState.read(path)
+        if state is not None and not state.attempts and not state.same_as:
+            shutil.rmtree(path)
+        else:
+            others.append(path.name)
     if others:
         get_logger().info(
             "%s has %d cell(s) of earlier starts that this one does not run, such as %s; they stay "

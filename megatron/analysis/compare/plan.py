@@ -66,7 +66,7 @@ class StudyPlan:
 
     @property
     def runs(self) -> list[PlannedCell]:
-        """All runs in the order in which they start: those that tune flags come first."""
+        """All runs; those that tune flags come first."""
         return [cell for tuning in self.tunings for cell in tuning.cells] + list(self.cells)
 
     def require_matched(self) -> None:
