@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers.studies import BASE, FAKE_PROGRAM, THRESHOLD, TOPK, run_study
+from helpers.studies import BASE, FAKE_PROGRAM, THRESHOLD, TOPK, run_study, tiny_plan
 from helpers.waiting import wait_until
 from megatron.analysis.compare.cell_process import CellLocked, CellProcess, error_of_log
 from megatron.analysis.compare.cell_state import CellState
 from megatron.analysis.compare.devices import Device, parse_devices, threads_per_rank
 from megatron.analysis.compare.measured import completed_iterations, experts_by_layer
+from megatron.analysis.compare.output import CellFolders, prepare_output
 from megatron.analysis.compare.results import StudyResults
 from megatron.analysis.compare.results_table import results_text
 from megatron.training.metrics_file import read_metrics, without_repeated_steps
@@ -46,7 +47,8 @@ def rows(results: StudyResults) -> dict[str, list[dict]]:
 
 def test_all_cells_run_and_are_measured(tmp_path):
     summary, results = run_study(tmp_path)
-    assert summary.finished == IDS and not summary.failed and not summary.interrupted
+    assert summary.finished == [IDS[0], IDS[2], IDS[1], IDS[3]]  # seed by seed
+    assert not summary.failed and not summary.interrupted
     assert [result.cell_id for result in results] == IDS
     first = results.cells[0]
     assert first.state == "finished" and first.is_finished and first.attempts == 1
@@ -62,7 +64,7 @@ def test_all_cells_run_and_are_measured(tmp_path):
 def test_finished_cells_never_run_again(tmp_path):
     _, before = run_study(tmp_path)
     summary, after = run_study(tmp_path)
-    assert after == before and summary.finished == IDS
+    assert after == before and sorted(summary.finished) == IDS
     assert all(len(starts(tmp_path / "out", cell_id)) == 1 for cell_id in IDS)
 
 
@@ -70,14 +72,14 @@ def test_failed_cells_are_recorded_and_tried_again(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_FAIL", "gate-topk_seed-2")
     summary, results = run_study(tmp_path)
     assert summary.failed == {IDS[1]: "the fake run fails"}
-    assert summary.finished == [IDS[0], *IDS[2:]]
+    assert sorted(summary.finished) == [IDS[0], *IDS[2:]]
     failed = cell(tmp_path / "out", IDS[1])
     assert (failed.state, failed.exit_code, failed.attempts) == ("failed", 2, 1)
     assert results.cells[1].error == "the fake run fails"
     assert "failed" in results_text(results)
     monkeypatch.delenv("FAKE_FAIL")
     summary, results = run_study(tmp_path)
-    assert summary.finished == IDS and not results.cells[1].error
+    assert sorted(summary.finished) == IDS and not results.cells[1].error
     assert results.cells[1].attempts == 2 and len(starts(tmp_path / "out", IDS[0])) == 1
 
 
@@ -95,7 +97,7 @@ def test_two_cells_run_at_a_time(tmp_path, monkeypatch):
     thread.start()
     summary, results = run_study(tmp_path, devices="cpu,cpu")
     thread.join()
-    assert sorted(summary.finished) == sorted(IDS)
+    assert sorted(summary.finished) == IDS
     one_by_one = tmp_path / "one"
     one_by_one.mkdir()
     monkeypatch.delenv("FAKE_HOLD")
@@ -108,7 +110,7 @@ def test_signal_ends_cells_which_then_continue(tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def interrupt() -> None:
-        wait_until((out / "cells" / IDS[1] / "holds").exists, "the second cell")
+        wait_until((out / "cells" / IDS[1] / "holds").exists, "the third cell")
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt, daemon=True)
@@ -116,16 +118,16 @@ def test_signal_ends_cells_which_then_continue(tmp_path, monkeypatch):
     summary, results = run_study(tmp_path)
     thread.join()
     assert summary.stop_signal == signal.SIGTERM
-    assert (summary.finished, summary.interrupted) == ([IDS[0]], [IDS[1]])
+    assert (summary.finished, summary.interrupted) == ([IDS[0], IDS[2]], [IDS[1]])
     assert [result.state for result in results] == [
         "finished",
         "interrupted",
-        "planned",
+        "finished",
         "planned",
     ]
     monkeypatch.delenv("FAKE_HOLD")
     summary, results = run_study(tmp_path)
-    assert summary.finished == IDS
+    assert sorted(summary.finished) == IDS
     assert starts(out, IDS[1]) == ["starting at iteration 0", "starting at iteration 10"]
     uninterrupted = tmp_path / "other"
     uninterrupted.mkdir()
@@ -207,7 +209,7 @@ def test_changed_cells_are_refused_or_repeated(tmp_path):
         run_study(tmp_path, ranks=2)
     axes = {"gate": {"topk": {**TOPK, "moe-loss-coeff": 0.1}, "xmoe": THRESHOLD}}
     summary, results = run_study(tmp_path, axes=axes, rerun=[])
-    assert summary.finished == IDS
+    assert sorted(summary.finished) == IDS
     assert [result.attempts for result in results] == [1, 1, 1, 1]
     assert results.cells[0].held_out_loss == pytest.approx(5 - 0.2 + 1 + 0.001)
     assert results.cells[0].flags["moe-loss-coeff"] == 0.1
@@ -216,6 +218,15 @@ def test_changed_cells_are_refused_or_repeated(tmp_path):
         mark.touch()
     run_study(tmp_path, axes=axes, rerun=["*topk_seed-2"])
     assert [mark.exists() for mark in marks] == [True, False, True, True]
+
+
+def test_cells_that_never_ran_leave_the_results(tmp_path, monkeypatch):
+    """Those of a selection that was not run; cells that have started stay."""
+    plan = tiny_plan(tmp_path, seeds=[3, 4])
+    prepare_output(plan, CellFolders(tmp_path / "out"))
+    run_study(tmp_path, seeds=[1])
+    _, results = run_study(tmp_path, seeds=[2])
+    assert sorted(result.cell_id for result in results) == IDS
 
 
 def test_other_seeds_add_to_the_results(tmp_path):
@@ -234,7 +245,7 @@ GRID = {"where": {"gate": "topk"}, "flag": "moe-loss-coeff", "values": COEFFICIE
 def test_tuning_picks_the_lowest_loss(tmp_path):
     """With runs of half the length; the value is recorded and used with all seeds."""
     summary, results = run_study(tmp_path, tune=[{**GRID, "tokens": 1280}])
-    assert summary.finished[-4:] == IDS and len(summary.finished) == 7
+    assert sorted(summary.finished[-4:]) == IDS and len(summary.finished) == 7
     for result in results.cells[:2]:
         assert result.flags["moe-loss-coeff"] == 0.01
         assert result.tuning["value"] == 0.01 and result.tuning["tokens"] == 1280
@@ -247,6 +258,7 @@ def test_tuning_picks_the_lowest_loss(tmp_path):
     assert "tuned: gate=topk: --moe-loss-coeff 0.01 (seed 1; held-out losses 0.1: 5.9010, " in (
         results_text(results)
     )
+    assert "edge of its grid" not in results_text(results)
     again, unchanged = run_study(tmp_path, tune=[{**GRID, "tokens": 1280}])
     assert again.finished == summary.finished and unchanged == results
 
@@ -271,7 +283,9 @@ def test_failed_and_diverged_runs_are_not_chosen(tmp_path, monkeypatch):
     assert tuning["value"] == 0.2
     assert math.isnan(tuning["losses"]["0"]) and tuning["losses"]["0.01"] is None
     assert list(summary.failed) == ["gate-topk_moe-loss-coeff-0.01_seed-1"]
-    assert "held-out losses 0: nan, 0.01: failed, 0.2: " in results_text(results)
+    text = results_text(results)
+    assert "held-out losses 0: nan, 0.01: failed, 0.2: " in text
+    assert "; it is at the edge of its grid" in text
 
 
 def test_cells_fail_without_a_tuned_value(tmp_path, monkeypatch):
@@ -284,7 +298,7 @@ def test_cells_fail_without_a_tuned_value(tmp_path, monkeypatch):
     assert summary.finished == IDS[2:]
     monkeypatch.delenv("FAKE_FAIL")
     summary, _ = run_study(tmp_path, tune=[{**GRID, "tokens": 640}])
-    assert not summary.failed and summary.finished[-4:] == IDS
+    assert not summary.failed and sorted(summary.finished[-4:]) == IDS
 
 
 def test_another_tuned_value_is_no_silent_change(tmp_path):
@@ -399,9 +413,16 @@ def test_error_of_a_log_is_its_cause(lines, found):
 
 def test_devices_are_parsed(monkeypatch):
     assert parse_devices("cpu,cpu", 3) == [Device("cpu")] * 2
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     one, two = parse_devices("cuda:0+1,cuda:4+2", 2)
     assert (one.gpus, two.gpus) == (["0", "1"], ["4", "2"])
     assert two.environment(5) == {"CUDA_VISIBLE_DEVICES": "4,2"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7, GPU-a")
+    assert one.environment(5) == {"CUDA_VISIBLE_DEVICES": "7,GPU-a"}
+    # Cells may share a GPU.
+    assert parse_devices("cuda:1,cuda:1", 1) == [Device("cuda:1")] * 2
+    with pytest.raises(ValueError, match="--devices is 'cuda:2'; allowed: GPUs that CUDA_VIS"):
+        parse_devices("cuda:2", 1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert Device("cpu").environment(5)["OMP_NUM_THREADS"] == "5"
     assert Device("cpu").environment(5)["CUDA_VISIBLE_DEVICES"] == ""
@@ -422,7 +443,7 @@ def test_devices_are_parsed(monkeypatch):
     [
         ("gpu", 1, "--devices is 'gpu'; allowed: cpu, cuda:0"),
         ("cpu,", 1, "--devices is ''; allowed"),
-        ("cuda:0,cuda:0", 1, "--devices is 'cuda:0'; allowed: each GPU once"),
+        ("cuda:0+0", 2, "--devices is 'cuda:0.0'; allowed: each GPU once"),
         ("cuda:0", 2, "--devices is 'cuda:0'; allowed: as many GPUs .*The study has 2 rank"),
     ],
 )

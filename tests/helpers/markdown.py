@@ -39,6 +39,7 @@ TOOLS = (
     "tools/generate_text.py",
     "tools/evaluate.py",
     "tools/evaluate_perplexity.py",
+    "tools/compare_gates.py",
     "dataset/make_corpus.py",
 )
 GENERAL_FLAGS = {"--help", "--help-all", "--version", "--config"}

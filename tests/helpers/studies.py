@@ -15,7 +15,8 @@ from megatron.analysis.compare.runner import RunnerOptions, RunSummary, StudyRun
 from megatron.analysis.compare.study_file import read_study
 from megatron.pretrain import parse_flags
 
-FAKE_PROGRAM = Path(__file__).with_name("fake_pretrain.py")
+REPO = Path(__file__).resolve().parents[2]
+FAKE_PROGRAM = Path(__file__).resolve().with_name("fake_pretrain.py")
 
 BASE = {
     "num-layers": 2,

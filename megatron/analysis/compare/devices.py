@@ -21,7 +21,7 @@ class Device:
 
     @property
     def gpus(self) -> list[str]:
-        """Numbers of the GPUs; empty: the CPU."""
+        """Numbers of the GPUs, counted among those that this process sees; empty: the CPU."""
         if self.name == "cpu":
             return []
         return self.name.removeprefix("cuda:").split("+")
@@ -33,7 +33,7 @@ class Device:
             threads: of each process on a CPU; OMP_NUM_THREADS takes precedence.
         """
         if self.gpus:
-            return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+            return {"CUDA_VISIBLE_DEVICES": ",".join(map(_visible_name, self.gpus))}
         threads = os.environ.get("OMP_NUM_THREADS", str(threads))
         return {
             "CUDA_VISIBLE_DEVICES": "",
@@ -49,7 +49,8 @@ def parse_devices(text: str, ranks: int) -> list[Device]:
         ranks: processes of each cell, as many as the GPUs of each device.
 
     Raises:
-        ValueError: a device is none, or a GPU is named twice or has no rank.
+        ValueError: a device is none, this process does not see it, or a cell has fewer or more
+            GPUs than ranks.
     """
     if not text:
         return [_default_device(ranks)]
@@ -64,15 +65,27 @@ def parse_devices(text: str, ranks: int) -> list[Device]:
         fits = not device.gpus or len(device.gpus) == ranks
         advice = f"The study has {ranks} rank(s) per cell."
         require(fits, "--devices", name, "as many GPUs as a cell has ranks", advice)
+        for gpu in device.gpus:
+            _visible_name(gpu)
+        is_unique = len(set(device.gpus)) == len(device.gpus)
+        require(is_unique, "--devices", name, "each GPU once for a cell: it holds one rank")
         devices.append(device)
-    _refuse_shared_gpus(devices)
     return devices
 
 
-def _refuse_shared_gpus(devices: Sequence[Device]) -> None:
-    gpus = [gpu for device in devices for gpu in device.gpus]
-    for gpu in gpus:
-        require(gpus.count(gpu) == 1, "--devices", f"cuda:{gpu}", "each GPU once")
+def _visible_name(gpu: str) -> str:
+    """Return the name of a GPU in CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        ValueError: this process does not see as many GPUs.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return gpu
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    allowed = f"GPUs that CUDA_VISIBLE_DEVICES {visible!r} names, counted from 0"
+    require(int(gpu) < len(names), "--devices", f"cuda:{gpu}", allowed)
+    return names[int(gpu)]
 
 
 def _default_device(ranks: int) -> Device:

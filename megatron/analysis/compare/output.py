@@ -32,16 +32,6 @@ class CellFolders:
         parent = TUNING_FOLDER if cell.is_tuning else CELLS_FOLDER
         return self.root / parent / cell.cell_id
 
-    def words(self, cell: Cell) -> list[str]:
-        """Return all flags of a run: those of the study, and where it writes."""
-        folder = self.of(cell)
-        checkpoints = str(folder / "checkpoints")
-        words = [*cell.words, "--save", checkpoints, "--load", checkpoints, "--load-or-init"]
-        words += ["--metrics-file", str(folder / "metrics.jsonl")]
-        if "keep-last" not in cell.flags:
-            words += ["--keep-last", "1"]
-        return words
-
     def differs(self, state: CellState, cell: Cell) -> bool:
         """Return whether a run was made with other flags than the plan's."""
         return identity(state.flags, state.ranks) != cell.identity
@@ -107,7 +97,7 @@ def prepare_output(
         state = CellState.read(folder)
         if state is None or not state.attempts and not state.same_as:
             initial_state(run).write(folder)
-    _log_other_cells(plan, folders)
+    _pass_other_cells(plan, folders)
 
 
 def _refuse_changed(plan: StudyPlan, folders: CellFolders, rerun: Sequence[str] | None) -> None:
@@ -151,10 +141,19 @@ def _is_rerun(cell: Cell, folders: CellFolders, rerun: Sequence[str] | None) -> 
     return any(fnmatch.fnmatch(cell.cell_id, pattern) for pattern in rerun)
 
 
-def _log_other_cells(plan: StudyPlan, folders: CellFolders) -> None:
+def _pass_other_cells(plan: StudyPlan, folders: CellFolders) -> None:
+    """Log which cells of earlier starts are not in this plan; those that never ran are removed."""
     planned = {run.cell.cell_id for run in plan.cells}
     parent = folders.root / CELLS_FOLDER
-    others = sorted(path.name for path in parent.iterdir() if path.name not in planned)
+    others = []
+    for path in sorted(parent.iterdir()):
+        if path.name in planned:
+            continue
+        state = CellState.read(path)
+        if state is not None and not state.attempts and not state.same_as:
+            shutil.rmtree(path)
+        else:
+            others.append(path.name)
     if others:
         get_logger().info(
             "%s has %d cell(s) of earlier starts that this one does not run, such as %s; they stay "

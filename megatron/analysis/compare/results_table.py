@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.analysis.compare.plan_table import aligned_rows
 from megatron.analysis.compare.results import CellResult, StudyResults
 
@@ -22,12 +24,24 @@ def results_text(results: StudyResults) -> str:
         )
         lines.append(
             f"tuned: {labels}: --{tuning['flag']} {tuning['value']} (seed {tuning['seed']}; "
-            f"held-out losses {losses})"
+            f"held-out losses {losses}){_edge(tuning)}"
         )
     for cell in results:
         if cell.mismatch:
             lines.append(f"not matched: {cell.cell_id}: measured {cell.mismatch}")
     return "\n".join(lines)
+
+
+def _edge(tuning: dict[str, Any]) -> str:
+    """Return a note if the chosen number is the smallest or the largest of its grid."""
+    try:
+        grid = [float(value) for value in tuning["losses"]]
+        value = float(tuning["value"])
+    except ValueError:
+        return ""  # no numbers
+    if value not in (min(grid), max(grid)):
+        return ""
+    return "; it is at the edge of its grid: a value beyond it may be better"
 
 
 def _row(cell: CellResult) -> list[str]:

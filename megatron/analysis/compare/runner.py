@@ -101,7 +101,7 @@ class StudyRunner:
         """
         from tqdm import tqdm
 
-        self._waiting = list(self.plan.runs)
+        self._waiting = self._in_running_order()
         with self._stop_signals(), tqdm(total=self._num_runs, unit="cell", disable=None) as bar:
             self._bar = bar
             try:
@@ -116,6 +116,16 @@ class StudyRunner:
         return self.summary
 
     # Starting
+
+    def _in_running_order(self) -> list[PlannedCell]:
+        """Return all runs: those that tune flags, then all configurations seed by seed.
+
+        A study that is stopped early has then compared all configurations with some seeds, and
+        a slow drift of the machine's speed does not fall on one configuration.
+        """
+        seeds = {seed: place for place, seed in enumerate(self.plan.study.seeds)}
+        cells = sorted(self.plan.cells, key=lambda run: seeds[run.cell.seed])
+        return [*(run for tuning in self.plan.tunings for run in tuning.cells), *cells]
 
     def _start_cells(self) -> None:
         """Start cells on the devices that are free."""
@@ -220,7 +230,7 @@ class StudyRunner:
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             tuning=self._tuning_record(planned),
         )
-        command = pretrain_command(self.options.program, self.folders.words(cell))
+        command = pretrain_command(self.options.program, cell.run_words(folder))
         process = self._started_process(folder, command, device, cell.ranks)
         if process is None:
             if not self._signals:

@@ -25,7 +25,7 @@ from megatron.config.training import LENGTH_FIELDS
 AXIS_FLAGS = {"experts": "num-experts", "width": "moe-ffn-hidden-size", "k": "topk"}
 """Flags that single values of these axes set; the axes of other names set the flag of that name"""
 
-_KEYS = (
+STUDY_KEYS = (
     "name",
     "base",
     "axes",
@@ -64,7 +64,7 @@ class _StudyReader:
         self.axes: tuple[Axis, ...] = ()
 
     def study(self) -> Study:
-        self.content = self.mapping(self.file.content, (), _KEYS)
+        self.content = self.mapping(self.file.content, (), STUDY_KEYS)
         name = self.content.get("name", Path(self.file.path).stem)
         is_name = isinstance(name, str) and _NAME.fullmatch(name) is not None
         self.require(is_name, ("name",), name, "letters, digits, '.', '_' and '-'")
