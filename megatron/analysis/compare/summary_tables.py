@@ -189,6 +189,12 @@ def _cost_table(group: ComparisonGroup, suffix: str) -> SummaryTable:
     ]
     for found in group.configurations:
         notes += [f"Not matched: {found.label}: {mismatch}." for mismatch in found.mismatches]
+        if found.matched is not None:
+            notes.append(
+                f"At its measured {found.computing_experts:.2f} experts per token, {found.label} "
+                f"would be matched with {found.matched.num_experts} experts of width "
+                f"{found.matched.width}."
+            )
     return SummaryTable(
         title=f"Cost and balance{suffix}",
         header=("configuration", *(name for name, _ in columns)),
