@@ -168,6 +168,17 @@ def test_budgets_are_shown_in_short(tmp_path, tokens, shown):
     assert f"at {shown} tokens  " in text
 
 
+def test_runs_without_flops_have_no_such_column(tmp_path):
+    """Files of versions that did not log them; the times are there."""
+    study = StudyFolder(tmp_path, ["gate"], {})
+    rows = [row | {} for row in curve_rows([9.0, 3.0])]
+    for row in rows:
+        row.pop("flops_per_token", None)
+    study.add({"gate": "topk"}, 1, rows)
+    text = summary_text(summarize_study(study.read()))
+    assert "at 1,000 tokens" in text and " s of training" in text and " FLOP " not in text
+
+
 def test_one_seed_has_a_loss_and_no_test(tmp_path):
     study = StudyFolder(tmp_path, ["gate"], {"gate": "topk"})
     study.add({"gate": "topk"}, 1, curve_rows([9.0, 3.0]))
