@@ -90,14 +90,13 @@ def add_axes(p: argparse.ArgumentParser, study: Study) -> None:
     Raises:
         ValueError: an axis has the name of another flag.
     """
-    from megatron.config.fields import require
-
     group = p.add_argument_group("axes of the study")
     for axis in study.axes:
         flag = f"--{axis.name}"
-        is_free = flag not in p._option_string_actions
-        allowed = "a name that is no flag of this program"
-        require(is_free, f"an axis of {study.path}", axis.name, allowed, "Rename it.")
+        if flag in p._option_string_actions:
+            raise ValueError(
+                f"{study.path}: axes.{axis.name} has the name of a flag of this program; rename it"
+            )
         labels = " ".join(axis.labels()).replace("%", "%%")
         group.add_argument(
             flag, nargs="+", default=[], metavar="LABEL", dest=f"axis {axis.name}", help=labels
@@ -114,9 +113,8 @@ def run(argv: list[str]) -> int:
     from megatron.analysis.compare.overrides import override
     from megatron.analysis.compare.study_file import read_study
 
-    if not argv or argv[0].startswith("-"):
-        parser().parse_known_args([*argv, "STUDY"] if argv else [])  # ends after --help
-        parser().error("the first argument is the file of the study, and flags follow it")
+    if argv[:1] in ([], ["-h"], ["--help"]) or argv[0].startswith("-"):
+        parser().parse_args(argv)  # ends: with the help, or because STUDY is not the first
     study = read_study(argv[0])
     command_line = parser(study)
     command_line.allow_abbrev = False

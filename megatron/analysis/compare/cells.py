@@ -7,7 +7,6 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megatron.analysis.compare.cell_flags import FlagValues, identity, to_words
@@ -48,19 +47,6 @@ class Cell:
     def words(self) -> list[str]:
         """The cell's flags on a command line."""
         return to_words(self.flags)
-
-    def run_words(self, folder: Path) -> list[str]:
-        """Return all flags of the cell's run: its own, and those that the runner adds.
-
-        Args:
-            folder: where the run writes its metrics and checkpoints, from which it continues.
-        """
-        checkpoints = str(folder / "checkpoints")
-        words = [*self.words, "--save", checkpoints, "--load", checkpoints, "--load-or-init"]
-        words += ["--metrics-file", str(folder / "metrics.jsonl")]
-        if "keep-last" not in self.flags:
-            words += ["--keep-last", "1"]
-        return words
 
     def with_tuned(self, value: Any) -> Cell:
         """Return the cell with the chosen value of the tuned flag."""

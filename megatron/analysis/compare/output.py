@@ -32,6 +32,16 @@ class CellFolders:
         parent = TUNING_FOLDER if cell.is_tuning else CELLS_FOLDER
         return self.root / parent / cell.cell_id
 
+    def words(self, cell: Cell) -> list[str]:
+        """Return all flags of a run: those of the study, and where it writes."""
+        folder = self.of(cell)
+        checkpoints = str(folder / "checkpoints")
+        words = [*cell.words, "--save", checkpoints, "--load", checkpoints, "--load-or-init"]
+        words += ["--metrics-file", str(folder / "metrics.jsonl")]
+        if "keep-last" not in cell.flags:
+            words += ["--keep-last", "1"]
+        return words
+
     def differs(self, state: CellState, cell: Cell) -> bool:
         """Return whether a run was made with other flags than the plan's."""
         return identity(state.flags, state.ranks) != cell.identity
@@ -78,7 +88,6 @@ def prepare_output(
     """
     study = plan.study
     _refuse_changed(plan, folders, rerun)
-    folders.root.mkdir(parents=True, exist_ok=True)
     for run in plan.runs:
         folder = folders.of(run.cell)
         if _is_rerun(run.cell, folders, rerun) and folder.exists():

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron.analysis.compare.cell_size import CellSize, cell_size
 from megatron.analysis.compare.cells import (
@@ -118,7 +117,7 @@ class _Planner:
         if cell.tuning is not None:
             complete = cell.with_tuned(cell.tuning.values[0])
         with _errors_of(cell):
-            config = self.parse_flags(complete.run_words(Path("cell")))
+            config = self.parse_flags(complete.words)
             require_writer_packages(config.logging)
             self._require_held_out(config)
             length = TrainingPlan.of(

@@ -35,7 +35,7 @@ from megatron.log import get_logger
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.2
 _LOCK_SECONDS = 300.0
 """How long to wait for the processes of a killed runner, which save a checkpoint and end"""
 
@@ -220,7 +220,7 @@ class StudyRunner:
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             tuning=self._tuning_record(planned),
         )
-        command = pretrain_command(self.options.program, cell.run_words(folder))
+        command = pretrain_command(self.options.program, self.folders.words(cell))
         process = self._started_process(folder, command, device, cell.ranks)
         if process is None:
             if not self._signals:
