@@ -168,6 +168,17 @@ def test_budgets_are_shown_in_short(tmp_path, tokens, shown):
     assert f"at {shown} tokens  " in text
 
 
+def test_runs_without_flops_have_no_such_column(tmp_path):
+    """Files of versions that did not log them; the times are there."""
+    study = StudyFolder(tmp_path, ["gate"], {})
+    rows = [row | {} for row in curve_rows([9.0, 3.0])]
+    for row in rows:
+        row.pop("flops_per_token", None)
+    study.add({"gate": "topk"}, 1, rows)
+    text = summary_text(summarize_study(study.read()))
+    assert "at 1,000 tokens" in text and " s of training" in text and " FLOP " not in text
+
+
 def test_one_seed_has_a_loss_and_no_test(tmp_path):
     study = StudyFolder(tmp_path, ["gate"], {"gate": "topk"})
     study.add({"gate": "topk"}, 1, curve_rows([9.0, 3.0]))
@@ -284,10 +295,38 @@ def test_mismatches_and_tuning_are_declared(tmp_path):
     text = summary_text(summarize_study(study.read()))
     assert "Not matched: threshold: active parameters 600 against 500 (20.0% apart" in text
     assert text.count("Not matched") == 1
+    assert "would be matched" not in text  # The flags of these cells name no experts.
     lines = [line for line in text.splitlines() if "--moe-loss-coeff" in line]
     (line,) = lines
     assert line.split(maxsplit=4)[:4] == ["topk", "--moe-loss-coeff", "0.01", "1"]
     assert "0.001: 3.2500, 0.01: 3.0000, 0.1: failed" in line
+
+
+@pytest.mark.parametrize(
+    ("means", "advice"),
+    [
+        (
+            (4.0, 5.0),
+            "At its measured 5.00 experts per token, threshold would be matched with 20 ",
+        ),
+        ((None, 5.0), ""),  # The reference has not finished.
+        ((4.0, 1e6), ""),  # No experts are that narrow.
+    ],
+)
+def test_mismatch_says_what_would_match(tmp_path, means, advice):
+    """4 of 16 experts of width 128 have the hidden units of 5 of 20 of width 102."""
+    match = MatchRule({"gate": "topk"}, active_tolerance=0.05)
+    study = StudyFolder(tmp_path, ["gate"], {"gate": "topk"}, match=match)
+    flags = {"num-experts": 16, "moe-ffn-hidden-size": 128}
+    for gate, mean, active in zip(("topk", "threshold"), means, (500.0, 600.0), strict=True):
+        values = {"experts_per_token": mean, "active_parameters": active, "flags": flags}
+        study.add({"gate": gate}, 1, curve_rows([9.0, 3.0]), **values)
+    text = summary_text(summarize_study(study.read()))
+    assert "Not matched: threshold" in text
+    if advice:
+        assert f"{advice}experts of width 102." in text
+    else:
+        assert "would be matched" not in text
 
 
 def test_written_files_agree(study, tmp_path):

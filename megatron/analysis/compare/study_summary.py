@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.analysis.compare.cell_measures import ROUTING_METRICS, CellMeasures, Quartiles
-from megatron.analysis.compare.results import StudyResults
+from megatron.analysis.compare.matching import ExpertSizes, matched_sizes
+from megatron.analysis.compare.results import MatchRule, StudyResults
 from megatron.analysis.compare.seed_statistics import (
     PairedComparison,
     SeedStatistics,
@@ -50,6 +51,11 @@ class ConfigurationSummary:
     """how cells differ from the parameters that the study wants matched; without repetitions"""
     tuning: dict[str, Any] | None
     """flag, value, seed and losses of a tuned flag"""
+    experts: ExpertSizes | None
+    """number and width of the experts, from the flags; None: they are not both set"""
+    matched: ExpertSizes | None = None
+    """experts with which a configuration that is not matched would be, with the measured mean
+    number of experts per token; None: it is matched, or the experts are not known"""
     is_baseline: bool = False
     comparison: PairedComparison | None = None
     """held-out loss at the end against the baseline's; None for a baseline, or without one"""
@@ -109,6 +115,7 @@ def summarize_study(results: StudyResults) -> StudySummary:
         members[_group_key(measure, results)].append(measure)
     shown_axes = _axes_that_differ(measures)
     groups = [_summarize_group(group, results, shown_axes) for group in members.values()]
+    groups = _with_matched_sizes(groups, results.match)
     if len(groups) == 1:
         groups = [replace(groups[0], label="")]
     spread = pooled_std(_comparisons(groups))
@@ -216,9 +223,52 @@ def _summarize_configuration(
         active_parameters=_mean_known([m.cell.active_parameters for m in compared]),
         computing_experts=_mean_known([m.cell.experts_per_token for m in compared]),
         mismatches=tuple(dict.fromkeys(filter(None, (m.cell.mismatch for m in seeds)))),
+        experts=_expert_sizes(seeds[0].cell.flags),
         tuning=next((m.cell.tuning for m in seeds if m.cell.tuning is not None), None),
         is_baseline=is_baseline,
     )
+
+
+def _expert_sizes(flags: dict[str, Any]) -> ExpertSizes | None:
+    """Return the number and width of experts that flags of a cell set."""
+    try:
+        return ExpertSizes(int(flags["num-experts"]), int(flags["moe-ffn-hidden-size"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _with_matched_sizes(
+    groups: Sequence[ComparisonGroup], match: MatchRule | None
+) -> list[ComparisonGroup]:
+    """Add, to configurations that are not matched, the experts with which they would be."""
+    if match is None:
+        return list(groups)
+    known = [found for group in groups for found in group.configurations]
+    by_axes = {tuple(found.axes.items()): found for found in known}
+    complete = []
+    for group in groups:
+        configurations = []
+        for found in group.configurations:
+            reference = by_axes.get(tuple(match.reference_axes(found.axes).items()))
+            if found.mismatches and reference is not None:
+                found = replace(found, matched=_matched_to(reference, found))
+            configurations.append(found)
+        complete.append(replace(group, configurations=tuple(configurations)))
+    return complete
+
+
+def _matched_to(
+    reference: ConfigurationSummary, found: ConfigurationSummary
+) -> ExpertSizes | None:
+    if reference.experts is None or found.experts is None:
+        return None
+    try:
+        return matched_sizes(
+            reference.experts, reference.computing_experts, found.computing_experts
+        )
+    except ValueError:
+        # The means are not known, or no size fits.
+        return None
 
 
 def _mean_known(values: Sequence[float | None]) -> float:

@@ -140,12 +140,16 @@ def _comparison_notes(summary: StudySummary, group: ComparisonGroup) -> list[str
 
 
 def _budget_table(group: ComparisonGroup, suffix: str) -> SummaryTable:
+    # Metrics of earlier versions have no FLOPs.
+    axes = [
+        axis for axis, position in group.equal_positions.items() if not math.isnan(position)
+    ]
     header = ["configuration"]
-    for axis, position in group.equal_positions.items():
-        header.append(f"at {_amount(position)} {UNITS[axis]}")
+    for axis in axes:
+        header.append(f"at {_amount(group.equal_positions[axis])} {UNITS[axis]}")
     rows = []
     for found in group.configurations:
-        losses = [mean_and_std(found.equal_losses[axis]) for axis in group.equal_positions]
+        losses = [mean_and_std(found.equal_losses[axis]) for axis in axes]
         rows.append((found.label, *losses))
     return SummaryTable(
         title=f"Held-out loss at equal tokens, FLOPs and time{suffix}",
@@ -189,6 +193,12 @@ def _cost_table(group: ComparisonGroup, suffix: str) -> SummaryTable:
     ]
     for found in group.configurations:
         notes += [f"Not matched: {found.label}: {mismatch}." for mismatch in found.mismatches]
+        if found.matched is not None:
+            notes.append(
+                f"At its measured {found.computing_experts:.2f} experts per token, {found.label} "
+                f"would be matched with {found.matched.num_experts} experts of width "
+                f"{found.matched.width}."
+            )
     return SummaryTable(
         title=f"Cost and balance{suffix}",
         header=("configuration", *(name for name, _ in columns)),
@@ -249,9 +259,7 @@ def _interval(low: float, high: float, form: str = ".4f") -> str:
 
 
 def _amount(number: float) -> str:
-    """Format a number of tokens, FLOPs or seconds with about three digits."""
-    if math.isnan(number):
-        return MISSING
+    """Format a number of tokens, FLOPs or seconds with two digits or more."""
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= 10 * unit:
             return f"{number / unit:,.0f} {name}"
