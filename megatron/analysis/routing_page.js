@@ -349,7 +349,7 @@ async function embed(name, rows) {
   const spec = { ...page.charts[name], config: themed(), datasets: { [name]: rows } };
   const theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
   if (views[name]) views[name].finalize();
-  const result = await vegaEmbed(find(name), spec, { actions: false, tooltip: { theme } });
+  const result = await vegaEmbed(find(name), spec, { actions: false, renderer: "canvas", tooltip: { theme } });
   views[name] = result.view;
   return result.view;
 }

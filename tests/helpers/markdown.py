@@ -38,6 +38,7 @@ TOOLS = (
     "tools/generate_text.py",
     "tools/evaluate.py",
     "tools/evaluate_perplexity.py",
+    "tools/inspect_routing.py",
     "dataset/make_corpus.py",
 )
 GENERAL_FLAGS = {"--help", "--help-all", "--version", "--config"}
