@@ -13,6 +13,7 @@ from megatron.config.fields import require
 from megatron.initialize import Run, build_inference_model, initialize_inference
 from megatron.interop.model_identity import checkpoint_identity, hf_identity
 from megatron.io.untrusted import read_text_file
+from megatron.log import is_rank0
 from megatron.moe.routing_trace import RoutingTrace
 from megatron.moe.routing_trace_file import read_routing_trace, write_routing_trace
 from megatron.parallel.groups import broadcast_from_rank0
@@ -86,6 +87,8 @@ def write_inspection(
     options = PageOptions(_title(inputs), page_tokens)
     if inputs.from_trace:
         trace = _read(inputs)
+        if not is_rank0():
+            return []
         lines = [f"read {inputs.from_trace}: {_describe(trace)}"]
         return lines + _write(trace, options, output, trace_file)
     run = initialize_inference(inputs.load, inputs.load_step)

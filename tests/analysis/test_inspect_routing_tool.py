@@ -24,6 +24,7 @@ from megatron.moe.routing_trace_file import read_routing_trace, write_routing_tr
 from megatron.parallel.groups import Groups
 from megatron.tokenizer.build import build_tokenizer
 
+WINDOW = 16
 TEXTS = ["The quick brown fox jumps over the lazy dog, and 12 more <b>.", "h\u00e9llo"]
 
 
@@ -35,12 +36,12 @@ def mixtral(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recorded(mixtral, tmp_path_factory, ranks1, ranks2):
-    """The trace files that one and two ranks write, and what they print; windows of 24 tokens."""
+    """The trace files that one and two ranks write, and what they print; windows of 16 tokens."""
     folder = tmp_path_factory.mktemp("recorded")
     files = []
     for number, ranks in enumerate((ranks1, ranks2), 1):
         file = folder / f"{number}.trace"
-        argv = ["--load", str(mixtral), "--text", *TEXTS, "--window", "24"]
+        argv = ["--load", str(mixtral), "--text", *TEXTS, "--window", str(WINDOW)]
         argv += ["--trace", str(file), "--output", str(folder / f"{number}.html")]
         printed = ranks.run(run_tool, "inspect_routing", argv)
         assert printed[1:] == [""] * (number - 1)
@@ -69,8 +70,8 @@ def test_trace_equals_transformers(mixtral, recorded):
     assert len(trace.layers) == 2
     start = 0
     for tokens in documents:
-        for first in range(0, len(tokens), 24):
-            window = torch.tensor([tokens[first : first + 24]])
+        for first in range(0, len(tokens), WINDOW):
+            window = torch.tensor([tokens[first : first + WINDOW]])
             logits = model(window, output_router_logits=True).router_logits
             for layer, logits_TE in zip(trace.layers, logits, strict=True):
                 weight_TK, expert_TK = logits_TE.softmax(-1).topk(2)
@@ -93,13 +94,14 @@ def dict_rows(experts: torch.Tensor, weights: torch.Tensor) -> list[dict[int, fl
 def test_two_ranks_record_what_one_does(recorded):
     """They share the experts and take turns with an odd number of windows."""
     one, two = (read_routing_trace(file) for file, _ in recorded)
-    assert one.num_positions % 24 and one.texts == two.texts
+    windows = sum(-(-(end - start) // WINDOW) for start, end in one.document_ranges)
+    assert windows % 2 and one.texts == two.texts
     for layer, other in zip(one.layers, two.layers, strict=True):
         assert torch.equal(layer.expert_A, other.expert_A)
         assert torch.allclose(layer.weight_A, other.weight_A, rtol=1e-5)
     for _, printed in recorded:
         assert "67 tokens in 2 texts, 2 MoE layers" in printed
-        assert "Texts are cut into windows of 24 tokens" in printed
+        assert "Texts are cut into windows of 16 tokens" in printed
         assert re.search(r"wrote \S+\.trace: \d+ bytes", printed)
         assert re.search(r"wrote \S+\.html: \d+ bytes", printed)
 
@@ -113,7 +115,7 @@ def test_page_shows_the_recorded_texts(recorded):
     for layer, found in zip(trace.layers, data["layers"], strict=True):
         experts = base64.b64decode(found["assignments"]["experts"])
         assert list(experts) == layer.expert_A.tolist()
-    assert data["notes"][0].startswith("Texts are cut into windows of 24 tokens")
+    assert data["notes"][0].startswith("Texts are cut into windows of 16 tokens")
 
 
 def test_page_of_trace_equals_page_of_model(recorded, ranks1, tmp_path):
@@ -128,6 +130,14 @@ def test_page_of_trace_equals_page_of_model(recorded, ranks1, tmp_path):
     assert found["title"] == "Routing of 1.trace"
     assert {**found, "title": "", "notes": []} == {**expected, "title": "", "notes": []}
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
+
+
+def test_one_rank_writes_page_of_trace(recorded, ranks2, tmp_path):
+    file, _ = recorded[0]
+    argv = ["--from-trace", str(file), "--output", str(tmp_path / "page.html")]
+    printed = ranks2.run(run_tool, "inspect_routing", argv)
+    assert "wrote" in printed[0] and printed[1] == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_model_decodes_trace_without_texts(recorded, mixtral, ranks1, tmp_path):

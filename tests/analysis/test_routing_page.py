@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from helpers.browser import open_page
-from helpers.traces import assignments_of, drawn_layer, drawn_trace, layer_of_lists
+from helpers.traces import (
+    assignments_of,
+    drawn_layer,
+    drawn_trace,
+    layer_of_lists,
+    traced_gates,
+)
 from megatron.analysis.routing_page import json_for_script, routing_page, write_routing_page
 from megatron.analysis.routing_page_data import (
     ASSIGNMENT_BYTES,
@@ -22,6 +28,7 @@ from megatron.analysis.routing_page_data import (
 )
 from megatron.analysis.routing_statistics import co_activation, most_used
 from megatron.analysis.token_classes import TOKEN_CLASSES
+from megatron.moe.gate import available_gates
 from megatron.moe.routing_trace import RoutingTrace
 
 INTEGERS = {1: "<u1", 2: "<u2", 4: "<u4"}
@@ -76,6 +83,20 @@ def test_page_has_the_assignments_of_each_token(limit):
         zero = sum(e >= 300 for e, _ in sets[0])
         assert data["tokens"]["routed"][number] == sum(map(len, sets)) - zero
     assert any(f"The first {shown} of 30 tokens" in n for n in data["notes"]) == (shown < 30)
+
+
+@pytest.mark.parametrize("name", available_gates())
+def test_page_has_the_assignments_of_each_gate(name):
+    """Those that the gate returned, also with zero-computation experts and PEER's many."""
+    texts = tuple(f" {i}" for i in range(7))
+    trace = traced_gates(name, "topk", texts=texts)
+    data = routing_page_data(trace, PageOptions("x"))
+    for found, layer in zip(data["layers"], trace.layers, strict=True):
+        experts = [[e for e, _ in pairs] for pairs in decoded_assignments(found)]
+        assert experts == [[e for e, _ in pairs] for pairs in assignments_of(layer)]
+        assert found["gate"] == layer.gate
+        assert sum(use["count"] for use in found["listed"]) <= len(layer.expert_A)
+    assert json_for_script(data)
 
 
 def test_page_statistics_cover_all_tokens():

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
-from megatron.moe.routing_trace import LayerTrace, RoutingTrace, offsets_of_counts
+from helpers.moe_layers import D, make_layer
+from megatron.moe.ffn import FFNContext
+from megatron.moe.routing_record import record_routing
+from megatron.moe.routing_trace import (
+    LayerTrace,
+    RoutingTrace,
+    offsets_of_counts,
+    trace_layers,
+)
 
 
 def layer_of_lists(
@@ -47,6 +56,18 @@ def drawn_trace(tokens: int, layers: list[LayerTrace], seed: int = 0) -> Routing
     starts = torch.tensor([0, tokens // 2])
     texts = tuple(words[i] for i in ids)
     return RoutingTrace(tuple(layers), "checkpoint:1", torch.from_numpy(ids), starts, texts)
+
+
+def traced_gates(*names: str, tokens: int = 7, **parts) -> RoutingTrace:
+    """A trace of one pass of layers with these gates."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([make_layer(name) for name in names]).eval()
+    x_BSD = torch.randn(1, tokens, D)
+    context = FFNContext(torch.randint(0, 50, (1, tokens)))
+    with record_routing(model) as records:
+        for layer in model:
+            layer(x_BSD, context)
+    return RoutingTrace(trace_layers(model, records), **parts)
 
 
 def assignments_of(layer: LayerTrace) -> list[list[tuple[int, float]]]:

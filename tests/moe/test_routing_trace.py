@@ -9,10 +9,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from helpers.moe_layers import D, make_layer
-from helpers.traces import layer_of_lists
+from helpers.traces import layer_of_lists, traced_gates
 from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec, read_header
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import available_gates
@@ -26,18 +25,6 @@ from megatron.moe.routing_trace import (
     trace_layers,
 )
 from megatron.moe.routing_trace_file import read_routing_trace, write_routing_trace
-
-
-def make_trace(*names: str, tokens: int = 7, **parts) -> RoutingTrace:
-    """A trace of one pass of layers with these gates."""
-    torch.manual_seed(0)
-    model = nn.ModuleList([make_layer(name) for name in names]).eval()
-    x_BSD = torch.randn(1, tokens, D)
-    context = FFNContext(torch.randint(0, 50, (1, tokens)))
-    with record_routing(model) as records:
-        for layer in model:
-            layer(x_BSD, context)
-    return RoutingTrace(trace_layers(model, records), **parts)
 
 
 def assert_equal(found: RoutingTrace, expected: RoutingTrace) -> None:
@@ -74,7 +61,7 @@ def rewrite(path, change_header=None, change_data=None) -> None:
 @pytest.mark.parametrize("name", available_gates())
 def test_trace_of_each_gate_survives_file(name, tmp_path):
     """Two layers, one after the other in time: with and without a constant number of experts."""
-    trace = make_trace(name, "topk", model="checkpoint:abc")
+    trace = traced_gates(name, "topk", model="checkpoint:abc")
     write_routing_trace(tmp_path / "trace", trace)
     assert_equal(read_routing_trace(tmp_path / "trace"), trace)
     for layer in trace.layers:
@@ -148,7 +135,7 @@ def test_experts_have_the_narrowest_dtype(num_experts, dtype, is_fixed, tmp_path
 
 
 def test_trace_of_another_model_is_refused():
-    trace = make_trace("topk", model="checkpoint:a")
+    trace = traced_gates("topk", model="checkpoint:a")
     trace.require_model("checkpoint:a")
     with pytest.raises(ValueError, match="the model of t.st is 'checkpoint:a'; allowed: hf:b"):
         trace.require_model("hf:b", "t.st")
@@ -166,7 +153,7 @@ def test_trace_of_another_model_is_refused():
 )
 def test_damaged_files_are_refused(change, message, tmp_path):
     path = tmp_path / "trace"
-    write_routing_trace(path, make_trace("topk", "threshold"))
+    write_routing_trace(path, traced_gates("topk", "threshold"))
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=f"(?i){message}"):
         read_routing_trace(path)
@@ -352,5 +339,5 @@ def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SafetensorsWriter, "write", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_routing_trace(tmp_path / "trace", make_trace("topk"))
+        write_routing_trace(tmp_path / "trace", traced_gates("topk"))
     assert not list(tmp_path.iterdir())
