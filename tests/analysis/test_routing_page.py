@@ -228,6 +228,8 @@ def test_page_works_with_a_mouse_and_keyboard(page_file):
         page.select_option("#expert", "2")
         users = sum(2 in expected_experts(trace, t)[1] for t in range(40))
         assert page.inner_text("#use") == f"Expert 2 of MoE layer 1: {users} tokens."
+        listed = page.locator("#top .text").all_text_contents()
+        assert listed and not any(re.search(r"\s", text) for text in listed)
         page.select_option("#colour", "expert")
         heat = tokens.evaluate_all("all => all.map(t => +t.style.getPropertyValue('--heat'))")
         assert sum(value > 0 for value in heat) == users
