@@ -13,6 +13,7 @@ from megatron.config.fields import require
 from megatron.initialize import Run, build_inference_model, initialize_inference
 from megatron.interop.model_identity import checkpoint_identity, hf_identity
 from megatron.io.untrusted import read_text_file
+from megatron.log import is_rank0
 from megatron.moe.routing_trace import RoutingTrace
 from megatron.moe.routing_trace_file import read_routing_trace, write_routing_trace
 from megatron.parallel.groups import broadcast_from_rank0
@@ -86,6 +87,8 @@ def write_inspection(
     options = PageOptions(_title(inputs), page_tokens)
     if inputs.from_trace:
         trace = _read(inputs)
+        if not is_rank0():
+            return []
         lines = [f"read {inputs.from_trace}: {_describe(trace)}"]
         return lines + _write(trace, options, output, trace_file)
     run = initialize_inference(inputs.load, inputs.load_step)
@@ -148,7 +151,8 @@ def _record(inputs: InspectionInputs, run: Run) -> tuple[RoutingTrace, tuple[str
     )
     window = inputs.window or max_positions
     cut = broadcast_from_rank0(
-        lambda: encode_texts(run.tokenizer, _texts(inputs), inputs.max_tokens), run.groups
+        lambda: encode_texts(run.tokenizer, inspected_texts(inputs), inputs.max_tokens),
+        run.groups,
     )
     identity = broadcast_from_rank0(lambda: run_identity(run), run.groups)
     model = build_inference_model(run)
@@ -166,13 +170,19 @@ def _record(inputs: InspectionInputs, run: Run) -> tuple[RoutingTrace, tuple[str
     return trace, tuple(notes)
 
 
-def _texts(inputs: InspectionInputs) -> list[str]:
-    """Return the texts of the flags, then those of the files."""
+def inspected_texts(inputs: InspectionInputs) -> list[str]:
+    """Return the texts of the flags, then those of the files.
+
+    Raises:
+        ValueError: a file is not text in UTF-8, or is larger than 256 MB.
+        OSError: a file cannot be read.
+    """
     texts = list(inputs.texts)
     for path in inputs.files:
         try:
+            # /dev/stdin is not a regular file, which `read_text_file` requires.
             if path == "-":
-                texts.append(sys.stdin.buffer.read(_LARGEST_FILE).decode())
+                texts.append(sys.stdin.buffer.read().decode())
             else:
                 texts.append(read_text_file(path, _LARGEST_FILE))
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from megatron.optional_packages import import_optional
@@ -90,6 +91,7 @@ def class_chart(title: str, num_classes: int) -> dict[str, Any]:
     ).to_dict()
 
 
+@cache
 def chart_library() -> str:
     """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, which defines vegaEmbed.
 

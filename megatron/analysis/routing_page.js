@@ -63,6 +63,8 @@ function option(value, text) {
   return made;
 }
 
+/* A token on its own, where blanks and line breaks could not be seen. */
+const compact = (text) => text.replace(/[\n\t]/g, "").replaceAll(" ", "\u2423");
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const digits = (value) => Number(value.toPrecision(3)).toString();
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
@@ -98,7 +100,7 @@ function showDetail(token) {
   state.shown = token;
   spans[token].classList.add("current");
   const heading = element("h3");
-  heading.append(element("span", page.tokens.texts[token], "text"));
+  heading.append(element("span", compact(page.tokens.texts[token]), "text"));
   const facts = [`token ${token}`];
   if (page.tokens.ids) facts.push(`id ${page.tokens.ids[token]}`);
   facts.push(page.classes[page.tokens.classes[token]]);
@@ -125,6 +127,7 @@ function showDetail(token) {
   const close = element("button", "\u00d7", "close");
   close.setAttribute("aria-label", "Close");
   close.addEventListener("click", hideDetail);
+  document.body.classList.add("open");
   find("detail").replaceChildren(close, heading, element("p", facts.join(" · ")), table);
 }
 
@@ -134,6 +137,7 @@ function hideDetail() {
   pin(null);
   if (state.shown !== null) spans[state.shown].classList.remove("current");
   state.shown = null;
+  document.body.classList.remove("open");
   find("detail").replaceChildren(hint);
 }
 
@@ -310,7 +314,7 @@ function showUse() {
   find("use").textContent =
     `Expert ${expertName(layer, use.expert)} of MoE layer ${state.layer}: ${plural(use.count, "token")}.`;
   for (const [key, count, lift] of use.tokens) {
-    row(find("top"), page.vocabulary[key], "text", String(count), digits(lift));
+    row(find("top"), compact(page.vocabulary[key]), "text", String(count), digits(lift));
   }
   if (!use.tokens.length) row(find("top"), "none is more frequent than in the layer", "hint", "", "");
   use.classes.forEach((count, number) => {
@@ -349,7 +353,7 @@ async function embed(name, rows) {
   const spec = { ...page.charts[name], config: themed(), datasets: { [name]: rows } };
   const theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
   if (views[name]) views[name].finalize();
-  const result = await vegaEmbed(find(name), spec, { actions: false, tooltip: { theme } });
+  const result = await vegaEmbed(find(name), spec, { actions: false, renderer: "canvas", tooltip: { theme } });
   views[name] = result.view;
   return result.view;
 }

@@ -40,6 +40,7 @@ TOOLS = (
     "tools/evaluate.py",
     "tools/evaluate_perplexity.py",
     "tools/compare_gates.py",
+    "tools/inspect_routing.py",
     "dataset/make_corpus.py",
 )
 GENERAL_FLAGS = {"--help", "--help-all", "--version", "--config"}

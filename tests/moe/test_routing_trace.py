@@ -9,9 +9,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from helpers.moe_layers import D, make_layer
+from helpers.traces import layer_of_lists, traced_gates
 from megatron.io.safetensors_writer import SafetensorsWriter, TensorSpec, read_header
 from megatron.moe.ffn import FFNContext
 from megatron.moe.gate import available_gates
@@ -25,32 +25,6 @@ from megatron.moe.routing_trace import (
     trace_layers,
 )
 from megatron.moe.routing_trace_file import read_routing_trace, write_routing_trace
-
-
-def make_trace(*names: str, tokens: int = 7, **parts) -> RoutingTrace:
-    """A trace of one pass of layers with these gates."""
-    torch.manual_seed(0)
-    model = nn.ModuleList([make_layer(name) for name in names]).eval()
-    x_BSD = torch.randn(1, tokens, D)
-    context = FFNContext(torch.randint(0, 50, (1, tokens)))
-    with record_routing(model) as records:
-        for layer in model:
-            layer(x_BSD, context)
-    return RoutingTrace(trace_layers(model, records), **parts)
-
-
-def of_lists(experts: list[list[int]], num_experts: int = 4, zero: int = 0) -> LayerTrace:
-    """A layer in which position t has the choices experts[t], with weights 0.5, 1.5, ..."""
-    counts = [len(chosen) for chosen in experts]
-    flat = [expert for chosen in experts for expert in chosen]
-    return LayerTrace(
-        "topk",
-        num_experts,
-        zero,
-        torch.tensor([0, *np.cumsum(counts).tolist()]),
-        torch.tensor(flat, dtype=torch.int64),
-        torch.arange(len(flat)) + 0.5,
-    )
 
 
 def assert_equal(found: RoutingTrace, expected: RoutingTrace) -> None:
@@ -87,7 +61,7 @@ def rewrite(path, change_header=None, change_data=None) -> None:
 @pytest.mark.parametrize("name", available_gates())
 def test_trace_of_each_gate_survives_file(name, tmp_path):
     """Two layers, one after the other in time: with and without a constant number of experts."""
-    trace = make_trace(name, "topk", model="checkpoint:abc")
+    trace = traced_gates(name, "topk", model="checkpoint:abc")
     write_routing_trace(tmp_path / "trace", trace)
     assert_equal(read_routing_trace(tmp_path / "trace"), trace)
     for layer in trace.layers:
@@ -122,7 +96,7 @@ def test_trace_has_what_the_gate_returns():
 def test_optional_parts_survive_file(tmp_path):
     """Texts may hold any characters, and positions may have no experts at all."""
     trace = RoutingTrace(
-        (of_lists([[0, 3], [], [1]]), of_lists([[], [], []], zero=2)),
+        (layer_of_lists([[0, 3], [], [1]]), layer_of_lists([[], [], []], zero=2)),
         "hf:1",
         torch.tensor([0, 70000, 5]),
         torch.tensor([0, 2]),
@@ -142,7 +116,7 @@ def test_optional_parts_survive_file(tmp_path):
 
 
 def test_trace_without_positions_survives_file(tmp_path):
-    trace = RoutingTrace((of_lists([]),), texts=(), token_ids_T=torch.zeros(0).long())
+    trace = RoutingTrace((layer_of_lists([]),), texts=(), token_ids_T=torch.zeros(0).long())
     write_routing_trace(tmp_path / "trace", trace)
     assert_equal(read_routing_trace(tmp_path / "trace"), trace)
 
@@ -153,7 +127,7 @@ def test_trace_without_positions_survives_file(tmp_path):
 @pytest.mark.parametrize("is_fixed", [True, False])
 def test_experts_have_the_narrowest_dtype(num_experts, dtype, is_fixed, tmp_path):
     rest = [1] if is_fixed else []
-    trace = RoutingTrace((of_lists([[num_experts - 1], rest], num_experts),))
+    trace = RoutingTrace((layer_of_lists([[num_experts - 1], rest], num_experts),))
     write_routing_trace(tmp_path / "trace", trace)
     header, _ = read_header(tmp_path / "trace")
     assert header["experts" if is_fixed else "experts.0"]["dtype"] == dtype
@@ -161,7 +135,7 @@ def test_experts_have_the_narrowest_dtype(num_experts, dtype, is_fixed, tmp_path
 
 
 def test_trace_of_another_model_is_refused():
-    trace = make_trace("topk", model="checkpoint:a")
+    trace = traced_gates("topk", model="checkpoint:a")
     trace.require_model("checkpoint:a")
     with pytest.raises(ValueError, match="the model of t.st is 'checkpoint:a'; allowed: hf:b"):
         trace.require_model("hf:b", "t.st")
@@ -179,7 +153,7 @@ def test_trace_of_another_model_is_refused():
 )
 def test_damaged_files_are_refused(change, message, tmp_path):
     path = tmp_path / "trace"
-    write_routing_trace(path, make_trace("topk", "threshold"))
+    write_routing_trace(path, traced_gates("topk", "threshold"))
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=f"(?i){message}"):
         read_routing_trace(path)
@@ -219,7 +193,7 @@ def layers_json(**change) -> dict:
 )
 def test_foreign_headers_are_refused(metadata, message, tmp_path):
     path = tmp_path / "trace"
-    write_routing_trace(path, RoutingTrace((of_lists([[0], [3, 1]]),)))
+    write_routing_trace(path, RoutingTrace((layer_of_lists([[0], [3, 1]]),)))
 
     def change(header):
         found = header["__metadata__"] | metadata
@@ -298,24 +272,30 @@ def test_invalid_tensors_are_refused(tensors, message, tmp_path):
     "parts, message",
     [
         ({"layers": ()}, "the number of MoE layers of a routing trace is 0"),
-        ({"layers": (of_lists([[0]], 0),)}, "num_experts of MoE layer 0"),
-        ({"layers": (of_lists([[0]], 2, -1),)}, "num_zero_computation of MoE layer 0"),
+        ({"layers": (layer_of_lists([[0]], 0),)}, "num_experts of MoE layer 0"),
+        ({"layers": (layer_of_lists([[0]], 2, -1),)}, "num_zero_computation of MoE layer 0"),
         (
-            {"layers": (dataclasses.replace(of_lists([[0]]), weight_A=torch.ones(2)),)},
+            {"layers": (dataclasses.replace(layer_of_lists([[0]]), weight_A=torch.ones(2)),)},
             "the number of weights of MoE layer 0",
         ),
         ({"texts": ("a",)}, "the number of texts of a routing trace is 1; allowed: 2"),
-        ({"layers": (of_lists([[0]]), of_lists([[0], []]))}, "the offsets of MoE layer 1"),
+        (
+            {"layers": (layer_of_lists([[0]]), layer_of_lists([[0], []]))},
+            "the offsets of MoE layer 1",
+        ),
     ],
 )
 def test_inconsistent_traces_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
-        RoutingTrace(**{"layers": (of_lists([[0], [1]]),), **parts})
+        RoutingTrace(**{"layers": (layer_of_lists([[0], [1]]),), **parts})
 
 
 def test_routed_experts_of_engines_survive():
     """Export equals a loop over positions; import gives the same assignments without weights."""
-    layers = (of_lists([[0, 1], [2, 3], [1, 0]]), of_lists([[5, 1], [0, 4], [2, 5]], 4, 2))
+    layers = (
+        layer_of_lists([[0, 1], [2, 3], [1, 0]]),
+        layer_of_lists([[5, 1], [0, 4], [2, 5]], 4, 2),
+    )
     trace = RoutingTrace(layers, "m", torch.tensor([7, 8, 9]), torch.tensor([0, 2]))
     arrays = to_routed_experts(trace)
     assert [array.shape for array in arrays] == [(2, 2, 2), (1, 2, 2)]
@@ -332,7 +312,7 @@ def test_routed_experts_need_a_constant_k():
     with pytest.raises(
         ValueError, match="the number of experts per position is 'not constant'"
     ):
-        to_routed_experts(RoutingTrace((of_lists([[0], [1, 2]]),)))
+        to_routed_experts(RoutingTrace((layer_of_lists([[0], [1, 2]]),)))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +330,7 @@ def test_routed_experts_need_a_constant_k():
 )
 def test_invalid_routed_experts_are_refused(arrays, tokens, message):
     with pytest.raises(ValueError, match=message):
-        from_routed_experts(arrays, [of_lists([])], token_ids=tokens)
+        from_routed_experts(arrays, [layer_of_lists([])], token_ids=tokens)
 
 
 def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
@@ -359,5 +339,5 @@ def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SafetensorsWriter, "write", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_routing_trace(tmp_path / "trace", make_trace("topk"))
+        write_routing_trace(tmp_path / "trace", traced_gates("topk"))
     assert not list(tmp_path.iterdir())
