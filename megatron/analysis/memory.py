@@ -415,7 +415,7 @@ class _Plan:
         number = 0
         for block in self.parameters.blocks:
             for numel, itemsize, ranks in block:
-                if numel <= self.options.persistence_threshold:
+                if ranks > 1 and numel <= self.options.persistence_threshold:
                     number += numel * itemsize
         return number
 
