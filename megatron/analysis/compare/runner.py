@@ -7,6 +7,7 @@ failed one is tried again with the next start of the runner.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import signal
 import time
@@ -293,9 +294,7 @@ class StudyRunner:
         return replace(
             ended,
             state=FINISHED,
-            held_out_loss=measured.held_out_loss,
-            experts_per_token=measured.experts_per_token,
-            active_parameters=measured.active_parameters,
+            **dataclasses.asdict(measured),
         )
 
     def _stop(self) -> None:
