@@ -124,6 +124,7 @@ MISTAKES = {
     AXES + "base: [lr, 3]": "2: base: 'lr' follows no flag",
     AXES + "base: {lr: {a: 1}}": r"2: base\.lr is .*allowed: text, a number",
     AXES + "base: {lr: 2020-01-01}": r"2: base\.lr is datetime",
+    AXES + "base: {lr: 2020-99-99}": ": not YAML: month must be in 1..12",
     AXES + "base: {-lr: 1}": "2: base.* is '-lr'; allowed: the name of a flag",
     AXES
     + "base:\n  save: x": r"3: base\.save is '--save'; allowed: another flag.*its own folder",

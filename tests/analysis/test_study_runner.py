@@ -15,10 +15,17 @@ import pytest
 from helpers.studies import BASE, FAKE_PROGRAM, THRESHOLD, TOPK, run_study, tiny_plan
 from helpers.waiting import wait_until
 from megatron.analysis.compare.cell_process import CellLocked, CellProcess, error_of_log
+from megatron.analysis.compare.cell_size import CellSize
 from megatron.analysis.compare.cell_state import CellState
 from megatron.analysis.compare.devices import Device, parse_devices, threads_per_rank
-from megatron.analysis.compare.measured import completed_iterations, experts_by_layer
+from megatron.analysis.compare.measured import (
+    Measured,
+    completed_iterations,
+    experts_by_layer,
+    measure,
+)
 from megatron.analysis.compare.output import CellFolders, prepare_output
+from megatron.analysis.compare.plan_table import plan_text
 from megatron.analysis.compare.results import StudyResults
 from megatron.analysis.compare.results_table import results_text
 from megatron.training.metrics_file import read_metrics, without_repeated_steps
@@ -56,6 +63,10 @@ def test_all_cells_run_and_are_measured(tmp_path):
     assert first.experts_per_token == 2.0
     assert (first.parameters_total, first.active_parameters) == (28992, 24896.0)
     assert first.wall_seconds > 0
+    assert cell(tmp_path / "out", IDS[0]).flops_per_token == 2000.0
+    # 20 steps of 4 samples with 32 tokens
+    text = plan_text(tiny_plan(tmp_path), CellFolders(tmp_path / "out"))
+    assert f"{20 * 4 * 32 * 2000.0:.3g}" == "5.12e+06" and text.count("5.12e+06") == 2
     command = (first.folder / "command.txt").read_text()
     assert "CUDA_VISIBLE_DEVICES=''" in command and f"{FAKE_PROGRAM} --num-layers=2" in command
     assert f"--save {first.folder}/checkpoints --load {first.folder}/checkpoints" in command
@@ -476,6 +487,19 @@ def test_experts_are_averaged_over_the_last_part():
     assert experts_by_layer([], 2, 0) == [] and experts_by_layer(rows, 0, 0) == []
     mean_only = [{"kind": "train", "iteration": 1, "experts_per_token": 2.5}]
     assert experts_by_layer(mean_only, 2, 0) == [2.5, 2.5]
+
+
+def test_runs_without_routing_metrics_are_measured(tmp_path):
+    """Their active parameters are known where the gates leave no choice."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"kind": "train", "iteration": 4}, {"kind": "eval", "iteration": 4, "loss": 2.5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fixed = CellSize(1000, 400, 400, routed=(800,), num_experts=(4,))
+    assert measure(path, fixed, 4, "eval") == Measured(2.5, None, 400.0)
+    dynamic = CellSize(1000, 400, 1000, routed=(800,), num_experts=(4,))
+    assert measure(path, dynamic, 4, "eval") == Measured(2.5, None, None)
+    dense = CellSize(1000, 1000, 1000)
+    assert measure(path, dense, 4, "eval") == Measured(2.5, None, 1000.0)
 
 
 def test_completed_iterations_count_one_curve(tmp_path):

@@ -71,6 +71,7 @@ class Run:
             experts = 2.0
             if one(self.flags, "gate") == "threshold":
                 experts = float(os.environ.get("FAKE_EXPERTS", "2"))
+            row["flops_per_token"] = 1000.0 * experts
             row |= {"experts_per_token": experts, "experts_per_token_by_layer": [experts]}
         with open(self.metrics, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -56,6 +56,8 @@ class CellState:
     """parameters that a token used, measured in the last part of the training"""
     experts_per_token: float | None = None
     """experts that compute something per token and MoE layer, measured likewise"""
+    flops_per_token: float | None = None
+    """model FLOPs of a training step per token, from the last training row; None: not logged"""
     held_out_loss: float | None = None
     """loss of the last evaluation on the held-out set of the study, in nats"""
     tuning: dict[str, Any] | None = None

@@ -98,15 +98,12 @@ def build_cells(study: Study) -> list[Cell]:
     return cells
 
 
-def reference_cell(study: Study, axes: dict[str, str]) -> Cell | None:
-    """Return the cell with these labels and the first seed, selected or not; None: no such cell."""
+def reference_cell(study: Study, axes: dict[str, str]) -> Cell:
+    """Return the cell with these labels and the first seed, whether it is selected or not."""
     values = []
-    for axis in study.axes:
-        every = next(other for other in study.all_axes if other.name == axis.name)
-        found = [v for v in (*axis.values, *every.values) if v.label == axes[axis.name]]
-        if not found:
-            return None
-        values.append((axis, found[0]))
+    for axis, every in zip(study.axes, study.all_axes, strict=True):
+        known = {value.label: value for value in (*every.values, *axis.values)}
+        values.append((axis, known[axes[axis.name]]))
     return _cell(study, tuple(values), study.seeds[0])
 
 

@@ -22,9 +22,12 @@ class Measured:
     held_out_loss: float
     """of the last evaluation; nats"""
     experts_per_token: float | None
-    """computing experts per token, mean over MoE layers; None: a dense model"""
-    active_parameters: float
-    """parameters that a token used, with the measured experts per token of each layer"""
+    """computing experts per token, mean over MoE layers; None: a dense model, or not logged"""
+    active_parameters: float | None
+    """parameters that a token used, with the measured experts per token of each layer; None: the
+    gates decide how many there are, and the run has not logged it"""
+    flops_per_token: float | None = None
+    """model FLOPs of a training step per token, from the last training row; None: not logged"""
 
 
 def completed_iterations(metrics_path: Path) -> int:
@@ -58,10 +61,18 @@ def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) 
             "--valid-sets), or change eval.set of the study"
         )
     by_layer = experts_by_layer(rows, len(size.routed), (1 - LAST_PART) * iterations)
-    if not by_layer:
-        return Measured(losses[-1], None, float(size.total))
-    mean = math.fsum(by_layer) / len(by_layer)
-    return Measured(losses[-1], mean, size.active(by_layer))
+    flops = [row["flops_per_token"] for row in rows if "flops_per_token" in row]
+    mean = None
+    active = size.planned_active(None)
+    if by_layer:
+        mean = math.fsum(by_layer) / len(by_layer)
+        active = size.active(by_layer)
+    return Measured(
+        held_out_loss=losses[-1],
+        experts_per_token=mean,
+        active_parameters=active,
+        flops_per_token=next(reversed(flops), None),
+    )
 
 
 def experts_by_layer(

@@ -37,7 +37,7 @@ class CellFolders:
         return identity(state.flags, state.ranks) != cell.identity
 
     def difference(self, state: CellState, cell: Cell) -> str:
-        """Describe the difference, for a message."""
+        """Describe in which flags and ranks a run differs from the plan's, for a message."""
         changes = changed_flags(state.flags, cell.flags)
         if state.ranks != cell.ranks:
             changes = "; ".join(
@@ -122,8 +122,10 @@ def _refuse_changed(plan: StudyPlan, folders: CellFolders, rerun: Sequence[str] 
 
 
 def _has_changed(cell: Cell, folders: CellFolders) -> bool:
-    """Whether a cell has started with other flags than now. A tuned flag may have any value
-    that its grid still has."""
+    """Return whether a cell has started with other flags than now.
+
+    A tuned flag may have any value that its grid still has.
+    """
     state = CellState.read(folders.of(cell))
     if state is None or not (state.attempts or state.same_as):
         return False

@@ -136,8 +136,8 @@ class _Planner:
         """Compare the parameters of a cell with those of its reference.
 
         Raises:
-            ValueError: there is no reference with the cell's other labels, or the cell's gate
-                has no fixed number of experts per token and declares none.
+            ValueError: the gate of the cell or of its reference has no fixed number of experts
+                per token and declares none.
         """
         match = self.study.match
         if match is None:
@@ -162,14 +162,7 @@ class _Planner:
         axes = self.study.match.reference_axes(cell.axes)
         key = tuple(axes.values())
         if key not in self._references:
-            found = reference_cell(self.study, axes)
-            if found is None:
-                labels = " ".join(f"{name}={label}" for name, label in axes.items())
-                raise ValueError(
-                    f"{self.study.path}: match: cell {cell.cell_id} has no reference {labels}; "
-                    "name a label of more axes in match.reference"
-                )
-            self._references[key] = self.plan(found)
+            self._references[key] = self.plan(reference_cell(self.study, axes))
         return self._references[key]
 
     def _require_declared(self, planned: PlannedCell) -> None:

@@ -12,13 +12,24 @@ from megatron.analysis.compare.plan import PlannedCell, StudyPlan, configuration
 def plan_text(plan: StudyPlan, folders: CellFolders, slots: int = 1) -> str:
     """Return the plan: sizes, tokens and states of the configurations, and the time that it takes.
 
-    The time is estimated from the cells that have finished; there is none before the first.
+    Time and FLOPs are those of the cells that have finished; there are none before the first.
 
     Args:
         slots: cells that run at the same time.
     """
     study = plan.study
-    rows = [["configuration", "seeds", "total", "active/token", "tokens", "tuned", "finished"]]
+    rows = [
+        [
+            "configuration",
+            "seeds",
+            "total",
+            "active/token",
+            "tokens",
+            "FLOPs",
+            "tuned",
+            "finished",
+        ]
+    ]
     for tuning in plan.tunings:
         grid = tuning.group.tuning
         rows.append(_row(tuning.cells, folders, f"grid of {len(tuning.cells)} --{grid.flag}"))
@@ -52,9 +63,19 @@ def _row(cells: Sequence[PlannedCell], folders: CellFolders, tuned: str) -> list
         _count(size.total),
         active,
         f"{first.tokens:,}",
+        _training_flops(cells, folders),
         tuned,
         f"{finished} of {len(cells)}",
     ]
+
+
+def _training_flops(cells: Sequence[PlannedCell], folders: CellFolders) -> str:
+    """Return the FLOPs of one complete training, as a finished cell measured; empty: unknown."""
+    for run in cells:
+        state = CellState.read(folders.of(run.cell))
+        if state is not None and state.flops_per_token is not None:
+            return f"{state.flops_per_token * run.tokens:.3g}"
+    return ""
 
 
 def _is_finished(run: PlannedCell, folders: CellFolders) -> bool:

@@ -7,6 +7,7 @@ failed one is tried again with the next start of the runner.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import signal
 import time
@@ -180,7 +181,7 @@ class StudyRunner:
         return None
 
     def _is_settled(self, planned: PlannedCell) -> bool:
-        """Whether a cell need not run: it has finished, or it cannot be run."""
+        """Return whether a cell need not run: it has finished, or it cannot be run."""
         cell = planned.cell
         folder = self.folders.of(cell)
         state = CellState.read(folder)
@@ -202,7 +203,7 @@ class StudyRunner:
         return self._adopt_tuning_run(planned)
 
     def _adopt_tuning_run(self, planned: PlannedCell) -> bool:
-        """Take the results of a tuning run that has the same flags; whether there is one."""
+        """Take the results of the tuning run with the same flags; return whether there is one."""
         shared = shared_run(planned, self._tunings, self.folders)
         if shared is None:
             return False
@@ -217,7 +218,7 @@ class StudyRunner:
         return True
 
     def _start(self, planned: PlannedCell, device: Device) -> bool:
-        """Start a cell; whether its processes run."""
+        """Start a cell, and return whether its processes run."""
         cell = planned.cell
         folder = self.folders.of(cell)
         before = CellState.read(folder) or initial_state(planned)
@@ -293,13 +294,11 @@ class StudyRunner:
         return replace(
             ended,
             state=FINISHED,
-            held_out_loss=measured.held_out_loss,
-            experts_per_token=measured.experts_per_token,
-            active_parameters=measured.active_parameters,
+            **dataclasses.asdict(measured),
         )
 
     def _stop(self) -> None:
-        """After a signal, let the running cells save their checkpoints and end."""
+        """Let the running cells save their checkpoints and end, if a signal has come."""
         if not self._signals:
             return
         self.summary.stop_signal = self._signals[0]

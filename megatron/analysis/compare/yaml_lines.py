@@ -47,7 +47,7 @@ class YamlFile:
             if node is None:
                 return None
             self._check_nodes(node, (), set())
-            content = loader.construct_document(node)
+            content = self._construct(loader, node)
             self._note_lines(node, (), set())
             return content
         except yaml.MarkedYAMLError as error:
@@ -82,6 +82,12 @@ class YamlFile:
             known = known[:-1]
         line = self._lines.get(_as_text(known), 1)
         return f"{self.path}:{line}: {_dotted(path) or 'the file'}"
+
+    def _construct(self, loader: Any, node: Any) -> Any:
+        try:
+            return loader.construct_document(node)
+        except ValueError as error:  # of a date or a number that does not exist
+            raise ValueError(f"{self.path}: not YAML: {error}") from None
 
     def _check_nodes(self, node: Any, above: tuple[int, ...], done: set[int]) -> None:
         """Raise ValueError for a key that a mapping names twice, and for a node inside itself.
