@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import dispatch, hf_experts, moe_layer, report, train_step
+from benchmarks import dispatch, hf_experts, moe_layer, report, routing_metrics, train_step
 from benchmarks import moe_peers as peers
 from helpers.spawn import groups_for
 from megatron.interop.hf_experts import register_experts
@@ -581,3 +581,26 @@ def test_document_attention_runs_quickly(tmp_path):
         assert bars[f"{dtype} S512, documents of 64: batches"] == 1.0
     assert table[-1]["name"] == "bfloat16 S2048 memory: batches" and table[-1]["holds"]
     assert len(table) == 9 and "MiB in batches" in printed
+
+
+def test_interval_has_one_logged_step():
+    """Nine ordinary steps and a logged one, round by round."""
+    seconds = {
+        routing_metrics.ON: [1.0, 2.0],
+        routing_metrics.ON_LOGGED: [3.0, 2.0],
+        routing_metrics.OFF: [1.0, 1.0],
+        routing_metrics.OFF_LOGGED: [1.0, 1.0],
+    }
+    assert routing_metrics.interval_ratios(seconds) == [12 / 10, 20 / 10]
+
+
+@pytest.mark.slow
+def test_routing_metrics_runs_quickly(tmp_path):
+    printed, table, _ = run_quickly("routing_metrics.py", tmp_path)
+    assert [(row["name"], row["bar"]) for row in table] == [
+        ("interval of 10 steps", 1.01),
+        ("interval of 10 steps, CPU time", None),
+        ("with metrics, CPU time", None),
+        ("with metrics, logged, CPU time", None),
+    ]
+    assert printed.count("ms per step") == 4 and "ms per logged step" in printed

@@ -1,5 +1,6 @@
 """Gradient norms of the parts of the model, against gradients of plain torch."""
 
+import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -94,6 +95,24 @@ def test_parts_equal_plain_torch(gate, ranks, ep_size, stage, precision, request
         assert got == pytest.approx(expected, rel=tolerance)
         assert math.hypot(*got.values()) == pytest.approx(norm, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_parts_are_exact_with_offloaded_optimizer(stage, ranks2, tmp_path):
+    """DeepSpeed keeps the gradients that the optimizer gets in buffers of the CPU."""
+    path = tmp_path / "ds.json"
+    values = {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    path.write_text(json.dumps(values))
+    config = config_of("topk", 2, stage)
+    config = replace(config, deepspeed=replace(config.deepspeed, deepspeed_config=str(path)))
+    expected, _ = reference("topk")
+    for ((norms, _),) in ranks2.run(measure, config):
+        got = {name.removeprefix("grad_norm/"): value for name, value in norms.items()}
+        assert got == pytest.approx(expected, rel=2e-5)
 
 
 def test_only_logged_steps_are_measured(ranks1):
