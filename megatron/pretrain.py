@@ -338,6 +338,7 @@ def build_services(
         plan.end.tokens,
         iteration_of_interruption(run),
     )
+    checkpointer.on_commit = writers.log_checkpoint
     with contextlib.closing(writers):
         yield LoopServices(
             schedule=schedule,

@@ -11,6 +11,7 @@ import json
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,8 @@ class Checkpointer:
         self.directory = Path(options.save)
         self.failures = 0
         """Number of checkpoints that could not be written"""
+        self.on_commit: Callable[[Path], None] | None = None
+        """Called on rank 0 with each checkpoint that is complete, between two steps"""
         self._last_saved = ""
         self._corrupt: set[str] = set()
         continued_from = None
@@ -297,6 +300,8 @@ class Checkpointer:
         elif pending.is_committing:
             self._pending = None
             self._last_saved = outcomes[0].result
+            if self.on_commit is not None and self.groups.is_rank0:
+                self.on_commit(Path(self._last_saved))
         else:
             files = {}
             for rank, outcome in enumerate(outcomes):

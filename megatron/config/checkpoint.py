@@ -43,7 +43,10 @@ class CheckpointConfig:
     on_save_error: str = option(
         "stop",
         choices=("stop", "continue"),
-        needs=setting("save") | setting("metrics_file") | setting("tensorboard_dir"),
+        needs=setting("save")
+        | setting("metrics_file")
+        | setting("tensorboard_dir")
+        | setting("wandb_project"),
     )
     """whether the run stops or continues when a checkpoint or a row of metrics cannot be
     written (for example, the disk is full); the checkpoint at the end of the run is always

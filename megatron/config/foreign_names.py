@@ -185,8 +185,6 @@ NOT_SUPPORTED = {
         "set the checkpoint's schedule, which a resumed run must have"
     ),
     "--vocab-extra-ids": "use --vocab-size",
-    "--wandb-entity": "set the variable WANDB_ENTITY",
-    "--wandb-save-dir": "set the variable WANDB_DIR",
     "--window-attn-skip-freq": "use --window-layers",
     "--zero-reduce-bucket-size": _DEEPSPEED_FILE,
 }

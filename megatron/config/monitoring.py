@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.config.fields import option, require_not_negative, require_setting
+from megatron.config.fields import (
+    option,
+    require_not_negative,
+    require_setting,
+)
 from megatron.config.needs import TRAINING, setting
+
+_NOT_IN_WANDB_ID = ":;,#?/'"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,34 @@ class LoggingConfig:
     """Weights & Biases project to log to; needs the wandb extra; empty: off"""
     wandb_exp_name: str = option("", needs=setting("wandb_project"))
     """name of this run in Weights & Biases"""
+    wandb_entity: str = option("", needs=setting("wandb_project"))
+    """user or team of Weights & Biases that has the project; empty: that of the variable
+    WANDB_ENTITY, or the default of the account"""
+    wandb_id: str = option("", needs=setting("wandb_project"))
+    """id of this run in Weights & Biases, which is continued if it exists; empty: a new one,
+    which a run that resumes from its own --save directory continues"""
+    wandb_mode: str = option("", needs=setting("wandb_project"))
+    """online; offline: write files that `wandb sync` uploads later; or disabled; empty: that of
+    the variable WANDB_MODE, or online"""
+    wandb_save_dir: str = option("", needs=setting("wandb_project"))
+    """directory in which Weights & Biases makes its folder wandb; empty: that of the variable
+    WANDB_DIR, or --save, or else the working directory"""
+    wandb_log_checkpoints: bool = option(
+        False, needs=(TRAINING, setting("wandb_project"), setting("save"))
+    )
+    """upload each checkpoint to Weights & Biases as an artifact once it is complete"""
+
+    def __post_init__(self):
+        modes = ("", "online", "offline", "disabled")
+        allowed = "online, offline or disabled"
+        require_setting(self, "wandb_mode", self.wandb_mode in modes, allowed)
+        require_setting(
+            self,
+            "wandb_id",
+            self.wandb_id.strip() == self.wandb_id
+            and not set(self.wandb_id) & set(_NOT_IN_WANDB_ID),
+            f"an id without any of {' '.join(_NOT_IN_WANDB_ID)} and without blanks around it",
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ it to `_WRITERS`. Its flags are fields of `LoggingConfig` (megatron/config/monit
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from megatron.config.schema import CheckpointConfig, LoggingConfig
 from megatron.log import get_logger
@@ -16,7 +17,7 @@ from megatron.training.jsonl_writer import JsonlWriter
 from megatron.training.metric_rows import MetricsRow
 from megatron.training.tensorboard_writer import TensorboardWriter
 from megatron.training.wandb_writer import WandbWriter
-from megatron.training.writer_settings import MetricsWriter, WriterSettings
+from megatron.training.writer_settings import CheckpointLogger, MetricsWriter, WriterSettings
 
 
 class MetricsWriters:
@@ -62,6 +63,26 @@ class MetricsWriters:
                 "%s. The training continues without metrics there, as --on-save-error sets",
                 error,
             )
+
+    def log_checkpoint(self, path: Path) -> None:
+        """Pass a checkpoint that is complete to the writers that send checkpoints.
+
+        Raises:
+            OSError: it cannot be sent, and --on-save-error is stop.
+        """
+        for writer in self.writers:
+            if not isinstance(writer, CheckpointLogger):
+                continue
+            try:
+                writer.log_checkpoint(path)
+            except OSError as error:
+                if self.on_error == "stop":
+                    raise
+                get_logger().error(
+                    "%s is not logged: %s. The training continues, as --on-save-error sets",
+                    path,
+                    error,
+                )
 
     def close(self) -> None:
         """Close all writers, also when one of them fails."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from megatron.config.schema import LoggingConfig
 from megatron.training.metric_rows import MetricsRow
@@ -35,3 +36,10 @@ class MetricsWriter(Protocol):
     def write(self, row: MetricsRow) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CheckpointLogger(Protocol):
+    """What a writer does that sends checkpoints, too."""
+
+    def log_checkpoint(self, path: Path) -> None: ...

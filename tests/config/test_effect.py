@@ -58,6 +58,7 @@ VALUES |= {"yarn_beta_fast": 16.0, "yarn_beta_slow": 0.5}
 VALUES |= {"valid_sets": ("wiki=a",), "gate_path": (__file__,)}
 VALUES |= {"kv_channels": 2, "qk_rope_head_dim": 2}
 VALUES |= {"threshold_target": 2.0, "threshold_gain": 0.3}
+VALUES |= {"wandb_mode": "offline"}
 VALUES |= {"peer_query_size": 64, "lambda_factor": 1.5, "peer_product_key_dim": (2, 2)}
 
 parse = partial(
