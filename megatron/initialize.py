@@ -256,6 +256,7 @@ def _check_output_paths(config: RunConfig) -> None:
     paths = {
         "--save": config.checkpoint.save,
         "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--wandb-save-dir": config.logging.wandb_save_dir,
         "--profile-dir": config.profiling.profile_dir,
         "--data-cache-path": config.data.data_cache_path,
     }

@@ -22,7 +22,7 @@ from tools import check_environment, test_latest  # noqa: E402
 SOURCES = [p for folder in ("megatron", "tools") for p in (REPO / folder).rglob("*.py")]
 OWN = {"megatron", "tools"}
 OF_DEEPSPEED = {"packaging"}  # a package that DeepSpeed requires
-DISTRIBUTIONS = {"yaml": "pyyaml", "vl_convert": "vl-convert-python"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "vl_convert": "vl-convert-python"}
 """Packages whose name is not that of their module"""
 
 

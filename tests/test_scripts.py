@@ -204,11 +204,23 @@ def test_training_variables_arrive(words):
     assert t.recompute_activations and c.data.data_path == ("0.3", "a", "0.7", "b")
     assert (c.tokenizer.vocab_file, c.tokenizer.merge_file) == ("v.json", "m.txt")
     logging = c.logging
+    assert logging.wandb_project == ""
     assert (c.checkpoint.save, logging.metrics_file, logging.tensorboard_dir) == (
         "o/checkpoints",
         "o/metrics.jsonl",
         "o/tensorboard",
     )
+
+
+@pytest.mark.parametrize(
+    "variables, name, folder",
+    [({}, "n", "o"), ({"WANDB_NAME": "a b", "WANDB_DIR": "w"}, "a b", "w")],
+)
+def test_wandb_variables_arrive(variables, name, folder, tmp_path):
+    fixed = {"WANDB_PROJECT": "my project", "NAME": "n", "OUTPUT_DIR": "o"}
+    logging = config_of(dry(tmp_path, **fixed, **variables)[0]).logging
+    found = (logging.wandb_project, logging.wandb_exp_name, logging.wandb_save_dir)
+    assert found == ("my project", name, folder)
 
 
 def test_run_length_in_samples_arrives(tmp_path):

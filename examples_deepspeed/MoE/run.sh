@@ -211,6 +211,7 @@ TOKENIZER_MODEL=${TOKENIZER_MODEL:-}
 [ -z "$INIT_FROM_HF" ] || NAME=${NAME:-continue-$(basename "$INIT_FROM_HF")${GATE:+-${GATE//[^A-Za-z0-9_-]/-}}}
 NAME=${NAME:-gpt-${NUM_LAYERS}l-${HIDDEN_SIZE}h-${EP_SIZE}e-${GATE//[^A-Za-z0-9_-]/-}${TOPK:+-k$TOPK}${THRESHOLD:+-t$THRESHOLD}${MAX_EXPERTS:+-m$MAX_EXPERTS}}
 OUTPUT_DIR=${OUTPUT_DIR:-runs/$NAME}
+WANDB_PROJECT=${WANDB_PROJECT:-} # also log to this project of Weights & Biases, whose own variables apply (WANDB_MODE, ...)
 
 flags=(
     ${INIT_FROM_HF:+--init-from-hf "$INIT_FROM_HF"}
@@ -224,6 +225,7 @@ flags=(
     --save "$OUTPUT_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --tensorboard-dir "$OUTPUT_DIR/tensorboard" --metrics-file "$OUTPUT_DIR/metrics.jsonl"
     ${TOKENIZER_TYPE:+--tokenizer-type "$TOKENIZER_TYPE"}
+    ${WANDB_PROJECT:+--wandb-project "$WANDB_PROJECT" --wandb-exp-name "${WANDB_NAME:-$NAME}" --wandb-save-dir "${WANDB_DIR:-$OUTPUT_DIR}"}
 )
 # Only flags that apply: the program refuses one that cannot take effect.
 is_zero() { [[ $1 =~ ^[0.]*$ ]]; }

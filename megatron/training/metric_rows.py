@@ -14,6 +14,7 @@ The row of kind `run` describes the run instead, see `megatron.training.run_row`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 MetricsRow = dict[str, Any]
@@ -37,9 +38,9 @@ def scalars(row: MetricsRow) -> Iterator[tuple[str, float]]:
             if name.endswith(_HISTOGRAM):
                 continue
             for i, element in enumerate(value):
-                if element is not None and not _is_list(element):
+                if isinstance(element, Real):  # else a layer without it, or a list of a table
                     yield f"{tag}/{i}", element
-        elif name not in ("kind", "iteration") and value is not None:
+        elif name != "iteration" and isinstance(value, Real):
             yield tag, value
 
 

@@ -30,7 +30,7 @@ _FLUSH_SECONDS = 0.1
 """W&B writes its file this often. Its default of 15 s would lose what a killed run sent since."""
 
 _FINISH_SECONDS = 300.0
-"""A run ends after this time, also if the server cannot be reached."""
+"""A run waits this long at its end for a server that cannot be reached."""
 
 _ITERATION = "/iteration"
 """End of the metric by which a run that resumes learns the last row of each kind"""
@@ -106,7 +106,8 @@ class WandbWriter:
 
     def _init(self, options: LoggingConfig, run_id: str, mode: str | None) -> Any:
         settings = {"x_transaction_log_flush_interval": _FLUSH_SECONDS}
-        if "WANDB_FINISH_TIMEOUT" not in os.environ:
+        # The last checkpoint may take longer to send.
+        if "WANDB_FINISH_TIMEOUT" not in os.environ and not options.wandb_log_checkpoints:
             settings["finish_timeout"] = _FINISH_SECONDS
         known = self.wandb.Settings.model_fields
         return self.wandb.init(

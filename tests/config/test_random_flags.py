@@ -90,7 +90,14 @@ def test_random_flags_parse_and_build(data):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--save", "--tensorboard-dir", "--profile --profile-dir", "--data-cache-path"]
+    "flag",
+    [
+        "--save",
+        "--tensorboard-dir",
+        "--wandb-project p --wandb-save-dir",
+        "--profile --profile-dir",
+        "--data-cache-path",
+    ],
 )
 @pytest.mark.parametrize("path", ["file.txt", "file.txt/below"])
 def test_file_in_place_of_a_directory(flag, path, data, tmp_path, ranks1):

@@ -111,7 +111,7 @@ def test_synced_run_is_one_curve(resumed):
         assert done.returncode == 0, done.stdout + done.stderr
         (run,) = server.runs.values()
         same_curve(run.history(), expected_rows(resumed))
-        assert [aliases[0] for aliases in run.artifacts] == CHECKPOINTS
+        assert sorted(run.artifacts) == [[name, "latest"] for name in CHECKPOINTS]
 
 
 def test_checkpoints_are_artifacts_of_the_run(resumed):
@@ -122,8 +122,8 @@ def test_checkpoints_are_artifacts_of_the_run(resumed):
         for record in wandb_files.records(path)
         if record.HasField("artifact") or record.request.HasField("log_artifact")
     ]
-    assert [list(artifact.aliases) for artifact in logged] == [[name] for name in CHECKPOINTS]
-    for artifact in logged:
+    assert [sorted(a.aliases) for a in logged] == [[name, "latest"] for name in CHECKPOINTS]
+    for name, artifact in zip(CHECKPOINTS, logged, strict=True):
         names = {entry.path for entry in artifact.manifest.contents}
-        checkpoint = resumed / "checkpoints" / artifact.aliases[0]
+        checkpoint = resumed / "checkpoints" / name
         assert names == {path.name for path in checkpoint.iterdir()}

@@ -29,7 +29,7 @@ class StoredRun:
     files: set[str] = field(default_factory=set)
     """names of uploaded files"""
     artifacts: list[list[str]] = field(default_factory=list)
-    """aliases of each version of an artifact"""
+    """sorted aliases of each version of an artifact"""
 
     def history(self) -> list[dict[str, Any]]:
         return [json.loads(self.lines[offset]) for offset in sorted(self.lines)]
@@ -158,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Note the version, and say that its files are there already."""
         wanted = variables["input"]
         run = self.runs[wanted["runName"]]
-        run.artifacts.append([entry["alias"] for entry in wanted["aliases"]])
+        run.artifacts.append(sorted(entry["alias"] for entry in wanted["aliases"]))
         artifact = {
             "id": "1",
             "state": "COMMITTED",

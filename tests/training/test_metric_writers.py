@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers import runs
+from helpers.fake_wandb import FakeWandb
 from helpers.metric_rows import EVAL, TRAIN
 from megatron import log, pretrain
 from megatron.checkpoint.metadata import TrainingProgress
@@ -42,12 +43,10 @@ def test_named_set_has_own_names(printed, tmp_path, monkeypatch):
         "eval/wiki/elapsed_s": 3700.0,
         "eval/wiki/experts_per_token_by_layer/0": 2.0,
     }
-    logged = []
-    run = types.SimpleNamespace(log=lambda row, step: logged.append((row, step)))
-    wandb = types.SimpleNamespace(init=lambda **_: run)
+    wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    WandbWriter("project").write(row)
-    assert logged == [(tags, 10)]
+    WandbWriter(LoggingConfig(wandb_project="project")).write(row)
+    assert wandb.rows == [{"iteration": 10, "eval/wiki/iteration": 10, **tags}]
     board = TensorboardWriter(tmp_path / "board")
     scalars = []
     board.writer.add_scalar = lambda tag, value, step: scalars.append((tag, value, step))
@@ -131,8 +130,7 @@ def test_flags_choose_the_writers(tmp_path, monkeypatch):
         "tensorboard_dir": str(tmp_path / "tb"),
         "wandb_project": "p",
     }
-    run = types.SimpleNamespace(finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
     assert kinds() == [ConsoleWriter]
     assert kinds(rank=1, **everything) == []
     assert not (tmp_path / "run").exists()

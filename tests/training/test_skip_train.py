@@ -74,7 +74,9 @@ def test_skip_train_repeats_last_evaluation(finished, repeated):
 
 
 def test_skip_train_writes_metrics_only(repeated):
+    """No row of kind run, either: it would replace what a run in this file has logged since."""
     assert not runs.metrics(repeated)
+    assert not runs.metrics(repeated, "run")
     assert [path.name for path in repeated.iterdir()] == ["metrics.jsonl"]
 
 
