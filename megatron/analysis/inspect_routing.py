@@ -116,8 +116,10 @@ def _title(inputs: InspectionInputs) -> str:
 
 
 def _describe(trace: RoutingTrace) -> str:
-    documents = len(trace.document_ranges)
-    return f"{trace.num_positions} tokens in {documents} texts, {len(trace.layers)} MoE layers"
+    return (
+        f"tokens {trace.num_positions}, texts {len(trace.document_ranges)}, "
+        f"MoE layers {len(trace.layers)}"
+    )
 
 
 def _read(inputs: InspectionInputs) -> RoutingTrace:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from megatron.analysis.routing_statistics import (
-    ExpertUse,
+    ExpertProfile,
     bin_width,
     binned_load,
     co_activation,
-    expert_uses,
+    expert_profiles,
     experts_per_token,
     most_used,
     routed_experts_per_token,
@@ -169,7 +169,9 @@ def _layer_data(
     layer: LayerTrace, num_shown: int, keys: _TokenKeys, class_T: np.ndarray
 ) -> dict[str, Any]:
     listed = most_used(layer, MAX_LISTED)
-    uses = expert_uses(layer, listed, keys.key_T, class_T, len(TOKEN_CLASSES), MAX_TOP_TOKENS)
+    uses = expert_profiles(
+        layer, listed, keys.key_T, class_T, len(TOKEN_CLASSES), MAX_TOP_TOKENS
+    )
     in_matrix = most_used(layer, MAX_MATRIX)
     counts = co_activation(layer, in_matrix)
     load_N = binned_load(layer, MAX_BINS)
@@ -188,7 +190,7 @@ def _layer_data(
     }
 
 
-def _listed(use: ExpertUse) -> dict[str, Any]:
+def _listed(use: ExpertProfile) -> dict[str, Any]:
     return {
         "expert": use.choice,
         "count": use.count,

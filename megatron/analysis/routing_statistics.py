@@ -29,7 +29,7 @@ class TokenUse:
 
 
 @dataclass(frozen=True)
-class ExpertUse:
+class ExpertProfile:
     """What one expert of a layer is used for.
 
     Positions that use the expert several times (PEER's heads) count once. Shares in the layer
@@ -145,14 +145,14 @@ def co_activation(layer: LayerTrace, choice_M: np.ndarray) -> np.ndarray:
     return (used_TM.T @ used_TM).astype(np.int64)
 
 
-def expert_uses(
+def expert_profiles(
     layer: LayerTrace,
     choice_M: np.ndarray,
     key_T: np.ndarray,
     class_T: np.ndarray,
     num_classes: int,
     num_tokens: int,
-) -> list[ExpertUse]:
+) -> list[ExpertProfile]:
     """Return what each of some choices is used for.
 
     Args:
@@ -182,7 +182,7 @@ def expert_uses(
             if lifts[index] > 1:
                 use = TokenUse(int(keys[index]), int(counts[index]), float(lifts[index]))
                 listed.append(use)
-        uses.append(ExpertUse(choice, len(tokens), listed, counts_W, lifts_W))
+        uses.append(ExpertProfile(choice, len(tokens), listed, counts_W, lifts_W))
     return uses
 
 

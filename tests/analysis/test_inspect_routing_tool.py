@@ -100,7 +100,7 @@ def test_two_ranks_record_what_one_does(recorded):
         assert torch.equal(layer.expert_A, other.expert_A)
         assert torch.allclose(layer.weight_A, other.weight_A, rtol=1e-5)
     for _, printed in recorded:
-        assert "67 tokens in 2 texts, 2 MoE layers" in printed
+        assert "tokens 67, texts 2, MoE layers 2" in printed
         assert "Texts are cut into windows of 16 tokens" in printed
         assert re.search(r"wrote \S+\.trace: \d+ bytes", printed)
         assert re.search(r"wrote \S+\.html: \d+ bytes", printed)
@@ -124,7 +124,7 @@ def test_page_of_trace_equals_page_of_model(recorded, ranks1, tmp_path):
     argv = ["--from-trace", str(file), "--output", str(tmp_path / "page.html")]
     argv += ["--trace", str(tmp_path / "copy")]
     (printed,) = ranks1.run(run_tool, "inspect_routing", argv)
-    assert f"read {file}: 67 tokens in 2 texts" in printed
+    assert f"read {file}: tokens 67, texts 2" in printed
     expected = page_data(file.with_suffix(".html"))
     found = page_data(tmp_path / "page.html")
     assert found["title"] == "Routing of 1.trace"

@@ -13,7 +13,7 @@ from megatron.analysis.routing_statistics import (
     bin_width,
     binned_load,
     co_activation,
-    expert_uses,
+    expert_profiles,
     experts_per_token,
     most_used,
     routed_experts_per_token,
@@ -100,7 +100,7 @@ def test_uses_of_experts_are_counted(layer):
     base = Counter(int(keys[t]) for t, _ in pairs)
     class_base = Counter(int(classes[t]) for t, _ in pairs)
     listed = most_used(layer, 100)
-    uses = expert_uses(layer, listed, keys, classes, 4, 5)
+    uses = expert_profiles(layer, listed, keys, classes, 4, 5)
     assert [use.choice for use in uses] == listed.tolist()
     for use in uses:
         own = [t for t, e in pairs if e == use.choice]
