@@ -130,11 +130,15 @@ const page = (() => {
     return drawings[id];
   }
 
-  // One chart after another, in their order on the page: the first ones show early.
+  // One chart after another, in their order on the page. The browser shows what is there, and reacts
+  // to the reader, between two of them.
   async function drawAll(ids = Object.keys(source.charts)) {
     const turn = (turns[""] = (turns[""] || 0) + 1);
     document.documentElement.dataset.drawn = "no";
-    for (const id of ids) await draw(id);
+    for (const id of ids) {
+      await new Promise((resolve) => setTimeout(resolve));
+      await draw(id);
+    }
     if (turn === turns[""]) document.documentElement.dataset.drawn = "yes";
   }
 
@@ -160,6 +164,7 @@ const page = (() => {
   });
   return {
     adapt: (change) => changes.push(change), colour, draw, drawAll, rows, select, views,
+    selected: (id) => selections[id] || {},
     charts: source.charts, datasets: source.datasets, settings: source.settings,
   };
 })();

@@ -302,9 +302,13 @@ def _toolbar(draft: _Draft) -> str:
         [("0", "off"), ("2", "5 points"), ("5", "11 points"), ("12", "25 points")],
         "2" if longest >= SMOOTHED_FROM else "0",
     )
+    ranges = tables.option_list(
+        [("all", "all values"), ("low", "lowest 80% of losses"), ("log", "logarithmic")]
+    )
     return (
         '<div class="toolbar"><div class="controls">'
         f"{tables.select_control('axis', 'x axis', axis)}"
+        f"{tables.select_control('range', 'y axis', ranges)}"
         f"{tables.select_control('smoothing', 'running mean', smoothing)}</div>"
         f"{tables.legend_html(draft.groups)}</div>"
     )

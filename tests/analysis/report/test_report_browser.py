@@ -161,6 +161,30 @@ def test_smoothing_select_draws_running_means(opened):
     choose(opened, "smoothing", "2")
 
 
+def test_y_axis_select_changes_the_scale(opened):
+    """Also for the groups that are left when others are hidden."""
+
+    def scale(expression):
+        return opened.evaluate(f"page.views['curve-loss'].scale('y').{expression}")
+
+    top = scale("domain()")[1]
+    choose(opened, "range", "low")
+    means = [row["mean"] for row in drawn(opened, "curve-loss") if row["mean"] is not None]
+    low, high = scale("domain()")
+    assert opened.evaluate("page.views['curve-load_cv'].scale('y').type") == "linear"
+    assert low <= min(means) and sorted(means)[len(means) * 3 // 4] < high < top
+    opened.click("[data-group=topk]")
+    wait_until_drawn(opened)
+    assert {row["group"] for row in drawn(opened, "curve-loss")} == {"remoe", ODD_LABEL}
+    opened.click("[data-group=topk]")
+    wait_until_drawn(opened)
+    choose(opened, "range", "log")
+    assert scale("type") == "log"
+    assert opened.evaluate("page.views['curve-load_cv'].scale('y').type") == "log"
+    choose(opened, "range", "all")
+    assert scale("type") == "linear" and scale("domain()")[1] == top
+
+
 def test_smoothing_keeps_gaps(opened):
     choose(opened, "smoothing", "5")
     shown = [r["mean"] for r in drawn(opened, "curve-loss") if r["group"] == ODD_LABEL]
