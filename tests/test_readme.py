@@ -138,7 +138,7 @@ def test_readme_continuations_have_printed_form():
     """The sample output has the prompts of demo.sh, and a text for each, as they are printed."""
     script = (REPO / "examples_deepspeed/MoE/demo.sh").read_text(encoding="utf-8")
     prompts = re.findall(r'"(.*?)"', re.search(r"PROMPTS=\((.*)\)", script)[1])
-    shown = re.search(r"== 5/5 .*\n((?:[>|] .*\n)*)log: ", README)[1]
+    shown = re.search(r"== 5/6 .*\n((?:[>|] .*\n)*)== 6/6 ", README)[1]
     texts = re.findall(r"> (.*)\n((?:\| .*\n)+)", shown)
     printed = []
     transcript = Transcript(prompts, is_live=False, write=printed.append)

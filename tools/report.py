@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     empty = [run.name for run in runs if run.is_empty]
     note = f"; without metrics: {', '.join(empty)}" if empty else ""
     size = output.stat().st_size / 1e6
-    print(f"{len(runs)} runs -> {output} ({size:.1f} MB){note}")
+    number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"{number} -> {output} ({size:.1f} MB){note}")
 
 
 def default_output(runs: list[str]) -> Path:
@@ -73,10 +74,11 @@ def default_output(runs: list[str]) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    from megatron.exit_codes import exit_code
+    from megatron.log import run_tool
 
-    args = parser().parse_args(argv)
-    return exit_code(lambda: run(args))
+    p = parser()
+    args = p.parse_args(argv)
+    return run_tool(p.prog, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ TOOLS = (
     "tools/convert_from_hf.py",
     "tools/convert_to_hf.py",
     "tools/generate_text.py",
+    "tools/report.py",
     "tools/evaluate.py",
     "tools/evaluate_perplexity.py",
     "tools/compare_gates.py",

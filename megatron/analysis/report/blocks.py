@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from megatron.analysis.report.finals import estimate, last_loss
+from megatron.analysis.report.finals import last_loss, mean_with_interval
 from megatron.analysis.report.groups import RunGroup
 from megatron.analysis.report.history import LayerHistory, bucket_edges
 from megatron.analysis.report.page import rounded
 from megatron.analysis.report.runs import ReportRun
-from megatron.analysis.report.series import Series, group_series, points_per_curve
+from megatron.analysis.report.series import Series, group_series
 
-Block = dict[str, Any]
+DataBlock = dict[str, Any]
 
-MOST_CELLS = 250_000
+MOST_CELLS = 120_000
 """Cells of all heat maps of a page, of about 4 bytes each"""
+
+EXTREME_DIGITS = 4
+"""Significant digits of minima and maxima"""
 
 FEWEST_COLUMNS = 8
 """Columns in time below which a heat map shows nothing: layers are left out instead"""
@@ -54,59 +57,70 @@ class TimeUnit:
 class CurveData:
     """Blocks of one metric of all groups."""
 
-    blocks: list[Block]
+    blocks: list[DataBlock]
     has_spread: bool
     has_extremes: bool
     rows_per_point: int
+    shared: dict[str, dict[str, list[Any]]]
+    """positions of the points by the name that blocks have for them"""
 
 
 def curve_data(
-    groups: list[RunGroup], kinds: Iterable[str], metric: str, unit: TimeUnit
+    groups: list[RunGroup],
+    kinds: Iterable[str],
+    metric: str,
+    unit: TimeUnit,
+    most_points: int,
 ) -> CurveData | None:
     """Return the curves of a metric, one block per group and kind of rows; None: no run has it."""
-    most_points = points_per_curve(len(groups))
-    found: list[tuple[str, str, Series]] = []
+    found: list[tuple[int, str, Series]] = []
     for kind in kinds:
-        for group in groups:
+        for place, group in enumerate(groups):
             series = group_series(group, kind, metric, most_points)
             if series is not None and np.isfinite(series.mean).any():
-                found.append((group.label, kind, series))
+                found.append((place, kind, series))
     if not found:
         return None
     has_spread = any(series.has_spread for _, _, series in found)
     rows_per_point = max(series.rows_per_point for _, _, series in found)
     has_extremes = has_spread or rows_per_point > 1
     blocks = []
-    for label, kind, series in found:
-        columns = _position_columns(series, unit)
-        columns["mean"] = rounded(series.mean)
+    shared = {}
+    for place, kind, series in found:
+        columns: dict[str, list[Any]] = {"mean": rounded(series.mean)}
         if has_spread:
             columns["low"] = rounded(series.low)
             columns["high"] = rounded(series.high)
             columns["seeds"] = [int(count) for count in series.num_seeds]
         if has_extremes:
-            columns["least"] = rounded(series.least)
-            columns["most"] = rounded(series.most)
-        blocks.append({"constants": {"group": label, "kind": kind}, "columns": columns})
-    return CurveData(blocks, has_spread, has_extremes, rows_per_point)
+            columns["least"] = rounded(series.least, EXTREME_DIGITS)
+            columns["most"] = rounded(series.most, EXTREME_DIGITS)
+        # Metrics of one kind have the same rows, so the same points.
+        name = f"{place} {kind} {most_points}"
+        shared[name] = _position_columns(series, unit)
+        constants = {"group": groups[place].label, "kind": kind}
+        blocks.append({"constants": constants, "columns": columns, "shared": name})
+    return CurveData(blocks, has_spread, has_extremes, rows_per_point, shared)
 
 
 def _position_columns(series: Series, unit: TimeUnit) -> dict[str, list[Any]]:
     columns = {}
     for name, values in series.positions.items():
         if name == "seconds":
-            columns["time"] = rounded(values / unit.seconds, 6)
+            columns["time"] = rounded(values / unit.seconds)
+        elif series.rows_per_point == 1:
+            columns[name] = rounded(values, 9 if name == "iteration" else 6)
         else:
-            columns[name] = rounded(values, 6)
+            columns[name] = rounded(values)
     return columns
 
 
-def final_blocks(groups: list[RunGroup], kinds: list[str]) -> list[Block]:
+def final_blocks(groups: list[RunGroup], kinds: list[str]) -> list[DataBlock]:
     """Return the final losses by group and kind: means with intervals, and single runs."""
     blocks = []
     for kind in kinds:
         for group in groups:
-            found = estimate(last_loss(run, kind) for run in group.runs)
+            found = mean_with_interval(last_loss(run, kind) for run in group.runs)
             if found is None:
                 continue
             constants = {"group": group.label, "kind": kind}
@@ -128,14 +142,14 @@ def final_blocks(groups: list[RunGroup], kinds: list[str]) -> list[Block]:
     return blocks
 
 
-def interval_block(label: str, quantiles: list[float], count: int) -> Block:
+def interval_block(label: str, quantiles: list[float], count: int) -> DataBlock:
     """Return the block of a median with two other quantiles around it, in ascending order."""
     low, middle, high = rounded(quantiles)
     columns = {"mean": [middle], "low": [low], "high": [high], "count": [count]}
     return {"constants": {"group": label}, "columns": columns}
 
 
-def histogram_blocks(groups: list[RunGroup]) -> list[Block]:
+def histogram_blocks(groups: list[RunGroup]) -> list[DataBlock]:
     """Return the last distribution of experts per token of each group, a mean over its runs."""
     blocks = []
     for group in groups:
@@ -153,7 +167,9 @@ def histogram_blocks(groups: list[RunGroup]) -> list[Block]:
     return blocks
 
 
-def histogram_grid(run: ReportRun, constants: dict[str, str], most_cells: int) -> Block | None:
+def histogram_grid(
+    run: ReportRun, constants: dict[str, str], most_cells: int
+) -> DataBlock | None:
     """Return the distribution of experts per token of a run over its training."""
     history = run.experts_per_token
     if history is None:
@@ -170,7 +186,7 @@ def histogram_grid(run: ReportRun, constants: dict[str, str], most_cells: int) -
     }
 
 
-def load_grids(history: LayerHistory, run: str, most_cells: int) -> list[Block]:
+def load_grids(history: LayerHistory, run: str, most_cells: int) -> list[DataBlock]:
     """Return the loads of a run's experts, relative to their mean, one block per layer.
 
     With more layers than fit into `most_cells`, some of them, evenly spaced, are left out.
@@ -220,7 +236,7 @@ def _support(share_N: np.ndarray) -> tuple[int, int]:
     return int(filled[0]), int(filled[-1]) + 1
 
 
-def experts_by_layer_blocks(groups: list[RunGroup]) -> list[Block]:
+def experts_by_layer_blocks(groups: list[RunGroup]) -> list[DataBlock]:
     """Return the last mean of experts per token of each MoE layer: a mean over a group's runs."""
     blocks = []
     for group in groups:

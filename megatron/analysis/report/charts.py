@@ -20,7 +20,7 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4])
 
 
 @dataclass(frozen=True)
-class Axis:
+class CurveAxis:
     """What the y axis of a curve shows."""
 
     title: str
@@ -67,10 +67,12 @@ class CurveColumns:
     """low and high: a band around the mean"""
     extremes: bool = False
     """least and most: a fainter band"""
+    smooth: bool = True
+    """whether the reader can smooth them; evaluations are means over many batches already"""
 
 
-def curves(
-    dataset: str, labels: list[str], axis: Axis, columns: CurveColumns
+def curve_chart(
+    dataset: str, labels: list[str], axis: CurveAxis, columns: CurveColumns
 ) -> dict[str, Any]:
     """Return curves of groups over the training.
 
@@ -78,7 +80,12 @@ def curves(
     point stands for a fainter band.
     """
     alt = altair()
-    x = alt.X("iteration:Q", title="iteration", axis=number_axis("~s", tickCount=5))
+    x = alt.X(
+        "iteration:Q",
+        title="iteration",
+        scale=alt.Scale(zero=True, nice=False),
+        axis=number_axis("~s", tickCount=5),
+    )
     scale = alt.Scale(zero=axis.starts_at_zero)
     y_axis = number_axis(axis.format, tickCount=6)
     colour = group_colour(labels)
@@ -97,16 +104,17 @@ def curves(
     line = base.mark_line(strokeWidth=1.75)
     layers.append(line.encode(y=y("mean"), color=colour, strokeDash=group_dash(labels)))
     # Invisible points, because a line has one tooltip for all of its points.
-    hover = base.mark_point(size=70, filled=True, opacity=0)
+    hover = base.mark_point(size=250, filled=True, opacity=0)
     layers.append(
         hover.encode(y=y("mean"), color=colour, tooltip=_curve_tooltip(axis, columns))
     )
-    smooth = ["mean", *(["low", "high"] if columns.spread else [])]
-    usermeta = {"progress": True, "smooth": smooth, "groups": True}
+    usermeta = {"progress": True, "groups": True}
+    if columns.smooth:
+        usermeta["smooth"] = ["mean", *(["low", "high"] if columns.spread else [])]
     return _finished(alt.layer(*layers, data=alt.NamedData(dataset)), CURVE_HEIGHT, usermeta)
 
 
-def _curve_tooltip(axis: Axis, columns: CurveColumns) -> list[Any]:
+def _curve_tooltip(axis: CurveAxis, columns: CurveColumns) -> list[Any]:
     alt = altair()
     tooltip = [
         alt.Tooltip("group:N", title="run"),
@@ -122,7 +130,7 @@ def _curve_tooltip(axis: Axis, columns: CurveColumns) -> list[Any]:
     return tooltip
 
 
-def load_map(dataset: str, num_experts: int) -> dict[str, Any]:
+def load_map_chart(dataset: str, num_experts: int) -> dict[str, Any]:
     """Return the loads of a layer's experts over the training, relative to a uniform load."""
     alt = altair()
     labels = None if num_experts <= MOST_ROWS_WITH_LABELS else list(range(0, num_experts, 16))
@@ -164,7 +172,7 @@ def load_map(dataset: str, num_experts: int) -> dict[str, Any]:
     return _finished(chart, _rows_height(num_experts), {})
 
 
-def histogram_map(dataset: str, num_counts: int) -> dict[str, Any]:
+def histogram_map_chart(dataset: str, num_counts: int) -> dict[str, Any]:
     """Return the distribution of experts per token over the training."""
     alt = altair()
     chart = (
@@ -191,7 +199,7 @@ def histogram_map(dataset: str, num_counts: int) -> dict[str, Any]:
     return _finished(chart, _rows_height(num_counts), {})
 
 
-def histogram(dataset: str, labels: list[str]) -> dict[str, Any]:
+def histogram_chart(dataset: str, labels: list[str]) -> dict[str, Any]:
     """Return the distribution of experts per token at the end of the training."""
     alt = altair()
     encoding = {
@@ -216,7 +224,7 @@ def histogram(dataset: str, labels: list[str]) -> dict[str, Any]:
     return _finished(line, CURVE_HEIGHT, {"groups": True})
 
 
-def by_layer(dataset: str, labels: list[str], axis: Axis) -> dict[str, Any]:
+def layer_chart(dataset: str, labels: list[str], axis: CurveAxis) -> dict[str, Any]:
     """Return a metric of the MoE layers at the end of the training."""
     alt = altair()
     chart = (
@@ -237,7 +245,9 @@ def by_layer(dataset: str, labels: list[str], axis: Axis) -> dict[str, Any]:
     return _finished(chart, CURVE_HEIGHT, {"groups": True})
 
 
-def intervals(dataset: str, labels: list[str], title: str, interval: str) -> dict[str, Any]:
+def interval_chart(
+    dataset: str, labels: list[str], title: str, interval: str
+) -> dict[str, Any]:
     """Return one mean with its interval per group, and the values of its runs as rings.
 
     Args:

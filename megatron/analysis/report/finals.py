@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedEstimate:
     """Mean of a figure over seeds, with its confidence interval."""
 
     values: tuple[float, ...]
@@ -31,7 +31,7 @@ class Estimate:
         return len(self.values)
 
 
-def estimate(values: Iterable[float]) -> Estimate | None:
+def mean_with_interval(values: Iterable[float]) -> SeedEstimate | None:
     """Return the mean of the finite values and its interval; None: there are none."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -43,12 +43,12 @@ def estimate(values: Iterable[float]) -> Estimate | None:
         deviation = float(np.std(finite, ddof=1))
         quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(finite) - 1)
         half = float(quantile) * deviation / math.sqrt(len(finite))
-    return Estimate(tuple(finite), mean, mean - half, mean + half)
+    return SeedEstimate(tuple(finite), mean, mean - half, mean + half)
 
 
-def final_loss(group: RunGroup, kind: str) -> Estimate | None:
+def final_loss(group: RunGroup, kind: str) -> SeedEstimate | None:
     """Return a group's loss in the last evaluation of a kind; None: no run has a number there."""
-    return estimate(last_loss(run, kind) for run in group.runs)
+    return mean_with_interval(last_loss(run, kind) for run in group.runs)
 
 
 def last_loss(run: ReportRun, kind: str) -> float:
@@ -79,7 +79,7 @@ def kind_title(kind: str) -> str:
     return names.get(kind, kind.removeprefix("eval/"))
 
 
-def median(run: ReportRun, metric: str) -> float:
+def metric_median(run: ReportRun, metric: str) -> float:
     """Return the median of a training metric over a run's rows; NaN without the metric."""
     values_R = run.train.values.get(metric)
     if values_R is None or not np.isfinite(values_R).any():
@@ -87,7 +87,9 @@ def median(run: ReportRun, metric: str) -> float:
     return float(np.nanmedian(values_R))
 
 
-def quantiles(group: RunGroup, metric: str, shares: tuple[float, ...]) -> list[float] | None:
+def metric_quantiles(
+    group: RunGroup, metric: str, shares: tuple[float, ...]
+) -> list[float] | None:
     """Return quantiles of a training metric over all rows of a group; None: no run has it."""
     columns = [run.train.values[metric] for run in group.runs if metric in run.train.values]
     if not columns:

@@ -25,7 +25,7 @@ def _fields_without_effect() -> set[str]:
 
     The seed is one of them here: runs that differ in it are one group.
     """
-    names = {"seed", "data_cache_path", "num_workers"}
+    names = {"seed", "log_interval", "eval_interval", "data_cache_path", "num_workers"}
     for section in (CheckpointConfig, FaultToleranceConfig, LoggingConfig, ProfilingConfig):
         names |= {field.name for field in dataclasses.fields(section)}
     return names - _START_FIELDS
@@ -107,10 +107,17 @@ def _label_of_settings(
     if len({gate_name(other) for other in others}) > 1 or len(runs) > 1:
         parts.append(gate)
     with_gate = [other for other in others if gate_name(other) == gate]
-    for name in sorted({name for other in with_gate for name in other}):
-        if len({json.dumps(other.get(name), default=str) for other in with_gate}) > 1:
-            parts.append(f"{name.rpartition('.')[2]} {_short(flat.get(name))}")
-    return ", ".join(parts) if len(parts) <= 1 + MOST_LABEL_PARTS else ""
+    names = sorted(set().union(*with_gate))
+    differing = [name for name in names if _differs(name, with_gate)]
+    if len(differing) > MOST_LABEL_PARTS:
+        return ""
+    parts += [f"{name.rpartition('.')[2]} {_short(flat.get(name))}" for name in differing]
+    return ", ".join(parts)
+
+
+def _differs(name: str, settings: list[dict[str, Any]]) -> bool:
+    """Whether configurations have several values of a setting."""
+    return len({json.dumps(flat.get(name), default=str) for flat in settings}) > 1
 
 
 def _short(value: Any) -> str:

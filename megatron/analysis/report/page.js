@@ -13,11 +13,12 @@ const page = (() => {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
   function* columnRows(block) {
-    const names = Object.keys(block.columns);
-    const length = names.length ? block.columns[names[0]].length : 0;
+    const columns = { ...source.shared[block.shared], ...block.columns };
+    const names = Object.keys(columns);
+    const length = names.length ? columns[names[0]].length : 0;
     for (let i = 0; i < length; i++) {
       const row = { ...block.constants };
-      for (const name of names) row[name] = block.columns[name][i];
+      for (const name of names) row[name] = columns[name][i];
       yield row;
     }
   }
@@ -129,11 +130,15 @@ const page = (() => {
     return drawings[id];
   }
 
-  // One chart after another, in their order on the page: the first ones show early.
+  // One chart after another, in their order on the page. The browser shows what is there, and reacts
+  // to the reader, between two of them.
   async function drawAll(ids = Object.keys(source.charts)) {
     const turn = (turns[""] = (turns[""] || 0) + 1);
     document.documentElement.dataset.drawn = "no";
-    for (const id of ids) await draw(id);
+    for (const id of ids) {
+      await new Promise((resolve) => setTimeout(resolve));
+      await draw(id);
+    }
     if (turn === turns[""]) document.documentElement.dataset.drawn = "yes";
   }
 
@@ -142,25 +147,24 @@ const page = (() => {
     selections[id] = { ...selections[id], ...constants };
   }
 
-  // Paper is white: draw in light colours before printing. The browser does not wait for promises
-  // here, so this uses Vega itself, which draws before it returns.
+  // Paper is white. The browser does not wait for new drawings before it prints, so page.css
+  // inverts the lightness of charts that were drawn for a dark screen.
+  let isPrinting = false;
   addEventListener("beforeprint", () => {
-    document.documentElement.dataset.theme = "light";
-    for (const id of Object.keys(source.charts)) {
-      const compiled = vegaLite.compile(specification(id), { config: theme() }).spec;
-      const element = document.getElementById(id);
-      element.replaceChildren();
-      new vega.View(vega.parse(compiled), { renderer: "canvas" }).initialize(element).run();
-    }
+    isPrinting = true;
+    if (dark.matches) document.documentElement.dataset.theme = "light";
   });
   addEventListener("afterprint", () => {
+    isPrinting = false;
     delete document.documentElement.dataset.theme;
-    drawAll();
   });
 
-  dark.addEventListener("change", () => drawAll());
+  dark.addEventListener("change", () => {
+    if (!isPrinting) drawAll();
+  });
   return {
     adapt: (change) => changes.push(change), colour, draw, drawAll, rows, select, views,
+    selected: (id) => selections[id] || {},
     charts: source.charts, datasets: source.datasets, settings: source.settings,
   };
 })();

@@ -6,13 +6,16 @@ reader's system is set) and draws them again when these change.
 
 Data sets are lists of blocks, which are smaller than rows. A block of columns,
 `{"constants": {"group": "topk"}, "columns": {"iteration": [10, 20], "mean": [8.2, 7.5]}}`, is one
-row per element of the columns, each with the constants. A block of a grid,
+row per element of the columns, each with the constants. Columns that several blocks have in common
+are stored once in `PageContent.shared`, under the name that the block has as `"shared"`. A block of
+a grid,
 `{"constants": {...}, "along": {COLUMN: [X values]}, "down": {COLUMN: [Y values]},
 "cells": {COLUMN: [X x Y values, the Y values of the first X first]}}`, is one row per cell.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import math
@@ -53,6 +56,8 @@ class PageContent:
     element with this id in the body."""
     datasets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """blocks by the name of the data set, as the module's docstring describes them"""
+    shared: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    """columns of several blocks, by name"""
     settings: dict[str, Any] = field(default_factory=dict)
     """further values for `scripts`: `page.settings`"""
     scripts: tuple[str, ...] = ()
@@ -67,14 +72,14 @@ def render_page(content: PageContent) -> str:
     Raises:
         ValueError: the extra `analysis` is not installed.
     """
-    vl_convert = import_optional("vl_convert", "analysis", "a page with charts")
     data = {
         "charts": content.charts,
         "datasets": content.datasets,
+        "shared": content.shared,
         "settings": content.settings,
     }
     scripts = [
-        vl_convert.javascript_bundle(),
+        _vega_bundle(),
         read_asset("page.js"),
         *content.scripts,
         "page.drawAll();",
@@ -93,6 +98,13 @@ def render_page(content: PageContent) -> str:
         "</body>\n</html>\n",
     ]
     return "\n".join(parts)
+
+
+@functools.cache
+def _vega_bundle() -> str:
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed; making it takes seconds."""
+    vl_convert = import_optional("vl_convert", "analysis", "a page with charts")
+    return vl_convert.javascript_bundle()
 
 
 def chart_figure(chart_id: str, title: str, note: str = "", wide: bool = False) -> str:

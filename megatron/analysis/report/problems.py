@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from megatron.analysis.report.runs import KindRows, ReportRun
-from megatron.analysis.report.words import count
+from megatron.analysis.report.words import count_text
 
 
-def problems(run: ReportRun) -> list[str]:
+def run_problems(run: ReportRun) -> list[str]:
     """Return what is wrong with a run, one sentence each; [] for a run without problems."""
     found = []
     if run.source.state and run.source.state != "finished":
@@ -32,7 +32,7 @@ def _losses_without_number(rows: KindRows, what: str) -> list[str]:
     places = np.flatnonzero(~np.isfinite(loss_R))
     if not len(places):
         return []
-    first = count(float(rows.iteration_R[places[0]]))
+    first = count_text(float(rows.iteration_R[places[0]]))
     return [
         f"The {what} loss is not a number in {len(places)} of {len(loss_R)} rows, first at "
         f"iteration {first}."
@@ -47,7 +47,7 @@ def _early_end(run: ReportRun) -> list[str]:
     # A last interval that is shorter than --log-interval has a row of its own.
     if reached >= planned:
         return []
-    return [f"It ended at iteration {count(reached)} of {count(planned)}."]
+    return [f"It ended at iteration {count_text(reached)} of {count_text(planned)}."]
 
 
 def _skipped(run: ReportRun) -> list[str]:
@@ -62,5 +62,5 @@ def _skipped(run: ReportRun) -> list[str]:
         values_R = run.train.values.get(metric)
         number = 0.0 if values_R is None else float(np.nansum(values_R))
         if number > 0:
-            found.append(f"{count(number)} {words}.")
+            found.append(f"{count_text(number)} {words}.")
     return found

@@ -38,6 +38,32 @@
     ];
   }
 
+  // Bounds of the y axis: one spike, or the first steps, would otherwise flatten all curves.
+  function fitValues(spec, id) {
+    const range = element("range").value;
+    // The highest values of other metrics may be those at the end.
+    if (range === "all" || (range === "low" && !id.endsWith("-loss"))) return;
+    const hidden = hiddenGroups();
+    const values = page
+      .rows(spec.data.name, page.selected(id))
+      .filter((row) => row.mean !== null && !hidden.includes(row.group))
+      .map((row) => row.mean)
+      .sort((a, b) => a - b);
+    if (!values.length) return;
+    const scale =
+      range === "log"
+        ? { type: "log", nice: false }
+        : { zero: false, nice: true, domain: [values[0], values[Math.floor(0.8 * (values.length - 1))]] };
+    const isFlat = range === "low" && scale.domain[0] === scale.domain[1];
+    if (isFlat || (range === "log" && values[0] <= 0)) return;
+    for (const layer of spec.layer) {
+      layer.encoding.y.scale = scale;
+      layer.mark.clip = true;
+      // A logarithmic axis has no room for bands that reach 0.
+      if (range === "log" && layer.encoding.y2) layer.transform = [{ filter: "false" }];
+    }
+  }
+
   // The rows themselves are filtered, so that axes fit what is shown.
   function hide(spec) {
     spec.params = [...(spec.params || []), { name: "hidden", value: hiddenGroups() }];
@@ -63,7 +89,10 @@
 
   page.adapt((spec, id) => {
     const meta = spec.usermeta || {};
-    if (meta.progress) followProgress(spec);
+    if (meta.progress) {
+      followProgress(spec);
+      fitValues(spec, id);
+    }
     if (meta.smooth) smooth(spec);
     if (meta.groups) hide(spec);
     if (id === "load") {
@@ -99,7 +128,10 @@
 
   function showGroups() {
     const hidden = hiddenGroups();
+    const isFitted = element("range").value !== "all";
+    if (isFitted) page.drawAll(chartsWith("progress"));
     for (const id of chartsWith("groups")) {
+      if (isFitted && page.charts[id].usermeta.progress) continue;
       if (page.views[id]) page.views[id].signal("hidden", hidden).runAsync();
     }
   }
@@ -124,6 +156,7 @@
   }
 
   on("axis", () => page.drawAll(chartsWith("progress")));
+  on("range", () => page.drawAll(chartsWith("progress")));
   on("smoothing", () => page.drawAll(chartsWith("progress")));
   if (on("held-out", () => page.drawAll(selectHeldOut()))) selectHeldOut();
   on("load-layer", () => page.drawAll(selectLoad()));

@@ -14,14 +14,14 @@ from typing import Any
 
 import megatron
 from megatron.analysis.report import blocks, charts, tables
-from megatron.analysis.report.charts import Axis, CurveColumns
+from megatron.analysis.report.charts import CurveAxis, CurveColumns
 from megatron.analysis.report.finals import (
     CONFIDENCE,
     constant_value,
     held_out_kinds,
     kind_title,
     main_held_out_kind,
-    quantiles,
+    metric_quantiles,
 )
 from megatron.analysis.report.groups import RunGroup, group_runs
 from megatron.analysis.report.page import (
@@ -31,58 +31,24 @@ from megatron.analysis.report.page import (
     read_asset,
     render_page,
 )
-from megatron.analysis.report.problems import problems
+from megatron.analysis.report.problems import run_problems
 from megatron.analysis.report.runs import TRAIN, ReportRun, read_run
+from megatron.analysis.report.series import points_of_losses, points_of_metrics
+from megatron.analysis.report.shown_metrics import (
+    BALANCE,
+    OPTIMIZATION,
+    MetricCharts,
+    count_metrics,
+    gradient_parts,
+)
 from megatron.analysis.report.sources import RunSource
-from megatron.analysis.report.words import summary
+from megatron.analysis.report.words import summary_statements
 from megatron.io.atomic_write import write_text
 
-LOSS = Axis("loss, nats per token")
+LOSS = CurveAxis("loss, nats per token")
 MOST_HISTORY_COLUMNS = 200
 SMOOTHED_FROM = 60
 """Points of a curve from which on it is smoothed at first"""
-
-BALANCE = {
-    "load_imbalance_max_over_mean": ("Largest load", Axis("load of the busiest expert / mean")),
-    "load_min_over_mean": ("Smallest load", Axis("load of the idlest expert / mean", True)),
-    "load_cv": ("Variation of loads", Axis("coefficient of variation", True)),
-    "max_violation": (
-        "MaxVio over the interval",
-        Axis("MaxVio (largest load / mean − 1)", True),
-    ),
-    "max_violation_batch": ("MaxVio per step", Axis("MaxVio (largest load / mean − 1)", True)),
-    "dead_expert_fraction": ("Dead experts", Axis("share of experts", True, "~%")),
-    "load_entropy": ("Entropy of the load", Axis("entropy, nats")),
-    "router_entropy": ("Entropy of the router", Axis("entropy per token, nats")),
-    "experts_per_token": ("Experts per token", Axis("experts per token")),
-    "dropped_assignment_fraction": (
-        "Dropped assignments",
-        Axis("share of assignments", True, "~%"),
-    ),
-    "zero_computation_fraction": (
-        "Zero-computation experts",
-        Axis("share of assignments", True, "~%"),
-    ),
-    "choice_margin": (
-        "Margin of the choice",
-        Axis("last chosen − first not chosen score", True),
-    ),
-    "near_tie_fraction": ("Near ties", Axis("share of tokens", True, "~%")),
-    "top1_probability": ("Largest probability", Axis("mean of the tokens' largest score")),
-    "rank_rows_max_over_mean": ("Rows per rank", Axis("rows of the busiest rank / mean")),
-    "bias_changed_fraction": (
-        "Choices changed by the bias",
-        Axis("share of assignments", True, "~%"),
-    ),
-    "moe_aux_loss": ("Auxiliary loss", Axis("as added to the loss")),
-}
-OPTIMIZATION = {
-    "grad_norm": ("Gradient norm", Axis("norm before clipping")),
-    "lr": ("Learning rate", Axis("learning rate", True, "~e")),
-    "router_input_rms": ("Input of the router", Axis("root mean square")),
-    "router_input_p99": ("Input of the router, 99th percentile", Axis("absolute value")),
-}
-"""Metrics of training rows by name: title of the chart and its y axis"""
 
 
 @dataclass(frozen=True)
@@ -99,9 +65,12 @@ class _Draft:
 
     groups: list[RunGroup]
     unit: blocks.TimeUnit
+    num_metrics: int
+    """charts of metrics other than losses, at most"""
     body: list[str] = field(default_factory=list)
     charts: dict[str, dict[str, Any]] = field(default_factory=dict)
     datasets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    shared: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     """metrics that no run has"""
@@ -135,10 +104,10 @@ class _Draft:
         )
 
     def curve(
-        self, metric: str, title: str, axis: Axis, kinds: Sequence[str] = (TRAIN,)
+        self, metric: str, title: str, axis: CurveAxis, kinds: Sequence[str] = (TRAIN,)
     ) -> str:
         """Add the curves of a metric, and return their figure; '' if no run has it."""
-        data = blocks.curve_data(self.groups, kinds, metric, self.unit)
+        data = blocks.curve_data(self.groups, kinds, metric, self.unit, self._points(metric))
         if data is None:
             self.missing.append(metric)
             return ""
@@ -148,10 +117,17 @@ class _Draft:
             positions=tuple(self.settings["positions"].items()),
             spread=data.has_spread,
             extremes=data.has_extremes,
+            smooth=list(kinds) == [TRAIN],
         )
-        self.charts[chart_id] = charts.curves(chart_id, self.labels, axis, columns)
+        self.charts[chart_id] = charts.curve_chart(chart_id, self.labels, axis, columns)
         self.datasets[chart_id] = data.blocks
+        self.shared |= data.shared
         return chart_figure(chart_id, title)
+
+    def _points(self, metric: str) -> int:
+        if metric == "loss":
+            return points_of_losses(len(self.groups))
+        return points_of_metrics(len(self.groups), self.num_metrics)
 
 
 def write_report(
@@ -197,12 +173,16 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
         )
     groups = group_runs(shown)
     kinds = held_out_kinds(groups)
-    draft = _Draft(groups, _time_unit(shown))
+    optimization = OPTIMIZATION | gradient_parts(shown)
+    num_metrics = 1 + count_metrics(shown, BALANCE | optimization)  # and the throughput
+    draft = _Draft(groups, _time_unit(shown), num_metrics)
     draft.settings = _settings(shown, draft.unit)
     title = options.title or _title(groups)
-    found = [(run, problems(run)) for run in runs]
+    found = [(run, run_problems(run)) for run in runs]
     found = [(run, sentences) for run, sentences in found if sentences]
-    draft.body.append(tables.summary_list(summary(groups, main_held_out_kind(kinds))))
+    draft.body.append(
+        tables.summary_list(summary_statements(groups, main_held_out_kind(kinds)))
+    )
     if found:
         draft.body.append(
             f'<section class="warning"><h2>{len(found)} of {len(runs)} runs need attention</h2>'
@@ -215,7 +195,8 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
     _experts_section(draft)
     _metric_section(draft, "Routing and balance", _BALANCE_EXPLANATION, BALANCE)
     _speed_section(draft)
-    _metric_section(draft, "Optimization", "Values of the last step of each row.", OPTIMIZATION)
+    explanation = "Values of the last step of each row."
+    _metric_section(draft, "Optimization", explanation, optimization)
     _table_section(draft, kinds)
     _command_section(draft, shown)
     return render_page(
@@ -224,6 +205,7 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
             body=_page_body(title, draft, runs),
             charts=draft.charts,
             datasets=draft.datasets,
+            shared=draft.shared,
             settings=draft.settings,
             scripts=(read_asset("report.js"),),
             styles=(read_asset("report.css"),),
@@ -310,21 +292,25 @@ def _toolbar(draft: _Draft) -> str:
     positions = draft.settings["positions"]
     first = "tokens"
     choices = [(name, title) for name, title in positions.items()]
-    axis = tables.options(choices, first)
+    axis = tables.option_list(choices, first)
     missing = {"flops": "training FLOPs", "time": "training time"}
     for name, title in missing.items():
         if name not in positions:
             axis += f'<option value="{name}" disabled>{title} (not recorded)</option>'
     longest = max((len(run.train) for group in draft.groups for run in group.runs), default=0)
-    smoothing = tables.options(
+    smoothing = tables.option_list(
         [("0", "off"), ("2", "5 points"), ("5", "11 points"), ("12", "25 points")],
         "2" if longest >= SMOOTHED_FROM else "0",
     )
+    ranges = tables.option_list(
+        [("all", "all values"), ("low", "lowest 80% of losses"), ("log", "logarithmic")]
+    )
     return (
         '<div class="toolbar"><div class="controls">'
-        f"{tables.select('axis', 'x axis', axis)}"
-        f"{tables.select('smoothing', 'running mean', smoothing)}</div>"
-        f"{tables.legend(draft.groups)}</div>"
+        f"{tables.select_control('axis', 'x axis', axis)}"
+        f"{tables.select_control('range', 'y axis', ranges)}"
+        f"{tables.select_control('smoothing', 'running mean', smoothing)}</div>"
+        f"{tables.legend_html(draft.groups)}</div>"
     )
 
 
@@ -334,8 +320,8 @@ def _loss_section(draft: _Draft, kinds: list[str]) -> None:
     if kinds:
         figures.append(draft.curve("loss", "Held-out loss", LOSS, kinds))
         choices = [(kind, kind_title(kind)) for kind in kinds]
-        controls = tables.select(
-            "held-out", "held-out set", tables.options(choices, main_held_out_kind(kinds))
+        controls = tables.select_control(
+            "held-out", "held-out set", tables.option_list(choices, main_held_out_kind(kinds))
         )
     explanation = "Cross-entropy per token in nats, without auxiliary losses."
     draft.section("Loss", explanation, figures, controls, is_large=True)
@@ -345,7 +331,7 @@ def _final_section(draft: _Draft, kinds: list[str]) -> None:
     data = blocks.final_blocks(draft.groups, kinds)
     if not data:
         return
-    draft.charts["final-loss"] = charts.intervals(
+    draft.charts["final-loss"] = charts.interval_chart(
         "final-loss", draft.labels, LOSS.title, f"{CONFIDENCE:.0%} interval"
     )
     draft.datasets["final-loss"] = data
@@ -374,15 +360,16 @@ def _load_section(draft: _Draft) -> None:
         }
         data += grids
     draft.settings["experts"] = experts
-    draft.charts["load"] = charts.load_map("load", max(experts["0"].values()))
+    draft.charts["load"] = charts.load_map_chart("load", max(experts["0"].values()))
     draft.datasets["load"] = data
-    runs = tables.options([(str(i), run.name) for i, (run, _) in enumerate(chosen)])
+    runs = tables.option_list([(str(i), run.name) for i, (run, _) in enumerate(chosen)])
     draft.section(
         "Load of the experts over training",
         "Assignments to each routed expert divided by the mean over the layer's experts: 1 is a "
         "uniform load. The colour scale ends at 1/8 and 8; a dead expert has the colour of 1/8.",
         [chart_figure("load", "Load by expert and iteration", wide=True)],
-        tables.select("load-run", "run", runs) + tables.select("load-layer", "MoE layer", ""),
+        tables.select_control("load-run", "run", runs)
+        + tables.select_control("load-layer", "MoE layer", ""),
     )
 
 
@@ -390,13 +377,13 @@ def _experts_section(draft: _Draft) -> None:
     figures = []
     final = blocks.histogram_blocks(draft.groups)
     if final:
-        draft.charts["histogram"] = charts.histogram("histogram", draft.labels)
+        draft.charts["histogram"] = charts.histogram_chart("histogram", draft.labels)
         draft.datasets["histogram"] = final
         figures.append(chart_figure("histogram", "Experts per token in the last row"))
     layers = blocks.experts_by_layer_blocks(draft.groups)
     if layers:
-        axis = Axis("mean experts per token")
-        draft.charts["experts-by-layer"] = charts.by_layer(
+        axis = CurveAxis("mean experts per token")
+        draft.charts["experts-by-layer"] = charts.layer_chart(
             "experts-by-layer", draft.labels, axis
         )
         draft.datasets["experts-by-layer"] = layers
@@ -413,14 +400,14 @@ def _experts_section(draft: _Draft) -> None:
         draft.settings["counts"] = {
             grid["constants"]["run"]: len(grid["down"]["experts"]) for grid in grids
         }
-        draft.charts["histogram-map"] = charts.histogram_map(
+        draft.charts["histogram-map"] = charts.histogram_map_chart(
             "histogram-map", draft.settings["counts"]["0"]
         )
         figures.append(
             chart_figure("histogram-map", "Experts per token over training", wide=True)
         )
-        runs = tables.options([(str(i), run.name) for i, run in enumerate(chosen)])
-        controls = tables.select("histogram-run", "run over training", runs)
+        runs = tables.option_list([(str(i), run.name) for i, run in enumerate(chosen)])
+        controls = tables.select_control("histogram-run", "run over training", runs)
     else:
         draft.missing.append("experts_per_token_histogram")
     draft.section(
@@ -432,9 +419,7 @@ def _experts_section(draft: _Draft) -> None:
     )
 
 
-def _metric_section(
-    draft: _Draft, title: str, explanation: str, metrics: dict[str, tuple[str, Axis]]
-) -> None:
+def _metric_section(draft: _Draft, title: str, explanation: str, metrics: MetricCharts) -> None:
     figures = []
     for metric, (name, axis) in metrics.items():
         value = constant_value(draft.groups, metric)
@@ -446,15 +431,17 @@ def _metric_section(
 
 
 def _speed_section(draft: _Draft) -> None:
-    figures = [draft.curve("tokens_per_s", "Throughput", Axis("tokens per second", True, "~s"))]
+    figures = [
+        draft.curve("tokens_per_s", "Throughput", CurveAxis("tokens per second", True, "~s"))
+    ]
     data = []
     for group in draft.groups:
-        found = quantiles(group, "step_time_ms", (0.1, 0.5, 0.9))
+        found = metric_quantiles(group, "step_time_ms", (0.1, 0.5, 0.9))
         if found:
             rows = sum(len(run.train) for run in group.runs)
             data.append(blocks.interval_block(group.label, found, rows))
     if data:
-        draft.charts["step-time"] = charts.intervals(
+        draft.charts["step-time"] = charts.interval_chart(
             "step-time", draft.labels, "step time, ms", "10th to 90th percentile"
         )
         draft.datasets["step-time"] = data

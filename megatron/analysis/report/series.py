@@ -18,11 +18,16 @@ POSITIONS = ("iteration", "tokens", "flops", "seconds")
 """What curves can be drawn against"""
 
 MOST_POINTS = 400
-"""Points of a curve when there are few: more than the pixels that a phone gives it"""
+"""Points of a loss curve when there are few: more than the pixels that a phone gives it"""
 
 FEWEST_POINTS = 80
-TOTAL_POINTS = 12_000
-"""Points of all groups in one chart; a point of the loss takes about 70 bytes of the page"""
+LOSS_POINTS = 10_000
+"""Points of all groups in one chart of a loss; one takes about 60 bytes of the page"""
+
+MOST_METRIC_POINTS = 200
+FEWEST_METRIC_POINTS = 30
+METRIC_POINTS = 45_000
+"""Points of all groups and all other metrics; one takes about 20 bytes"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Series:
     mean: np.ndarray
     """mean over the seeds, and over the rows of the point"""
     low: np.ndarray
-    """mean minus one standard deviation over seeds; NaN with one seed"""
+    """mean minus one standard deviation over seeds, a mean over rows; NaN with one seed"""
     high: np.ndarray
     least: np.ndarray
     """smallest value of a row of any seed among the rows of the point"""
@@ -53,9 +58,15 @@ class Series:
         return bool(np.isfinite(self.low).any())
 
 
-def points_per_curve(num_groups: int) -> int:
-    """Return how many points a curve may have, so that all groups together stay small."""
-    return int(np.clip(TOTAL_POINTS // max(num_groups, 1), FEWEST_POINTS, MOST_POINTS))
+def points_of_losses(num_groups: int) -> int:
+    """Return how many points a loss curve may have, so that all groups together stay small."""
+    return int(np.clip(LOSS_POINTS // max(num_groups, 1), FEWEST_POINTS, MOST_POINTS))
+
+
+def points_of_metrics(num_groups: int, num_metrics: int) -> int:
+    """Return how many points a curve of another metric may have."""
+    share = METRIC_POINTS // max(num_groups * num_metrics, 1)
+    return int(np.clip(share, FEWEST_METRIC_POINTS, MOST_METRIC_POINTS))
 
 
 def rows_of_kind(run: ReportRun, kind: str) -> KindRows | None:
@@ -70,13 +81,15 @@ def group_series(
 ) -> Series | None:
     """Return a metric of a group; None: no run has it.
 
+    Its positions are those of all rows of the kind, the same for all metrics.
+
     Seeds are joined by iteration: a point is the mean of the seeds that have a row there, and its
     position in tokens, FLOPs and seconds the mean of theirs. Of more rows than points, each point
     stands for equally many consecutive rows: it keeps their mean, minimum and maximum.
     """
     tables = [rows_of_kind(run, kind) for run in group.runs]
-    tables = [table for table in tables if table is not None and metric in table.values]
-    if not tables:
+    tables = [table for table in tables if table is not None]
+    if not any(metric in table.values for table in tables):
         return None
     iteration_I = np.unique(np.concatenate([table.iteration_R for table in tables]))
     place_SR = [np.searchsorted(iteration_I, table.iteration_R) for table in tables]
@@ -87,7 +100,7 @@ def group_series(
             value_SI[s, place_SR[s]] = column_R
         return value_SI
 
-    value_SI = joined(table.values[metric] for table in tables)
+    value_SI = joined(table.values.get(metric, np.full(len(table), np.nan)) for table in tables)
     positions = {}
     for name in POSITIONS:
         columns = [getattr(table, f"{name}_R") for table in tables]
@@ -101,14 +114,14 @@ def _in_points(
 ) -> Series:
     edges = bucket_edges(value_SI.shape[1], most_points)
     starts = edges[:-1]
-    mean_I = mean_of_numbers(value_SI)
-    spread_I = _standard_deviation(value_SI)
+    mean = _means(mean_of_numbers(value_SI), starts)
+    spread = _means(_standard_deviation(value_SI), starts)
     num_seeds_I = np.isfinite(value_SI).sum(axis=0)
     return Series(
         positions={name: _means(value_I, starts) for name, value_I in positions.items()},
-        mean=_means(mean_I, starts),
-        low=_means(mean_I - spread_I, starts),
-        high=_means(mean_I + spread_I, starts),
+        mean=mean,
+        low=mean - spread,
+        high=mean + spread,
         # fmin and fmax ignore NaN where there is a number.
         least=np.fmin.reduceat(np.fmin.reduce(value_SI), starts),
         most=np.fmax.reduceat(np.fmax.reduce(value_SI), starts),

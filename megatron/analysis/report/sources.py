@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 METRICS_FILE = "metrics.jsonl"
 _STUDY_CELLS = "cells"
 _CELL_STATE = "state.json"
+_STUDY_RECORD = "study.json"
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,7 @@ def find_runs(arguments: Iterable[str]) -> list[RunSource]:
     """
     sources: list[RunSource] = []
     for argument in arguments:
-        label = ""
-        path = Path(argument)
-        if not path.exists() and "=" in argument:
-            label, _, rest = argument.partition("=")
-            path = Path(rest)
+        label, path = _label_and_path(argument)
         sources += _runs_below(path, label)
     seen = set()
     for source in sources:
@@ -57,6 +55,18 @@ def find_runs(arguments: Iterable[str]) -> list[RunSource]:
             raise ValueError(f"{source.path} is given twice; name each run once")
         seen.add(place)
     return _with_unique_names(sources)
+
+
+def _label_and_path(argument: str) -> tuple[str, Path]:
+    """Divide LABEL=PATH where a path begins that exists; both may have equals signs."""
+    parts = argument.split("=")
+    if Path(argument).exists() or len(parts) == 1:
+        return "", Path(argument)
+    for place in range(1, len(parts)):
+        path = Path("=".join(parts[place:]))
+        if path.exists():
+            return "=".join(parts[:place]), path
+    return parts[0], Path("=".join(parts[1:]))
 
 
 def _runs_below(path: Path, label: str) -> list[RunSource]:
@@ -84,11 +94,18 @@ def _runs_below(path: Path, label: str) -> list[RunSource]:
 
 
 def _study_cells(study: Path, label: str) -> list[RunSource]:
-    """List the cells of a study that have metrics or a state; without any it is an error."""
+    """List the cells of a study that have started, in the study's order; none is an error."""
     cells = []
     for folder in sorted((study / _STUDY_CELLS).iterdir()):
-        if (folder / METRICS_FILE).is_file() or (folder / _CELL_STATE).is_file():
-            cells.append(_study_cell(folder, label))
+        if not (folder / METRICS_FILE).is_file() and not (folder / _CELL_STATE).is_file():
+            continue
+        cell = _study_cell(folder, label)
+        if cell.state != "planned" or cell.path.is_file():
+            cells.append(cell)
+    order = _read_json(study / _STUDY_RECORD).get("order")
+    if isinstance(order, list):
+        places = {cell_id: place for place, cell_id in enumerate(order)}
+        cells.sort(key=lambda cell: places.get(cell.name, len(places)))
     if not cells:
         raise ValueError(
             f"{study}/{_STUDY_CELLS} has no cell with {METRICS_FILE}; allowed: the output folder "
@@ -98,7 +115,7 @@ def _study_cells(study: Path, label: str) -> list[RunSource]:
 
 
 def _study_cell(folder: Path, label: str) -> RunSource:
-    state = _read_state(folder / _CELL_STATE)
+    state = _read_json(folder / _CELL_STATE)
     run_folder = folder
     if state.get("same_as") and not (folder / METRICS_FILE).exists():
         run_folder = (folder / str(state["same_as"])).resolve()
@@ -117,22 +134,21 @@ def _study_cell(folder: Path, label: str) -> RunSource:
     )
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """Read the state of a cell; {} if there is none that can be read: its metrics may be fine."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if there is none that can be read: the metrics may be fine."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _with_unique_names(sources: list[RunSource]) -> list[RunSource]:
     """Replace names that several runs have by their paths."""
     names = [source.name for source in sources]
-    unique = []
-    for source in sources:
-        is_ambiguous = names.count(source.name) > 1
-        name = str(source.path.parent) if is_ambiguous else source.name
-        values = {**source.__dict__, "name": name}
-        unique.append(RunSource(**values))
-    return unique
+    return [
+        source
+        if names.count(source.name) == 1
+        else dataclasses.replace(source, name=str(source.path.parent))
+        for source in sources
+    ]

@@ -9,17 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.analysis.report.charts import dash_of
-from megatron.analysis.report.finals import kind_title, last_loss, median
+from megatron.analysis.report.finals import kind_title, last_loss, metric_median
 from megatron.analysis.report.groups import RunGroup
 from megatron.analysis.report.page import NUM_SERIES_COLOURS, escape
 from megatron.analysis.report.runs import ReportRun
-from megatron.analysis.report.words import Statement, count, duration, loss, short
+from megatron.analysis.report.words import (
+    Statement,
+    count_text,
+    duration_text,
+    loss_text,
+    si_text,
+)
 
 MOST_LOSS_COLUMNS = 6
 
 
 @dataclass(frozen=True)
-class Column:
+class RunColumn:
     """One column of the table of runs."""
 
     title: str
@@ -36,7 +42,7 @@ def summary_list(statements: list[Statement]) -> str:
     return f'<ul class="summary">{"".join(items)}</ul>'
 
 
-def legend(groups: list[RunGroup]) -> str:
+def legend_html(groups: list[RunGroup]) -> str:
     """Return the legend: one checkbox per group, which shows or hides it in all charts."""
     entries = []
     for place, group in enumerate(groups):
@@ -66,7 +72,7 @@ def run_table(groups: list[RunGroup], kinds: list[str]) -> str:
     """Return the table of all runs; columns that no run fills are left out."""
     runs = [(group, run) for group in groups for run in group.runs]
     columns = _columns(kinds)
-    columns = [column for column in columns if any(column.cell(run) for _, run in runs)]
+    columns = [column for column in columns if _is_filled(column, runs)]
     has_groups = any(group.label != run.name for group, run in runs)
     head = ['<th scope="col" class="text">run</th>']
     if has_groups:
@@ -85,29 +91,39 @@ def run_table(groups: list[RunGroup], kinds: list[str]) -> str:
     )
 
 
-def _columns(kinds: list[str]) -> list[Column]:
+def _is_filled(column: RunColumn, runs: list[tuple[RunGroup, ReportRun]]) -> bool:
+    return any(column.cell(run) for _, run in runs)
+
+
+def _columns(kinds: list[str]) -> list[RunColumn]:
     losses = [
-        Column(
+        RunColumn(
             f"{kind_title(kind)} loss",
-            lambda run, kind=kind: _number(loss, last_loss(run, kind)),
+            lambda run, kind=kind: _number(loss_text, last_loss(run, kind)),
         )
         for kind in ("train", *kinds[:MOST_LOSS_COLUMNS])
     ]
     return [
-        Column("seed", lambda run: "" if run.seed is None else str(run.seed)),
-        Column("parameters", lambda run: _started_number(run, "total_parameters")),
-        Column("active per token", _active),
-        Column("tokens", lambda run: _end(run, "tokens_R", short)),
-        Column("iterations", lambda run: _end(run, "iteration_R", count)),
+        RunColumn("seed", lambda run: "" if run.seed is None else str(run.seed)),
+        RunColumn("parameters", lambda run: _started_number(run, "total_parameters")),
+        RunColumn("active per token", _active),
+        RunColumn("tokens", lambda run: _end(run, "tokens_R", si_text)),
+        RunColumn("iterations", lambda run: _end(run, "iteration_R", count_text)),
         *losses,
-        Column("experts/token", lambda run: _last(run, "experts_per_token")),
-        Column("load max/mean", lambda run: _last(run, "load_imbalance_max_over_mean")),
-        Column("step, ms (median)", lambda run: _number(count, median(run, "step_time_ms"))),
-        Column("tokens/s (median)", lambda run: _number(count, median(run, "tokens_per_s"))),
-        Column("training time", lambda run: _end(run, "seconds_R", duration)),
-        Column("training FLOPs", lambda run: _end(run, "flops_R", short)),
-        Column("ranks", lambda run: str(run.start("world_size") or "")),
-        Column("device", lambda run: str(run.start("device") or "")),
+        RunColumn("experts/token", lambda run: _last(run, "experts_per_token")),
+        RunColumn("load max/mean", lambda run: _last(run, "load_imbalance_max_over_mean")),
+        RunColumn(
+            "step, ms (median)",
+            lambda run: _number(count_text, metric_median(run, "step_time_ms")),
+        ),
+        RunColumn(
+            "tokens/s (median)",
+            lambda run: _number(count_text, metric_median(run, "tokens_per_s")),
+        ),
+        RunColumn("training time", lambda run: _end(run, "seconds_R", duration_text)),
+        RunColumn("training FLOPs", lambda run: _end(run, "flops_R", si_text)),
+        RunColumn("ranks", lambda run: str(run.start("world_size") or "")),
+        RunColumn("device", lambda run: str(run.start("device") or "")),
     ]
 
 
@@ -126,7 +142,7 @@ def _last(run: ReportRun, metric: str) -> str:
 
 def _started_number(run: ReportRun, key: str) -> str:
     value = run.start(key)
-    return short(value) if isinstance(value, int | float) else ""
+    return si_text(value) if isinstance(value, int | float) else ""
 
 
 def _active(run: ReportRun) -> str:
@@ -157,7 +173,7 @@ def command_list(runs: list[ReportRun]) -> str:
 def _when(row: dict[str, Any]) -> str:
     parts = []
     if row.get("iteration"):
-        parts.append(f"resumed after iteration {count(row['iteration'])}")
+        parts.append(f"resumed after iteration {count_text(row['iteration'])}")
     if row.get("started"):
         parts.append(f"started {row['started']}")
     if row.get("version"):
@@ -174,7 +190,7 @@ def problem_list(found: list[tuple[ReportRun, list[str]]]) -> str:
     return f'<ul class="problems">{"".join(items)}</ul>'
 
 
-def options(choices: list[tuple[str, str]], selected: str = "") -> str:
+def option_list(choices: list[tuple[str, str]], selected: str = "") -> str:
     """Return the options of a select element from (value, title)."""
     parts = []
     for value, title in choices:
@@ -183,7 +199,7 @@ def options(choices: list[tuple[str, str]], selected: str = "") -> str:
     return "".join(parts)
 
 
-def select(element_id: str, label: str, choices: str) -> str:
+def select_control(element_id: str, label: str, choices: str) -> str:
     """Return a select element with its label; `choices` is the HTML of its options."""
     return (
         f'<label for="{element_id}"><span>{escape(label)}</span>'

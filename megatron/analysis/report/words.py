@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from megatron.analysis.report.finals import (
     CONFIDENCE,
-    Estimate,
+    SeedEstimate,
     final_loss,
     kind_title,
-    median,
+    metric_median,
 )
 from megatron.analysis.report.groups import RunGroup
 from megatron.analysis.report.runs import ReportRun
@@ -29,7 +29,7 @@ class Statement:
     """what it is, as a sentence without the number"""
 
 
-def short(value: float, digits: int = 3) -> str:
+def si_text(value: float, digits: int = 3) -> str:
     """Write a number with an SI prefix: 819k, 1.2M; a dash for NaN."""
     if not math.isfinite(value):
         return "–"
@@ -39,17 +39,17 @@ def short(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def count(value: float) -> str:
+def count_text(value: float) -> str:
     """Write a number of things: 1,204; a dash for NaN."""
     return f"{value:,.0f}" if math.isfinite(value) else "–"
 
 
-def loss(value: float) -> str:
+def loss_text(value: float) -> str:
     """Write a loss with four decimals; a dash for NaN."""
     return f"{value:.4f}" if math.isfinite(value) else "–"
 
 
-def duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Write a time: 42 s, 5.3 min, 3.1 h, 2.5 days; a dash for NaN."""
     if not math.isfinite(seconds):
         return "–"
@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def summary(groups: list[RunGroup], kind: str) -> list[Statement]:
+def summary_statements(groups: list[RunGroup], kind: str) -> list[Statement]:
     """Return the statements of the summary.
 
     Args:
@@ -83,7 +83,7 @@ def _loss_statements(groups: list[RunGroup], kind: str) -> list[Statement]:
         return [_fallen_loss(groups[0], ranked[0][1], kind)]
     best_label, best = ranked[0]
     first = Statement(
-        loss(best.mean),
+        loss_text(best.mean),
         f"nats per token: the lowest final {title} loss, of {best_label}{_certainty(best)}.",
     )
     if len(ranked) == 1:
@@ -92,31 +92,31 @@ def _loss_statements(groups: list[RunGroup], kind: str) -> list[Statement]:
     last_label, last = ranked[-1]
     text = f"nats per token more for the second, {next_label}{_overlap(best, second)}"
     if len(ranked) > 2:
-        text += f", and {loss(last.mean - best.mean)} more for the last, {last_label}"
-    return [first, Statement(f"+{loss(second.mean - best.mean)}", f"{text}.")]
+        text += f", and {loss_text(last.mean - best.mean)} more for the last, {last_label}"
+    return [first, Statement(f"+{loss_text(second.mean - best.mean)}", f"{text}.")]
 
 
-def _fallen_loss(group: RunGroup, final: Estimate, kind: str) -> Statement:
+def _fallen_loss(group: RunGroup, final: SeedEstimate, kind: str) -> Statement:
     text = f"nats per token: the final {kind_title(kind)} loss{_certainty(final)}"
     firsts = [rows_of_kind(run, kind) for run in group.runs]
     starts = [rows.values["loss"][0] for rows in firsts if rows is not None and len(rows) > 1]
     starts = [start for start in starts if math.isfinite(start)]
     if starts:
-        text += f", after {loss(sum(starts) / len(starts))} in the first row"
-    return Statement(loss(final.mean), f"{text}.")
+        text += f", after {loss_text(sum(starts) / len(starts))} in the first row"
+    return Statement(loss_text(final.mean), f"{text}.")
 
 
-def _certainty(result: Estimate) -> str:
+def _certainty(result: SeedEstimate) -> str:
     if len(result) < 2:
         return " (one run, so no interval)"
     percent = round(100 * CONFIDENCE)
     return (
         f" (mean of {len(result)} runs; {percent}% confidence interval "
-        f"{loss(result.low)} to {loss(result.high)})"
+        f"{loss_text(result.low)} to {loss_text(result.high)})"
     )
 
 
-def _overlap(first: Estimate, second: Estimate) -> str:
+def _overlap(first: SeedEstimate, second: SeedEstimate) -> str:
     """Say whether the intervals of two groups overlap, where both have one."""
     if len(first) < 2 or len(second) < 2:
         return ""
@@ -131,21 +131,21 @@ def _length_statements(runs: list[ReportRun]) -> list[Statement]:
         return []
     tokens = [float(rows.tokens_R[-1]) for rows in trained]
     iterations = [float(rows.iteration_R[-1]) for rows in trained]
-    text = f"training tokens in {_range(iterations, count)} iterations"
+    text = f"training tokens in {_range(iterations, count_text)} iterations"
     seconds = [float(rows.seconds_R[-1]) for rows in trained if rows.seconds_R is not None]
     if seconds:
-        text += f" and {_range(seconds, duration)}"
+        text += f" and {_range(seconds, duration_text)}"
     if len(runs) > 1:
         text += f", in each of {len(trained)} runs"
     if min(tokens) < 0.99 * max(tokens):
         text += ": final losses compare runs of different length, so compare the curves"
-    return [Statement(_range(tokens, short), f"{text}.")]
+    return [Statement(_range(tokens, si_text), f"{text}.")]
 
 
 def _speed_statements(groups: list[RunGroup]) -> list[Statement]:
     speeds = []
     for group in groups:
-        values = [median(run, "tokens_per_s") for run in group.runs]
+        values = [metric_median(run, "tokens_per_s") for run in group.runs]
         values = [value for value in values if math.isfinite(value)]
         if values:
             speeds.append((sum(values) / len(values), group))
@@ -156,8 +156,10 @@ def _speed_statements(groups: list[RunGroup]) -> list[Statement]:
     text = f"tokens per second (median){_machine(group.runs[0])}"
     if len(speeds) > 1:
         slowest, slow_group = speeds[-1]
-        text += f" with {group.label}, the fastest; {count(slowest)} with {slow_group.label}"
-    return [Statement(count(fastest), f"{text}.")]
+        text += (
+            f" with {group.label}, the fastest; {count_text(slowest)} with {slow_group.label}"
+        )
+    return [Statement(count_text(fastest), f"{text}.")]
 
 
 def _machine(run: ReportRun) -> str:

@@ -1,0 +1,240 @@
+"""Reports: the data of their charts equal the rows of the runs; missing metrics; size; the tool."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.programs import one_line_error, run
+from helpers.report_runs import SEQUENCE, eval_row, rows_of_run, start_row, train_row, write_run
+from megatron.analysis.report.history import LayerHistory
+from megatron.analysis.report.report import ReportOptions, report_html, write_report
+from megatron.analysis.report.runs import KindRows, ReportRun, read_run
+from megatron.analysis.report.sources import RunSource, find_runs
+
+REPO = Path(__file__).resolve().parents[3]
+ROUNDED = 5e-5
+"""Largest relative error of five significant digits"""
+
+
+def data_of(page):
+    """Parse the data that a page embeds."""
+    (text,) = re.findall(r'<script type="application/json" id="page-data">(.*?)</script>', page)
+    data = json.loads(text)
+    for blocks in data["datasets"].values():
+        for block in blocks:
+            if "shared" in block:
+                block["columns"] |= data["shared"][block["shared"]]
+    return data
+
+
+def report_of(tmp_path, *rows_of_runs):
+    """Write runs, and return the HTML of their report."""
+    folders = [write_run(tmp_path / f"run{i}", rows) for i, rows in enumerate(rows_of_runs)]
+    runs = [read_run(source, 200) for source in find_runs(map(str, folders))]
+    return report_html(runs, ReportOptions())
+
+
+def test_curves_of_one_run_equal_its_rows(tmp_path):
+    rows = rows_of_run(3)
+    data = data_of(report_of(tmp_path, rows))
+    train = [row for row in rows if row["kind"] == "train"]
+    (block,) = data["datasets"]["curve-loss"]
+    assert block["constants"] == {"group": "run0", "kind": "train"}
+    columns = block["columns"]
+    np.testing.assert_allclose(columns["mean"], [row["loss"] for row in train], rtol=ROUNDED)
+    assert columns["iteration"] == [row["iteration"] for row in train]
+    assert columns["tokens"] == [row["consumed_tokens"] for row in train]
+    np.testing.assert_allclose(
+        columns["flops"], [6e7 * row["consumed_tokens"] for row in train], rtol=ROUNDED
+    )
+    minutes = np.cumsum([row["step_time_ms"] * 10 for row in train]) / 60_000
+    np.testing.assert_allclose(columns["time"], minutes, rtol=ROUNDED)
+    assert data["settings"]["positions"]["time"] == "training time, minutes"
+    for metric in ("load_cv", "max_violation", "router_entropy", "grad_norm", "tokens_per_s"):
+        (block,) = data["datasets"][f"curve-{metric}"]
+        expected = [row[metric] for row in train]
+        np.testing.assert_allclose(block["columns"]["mean"], expected, rtol=ROUNDED)
+
+
+def test_held_out_curves_have_every_set(tmp_path):
+    rows = rows_of_run(3)
+    data = data_of(report_of(tmp_path, rows))
+    blocks = data["datasets"]["held-out-loss"]
+    assert [block["constants"]["kind"] for block in blocks] == ["eval", "eval/code", "test"]
+    for block in blocks:
+        expected = [row for row in rows if row["kind"] == block["constants"]["kind"]]
+        np.testing.assert_allclose(
+            block["columns"]["mean"], [row["loss"] for row in expected], rtol=ROUNDED
+        )
+        assert block["columns"]["tokens"] == [row["iteration"] * SEQUENCE for row in expected]
+
+
+def test_seeds_are_one_group_with_a_band(tmp_path):
+    many = [rows_of_run(seed) for seed in (1, 2, 3)]
+    data = data_of(report_of(tmp_path, *many))
+    (block,) = data["datasets"]["curve-loss"]
+    assert block["constants"]["group"] == "topk"
+    losses = np.array([[r["loss"] for r in rows if r["kind"] == "train"] for rows in many])
+    columns = block["columns"]
+    np.testing.assert_allclose(columns["mean"], losses.mean(axis=0), rtol=ROUNDED)
+    spread = losses.std(axis=0, ddof=1)
+    np.testing.assert_allclose(columns["high"], losses.mean(axis=0) + spread, rtol=ROUNDED)
+    np.testing.assert_allclose(columns["least"], losses.min(axis=0), rtol=10 * ROUNDED)
+    assert columns["seeds"] == [3] * 20
+    final = [b for b in data["datasets"]["final-loss"] if b["constants"]["kind"] == "test"]
+    tests = [rows[-1]["loss"] for rows in many]
+    assert final[0]["columns"]["mean"] == pytest.approx([np.mean(tests)], rel=ROUNDED)
+    assert final[1]["columns"] == {
+        "value": pytest.approx(tests, rel=ROUNDED),
+        "seed": [1, 2, 3],
+    }
+
+
+def test_maps_and_histograms_equal_the_rows(tmp_path):
+    rows = rows_of_run(3)
+    data = data_of(report_of(tmp_path, rows))
+    train = [row for row in rows if row["kind"] == "train"]
+    for layer, grid in enumerate(data["datasets"]["load"]):
+        assert grid["constants"] == {"run": "0", "layer": str(layer)}
+        expected = 4 * np.array([row["load_by_expert"][layer] for row in train])
+        found = np.reshape(grid["cells"]["load"], (20, 4))
+        np.testing.assert_allclose(found, expected, rtol=5e-3)
+        assert grid["along"]["end"] == [row["iteration"] for row in train]
+    (histogram,) = data["datasets"]["histogram"]
+    assert histogram["columns"] == {"experts": [1, 2, 3, 4], "share": [0.3, 0.4, 0.2, 0.1]}
+    (by_layer,) = data["datasets"]["experts-by-layer"]
+    assert by_layer["columns"]["value"] == pytest.approx(
+        train[-1]["experts_per_token_by_layer"], rel=1e-4
+    )
+    (over_time,) = data["datasets"]["histogram-map"]
+    assert over_time["down"] == {"experts": [1, 2, 3, 4]}
+    assert over_time["cells"]["share"][:4] == [0.3, 0.4, 0.2, 0.1]
+
+
+def test_every_chart_has_its_place_and_data(tmp_path):
+    page = report_of(tmp_path, rows_of_run(1), rows_of_run(1, "remoe"))
+    data = data_of(page)
+    places = re.findall(r'class="plot" id="([^"]+)"', page)
+    assert sorted(places) == sorted(data["charts"]) and len(set(places)) == len(places)
+    for spec in data["charts"].values():
+        assert spec["data"]["name"] in data["datasets"]
+        assert spec["width"] == "container" and "config" not in spec
+
+
+def test_old_metrics_leave_sections_out(tmp_path):
+    """Runs of version 0.1.0 have other names, no loads, no FLOPs and no row of kind run."""
+    path = REPO / "tests/checkpoint/versions/1/metrics.jsonl"
+    (tmp_path / "old").mkdir()
+    shutil.copy(path, tmp_path / "old")
+    write_report(find_runs([str(tmp_path / "old")]), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "curve-loss" in data_of(page)["charts"]
+    assert "flops" not in data_of(page)["settings"]["positions"]
+    assert '<option value="flops" disabled>training FLOPs (not recorded)</option>' in page
+    assert "<h2>Load of the experts" not in page and "<h2>Commands" not in page
+    left_out = re.search(r"Left out, because no run has recorded it: ([^<]*)\.<", page)[1]
+    assert {"load_by_expert", "load_cv", "router_entropy"} <= set(left_out.split(", "))
+
+
+def test_nan_losses_are_gaps_and_problems(tmp_path):
+    rows = rows_of_run(1)
+    rows[3]["loss"] = float("nan")
+    page = report_of(tmp_path, rows)
+    (block,) = data_of(page)["datasets"]["curve-loss"]
+    places = [row["iteration"] for row in rows if row["kind"] == "train"]
+    assert block["columns"]["mean"][places.index(rows[3]["iteration"])] is None
+    assert block["columns"]["mean"].count(None) == 1
+    assert "1 of 1 runs need attention" in page
+    assert "The training loss is not a number in 1 of 20 rows" in page
+
+
+def test_runs_without_rows_are_listed(tmp_path):
+    page = report_of(tmp_path, rows_of_run(1), [])
+    assert "1 of 2 runs need attention" in page
+    assert "<b>run1</b>: Its metrics file has no training row and no evaluation." in page
+    assert len(data_of(page)["datasets"]["curve-loss"]) == 1
+
+
+def test_report_without_any_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run has a training row or an evaluation"):
+        report_of(tmp_path, [start_row(1)], [])
+
+
+def test_run_with_evaluations_only_has_a_report(tmp_path):
+    data = data_of(report_of(tmp_path, [eval_row(0, random.Random(1), "test")]))
+    assert "curve-loss" not in data["charts"] and "held-out-loss" in data["charts"]
+
+
+def test_constant_metrics_have_no_chart(tmp_path):
+    page = report_of(tmp_path, rows_of_run(1))
+    assert "dropped_assignment_fraction (0)" in page
+    assert "curve-dropped_assignment_fraction" not in data_of(page)["charts"]
+
+
+def test_table_and_commands_are_exact(tmp_path):
+    page = report_of(tmp_path, rows_of_run(7))
+    assert "<td>12.3M</td><td>4M to 6M</td><td>819k</td><td>200</td>" in page
+    final = [row for row in rows_of_run(7) if row["kind"] == "test"][-1]["loss"]
+    assert f"<td>{final:.4f}</td>" in page
+    command = "pretrain_gpt.py --gate topk --seed 7 --data &#x27;a b&#x27;&quot;&#x27;&quot;"
+    assert f'<pre id="command-0" tabindex="0">{command}' in page
+
+
+def test_names_are_escaped(tmp_path):
+    folder = write_run(tmp_path / "<img src=x onerror=alert(1)>", rows_of_run(1))
+    write_report(find_runs([str(folder)]), tmp_path / "r.html")
+    assert "<img src=x onerror" not in (tmp_path / "r.html").read_text()
+
+
+def large_run(number, rows, loads):
+    path = Path(f"run{number}/metrics.jsonl")
+    source = RunSource(path, f"run{number}", f"gate {number}")
+    config = {"moe": {"gate": "topk", "num_experts": 8}, "train": {"seed": number}}
+    start = {**start_row(number), "config": config}
+    return ReportRun(source, rows, {"eval": rows}, (start,), config, loads)
+
+
+def test_hundred_long_runs_fit_in_five_megabytes():
+    """60,000 iterations each, logged every 10, with the loads of 12 layers of 64 experts."""
+    rng = np.random.default_rng(0)
+    iteration_R = 10 * np.arange(1.0, 6_001)
+    names = ["loss", "load_imbalance_max_over_mean", "load_cv", "max_violation", "lr"]
+    names += ["load_entropy", "router_entropy", "experts_per_token", "choice_margin"]
+    names += ["grad_norm", "tokens_per_s", "step_time_ms", "router_input_rms"]
+    values = {name: rng.random(6_000) for name in names}
+    values["loss"][777] = 1e4
+    rows = KindRows("train", iteration_R, 4096 * iteration_R, 1e9 * iteration_R, None, values)
+    starts = np.arange(200.0)
+    loads = LayerHistory(starts, starts + 1, {i: rng.random((200, 64)) for i in range(12)})
+    page = report_html([large_run(i, rows, loads) for i in range(100)], ReportOptions())
+    assert len(page.encode()) < 5_000_000
+    data = data_of(page)
+    blocks = data["datasets"]["curve-loss"]
+    assert len(blocks) == 100
+    assert all(max(block["columns"]["most"]) == 1e4 for block in blocks)
+    assert "stands for up to" in page
+
+
+def test_tool_writes_into_the_run(tmp_path):
+    folder = write_run(
+        tmp_path / "demo", [*rows_of_run(1)[:4], train_row(60, random.Random(0))]
+    )
+    done = run("tools/report.py", "demo", cwd=tmp_path)
+    assert re.fullmatch(r"1 run -> demo/report.html \([\d.]+ MB\)\n", done.stdout)
+    assert (folder / "report.html").stat().st_size > 500_000
+    done = run("tools/report.py", "A=demo", "none", cwd=tmp_path, code=2)
+    assert "none', which does not exist" in done.stderr + done.stdout
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_tool_refuses_a_folder_as_output(tmp_path):
+    write_run(tmp_path / "demo", rows_of_run(1))
+    done = run("tools/report.py", "demo", "--output", "demo", cwd=tmp_path, code=2)
+    assert "--output is 'demo', a folder" in one_line_error(done)
