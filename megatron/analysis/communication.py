@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -68,6 +68,10 @@ class Transfer:
 class CommunicationEstimate:
     """What a rank communicates in a training step after the first."""
 
+    name: ClassVar[str] = "communication"
+    """key in a JSON file"""
+    chart_title: ClassVar[str] = "Bytes that a rank sends in a step"
+
     transfers: tuple[Transfer, ...]
     experts_per_token: float
 
@@ -80,6 +84,10 @@ class CommunicationEstimate:
     def sent(self) -> int:
         """Bytes that leave a rank."""
         return sum(t.sent for t in self.transfers)
+
+    def chart_rows(self) -> list[tuple[str, str, float]]:
+        """Return (purpose, collective, bytes sent) of each transfer."""
+        return [(t.purpose, t.collective, float(t.sent)) for t in self.transfers]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

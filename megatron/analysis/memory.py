@@ -9,7 +9,7 @@ peak is that of the phase that needs most.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron.analysis.activation_trace import ActivationPeaks, trace_activations
 from megatron.analysis.moe_activations import (
@@ -46,6 +46,10 @@ _FRAGMENTATION = 0.05
 class MemoryEstimate:
     """Bytes that a rank needs in a training step after the first."""
 
+    name: ClassVar[str] = "memory"
+    """key in a JSON file"""
+    chart_title: ClassVar[str] = "Memory of a rank at the peak in bytes"
+
     phases: dict[str, dict[str, int]]
     """by phase of a step, the bytes of each part that exists in it"""
     dispatch: int
@@ -67,6 +71,12 @@ class MemoryEstimate:
         """Bytes of all tensors in that phase, without the allowance."""
         return sum(self.phases[self.peak_phase].values())
 
+    def chart_rows(self) -> list[tuple[str, str, float]]:
+        """Return (part, series, bytes) of each part at the peak."""
+        parts = self.phases[self.peak_phase]
+        rows = [(part, "tensors", float(number)) for part, number in parts.items()]
+        return [*rows, ("allowance", "not measured", float(self.allowance))]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; all numbers are bytes."""
         return {
@@ -87,7 +97,9 @@ class MemoryEstimate:
             lines.append(f"  {part:<30}{format_bytes(number):>12}")
         lines.append(f"  {'allowance for the rest':<30}{format_bytes(self.allowance):>12}")
         if self.dispatch:
-            lines.append(f"  of the activations, dispatch buffers: {format_bytes(self.dispatch)}")
+            lines.append(
+                f"  of the activations, dispatch buffers: {format_bytes(self.dispatch)}"
+            )
         if self.on_host:
             lines.append(f"  in the host's memory: {format_bytes(self.on_host)}")
         lines.append("largest sum of each phase of a step")
@@ -329,7 +341,7 @@ class _Plan:
         states["fp32 gradients"] = _FP32 * self.parameters.elements()
         gradients = {"gradients": self.activations.gradients}
         phases = self._passes(states, gradients, {})
-        groups = {is_expert: 0 for is_expert in (False, True)}
+        groups = dict.fromkeys((False, True), 0)
         for group in self.parameters.groups:
             groups[group.is_expert] += 1
         copied = [self.parameters.elements(e) for e, number in groups.items() if number > 1]
@@ -363,7 +375,8 @@ class _Plan:
             partition = _FP32 * self.parameters.shard
             temporary = self.flat
         sums = {"gradient sums": partition}
-        held = sums if self.accumulates or not self.is_fp32 else {}
+        # The first micro-batch has none until its gradients are reduced.
+        held = sums if self.accumulates or self.reduces_during_backward else {}
         bucket = {"gradient bucket": self.bucket}
         backward = {**states, **held, **bucket, "activations": a.backward}
         if self.reduces_during_backward:
@@ -438,4 +451,3 @@ class _Plan:
                 kept += size
             distance += 2 * sum(numel for numel, _, _ in block)
         return max(kept, largest), fetched
-

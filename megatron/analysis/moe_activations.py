@@ -175,18 +175,20 @@ def peer_layer_activations(sizes: LayerSizes, gate: GateActivations) -> LayerAct
     pairs = s.assignments * s.width
     tables = 2 if is_gated(s.activation) else 1
     # Pairs in two orders, each with a row and a token or a position.
-    plan = pairs * 4 * _INDEX_BYTES + s.tokens * _INDEX_BYTES
-    kept = plan + pairs * _WEIGHT_BYTES * (tables + 2)
+    pair_lists = pairs * 4 * _INDEX_BYTES + s.tokens * _INDEX_BYTES
+    kept = pair_lists + pairs * _WEIGHT_BYTES * (tables + 2)
     forward = pairs * 2 * _INDEX_BYTES
     backward = pairs * _WEIGHT_BYTES * 3
-    dispatch = plan
+    plan = 0
+    dispatch = pair_lists
     if s.ep_size > 1:
         # Every rank has the tokens of all, and its part of their outputs.
         tokens = s.tokens * s.ep_size * s.row_size * s.itemsize
-        kept += tokens
+        plan = s.assignments * 3 * _INDEX_BYTES
+        kept += tokens + plan
         forward += 2 * tokens
         backward += 2 * tokens
-        dispatch += 2 * tokens
+        dispatch += 2 * tokens + plan
     return _with_gate(s, gate, kept, plan, forward, backward, dispatch)
 
 

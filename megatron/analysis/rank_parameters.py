@@ -143,9 +143,7 @@ class ZeroOptions:
     offload_param: bool
 
 
-def zero_options(
-    config: RunConfig, world_size: int, parameters: RankParameters
-) -> ZeroOptions:
+def zero_options(config: RunConfig, world_size: int, parameters: RankParameters) -> ZeroOptions:
     """Return the options that the flags and --deepspeed-config set, and DeepSpeed's defaults.
 
     Raises:

@@ -1,0 +1,138 @@
+"""A training step against its expected time (`megatron.analysis.step_time`), on gloo ranks.
+
+The ceilings are measured on the same ranks just before the steps. The expectation is a lower
+bound: a ratio of 2 says that half of the step is not explained by matrix products, memory traffic
+and communication at their ceilings. Steps are those of `Engine.step`, without data loading.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import report
+
+if TYPE_CHECKING:
+    from megatron.config.schema import RunConfig
+    from megatron.parallel.groups import Groups
+
+RANKS = 2
+VOCAB = 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model with topk experts, or with dense layers."""
+
+    gate: str
+    layers: int
+    hidden: int
+    length: int
+    experts: int = 8
+    topk: int = 2
+
+    def __str__(self) -> str:
+        kind = self.gate or "dense"
+        return f"{kind}, L {self.layers}, D {self.hidden}, S {self.length}"
+
+
+SHAPES = (
+    Shape("", 4, 256, 256),
+    Shape("topk", 4, 256, 256),
+    Shape("topk", 4, 512, 256),
+)
+QUICK = (Shape("", 2, 128, 128), Shape("topk", 2, 128, 128))
+
+
+def configuration(shape: Shape) -> RunConfig:
+    """Return a run of a shape: bf16, ZeRO 1, experts sharded over the ranks."""
+    from megatron.config.schema import (
+        ModelConfig,
+        MoEConfig,
+        OptimizerConfig,
+        RunConfig,
+        TrainConfig,
+    )
+
+    model = ModelConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=4,
+        seq_length=shape.length,
+        vocab_size=VOCAB,
+        activation="swiglu",
+    )
+    moe = MoEConfig()
+    options = {}
+    if shape.gate:
+        moe = MoEConfig(
+            num_experts=shape.experts,
+            gate=shape.gate,
+            moe_ffn_hidden_size=2 * shape.hidden,
+            moe_expert_parallel_size=RANKS,
+        )
+        options = {shape.gate: {"topk": shape.topk}}
+    return RunConfig(
+        model,
+        moe,
+        optimizer=OptimizerConfig(bf16=True),
+        train=TrainConfig(micro_batch_size=2, global_batch_size=4 * RANKS),
+        gate_options=options,
+    )
+
+
+def measure(groups: Groups, shape: Shape, rounds: int) -> tuple[list[float], str, float]:
+    """Return the seconds of steps, the expectation's text and its seconds; all ranks call it."""
+    import torch
+
+    from megatron.analysis.ceilings import measure_ceilings
+    from megatron.analysis.rank_parameters import Topology
+    from megatron.analysis.step_time import memory_sections
+    from megatron.data.loader import Batch
+    from megatron.engine.engine import Engine
+    from megatron.model.builder import build_run_config_model
+    from megatron.training.task import NextTokenLoss
+
+    config = configuration(shape)
+    ceilings = measure_ceilings(config, groups)
+    topology = Topology(groups.world_size, groups.device.type)
+    experts = float(shape.topk) if shape.gate else 0.0
+    expected = memory_sections(config, VOCAB, topology, experts, ceilings=ceilings)[-1]
+    model = build_run_config_model(config, VOCAB, groups)
+    engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
+    generator = torch.Generator().manual_seed(groups.rank)
+    batches = []
+    for _ in range(2):
+        ids = torch.randint(0, VOCAB, (2, shape.length + 1), generator=generator)
+        mask = torch.ones(2, shape.length)
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, None, None))
+    seconds = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        engine.step(batches, NextTokenLoss(), 0.0, 0.0)
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:], expected.text(), expected.total_s
+
+
+def main() -> int:
+    """Compare steps with their expected time."""
+    args = report.parser(__doc__).parse_args()
+    rows = []
+    for shape in QUICK if args.quick else SHAPES:
+        seconds, text, expected = report.on_ranks(
+            RANKS, measure, shape, 4 if args.quick else 15
+        )
+        print(f"{shape}: {statistics.median(seconds):.4g} s measured\n{text}\n")
+        ratios = [second / expected for second in seconds]
+        rows.append(report.row(f"step, {shape}", "its expected time", ratios))
+    return report.finish(rows, args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
