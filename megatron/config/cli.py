@@ -21,7 +21,12 @@ from typing import Any, TypeVar
 
 from megatron import __version__
 from megatron.config.checkpoint import LOAD_OPTIONS
-from megatron.config.effect import require_effect, unmet_need, values_by_name
+from megatron.config.effect import (
+    require_effect,
+    reset_without_effect,
+    unmet_need,
+    values_by_name,
+)
 from megatron.config.expert_choice import (
     NO_EXPERT_TYPES,
     ExpertChoice,
@@ -261,6 +266,8 @@ def to_flags(
     Raises:
         ValueError: an element of a list starts with "--", which only run.json can express.
     """
+    # An option may need one that itself has no effect: shared experts need experts.
+    config = reset_without_effect(config)
     sections = {section: getattr(config, section) for section in SECTIONS}
     gate = choose_gates(config.moe.gate, {}, "", gate_config, tuple)
     for name, cls in gate.classes.items():

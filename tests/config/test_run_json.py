@@ -14,7 +14,7 @@ from megatron.config.effect import reset_without_effect
 from megatron.config.flags import flags_of
 from megatron.config.format_version import with_version
 from megatron.config.run_json import config_from_dict, read_run_json, write_run_json
-from megatron.config.schema import RUN_JSON_LAYOUT, SECTIONS, RunConfig
+from megatron.config.schema import RUN_JSON_LAYOUT, SECTIONS, MoEConfig, RunConfig
 from megatron.io import atomic_write
 
 
@@ -443,6 +443,14 @@ def values(flag):
         value.filter(lambda v: v not in ("none", ("none",))) | st.none()
         if flag.type.is_optional
         else value
+    )
+
+
+def test_option_that_needs_an_ineffective_one_is_left_out():
+    """Shared experts need experts; the width of shared experts needs shared experts."""
+    moe = MoEConfig(moe_shared_experts=1, moe_shared_expert_intermediate_size=8)
+    assert parse(*cli.to_flags(RunConfig(moe=moe), gate_config)) == RunConfig(
+        gate_options={"topk": dataclasses.asdict(TopK())}
     )
 
 
