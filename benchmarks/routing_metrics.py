@@ -9,8 +9,9 @@ turn, one of each kind:
 An ordinary step keeps the loads of the step, which it has counted anyway. A logged step
 also measures the details of its routings and the gradient norms of the parts, and reduces
 everything over the ranks. The bar is for the mean step of an interval: nine ordinary steps
-and a logged one. The console and files are left out. The same ratio of rank 0's CPU time
-varies less on a machine that is shared with other work.
+and a logged one. The console and files are left out. On a machine that is shared with other
+work these times vary by more than the bar. So what a logged step does in addition is also
+measured alone, in CPU time of rank 0: an interval's ratio is then 1 + cost / (10 steps).
 
 Learning rates are 0, so that the routing stays the same.
 
@@ -18,7 +19,7 @@ What it should cost, per MoE layer and micro-batch of a logged step, with T toke
 choices, A assignments and D hidden: two passes over [T, D] (norms of rows), about four over
 [T, C] (entropies) and three more (a copy without the selected scores, and its maxima), a few
 over [A] and [T], and a histogram of 16,384 values. Per logged step one pass over this rank's
-gradients. Below the ratios is what the first of these takes alone.
+gradients.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,8 +54,8 @@ class Measured:
     """each kind of step, by round"""
     cpu: dict[str, list[float]]
     """the same in CPU time of this rank's process"""
-    details: float
-    """the details of all layers of one step"""
+    alone: dict[str, list[float]]
+    """CPU time of what a logged step does in addition, by part and repetition"""
 
 
 def measure(groups, rounds: int) -> Measured:
@@ -98,27 +100,51 @@ def measure(groups, rounds: int) -> Measured:
     steps = {name: partial(timed_step, name) for name in kinds}
     wall = report.interleave(steps, rounds, warmup=1)
     cpu = {name: values[-rounds:] for name, values in cpu.items()}
-    return Measured(wall, cpu, details_seconds(engines[True], batch, step))
+    return Measured(wall, cpu, costs_alone(engines, batch, rounds))
 
 
-def details_seconds(engine, batch, step) -> float:
-    """Return the median seconds of the details of all layers in one step."""
+def costs_alone(engines: dict, batch, rounds: int) -> dict[str, list[float]]:
+    """Measure the parts of a logged step that ordinary steps do not have, on their own."""
     from megatron.moe.layer_counters import add_counts
     from megatron.moe.routing_details import detail_counts
+    from megatron.training.task import NextTokenLoss
 
+    engine = engines[True]
     routings = []
-    for layer in engine.metrics.layers:
-        layer.routing_observer = lambda *seen, layer=layer: routings.append((layer, *seen))
-    step(True, False)
-    for layer in engine.metrics.layers:
-        layer.routing_observer = None
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
+    costs: dict[str, list[float]] = {"details": [], "gradient norms": [], "reading": []}
+
+    def timed(part: str, function: Callable[[], object]) -> None:
+        start = time.process_time()
+        function()
+        costs[part].append(time.process_time() - start)
+
+    def measure_details() -> None:
         for layer, inp, routing, _plan in routings:
             add_counts({}, detail_counts(layer.gate, inp, routing))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+
+    def measure_norms(optimizer, args, kw) -> None:
+        # ZeRO calls the optimizer once per group: their sum is the cost of a step.
+        timed(
+            "gradient norms",
+            lambda: engine._part_grad_norms._before_optimizer(optimizer, args, kw),
+        )
+
+    def read() -> None:
+        engine.part_grad_norms()
+        engine.metrics.read()
+
+    for layer in engine.metrics.layers:
+        layer.routing_observer = lambda *seen, layer=layer: routings.append((layer, *seen))
+    hook = engine._optimizer.register_step_pre_hook(measure_norms)
+    for _ in range(rounds):
+        routings.clear()
+        calls = len(costs["gradient norms"])
+        engine.step([batch], NextTokenLoss(), 0.0, 0.0, True)
+        costs["gradient norms"][calls:] = [sum(costs["gradient norms"][calls:])]
+        timed("details", measure_details)
+        timed("reading", read)
+    hook.remove()
+    return costs
 
 
 def interval_ratios(seconds: dict[str, list[float]]) -> list[float]:
@@ -141,10 +167,20 @@ def main() -> int:
             f"{name:24s} {1000 * statistics.median(values):8.1f} ms per step, "
             f"{1000 * cpu:8.1f} ms of CPU time"
         )
-    print(f"{'details of all layers':24s} {1000 * measured.details:8.1f} ms per logged step\n")
+    for part, values in measured.alone.items():
+        print(
+            f"{part:24s} {1000 * statistics.median(values):8.1f} ms of CPU time per logged step"
+        )
+    print()
     interval = f"interval of {INTERVAL} steps"
     rows = [report.row(interval, OFF, interval_ratios(measured.wall), BAR)]
     rows.append(report.row(f"{interval}, CPU time", OFF, interval_ratios(measured.cpu)))
+    costs = [sum(parts) for parts in zip(*measured.alone.values(), strict=True)]
+    ratios = [
+        1 + cost / (INTERVAL * step)
+        for cost, step in zip(costs, measured.cpu[OFF], strict=True)
+    ]
+    rows.append(report.row(f"{interval}, from costs alone", OFF, ratios, BAR))
     for name, baseline in ((ON, OFF), (ON_LOGGED, OFF_LOGGED)):
         cpu = {baseline: measured.cpu[baseline], f"{name}, CPU time": measured.cpu[name]}
         rows += report.compare(cpu, baseline)
