@@ -127,7 +127,8 @@ class WandbWriter:
         Raises:
             OSError: W&B's process has ended, or what it has cannot be remembered.
         """
-        kind, iteration = row["kind"], row["iteration"]
+        kind = row["kind"]
+        iteration = row["iteration"]
         if kind == RUN_KIND:
             self._describe_run(row)
             return
