@@ -204,6 +204,15 @@ def test_evaluation_is_not_remembered(fake, tmp_path):
     assert read_memory(str(tmp_path)).id == "old"
 
 
+def test_disabled_run_is_not_remembered(fake, tmp_path):
+    """A resumed run that is not disabled sends everything from there on to a run of its own."""
+    fake()
+    writer = WandbWriter(options(wandb_mode="disabled"), str(tmp_path))
+    writer.write(RUN)
+    writer.write(row(1))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"id": ""}', '{"id": "a", "last": 1}'])
 def test_damaged_memory_is_an_error(content, tmp_path):
     path = tmp_path / "wandb.json"
@@ -246,6 +255,14 @@ def test_refused_settings_are_an_error(fake):
         "--wandb-project is 'p', but Weights & Biases refuses the run: No API key configured. Run "
         "`wandb login`, or set --wandb-mode offline"
     )
+
+
+def test_offline_run_may_be_refused(fake, printed):
+    fake(refusals=[FakeError("timed out."), FakeError("no program")])
+    message = "refuses the run: no program. Leave --wandb-project out"
+    with pytest.raises(ValueError, match=message):
+        WandbWriter(options())
+    assert printed() == ""
 
 
 def test_unreachable_server_makes_it_offline(fake, printed):
