@@ -156,8 +156,9 @@ class WandbWriter:
         self.run.log(values, step=self._memory.next_step, commit=True)
 
     def _describe_run(self, row: MetricsRow) -> None:
-        """Send the description of the run as its configuration, and remember the run."""
-        config = {name: row[name] for name in row.keys() - {"kind", "iteration"}}
+        """Send the settings and the description of the run, and remember the run."""
+        about = {name: row[name] for name in row.keys() - {"kind", "iteration", "config"}}
+        config = {**row["config"], "run": about}
         self._send(lambda: self.run.config.update(config, allow_val_change=True))
         last = max(self._memory.last_iterations.values(), default=0)
         if last > row["iteration"]:

@@ -231,7 +231,7 @@ def test_memory_that_cannot_be_written_is_named(tmp_path):
 def test_run_is_described_by_its_config(fake):
     wandb = fake()
     WandbWriter(options()).write(RUN)
-    assert wandb.configs == [{"command": ["a"], "config": {"train": {"seed": 1}}}]
+    assert wandb.configs == [{"train": {"seed": 1}, "run": {"command": ["a"]}}]
     assert not wandb.rows
 
 
@@ -400,7 +400,8 @@ def test_offline_file_has_values_and_pictures(tmp_path):
     settings = {}
     for record in wandb_files.records(file):
         settings |= {e.key: json.loads(e.value_json) for e in record.config.update if e.key}
-    assert settings["config"] == RUN["config"]
+    assert settings["train"] == {"seed": 1}
+    assert settings["run"] == {"command": ["a"]}
 
 
 def test_online_run_continues_where_the_server_is(tmp_path):
