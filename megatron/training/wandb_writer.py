@@ -16,10 +16,12 @@ from megatron.log import get_logger
 from megatron.optional_packages import import_optional
 from megatron.training.heat_map import heat_map
 from megatron.training.metric_rows import (
+    LOAD_BUCKETS,
     RUN_KIND,
     MetricsRow,
     histograms,
     is_evaluation,
+    multiples_of_mean,
     scalars,
     tables,
 )
@@ -181,6 +183,9 @@ class WandbWriter:
         if is_evaluation(row):
             for tag, shares in tables(row):
                 pictures[tag] = self.wandb.Image(heat_map(shares))
+                for layer, multiples_E in multiples_of_mean(shares):
+                    buckets = np.histogram(multiples_E, LOAD_BUCKETS)
+                    pictures[f"{tag}/{layer}"] = self.wandb.Histogram(np_histogram=buckets)
         return pictures
 
     def log_checkpoint(self, path: Path) -> None:

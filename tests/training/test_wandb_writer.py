@@ -59,6 +59,14 @@ def test_values_have_the_names_of_tensorboard(fake):
     writer.write(row(3, **metrics))
     writer.write(row(3, "eval/wiki", **metrics))
     histogram = ("histogram", [0.25, 0.75], [-0.5, 0.5, 1.5])
+    # Of multiples 1, 2, 1 and 0: 30 buckets from 0 to 2, of which the last contains its end.
+    counts = [0] * 30
+    counts[0] = 1
+    counts[15] = 2
+    counts[29] = 1
+    _, load_counts, load_edges = wandb.rows[1].pop("eval/wiki/load_by_expert/0")
+    assert load_counts == counts
+    assert load_edges == pytest.approx([i / 15 for i in range(31)])
     assert wandb.rows == [
         {
             "iteration": 3,
