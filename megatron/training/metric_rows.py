@@ -17,10 +17,15 @@ from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 MetricsRow = dict[str, Any]
 
 RUN_KIND = "run"
 """`kind` of the row that describes a run instead of its metrics"""
+
+LOAD_BUCKETS = 30
+"""buckets of the histogram of a layer's experts by their multiple of the mean"""
 
 _HISTOGRAM = "_histogram"
 
@@ -62,6 +67,15 @@ def tables(row: MetricsRow) -> Iterator[tuple[str, Sequence[Sequence[float] | No
         is_flat = not any(_is_list(element) for layer in value for element in layer or ())
         if is_flat and name.endswith("_by_expert"):
             yield f"{row['kind']}/{name}", value
+
+
+def multiples_of_mean(
+    shares: Sequence[Sequence[float] | None],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (layer, [E] shares of its experts divided by their mean) of the rows of a table."""
+    for layer, shares_E in enumerate(shares):
+        if shares_E:
+            yield layer, np.asarray(shares_E, dtype=float) * len(shares_E)
 
 
 def _is_list(value: Any) -> bool:

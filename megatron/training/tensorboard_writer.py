@@ -12,16 +12,16 @@ import numpy as np
 from megatron.optional_packages import import_optional
 from megatron.training.heat_map import heat_map
 from megatron.training.metric_rows import (
+    LOAD_BUCKETS,
     RUN_KIND,
     MetricsRow,
     histograms,
     is_evaluation,
+    multiples_of_mean,
     scalars,
     tables,
 )
 from megatron.training.writer_settings import WriterSettings
-
-_LOAD_BUCKETS = 30
 
 
 class TensorboardWriter:
@@ -86,11 +86,8 @@ class TensorboardWriter:
             return
         for tag, shares in tables(row):
             self.writer.add_image(tag, heat_map(shares), step, dataformats="HWC")
-            for layer, shares_E in enumerate(shares):
-                if shares_E:
-                    multiples_E = np.asarray(shares_E, dtype=float) * len(shares_E)
-                    tag_of_layer = f"{tag}/{layer}"
-                    self.writer.add_histogram(tag_of_layer, multiples_E, step, _LOAD_BUCKETS)
+            for layer, multiples_E in multiples_of_mean(shares):
+                self.writer.add_histogram(f"{tag}/{layer}", multiples_E, step, LOAD_BUCKETS)
 
     def _add_histogram(self, tag: str, fractions: Sequence[float], step: int) -> None:
         """Add the fractions of 0, 1, 2, ... as one bucket around each number."""

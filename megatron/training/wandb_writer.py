@@ -16,10 +16,12 @@ from megatron.log import get_logger
 from megatron.optional_packages import import_optional
 from megatron.training.heat_map import heat_map
 from megatron.training.metric_rows import (
+    LOAD_BUCKETS,
     RUN_KIND,
     MetricsRow,
     histograms,
     is_evaluation,
+    multiples_of_mean,
     scalars,
     tables,
 )
@@ -59,8 +61,8 @@ class WandbWriter:
         self._folder = folder
         self._logs_checkpoints = options.wandb_log_checkpoints
         self._remembers = False
-        """whether this run trains: an evaluation is not the run that is continued later"""
-        self._defined_kinds: set[str] = set()
+        """whether the run is continued later: not an evaluation, and not a disabled one"""
+        self._defined: set[str] = set()
         remembered = None
         if resumes:
             remembered = read_memory(folder, options.wandb_id)
@@ -88,21 +90,24 @@ class WandbWriter:
         Raises:
             ValueError: W&B refuses the settings, for example because no key is set.
         """
-        mode = options.wandb_mode or None
         try:
-            return self._init(options, run_id, mode)
+            return self._init(options, run_id, options.wandb_mode or None)
         except self.wandb.errors.UsageError as error:
-            raise ValueError(
-                f"--wandb-project is {options.wandb_project!r}, but Weights & Biases refuses the "
-                f"run: {_one_line(error)}. Run `wandb login`, or set --wandb-mode offline"
+            raise _refusal(
+                options, error, "Run `wandb login`, or set --wandb-mode offline"
             ) from None
         except self.wandb.errors.Error as error:
-            get_logger().error(
-                "Weights & Biases cannot be reached: %s. The run is logged offline; `wandb sync` "
-                "uploads it later",
-                _one_line(error),
-            )
-            return self._init(options, run_id, "offline")
+            problem = _one_line(error)
+        try:
+            run = self._init(options, run_id, "offline")
+        except self.wandb.errors.Error as error:
+            raise _refusal(options, error, "Leave --wandb-project out") from None
+        get_logger().error(
+            "Weights & Biases cannot be reached: %s. The run is logged offline; `wandb sync` "
+            "uploads it later",
+            problem,
+        )
+        return run
 
     def _init(self, options: LoggingConfig, run_id: str, mode: str | None) -> Any:
         settings = {"x_transaction_log_flush_interval": _FLUSH_SECONDS}
@@ -127,27 +132,35 @@ class WandbWriter:
         Raises:
             OSError: W&B's process has ended, or what it has cannot be remembered.
         """
-        kind, iteration = row["kind"], row["iteration"]
+        kind = row["kind"]
+        iteration = row["iteration"]
         if kind == RUN_KIND:
             self._describe_run(row)
             return
         if iteration <= self._memory.last_iterations.get(kind, -1):
             return
-        if kind not in self._defined_kinds:
-            self.run.define_metric(kind + _ITERATION, step_metric="iteration", hidden=True)
-            self._defined_kinds.add(kind)
-        values = {"iteration": iteration, kind + _ITERATION: iteration}
-        values |= dict(scalars(row))
-        values |= self._pictures(row)
-        step = self._memory.next_step
-        self._send(lambda: self.run.log(values, step=step, commit=True))
+        self._send(lambda: self._log(row))
         self._memory.add(kind, iteration)
         if self._remembers:
             write_memory(self._folder, self._memory)
 
+    def _log(self, row: MetricsRow) -> None:
+        """Log a row as the next step."""
+        kind_iteration = row["kind"] + _ITERATION
+        if kind_iteration not in self._defined:
+            self.run.define_metric(kind_iteration, step_metric="iteration", hidden=True)
+            self._defined.add(kind_iteration)
+        values = dict(scalars(row))
+        values["iteration"] = row["iteration"]
+        values[kind_iteration] = row["iteration"]
+        values |= self._pictures(row)
+        # Without `commit` W&B holds a row back until the next step begins.
+        self.run.log(values, step=self._memory.next_step, commit=True)
+
     def _describe_run(self, row: MetricsRow) -> None:
-        """Send the description of the run as its configuration, and remember the run."""
-        config = {name: row[name] for name in row.keys() - {"kind", "iteration"}}
+        """Send the settings and the description of the run, and remember the run."""
+        about = {name: row[name] for name in row.keys() - {"kind", "iteration", "config"}}
+        config = {**row["config"], "run": about}
         self._send(lambda: self.run.config.update(config, allow_val_change=True))
         last = max(self._memory.last_iterations.values(), default=0)
         if last > row["iteration"]:
@@ -157,8 +170,9 @@ class WandbWriter:
                 last,
                 row["iteration"] + 1,
             )
-        self._remembers = True
-        write_memory(self._folder, self._memory)
+        self._remembers = not self.run.disabled
+        if self._remembers:
+            write_memory(self._folder, self._memory)
 
     def _pictures(self, row: MetricsRow) -> dict[str, Any]:
         """Return histograms, and heat maps of an evaluation, by tag."""
@@ -169,6 +183,9 @@ class WandbWriter:
         if is_evaluation(row):
             for tag, shares in tables(row):
                 pictures[tag] = self.wandb.Image(heat_map(shares))
+                for layer, multiples_E in multiples_of_mean(shares):
+                    buckets = np.histogram(multiples_E, LOAD_BUCKETS)
+                    pictures[f"{tag}/{layer}"] = self.wandb.Histogram(np_histogram=buckets)
         return pictures
 
     def log_checkpoint(self, path: Path) -> None:
@@ -237,6 +254,13 @@ def _files_folder(options: LoggingConfig, save: str) -> str | None:
     if "WANDB_DIR" in os.environ or not save:
         return None
     return save
+
+
+def _refusal(options: LoggingConfig, error: Exception, remedy: str) -> ValueError:
+    return ValueError(
+        f"--wandb-project is {options.wandb_project!r}, but Weights & Biases refuses the run: "
+        f"{_one_line(error)}. {remedy}"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -47,6 +47,7 @@ class FakeWandb(types.ModuleType):
         return types.SimpleNamespace(
             id=options["id"] or "new",
             resumed=self.server is not None,
+            disabled=options["mode"] == "disabled",
             summary=self.server or {},
             define_metric=lambda name, **how: self.metrics.update({name: how}),
             config=types.SimpleNamespace(update=lambda c, **_: self.configs.append(c)),

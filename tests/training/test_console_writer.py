@@ -61,3 +61,9 @@ def test_console_shows_experts_of_evaluated_layers(printed):
     evaluation, training = printed().splitlines()
     assert evaluation.endswith("experts/token  2.50 | by layer 1.25  NaN    -")
     assert "by layer" not in training
+
+
+def test_console_leaves_the_description_of_the_run_out(printed):
+    """The log has it in lines of its own."""
+    ConsoleWriter(10, 80).write({"kind": "run", "iteration": 0, "config": {}})
+    assert printed() == ""

@@ -59,6 +59,14 @@ def test_values_have_the_names_of_tensorboard(fake):
     writer.write(row(3, **metrics))
     writer.write(row(3, "eval/wiki", **metrics))
     histogram = ("histogram", [0.25, 0.75], [-0.5, 0.5, 1.5])
+    # Of multiples 1, 2, 1 and 0: 30 buckets from 0 to 2, of which the last contains its end.
+    counts = [0] * 30
+    counts[0] = 1
+    counts[15] = 2
+    counts[29] = 1
+    _, load_counts, load_edges = wandb.rows[1].pop("eval/wiki/load_by_expert/0")
+    assert load_counts == counts
+    assert load_edges == pytest.approx([i / 15 for i in range(31)])
     assert wandb.rows == [
         {
             "iteration": 3,
@@ -204,6 +212,15 @@ def test_evaluation_is_not_remembered(fake, tmp_path):
     assert read_memory(str(tmp_path)).id == "old"
 
 
+def test_disabled_run_is_not_remembered(fake, tmp_path):
+    """A resumed run that is not disabled sends everything from there on to a run of its own."""
+    fake()
+    writer = WandbWriter(options(wandb_mode="disabled"), str(tmp_path))
+    writer.write(RUN)
+    writer.write(row(1))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"id": ""}', '{"id": "a", "last": 1}'])
 def test_damaged_memory_is_an_error(content, tmp_path):
     path = tmp_path / "wandb.json"
@@ -222,7 +239,7 @@ def test_memory_that_cannot_be_written_is_named(tmp_path):
 def test_run_is_described_by_its_config(fake):
     wandb = fake()
     WandbWriter(options()).write(RUN)
-    assert wandb.configs == [{"command": ["a"], "config": {"train": {"seed": 1}}}]
+    assert wandb.configs == [{"train": {"seed": 1}, "run": {"command": ["a"]}}]
     assert not wandb.rows
 
 
@@ -246,6 +263,14 @@ def test_refused_settings_are_an_error(fake):
         "--wandb-project is 'p', but Weights & Biases refuses the run: No API key configured. Run "
         "`wandb login`, or set --wandb-mode offline"
     )
+
+
+def test_offline_run_may_be_refused(fake, printed):
+    fake(refusals=[FakeError("timed out."), FakeError("no program")])
+    message = "refuses the run: no program. Leave --wandb-project out"
+    with pytest.raises(ValueError, match=message):
+        WandbWriter(options())
+    assert printed() == ""
 
 
 def test_unreachable_server_makes_it_offline(fake, printed):
@@ -383,7 +408,8 @@ def test_offline_file_has_values_and_pictures(tmp_path):
     settings = {}
     for record in wandb_files.records(file):
         settings |= {e.key: json.loads(e.value_json) for e in record.config.update if e.key}
-    assert settings["config"] == RUN["config"]
+    assert settings["train"] == {"seed": 1}
+    assert settings["run"] == {"command": ["a"]}
 
 
 def test_online_run_continues_where_the_server_is(tmp_path):
