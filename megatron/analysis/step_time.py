@@ -216,7 +216,7 @@ def flops_of_parameters(
 
 
 PlannedSection = MemoryEstimate | CommunicationEstimate | StepTimeEstimate
-"""What `memory_sections` returns: each has `name`, `chart_title`, `text`, `to_dict`, `chart_rows`"""
+"""What `memory_sections` returns: with `name`, `chart_title`, `text`, `to_dict`, `chart_rows`"""
 
 
 def memory_sections(

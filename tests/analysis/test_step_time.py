@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -197,3 +199,22 @@ def test_missing_ceilings_are_refused(tmp_path):
         given_ceilings(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="--bandwidth-gb-s.*Give the missing one"):
         given_ceilings(peak_tflops=7.0)
+
+
+@pytest.mark.slow
+def test_benchmark_compares_steps_with_expectation(tmp_path, repo):
+    """Both shapes, in wall time and CPU time; a step is not faster than its bound."""
+    file = tmp_path / "rows.json"
+    program = repo / "benchmarks" / "step_time_model.py"
+    done = subprocess.run(
+        [sys.executable, str(program), "--quick", "--json", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    kinds = [row["name"].split(",")[0] for row in rows]
+    assert kinds == ["step", "CPU time"] * 2
+    assert "expected step" in done.stdout
+    assert all(row["ratio"] > 0.5 for row in rows)
