@@ -61,6 +61,8 @@ class CurveData:
     has_spread: bool
     has_extremes: bool
     rows_per_point: int
+    most_points: int
+    """points of the longest curve"""
     shared: dict[str, dict[str, list[Any]]]
     """positions of the points by the name that blocks have for them"""
 
@@ -100,7 +102,8 @@ def curve_data(
         shared[name] = _position_columns(series, unit)
         constants = {"group": groups[place].label, "kind": kind}
         blocks.append({"constants": constants, "columns": columns, "shared": name})
-    return CurveData(blocks, has_spread, has_extremes, rows_per_point, shared)
+    longest = max(len(series) for _, _, series in found)
+    return CurveData(blocks, has_spread, has_extremes, rows_per_point, longest, shared)
 
 
 def _position_columns(series: Series, unit: TimeUnit) -> dict[str, list[Any]]:

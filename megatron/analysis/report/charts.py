@@ -67,6 +67,8 @@ class CurveColumns:
     """low and high: a band around the mean"""
     extremes: bool = False
     """least and most: a fainter band"""
+    points: bool = False
+    """show the points: there are few, and a line of one point is invisible"""
     smooth: bool = True
     """whether the reader can smooth them; evaluations are means over many batches already"""
 
@@ -103,6 +105,9 @@ def curve_chart(
         layers.append(area.encode(y=y("low"), y2="high:Q", color=colour))
     line = base.mark_line(strokeWidth=1.75)
     layers.append(line.encode(y=y("mean"), color=colour, strokeDash=group_dash(labels)))
+    if columns.points:
+        point = base.mark_point(size=26, filled=True, opacity=1)
+        layers.append(point.encode(y=y("mean"), color=colour))
     # Invisible points, because a line has one tooltip for all of its points.
     hover = base.mark_point(size=250, filled=True, opacity=0)
     layers.append(
@@ -246,14 +251,16 @@ def layer_chart(dataset: str, labels: list[str], axis: CurveAxis) -> dict[str, A
 
 
 def interval_chart(
-    dataset: str, labels: list[str], title: str, interval: str
+    dataset: str, labels: list[str], axis: CurveAxis, interval: str
 ) -> dict[str, Any]:
     """Return one mean with its interval per group, and the values of its runs as rings.
 
     Args:
+        axis: of the values.
         interval: name of the interval in the tooltip.
     """
     alt = altair()
+    title = axis.title
     y = alt.Y(
         "group:N",
         title=None,
@@ -262,7 +269,7 @@ def interval_chart(
     )
     scale = alt.Scale(zero=False, nice=True, padding=12)
     base = alt.Chart().encode(y=y, color=group_colour(labels))
-    x_axis = alt.Axis(tickCount=5)
+    x_axis = number_axis(axis.format, tickCount=5)
     rule = base.mark_rule(strokeWidth=2).encode(
         x=alt.X("low:Q", title=title, scale=scale, axis=x_axis), x2="high:Q"
     )

@@ -13,7 +13,7 @@ from megatron.analysis.report.runs import ReportRun
 from megatron.analysis.report.series import rows_of_kind
 from megatron.optional_packages import import_optional
 
-CONFIDENCE = 0.95
+SEED_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SeedEstimate:
     """the figure of each seed that has it"""
     mean: float
     low: float
-    """end of the interval of CONFIDENCE (Student's t, n - 1 degrees of freedom); NaN for n = 1"""
+    """end of the interval (Student's t, n - 1 degrees of freedom); NaN for n = 1"""
     high: float
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ def mean_with_interval(values: Iterable[float]) -> SeedEstimate | None:
     if len(finite) > 1:
         stats = import_optional("scipy.stats", "analysis", "a confidence interval")
         deviation = float(np.std(finite, ddof=1))
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(finite) - 1)
+        quantile = stats.t.ppf((1 + SEED_CONFIDENCE) / 2, len(finite) - 1)
         half = float(quantile) * deviation / math.sqrt(len(finite))
     return SeedEstimate(tuple(finite), mean, mean - half, mean + half)
 

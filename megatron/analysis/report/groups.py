@@ -51,7 +51,7 @@ def group_runs(runs: Iterable[ReportRun]) -> list[RunGroup]:
     members: dict[str, list[ReportRun]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for run in runs:
-        flat = flat_settings(run.config)
+        flat = result_settings(run.config)
         if run.source.label:
             key = f"label {run.source.label}"
         elif flat:
@@ -64,7 +64,7 @@ def group_runs(runs: Iterable[ReportRun]) -> list[RunGroup]:
     return [RunGroup(labels[key], tuple(members[key])) for key in members]
 
 
-def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
+def result_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings on which results depend, as `section.field` (deeper: with more dots)."""
     ignored = _fields_without_effect()
     flat: dict[str, Any] = {}

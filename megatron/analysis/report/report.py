@@ -16,7 +16,7 @@ import megatron
 from megatron.analysis.report import blocks, charts, tables
 from megatron.analysis.report.charts import CurveAxis, CurveColumns
 from megatron.analysis.report.finals import (
-    CONFIDENCE,
+    SEED_CONFIDENCE,
     constant_value,
     held_out_kinds,
     kind_title,
@@ -45,8 +45,11 @@ from megatron.analysis.report.sources import RunSource
 from megatron.analysis.report.words import summary_statements
 from megatron.io.atomic_write import write_text
 
-LOSS = CurveAxis("loss, nats per token")
+LOSS = CurveAxis("loss, nats per token", format=".4~f")
 MOST_HISTORY_COLUMNS = 200
+MOST_SHOWN_POINTS = 25
+"""Points of a curve up to which each is drawn"""
+
 SMOOTHED_FROM = 60
 """Points of a curve from which on it is smoothed at first"""
 
@@ -117,6 +120,7 @@ class _Draft:
             positions=tuple(self.settings["positions"].items()),
             spread=data.has_spread,
             extremes=data.has_extremes,
+            points=data.most_points <= MOST_SHOWN_POINTS,
             smooth=list(kinds) == [TRAIN],
         )
         self.charts[chart_id] = charts.curve_chart(chart_id, self.labels, axis, columns)
@@ -309,7 +313,8 @@ def _toolbar(draft: _Draft) -> str:
         '<div class="toolbar"><div class="controls">'
         f"{tables.select_control('axis', 'x axis', axis)}"
         f"{tables.select_control('range', 'y axis', ranges)}"
-        f"{tables.select_control('smoothing', 'running mean', smoothing)}</div>"
+        f"{tables.select_control('smoothing', 'running mean', smoothing)}"
+        f"{tables.legend_buttons(draft.groups)}</div>"
         f"{tables.legend_html(draft.groups)}</div>"
     )
 
@@ -329,17 +334,17 @@ def _loss_section(draft: _Draft, kinds: list[str]) -> None:
 
 def _final_section(draft: _Draft, kinds: list[str]) -> None:
     data = blocks.final_blocks(draft.groups, kinds)
-    if not data:
+    if not data or sum(map(len, draft.groups)) == 1:  # the summary has the loss of a single run
         return
     draft.charts["final-loss"] = charts.interval_chart(
-        "final-loss", draft.labels, LOSS.title, f"{CONFIDENCE:.0%} interval"
+        "final-loss", draft.labels, LOSS, f"{SEED_CONFIDENCE:.0%} interval"
     )
     draft.datasets["final-loss"] = data
     figure = chart_figure("final-loss", "Loss in the last evaluation", wide=True)
     draft.section(
         "Final held-out loss",
-        f"Filled: mean over the seeds; line: its {CONFIDENCE:.0%} confidence interval (Student's "
-        "t, n − 1 degrees of freedom; none for a single run); rings: the runs. The set is the one "
+        f"Filled: mean over the seeds; line: its {SEED_CONFIDENCE:.0%} confidence interval "
+        "(Student's t, n − 1 degrees of freedom; none for a single run); rings: the runs. The set is the one "
         "selected above.",
         [figure],
     )
@@ -442,7 +447,7 @@ def _speed_section(draft: _Draft) -> None:
             data.append(blocks.interval_block(group.label, found, rows))
     if data:
         draft.charts["step-time"] = charts.interval_chart(
-            "step-time", draft.labels, "step time, ms", "10th to 90th percentile"
+            "step-time", draft.labels, CurveAxis("step time, ms"), "10th to 90th percentile"
         )
         draft.datasets["step-time"] = data
         figures.append(chart_figure("step-time", "Step time: median, 10th to 90th percentile"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"
+_METRICS_FILE = "metrics.jsonl"
 _STUDY_CELLS = "cells"
 _CELL_STATE = "state.json"
 _STUDY_RECORD = "study.json"
@@ -73,31 +73,31 @@ def _runs_below(path: Path, label: str) -> list[RunSource]:
     if not path.exists():
         raise ValueError(
             f"RUN is {str(path)!r}, which does not exist; allowed: a run folder (OUTPUT_DIR of "
-            f"run.sh), a {METRICS_FILE}, or the output folder of a comparison of gates; "
+            f"run.sh), a {_METRICS_FILE}, or the output folder of a comparison of gates; "
             "LABEL=PATH names it"
         )
     if path.is_file():
         folder = path.resolve().parent
-        name = folder.name if path.name == METRICS_FILE else path.stem
+        name = folder.name if path.name == _METRICS_FILE else path.stem
         return [RunSource(path, name, label)]
-    if (path / METRICS_FILE).is_file():
-        return [RunSource(path / METRICS_FILE, path.resolve().name, label)]
+    if (path / _METRICS_FILE).is_file():
+        return [RunSource(path / _METRICS_FILE, path.resolve().name, label)]
     if (path / _STUDY_CELLS).is_dir():
         return _study_cells(path, label)
-    below = sorted(found.parent.name for found in path.glob(f"*/{METRICS_FILE}"))
+    below = sorted(found.parent.name for found in path.glob(f"*/{_METRICS_FILE}"))
     advice = (
         f"name the folders below it: {', '.join(below[:8])}"
         if below
         else ("was the run started with --metrics-file? run.sh does that")
     )
-    raise ValueError(f"{path} has no {METRICS_FILE} and no {_STUDY_CELLS}/; {advice}")
+    raise ValueError(f"{path} has no {_METRICS_FILE} and no {_STUDY_CELLS}/; {advice}")
 
 
 def _study_cells(study: Path, label: str) -> list[RunSource]:
     """List the cells of a study that have started, in the study's order; none is an error."""
     cells = []
     for folder in sorted((study / _STUDY_CELLS).iterdir()):
-        if not (folder / METRICS_FILE).is_file() and not (folder / _CELL_STATE).is_file():
+        if not (folder / _METRICS_FILE).is_file() and not (folder / _CELL_STATE).is_file():
             continue
         cell = _study_cell(folder, label)
         if cell.state != "planned" or cell.path.is_file():
@@ -108,7 +108,7 @@ def _study_cells(study: Path, label: str) -> list[RunSource]:
         cells.sort(key=lambda cell: places.get(cell.name, len(places)))
     if not cells:
         raise ValueError(
-            f"{study}/{_STUDY_CELLS} has no cell with {METRICS_FILE}; allowed: the output folder "
+            f"{study}/{_STUDY_CELLS} has no cell with {_METRICS_FILE}; allowed: the output folder "
             "of a comparison of gates in which a cell has started"
         )
     return cells
@@ -117,14 +117,14 @@ def _study_cells(study: Path, label: str) -> list[RunSource]:
 def _study_cell(folder: Path, label: str) -> RunSource:
     state = _read_json(folder / _CELL_STATE)
     run_folder = folder
-    if state.get("same_as") and not (folder / METRICS_FILE).exists():
+    if state.get("same_as") and not (folder / _METRICS_FILE).exists():
         run_folder = (folder / str(state["same_as"])).resolve()
     axes = state.get("axes")
     names = [str(value) for value in axes.values()] if isinstance(axes, dict) else []
     cell_label = ", ".join([label, *names] if label else names)
     seed = state.get("seed")
     return RunSource(
-        path=run_folder / METRICS_FILE,
+        path=run_folder / _METRICS_FILE,
         name=str(state.get("cell_id") or folder.name),
         label=cell_label,
         seed=seed if isinstance(seed, int) else None,

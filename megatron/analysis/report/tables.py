@@ -43,7 +43,9 @@ def summary_list(statements: list[Statement]) -> str:
 
 
 def legend_html(groups: list[RunGroup]) -> str:
-    """Return the legend: one checkbox per group, which shows or hides it in all charts."""
+    """Return the legend: one checkbox per group, which shows or hides it; '' for one group."""
+    if len(groups) == 1:
+        return ""
     entries = []
     for place, group in enumerate(groups):
         dash = " ".join(map(str, dash_of(place)))
@@ -57,14 +59,19 @@ def legend_html(groups: list[RunGroup]) -> str:
             f'<label><input type="checkbox" checked data-group="{escape(group.label)}">{line}'
             f"<span>{escape(group.label)}{number}</span></label>"
         )
-    buttons = (
-        '<button type="button" id="show-all">Show all</button>'
-        '<button type="button" id="hide-all">Hide all</button>'
-    )
-    several = f'<div class="buttons">{buttons}</div>' if len(groups) > 2 else ""
     return (
         '<fieldset class="legend"><legend>Runs in the charts</legend>'
-        f'<div class="entries">{"".join(entries)}</div>{several}</fieldset>'
+        f'<div class="entries">{"".join(entries)}</div></fieldset>'
+    )
+
+
+def legend_buttons(groups: list[RunGroup]) -> str:
+    """Return the buttons that show and hide all groups; '' where the checkboxes are as quick."""
+    if len(groups) < 3:
+        return ""
+    return (
+        '<span class="buttons"><button type="button" id="show-all">Show all runs</button>'
+        '<button type="button" id="hide-all">Hide all runs</button></span>'
     )
 
 

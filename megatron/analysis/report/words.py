@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron.analysis.report.finals import (
-    CONFIDENCE,
+    SEED_CONFIDENCE,
     SeedEstimate,
     final_loss,
     kind_title,
@@ -109,7 +109,7 @@ def _fallen_loss(group: RunGroup, final: SeedEstimate, kind: str) -> Statement:
 def _certainty(result: SeedEstimate) -> str:
     if len(result) < 2:
         return " (one run, so no interval)"
-    percent = round(100 * CONFIDENCE)
+    percent = round(100 * SEED_CONFIDENCE)
     return (
         f" (mean of {len(result)} runs; {percent}% confidence interval "
         f"{loss_text(result.low)} to {loss_text(result.high)})"

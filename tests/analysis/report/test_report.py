@@ -172,6 +172,18 @@ def test_run_with_evaluations_only_has_a_report(tmp_path):
     assert "curve-loss" not in data["charts"] and "held-out-loss" in data["charts"]
 
 
+def test_few_points_are_visible(tmp_path):
+    """A line of one point would show nothing; a single run needs no chart of its final loss."""
+    few = [start_row(1), *(row for row in rows_of_run(1, iterations=40))]
+    charts = data_of(report_of(tmp_path, few))["charts"]
+    assert "final-loss" not in charts
+    for chart in ("curve-loss", "held-out-loss"):
+        opacities = [layer["mark"].get("opacity") for layer in charts[chart]["layer"]]
+        assert opacities.count(1) == 1
+    charts = data_of(report_of(tmp_path, rows_of_run(1, iterations=400)))["charts"]
+    assert not [x for x in charts["curve-loss"]["layer"] if x["mark"].get("opacity") == 1]
+
+
 def test_constant_metrics_have_no_chart(tmp_path):
     page = report_of(tmp_path, rows_of_run(1))
     assert "dropped_assignment_fraction (0)" in page

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.analysis.report.groups import flat_settings, group_runs
+from megatron.analysis.report.groups import group_runs, result_settings
 from megatron.analysis.report.runs import KindRows, ReportRun
 from megatron.analysis.report.sources import RunSource
 from megatron.config.schema import RunConfig
@@ -105,6 +105,6 @@ def test_labels_are_unique():
 
 def test_settings_of_a_configuration_are_flat():
     """The configuration of a run has its gate, but neither its seed nor its folders."""
-    flat = flat_settings(RunConfig().to_dict())
+    flat = result_settings(RunConfig().to_dict())
     assert flat["moe.gate"] == "topk" and "train.global_batch_size" in flat
     assert not {"train.seed", "train.save", "train.tensorboard_dir"} & set(flat)
