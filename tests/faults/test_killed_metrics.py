@@ -54,8 +54,8 @@ def expected_rows(out: Path) -> list[dict]:
     starts = [row["iteration"] for row in rows if row["kind"] == "run"]
     assert starts == [0, SAVED]
     once = [row for row in without_repeated_steps(rows) if row["kind"] != "run"]
-    assert len(once) == len(rows) - 2 - 4, (
-        "6, 7 and 8, and the evaluation at 6, are twice there"
+    assert len(once) == len(rows) - 2 - 5, (
+        "6, 7 and 8, and the evaluation and the probe at 6, are twice there"
     )
     return once
 
