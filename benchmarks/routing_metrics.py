@@ -110,6 +110,7 @@ def costs_alone(engines: dict, batch, rounds: int) -> dict[str, list[float]]:
     from megatron.training.task import NextTokenLoss
 
     engine = engines[True]
+    norms = engine._part_grad_norms
     routings = []
     costs: dict[str, list[float]] = {"details": [], "gradient norms": [], "reading": []}
 
@@ -124,10 +125,7 @@ def costs_alone(engines: dict, batch, rounds: int) -> dict[str, list[float]]:
 
     def measure_norms(optimizer, args, kw) -> None:
         # ZeRO calls the optimizer once per group: their sum is the cost of a step.
-        timed(
-            "gradient norms",
-            lambda: engine._part_grad_norms._before_optimizer(optimizer, args, kw),
-        )
+        timed("gradient norms", partial(norms._before_optimizer, optimizer, args, kw))
 
     def read() -> None:
         engine.part_grad_norms()
