@@ -344,8 +344,8 @@ def _final_section(draft: _Draft, kinds: list[str]) -> None:
     draft.section(
         "Final held-out loss",
         f"Filled: mean over the seeds; line: its {SEED_CONFIDENCE:.0%} confidence interval "
-        "(Student's t, n − 1 degrees of freedom; none for a single run); rings: the runs. The "
-        "set is the one selected above.",
+        "(Student's t, n − 1 degrees of freedom; none for a single run); rings: the runs. The set "
+        "is the one selected above.",
         [figure],
     )
 

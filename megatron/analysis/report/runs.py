@@ -113,9 +113,11 @@ def read_run(source: RunSource, most_columns: int) -> ReportRun:
         curves = RunCurves.read(source.path)
     except FileNotFoundError:
         return _empty_run(source, f"there is no {source.path}")
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
         return _empty_run(source, f"{source.path} cannot be read: {error}")
     rows = curves.rows
+    if not all(isinstance(row.get("kind"), str) for row in rows):
+        return _empty_run(source, f"{source.path} has rows without a kind: no metrics.jsonl")
     starts = tuple(row for row in rows if row.get("kind") == "run")
     train_rows = [row for row in rows if row.get("kind") == TRAIN]
     held_out = {kind: _kind_rows(curves, kind) for kind in curves.kinds if kind != TRAIN}
@@ -143,7 +145,11 @@ def _empty_run(source: RunSource, problem: str) -> ReportRun:
 def _kind_rows(curves: RunCurves, kind: str) -> KindRows:
     # Every row has a number as iteration, so this curve has the positions of all of them.
     positions = curves.curve(kind, "iteration")
-    rows = [row for row in curves.rows if row.get("kind") == kind and "iteration" in row]
+    rows = [
+        row
+        for row in curves.rows
+        if row.get("kind") == kind and _is_number(row.get("iteration"))
+    ]
     names = dict.fromkeys(
         name
         for row in rows

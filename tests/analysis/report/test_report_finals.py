@@ -177,4 +177,14 @@ def test_unreadable_runs_are_problems(read, tmp_path):
     ]
     folder = read_run(RunSource(Path(tmp_path), "folder"), 9)
     assert folder.is_empty and "cannot be read" in run_problems(folder)[0]
+    foreign = read([{"loss": 1.0, "step": 3}])
+    assert foreign.is_empty and "has rows without a kind" in run_problems(foreign)[0]
     assert run_problems(read([])) == ["Its metrics file has no training row and no evaluation."]
+
+
+def test_rows_without_iteration_are_left_out(read):
+    rng = random.Random(1)
+    rows = [eval_row(10, rng), {"kind": "eval", "loss": 3.0}, eval_row(20, rng)]
+    held_out = read(rows).held_out["eval"]
+    assert held_out.iteration_R.tolist() == [10, 20]
+    assert held_out.values["loss"].tolist() == [rows[0]["loss"], rows[2]["loss"]]
