@@ -26,7 +26,8 @@ from megatron.moe.experts.grouped_linear import grouped_linear
 from megatron.parallel.groups import Groups
 
 _SECONDS = 0.1
-"""time spent on each measurement"""
+"""time spent on each measurement, at least"""
+_FEWEST_CALLS = 7
 _COPIED_BYTES = 2**26
 _MESSAGE_BYTES = 2**24
 _MOST_ROWS = 8192
@@ -166,10 +167,12 @@ def measure_ceilings(config: RunConfig, groups: Groups) -> Ceilings:
 def _rate(function: Callable[[], Any], amount: float, device: torch.device) -> float:
     """Return the amount per second of the fastest of several calls."""
     best = math.inf
+    calls = 0
     function()
     end = time.perf_counter() + _SECONDS
-    while time.perf_counter() < end:
+    while calls < _FEWEST_CALLS or time.perf_counter() < end:
         best = min(best, _seconds(function, device))
+        calls += 1
     return amount / best
 
 
@@ -231,9 +234,11 @@ def _communication_rates(groups: Groups) -> tuple[float, float]:
     sent = torch.ones(numbers, device=groups.device)
     received = torch.empty_like(sent)
     others = 4 * numbers * (world_size - 1) / world_size
-    reduced = min(_seconds(lambda: dist.all_reduce(sent), groups.device) for _ in range(3))
+    reduced = min(
+        _seconds(lambda: dist.all_reduce(sent), groups.device) for _ in range(_FEWEST_CALLS)
+    )
     exchanged = min(
         _seconds(lambda: dist.all_to_all_single(received, sent), groups.device)
-        for _ in range(3)
+        for _ in range(_FEWEST_CALLS)
     )
     return 2 * others / reduced / 1e9, others / exchanged / 1e9
