@@ -179,8 +179,10 @@ def summarize(output: Path) -> None:
     """
     from megatron.analysis.compare.results import StudyResults
     from megatron.analysis.compare.results_table import results_text
+    from megatron.analysis.compare.summary import write_summary
 
-    print(results_text(StudyResults.read(output)), flush=True)
+    results = StudyResults.read(output)
+    print(f"{results_text(results)}\n\n{write_summary(results, output)}", end="", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
