@@ -2,8 +2,6 @@
 
 import json
 import mmap
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import dispatch, hf_experts, moe_layer, report, routing_metrics, train_step
+from benchmarks import dispatch, hf_experts, moe_layer, report, train_step
 from benchmarks import moe_peers as peers
+from helpers.benchmark_runs import run_quickly
 from helpers.spawn import groups_for
 from megatron.interop.hf_experts import register_experts
 
@@ -60,21 +59,6 @@ def test_finish_writes_rows_and_exit_code(ratio, check, code, tmp_path, capsys):
         and row["bar"] == 2.0
         and row["holds"] == (ratio < 2)
     )
-
-
-def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
-    """Return (output of a benchmark, its rows, the folder of its temporary files)."""
-    temp, rows = folder / "temp", folder / "rows.json"
-    temp.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(REPO / "benchmarks" / name), "--quick", "--json", str(rows)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "TMPDIR": str(temp)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(rows.read_text()), temp
 
 
 def describe_rank(groups, failing_rank: int):
@@ -581,28 +565,3 @@ def test_document_attention_runs_quickly(tmp_path):
         assert bars[f"{dtype} S512, documents of 64: batches"] == 1.0
     assert table[-1]["name"] == "bfloat16 S2048 memory: batches" and table[-1]["holds"]
     assert len(table) == 9 and "MiB in batches" in printed
-
-
-def test_interval_has_one_logged_step():
-    """Nine ordinary steps and a logged one, round by round."""
-    seconds = {
-        routing_metrics.ON: [1.0, 2.0],
-        routing_metrics.ON_LOGGED: [3.0, 2.0],
-        routing_metrics.OFF: [1.0, 1.0],
-        routing_metrics.OFF_LOGGED: [1.0, 1.0],
-    }
-    assert routing_metrics.interval_ratios(seconds) == [12 / 10, 20 / 10]
-
-
-@pytest.mark.slow
-def test_routing_metrics_runs_quickly(tmp_path):
-    printed, table, _ = run_quickly("routing_metrics.py", tmp_path)
-    assert [(row["name"], row["bar"]) for row in table] == [
-        ("interval of 10 steps", 1.01),
-        ("interval of 10 steps, CPU time", None),
-        ("interval of 10 steps, from costs alone", 1.01),
-        ("with metrics, CPU time", None),
-        ("with metrics, logged, CPU time", None),
-    ]
-    assert printed.count("ms per step") == 4 and printed.count("per logged step") == 3
-    assert table[2]["holds"], "CPU time does not depend on a busy machine"
