@@ -1,4 +1,4 @@
-"""Quick runs of benchmarks in a process of their own."""
+"""Quick runs of benchmarks in processes of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[2]
 
 
 def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
@@ -16,7 +16,7 @@ def run_quickly(name: str, folder: Path) -> tuple[str, list[dict], Path]:
     temp, rows = folder / "temp", folder / "rows.json"
     temp.mkdir()
     done = subprocess.run(
-        [sys.executable, str(_REPO / "benchmarks" / name), "--quick", "--json", str(rows)],
+        [sys.executable, str(REPO / "benchmarks" / name), "--quick", "--json", str(rows)],
         capture_output=True,
         text=True,
         timeout=900,

@@ -1,6 +1,11 @@
-"""The benchmark of what routing metrics cost: its arithmetic, and a quick run."""
+"""Tests of the benchmark of routing metrics."""
+
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import routing_metrics
 from helpers.benchmark_runs import run_quickly
