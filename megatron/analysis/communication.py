@@ -89,6 +89,15 @@ class CommunicationEstimate:
         """Return (purpose, collective, bytes sent) of each transfer."""
         return [(t.purpose, t.collective, float(t.sent)) for t in self.transfers]
 
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the numbers take for granted, and what they leave out."""
+        return (
+            f"{self.experts_per_token:g} routed experts per token after capacity",
+            "a step in which nothing is logged, evaluated or saved; metrics take one all-reduce "
+            "per --log-interval",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         transfers = [{**asdict(t), "sent": t.sent} for t in self.transfers]
@@ -96,6 +105,7 @@ class CommunicationEstimate:
             "sent": self.sent,
             "experts_per_token": self.experts_per_token,
             "transfers": transfers,
+            "assumptions": list(self.assumptions),
         }
 
     def text(self) -> str:
@@ -108,6 +118,7 @@ class CommunicationEstimate:
                 f"  {t.purpose:<36}{t.collective:<16}{format_bytes(t.size):>12} in {t.calls} "
                 f"calls of {t.ranks} ranks, {format_bytes(t.sent)} sent"
             )
+        lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
         return "\n".join(lines)
 
 
