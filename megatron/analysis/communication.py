@@ -89,6 +89,15 @@ class CommunicationEstimate:
         """Return (purpose, collective, bytes sent) of each transfer."""
         return [(t.purpose, t.collective, float(t.sent)) for t in self.transfers]
 
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the numbers take for granted, and what they leave out."""
+        return (
+            f"{self.experts_per_token:g} routed experts per token after capacity",
+            "a step in which nothing is logged, evaluated or saved; metrics take one all-reduce "
+            "per --log-interval",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         transfers = [{**asdict(t), "sent": t.sent} for t in self.transfers]
@@ -96,6 +105,7 @@ class CommunicationEstimate:
             "sent": self.sent,
             "experts_per_token": self.experts_per_token,
             "transfers": transfers,
+            "assumptions": list(self.assumptions),
         }
 
     def text(self) -> str:
@@ -108,6 +118,7 @@ class CommunicationEstimate:
                 f"  {t.purpose:<36}{t.collective:<16}{format_bytes(t.size):>12} in {t.calls} "
                 f"calls of {t.ranks} ranks, {format_bytes(t.sent)} sent"
             )
+        lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
         return "\n".join(lines)
 
 
@@ -153,7 +164,13 @@ class _Step:
         """Ranks that hold the same experts."""
         return self.topology.world_size // self.config.moe.moe_expert_parallel_size
 
+    @property
+    def gradient_itemsize(self) -> int:
+        """Bytes of a number in reduced gradients."""
+        return 2 if self.config.optimizer.grad_reduce_in_bf16 else _FP32
+
     def transfers(self) -> Iterator[Transfer]:
+        """Yield everything that is sent, also within groups of one rank."""
         yield self._all_reduce("loss normalizers", 2 * _FP64, 1)
         yield from self._expert_rows()
         yield from self._balance_loads()
@@ -171,9 +188,7 @@ class _Step:
     def _reduced_gradients(self) -> Iterator[Transfer]:
         """All-reduces, also at ZeRO 1 and 2; at ZeRO 2 those of every micro-batch."""
         times = self.micro_batches if self.options.stage == 2 else 1
-        itemsize = _FP32
-        if self.config.optimizer.grad_reduce_in_bf16:
-            itemsize = 2
+        itemsize = self.gradient_itemsize
         for is_expert, purpose in ((False, "dense gradients"), (True, "expert gradients")):
             elements = self.parameters.elements(is_expert)
             ranks = self.expert_ranks if is_expert else self.topology.world_size
@@ -202,7 +217,7 @@ class _Step:
             distance += 2 * sum(numel for numel, _, _ in block)
             for numel, itemsize, ranks in block:
                 padded = -(-numel // ranks) * ranks
-                reduced[ranks] = reduced.get(ranks, 0) + padded * _FP32
+                reduced[ranks] = reduced.get(ranks, 0) + padded * self.gradient_itemsize
                 if numel > self.options.persistence_threshold:
                     gathers[ranks] = gathers.get(ranks, 0) + times * padded * itemsize
                 else:

@@ -28,7 +28,14 @@ RUNS = {
         "micro_batches": 2,
         "options": {"balance_scope": "global-batch"},
     },
+    "ZeRO 1, recomputed with dropout": {
+        "ep_size": 2,
+        "recompute": True,
+        "dropout": 0.1,
+        "moe_shared_experts": 1,
+    },
     "ZeRO 3": {"zero_stage": 3, "micro_batches": 2},
+    "ZeRO 3, reduced in bf16": {"zero_stage": 3, "reduce_in_bf16": True},
     "ZeRO 3, sharded, latent rows": {
         "zero_stage": 3,
         "ep_size": 2,

@@ -10,6 +10,7 @@ import torch
 from helpers.tracked_steps import peak_of_second_step, planned_run
 from megatron.analysis.live_memory import LiveMemory
 from megatron.analysis.memory import estimate_memory, format_bytes
+from megatron.analysis.moe_activations import gate_activations
 from megatron.analysis.rank_parameters import (
     Topology,
     meta_model,
@@ -17,6 +18,7 @@ from megatron.analysis.rank_parameters import (
     zero_options,
 )
 from megatron.config.schema import DeepSpeedConfig
+from megatron.moe.gate import available_gates
 
 PEER = {"peer_num_heads": 4, "peer_topk": 8, "peer_query_size": 32}
 BAR = 0.1
@@ -177,6 +179,15 @@ def test_estimate_is_text_and_json():
         assert word in text
     rows = estimate.chart_rows()
     assert sum(value for _, _, value in rows) == estimate.peak + estimate.allowance
+
+
+@pytest.mark.parametrize("name", available_gates())
+def test_every_gate_keeps_bytes_per_token(name):
+    """A gate keeps at least the list of its assignments, and less than 40 numbers per expert."""
+    config = planned_run(name, num_experts=64, width=4)
+    gate = gate_activations(name, config, 2048, torch.bfloat16)
+    assert 8 <= gate.kept < 64 * 40 * 4
+    assert min(gate.decisions, gate.forward, gate.backward) >= 0
 
 
 def test_live_memory_counts_storages_once():

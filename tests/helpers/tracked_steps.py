@@ -44,6 +44,8 @@ def planned_run(
     width: int = 128,
     num_layers: int = 2,
     recompute: bool = False,
+    dropout: float = 0.0,
+    reduce_in_bf16: bool = False,
     options: dict[str, Any] | None = None,
     **moe: Any,
 ) -> RunConfig:
@@ -62,6 +64,7 @@ def planned_run(
         make_vocab_size_divisible_by=1,
         activation="swiglu",
         ffn_hidden_size=512,
+        hidden_dropout=dropout,
     )
     experts = MoEConfig()
     if gate:
@@ -80,7 +83,7 @@ def planned_run(
     return RunConfig(
         model,
         experts,
-        optimizer=OptimizerConfig(bf16=bf16),
+        optimizer=OptimizerConfig(bf16=bf16, grad_reduce_in_bf16=reduce_in_bf16),
         deepspeed=DeepSpeedConfig(zero_stage=zero_stage),
         train=train,
         gate_options={gate: options} if options else {},
