@@ -377,6 +377,7 @@ class _Plan:
         sums = {"gradient sums": partition}
         # The first micro-batch has none until its gradients are reduced.
         held = sums if self.accumulates or self.reduces_during_backward else {}
+        reduced = sums if self.accumulates or not self.is_fp32 else {}
         bucket = {"gradient bucket": self.bucket}
         backward = {**states, **held, **bucket, "activations": a.backward}
         if self.reduces_during_backward:
@@ -384,7 +385,7 @@ class _Plan:
         phases = {
             "forward pass": {**states, **(sums if self.accumulates else {})},
             "backward pass": backward,
-            "reduction": {**states, **held, **bucket, "reduction buffer": temporary},
+            "reduction": {**states, **reduced, **bucket, "reduction buffer": temporary},
             "optimizer step": self._step(states, partition),
         }
         phases["forward pass"]["activations"] = a.forward

@@ -28,6 +28,7 @@ ONE_RANK = {
     "dense, ZeRO 0, recomputed": {"gate": "", "zero_stage": 0, "recompute": True},
     "topk, accumulated": {"micro_batches": 2},
     "threshold, fp32, recomputed": {"gate": "threshold", "bf16": False, "recompute": True},
+    "ZeRO 2, one micro-batch": {"zero_stage": 2},
     "PEER, ZeRO 2": {
         "gate": "peer",
         "num_experts": 256,
