@@ -114,13 +114,19 @@ def measure(groups: Groups, shape: Shape, rounds: int) -> Comparison:
     from megatron.data.loader import Batch
     from megatron.engine.engine import Engine
     from megatron.model.builder import build_run_config_model
+    from megatron.model.flops import ModelFlops
     from megatron.training.task import NextTokenLoss
 
     config = configuration(shape)
     ceilings = measure_ceilings(config, groups)
     topology = Topology(groups.world_size, groups.device.type)
     experts = float(shape.topk) if shape.gate else 0.0
-    expected = memory_sections(config, VOCAB, topology, experts, ceilings=ceilings)[-1]
+    flops = ModelFlops.of(build_run_config_model(config, VOCAB))
+    by_part = flops.computed(flops.use(experts))
+    sections = memory_sections(
+        config, VOCAB, topology, experts, flops_by_part=by_part, ceilings=ceilings
+    )
+    expected = sections[-1]
     model = build_run_config_model(config, VOCAB, groups)
     engine = Engine(model, config.optimizer, config.deepspeed, config.train, groups)
     generator = torch.Generator().manual_seed(groups.rank)

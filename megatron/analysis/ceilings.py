@@ -23,6 +23,7 @@ from megatron.config.schema import RunConfig
 from megatron.io.untrusted import parse_json
 from megatron.moe.experts.backends import COMPUTE_DTYPES
 from megatron.moe.experts.grouped_linear import grouped_linear
+from megatron.moe.gate import gate_class
 from megatron.parallel.groups import Groups
 
 _SECONDS = 0.1
@@ -77,18 +78,27 @@ class Ceilings:
 
 
 def given_ceilings(
-    file: str = "", peak_tflops: float = 0.0, bandwidth_gb_s: float = 0.0
+    file: str = "",
+    peak_tflops: float = 0.0,
+    bandwidth_gb_s: float = 0.0,
+    network_gb_s: float = 0.0,
 ) -> Ceilings | None:
-    """Return the ceilings of --ceilings, --peak-tflops and --bandwidth-gb-s; None: none given.
+    """Return the ceilings that flags give; None: none given.
 
-    The two numbers replace those of the file. Without a file both are needed.
+    Numbers replace those of the file. Without a file the first two are needed.
+
+    Args:
+        file: --ceilings, see `read_ceilings`.
+        peak_tflops: --peak-tflops, for dense and grouped products.
+        bandwidth_gb_s: --bandwidth-gb-s.
+        network_gb_s: --network-gb-s, for all collectives.
 
     Raises:
         ValueError: the file cannot be read or has wrong fields, or one of the numbers is missing.
     """
     if file:
         ceilings = read_ceilings(file)
-    elif peak_tflops or bandwidth_gb_s:
+    elif peak_tflops or bandwidth_gb_s or network_gb_s:
         require(
             bool(peak_tflops and bandwidth_gb_s),
             "--peak-tflops and --bandwidth-gb-s",
@@ -103,6 +113,8 @@ def given_ceilings(
         ceilings = replace(ceilings, dense_tflops=peak_tflops, grouped_tflops=peak_tflops)
     if bandwidth_gb_s:
         ceilings = replace(ceilings, bandwidth_gb_s=bandwidth_gb_s)
+    if network_gb_s:
+        ceilings = replace(ceilings, all_reduce_gb_s=network_gb_s, all_to_all_gb_s=network_gb_s)
     return ceilings
 
 
@@ -117,7 +129,7 @@ def read_ceilings(file: str) -> Ceilings:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--ceilings: {file} cannot be read: {error}; allowed: a JSON file with the fields of "
-            "a measurement. Write one with --json or leave the flag out"
+            "a measurement. Write one with --measure-ceilings --save-ceilings FILE"
         ) from None
     names = {field.name for field in fields(Ceilings)}
     needed = {"dense_tflops", "grouped_tflops", "bandwidth_gb_s"}
@@ -201,9 +213,14 @@ def _dense_rate(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _grouped_rate(config: RunConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the rate of equally many rows per expert; that of dense products without experts."""
+    """Return the rate of equally many rows per expert.
+
+    It is that of dense products for models without experts, and for PEER, whose look-ups are no
+    grouped products: so the time of a step stays a lower bound.
+    """
     moe = config.moe
-    if not moe.num_experts:
+    gates = [name for name in moe.gates(config.model.num_layers) if name is not None]
+    if not gates or any(gate_class(name).expert_kind == "peer" for name in gates):
         return _dense_rate(config, device, dtype)
     num_experts = min(moe.num_experts, _MOST_EXPERTS)
     rows = max(_num_rows(config) // num_experts, 1) * num_experts

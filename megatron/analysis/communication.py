@@ -85,6 +85,13 @@ class CommunicationEstimate:
         """Bytes that leave a rank."""
         return sum(t.sent for t in self.transfers)
 
+    @property
+    def summary(self) -> str:
+        """The bytes sent in one line."""
+        if not self.transfers:
+            return "communication: none, there is one rank"
+        return f"communication of a rank in a step: {format_bytes(self.sent)} sent"
+
     def chart_rows(self) -> list[tuple[str, str, float]]:
         """Return (purpose, collective, bytes sent) of each transfer."""
         return [(t.purpose, t.collective, float(t.sent)) for t in self.transfers]
@@ -92,11 +99,14 @@ class CommunicationEstimate:
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What the numbers take for granted, and what they leave out."""
-        return (
-            f"{self.experts_per_token:g} routed experts per token after capacity",
+        assumptions = (
             "a step in which nothing is logged, evaluated or saved; metrics take one all-reduce "
             "per --log-interval",
         )
+        if not self.experts_per_token:  # a dense model
+            return assumptions
+        experts = f"{self.experts_per_token:g} routed experts per token after capacity"
+        return (experts, *assumptions)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -111,8 +121,8 @@ class CommunicationEstimate:
     def text(self) -> str:
         """Return a table of the transfers."""
         if not self.transfers:
-            return "communication: none, there is one rank"
-        lines = [f"communication of a rank in a step: {format_bytes(self.sent)} sent"]
+            return self.summary
+        lines = [self.summary]
         for t in self.transfers:
             lines.append(
                 f"  {t.purpose:<36}{t.collective:<16}{format_bytes(t.size):>12} in {t.calls} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from megatron.analysis.model_cost import CostSection
@@ -27,7 +26,7 @@ def require_chart_packages(needed_by: str) -> None:
 
 
 def cost_png(sections: Sequence[CostSection], title: str) -> bytes:
-    """Draw the sections that have bars.
+    """Draw the sections that have a number other than 0.
 
     Args:
         title: what the model is.
@@ -35,7 +34,11 @@ def cost_png(sections: Sequence[CostSection], title: str) -> bytes:
         A PNG file.
     """
     altair = import_optional("altair", "analysis", "--png")
-    panels = [_panel(altair, section) for section in sections if section.chart_title]
+    panels = []
+    for section in sections:
+        rows = [row for row in section.chart_rows() if row[2]]
+        if rows:
+            panels.append(_panel(altair, section.chart_title, rows))
     chart = altair.vconcat(*panels, title=title).resolve_scale(
         color="independent", y="independent"
     )
@@ -45,15 +48,16 @@ def cost_png(sections: Sequence[CostSection], title: str) -> bytes:
     return file.getvalue()
 
 
-def _panel(altair: Any, section: CostSection) -> Any:
+def _panel(altair: Any, title: str, rows: list[tuple[str, str, float]]) -> Any:
     """Return the stacked bars of one section, in the order of its parts."""
-    bars = [bar for bar in section.bars() if bar.value]
-    parts = list(dict.fromkeys(bar.part for bar in bars))
-    series = list(dict.fromkeys(bar.series for bar in bars))
+    parts = list(dict.fromkeys(part for part, _, _ in rows))
+    series = list(dict.fromkeys(name for _, name, _ in rows))
     order = {name: number for number, name in enumerate(series)}
-    rows = [asdict(bar) | {"order": order[bar.series]} for bar in bars]
+    values = []
+    for part, name, value in rows:
+        values.append({"part": part, "series": name, "value": value, "order": order[name]})
     return (
-        altair.Chart(altair.Data(values=rows), title=section.chart_title)
+        altair.Chart(altair.Data(values=values), title=title)
         .mark_bar()
         .encode(
             x=altair.X("value:Q", title=None, axis=altair.Axis(format="~s")),

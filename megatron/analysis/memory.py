@@ -71,6 +71,11 @@ class MemoryEstimate:
         """Bytes of all tensors in that phase, without the allowance."""
         return sum(self.phases[self.peak_phase].values())
 
+    @property
+    def summary(self) -> str:
+        """The peak in one line."""
+        return f"memory of a rank: {format_bytes(self.peak)} at the peak, {self.peak_phase}"
+
     def chart_rows(self) -> list[tuple[str, str, float]]:
         """Return (part, series, bytes) of each part at the peak."""
         parts = self.phases[self.peak_phase]
@@ -92,7 +97,7 @@ class MemoryEstimate:
 
     def text(self) -> str:
         """Return a table of the parts at the peak, of the phases and of the assumptions."""
-        lines = [f"memory of a rank: {format_bytes(self.peak)} at the peak, {self.peak_phase}"]
+        lines = [self.summary]
         for part, number in self.phases[self.peak_phase].items():
             lines.append(f"  {part:<30}{format_bytes(number):>12}")
         lines.append(f"  {'allowance for the rest':<30}{format_bytes(self.allowance):>12}")
@@ -163,7 +168,7 @@ def estimate_memory(
         activations=activations,
         on_host=planned.on_host,
         allowance=_allowance(topology.device, peak),
-        assumptions=_assumptions(config, topology, experts_per_token),
+        assumptions=_assumptions(config, topology, options.stage, experts_per_token),
     )
 
 
@@ -215,9 +220,15 @@ def _allowance(device: str, peak: int) -> int:
 
 
 def _assumptions(
-    config: RunConfig, topology: Topology, experts_per_token: float
+    config: RunConfig, topology: Topology, stage: int, experts_per_token: float
 ) -> tuple[str, ...]:
-    assumptions = ["a step after the first, when the optimizer has its moments"]
+    train = config.train
+    assumptions = [
+        f"{topology.world_size} rank(s) on {topology.device}, ZeRO {stage}, experts over "
+        f"{config.moe.moe_expert_parallel_size} rank(s), {config.optimizer.precision}, "
+        f"micro-batches of {train.micro_batch_size} x {config.model.seq_length} tokens",
+        "a step after the first, when the optimizer has its moments",
+    ]
     if config.moe.num_experts:
         assumptions.append(
             f"{experts_per_token:g} routed experts per token; all ranks receive as many rows"

@@ -1,4 +1,4 @@
-"""What a model costs: parameters and operations by part, in sections of a report.
+"""What a model costs: parameters, operations, and the needs of a rank, in sections of a report.
 
 A section computes one kind of cost. It is a dataclass with the methods of `CostSection`, so that
 text, JSON and charts need to know nothing of its subject; `model_sections` lists them.
@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
+from megatron.analysis.ceilings import Ceilings
+from megatron.analysis.rank_cost import rank_cost_sections
+from megatron.analysis.rank_parameters import Topology
 from megatron.config.fields import require
 from megatron.config.schema import RunConfig
 from megatron.model.builder import build_run_config_model
@@ -23,24 +26,16 @@ from megatron.moe.gate_flops import Flops
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One number of a chart."""
-
-    part: str
-    """part of the model, one row of the chart"""
-    series: str
-    """what is counted of the part; the series of a part are stacked"""
-    value: float
-
-
 class CostSection(Protocol):
     """One kind of cost of a model."""
 
-    name: ClassVar[str]
-    """key in the JSON file"""
-    chart_title: ClassVar[str]
-    """title of the section's chart, with the unit; empty: it has none"""
+    @property
+    def name(self) -> str:
+        """Key in the JSON file."""
+
+    @property
+    def chart_title(self) -> str:
+        """Title of the section's chart, with the unit."""
 
     def text(self) -> str:
         """Return lines for the terminal."""
@@ -48,8 +43,11 @@ class CostSection(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Return values that JSON can express, with units in their names."""
 
-    def bars(self) -> list[Bar]:
-        """Return the numbers of the section's chart."""
+    def chart_rows(self) -> list[tuple[str, str, float]]:
+        """Return the numbers of the section's chart: (part, series, value).
+
+        A part is one row of the chart. Its series, which say what is counted, are stacked.
+        """
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,24 @@ class AnalysedModel:
     config: RunConfig
     vocab_size: int
     """tokens of the tokenizer, before padding"""
-    ranks: int = 1
-    """ranks that share a global batch whose size is not set"""
+    topology: Topology = Topology()
+    """ranks that train it"""
     assumed_experts: float = 0.0
     """routed experts per token in layers whose gates leave a choice; 0: not assumed"""
     measured: ExpertUse | None = None
     """use of the experts in a run of this model; None: not measured"""
     measured_in: str = ""
     """where it was measured"""
+
+    def check(self) -> None:
+        """Check what can be wrong, before anything is measured.
+
+        Raises:
+            ValueError: see `experts`, or the flags do not fit the number of ranks.
+        """
+        _ = self.experts
+        self.topology.groups(self.config)
+        self.config.train.global_batch(self.topology.world_size)
 
     @cached_property
     def model(self) -> GPT:
@@ -139,8 +147,7 @@ class AnalysedModel:
     @property
     def samples_per_step(self) -> int:
         """Samples of an optimizer step over all ranks, after a ramp-up."""
-        train = self.config.train
-        return train.global_batch_size or train.micro_batch_size * self.ranks
+        return self.config.train.global_batch(self.topology.world_size)
 
     @property
     def tokens_per_step(self) -> int:
@@ -184,15 +191,15 @@ class ParameterSection:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self.count)
 
-    def bars(self) -> list[Bar]:
-        bars = []
+    def chart_rows(self) -> list[tuple[str, str, float]]:
+        rows = []
         for part, number in self.count.parts.items():
             active = number
             if part == "routed experts":
                 active -= self.count.total - self.count.active_max
-            bars.append(Bar(part, "active per token", active))
-            bars.append(Bar(part, "other", number - active))
-        return bars
+            rows.append((part, "active per token", active))
+            rows.append((part, "other", number - active))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -284,23 +291,36 @@ class FlopsSection:
             "parts": {part: asdict(flops) for part, flops in parts.items()},
         }
 
-    def bars(self) -> list[Bar]:
-        bars = []
+    def chart_rows(self) -> list[tuple[str, str, float]]:
+        rows = []
         for part, flops in self.flops.parts(self.experts.most).items():
-            bars.append(Bar(part, "forward", flops.forward))
-            bars.append(Bar(part, "backward", flops.backward))
-        return bars
+            rows.append((part, "forward", flops.forward))
+            rows.append((part, "backward", flops.backward))
+        return rows
 
 
-def model_sections(analysed: AnalysedModel) -> list[CostSection]:
+def model_sections(
+    analysed: AnalysedModel, ceilings: Ceilings | None = None
+) -> list[CostSection]:
     """Compute all costs of a model.
 
+    Args:
+        ceilings: what the hardware of a rank reaches; None: no step time is expected.
+
     Raises:
-        ValueError: see `AnalysedModel.experts`.
+        ValueError: see `AnalysedModel.check`.
     """
     return [
         ParameterSection.of(analysed),
         FlopsSection.of(analysed),
+        *rank_cost_sections(
+            analysed.config,
+            analysed.vocab_size,
+            analysed.topology,
+            analysed.flops,
+            analysed.experts.uses,
+            ceilings,
+        ),
     ]
 
 

@@ -41,6 +41,8 @@ class ModelSource:
     """tokens of the tokenizer; 0: not recorded"""
     ranks: int = 0
     """ranks of the run; 0: not recorded"""
+    device: str = ""
+    """type of the run's devices, cuda or cpu; empty: not recorded"""
     metrics_file: str = ""
     """metrics.jsonl of the run; empty: there is none"""
     training_row: dict[str, Any] | None = None
@@ -83,6 +85,7 @@ def _checkpoint_source(path: str, folder: Path, checkpoint: Path) -> ModelSource
     state = read_state(checkpoint)
     metrics_file = ""
     row = None
+    device = ""
     for place in (folder, checkpoint.parent, checkpoint.parent.parent):
         if (place / METRICS_FILE).is_file():
             metrics_file = str(place / METRICS_FILE)
@@ -90,12 +93,14 @@ def _checkpoint_source(path: str, folder: Path, checkpoint: Path) -> ModelSource
             if folder != checkpoint:
                 last = None  # the run may have trained on after its newest checkpoint
             row = _last_training_row(metrics_file, last)
+            device = _device_type(read_metrics(metrics_file))
             break
     return ModelSource(
         path,
         ("--config", str(checkpoint / "run.json")),
         vocab_size=state["identity"]["tokenizer_vocab_size"],
         ranks=state["topology"]["ranks"],
+        device=device,
         metrics_file=metrics_file,
         training_row=row,
     )
@@ -120,9 +125,18 @@ def _metrics_source(path: str, metrics_file: Path) -> ModelSource:
         path,
         tuple(to_flags(config, gate_config_class, KNOWN_EXPERT_TYPES)),
         ranks=starts[-1].get("world_size", 0),
+        device=_device_type(starts),
         metrics_file=str(metrics_file),
         training_row=_last_training_row(str(metrics_file)),
     )
+
+
+def _device_type(rows: list[dict[str, Any]]) -> str:
+    """Return the type of device of the last start, empty if no start is recorded."""
+    for row in reversed(rows):
+        if row.get("kind") == "run" and "device" in row:
+            return "cpu" if row["device"] == "cpu" else "cuda"
+    return ""
 
 
 def _last_training_row(

@@ -46,7 +46,7 @@ class Topology:
         if self.world_size % ep_size:
             raise ValueError(
                 f"--moe-expert-parallel-size is {ep_size}; allowed: a divisor of the "
-                f"{self.world_size} ranks. Plan for another number of ranks or change it"
+                f"{self.world_size} ranks. Plan for another number of them or change it"
             )
         return Groups(world_size=self.world_size, ep_size=ep_size)
 

@@ -17,9 +17,6 @@ from megatron.analysis.communication import CommunicationEstimate, estimate_comm
 from megatron.analysis.memory import MemoryEstimate, estimate_memory
 from megatron.analysis.rank_parameters import Topology, meta_model, rank_parameters
 from megatron.config.schema import RunConfig
-from megatron.model.builder import build_run_config_model
-from megatron.model.meta_device import meta_device
-from megatron.model.parameter_count import count_parameters
 
 GROUPED_PARTS = ("routed experts",)
 """Parts whose products run at the grouped ceiling"""
@@ -51,6 +48,8 @@ class StepTimeEstimate:
     """of a step on one rank"""
     flops: float
     """operations of a step on one rank, recomputation included"""
+    sent: int
+    """bytes that leave a rank"""
     ceilings: Ceilings
 
     name: ClassVar[str] = "step_time"
@@ -83,10 +82,21 @@ class StepTimeEstimate:
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What the expectation takes for granted."""
-        return (
+        assumptions = (
             f"ceilings: {self.ceilings.text()}",
             "every operation at its ceiling, and nothing for launches, norms, sorting, data or "
             "waiting: the measured step takes longer",
+        )
+        if self.sent and not (self.ceilings.all_reduce_gb_s and self.ceilings.all_to_all_gb_s):
+            unknown = "collectives whose ceiling is 0 take no time: it is not known"
+            return (*assumptions, unknown)
+        return assumptions
+
+    @property
+    def summary(self) -> str:
+        """The time of the step in one line."""
+        return (
+            f"expected step: {self.total_s:.4g} s, {self.tokens_per_s:.4g} tokens/s on a rank"
         )
 
     def chart_rows(self) -> list[tuple[str, str, float]]:
@@ -108,9 +118,7 @@ class StepTimeEstimate:
             ("optimizer", self.optimizer_s, ""),
             ("exposed communication", self.exposed_communication_s, f"{hidden:.4g} s hidden"),
         )
-        lines = [
-            f"expected step: {self.total_s:.4g} s, {self.tokens_per_s:.4g} tokens/s on a rank"
-        ]
+        lines = [self.summary]
         for part, seconds, note in rows:
             lines.append(f"  {part:<30}{seconds:>12.4g} s  {note}".rstrip())
         lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
@@ -131,7 +139,8 @@ def estimate_step_time(
 
     Args:
         flops_by_part: operations per token, forward and backward with recomputation, of each
-            part of the model; parts in `GROUPED_PARTS` are grouped matrix products.
+            part of the model (`ModelFlops.computed`); parts in `GROUPED_PARTS` are grouped
+            matrix products.
         memory: gives the activations that are written and read.
         communication: gives what is sent.
     """
@@ -166,6 +175,7 @@ def estimate_step_time(
         exposed_communication_s=exposed_s,
         tokens=tokens,
         flops=sum(flops_by_part.values()) * tokens,
+        sent=communication.sent,
         ceilings=ceilings,
     )
 
@@ -189,34 +199,8 @@ def _communication_seconds(
     return total, overlapping
 
 
-def flops_of_parameters(
-    config: RunConfig, vocab_size: int, experts_per_token: float
-) -> dict[str, float]:
-    """Return operations per token by part from the numbers of active parameters.
-
-    They are 2 per parameter in the forward pass and 4 in the backward pass; recomputation adds
-    another forward pass of the blocks. Attention scores are those of full rectangles of queries
-    and keys. It stands for a count of the products where there is none.
-    """
-    with meta_device():
-        model = build_run_config_model(config, vocab_size)
-    counts = dict(count_parameters(model).parts)
-    if config.moe.num_experts:
-        counts["routed experts"] *= experts_per_token / config.moe.num_experts
-    if not config.model.untie_embeddings_and_output_weights:
-        counts["output layer"] = model.embed_tokens.weight.numel()
-    del counts["embedding"], counts["norms"]
-    heads = config.model.num_attention_heads * config.model.head_size
-    counts["attention scores"] = 2 * config.model.num_layers * config.model.seq_length * heads
-    flops = {}
-    for part, number in counts.items():
-        is_recomputed = config.train.recompute_activations and part != "output layer"
-        flops[part] = (8 if is_recomputed else 6) * number
-    return {part: number for part, number in flops.items() if number}
-
-
 PlannedSection = MemoryEstimate | CommunicationEstimate | StepTimeEstimate
-"""What `memory_sections` returns: with `name`, `chart_title`, `text`, `to_dict`, `chart_rows`"""
+"""What `memory_sections` returns"""
 
 
 def memory_sections(
@@ -225,7 +209,7 @@ def memory_sections(
     topology: Topology,
     experts_per_token: float,
     *,
-    flops_by_part: Mapping[str, float] | None = None,
+    flops_by_part: Mapping[str, float],
     ceilings: Ceilings | None = None,
 ) -> list[PlannedSection]:
     """Return what a run needs on a rank: memory, communication and, with ceilings, time.
@@ -233,7 +217,7 @@ def memory_sections(
     Args:
         vocab_size: before padding.
         experts_per_token: routed experts of a token, the mean over tokens and layers.
-        flops_by_part: see `estimate_step_time`; None: `flops_of_parameters`.
+        flops_by_part: see `estimate_step_time`.
         ceilings: measured or given; None: no step time.
 
     Raises:
@@ -243,8 +227,6 @@ def memory_sections(
     communication = estimate_communication(config, vocab_size, topology, experts_per_token)
     sections: list[PlannedSection] = [memory, communication]
     if ceilings is not None:
-        if flops_by_part is None:
-            flops_by_part = flops_of_parameters(config, vocab_size, experts_per_token)
         sections.append(
             estimate_step_time(
                 config,

@@ -174,6 +174,21 @@ class ModelFlops:
         parts = self.parts(use)
         return self.per_token(use).forward - parts["output layer"].forward
 
+    def computed(self, use: ExpertUse) -> dict[str, float]:
+        """Return the operations per token that a training step computes, by part.
+
+        They are those of the forward and the backward pass and of recomputation. Parts without
+        any are left out; keys as FLOP_PARTS.
+        """
+        computed = {}
+        for part, flops in self.parts(use).items():
+            total = flops.total
+            if self.recomputes and part != "output layer":
+                total += flops.forward
+            if total:
+                computed[part] = total
+        return computed
+
     def training_metrics(self, row: Mapping[str, Any], tokens_per_s: float) -> dict[str, float]:
         """Return the metrics of a training row: empty if the use of experts is not known.
 

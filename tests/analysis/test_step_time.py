@@ -19,13 +19,11 @@ from megatron.analysis.ceilings import (
     write_ceilings,
 )
 from megatron.analysis.rank_parameters import Topology
-from megatron.analysis.step_time import (
-    StepTimeEstimate,
-    flops_of_parameters,
-    memory_sections,
-)
+from megatron.analysis.step_time import StepTimeEstimate, memory_sections
+from megatron.config.schema import RunConfig
 from megatron.model.builder import build_run_config_model
-from megatron.model.parameter_count import count_parameters
+from megatron.model.flops import ModelFlops
+from megatron.model.meta_device import meta_device
 from megatron.parallel.groups import Groups
 
 CEILINGS = Ceilings(2.0, 1.0, 100.0, 10.0, 5.0)
@@ -34,7 +32,17 @@ CEILINGS = Ceilings(2.0, 1.0, 100.0, 10.0, 5.0)
 def _time(ceilings: Ceilings = CEILINGS, world_size: int = 2, **options) -> StepTimeEstimate:
     config = planned_run(world_size=world_size, **options)
     topology = Topology(world_size, "cpu")
-    return memory_sections(config, 2048, topology, 2.0, ceilings=ceilings)[-1]
+    flops = _flops(config)
+    return memory_sections(config, 2048, topology, 2.0, flops_by_part=flops, ceilings=ceilings)[
+        -1
+    ]
+
+
+def _flops(config: RunConfig) -> dict[str, float]:
+    with meta_device():
+        model = build_run_config_model(config, 2048)
+    flops = ModelFlops.of(model)
+    return flops.computed(flops.use(2.0))
 
 
 def test_step_is_sum_of_its_parts():
@@ -101,32 +109,36 @@ def test_overlapping_communication_hides_behind_passes():
 
 
 def test_unknown_network_is_not_counted():
+    """The text says so where ranks communicate."""
     ceilings = Ceilings(2.0, 1.0, 100.0)
-    assert _time(ceilings).communication_s == 0
+    time = _time(ceilings)
+    assert time.communication_s == 0 < time.sent
+    assert "collectives whose ceiling is 0 take no time" in time.text()
+    assert "take no time" not in _time().text()
+    assert "take no time" not in _time(ceilings, world_size=1).text()
 
 
-def test_flops_of_parameters_are_six_per_active_one():
-    """Products of all weights but the embedding's, and scores of queries with all keys."""
-    config = planned_run()
-    flops = flops_of_parameters(config, 2048, 2.0)
-    counts = count_parameters(build_run_config_model(config, 2048))
-    assert flops["attention"] == 6 * counts.parts["attention"]
-    assert flops["routed experts"] == 6 * counts.parts["routed experts"] * 2 / 8
-    assert flops["output layer"] == 6 * 2048 * 128
-    assert flops["attention scores"] == 2 * 2 * 128 * 128 * 6
-    recomputed = flops_of_parameters(planned_run(recompute=True), 2048, 2.0)
-    assert recomputed["attention"] * 6 == flops["attention"] * 8
-    assert recomputed["output layer"] == flops["output layer"]
+def test_recomputation_repeats_blocks():
+    """A forward pass more of every part but the output layer."""
+    once = _flops(planned_run())
+    again = _flops(planned_run(recompute=True))
+    assert once.keys() == again.keys() >= {"attention", "routed experts", "router"}
+    assert again["output layer"] == once["output layer"] == 6 * 2048 * 128
+    assert again["attention"] * 6 == once["attention"] * 8
+    assert again["routed experts"] * 6 == once["routed experts"] * 8
 
 
 def test_sections_have_text_and_json():
     """Three sections with ceilings, two without."""
     config = planned_run(world_size=2, ep_size=2)
     topology = Topology(2, "cpu")
-    sections = memory_sections(config, 2048, topology, 2.0, ceilings=CEILINGS)
+    flops = _flops(config)
+    sections = memory_sections(
+        config, 2048, topology, 2.0, flops_by_part=flops, ceilings=CEILINGS
+    )
     names = [section.name for section in sections]
     assert names == ["memory", "communication", "step_time"]
-    assert len(memory_sections(config, 2048, topology, 2.0)) == 2
+    assert len(memory_sections(config, 2048, topology, 2.0, flops_by_part=flops)) == 2
     for section in sections:
         assert json.loads(json.dumps(section.to_dict()))
         assert section.chart_title
@@ -166,6 +178,9 @@ def test_given_numbers_replace_those_of_file(tmp_path):
     assert ceilings.bandwidth_gb_s == CEILINGS.bandwidth_gb_s
     assert given_ceilings(peak_tflops=7.0, bandwidth_gb_s=8.0) == Ceilings(7.0, 7.0, 8.0)
     assert given_ceilings(str(file), bandwidth_gb_s=8.0).bandwidth_gb_s == 8.0
+    assert given_ceilings(str(file), network_gb_s=9.0) == replace(
+        CEILINGS, all_reduce_gb_s=9.0, all_to_all_gb_s=9.0
+    )
     assert given_ceilings() is None
 
 
@@ -199,6 +214,8 @@ def test_missing_ceilings_are_refused(tmp_path):
         given_ceilings(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="--bandwidth-gb-s.*Give the missing one"):
         given_ceilings(peak_tflops=7.0)
+    with pytest.raises(ValueError, match="--bandwidth-gb-s.*Give the missing one"):
+        given_ceilings(network_gb_s=7.0)
 
 
 @pytest.mark.slow
