@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.analysis.report.groups import RunGroup
-from megatron.analysis.report.runs import ReportRun
+from megatron.analysis.report.runs import TRAIN, ReportRun
 from megatron.analysis.report.series import rows_of_kind
 from megatron.optional_packages import import_optional
 
@@ -99,12 +99,13 @@ def metric_quantiles(
     return [float(value) for value in np.quantile(values, shares)] if len(values) else None
 
 
-def constant_value(groups: Iterable[RunGroup], metric: str) -> float | None:
-    """Return the value that a training metric has in all rows of all runs; None: it varies."""
+def constant_value(groups: Iterable[RunGroup], metric: str, kind: str = TRAIN) -> float | None:
+    """Return the value that a metric has in all rows of a kind of all runs; None: it varies."""
     bounds = []
     for group in groups:
         for run in group.runs:
-            values_R = run.train.values.get(metric, np.empty(0))
+            rows = rows_of_kind(run, kind)
+            values_R = rows.values.get(metric, np.empty(0)) if rows else np.empty(0)
             if np.isfinite(values_R).any():
                 bounds += [float(np.nanmin(values_R)), float(np.nanmax(values_R))]
     return bounds[0] if bounds and min(bounds) == max(bounds) else None
