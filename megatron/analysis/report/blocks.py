@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.analysis.report.finals import last_loss, mean_with_interval
+from megatron.analysis.report.finals import final_loss, last_loss
 from megatron.analysis.report.groups import RunGroup
 from megatron.analysis.report.history import LayerHistory, bucket_edges
 from megatron.analysis.report.page import rounded
@@ -123,15 +123,15 @@ def final_blocks(groups: list[RunGroup], kinds: list[str]) -> list[DataBlock]:
     blocks = []
     for kind in kinds:
         for group in groups:
-            found = mean_with_interval(last_loss(run, kind) for run in group.runs)
-            if found is None:
+            found = final_loss(group, kind)
+            if not found.n:
                 continue
             constants = {"group": group.label, "kind": kind}
             interval = {
                 "mean": rounded([found.mean], 6),
                 "low": rounded([found.low], 6),
                 "high": rounded([found.high], 6),
-                "count": [len(found)],
+                "count": [found.n],
             }
             blocks.append({"constants": constants, "columns": interval})
             if len(group) > 1:

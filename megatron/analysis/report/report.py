@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import megatron
+from megatron.analysis.compare.seed_statistics import CONFIDENCE
 from megatron.analysis.report import blocks, charts, tables
 from megatron.analysis.report.charts import CurveAxis, CurveColumns
 from megatron.analysis.report.finals import (
-    SEED_CONFIDENCE,
     constant_value,
     held_out_kinds,
     kind_title,
@@ -348,13 +348,13 @@ def _final_section(draft: _Draft, kinds: list[str]) -> None:
     if not data or sum(map(len, draft.groups)) == 1:  # the summary has the loss of a single run
         return
     draft.charts["final-loss"] = charts.interval_chart(
-        "final-loss", draft.labels, LOSS, f"{SEED_CONFIDENCE:.0%} interval"
+        "final-loss", draft.labels, LOSS, f"{CONFIDENCE:.0%} interval"
     )
     draft.datasets["final-loss"] = data
     figure = chart_figure("final-loss", "Loss in the last evaluation", wide=True)
     draft.section(
         "Final held-out loss",
-        f"Filled: mean over the seeds; line: its {SEED_CONFIDENCE:.0%} confidence interval "
+        f"Filled: mean over the seeds; line: its {CONFIDENCE:.0%} confidence interval "
         "(Student's t, n − 1 degrees of freedom; none for a single run); rings: the runs. The set "
         "is the one selected above.",
         [figure],
