@@ -45,6 +45,7 @@ def train_row(iteration: int, rng: random.Random, **more: Any) -> dict[str, Any]
         "router_entropy": 1.2 - 0.3 * (1 - decay),
         "dropped_assignment_fraction": 0.0,
         "load_by_expert": loads,
+        "gate_mass_by_expert": [load_E[::-1] for load_E in loads],
         **more,
     }
 
@@ -56,6 +57,32 @@ def eval_row(iteration: int, rng: random.Random, kind: str = "eval", **more: Any
         "iteration": iteration,
         "loss": 4.1 + 5 * math.exp(-iteration / 300) + 0.05 * rng.random(),
         "consumed_tokens": iteration * SEQUENCE,
+        **more,
+    }
+
+
+def probe_row(iteration: int, **more: Any) -> dict:
+    """Return a row of the routing probe; the first has nothing to compare with."""
+    decay = math.exp(-iteration / 300)
+    changes = {
+        "routing_churn": 0.5 * decay,
+        "router_saturation": 1 - 0.6 * decay,
+        "router_drift": 0.1 * decay,
+        "churn_steps": 50,
+        "saturation_steps": 50,
+    }
+    return {
+        "kind": "probe",
+        "iteration": iteration,
+        "consumed_tokens": iteration * SEQUENCE,
+        **(changes if iteration else {}),
+        "coactivation_mean": 0.3 - 0.1 * decay,
+        "coactivation_max": 0.6 - 0.1 * decay,
+        "expert_similarity_mean": 0.01 + 0.001 * (1 - decay),
+        "expert_similarity_max": 0.05 + 0.001 * (1 - decay),
+        "router_similarity_mean": 0.02 + 0.001 * (1 - decay),
+        "router_similarity_max": 0.08 + 0.001 * (1 - decay),
+        "probe_time_ms": 20.0,
         **more,
     }
 
@@ -90,12 +117,13 @@ def rows_of_run(
         shift: added to all losses.
     """
     rng = random.Random(f"{gate} {seed}")
-    rows = [start_row(seed, gate), eval_row(0, rng)]
+    rows = [start_row(seed, gate), eval_row(0, rng), probe_row(0)]
     for iteration in range(10, iterations + 1, 10):
         rows.append(train_row(iteration, rng))
         if iteration % 50 == 0:
             rows.append(eval_row(iteration, rng))
             rows.append(eval_row(iteration, rng, "eval/code"))
+            rows.append(probe_row(iteration))
     rows.append(eval_row(iterations, rng, "test"))
     for row in rows:
         if "loss" in row:

@@ -63,6 +63,16 @@ def test_console_shows_experts_of_evaluated_layers(printed):
     assert "by layer" not in training
 
 
+def test_console_shows_changes_of_the_routing(printed):
+    """The first probe has nothing to compare its choices with."""
+    row = {"kind": "probe", "iteration": 5, "expert_similarity_mean": -0.01234}
+    ConsoleWriter(10, 80).write(row)
+    ConsoleWriter(10, 80).write({**row, "routing_churn": 0.0325, "router_saturation": 1.0})
+    first, second = printed().splitlines()
+    assert first.endswith("probe at  5/10 | expert similarity -0.0123")
+    assert second.endswith("| churn  3.25% | saturation 100.00% | expert similarity -0.0123")
+
+
 def test_console_leaves_the_description_of_the_run_out(printed):
     """The log has it in lines of its own."""
     ConsoleWriter(10, 80).write({"kind": "run", "iteration": 0, "config": {}})

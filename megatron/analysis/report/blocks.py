@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.analysis.report.finals import last_loss, mean_with_interval
+from megatron.analysis.report.finals import final_loss, last_loss
 from megatron.analysis.report.groups import RunGroup
 from megatron.analysis.report.history import LayerHistory, bucket_edges
 from megatron.analysis.report.page import rounded
@@ -123,15 +123,15 @@ def final_blocks(groups: list[RunGroup], kinds: list[str]) -> list[DataBlock]:
     blocks = []
     for kind in kinds:
         for group in groups:
-            found = mean_with_interval(last_loss(run, kind) for run in group.runs)
-            if found is None:
+            found = final_loss(group, kind)
+            if not found.n:
                 continue
             constants = {"group": group.label, "kind": kind}
             interval = {
                 "mean": rounded([found.mean], 6),
                 "low": rounded([found.low], 6),
                 "high": rounded([found.high], 6),
-                "count": [len(found)],
+                "count": [found.n],
             }
             blocks.append({"constants": constants, "columns": interval})
             if len(group) > 1:
@@ -189,8 +189,8 @@ def histogram_grid(
     }
 
 
-def load_grids(history: LayerHistory, run: str, most_cells: int) -> list[DataBlock]:
-    """Return the loads of a run's experts, relative to their mean, one block per layer.
+def expert_grids(history: LayerHistory, run: str, most_cells: int) -> list[DataBlock]:
+    """Return the shares of a run's experts, relative to their mean, one block per layer.
 
     With more layers than fit into `most_cells`, some of them, evenly spaced, are left out.
     """
@@ -208,7 +208,7 @@ def load_grids(history: LayerHistory, run: str, most_cells: int) -> list[DataBlo
             history.start_C, history.end_C, share_CE, most_columns
         )
         mean_C1 = share_CE.mean(axis=1, keepdims=True)
-        load_CE = np.divide(
+        relative_CE = np.divide(
             share_CE, mean_C1, out=np.full(share_CE.shape, np.nan), where=mean_C1 > 0
         )
         blocks.append(
@@ -216,7 +216,7 @@ def load_grids(history: LayerHistory, run: str, most_cells: int) -> list[DataBlo
                 "constants": {"run": run, "layer": str(layer)},
                 "along": {"start": rounded(start_C, 9), "end": rounded(end_C, 9)},
                 "down": {"expert": list(range(share_CE.shape[1]))},
-                "cells": {"load": rounded(load_CE.ravel(), 3)},
+                "cells": {"relative": rounded(relative_CE.ravel(), 3)},
             }
         )
     return blocks

@@ -135,13 +135,18 @@ def _curve_tooltip(axis: CurveAxis, columns: CurveColumns) -> list[Any]:
     return tooltip
 
 
-def load_map_chart(dataset: str, num_experts: int) -> dict[str, Any]:
-    """Return the loads of a layer's experts over the training, relative to a uniform load."""
+def expert_map_chart(dataset: str, num_experts: int, name: str) -> dict[str, Any]:
+    """Return shares of a layer's experts over the training, relative to their mean.
+
+    Args:
+        name: what the experts share, such as load.
+    """
+    title = f"{name} / mean {name}"
     alt = altair()
     labels = None if num_experts <= MOST_ROWS_WITH_LABELS else list(range(0, num_experts, 16))
     colour = alt.Color(
-        "log_load:Q",
-        title="load / mean load",
+        "log_relative:Q",
+        title=title,
         scale=alt.Scale(domain=[-3, 3], domainMid=0, clamp=True, interpolate="rgb"),
         legend=alt.Legend(
             orient="bottom",
@@ -153,8 +158,8 @@ def load_map_chart(dataset: str, num_experts: int) -> dict[str, Any]:
     chart = (
         alt.Chart(alt.NamedData(dataset))
         .transform_calculate(
-            # The scale ends at 1/8 and 8; a load of 0 has no logarithm.
-            log_load="datum.load > 0 ? clamp(log(datum.load) / LN2, -3, 3) : -3"
+            # The scale ends at 1/8 and 8; a share of 0 has no logarithm.
+            log_relative=("datum.relative > 0 ? clamp(log(datum.relative) / LN2, -3, 3) : -3")
         )
         .mark_rect()
         .encode(
@@ -168,7 +173,7 @@ def load_map_chart(dataset: str, num_experts: int) -> dict[str, Any]:
             color=colour,
             tooltip=[
                 alt.Tooltip("expert:O", title="expert"),
-                alt.Tooltip("load:Q", title="load / mean load", format=".3~g"),
+                alt.Tooltip("relative:Q", title=title, format=".3~g"),
                 alt.Tooltip("start:Q", title="after iteration"),
                 alt.Tooltip("end:Q", title="to iteration"),
             ],

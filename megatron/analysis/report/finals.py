@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
+from megatron.analysis.compare.seed_statistics import SeedStatistics
 from megatron.analysis.report.groups import RunGroup
-from megatron.analysis.report.runs import ReportRun
+from megatron.analysis.report.runs import TRAIN, ReportRun
 from megatron.analysis.report.series import rows_of_kind
-from megatron.optional_packages import import_optional
-
-SEED_CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class SeedEstimate:
-    """Mean of a figure over seeds, with its confidence interval."""
-
-    values: tuple[float, ...]
-    """the figure of each seed that has it"""
-    mean: float
-    low: float
-    """end of the interval (Student's t, n - 1 degrees of freedom); NaN for n = 1"""
-    high: float
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-def mean_with_interval(values: Iterable[float]) -> SeedEstimate | None:
-    """Return the mean of the finite values and its interval; None: there are none."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return None
-    mean = float(np.mean(finite))
-    half = float("nan")
-    if len(finite) > 1:
-        stats = import_optional("scipy.stats", "analysis", "a confidence interval")
-        deviation = float(np.std(finite, ddof=1))
-        quantile = stats.t.ppf((1 + SEED_CONFIDENCE) / 2, len(finite) - 1)
-        half = float(quantile) * deviation / math.sqrt(len(finite))
-    return SeedEstimate(tuple(finite), mean, mean - half, mean + half)
-
-
-def final_loss(group: RunGroup, kind: str) -> SeedEstimate | None:
-    """Return a group's loss in the last evaluation of a kind; None: no run has a number there."""
-    return mean_with_interval(last_loss(run, kind) for run in group.runs)
+def final_loss(group: RunGroup, kind: str) -> SeedStatistics:
+    """Return a group's loss in the last evaluation of a kind, over the seeds that have a number."""
+    return SeedStatistics.of([last_loss(run, kind) for run in group.runs])
 
 
 def last_loss(run: ReportRun, kind: str) -> float:
@@ -99,12 +65,13 @@ def metric_quantiles(
     return [float(value) for value in np.quantile(values, shares)] if len(values) else None
 
 
-def constant_value(groups: Iterable[RunGroup], metric: str) -> float | None:
-    """Return the value that a training metric has in all rows of all runs; None: it varies."""
+def constant_value(groups: Iterable[RunGroup], metric: str, kind: str = TRAIN) -> float | None:
+    """Return the value that a metric has in all rows of a kind of all runs; None: it varies."""
     bounds = []
     for group in groups:
         for run in group.runs:
-            values_R = run.train.values.get(metric, np.empty(0))
+            rows = rows_of_kind(run, kind)
+            values_R = rows.values.get(metric, np.empty(0)) if rows else np.empty(0)
             if np.isfinite(values_R).any():
                 bounds += [float(np.nanmin(values_R)), float(np.nanmax(values_R))]
     return bounds[0] if bounds and min(bounds) == max(bounds) else None

@@ -6,6 +6,7 @@
   const element = (id) => document.getElementById(id);
   const chartsWith = (key) =>
     Object.keys(page.charts).filter((id) => (page.charts[id].usermeta || {})[key]);
+  const expertMaps = ["load", "gate-mass"].filter((id) => page.charts[id]);
   const boxes = [...document.querySelectorAll("[data-group]")];
   const hiddenGroups = () => boxes.filter((box) => !box.checked).map((box) => box.dataset.group);
 
@@ -83,7 +84,7 @@
   }
 
   function selectedBlock(name) {
-    if (name === "load") return { run: element("load-run").value, layer: element("load-layer").value };
+    if (expertMaps.includes(name)) return { run: element("load-run").value, layer: element("load-layer").value };
     return { run: element("histogram-run").value };
   }
 
@@ -95,8 +96,8 @@
     }
     if (meta.smooth) smooth(spec);
     if (meta.groups) hide(spec);
-    if (id === "load") {
-      const { run, layer } = selectedBlock("load");
+    if (expertMaps.includes(id)) {
+      const { run, layer } = selectedBlock(id);
       fitRows(spec, settings.experts[run][layer]);
     }
     if (id === "histogram-map") fitRows(spec, settings.counts[element("histogram-run").value]);
@@ -117,8 +118,8 @@
   }
 
   function selectLoad() {
-    page.select("load", selectedBlock("load"));
-    return ["load"];
+    for (const id of expertMaps) page.select(id, selectedBlock(id));
+    return expertMaps;
   }
 
   function selectHistogram() {

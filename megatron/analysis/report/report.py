@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import megatron
+from megatron.analysis.compare.seed_statistics import CONFIDENCE
 from megatron.analysis.report import blocks, charts, tables
 from megatron.analysis.report.charts import CurveAxis, CurveColumns
 from megatron.analysis.report.finals import (
-    SEED_CONFIDENCE,
     constant_value,
     held_out_kinds,
     kind_title,
@@ -32,11 +32,12 @@ from megatron.analysis.report.page import (
     render_page,
 )
 from megatron.analysis.report.problems import run_problems
-from megatron.analysis.report.runs import TRAIN, ReportRun, read_run
+from megatron.analysis.report.runs import PROBE, TRAIN, ReportRun, read_run
 from megatron.analysis.report.series import points_of_losses, points_of_metrics
 from megatron.analysis.report.shown_metrics import (
     BALANCE,
     OPTIMIZATION,
+    PROBE_METRICS,
     MetricCharts,
     count_metrics,
     gradient_parts,
@@ -114,7 +115,8 @@ class _Draft:
         if data is None:
             self.missing.append(metric)
             return ""
-        chart_id = f"curve-{metric}" if list(kinds) == [TRAIN] else f"held-out-{metric}"
+        is_held_out = not {TRAIN, PROBE} & {*kinds}
+        chart_id = f"held-out-{metric}" if is_held_out else f"curve-{metric}"
         self.rows_per_point = max(self.rows_per_point, data.rows_per_point)
         columns = CurveColumns(
             positions=tuple(self.settings["positions"].items()),
@@ -178,7 +180,9 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
     groups = group_runs(shown)
     kinds = held_out_kinds(groups)
     optimization = OPTIMIZATION | gradient_parts(shown)
-    num_metrics = 1 + count_metrics(shown, BALANCE | optimization)  # and the throughput
+    num_metrics = 1 + count_metrics(
+        shown, BALANCE | PROBE_METRICS | optimization
+    )  # and the throughput
     draft = _Draft(groups, _time_unit(shown), num_metrics)
     draft.settings = _settings(shown, draft.unit)
     title = options.title or _title(groups)
@@ -198,6 +202,7 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
     _load_section(draft)
     _experts_section(draft)
     _metric_section(draft, "Routing and balance", _BALANCE_EXPLANATION, BALANCE)
+    _metric_section(draft, "Changes of the routing", _PROBE_EXPLANATION, PROBE_METRICS, PROBE)
     _speed_section(draft)
     explanation = "Values of the last step of each row."
     _metric_section(draft, "Optimization", explanation, optimization)
@@ -220,6 +225,12 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
 _BALANCE_EXPLANATION = (
     "Means over the MoE layers and the steps of each row of metrics.jsonl, over all ranks. "
     "docs/metrics.md defines them."
+)
+
+
+_PROBE_EXPLANATION = (
+    "Means over the MoE layers, measured on the same held-out tokens each time. docs/metrics.md "
+    "defines them."
 )
 
 
@@ -337,13 +348,13 @@ def _final_section(draft: _Draft, kinds: list[str]) -> None:
     if not data or sum(map(len, draft.groups)) == 1:  # the summary has the loss of a single run
         return
     draft.charts["final-loss"] = charts.interval_chart(
-        "final-loss", draft.labels, LOSS, f"{SEED_CONFIDENCE:.0%} interval"
+        "final-loss", draft.labels, LOSS, f"{CONFIDENCE:.0%} interval"
     )
     draft.datasets["final-loss"] = data
     figure = chart_figure("final-loss", "Loss in the last evaluation", wide=True)
     draft.section(
         "Final held-out loss",
-        f"Filled: mean over the seeds; line: its {SEED_CONFIDENCE:.0%} confidence interval "
+        f"Filled: mean over the seeds; line: its {CONFIDENCE:.0%} confidence interval "
         "(Student's t, n − 1 degrees of freedom; none for a single run); rings: the runs. The set "
         "is the one selected above.",
         [figure],
@@ -351,30 +362,51 @@ def _final_section(draft: _Draft, kinds: list[str]) -> None:
 
 
 def _load_section(draft: _Draft) -> None:
-    chosen = [(run, group) for group in draft.groups for run in group.runs if run.loads]
+    chosen = [run for group in draft.groups for run in group.runs if run.loads]
     if not chosen:
         draft.missing.append("load_by_expert")
         return
-    most_cells = blocks.MOST_CELLS // len(chosen)
-    data = []
-    experts: dict[str, dict[str, int]] = {}
-    for number, (run, _) in enumerate(chosen):
-        grids = blocks.load_grids(run.loads, str(number), most_cells)
-        experts[str(number)] = {
-            grid["constants"]["layer"]: len(grid["down"]["expert"]) for grid in grids
-        }
-        data += grids
-    draft.settings["experts"] = experts
-    draft.charts["load"] = charts.load_map_chart("load", max(experts["0"].values()))
-    draft.datasets["load"] = data
-    runs = tables.option_list([(str(i), run.name) for i, (run, _) in enumerate(chosen)])
+    has_masses = any(run.gate_masses for run in chosen)
+    num_maps = 2 if has_masses else 1
+    most_cells = blocks.MOST_CELLS // (num_maps * len(chosen))
+    loads = [
+        blocks.expert_grids(run.loads, str(number), most_cells)
+        for number, run in enumerate(chosen)
+    ]
+    draft.settings["experts"] = {
+        str(number): {grid["constants"]["layer"]: len(grid["down"]["expert"]) for grid in grids}
+        for number, grids in enumerate(loads)
+    }
+    num_experts = max(draft.settings["experts"]["0"].values())
+    draft.charts["load"] = charts.expert_map_chart("load", num_experts, "load")
+    draft.datasets["load"] = sum(loads, [])
+    figures = [chart_figure("load", "Load by expert and iteration", wide=not has_masses)]
+    explanation = (
+        "Load: assignments to each routed expert divided by the mean over the layer's experts; 1 "
+        "is uniform."
+    )
+    if has_masses:
+        draft.charts["gate-mass"] = charts.expert_map_chart(
+            "gate-mass", num_experts, "gate mass"
+        )
+        draft.datasets["gate-mass"] = [
+            grid
+            for number, run in enumerate(chosen)
+            if run.gate_masses
+            for grid in blocks.expert_grids(run.gate_masses, str(number), most_cells)
+        ]
+        figures.append(chart_figure("gate-mass", "Gate mass by expert and iteration"))
+        explanation += " Gate mass: sum of their weights, divided likewise."
+    else:
+        draft.missing.append("gate_mass_by_expert")
+    runs = tables.option_list([(str(i), run.name) for i, run in enumerate(chosen)])
     draft.section(
         "Load of the experts over training",
-        "Assignments to each routed expert divided by the mean over the layer's experts: 1 is a "
-        "uniform load. The colour scale ends at 1/8 and 8; a dead expert has the colour of 1/8.",
-        [chart_figure("load", "Load by expert and iteration", wide=True)],
+        f"{explanation} The colour scale ends at 1/8 and 8; a dead expert has the colour of 1/8.",
+        figures,
         tables.select_control("load-run", "run", runs)
         + tables.select_control("load-layer", "MoE layer", ""),
+        is_large=True,
     )
 
 
@@ -424,12 +456,14 @@ def _experts_section(draft: _Draft) -> None:
     )
 
 
-def _metric_section(draft: _Draft, title: str, explanation: str, metrics: MetricCharts) -> None:
+def _metric_section(
+    draft: _Draft, title: str, explanation: str, metrics: MetricCharts, kind: str = TRAIN
+) -> None:
     figures = []
     for metric, (name, axis) in metrics.items():
-        value = constant_value(draft.groups, metric)
+        value = constant_value(draft.groups, metric, kind)
         if value is None:
-            figures.append(draft.curve(metric, name, axis))
+            figures.append(draft.curve(metric, name, axis, [kind]))
         else:
             draft.constant.append(f"{metric} ({value:g})")
     draft.section(title, explanation, figures)

@@ -18,6 +18,7 @@ from megatron.analysis.report.history import LayerHistory, ListHistory
 from megatron.analysis.report.sources import RunSource
 
 TRAIN = "train"
+PROBE = "probe"
 
 NOT_CURVES = {
     "iteration",
@@ -35,7 +36,7 @@ class KindRows:
     """The rows of one kind of a run, by column; arrays are fp64 [R]."""
 
     kind: str
-    """train, eval, eval/NAME or test"""
+    """train, eval, eval/NAME, test or probe"""
     iteration_R: np.ndarray
     tokens_R: np.ndarray
     flops_R: np.ndarray | None
@@ -64,12 +65,16 @@ class ReportRun:
     train: KindRows
     held_out: dict[str, KindRows]
     """rows of evaluations by kind, of kinds that have a loss"""
+    probe: KindRows | None = None
+    """rows of the routing probe; None: there are none"""
     starts: tuple[dict[str, Any], ...] = ()
     """rows of kind `run`: one per start or resume that belongs to the curve"""
     config: dict[str, Any] = field(default_factory=dict)
     """configuration in the layout of run.json; empty: not known"""
     loads: LayerHistory | None = None
     """share of each layer's assignments by expert, over the training; None: not recorded"""
+    gate_masses: LayerHistory | None = None
+    """share of each layer's total weight by expert, over the training; None: not recorded"""
     experts_per_token: ListHistory | None = None
     """share of tokens with 0, 1, 2, ... experts, over the training; None: not recorded"""
     experts_per_token_by_layer: tuple[float | None, ...] = ()
@@ -121,15 +126,18 @@ def read_run(source: RunSource, most_columns: int) -> ReportRun:
     starts = tuple(row for row in rows if row.get("kind") == "run")
     train_rows = [row for row in rows if row.get("kind") == TRAIN]
     held_out = {kind: _kind_rows(curves, kind) for kind in curves.kinds if kind != TRAIN}
+    probe = _kind_rows(curves, PROBE)
     last_lists = [row for row in rows if row.get("experts_per_token_by_layer")]
     by_layer = last_lists[-1]["experts_per_token_by_layer"] if last_lists else ()
     return ReportRun(
         source=source,
         train=_kind_rows(curves, TRAIN),
         held_out=held_out,
+        probe=probe if len(probe) else None,
         starts=starts,
         config=_configuration(starts, source.path.parent),
         loads=LayerHistory.of_rows(train_rows, "load_by_expert", most_columns),
+        gate_masses=LayerHistory.of_rows(train_rows, "gate_mass_by_expert", most_columns),
         experts_per_token=ListHistory.of_rows(
             train_rows, "experts_per_token_histogram", most_columns
         ),

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron.analysis.report.groups import RunGroup
 from megatron.analysis.report.history import bucket_edges
-from megatron.analysis.report.runs import TRAIN, KindRows, ReportRun
+from megatron.analysis.report.runs import PROBE, TRAIN, KindRows, ReportRun
 
 POSITIONS = ("iteration", "tokens", "flops", "seconds")
 """What curves can be drawn against"""
@@ -73,6 +73,8 @@ def rows_of_kind(run: ReportRun, kind: str) -> KindRows | None:
     """Return a run's rows of a kind; None: it has none."""
     if kind == TRAIN:
         return run.train if len(run.train) else None
+    if kind == PROBE:
+        return run.probe
     return run.held_out.get(kind)
 
 

@@ -65,6 +65,40 @@ BALANCE: MetricCharts = {
 }
 """Metrics of MoE layers"""
 
+PROBE_METRICS: MetricCharts = {
+    "routing_churn": (
+        "Changed choices (churn)",
+        CurveAxis("share since the last probe", True, "~%"),
+    ),
+    "router_saturation": (
+        "Kept choices (saturation)",
+        CurveAxis("share since the last checkpoint", format="~%"),
+    ),
+    "router_drift": (
+        "Drift of the router",
+        CurveAxis("relative change since the last probe", True),
+    ),
+    "coactivation_mean": (
+        "Co-activation, mean",
+        CurveAxis("share of an expert's tokens", True, "~%"),
+    ),
+    "coactivation_max": (
+        "Co-activation, largest",
+        CurveAxis("share of an expert's tokens", True, "~%"),
+    ),
+    "expert_similarity_mean": ("Similarity of experts, mean", CurveAxis("cosine of weights")),
+    "expert_similarity_max": ("Similarity of experts, largest", CurveAxis("cosine of weights")),
+    "router_similarity_mean": (
+        "Similarity of router rows, mean",
+        CurveAxis("cosine of weights"),
+    ),
+    "router_similarity_max": (
+        "Similarity of router rows, largest",
+        CurveAxis("cosine of weights"),
+    ),
+}
+"""Metrics of the routing probe"""
+
 OPTIMIZATION: MetricCharts = {
     "grad_norm": ("Gradient norm", CurveAxis("norm before clipping")),
     "lr": ("Learning rate", CurveAxis("learning rate", True, "~e")),
@@ -86,5 +120,6 @@ def gradient_parts(runs: list[ReportRun]) -> MetricCharts:
 
 def count_metrics(runs: list[ReportRun], charts: MetricCharts) -> int:
     """Return how many of these metrics the runs have recorded."""
-    names = {name for run in runs for name in run.train.values}
+    tables = [table for run in runs for table in (run.train, run.probe) if table is not None]
+    names = {name for table in tables for name in table.values}
     return len(names & {*charts})

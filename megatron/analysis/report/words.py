@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron.analysis.compare.seed_statistics import CONFIDENCE, SeedStatistics
 from megatron.analysis.report.finals import (
-    SEED_CONFIDENCE,
-    SeedEstimate,
     final_loss,
     kind_title,
     metric_median,
@@ -74,7 +73,7 @@ def summary_statements(groups: list[RunGroup], kind: str) -> list[Statement]:
 
 def _loss_statements(groups: list[RunGroup], kind: str) -> list[Statement]:
     found = [(group.label, final_loss(group, kind)) for group in groups]
-    ranked = [(label, result) for label, result in found if result is not None]
+    ranked = [(label, result) for label, result in found if result.n]
     ranked.sort(key=lambda item: item[1].mean)
     if not ranked:
         return [Statement("–", "no run has a loss that is a number in its last evaluation.")]
@@ -96,7 +95,7 @@ def _loss_statements(groups: list[RunGroup], kind: str) -> list[Statement]:
     return [first, Statement(f"+{loss_text(second.mean - best.mean)}", f"{text}.")]
 
 
-def _fallen_loss(group: RunGroup, final: SeedEstimate, kind: str) -> Statement:
+def _fallen_loss(group: RunGroup, final: SeedStatistics, kind: str) -> Statement:
     text = f"nats per token: the final {kind_title(kind)} loss{_certainty(final)}"
     firsts = [rows_of_kind(run, kind) for run in group.runs]
     starts = [rows.values["loss"][0] for rows in firsts if rows is not None and len(rows) > 1]
@@ -106,19 +105,19 @@ def _fallen_loss(group: RunGroup, final: SeedEstimate, kind: str) -> Statement:
     return Statement(loss_text(final.mean), f"{text}.")
 
 
-def _certainty(result: SeedEstimate) -> str:
-    if len(result) < 2:
+def _certainty(result: SeedStatistics) -> str:
+    if result.n < 2:
         return " (one run, so no interval)"
-    percent = round(100 * SEED_CONFIDENCE)
+    percent = round(100 * CONFIDENCE)
     return (
-        f" (mean of {len(result)} runs; {percent}% confidence interval "
+        f" (mean of {result.n} runs; {percent}% confidence interval "
         f"{loss_text(result.low)} to {loss_text(result.high)})"
     )
 
 
-def _overlap(first: SeedEstimate, second: SeedEstimate) -> str:
+def _overlap(first: SeedStatistics, second: SeedStatistics) -> str:
     """Say whether the intervals of two groups overlap, where both have one."""
-    if len(first) < 2 or len(second) < 2:
+    if first.n < 2 or second.n < 2:
         return ""
     if second.low <= first.high:
         return " (the confidence intervals overlap)"

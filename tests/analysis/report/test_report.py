@@ -16,6 +16,7 @@ from helpers.report_runs import SEQUENCE, eval_row, rows_of_run, start_row, trai
 from megatron.analysis.report.history import LayerHistory
 from megatron.analysis.report.report import ReportOptions, report_html, write_report
 from megatron.analysis.report.runs import KindRows, ReportRun, read_run
+from megatron.analysis.report.shown_metrics import PROBE_METRICS
 from megatron.analysis.report.sources import RunSource, find_runs
 
 REPO = Path(__file__).resolve().parents[3]
@@ -101,12 +102,14 @@ def test_maps_and_histograms_equal_the_rows(tmp_path):
     rows = rows_of_run(3)
     data = data_of(report_of(tmp_path, rows))
     train = [row for row in rows if row["kind"] == "train"]
-    for layer, grid in enumerate(data["datasets"]["load"]):
-        assert grid["constants"] == {"run": "0", "layer": str(layer)}
-        expected = 4 * np.array([row["load_by_expert"][layer] for row in train])
-        found = np.reshape(grid["cells"]["load"], (20, 4))
-        np.testing.assert_allclose(found, expected, rtol=5e-3)
-        assert grid["along"]["end"] == [row["iteration"] for row in train]
+    for name, metric in (("load", "load_by_expert"), ("gate-mass", "gate_mass_by_expert")):
+        assert len(data["datasets"][name]) == 2
+        for layer, grid in enumerate(data["datasets"][name]):
+            assert grid["constants"] == {"run": "0", "layer": str(layer)}
+            expected = 4 * np.array([row[metric][layer] for row in train])
+            found = np.reshape(grid["cells"]["relative"], (20, 4))
+            np.testing.assert_allclose(found, expected, rtol=5e-3)
+            assert grid["along"]["end"] == [row["iteration"] for row in train]
     (histogram,) = data["datasets"]["histogram"]
     assert histogram["columns"] == {"experts": [1, 2, 3, 4], "share": [0.3, 0.4, 0.2, 0.1]}
     (by_layer,) = data["datasets"]["experts-by-layer"]
@@ -116,6 +119,36 @@ def test_maps_and_histograms_equal_the_rows(tmp_path):
     (over_time,) = data["datasets"]["histogram-map"]
     assert over_time["down"] == {"experts": [1, 2, 3, 4]}
     assert over_time["cells"]["share"][:4] == [0.3, 0.4, 0.2, 0.1]
+
+
+def test_probe_curves_equal_the_rows(tmp_path):
+    rows = rows_of_run(3)
+    page = report_of(tmp_path, rows)
+    data = data_of(page)
+    probes = [row for row in rows if row["kind"] == "probe"]
+    assert [row["iteration"] for row in probes] == [0, 50, 100, 150, 200]
+    for metric in PROBE_METRICS:
+        (block,) = data["datasets"][f"curve-{metric}"]
+        assert block["constants"] == {"group": "run0", "kind": "probe"}
+        columns = block["columns"]
+        assert columns["iteration"] == [row["iteration"] for row in probes]
+        expected = [row.get(metric, np.nan) for row in probes]
+        found = np.array(columns["mean"], dtype=float)
+        np.testing.assert_allclose(found, expected, rtol=ROUNDED)
+    assert "Changes of the routing" in page
+    without = report_of(tmp_path / "old", [row for row in rows if row["kind"] != "probe"])
+    assert "Changes of the routing" not in without
+    assert "routing_churn" in re.search("no run has recorded it: (.*?)</p>", without)[1]
+
+
+def test_loads_without_gate_masses_have_one_wide_map(tmp_path):
+    rows = [
+        {name: value for name, value in row.items() if name != "gate_mass_by_expert"}
+        for row in rows_of_run(3)
+    ]
+    page = report_of(tmp_path, rows)
+    assert "gate-mass" not in data_of(page)["charts"]
+    assert '<figure class="chart wide">\n<figcaption>Load by expert' in page
 
 
 def test_every_chart_has_its_place_and_data(tmp_path):
@@ -210,7 +243,15 @@ def large_run(number, rows, loads):
     source = RunSource(path, f"run{number}", f"gate {number}")
     config = {"moe": {"gate": "topk", "num_experts": 8}, "train": {"seed": number}}
     start = {**start_row(number), "config": config}
-    return ReportRun(source, rows, {"eval": rows}, (start,), config, loads)
+    return ReportRun(
+        source,
+        rows,
+        {"eval": rows},
+        starts=(start,),
+        config=config,
+        loads=loads,
+        gate_masses=loads,
+    )
 
 
 def test_hundred_long_runs_fit_in_five_megabytes():

@@ -17,6 +17,9 @@ from megatron.analysis.report.sources import find_runs
 
 ODD_LABEL = "<img src=x onerror=console.error(1)>"
 
+EXPERT_MAPS = (("load", "load_by_expert"), ("gate-mass", "gate_mass_by_expert"))
+"""Chart and metric"""
+
 DRAWN_ROWS = """([id, type]) => {
     const found = [];
     const visit = (item, mark) => {
@@ -236,14 +239,16 @@ def test_held_out_select_changes_both_charts(opened):
             assert shown[-1]["mean"] == pytest.approx(expected, rel=5e-5)
 
 
-def test_layer_and_run_selects_change_the_map(opened):
+def test_layer_and_run_selects_change_both_maps(opened):
     for run, (seed, gate) in (("1", (2, "topk")), ("2", (1, "remoe"))):
         for layer in (1, 0):
             choose(opened, "load-run", run)
             choose(opened, "load-layer", str(layer))
-            shown = [r["load"] for r in drawn(opened, "load", "rect") if "load" in r]
-            loads = [row["load_by_expert"][layer] for row in train_rows(seed, gate)]
-            np.testing.assert_allclose(shown, 4 * np.array(loads).ravel(), rtol=5e-3)
+            for chart, metric in EXPERT_MAPS:
+                rows = drawn(opened, chart, "rect")
+                shown = [row["relative"] for row in rows if "relative" in row]
+                shares = [row[metric][layer] for row in train_rows(seed, gate)]
+                np.testing.assert_allclose(shown, 4 * np.array(shares).ravel(), rtol=5e-3)
     choose(opened, "load-run", "0")
 
 

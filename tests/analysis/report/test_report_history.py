@@ -67,13 +67,13 @@ def test_list_history_pads_shorter_lists():
 def test_load_grids_are_relative_to_the_mean():
     rows, load_RLE = load_rows()
     history = LayerHistory.of_rows(rows, "load_by_expert", 200)
-    grids = blocks.load_grids(history, "0", 10_000)
+    grids = blocks.expert_grids(history, "0", 10_000)
     assert [grid["constants"] for grid in grids] == [
         {"run": "0", "layer": "0"},
         {"run": "0", "layer": "1"},
     ]
     for layer, grid in enumerate(grids):
-        found = np.reshape(grid["cells"]["load"], (5, 4))
+        found = np.reshape(grid["cells"]["relative"], (5, 4))
         np.testing.assert_allclose(found, 4 * load_RLE[:, layer], rtol=5e-3)
         assert grid["along"] == {"start": [0, 10, 20, 30, 40], "end": [10, 20, 30, 40, 50]}
 
@@ -81,14 +81,14 @@ def test_load_grids_are_relative_to_the_mean():
 def test_large_load_grids_leave_out_columns_then_layers():
     rows, _ = load_rows(num_layers=10, num_experts=64, count=100)
     history = LayerHistory.of_rows(rows, "load_by_expert", 100)
-    merged = blocks.load_grids(history, "0", 64 * 10 * 20)
+    merged = blocks.expert_grids(history, "0", 64 * 10 * 20)
     assert len(merged) == 10 and {len(grid["along"]["start"]) for grid in merged} == {20}
-    fewer = blocks.load_grids(history, "0", 64 * 3 * blocks.FEWEST_COLUMNS)
+    fewer = blocks.expert_grids(history, "0", 64 * 3 * blocks.FEWEST_COLUMNS)
     assert [grid["constants"]["layer"] for grid in fewer] == ["0", "4", "9"]
 
 
 def test_loads_of_an_unused_layer_are_missing():
     rows = [{"iteration": 1, "load_by_expert": [[0.0, 0.0]]}]
     history = LayerHistory.of_rows(rows, "load_by_expert", 9)
-    (grid,) = blocks.load_grids(history, "0", 100)
-    assert grid["cells"]["load"] == [None, None]
+    (grid,) = blocks.expert_grids(history, "0", 100)
+    assert grid["cells"]["relative"] == [None, None]
