@@ -228,13 +228,8 @@ def with_routing_probe(
     from megatron.analysis.routing_probe import RoutingProbe, probe_batches
 
     samples_per_batch = config.train.micro_batch_size * run.groups.world_size
-    may_reread = not config.data.streaming_data_path
-    batches = probe_batches(task, math.ceil(samples / samples_per_batch), may_reread)
+    batches = probe_batches(task, math.ceil(samples / samples_per_batch))
     if not batches:
-        get_logger().info(
-            "routing is not probed: there is no validation set, and streamed training text is "
-            "read once"
-        )
         return services
     interval = config.logging.routing_probe_interval or config.train.eval_interval
     probe = RoutingProbe(interval, engine, task, batches, run.groups, services.metric_writers)

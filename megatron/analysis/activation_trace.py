@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megatron.analysis.live_memory import LiveMemory
 from megatron.analysis.moe_activations import LayerActivations
+from megatron.first_order import first_order_only
 from megatron.model import cross_entropy
 from megatron.model.gpt import GPT
 from megatron.moe.ffn import FFNContext, FFNOutput
@@ -140,6 +141,7 @@ class _FlashAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order_only
     def backward(ctx, grad: Tensor) -> tuple:
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

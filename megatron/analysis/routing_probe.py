@@ -7,7 +7,6 @@ assignments is a change of the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -232,24 +231,16 @@ def _mean_and_max(name: str, pair: tuple[float, float] | None) -> dict[str, floa
     return {f"{name}_mean": pair[0], f"{name}_max": pair[1]}
 
 
-def probe_batches(task: Task, num_batches: int, may_reread: bool) -> list[Any]:
-    """Return this rank's first micro-batches of the validation set, or of the training set.
+def probe_batches(task: Task, num_batches: int) -> list[Any]:
+    """Return this rank's first micro-batches of the validation set, or none without one.
 
     Random streams are as before.
 
     Args:
         num_batches: fewer are returned where an evaluation has fewer.
-        may_reread: the training set may be read from its beginning a second time.
-    Returns:
-        No batches where there is no validation set and the training set is read only once.
     """
     splits = [split for split in task.eval_splits() if split.split("/")[0] == "valid"]
+    if not splits:
+        return []
     with rng.preserved():
-        batches = _first(task.eval_batches(splits[0]), num_batches) if splits else []
-        if not batches and may_reread:
-            batches = _first(task.train_batches(0), num_batches)
-    return batches
-
-
-def _first(batches: Iterable[Any], number: int) -> list[Any]:
-    return list(islice(batches, number))
+        return list(islice(task.eval_batches(splits[0]), num_batches))

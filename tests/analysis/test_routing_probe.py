@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from helpers import engines, runs
-from megatron.analysis.routing_probe import probe_batches
 from megatron.config.schema import LoggingConfig
 
 LAYER = "layers.1.ffn"
@@ -180,7 +179,7 @@ def test_resumed_run_continues_its_rows(data, ranks1, tmp_path):
 )
 def test_gates_without_a_value_have_no_metric(data, ranks2, tmp_path, gate):
     """PEER has too many pairs of experts, and hash no router; no value is made up."""
-    argv = flags(data, tmp_path, gate, *runs.EP2, "--split", "100,0,0", "--train-iters", "2")
+    argv = flags(data, tmp_path, gate, *runs.EP2, "--train-iters", "2")
     ranks2.run(runs.train, argv)
     first, last = runs.metrics(tmp_path, "probe")
     name = gate[1]
@@ -192,19 +191,10 @@ def test_gates_without_a_value_have_no_metric(data, ranks2, tmp_path, gate):
     assert numbers and all(map(math.isfinite, numbers))
 
 
-class TaskWithout:
-    """A task without a validation set."""
-
-    def eval_splits(self):
-        return ["test"]
-
-    def train_batches(self, consumed_samples):
-        return iter([f"batch {consumed_samples + i}" for i in range(5)])
-
-
-def test_streamed_training_set_is_not_read_twice():
-    assert probe_batches(TaskWithout(), 2, may_reread=False) == []
-    assert probe_batches(TaskWithout(), 2, may_reread=True) == ["batch 0", "batch 1"]
+def test_run_without_validation_has_no_probe(data, ranks1, tmp_path):
+    argv = flags(data, tmp_path, ["--gate", "topk"], "--split", "100,0,0", "--train-iters", "1")
+    ranks1.run(runs.train, argv)
+    assert runs.metrics(tmp_path) and not runs.metrics(tmp_path, "probe")
 
 
 @pytest.mark.parametrize("name", ["routing_probe_samples", "routing_probe_interval"])

@@ -89,7 +89,8 @@ def same_curve(history: list[dict], rows: list[dict]) -> None:
     assert [row["_step"] for row in history] == list(range(len(rows)))
     assert [row["iteration"] for row in history] == [row["iteration"] for row in rows]
     for logged, row in zip(history, rows, strict=True):
-        assert logged[f"{row['kind']}/loss"] == pytest.approx(row["loss"], rel=1e-6)
+        name = "router_similarity_mean" if row["kind"] == "probe" else "loss"
+        assert logged[f"{row['kind']}/{name}"] == pytest.approx(row[name], rel=1e-6)
 
 
 def test_wandb_files_hold_one_curve(resumed):

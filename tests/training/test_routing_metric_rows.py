@@ -51,8 +51,10 @@ def test_rows_have_routing_metrics(measured):
         norms = [row[f"grad_norm/{part}"] for part in PARTS]
         assert math.hypot(*norms) == pytest.approx(row["grad_norm"], rel=1e-5)
         (loads,), (masses,) = row["load_by_expert"], row["gate_mass_by_expert"]
-        assert sum(loads) == pytest.approx(1) and sum(masses) == pytest.approx(1)
-        assert max(loads) * 4 - 1 == pytest.approx(row["max_violation"])
+        rounding = 4 * 5e-5  # 4 experts, 4 significant digits
+        assert sum(loads) == pytest.approx(1, abs=rounding)
+        assert sum(masses) == pytest.approx(1, abs=rounding)
+        assert max(loads) * 4 - 1 == pytest.approx(row["max_violation"], abs=rounding)
         assert 0 < row["router_entropy"] < math.log(4)
         assert row["max_violation_batch"] >= row["max_violation"] - 1e-6
     for row in runs.metrics(measured["on"], "eval"):
@@ -69,7 +71,7 @@ def test_metrics_change_no_result(measured):
         for on, off in pairs:
             added = on.keys() - off.keys()
             assert added >= COUNTS | DETAILS and off.keys() < on.keys()
-            timed = {"tokens_per_s", "step_time_ms", "elapsed_s"}
+            timed = {"tokens_per_s", "tflops_per_s", "step_time_ms", "elapsed_s"}
             assert all(on[name] == off[name] for name in off.keys() - timed)
             assert not any(name.startswith("grad_norm/") for name in off)
 

@@ -140,7 +140,7 @@ def test_gate_state_survives_resume(gate, data, tmp_path, ranks2):
     ranks2.run(
         runs.train, flags(gate, data, halves, *always, *save, "--load", save[1]), timeout=300
     )
-    timing = {"tokens_per_s", "step_time_ms", "elapsed_s"}
+    timing = {"tokens_per_s", "tflops_per_s", "step_time_ms", "elapsed_s"}
     for a, b in zip(runs.metrics(full), runs.metrics(halves), strict=True):
         assert {k: v for k, v in a.items() if k not in timing} == {
             k: v for k, v in b.items() if k not in timing
