@@ -218,6 +218,7 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order_only
     def backward(ctx, grad: Tensor) -> tuple:
         x, _, *parameters = ctx.saved_tensors
         grads = [torch.empty_like(p) if p.requires_grad else None for p in parameters]

@@ -222,6 +222,7 @@ def test_data_options_reach_the_model(tmp_path, ranks1):
     for split, first in (("train", 0), ("valid", 100), ("test", 200)):
         paths += [f"--{split}-data-path", write_dataset(tmp_path / split, 40, first)]
     argv = runs.flags("", tmp_path, 1, "--save", "", "--eval-iters", "1", "--load", "", *paths)
+    argv += ["--routing-probe-samples", "0"]
     at = argv.index("--data-path")
     del argv[at : at + 4]  # --split has no effect without it
     (calls,) = ranks1.run(record_model_inputs, [*argv, *FLAGS])
