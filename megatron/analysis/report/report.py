@@ -373,11 +373,12 @@ def _load_section(draft: _Draft) -> None:
         blocks.expert_grids(run.loads, str(number), most_cells)
         for number, run in enumerate(chosen)
     ]
-    draft.settings["experts"] = {
-        str(number): {grid["constants"]["layer"]: len(grid["down"]["expert"]) for grid in grids}
-        for number, grids in enumerate(loads)
-    }
-    num_experts = max(draft.settings["experts"]["0"].values())
+    experts: dict[str, dict[str, int]] = {str(number): {} for number in range(len(chosen))}
+    for grid in sum(loads, []):
+        run = grid["constants"]["run"]
+        experts[run][grid["constants"]["layer"]] = len(grid["down"]["expert"])
+    draft.settings["experts"] = experts
+    num_experts = max(experts["0"].values())
     draft.charts["load"] = charts.expert_map_chart("load", num_experts, "load")
     draft.datasets["load"] = sum(loads, [])
     figures = [chart_figure("load", "Load by expert and iteration", wide=not has_masses)]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from megatron.analysis.compare.cell_state import PLANNED
+from megatron.analysis.compare.results import CELLS_FOLDER, StudyResults
 
 _METRICS_FILE = "metrics.jsonl"
-_STUDY_CELLS = "cells"
-_CELL_STATE = "state.json"
-_STUDY_RECORD = "study.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ def find_runs(arguments: Iterable[str]) -> list[RunSource]:
             as PATH or LABEL=PATH.
 
     Raises:
-        ValueError: a path does not exist, holds no run, or is given twice.
+        ValueError: a path does not exist, holds no run, or is given twice; or a file of a study
+            cannot be read.
     """
     sources: list[RunSource] = []
     for argument in arguments:
@@ -82,7 +81,7 @@ def _runs_below(path: Path, label: str) -> list[RunSource]:
         return [RunSource(path, name, label)]
     if (path / _METRICS_FILE).is_file():
         return [RunSource(path / _METRICS_FILE, path.resolve().name, label)]
-    if (path / _STUDY_CELLS).is_dir():
+    if (path / CELLS_FOLDER).is_dir():
         return _study_cells(path, label)
     below = sorted(found.parent.name for found in path.glob(f"*/{_METRICS_FILE}"))
     advice = (
@@ -90,57 +89,33 @@ def _runs_below(path: Path, label: str) -> list[RunSource]:
         if below
         else ("was the run started with --metrics-file? run.sh does that")
     )
-    raise ValueError(f"{path} has no {_METRICS_FILE} and no {_STUDY_CELLS}/; {advice}")
+    raise ValueError(f"{path} has no {_METRICS_FILE} and no {CELLS_FOLDER}/; {advice}")
 
 
 def _study_cells(study: Path, label: str) -> list[RunSource]:
     """List the cells of a study that have started, in the study's order; none is an error."""
-    cells = []
-    for folder in sorted((study / _STUDY_CELLS).iterdir()):
-        if not (folder / _METRICS_FILE).is_file() and not (folder / _CELL_STATE).is_file():
-            continue
-        cell = _study_cell(folder, label)
-        if cell.state != "planned" or cell.path.is_file():
-            cells.append(cell)
-    order = _read_json(study / _STUDY_RECORD).get("order")
-    if isinstance(order, list):
-        places = {cell_id: place for place, cell_id in enumerate(order)}
-        cells.sort(key=lambda cell: places.get(cell.name, len(places)))
+    cells = [
+        cell
+        for cell in StudyResults.read(study)
+        if cell.state != PLANNED or cell.metrics_path.is_file()
+    ]
     if not cells:
         raise ValueError(
-            f"{study}/{_STUDY_CELLS} has no cell with {_METRICS_FILE}; allowed: the output folder "
-            "of a comparison of gates in which a cell has started"
+            f"{study}/{CELLS_FOLDER} has no cell that has started; allowed: the output folder of "
+            "a comparison of gates in which a cell has started"
         )
-    return cells
-
-
-def _study_cell(folder: Path, label: str) -> RunSource:
-    state = _read_json(folder / _CELL_STATE)
-    run_folder = folder
-    if state.get("same_as") and not (folder / _METRICS_FILE).exists():
-        run_folder = (folder / str(state["same_as"])).resolve()
-    axes = state.get("axes")
-    names = [str(value) for value in axes.values()] if isinstance(axes, dict) else []
-    cell_label = ", ".join([label, *names] if label else names)
-    seed = state.get("seed")
-    return RunSource(
-        path=run_folder / _METRICS_FILE,
-        name=str(state.get("cell_id") or folder.name),
-        label=cell_label,
-        seed=seed if isinstance(seed, int) else None,
-        state=str(state.get("state") or ""),
-        error=str(state.get("error") or ""),
-        from_study=True,
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; {} if there is none that can be read: the metrics may be fine."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return [
+        RunSource(
+            path=cell.metrics_path,
+            name=cell.cell_id,
+            label=", ".join(filter(None, [label, *cell.axes.values()])),
+            seed=cell.seed,
+            state=cell.state,
+            error=cell.error,
+            from_study=True,
+        )
+        for cell in cells
+    ]
 
 
 def _with_unique_names(sources: list[RunSource]) -> list[RunSource]:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from helpers.report_runs import rows_of_run, write_run
+from helpers.study_results import StudyFolder
 from megatron.analysis.report.sources import find_runs
-
-
-def cell(study, name, **state):
-    folder = study / "cells" / name
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"cell_id": name, **state}))
-    return folder
 
 
 @pytest.fixture
@@ -50,34 +42,35 @@ def test_runs_with_one_name_get_their_paths(tmp_path):
 
 
 def test_study_cells_are_grouped_by_axes(tmp_path):
+    order = ["topk_8_seed-2", "topk_8_seed-1"]
+    study = StudyFolder(tmp_path, ["gate", "experts"], {}, order=order)
     for seed in (1, 2):
-        axes = {"gate": "topk", "experts": "8"}
-        folder = cell(tmp_path, f"topk-{seed}", axes=axes, seed=seed, state="finished")
-        write_run(folder, rows_of_run(seed))
-    cell(tmp_path, "broken", axes={"gate": "x"}, seed=1, state="failed", error="no memory")
-    cell(tmp_path, "later", axes={"gate": "y"}, seed=1, state="planned")
-    (tmp_path / "study.json").write_text(json.dumps({"order": ["topk-2", "topk-1"]}))
+        study.add({"gate": "topk", "experts": "8"}, seed, rows_of_run(seed))
+    failed = {"gate": "x", "experts": "8"}
+    study.add(failed, 1, None, state="failed", error="no memory")
+    study.add({"gate": "y", "experts": "8"}, 1, None, state="planned")
     sources = find_runs([str(tmp_path)])
-    assert [source.name for source in sources] == ["topk-2", "topk-1", "broken"]
-    assert [source.label for source in sources] == ["topk, 8", "topk, 8", "x"]
+    assert [source.name for source in sources] == [*order, "x_8_seed-1"]
+    assert [source.label for source in sources] == ["topk, 8", "topk, 8", "x, 8"]
     assert [source.seed for source in sources] == [2, 1, 1]
     assert (sources[2].state, sources[2].error) == ("failed", "no memory")
+    labelled = find_runs([f"old={tmp_path}"])
+    assert labelled[0].label == "old, topk, 8"
 
 
 def test_study_cell_reads_the_run_it_shares(tmp_path):
     shared = write_run(tmp_path / "tuning" / "one", rows_of_run(1))
-    cell(tmp_path, "topk", axes={}, seed=1, state="finished", same_as="../../tuning/one")
+    StudyFolder(tmp_path, ["gate"], {}).add(
+        {"gate": "topk"}, 1, None, same_as="../../tuning/one"
+    )
     (source,) = find_runs([str(tmp_path)])
     assert source.path == shared / "metrics.jsonl"
 
 
-def test_study_without_states_is_read(tmp_path):
+def test_folder_of_cells_without_a_study_is_refused(tmp_path):
     write_run(tmp_path / "cells" / "a", rows_of_run(1))
-    folder = write_run(tmp_path / "cells" / "b", rows_of_run(1))
-    (folder / "state.json").write_text("{broken")
-    (tmp_path / "cells" / "notes").mkdir()
-    sources = find_runs([str(tmp_path)])
-    assert [(source.name, source.label) for source in sources] == [("a", ""), ("b", "")]
+    with pytest.raises(ValueError, match="has no study.json; allowed: the output folder"):
+        find_runs([str(tmp_path)])
 
 
 def test_missing_run_is_refused(tmp_path):
@@ -95,8 +88,8 @@ def test_folder_without_metrics_names_those_below(run, tmp_path):
 
 
 def test_study_without_started_cells_is_refused(tmp_path):
-    (tmp_path / "cells").mkdir()
-    with pytest.raises(ValueError, match="has no cell with metrics.jsonl"):
+    StudyFolder(tmp_path, ["gate"], {}).add({"gate": "y"}, 1, None, state="planned")
+    with pytest.raises(ValueError, match="has no cell that has started"):
         find_runs([str(tmp_path)])
 
 
