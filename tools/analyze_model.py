@@ -68,6 +68,8 @@ class AnalysisOptions:
     network_gb_s: float = 0.0
     """10^9 bytes per second that a rank sends in collectives; replaces those of --ceilings. 0:
     those of --ceilings, or else communication takes no time"""
+    model_only: bool = False
+    """print parameters and FLOPs only, which is faster"""
     json: str = ""
     """JSON file that the costs are written to"""
     png: str = ""
@@ -83,6 +85,10 @@ class AnalysisOptions:
             for name in ("ceilings", *numbers):
                 is_unset = not getattr(self, name)
                 require_setting(self, name, is_unset, "only without --measure-ceilings")
+        if self.model_only:
+            for name in ("measure_ceilings", "ceilings", *numbers):
+                is_unset = not getattr(self, name)
+                require_setting(self, name, is_unset, "only without --model-only")
         is_allowed = not self.save_ceilings or self.measure_ceilings
         require_setting(self, "save_ceilings", is_allowed, "only with --measure-ceilings")
 
@@ -109,7 +115,7 @@ def run(argv: list[str]) -> None:
     analysed = analysed_model(config, options, source)
     analysed.check()
     ceilings = find_ceilings(config, options)
-    sections = model_sections(analysed, ceilings)
+    sections = model_sections(analysed, ceilings, options.model_only)
     if int(os.environ.get("RANK", 0)):
         return
     print(report_text(sections))

@@ -320,7 +320,7 @@ command=("${launcher[@]}" "$REPO/pretrain_gpt.py" "${flags[@]}")
 if [ "${DRY_RUN:-0}" = 1 ]; then
     printf '%q ' "${command[@]}"
     echo
-    exec "$PYTHON" "$REPO/tools/analyze_model.py" "${flags[@]}"
+    exec "$PYTHON" "$REPO/tools/analyze_model.py" --model-only "${flags[@]}"
 fi
 [ "$NUM_NODES" -eq 1 ] || [ -n "$NODES" ] ||
     fail "NUM_NODES is $NUM_NODES but HOSTFILE is empty; set HOSTFILE to a file with a line 'name slots=$NUM_GPUS' per node, or set NODE_RANK"

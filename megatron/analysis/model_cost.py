@@ -300,28 +300,28 @@ class FlopsSection:
 
 
 def model_sections(
-    analysed: AnalysedModel, ceilings: Ceilings | None = None
+    analysed: AnalysedModel, ceilings: Ceilings | None = None, model_only: bool = False
 ) -> list[CostSection]:
-    """Compute all costs of a model.
+    """Compute the costs of a model.
 
     Args:
         ceilings: what the hardware of a rank reaches; None: no step time is expected.
+        model_only: leave out what a rank needs, for which torch's compiler is imported.
 
     Raises:
         ValueError: see `AnalysedModel.check`.
     """
-    return [
-        ParameterSection.of(analysed),
-        FlopsSection.of(analysed),
-        *rank_cost_sections(
-            analysed.config,
-            analysed.vocab_size,
-            analysed.topology,
-            analysed.flops,
-            analysed.experts.uses,
-            ceilings,
-        ),
-    ]
+    sections: list[CostSection] = [ParameterSection.of(analysed), FlopsSection.of(analysed)]
+    if model_only:
+        return sections
+    return sections + rank_cost_sections(
+        analysed.config,
+        analysed.vocab_size,
+        analysed.topology,
+        analysed.flops,
+        analysed.experts.uses,
+        ceilings,
+    )
 
 
 def report_text(sections: Sequence[CostSection]) -> str:

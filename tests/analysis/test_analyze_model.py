@@ -302,3 +302,10 @@ def test_formula_is_that_of_training(finished, data):
     assert flops.training_metrics(row, 1.0)["flops_per_token"] == pytest.approx(
         row["flops_per_token"], rel=1e-8
     )
+
+
+def test_model_only_leaves_out_ranks(tmp_path, capsys):
+    text, costs = analyse(tmp_path, capsys, *SHAPE.split(), "--model-only")
+    assert costs.keys() == {"parameters", "flops"} and "memory" not in text
+    _, everything = analyse(tmp_path, capsys, *SHAPE.split())
+    assert costs.items() < everything.items()

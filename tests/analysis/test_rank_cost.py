@@ -224,6 +224,7 @@ def test_ranks_measure_their_network(ranks2, tmp_path):
         ("--network-gb-s 1", "allowed: both, or --ceilings FILE.json. Give the missing one"),
         ("--ceilings missing.json", "--ceilings: missing.json cannot be read"),
         ("--measure-ceilings --peak-tflops 1", "allowed: only without --measure-ceilings"),
+        ("--model-only --peak-tflops 1", "--peak-tflops is 1.0; allowed: only without"),
         ("--measure-ceilings --ceilings x", "--ceilings is 'x'; allowed: only without"),
         ("--save-ceilings x", "--save-ceilings is 'x'; allowed: only with --measure-ceilings"),
         ("--measure-ceilings --save-ceilings missing/x", "allowed: a file in an existing"),

@@ -44,7 +44,8 @@ def test_initialization_outside_is_as_before():
 def test_costs_import_no_compiler(gate):
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['analyze_model.py', '--num-experts', '4', '--gate', {gate!r}]\n"
+        "sys.argv = ['analyze_model.py', '--model-only', '--num-experts', '4', '--gate', "
+        f"{gate!r}]\n"
         "try:\n"
         "    runpy.run_path('tools/analyze_model.py', run_name='__main__')\n"
         "except SystemExit as end:\n"

@@ -119,7 +119,7 @@ def test_tensorboard_forgets_nothing_of_others(kind, tmp_path):
         assert steps == [0, 1, 2, 3, 4]
         assert [event.step for event in events.Scalars("eval/loss")] == [2]
     else:
-        assert steps == [0, 1, 2, 3, 4, 2]
+        assert sorted(steps) == [0, 1, 2, 2, 3, 4]  # files of one second are in any order
 
 
 def test_new_run_purges_no_events(finished, data, tmp_path, ranks1):
