@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from megatron.optional_packages import import_optional
@@ -89,16 +88,6 @@ def class_chart(title: str, num_classes: int) -> dict[str, Any]:
             alt.Tooltip("tokens:Q", title="tokens"),
         ],
     ).to_dict()
-
-
-@cache
-def chart_library() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, which defines vegaEmbed.
-
-    Raises:
-        ValueError: the package vl-convert-python is not installed.
-    """
-    return import_optional("vl_convert", EXTRA, "--output").javascript_bundle()
 
 
 def _expert_axis(alt: Any) -> Any:

@@ -7,13 +7,16 @@ nothing in it is read as HTML.
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
-from typing import Any
 
 import megatron
+from megatron.analysis.html_page import (
+    CONTENT_POLICY,
+    json_for_script,
+    script_text,
+    vega_bundle,
+)
 from megatron.analysis.routing_charts import (
-    chart_library,
     class_chart,
     co_activation_chart,
     load_chart,
@@ -64,30 +67,14 @@ def routing_page(trace: RoutingTrace, options: PageOptions) -> str:
         _read("html"),
         {
             "TITLE": html.escape(options.title),
+            "CONTENT_POLICY": CONTENT_POLICY,
             "VERSION": html.escape(megatron.__version__),
             "STYLE": _read("css"),
             "DATA": json_for_script({**data, "charts": charts}),
-            "LIBRARY": _script_text(chart_library()),
-            "SCRIPT": _script_text(_read("js")),
+            "LIBRARY": script_text(vega_bundle()),
+            "SCRIPT": script_text(_read("js")),
         },
     )
-
-
-def json_for_script(value: Any) -> str:
-    """Return JSON that cannot end the script element it stands in, or begin a comment there."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _script_text(code: str) -> str:
-    """Return JavaScript that does not end the script element it stands in.
-
-    The sequences can only be in strings and regular expressions, where a backslash changes
-    nothing.
-    """
-    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _read(suffix: str) -> str:

@@ -19,7 +19,8 @@ from helpers.traces import (
     layer_of_lists,
     traced_gates,
 )
-from megatron.analysis.routing_page import json_for_script, routing_page, write_routing_page
+from megatron.analysis.html_page import json_for_script
+from megatron.analysis.routing_page import routing_page, write_routing_page
 from megatron.analysis.routing_page_data import (
     ASSIGNMENT_BYTES,
     PageOptions,

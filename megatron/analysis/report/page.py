@@ -15,9 +15,7 @@ a grid,
 
 from __future__ import annotations
 
-import functools
 import html
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -25,18 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.optional_packages import import_optional
+from megatron.analysis.html_page import (
+    CONTENT_POLICY,
+    json_for_script,
+    script_text,
+    vega_bundle,
+)
 
 NUM_SERIES_COLOURS = 7
 """Colours of `page.css` (--series-0 to --series-6), chosen for colour-blind readers"""
 
 _FOLDER = Path(__file__).parent
-_CONTENT_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
-    "img-src data: blob:"
-)
-"""The browser refuses every request of the page. Vega compiles its expressions: unsafe-eval."""
-
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
 )
@@ -79,7 +76,7 @@ def render_page(content: PageContent) -> str:
         "settings": content.settings,
     }
     scripts = [
-        _vega_bundle(),
+        vega_bundle(),
         read_asset("page.js"),
         *content.scripts,
         "page.drawAll();",
@@ -88,23 +85,16 @@ def render_page(content: PageContent) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_POLICY}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
         f"<title>{escape(content.title)}</title>",
         *(f"<style>\n{style}</style>" for style in (read_asset("page.css"), *content.styles)),
         "</head>\n<body>",
         content.body,
         f'<script type="application/json" id="page-data">{script_json(data)}</script>',
-        *(f"<script>{_script_text(script)}</script>" for script in scripts),
+        *(f"<script>{script_text(script)}</script>" for script in scripts),
         "</body>\n</html>\n",
     ]
     return "\n".join(parts)
-
-
-@functools.cache
-def _vega_bundle() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed; making it takes seconds."""
-    vl_convert = import_optional("vl_convert", "analysis", "a page with charts")
-    return vl_convert.javascript_bundle()
 
 
 def chart_figure(chart_id: str, title: str, note: str = "", wide: bool = False) -> str:
@@ -138,8 +128,7 @@ def escape(text: object) -> str:
 
 def script_json(value: Any) -> str:
     """Return JSON for a script element: no text in it can end the element, and NaN is null."""
-    text = json.dumps(_finite(value), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return json_for_script(_finite(value))
 
 
 def rounded(values: Iterable[float], digits: int = 5) -> list[float | int | None]:
@@ -169,8 +158,3 @@ def _finite(value: Any) -> Any:
 def read_asset(name: str) -> str:
     """Return the text of a file of this folder: a style sheet or a script."""
     return (_FOLDER / name).read_text(encoding="utf-8")
-
-
-def _script_text(script: str) -> str:
-    """Return JavaScript in which no string literal ends the script element."""
-    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")

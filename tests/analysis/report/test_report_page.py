@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from megatron.analysis.html_page import vega_bundle
 from megatron.analysis.report.page import (
     PageContent,
-    _vega_bundle,
     chart_figure,
     escape,
     render_page,
@@ -71,6 +71,6 @@ def test_page_is_complete_and_has_no_addresses():
 
 def test_page_without_the_extra_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
-    _vega_bundle.cache_clear()
+    vega_bundle.cache_clear()
     with pytest.raises(ValueError, match=r"vl_convert.*pip install 'moe-megatron\[analysis\]'"):
         render_page(PageContent("t", ""))
