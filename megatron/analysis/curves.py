@@ -112,7 +112,7 @@ class RunCurves:
 
     def curve(self, kind: str, metric: str = "loss") -> MetricCurve:
         """Return a metric of the rows of a kind that have it as a number; it may have none."""
-        rows = [row for row in _rows_of_kind(self.rows, kind) if _is_number(row.get(metric))]
+        rows = [row for row in _rows_of_kind(self.rows, kind) if is_number(row.get(metric))]
         iteration_R = _column(rows, "iteration")
         tokens_R = _column(rows, "consumed_tokens")
         return MetricCurve(
@@ -178,7 +178,7 @@ def _cumulated(
     rows: list[dict[str, Any]], rate: str, amount_R: np.ndarray
 ) -> np.ndarray | None:
     """Return 0 and the running sums of rate x amount; None if a row lacks the rate."""
-    if not all(_is_number(row.get(rate)) for row in rows):
+    if not all(is_number(row.get(rate)) for row in rows):
         return None
     return np.append(0.0, np.cumsum(_column(rows, rate) * amount_R))
 
@@ -191,5 +191,6 @@ def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([row.get(name, np.nan) for row in rows], dtype=np.float64)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value of a row is a number; NaN is one, a boolean is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

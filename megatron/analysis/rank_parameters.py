@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megatron.config.schema import RunConfig
-from megatron.engine.ds_config import deepspeed_config
+from megatron.engine.ds_config import bucket_size, deepspeed_config
 from megatron.model.builder import build_run_config_model
 from megatron.model.gpt import GPT
 from megatron.model.meta_device import meta_device
@@ -22,9 +22,6 @@ from megatron.moe.experts.backends import COMPUTE_DTYPES
 from megatron.moe.experts.expert_type import ExpertType
 from megatron.moe.layer_sums import find_moe_layers
 from megatron.parallel.groups import Groups
-
-_LARGEST_BUCKET = 250_000_000
-"""elements of ZeRO's buffer of gradients, as `megatron.engine.engine` sets it"""
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def zero_options(config: RunConfig, world_size: int, parameters: RankParameters)
     merged = deepspeed_config(config.optimizer, config.deepspeed, config.train, world_size)
     options = merged["zero_optimization"]
     stage = options["stage"]
-    bucket = min(parameters.elements(), _LARGEST_BUCKET)
+    bucket = bucket_size(parameters.elements())
     return ZeroOptions(
         stage=stage,
         reduce_bucket_size=int(options.get("reduce_bucket_size", bucket)),

@@ -183,6 +183,7 @@ class RoutingProbe:
         num_experts = self.layers[i].gate.num_experts
         if num_experts <= MAX_COACTIVATION_EXPERTS:
             sums["coactivation"] = coactivation_counts(choices, num_experts)
+        # There is always something to reduce, also in the first probe of PEER.
         sums["tokens"] = torch.tensor(float(choices.num_tokens), dtype=torch.float64)
         return {name: value.to(self.groups.device) for name, value in sums.items()}
 

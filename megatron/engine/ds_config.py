@@ -36,6 +36,18 @@ REFUSED = {
 """Sections that the user's file may not have, each with the reason."""
 _FOUND_OTHERWISE = {"aio", "autotuning", "flops_profiler"}
 """Keys that DeepSpeed looks for in a way that `_RecordedLookups` does not see"""
+_LARGEST_BUCKET = 250_000_000
+
+
+def bucket_size(elements: int) -> int:
+    """Return the elements of ZeRO's buffer of gradients: those of a rank, up to a limit.
+
+    In fp32 the largest buffer has as many bytes as DeepSpeed's default in bf16.
+
+    Args:
+        elements: of all parameters of a rank.
+    """
+    return min(elements, _LARGEST_BUCKET)
 
 
 def deepspeed_config(

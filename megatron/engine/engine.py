@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron.config.fields import require
 from megatron.config.schema import DeepSpeedConfig, OptimizerConfig, TrainConfig
-from megatron.engine.ds_config import check_deepspeed_config, deepspeed_config
+from megatron.engine.ds_config import bucket_size, check_deepspeed_config, deepspeed_config
 from megatron.engine.evaluation_model import EvaluationModel
 from megatron.engine.frozen import (
     FrozenWeights,
@@ -42,8 +42,6 @@ from megatron.moe.gate_update import GateUpdater
 from megatron.moe.metrics import MoEMetrics
 from megatron.parallel.groups import Groups
 
-_LARGEST_BUCKET = 250_000_000
-"""Elements of ZeRO's buffer of gradients, in fp32 as many bytes as DeepSpeed's default in bf16"""
 COUNTERS = ("global_steps", "skipped_steps", "global_samples")
 
 
@@ -117,8 +115,7 @@ class Engine:
         if ds_options.deepspeed_config:
             check_deepspeed_config(config, ds_options.deepspeed_config)
         elements = sum(p.numel() for p in model.parameters())
-        bucket_size = min(elements, _LARGEST_BUCKET)
-        config["zero_optimization"].setdefault("reduce_bucket_size", bucket_size)
+        config["zero_optimization"].setdefault("reduce_bucket_size", bucket_size(elements))
         # DeepSpeed calls collectives by the names that torch 2.13 announces to rename.
         warnings.filterwarnings(
             "ignore", category=FutureWarning, message=".*torch.distributed.*deprecated"

@@ -137,10 +137,7 @@ class MoELayer(nn.Module):
         inp = self._gate_input(x_BSD, context)
         routing, plan = self._route(inp, context)
         if self.router_logits is not None:
-            logits_TC = routing.router_logits_TC
-            if logits_TC is None:
-                logits_TC = routing.logits_TE
-            self.router_logits(logits_TC, inp)
+            self.router_logits(routing.choice_logits_TC, inp)
         if self.routing_observer is not None and not self._is_recompute:
             self.routing_observer(inp, routing, plan)
         in_flight = self.dispatcher.start(self._to_latent(x_TD), routing, plan)

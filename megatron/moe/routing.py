@@ -249,6 +249,13 @@ class Routing:
     scores: RoutingScores | None = None
     """what the gate compared, for metrics; None: its logits, if it returns any"""
 
+    @property
+    def choice_logits_TC(self) -> Tensor | None:
+        """Logits of the router by choice, without rows for padding; None: the gate has none."""
+        if self.router_logits_TC is not None:
+            return self.router_logits_TC
+        return self.logits_TE
+
     def with_padding(self, unpadded_R: Tensor) -> Routing:
         """Return the routing with tokens numbered as they are with padding.
 

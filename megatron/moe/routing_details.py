@@ -50,9 +50,7 @@ def detail_counts(gate: Gate, inp: GateInput, routing: Routing) -> dict[str, Ten
         weight_A = routing.weight_A.detach().abs().double()
         sums["gate_mass_C"] = mass_C.scatter_add_(0, routing.expert_A, weight_A)
     scores = routing.scores or RoutingScores()
-    logits_TC = routing.router_logits_TC
-    if logits_TC is None:
-        logits_TC = routing.logits_TE
+    logits_TC = routing.choice_logits_TC
     share_TC = scores.share_TC
     if share_TC is None and logits_TC is not None:
         share_TC = logits_TC.detach().softmax(-1)

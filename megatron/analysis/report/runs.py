@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.analysis.curves import RunCurves
+from megatron.analysis.curves import RunCurves, is_number
 from megatron.analysis.report.history import LayerHistory, ListHistory
 from megatron.analysis.report.sources import RunSource
 
@@ -156,13 +156,13 @@ def _kind_rows(curves: RunCurves, kind: str) -> KindRows:
     rows = [
         row
         for row in curves.rows
-        if row.get("kind") == kind and _is_number(row.get("iteration"))
+        if row.get("kind") == kind and is_number(row.get("iteration"))
     ]
     names = dict.fromkeys(
         name
         for row in rows
         for name, value in row.items()
-        if name not in NOT_CURVES and _is_number(value)
+        if name not in NOT_CURVES and is_number(value)
     )
     return KindRows(
         kind,
@@ -177,13 +177,9 @@ def _kind_rows(curves: RunCurves, kind: str) -> KindRows:
 def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     """Return a metric as an array [R]; rows that lack it, and infinities, are NaN."""
     values = [row.get(name) for row in rows]
-    column_R = np.array([v if _is_number(v) else np.nan for v in values], dtype=np.float64)
+    column_R = np.array([v if is_number(v) else np.nan for v in values], dtype=np.float64)
     column_R[np.isinf(column_R)] = np.nan
     return column_R
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _configuration(starts: tuple[dict[str, Any], ...], folder: Path) -> dict[str, Any]:
