@@ -25,6 +25,7 @@ from megatron.checkpoint.directory import (
 from megatron.checkpoint.manifest import check_files, find_problems
 from megatron.checkpoint.shards import CheckpointReader
 from megatron.config.format_version import NewerVersionError
+from megatron.config.values import flatten_settings
 from megatron.io.progress import ProgressCallback, no_progress
 from megatron.model.parameter_count import MODEL_PARTS, part_of
 
@@ -268,13 +269,11 @@ def compare_checkpoints(
         "progress": _differences(a["progress"], b["progress"]),
         "run": _differences(_run_entries(a), _run_entries(b)),
         "topology": _differences(a["topology"], b["topology"]),
-        "configuration": _differences(_flatten(a["config"]), _flatten(b["config"])),
+        "configuration": _differences(a["config"], b["config"]),
         "tokenizer": _differences(a["identity"], b["identity"]),
-        "data": _differences(_flatten(a["data"]), _flatten(b["data"])),
-        "gates": _differences(_flatten(a.get("gates", {})), _flatten(b.get("gates", {}))),
-        "expert_types": _differences(
-            _flatten(a.get("expert_types", {})), _flatten(b.get("expert_types", {}))
-        ),
+        "data": _differences(a["data"], b["data"]),
+        "gates": _differences(a.get("gates", {}), b.get("gates", {})),
+        "expert_types": _differences(a.get("expert_types", {}), b.get("expert_types", {})),
         "versions": _differences(a["versions"], b["versions"]),
         "tensors": _compare_shapes(tensors_a, tensors_b),
     }
@@ -313,24 +312,18 @@ def _compare_shapes(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return [value of a, value of b] of the entries that differ, by name."""
+    """Return [value of a, value of b] of the entries that differ, by name.
+
+    An entry of a nested section has the name "section.name".
+    """
+    a = flatten_settings(a)
+    b = flatten_settings(b)
     different = {}
     for name in a | b:
         pair = [a.get(name, ABSENT), b.get(name, ABSENT)]
         if pair[0] != pair[1]:
             different[name] = pair
     return different
-
-
-def _flatten(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested sections as {"section.name": value}."""
-    flat = {}
-    for name, value in sections.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _relative_distance(

@@ -93,3 +93,15 @@ def _parse_number(base: type, raw: str | int | float) -> int | float | None:
     if abs(exact) >= 2**63 or exact != exact.to_integral_value():
         return None
     return int(exact)
+
+
+def flatten_settings(sections: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of nested sections, as in run.json, by "section.name"."""
+    flat = {}
+    for section, content in sections.items():
+        if isinstance(content, dict):
+            inner = flatten_settings(content)
+            flat |= {f"{section}.{name}": value for name, value in inner.items()}
+        else:
+            flat[section] = content
+    return flat

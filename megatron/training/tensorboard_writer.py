@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.config.values import flatten_settings
 from megatron.optional_packages import import_optional
 from megatron.training.heat_map import heat_map
 from megatron.training.metric_rows import (
@@ -73,7 +74,7 @@ class TensorboardWriter:
         from torch.utils.tensorboard.summary import hparams
 
         metrics = dict.fromkeys(("train/loss", "eval/loss"))
-        for summary in hparams(flat_settings(row["config"]), metrics):
+        for summary in hparams(hyperparameters(row["config"]), metrics):
             self.writer.file_writer.add_summary(summary, step)
 
     def _add_metrics(self, row: MetricsRow) -> None:
@@ -109,20 +110,16 @@ class TensorboardWriter:
         self.writer.close()
 
 
-def flat_settings(config: dict[str, Any]) -> dict[str, float | str | bool]:
-    """Return the settings of a run.json in one level, such as `optimizer/lr`.
+def hyperparameters(config: dict[str, Any]) -> dict[str, float | str | bool]:
+    """Return the settings of a run.json as TensorBoard takes them, such as `optimizer.lr`.
 
     Lists are written as JSON. Settings without a value are left out.
     """
-    flat: dict[str, float | str | bool] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}/{key}": entry for key, entry in flat_settings(value).items()}
-        elif isinstance(value, list):
-            flat[name] = json.dumps(value)
-        elif value is not None:
-            flat[name] = value
-    return flat
+    return {
+        setting: json.dumps(value) if isinstance(value, list) else value
+        for setting, value in flatten_settings(config).items()
+        if value is not None
+    }
 
 
 def _as_markdown(row: MetricsRow) -> str:

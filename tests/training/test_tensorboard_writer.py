@@ -17,7 +17,7 @@ from megatron.parallel.groups import Groups
 from megatron.training.heat_map import heat_map
 from megatron.training.metric_writers import build_metric_writers
 from megatron.training.run_row import describe_run
-from megatron.training.tensorboard_writer import TensorboardWriter, flat_settings
+from megatron.training.tensorboard_writer import TensorboardWriter, hyperparameters
 
 LOAD = [None, [0.25, 0.5, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]]
 
@@ -188,13 +188,13 @@ def test_run_is_described_in_words_and_settings(tmp_path):
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= steps.keys()
 
 
-def test_settings_are_in_one_level():
+def test_hyperparameters_are_in_one_level():
     config = {"version": 3, "train": {"seed": 1, "sets": ["a"], "none": None, "on": True}}
-    assert flat_settings(config) == {
+    assert hyperparameters(config) == {
         "version": 3,
-        "train/seed": 1,
-        "train/sets": '["a"]',
-        "train/on": True,
+        "train.seed": 1,
+        "train.sets": '["a"]',
+        "train.on": True,
     }
 
 

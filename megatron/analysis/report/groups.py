@@ -12,6 +12,7 @@ from megatron.analysis.report.runs import ReportRun
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.fault_tolerance import FaultToleranceConfig
 from megatron.config.monitoring import LoggingConfig, ProfilingConfig
+from megatron.config.values import flatten_settings
 
 MOST_LABEL_PARTS = 3
 """Settings that a label names at most; beyond that, the name of the first run is clearer"""
@@ -66,17 +67,12 @@ def group_runs(runs: Iterable[ReportRun]) -> list[RunGroup]:
 
 def result_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings on which results depend, as `section.field` (deeper: with more dots)."""
-    ignored = _fields_without_effect()
-    flat: dict[str, Any] = {}
-    pending = [("", config)]
-    while pending:
-        prefix, values = pending.pop(0)
-        for name, value in values.items():
-            if isinstance(value, dict):
-                pending.append((f"{prefix}{name}.", value))
-            elif name not in ignored and (prefix or name != "version"):
-                flat[prefix + name] = value
-    return flat
+    ignored = _fields_without_effect() | {"version"}
+    return {
+        setting: value
+        for setting, value in flatten_settings(config).items()
+        if setting.rpartition(".")[2] not in ignored
+    }
 
 
 def gate_name(flat: dict[str, Any]) -> str:
