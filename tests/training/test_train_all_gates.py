@@ -71,7 +71,7 @@ def flags(gate: str, data: str, out: Path, *more: str) -> list[str]:
         "--micro-batch-size",
         "2",
         "--global-batch-size",
-        "8",
+        "4",
         "--lr",
         "8e-3",
         "--weight-decay",
@@ -87,14 +87,14 @@ def flags(gate: str, data: str, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("gate", available_gates())
 def test_every_gate_trains(gate, data, tmp_path, ranks2):
-    """The loss falls by a nat in 40 steps, and every expert receives gradients."""
+    """The loss falls by two nats in 30 steps, and every expert receives gradients."""
     unchanged = ranks2.run(
         _train,
-        flags(gate, data, tmp_path, "--train-iters", "40", "--log-interval", "5"),
+        flags(gate, data, tmp_path, "--train-iters", "30", "--log-interval", "5"),
         timeout=300,
     )
     lines = runs.metrics(tmp_path)
-    assert lines[0]["loss"] - lines[-1]["loss"] > 1.0, (lines[0]["loss"], lines[-1]["loss"])
+    assert lines[0]["loss"] - lines[-1]["loss"] > 2.0, (lines[0]["loss"], lines[-1]["loss"])
     assert all(
         line["skipped_steps"] == 0 and line["dropped_assignment_fraction"] == 0
         for line in lines
