@@ -90,7 +90,7 @@ def _checkpoint_source(path: str, folder: Path, checkpoint: Path) -> ModelSource
         if (place / METRICS_FILE).is_file():
             metrics_file = str(place / METRICS_FILE)
             last = state["progress"]["iteration"]
-            if folder != checkpoint:
+            if folder.resolve() != checkpoint.resolve():
                 last = None  # the run may have trained on after its newest checkpoint
             row = _last_training_row(metrics_file, last)
             device = _device_type(read_metrics(metrics_file))

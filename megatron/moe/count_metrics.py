@@ -108,7 +108,7 @@ def shares_by_expert(total_C: Tensor | None, num_experts: int) -> list[float] | 
     if total_C is None or num_experts > MAX_LISTED_EXPERTS:
         return None
     total = total_C.sum()
-    if total > 0:
+    if total != 0:
         total_C = total_C / total
     return total_C[:num_experts].tolist()
 

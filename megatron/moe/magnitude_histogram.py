@@ -7,6 +7,8 @@ number, so that a bin is at most 1/32 of its values wide.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def magnitude_histogram(values: Tensor) -> Tensor:
 def magnitude_percentile(counts: Tensor, percent: int) -> float:
     """Return the value up to which `percent` % of the absolute values lie.
 
-    It is interpolated linearly within its bin.
+    It is interpolated linearly within its bin; NaN in the last one, whose values have no end.
 
     Args:
         counts: sum of `magnitude_histogram`, with at least one value.
@@ -46,6 +48,8 @@ def magnitude_percentile(counts: Tensor, percent: int) -> float:
     below = counts.double().cumsum(0)
     # In integers, because a rounded product may fall on the other side of a count.
     bin_number = int((below * 100 < percent * below[-1]).sum())
+    if bin_number == NUM_MAGNITUDES - 1:
+        return math.nan
     count = float(counts[bin_number])
     fraction = (percent * float(below[-1]) / 100 - (float(below[bin_number]) - count)) / count
     low = 0.0

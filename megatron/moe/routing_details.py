@@ -83,11 +83,12 @@ def _router_input(inp: GateInput) -> dict[str, Tensor]:
 def _entropy_sum(share_TC: Tensor) -> Tensor:
     """Sum the entropies, in nats, of each token's scores divided by their sum.
 
-    With s the scores and S their sum, it is log S - (sum s log s) / S; 0 where S is 0.
+    With s the scores and S their sum, it is log S - (sum s log s) / S; 0 where S is 0, and
+    NaN where a score is.
     """
     total_T = share_TC.sum(-1)
     entropy_T = total_T.log() + torch.special.entr(share_TC).sum(-1) / total_T
-    return torch.where(total_T > 0, entropy_T, 0.0).sum(dtype=torch.float64)
+    return torch.where(total_T == 0, 0.0, entropy_T).sum(dtype=torch.float64)
 
 
 def _margins(
@@ -95,7 +96,8 @@ def _margins(
 ) -> dict[str, Tensor]:
     """Compare the lowest selected score of each token with the highest one not selected.
 
-    The margin is their difference. Tokens without one of them do not count.
+    The margin is their difference. Tokens without one of them do not count, which an infinite
+    difference shows. A NaN among the scores counts, so that it is seen in the sum.
     """
     selected = _selected(gate, inp, routing, ranked_TC)
     if selected is None:
@@ -107,7 +109,7 @@ def _margins(
     others_TC[row_A, column_A] = float("-inf")
     highest_R = others_TC.amax(-1)
     margin_R = lowest_R - highest_R
-    counts_R = margin_R.isfinite()
+    counts_R = ~(lowest_R.isinf() | highest_R.isinf())
     resolution_R = NEAR_TIE * torch.maximum(lowest_R.abs(), highest_R.abs())
     return {
         "margin_tokens": counts_R.sum(),

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron.training.metric_rows import multiples_of_mean
+
 _CELL_HEIGHT = 16
 _LARGEST_CELL_WIDTH = 16
 _PICTURE_WIDTH = 1024
@@ -20,7 +22,7 @@ _DOUBLINGS = 3.0
 """Shares from 1/8 to 8 times the mean are distinguished"""
 
 
-def heat_map(shares: Sequence[Sequence[float | None] | None]) -> np.ndarray:
+def heat_map(shares: Sequence[Sequence[float] | None]) -> np.ndarray:
     """Draw the shares that experts have in their layers: a row per layer, a column per expert.
 
     A colour stands for the same multiple of the layer's mean in all pictures, so that those of
@@ -28,8 +30,8 @@ def heat_map(shares: Sequence[Sequence[float | None] | None]) -> np.ndarray:
     scale is the mean, white is 8 times the mean or more.
 
     Args:
-        shares: L rows of at most E shares that add up to 1; None where a layer or an expert has
-            none.
+        shares: L rows of at most E shares; None where a layer has none. Those of a row that
+            `multiples_of_mean` leaves out are drawn like absent ones.
     Returns:
         RGB values of [H, W, 3], uint8.
     """
@@ -37,10 +39,9 @@ def heat_map(shares: Sequence[Sequence[float | None] | None]) -> np.ndarray:
     cell_width = min(_LARGEST_CELL_WIDTH, max(1, _PICTURE_WIDTH // width))
     pixels_LE3 = np.empty((len(shares), width, 3), dtype=np.uint8)
     pixels_LE3[:] = _ABSENT
-    for i, row in enumerate(shares):
-        for j, share in enumerate(row or ()):
-            if share is not None and math.isfinite(share):
-                pixels_LE3[i, j] = color_of(share * len(row))
+    for i, multiples_E in multiples_of_mean(shares):
+        for j, multiple in enumerate(multiples_E):
+            pixels_LE3[i, j] = color_of(multiple)
     cells_HW3 = pixels_LE3.repeat(_CELL_HEIGHT, axis=0).repeat(cell_width, axis=1)
     picture_HW3 = cells_HW3.reshape(len(shares), _CELL_HEIGHT, -1, 3)
     # A line between layers.

@@ -13,6 +13,7 @@ The row of kind `run` describes the run instead, see `megatron.training.run_row`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
@@ -72,10 +73,17 @@ def tables(row: MetricsRow) -> Iterator[tuple[str, Sequence[Sequence[float] | No
 def multiples_of_mean(
     shares: Sequence[Sequence[float] | None],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (layer, [E] shares of its experts divided by their mean) of the rows of a table."""
+    """Yield (layer, [E] shares of its experts divided by their mean) of the rows of a table.
+
+    The shares of a layer with zero-computation experts add up to less than 1. A row is left
+    out if a share is not finite, or if all are 0, because no token was assigned.
+    """
     for layer, shares_E in enumerate(shares):
-        if shares_E:
-            yield layer, np.asarray(shares_E, dtype=float) * len(shares_E)
+        if not shares_E:
+            continue
+        mean = sum(shares_E) / len(shares_E)
+        if mean > 0 and math.isfinite(mean):
+            yield layer, np.asarray(shares_E, dtype=float) / mean
 
 
 def _is_list(value: Any) -> bool:

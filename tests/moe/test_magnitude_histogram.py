@@ -38,6 +38,7 @@ def test_values_out_of_range_are_counted_at_ends():
     huge = torch.tensor([1e30, float("inf"), float("nan")])
     assert magnitude_histogram(tiny)[0] == 3 and magnitude_histogram(huge)[-1] == 3
     assert 0 < magnitude_percentile(magnitude_histogram(tiny), 99) < 1e-9
+    assert math.isnan(magnitude_percentile(magnitude_histogram(huge), 99))
 
 
 def test_percentile_interpolates_within_its_bin():

@@ -170,14 +170,16 @@ class GivenScores(Gate):
         self.choices = choices
         self.scores = scores
         self.given_logits = logits
+        self.weight_A = None
 
     def forward(self, inp):
         pairs = [(t, e) for t, experts in enumerate(self.choices) for e in experts]
         token_A, expert_A = torch.tensor(pairs).unbind(-1)
+        weight_A = torch.ones(len(pairs)) if self.weight_A is None else self.weight_A
         return Routing(
             token_A,
             expert_A,
-            torch.ones(len(pairs)),
+            weight_A,
             torch.tensor(0.0),
             logits_TE=self.given_logits,
             scores=self.scores,
@@ -239,6 +241,19 @@ def test_scores_of_zero_have_no_entropy():
     layer = given_layer([[0], [1]], RoutingScores(share_TC=share_TC))
     row = measured(layer, torch.randn(2, 4))
     assert row["router_entropy"] == pytest.approx(math.log(2) / 2)
+
+
+def test_nan_of_one_token_is_visible():
+    """In every metric of scores, weights and inputs, which would otherwise look plausible."""
+    score_TC = torch.tensor([[1.0, 0.5, 0.0], [math.nan, 0.5, 0.0]])
+    layer = given_layer([[0], [1]], RoutingScores(score_TC, share_TC=score_TC))
+    layer.gate.weight_A = torch.tensor([1.0, math.nan])
+    row = measured(layer, torch.tensor([[1.0] * 4, [math.nan] * 4]))
+    assert row["load_by_expert"] == [[0.5, 0.5, 0]]
+    nan = ("router_entropy", "choice_margin", "router_input_rms", "router_input_p99")
+    for name in (*nan, "gate_mass_cv"):
+        assert math.isnan(row[name]), name
+    assert all(map(math.isnan, row["gate_mass_by_expert"][0]))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -30,8 +30,11 @@ def test_scale_is_logarithmic_around_the_mean():
 
 
 def test_each_cell_has_its_color():
-    """Layers with 2 and 4 experts, one without the metric, and an expert without a share."""
-    shares = [[0.5, 0.5], None, [0.0, 1.0, math.nan, None]]
+    """Layers with 2 and 4 experts, and one without the metric.
+
+    A quarter of the assignments of the first layer are to experts that compute nothing.
+    """
+    shares = [[0.375, 0.375], None, [0.0, 1.0, 0.0, 0.0]]
     picture_HW3 = heat_map(shares)
     assert picture_HW3.dtype == np.uint8
     assert picture_HW3.shape == (3 * 16 + 2 * 2, 4 * 16, 3)
@@ -39,7 +42,7 @@ def test_each_cell_has_its_color():
     expected = [
         [even, even, DARK_RED, DARK_RED],
         [DARK_RED] * 4,
-        [color_of(0.0), color_of(4.0), DARK_RED, DARK_RED],
+        [color_of(0.0), color_of(4.0), color_of(0.0), color_of(0.0)],
     ]
     for i, row in enumerate(expected):
         for j, color in enumerate(row):
@@ -54,5 +57,6 @@ def test_picture_fits_a_screen(experts, width):
     assert heat_map(shares).shape == (16, width, 3)
 
 
-def test_no_layer_has_shares():
-    assert (heat_map([None]) == DARK_RED).all()
+@pytest.mark.parametrize("row", [None, [], [0.0, 0.0], [0.5, math.nan], [math.inf, 1.0]])
+def test_rows_without_shares_are_dark_red(row):
+    assert (heat_map([row]) == DARK_RED).all()

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
-from megatron.training.metric_rows import histograms, is_evaluation, scalars, tables
+import numpy as np
+import pytest
+
+from megatron.training.metric_rows import (
+    histograms,
+    is_evaluation,
+    multiples_of_mean,
+    scalars,
+    tables,
+)
 
 ROW = {
     "kind": "eval/wiki",
@@ -41,3 +50,10 @@ def test_histograms_and_tables_are_known_by_name_and_depth():
 def test_rows_of_training_and_of_runs_are_no_evaluations():
     kinds = ["train", "run", "eval", "eval/wiki", "test", "eval_tasks"]
     assert [is_evaluation({"kind": kind}) for kind in kinds] == [False, False] + [True] * 4
+
+
+def test_multiples_are_of_the_mean_of_routed_experts():
+    """The shares of a layer with zero-computation experts add up to less than 1."""
+    shares = [None, [0.1, 0.2, 0.3], [], [0.0, 0.0], [0.5, math.nan], [1.0, math.inf], [2.0]]
+    found = {layer: multiples.tolist() for layer, multiples in multiples_of_mean(shares)}
+    assert found == {1: pytest.approx([0.5, 1.0, 1.5]), 6: [1.0]}

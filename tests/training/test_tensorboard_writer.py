@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from megatron.training.metric_writers import build_metric_writers
 from megatron.training.run_row import describe_run
 from megatron.training.tensorboard_writer import TensorboardWriter, hyperparameters
 
-LOAD = [None, [0.25, 0.5, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]]
+LOAD = [None, [0.25, 0.5, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25], [0.5, math.nan, 0.5, 0.0]]
 
 
 def rows_of(iteration, loss=1.0):
@@ -167,7 +168,7 @@ def test_evaluations_show_load_by_expert(tmp_path):
     shown_HW3 = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
     assert (shown_HW3 == heat_map(LOAD)).all()
     tags = [tag for tag in events.Tags()["histograms"] if "by_expert" in tag]
-    assert tags == ["eval/load_by_expert/1", "eval/load_by_expert/2"], "layer 0 has none"
+    assert tags == ["eval/load_by_expert/1", "eval/load_by_expert/2"], "layer 0 has none, 3 NaN"
     (event,) = events.Histograms(tags[0])
     histogram = event.histogram_value
     assert (histogram.num, histogram.sum, histogram.min, histogram.max) == (4, 4, 0, 2)

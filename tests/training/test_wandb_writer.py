@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from megatron.training.metric_writers import MetricsWriters
 from megatron.training.wandb_memory import WandbMemory, read_memory, write_memory
 from megatron.training.wandb_writer import WandbWriter
 
-LOAD = [[0.25, 0.5, 0.25, 0.0], None]
+LOAD = [[0.25, 0.5, 0.25, 0.0], None, [0.5, math.nan, 0.5, 0.0]]
 RUN = {"kind": "run", "iteration": 0, "command": ["a"], "config": {"train": {"seed": 1}}}
 
 
