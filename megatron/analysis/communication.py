@@ -53,8 +53,6 @@ class Transfer:
     a rank's rows for itself included"""
     ranks: int
     """size of the group"""
-    calls: int
-    """number of collectives in a step"""
     overlaps: bool = False
     """whether it can run at the same time as computation"""
 
@@ -100,8 +98,8 @@ class CommunicationEstimate:
     def assumptions(self) -> tuple[str, ...]:
         """What the numbers take for granted, and what they leave out."""
         assumptions = (
-            "a step in which nothing is logged, evaluated or saved; metrics take one all-reduce "
-            "per --log-interval",
+            "a step in which nothing is logged, evaluated or saved; metrics take a few small "
+            "all-reduces per --log-interval",
         )
         if not self.experts_per_token:  # a dense model
             return assumptions
@@ -125,8 +123,8 @@ class CommunicationEstimate:
         lines = [self.summary]
         for t in self.transfers:
             lines.append(
-                f"  {t.purpose:<36}{t.collective:<16}{format_bytes(t.size):>12} in {t.calls} "
-                f"calls of {t.ranks} ranks, {format_bytes(t.sent)} sent"
+                f"  {t.purpose:<36}{t.collective:<16}{format_bytes(t.size):>12} among "
+                f"{t.ranks} ranks, {format_bytes(t.sent)} sent"
             )
         lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
         return "\n".join(lines)
@@ -181,7 +179,7 @@ class _Step:
 
     def transfers(self) -> Iterator[Transfer]:
         """Yield everything that is sent, also within groups of one rank."""
-        yield self._all_reduce("loss normalizers", 2 * _FP64, 1)
+        yield self._all_reduce("loss normalizers", 2 * _FP64)
         yield from self._expert_rows()
         yield from self._balance_loads()
         if self.options.stage == 3:
@@ -192,8 +190,8 @@ class _Step:
         yield from self._norms()
         yield from self._gate_updates()
 
-    def _all_reduce(self, purpose: str, size: int, calls: int) -> Transfer:
-        return Transfer(purpose, "all-reduce", size, self.topology.world_size, calls)
+    def _all_reduce(self, purpose: str, size: int) -> Transfer:
+        return Transfer(purpose, "all-reduce", size, self.topology.world_size)
 
     def _reduced_gradients(self) -> Iterator[Transfer]:
         """All-reduces, also at ZeRO 1 and 2; at ZeRO 2 those of every micro-batch."""
@@ -204,7 +202,7 @@ class _Step:
             ranks = self.expert_ranks if is_expert else self.topology.world_size
             size = times * itemsize * elements
             overlaps = self.options.overlap_comm
-            yield Transfer(purpose, "all-reduce", size, ranks, times, overlaps)
+            yield Transfer(purpose, "all-reduce", size, ranks, overlaps)
 
     def _gathered_weights(self) -> Iterator[Transfer]:
         if self.options.stage == 0:
@@ -213,13 +211,12 @@ class _Step:
             groups = [g for g in self.parameters.groups if g.is_expert == is_expert]
             ranks = self.expert_ranks if is_expert else self.topology.world_size
             size = sum(g.shard * g.ranks * g.itemsize for g in groups)
-            yield Transfer(purpose, "all-gather", size, ranks, len(groups))
+            yield Transfer(purpose, "all-gather", size, ranks)
 
     def _stage_3(self) -> Iterator[Transfer]:
         gathers: dict[int, int] = {}
         updates: dict[int, int] = {}
         reduced: dict[int, int] = {}
-        updated_calls = 0
         distance = 0
         for block in reversed(self.parameters.blocks):
             # A block that is used again soon enough stays gathered for the backward pass.
@@ -232,16 +229,14 @@ class _Step:
                     gathers[ranks] = gathers.get(ranks, 0) + times * padded * itemsize
                 else:
                     updates[ranks] = updates.get(ranks, 0) + padded * itemsize
-                    updated_calls += ranks > 1
-        calls = self.micro_batches * len(self.parameters.blocks)
         rows = (
-            ("weights of blocks", "all-gather", gathers, self.micro_batches, calls, True),
-            ("gradients", "reduce-scatter", reduced, self.micro_batches, calls, True),
-            ("small weights", "all-gather", updates, 1, updated_calls, False),
+            ("weights of blocks", "all-gather", gathers, self.micro_batches, True),
+            ("gradients", "reduce-scatter", reduced, self.micro_batches, True),
+            ("small weights", "all-gather", updates, 1, False),
         )
-        for purpose, collective, by_ranks, times, number, overlaps in rows:
+        for purpose, collective, by_ranks, times, overlaps in rows:
             for ranks, size in by_ranks.items():
-                yield Transfer(purpose, collective, times * size, ranks, number, overlaps)
+                yield Transfer(purpose, collective, times * size, ranks, overlaps)
 
     def _norms(self) -> Iterator[Transfer]:
         """Gradient norms, one number for each group, and a flag of overflow."""
@@ -254,21 +249,20 @@ class _Step:
             return
         if stage == 1 and is_bf16:
             # DeepSpeed's BF16_Optimizer computes the norm of full gradients.
-            yield Transfer("gradient norms", "all-reduce", _FP32, ep_size, 1)
+            yield Transfer("gradient norms", "all-reduce", _FP32, ep_size)
             return
         if stage == 3:
-            yield self._all_reduce("gradient norms", len(groups) * _FP64, len(groups))
+            yield self._all_reduce("gradient norms", len(groups) * _FP64)
             return
-        yield self._all_reduce("gradient norms", len(groups) * _FP32, len(groups))
+        yield self._all_reduce("gradient norms", len(groups) * _FP32)
         yield Transfer(
             "mean of experts' norms",
             "all-reduce",
             moe_groups * _FP32,
             self.expert_ranks,
-            moe_groups,
         )
         if stage == 2 and is_bf16:
-            yield self._all_reduce("flag of overflow", 1, 1)
+            yield self._all_reduce("flag of overflow", 1)
 
     def _expert_rows(self) -> Iterator[Transfer]:
         """All-to-alls of the MoE layers' forward and backward passes, and of recomputation."""
@@ -286,11 +280,9 @@ class _Step:
         passes = {"dispatch": 2 + is_recomputed, "combine": 2 + (is_recomputed and sends_again)}
         row_size = (config.moe.moe_latent_size or config.model.hidden_size) * itemsize
         sizes = {"dispatch": 0.0, "combine": 0.0, "counts": 0.0}
-        layers = 0
         for name in config.moe.gates(config.model.num_layers):
             if name is None:
                 continue
-            layers += 1
             if gate_class(name).expert_kind == "peer":
                 rows = ep_size * tokens * row_size
                 ids = assignments * 2 * _INT64
@@ -304,20 +296,16 @@ class _Step:
             sizes["combine"] += passes["combine"] * rows
             sizes["counts"] += config.moe.num_experts * _INT64
         for purpose, size in sizes.items():
-            calls = self.micro_batches * layers * passes.get(purpose, 1)
             total = round(self.micro_batches * size)
-            yield Transfer(f"expert rows: {purpose}", "all-to-all", total, ep_size, calls)
+            yield Transfer(f"expert rows: {purpose}", "all-to-all", total, ep_size)
 
     def _balance_loads(self) -> Iterator[Transfer]:
         """Loads of balance losses of scope global-batch: one all-reduce in each forward pass."""
         numbers = 0
-        calls = 0
         for routing in self._routings():
-            if routing.balance:
-                calls += self.micro_batches
             for term in routing.balance:
                 numbers += self.micro_batches * (term.count_NG.numel() + term.total_N.numel())
-        yield self._all_reduce("loads of balance losses", numbers * _FP64, calls)
+        yield self._all_reduce("loads of balance losses", numbers * _FP64)
 
     def _gate_updates(self) -> Iterator[Transfer]:
         """Counts of a step for gates that keep state: one all-reduce for all layers."""
@@ -328,7 +316,7 @@ class _Step:
         for routing in self._routings():
             sums = [*routing.metric_sums.values(), *routing.step_sums.values()]
             numbers += 1 + self.config.moe.num_experts + sum(s.numel() for s in sums)
-        yield self._all_reduce("counts for gates", numbers * _FP64, 1)
+        yield self._all_reduce("counts for gates", numbers * _FP64)
 
     def _gate(self, name: str) -> Any:
         return create_gate(

@@ -117,11 +117,12 @@ class AnalysedModel:
         layers = self.flops.moe_layers
         if self.assumed_experts:
             return ExpertAssumption((self._assumed_use(),), "--experts-per-token")
+        # First, because a capacity drops assignments also where the gates leave no choice.
+        if self.measured is not None:
+            return ExpertAssumption((self.measured,), self.measured_in)
         fixed = self.flops.fixed_use()
         if fixed is not None:
             return ExpertAssumption((fixed,), "the gates leave no choice")
-        if self.measured is not None:
-            return ExpertAssumption((self.measured,), self.measured_in)
         uses = [[layer.fewest for layer in layers], [layer.most for layer in layers]]
         return ExpertAssumption(
             tuple(map(self.flops.use, uses)), "the fewest and the most that the gates allow"

@@ -89,11 +89,12 @@ def _checkpoint_source(path: str, folder: Path, checkpoint: Path) -> ModelSource
     for place in (folder, checkpoint.parent, checkpoint.parent.parent):
         if (place / METRICS_FILE).is_file():
             metrics_file = str(place / METRICS_FILE)
+            rows = read_metrics(metrics_file)
             last = state["progress"]["iteration"]
             if folder.resolve() != checkpoint.resolve():
                 last = None  # the run may have trained on after its newest checkpoint
-            row = _last_training_row(metrics_file, last)
-            device = _device_type(read_metrics(metrics_file))
+            row = _last_training_row(rows, last)
+            device = _device_type(rows)
             break
     return ModelSource(
         path,
@@ -112,7 +113,8 @@ def _metrics_source(path: str, metrics_file: Path) -> ModelSource:
     Raises:
         ValueError: an earlier version wrote it, which recorded none.
     """
-    starts = [row for row in read_metrics(metrics_file) if row.get("kind") == "run"]
+    rows = read_metrics(metrics_file)
+    starts = [row for row in rows if row.get("kind") == "run"]
     if not starts or "config" not in starts[-1]:
         raise ValueError(
             f"{metrics_file} has no row of kind run with a configuration, and there is no "
@@ -127,7 +129,7 @@ def _metrics_source(path: str, metrics_file: Path) -> ModelSource:
         ranks=starts[-1].get("world_size", 0),
         device=_device_type(starts),
         metrics_file=str(metrics_file),
-        training_row=_last_training_row(str(metrics_file)),
+        training_row=_last_training_row(rows),
     )
 
 
@@ -140,11 +142,10 @@ def _device_type(rows: list[dict[str, Any]]) -> str:
 
 
 def _last_training_row(
-    metrics_file: str, last_iteration: int | None = None
+    rows: list[dict[str, Any]], last_iteration: int | None = None
 ) -> dict[str, Any] | None:
     """Return the last row of kind train, up to an iteration; None without any."""
-    rows = without_repeated_steps(read_metrics(metrics_file))
-    for row in reversed(rows):
+    for row in reversed(without_repeated_steps(rows)):
         is_later = last_iteration is not None and row["iteration"] > last_iteration
         if row.get("kind") == "train" and not is_later:
             return row

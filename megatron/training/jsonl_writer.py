@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron.io.atomic_write import errors_with_path
-from megatron.training.metric_rows import MetricsRow
+from megatron.training.metric_rows import MetricsRow, is_evaluation, tables
 from megatron.training.writer_settings import WriterSettings
 
 _SCALAR_DIGITS = 9
 _NESTED_DIGITS = 4
+MAX_TRAIN_TABLE = 2048
+"""Values of the largest table by layer and expert that is written at every log line.
+
+Larger ones would make files of gigabytes: evaluations have them, too.
+"""
 
 
 class JsonlWriter:
@@ -44,7 +49,8 @@ class JsonlWriter:
         return None
 
     def write(self, row: MetricsRow) -> None:
-        rounded = {name: _round(value) for name, value in row.items()}
+        large = () if is_evaluation(row) else _large_tables(row)
+        rounded = {name: _round(value) for name, value in row.items() if name not in large}
         line = json.dumps(rounded).encode() + b"\n"
         if self._is_inside_line:
             line = b"\n" + line
@@ -57,6 +63,15 @@ class JsonlWriter:
     def close(self) -> None:
         with errors_with_path(self.path):
             self.file.close()
+
+
+def _large_tables(row: MetricsRow) -> set[str]:
+    """Return the names of tables with more values than MAX_TRAIN_TABLE."""
+    names = set()
+    for tag, shares in tables(row):
+        if sum(len(shares_E or ()) for shares_E in shares) > MAX_TRAIN_TABLE:
+            names.add(tag.removeprefix(f"{row['kind']}/"))
+    return names
 
 
 def _round(value: Any, digits: int = _SCALAR_DIGITS) -> Any:

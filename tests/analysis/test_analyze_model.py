@@ -12,10 +12,11 @@ from helpers import runs
 from helpers.hf_folders import save_model
 from helpers.outside_gates import restored_registry, write_gate
 from megatron.analysis import cost_chart
+from megatron.analysis.model_cost import AnalysedModel, ExpertAssumption
 from megatron.analysis.model_source import find_model_source
 from megatron.config import cli
 from megatron.model.builder import build_run_config_model
-from megatron.model.flops import ModelFlops
+from megatron.model.flops import ExpertUse, ModelFlops
 from megatron.moe.gate import available_gates, gate_config_class
 from megatron.moe.gate_registry import import_gate_files
 from tools import analyze_model
@@ -107,19 +108,33 @@ def test_run_has_its_measured_experts(finished, data, tmp_path, capsys):
     assert size["active_max"] == pytest.approx(size["total"] - inactive, abs=2)
 
 
-def test_checkpoint_has_the_experts_of_its_time(finished, run_folder, tmp_path, capsys):
-    """Rows that the run logged after the checkpoint are not used."""
+def test_checkpoint_has_the_experts_of_its_time(
+    finished, run_folder, tmp_path, capsys, monkeypatch
+):
+    """Rows that the run logged after the checkpoint are not used, also of a relative path."""
     row = runs.metrics(finished)[-1]
     later = row | {"iteration": 25, "experts_per_token_by_layer": [1.0]}
     with open(run_folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(later) + "\n")
     checkpoint = run_folder / "checkpoints/iter_0000020"
-    _, found = analyse(tmp_path, capsys, str(checkpoint))
-    used = found["flops"]["most_experts"]["routed_experts_per_token_by_layer"]
-    assert used == row["experts_per_token_by_layer"]
+    monkeypatch.chdir(run_folder)
+    for path in (checkpoint, checkpoint.relative_to(run_folder)):
+        _, found = analyse(tmp_path, capsys, str(path))
+        used = found["flops"]["most_experts"]["routed_experts_per_token_by_layer"]
+        assert used == row["experts_per_token_by_layer"]
     for path in (run_folder, run_folder / "checkpoints"):
         _, found = analyse(tmp_path, capsys, str(path))
         assert found["flops"]["most_experts"]["routed_experts_per_token_by_layer"] == [1.0]
+
+
+def test_measured_experts_are_after_capacity():
+    """A capacity drops assignments also of gates that leave no choice."""
+    words = f"{SHAPE} {MOE} --gate topk --topk 2 --moe-train-capacity-factor 1.0".split()
+    config = cli.parse(words, gate_config_class, available_gates)
+    use = ExpertUse((1.5,) * 3, (0.0,) * 3)
+    analysed = AnalysedModel(config, 300, measured=use, measured_in="a run")
+    assert analysed.experts == ExpertAssumption((use,), "a run")
+    assert AnalysedModel(config, 300).experts.most.routed == (2, 2, 2)
 
 
 def test_other_routing_is_not_as_measured(finished, tmp_path, capsys):

@@ -75,8 +75,8 @@ def test_one_rank_communicates_nothing():
 
 def test_ring_sends_share_of_tensor():
     """A ring of 4 ranks: 3/4 of the tensor, twice in an all-reduce."""
-    assert Transfer("gradients", "all-reduce", 400, 4, 1).sent == 600
-    assert Transfer("weights", "all-gather", 400, 4, 1).sent == 300
+    assert Transfer("gradients", "all-reduce", 400, 4).sent == 600
+    assert Transfer("weights", "all-gather", 400, 4).sent == 300
 
 
 def test_reuse_distance_gathers_blocks_twice():

@@ -122,6 +122,21 @@ def test_metrics_error_stops_by_default(limited_file):
         MetricsWriters([writer]).write(TRAIN)
 
 
+def test_large_tables_are_written_at_evaluations_only(tmp_path):
+    """A layer of 1,000 experts is below the limit, three of them above."""
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    rows = [
+        {"kind": kind, "iteration": 1, "load_by_expert": [[1e-3] * 1000] * layers}
+        for kind in ("train", "eval", "eval/wiki")
+        for layers in (1, 3)
+    ]
+    for row in rows:
+        writer.write(row)
+    writer.close()
+    del rows[1]["load_by_expert"]
+    assert read_metrics(writer.path) == rows
+
+
 def test_lists_of_lists_have_four_digits(tmp_path):
     """A layer without the metric is null; the numbers of a list alone keep their digits."""
     writer = JsonlWriter(tmp_path / "m.jsonl")
