@@ -7,7 +7,7 @@
 The page needs no network: tokens coloured by their number of experts, the experts of each token,
 what each expert is used for, loads, and experts that are used together. --trace writes the
 experts and weights of all tokens to a file, see megatron/moe/routing_trace_file.py. Under the
-launcher, ranks share the experts.
+launcher, ranks share the experts of a checkpoint as in its training.
 """
 
 from __future__ import annotations
@@ -42,13 +42,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=16384,
         help="tokens of all texts that the model runs on; the rest is cut (default 16384)",
     )
     parser.add_argument(
         "--window",
         type=int,
-        default=0,
         help="tokens that the model sees at most; longer texts are cut into windows; 0: as many "
         "as it has positions (default)",
     )
@@ -56,7 +54,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--page-tokens",
         type=int,
-        default=2000,
         help="tokens that the page shows at most, and as many as fit 5 MB; its statistics are "
         "over all tokens (default 2000)",
     )

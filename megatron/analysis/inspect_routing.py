@@ -19,6 +19,7 @@ from megatron.moe.routing_trace_file import read_routing_trace, write_routing_tr
 from megatron.parallel.groups import broadcast_from_rank0
 from megatron.tokenizer.base import Tokenizer
 
+DEFAULT_MAX_TOKENS = 16384
 _LARGEST_FILE = 1 << 28
 """Bytes of a text file"""
 
@@ -39,13 +40,12 @@ class InspectionInputs:
     """text files; "-": the standard input"""
     from_trace: str = ""
     """trace file to read instead of running the model"""
-    max_tokens: int = 16384
-    """tokens of all texts that the model runs on"""
-    window: int = 0
-    """tokens that the model sees at most; 0: as many as it has positions"""
+    max_tokens: int | None = None
+    """tokens of all texts that the model runs on; None: DEFAULT_MAX_TOKENS"""
+    window: int | None = None
+    """tokens that the model sees at most; None or 0: as many as it has positions"""
 
     def __post_init__(self):
-        require(self.max_tokens > 0, "--max-tokens", self.max_tokens, "a positive integer")
         has_texts = bool(self.texts or self.files)
         if self.from_trace:
             require(
@@ -54,20 +54,38 @@ class InspectionInputs:
                 self.from_trace,
                 "only without --text and --file, whose routing it would not show",
             )
+            for flag, value in (("--max-tokens", self.max_tokens), ("--window", self.window)):
+                require(value is None, flag, value, "only without --from-trace")
+            require(
+                bool(self.load) or not self.load_step,
+                "--load-step",
+                self.load_step,
+                "only with --load",
+            )
         else:
+            most = self.most_tokens
+            require(most > 0, "--max-tokens", most, "a positive integer")
             require(bool(self.load), "--load", "not set", "a model, or --from-trace FILE")
             require(has_texts, "--text", "not set", "--text, --file or --from-trace")
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of all texts that the model runs on."""
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
 
 def write_inspection(
-    inputs: InspectionInputs, output: str | None, trace_file: str | None, page_tokens: int
+    inputs: InspectionInputs,
+    output: str | None,
+    trace_file: str | None,
+    page_tokens: int | None,
 ) -> list[str]:
     """Record or read a trace, and write the page and the trace file on rank 0. A collective.
 
     Args:
         output: HTML page; None: no page.
         trace_file: None: no file.
-        page_tokens: tokens that the page shows at most.
+        page_tokens: tokens that the page shows at most; None: those of `PageOptions`.
 
     Returns:
         Lines about what was written; none on other ranks than 0.
@@ -84,7 +102,10 @@ def write_inspection(
             path,
             "the path of a file in a folder that exists",
         )
-    options = PageOptions(_title(inputs), page_tokens)
+    options = PageOptions(_title(inputs))
+    if page_tokens is not None:
+        require(bool(output), "--page-tokens", page_tokens, "only with --output")
+        options = replace(options, max_tokens=page_tokens)
     if inputs.from_trace:
         trace = _read(inputs)
         if not is_rank0():
@@ -145,15 +166,15 @@ def with_texts(trace: RoutingTrace, tokenizer: Tokenizer) -> RoutingTrace:
 def _record(inputs: InspectionInputs, run: Run) -> tuple[RoutingTrace, tuple[str, ...]]:
     """Run the model over the texts; return the trace, and notes about what was cut."""
     max_positions = run.config.model.max_positions
+    window = inputs.window or max_positions
     require(
-        0 <= inputs.window <= max_positions,
+        0 < window <= max_positions,
         "--window",
-        inputs.window,
+        window,
         f"1 to {max_positions}, the positions of the model, or 0 for all of them",
     )
-    window = inputs.window or max_positions
     cut = broadcast_from_rank0(
-        lambda: encode_texts(run.tokenizer, inspected_texts(inputs), inputs.max_tokens),
+        lambda: encode_texts(run.tokenizer, inspected_texts(inputs), inputs.most_tokens),
         run.groups,
     )
     identity = broadcast_from_rank0(lambda: run_identity(run), run.groups)

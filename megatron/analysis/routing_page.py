@@ -48,12 +48,15 @@ def write_routing_page(path: str | Path, trace: RoutingTrace, options: PageOptio
 def routing_page(trace: RoutingTrace, options: PageOptions) -> str:
     """Return the page of a trace; see `write_routing_page`."""
     require(trace.num_positions > 0, "the number of positions of the trace", 0, "1 or more")
+    advice = "Record the trace with this tool: it has neither texts nor token ids."
+    if trace.token_ids_T is not None:
+        advice = "Name the model with --load: its tokenizer decodes the token ids."
     require(
         trace.texts is not None,
         "the text of the trace",
         "not recorded",
         "the text of each token",
-        "Name the model with --load: its tokenizer decodes the token ids.",
+        advice,
     )
     data = routing_page_data(trace, options)
     charts = {

@@ -124,7 +124,11 @@ class PartGradNorms:
         try:
             zero_shards = ZeroShards(self._engine, self._layout)
         except ValueError as error:
-            warn_on_rank0("gradient norms of the parts of the model are not logged: %s", error)
+            warn_on_rank0(
+                "gradient norms of the parts of the model are not logged, because they cannot be "
+                "read where --deepspeed-config moves them: %s",
+                error,
+            )
             self._is_supported = False
             return shards
         for shard in zero_shards.shards:

@@ -1,7 +1,7 @@
 """The experts of every position of some texts, in all MoE layers: a routing trace.
 
-Analysis reads traces, and a training pass can be given the assignments of one. Files of them are
-in `megatron.moe.routing_trace_file`. A trace keeps the assignments before capacity.
+Files of traces are in `megatron.moe.routing_trace_file`. A trace keeps the assignments before
+capacity.
 
 Shape suffixes: T positions, T1 = T + 1, A assignments of one layer, C choices (routed experts,
 then zero-computation experts), L MoE layers, K experts per position where all have as many,
@@ -262,11 +262,12 @@ def concatenate_layers(parts: Sequence[Sequence[LayerTrace]]) -> tuple[LayerTrac
 
 
 def to_routed_experts(trace: RoutingTrace) -> list[np.ndarray]:
-    """Return the choices of each document as inference engines return them.
+    """Return the choices of each document in the layout of inference engines.
 
     Returns:
-        int32 [positions of the document, L, K] for each document. An engine has no position for
-        the last token of a sequence, which is no input.
+        int32 [positions of the document, L, K] for each document. A text that was run here has a
+        position for each of its tokens. An engine's sequence has none for its last token, which
+        was no input.
 
     Raises:
         ValueError: the number of experts per position varies, so that there is no K.
@@ -304,7 +305,7 @@ def from_routed_experts(
         ValueError: the arrays have other shapes or types, or an expert does not exist.
     """
     require(len(routed_experts) > 0, "the number of sequences", 0, "1 or more")
-    k = routed_experts[0].shape[-1]
+    k = routed_experts[0].shape[-1] if routed_experts[0].ndim else 0
     for number, array in enumerate(routed_experts):
         require(
             array.dtype.kind in "iu" and array.ndim == 3 and len(array) > 0,

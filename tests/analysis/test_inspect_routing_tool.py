@@ -208,6 +208,22 @@ def test_dense_model_is_refused():
             ["--load", "x", "--text", "y"],
             "--output is 'not set'; allowed: --output, --trace or",
         ),
+        (
+            ["--from-trace", "x", "--output", "y", "--window", "4"],
+            "--window is 4; allowed: only",
+        ),
+        (
+            ["--from-trace", "x", "--trace", "y", "--max-tokens", "9"],
+            "--max-tokens is 9; allowed",
+        ),
+        (
+            ["--from-trace", "x", "--trace", "y", "--load-step", "3"],
+            "--load-step is 3; allowed",
+        ),
+        (
+            ["--from-trace", "x", "--trace", "y", "--page-tokens", "7"],
+            "--page-tokens is 7; allo",
+        ),
     ],
 )
 def test_missing_flags_are_refused(repo, monkeypatch, caplog, capfd, argv, message):

@@ -156,6 +156,9 @@ def test_page_without_text_is_refused(tmp_path):
     trace = small_trace()
     with pytest.raises(ValueError, match="the text of the trace is 'not recorded'.*--load"):
         write_routing_page(tmp_path / "a.html", replace(trace, texts=None), PageOptions("x"))
+    bare = replace(trace, texts=None, token_ids_T=None)
+    with pytest.raises(ValueError, match="it has neither texts nor token ids"):
+        write_routing_page(tmp_path / "a.html", bare, PageOptions("x"))
     empty = RoutingTrace((layer_of_lists([]),), texts=())
     with pytest.raises(ValueError, match="the number of positions of the trace is 0"):
         write_routing_page(tmp_path / "a.html", empty, PageOptions("x"))

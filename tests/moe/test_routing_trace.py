@@ -321,6 +321,7 @@ def test_routed_experts_need_a_constant_k():
         ([], None, "the number of sequences is 0"),
         ([np.zeros((2, 1, 1))], None, "routed_experts of sequence 0 is 'float64"),
         ([np.zeros((2, 1), int)], None, "routed_experts of sequence 0"),
+        ([np.zeros((), int)], None, "routed_experts of sequence 0"),
         ([np.zeros((0, 1, 1), int)], None, "routed_experts of sequence 0"),
         ([np.zeros((2, 2, 1), int)], None, r"sequence - 1, 1 MoE layers, k 1"),
         ([np.zeros((2, 1, 1), int), np.zeros((2, 1, 2), int)], None, "sequence 1"),
