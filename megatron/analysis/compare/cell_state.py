@@ -17,7 +17,6 @@ RUNNING = "running"
 INTERRUPTED = "interrupted"
 FAILED = "failed"
 FINISHED = "finished"
-CELL_STATES = (PLANNED, RUNNING, INTERRUPTED, FAILED, FINISHED)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class CellState:
     that the runner adds, such as --save"""
     ranks: int = 1
     state: str = PLANNED
-    """one of CELL_STATES"""
+    """planned, running, interrupted, failed or finished"""
     error: str = ""
     """why the cell failed, in one line"""
     exit_code: int | None = None
@@ -96,6 +95,21 @@ class CellState:
             raise ValueError(f"{path} does not hold the state of a cell; {_ADVICE}")
         # Fields of later versions are ignored.
         return CellState(**{name: value for name, value in content.items() if name in names})
+
+
+def read_states(parent: Path) -> list[tuple[Path, CellState]]:
+    """Read the states of the cells below a folder, in the order of the names of their folders.
+
+    Files there, and folders without a state, are passed over; without `parent` there are none.
+
+    Raises:
+        ValueError: a file is not a state of this program.
+    """
+    if not parent.is_dir():
+        return []
+    folders = [path for path in sorted(parent.iterdir()) if path.is_dir()]
+    states = [(folder, CellState.read(folder)) for folder in folders]
+    return [(folder, state) for folder, state in states if state is not None]
 
 
 _ADVICE = "remove the folder of the cell, so that it runs again"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.analysis.compare.cell_size import CellSize
+from megatron.analysis.curves import is_number
 from megatron.training.metrics_file import read_metrics, without_repeated_steps
 
 LAST_PART = 0.2
@@ -88,22 +89,51 @@ def experts_by_layer(
         num_layers: MoE layers of the model.
         after: iteration after which rows count.
     """
-    train = [row for row in rows if row.get("kind") == "train" and "experts_per_token" in row]
-    chosen = [row for row in train if row["iteration"] > after] or train[-1:]
-    if not chosen or not num_layers:
+    late = _late_rows(rows, "experts_per_token", after)
+    if not late or not num_layers:
         return []
-    before = {}
-    previous = 0
-    for row in train:
-        before[row["iteration"]] = previous
-        previous = row["iteration"]
-    weights = [max(1, row["iteration"] - before[row["iteration"]]) for row in chosen]
     means = []
     for layer in range(num_layers):
-        values = [_computing_experts(row, layer) for row in chosen]
-        used = math.fsum(value * steps for value, steps in zip(values, weights, strict=True))
-        means.append(used / sum(weights))
+        means.append(_mean_over_steps([(_computing_experts(row, layer), n) for row, n in late]))
     return means
+
+
+def mean_of_last_part(rows: Sequence[dict[str, Any]], metric: str, iterations: int) -> float:
+    """Return a metric of the training rows, averaged over the steps of the last part.
+
+    Args:
+        rows: rows of metrics.jsonl without repeated steps.
+        iterations: optimizer steps of the training.
+
+    Returns:
+        NaN if no row has the metric as a number.
+    """
+    late = _late_rows(rows, metric, (1 - LAST_PART) * iterations)
+    return _mean_over_steps([(row[metric], steps) for row, steps in late])
+
+
+def _late_rows(
+    rows: Sequence[dict[str, Any]], metric: str, after: float
+) -> list[tuple[dict[str, Any], int]]:
+    """Return the training rows after an iteration, each with the number of its steps.
+
+    Without any it is the last one. Rows that do not have the metric as a number do not count.
+    """
+    found = []
+    previous = 0
+    for row in rows:
+        if row.get("kind") == "train" and is_number(row.get(metric)):
+            found.append((row, max(1, row["iteration"] - previous)))
+            previous = row["iteration"]
+    return [entry for entry in found if entry[0]["iteration"] > after] or found[-1:]
+
+
+def _mean_over_steps(values: Sequence[tuple[float, int]]) -> float:
+    """Average values that hold for a number of steps each; NaN without any."""
+    if not values:
+        return math.nan
+    total = sum(steps for _, steps in values)
+    return math.fsum(value * steps for value, steps in values) / total
 
 
 def _computing_experts(row: dict[str, Any], layer: int) -> float:

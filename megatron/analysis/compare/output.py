@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.analysis.compare.cell_flags import changed_flags, identity
-from megatron.analysis.compare.cell_state import FINISHED, CellState
+from megatron.analysis.compare.cell_state import FINISHED, CellState, read_states
 from megatron.analysis.compare.cells import Cell
 from megatron.analysis.compare.plan import PlannedCell, StudyPlan
 from megatron.analysis.compare.results import CELLS_FOLDER, TUNING_FOLDER, StudyRecord
@@ -148,14 +148,13 @@ def _pass_other_cells(plan: StudyPlan, folders: CellFolders) -> None:
     planned = {run.cell.cell_id for run in plan.cells}
     parent = folders.root / CELLS_FOLDER
     others = []
-    for path in sorted(parent.iterdir()):
-        if path.name in planned:
+    for folder, state in read_states(parent):
+        if folder.name in planned:
             continue
-        state = CellState.read(path)
-        if state is not None and not state.attempts and not state.same_as:
-            shutil.rmtree(path)
+        if state.attempts or state.same_as:
+            others.append(folder.name)
         else:
-            others.append(path.name)
+            shutil.rmtree(folder)
     if others:
         get_logger().info(
             "%s has %d cell(s) of earlier starts that this one does not run, such as %s; they stay "
