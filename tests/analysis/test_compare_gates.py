@@ -104,6 +104,24 @@ def test_flags_of_axes_select_values(tmp_path, capsys, fake):
     assert "--gate is 'hash'; allowed: labels of the axis: topk xmoe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--summarize", "--seeds", "1"], "--seeds is [1]; allowed: not with --summarize"),
+        (["--summarize", "--gate", "topk"], "--gate is ['topk']; allowed: not with --summ"),
+        (["--summarize", "--set", "lr=1"], "--set is ['lr=1']; allowed: not with --summarize"),
+        (["--summarize", "--rerun"], "--rerun is []; allowed: not with --summarize"),
+        (["--summarize", "--plan"], "--plan is True; allowed: not with --summarize"),
+        (["--plan", "--rerun", "x"], "--rerun is ['x']; allowed: not with --plan"),
+        (["--plan", "--remove-checkpoints"], "--remove-checkpoints is True; allowed: not with"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(tmp_path, capsys, words, message):
+    out = ["--output", str(tmp_path / "out")]
+    assert compare_gates.main([str(write_study(tmp_path)), *out, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_failed_cells_decide_the_exit_code(tmp_path, capsys, fake, monkeypatch):
     monkeypatch.setenv("FAKE_FAIL", IDS[1])
     words = [str(write_study(tmp_path)), "--output", str(tmp_path / "out")]
