@@ -78,6 +78,19 @@ def test_plan_is_printed_and_nothing_starts(tmp_path, capsys, fake):
     assert not out.exists()
 
 
+def test_plan_refuses_what_a_start_refuses(tmp_path, capsys, fake):
+    """Flags that have changed since cells ran, and it changes nothing."""
+    words = [str(write_study(tmp_path, seeds=[1])), "--output", str(tmp_path / "out")]
+    assert compare_gates.main(words) == 0
+    assert compare_gates.main([*words, "--plan"]) == 0
+    capsys.readouterr()
+    for seed in ("1", "2"):
+        assert compare_gates.main([*words, "--plan", "--set", "lr=1", "--seeds", seed]) == 2
+        captured = capsys.readouterr()
+        assert "study tiny: 2 cells" in captured.out
+        assert f"cell {IDS[0]} in {tmp_path}/out ran with --lr=5e-3, now --lr=1" in captured.err
+
+
 def test_unmatched_plan_starts_nothing(tmp_path, capsys, fake):
     axes = {"gate": {"topk": TOPK, "one": {**TOPK, "topk": 1}}}
     match = {"reference": {"gate": "topk"}, "tolerance": 0.05}

@@ -59,12 +59,27 @@ class CellState:
     """model FLOPs of a training step per token, from the last training row; None: not logged"""
     held_out_loss: float | None = None
     """loss of the last evaluation on the held-out set of the study, in nats"""
+    held_out: str = ""
+    """kind of the rows of metrics.jsonl that `held_out_loss` is from; empty: not known"""
     tuning: dict[str, Any] | None = None
     """how the value of a tuned flag was chosen: flag, value, seed, and losses, the held-out loss
     of each value of the grid (None: failed); None: nothing was tuned"""
     same_as: str = ""
     """path, relative to the cell's folder, of the folder of the tuning run that has all flags in
     common with this cell, and whose results are therefore the cell's; empty: it ran itself"""
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the cell has a run: one of its own, or one that it shares with a grid."""
+        return bool(self.attempts or self.same_as)
+
+    def run_folder(self, folder: Path) -> Path:
+        """Return the folder of the run whose results are the cell's.
+
+        Args:
+            folder: of the cell.
+        """
+        return (folder / self.same_as).resolve() if self.same_as else folder
 
     def write(self, folder: Path) -> None:
         """Write the state to the folder of the cell.

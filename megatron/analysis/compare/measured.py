@@ -22,6 +22,8 @@ class Measured:
 
     held_out_loss: float
     """of the last evaluation; nats"""
+    held_out: str
+    """kind of the rows that it is from"""
     experts_per_token: float | None
     """computing experts per token, mean over MoE layers; None: a dense model, or not logged"""
     active_parameters: float | None
@@ -49,7 +51,37 @@ def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) 
     Raises:
         ValueError: the run has not evaluated on the held-out set at its end.
     """
+    loss = held_out_loss(metrics_path, held_out, iterations)
     rows = without_repeated_steps(read_metrics(metrics_path))
+    by_layer = experts_by_layer(rows, len(size.routed), (1 - LAST_PART) * iterations)
+    flops = [row["flops_per_token"] for row in rows if "flops_per_token" in row]
+    mean = None
+    active = size.planned_active(None)
+    if by_layer:
+        mean = math.fsum(by_layer) / len(by_layer)
+        active = size.active(by_layer)
+    return Measured(
+        held_out_loss=loss,
+        held_out=held_out,
+        experts_per_token=mean,
+        active_parameters=active,
+        flops_per_token=next(reversed(flops), None),
+    )
+
+
+def held_out_loss(metrics_path: Path, held_out: str, iterations: int) -> float:
+    """Return the loss of a run's last evaluation on a held-out set.
+
+    Args:
+        held_out: kind of its rows.
+        iterations: optimizer steps of the complete training.
+
+    Raises:
+        ValueError: the run has not evaluated on this set at its end, or has no metrics.
+    """
+    rows = []
+    if metrics_path.exists():
+        rows = without_repeated_steps(read_metrics(metrics_path))
     losses = [
         row["loss"]
         for row in rows
@@ -61,19 +93,7 @@ def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) 
             "has no such held-out set. Give it one (--split, --valid-data-path, --test-data-path, "
             "--valid-sets), or change eval.set of the study"
         )
-    by_layer = experts_by_layer(rows, len(size.routed), (1 - LAST_PART) * iterations)
-    flops = [row["flops_per_token"] for row in rows if "flops_per_token" in row]
-    mean = None
-    active = size.planned_active(None)
-    if by_layer:
-        mean = math.fsum(by_layer) / len(by_layer)
-        active = size.active(by_layer)
-    return Measured(
-        held_out_loss=losses[-1],
-        experts_per_token=mean,
-        active_parameters=active,
-        flops_per_token=next(reversed(flops), None),
-    )
+    return losses[-1]
 
 
 def experts_by_layer(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.analysis.compare.aligned_rows import aligned_rows
+from megatron.analysis.compare.cell_folders import CellFolders
 from megatron.analysis.compare.cell_state import FINISHED, CellState
-from megatron.analysis.compare.output import CellFolders
 from megatron.analysis.compare.plan import PlannedCell, StudyPlan, configurations
 
 

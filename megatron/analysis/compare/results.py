@@ -211,9 +211,7 @@ def _read_cells(parent: Path, order: list[str]) -> list[CellResult]:
 
 
 def _result(state: CellState, folder: Path) -> CellResult:
-    run_folder = folder
-    if state.same_as:
-        run_folder = (folder / state.same_as).resolve()
+    run_folder = state.run_folder(folder)
     return CellResult(
         cell_id=state.cell_id,
         axes=state.axes,
