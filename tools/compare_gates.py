@@ -160,7 +160,7 @@ def compare(study: Study, output: Path, args: argparse.Namespace) -> int:
     """Plan the study, and run it unless --plan is set; return the exit code."""
     from megatron.analysis.compare.cell_folders import CellFolders
     from megatron.analysis.compare.devices import parse_devices
-    from megatron.analysis.compare.output import check_output
+    from megatron.analysis.compare.output import check_study_folder
     from megatron.analysis.compare.plan import plan_study
     from megatron.analysis.compare.plan_table import plan_text
     from megatron.pretrain import parse_flags
@@ -171,7 +171,7 @@ def compare(study: Study, output: Path, args: argparse.Namespace) -> int:
     print(plan_text(plan, folders, len(devices)), flush=True)
     plan.require_matched()
     if args.plan:
-        check_output(plan, folders)
+        check_study_folder(plan, folders)
         return 0
     summary = run_cells(plan, folders, devices, args)
     if not summary.stop_signal:

@@ -38,7 +38,7 @@ def initial_state(planned: PlannedCell) -> CellState:
     )
 
 
-def check_output(
+def check_study_folder(
     plan: StudyPlan, folders: CellFolders, rerun: Sequence[str] | None = None
 ) -> dict[Path, CellState]:
     """Refuse what does not fit the plan in an output folder, and write nothing.
@@ -68,12 +68,12 @@ def prepare_output(
             since they ran; None: no cell.
 
     Raises:
-        ValueError: the folder does not fit the plan (`check_output`), or processes of an earlier
-            runner still run a cell that is to run again; then nothing is removed.
+        ValueError: the folder does not fit the plan (`check_study_folder`), or processes of an
+            earlier runner still run a cell that is to run again; then nothing is removed.
         OSError: a file cannot be written.
     """
     study = plan.study
-    measured = check_output(plan, folders, rerun)
+    measured = check_study_folder(plan, folders, rerun)
     folders.root.mkdir(parents=True, exist_ok=True)
     _remove([run.cell for run in plan.runs if is_rerun(run.cell, folders, rerun)], folders)
     StudyRecord(
