@@ -165,8 +165,9 @@ def test_another_tuned_value_is_no_silent_change(tmp_path):
     before = [state_text(tmp_path, cell_id) for cell_id in IDS]
     summary, results = run_study(tmp_path, tune=[WIDER])
     error = (
-        "it ran with --moe-loss-coeff=0.1, now --moe-loss-coeff=0.01; start with --rerun "
-        f"{IDS[0]} {IDS[1]} to repeat what ran with another value, or choose another --output"
+        "it ran with --moe-loss-coeff=0.1, now --moe-loss-coeff=0.01; select their seeds, and "
+        f"start with --rerun {IDS[0]} {IDS[1]} to repeat what ran with another value, or choose "
+        "another --output"
     )
     assert summary.failed == dict.fromkeys(IDS[:2], error)
     assert [state_text(tmp_path, cell_id) for cell_id in IDS] == before

@@ -65,8 +65,8 @@ def conflict(cell: Cell, folders: CellFolders) -> str:
     name = "it" if first.cell_id == cell.cell_id else first.cell_id
     changes = difference(first, with_seed(cell, first.seed))
     return (
-        f"{name} ran with {changes}; start with --rerun {' '.join(states)} to repeat what ran "
-        "with another value, or choose another --output"
+        f"{name} ran with {changes}; select their seeds, and start with --rerun "
+        f"{' '.join(states)} to repeat what ran with another value, or choose another --output"
     )
 
 
