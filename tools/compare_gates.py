@@ -47,7 +47,9 @@ def parser(study: Study | None = None) -> argparse.ArgumentParser:
     )
     p.add_argument("--plan", action="store_true", help="check and print the plan, and end")
     p.add_argument(
-        "--summarize", action="store_true", help="summarise what has finished, and end"
+        "--summarize",
+        action="store_true",
+        help="summarise what has finished in --output, and end; no other flag goes with it",
     )
     p.add_argument(
         "--devices",
@@ -121,6 +123,7 @@ def run(argv: list[str]) -> int:
     command_line = parser(study)
     command_line.allow_abbrev = False
     args = command_line.parse_args(argv)
+    refuse_ignored(command_line, args)
     selection = {axis.name: getattr(args, f"axis {axis.name}") for axis in study.axes}
     study = override(study, selection, args.seeds, args.set)
     output = Path(args.output or f"runs/{study.name}")
@@ -130,10 +133,34 @@ def run(argv: list[str]) -> int:
     return compare(study, output, args)
 
 
+def refuse_ignored(command_line: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that --summarize and --plan would ignore.
+
+    Raises:
+        ValueError: a flag is set together with one of them.
+    """
+    from megatron.config.fields import require
+
+    if not (args.summarize or args.plan):
+        return
+    mode = "--summarize" if args.summarize else "--plan"
+    for action in command_line._actions:
+        if args.summarize:
+            is_used = action.dest in ("study", "output", "summarize", "help")
+        else:
+            is_used = action.dest not in ("rerun", "remove_checkpoints")
+        if is_used:
+            continue
+        value = getattr(args, action.dest)
+        is_unset = value == action.default
+        require(is_unset, action.option_strings[0], value, f"not with {mode}")
+
+
 def compare(study: Study, output: Path, args: argparse.Namespace) -> int:
     """Plan the study, and run it unless --plan is set; return the exit code."""
+    from megatron.analysis.compare.cell_folders import CellFolders
     from megatron.analysis.compare.devices import parse_devices
-    from megatron.analysis.compare.output import CellFolders
+    from megatron.analysis.compare.output import check_study_folder
     from megatron.analysis.compare.plan import plan_study
     from megatron.analysis.compare.plan_table import plan_text
     from megatron.pretrain import parse_flags
@@ -144,6 +171,7 @@ def compare(study: Study, output: Path, args: argparse.Namespace) -> int:
     print(plan_text(plan, folders, len(devices)), flush=True)
     plan.require_matched()
     if args.plan:
+        check_study_folder(plan, folders)
         return 0
     summary = run_cells(plan, folders, devices, args)
     if not summary.stop_signal:

@@ -78,6 +78,19 @@ def test_plan_is_printed_and_nothing_starts(tmp_path, capsys, fake):
     assert not out.exists()
 
 
+def test_plan_refuses_what_a_start_refuses(tmp_path, capsys, fake):
+    """Flags that have changed since cells ran, and it changes nothing."""
+    words = [str(write_study(tmp_path, seeds=[1])), "--output", str(tmp_path / "out")]
+    assert compare_gates.main(words) == 0
+    assert compare_gates.main([*words, "--plan"]) == 0
+    capsys.readouterr()
+    for seed in ("1", "2"):
+        assert compare_gates.main([*words, "--plan", "--set", "lr=1", "--seeds", seed]) == 2
+        captured = capsys.readouterr()
+        assert "study tiny: 2 cells" in captured.out
+        assert f"cell {IDS[0]} in {tmp_path}/out ran with --lr=5e-3, now --lr=1" in captured.err
+
+
 def test_unmatched_plan_starts_nothing(tmp_path, capsys, fake):
     axes = {"gate": {"topk": TOPK, "one": {**TOPK, "topk": 1}}}
     match = {"reference": {"gate": "topk"}, "tolerance": 0.05}
@@ -102,6 +115,24 @@ def test_flags_of_axes_select_values(tmp_path, capsys, fake):
     assert "gate-xmoe_seed-5  finished" in capsys.readouterr().out
     assert compare_gates.main([str(study), "--output", str(out), "--gate", "hash"]) == 2
     assert "--gate is 'hash'; allowed: labels of the axis: topk xmoe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--summarize", "--seeds", "1"], "--seeds is [1]; allowed: not with --summarize"),
+        (["--summarize", "--gate", "topk"], "--gate is ['topk']; allowed: not with --summ"),
+        (["--summarize", "--set", "lr=1"], "--set is ['lr=1']; allowed: not with --summarize"),
+        (["--summarize", "--rerun"], "--rerun is []; allowed: not with --summarize"),
+        (["--summarize", "--plan"], "--plan is True; allowed: not with --summarize"),
+        (["--plan", "--rerun", "x"], "--rerun is ['x']; allowed: not with --plan"),
+        (["--plan", "--remove-checkpoints"], "--remove-checkpoints is True; allowed: not with"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(tmp_path, capsys, words, message):
+    out = ["--output", str(tmp_path / "out")]
+    assert compare_gates.main([str(write_study(tmp_path)), *out, *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_failed_cells_decide_the_exit_code(tmp_path, capsys, fake, monkeypatch):

@@ -127,6 +127,33 @@ def test_command_line_selects_values_and_seeds(tmp_path):
     assert found.flags["gate"] == "topk" and found.flags["num-experts"] == 16
 
 
+def test_length_of_the_command_line_is_the_only_one(tmp_path):
+    """In whichever unit the file has its own; null leaves a length out."""
+    tokens = study(tmp_path, base={"train-tokens": 1000, "lr": 1})
+    assert override(tokens, {}, (), ["train-iters=5"]).base == {"lr": 1, "train-iters": 5}
+    assert override(tokens, {}, (), ["train_tokens=5"]).base == {"lr": 1, "train-tokens": 5}
+    neither = override(tokens, {}, (), ["train-iters=null"]).base
+    assert neither == {"train-tokens": 1000, "lr": 1, "train-iters": None}
+
+
+def test_settings_hold_for_all_cells(tmp_path):
+    """A flag of an axis or a grid is refused; a value that is not selected sets nothing."""
+    grid = {"where": {"gate": "topk"}, "flag": "lr", "values": [1, 2], "seed": 1}
+    axes = {"gate": {"a": {"gate": "topk"}, "b": {"train-iters": 5}}}
+    tuned = study(tmp_path, axes=axes, tune=[{**grid, "where": {"gate": "a"}}])
+    with pytest.raises(
+        ValueError, match="--set is 'lr=1'; allowed: a flag that no grid of tune"
+    ):
+        override(tuned, {}, (), ["lr=1"])
+    message = (
+        "--set is 'train-tokens=9'; allowed: a flag that no axis sets. The value b of axis gate "
+        "sets --train-iters"
+    )
+    with pytest.raises(ValueError, match=message):
+        override(tuned, {}, (), ["train-tokens=9"])
+    assert override(tuned, {"gate": ["a"]}, (), ["train-tokens=9"]).base["train-tokens"] == 9
+
+
 @pytest.mark.parametrize(
     ("selection", "seeds", "settings", "message"),
     [

@@ -8,6 +8,7 @@ import yaml
 
 from helpers.studies import REPO
 from megatron.analysis.compare import study_file
+from megatron.analysis.compare.overrides import override
 from megatron.analysis.compare.plan import plan_study
 from megatron.analysis.compare.study_file import read_study
 from megatron.pretrain import parse_flags
@@ -28,6 +29,10 @@ def test_study_of_the_page_is_matched(tmp_path):
     plan = plan_study(read_study(path), parse_flags)
     plan.require_matched()
     assert (len(plan.cells), len(plan.runs)) == (9, 12)
+    # As in its third command
+    assert "--seeds 1 2 --set train-iters=50" in PAGE
+    short = plan_study(override(read_study(path), {}, [1, 2], ["train-iters=50"]), parse_flags)
+    assert [cell.iterations for cell in short.cells] == [50] * 6
 
 
 def test_page_names_all_keys():

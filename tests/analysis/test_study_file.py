@@ -93,6 +93,22 @@ def test_defaults_need_only_axes(tmp_path):
     assert (study.seeds, study.base) == ((3,), {})
 
 
+def test_labels_of_switches_are_those_of_references(tmp_path):
+    """In quotes; without them YAML reads true and false, also in a reference."""
+    text = "axes: {bf16: {'on': true, 'off': false}, gate: {topk: {topk: 2}}}\n"
+    for reference in ("'off'", "off"):
+        study = read_study(write(tmp_path, text + f"baseline: {{bf16: {reference}}}"))
+        assert study.axes[0].labels() == ["on", "off"]
+        assert study.baseline == {"bf16": "off"}
+
+
+def test_reference_that_is_no_cell_is_no_baseline(tmp_path):
+    text = AXES + "match: {reference: {gate: topk}, tolerance: 0.1}\nexclude: "
+    assert read_study(write(tmp_path, text + "[{gate: topk}]")).baseline is None
+    part = text + "[{gate: topk, experts: 8}]"
+    assert read_study(write(tmp_path, part)).baseline == {"gate": "topk"}
+
+
 def test_base_may_be_a_command_line(tmp_path):
     text = "base: [--lr, 0.1, --bf16, --data-path, a, b, --seed=4]\naxes: {gate: [topk]}"
     study = read_study(write(tmp_path, text))
@@ -120,6 +136,21 @@ MISTAKES = {
     "axes: {? [a] : 1}": "1: a key is a list or a mapping",
     AXES + "sedes: [1]": "2: sedes is 'sedes'; allowed: .* seeds ",
     AXES + "name: a/b": "2: name is 'a/b'; allowed: letters, digits",
+    AXES + "null: 1": "2: None is None; allowed: a mapping with some",
+    AXES + "\n1.5: 1": r"3: 1\.5 is 1\.5; allowed: a mapping with some",
+    AXES + "on: 1": "2: True is True; allowed: a mapping with some",
+    "axes:\n  bf16:\n    a: 1\n    on: true": r"4: axes\.bf16\.True is True; allowed: a label in "
+    "quotes. YAML reads on, off",
+    "axes: {bf16: {null: true}}": r"1: axes\.bf16\.None is None; allowed: a label in quotes",
+    "axes: {gate: [{label: no, topk: 1}]}": r"axes\.gate\[0\]\.label is False; .* in quotes",
+    AXES
+    + "exclude: [{gate: topk}]\nbaseline: {gate: topk}": r"3: baseline is {'gate': 'topk'}; "
+    "allowed: what selects a cell that exclude, only and cells leave",
+    AXES + "only: [{experts: 4}]\nbaseline: {gate: topk, experts: 8}": "3: baseline is",
+    AXES
+    + "exclude: [{gate: topk}]\n"
+    + "tune:\n- {flag: lr, values: [1, 2], seed: 1,\n   where: {gate: topk}}": r"5: "
+    r"tune\[0\]\.where is {'gate': \['topk'\]}; allowed: what selects a cell",
     AXES + "base: 3": "2: base is 3; allowed: a mapping of flags",
     AXES + "base: [lr, 3]": "2: base: 'lr' follows no flag",
     AXES + "base: {lr: {a: 1}}": r"2: base\.lr is .*allowed: text, a number",

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from helpers.studies import BASE, THRESHOLD, TOPK, tiny_plan
+from megatron.analysis.compare.cell_folders import CellFolders
 from megatron.analysis.compare.cell_size import CellSize, cell_size
-from megatron.analysis.compare.output import CellFolders, initial_state, require_space
+from megatron.analysis.compare.output import initial_state, require_space
 from megatron.analysis.compare.plan_table import plan_text
 from megatron.log import get_logger
 from megatron.model.builder import build_run_config_model
@@ -159,6 +160,35 @@ def test_each_cell_has_a_reference(tmp_path):
 def test_wrong_flags_are_refused_with_the_cell(tmp_path, base, more, message):
     with pytest.raises(ValueError, match=f"^cell gate-topk_seed-1: .*{message}"):
         tiny_plan(tmp_path, base={**BASE, **base}, **more)
+
+
+@pytest.mark.parametrize(
+    ("base", "flag", "values", "message"),
+    [
+        ({}, "topk", [1, 2], "2 gives 28,992 parameters, 24,896 to 24,896 per token, 20 steps"),
+        ({}, "moe-ffn-hidden-size", [32, 64], "64 gives .*; 32 gives 28,992 parameters"),
+        (
+            {"train-iters": None, "train-tokens": 2560},
+            "global-batch-size",
+            [4, 8],
+            "8 gives .*, 10 steps, 2,560 tokens; 4 gives .*, 20 steps, 2,560 tokens",
+        ),
+        ({}, "global-batch-size", [4, 8], "8 gives .*, 20 steps, 5,120 tokens"),
+    ],
+)
+def test_grids_change_neither_size_nor_length(tmp_path, base, flag, values, message):
+    """The cells would not be what was matched and planned."""
+    gate = {name: value for name, value in TOPK.items() if name != flag}
+    tune = {"flag": flag, "values": values, "seed": 1}
+    message = f"tune: --{flag} changes what cell gate-topk_seed-1 is compared by: {message}"
+    with pytest.raises(ValueError, match=message):
+        tiny_plan(tmp_path, base={**BASE, **base}, axes={"gate": {"topk": gate}}, tune=tune)
+
+
+def test_each_value_of_a_grid_is_checked(tmp_path):
+    tune = {"flag": "moe-loss-coeff", "values": [0.1, -1], "seed": 1, "where": {"gate": "topk"}}
+    with pytest.raises(ValueError, match="^cell gate-topk.*: --moe-loss-coeff is -1"):
+        tiny_plan(tmp_path, tune=tune)
 
 
 def test_missing_data_are_refused(tmp_path, data):

@@ -90,7 +90,14 @@ def test_a_shared_run_is_found(tmp_path):
     state("topk", 1).write(tmp_path / "tuning" / "a")
     results = StudyResults.read(tmp_path)
     assert results.cells[0].folder == tmp_path / "tuning" / "a"
-    assert len(results.tuning_cells) == 1
+
+
+def test_stray_files_are_passed_over(tmp_path):
+    """A file of a file manager or an editor, and a folder without a state."""
+    write_study(tmp_path, state("topk", 1))
+    (tmp_path / "cells" / ".DS_Store").touch()
+    (tmp_path / "cells" / "notes").mkdir()
+    assert [cell.cell_id for cell in StudyResults.read(tmp_path)] == ["gate-topk_seed-1"]
 
 
 def test_state_survives_writing_and_later_fields(tmp_path):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.studies import BASE, FAKE_PROGRAM, THRESHOLD, TOPK, run_study, tiny_plan
+from helpers.studies import FAKE_PROGRAM, run_study, tiny_plan
 from helpers.waiting import wait_until
+from megatron.analysis.compare.cell_folders import CellFolders
 from megatron.analysis.compare.cell_process import CellLocked, CellProcess, error_of_log
 from megatron.analysis.compare.cell_size import CellSize
 from megatron.analysis.compare.cell_state import CellState
@@ -24,10 +25,10 @@ from megatron.analysis.compare.measured import (
     experts_by_layer,
     measure,
 )
-from megatron.analysis.compare.output import CellFolders, prepare_output
 from megatron.analysis.compare.plan_table import plan_text
 from megatron.analysis.compare.results import StudyResults
 from megatron.analysis.compare.results_table import results_text
+from megatron.log import get_logger
 from megatron.training.metrics_file import read_metrics, without_repeated_steps
 
 IDS = ["gate-topk_seed-1", "gate-topk_seed-2", "gate-xmoe_seed-1", "gate-xmoe_seed-2"]
@@ -196,56 +197,33 @@ def test_measured_experts_are_compared(tmp_path, monkeypatch):
 
 
 def test_checkpoints_are_removed_on_request(tmp_path, monkeypatch):
+    """Those of the cells that finish, and of those that have finished before."""
+    folders = [tmp_path / "out" / "cells" / cell_id for cell_id in IDS]
+    run_study(tmp_path, seeds=[1])
+    assert (folders[0] / "checkpoints").exists()
     monkeypatch.setenv("FAKE_FAIL", IDS[1])
-    _, results = run_study(tmp_path, remove_checkpoints=True)
-    there = [(result.folder / "checkpoints").exists() for result in results]
+    run_study(tmp_path, remove_checkpoints=True)
+    there = [(folder / "checkpoints").exists() for folder in folders]
     assert there == [False, True, False, False]
+    run_study(tmp_path, remove_checkpoints=True)  # there are none any more
 
 
-# Changed cells
+def test_checkpoints_are_removed_after_the_result_is_recorded(tmp_path, monkeypatch):
+    """Those that cannot be removed are reported, and the cell has finished all the same."""
+    states = []
 
+    def refuse(path: Path) -> None:
+        states.append(CellState.read(path.parent).state)
+        raise PermissionError(13, "Permission denied", str(path))
 
-def test_changed_cells_are_refused_or_repeated(tmp_path):
-    run_study(tmp_path)
-    out = tmp_path / "out"
-    base = {**BASE, "lr": "1e-3"}
-    message = r"gate-topk_seed-1 in .* ran with --lr=5e-3, now --lr=1e-3, and 3 more cell"
-    with pytest.raises(ValueError, match=message):
-        run_study(tmp_path, base=base)
-    with pytest.raises(ValueError, match="and 1 more cell"):
-        run_study(tmp_path, base=base, rerun=["*_seed-1"])
-    with pytest.raises(ValueError, match="--rerun is 'x'; allowed: ids of cells"):
-        run_study(tmp_path, base=base, rerun=["x"])
-    with pytest.raises(ValueError, match=r"1 rank\(s\), now 2"):
-        run_study(tmp_path, ranks=2)
-    axes = {"gate": {"topk": {**TOPK, "moe-loss-coeff": 0.1}, "xmoe": THRESHOLD}}
-    summary, results = run_study(tmp_path, axes=axes, rerun=[])
-    assert sorted(summary.finished) == IDS
-    assert [result.attempts for result in results] == [1, 1, 1, 1]
-    assert results.cells[0].held_out_loss == pytest.approx(5 - 0.2 + 1 + 0.001)
-    assert results.cells[0].flags["moe-loss-coeff"] == 0.1
-    marks = [(out / "cells" / cell_id / "mark") for cell_id in IDS]
-    for mark in marks:
-        mark.touch()
-    run_study(tmp_path, axes=axes, rerun=["*topk_seed-2"])
-    assert [mark.exists() for mark in marks] == [True, False, True, True]
-
-
-def test_cells_that_never_ran_leave_the_results(tmp_path, monkeypatch):
-    """Those of a selection that was not run; cells that have started stay."""
-    plan = tiny_plan(tmp_path, seeds=[3, 4])
-    prepare_output(plan, CellFolders(tmp_path / "out"))
-    run_study(tmp_path, seeds=[1])
-    _, results = run_study(tmp_path, seeds=[2])
-    assert sorted(result.cell_id for result in results) == IDS
-
-
-def test_other_seeds_add_to_the_results(tmp_path):
-    run_study(tmp_path, seeds=[1])
-    summary, results = run_study(tmp_path, seeds=[2])
-    assert summary.finished == [IDS[1], IDS[3]]
-    assert sorted(result.cell_id for result in results) == IDS
-    assert all(result.is_finished for result in results)
+    monkeypatch.setattr("megatron.analysis.compare.runner.shutil.rmtree", refuse)
+    messages = []
+    monkeypatch.setattr(
+        get_logger(), "warning", lambda text, *values: messages.append(text % values)
+    )
+    summary, _ = run_study(tmp_path, seeds=[1], remove_checkpoints=True)
+    assert summary.finished == [IDS[0], IDS[2]] and states == ["finished"] * 2
+    assert messages[0].startswith(f"cell {IDS[0]}: its checkpoints remain: [Errno 13]")
 
 
 # Tuning
@@ -265,7 +243,7 @@ def test_tuning_picks_the_lowest_loss(tmp_path):
         assert "--moe-loss-coeff=0.01" in (result.folder / "command.txt").read_text()
     assert [result.tuning for result in results.cells[2:]] == [None, None]
     assert "moe-loss-coeff" not in results.cells[2].flags
-    assert len(results.tuning_cells) == 3
+    assert len(list((tmp_path / "out" / "tuning").iterdir())) == 3
     assert "tuned: gate=topk: --moe-loss-coeff 0.01 (seed 1; held-out losses 0.1: 5.9010, " in (
         results_text(results)
     )
@@ -310,20 +288,6 @@ def test_cells_fail_without_a_tuned_value(tmp_path, monkeypatch):
     monkeypatch.delenv("FAKE_FAIL")
     summary, _ = run_study(tmp_path, tune=[{**GRID, "tokens": 640}])
     assert not summary.failed and sorted(summary.finished[-4:]) == IDS
-
-
-def test_another_tuned_value_is_no_silent_change(tmp_path):
-    """A grid with a better value does not mix with cells that ran with the one before."""
-    grid = {**GRID, "values": [0.1, 0.2], "tokens": 640}
-    run_study(tmp_path, tune=[grid])
-    wider = {**grid, "values": [0.1, 0.2, 0.01]}
-    summary, _ = run_study(tmp_path, tune=[wider])
-    error = "it ran with --moe-loss-coeff=0.1, now --moe-loss-coeff=0.01; start with --rerun "
-    assert summary.failed == {cell_id: f"{error}{cell_id} to repeat it" for cell_id in IDS[:2]}
-    summary, results = run_study(tmp_path, tune=[wider], rerun=["gate-topk_seed-*"])
-    assert not summary.failed and results.cells[0].flags["moe-loss-coeff"] == 0.01
-    with pytest.raises(ValueError, match="ran with --moe-loss-coeff=0.01, now"):
-        run_study(tmp_path, tune=[grid])
 
 
 # Processes
@@ -380,20 +344,38 @@ def test_programs_that_cannot_start_are_reported(tmp_path):
 
 
 def test_cell_of_a_killed_runner_is_waited_for(tmp_path, monkeypatch):
-    """Its processes still hold the lock; without an end of theirs the cell fails."""
+    """Its processes still hold the lock; the cells behind it run until they have ended."""
     folder = tmp_path / "out" / "cells" / IDS[0]
     process = CellProcess.start(folder, ["sleep", "1000"], Device("cpu"), 1, 1)
+
+    def is_behind_finished() -> bool:
+        state = CellState.read(tmp_path / "out" / "cells" / IDS[2])
+        return state is not None and state.state == "finished"
+
+    def release() -> None:
+        wait_until(is_behind_finished, "the end of the cell behind")
+        process.kill()
+
+    thread = threading.Thread(target=release, daemon=True)
+    thread.start()
     try:
-        monkeypatch.setattr("megatron.analysis.compare.runner._LOCK_SECONDS", 0.5)
         summary, _ = run_study(tmp_path, seeds=[1])
-        assert "processes of an earlier runner still run it" in summary.failed[IDS[0]]
-        assert summary.finished == [IDS[2]]
-        monkeypatch.setattr("megatron.analysis.compare.runner._LOCK_SECONDS", 100.0)
-        threading.Timer(0.5, process.kill).start()
-        summary, _ = run_study(tmp_path, seeds=[1])
-        assert summary.finished == [IDS[0], IDS[2]]
     finally:
         process.kill()
+    thread.join()
+    assert summary.finished == [IDS[2], IDS[0]]
+
+
+def test_cell_that_stays_locked_fails(tmp_path, monkeypatch):
+    folder = tmp_path / "out" / "cells" / IDS[0]
+    process = CellProcess.start(folder, ["sleep", "1000"], Device("cpu"), 1, 1)
+    monkeypatch.setattr("megatron.analysis.compare.cell_process.LOCK_SECONDS", 0.5)
+    try:
+        summary, _ = run_study(tmp_path, seeds=[1])
+    finally:
+        process.kill()
+    assert "processes of an earlier runner still run it" in summary.failed[IDS[0]]
+    assert summary.finished == [IDS[2]]
 
 
 @pytest.mark.parametrize(
@@ -425,6 +407,7 @@ def test_error_of_a_log_is_its_cause(lines, found):
 def test_devices_are_parsed(monkeypatch):
     assert parse_devices("cpu,cpu", 3) == [Device("cpu")] * 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
     one, two = parse_devices("cuda:0+1,cuda:4+2", 2)
     assert (one.gpus, two.gpus) == (["0", "1"], ["4", "2"])
     assert two.environment(5) == {"CUDA_VISIBLE_DEVICES": "4,2"}
@@ -432,8 +415,6 @@ def test_devices_are_parsed(monkeypatch):
     assert one.environment(5) == {"CUDA_VISIBLE_DEVICES": "7,GPU-a"}
     # Cells may share a GPU.
     assert parse_devices("cuda:1,cuda:1", 1) == [Device("cuda:1")] * 2
-    with pytest.raises(ValueError, match="--devices is 'cuda:2'; allowed: GPUs that CUDA_VIS"):
-        parse_devices("cuda:2", 1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert Device("cpu").environment(5)["OMP_NUM_THREADS"] == "5"
     assert Device("cpu").environment(5)["CUDA_VISIBLE_DEVICES"] == ""
@@ -447,6 +428,19 @@ def test_devices_are_parsed(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
     assert threads_per_rank([Device("cpu")] * 2 + [Device("cuda:0")], 2) == 2
     assert threads_per_rank([Device("cpu")] * 20, 2) == 1
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch):
+    """Whether CUDA_VISIBLE_DEVICES is set or not."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert parse_devices("cuda:1", 1) == [Device("cuda:1")]
+    allowed = "allowed: a GPU that this process sees, counted from 0"
+    with pytest.raises(ValueError, match=f"--devices is 'cuda:2'; {allowed}. It sees 2\\.$"):
+        parse_devices("cuda:2", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,8,9")
+    with pytest.raises(ValueError, match="It sees 2 with CUDA_VISIBLE_DEVICES=7,8,9"):
+        parse_devices("cuda:0,cuda:2", 1)
 
 
 @pytest.mark.parametrize(
@@ -495,11 +489,11 @@ def test_runs_without_routing_metrics_are_measured(tmp_path):
     rows = [{"kind": "train", "iteration": 4}, {"kind": "eval", "iteration": 4, "loss": 2.5}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fixed = CellSize(1000, 400, 400, routed=(800,), num_experts=(4,))
-    assert measure(path, fixed, 4, "eval") == Measured(2.5, None, 400.0)
+    assert measure(path, fixed, 4, "eval") == Measured(2.5, "eval", None, 400.0)
     dynamic = CellSize(1000, 400, 1000, routed=(800,), num_experts=(4,))
-    assert measure(path, dynamic, 4, "eval") == Measured(2.5, None, None)
+    assert measure(path, dynamic, 4, "eval") == Measured(2.5, "eval", None, None)
     dense = CellSize(1000, 1000, 1000)
-    assert measure(path, dense, 4, "eval") == Measured(2.5, None, 1000.0)
+    assert measure(path, dense, 4, "eval") == Measured(2.5, "eval", None, 1000.0)
 
 
 def test_completed_iterations_count_one_curve(tmp_path):

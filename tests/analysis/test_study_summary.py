@@ -13,6 +13,7 @@ from scipy import stats
 
 from helpers.study_results import StudyFolder, curve_rows, eval_row, train_row
 from megatron.analysis.compare.cell_measures import CellMeasures, Quartiles
+from megatron.analysis.compare.measured import experts_by_layer
 from megatron.analysis.compare.results import MatchRule
 from megatron.analysis.compare.seed_statistics import detectable_difference
 from megatron.analysis.compare.study_summary import summarize_study
@@ -223,7 +224,11 @@ def test_each_group_has_its_baseline(tmp_path):
 
 @pytest.mark.parametrize(
     ("baseline", "note"),
-    [({}, "declares no baseline"), ({"gate": "hash"}, "No cell of the baseline belongs")],
+    [
+        ({}, "declares no baseline"),
+        ({"gate": "hash"}, "No cell of the baseline belongs"),
+        ({"gate": "topk"}, "Only the baseline belongs to this group"),
+    ],
 )
 def test_study_without_baseline_compares_nothing(tmp_path, baseline, note):
     study = StudyFolder(tmp_path, ["gate"], baseline)
@@ -258,6 +263,38 @@ def test_routing_is_averaged_at_the_end(tmp_path):
     assert math.isnan(measures.routing["load_cv"])
     assert measures.final_loss == 2.0
     assert measures.step_times_ms == tuple(100.0 * i for i in range(2, 11))
+
+
+def test_routing_counts_the_steps_of_each_row(tmp_path):
+    """As the experts per token do: a row stands for the steps since the one before it.
+
+    After the last row come 10 steps without one: the last fifth of 100 begins after step 80.
+    """
+    study = StudyFolder(tmp_path, ["gate"], {})
+    rows = [
+        train_row(i, max_violation=v, experts_per_token=v)
+        for i, v in ((72, 9.0), (84, 1.0), (90, 4.0))
+    ]
+    study.add({"gate": "topk"}, 1, [*rows, eval_row(100, 2.0)])
+    measures = CellMeasures.of(study.read().cells[0], "eval")
+    expected = (12 * 1.0 + 6 * 4.0) / 18
+    assert measures.routing["max_violation"] == pytest.approx(expected)
+    assert experts_by_layer(rows, 1, 80) == pytest.approx([expected])
+
+
+def test_axes_named_like_columns_keep_their_labels(tmp_path):
+    """In both CSV files; the columns of measures stay what they are."""
+    axes = {"tokens": "few", "loss": "mse", "gate": "topk"}
+    study = StudyFolder(tmp_path, list(axes), {})
+    study.add(axes, 1, curve_rows([9.0, 3.0]))
+    write_summary(study.read(), tmp_path)
+    with (tmp_path / "cells.csv").open() as file:
+        (cell,) = csv.DictReader(file)
+    assert (cell["axis_tokens"], cell["axis_loss"], cell["gate"]) == ("few", "mse", "topk")
+    assert (float(cell["tokens"]), float(cell["loss"])) == (1000.0, 3.0)
+    with (tmp_path / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["tokens"], row["axis_loss"], float(row["loss"])) == ("few", "mse", 3.0)
 
 
 def test_step_times_are_quartiles_of_all_seeds(tmp_path):

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from megatron.analysis.compare.cell_folders import CellFolders
 from megatron.analysis.compare.devices import parse_devices
-from megatron.analysis.compare.output import CellFolders, prepare_output
+from megatron.analysis.compare.output import prepare_output
 from megatron.analysis.compare.plan import StudyPlan, plan_study
 from megatron.analysis.compare.results import StudyResults
 from megatron.analysis.compare.runner import RunnerOptions, RunSummary, StudyRunner

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.config.training import LENGTH_FIELDS
 from megatron.config.values import format_flag
 
 FlagValues = dict[str, Any]
@@ -30,6 +31,9 @@ RUNNER_FLAGS = {
     "start",
 }
 """Flags that a study may not set, because the runner does or the cells would not be complete"""
+
+LENGTH_FLAGS = tuple(name.replace("_", "-") for name in LENGTH_FIELDS.values())
+"""Flags of which a run sets one: the length of the training"""
 
 _FLAG_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)?", re.IGNORECASE)
 

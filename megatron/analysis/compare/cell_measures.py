@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.analysis.compare.measured import LAST_PART
+from megatron.analysis.compare.measured import mean_of_last_part
 from megatron.analysis.compare.results import CellResult
 from megatron.analysis.curves import MetricCurve, RunCurves
 
@@ -53,12 +53,16 @@ class CellMeasures:
             curves = RunCurves.from_rows([])
         curve = curves.curve(held_out)
         problem = _problem(cell, curve)
+        iterations = max((row.get("iteration", 0) for row in curves.rows), default=0)
+        routing = {}
+        for name in ROUTING_METRICS:
+            routing[name] = mean_of_last_part(curves.rows, name, iterations)
         return CellMeasures(
             cell=cell,
             held_out=curve,
             final_loss=math.nan if problem else float(curve.value_R[-1]),
             step_times_ms=tuple(curves.curve("train", "step_time_ms").value_R[1:].tolist()),
-            routing={name: _mean_of_last_part(curves, name) for name in ROUTING_METRICS},
+            routing=routing,
             problem=problem,
         )
 
@@ -72,15 +76,6 @@ def _problem(cell: CellResult, held_out: MetricCurve) -> str:
     if not math.isfinite(last):
         return f"diverged: the held-out loss at the end is {last}"
     return ""
-
-
-def _mean_of_last_part(curves: RunCurves, metric: str) -> float:
-    """Average a metric over the training rows in the last part; NaN without any."""
-    curve = curves.curve("train", metric)
-    if not len(curve):
-        return math.nan
-    is_late_R = curve.iteration_R > (1 - LAST_PART) * curve.iteration_R[-1]
-    return float(curve.value_R[is_late_R].mean())
 
 
 @dataclass(frozen=True)

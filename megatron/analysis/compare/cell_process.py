@@ -13,12 +13,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.analysis.compare.devices import Device
 from megatron.io.atomic_write import write_text
+from megatron.log import get_logger
 
 LOG_FILE = "log.txt"
 COMMAND_FILE = "command.txt"
@@ -37,8 +38,45 @@ _LONGEST_ERROR = 1000
 """Characters of an error line that are stored"""
 
 
+LOCK_SECONDS = 300.0
+"""How long to wait for the processes of a killed runner, which save a checkpoint and end"""
+_POLL_SECONDS = 0.05
+
+
 class CellLocked(Exception):
     """Processes of an earlier runner still run the cell."""
+
+
+def lock_deadline() -> float:
+    """Return until when to wait for a locked cell, as `time.monotonic`."""
+    return time.monotonic() + LOCK_SECONDS
+
+
+@contextlib.contextmanager
+def cell_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a cell, so that no process runs it; wait for one of a killed runner.
+
+    Raises:
+        ValueError: it has not ended after LOCK_SECONDS.
+        OSError: the folder cannot be written.
+    """
+    deadline = lock_deadline()
+    is_first = True
+    with open(folder / LOCK_FILE, "a") as lock:
+        while True:
+            try:
+                _lock(lock.fileno(), folder)
+                break
+            except CellLocked:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"processes of an earlier runner still run the cell {folder}; end them"
+                    ) from None
+            if is_first:
+                get_logger().info("cell %s: waiting for an earlier process", folder.name)
+            is_first = False
+            time.sleep(_POLL_SECONDS)
+        yield
 
 
 @dataclass

@@ -17,7 +17,6 @@ RUNNING = "running"
 INTERRUPTED = "interrupted"
 FAILED = "failed"
 FINISHED = "finished"
-CELL_STATES = (PLANNED, RUNNING, INTERRUPTED, FAILED, FINISHED)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class CellState:
     that the runner adds, such as --save"""
     ranks: int = 1
     state: str = PLANNED
-    """one of CELL_STATES"""
+    """planned, running, interrupted, failed or finished"""
     error: str = ""
     """why the cell failed, in one line"""
     exit_code: int | None = None
@@ -60,12 +59,27 @@ class CellState:
     """model FLOPs of a training step per token, from the last training row; None: not logged"""
     held_out_loss: float | None = None
     """loss of the last evaluation on the held-out set of the study, in nats"""
+    held_out: str = ""
+    """kind of the rows of metrics.jsonl that `held_out_loss` is from; empty: not known"""
     tuning: dict[str, Any] | None = None
     """how the value of a tuned flag was chosen: flag, value, seed, and losses, the held-out loss
     of each value of the grid (None: failed); None: nothing was tuned"""
     same_as: str = ""
     """path, relative to the cell's folder, of the folder of the tuning run that has all flags in
     common with this cell, and whose results are therefore the cell's; empty: it ran itself"""
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the cell has a run: one of its own, or one that it shares with a grid."""
+        return bool(self.attempts or self.same_as)
+
+    def run_folder(self, folder: Path) -> Path:
+        """Return the folder of the run whose results are the cell's.
+
+        Args:
+            folder: of the cell.
+        """
+        return (folder / self.same_as).resolve() if self.same_as else folder
 
     def write(self, folder: Path) -> None:
         """Write the state to the folder of the cell.
@@ -96,6 +110,21 @@ class CellState:
             raise ValueError(f"{path} does not hold the state of a cell; {_ADVICE}")
         # Fields of later versions are ignored.
         return CellState(**{name: value for name, value in content.items() if name in names})
+
+
+def read_states(parent: Path) -> list[tuple[Path, CellState]]:
+    """Read the states of the cells below a folder, in the order of the names of their folders.
+
+    Files there, and folders without a state, are passed over; without `parent` there are none.
+
+    Raises:
+        ValueError: a file is not a state of this program.
+    """
+    if not parent.is_dir():
+        return []
+    folders = [path for path in sorted(parent.iterdir()) if path.is_dir()]
+    states = [(folder, CellState.read(folder)) for folder in folders]
+    return [(folder, state) for folder, state in states if state is not None]
 
 
 _ADVICE = "remove the folder of the cell, so that it runs again"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.analysis.compare.cell_flags import FlagValues, identity, to_words
-from megatron.analysis.compare.study import MATCHED, Axis, AxisValue, Study, Tuning, selects
-from megatron.config.training import LENGTH_FIELDS
+from megatron.analysis.compare.cell_flags import LENGTH_FLAGS, FlagValues, identity, to_words
+from megatron.analysis.compare.study import (
+    MATCHED,
+    Axis,
+    AxisValue,
+    Study,
+    Tuning,
+    selected_labels,
+    selects,
+)
 
 _LONGEST_ID = 120
 """Characters of a cell's id: folders may have 255 bytes, and checkpoints add to the path"""
@@ -86,7 +91,10 @@ def build_cells(study: Study) -> list[Cell]:
             name or the same flags.
     """
     cells = []
-    for values in _configurations(study, study.axes):
+    for labels in selected_labels(study):
+        values = tuple(
+            (axis, axis.values[axis.labels().index(labels[axis.name])]) for axis in study.axes
+        )
         for seed in study.seeds:
             cells.append(_cell(study, values, seed))
     if not cells:
@@ -120,18 +128,6 @@ def build_tuning_groups(cells: list[Cell]) -> list[TuningGroup]:
 
 
 _Values = tuple[tuple[Axis, AxisValue], ...]
-
-
-def _configurations(study: Study, axes: tuple[Axis, ...]) -> Iterator[_Values]:
-    """Yield the values on all axes of each configuration that the study selects."""
-    for values in itertools.product(*(axis.values for axis in axes)):
-        labels = {axis.name: value.label for axis, value in zip(axes, values, strict=True)}
-        if study.cells and labels not in study.cells:
-            continue
-        if study.only and not any(selects(where, labels) for where in study.only):
-            continue
-        if not any(selects(where, labels) for where in study.exclude):
-            yield tuple(zip(axes, values, strict=True))
 
 
 def _cell(study: Study, values: _Values, seed: int) -> Cell:
@@ -176,8 +172,8 @@ def _tuning_cell(cell: Cell, value: Any) -> Cell:
     tuning = cell.tuning
     flags = dict(cell.flags)
     if tuning.tokens is not None:
-        for name in LENGTH_FIELDS.values():
-            flags.pop(name.replace("_", "-"), None)
+        for name in LENGTH_FLAGS:
+            flags.pop(name, None)
         flags["train-tokens"] = tuning.tokens
     flags["seed"] = tuning.seed
     parts = [f"{name}-{label}" for name, label in cell.axes.items()]

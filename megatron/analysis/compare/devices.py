@@ -65,27 +65,33 @@ def parse_devices(text: str, ranks: int) -> list[Device]:
         fits = not device.gpus or len(device.gpus) == ranks
         advice = f"The study has {ranks} rank(s) per cell."
         require(fits, "--devices", name, "as many GPUs as a cell has ranks", advice)
-        for gpu in device.gpus:
-            _visible_name(gpu)
         is_unique = len(set(device.gpus)) == len(device.gpus)
         require(is_unique, "--devices", name, "each GPU once for a cell: it holds one rank")
+        for gpu in device.gpus:
+            _require_gpu(gpu)
         devices.append(device)
     return devices
 
 
 def _visible_name(gpu: str) -> str:
-    """Return the name of a GPU in CUDA_VISIBLE_DEVICES.
-
-    Raises:
-        ValueError: this process does not see as many GPUs.
-    """
+    """Return the name of a GPU in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return gpu
-    names = [name.strip() for name in visible.split(",") if name.strip()]
-    allowed = f"GPUs that CUDA_VISIBLE_DEVICES {visible!r} names, counted from 0"
-    require(int(gpu) < len(names), "--devices", f"cuda:{gpu}", allowed)
-    return names[int(gpu)]
+    return [name.strip() for name in visible.split(",") if name.strip()][int(gpu)]
+
+
+def _require_gpu(gpu: str) -> None:
+    """Raise ValueError unless this process sees a GPU."""
+    import torch
+
+    number = torch.cuda.device_count()
+    allowed = "a GPU that this process sees, counted from 0"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    advice = f"It sees {number}"
+    if visible is not None:
+        advice += f" with CUDA_VISIBLE_DEVICES={visible}"
+    require(int(gpu) < number, "--devices", f"cuda:{gpu}", allowed, f"{advice}.")
 
 
 def _default_device(ranks: int) -> Device:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.analysis.compare.cell_size import CellSize
+from megatron.analysis.curves import is_number
 from megatron.training.metrics_file import read_metrics, without_repeated_steps
 
 LAST_PART = 0.2
@@ -21,6 +22,8 @@ class Measured:
 
     held_out_loss: float
     """of the last evaluation; nats"""
+    held_out: str
+    """kind of the rows that it is from"""
     experts_per_token: float | None
     """computing experts per token, mean over MoE layers; None: a dense model, or not logged"""
     active_parameters: float | None
@@ -48,7 +51,37 @@ def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) 
     Raises:
         ValueError: the run has not evaluated on the held-out set at its end.
     """
+    loss = held_out_loss(metrics_path, held_out, iterations)
     rows = without_repeated_steps(read_metrics(metrics_path))
+    by_layer = experts_by_layer(rows, len(size.routed), (1 - LAST_PART) * iterations)
+    flops = [row["flops_per_token"] for row in rows if "flops_per_token" in row]
+    mean = None
+    active = size.planned_active(None)
+    if by_layer:
+        mean = math.fsum(by_layer) / len(by_layer)
+        active = size.active(by_layer)
+    return Measured(
+        held_out_loss=loss,
+        held_out=held_out,
+        experts_per_token=mean,
+        active_parameters=active,
+        flops_per_token=next(reversed(flops), None),
+    )
+
+
+def held_out_loss(metrics_path: Path, held_out: str, iterations: int) -> float:
+    """Return the loss of a run's last evaluation on a held-out set.
+
+    Args:
+        held_out: kind of its rows.
+        iterations: optimizer steps of the complete training.
+
+    Raises:
+        ValueError: the run has not evaluated on this set at its end, or has no metrics.
+    """
+    rows = []
+    if metrics_path.exists():
+        rows = without_repeated_steps(read_metrics(metrics_path))
     losses = [
         row["loss"]
         for row in rows
@@ -60,19 +93,7 @@ def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) 
             "has no such held-out set. Give it one (--split, --valid-data-path, --test-data-path, "
             "--valid-sets), or change eval.set of the study"
         )
-    by_layer = experts_by_layer(rows, len(size.routed), (1 - LAST_PART) * iterations)
-    flops = [row["flops_per_token"] for row in rows if "flops_per_token" in row]
-    mean = None
-    active = size.planned_active(None)
-    if by_layer:
-        mean = math.fsum(by_layer) / len(by_layer)
-        active = size.active(by_layer)
-    return Measured(
-        held_out_loss=losses[-1],
-        experts_per_token=mean,
-        active_parameters=active,
-        flops_per_token=next(reversed(flops), None),
-    )
+    return losses[-1]
 
 
 def experts_by_layer(
@@ -88,22 +109,51 @@ def experts_by_layer(
         num_layers: MoE layers of the model.
         after: iteration after which rows count.
     """
-    train = [row for row in rows if row.get("kind") == "train" and "experts_per_token" in row]
-    chosen = [row for row in train if row["iteration"] > after] or train[-1:]
-    if not chosen or not num_layers:
+    late = _late_rows(rows, "experts_per_token", after)
+    if not late or not num_layers:
         return []
-    before = {}
-    previous = 0
-    for row in train:
-        before[row["iteration"]] = previous
-        previous = row["iteration"]
-    weights = [max(1, row["iteration"] - before[row["iteration"]]) for row in chosen]
     means = []
     for layer in range(num_layers):
-        values = [_computing_experts(row, layer) for row in chosen]
-        used = math.fsum(value * steps for value, steps in zip(values, weights, strict=True))
-        means.append(used / sum(weights))
+        means.append(_mean_over_steps([(_computing_experts(row, layer), n) for row, n in late]))
     return means
+
+
+def mean_of_last_part(rows: Sequence[dict[str, Any]], metric: str, iterations: int) -> float:
+    """Return a metric of the training rows, averaged over the steps of the last part.
+
+    Args:
+        rows: rows of metrics.jsonl without repeated steps.
+        iterations: optimizer steps of the training.
+
+    Returns:
+        NaN if no row has the metric as a number.
+    """
+    late = _late_rows(rows, metric, (1 - LAST_PART) * iterations)
+    return _mean_over_steps([(row[metric], steps) for row, steps in late])
+
+
+def _late_rows(
+    rows: Sequence[dict[str, Any]], metric: str, after: float
+) -> list[tuple[dict[str, Any], int]]:
+    """Return the training rows after an iteration, each with the number of its steps.
+
+    Without any it is the last one. Rows that do not have the metric as a number do not count.
+    """
+    found = []
+    previous = 0
+    for row in rows:
+        if row.get("kind") == "train" and is_number(row.get(metric)):
+            found.append((row, max(1, row["iteration"] - previous)))
+            previous = row["iteration"]
+    return [entry for entry in found if entry[0]["iteration"] > after] or found[-1:]
+
+
+def _mean_over_steps(values: Sequence[tuple[float, int]]) -> float:
+    """Average values that hold for a number of steps each; NaN without any."""
+    if not values:
+        return math.nan
+    total = sum(steps for _, steps in values)
+    return math.fsum(value * steps for value, steps in values) / total
 
 
 def _computing_experts(row: dict[str, Any], layer: int) -> float:

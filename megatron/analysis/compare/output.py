@@ -1,49 +1,26 @@
-"""The output folder of a study: where its cells are, what they ran with, what may be repeated."""
+"""The output folder of a study: checked against a plan, and prepared for its runs."""
 
 from __future__ import annotations
 
-import fnmatch
+import contextlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from megatron.analysis.compare.cell_flags import changed_flags, identity
-from megatron.analysis.compare.cell_state import FINISHED, CellState
+from megatron.analysis.compare.cell_folders import CellFolders
+from megatron.analysis.compare.cell_process import cell_lock
+from megatron.analysis.compare.cell_state import FINISHED, CellState, read_states
 from megatron.analysis.compare.cells import Cell
+from megatron.analysis.compare.changed_cells import is_rerun, refuse_changed
+from megatron.analysis.compare.held_out import measured_again
 from megatron.analysis.compare.plan import PlannedCell, StudyPlan
 from megatron.analysis.compare.results import CELLS_FOLDER, TUNING_FOLDER, StudyRecord
-from megatron.config.fields import require
 from megatron.io.disk_space import require_disk_space
 from megatron.log import get_logger
 
 _CHECKPOINT_BYTES = 16
 """Bytes of a checkpoint per parameter: fp32 weights and two moments, and weights in bf16 or fp32"""
-
-
-@dataclass(frozen=True)
-class CellFolders:
-    """Folders of the runs of a study."""
-
-    root: Path
-
-    def of(self, cell: Cell) -> Path:
-        """Return the folder of a run."""
-        parent = TUNING_FOLDER if cell.is_tuning else CELLS_FOLDER
-        return self.root / parent / cell.cell_id
-
-    def differs(self, state: CellState, cell: Cell) -> bool:
-        """Return whether a run was made with other flags than the plan's."""
-        return identity(state.flags, state.ranks) != cell.identity
-
-    def difference(self, state: CellState, cell: Cell) -> str:
-        """Describe in which flags and ranks a run differs from the plan's, for a message."""
-        changes = changed_flags(state.flags, cell.flags)
-        if state.ranks != cell.ranks:
-            changes = "; ".join(
-                filter(None, [changes, f"{state.ranks} rank(s), now {cell.ranks}"])
-            )
-        return changes
 
 
 def initial_state(planned: PlannedCell) -> CellState:
@@ -61,6 +38,24 @@ def initial_state(planned: PlannedCell) -> CellState:
     )
 
 
+def check_study_folder(
+    plan: StudyPlan, folders: CellFolders, rerun: Sequence[str] | None = None
+) -> dict[Path, CellState]:
+    """Refuse what does not fit the plan in an output folder, and write nothing.
+
+    Args:
+        rerun: as in `prepare_output`.
+
+    Returns:
+        States to be written by folder, of `held_out.measured_again`.
+
+    Raises:
+        ValueError: as `changed_cells.refuse_changed` and `held_out.measured_again`.
+    """
+    refuse_changed(plan, folders, rerun)
+    return measured_again(plan, folders, rerun)
+
+
 def prepare_output(
     plan: StudyPlan, folders: CellFolders, rerun: Sequence[str] | None = None
 ) -> None:
@@ -73,17 +68,14 @@ def prepare_output(
             since they ran; None: no cell.
 
     Raises:
-        ValueError: a cell ran with other flags and is not to run again, or a pattern matches none.
+        ValueError: the folder does not fit the plan (`check_study_folder`), or processes of an
+            earlier runner still run a cell that is to run again; then nothing is removed.
         OSError: a file cannot be written.
     """
     study = plan.study
-    _refuse_changed(plan, folders, rerun)
+    measured = check_study_folder(plan, folders, rerun)
     folders.root.mkdir(parents=True, exist_ok=True)
-    for run in plan.runs:
-        folder = folders.of(run.cell)
-        if _is_rerun(run.cell, folders, rerun) and folder.exists():
-            get_logger().info("cell %s: removed, to run again", run.cell.cell_id)
-            shutil.rmtree(folder)
+    _remove([run.cell for run in plan.runs if is_rerun(run.cell, folders, rerun)], folders)
     StudyRecord(
         name=study.name,
         axes=[axis.name for axis in study.axes],
@@ -92,55 +84,42 @@ def prepare_output(
         match=study.match,
         order=[run.cell.cell_id for run in plan.runs],
     ).write(folders.root)
+    for folder, state in measured.items():
+        state.write(folder)
     for run in plan.runs:
-        folder = folders.of(run.cell)
-        state = CellState.read(folder)
-        if state is None or not state.attempts and not state.same_as:
-            initial_state(run).write(folder)
+        state = CellState.read(folders.of(run.cell))
+        if state is None or not state.has_started:
+            initial_state(run).write(folders.of(run.cell))
+    _refresh(plan, folders)
     _pass_other_cells(plan, folders)
 
 
-def _refuse_changed(plan: StudyPlan, folders: CellFolders, rerun: Sequence[str] | None) -> None:
-    ids = [run.cell.cell_id for run in plan.runs]
-    for pattern in rerun or ():
-        advice = "Without a name, --rerun repeats the cells whose flags have changed."
-        found = fnmatch.filter(ids, pattern)
-        require(bool(found), "--rerun", pattern, "ids of cells, or patterns of them", advice)
-    changed = []
-    for run in plan.runs:
-        if not _is_rerun(run.cell, folders, rerun) and _has_changed(run.cell, folders):
-            changed.append(run.cell)
-    if not changed:
-        return
-    cell = changed[0]
-    difference = folders.difference(CellState.read(folders.of(cell)), cell)
-    others = f", and {len(changed) - 1} more cell(s)" if len(changed) > 1 else ""
-    raise ValueError(
-        f"cell {cell.cell_id} in {folders.root} ran with {difference}{others}; start with --rerun "
-        "to repeat them, or choose another --output"
-    )
+def _remove(cells: Sequence[Cell], folders: CellFolders) -> None:
+    """Delete the folders of cells, when no process of an earlier runner writes to one of them."""
+    found = [cell for cell in cells if folders.of(cell).exists()]
+    with contextlib.ExitStack() as locks:
+        for cell in found:
+            locks.enter_context(cell_lock(folders.of(cell)))
+        for cell in found:
+            get_logger().info("cell %s: removed, to run again", cell.cell_id)
+            shutil.rmtree(folders.of(cell))
 
 
-def _has_changed(cell: Cell, folders: CellFolders) -> bool:
-    """Return whether a cell has started with other flags than now.
-
-    A tuned flag may have any value that its grid still has.
-    """
-    state = CellState.read(folders.of(cell))
-    if state is None or not (state.attempts or state.same_as):
-        return False
-    if cell.tuning is None:
-        return folders.differs(state, cell)
-    candidates = [cell.with_tuned(value) for value in cell.tuning.values]
-    return all(folders.differs(state, candidate) for candidate in candidates)
-
-
-def _is_rerun(cell: Cell, folders: CellFolders, rerun: Sequence[str] | None) -> bool:
-    if rerun is None:
-        return False
-    if not rerun:
-        return _has_changed(cell, folders)
-    return any(fnmatch.fnmatch(cell.cell_id, pattern) for pattern in rerun)
+def _refresh(plan: StudyPlan, folders: CellFolders) -> None:
+    """Update what the study declares about configurations, also for seeds that ran before."""
+    planned = {tuple(run.cell.axes.items()): run for run in plan.cells}
+    for parent in (CELLS_FOLDER, TUNING_FOLDER):
+        for folder, state in read_states(folders.root / parent):
+            run = planned.get(tuple(state.axes.items()))
+            if run is None:
+                continue
+            current = replace(
+                state,
+                matched=list(run.cell.matched),
+                active_parameters_planned=run.active,
+            )
+            if current != state:
+                current.write(folder)
 
 
 def _pass_other_cells(plan: StudyPlan, folders: CellFolders) -> None:
@@ -148,14 +127,13 @@ def _pass_other_cells(plan: StudyPlan, folders: CellFolders) -> None:
     planned = {run.cell.cell_id for run in plan.cells}
     parent = folders.root / CELLS_FOLDER
     others = []
-    for path in sorted(parent.iterdir()):
-        if path.name in planned:
+    for folder, state in read_states(parent):
+        if folder.name in planned:
             continue
-        state = CellState.read(path)
-        if state is not None and not state.attempts and not state.same_as:
-            shutil.rmtree(path)
+        if state.has_started:
+            others.append(folder.name)
         else:
-            others.append(path.name)
+            shutil.rmtree(folder)
     if others:
         get_logger().info(
             "%s has %d cell(s) of earlier starts that this one does not run, such as %s; they stay "

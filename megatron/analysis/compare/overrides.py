@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.analysis.compare.cell_flags import (
+    LENGTH_FLAGS,
     RUNNER_FLAGS,
     FlagValues,
     is_flag_name,
@@ -30,19 +31,28 @@ def override(
     Args:
         selection: words by axis: labels, or for an axis of single values also new values.
         seeds: replace those of the file; empty: as in the file.
-        settings: `flag=value` words of --set, which are added to `base`.
+        settings: `flag=value` words of --set, which are added to `base`. A length of the
+            training replaces the length that `base` has in another unit.
 
     Raises:
-        ValueError: an axis has no such value, a seed is given twice, or a setting is no flag.
+        ValueError: an axis has no such value, a seed is given twice, or a setting is no flag, or
+            one that an axis or a grid sets.
     """
     axes = tuple(_selected(axis, selection.get(axis.name, ())) for axis in study.axes)
     for seed in seeds:
         require(seed >= 0, "--seeds", seed, "integers, 0 or more")
         require(seeds.count(seed) == 1, "--seeds", list(seeds), "each seed once")
-    base = dict(study.base)
+    study = dataclasses.replace(study, axes=axes, seeds=tuple(seeds) or study.seeds)
+    added: FlagValues = {}
     for word in settings:
-        base |= _setting(word)
-    return dataclasses.replace(study, axes=axes, base=base, seeds=tuple(seeds) or study.seeds)
+        setting = _setting(word)
+        _refuse_replaced(study, word, setting)
+        added |= setting
+    base = dict(study.base)
+    if any(added.get(name) is not None for name in LENGTH_FLAGS):
+        for name in LENGTH_FLAGS:
+            base.pop(name, None)
+    return dataclasses.replace(study, base=base | added)
 
 
 def _selected(axis: Axis, words: Sequence[str]) -> Axis:
@@ -62,6 +72,19 @@ def _selected(axis: Axis, words: Sequence[str]) -> Axis:
     labels = [value.label for value in values]
     require(len(set(labels)) == len(labels), f"--{axis.name}", list(words), "each value once")
     return dataclasses.replace(axis, values=tuple(values))
+
+
+def _refuse_replaced(study: Study, word: str, setting: FlagValues) -> None:
+    """Refuse a setting that would not hold for all cells: their own flags come after `base`."""
+    (name,) = setting
+    same = LENGTH_FLAGS if name in LENGTH_FLAGS else (name,)
+    for axis in study.axes:
+        for value in axis.values:
+            found = [flag for flag in same if flag in value.flags]
+            advice = f"The value {value.label} of axis {axis.name} sets --{' '.join(found)}."
+            require(not found, "--set", word, "a flag that no axis sets", advice)
+    is_tuned = any(grid.flag == name for grid in study.tuning)
+    require(not is_tuned, "--set", word, "a flag that no grid of tune sets")
 
 
 def _setting(word: str) -> FlagValues:

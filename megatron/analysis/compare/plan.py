@@ -43,6 +43,20 @@ class PlannedCell:
     """how its planned parameters differ from the reference's by more than the tolerance"""
 
     @property
+    def extent(self) -> tuple[CellSize, int, int]:
+        """Size and length, which a tuned flag may not change."""
+        return (self.size, self.iterations, self.tokens)
+
+    @property
+    def extent_text(self) -> str:
+        """Size and length for a message."""
+        size = self.size
+        return (
+            f"{size.total:,} parameters, {size.active_min:,} to {size.active_max:,} per token, "
+            f"{self.iterations:,} steps, {self.tokens:,} tokens"
+        )
+
+    @property
     def active(self) -> float | None:
         """Parameters that a token is expected to use; None: not declared."""
         return self.size.planned_active(self.cell.experts_per_token)
@@ -113,12 +127,23 @@ class _Planner:
         self._references: dict[tuple[str, ...], PlannedCell] = {}
 
     def plan(self, cell: Cell) -> PlannedCell:
-        """Parse and check one cell. A flag that is still to be tuned has its first value."""
-        complete = cell
-        if cell.tuning is not None:
-            complete = cell.with_tuned(cell.tuning.values[0])
+        """Parse and check one cell; if a flag is still to be tuned, with each of its values."""
+        if cell.tuning is None:
+            return self._plan(cell)
+        values = cell.tuning.values
+        plans = [self._plan(cell.with_tuned(value)) for value in values]
+        for value, planned in zip(values, plans, strict=True):
+            if planned.extent != plans[0].extent:
+                raise ValueError(
+                    f"{self.study.path}: tune: --{cell.tuning.flag} changes what cell "
+                    f"{cell.cell_id} is compared by: {value} gives {planned.extent_text}; "
+                    f"{values[0]} gives {plans[0].extent_text}. Make it an axis of the study"
+                )
+        return replace(plans[0], cell=cell)
+
+    def _plan(self, cell: Cell) -> PlannedCell:
         with _errors_of(cell):
-            config = self.parse_flags(complete.run_words(Path("cell")))
+            config = self.parse_flags(cell.run_words(Path("cell")))
             require_writer_packages(config.logging)
             self._require_held_out(config)
             length = TrainingPlan.of(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.analysis.compare.aligned_rows import aligned_rows
+from megatron.analysis.compare.cell_folders import CellFolders
 from megatron.analysis.compare.cell_state import FINISHED, CellState
-from megatron.analysis.compare.output import CellFolders
 from megatron.analysis.compare.plan import PlannedCell, StudyPlan, configurations
 
 
@@ -105,18 +106,6 @@ def _time_line(plan: StudyPlan, folders: CellFolders, slots: int) -> str:
     overall = sum(means.values()) / len(means)
     seconds = sum(number * means.get(key, overall) for key, number in remaining)
     return f"{text}, about {_duration(seconds / min(slots, len(remaining)))}"
-
-
-def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format rows of cells as lines: the first column to the left, the others to the right."""
-    columns = zip(*rows, strict=True)
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def _count(number: float) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.analysis.compare.cell_state import FINISHED, CellState
+from megatron.analysis.compare.cell_state import FINISHED, CellState, read_states
 from megatron.io.atomic_write import write_text
 
 STUDY_RECORD = "study.json"
@@ -122,8 +122,6 @@ class StudyResults:
     held_out: str = "eval"
     """kind of the rows of metrics.jsonl that have the held-out loss: eval, test or eval/NAME"""
     match: MatchRule | None = None
-    tuning_cells: list[CellResult] = field(default_factory=list)
-    """the runs that chose the values of tuned flags; not part of the comparison"""
     folder: Path = Path()
 
     def __iter__(self) -> Iterator[CellResult]:
@@ -160,7 +158,6 @@ class StudyResults:
             baseline=record.baseline,
             held_out=record.held_out,
             match=record.match,
-            tuning_cells=_read_cells(folder / TUNING_FOLDER, record.order),
             folder=folder,
         )
 
@@ -208,20 +205,13 @@ class StudyRecord:
 
 def _read_cells(parent: Path, order: list[str]) -> list[CellResult]:
     """Read the cells below a folder: first those of the plan in its order, then others."""
-    results = []
-    if parent.is_dir():
-        for folder in sorted(parent.iterdir()):
-            state = CellState.read(folder)
-            if state is not None:
-                results.append(_result(state, folder))
+    results = [_result(state, folder) for folder, state in read_states(parent)]
     places = {cell_id: place for place, cell_id in enumerate(order)}
     return sorted(results, key=lambda cell: places.get(cell.cell_id, len(places)))
 
 
 def _result(state: CellState, folder: Path) -> CellResult:
-    run_folder = folder
-    if state.same_as:
-        run_folder = (folder / state.same_as).resolve()
+    run_folder = state.run_folder(folder)
     return CellResult(
         cell_id=state.cell_id,
         axes=state.axes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.analysis.compare.plan_table import aligned_rows
+from megatron.analysis.compare.aligned_rows import aligned_rows
 from megatron.analysis.compare.results import CellResult, StudyResults
 
 

@@ -17,7 +17,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.analysis.compare.cell_process import CellLocked, CellProcess, pretrain_command
+from megatron.analysis.compare.cell_folders import CellFolders
+from megatron.analysis.compare.cell_process import (
+    CellLocked,
+    CellProcess,
+    lock_deadline,
+    pretrain_command,
+)
 from megatron.analysis.compare.cell_state import (
     FAILED,
     FINISHED,
@@ -26,9 +32,10 @@ from megatron.analysis.compare.cell_state import (
     RUNNING,
     CellState,
 )
+from megatron.analysis.compare.changed_cells import conflict
 from megatron.analysis.compare.devices import Device, threads_per_rank
 from megatron.analysis.compare.measured import completed_iterations, measure
-from megatron.analysis.compare.output import CellFolders, initial_state
+from megatron.analysis.compare.output import initial_state
 from megatron.analysis.compare.plan import PlannedCell, PlannedTuning, StudyPlan
 from megatron.analysis.compare.tuning import choose, shared_run
 from megatron.log import get_logger
@@ -37,8 +44,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _POLL_SECONDS = 0.05
-_LOCK_SECONDS = 300.0
-"""How long to wait for the processes of a killed runner, which save a checkpoint and end"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,15 @@ class _Running:
     process: CellProcess
 
 
+@dataclass(frozen=True)
+class _Locked:
+    """A cell that processes of a killed runner still run."""
+
+    planned: PlannedCell
+    deadline: float
+    """until when it is waited for, as `time.monotonic`"""
+
+
 class StudyRunner:
     """Runs all cells of a plan that have not finished.
 
@@ -89,6 +103,7 @@ class StudyRunner:
         self._threads = threads_per_rank(options.devices, plan.study.ranks)
         self._running: list[_Running] = []
         self._waiting: list[PlannedCell] = []
+        self._locked: dict[str, _Locked] = {}
         self._tunings: list[PlannedTuning] = list(plan.tunings)
         self._signals: list[int] = []
         self._num_runs = len(plan.runs)
@@ -106,7 +121,7 @@ class StudyRunner:
         with self._stop_signals(), tqdm(total=self._num_runs, unit="cell", disable=None) as bar:
             self._bar = bar
             try:
-                while (self._waiting or self._running) and not self._signals:
+                while self._has_more() and not self._signals:
                     self._start_cells()
                     self._collect()
                     time.sleep(_POLL_SECONDS)
@@ -115,6 +130,9 @@ class StudyRunner:
                 for running in self._running:  # after an error
                     running.process.kill()
         return self.summary
+
+    def _has_more(self) -> bool:
+        return bool(self._waiting or self._locked or self._running)
 
     # Starting
 
@@ -134,6 +152,9 @@ class StudyRunner:
         free = list(self.options.devices)
         for device in busy:
             free.remove(device)
+        for locked in list(self._locked.values()):
+            if free and self._start(locked.planned, free[0]):
+                free.pop(0)
         while free and not self._signals:
             planned = self._next_cell()
             if planned is None:
@@ -151,7 +172,8 @@ class StudyRunner:
             if resolved is None:
                 continue
             self._waiting.remove(planned)
-            if not self._is_settled(resolved):
+            is_tuned = planned.cell.tuning is not None
+            if not self._is_settled(resolved, is_tuned=is_tuned):
                 return resolved
         return None
 
@@ -160,7 +182,8 @@ class StudyRunner:
         if planned.cell.tuning is None:
             return planned
         tuning = self._tuning_of(planned)
-        unsettled = [*self._waiting, *(running.planned for running in self._running)]
+        unsettled = [*self._waiting, *(locked.planned for locked in self._locked.values())]
+        unsettled += [running.planned for running in self._running]
         if any(run in unsettled for run in tuning.cells):
             return None
         choice = choose(tuning, self.folders)
@@ -180,27 +203,43 @@ class StudyRunner:
                 return choose(tuning, self.folders)
         return None
 
-    def _is_settled(self, planned: PlannedCell) -> bool:
-        """Return whether a cell need not run: it has finished, or it cannot be run."""
+    def _is_settled(self, planned: PlannedCell, *, is_tuned: bool) -> bool:
+        """Return whether a cell need not run: it has finished, or it cannot be run.
+
+        A finished cell keeps its results and the value with which it ran, whatever its grid
+        chooses now: its other seeds do not run with another one.
+
+        Args:
+            is_tuned: the cell has a flag of a grid.
+        """
         cell = planned.cell
-        folder = self.folders.of(cell)
-        state = CellState.read(folder)
-        if cell.tuning is not None:
+        state = CellState.read(self.folders.of(cell)) or initial_state(planned)
+        is_finished = state.state == FINISHED
+        if cell.tuning is not None and not is_finished:
             error = f"every run that tunes --{cell.tuning.flag} failed or has no finite loss"
-            self._record(planned, replace(initial_state(planned), state=FAILED, error=error))
-            return True
-        if state is not None and state.attempts and self.folders.differs(state, cell):
-            # Only a tuned value can differ here: other changes are refused before the start.
-            error = (
-                f"it ran with {self.folders.difference(state, cell)}; start with --rerun "
-                f"{cell.cell_id} to repeat it"
-            )
             self._record(planned, replace(state, state=FAILED, error=error))
             return True
-        if state is not None and state.state == FINISHED:
-            self._count(state)
+        # Only a tuned value can differ here: other changes are refused before the start.
+        error = ""
+        if is_tuned and cell.tuning is None:
+            error = conflict(cell, self.folders)
+        if error:
+            get_logger().warning("cell %s: %s", cell.cell_id, error)
+            self._count(replace(state, state=FAILED, error=error))
+            return True
+        if is_finished:
+            self._settle(planned, state)
             return True
         return self._adopt_tuning_run(planned)
+
+    def _settle(self, planned: PlannedCell, state: CellState) -> None:
+        """Count a cell that has finished before, and do what was asked for since."""
+        folder = self.folders.of(planned.cell)
+        tuning = self._tuning_record(planned)
+        if tuning is not None and tuning != state.tuning:  # its grid has other losses now
+            replace(state, tuning=tuning).write(folder)
+        self._remove_checkpoints(folder)
+        self._count(state)
 
     def _adopt_tuning_run(self, planned: PlannedCell) -> bool:
         """Take the results of the tuning run with the same flags; return whether there is one."""
@@ -232,31 +271,28 @@ class StudyRunner:
             tuning=self._tuning_record(planned),
         )
         command = pretrain_command(self.options.program, cell.run_words(folder))
-        process = self._started_process(folder, command, device, cell.ranks)
-        if process is None:
-            if not self._signals:
-                error = "processes of an earlier runner still run it; end them"
-                self._record(planned, replace(before, state=FAILED, error=error))
+        try:
+            process = CellProcess.start(folder, command, device, cell.ranks, self._threads)
+        except CellLocked:
+            self._wait_for_lock(planned, before)
             return False
+        self._locked.pop(cell.cell_id, None)
         state.write(folder)
         self._running.append(_Running(planned, state, process))
         get_logger().info("cell %s: started on %s", cell.cell_id, device.name)
         return True
 
-    def _started_process(
-        self, folder: Path, command: list[str], device: Device, ranks: int
-    ) -> CellProcess | None:
-        """Start the processes of a cell when those of a killed runner have ended; None: never."""
-        deadline = time.monotonic() + _LOCK_SECONDS
-        is_first = True
-        while time.monotonic() < deadline and not self._signals:
-            with contextlib.suppress(CellLocked):
-                return CellProcess.start(folder, command, device, ranks, self._threads)
-            if is_first:
-                get_logger().info("cell %s: waiting for an earlier process", folder.name)
-            is_first = False
-            time.sleep(_POLL_SECONDS)
-        return None
+    def _wait_for_lock(self, planned: PlannedCell, state: CellState) -> None:
+        """Let other cells run until those processes have ended, or have had their time."""
+        cell_id = planned.cell.cell_id
+        locked = self._locked.get(cell_id)
+        if locked is None:
+            self._locked[cell_id] = _Locked(planned, lock_deadline())
+            get_logger().info("cell %s: waiting for an earlier process", cell_id)
+        elif time.monotonic() > locked.deadline:
+            del self._locked[cell_id]
+            error = "processes of an earlier runner still run it; end them"
+            self._record(planned, replace(state, state=FAILED, error=error))
 
     # Ending
 
@@ -267,7 +303,10 @@ class StudyRunner:
             if code is None:
                 continue
             self._running.remove(running)
-            self._record(running.planned, self._ended_state(running, code))
+            state = self._ended_state(running, code)
+            self._record(running.planned, state)
+            if state.state == FINISHED:
+                self._remove_checkpoints(running.process.folder)
 
     def _ended_state(self, running: _Running, code: int) -> CellState:
         """Return the state of a cell whose processes have ended."""
@@ -289,13 +328,18 @@ class StudyRunner:
             )
         except ValueError as error:
             return replace(ended, state=FAILED, error=str(error))
-        if self.options.remove_checkpoints:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return replace(
-            ended,
-            state=FINISHED,
-            **dataclasses.asdict(measured),
-        )
+        return replace(ended, state=FINISHED, **dataclasses.asdict(measured))
+
+    def _remove_checkpoints(self, folder: Path) -> None:
+        """Delete the checkpoints of a finished cell if the options say so."""
+        if not self.options.remove_checkpoints:
+            return
+        try:
+            shutil.rmtree(folder / "checkpoints")
+        except FileNotFoundError:
+            pass  # of an earlier start, or of a cell that has the results of a grid's run
+        except OSError as error:
+            get_logger().warning("cell %s: its checkpoints remain: %s", folder.name, error)
 
     def _stop(self) -> None:
         """Let the running cells save their checkpoints and end, if a signal has come."""

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +96,15 @@ class Study:
     """kind of the rows of metrics.jsonl with the held-out loss"""
     ranks: int = 1
     """processes of each cell"""
+
+
+def selected_labels(study: Study) -> Iterator[dict[str, str]]:
+    """Yield the labels, by axis, of each configuration that a study selects, in its order."""
+    for labels in itertools.product(*(axis.labels() for axis in study.axes)):
+        by_axis = {axis.name: label for axis, label in zip(study.axes, labels, strict=True)}
+        if study.cells and by_axis not in study.cells:
+            continue
+        if study.only and not any(selects(where, by_axis) for where in study.only):
+            continue
+        if not any(selects(where, by_axis) for where in study.exclude):
+            yield by_axis

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron.analysis.compare.cell_flags import (
+    LENGTH_FLAGS,
     RUNNER_FLAGS,
     FlagValues,
     flags_from_words,
@@ -17,10 +19,18 @@ from megatron.analysis.compare.cell_flags import (
     normalized_name,
 )
 from megatron.analysis.compare.results import MatchRule
-from megatron.analysis.compare.study import MATCHED, Axis, AxisValue, Labels, Study, Tuning
+from megatron.analysis.compare.study import (
+    MATCHED,
+    Axis,
+    AxisValue,
+    Labels,
+    Study,
+    Tuning,
+    selected_labels,
+    selects,
+)
 from megatron.analysis.compare.yaml_lines import YamlFile, YamlPath
 from megatron.config.schema import TrainConfig
-from megatron.config.training import LENGTH_FIELDS
 
 AXIS_FLAGS = {"experts": "num-experts", "width": "moe-ffn-hidden-size", "k": "topk"}
 """Flags that single values of these axes set; the axes of other names set the flag of that name"""
@@ -78,7 +88,7 @@ class _StudyReader:
             baseline = self.labels(self.content["baseline"], ("baseline",))
         elif match is not None:
             baseline = match.reference
-        return Study(
+        study = Study(
             path=self.file.path,
             name=name,
             base={flag: value for flag, value in base.items() if flag != "seed"},
@@ -94,6 +104,27 @@ class _StudyReader:
             held_out=self.held_out(),
             ranks=self.positive_integer(self.content.get("ranks", 1), ("ranks",)),
         )
+        return self.with_cells(study)
+
+    def with_cells(self, study: Study) -> Study:
+        """Refuse a baseline and grids of which no cell is left; `build_cells` refuses no cells.
+
+        A reference of `match` need not be a cell, and is then no baseline either.
+        """
+        configurations = list(selected_labels(study))
+        allowed = "what selects a cell that exclude, only and cells leave"
+        for i, grid in enumerate(study.tuning):
+            is_used = any(selects(grid.where, labels) for labels in configurations)
+            where = {name: list(labels) for name, labels in grid.where.items()}
+            path = ("tune", i, "where")
+            self.require(is_used or not configurations, path, where, allowed)
+        if study.baseline is None:
+            return study
+        is_cell = any({**labels, **study.baseline} == labels for labels in configurations)
+        if is_cell or not configurations:
+            return study
+        self.require("baseline" not in self.content, ("baseline",), study.baseline, allowed)
+        return replace(study, baseline=None)
 
     # Basic checks
 
@@ -190,6 +221,7 @@ class _StudyReader:
         read = []
         if isinstance(values, dict):
             for label, value in values.items():
+                self.require_text(label, (*path, label))
                 read.append(self.axis_value(value, flag, (*path, label), str(label)))
         else:
             for i, value in enumerate(values):
@@ -236,7 +268,14 @@ class _StudyReader:
     def label(self, label: Any, path: YamlPath) -> str:
         is_scalar = isinstance(label, (str, int, float))
         self.require(is_scalar, (*path, "label"), label, "a short text")
+        self.require_text(label, (*path, "label"))
         return str(label)
+
+    def require_text(self, label: Any, path: YamlPath) -> None:
+        """Refuse labels that YAML does not read as they are written."""
+        advice = "YAML reads on, off, yes, no and null as other values"
+        is_text = label is not None and not isinstance(label, bool)
+        self.require(is_text, path, label, "a label in quotes", advice)
 
     def positive_number(self, value: Any, path: YamlPath) -> float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -353,7 +392,7 @@ class _StudyReader:
         self.require(is_flag_name(value["flag"]), (*path, "flag"), value["flag"], "a flag")
         flag = normalized_name(value["flag"])
         self.check_flag(flag, (*path, "flag"))
-        is_other = flag not in _length_flags()
+        is_other = flag not in LENGTH_FLAGS
         self.require(is_other, (*path, "flag"), flag, "no flag of the length of the training")
         inner = (*path, "values")
         values = self.list_of(value["values"], inner, "values of the flag, two or more")
@@ -386,7 +425,3 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return "-".join(map(str, value))
     return str(value)
-
-
-def _length_flags() -> list[str]:
-    return [normalized_name(name) for name in LENGTH_FIELDS.values()]

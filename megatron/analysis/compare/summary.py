@@ -104,8 +104,8 @@ def _plain(value: Any) -> Any:
 
 
 def _configuration_row(found: ConfigurationSummary) -> dict[str, Any]:
-    row: dict[str, Any] = {**found.axes, "seeds": found.final_loss.n}
-    row |= {
+    row: dict[str, Any] = {
+        "seeds": found.final_loss.n,
         "loss": found.final_loss.mean,
         "loss_std": found.final_loss.std,
         "loss_low": found.final_loss.low,
@@ -134,13 +134,18 @@ def _configuration_row(found: ConfigurationSummary) -> dict[str, Any]:
     }
     for name in ROUTING_METRICS:
         row[name] = found.routing[name].mean
-    return row
+    return _after_axes(found.axes, row)
 
 
 def _cell_row(measure: CellMeasures) -> dict[str, Any]:
     cell = measure.cell
-    row: dict[str, Any] = {"cell": cell.cell_id, **cell.axes, "seed": cell.seed}
-    row |= {"state": cell.state, "left_out": measure.problem, "loss": measure.final_loss}
+    row: dict[str, Any] = {
+        "cell": cell.cell_id,
+        "seed": cell.seed,
+        "state": cell.state,
+        "left_out": measure.problem,
+        "loss": measure.final_loss,
+    }
     for axis in AXES:
         row[axis] = measure.held_out.end(axis)
     row |= {
@@ -151,7 +156,15 @@ def _cell_row(measure: CellMeasures) -> dict[str, Any]:
     }
     for name in ROUTING_METRICS:
         row[name] = measure.routing[name]
-    return row
+    return _after_axes(cell.axes, row)
+
+
+def _after_axes(axes: Mapping[str, str], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the labels in front of other columns; an axis named like one of these is axis_NAME."""
+    labels = {}
+    for name, label in axes.items():
+        labels[f"axis_{name}" if name in columns else name] = label
+    return {**labels, **columns}
 
 
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:

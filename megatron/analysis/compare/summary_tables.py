@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron.analysis.compare.aligned_rows import aligned_rows
 from megatron.analysis.compare.seed_statistics import CONFIDENCE, POWER, SeedStatistics
 from megatron.analysis.compare.study_summary import (
     ComparisonGroup,
@@ -30,14 +31,8 @@ class SummaryTable:
 
     def text(self) -> str:
         """Return the table with aligned columns: the first to the left, the others right."""
-        lines = [self.header, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        formatted = [self.title]
-        for first, *rest in lines:
-            cells = [first.ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-            formatted.append("  ".join(cells).rstrip())
-        return "\n".join([*formatted, *self.notes])
+        lines = aligned_rows([self.header, *self.rows])
+        return "\n".join([self.title, *lines, *self.notes])
 
     def markdown(self) -> str:
         """Return the table in Markdown, with the title as a heading of level 2."""
@@ -117,7 +112,10 @@ def _comparison_notes(summary: StudySummary, group: ComparisonGroup) -> list[str
         return notes
     compared = [found for found in group.configurations if found.comparison is not None]
     if not compared:
-        notes.append("No cell of the baseline belongs to this group, so nothing is compared.")
+        reason = "No cell of the baseline belongs to this group"
+        if any(found.is_baseline for found in group.configurations):
+            reason = "Only the baseline belongs to this group"
+        notes.append(f"{reason}, so nothing is compared.")
         return notes
     notes.append(
         "Differences from the baseline are tested over common seeds (Student's paired t-test, "

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.analysis.compare.cell_folders import CellFolders
 from megatron.analysis.compare.cell_state import FINISHED, CellState
-from megatron.analysis.compare.output import CellFolders
 from megatron.analysis.compare.plan import PlannedCell, PlannedTuning
 
 

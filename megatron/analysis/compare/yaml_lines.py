@@ -48,7 +48,7 @@ class YamlFile:
                 return None
             self._check_nodes(node, (), set())
             content = self._construct(loader, node)
-            self._note_lines(node, (), set())
+            self._note_lines(loader, node, (), set())
             return content
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
@@ -122,19 +122,20 @@ class YamlFile:
                 raise ValueError(f"{where}: {key.value} is set twice; leave one of them out")
             seen.add(key.value)
 
-    def _note_lines(self, node: Any, path: YamlPath, done: set[int]) -> None:
+    def _note_lines(self, loader: Any, node: Any, path: YamlPath, done: set[int]) -> None:
         self._lines.setdefault(path, node.start_mark.line + 1)
         if id(node) in done:
             return
         done.add(id(node))
         if node.id == "sequence":
             for i, child in enumerate(node.value):
-                self._note_lines(child, (*path, str(i)), done)
+                self._note_lines(loader, child, (*path, str(i)), done)
         elif node.id == "mapping":
             for key, value in node.value:
-                inner = (*path, key.value)
+                # As it is read: `on` is the key True.
+                inner = (*path, str(loader.construct_object(key)))
                 self._lines[inner] = key.start_mark.line + 1
-                self._note_lines(value, inner, done)
+                self._note_lines(loader, value, inner, done)
 
 
 def _as_text(path: YamlPath) -> YamlPath:
@@ -145,8 +146,8 @@ def _dotted(path: YamlPath) -> str:
     """Format a path as `axes.gate[1].topk`."""
     text = ""
     for step in path:
-        if isinstance(step, int):
+        if isinstance(step, int) and not isinstance(step, bool):
             text += f"[{step}]"
         else:
-            text += f".{step}" if text else step
+            text += f".{step}" if text else str(step)
     return text
