@@ -282,6 +282,8 @@ def test_tool_writes_into_the_run(tmp_path):
     done = run("tools/report.py", "demo", cwd=tmp_path)
     assert re.fullmatch(r"1 run -> demo/report.html \([\d.]+ MB\)\n", done.stdout)
     assert (folder / "report.html").stat().st_size > 500_000
+    done = run("tools/report.py", "A=demo", cwd=tmp_path)
+    assert done.stdout.startswith("1 run -> demo/report.html (")
     done = run("tools/report.py", "A=demo", "none", cwd=tmp_path, code=2)
     assert "none', which does not exist" in done.stderr + done.stdout
     assert not (tmp_path / "report.html").exists()
