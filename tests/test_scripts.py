@@ -278,10 +278,7 @@ def test_hostfile_sets_nodes_and_ranks(env, nodes, ranks, tmp_path):
 def test_uneven_nodes_run_equal_ranks(tmp_path):
     (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
     for env, number in (({"NUM_GPUS": "4"}, 4), ({"NUM_NODES": "1"}, 8)):
-        assert (
-            launcher_of(dry(tmp_path, HOSTFILE="hosts", **env)[0]).num_gpus
-            == number
-        )
+        assert launcher_of(dry(tmp_path, HOSTFILE="hosts", **env)[0]).num_gpus == number
 
 
 def test_node_rank_disables_ssh(tmp_path):
