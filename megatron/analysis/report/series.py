@@ -85,8 +85,8 @@ def group_series(
 
     Its positions are those of all rows of the kind, the same for all metrics.
 
-    Seeds are joined by iteration: a point is the mean of the seeds that have a row there, and its
-    position in tokens, FLOPs and seconds the mean of theirs. Of more rows than points, each point
+    Seeds are joined by iteration: a point is the mean of the seeds that have a row there. Its
+    position in tokens, FLOPs and seconds follows from `_mean_positions`. Of more rows than points, each point
     stands for equally many consecutive rows: it keeps their mean, minimum and maximum.
     """
     tables = [rows_of_kind(run, kind) for run in group.runs]
@@ -107,8 +107,30 @@ def group_series(
     for name in POSITIONS:
         columns = [getattr(table, f"{name}_R") for table in tables]
         if all(column is not None for column in columns):
-            positions[name] = mean_of_numbers(joined(columns))
+            positions[name] = _mean_positions(iteration_I, tables, columns)
     return _in_points(value_SI, positions, most_points)
+
+
+def _mean_positions(
+    iteration_I: np.ndarray, tables: list[KindRows], columns: list[np.ndarray]
+) -> np.ndarray:
+    """Return the mean position of seeds at iterations [I], which never decreases.
+
+    It grows by the mean of what the seeds need from one iteration to the next. A mean of their
+    positions would fall where a slow seed ends, or has no row.
+
+    Args:
+        columns: position of each seed at its rows, [R]; between them it is interpolated.
+    """
+    step_SI = np.full((len(tables), len(iteration_I)), np.nan)
+    for s, (table, position_R) in enumerate(zip(tables, columns, strict=True)):
+        known_R = np.isfinite(position_R)
+        if known_R.any():
+            ends = np.append(0.0, table.iteration_R[known_R])
+            at_I = np.interp(iteration_I, ends, np.append(0.0, position_R[known_R]))
+            at_I[iteration_I > ends[-1]] = np.nan
+            step_SI[s] = np.diff(at_I, prepend=0.0)
+    return np.cumsum(mean_of_numbers(step_SI))
 
 
 def _in_points(
