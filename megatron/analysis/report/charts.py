@@ -256,13 +256,14 @@ def layer_chart(dataset: str, labels: list[str], axis: CurveAxis) -> dict[str, A
 
 
 def interval_chart(
-    dataset: str, labels: list[str], axis: CurveAxis, interval: str
+    dataset: str, labels: list[str], axis: CurveAxis, interval: str, counted: str = "runs"
 ) -> dict[str, Any]:
     """Return one mean with its interval per group, and the values of its runs as rings.
 
     Args:
         axis: of the values.
         interval: name of the interval in the tooltip.
+        counted: what the mean is over, and the column `count` counts.
     """
     alt = altair()
     title = axis.title
@@ -283,7 +284,7 @@ def interval_chart(
         alt.Tooltip("mean:Q", title=title, format=".5~g"),
         alt.Tooltip("low:Q", title=f"{interval}, from", format=".5~g"),
         alt.Tooltip("high:Q", title="to", format=".5~g"),
-        alt.Tooltip("count:Q", title="runs"),
+        alt.Tooltip("count:Q", title=counted),
     ]
     mean = base.mark_point(filled=True, size=85, opacity=1).encode(
         x=alt.X("mean:Q", title=title, scale=scale, axis=x_axis), tooltip=tooltip

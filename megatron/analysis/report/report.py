@@ -14,7 +14,7 @@ from typing import Any
 
 import megatron
 from megatron.analysis.compare.seed_statistics import CONFIDENCE
-from megatron.analysis.report import blocks, charts, tables
+from megatron.analysis.report import blocks, charts, series, tables
 from megatron.analysis.report.charts import CurveAxis, CurveColumns
 from megatron.analysis.report.finals import (
     constant_value,
@@ -33,7 +33,6 @@ from megatron.analysis.report.page import (
 )
 from megatron.analysis.report.problems import run_problems
 from megatron.analysis.report.runs import PROBE, TRAIN, ReportRun, read_run
-from megatron.analysis.report.series import points_of_losses, points_of_metrics
 from megatron.analysis.report.shown_metrics import (
     BALANCE,
     OPTIMIZATION,
@@ -78,6 +77,8 @@ class _Draft:
     settings: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     """metrics that no run has"""
+    without_numbers: list[str] = field(default_factory=list)
+    """metrics that are NaN in all rows"""
     constant: list[str] = field(default_factory=list)
     """metrics that never change, with their value"""
     rows_per_point: int = 1
@@ -113,7 +114,8 @@ class _Draft:
         """Add the curves of a metric, and return their figure; '' if no run has it."""
         data = blocks.curve_data(self.groups, kinds, metric, self.unit, self._points(metric))
         if data is None:
-            self.missing.append(metric)
+            is_recorded = series.is_recorded(self.groups, kinds, metric)
+            (self.without_numbers if is_recorded else self.missing).append(metric)
             return ""
         is_held_out = not {TRAIN, PROBE} & {*kinds}
         chart_id = f"held-out-{metric}" if is_held_out else f"curve-{metric}"
@@ -132,8 +134,8 @@ class _Draft:
 
     def _points(self, metric: str) -> int:
         if metric == "loss":
-            return points_of_losses(len(self.groups))
-        return points_of_metrics(len(self.groups), self.num_metrics)
+            return series.points_of_losses(len(self.groups))
+        return series.points_of_metrics(len(self.groups), self.num_metrics)
 
 
 def write_report(
@@ -300,6 +302,9 @@ def _notes(draft: _Draft) -> str:
     if draft.missing:
         names = ", ".join(dict.fromkeys(draft.missing))
         notes.append(f"Left out, because no run has recorded it: {names}.")
+    if draft.without_numbers:
+        names = ", ".join(dict.fromkeys(draft.without_numbers))
+        notes.append(f"Left out, because it is not a number in any row: {names}.")
     return "".join(f"<p>{escape(note)}</p>" for note in notes)
 
 
@@ -482,7 +487,11 @@ def _speed_section(draft: _Draft) -> None:
             data.append(blocks.interval_block(group.label, found, rows))
     if data:
         draft.charts["step-time"] = charts.interval_chart(
-            "step-time", draft.labels, CurveAxis("step time, ms"), "10th to 90th percentile"
+            "step-time",
+            draft.labels,
+            CurveAxis("step time, ms"),
+            "10th to 90th percentile",
+            counted="training rows",
         )
         draft.datasets["step-time"] = data
         figures.append(chart_figure("step-time", "Step time: median, 10th to 90th percentile"))

@@ -78,6 +78,14 @@ def rows_of_kind(run: ReportRun, kind: str) -> KindRows | None:
     return run.held_out.get(kind)
 
 
+def is_recorded(groups: Iterable[RunGroup], kinds: Iterable[str], metric: str) -> bool:
+    """Return whether a run has a metric in rows of one of these kinds, be it NaN."""
+    found = [
+        rows_of_kind(run, kind) for kind in kinds for group in groups for run in group.runs
+    ]
+    return any(metric in rows.values for rows in found if rows is not None)
+
+
 def group_series(
     group: RunGroup, kind: str, metric: str, most_points: int = MOST_POINTS
 ) -> Series | None:
@@ -86,8 +94,9 @@ def group_series(
     Its positions are those of all rows of the kind, the same for all metrics.
 
     Seeds are joined by iteration: a point is the mean of the seeds that have a row there. Its
-    position in tokens, FLOPs and seconds follows from `_mean_positions`. Of more rows than points, each point
-    stands for equally many consecutive rows: it keeps their mean, minimum and maximum.
+    position in tokens, FLOPs and seconds follows from `_mean_positions`. Of more rows than
+    points, each point stands for equally many consecutive rows: it keeps their mean, minimum and
+    maximum.
     """
     tables = [rows_of_kind(run, kind) for run in group.runs]
     tables = [table for table in tables if table is not None]

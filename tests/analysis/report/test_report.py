@@ -188,6 +188,28 @@ def test_nan_losses_are_gaps_and_problems(tmp_path):
     assert "The training loss is not a number in 1 of 20 rows" in page
 
 
+def test_losses_that_are_never_a_number_are_not_missing(tmp_path):
+    rows = rows_of_run(1)
+    for row in rows:
+        if "loss" in row:
+            row["loss"] = float("nan")
+    page = report_of(tmp_path, rows)
+    assert "curve-loss" not in data_of(page)["charts"]
+    assert "Left out, because it is not a number in any row: loss." in page
+    missing = re.search(r"no run has recorded it: ([^<]*)\.<", page)[1]
+    assert "loss" not in missing.split(", ")
+
+
+def test_step_times_count_rows(tmp_path):
+    """And not runs, as the interval of a final loss does."""
+    data = data_of(report_of(tmp_path, rows_of_run(1), rows_of_run(1, "remoe")))
+    (first, _) = data["datasets"]["step-time"]
+    assert first["columns"]["count"] == [20]
+    for chart, counted in (("step-time", "training rows"), ("final-loss", "runs")):
+        tooltips = data["charts"][chart]["layer"][2]["encoding"]["tooltip"]
+        assert [t["title"] for t in tooltips if t["field"] == "count"] == [counted]
+
+
 def test_runs_without_rows_are_listed(tmp_path):
     page = report_of(tmp_path, rows_of_run(1), [])
     assert "1 of 2 runs need attention" in page
