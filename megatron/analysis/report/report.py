@@ -14,7 +14,7 @@ from typing import Any
 
 import megatron
 from megatron.analysis.compare.seed_statistics import CONFIDENCE
-from megatron.analysis.report import blocks, charts, series, tables
+from megatron.analysis.report import blocks, charts, maps, series, tables
 from megatron.analysis.report.charts import CurveAxis, CurveColumns
 from megatron.analysis.report.finals import (
     constant_value,
@@ -68,8 +68,10 @@ class _Draft:
 
     groups: list[RunGroup]
     unit: blocks.TimeUnit
-    num_metrics: int
-    """charts of metrics other than losses, at most"""
+    loss_points: int
+    """points of a loss curve, at most"""
+    metric_points: int
+    """points of a curve of another metric, at most"""
     body: list[str] = field(default_factory=list)
     charts: dict[str, dict[str, Any]] = field(default_factory=dict)
     datasets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -112,7 +114,8 @@ class _Draft:
         self, metric: str, title: str, axis: CurveAxis, kinds: Sequence[str] = (TRAIN,)
     ) -> str:
         """Add the curves of a metric, and return their figure; '' if no run has it."""
-        data = blocks.curve_data(self.groups, kinds, metric, self.unit, self._points(metric))
+        most_points = self.loss_points if metric == "loss" else self.metric_points
+        data = blocks.curve_data(self.groups, kinds, metric, self.unit, most_points)
         if data is None:
             is_recorded = series.is_recorded(self.groups, kinds, metric)
             (self.without_numbers if is_recorded else self.missing).append(metric)
@@ -127,15 +130,10 @@ class _Draft:
             points=data.most_points <= MOST_SHOWN_POINTS,
             smooth=list(kinds) == [TRAIN],
         )
-        self.charts[chart_id] = charts.curve_chart(chart_id, self.labels, axis, columns)
+        self.charts[chart_id] = charts.curve_chart(chart_id, axis, columns)
         self.datasets[chart_id] = data.blocks
         self.shared |= data.shared
         return chart_figure(chart_id, title)
-
-    def _points(self, metric: str) -> int:
-        if metric == "loss":
-            return series.points_of_losses(len(self.groups))
-        return series.points_of_metrics(len(self.groups), self.num_metrics)
 
 
 def write_report(
@@ -182,11 +180,18 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
     groups = group_runs(shown)
     kinds = held_out_kinds(groups)
     optimization = OPTIMIZATION | gradient_parts(shown)
-    num_metrics = 1 + count_metrics(
-        shown, BALANCE | PROBE_METRICS | optimization
-    )  # and the throughput
-    draft = _Draft(groups, _time_unit(shown), num_metrics)
-    draft.settings = _settings(shown, draft.unit)
+    num_metrics = count_metrics(shown, BALANCE | PROBE_METRICS | optimization)
+    draft = _Draft(
+        groups,
+        _time_unit(shown),
+        series.points_of_losses(len(groups) * (1 + len(kinds))),  # and the training loss
+        series.points_of_metrics(len(groups) * (1 + num_metrics)),  # and the throughput
+    )
+    draft.settings = {
+        "positions": _positions(shown, draft.unit),
+        "groups": draft.labels,
+        "dashes": [charts.dash_of(place) for place in range(len(groups))],
+    }
     title = options.title or _title(groups)
     found = [(run, run_problems(run)) for run in runs]
     found = [(run, sentences) for run, sentences in found if sentences]
@@ -243,8 +248,8 @@ def _time_unit(runs: list[ReportRun]) -> blocks.TimeUnit:
     )
 
 
-def _settings(runs: list[ReportRun], unit: blocks.TimeUnit) -> dict[str, Any]:
-    """Return what report.js needs to know: positions that some run has, and their titles."""
+def _positions(runs: list[ReportRun], unit: blocks.TimeUnit) -> dict[str, str]:
+    """Return the titles of the positions that some run has."""
     positions = {"iteration": "iteration", "tokens": "training tokens"}
     tables_of_rows = [run.train for run in runs] + [
         rows for run in runs for rows in run.held_out.values()
@@ -253,7 +258,7 @@ def _settings(runs: list[ReportRun], unit: blocks.TimeUnit) -> dict[str, Any]:
         positions["flops"] = "training FLOPs"
     if any(rows.seconds_R is not None and len(rows) for rows in tables_of_rows):
         positions["time"] = f"training time, {unit.name}"
-    return {"positions": positions}
+    return positions
 
 
 def _title(groups: list[RunGroup]) -> str:
@@ -367,48 +372,37 @@ def _final_section(draft: _Draft, kinds: list[str]) -> None:
 
 
 def _load_section(draft: _Draft) -> None:
-    chosen = [run for group in draft.groups for run in group.runs if run.loads]
-    if not chosen:
+    found = [run for group in draft.groups for run in group.runs if run.loads]
+    if not found:
         draft.missing.append("load_by_expert")
         return
-    has_masses = any(run.gate_masses for run in chosen)
-    num_maps = 2 if has_masses else 1
-    most_cells = blocks.MOST_CELLS // (num_maps * len(chosen))
-    loads = [
-        blocks.expert_grids(run.loads, str(number), most_cells)
-        for number, run in enumerate(chosen)
-    ]
-    experts: dict[str, dict[str, int]] = {str(number): {} for number in range(len(chosen))}
-    for grid in sum(loads, []):
-        run = grid["constants"]["run"]
-        experts[run][grid["constants"]["layer"]] = len(grid["down"]["expert"])
-    draft.settings["experts"] = experts
-    num_experts = max(experts["0"].values())
-    draft.charts["load"] = charts.expert_map_chart("load", num_experts, "load")
-    draft.datasets["load"] = sum(loads, [])
+    has_masses = any(run.gate_masses for run in found)
+    most_cells = maps.EXPERT_CELLS // (2 if has_masses else 1)
+    chosen = maps.fitting_runs(found, most_cells)
+    most_cells //= len(chosen)
+    loads = maps.expert_maps([run.loads for run in chosen], most_cells)
+    draft.charts["load"] = charts.expert_map_chart("load", "load")
+    draft.datasets["load"] = loads.blocks
     figures = [chart_figure("load", "Load by expert and iteration", wide=not has_masses)]
     explanation = (
         "Load: assignments to each routed expert divided by the mean over the layer's experts; 1 "
         "is uniform."
     )
+    reductions = _runs_left_out(found, chosen) + loads.reductions
     if has_masses:
-        draft.charts["gate-mass"] = charts.expert_map_chart(
-            "gate-mass", num_experts, "gate mass"
-        )
-        draft.datasets["gate-mass"] = [
-            grid
-            for number, run in enumerate(chosen)
-            if run.gate_masses
-            for grid in blocks.expert_grids(run.gate_masses, str(number), most_cells)
-        ]
+        masses = maps.expert_maps([run.gate_masses for run in chosen], most_cells)
+        draft.charts["gate-mass"] = charts.expert_map_chart("gate-mass", "gate mass")
+        draft.datasets["gate-mass"] = masses.blocks
         figures.append(chart_figure("gate-mass", "Gate mass by expert and iteration"))
         explanation += " Gate mass: sum of their weights, divided likewise."
+        reductions += masses.reductions
     else:
         draft.missing.append("gate_mass_by_expert")
+    scale = "The colour scale ends at 1/8 and 8; a dead expert has the colour of 1/8."
     runs = tables.option_list([(str(i), run.name) for i, run in enumerate(chosen)])
     draft.section(
         "Load of the experts over training",
-        f"{explanation} The colour scale ends at 1/8 and 8; a dead expert has the colour of 1/8.",
+        " ".join([explanation, scale, *dict.fromkeys(reductions)]),
         figures,
         tables.select_control("load-run", "run", runs)
         + tables.select_control("load-layer", "MoE layer", ""),
@@ -416,50 +410,47 @@ def _load_section(draft: _Draft) -> None:
     )
 
 
+def _runs_left_out(found: list[ReportRun], chosen: list[ReportRun]) -> list[str]:
+    if len(chosen) == len(found):
+        return []
+    return [f"Maps are of {len(chosen)} of {len(found)} runs."]
+
+
 def _experts_section(draft: _Draft) -> None:
     figures = []
-    final = blocks.histogram_blocks(draft.groups)
-    if final:
+    explanation = [
+        "Share of tokens that a number of experts process, after capacity, over all MoE layers."
+    ]
+    last = maps.last_histograms(draft.groups)
+    if last.blocks:
         draft.charts["histogram"] = charts.histogram_chart("histogram", draft.labels)
-        draft.datasets["histogram"] = final
+        draft.datasets["histogram"] = last.blocks
         figures.append(chart_figure("histogram", "Experts per token in the last row"))
+        explanation += last.reductions
     layers = blocks.experts_by_layer_blocks(draft.groups)
     if layers:
         axis = CurveAxis("mean experts per token")
-        draft.charts["experts-by-layer"] = charts.layer_chart(
-            "experts-by-layer", draft.labels, axis
-        )
+        draft.charts["experts-by-layer"] = charts.layer_chart("experts-by-layer", axis)
         draft.datasets["experts-by-layer"] = layers
         figures.append(chart_figure("experts-by-layer", "Experts per token by layer, last row"))
-    chosen = [run for group in draft.groups for run in group.runs if run.experts_per_token]
+    found = [run for group in draft.groups for run in group.runs if run.experts_per_token]
     controls = ""
-    if chosen:
-        most_cells = blocks.MOST_CELLS // 4 // len(chosen)
-        grids = [
-            blocks.histogram_grid(run, {"run": str(number)}, most_cells)
-            for number, run in enumerate(chosen)
-        ]
-        draft.datasets["histogram-map"] = grids
-        draft.settings["counts"] = {
-            grid["constants"]["run"]: len(grid["down"]["experts"]) for grid in grids
-        }
-        draft.charts["histogram-map"] = charts.histogram_map_chart(
-            "histogram-map", draft.settings["counts"]["0"]
+    if found:
+        chosen = maps.fitting_runs(found, maps.HISTOGRAM_CELLS)
+        over_time = maps.histogram_maps(
+            [run.experts_per_token for run in chosen], maps.HISTOGRAM_CELLS // len(chosen)
         )
+        draft.datasets["histogram-map"] = over_time.blocks
+        draft.charts["histogram-map"] = charts.histogram_map_chart("histogram-map")
         figures.append(
             chart_figure("histogram-map", "Experts per token over training", wide=True)
         )
+        explanation += _runs_left_out(found, chosen) + over_time.reductions
         runs = tables.option_list([(str(i), run.name) for i, run in enumerate(chosen)])
         controls = tables.select_control("histogram-run", "run over training", runs)
     else:
         draft.missing.append("experts_per_token_histogram")
-    draft.section(
-        "Experts per token",
-        "Share of tokens that a number of experts process, after capacity, over all MoE layers.",
-        figures,
-        controls,
-        is_large=True,
-    )
+    draft.section("Experts per token", " ".join(explanation), figures, controls, is_large=True)
 
 
 def _metric_section(

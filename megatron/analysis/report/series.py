@@ -20,14 +20,14 @@ POSITIONS = ("iteration", "tokens", "flops", "seconds")
 MOST_POINTS = 400
 """Points of a loss curve when there are few: more than the pixels that a phone gives it"""
 
-FEWEST_POINTS = 80
-LOSS_POINTS = 10_000
-"""Points of all groups in one chart of a loss; one takes about 60 bytes of the page"""
+LOSS_POINTS = 12_000
+"""Points of all curves of losses; one takes up to 80 bytes of the page"""
 
 MOST_METRIC_POINTS = 200
-FEWEST_METRIC_POINTS = 30
-METRIC_POINTS = 45_000
-"""Points of all groups and all other metrics; one takes about 20 bytes"""
+METRIC_POINTS = 30_000
+"""Points of all groups and all other metrics; one takes up to 40 bytes"""
+
+FEWEST_POINTS = 10
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,22 @@ class Series:
         return bool(np.isfinite(self.low).any())
 
 
-def points_of_losses(num_groups: int) -> int:
-    """Return how many points a loss curve may have, so that all groups together stay small."""
-    return int(np.clip(LOSS_POINTS // max(num_groups, 1), FEWEST_POINTS, MOST_POINTS))
+def points_of_losses(num_curves: int) -> int:
+    """Return how many points a loss curve may have, so that all of them together stay small.
+
+    Args:
+        num_curves: groups x kinds of rows.
+    """
+    return int(np.clip(LOSS_POINTS // max(num_curves, 1), FEWEST_POINTS, MOST_POINTS))
 
 
-def points_of_metrics(num_groups: int, num_metrics: int) -> int:
-    """Return how many points a curve of another metric may have."""
-    share = METRIC_POINTS // max(num_groups * num_metrics, 1)
-    return int(np.clip(share, FEWEST_METRIC_POINTS, MOST_METRIC_POINTS))
+def points_of_metrics(num_curves: int) -> int:
+    """Return how many points a curve of another metric may have.
+
+    Args:
+        num_curves: groups x metrics.
+    """
+    return int(np.clip(METRIC_POINTS // max(num_curves, 1), FEWEST_POINTS, MOST_METRIC_POINTS))
 
 
 def rows_of_kind(run: ReportRun, kind: str) -> KindRows | None:

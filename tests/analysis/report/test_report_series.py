@@ -13,8 +13,9 @@ from megatron.analysis.report.groups import RunGroup
 from megatron.analysis.report.history import bucket_edges
 from megatron.analysis.report.runs import KindRows, ReportRun
 from megatron.analysis.report.series import (
-    FEWEST_METRIC_POINTS,
     FEWEST_POINTS,
+    LOSS_POINTS,
+    MOST_METRIC_POINTS,
     MOST_POINTS,
     group_series,
     points_of_losses,
@@ -165,12 +166,13 @@ def test_seed_without_the_metric_is_not_counted():
     assert series.positions["iteration"].tolist() == [1, 2, 3]
 
 
-def test_many_groups_have_fewer_points():
-    counts = [points_of_losses(number) for number in (0, 1, 30, 60, 100, 1000)]
+def test_many_curves_have_fewer_points():
+    counts = [points_of_losses(number) for number in (0, 1, 60, 100, 1200, 10_000)]
     assert counts[0] == counts[1] == MOST_POINTS and counts[-1] == FEWEST_POINTS
     assert counts == sorted(counts, reverse=True)
-    assert points_of_metrics(1, 30) > points_of_metrics(100, 10) > points_of_metrics(100, 20)
-    assert points_of_metrics(1000, 30) == FEWEST_METRIC_POINTS
+    assert points_of_losses(300) * 300 == LOSS_POINTS
+    assert points_of_metrics(30) == MOST_METRIC_POINTS > points_of_metrics(1000)
+    assert points_of_metrics(30_000) == FEWEST_POINTS
 
 
 @pytest.mark.parametrize("length, most", [(1, 5), (5, 5), (7, 3), (100, 99), (60_000, 400)])
