@@ -119,8 +119,8 @@ def group_series(
         return value_SI
 
     value_SI = joined(table.values.get(metric, np.full(len(table), np.nan)) for table in tables)
-    positions = {}
-    for name in POSITIONS:
+    positions = {"iteration": iteration_I}
+    for name in POSITIONS[1:]:
         columns = [getattr(table, f"{name}_R") for table in tables]
         if all(column is not None for column in columns):
             positions[name] = _mean_positions(iteration_I, tables, columns)
