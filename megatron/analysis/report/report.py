@@ -323,6 +323,7 @@ def _toolbar(draft: _Draft) -> str:
         if name not in positions:
             axis += f'<option value="{name}" disabled>{title} (not recorded)</option>'
     longest = max((len(run.train) for group in draft.groups for run in group.runs), default=0)
+    longest = min(longest, draft.loss_points)
     smoothing = tables.option_list(
         [("0", "off"), ("2", "5 points"), ("5", "11 points"), ("12", "25 points")],
         "2" if longest >= SMOOTHED_FROM else "0",

@@ -320,6 +320,8 @@ def test_hundred_large_runs_fit_in_five_megabytes(seeds):
     assert len(blocks) == 100 / seeds
     assert all(max(block["columns"]["most"]) == 1e4 for block in blocks)
     assert "stands for up to" in page
+    # Curves of few points are not smoothed at first.
+    assert '<option value="0" selected>off' in page
     for chart in ("load", "gate-mass"):
         grids = data["datasets"][chart]
         assert len({grid["constants"]["run"] for grid in grids}) == 100
