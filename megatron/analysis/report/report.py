@@ -180,18 +180,7 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
     groups = group_runs(shown)
     kinds = held_out_kinds(groups)
     optimization = OPTIMIZATION | gradient_parts(shown)
-    num_metrics = count_metrics(shown, BALANCE | PROBE_METRICS | optimization)
-    draft = _Draft(
-        groups,
-        _time_unit(shown),
-        series.points_of_losses(len(groups) * (1 + len(kinds))),  # and the training loss
-        series.points_of_metrics(len(groups) * (1 + num_metrics)),  # and the throughput
-    )
-    draft.settings = {
-        "positions": _positions(shown, draft.unit),
-        "groups": draft.labels,
-        "dashes": [charts.dash_of(place) for place in range(len(groups))],
-    }
+    draft = _empty_draft(groups, shown, kinds, optimization)
     title = options.title or _title(groups)
     found = [(run, run_problems(run)) for run in runs]
     found = [(run, sentences) for run, sentences in found if sentences]
@@ -227,6 +216,26 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
             styles=(read_asset("report.css"),),
         )
     )
+
+
+def _empty_draft(
+    groups: list[RunGroup], runs: list[ReportRun], kinds: list[str], optimization: MetricCharts
+) -> _Draft:
+    """Return a draft without sections, with as many points as fit."""
+    num_metrics = count_metrics(runs, BALANCE | PROBE_METRICS | optimization)
+    unit = _time_unit(runs)
+    draft = _Draft(
+        groups,
+        unit,
+        series.points_of_losses(len(groups) * (1 + len(kinds))),  # and the training loss
+        series.points_of_metrics(len(groups) * (1 + num_metrics)),  # and the throughput
+    )
+    draft.settings = {
+        "positions": _positions(runs, unit),
+        "groups": draft.labels,
+        "dashes": [charts.dash_of(place) for place in range(len(groups))],
+    }
+    return draft
 
 
 _BALANCE_EXPLANATION = (
