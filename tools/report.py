@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
 
 def default_output(runs: list[str]) -> Path:
     """Return where the report is written without --output."""
-    path = Path(runs[0])
+    from megatron.analysis.report.sources import label_and_path
+
+    path = label_and_path(runs[0])[1]
     if len(runs) > 1 or not path.exists():
         return Path(DEFAULT_NAME)
     return (path if path.is_dir() else path.parent) / DEFAULT_NAME

@@ -20,24 +20,17 @@ def load_chart(num_layers: int) -> dict[str, Any]:
     Rows of its data set "load": layer, bin, experts (a label), load.
     """
     alt = import_optional("altair", EXTRA, "--output")
-    data = alt.NamedData("load")
-    height = min(_TALLEST, max(60, 22 * num_layers))
-    chart = alt.Chart(data, width="container", height=height).mark_rect()
-    return chart.encode(
-        x=alt.X("bin:O", title="expert", axis=_expert_axis(alt), sort=None),
-        y=alt.Y("layer:O", title="MoE layer", axis=alt.Axis(labelOverlap=True)),
-        color=alt.Color(
-            "load:Q",
-            title="load / mean",
-            scale=alt.Scale(scheme=_SCHEME, domainMin=0),
-            legend=_legend(alt),
-        ),
-        tooltip=[
-            alt.Tooltip("layer:O", title="MoE layer"),
-            alt.Tooltip("experts:N", title="experts"),
-            alt.Tooltip("load:Q", title="load / mean", format=".3f"),
-        ],
-    ).to_dict()
+    tooltip = [
+        alt.Tooltip("layer:O", title="MoE layer"),
+        alt.Tooltip("experts:N", title="experts"),
+        alt.Tooltip("load:Q", title="load / mean", format=".3f"),
+    ]
+    return _heat_map(
+        "load",
+        {"bin": "expert", "layer": "MoE layer", "load": "load / mean"},
+        tooltip,
+        height=min(_TALLEST, max(60, 22 * num_layers)),
+    )
 
 
 def co_activation_chart() -> dict[str, Any]:
@@ -46,24 +39,38 @@ def co_activation_chart() -> dict[str, Any]:
     Rows of its data set "co_activation": row, column (expert numbers), share, lift, positions.
     """
     alt = import_optional("altair", EXTRA, "--output")
-    data = alt.NamedData("co_activation")
-    chart = alt.Chart(data, width="container", height=440).mark_rect()
+    tooltip = [
+        alt.Tooltip("row:O", title="of the tokens of expert"),
+        alt.Tooltip("column:O", title="also use expert"),
+        alt.Tooltip("share:Q", title="share", format=".1%"),
+        alt.Tooltip("lift:Q", title="against independence", format=".2f"),
+        alt.Tooltip("positions:Q", title="tokens with both"),
+    ]
+    titles = {"column": "also uses expert", "row": "of the tokens of expert", "share": "share"}
+    return _heat_map("co_activation", titles, tooltip, height=440)
+
+
+def _heat_map(
+    dataset: str, titles: dict[str, str], tooltip: list[Any], height: int
+) -> dict[str, Any]:
+    """Return a heat map.
+
+    Args:
+        titles: by column of the data set: its horizontal axis, its vertical one, and its colour.
+    """
+    alt = import_optional("altair", EXTRA, "--output")
+    x, y, colour = titles
+    chart = alt.Chart(alt.NamedData(dataset), width="container", height=height).mark_rect()
     return chart.encode(
-        x=alt.X("column:O", title="also uses expert", axis=_expert_axis(alt)),
-        y=alt.Y("row:O", title="of the tokens of expert", axis=alt.Axis(labelOverlap=True)),
+        x=alt.X(f"{x}:O", title=titles[x], axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+        y=alt.Y(f"{y}:O", title=titles[y], axis=alt.Axis(labelOverlap=True)),
         color=alt.Color(
-            "share:Q",
-            title="share",
+            f"{colour}:Q",
+            title=titles[colour],
             scale=alt.Scale(scheme=_SCHEME, domainMin=0),
-            legend=_legend(alt),
+            legend=alt.Legend(orient="top", direction="horizontal", gradientLength=160),
         ),
-        tooltip=[
-            alt.Tooltip("row:O", title="of the tokens of expert"),
-            alt.Tooltip("column:O", title="also use expert"),
-            alt.Tooltip("share:Q", title="share", format=".1%"),
-            alt.Tooltip("lift:Q", title="against independence", format=".2f"),
-            alt.Tooltip("positions:Q", title="tokens with both"),
-        ],
+        tooltip=tooltip,
     ).to_dict()
 
 
@@ -88,11 +95,3 @@ def class_chart(title: str, num_classes: int) -> dict[str, Any]:
             alt.Tooltip("tokens:Q", title="tokens"),
         ],
     ).to_dict()
-
-
-def _expert_axis(alt: Any) -> Any:
-    return alt.Axis(labelOverlap=True, labelAngle=0)
-
-
-def _legend(alt: Any) -> Any:
-    return alt.Legend(orient="top", direction="horizontal", gradientLength=160)

@@ -232,8 +232,9 @@ function shareOf(token) {
 function paint() {
   const colour = colours[state.colour];
   const values = colour.values();
-  let low = Math.min(...values);
-  let high = Math.max(...values);
+  // Not Math.min(...values): a call has fewer arguments than a page may have tokens.
+  let low = values.reduce((least, value) => Math.min(least, value));
+  const high = values.reduce((most, value) => Math.max(most, value));
   if (state.colour === "expert") low = 0;
   const range = high - low;
   values.forEach((value, token) => {

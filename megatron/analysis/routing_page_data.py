@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.analysis.html_page import json_for_script
 from megatron.analysis.routing_statistics import (
     ExpertProfile,
     bin_width,
@@ -38,8 +39,8 @@ MAX_MATRIX = 32
 """Experts of a layer in the matrix of co-activation"""
 MAX_TOP_TOKENS = 8
 """Tokens that are listed for an expert"""
-ASSIGNMENT_BYTES = 1_900_000
-"""Characters of the base64 of all assignments that a page has, which keeps it below 5 MB"""
+TOKEN_BYTES = 1_900_000
+"""Bytes of all shown tokens, with their assignments, which keep a page below 5 MB"""
 
 
 @dataclass(frozen=True)
@@ -66,48 +67,57 @@ def routing_page_data(trace: RoutingTrace, options: PageOptions) -> dict[str, An
     Args:
         trace: with the text of each position; one position or more.
     """
-    num_shown = shown_positions(trace, options.max_tokens)
     count_T = experts_per_token(trace).sum(axis=1)
     routed_T = routed_experts_per_token(trace)
     entropy_T = weight_entropy(trace)
     keys = _token_keys(trace)
     starts = [start for start, _ in trace.document_ranges]
     class_T = np.array(token_classes(trace.texts, starts), np.int64)
-    layers = []
-    for layer in trace.layers:
-        layers.append(_layer_data(layer, num_shown, keys, class_T))
+    most = min(options.max_tokens, trace.num_positions)
+    columns = {
+        "texts": [visible_text(text) for text in trace.texts[:most]],
+        "classes": class_T[:most].tolist(),
+        "ids": None if trace.token_ids_T is None else trace.token_ids_T[:most].tolist(),
+        "experts": count_T[:most].tolist(),
+        "routed": _rounded(routed_T, most),
+        "entropy": _rounded(entropy_T, most),
+    }
+    num_shown = shown_positions(trace, columns)
+    shown = {name: values and values[:num_shown] for name, values in columns.items()}
+    layers = [_layer_data(layer, num_shown, keys, class_T) for layer in trace.layers]
     return {
         "title": options.title,
         "notes": [*options.notes, *_notes(trace, num_shown)],
         "num_tokens": trace.num_positions,
         "classes": list(TOKEN_CLASSES),
-        "tokens": {
-            "texts": [visible_text(text) for text in trace.texts[:num_shown]],
-            "classes": class_T[:num_shown].tolist(),
-            "ids": _token_ids(trace, num_shown),
-            "documents": [start for start in starts if start < num_shown],
-            "experts": count_T[:num_shown].tolist(),
-            "routed": _rounded(routed_T, num_shown),
-            "entropy": _rounded(entropy_T, num_shown),
-        },
-        "vocabulary": keys.texts,
+        "tokens": {**shown, "documents": [start for start in starts if start < num_shown]},
+        "vocabulary": _vocabulary(keys.texts, layers),
         "layers": layers,
         "class_means": _class_means(count_T, routed_T, entropy_T, class_T),
     }
 
 
-def shown_positions(trace: RoutingTrace, max_tokens: int) -> int:
-    """Return how many positions are shown: at most a limit, and as many as a page has space for.
+def shown_positions(trace: RoutingTrace, columns: dict[str, list[Any] | None]) -> int:
+    """Return how many positions are shown: as many as a page has space for, but at least one.
 
-    At least one position is shown.
+    Args:
+        columns: what the page has of each position, in addition to its assignments.
     """
-    bytes_T = np.zeros(trace.num_positions)
+    rows = list(zip(*(values for values in columns.values() if values is not None)))
+    # A row is a byte longer than its values in their columns.
+    bytes_S = np.array([len(json_for_script(row).encode()) for row in rows], np.float64)
     for layer in trace.layers:
         width = _integer_dtype(layer.num_choices - 1).itemsize + 2
-        bytes_T += layer.count_T.numpy() * width + 2
-    characters_T = (bytes_T * 4 / 3).cumsum()
-    fitting = int(np.searchsorted(characters_T, ASSIGNMENT_BYTES, side="right"))
-    return max(1, min(max_tokens, fitting, trace.num_positions))
+        assignments_S = layer.count_T[: len(rows)].numpy() * width + 2
+        bytes_S += assignments_S * 4 / 3
+    fitting = int(np.searchsorted(bytes_S.cumsum(), TOKEN_BYTES, side="right"))
+    return max(1, fitting)
+
+
+def _vocabulary(texts: list[str], layers: list[dict[str, Any]]) -> dict[int, str]:
+    """Return the texts of the tokens that are listed for an expert, by their numbers."""
+    listed = {key for layer in layers for use in layer["listed"] for key, *_ in use["tokens"]}
+    return {key: texts[key] for key in sorted(listed)}
 
 
 @dataclass(frozen=True)
@@ -130,12 +140,6 @@ def _token_keys(trace: RoutingTrace) -> _TokenKeys:
     for key, text in zip(key_T.tolist(), trace.texts, strict=True):
         texts[key] = texts[key] or text
     return _TokenKeys(key_T, [visible_text(text) for text in texts])
-
-
-def _token_ids(trace: RoutingTrace, num_shown: int) -> list[int] | None:
-    if trace.token_ids_T is None:
-        return None
-    return trace.token_ids_T[:num_shown].tolist()
 
 
 def _rounded(values_T: np.ndarray | None, num_shown: int) -> list[float] | None:

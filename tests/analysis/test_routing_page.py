@@ -19,13 +19,13 @@ from helpers.traces import (
     layer_of_lists,
     traced_gates,
 )
+from megatron.analysis import routing_page_data as routing_page_data_module
 from megatron.analysis.html_page import json_for_script
 from megatron.analysis.routing_page import routing_page, write_routing_page
 from megatron.analysis.routing_page_data import (
-    ASSIGNMENT_BYTES,
+    TOKEN_BYTES,
     PageOptions,
     routing_page_data,
-    shown_positions,
 )
 from megatron.analysis.routing_statistics import co_activation, most_used
 from megatron.analysis.token_classes import TOKEN_CLASSES
@@ -147,9 +147,43 @@ def test_largest_pages_are_below_5_mb(tokens, layers, num_experts, k):
     drawn = [drawn_layer(tokens, num_experts, k, k, seed=i) for i in range(layers)]
     trace = drawn_trace(tokens, drawn)
     assert len(routing_page(trace, PageOptions("x", 10**6)).encode()) < 5_000_000
-    shown = shown_positions(trace, 10**6)
+    shown = len(routing_page_data(trace, PageOptions("x", 10**6))["tokens"]["texts"])
     assert 1 <= shown < tokens
-    assert layers * k * shown * 4 < ASSIGNMENT_BYTES
+    assert layers * k * shown * 4 < TOKEN_BYTES
+
+
+def test_page_of_many_different_tokens_is_below_5_mb():
+    """Whose texts and ids take more space than their experts, and are shown as far as they fit."""
+    tokens = 100_000
+    trace = drawn_trace(tokens, [drawn_layer(tokens, 8, 1, 1)])
+    texts = tuple(f" <{i}>" for i in range(tokens))
+    trace = replace(trace, texts=texts, token_ids_T=torch.arange(tokens))
+    page = routing_page(trace, PageOptions("x", 10**6))
+    assert len(page.encode()) < 5_000_000
+    (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page)
+    data = json.loads(text)
+    shown = len(data["tokens"]["texts"])
+    assert all(len(data["tokens"][name]) == shown for name in ("ids", "classes", "entropy"))
+    encoded = json_for_script({**data, "charts": None, "layers": None, "vocabulary": None})
+    experts = 4 / 3 * 5 * shown
+    assert 0.95 * TOKEN_BYTES < len(encoded) + experts < TOKEN_BYTES + 1000
+    keys = {str(key) for use in data["layers"][0]["listed"] for key, *_ in use["tokens"]}
+    assert keys == {*data["vocabulary"]}
+    assert all(data["vocabulary"][key] == texts[int(key)] for key in keys)
+
+
+@pytest.mark.slow
+def test_page_of_very_many_tokens_opens(tmp_path, monkeypatch):
+    """More of them than a function of JavaScript can have arguments."""
+    monkeypatch.setattr(routing_page_data_module, "TOKEN_BYTES", 10**9)
+    tokens = 150_000
+    trace = drawn_trace(tokens, [drawn_layer(tokens, 8, 2, 1)])
+    write_routing_page(tmp_path / "page.html", trace, PageOptions("x", tokens))
+    with open_page(tmp_path / "page.html") as (page, errors):
+        page.wait_for_selector("body.ready", timeout=300_000)
+        assert page.inner_text("#low") == "1" and page.inner_text("#high") == "2"
+        assert page.locator(".token").count() == tokens
+        assert errors == []
 
 
 def test_page_without_text_is_refused(tmp_path):

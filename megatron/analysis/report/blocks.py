@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,24 +12,11 @@ import numpy as np
 
 from megatron.analysis.report.finals import final_loss, last_loss
 from megatron.analysis.report.groups import RunGroup
-from megatron.analysis.report.history import LayerHistory, bucket_edges
-from megatron.analysis.report.page import rounded
-from megatron.analysis.report.runs import ReportRun
+from megatron.analysis.report.page import DataBlock, rounded
 from megatron.analysis.report.series import Series, group_series
-
-DataBlock = dict[str, Any]
-
-MOST_CELLS = 120_000
-"""Cells of all heat maps of a page, of about 4 bytes each"""
 
 EXTREME_DIGITS = 4
 """Significant digits of minima and maxima"""
-
-FEWEST_COLUMNS = 8
-"""Columns in time below which a heat map shows nothing: layers are left out instead"""
-
-SMALLEST_SHARE = 5e-4
-"""Share of tokens below which the ends of a histogram are left out"""
 
 _TIME_UNITS = (
     (86400.0 * 3, "days", 86400.0),
@@ -88,6 +76,7 @@ def curve_data(
     has_extremes = has_spread or rows_per_point > 1
     blocks = []
     shared = {}
+    names: dict[str, str] = {}
     for place, kind, series in found:
         columns: dict[str, list[Any]] = {"mean": rounded(series.mean)}
         if has_spread:
@@ -97,9 +86,10 @@ def curve_data(
         if has_extremes:
             columns["least"] = rounded(series.least, EXTREME_DIGITS)
             columns["most"] = rounded(series.most, EXTREME_DIGITS)
-        # Metrics of one kind have the same rows, so the same points.
-        name = f"{place} {kind} {most_points}"
-        shared[name] = _position_columns(series, unit)
+        # Metrics of one kind have the same rows, so the same points; held-out sets often do.
+        positions = _position_columns(series, unit)
+        name = names.setdefault(json.dumps(positions), f"{place} {kind} {most_points}")
+        shared[name] = positions
         constants = {"group": groups[place].label, "kind": kind}
         blocks.append({"constants": constants, "columns": columns, "shared": name})
     longest = max(len(series) for _, _, series in found)
@@ -150,93 +140,6 @@ def interval_block(label: str, quantiles: list[float], count: int) -> DataBlock:
     low, middle, high = rounded(quantiles)
     columns = {"mean": [middle], "low": [low], "high": [high], "count": [count]}
     return {"constants": {"group": label}, "columns": columns}
-
-
-def histogram_blocks(groups: list[RunGroup]) -> list[DataBlock]:
-    """Return the last distribution of experts per token of each group, a mean over its runs."""
-    blocks = []
-    for group in groups:
-        lists = [run.experts_per_token.last_N for run in group.runs if run.experts_per_token]
-        if not lists:
-            continue
-        longest = max(map(len, lists))
-        share_N = np.mean([np.pad(share, (0, longest - len(share))) for share in lists], axis=0)
-        first, stop = _support(share_N)
-        columns = {
-            "experts": list(range(first, stop)),
-            "share": rounded(share_N[first:stop], 4),
-        }
-        blocks.append({"constants": {"group": group.label}, "columns": columns})
-    return blocks
-
-
-def histogram_grid(
-    run: ReportRun, constants: dict[str, str], most_cells: int
-) -> DataBlock | None:
-    """Return the distribution of experts per token of a run over its training."""
-    history = run.experts_per_token
-    if history is None:
-        return None
-    first, stop = _support(history.value_CN.max(axis=0))
-    most_columns = max(most_cells // (stop - first), FEWEST_COLUMNS)
-    value_CN = history.value_CN[:, first:stop]
-    merged = _merged(history.start_C, history.end_C, value_CN, most_columns)
-    return {
-        "constants": constants,
-        "along": {"start": rounded(merged[0], 9), "end": rounded(merged[1], 9)},
-        "down": {"experts": list(range(first, stop))},
-        "cells": {"share": rounded(merged[2].ravel(), 3)},
-    }
-
-
-def expert_grids(history: LayerHistory, run: str, most_cells: int) -> list[DataBlock]:
-    """Return the shares of a run's experts, relative to their mean, one block per layer.
-
-    With more layers than fit into `most_cells`, some of them, evenly spaced, are left out.
-    """
-    num_experts = max(value_CE.shape[1] for value_CE in history.layers.values())
-    most_layers = max(most_cells // (num_experts * FEWEST_COLUMNS), 1)
-    layers = sorted(history.layers)
-    if len(layers) > most_layers:
-        places = np.linspace(0, len(layers) - 1, most_layers).round().astype(int)
-        layers = [layers[place] for place in places]
-    most_columns = max(most_cells // (num_experts * len(layers)), FEWEST_COLUMNS)
-    blocks = []
-    for layer in layers:
-        share_CE = history.layers[layer]
-        start_C, end_C, share_CE = _merged(
-            history.start_C, history.end_C, share_CE, most_columns
-        )
-        mean_C1 = share_CE.mean(axis=1, keepdims=True)
-        relative_CE = np.divide(
-            share_CE, mean_C1, out=np.full(share_CE.shape, np.nan), where=mean_C1 > 0
-        )
-        blocks.append(
-            {
-                "constants": {"run": run, "layer": str(layer)},
-                "along": {"start": rounded(start_C, 9), "end": rounded(end_C, 9)},
-                "down": {"expert": list(range(share_CE.shape[1]))},
-                "cells": {"relative": rounded(relative_CE.ravel(), 3)},
-            }
-        )
-    return blocks
-
-
-def _merged(
-    start_C: np.ndarray, end_C: np.ndarray, value_CN: np.ndarray, most_columns: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge columns in time until there are at most `most_columns`; (starts, ends, means)."""
-    edges = bucket_edges(len(start_C), most_columns)
-    sum_CN = np.add.reduceat(value_CN, edges[:-1], axis=0)
-    return start_C[edges[:-1]], end_C[edges[1:] - 1], sum_CN / np.diff(edges)[:, None]
-
-
-def _support(share_N: np.ndarray) -> tuple[int, int]:
-    """Return the range of a histogram without its nearly empty ends."""
-    filled = np.flatnonzero(share_N >= SMALLEST_SHARE)
-    if not len(filled):
-        return 0, len(share_N)
-    return int(filled[0]), int(filled[-1]) + 1
 
 
 def experts_by_layer_blocks(groups: list[RunGroup]) -> list[DataBlock]:

@@ -2,7 +2,8 @@
 
 `usermeta` tells report.js what a control of the page changes in a chart:
 `progress`: its x axis is the position in training, which the reader selects; `smooth`: the columns
-that the smoothing replaces by running means; `groups`: rows of hidden groups are left out.
+that the smoothing replaces by running means; `groups`: its scales have all groups, and rows of
+hidden groups are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from megatron.analysis.report.page import NUM_SERIES_COLOURS
 from megatron.optional_packages import import_optional
 
 CURVE_HEIGHT = 230
-MOST_ROWS_WITH_LABELS = 40
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4])
 """Dash patterns: groups beyond the colours repeat them with the next pattern"""
 
@@ -39,17 +39,14 @@ def altair():
     return import_optional("altair", "analysis", "a report")
 
 
-def group_colour(labels: list[str], **options: Any):
-    """Return the colour channel of groups; the palette is that of the page's theme."""
-    scale = altair().Scale(domain=labels)
-    return altair().Color("group:N", scale=scale, legend=None, **options)
+def group_colour():
+    """Return the colour channel of groups; report.js gives all charts one scale."""
+    return altair().Color("group:N", legend=None)
 
 
-def group_dash(labels: list[str]):
-    """Return the dash channel of groups."""
-    patterns = [dash_of(place) for place in range(len(labels))]
-    scale = altair().Scale(domain=labels, range=patterns)
-    return altair().StrokeDash("group:N", scale=scale, legend=None)
+def group_dash():
+    """Return the dash channel of groups, like their colours."""
+    return altair().StrokeDash("group:N", legend=None)
 
 
 def dash_of(place: int) -> list[int]:
@@ -73,9 +70,7 @@ class CurveColumns:
     """whether the reader can smooth them; evaluations are means over many batches already"""
 
 
-def curve_chart(
-    dataset: str, labels: list[str], axis: CurveAxis, columns: CurveColumns
-) -> dict[str, Any]:
+def curve_chart(dataset: str, axis: CurveAxis, columns: CurveColumns) -> dict[str, Any]:
     """Return curves of groups over the training.
 
     A point's mean is a line, the spread over seeds a band, and the extremes of the rows that the
@@ -90,7 +85,7 @@ def curve_chart(
     )
     scale = alt.Scale(zero=axis.starts_at_zero)
     y_axis = number_axis(axis.format, tickCount=6)
-    colour = group_colour(labels)
+    colour = group_colour()
     base = alt.Chart().encode(x=x)
 
     def y(column: str) -> Any:
@@ -104,7 +99,7 @@ def curve_chart(
         area = base.mark_area(opacity=0.25)
         layers.append(area.encode(y=y("low"), y2="high:Q", color=colour))
     line = base.mark_line(strokeWidth=1.75)
-    layers.append(line.encode(y=y("mean"), color=colour, strokeDash=group_dash(labels)))
+    layers.append(line.encode(y=y("mean"), color=colour, strokeDash=group_dash()))
     if columns.points:
         point = base.mark_point(size=26, filled=True, opacity=1)
         layers.append(point.encode(y=y("mean"), color=colour))
@@ -135,15 +130,16 @@ def _curve_tooltip(axis: CurveAxis, columns: CurveColumns) -> list[Any]:
     return tooltip
 
 
-def expert_map_chart(dataset: str, num_experts: int, name: str) -> dict[str, Any]:
+def expert_map_chart(dataset: str, name: str) -> dict[str, Any]:
     """Return shares of a layer's experts over the training, relative to their mean.
+
+    report.js sets its height and labels, which depend on the run and layer that it shows.
 
     Args:
         name: what the experts share, such as load.
     """
     title = f"{name} / mean {name}"
     alt = altair()
-    labels = None if num_experts <= MOST_ROWS_WITH_LABELS else list(range(0, num_experts, 16))
     colour = alt.Color(
         "log_relative:Q",
         title=title,
@@ -159,34 +155,35 @@ def expert_map_chart(dataset: str, num_experts: int, name: str) -> dict[str, Any
         alt.Chart(alt.NamedData(dataset))
         .transform_calculate(
             # The scale ends at 1/8 and 8; a share of 0 has no logarithm.
-            log_relative=("datum.relative > 0 ? clamp(log(datum.relative) / LN2, -3, 3) : -3")
+            log_relative="datum.relative > 0 ? clamp(log(datum.relative) / LN2, -3, 3) : -3",
+            numbers=_numbers_of_row("expert"),
         )
         .mark_rect()
         .encode(
             x=_time_of_map(),
             x2="end:Q",
-            y=alt.Y(
-                "expert:O",
-                title="expert",
-                axis=alt.Axis(values=labels) if labels else alt.Axis(),
-            ),
+            y=alt.Y("expert:O", title="expert"),
             color=colour,
             tooltip=[
-                alt.Tooltip("expert:O", title="expert"),
+                alt.Tooltip("numbers:N", title="expert"),
                 alt.Tooltip("relative:Q", title=title, format=".3~g"),
                 alt.Tooltip("start:Q", title="after iteration"),
                 alt.Tooltip("end:Q", title="to iteration"),
             ],
         )
     )
-    return _finished(chart, _rows_height(num_experts), {})
+    return _finished(chart, CURVE_HEIGHT, {})
 
 
-def histogram_map_chart(dataset: str, num_counts: int) -> dict[str, Any]:
-    """Return the distribution of experts per token over the training."""
+def histogram_map_chart(dataset: str) -> dict[str, Any]:
+    """Return the distribution of experts per token over the training.
+
+    report.js sets its height and labels.
+    """
     alt = altair()
     chart = (
         alt.Chart(alt.NamedData(dataset))
+        .transform_calculate(numbers=_numbers_of_row("experts"))
         .mark_rect()
         .encode(
             x=_time_of_map(),
@@ -199,14 +196,20 @@ def histogram_map_chart(dataset: str, num_counts: int) -> dict[str, Any]:
                 legend=alt.Legend(orient="bottom", gradientLength=220, format="~%"),
             ),
             tooltip=[
-                alt.Tooltip("experts:O", title="experts per token"),
+                alt.Tooltip("numbers:N", title="experts per token"),
                 alt.Tooltip("share:Q", title="share of tokens", format=".3~%"),
                 alt.Tooltip("start:Q", title="after iteration"),
                 alt.Tooltip("end:Q", title="to iteration"),
             ],
         )
     )
-    return _finished(chart, _rows_height(num_counts), {})
+    return _finished(chart, CURVE_HEIGHT, {})
+
+
+def _numbers_of_row(column: str) -> str:
+    """Return the expression of the numbers in a row, of which `last` is the last if it exists."""
+    first = f"datum.{column}"
+    return f"datum.last > {first} ? {first} + ' to ' + datum.last : '' + {first}"
 
 
 def histogram_chart(dataset: str, labels: list[str]) -> dict[str, Any]:
@@ -215,14 +218,16 @@ def histogram_chart(dataset: str, labels: list[str]) -> dict[str, Any]:
     encoding = {
         "x": alt.X("experts:Q", title="experts per token", axis=alt.Axis(tickMinStep=1)),
         "y": alt.Y("share:Q", title="share of tokens", axis=number_axis("~%")),
-        "color": group_colour(labels),
+        "color": group_colour(),
         "tooltip": [
             alt.Tooltip("group:N", title="run"),
-            alt.Tooltip("experts:Q", title="experts per token"),
+            alt.Tooltip("numbers:N", title="experts per token"),
             alt.Tooltip("share:Q", title="share of tokens", format=".3~%"),
         ],
     }
-    base = alt.Chart(alt.NamedData(dataset))
+    base = alt.Chart(alt.NamedData(dataset)).transform_calculate(
+        numbers=_numbers_of_row("experts")
+    )
     if len(labels) == 1:
         encoding["x"] = alt.X(
             "experts:O", title="experts per token", axis=alt.Axis(labelAngle=0)
@@ -230,11 +235,11 @@ def histogram_chart(dataset: str, labels: list[str]) -> dict[str, Any]:
         return _finished(base.mark_bar().encode(**encoding), CURVE_HEIGHT, {"groups": True})
     line = base.mark_line(
         point=alt.OverlayMarkDef(size=35, filled=True), strokeWidth=1.5
-    ).encode(strokeDash=group_dash(labels), **encoding)
+    ).encode(strokeDash=group_dash(), **encoding)
     return _finished(line, CURVE_HEIGHT, {"groups": True})
 
 
-def layer_chart(dataset: str, labels: list[str], axis: CurveAxis) -> dict[str, Any]:
+def layer_chart(dataset: str, axis: CurveAxis) -> dict[str, Any]:
     """Return a metric of the MoE layers at the end of the training."""
     alt = altair()
     chart = (
@@ -243,8 +248,8 @@ def layer_chart(dataset: str, labels: list[str], axis: CurveAxis) -> dict[str, A
         .encode(
             x=alt.X("layer:O", title="MoE layer", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("value:Q", title=axis.title, scale=alt.Scale(zero=axis.starts_at_zero)),
-            color=group_colour(labels),
-            strokeDash=group_dash(labels),
+            color=group_colour(),
+            strokeDash=group_dash(),
             tooltip=[
                 alt.Tooltip("group:N", title="run"),
                 alt.Tooltip("layer:O", title="MoE layer"),
@@ -256,13 +261,14 @@ def layer_chart(dataset: str, labels: list[str], axis: CurveAxis) -> dict[str, A
 
 
 def interval_chart(
-    dataset: str, labels: list[str], axis: CurveAxis, interval: str
+    dataset: str, labels: list[str], axis: CurveAxis, interval: str, counted: str = "runs"
 ) -> dict[str, Any]:
     """Return one mean with its interval per group, and the values of its runs as rings.
 
     Args:
         axis: of the values.
         interval: name of the interval in the tooltip.
+        counted: what the mean is over, and the column `count` counts.
     """
     alt = altair()
     title = axis.title
@@ -273,7 +279,7 @@ def interval_chart(
         axis=alt.Axis(labelLimit=150, domain=False, ticks=False, grid=True),
     )
     scale = alt.Scale(zero=False, nice=True, padding=12)
-    base = alt.Chart().encode(y=y, color=group_colour(labels))
+    base = alt.Chart().encode(y=y, color=group_colour())
     x_axis = number_axis(axis.format, tickCount=5)
     rule = base.mark_rule(strokeWidth=2).encode(
         x=alt.X("low:Q", title=title, scale=scale, axis=x_axis), x2="high:Q"
@@ -283,7 +289,7 @@ def interval_chart(
         alt.Tooltip("mean:Q", title=title, format=".5~g"),
         alt.Tooltip("low:Q", title=f"{interval}, from", format=".5~g"),
         alt.Tooltip("high:Q", title="to", format=".5~g"),
-        alt.Tooltip("count:Q", title="runs"),
+        alt.Tooltip("count:Q", title=counted),
     ]
     mean = base.mark_point(filled=True, size=85, opacity=1).encode(
         x=alt.X("mean:Q", title=title, scale=scale, axis=x_axis), tooltip=tooltip
@@ -315,10 +321,6 @@ def number_axis(number_format: str, **options: Any) -> Any:
         return alt.Axis(**options)
     zero = "datum.value === 0 ? '0' : datum.label"
     return alt.Axis(format=number_format, labelExpr=zero, **options)
-
-
-def _rows_height(count: int) -> int:
-    return int(min(max(14 * count, 120), 460))
 
 
 def _finished(chart, height: int, usermeta: dict[str, Any]) -> dict[str, Any]:

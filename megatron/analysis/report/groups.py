@@ -17,8 +17,11 @@ from megatron.config.values import flatten_settings
 MOST_LABEL_PARTS = 3
 """Settings that a label names at most; beyond that, the name of the first run is clearer"""
 
-_START_FIELDS = {"init_from_hf", "finetune"}
-"""Fields of CheckpointConfig on which results depend"""
+_EFFECTIVE_FIELDS = {"load_optim", "load_rng", "override_lr_schedule", "loss_spike_action"}
+"""Fields on which results depend, of sections whose other fields cannot change them"""
+
+_ORIGIN = ("train.init_from_hf", "train.load", "train.load_step")
+"""Settings of the weights that a run begins with; the last two only with --finetune"""
 
 
 def _fields_without_effect() -> set[str]:
@@ -29,7 +32,7 @@ def _fields_without_effect() -> set[str]:
     names = {"seed", "log_interval", "eval_interval", "data_cache_path", "num_workers"}
     for section in (CheckpointConfig, FaultToleranceConfig, LoggingConfig, ProfilingConfig):
         names |= {field.name for field in dataclasses.fields(section)}
-    return names - _START_FIELDS
+    return names - _EFFECTIVE_FIELDS
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def group_runs(runs: Iterable[ReportRun]) -> list[RunGroup]:
     members: dict[str, list[ReportRun]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for run in runs:
-        flat = result_settings(run.config)
+        flat = result_settings(run.config, run.first_config)
         if run.source.label:
             key = f"label {run.source.label}"
         elif flat:
@@ -65,14 +68,27 @@ def group_runs(runs: Iterable[ReportRun]) -> list[RunGroup]:
     return [RunGroup(labels[key], tuple(members[key])) for key in members]
 
 
-def result_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings on which results depend, as `section.field` (deeper: with more dots)."""
+def result_settings(config: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings on which results depend, as `section.field` (deeper: with more dots).
+
+    Args:
+        config: configuration of the run's last start.
+        first: configuration of its first start, which the weights that it began with depend on:
+            the --load of a resume is the run's own checkpoint.
+    """
     ignored = _fields_without_effect() | {"version"}
-    return {
+    flat = {
         setting: value
         for setting, value in flatten_settings(config).items()
         if setting.rpartition(".")[2] not in ignored
     }
+    return flat | _origin(flatten_settings(first))
+
+
+def _origin(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the weights that a run begins with, from those of its first start."""
+    names = _ORIGIN if flat.get("train.finetune") else _ORIGIN[:1]
+    return {name: flat[name] for name in names if name in flat}
 
 
 def gate_name(flat: dict[str, Any]) -> str:
@@ -121,7 +137,7 @@ def _short(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list | tuple):
         return " ".join(map(_short, value)) or "none"
-    return str(value)
+    return "none" if value in (None, "") else str(value)
 
 
 def _made_unique(labels: dict[str, str], members: dict[str, list[ReportRun]]) -> dict[str, str]:

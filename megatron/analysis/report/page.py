@@ -30,6 +30,9 @@ from megatron.analysis.html_page import (
     vega_bundle,
 )
 
+DataBlock = dict[str, Any]
+"""Part of a data set, as the module's docstring describes it"""
+
 NUM_SERIES_COLOURS = 7
 """Colours of `page.css` (--series-0 to --series-6), chosen for colour-blind readers"""
 
@@ -51,7 +54,7 @@ class PageContent:
     charts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Vega-Lite specifications by id. Data are `{"name": DATA SET}`; `chart_figure` makes the
     element with this id in the body."""
-    datasets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    datasets: dict[str, list[DataBlock]] = field(default_factory=dict)
     """blocks by the name of the data set, as the module's docstring describes them"""
     shared: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     """columns of several blocks, by name"""

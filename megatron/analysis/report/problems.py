@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from megatron.analysis.report.runs import KindRows, ReportRun
 from megatron.analysis.report.words import count_text
+from megatron.config.training import LENGTH_FIELDS
 
 
 def run_problems(run: ReportRun) -> list[str]:
@@ -40,14 +43,38 @@ def _losses_without_number(rows: KindRows, what: str) -> list[str]:
 
 
 def _early_end(run: ReportRun) -> list[str]:
-    planned = run.config.get("train", {}).get("train_iters")
-    if not isinstance(planned, int) or not planned or not len(run.train):
+    """Compare where the training rows end with the length of the run, in the unit of its flag.
+
+    A last interval that is shorter than --log-interval has a row of its own.
+    """
+    train = run.config.get("train", {})
+    lengths = {unit: train.get(name) for unit, name in LENGTH_FIELDS.items()}
+    found = [(unit, planned) for unit, planned in lengths.items() if planned]
+    if not found or not len(run.train):
         return []
-    reached = float(run.train.iteration_R[-1])
-    # A last interval that is shorter than --log-interval has a row of its own.
-    if reached >= planned:
+    unit, planned = found[0]
+    iteration = float(run.train.iteration_R[-1])
+    reached = iteration
+    least = planned
+    if unit != "iterations":
+        reached = float(run.train.tokens_R[-1])
+    if unit == "samples":
+        reached /= run.config.get("model", {}).get("seq_length") or math.nan
+        # A last step that would exceed the length is left out.
+        least = planned - _step_samples(run) + 1
+    if not reached < least:
         return []
-    return [f"It ended at iteration {count_text(reached)} of {count_text(planned)}."]
+    end = f"It ended at iteration {count_text(iteration)}"
+    if unit == "iterations":
+        return [f"{end} of {count_text(planned)}."]
+    return [f"{end}, after {count_text(reached)} of {count_text(planned)} {unit}."]
+
+
+def _step_samples(run: ReportRun) -> int:
+    """Return the samples of a step after a ramp-up."""
+    train = run.config["train"]
+    ranks = run.start("world_size") or 1
+    return train.get("global_batch_size") or train.get("micro_batch_size", 1) * ranks
 
 
 def _skipped(run: ReportRun) -> list[str]:

@@ -65,22 +65,37 @@
     }
   }
 
+  // One scale for all charts, which does not follow what is shown, so that groups keep their looks.
+  function scaleGroups(spec) {
+    for (const { encoding } of spec.layer || [spec]) {
+      encoding.color.scale = { domain: settings.groups };
+      if (encoding.strokeDash) {
+        encoding.strokeDash.scale = { domain: settings.groups, range: settings.dashes };
+      }
+    }
+  }
+
   // The rows themselves are filtered, so that axes fit what is shown.
   function hide(spec) {
     spec.params = [...(spec.params || []), { name: "hidden", value: hiddenGroups() }];
     spec.transform = [{ filter: "indexof(hidden, datum.group) < 0" }, ...(spec.transform || [])];
   }
 
-  function fitRows(spec, count) {
-    spec.height = Math.min(Math.max(14 * count, 120), 460);
-    const axis = (spec.encoding.y.axis = { ...spec.encoding.y.axis });
-    delete axis.values;
-    if (count > 40) {
-      const step = Math.ceil(count / 16);
-      const domain = page.rows(spec.data.name, selectedBlock(spec.data.name));
-      const names = [...new Set(domain.map((row) => row[spec.encoding.y.field]))];
-      axis.values = names.filter((name) => name % step === 0);
+  // Height and labels of a heat map: its rows are those of the block that is shown.
+  function fitRows(spec) {
+    const block = blocksOf(spec.data.name, selectedBlock(spec.data.name))[0];
+    if (!block) return;
+    const names = block.down[spec.encoding.y.field];
+    spec.height = Math.min(Math.max(14 * names.length, 120), 460);
+    if (names.length > 40) {
+      const step = Math.ceil(names.length / 16);
+      spec.encoding.y.axis = { values: names.filter((_, row) => row % step === 0) };
     }
+  }
+
+  function blocksOf(name, constants) {
+    return page.datasets[name].filter((block) =>
+      Object.entries(constants).every(([key, value]) => block.constants[key] === value));
   }
 
   function selectedBlock(name) {
@@ -95,12 +110,11 @@
       fitValues(spec, id);
     }
     if (meta.smooth) smooth(spec);
-    if (meta.groups) hide(spec);
-    if (expertMaps.includes(id)) {
-      const { run, layer } = selectedBlock(id);
-      fitRows(spec, settings.experts[run][layer]);
+    if (meta.groups) {
+      scaleGroups(spec);
+      hide(spec);
     }
-    if (id === "histogram-map") fitRows(spec, settings.counts[element("histogram-run").value]);
+    if (expertMaps.includes(id) || id === "histogram-map") fitRows(spec);
   });
 
   function selectHeldOut() {
@@ -112,7 +126,8 @@
 
   function listLayers() {
     const previous = element("load-layer").value;
-    const layers = Object.keys(settings.experts[element("load-run").value]);
+    const blocks = blocksOf("load", { run: element("load-run").value });
+    const layers = blocks.map((block) => block.constants.layer);
     element("load-layer").replaceChildren(...layers.map((layer) => new Option(layer, layer)));
     if (layers.includes(previous)) element("load-layer").value = previous;
   }

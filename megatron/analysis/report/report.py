@@ -14,7 +14,7 @@ from typing import Any
 
 import megatron
 from megatron.analysis.compare.seed_statistics import CONFIDENCE
-from megatron.analysis.report import blocks, charts, tables
+from megatron.analysis.report import blocks, charts, maps, series, tables
 from megatron.analysis.report.charts import CurveAxis, CurveColumns
 from megatron.analysis.report.finals import (
     constant_value,
@@ -33,7 +33,6 @@ from megatron.analysis.report.page import (
 )
 from megatron.analysis.report.problems import run_problems
 from megatron.analysis.report.runs import PROBE, TRAIN, ReportRun, read_run
-from megatron.analysis.report.series import points_of_losses, points_of_metrics
 from megatron.analysis.report.shown_metrics import (
     BALANCE,
     OPTIMIZATION,
@@ -69,8 +68,10 @@ class _Draft:
 
     groups: list[RunGroup]
     unit: blocks.TimeUnit
-    num_metrics: int
-    """charts of metrics other than losses, at most"""
+    loss_points: int
+    """points of a loss curve, at most"""
+    metric_points: int
+    """points of a curve of another metric, at most"""
     body: list[str] = field(default_factory=list)
     charts: dict[str, dict[str, Any]] = field(default_factory=dict)
     datasets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -78,6 +79,8 @@ class _Draft:
     settings: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     """metrics that no run has"""
+    without_numbers: list[str] = field(default_factory=list)
+    """metrics that are NaN in all rows"""
     constant: list[str] = field(default_factory=list)
     """metrics that never change, with their value"""
     rows_per_point: int = 1
@@ -111,9 +114,11 @@ class _Draft:
         self, metric: str, title: str, axis: CurveAxis, kinds: Sequence[str] = (TRAIN,)
     ) -> str:
         """Add the curves of a metric, and return their figure; '' if no run has it."""
-        data = blocks.curve_data(self.groups, kinds, metric, self.unit, self._points(metric))
+        most_points = self.loss_points if metric == "loss" else self.metric_points
+        data = blocks.curve_data(self.groups, kinds, metric, self.unit, most_points)
         if data is None:
-            self.missing.append(metric)
+            is_recorded = series.is_recorded(self.groups, kinds, metric)
+            (self.without_numbers if is_recorded else self.missing).append(metric)
             return ""
         is_held_out = not {TRAIN, PROBE} & {*kinds}
         chart_id = f"held-out-{metric}" if is_held_out else f"curve-{metric}"
@@ -125,15 +130,10 @@ class _Draft:
             points=data.most_points <= MOST_SHOWN_POINTS,
             smooth=list(kinds) == [TRAIN],
         )
-        self.charts[chart_id] = charts.curve_chart(chart_id, self.labels, axis, columns)
+        self.charts[chart_id] = charts.curve_chart(chart_id, axis, columns)
         self.datasets[chart_id] = data.blocks
         self.shared |= data.shared
         return chart_figure(chart_id, title)
-
-    def _points(self, metric: str) -> int:
-        if metric == "loss":
-            return points_of_losses(len(self.groups))
-        return points_of_metrics(len(self.groups), self.num_metrics)
 
 
 def write_report(
@@ -180,11 +180,7 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
     groups = group_runs(shown)
     kinds = held_out_kinds(groups)
     optimization = OPTIMIZATION | gradient_parts(shown)
-    num_metrics = 1 + count_metrics(
-        shown, BALANCE | PROBE_METRICS | optimization
-    )  # and the throughput
-    draft = _Draft(groups, _time_unit(shown), num_metrics)
-    draft.settings = _settings(shown, draft.unit)
+    draft = _empty_draft(groups, shown, kinds, optimization)
     title = options.title or _title(groups)
     found = [(run, run_problems(run)) for run in runs]
     found = [(run, sentences) for run, sentences in found if sentences]
@@ -222,6 +218,26 @@ def report_html(runs: list[ReportRun], options: ReportOptions) -> str:
     )
 
 
+def _empty_draft(
+    groups: list[RunGroup], runs: list[ReportRun], kinds: list[str], optimization: MetricCharts
+) -> _Draft:
+    """Return a draft without sections, with as many points as fit."""
+    num_metrics = count_metrics(runs, BALANCE | PROBE_METRICS | optimization)
+    unit = _time_unit(runs)
+    draft = _Draft(
+        groups,
+        unit,
+        series.points_of_losses(len(groups) * (1 + len(kinds))),  # and the training loss
+        series.points_of_metrics(len(groups) * (1 + num_metrics)),  # and the throughput
+    )
+    draft.settings = {
+        "positions": _positions(runs, unit),
+        "groups": draft.labels,
+        "dashes": [charts.dash_of(place) for place in range(len(groups))],
+    }
+    return draft
+
+
 _BALANCE_EXPLANATION = (
     "Means over the MoE layers and the steps of each row of metrics.jsonl, over all ranks. "
     "docs/metrics.md defines them."
@@ -241,8 +257,8 @@ def _time_unit(runs: list[ReportRun]) -> blocks.TimeUnit:
     )
 
 
-def _settings(runs: list[ReportRun], unit: blocks.TimeUnit) -> dict[str, Any]:
-    """Return what report.js needs to know: positions that some run has, and their titles."""
+def _positions(runs: list[ReportRun], unit: blocks.TimeUnit) -> dict[str, str]:
+    """Return the titles of the positions that some run has."""
     positions = {"iteration": "iteration", "tokens": "training tokens"}
     tables_of_rows = [run.train for run in runs] + [
         rows for run in runs for rows in run.held_out.values()
@@ -251,7 +267,7 @@ def _settings(runs: list[ReportRun], unit: blocks.TimeUnit) -> dict[str, Any]:
         positions["flops"] = "training FLOPs"
     if any(rows.seconds_R is not None and len(rows) for rows in tables_of_rows):
         positions["time"] = f"training time, {unit.name}"
-    return {"positions": positions}
+    return positions
 
 
 def _title(groups: list[RunGroup]) -> str:
@@ -300,6 +316,9 @@ def _notes(draft: _Draft) -> str:
     if draft.missing:
         names = ", ".join(dict.fromkeys(draft.missing))
         notes.append(f"Left out, because no run has recorded it: {names}.")
+    if draft.without_numbers:
+        names = ", ".join(dict.fromkeys(draft.without_numbers))
+        notes.append(f"Left out, because it is not a number in any row: {names}.")
     return "".join(f"<p>{escape(note)}</p>" for note in notes)
 
 
@@ -313,6 +332,7 @@ def _toolbar(draft: _Draft) -> str:
         if name not in positions:
             axis += f'<option value="{name}" disabled>{title} (not recorded)</option>'
     longest = max((len(run.train) for group in draft.groups for run in group.runs), default=0)
+    longest = min(longest, draft.loss_points)
     smoothing = tables.option_list(
         [("0", "off"), ("2", "5 points"), ("5", "11 points"), ("12", "25 points")],
         "2" if longest >= SMOOTHED_FROM else "0",
@@ -362,48 +382,37 @@ def _final_section(draft: _Draft, kinds: list[str]) -> None:
 
 
 def _load_section(draft: _Draft) -> None:
-    chosen = [run for group in draft.groups for run in group.runs if run.loads]
-    if not chosen:
+    found = [run for group in draft.groups for run in group.runs if run.loads]
+    if not found:
         draft.missing.append("load_by_expert")
         return
-    has_masses = any(run.gate_masses for run in chosen)
-    num_maps = 2 if has_masses else 1
-    most_cells = blocks.MOST_CELLS // (num_maps * len(chosen))
-    loads = [
-        blocks.expert_grids(run.loads, str(number), most_cells)
-        for number, run in enumerate(chosen)
-    ]
-    experts: dict[str, dict[str, int]] = {str(number): {} for number in range(len(chosen))}
-    for grid in sum(loads, []):
-        run = grid["constants"]["run"]
-        experts[run][grid["constants"]["layer"]] = len(grid["down"]["expert"])
-    draft.settings["experts"] = experts
-    num_experts = max(experts["0"].values())
-    draft.charts["load"] = charts.expert_map_chart("load", num_experts, "load")
-    draft.datasets["load"] = sum(loads, [])
+    has_masses = any(run.gate_masses for run in found)
+    most_cells = maps.EXPERT_CELLS // (2 if has_masses else 1)
+    chosen = maps.fitting_runs(found, most_cells)
+    most_cells //= len(chosen)
+    loads = maps.expert_maps([run.loads for run in chosen], most_cells)
+    draft.charts["load"] = charts.expert_map_chart("load", "load")
+    draft.datasets["load"] = loads.blocks
     figures = [chart_figure("load", "Load by expert and iteration", wide=not has_masses)]
     explanation = (
         "Load: assignments to each routed expert divided by the mean over the layer's experts; 1 "
         "is uniform."
     )
+    reductions = _runs_left_out(found, chosen) + loads.reductions
     if has_masses:
-        draft.charts["gate-mass"] = charts.expert_map_chart(
-            "gate-mass", num_experts, "gate mass"
-        )
-        draft.datasets["gate-mass"] = [
-            grid
-            for number, run in enumerate(chosen)
-            if run.gate_masses
-            for grid in blocks.expert_grids(run.gate_masses, str(number), most_cells)
-        ]
+        masses = maps.expert_maps([run.gate_masses for run in chosen], most_cells)
+        draft.charts["gate-mass"] = charts.expert_map_chart("gate-mass", "gate mass")
+        draft.datasets["gate-mass"] = masses.blocks
         figures.append(chart_figure("gate-mass", "Gate mass by expert and iteration"))
         explanation += " Gate mass: sum of their weights, divided likewise."
+        reductions += masses.reductions
     else:
         draft.missing.append("gate_mass_by_expert")
+    scale = "The colour scale ends at 1/8 and 8; a dead expert has the colour of 1/8."
     runs = tables.option_list([(str(i), run.name) for i, run in enumerate(chosen)])
     draft.section(
         "Load of the experts over training",
-        f"{explanation} The colour scale ends at 1/8 and 8; a dead expert has the colour of 1/8.",
+        " ".join([explanation, scale, *dict.fromkeys(reductions)]),
         figures,
         tables.select_control("load-run", "run", runs)
         + tables.select_control("load-layer", "MoE layer", ""),
@@ -411,50 +420,47 @@ def _load_section(draft: _Draft) -> None:
     )
 
 
+def _runs_left_out(found: list[ReportRun], chosen: list[ReportRun]) -> list[str]:
+    if len(chosen) == len(found):
+        return []
+    return [f"Maps are of {len(chosen)} of {len(found)} runs."]
+
+
 def _experts_section(draft: _Draft) -> None:
     figures = []
-    final = blocks.histogram_blocks(draft.groups)
-    if final:
+    explanation = [
+        "Share of tokens that a number of experts process, after capacity, over all MoE layers."
+    ]
+    last = maps.last_histograms(draft.groups)
+    if last.blocks:
         draft.charts["histogram"] = charts.histogram_chart("histogram", draft.labels)
-        draft.datasets["histogram"] = final
+        draft.datasets["histogram"] = last.blocks
         figures.append(chart_figure("histogram", "Experts per token in the last row"))
+        explanation += last.reductions
     layers = blocks.experts_by_layer_blocks(draft.groups)
     if layers:
         axis = CurveAxis("mean experts per token")
-        draft.charts["experts-by-layer"] = charts.layer_chart(
-            "experts-by-layer", draft.labels, axis
-        )
+        draft.charts["experts-by-layer"] = charts.layer_chart("experts-by-layer", axis)
         draft.datasets["experts-by-layer"] = layers
         figures.append(chart_figure("experts-by-layer", "Experts per token by layer, last row"))
-    chosen = [run for group in draft.groups for run in group.runs if run.experts_per_token]
+    found = [run for group in draft.groups for run in group.runs if run.experts_per_token]
     controls = ""
-    if chosen:
-        most_cells = blocks.MOST_CELLS // 4 // len(chosen)
-        grids = [
-            blocks.histogram_grid(run, {"run": str(number)}, most_cells)
-            for number, run in enumerate(chosen)
-        ]
-        draft.datasets["histogram-map"] = grids
-        draft.settings["counts"] = {
-            grid["constants"]["run"]: len(grid["down"]["experts"]) for grid in grids
-        }
-        draft.charts["histogram-map"] = charts.histogram_map_chart(
-            "histogram-map", draft.settings["counts"]["0"]
+    if found:
+        chosen = maps.fitting_runs(found, maps.HISTOGRAM_CELLS)
+        over_time = maps.histogram_maps(
+            [run.experts_per_token for run in chosen], maps.HISTOGRAM_CELLS // len(chosen)
         )
+        draft.datasets["histogram-map"] = over_time.blocks
+        draft.charts["histogram-map"] = charts.histogram_map_chart("histogram-map")
         figures.append(
             chart_figure("histogram-map", "Experts per token over training", wide=True)
         )
+        explanation += _runs_left_out(found, chosen) + over_time.reductions
         runs = tables.option_list([(str(i), run.name) for i, run in enumerate(chosen)])
         controls = tables.select_control("histogram-run", "run over training", runs)
     else:
         draft.missing.append("experts_per_token_histogram")
-    draft.section(
-        "Experts per token",
-        "Share of tokens that a number of experts process, after capacity, over all MoE layers.",
-        figures,
-        controls,
-        is_large=True,
-    )
+    draft.section("Experts per token", " ".join(explanation), figures, controls, is_large=True)
 
 
 def _metric_section(
@@ -482,7 +488,11 @@ def _speed_section(draft: _Draft) -> None:
             data.append(blocks.interval_block(group.label, found, rows))
     if data:
         draft.charts["step-time"] = charts.interval_chart(
-            "step-time", draft.labels, CurveAxis("step time, ms"), "10th to 90th percentile"
+            "step-time",
+            draft.labels,
+            CurveAxis("step time, ms"),
+            "10th to 90th percentile",
+            counted="training rows",
         )
         draft.datasets["step-time"] = data
         figures.append(chart_figure("step-time", "Step time: median, 10th to 90th percentile"))

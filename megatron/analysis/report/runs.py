@@ -70,7 +70,7 @@ class ReportRun:
     starts: tuple[dict[str, Any], ...] = ()
     """rows of kind `run`: one per start or resume that belongs to the curve"""
     config: dict[str, Any] = field(default_factory=dict)
-    """configuration in the layout of run.json; empty: not known"""
+    """configuration of the last start in the layout of run.json; empty: not known"""
     loads: LayerHistory | None = None
     """share of each layer's assignments by expert, over the training; None: not recorded"""
     gate_masses: LayerHistory | None = None
@@ -86,6 +86,12 @@ class ReportRun:
     def name(self) -> str:
         """Name in tables."""
         return self.source.name
+
+    @property
+    def first_config(self) -> dict[str, Any]:
+        """Configuration of the first start, else that of the last one."""
+        configs = [row["config"] for row in self.starts if isinstance(row.get("config"), dict)]
+        return configs[0] if configs else self.config
 
     @property
     def seed(self) -> int | None:

@@ -20,14 +20,14 @@ POSITIONS = ("iteration", "tokens", "flops", "seconds")
 MOST_POINTS = 400
 """Points of a loss curve when there are few: more than the pixels that a phone gives it"""
 
-FEWEST_POINTS = 80
-LOSS_POINTS = 10_000
-"""Points of all groups in one chart of a loss; one takes about 60 bytes of the page"""
+LOSS_POINTS = 12_000
+"""Points of all curves of losses; one takes up to 80 bytes of the page"""
 
 MOST_METRIC_POINTS = 200
-FEWEST_METRIC_POINTS = 30
-METRIC_POINTS = 45_000
-"""Points of all groups and all other metrics; one takes about 20 bytes"""
+METRIC_POINTS = 30_000
+"""Points of all groups and all other metrics; one takes up to 40 bytes"""
+
+FEWEST_POINTS = 10
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,22 @@ class Series:
         return bool(np.isfinite(self.low).any())
 
 
-def points_of_losses(num_groups: int) -> int:
-    """Return how many points a loss curve may have, so that all groups together stay small."""
-    return int(np.clip(LOSS_POINTS // max(num_groups, 1), FEWEST_POINTS, MOST_POINTS))
+def points_of_losses(num_curves: int) -> int:
+    """Return how many points a loss curve may have, so that all of them together stay small.
+
+    Args:
+        num_curves: groups x kinds of rows.
+    """
+    return int(np.clip(LOSS_POINTS // max(num_curves, 1), FEWEST_POINTS, MOST_POINTS))
 
 
-def points_of_metrics(num_groups: int, num_metrics: int) -> int:
-    """Return how many points a curve of another metric may have."""
-    share = METRIC_POINTS // max(num_groups * num_metrics, 1)
-    return int(np.clip(share, FEWEST_METRIC_POINTS, MOST_METRIC_POINTS))
+def points_of_metrics(num_curves: int) -> int:
+    """Return how many points a curve of another metric may have.
+
+    Args:
+        num_curves: groups x metrics.
+    """
+    return int(np.clip(METRIC_POINTS // max(num_curves, 1), FEWEST_POINTS, MOST_METRIC_POINTS))
 
 
 def rows_of_kind(run: ReportRun, kind: str) -> KindRows | None:
@@ -78,6 +85,14 @@ def rows_of_kind(run: ReportRun, kind: str) -> KindRows | None:
     return run.held_out.get(kind)
 
 
+def is_recorded(groups: Iterable[RunGroup], kinds: Iterable[str], metric: str) -> bool:
+    """Return whether a run has a metric in rows of one of these kinds, be it NaN."""
+    found = [
+        rows_of_kind(run, kind) for kind in kinds for group in groups for run in group.runs
+    ]
+    return any(metric in rows.values for rows in found if rows is not None)
+
+
 def group_series(
     group: RunGroup, kind: str, metric: str, most_points: int = MOST_POINTS
 ) -> Series | None:
@@ -85,9 +100,10 @@ def group_series(
 
     Its positions are those of all rows of the kind, the same for all metrics.
 
-    Seeds are joined by iteration: a point is the mean of the seeds that have a row there, and its
-    position in tokens, FLOPs and seconds the mean of theirs. Of more rows than points, each point
-    stands for equally many consecutive rows: it keeps their mean, minimum and maximum.
+    Seeds are joined by iteration: a point is the mean of the seeds that have a row there. Its
+    position in tokens, FLOPs and seconds follows from `_mean_positions`. Of more rows than
+    points, each point stands for equally many consecutive rows: it keeps their mean, minimum and
+    maximum.
     """
     tables = [rows_of_kind(run, kind) for run in group.runs]
     tables = [table for table in tables if table is not None]
@@ -103,12 +119,34 @@ def group_series(
         return value_SI
 
     value_SI = joined(table.values.get(metric, np.full(len(table), np.nan)) for table in tables)
-    positions = {}
-    for name in POSITIONS:
+    positions = {"iteration": iteration_I}
+    for name in POSITIONS[1:]:
         columns = [getattr(table, f"{name}_R") for table in tables]
         if all(column is not None for column in columns):
-            positions[name] = mean_of_numbers(joined(columns))
+            positions[name] = _mean_positions(iteration_I, tables, columns)
     return _in_points(value_SI, positions, most_points)
+
+
+def _mean_positions(
+    iteration_I: np.ndarray, tables: list[KindRows], columns: list[np.ndarray]
+) -> np.ndarray:
+    """Return the mean position of seeds at iterations [I], which never decreases.
+
+    It grows by the mean of what the seeds need from one iteration to the next. A mean of their
+    positions would fall where a slow seed ends, or has no row.
+
+    Args:
+        columns: position of each seed at its rows, [R]; between them it is interpolated.
+    """
+    step_SI = np.full((len(tables), len(iteration_I)), np.nan)
+    for s, (table, position_R) in enumerate(zip(tables, columns, strict=True)):
+        known_R = np.isfinite(position_R)
+        if known_R.any():
+            ends = np.append(0.0, table.iteration_R[known_R])
+            at_I = np.interp(iteration_I, ends, np.append(0.0, position_R[known_R]))
+            at_I[iteration_I > ends[-1]] = np.nan
+            step_SI[s] = np.diff(at_I, prepend=0.0)
+    return np.cumsum(mean_of_numbers(step_SI))
 
 
 def _in_points(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.analysis.compare.cell_state import PLANNED
@@ -29,7 +29,6 @@ class RunSource:
     """state of a study's cell: planned, running, interrupted, failed or finished"""
     error: str = ""
     """why a study's cell failed, in one line"""
-    from_study: bool = field(default=False, repr=False)
 
 
 def find_runs(arguments: Iterable[str]) -> list[RunSource]:
@@ -44,19 +43,22 @@ def find_runs(arguments: Iterable[str]) -> list[RunSource]:
             cannot be read.
     """
     sources: list[RunSource] = []
+    places: set[Path] = set()
     for argument in arguments:
-        label, path = _label_and_path(argument)
-        sources += _runs_below(path, label)
-    seen = set()
-    for source in sources:
-        place = source.path.resolve()
-        if place in seen and not source.from_study:
-            raise ValueError(f"{source.path} is given twice; name each run once")
-        seen.add(place)
+        label, path = label_and_path(argument)
+        found = _runs_below(path, label)
+        for source in found:
+            if source.path.resolve() in places:
+                raise ValueError(
+                    f"RUN is {argument!r}, but {source.path} is given twice; name each run once"
+                )
+        # Only now: cells of one study may share the run that both adopted from its tuning.
+        places |= {source.path.resolve() for source in found}
+        sources += found
     return _with_unique_names(sources)
 
 
-def _label_and_path(argument: str) -> tuple[str, Path]:
+def label_and_path(argument: str) -> tuple[str, Path]:
     """Divide LABEL=PATH where a path begins that exists; both may have equals signs."""
     parts = argument.split("=")
     if Path(argument).exists() or len(parts) == 1:
@@ -112,7 +114,6 @@ def _study_cells(study: Path, label: str) -> list[RunSource]:
             seed=cell.seed,
             state=cell.state,
             error=cell.error,
-            from_study=True,
         )
         for cell in cells
     ]

@@ -97,9 +97,9 @@ def _loss_statements(groups: list[RunGroup], kind: str) -> list[Statement]:
 
 def _fallen_loss(group: RunGroup, final: SeedStatistics, kind: str) -> Statement:
     text = f"nats per token: the final {kind_title(kind)} loss{_certainty(final)}"
-    firsts = [rows_of_kind(run, kind) for run in group.runs]
-    starts = [rows.values["loss"][0] for rows in firsts if rows is not None and len(rows) > 1]
-    starts = [start for start in starts if math.isfinite(start)]
+    tables = [rows_of_kind(run, kind) for run in group.runs]
+    losses = [rows.values.get("loss") for rows in tables if rows is not None and len(rows) > 1]
+    starts = [loss_R[0] for loss_R in losses if loss_R is not None and math.isfinite(loss_R[0])]
     if starts:
         text += f", after {loss_text(sum(starts) / len(starts))} in the first row"
     return Statement(loss_text(final.mean), f"{text}.")

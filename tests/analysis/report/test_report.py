@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -13,10 +14,11 @@ import pytest
 
 from helpers.programs import one_line_error, run
 from helpers.report_runs import SEQUENCE, eval_row, rows_of_run, start_row, train_row, write_run
-from megatron.analysis.report.history import LayerHistory
+from megatron.analysis.report import maps
+from megatron.analysis.report.history import LayerHistory, ListHistory
 from megatron.analysis.report.report import ReportOptions, report_html, write_report
 from megatron.analysis.report.runs import KindRows, ReportRun, read_run
-from megatron.analysis.report.shown_metrics import PROBE_METRICS
+from megatron.analysis.report.shown_metrics import BALANCE, OPTIMIZATION, PROBE_METRICS
 from megatron.analysis.report.sources import RunSource, find_runs
 
 REPO = Path(__file__).resolve().parents[3]
@@ -188,6 +190,28 @@ def test_nan_losses_are_gaps_and_problems(tmp_path):
     assert "The training loss is not a number in 1 of 20 rows" in page
 
 
+def test_losses_that_are_never_a_number_are_not_missing(tmp_path):
+    rows = rows_of_run(1)
+    for row in rows:
+        if "loss" in row:
+            row["loss"] = float("nan")
+    page = report_of(tmp_path, rows)
+    assert "curve-loss" not in data_of(page)["charts"]
+    assert "Left out, because it is not a number in any row: loss." in page
+    missing = re.search(r"no run has recorded it: ([^<]*)\.<", page)[1]
+    assert "loss" not in missing.split(", ")
+
+
+def test_step_times_count_rows(tmp_path):
+    """And not runs, as the interval of a final loss does."""
+    data = data_of(report_of(tmp_path, rows_of_run(1), rows_of_run(1, "remoe")))
+    (first, _) = data["datasets"]["step-time"]
+    assert first["columns"]["count"] == [20]
+    for chart, counted in (("step-time", "training rows"), ("final-loss", "runs")):
+        tooltips = data["charts"][chart]["layer"][2]["encoding"]["tooltip"]
+        assert [t["title"] for t in tooltips if t["field"] == "count"] == [counted]
+
+
 def test_runs_without_rows_are_listed(tmp_path):
     page = report_of(tmp_path, rows_of_run(1), [])
     assert "1 of 2 runs need attention" in page
@@ -238,41 +262,85 @@ def test_names_are_escaped(tmp_path):
     assert "<img src=x onerror" not in (tmp_path / "r.html").read_text()
 
 
-def large_run(number, rows, loads):
-    path = Path(f"run{number}/metrics.jsonl")
-    source = RunSource(path, f"run{number}", f"gate {number}")
-    config = {"moe": {"gate": "topk", "num_experts": 8}, "train": {"seed": number}}
-    start = {**start_row(number), "config": config}
+ALL_METRICS = (*BALANCE, *OPTIMIZATION, *(f"grad_norm/part {i}" for i in range(6)))
+
+
+def large_rows(kind, metrics, interval, count, pace):
+    """Return rows of metrics without a pattern, as they are hard to write in few characters."""
+    rng = np.random.default_rng(0)
+    iteration_R = interval * np.arange(1.0, count + 1)
+    values = {name: rng.random(count) for name in metrics}
+    seconds_R = pace * iteration_R
+    return KindRows(kind, iteration_R, 4096 * iteration_R, 1e9 * seconds_R, seconds_R, values)
+
+
+def large_run(number, seeds, pace):
+    """Return a run with all metrics, 12 held-out sets and 12 layers of 1024 experts.
+
+    Args:
+        seeds: runs of a group.
+        pace: seconds of a step.
+    """
+    rng = np.random.default_rng(0)
+    label = f"topk, lr 0.0003, hidden_size 512, k {number // seeds}"
+    source = RunSource(Path(f"runs/run{number}/metrics.jsonl"), f"run{number}", label)
+    train = large_rows(
+        "train", ["loss", "tokens_per_s", "step_time_ms", *ALL_METRICS], 10, 900, pace
+    )
+    train.values["loss"][77] = 1e4
+    held_out = large_rows("eval", ["loss"], 100, 90, pace)
+    kinds = ["eval", *(f"eval/set{i}" for i in range(11))]
+    starts = 45.0 * np.arange(200)
+    load_CE = rng.dirichlet(np.ones(1024), 200)
+    loads = LayerHistory(starts, starts + 45, dict.fromkeys(range(12), load_CE))
+    share_CN = rng.dirichlet(np.ones(300), 200)
+    config = {"moe": {"gate": "topk", "num_experts": 1024}, "train": {"seed": number}}
+    command = ["pretrain_gpt.py", *(f"--a-flag-of-this-length={i}" for i in range(50))]
     return ReportRun(
         source,
-        rows,
-        {"eval": rows},
-        starts=(start,),
+        train,
+        {kind: dataclasses.replace(held_out, kind=kind) for kind in kinds},
+        large_rows("probe", PROBE_METRICS, 100, 90, pace),
+        starts=({**start_row(number), "config": config, "command": command},),
         config=config,
         loads=loads,
         gate_masses=loads,
+        experts_per_token=ListHistory(starts, starts + 45, share_CN, share_CN[-1]),
+        experts_per_token_by_layer=tuple(rng.random(12)),
     )
 
 
-def test_hundred_long_runs_fit_in_five_megabytes():
-    """60,000 iterations each, logged every 10, with the loads of 12 layers of 64 experts."""
-    rng = np.random.default_rng(0)
-    iteration_R = 10 * np.arange(1.0, 6_001)
-    names = ["loss", "load_imbalance_max_over_mean", "load_cv", "max_violation", "lr"]
-    names += ["load_entropy", "router_entropy", "experts_per_token", "choice_margin"]
-    names += ["grad_norm", "tokens_per_s", "step_time_ms", "router_input_rms"]
-    values = {name: rng.random(6_000) for name in names}
-    values["loss"][777] = 1e4
-    rows = KindRows("train", iteration_R, 4096 * iteration_R, 1e9 * iteration_R, None, values)
-    starts = np.arange(200.0)
-    loads = LayerHistory(starts, starts + 1, {i: rng.random((200, 64)) for i in range(12)})
-    page = report_html([large_run(i, rows, loads) for i in range(100)], ReportOptions())
-    assert len(page.encode()) < 5_000_000
+@pytest.mark.parametrize("seeds", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_hundred_large_runs_fit_in_five_megabytes(seeds):
+    runs = [large_run(i, seeds, 1 + i / 977) for i in range(100)]
+    page = report_html(runs, ReportOptions())
+    assert 4_000_000 < len(page.encode()) < 5_000_000
     data = data_of(page)
     blocks = data["datasets"]["curve-loss"]
-    assert len(blocks) == 100
+    assert len(blocks) == 100 / seeds
     assert all(max(block["columns"]["most"]) == 1e4 for block in blocks)
     assert "stands for up to" in page
+    # Curves of few points are not smoothed at first.
+    assert '<option value="0" selected>off' in page
+    for chart in ("load", "gate-mass"):
+        grids = data["datasets"][chart]
+        assert len({grid["constants"]["run"] for grid in grids}) == 100
+        assert all(len(grid["down"]["expert"]) == 64 for grid in grids)
+    assert "Some of the MoE layers are left out." in page
+    assert "A row is the mean of up to 16 neighbouring experts." in page
+    assert "A row of the map has up to 16 neighbouring numbers of experts." in page
+
+
+def test_report_of_few_cells_names_the_runs_of_its_maps(tmp_path, monkeypatch):
+    monkeypatch.setattr(maps, "EXPERT_CELLS", 2 * 128)
+    monkeypatch.setattr(maps, "HISTOGRAM_CELLS", 2 * 128)
+    page = report_of(tmp_path, *(rows_of_run(seed) for seed in (1, 2, 3)))
+    data = data_of(page)
+    assert [grid["constants"]["run"] for grid in data["datasets"]["load"]] == ["0", "0"]
+    assert page.count("Maps are of 1 of 3 runs.") == 1
+    assert page.count("Maps are of 2 of 3 runs.") == 1
+    runs = r'<select id="histogram-run"><option value="0">run0</option><option value="1">run2<'
+    assert re.search(runs, page)
 
 
 def test_tool_writes_into_the_run(tmp_path):
@@ -282,6 +350,8 @@ def test_tool_writes_into_the_run(tmp_path):
     done = run("tools/report.py", "demo", cwd=tmp_path)
     assert re.fullmatch(r"1 run -> demo/report.html \([\d.]+ MB\)\n", done.stdout)
     assert (folder / "report.html").stat().st_size > 500_000
+    done = run("tools/report.py", "A=demo", cwd=tmp_path)
+    assert done.stdout.startswith("1 run -> demo/report.html (")
     done = run("tools/report.py", "A=demo", "none", cwd=tmp_path, code=2)
     assert "none', which does not exist" in done.stderr + done.stdout
     assert not (tmp_path / "report.html").exists()

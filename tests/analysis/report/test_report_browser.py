@@ -12,6 +12,7 @@ import pytest
 
 from helpers.browser import open_page
 from helpers.report_runs import rows_of_run, start_row, write_run
+from megatron.analysis.report import maps
 from megatron.analysis.report.report import write_report
 from megatron.analysis.report.sources import find_runs
 
@@ -250,6 +251,41 @@ def test_layer_and_run_selects_change_both_maps(opened):
                 shares = [row[metric][layer] for row in train_rows(seed, gate)]
                 np.testing.assert_allclose(shown, 4 * np.array(shares).ravel(), rtol=5e-3)
     choose(opened, "load-run", "0")
+
+
+ROWS_OF_MAP = """() => {
+    const names = page.views.load.scale("y").domain();
+    const labels = [];
+    const visit = (item) => {
+        if (item.role === "axis-label") labels.push(...item.items.map(text => text.text));
+        for (const child of item.items || []) visit(child);
+    };
+    visit(page.views.load.scenegraph().root);
+    return { names, labels, height: page.views.load.height() };
+}"""
+"""Rows of the map of loads, labels of both axes, and its height"""
+
+
+@pytest.mark.parametrize("cells, per_row", [(100_000, 1), (2 * 128, 4)])
+def test_maps_of_many_experts_have_fewer_labels_or_rows(tmp_path, monkeypatch, cells, per_row):
+    monkeypatch.setattr(maps, "EXPERT_CELLS", cells)
+    rows = rows_of_run(1, iterations=50)
+    loads = np.random.default_rng(0).dirichlet(np.ones(48), 5)
+    for row, load_E in zip([row for row in rows if "load_by_expert" in row], loads):
+        row["load_by_expert"] = row["gate_mass_by_expert"] = [load_E.tolist()]
+    write_report(find_runs([str(write_run(tmp_path, rows))]), tmp_path / "report.html")
+    with open_page(tmp_path / "report.html") as (page, errors):
+        wait_until_drawn(page)
+        shown = page.evaluate(ROWS_OF_MAP)
+        numbers = [row["numbers"] for row in drawn(page, "load", "rect") if "numbers" in row]
+    assert errors == []
+    firsts = list(range(0, 48, per_row))
+    assert shown["names"] == firsts and len(numbers) == 5 * len(firsts)
+    if per_row == 1:
+        assert shown["height"] == 460 and {*map(str, range(0, 48, 3))} < {*shown["labels"]}
+        assert "1" not in shown["labels"] and numbers[:2] == ["0", "1"]
+    else:
+        assert shown["height"] == 14 * 12 and numbers[:2] == ["0 to 3", "4 to 7"]
 
 
 def test_copy_button_copies_the_command(opened):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers.report_runs import eval_row, rows_of_run, start_row, train_row, write_run
+from helpers.report_runs import SEQUENCE, eval_row, rows_of_run, start_row, train_row, write_run
 from megatron.analysis.report import words
 from megatron.analysis.report.finals import (
     constant_value,
@@ -127,6 +127,17 @@ def test_summary_without_numbers_says_so(read):
     assert words.summary_statements(group_runs([read(rows)]), "")[0].figure == "–"
 
 
+def test_summary_of_a_run_without_losses_is_that_of_the_other_seed(read):
+    """No evaluations, and the training rows of one seed lack a loss."""
+    trained = [row for row in rows_of_run(1) if row["kind"] in ("run", "train")]
+    without = [start_row(2), *(train_row(i, random.Random(1)) for i in (10, 20))]
+    for row in without:
+        row.pop("loss", None)
+    first, *_ = words.summary_statements(group_runs([read(trained), read(without)]), "")
+    assert first.figure == f"{trained[-1]['loss']:.4f}"
+    assert f"after {trained[1]['loss']:.4f} in the first row" in first.text
+
+
 def test_summary_warns_of_different_lengths(read):
     runs = [read(rows_of_run(1, "topk", 100)), read(rows_of_run(1, "remoe", 200))]
     text = " ".join(line.text for line in words.summary_statements(group_runs(runs), "eval"))
@@ -156,6 +167,31 @@ def test_problems_of_runs_are_named(read):
         "5 optimizer steps were skipped, because loss or gradient was not a number.",
         "1 loss spikes were detected.",
     ]
+
+
+@pytest.mark.parametrize(
+    "length, end",
+    [
+        ({"train_iters": 30}, ""),
+        ({"train_iters": 31}, "30 of 31"),
+        ({"train_tokens": 30 * SEQUENCE}, ""),
+        ({"train_tokens": 30 * SEQUENCE + 1}, "30, after 122,880 of 122,881 tokens"),
+        ({"train_samples": 240 + 7}, ""),  # 8 samples per step
+        ({"train_samples": 240 + 8}, "30, after 240 of 248 samples"),
+        ({}, ""),
+    ],
+)
+@pytest.mark.parametrize("batch", [{"global_batch_size": 8}, {"micro_batch_size": 4}])
+def test_early_ends_are_found_in_each_unit(read, length, end, batch):
+    start = start_row(1, **length, **batch)
+    start["config"]["model"]["seq_length"] = SEQUENCE // 8
+    rows = [start, train_row(10, random.Random(1)), train_row(30, random.Random(1))]
+    assert run_problems(read(rows)) == ([f"It ended at iteration {end}."] if end else [])
+
+
+def test_early_end_in_samples_needs_the_sequence_length(read):
+    rows = [start_row(1, train_samples=10**9), train_row(30, random.Random(1))]
+    assert run_problems(read(rows)) == []
 
 
 def test_unreadable_runs_are_problems(read, tmp_path):

@@ -13,8 +13,9 @@ from megatron.analysis.report.groups import RunGroup
 from megatron.analysis.report.history import bucket_edges
 from megatron.analysis.report.runs import KindRows, ReportRun
 from megatron.analysis.report.series import (
-    FEWEST_METRIC_POINTS,
     FEWEST_POINTS,
+    LOSS_POINTS,
+    MOST_METRIC_POINTS,
     MOST_POINTS,
     group_series,
     points_of_losses,
@@ -25,11 +26,12 @@ from megatron.analysis.report.sources import RunSource
 NAN = float("nan")
 
 
-def run(iterations, losses, flops_rate=2.0):
+def run(iterations, losses, flops_rate=2.0, step_seconds=3.0):
     iteration_R = np.array(iterations, dtype=np.float64)
     flops_R = None if flops_rate is None else flops_rate * iteration_R
     values = {"loss": np.array(losses, dtype=np.float64)}
-    rows = KindRows("train", iteration_R, 100 * iteration_R, flops_R, 3 * iteration_R, values)
+    seconds_R = step_seconds * iteration_R
+    rows = KindRows("train", iteration_R, 100 * iteration_R, flops_R, seconds_R, values)
     return ReportRun(RunSource(Path("x"), "x"), rows, {})
 
 
@@ -108,6 +110,38 @@ def test_few_points_keep_the_extremes():
     assert series.mean.max() == pytest.approx(1 + 49 / 150)
 
 
+def test_time_does_not_run_backwards_where_a_slow_seed_ends():
+    """Or where it has no row: the group needs the mean time of the seeds that train."""
+    slow = run([10, 20], [1, 1], step_seconds=5.0)
+    fast = run([10, 20, 30, 40], [1, 1, 1, 1], step_seconds=1.0)
+    series = group_series(RunGroup("g", (slow, fast)), "train", "loss")
+    assert series.positions["seconds"].tolist() == [30, 60, 70, 80]
+    assert series.positions["tokens"].tolist() == [1000, 2000, 3000, 4000]
+    seldom = run([20, 40], [1, 1], step_seconds=5.0)
+    series = group_series(RunGroup("g", (seldom, fast)), "train", "loss")
+    assert series.positions["seconds"].tolist() == [30, 60, 90, 120]
+
+
+def test_positions_of_seeds_of_any_length_never_decrease():
+    rng = np.random.default_rng(0)
+    runs = []
+    for _ in range(5):
+        rows = np.sort(rng.choice(200, 40, replace=False))[: rng.integers(1, 40)]
+        runs.append(run(rows, np.ones(len(rows)), step_seconds=rng.uniform(1, 9)))
+    for most_points in (1000, 7):
+        group = RunGroup("g", tuple(runs))
+        series = group_series(group, "train", "loss", most_points)
+        assert all((np.diff(values) >= 0).all() for values in series.positions.values())
+
+
+def test_unknown_positions_are_those_of_the_other_seeds():
+    unknown = run([1, 2], [1, 2], step_seconds=NAN)
+    series = group_series(RunGroup("g", (unknown,)), "train", "loss")
+    assert np.isnan(series.positions["seconds"]).all()
+    series = group_series(RunGroup("g", (unknown, run([1, 2], [1, 2]))), "train", "loss")
+    assert series.positions["seconds"].tolist() == [3, 6]
+
+
 def test_position_that_a_seed_lacks_is_missing():
     runs = (run([1, 2], [1, 2]), run([1, 2], [1, 2], flops_rate=None))
     series = group_series(RunGroup("g", runs), "train", "loss")
@@ -132,12 +166,13 @@ def test_seed_without_the_metric_is_not_counted():
     assert series.positions["iteration"].tolist() == [1, 2, 3]
 
 
-def test_many_groups_have_fewer_points():
-    counts = [points_of_losses(number) for number in (0, 1, 30, 60, 100, 1000)]
+def test_many_curves_have_fewer_points():
+    counts = [points_of_losses(number) for number in (0, 1, 60, 100, 1200, 10_000)]
     assert counts[0] == counts[1] == MOST_POINTS and counts[-1] == FEWEST_POINTS
     assert counts == sorted(counts, reverse=True)
-    assert points_of_metrics(1, 30) > points_of_metrics(100, 10) > points_of_metrics(100, 20)
-    assert points_of_metrics(1000, 30) == FEWEST_METRIC_POINTS
+    assert points_of_losses(300) * 300 == LOSS_POINTS
+    assert points_of_metrics(30) == MOST_METRIC_POINTS > points_of_metrics(1000)
+    assert points_of_metrics(30_000) == FEWEST_POINTS
 
 
 @pytest.mark.parametrize("length, most", [(1, 5), (5, 5), (7, 3), (100, 99), (60_000, 400)])

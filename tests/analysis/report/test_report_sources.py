@@ -96,3 +96,25 @@ def test_study_without_started_cells_is_refused(tmp_path):
 def test_run_named_twice_is_refused(run):
     with pytest.raises(ValueError, match="is given twice"):
         find_runs([str(run), f"again={run / 'metrics.jsonl'}"])
+
+
+def test_study_named_twice_is_refused(tmp_path):
+    """Also one of its cells, before or after it, and the tuning run that a cell has adopted."""
+    write_run(tmp_path / "tuning" / "one", rows_of_run(1))
+    study = StudyFolder(tmp_path, ["gate"], {})
+    study.add({"gate": "topk"}, 1, rows_of_run(1))
+    study.add({"gate": "remoe"}, 1, None, same_as="../../tuning/one")
+    whole = str(tmp_path)
+    for part in (tmp_path, tmp_path / "cells/topk_seed-1", tmp_path / "tuning/one"):
+        for arguments in ([whole, f"again={part}"], [str(part), whole]):
+            with pytest.raises(ValueError, match="is given twice; name each run once"):
+                find_runs(arguments)
+
+
+def test_cells_of_a_study_may_share_a_run(tmp_path):
+    write_run(tmp_path / "tuning" / "one", rows_of_run(1))
+    study = StudyFolder(tmp_path, ["gate"], {})
+    for gate in ("a", "b"):
+        study.add({"gate": gate}, 1, None, same_as="../../tuning/one")
+    first, second = find_runs([str(tmp_path)])
+    assert first.path == second.path and (first.label, second.label) == ("a", "b")
