@@ -142,13 +142,26 @@ def read_run(source: RunSource, most_columns: int) -> ReportRun:
         probe=probe if len(probe) else None,
         starts=starts,
         config=_configuration(starts, source.path.parent),
-        loads=LayerHistory.of_rows(train_rows, "load_by_expert", most_columns),
-        gate_masses=LayerHistory.of_rows(train_rows, "gate_mass_by_expert", most_columns),
+        loads=_history_by_expert(curves, "load_by_expert", most_columns),
+        gate_masses=_history_by_expert(curves, "gate_mass_by_expert", most_columns),
         experts_per_token=ListHistory.of_rows(
             train_rows, "experts_per_token_histogram", most_columns
         ),
         experts_per_token_by_layer=tuple(by_layer),
     )
+
+
+def _history_by_expert(
+    curves: RunCurves, metric: str, most_columns: int
+) -> LayerHistory | None:
+    """Collect a table of training rows; of many experts, only evaluations have it."""
+    evaluations = [kind for kind in curves.kinds if kind.split("/")[0] == "eval"]
+    for kind in (TRAIN, *evaluations):
+        rows = [row for row in curves.rows if row.get("kind") == kind]
+        history = LayerHistory.of_rows(rows, metric, most_columns)
+        if history is not None:
+            return history
+    return None
 
 
 def _empty_run(source: RunSource, problem: str) -> ReportRun:

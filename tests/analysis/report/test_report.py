@@ -100,6 +100,26 @@ def test_seeds_are_one_group_with_a_band(tmp_path):
     }
 
 
+def test_evaluations_have_the_maps_of_many_experts(tmp_path):
+    """Training rows of models with many experts have no tables."""
+    rows = rows_of_run(3)
+    train = [row for row in rows if row["kind"] == "train"]
+    tables = {
+        name: [row.pop(name) for row in train]
+        for name in ("load_by_expert", "gate_mass_by_expert")
+    }
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    for number, row in enumerate(evaluations):
+        row |= {name: values[number] for name, values in tables.items()}
+    data = data_of(report_of(tmp_path, rows))
+    for name, metric in (("load", "load_by_expert"), ("gate-mass", "gate_mass_by_expert")):
+        for layer, grid in enumerate(data["datasets"][name]):
+            expected = 4 * np.array([row[metric][layer] for row in evaluations])
+            found = np.reshape(grid["cells"]["relative"], (len(evaluations), 4))
+            np.testing.assert_allclose(found, expected, rtol=5e-3)
+            assert grid["along"]["end"] == [row["iteration"] for row in evaluations]
+
+
 def test_maps_and_histograms_equal_the_rows(tmp_path):
     rows = rows_of_run(3)
     data = data_of(report_of(tmp_path, rows))
