@@ -50,10 +50,7 @@ def open_page(path: Path, width: int = 1280, dark: bool = False) -> Iterator[tup
             requests.append(route.request.url)
             route.abort()
 
-    # Chromium's sandbox refuses to run as root.
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=arguments)
+    with _browser(sync_api, program) as browser:
         context = browser.new_context(
             viewport={"width": width, "height": 844 if width < 600 else 900},
             color_scheme="dark" if dark else "light",
@@ -67,5 +64,27 @@ def open_page(path: Path, width: int = 1280, dark: bool = False) -> Iterator[tup
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         yield page, errors
-        browser.close()
+        context.close()
     assert not requests, f"the page asked for {requests}"
+
+
+@contextmanager
+def _browser(sync_api: Any, program: str) -> Iterator[Any]:
+    """Start Chromium, or take the one of a page that is open: playwright starts only one."""
+    if _running:
+        yield _running[0]
+        return
+    # Chromium's sandbox refuses to run as root.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=arguments)
+        _running.append(browser)
+        try:
+            yield browser
+        finally:
+            _running.clear()
+            browser.close()
+
+
+_running: list[Any] = []
+"""the browser, while a page is open"""
