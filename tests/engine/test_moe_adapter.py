@@ -181,7 +181,7 @@ def topologies():
     """Return parameters (gate, ranks, stage); some of most gates are slow tests."""
     for world, stage in [(1, 1), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)]:
         for gate in available_gates():
-            always = (world, stage) in [(1, 1), (2, 3), (4, 1), (4, 3)] or gate in ALWAYS
+            always = (world, stage) in [(1, 1), (2, 3), (4, 3)] or gate in ALWAYS
             yield pytest.param(gate, world, stage, marks=[] if always else pytest.mark.slow)
 
 

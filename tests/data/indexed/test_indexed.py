@@ -304,7 +304,7 @@ def content(prefix: str) -> tuple | None:
     return [d.read(i).tolist() for i in range(d.num_documents)], [s.tolist() for s in d]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     documents=st.lists(
         st.lists(st.lists(st.integers(0, 127), max_size=4), max_size=3), max_size=4
