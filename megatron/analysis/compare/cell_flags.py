@@ -113,3 +113,8 @@ def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             shown = [shlex.join(words) or f"no --{name}" for words in (old, new)]
             changes.append(f"{shown[0]}, now {shown[1]}")
     return "; ".join(changes)
+
+
+def without_length(flags: Mapping[str, Any]) -> FlagValues:
+    """Return flags without the length of the training."""
+    return {name: value for name, value in flags.items() if name not in LENGTH_FLAGS}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.analysis.compare.cell_flags import LENGTH_FLAGS, FlagValues, identity, to_words
+from megatron.analysis.compare.cell_flags import FlagValues, identity, to_words, without_length
 from megatron.analysis.compare.study import (
     MATCHED,
     Axis,
@@ -172,9 +172,7 @@ def _tuning_cell(cell: Cell, value: Any) -> Cell:
     tuning = cell.tuning
     flags = dict(cell.flags)
     if tuning.tokens is not None:
-        for name in LENGTH_FLAGS:
-            flags.pop(name, None)
-        flags["train-tokens"] = tuning.tokens
+        flags = without_length(flags) | {"train-tokens": tuning.tokens}
     flags["seed"] = tuning.seed
     parts = [f"{name}-{label}" for name, label in cell.axes.items()]
     return replace(

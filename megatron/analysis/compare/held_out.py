@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.analysis.compare.cell_folders import CellFolders
 from megatron.analysis.compare.cell_state import FINISHED, CellState, read_states
 from megatron.analysis.compare.changed_cells import is_rerun
-from megatron.analysis.compare.measured import completed_iterations, held_out_loss
+from megatron.analysis.compare.measured import held_out_loss
 from megatron.analysis.compare.plan import StudyPlan
 from megatron.analysis.compare.results import CELLS_FOLDER, TUNING_FOLDER
 
@@ -44,7 +44,7 @@ def measured_again(
             loss = None
             try:
                 metrics = state.run_folder(folder) / "metrics.jsonl"
-                loss = held_out_loss(metrics, held_out, completed_iterations(metrics))
+                loss = held_out_loss(metrics, held_out)
             except ValueError as error:
                 if cell is not None:
                     raise ValueError(

@@ -35,10 +35,7 @@ class Measured:
 
 def completed_iterations(metrics_path: Path) -> int:
     """Return the last iteration in a run's metrics; 0: it has none."""
-    if not metrics_path.exists():
-        return 0
-    rows = without_repeated_steps(read_metrics(metrics_path))
-    return max((row.get("iteration", 0) for row in rows), default=0)
+    return _last_iteration(_run_rows(metrics_path))
 
 
 def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) -> Measured:
@@ -51,8 +48,8 @@ def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) 
     Raises:
         ValueError: the run has not evaluated on the held-out set at its end.
     """
-    loss = held_out_loss(metrics_path, held_out, iterations)
-    rows = without_repeated_steps(read_metrics(metrics_path))
+    rows = _run_rows(metrics_path)
+    loss = _last_loss(rows, metrics_path, held_out, iterations)
     by_layer = experts_by_layer(rows, len(size.routed), (1 - LAST_PART) * iterations)
     flops = [row["flops_per_token"] for row in rows if "flops_per_token" in row]
     mean = None
@@ -69,19 +66,33 @@ def measure(metrics_path: Path, size: CellSize, iterations: int, held_out: str) 
     )
 
 
-def held_out_loss(metrics_path: Path, held_out: str, iterations: int) -> float:
-    """Return the loss of a run's last evaluation on a held-out set.
+def held_out_loss(metrics_path: Path, held_out: str) -> float:
+    """Return the loss of a finished run's last evaluation on a held-out set.
 
     Args:
         held_out: kind of its rows.
-        iterations: optimizer steps of the complete training.
 
     Raises:
         ValueError: the run has not evaluated on this set at its end, or has no metrics.
     """
-    rows = []
-    if metrics_path.exists():
-        rows = without_repeated_steps(read_metrics(metrics_path))
+    rows = _run_rows(metrics_path)
+    return _last_loss(rows, metrics_path, held_out, _last_iteration(rows))
+
+
+def _run_rows(metrics_path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run without repeated steps; none if it has no metrics yet."""
+    if not metrics_path.exists():
+        return []
+    return without_repeated_steps(read_metrics(metrics_path))
+
+
+def _last_iteration(rows: Sequence[dict[str, Any]]) -> int:
+    return max((row.get("iteration", 0) for row in rows), default=0)
+
+
+def _last_loss(
+    rows: Sequence[dict[str, Any]], metrics_path: Path, held_out: str, iterations: int
+) -> float:
     losses = [
         row["loss"]
         for row in rows

@@ -13,6 +13,7 @@ from megatron.analysis.compare.cell_flags import (
     is_flag_name,
     is_flag_value,
     normalized_name,
+    without_length,
 )
 from megatron.analysis.compare.study import Axis, AxisValue, Study
 from megatron.analysis.compare.study_file import shown
@@ -48,11 +49,10 @@ def override(
         setting = _setting(word)
         _refuse_replaced(study, word, setting)
         added |= setting
-    base = dict(study.base)
+    base = study.base
     if any(added.get(name) is not None for name in LENGTH_FLAGS):
-        for name in LENGTH_FLAGS:
-            base.pop(name, None)
-    return dataclasses.replace(study, base=base | added)
+        base = without_length(base)
+    return dataclasses.replace(study, base={**base, **added})
 
 
 def _selected(axis: Axis, words: Sequence[str]) -> Axis:

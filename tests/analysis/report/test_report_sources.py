@@ -104,9 +104,9 @@ def test_study_named_twice_is_refused(tmp_path):
     study = StudyFolder(tmp_path, ["gate"], {})
     study.add({"gate": "topk"}, 1, rows_of_run(1))
     study.add({"gate": "remoe"}, 1, None, same_as="../../tuning/one")
-    whole = str(tmp_path)
+    root = str(tmp_path)
     for part in (tmp_path, tmp_path / "cells/topk_seed-1", tmp_path / "tuning/one"):
-        for arguments in ([whole, f"again={part}"], [str(part), whole]):
+        for arguments in ([root, f"again={part}"], [str(part), root]):
             with pytest.raises(ValueError, match="is given twice; name each run once"):
                 find_runs(arguments)
 
