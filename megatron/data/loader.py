@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import torch
@@ -240,6 +242,8 @@ def _start_reading(
     batches: _BatchDataset, sampler: _MicroBatchSampler, num_workers: int
 ) -> Iterator[Batch | Exception]:
     """Start torch's loader, and its worker processes if there are any."""
+    if num_workers and not hasattr(sys.unraisablehook, "hides_ended_workers"):
+        sys.unraisablehook = _hide_ended_workers(sys.unraisablehook)
     # Workers inherit the signal mask, in all threads that they start: see `_start_worker`.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -339,6 +343,26 @@ _EXITED = re.compile(
     r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)"
 )
 _ENDED = re.compile(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited")
+
+
+def _hide_ended_workers(report: Callable) -> Callable:
+    """Return a `sys.unraisablehook` that does not report the end of a worker process.
+
+    torch's SIGCHLD handler raises it wherever the main thread is. In a destructor Python prints
+    it with a traceback and continues, although nothing is lost: reading the next batch raises
+    it again.
+
+    Args:
+        report: the hook for all other errors.
+    """
+
+    def hook(unraisable: Any) -> None:
+        text = str(unraisable.exc_value)
+        if not (_KILLED.search(text) or _EXITED.search(text)):
+            report(unraisable)
+
+    hook.hides_ended_workers = True
+    return hook
 
 
 def worker_exited_error(

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -454,3 +455,25 @@ def test_invalid_arguments_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         loader(**options)
     assert loader(eod=None) is not None
+
+
+def test_end_of_a_worker_is_not_reported_from_destructors(monkeypatch):
+    """torch's signal handler may raise there; another error of a destructor is reported as ever."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable))
+    batches = loader(data=DataConfig(num_workers=1))
+    next(batches)
+
+    class Raising:
+        def __init__(self, text):
+            self.text = text
+
+        def __del__(self):
+            raise RuntimeError(self.text)
+
+    Raising("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    Raising("DataLoader worker (pid 7) exited unexpectedly with exit code 3. ")
+    assert reported == []
+    Raising("another error")
+    (unraisable,) = reported
+    assert str(unraisable.exc_value) == "another error"
